@@ -1,0 +1,90 @@
+"""YAML files into frozen pydantic models, with errors that name the file, the key and the nearest known key."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class ConfigError(ValueError):
+    """A file that cannot be used as it is; the message names the file and the key."""
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML keeps the last of two equal keys in silence; here the second one is an error."""
+
+
+def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *other`: a key beside it may replace one of the other's
+            continue
+        key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, Hashable):
+            raise ConfigError(f"line {key_node.start_mark.line + 1}: {key!r} cannot be a key")
+        if key in seen:
+            raise ConfigError(f"line {key_node.start_mark.line + 1}: key {key!r} appears twice")
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. FileNotFoundError, or ConfigError for bad YAML and doubled keys, naming the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except (yaml.YAMLError, ConfigError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys, found {type(content).__name__}")
+    return content
+
+
+def validate(model: type[Model], content: dict[str, Any], where: str) -> Model:
+    """`content` as `model`. ConfigError lists every wrong key; an unknown one comes with the nearest known one."""
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            loc = problem["loc"]
+            message = problem["msg"]
+            if problem["type"] == "extra_forbidden":
+                known = _known_keys(model, loc[:-1])
+                nearest = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
+                message = f"unknown key; did you mean {nearest[0]!r}?" if nearest else f"unknown key; known: {known}"
+            lines.append(f"{where}: {'.'.join(map(str, loc))}: {message}")
+        raise ConfigError("\n".join(lines)) from None
+
+
+def _known_keys(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    models = [model]
+    for part in loc:
+        below = [m.model_fields[part].annotation for m in models if isinstance(part, str) and part in m.model_fields]
+        if below:
+            models = [m for annotation in below for m in _models_in(annotation)]
+        else:  # a position in a list, a key of a dict, or the name of a union's branch
+            models = [m for m in models if part in _branch_names(m)] or models
+    return sorted({key for m in models for key in m.model_fields})
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for arg in get_args(annotation) for model in _models_in(arg)]
+
+
+def _branch_names(model: type[BaseModel]) -> set[Any]:
+    """What pydantic calls this branch of a union: the class's name, or the value of its discriminator."""
+    return {model.__name__, *(value for field in model.model_fields.values() for value in get_args(field.annotation))}

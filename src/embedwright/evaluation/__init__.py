@@ -1,0 +1,1 @@
+"""Offline suites and reports."""

@@ -1,0 +1,199 @@
+"""Embeddings and gold labels in, numbers out: what mteb 2.26 computes, by its sklearn, scipy and pytrec_eval calls.
+
+mteb's own evaluators want a `Dataset`, a `TaskMetadata`, a timer and a model fed by a dataloader, none of which comes
+with a user's file, and importing them takes five seconds. So the calls are made here, and test_metrics.py holds them
+equal to mteb's tasks on the same embeddings. The `[eval]` extra is imported where it is used.
+
+Shapes: `N` texts, `E` embedding, `Q` queries, `C` corpus, `K` hits of a query. Every metric is better when higher; each
+function gives the main metric of its kind (`MAIN`) and some more.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Kind = Literal["retrieval", "classification", "clustering", "sts", "pair"]
+Embeddings = NDArray[np.float32]
+
+MAIN: dict[Kind, str] = {
+    "retrieval": "nDCG@10",
+    "classification": "accuracy",
+    "clustering": "v_measure",
+    "sts": "cosine_spearman",
+    "pair": "cosine_ap",
+}
+SEED = 42  # mteb's default seed: its few-shot draws and its clusters are ours
+DEPTH = 100  # hits of a query that are scored
+EXPERIMENTS, SAMPLES_PER_LABEL = 10, 8  # mteb's AbsTaskClassification
+CLUSTERINGS = 3  # mteb runs k-means once; its result moves by about a point with the seed, so we average over three
+
+logger = logging.getLogger(__name__)
+
+
+def retrieval(
+    query_QE: Embeddings,
+    query_ids: Sequence[str],
+    corpus_CE: Embeddings,
+    corpus_ids: Sequence[str],
+    qrels: Mapping[str, Mapping[str, int]],
+) -> dict[str, float]:
+    """nDCG@10, Recall@10, MRR@10 and Recall@100 of exact cosine search, averaged over the queries.
+
+    Each of `query_ids` has its judgements in `qrels`. A document with the query's own id is the query itself (ArguAna,
+    Quora) and no hit (BEIR's `ignore_identical_ids`), unless `qrels` calls it relevant: then the ids only look alike.
+    """
+    import pytrec_eval
+
+    judged = {query: dict(qrels[query]) for query in query_ids}
+    run = {
+        query: _best(hits, without=None if judged[query].get(query, 0) > 0 else query)
+        for query, hits in zip(query_ids, _search(query_QE, corpus_CE, corpus_ids), strict=True)
+    }
+    scores = pytrec_eval.RelevanceEvaluator(judged, {"ndcg_cut.10", "recall.10,100"}).evaluate(run)
+    # trec_eval's reciprocal rank knows no cut, so it gets the first ten hits alone.
+    first_ten = {query: dict(islice(hits.items(), 10)) for query, hits in run.items()}
+    reciprocal = pytrec_eval.RelevanceEvaluator(judged, {"recip_rank"}).evaluate(first_ten)
+
+    def mean(of_queries: Mapping[str, Mapping[str, float]], measure: str) -> float:
+        return float(np.mean([of_query[measure] for of_query in of_queries.values()]))
+
+    return {
+        "nDCG@10": mean(scores, "ndcg_cut_10"),
+        "Recall@10": mean(scores, "recall_10"),
+        "MRR@10": mean(reciprocal, "recip_rank"),
+        "Recall@100": mean(scores, "recall_100"),
+    }
+
+
+def _search(query_QE: Embeddings, corpus_CE: Embeddings, corpus_ids: Sequence[str]) -> list[list[tuple[float, str]]]:
+    """The (score, document id) of each query's nearest documents; one more than `DEPTH`, for the query itself."""
+    import faiss
+
+    count = min(DEPTH + 1, len(corpus_ids))
+    score_QK, place_QK = faiss.knn(_unit(query_QE), _unit(corpus_CE), count, metric=faiss.METRIC_INNER_PRODUCT)
+    return [
+        [(float(score), corpus_ids[place]) for score, place in zip(score_K, place_K, strict=True)]
+        for score_K, place_K in zip(score_QK, place_QK, strict=True)
+    ]
+
+
+def _best(hits: list[tuple[float, str]], without: str | None) -> dict[str, float]:
+    """The `DEPTH` best of `hits`, ties by descending id, which is how trec_eval ranks a run."""
+    ranked = sorted((hit for hit in hits if hit[1] != without), reverse=True)[:DEPTH]
+    return {document: score for score, document in ranked}
+
+
+def _unit(vectors_NE: Embeddings) -> Embeddings:
+    norm_N1 = np.linalg.norm(vectors_NE, axis=1, keepdims=True)
+    unit_NE: Embeddings = np.ascontiguousarray(vectors_NE / np.maximum(norm_N1, 1e-12), dtype=np.float32)
+    return unit_NE
+
+
+def few_shot(labels: Sequence[str]) -> list[list[int]]:
+    """Rows of each experiment's training set: up to 8 rows of every label, ten times, drawn as mteb draws them."""
+    order = list(range(len(labels)))
+    draws = []
+    for _ in range(EXPERIMENTS):
+        # mteb seeds anew for each experiment, but shuffles on from the order that the last one left.
+        np.random.RandomState(SEED).shuffle(order)
+        seen: Counter[str] = Counter()
+        draw = []
+        for row in order:
+            if seen[labels[row]] < SAMPLES_PER_LABEL:
+                seen[labels[row]] += 1
+                draw.append(row)
+        draws.append(draw)
+    return draws
+
+
+def halves(labels: Sequence[str]) -> tuple[list[int], list[int]]:
+    """Rows of a seeded, stratified 50/50 split into train and test; the odd row of a label is for training.
+
+    Raises ValueError where nothing is left to test on.
+    """
+    rows_of: defaultdict[str, list[int]] = defaultdict(list)
+    for row, label in enumerate(labels):
+        rows_of[label].append(row)
+    if len(rows_of) == len(labels):
+        raise ValueError("no label has two rows: a split leaves nothing to test on")
+    random = np.random.default_rng(SEED)
+    train: list[int] = []
+    test: list[int] = []
+    for rows in rows_of.values():
+        random.shuffle(rows)
+        middle = (len(rows) + 1) // 2
+        train += rows[:middle]
+        test += rows[middle:]
+    return sorted(train), sorted(test)
+
+
+def classification(
+    train_NE: Embeddings,
+    train_labels: Sequence[str],
+    test_NE: Embeddings,
+    test_labels: Sequence[str],
+    draws: Sequence[Sequence[int]],
+) -> dict[str, float]:
+    """Accuracy and macro F1 of a logistic regression, averaged over a fit on each of `draws` (rows of `train_NE`)."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import accuracy_score, f1_score
+
+    accuracy, f1 = [], []
+    for draw in draws:
+        classifier = LogisticRegression(max_iter=100, random_state=SEED)
+        with warnings.catch_warnings():  # mteb stops at 100 steps too
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            classifier.fit(train_NE[draw], [train_labels[row] for row in draw])
+        predicted = classifier.predict(test_NE)
+        accuracy.append(accuracy_score(test_labels, predicted))
+        f1.append(f1_score(test_labels, predicted, average="macro"))
+    return {"accuracy": float(np.mean(accuracy)), "f1": float(np.mean(f1))}
+
+
+def clustering(vectors_NE: Embeddings, labels: Sequence[str]) -> dict[str, float]:
+    """v-measure of mini-batch k-means with as many clusters as there are labels, averaged over three seeds."""
+    from sklearn.cluster import MiniBatchKMeans
+    from sklearn.metrics import v_measure_score
+
+    scores = []
+    for seed in range(SEED, SEED + CLUSTERINGS):
+        kmeans = MiniBatchKMeans(n_clusters=len(set(labels)), batch_size=500, n_init="auto", random_state=seed)
+        scores.append(v_measure_score(labels, kmeans.fit(vectors_NE).labels_))
+    return {"v_measure": float(np.mean(scores))}
+
+
+def sts(left_NE: Embeddings, right_NE: Embeddings, scores: Sequence[float]) -> dict[str, float]:
+    """Spearman's and Pearson's correlation of the pairs' cosines with the human scores."""
+    from scipy.stats import pearsonr, spearmanr
+
+    cosine_N = _paired_cosine(left_NE, right_NE)
+    if np.ptp(cosine_N) == 0:  # the correlation is 0/0, and nan would spoil every average that it enters
+        logger.warning("every pair has the same cosine: the model has collapsed, and its correlation counts as 0")
+        return {"cosine_spearman": 0.0, "cosine_pearson": 0.0}
+    return {
+        "cosine_spearman": float(spearmanr(scores, cosine_N)[0]),
+        "cosine_pearson": float(pearsonr(scores, cosine_N)[0]),
+    }
+
+
+def pair(left_NE: Embeddings, right_NE: Embeddings, labels: Sequence[int]) -> dict[str, float]:
+    """Average precision of the pairs' cosines for `labels` of 0 and 1."""
+    from sklearn.metrics import average_precision_score
+
+    return {"cosine_ap": float(average_precision_score(labels, _paired_cosine(left_NE, right_NE)))}
+
+
+def _paired_cosine(left_NE: Embeddings, right_NE: Embeddings) -> NDArray[np.float32]:
+    from sklearn.metrics.pairwise import paired_cosine_distances
+
+    cosine_N: NDArray[np.float32] = 1 - paired_cosine_distances(left_NE, right_NE)
+    return cosine_N

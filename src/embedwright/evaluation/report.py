@@ -1,0 +1,97 @@
+"""Results of `evaluate`, saved, set side by side, and as text.
+
+`table` and `compare` give plain rows, `render` makes a string of them; printing is the CLI's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+
+from embedwright.evaluation.metrics import Kind
+
+Row = dict[str, str | float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One task's main metric (`metrics.MAIN`) and its others; higher is better."""
+
+    task: str
+    kind: Kind
+    metric: str
+    value: float
+    details: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """What `evaluate` gives: one row a task, in the suite's order, and the wall-clock seconds of all."""
+
+    suite: str
+    rows: tuple[Result, ...]
+    seconds: float
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Results:
+        saved = json.loads(text)
+        return cls(saved["suite"], tuple(Result(**row) for row in saved["rows"]), saved["seconds"])
+
+
+def table(columns: Mapping[str, Results]) -> list[Row]:
+    """Rows `{"task", "metric", <column>: value, ...}`: each task's main metric, and below retrieval's its Recall@10.
+
+    Tasks stand in the order in which the columns bring them; a column that lacks one has None there.
+    """
+    rows: dict[tuple[str, str], Row] = {}
+    for name, results in columns.items():
+        for result in results.rows:
+            shown = {result.metric: result.value}
+            if result.kind == "retrieval":
+                shown["Recall@10"] = result.details["Recall@10"]
+            for metric, value in shown.items():
+                empty: Row = {"task": result.task, "metric": metric, **dict.fromkeys(columns)}
+                rows.setdefault((result.task, metric), empty)[name] = value
+    return list(rows.values())
+
+
+def compare(a: Results, b: Results) -> list[Row]:
+    """`table` of the columns `a` and `b` with a `change`, b - a: above zero where `b` is better.
+
+    Raises ValueError where they share no task.
+    """
+    rows = table({"a": a, "b": b})
+    for row in rows:
+        before, after = row["a"], row["b"]
+        row["change"] = after - before if isinstance(before, float) and isinstance(after, float) else None
+    if all(row["change"] is None for row in rows):
+        raise ValueError(f"the suites {a.suite!r} and {b.suite!r} share no task: there is nothing to compare")
+    return rows
+
+
+def render(rows: Sequence[Row]) -> str:
+    """`rows` under their keys as aligned plain text: four decimals, a sign on a change, `-` where there is no value."""
+    if not rows:
+        return ""
+    lines = [list(rows[0]), *([_cell(key, value) for key, value in row.items()] for row in rows)]
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+
+    def aligned(cells: Sequence[str]) -> str:  # task and metric are words and stand left, numbers stand right
+        return "  ".join(
+            cell.ljust(width) if place < 2 else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        )
+
+    return "\n".join(map(aligned, lines))
+
+
+def _cell(key: str, value: str | float | None) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, str):
+        return value
+    return f"{value:+.4f}" if key == "change" else f"{value:.4f}"

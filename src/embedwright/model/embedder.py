@@ -1,0 +1,241 @@
+"""`Embedder`: a network, its tokenizer and its text contract. Made from a decoder or loaded, encodes, saves.
+
+N texts, E embedding, T packed tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from embedwright.model import probe, storage
+from embedwright.model.backbone import AttentionKind, decoder_config, load_backbone, resolve_base
+from embedwright.model.network import EmbedwrightConfig, EmbedwrightModel
+from embedwright.model.pooling import Kind, PoolingConfig
+from embedwright.packing import PackedTexts, batches, pack
+from embedwright.text import (
+    BOUNDARY_TEMPLATE,
+    INSTRUCTION_TEMPLATE,
+    Contract,
+    TokenizedText,
+    check_texts,
+    leading_ids,
+    load_tokenizer,
+    tokenize,
+)
+
+Precision = Literal["float32", "int8", "binary"]
+Backend = Literal["packed", "sdpa", "eager"]
+
+_CHUNK = 16_384  # texts tokenised at a time: bounds memory on a corpus, still sorts well by length
+
+
+class Embedder:
+    """Encodes texts into unit vectors. `network` is a `torch.nn.Module`; training works on it directly."""
+
+    def __init__(self, network: EmbedwrightModel, tokenizer: Any) -> None:
+        self.network = network
+        self.tokenizer = tokenizer
+        self.contract: Contract = network.contract
+        backend = tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+
+    # -- made, loaded, saved
+
+    @classmethod
+    def from_decoder(
+        cls,
+        base: str | Path,
+        *,
+        pooling: Kind = "latent",
+        attention: AttentionKind = "bidirectional",
+        layers: int | None = None,
+        max_tokens: int = 512,
+        dtype: str = "float32",
+        device: str | None = None,
+        backend: Backend = "packed",
+        seed: int = 0,
+        **sizes: Any,
+    ) -> Embedder:
+        """A new embedder from a decoder: packaged name, local folder, hub id or .gguf file.
+
+        `layers` keeps the first so many; `sizes` are those of `PoolingConfig` (latents, heads, head_dim, multiple).
+        A fresh pooling block is the identity, so the new model is its decoder with mean pooling. Raises ValueError
+        for a model that is no decoder, FileNotFoundError for a missing path, ProbeError if the result is not
+        bidirectional (or causal) as asked.
+        """
+        config = PoolingConfig(kind=pooling, **sizes)
+        folder = resolve_base(base)
+        decoder = decoder_config(folder, attention=attention, layers=layers)
+        tokenizer = load_tokenizer(folder)
+        if tokenizer.eos_token_id is None:
+            raise ValueError(f"the tokenizer of {base} has no EOS token")
+        bos_ids = leading_ids(tokenizer.backend_tokenizer)
+        # mean and last are saved as stock sentence-transformers folders, whose prompts end where a token ends
+        stock = pooling in ("mean", "last") and not bos_ids
+        contract = Contract(
+            query_template=BOUNDARY_TEMPLATE if stock else INSTRUCTION_TEMPLATE,
+            eos_id=tokenizer.eos_token_id,
+            bos_ids=bos_ids,
+            mask_rule="boundary" if stock else "offsets",
+            max_tokens=max_tokens,
+        )
+        backbone = load_backbone(folder, decoder, _dtype(dtype))
+        network = EmbedwrightModel(
+            EmbedwrightConfig(
+                backbone=backbone.config.to_dict(), pooling=config.model_dump(), contract=contract.model_dump()
+            ),
+            backbone=backbone,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network.head.reset()
+        return cls(network, tokenizer)._ready(device, backend)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        device: str | None = None,
+        dtype: str | None = None,
+        backend: Backend = "packed",
+    ) -> Embedder:
+        """An embedder that `save` wrote: a local folder or a hub id. `dtype` None keeps the stored one."""
+        network, tokenizer = storage.load(path, dtype=None if dtype is None else _dtype(dtype))
+        return cls(network, tokenizer)._ready(device, backend)
+
+    def save(self, path: str | Path) -> None:
+        """Write a new folder: stock (opens in plain sentence-transformers) for mean and last, ours for the others.
+
+        FileExistsError where the folder is not empty, ValueError while LoRA adapters are not merged.
+        """
+        storage.save(self.network, self.tokenizer, Path(path))
+
+    def _ready(self, device: str | None, backend: Backend) -> Embedder:
+        self.network.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+        probe.check(self.network)
+        if backend != "packed":
+            self.network.implementation = backend
+        return self
+
+    # -- facts
+
+    @property
+    def max_tokens(self) -> int:
+        return self.contract.max_tokens
+
+    @property
+    def embedding_dim(self) -> int:
+        return int(self.network.backbone.config.hidden_size)
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = next(self.network.parameters()).device
+        return device
+
+    # -- texts to vectors
+
+    def tokenize(
+        self,
+        texts: Sequence[str],
+        task: str | None = None,
+        prefix: str | None = None,
+        max_tokens: int | None = None,
+    ) -> PackedTexts:
+        """The texts as this model reads them, in one packed row, in the order given."""
+        return pack(self._tokenize(texts, task, prefix, max_tokens))
+
+    def _tokenize(
+        self, texts: Sequence[str], task: str | None, prefix: str | None, max_tokens: int | None
+    ) -> list[TokenizedText]:
+        if task is not None and prefix is not None:
+            raise ValueError("give task or prefix, not both")
+        in_front = self.contract.prefix(task) if prefix is None else prefix
+        return tokenize(self.tokenizer.backend_tokenizer, self.contract, texts, in_front, max_tokens)
+
+    @torch.inference_mode()
+    def encode(
+        self,
+        texts: Sequence[str],
+        task: str | None = None,
+        *,
+        prefix: str | None = None,
+        max_tokens: int | None = None,
+        batch_tokens: int = 8192,
+        dim: int | None = None,
+        precision: Precision = "float32",
+        progress: bool = False,
+    ) -> NDArray[Any]:
+        """Vectors of the texts: float32 (N, E) of unit length, in the order given, whatever the batches were.
+
+        `task` is an instruction for queries (None: documents); `prefix` is the raw string in front, instead of it.
+        `batch_tokens` bounds the tokens of one forward; a longer text is a batch of its own. `dim` keeps the first
+        so many dimensions and normalises again. `precision`: `int8` scales each vector's largest component to 127,
+        `binary` packs the signs into uint8 (N, dim/8). TypeError and ValueError name the index of a bad text.
+        """
+        texts = check_texts(texts)
+        if dim is not None and not 1 <= dim <= self.embedding_dim:
+            raise ValueError(f"dim={dim}: the model has {self.embedding_dim} dimensions")
+        if batch_tokens < 1:
+            raise ValueError(f"batch_tokens={batch_tokens} must be positive")
+        unique = list(dict.fromkeys(texts))
+        vectors = np.empty((len(unique), self.embedding_dim), dtype=np.float32)
+        bar = _progress_bar(len(unique)) if progress else None
+        for start in range(0, len(unique), _CHUNK):
+            chunk = self._tokenize(unique[start : start + _CHUNK], task, prefix, max_tokens)
+            for batch in batches([len(t.ids) for t in chunk], batch_tokens):
+                embedded = self.network.embed(pack([chunk[i] for i in batch]).to(self.device))
+                vectors[[start + i for i in batch]] = embedded.cpu().numpy()
+                if bar is not None:
+                    bar.update(len(batch))
+        if bar is not None:
+            bar.close()
+        if len(unique) != len(texts):
+            row = {text: i for i, text in enumerate(unique)}
+            vectors = vectors[[row[text] for text in texts]]
+        return quantize(vectors if dim is None else _normalised(vectors[:, :dim]), precision)
+
+    def embed(self, packed: PackedTexts) -> Tensor:
+        """(N, E) with gradient: what training calls."""
+        return self.network.embed(packed.to(self.device))
+
+
+def quantize(vectors_NE: NDArray[np.float32], precision: Precision) -> NDArray[Any]:
+    """float32 as it is; int8 scaled per vector, which leaves cosines; binary: signs packed eight to a uint8."""
+    if precision == "float32":
+        return vectors_NE
+    if precision == "int8":
+        largest = np.abs(vectors_NE).max(axis=1, keepdims=True)
+        scaled: NDArray[np.int8] = np.rint(vectors_NE * (127 / np.maximum(largest, 1e-12))).astype(np.int8)
+        return scaled
+    if precision == "binary":
+        bits: NDArray[np.uint8] = np.packbits(vectors_NE > 0, axis=1)
+        return bits
+    raise ValueError(f"precision={precision!r} is none of float32, int8, binary")
+
+
+def _normalised(vectors_NE: NDArray[np.float32]) -> NDArray[np.float32]:
+    lengths = np.linalg.norm(vectors_NE, axis=1, keepdims=True)
+    scaled: NDArray[np.float32] = vectors_NE / np.maximum(lengths, 1e-12)
+    return scaled
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in dtypes:
+        raise ValueError(f"dtype={name!r} is none of {', '.join(dtypes)}")
+    return dtypes[name]
+
+
+def _progress_bar(total: int) -> Any:
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, unit="text", desc="encode")

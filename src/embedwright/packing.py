@@ -1,0 +1,81 @@
+"""Texts of any length as one row of tokens with boundaries: no padding exists anywhere behind this point.
+
+T packed tokens, N texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from embedwright.text import TokenizedText
+
+
+@dataclass(frozen=True)
+class PackedTexts:
+    """N texts in one row of T tokens: int64 ids and positions, int32 cu_seqlens (N+1,), bool pool_mask."""
+
+    ids_T: Tensor
+    position_T: Tensor
+    cu_seqlens: Tensor
+    pool_mask_T: Tensor
+    longest: int
+    # (texts, length) of neighbours that share a length: what attention can do as one batch. Kept as Python
+    # numbers, since asking the tensor for them would make a GPU wait in every layer.
+    runs: tuple[tuple[int, int], ...]
+
+    def __len__(self) -> int:
+        return len(self.cu_seqlens) - 1
+
+    @property
+    def lengths_N(self) -> Tensor:
+        return self.cu_seqlens[1:] - self.cu_seqlens[:-1]
+
+    def to(self, device: torch.device | str) -> PackedTexts:
+        return replace(
+            self,
+            ids_T=self.ids_T.to(device),
+            position_T=self.position_T.to(device),
+            cu_seqlens=self.cu_seqlens.to(device),
+            pool_mask_T=self.pool_mask_T.to(device),
+        )
+
+
+def pack(texts: Sequence[TokenizedText]) -> PackedTexts:
+    """The texts one behind the other, in the order given."""
+    lengths = [len(t.ids) for t in texts]
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    total = int(cu_seqlens[-1])
+    starts_T = np.repeat(cu_seqlens[:-1], lengths)
+    empty: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
+    return PackedTexts(
+        ids_T=torch.from_numpy(np.concatenate([t.ids for t in texts] or empty)),
+        position_T=torch.from_numpy(np.arange(total) - starts_T),
+        cu_seqlens=torch.from_numpy(cu_seqlens),
+        pool_mask_T=torch.from_numpy(np.concatenate([t.pool for t in texts] or empty).astype(bool)),
+        longest=max(lengths, default=0),
+        runs=tuple((len(list(group)), length) for length, group in groupby(lengths)),
+    )
+
+
+def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices of texts in batches of at most `batch_tokens` tokens, longest first; a longer text is a batch of its own.
+
+    Sorted by length, so that attention finds runs of equal length, and the batch that needs most memory comes first.
+    """
+    batch: list[int] = []
+    tokens = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batch and tokens + lengths[i] > batch_tokens:
+            yield batch
+            batch, tokens = [], 0
+        batch.append(i)
+        tokens += lengths[i]
+    if batch:
+        yield batch

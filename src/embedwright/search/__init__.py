@@ -1,0 +1,1 @@
+"""Encoding a corpus and searching it."""

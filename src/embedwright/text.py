@@ -1,0 +1,162 @@
+"""The text contract: how a text becomes token ids and a pool mask. Stored with the model, used everywhere.
+
+`prefix + text + EOS`. Attention sees everything; pooling sees the text and EOS, not the prefix. Tokenising in
+another way anywhere else is a bug (design, section 6).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+from tokenizers import Tokenizer
+
+INSTRUCTION_TEMPLATE = "Instruct: {task}\nQuery: "
+# sentence-transformers leaves out a *count* of prompt tokens, so its prompt must end where a token ends.
+BOUNDARY_TEMPLATE = "Instruct: {task}\nQuery:\n"
+
+_PROBE_TEXTS = (
+    "a",
+    "Hello world",
+    "  two leading spaces",
+    "tab\tand\nnewline\n\n",
+    "naïve café, Straße",
+    "漢字 🙂",
+    "x = [1, 2.5e-3]  # code",
+    "▁piece",
+    "</s> and <s> inside <|im_end|>",
+)
+
+
+class Contract(BaseModel):
+    """What a model was trained to read. Lengths are in tokens, every token counted: BOS, prefix, EOS."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    query_template: str = INSTRUCTION_TEMPLATE
+    document_template: str = ""
+    eos_id: int
+    bos_ids: tuple[int, ...] = ()
+    mask_rule: Literal["offsets", "boundary", "count"] = "offsets"
+    max_tokens: int = Field(default=512, ge=2)
+
+    def prefix(self, task: str | None) -> str:
+        """The string in front of a query with this instruction, or in front of a document (`task` None or empty)."""
+        return self.query_template.replace("{task}", task) if task else self.document_template
+
+
+class TokenizedText(NamedTuple):
+    """One text: `ids` int64 (L,), and `pool` bool (L,), True where pooling looks."""
+
+    ids: NDArray[np.int64]
+    pool: NDArray[np.bool_]
+
+
+def leading_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The special tokens that this tokenizer's own pipeline puts in front of a text (its BOS), if any."""
+    encoding = tokenizer.encode("a")
+    count = next((i for i, special in enumerate(encoding.special_tokens_mask) if not special), 0)
+    return tuple(encoding.ids[:count])
+
+
+def load_tokenizer(folder: str | Path, **kwargs: Any) -> Any:
+    """The transformers tokenizer of a folder or hub id, giving the ids that its tokenizer.json gives.
+
+    transformers 5 rebuilds some pipelines from the config; where that changes the ids of a probe text, the file wins.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.utils import cached_file
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, **kwargs)
+    where = {key: kwargs[key] for key in ("cache_dir", "revision", "token") if key in kwargs}
+    file = cached_file(str(folder), "tokenizer.json", _raise_exceptions_for_missing_entries=False, **where)
+    if file is not None:
+        stored = Tokenizer.from_file(file)
+        if any(stored.encode(t).ids != tokenizer.backend_tokenizer.encode(t).ids for t in _PROBE_TEXTS):
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, **kwargs)
+    return tokenizer
+
+
+def check_texts(texts: Sequence[str]) -> list[str]:
+    """`texts` as a list. TypeError on a bare string or a non-string, ValueError on a lone surrogate, with the index."""
+    if isinstance(texts, str):
+        raise TypeError("expected a list of texts, got one string: wrap it in a list")
+    texts = list(texts)
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"texts[{i}] is {type(text).__name__}, not str")
+        if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+            raise ValueError(f"texts[{i}] holds a lone surrogate and is not valid Unicode")
+    return texts
+
+
+def tokenize(
+    tokenizer: Tokenizer, contract: Contract, texts: Sequence[str], prefix: str = "", max_tokens: int | None = None
+) -> list[TokenizedText]:
+    """Token ids and pool mask of `prefix + text` for each text, under the contract's own rule.
+
+    ValueError, with the text's index, where the prefix leaves no token to pool (the reference returns NaN there).
+    """
+    texts = check_texts(texts)
+    limit = contract.max_tokens if max_tokens is None else max_tokens
+    rule = _by_count if contract.mask_rule == "count" else _by_offsets
+    return rule(tokenizer, contract, texts, prefix, limit)
+
+
+def _by_offsets(
+    tokenizer: Tokenizer, contract: Contract, texts: list[str], prefix: str, limit: int
+) -> list[TokenizedText]:
+    """New models. The text is cut to what is left, EOS is appended by id, special tokens in a text are plain text.
+
+    A token is pooled if it ends behind the prefix: the prefix's last token may melt into the first word, which a
+    count of the prefix's tokens alone would lose. `boundary` (models that plain sentence-transformers opens, which
+    counts) differs in one thing: white space of the text that melted into the prefix's last token is left out with it.
+    """
+    bos, eos = list(contract.bos_ids), contract.eos_id
+    room = limit - len(bos) - 1
+    if room < 1:
+        raise ValueError(f"max_tokens={limit} leaves no room for a token of text")
+    tokenizer.encode_special_tokens = True
+    end_of_prefix = len(prefix)
+    result = []
+    for i, encoding in enumerate(tokenizer.encode_batch([prefix + t for t in texts], add_special_tokens=False)):
+        ids = encoding.ids
+        pool = np.ones(len(bos) + min(len(ids), room) + 1, dtype=bool)
+        pool[: len(bos)] = False  # a decoder's BOS is an attention sink with an outsized state
+        if prefix:
+            pool[len(bos) : -1] = [end > end_of_prefix for _, end in encoding.offsets[:room]]
+            if contract.mask_rule == "boundary":
+                for position, (start, end) in enumerate(encoding.offsets[:room]):
+                    if start < end_of_prefix < end and texts[i][: end - end_of_prefix].isspace():
+                        pool[len(bos) + position] = False
+            # a text of nothing may be pooled from its EOS alone, but only behind a whole prefix
+            if not pool[:-1].any() and (texts[i].strip() or len(ids) > room):
+                raise ValueError(_no_room(prefix, limit, i))
+        result.append(TokenizedText(np.array([*bos, *ids[:room], eos], dtype=np.int64), pool))
+    return result
+
+
+def _by_count(
+    tokenizer: Tokenizer, contract: Contract, texts: list[str], prefix: str, limit: int
+) -> list[TokenizedText]:
+    """Released NV-Embed, as its reference does it: EOS as text, cut with the rest, and n leading positions left out,
+    n = tokens of the prefix alone without BOS (position 0 is BOS, so its last token is pooled)."""
+    tokenizer.encode_special_tokens = False
+    eos = tokenizer.id_to_token(contract.eos_id) or ""
+    masked = len(tokenizer.encode(prefix, add_special_tokens=False).ids) if prefix else 0
+    result = []
+    for i, encoding in enumerate(tokenizer.encode_batch([prefix + t + eos for t in texts])):
+        ids = np.array(encoding.ids[:limit], dtype=np.int64)
+        if len(ids) <= masked:
+            raise ValueError(_no_room(prefix, limit, i))
+        result.append(TokenizedText(ids, np.arange(len(ids)) >= masked))
+    return result
+
+
+def _no_room(prefix: str, limit: int, index: int) -> str:
+    shown = prefix if len(prefix) <= 60 else prefix[:57] + "..."
+    return f"texts[{index}]: the instruction {shown!r} fills max_tokens={limit} and leaves no token to pool"

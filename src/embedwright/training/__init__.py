@@ -1,0 +1,1 @@
+"""Recipe, batches, loss and the loop: two-stage contrastive instruction tuning."""

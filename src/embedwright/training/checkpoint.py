@@ -1,0 +1,129 @@
+"""Checkpoints that are whole or not there: written aside, fsynced, manifest last, then renamed. No pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import uuid
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+_WEIGHTS, _OPTIMIZER, _STATE, _MANIFEST = "weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run stands: `step` steps of stage number `stage` are done. Dropout and order need no more than this."""
+
+    stage: int
+    step: int
+    recipe: str
+    data: str
+
+    @property
+    def folder(self) -> str:
+        return f"{self.stage:02d}-{self.step:07d}"
+
+
+def save_checkpoint(
+    folder: Path, state: RunState, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer, keep: int
+) -> Path:
+    """Write one checkpoint below `folder`, then remove all but the newest `keep`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = folder / f".tmp-{uuid.uuid4().hex}"
+    aside.mkdir()
+    save_file({name: t.detach().cpu().contiguous() for name, t in weights.items()}, aside / _WEIGHTS)
+    tensors, numbers = _flatten(optimizer.state_dict())
+    save_file(tensors, aside / _OPTIMIZER)
+    (aside / _STATE).write_text(json.dumps({"run": asdict(state), "optimizer": numbers}))
+    files = {name: _digest(aside / name) for name in (_WEIGHTS, _OPTIMIZER, _STATE)}
+    (aside / _MANIFEST).write_text(json.dumps({"files": files, "recipe": state.recipe}, indent=2))
+    for path in (*aside.iterdir(), aside):
+        _fsync(path)
+    final = folder / state.folder
+    if final.exists():  # the same step again, after a resume from an older one
+        shutil.rmtree(final)
+    aside.rename(final)
+    _fsync(folder)
+    for old in _complete(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint that verifies. A damaged one is set aside as `*.damaged` and named in the log."""
+    for aside in folder.glob(".tmp-*"):
+        shutil.rmtree(aside)
+    for candidate in reversed(_complete(folder)):
+        problem = _problem(candidate)
+        if problem is None:
+            return candidate
+        logger.warning("checkpoint %s is damaged (%s): set aside, the one before is used", candidate, problem)
+        candidate.rename(candidate.with_name(f"{candidate.name}.damaged-{uuid.uuid4().hex[:6]}"))
+    return None
+
+
+def read_state(checkpoint: Path) -> RunState:
+    return RunState(**json.loads((checkpoint / _STATE).read_text())["run"])
+
+
+def read_weights(checkpoint: Path) -> dict[str, Tensor]:
+    weights: dict[str, Tensor] = load_file(checkpoint / _WEIGHTS)
+    return weights
+
+
+def restore_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Put the optimizer's moments and step counts back. ValueError where its groups are others."""
+    numbers = json.loads((checkpoint / _STATE).read_text())["optimizer"]
+    state: dict[int, dict[str, Any]] = {}
+    for key, tensor in load_file(checkpoint / _OPTIMIZER).items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": numbers})
+
+
+def _flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    tensors = {
+        f"{index}.{name}": value.detach().cpu().contiguous()
+        for index, values in state["state"].items()
+        for name, value in values.items()
+    }
+    return tensors, state["param_groups"]
+
+
+def _complete(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("??-???????") if p.is_dir())
+
+
+def _problem(checkpoint: Path) -> str | None:
+    try:
+        files = json.loads((checkpoint / _MANIFEST).read_text())["files"]
+        for name, expected in files.items():
+            if _digest(checkpoint / name) != expected:
+                return f"{name} has other content than its manifest says"
+    except (OSError, ValueError, KeyError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    with path.open("rb") as stream:
+        return {"sha256": hashlib.file_digest(stream, "sha256").hexdigest(), "bytes": path.stat().st_size}
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

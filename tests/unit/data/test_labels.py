@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+
+from embedwright.data.example import DataError
+from embedwright.data.labels import label_triples
+
+ROWS = [(f"text {i} of class {c}", f"class {c}") for i in range(20) for c in range(6)]
+
+
+def test_examples_of_several_classes() -> None:
+    examples, report = label_triples(ROWS, task="intents")
+    label_of = dict(ROWS)
+    assert [example.query for example in examples] == [text for text, _ in ROWS]
+    assert [example.id for example in examples[:2]] == ["intents:0", "intents:1"]
+    for example in examples:
+        own = label_of[example.query]
+        (positive,) = example.positives
+        assert positive.text != example.query and label_of[positive.text] == own
+        assert len({n.text for n in example.negatives}) == 7
+        assert all(label_of[n.text] != own for n in example.negatives)
+    assert report == {"conflicting": 0, "singleton": 0, "fewer_negatives": 0}
+
+
+def test_a_row_draws_the_same_whatever_the_hash_seed_is() -> None:
+    code = (
+        "from embedwright.data.labels import label_triples\n"
+        "rows = [(f'text {i} of class {c}', f'class {c}') for i in range(9) for c in range(5)]\n"
+        "print(hash('x'), label_triples(rows, task='t', seed=3))"
+    )
+    outputs = []
+    for hash_seed in ("1", "2"):
+        environment = os.environ | {"PYTHONHASHSEED": hash_seed}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        outputs.append(done.stdout.split(" ", 1))
+    assert outputs[0][0] != outputs[1][0]  # the hash seeds did differ
+    assert outputs[0][1] == outputs[1][1]
+
+
+def test_the_seed_changes_what_is_drawn_and_the_number_of_negatives_only_the_negatives() -> None:
+    base, _ = label_triples(ROWS, task="t", seed=1)
+    assert label_triples(ROWS, task="t", seed=1)[0] == base
+    assert label_triples(ROWS, task="t", seed=2)[0] != base
+    fewer, _ = label_triples(ROWS, task="t", seed=1, negatives=2)
+    assert [(e.positives, e.negatives) for e in fewer] == [(e.positives, e.negatives[:2]) for e in base]
+
+
+def test_classes_are_drawn_uniformly_and_not_by_their_size() -> None:
+    rows = [(f"own {i}", "own") for i in range(2000)] + [(f"big {i}", "big") for i in range(3960)]
+    rows += [(f"small {i}", "small") for i in range(40)]
+    examples, _ = label_triples(rows, task="t", negatives=1)
+    drawn = Counter(example.negatives[0].text.split()[0] for example in examples[:2000])
+    assert 900 < drawn["small"] < 1100  # 1000 +- 4.5 standard deviations; 20 if drawn by size
+
+
+def test_every_member_of_a_class_is_a_positive() -> None:
+    rows = [(f"a {i}", "a") for i in range(300)] + [("b 0", "b"), ("b 1", "b"), ("c 0", "c")]
+    examples, _ = label_triples(rows, task="t")
+    drawn = {example.positives[0].text for example in examples if example.query.startswith("a")}
+    assert 170 < len(drawn) < 210  # 300 draws with replacement out of 299: 189 distinct are expected
+
+
+def test_a_class_of_one_gives_no_example_but_stays_a_negative() -> None:
+    rows = [("a1", "a"), ("a2", "a"), ("b1", "b"), ("b2", "b"), ("alone", "c")]
+    examples, report = label_triples(rows, task="t", negatives=3)
+    assert [example.query for example in examples] == ["a1", "a2", "b1", "b2"]
+    assert report["singleton"] == 1
+    assert all("alone" in {n.text for n in example.negatives} for example in examples)
+    assert report["fewer_negatives"] == 0
+    assert label_triples(rows, task="t", negatives=4)[1]["fewer_negatives"] == 4
+
+
+def test_repeated_texts_are_never_their_own_positive_and_conflicting_ones_are_left_out() -> None:
+    rows = [("same", "a"), ("same", "a"), ("a2", "a"), ("b1", "b"), ("b2", "b"), ("c1", "c"), ("c2", "c")]
+    rows += [("both", "a"), ("both", "b")]
+    examples, report = label_triples(rows, task="t")
+    assert report["conflicting"] == 2
+    assert [example.query for example in examples] == ["same", "same", "a2", "b1", "b2", "c1", "c2"]
+    assert [example.positives[0].text for example in examples[:3]] == ["a2", "a2", "same"]
+    for example in examples:
+        texts = [passage.text for passage in example.positives + example.negatives]
+        assert "both" not in texts and example.query not in texts and len(texts) == len(set(texts))
+
+
+def test_a_class_with_one_text_repeated_is_a_class_of_one() -> None:
+    rows = [("same", "a"), ("same", "a"), ("b1", "b"), ("b2", "b"), ("c1", "c"), ("c2", "c")]
+    examples, report = label_triples(rows, task="t")
+    assert report["singleton"] == 2 and len(examples) == 4
+
+
+def test_two_labels_take_the_label_form() -> None:
+    rows = [("great", "positive"), ("awful", "negative"), ("fine", "positive")]
+    examples, report = label_triples(rows, task="t")
+    sides = [(e.query, e.positives[0].text, [n.text for n in e.negatives]) for e in examples]
+    assert sides == [
+        ("great", "positive", ["negative"]),
+        ("awful", "negative", ["positive"]),
+        ("fine", "positive", ["negative"]),
+    ]
+    assert not any(report.values())
+
+
+def test_the_form_can_be_asked_for() -> None:
+    rows = [("great", "+"), ("awful", "-"), ("fine", "+"), ("poor", "-")]
+    assert label_triples(rows, task="t", form="example")[0][0].positives[0].text == "fine"
+    examples, _ = label_triples(ROWS, task="t", form="label", negatives=3)
+    for example, (_, label) in zip(examples, ROWS, strict=True):
+        assert example.positives[0].text == label
+        wrong = {n.text for n in example.negatives}
+        assert len(wrong) == 3 and label not in wrong and all(text.startswith("class ") for text in wrong)
+
+
+@pytest.mark.parametrize("rows", [[], [("a", "x"), ("b", "x")], [("a", "x"), ("a", "y"), ("b", "y")]])
+def test_one_label_is_not_enough(rows: list[tuple[str, str]]) -> None:
+    with pytest.raises(DataError, match="at least two"):
+        label_triples(rows, task="t")

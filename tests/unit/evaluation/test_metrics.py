@@ -1,0 +1,200 @@
+"""Each metric against mteb's own task on the same embeddings, and against numbers worked out by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from embedwright.evaluation import metrics
+
+mteb = pytest.importorskip("mteb")
+
+from datasets import Dataset, DatasetDict  # noqa: E402
+from mteb.mocks.mock_tasks.classification import MockClassificationTask  # noqa: E402
+from mteb.mocks.mock_tasks.clustering import MockClusteringTask  # noqa: E402
+from mteb.mocks.mock_tasks.pair_classification import MockPairClassificationTask  # noqa: E402
+from mteb.mocks.mock_tasks.retrieval import MockRetrievalTask  # noqa: E402
+from mteb.mocks.mock_tasks.sts import MockSTSTask  # noqa: E402
+
+
+def noisy_centres(count: int, labels: int, seed: int) -> tuple[NDArray[np.float32], list[str]]:
+    """(N, 16) around one centre a label: far enough from chance and from perfect that a wrong call shows."""
+    random = np.random.default_rng(seed)
+    centre_LE = np.random.default_rng(0).normal(size=(labels, 16))
+    label_N = random.integers(labels, size=count)
+    vectors_NE = centre_LE[label_N] + random.normal(scale=2.0, size=(count, 16))
+    return vectors_NE.astype(np.float32), [f"label {label}" for label in label_N]
+
+
+def names(prefix: str, vectors_NE: NDArray[np.float32]) -> list[str]:
+    return [f"{prefix}{number}" for number in range(len(vectors_NE))]
+
+
+class Looked:
+    """An mteb model that looks its texts' vectors up."""
+
+    mteb_model_meta = None
+
+    def __init__(self, *columns: tuple[list[str], NDArray[np.float32]]) -> None:
+        self.vector_of = {
+            text: vector for texts, vectors in columns for text, vector in zip(texts, vectors, strict=True)
+        }
+
+    def encode(self, inputs: Any, **_: Any) -> NDArray[np.float32]:
+        return np.stack([self.vector_of[text] for batch in inputs for text in batch["text"]])
+
+    def similarity(self, a: Any, b: Any) -> Any:
+        return mteb.similarity_functions.cos_sim(a, b)
+
+    def similarity_pairwise(self, a: Any, b: Any) -> Any:
+        return mteb.similarity_functions.pairwise_cos_sim(a, b)
+
+
+def mteb_scores(task: Any, dataset: Any, model: Looked) -> dict[str, float]:
+    task.dataset, task.data_loaded = dataset, True
+    (scores,) = task.evaluate(model, split="test", encode_kwargs={"batch_size": 64}).values()
+    return dict(scores)
+
+
+def test_retrieval_is_mtebs() -> None:
+    random = np.random.default_rng(1)
+    corpus_CE = random.normal(size=(150, 16)).astype(np.float32)
+    corpus_CE[60:64] = corpus_CE[50]  # ties
+    corpus_ids = names("d", corpus_CE)
+    # Queries 0 to 4 are documents too, and stand in the corpus under their own id.
+    query_ids = corpus_ids[:5] + [f"q{number}" for number in range(25)]
+    near_Q = random.integers(150, size=30)
+    query_QE = (corpus_CE[near_Q] + random.normal(scale=1.2, size=(30, 16))).astype(np.float32)
+    query_QE[:5] = corpus_CE[:5]
+    qrels = {
+        query: {f"d{near}": 2, f"d{(near + 7) % 150}": 1, f"d{(near + 9) % 150}": 0}
+        for query, near in zip(query_ids, near_Q, strict=True)
+    }
+    ours = metrics.retrieval(query_QE, query_ids, corpus_CE, corpus_ids, qrels)
+
+    task = MockRetrievalTask()
+    task.ignore_identical_ids = True
+    data = {
+        "corpus": Dataset.from_dict({"id": corpus_ids, "text": [f"text {id_}" for id_ in corpus_ids]}),
+        "queries": Dataset.from_dict({"id": query_ids, "text": [f"ask {id_}" for id_ in query_ids]}),
+        "relevant_docs": qrels,
+        "top_ranked": None,
+    }
+    model = Looked(([f"text {id_}" for id_ in corpus_ids], corpus_CE), ([f"ask {id_}" for id_ in query_ids], query_QE))
+    theirs = mteb_scores(task, {"default": {"test": data}}, model)
+    for metric in ("nDCG@10", "Recall@10", "MRR@10", "Recall@100"):
+        name = metric.lower().replace("@", "_at_")
+        assert ours[metric] == pytest.approx(theirs[name], abs=1e-5)  # mteb rounds to five digits
+        assert 0.05 < ours[metric] < 0.95
+
+
+def test_retrieval_by_hand() -> None:
+    corpus_CE = np.array([[1, 0], [0.9, 0.1], [0, 1], [0.5, 0.5]], dtype=np.float32)
+    query_QE = np.array([[5, 0]], dtype=np.float32)  # ranks a, b, d, c, whatever its length
+    found = metrics.retrieval(query_QE, ["q"], corpus_CE, list("abcd"), {"q": {"b": 1, "d": 1}})
+    ideal = 1 + 1 / np.log2(3)
+    assert found["nDCG@10"] == pytest.approx((1 / np.log2(3) + 1 / np.log2(4)) / ideal)
+    assert found["MRR@10"] == pytest.approx(0.5)
+    assert found["Recall@10"] == found["Recall@100"] == 1
+
+
+def test_mrr_and_recall_stop_at_their_cuts() -> None:
+    angle_C = np.linspace(0, 1, 200, dtype=np.float32)
+    corpus_CE = np.stack([np.cos(angle_C), np.sin(angle_C)], axis=1)
+    ids = names("d", corpus_CE)
+    query_QE = np.array([[1, 0], [1, 0]], dtype=np.float32)
+    found = metrics.retrieval(
+        query_QE, ["p", "q"], corpus_CE, ids, {"p": {"d10": 1, "d9": 1}, "q": {"d10": 1, "d99": 1, "d100": 1}}
+    )
+    assert found["MRR@10"] == pytest.approx((1 / 10 + 0) / 2)
+    assert found["Recall@10"] == pytest.approx((1 / 2 + 0) / 2)
+    assert found["Recall@100"] == pytest.approx((1 + 2 / 3) / 2)
+
+
+def test_the_query_itself_is_no_hit_but_a_relevant_document_of_its_id_is() -> None:
+    corpus_CE = np.array([[1, 0], [0.9, 0.1]], dtype=np.float32)
+    query_QE = np.array([[1, 0]], dtype=np.float32)
+    assert metrics.retrieval(query_QE, ["a"], corpus_CE, ["a", "b"], {"a": {"b": 1}})["nDCG@10"] == 1
+    assert metrics.retrieval(query_QE, ["a"], corpus_CE, ["a", "b"], {"a": {"a": 1}})["nDCG@10"] == 1
+
+
+def test_classification_is_mtebs() -> None:
+    train_NE, train_labels = noisy_centres(200, 5, seed=2)
+    test_NE, test_labels = noisy_centres(120, 5, seed=3)
+    draws = metrics.few_shot(train_labels)
+    ours = metrics.classification(train_NE, train_labels, test_NE, test_labels, draws)
+
+    train_texts, test_texts = names("train", train_NE), names("test", test_NE)
+    data = DatasetDict(
+        train=Dataset.from_dict({"text": train_texts, "label": train_labels}),
+        test=Dataset.from_dict({"text": test_texts, "label": test_labels}),
+    )
+    theirs = mteb_scores(MockClassificationTask(), data, Looked((train_texts, train_NE), (test_texts, test_NE)))
+    assert ours == pytest.approx({"accuracy": theirs["accuracy"], "f1": theirs["f1"]}, abs=1e-12)
+    assert 0.4 < ours["accuracy"] < 0.95
+
+
+def test_few_shot_draws_eight_of_each_label_ten_different_times() -> None:
+    labels = ["a"] * 50 + ["b"] * 3 + ["c"] * 20
+    draws = metrics.few_shot(labels)
+    assert len(draws) == 10 and len({tuple(sorted(draw)) for draw in draws}) == 10
+    for draw in draws:
+        drawn = [labels[row] for row in draw]
+        assert (drawn.count("a"), drawn.count("b"), drawn.count("c")) == (8, 3, 8)
+
+
+def test_halves_are_stratified_and_disjoint() -> None:
+    labels = ["a"] * 10 + ["b"] * 5 + ["c"]
+    train, test = metrics.halves(labels)
+    assert sorted(train + test) == list(range(16))
+    assert sorted(labels[row] for row in test) == ["a"] * 5 + ["b"] * 2
+    assert metrics.halves(labels) == (train, test)
+    with pytest.raises(ValueError, match="nothing to test on"):
+        metrics.halves(["a", "b", "c"])
+
+
+def test_clustering_is_mtebs_averaged_over_three_seeds() -> None:
+    vectors_NE, labels = noisy_centres(300, 6, seed=4)
+    texts = names("t", vectors_NE)
+    data = DatasetDict(test=Dataset.from_dict({"sentences": [texts], "labels": [labels]}))
+    theirs = []
+    for seed in (42, 43, 44):
+        task = MockClusteringTask()
+        task.dataset, task.data_loaded = data, True
+        model = Looked((texts, vectors_NE))
+        (scores,) = task.evaluate(model, split="test", encode_kwargs={"batch_size": 64}, seed=seed).values()
+        theirs.append(scores["v_measure"])
+    assert metrics.clustering(vectors_NE, labels)["v_measure"] == pytest.approx(np.mean(theirs), abs=1e-12)
+    assert len(set(theirs)) > 1  # else the average proves nothing
+
+
+def test_sts_is_mtebs() -> None:
+    random = np.random.default_rng(5)
+    left_NE = random.normal(size=(80, 16)).astype(np.float32)
+    right_NE = (left_NE + random.normal(size=(80, 16)) * random.uniform(0, 4, size=(80, 1))).astype(np.float32)
+    scores = [float(round(score, 1)) for score in random.uniform(0, 5, size=80)]
+    left, right = names("left", left_NE), names("right", right_NE)
+    data = DatasetDict(test=Dataset.from_dict({"sentence1": left, "sentence2": right, "score": scores}))
+    theirs = mteb_scores(MockSTSTask(), data, Looked((left, left_NE), (right, right_NE)))
+    ours = metrics.sts(left_NE, right_NE, scores)
+    assert ours == pytest.approx({name: theirs[name] for name in ours}, abs=1e-9)
+
+
+def test_sts_of_a_collapsed_model_is_zero_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    same_NE = np.ones((4, 3), dtype=np.float32)
+    assert metrics.sts(same_NE, same_NE, [1, 2, 3, 4]) == {"cosine_spearman": 0.0, "cosine_pearson": 0.0}
+    assert "collapsed" in caplog.text
+
+
+def test_pair_is_mtebs() -> None:
+    random = np.random.default_rng(6)
+    left_NE = random.normal(size=(90, 16)).astype(np.float32)
+    right_NE = (left_NE + random.normal(scale=2, size=(90, 16))).astype(np.float32)
+    labels = [int(label) for label in random.integers(2, size=90)]
+    left, right = names("left", left_NE), names("right", right_NE)
+    data = DatasetDict(test=Dataset.from_dict({"sentence1": left, "sentence2": right, "labels": labels}))
+    theirs = mteb_scores(MockPairClassificationTask(), data, Looked((left, left_NE), (right, right_NE)))
+    assert metrics.pair(left_NE, right_NE, labels)["cosine_ap"] == pytest.approx(theirs["cosine_ap"], abs=1e-12)

@@ -1,0 +1,214 @@
+"""Pooling heads against the block as the notes on the checkpoints write it down, and against numpy."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from embedwright.model.pooling import LatentPooling, MlpPooling, PoolingConfig, make_head, reduce
+from embedwright.packing import PackedTexts, pack
+from embedwright.text import TokenizedText
+
+D = 24
+LENGTHS = [5, 5, 1, 9]
+KINDS_WITH_WEIGHTS = ["latent", "self", "mlp"]
+
+
+@pytest.fixture
+def packed() -> PackedTexts:
+    random = np.random.default_rng(0)
+    pools = [random.random(n) < 0.6 for n in LENGTHS]
+    for pool in pools:
+        pool[-1] = True
+    return pack([TokenizedText(np.zeros(len(p), np.int64), p) for p in pools])
+
+
+@pytest.fixture
+def states_TD() -> Tensor:
+    return torch.randn(sum(LENGTHS), D, generator=torch.Generator().manual_seed(3))
+
+
+def head_of(kind: Any, hidden: int = D, **sizes: Any) -> Any:
+    torch.manual_seed(5)
+    head = make_head(PoolingConfig(kind=kind, **{"latents": 7, "heads": 3, "multiple": 2, **sizes}), hidden)
+    head.reset()
+    return head
+
+
+def with_random_weights(head: nn.Module) -> Any:
+    torch.manual_seed(6)
+    for parameter in head.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return head
+
+
+# ---- what the blocks compute
+
+
+def layer_norm(x: Tensor, w: dict[str, Tensor], name: str) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+
+def reference_block(x: Tensor, context: Tensor, w: dict[str, Tensor], heads: int, head_dim: int) -> Tensor:
+    """`nv-embed-checkpoints.md`, "What the model computes", point 2; the context is not masked."""
+    q = layer_norm(x, w, "attention.norm") @ w["attention.to_q.weight"].T
+    k, v = (layer_norm(context, w, "attention.norm_context") @ w["attention.to_kv.weight"].T).chunk(2, -1)
+    mixed = []
+    for h in range(heads):
+        part = slice(h * head_dim, (h + 1) * head_dim)
+        weights = torch.exp(q[:, part] @ k[:, part].T / math.sqrt(head_dim))
+        mixed.append(weights / weights.sum(-1, keepdim=True) @ v[:, part])
+    x = x + torch.cat(mixed, -1) @ w["attention.to_out.weight"].T
+    wide = layer_norm(x, w, "feed_forward.norm") @ w["feed_forward.widen.weight"].T + w["feed_forward.widen.bias"]
+    value, gate = wide.chunk(2, -1)
+    gelu = gate * 0.5 * (1 + torch.erf(gate / math.sqrt(2)))
+    return x + (value * gelu) @ w["feed_forward.narrow.weight"].T + w["feed_forward.narrow.bias"]
+
+
+@pytest.mark.parametrize("head_dim", [None, 5])
+def test_latent_is_the_released_block(packed: PackedTexts, states_TD: Tensor, head_dim: int | None) -> None:
+    head = with_random_weights(head_of("latent", head_dim=head_dim)).double()
+    w = dict(head.state_dict())
+    expected = reference_block(states_TD.double(), w["latents"], w, heads=3, head_dim=head_dim or D // 3)
+    torch.testing.assert_close(head(states_TD.double(), packed), expected)
+
+
+def test_self_is_the_same_block_over_its_own_text(packed: PackedTexts, states_TD: Tensor) -> None:
+    head = with_random_weights(head_of("self"))
+    w = {name: weight.double() for name, weight in head.state_dict().items()}
+    texts = states_TD.double().split(LENGTHS)
+    expected = torch.cat([reference_block(text, text, w, heads=3, head_dim=D // 3) for text in texts])
+    torch.testing.assert_close(head(states_TD, packed).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_mlp_and_latent_mix_no_tokens_and_self_mixes_its_own_text(packed: PackedTexts, states_TD: Tensor) -> None:
+    changed_TD = states_TD.clone()
+    changed_TD[7] *= -2  # third token of the second text, which has tokens 5 to 9
+    reached = {}
+    for kind in KINDS_WITH_WEIGHTS:
+        head = with_random_weights(head_of(kind))
+        moved_T = (head(changed_TD, packed) - head(states_TD, packed)).norm(dim=-1)
+        reached[kind] = torch.nonzero(moved_T > 1e-4).flatten().tolist()
+    assert reached == {"latent": [7], "mlp": [7], "self": [5, 6, 7, 8, 9]}
+
+
+def test_attention_weights_are_those_of_the_forward(packed: PackedTexts, states_TD: Tensor) -> None:
+    head = with_random_weights(head_of("latent"))
+    weights_HTR = head.attention_weights(states_TD)
+    assert weights_HTR.shape == (3, sum(LENGTHS), 7)
+    torch.testing.assert_close(weights_HTR.sum(-1), torch.ones(3, sum(LENGTHS)))
+    _, values_HRd = head.attention.keys_values(head.latents)
+    mixed_TD = (weights_HTR @ values_HRd).transpose(0, 1).flatten(1)
+    expected = head.feed_forward(states_TD + head.attention.to_out(mixed_TD))
+    torch.testing.assert_close(head(states_TD, packed), expected, rtol=1e-4, atol=1e-4)
+
+
+# ---- how they start
+
+
+@pytest.mark.parametrize("kind", KINDS_WITH_WEIGHTS)
+def test_a_fresh_head_is_the_identity(kind: Any, packed: PackedTexts, states_TD: Tensor) -> None:
+    head = head_of(kind)
+    assert torch.equal(head(states_TD, packed), states_TD)
+    assert torch.equal(reduce(head(states_TD, packed), packed, kind), reduce(states_TD, packed, "mean"))
+
+
+@pytest.mark.parametrize("kind", KINDS_WITH_WEIGHTS)
+def test_a_fresh_head_is_not_stuck_there(kind: Any, packed: PackedTexts, states_TD: Tensor) -> None:
+    """Zero output projections get a gradient at once, and everything else does after one step."""
+    head = head_of(kind)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.5)
+    for _ in range(2):
+        optimizer.zero_grad()
+        reduce(head(states_TD, packed), packed, kind).square().sum().backward()
+        optimizer.step()
+    without = [name for name, p in head.named_parameters() if p.grad is None or not torch.count_nonzero(p.grad)]
+    assert without == []
+
+
+@pytest.mark.parametrize(("hidden", "heads", "head_dim"), [(64, 4, None), (96, 2, 96), (256, 8, None)])
+def test_attention_over_fresh_latents_is_neither_flat_nor_hard(hidden: int, heads: int, head_dim: int | None) -> None:
+    head = head_of("latent", hidden, latents=128, heads=heads, head_dim=head_dim)
+    x_TD = torch.randn(200, hidden)
+    keys, _ = head.attention.keys_values(head.latents)
+    scores = head.attention.queries(x_TD) @ keys.transpose(1, 2) * head.attention.head_dim**-0.5
+    assert 0.7 < float(scores.detach().std()) < 1.3
+    torch.testing.assert_close(scores.softmax(-1), head.attention_weights(x_TD))
+
+
+def test_reset_depends_on_the_seed_alone() -> None:
+    first, again = head_of("latent"), head_of("latent")
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+
+
+# ---- sizes
+
+
+@pytest.mark.parametrize(
+    ("hidden", "sizes"),
+    [
+        (576, {"latents": 128, "heads": 8}),
+        (1024, {"latents": 512, "heads": 8}),
+        (256, {"latents": 512, "heads": 4, "head_dim": 256, "multiple": 2}),
+    ],
+)
+def test_the_control_has_the_parameters_of_latent_attention(hidden: int, sizes: dict[str, int]) -> None:
+    with torch.device("meta"):
+        latent, mlp = (make_head(PoolingConfig(kind=k, **sizes), hidden) for k in ("latent", "mlp"))
+    assert isinstance(latent, LatentPooling) and isinstance(mlp, MlpPooling)
+    counts = [sum(p.numel() for p in head.parameters()) for head in (latent, mlp)]
+    assert abs(counts[0] / counts[1] - 1) < 0.01
+
+
+def test_the_released_sizes_make_740_million_parameters() -> None:
+    config = PoolingConfig(kind="latent", latents=512, heads=8, head_dim=4096, multiple=4)
+    with torch.device("meta"):
+        head = make_head(config, 4096)
+    inner = 8 * 4096
+    expected = 512 * 4096 + 4 * inner * 4096 + 3 * 16384 * 4096 + 2 * 16384 + 4096 + 3 * 2 * 4096
+    assert sum(p.numel() for p in head.parameters()) == expected and 7.3e8 < expected < 7.5e8
+
+
+def test_heads_that_do_not_divide_need_a_head_dim() -> None:
+    for kind in KINDS_WITH_WEIGHTS:
+        with pytest.raises(ValueError, match="heads=5 do not divide hidden size 24: set head_dim"):
+            head_of(kind, heads=5)
+        head_of(kind, heads=5, head_dim=4)
+    for kind in ("mean", "last"):
+        assert list(head_of(kind, heads=5).parameters()) == []
+
+
+# ---- reduce
+
+
+def test_mean_is_over_the_pooled_tokens_alone(packed: PackedTexts, states_TD: Tensor) -> None:
+    x, pool, at = states_TD.numpy(), packed.pool_mask_T.numpy(), 0
+    expected = []
+    for length in LENGTHS:
+        rows = x[at : at + length][pool[at : at + length]]
+        expected.append(rows.mean(0))
+        at += length
+    for kind in ("mean", "latent", "self", "mlp"):
+        np.testing.assert_allclose(reduce(states_TD, packed, kind).numpy(), expected, rtol=1e-5, atol=1e-6)
+
+    left_out_TD = torch.where(packed.pool_mask_T[:, None], states_TD, states_TD + 100)
+    assert torch.equal(reduce(left_out_TD, packed, "mean"), reduce(states_TD, packed, "mean"))
+
+
+def test_last_is_the_last_token_of_each_text(packed: PackedTexts, states_TD: Tensor) -> None:
+    ends = np.cumsum(LENGTHS) - 1
+    np.testing.assert_array_equal(reduce(states_TD, packed, "last").numpy(), states_TD.numpy()[ends])
+
+
+@pytest.mark.parametrize("kind", ["mean", "last"])
+def test_sums_are_float32_whatever_comes_in(kind: Any, packed: PackedTexts, states_TD: Tensor) -> None:
+    halved_TD = states_TD.bfloat16()
+    reduced = reduce(halved_TD, packed, kind)
+    assert reduced.dtype == torch.float32
+    torch.testing.assert_close(reduced, reduce(halved_TD.float(), packed, kind))

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from embedwright.data.example import DataError
+from embedwright.search.corpus import encode_corpus, read_vectors
+
+
+class Hashed:
+    """A model with a random but fixed unit vector for each text and task; `fail_at` stops it, as a crash would."""
+
+    def __init__(self, dimension: int = 8, salt: str = "", fail_at: str | None = None) -> None:
+        self.dimension, self.salt, self.fail_at = dimension, salt, fail_at
+        self.asked: list[str] = []
+
+    def encode(self, texts: Sequence[str], task: str | None = None) -> np.ndarray:
+        if self.fail_at in texts:
+            raise KeyboardInterrupt
+        self.asked += texts
+        return np.stack([self.vector(text, task) for text in texts])
+
+    def vector(self, text: str, task: str | None = None) -> np.ndarray:
+        seed = zlib.crc32(f"{self.salt}|{task}|{text}".encode())
+        vector = np.random.default_rng(seed).standard_normal(self.dimension)
+        return (vector / np.linalg.norm(vector)).astype(np.float32)
+
+
+def write_source(path: Path, texts: Sequence[str]) -> Path:
+    path.write_text("".join(json.dumps({"_id": f"d{i}", "text": text}) + "\n" for i, text in enumerate(texts)))
+    return path
+
+
+TEXTS = [f"text {i}" for i in range(25)]
+
+
+def test_shards_hold_ids_texts_and_vectors_in_order(tmp_path: Path) -> None:
+    model, seen = Hashed(), list[tuple[int, int]]()
+    source = write_source(tmp_path / "corpus.jsonl", TEXTS)
+    out = encode_corpus(
+        model, source, tmp_path / "new" / "out", task="t", shard_rows=10, progress=lambda *at: seen.append(at)
+    )
+    assert sorted(path.name for path in out.iterdir()) == [
+        "manifest.json",
+        *(f"shard-0000{i}.parquet" for i in range(3)),
+    ]
+    assert seen == [(10, 25), (20, 25), (25, 25)]
+    schema = pq.read_schema(out / "shard-00002.parquet")
+    assert schema.names == ["id", "text", "vector"] and schema.field("vector").type == pa.list_(pa.float32(), 8)
+    ids, texts, vectors = read_vectors(out)
+    assert ids == [f"d{i}" for i in range(25)] and texts == TEXTS and vectors.dtype == np.float32
+    np.testing.assert_array_equal(vectors, np.stack([model.vector(text, "t") for text in TEXTS]))
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert (manifest["count"], manifest["dimension"], manifest["task"], manifest["shard_rows"]) == (25, 8, "t", 10)
+
+
+def test_a_run_that_stopped_encodes_only_what_is_missing(tmp_path: Path) -> None:
+    source, out = write_source(tmp_path / "corpus.jsonl", TEXTS), tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        encode_corpus(Hashed(fail_at="text 21"), source, out, shard_rows=5)
+    with pytest.raises(ValueError, match="unfinished, 1 of 5 shards"):
+        read_vectors(out)
+    cut, short = out / "shard-00001.parquet", out / "shard-00002.parquet"
+    cut.write_bytes(cut.read_bytes()[:-100])
+    pq.write_table(pq.read_table(short).slice(1), short)
+    model = Hashed()
+    encode_corpus(model, source, out, shard_rows=5)
+    probes = TEXTS[:4]
+    assert [text for text in model.asked if text in TEXTS] == [*probes, *TEXTS[5:15], *TEXTS[20:]]
+    assert read_vectors(out)[1] == TEXTS
+    np.testing.assert_array_equal(read_vectors(out)[2], np.stack([model.vector(text) for text in TEXTS]))
+
+
+def test_what_changed_in_between_is_refused(tmp_path: Path) -> None:
+    source, out = write_source(tmp_path / "corpus.jsonl", TEXTS), tmp_path / "out"
+    encode_corpus(Hashed(), source, out, shard_rows=10)
+    with pytest.raises(ValueError, match="another model"):
+        encode_corpus(Hashed(salt="trained"), source, out, shard_rows=10)
+    with pytest.raises(ValueError, match="with dimension 8, this is 9"):
+        encode_corpus(Hashed(9), source, out, shard_rows=10)
+    with pytest.raises(ValueError, match="with task None, this is 't'"):
+        encode_corpus(Hashed(), source, out, shard_rows=10, task="t")
+    with pytest.raises(ValueError, match="with shard_rows 10"):
+        encode_corpus(Hashed(), source, out, shard_rows=11)
+    with pytest.raises(ValueError, match="with source_sha256"):
+        encode_corpus(Hashed(), write_source(source, [*TEXTS[:-1], "other"]), out, shard_rows=10)
+    moved = tmp_path / "same.jsonl.gz"
+    moved.write_bytes(gzip.compress(write_source(source, TEXTS).read_bytes()))
+    encode_corpus(Hashed(), moved, out, shard_rows=10)  # the same documents in another file are no change
+    (out / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="no manifest"):
+        encode_corpus(Hashed(), source, out, shard_rows=10)
+
+
+def test_kinds_of_source_ids_and_titles(tmp_path: Path) -> None:
+    lines = tmp_path / "mixed.jsonl"
+    lines.write_text('{"_id": 7, "title": "Tides", "text": "rise."}\n\n{"text": "no id"}\n{"id": "x", "text": ""}\n')
+    ids, texts, _ = read_vectors(encode_corpus(Hashed(), lines, tmp_path / "a"))
+    assert (ids, texts) == (["7", "3", "x"], ["Tides rise.", "no id", ""])
+    plain = tmp_path / "plain.txt"
+    plain.write_text("first\n\n  third  \r\nfour\n", encoding="utf-8")
+    ids, texts, _ = read_vectors(encode_corpus(Hashed(), plain, tmp_path / "b"))
+    assert (ids, texts) == (["1", "3", "4"], ["first", "third", "four"])
+    table = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"id": ["a", None], "text": ["one", "two"], "title": [None, "2"]}), table)
+    ids, texts, _ = read_vectors(encode_corpus(Hashed(), table, tmp_path / "c"))
+    assert (ids, texts) == (["a", "2"], ["one", "2 two"])
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ('{"text": "a"}\n{"text": \n', "bad.jsonl:2: not JSON"),
+        ('{"text": "a"}\n{"title": "a"}\n', "bad.jsonl:2: no text"),
+        ('{"id": "a", "text": "a"}\n{"_id": "a", "text": "b"}\n', "bad.jsonl:2: id 'a' twice"),
+        ('{"id": "a", "text": 5}\n', "bad.jsonl:1: text: expected a text"),
+        ("\n", "bad.jsonl: no document"),
+    ],
+)
+def test_a_bad_line_is_named_before_anything_is_encoded(tmp_path: Path, content: str, reason: str) -> None:
+    source, model = tmp_path / "bad.jsonl", Hashed()
+    source.write_text(content)
+    with pytest.raises(DataError, match=reason):
+        encode_corpus(model, source, tmp_path / "out")
+    assert not model.asked and not (tmp_path / "out").exists()
+
+
+def test_a_bad_byte_in_a_plain_text(tmp_path: Path) -> None:
+    source = tmp_path / "bad.txt"
+    source.write_bytes(b"fine\n\xff\n")
+    with pytest.raises(DataError, match=r"bad\.txt:2: not UTF-8 at byte 0"):
+        encode_corpus(Hashed(), source, tmp_path / "out")
+
+
+def test_a_manifest_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"count": 3}')
+    with pytest.raises(DataError, match="not the manifest"):
+        read_vectors(tmp_path)

@@ -1,0 +1,483 @@
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from embedwright.config import ConfigError
+from embedwright.evaluation.report import Results
+from embedwright.model.backbone import has_lora
+from embedwright.model.embedder import Embedder
+from embedwright.training import loop
+from embedwright.training.batch import make_batch
+from embedwright.training.blend import rows_at
+from embedwright.training.loop import finish, start_model, train
+from embedwright.training.recipe import Recipe, expand
+from embedwright.training.sources import open_sources
+from embedwright.training.step import learning_rate
+
+TEXTS = ["how do tides work?", "the moon", "a dog that does not mind, and a longer text behind it"]
+WORDS = ["tide", "moon", "sea", "rise", "fall", "gravity", "sun", "level", "dog", "fox", "lazy", "quick", "brown"]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def sentence(random: np.random.Generator, about: str) -> str:
+    return " ".join(random.permutation([about, *random.choice(WORDS, 4)]))
+
+
+@pytest.fixture(scope="module")
+def content(tmp_path_factory: pytest.TempPathFactory, tiny_decoder: Callable[..., Path]) -> Iterator[dict[str, Any]]:
+    """A recipe of two stages over 40 pairs and 36 labelled texts, of 12 and 6 steps.
+
+    The order of rows follows the path as it is written: with a variable in it, every run of these tests is the same.
+    """
+    folder = tmp_path_factory.mktemp("data")
+    random = np.random.default_rng(0)
+    names = [f"{a}{b}" for a in "abcdefgh" for b in "vwxyz"]
+    pairs = [{"query": sentence(random, n), "positives": [sentence(random, n), sentence(random, n)]} for n in names]
+    pairs = [row | {"negatives": [pairs[i - k]["positives"][0] for k in (3, 7, 11)]} for i, row in enumerate(pairs)]
+    labelled = [{"text": sentence(random, f"kind{i % 4}"), "label": f"kind {i % 4}"} for i in range(36)]
+    scored = [{"text1": p["query"], "text2": pairs[i % 9]["query"], "score": i % 6} for i, p in enumerate(pairs)]
+    (folder / "suite").mkdir()
+    write(folder / "suite" / "sts.jsonl", scored)
+    write(folder / "pairs.jsonl", pairs)
+    write(folder / "labels.jsonl", labelled)
+    task = {"name": "pairs", "instruction": "Find its answer"}
+    recipe = {
+        "name": "tiny",
+        "seed": 7,
+        "model": {"base": str(tiny_decoder("llama")), "latents": 8, "heads": 4, "multiple": 1, "max_tokens": 40},
+        "tune": {"rank": 4, "alpha": 8, "dropout": 0.1},
+        "stages": [
+            {
+                "name": "retrieval",
+                "data": [{"path": "${EMBEDWRIGHT_TEST_DATA}/pairs.jsonl", "task": task}],
+                "in_batch_negatives": "all",
+                "hard_negatives": 1,
+                "temperature": 0.1,
+                "optim": {"lr": 1e-2, "steps": 12, "batch_queries": 8, "warmup_steps": 2},
+            },
+            {
+                "name": "generalist",
+                "data": [{"path": "${EMBEDWRIGHT_TEST_DATA}/labels.jsonl"}],
+                "in_batch_negatives": "none",
+                "hard_negatives": 2,
+                "temperature": 0.1,
+                "optim": {"lr": 1e-2, "steps": 6, "batch_queries": 8},
+            },
+        ],
+        "run": {"out": str(folder / "unset"), "checkpoint_every": 5, "tracker": "none"},
+        "eval": {"suites": []},
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EMBEDWRIGHT_TEST_DATA", str(folder))
+        yield recipe
+
+
+def short(content: dict[str, Any], out: Path, steps: int = 2, **tune: Any) -> dict[str, Any]:
+    """Its first stage alone, cut to a few steps."""
+    tree = copy.deepcopy(content)
+    tree["stages"] = tree["stages"][:1]
+    tree["stages"][0]["optim"] |= {"steps": steps, "warmup_steps": 0}
+    tree["run"]["out"] = str(out)
+    tree["tune"] |= tune
+    return tree
+
+
+def contrast(model: Embedder, content: dict[str, Any]) -> float:
+    """The mean loss of all pairs, each positive against all others: single steps vary too much to see it fall."""
+    rows = [json.loads(line) for line in expand(content["stages"][0]["data"][0]["path"]).read_text().splitlines()]
+    model.network.eval()
+    queries = model.encode([row["query"] for row in rows], task="Find its answer")
+    scores = queries @ model.encode([row["positives"][0] for row in rows]).T / 0.1
+    return float(np.mean(np.log(np.exp(scores).sum(axis=1)) - scores.diagonal()))
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_seconds(out: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in metrics(out)]
+
+
+def evaluated(out: Path) -> list[tuple[str, int]]:
+    records = map(json.loads, (out / "evaluations.jsonl").read_text().splitlines())
+    return [(record["stage"], record["step"]) for record in records]
+
+
+@dataclass
+class Run:
+    recipe: Recipe
+    out: Path
+    model: Embedder
+    records: list[dict[str, Any]]
+    said: list[str]
+    vectors: np.ndarray
+
+
+@pytest.fixture(scope="module")
+def run(content: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The whole recipe in one go; leave it as it is."""
+    out = tmp_path_factory.mktemp("run") / "deep" / "out"
+    tree = copy.deepcopy(content)
+    tree["run"] |= {"out": str(out), "tracker": "tensorboard"}
+    tree["eval"] = {"every": 5, "suites": ["${EMBEDWRIGHT_TEST_DATA}/suite"]}
+    recipe = Recipe.parse(tree)
+    records: list[dict[str, Any]] = []
+    said: list[str] = []
+    model = train(recipe, on_step=records.append, on_evaluation=said.append)
+    return Run(recipe, out, model, records, said, model.encode(TEXTS, task="Find its answer"))
+
+
+# ---- one run
+
+
+def test_the_log_has_one_record_a_step(run: Run) -> None:
+    assert metrics(run.out) == run.records
+    keys = {"stage", "step", "loss", "lr", "grad_norm", "tokens", "seconds", "ids"}
+    assert all(record.keys() == keys for record in run.records)
+    place = [(record["stage"], record["step"]) for record in run.records]
+    assert place == [*(("retrieval", i) for i in range(1, 13)), *(("generalist", i) for i in range(1, 7))]
+    assert all(record["grad_norm"] > 0 and record["seconds"] > 0 for record in run.records)
+
+
+def test_a_record_tells_the_step_as_the_recipe_defines_it(run: Run) -> None:
+    sources = open_sources(run.recipe)
+    for number, stage in enumerate(run.recipe.stages):
+        records = [record for record in run.records if record["stage"] == stage.name]
+        for step, record in enumerate(records):
+            assert record["lr"] == learning_rate(stage.optim, step)
+            rows = rows_at(sources[number], step, batch_queries=8, batching="blended", seed=7, stage=stage.name)
+            batch = make_batch(
+                rows,
+                run.model.contract,
+                hard_negatives=stage.hard_negatives,
+                in_batch=stage.in_batch_negatives,
+                rng=np.random.default_rng([7, number, step]),
+            )
+            assert record["ids"] == batch.ids_hash()
+            texts = {*batch.queries, *batch.candidates}
+            assert record["tokens"] == sum(len(run.model.tokenize([t], prefix=p).ids_T) for p, t in texts)
+
+
+def test_the_loss_falls_in_both_stages(content: dict[str, Any], run: Run, tmp_path: Path) -> None:
+    first = Recipe.parse(short(content, tmp_path, 24))
+    before, after = contrast(start_model(first), content), contrast(train(first), content)
+    assert after < 0.6 * before and after < 0.75 * np.log(40)  # a model that knows nothing has the logarithm
+    losses = [record["loss"] for record in run.records[12:]]
+    assert np.mean(losses[-2:]) < 0.95 * np.mean(losses[:2])
+
+
+def test_what_comes_back_is_a_merged_embedder(run: Run, tmp_path: Path) -> None:
+    network = run.model.network
+    assert not has_lora(network.backbone) and not network.training
+    assert all(p.dtype == torch.float32 and not p.requires_grad for p in network.parameters())
+    np.testing.assert_allclose(np.linalg.norm(run.vectors, axis=1), 1, atol=1e-6)
+    assert np.abs(run.vectors - start_model(run.recipe).encode(TEXTS, task="Find its answer")).max() > 0.05
+    run.model.save(tmp_path / "saved")
+    loaded = Embedder.load(tmp_path / "saved")
+    np.testing.assert_allclose(loaded.encode(TEXTS, task="Find its answer"), run.vectors, atol=1e-6)
+
+
+def test_suites_are_evaluated_at_the_start_every_so_often_and_at_the_end_of_stages(run: Run) -> None:
+    wanted = [
+        ("start", 0),
+        ("retrieval", 5),
+        ("retrieval", 10),
+        ("retrieval", 12),
+        ("generalist", 5),
+        ("generalist", 6),
+    ]
+    assert evaluated(run.out) == wanted
+    records = [json.loads(line) for line in (run.out / "evaluations.jsonl").read_text().splitlines()]
+    results = [Results.from_json(json.dumps(record["results"])) for record in records]
+    assert all(record["suite"] == run.recipe.eval.suites[0] for record in records)
+    assert len({result.rows[0].value for result in results}) > 4  # the last step is too small to change an order
+    after = loop.evaluate(run.model, expand(run.recipe.eval.suites[0])).rows[0]
+    assert results[-1].rows[0].value == pytest.approx(after.value, abs=1e-3)
+    assert len(run.said) == 2 * len(wanted)
+
+
+def test_tensorboard_has_the_losses(run: Run) -> None:
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulators.EventAccumulator(str(run.out / "tensorboard")).Reload()
+    found = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert found == [(i, pytest.approx(record["loss"])) for i, record in enumerate(run.records, start=1)]
+
+
+def test_the_newest_checkpoints_are_kept(run: Run) -> None:
+    assert sorted(p.name for p in (run.out / "checkpoints").iterdir()) == ["01-0000005", "01-0000006"]
+
+
+def test_a_finished_run_returns_at_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {name: (run.out / name).read_bytes() for name in ("metrics.jsonl", "evaluations.jsonl")}
+    monkeypatch.setattr(loop, "evaluate", lambda *_, **__: pytest.fail("evaluated again"))
+    monkeypatch.setattr(loop, "accumulate", lambda *_, **__: pytest.fail("trained again"))
+    model = train(run.recipe)
+    assert np.array_equal(model.encode(TEXTS, task="Find its answer"), run.vectors)
+    assert before == {name: (run.out / name).read_bytes() for name in before}
+
+
+# ---- one run in several goes
+
+
+class Stop(Exception):  # noqa: N818
+    pass
+
+
+def stop_at(stage: str, step: int) -> Callable[[dict[str, Any]], None]:
+    def on_step(record: dict[str, Any]) -> None:
+        if (record["stage"], record["step"]) == (stage, step):
+            raise Stop
+
+    return on_step
+
+
+def test_a_run_in_pieces_equals_the_run_in_one(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = run.recipe.with_out(tmp_path)
+    places = [
+        ("retrieval", 3),
+        ("retrieval", 5),
+        ("retrieval", 8),
+        ("retrieval", 12),
+        ("generalist", 1),
+        ("generalist", 6),
+    ]
+    for place in places:
+        with pytest.raises(Stop):
+            train(recipe, on_step=stop_at(*place))
+    model = train(recipe)
+    assert without_seconds(tmp_path) == without_seconds(run.out)
+    assert np.array_equal(model.encode(TEXTS, task="Find its answer"), run.vectors)
+    assert evaluated(tmp_path) == evaluated(run.out)
+
+    (newest,) = (tmp_path / "checkpoints").glob("01-0000006")
+    (newest / "weights.safetensors").write_bytes(b"torn")
+    assert np.array_equal(train(recipe).encode(TEXTS, task="Find its answer"), run.vectors)
+    assert without_seconds(tmp_path) == without_seconds(run.out)
+    assert evaluated(tmp_path) == evaluated(run.out)
+
+
+def test_an_evaluation_that_was_broken_off_is_made_up_for(run: Run, tmp_path: Path) -> None:
+    def on_evaluation(said: str) -> None:
+        seen.append(said)
+        if len(seen) == 3:  # the first line of the evaluation at step 5, whose checkpoint stands
+            raise Stop
+
+    seen: list[str] = []
+    recipe = run.recipe.with_out(tmp_path)
+    with pytest.raises(Stop):
+        train(recipe, on_evaluation=on_evaluation)
+    with (tmp_path / "evaluations.jsonl").open("a") as stream:
+        stream.write('{"stage": "retr')  # as a kill may leave it
+    train(recipe)
+    assert evaluated(tmp_path) == evaluated(run.out)
+
+
+def test_a_trained_model_is_never_recorded_as_the_start(run: Run, content: dict[str, Any], tmp_path: Path) -> None:
+    tree = short(content, tmp_path)
+    train(Recipe.parse(tree))
+    train(Recipe.parse(tree | {"eval": {"suites": run.recipe.eval.suites}}))
+    assert evaluated(tmp_path) == [("retrieval", 2)]
+
+
+def test_evaluations_of_a_run_without_a_checkpoint_do_not_stand_for_another_run(
+    run: Run, content: dict[str, Any], tmp_path: Path
+) -> None:
+    tree = short(content, tmp_path) | {"eval": {"suites": run.recipe.eval.suites}}
+    with pytest.raises(Stop):
+        train(Recipe.parse(tree), on_step=stop_at("retrieval", 1))
+    before = (tmp_path / "evaluations.jsonl").read_text()
+    tree["model"]["layers"] = 1
+    tree["stages"][0]["name"] = "renamed"
+    train(Recipe.parse(tree))
+    assert evaluated(tmp_path) == [("start", 0), ("renamed", 2)]
+    assert before not in (tmp_path / "evaluations.jsonl").read_text()
+
+
+def test_another_recipe_or_other_data_in_the_same_folder_is_refused(
+    run: Run, content: dict[str, Any], tmp_path: Path
+) -> None:
+    tree = short(content, tmp_path)
+    pairs = tmp_path / "pairs.jsonl"
+    rows = expand(content["stages"][0]["data"][0]["path"]).read_text()
+    pairs.write_text(rows)
+    tree["stages"][0]["data"][0]["path"] = str(pairs)
+    train(Recipe.parse(tree))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    other = copy.deepcopy(tree)
+    other["stages"][0]["optim"]["lr"] = 1e-3
+    with pytest.raises(ConfigError, match=r"holds a run of another recipe: choose another run\.out"):
+        train(Recipe.parse(other))
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    pairs.write_text(rows.replace("moon", "Mars"))
+    with pytest.raises(ConfigError, match="holds a run of another data"):
+        train(Recipe.parse(tree))
+    pairs.write_text(rows)
+    tree["name"], tree["run"]["checkpoint_every"] = "renamed", 1
+    train(Recipe.parse(tree))  # neither decides the weights
+
+
+def test_bad_data_is_refused_before_a_model_is_made(
+    content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "start_model", lambda _: pytest.fail("a model was made"))
+    tree = short(content, tmp_path / "out")
+    tree["stages"].append(copy.deepcopy(tree["stages"][0]) | {"name": "second", "data": [{"path": "absent.jsonl"}]})
+    with pytest.raises(FileNotFoundError, match=r"stages\.second\.data\.0"):
+        train(Recipe.parse(tree))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_not_finite_stops_the_run_before_the_update(
+    content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    tree = short(content, tmp_path, steps=4)
+    tree["run"]["checkpoint_every"] = 1
+    accumulate, calls = loop.accumulate, []
+
+    def broken(model: Embedder, *args: Any, **kwargs: Any) -> tuple[float, int]:
+        loss, tokens = accumulate(model, *args, **kwargs)
+        calls.append(loss)
+        if len(calls) < 3:
+            return loss, tokens
+        if what == "gradient":
+            next(p for p in model.network.parameters() if p.grad is not None).grad[0] = torch.inf  # type: ignore[index]
+        return (float("nan") if what == "loss" else loss), tokens
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "accumulate", broken)
+        with pytest.raises(FloatingPointError, match=rf"^stage retrieval, step 3, rows \['.*\] \.\.\.: {what}"):
+            train(Recipe.parse(tree))
+    assert len(metrics(tmp_path)) == 2
+    train(Recipe.parse(tree))
+    smooth = Recipe.parse(tree).with_out(tmp_path / "smooth")
+    train(smooth)
+    assert without_seconds(tmp_path) == without_seconds(tmp_path / "smooth")
+
+
+# ---- ways to train
+
+
+def losses(recipe: Recipe) -> list[float]:
+    records: list[dict[str, Any]] = []
+    train(recipe, on_step=records.append)
+    return [record["loss"] for record in records]
+
+
+def test_gradient_checkpointing_gives_the_same_losses(content: dict[str, Any], tmp_path: Path) -> None:
+    plain = losses(Recipe.parse(short(content, tmp_path / "plain", 4)))
+    tree = short(content, tmp_path / "saving", 4, gradient_checkpointing=True)
+    saving = Recipe.parse(tree)
+    assert losses(saving) == pytest.approx(plain, rel=1e-5)
+    forwards: list[int] = []
+    model = start_model(saving)
+    layer = model.network.backbone.layers[1].mlp.act_fn
+    layer.register_forward_hook(lambda *_: forwards.append(1))
+    model.embed(model.tokenize(TEXTS)).sum().backward()
+    assert len(forwards) == 2  # and it is on: the layer runs once more in the backward pass
+
+
+def test_the_token_budget_changes_no_loss(content: dict[str, Any], tmp_path: Path) -> None:
+    tree = copy.deepcopy(content)
+    tree["tune"]["dropout"] = 0.0
+    tree["run"]["out"] = str(tmp_path / "whole")
+    whole = losses(Recipe.parse(tree))
+    tree["run"] |= {"out": str(tmp_path / "parts"), "batch_tokens": 100}
+    assert losses(Recipe.parse(tree)) == pytest.approx(whole, rel=1e-3)
+
+
+def test_bf16_freezes_the_base_in_bf16_and_trains_in_float32(content: dict[str, Any], tmp_path: Path) -> None:
+    tree = short(content, tmp_path / "bf16", 6)
+    plain = losses(Recipe.parse(short(content, tmp_path / "fp32", 6)))
+    tree["run"]["precision"] = "bf16"
+    recipe = Recipe.parse(tree)
+    for name, parameter in start_model(recipe).network.named_parameters():
+        trained = "lora_" in name or name.startswith("head.")
+        assert parameter.requires_grad == trained
+        assert parameter.dtype == (torch.float32 if trained else torch.bfloat16)
+    assert losses(recipe) == pytest.approx(plain, rel=0.1)
+    model = train(recipe)
+    assert all(p.dtype == torch.float32 for p in model.network.parameters())
+    assert np.isfinite(model.encode(TEXTS)).all()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_full_tuning_moves_every_weight(content: dict[str, Any], tmp_path: Path, precision: str) -> None:
+    tree = short(content, tmp_path, 4, method="full")
+    tree["run"]["precision"] = precision
+    tree["stages"][0]["optim"]["lr"] = 5e-4
+    recipe = Recipe.parse(tree)
+    before = dict(start_model(recipe).network.named_parameters())
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in before.values())
+    records: list[dict[str, Any]] = []
+    model = train(recipe, on_step=records.append)
+    after = dict(model.network.named_parameters())
+    assert {n for n in before if torch.equal(before[n], after[n])} == set()
+    assert contrast(model, content) < contrast(start_model(recipe), content)
+    with pytest.raises(Stop):
+        train(recipe.with_out(tmp_path / "again"), on_step=stop_at("retrieval", 2))
+    again = train(recipe.with_out(tmp_path / "again"))
+    assert np.array_equal(again.encode(TEXTS), model.encode(TEXTS))
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+@pytest.mark.parametrize("pooling", ["latent", "self", "mlp", "mean", "last"])
+def test_every_pooling_trains(content: dict[str, Any], tmp_path: Path, pooling: str, attention: str) -> None:
+    tree = short(content, tmp_path, 1)
+    tree["model"] |= {"pooling": pooling, "attention": attention}
+    recipe = Recipe.parse(tree)
+    before = start_model(recipe)
+    assert before.network.training
+    model = train(recipe)
+    assert model.network.pooling.kind == pooling
+    assert model.network.backbone.config.is_causal == (attention == "causal")
+    assert np.abs(model.encode(TEXTS) - before.encode(TEXTS)).max() > 1e-4
+    assert len(metrics(tmp_path)) == 1
+
+
+def test_the_start_follows_the_seed_alone(content: dict[str, Any], tmp_path: Path) -> None:
+    tree = short(content, tmp_path)
+
+    def weights() -> dict[str, nn.Parameter]:
+        torch.rand(np.random.default_rng().integers(1, 9))
+        return dict(start_model(Recipe.parse(tree)).network.named_parameters())
+
+    first, again = weights(), weights()
+    assert all(torch.equal(first[n], again[n]) for n in first)
+    tree["seed"] = 8
+    other = weights()
+    differ = {n for n in first if not torch.equal(first[n], other[n])}
+    assert any("lora_A" in n for n in differ) and any(n.startswith("head.") for n in differ)
+    assert all("lora_A" in n or n.startswith("head.") for n in differ)
+
+
+def test_adapters_that_nothing_reached_are_refused(content: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="21 LoRA adapters are still zero after training"):
+        finish(start_model(Recipe.parse(short(content, tmp_path))))
+
+
+def test_a_resumed_run_says_where_it_stands(
+    content: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tree = short(content, tmp_path, 3)
+    tree["run"]["checkpoint_every"] = 2
+    with pytest.raises(Stop):
+        train(Recipe.parse(tree), on_step=stop_at("retrieval", 3))
+    with caplog.at_level(logging.INFO, logger="embedwright"):
+        train(Recipe.parse(tree))
+    assert f"resuming {tmp_path} at stage 0, step 2" in caplog.text

@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from embedwright.config import ConfigError
+from embedwright.data.example import Task
+from embedwright.training.recipe import Recipe, expand
+
+RECIPE = """
+name: laptop
+seed: 7
+model: {base: smollm2-135m, layers: 12, pooling: latent, latents: 128, heads: 8, max_tokens: 128}
+tune: {method: lora, rank: 8, alpha: 16, dropout: 0.1, pooling_lr_ratio: 2.0}
+stages:
+  - name: retrieval
+    data:
+      - {path: docs.jsonl, weight: 0.5}
+      - path: more.jsonl
+        task: {name: more, instruction: Find more, licence: MIT}
+    in_batch_negatives: all
+    hard_negatives: 1
+    optim: {lr: 2e-5, warmup_steps: 20, steps: 300, batch_queries: 64}
+  - name: generalist
+    data: [{path: labels.jsonl, task: labels}]
+    in_batch_negatives: none
+    batching: homogeneous
+    hard_negatives: 3
+    temperature: 0.05
+    optim: {lr: 1.5e-5, steps: 100, batch_queries: 32}
+run: {out: runs/laptop, checkpoint_every: 50, keep: 3, precision: bf16, batch_tokens: 4096, tracker: none}
+eval: {every: 100, suites: [dev]}
+"""
+
+
+def content() -> dict[str, Any]:
+    return copy.deepcopy(yaml.safe_load(RECIPE))
+
+
+def put(tree: Any, path: str, value: Any) -> Any:
+    """`tree` with the value at a dotted path replaced or added."""
+    *above, last = [int(part) if part.isdigit() else part for part in path.split(".")]
+    inner = tree
+    for part in above:
+        inner = inner[part]
+    inner[last] = value
+    return tree
+
+
+def load(tmp_path: Path, text: str) -> Recipe:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    return Recipe.load(file)
+
+
+def test_a_recipe_loads(tmp_path: Path) -> None:
+    recipe = load(tmp_path, RECIPE)
+    first, second = recipe.stages
+    assert (recipe.name, recipe.seed, recipe.strict) == ("laptop", 7, False)
+    assert (recipe.model.layers, recipe.model.attention, recipe.tune.rank) == (12, "bidirectional", 8)
+    assert first.data[0].task is None and first.data[0].weight == 0.5
+    assert first.data[1].task == Task(name="more", instruction="Find more", licence="MIT")
+    assert (first.batching, first.temperature, first.optim.clip) == ("blended", 0.02, 1.0)
+    assert second.data[0].task == "labels" and second.batching == "homogeneous" and second.optim.warmup_steps == 0
+    assert (recipe.run.out, recipe.run.keep, recipe.eval.suites) == ("runs/laptop", 3, ("dev",))
+    assert recipe == Recipe.parse(content()) and recipe == Recipe.load(str(tmp_path / "recipe.yaml"))
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.seed = 8  # type: ignore[misc]
+
+
+def test_a_float_without_a_dot_is_a_float(tmp_path: Path) -> None:
+    assert content()["stages"][0]["optim"]["lr"] == "2e-5"  # what YAML makes of it
+    assert load(tmp_path, RECIPE).stages[0].optim.lr == 2e-5
+
+
+@pytest.mark.parametrize(
+    ("path", "nearest"),
+    [
+        ("staegs", "stages"),
+        ("model.poolin", "pooling"),
+        ("tune.rnk", "rank"),
+        ("stages.0.batch", "batching"),
+        ("stages.1.optim.warmup", "warmup_steps"),
+        ("stages.0.data.0.wieght", "weight"),
+        ("stages.0.data.1.task.instructions", "instruction"),
+        ("run.check_point_every", "checkpoint_every"),
+        ("eval.suite", "suites"),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest(path: str, nearest: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        Recipe.parse(put(content(), path, 1))
+    *above, key = path.split(".")
+    at = [line for line in str(error.value).splitlines() if f".{key}: " in line or f" {key}: " in line]
+    assert len(at) == 1 and at[0].endswith(f"unknown key; did you mean {nearest!r}?")
+    assert at[0].startswith(f"recipe: {'.'.join(above)}")
+
+
+def test_an_unknown_key_like_no_other_comes_with_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"eval\.zzz: unknown key; known: \['every', 'suites'\]"):
+        Recipe.parse(put(content(), "eval.zzz", 1))
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "key"),
+    [
+        (RECIPE + "seed: 8\n", 24, "seed"),
+        (RECIPE.replace("seed: 7", "seed: 7\nseed: 7"), 4, "seed"),
+        (RECIPE.replace("    hard_negatives: 3", "    hard_negatives: 3\n    name: other"), 20, "name"),
+        (RECIPE.replace("rank: 8", "rank: 8, rank: 9"), 5, "rank"),
+    ],
+)
+def test_a_key_written_twice_is_refused_with_its_line(tmp_path: Path, text: str, line: int, key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"recipe\.yaml: line {line}: key '{key}' appears twice"):
+        load(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        ("stages.0.optim.lr", "fast", "number"),
+        ("stages.0.optim.lr", -1e-4, "greater than 0"),
+        ("stages.0.optim.steps", 0, "greater than or equal to 1"),
+        ("stages.1.hard_negatives", -1, "greater than or equal to 0"),
+        ("stages.1.temperature", 0, "greater than 0"),
+        ("stages.0.data.0.weight", 0, "greater than 0"),
+        ("stages.0.data", [], "at least 1 item"),
+        ("stages", [], "at least 1 item"),
+        ("model.pooling", "max", "'latent', 'mean', 'last', 'self' or 'mlp'"),
+        ("model.max_tokens", 4, "greater than or equal to 8"),
+        ("tune.dropout", 1.0, "less than 1"),
+        ("tune.method", "qlora", "'lora' or 'full'"),
+        ("run.precision", "fp16", "'fp32' or 'bf16'"),
+        ("run", {}, "required"),
+    ],
+)
+def test_a_wrong_value_names_its_key(path: str, value: Any, says: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        Recipe.parse(put(content(), path, value))
+    assert str(error.value).startswith(f"recipe: {path}") and says in str(error.value)
+
+
+def test_all_that_is_wrong_is_said_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"seed: .*\n.*tune\.rank: .*\n.*stages\.1\.optim\.clip: "):
+        Recipe.parse(put(put(put(content(), "seed", "x"), "tune.rank", 0), "stages.1.optim.clip", 0))
+
+
+def test_off_is_refused_with_the_words_that_are_allowed(tmp_path: Path) -> None:
+    """YAML 1.1 reads `off` and `no` as false."""
+    for word in ("off", "no"):
+        text = RECIPE.replace("in_batch_negatives: none", f"in_batch_negatives: {word}")
+        with pytest.raises(ConfigError, match=r"stages\.1\.in_batch_negatives: .*'none', 'same_task' or 'all'"):
+            load(tmp_path, text)
+
+
+def test_warm_up_must_end_before_the_last_step() -> None:
+    Recipe.parse(put(content(), "stages.0.optim.warmup_steps", 299))
+    for steps in (300, 301):
+        with pytest.raises(ConfigError, match=rf"stages\.0\.optim: .*warmup_steps={steps} must be below steps=300"):
+            Recipe.parse(put(content(), "stages.0.optim.warmup_steps", steps))
+
+
+def test_stages_of_one_name_are_refused() -> None:
+    with pytest.raises(ConfigError, match="different names"):
+        Recipe.parse(put(content(), "stages.1.name", "retrieval"))
+
+
+def test_files_that_are_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"absent\.yaml"):
+        Recipe.load(tmp_path / "absent.yaml")
+    for text, says in (("- a list", "found list"), ("", "found NoneType"), ("a: [", "while parsing"), ("a: \x00", "")):
+        with pytest.raises(ConfigError, match=rf"recipe\.yaml: .*{says}"):
+            load(tmp_path, text)
+
+
+# ---- hash
+
+
+def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict | list) and tree:
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from leaves(value, f"{path}.{key}".lstrip("."))
+    else:
+        yield path, tree
+
+
+OTHER = {"lora": "full", "latent": "mean", "all": "same_task", "none": "all", "homogeneous": "blended", "bf16": "fp32"}
+OTHER |= {"2e-5": "3e-5", "bidirectional": "causal"}
+
+
+def test_the_hash_follows_all_that_decides_the_weights_and_nothing_else() -> None:
+    tree = put(content(), "model.attention", "bidirectional")
+    before = Recipe.parse(tree).hash()
+    assert before == Recipe.parse(copy.deepcopy(tree)).hash() and len(bytes.fromhex(before)) == 8
+    changed, same = set(), set()
+    for path, value in leaves(tree):
+        if isinstance(value, str):
+            new: Any = "tensorboard" if path == "run.tracker" else OTHER.get(value, f"{value}x")
+        else:
+            new = value / 2 if isinstance(value, float) else value + 1
+        other = Recipe.parse(put(copy.deepcopy(tree), path, new))
+        (same if other.hash() == before else changed).add(path)
+    assert same == {"name", "run.out", "run.tracker", "run.checkpoint_every", "run.keep", "eval.every", "eval.suites.0"}
+    assert {"seed", "stages.0.optim.lr", "stages.0.data.0.weight", "run.batch_tokens", "stages.1.name"} <= changed
+
+
+def test_the_hash_takes_equal_numbers_as_equal(tmp_path: Path) -> None:
+    same = load(tmp_path, RECIPE.replace("lr: 2e-5", "lr: 0.00002"))
+    assert same.hash() == Recipe.parse(content()).hash()
+
+
+def test_with_out_changes_the_folder_alone() -> None:
+    recipe = Recipe.parse(content())
+    moved = recipe.with_out(Path("/elsewhere"))
+    assert moved.run.out == "/elsewhere" and moved.hash() == recipe.hash()
+    assert moved.with_out("runs/laptop") == recipe
+
+
+# ---- paths
+
+
+def test_paths_are_filled_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMBEDWRIGHT_TEST_A", "/a")
+    monkeypatch.setenv("HOME", "/home/me")
+    assert expand("${EMBEDWRIGHT_TEST_A}/x/${EMBEDWRIGHT_TEST_A}.jsonl") == Path("/a/x//a.jsonl")
+    assert expand("~/x.jsonl") == Path("/home/me/x.jsonl") and expand("x/y.jsonl") == Path("x/y.jsonl")
+
+
+@pytest.mark.parametrize("value", [None, ""])
+def test_a_variable_that_is_not_set_is_named(monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
+    monkeypatch.delenv("EMBEDWRIGHT_TEST_B", raising=False)
+    if value is not None:
+        monkeypatch.setenv("EMBEDWRIGHT_TEST_B", value)
+    with pytest.raises(ConfigError, match=r"^\$\{EMBEDWRIGHT_TEST_B\}/x: set the environment variable EMBEDWRIGHT_TES"):
+        expand("${EMBEDWRIGHT_TEST_B}/x")
