@@ -193,12 +193,12 @@ def build(
     out: Path,
     *,
     packages: Sequence[str] = LIBRARIES,
-    heldout_share: float = 0.15,
-    max_train: int = 20_000,
-    max_eval_queries: int = 500,
-    max_body_words: int = 80,
-    labels_min: int = 60,
-    labels_max: int = 200,
+    heldout_share: float = 0.06,
+    max_train: int = 2_500,
+    max_eval_queries: int = 300,
+    max_body_words: int = 60,
+    labels_min: int = 20,
+    labels_max: int = 120,
     seed: int = 0,
 ) -> Report:
     """Writes training data and a held-out suite from the docstrings of `packages` into `out`, whole or not at all.

@@ -32,7 +32,7 @@ Rule = Literal["naive", "shift", "abs", "margin", "perc"]
 BEST_MARGIN: dict[Rule, float | None] = {"naive": None, "shift": 10, "abs": 0.7, "margin": 0.05, "perc": 0.95}
 """The best setting of each rule in NV-Retriever's ablation: what `margin=None` stands for."""
 
-_CHUNK = 4096  # texts in one call of the teacher: enough for it to sort by length, few enough to report progress
+_CHUNK = 512  # texts in one call of the teacher: enough for it to sort by length, few enough to report progress
 _TILE = 1024  # queries encoded and searched at once
 
 
@@ -153,6 +153,12 @@ def mine(
     report = MiningReport(rule, margin, seconds, len(mined), len(pool.ids), **count)
     logger.info("mined %s", report)
     return mined, report
+
+
+def positives_of(examples: Iterable[Example]) -> dict[str, str]:
+    """The examples' own positives as a corpus: document id (a number where it has none) -> text, each text once."""
+    passages = {passage.text: passage.id for example in examples for passage in example.positives}
+    return {id or f"p{number}": text for number, (text, id) in enumerate(passages.items())}
 
 
 def top_k(

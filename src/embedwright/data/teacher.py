@@ -19,7 +19,7 @@ class Encoder(Protocol):
 
 
 class _SentenceTransformerEncoder:
-    """A sentence-transformers model under its own prompts: it was not trained on ours, so `task` only picks the side."""
+    """A sentence-transformers model under its own prompts: it was not trained on ours, `task` only picks the side."""
 
     def __init__(self, model: Any) -> None:
         self.model = model

@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
-from embedwright.data.example import DataError, check_keys, id_of, number_of, text_of
+from embedwright.config import load_yaml, validate
+from embedwright.data.example import DataError, id_of, number_of, text_of
 from embedwright.data.readers import beir_files, read_beir, read_rows
 from embedwright.data.teacher import Encoder, as_encoder
 from embedwright.evaluation import metrics
@@ -43,13 +43,6 @@ logger = logging.getLogger(__name__)
 
 class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _name_the_nearest_key(cls, values: Any) -> Any:
-        if isinstance(values, dict):
-            check_keys(values, cls.model_fields)
-        return values
 
 
 class SuiteTask(_Strict):
@@ -132,24 +125,8 @@ def load_suite(suite: Path | str) -> Suite:
     raise FileNotFoundError(f"no suite {str(suite)!r}: no such file or folder; packaged are: {', '.join(packaged)}")
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key written twice is an error: PyYAML keeps the last one, silently."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        if twice := [key for number, key in enumerate(keys) if key in keys[:number]]:
-            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} twice", node.start_mark)
-        return super().construct_mapping(node, deep=deep)
-
-
 def _from_yaml(file: Path) -> Suite:
-    try:
-        written = Suite.model_validate(yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeys))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file}: {error}") from error
-    except ValidationError as error:
-        faults = (": ".join([".".join(map(str, fault["loc"])) or "suite", fault["msg"]]) for fault in error.errors())
-        raise ValueError("\n".join(f"{file}: {fault}" for fault in faults)) from error
+    written = validate(Suite, load_yaml(file), str(file))
     return written.model_copy(update={"tasks": tuple(_resolved(task, file) for task in written.tasks)})
 
 

@@ -139,7 +139,7 @@ def load_backbone(base: str, config: Any, dtype: torch.dtype) -> Any:
     transformers_logging.set_verbosity_error()  # layers cut off and the LM head are left out on purpose
     try:
         model, info = AutoModel.from_pretrained(
-            base, config=config, dtype=dtype, attn_implementation=PACKED, output_loading_info=True
+            base, config=config, dtype=dtype, attn_implementation=PACKED, output_loading_info=True, use_safetensors=True
         )
     finally:
         transformers_logging.set_verbosity(verbosity)
@@ -150,15 +150,22 @@ def load_backbone(base: str, config: Any, dtype: torch.dtype) -> Any:
     return model
 
 
-def add_lora(backbone: nn.Module, *, rank: int, alpha: int, dropout: float) -> None:
-    """LoRA on every linear layer of the backbone, in place; adapters in float32, everything else frozen."""
+def add_lora(backbone: nn.Module, *, rank: int, alpha: int, dropout: float, mixed: bool = False) -> None:
+    """LoRA on every linear layer of the backbone, in place; adapters in float32, everything else frozen.
+
+    `mixed`: it will run under autocast, which casts the small adapters; else peft casts every input up to them.
+    """
     from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
 
     linear_names = {
         name.rsplit(".", 1)[-1] for name, module in backbone.named_modules() if isinstance(module, nn.Linear)
     }
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=sorted(linear_names))
     inject_adapter_in_model(config, backbone)
+    for module in backbone.modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = not mixed
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad = "lora_" in name
         if parameter.requires_grad:

@@ -59,6 +59,7 @@ class EmbedwrightModel(PreTrainedModel):
         self.backbone = backbone
         self.head = make_head(self.pooling, backbone.config.hidden_size)
         self.implementation = PACKED  # "sdpa" and "eager" exist for tests alone
+        self.mixed = False  # training in bf16: the backbone's products in bf16, whatever its adapters are stored in
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -69,9 +70,10 @@ class EmbedwrightModel(PreTrainedModel):
         if self.implementation != PACKED:
             texts = packed.ids_T.split(packed.lengths_N.tolist())
             return torch.cat([stock_hidden(self.backbone, ids, self.implementation) for ids in texts])
-        output = self.backbone(
-            input_ids=packed.ids_T[None], position_ids=packed.position_T[None], packed=packed, use_cache=False
-        )
+        with torch.autocast(packed.ids_T.device.type, torch.bfloat16, enabled=self.mixed):
+            output = self.backbone(
+                input_ids=packed.ids_T[None], position_ids=packed.position_T[None], packed=packed, use_cache=False
+            )
         hidden: Tensor = output.last_hidden_state[0]
         return hidden
 

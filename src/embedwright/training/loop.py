@@ -91,9 +91,10 @@ def start_model(recipe: Recipe) -> Embedder:
     )
     network = model.network
     network.head.float()
+    network.mixed = recipe.run.precision == "bf16"
     if tune.method == "lora":
         torch.manual_seed(recipe.seed)
-        add_lora(network.backbone, rank=tune.rank, alpha=tune.alpha, dropout=tune.dropout)
+        add_lora(network.backbone, rank=tune.rank, alpha=tune.alpha, dropout=tune.dropout, mixed=network.mixed)
     if tune.gradient_checkpointing:
         network.backbone.gradient_checkpointing_enable({"use_reentrant": False})
     probe.check(network)
@@ -105,6 +106,7 @@ def finish(model: Embedder) -> Embedder:
     """Merge the adapters in float32, prove that the merge changed nothing, and probe. RuntimeError if it did."""
     network = model.network
     network.float().eval()
+    network.mixed = False
     if has_lora(network.backbone):
         if idle := idle_adapters(network.backbone):
             raise RuntimeError(f"{len(idle)} LoRA adapters are still zero after training, e.g. {idle[0]}")
@@ -179,11 +181,9 @@ class _Run:
             rng=np.random.default_rng([recipe.seed, number, step]),
         )
         seed = int(np.random.default_rng([recipe.seed, number, step, 1]).integers(2**62))
-        whole_in_bf16 = recipe.run.precision == "bf16" and recipe.tune.method == "full"
-        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=whole_in_bf16):
-            loss, tokens = accumulate(
-                self.model, batch, temperature=stage.temperature, batch_tokens=recipe.run.batch_tokens, seed=seed
-            )
+        loss, tokens = accumulate(
+            self.model, batch, temperature=stage.temperature, batch_tokens=recipe.run.batch_tokens, seed=seed
+        )
         where = f"stage {stage.name}, step {step + 1}, rows {batch.ids[:3]} ..."
         if not np.isfinite(loss):
             raise FloatingPointError(f"{where}: loss is {loss}")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from dataclasses import replace
 
 from embedwright.config import ConfigError
 from embedwright.data.example import Task
 from embedwright.data.table import open_examples
 from embedwright.training.blend import Source
-from embedwright.training.recipe import DataPart, Recipe, StagePart, expand
+from embedwright.training.recipe import Recipe, StagePart, expand
 
 logger = logging.getLogger(__name__)
 
@@ -30,17 +31,15 @@ def data_fingerprint(stages: list[list[Source]]) -> str:
 
 def _stage_sources(recipe: Recipe, stage: StagePart, known: dict[str, Task]) -> list[Source]:
     sources = []
-    for number, entry in enumerate(stage.data):
+    for number in range(len(stage.data)):
         where = f"recipe {recipe.name}: stages.{stage.name}.data.{number}"
-        for source in _entry_sources(recipe, stage, entry, known, where):
-            _check(recipe, stage, source, where)
-            sources.append(source)
+        for source in _entry_sources(recipe, stage, number, known, where):
+            sources.append(_check(recipe, stage, source, where))
     return sources
 
 
-def _entry_sources(
-    recipe: Recipe, stage: StagePart, entry: DataPart, known: dict[str, Task], where: str
-) -> list[Source]:
+def _entry_sources(recipe: Recipe, stage: StagePart, number: int, known: dict[str, Task], where: str) -> list[Source]:
+    entry = stage.data[number]
     named = entry.task if isinstance(entry.task, str) else entry.task.name if entry.task else None
     try:
         table = open_examples(
@@ -60,21 +59,28 @@ def _entry_sources(
         # an entry's own description is for its own rows: another stage may describe the task otherwise
         task = entry.task if isinstance(entry.task, Task) and entry.task.name == name else known[name]
         share = entry.weight * len(rows)
-        sources.append(Source(f"{entry.path}#{name}", table, rows, task, share))
+        # the name keys the order of rows, which must not change when the data is moved
+        sources.append(Source(f"{number}#{name}", table, rows, task, share))
     return sources
 
 
-def _check(recipe: Recipe, stage: StagePart, source: Source, where: str) -> None:
+def _check(recipe: Recipe, stage: StagePart, source: Source, where: str) -> Source:
+    """The source with the rows that can train something. ConfigError where there is none, or strict asks for more."""
     task = source.task
     if recipe.strict and not (task.instruction and task.licence):
         missing = "instruction" if not task.instruction else "licence"
         raise ConfigError(f"{where}: task {task.name!r} has no {missing}, and the recipe is strict")
     if (task.in_batch_negatives or stage.in_batch_negatives) != "none":
-        return
-    without = int((source.table.negatives_per_row()[source.rows] == 0).sum())
-    if stage.hard_negatives == 0 or without:
+        return source
+    usable = source.rows[source.table.negatives_per_row()[source.rows] > 0]
+    without = len(source.rows) - len(usable)
+    if stage.hard_negatives == 0 or not len(usable):
         raise ConfigError(
             f"{where}: task {task.name!r} takes no in-batch negatives, and "
-            + (f"{without} of its {len(source.rows)} rows have none of their own" if without else "hard_negatives is 0")
-            + ": such rows would train nothing (mine negatives, or allow in-batch ones)"
+            + ("hard_negatives is 0" if len(usable) else f"none of its {without} rows has negatives of its own")
+            + ": it would train nothing (mine negatives, or allow in-batch ones)"
         )
+    if without:
+        total = len(source.rows)
+        logger.warning("%s: %d of %d rows of task %r have no negatives: left out", where, without, total, task.name)
+    return replace(source, rows=usable, share=source.share * len(usable) / len(source.rows))

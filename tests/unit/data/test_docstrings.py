@@ -358,7 +358,7 @@ def test_a_build_that_fails_leaves_nothing(tmp_path: Path, library: str, monkeyp
 
 def test_networkx_as_installed(tmp_path: Path) -> None:
     pytest.importorskip("networkx")
-    report = build(tmp_path / "out", packages=["networkx"], labels_min=20)
+    report = build(tmp_path / "out", packages=["networkx"], heldout_share=0.15, labels_min=20)
     out = tmp_path / "out"
     assert report.harvested["networkx"] > 800
     assert {"networkx.algorithms", "networkx.generators"} <= report.topics.keys()

@@ -185,17 +185,20 @@ def test_a_folder_without_data_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("name: x\ntasks: [{name: a, kind: sts, path: p, instrution: i}]", "unknown key 'instrution'.*'instruction'"),
-        ("name: x\ntask: []", "unknown key 'task', did you mean 'tasks'"),
-        ("name: x\nname: y\ntasks: []", "key 'name' twice"),
-        ("name: x\ntasks:\n- {name: a, name: b, kind: sts, path: p}", "key 'name' twice"),
+        (
+            "name: x\ntasks: [{name: a, kind: sts, path: p, instrution: i}]",
+            "tasks.0.instrution: unknown key; did you mean 'instruction'",
+        ),
+        ("name: x\ntask: []", "task: unknown key; did you mean 'tasks'"),
+        ("name: x\nname: y\ntasks: []", "key 'name' appears twice"),
+        ("name: x\ntasks:\n- {name: a, name: b, kind: sts, path: p}", "key 'name' appears twice"),
         ("name: x\ntasks: []", "tasks: .*at least 1"),
         ("name: x\ntasks: [{name: a, kind: ranking, path: p}]", "tasks.0.kind: .*'retrieval'"),
         ("name: x\ntasks: [{name: a, kind: sts, path: p}, {name: a, kind: sts, path: p}]", "two tasks are named 'a'"),
         ("name: x\ntasks: [{name: a, kind: sts, path: p, train: t}]", "'train' is for classification, not for sts"),
         ("name: x\ntasks: [{name: a, kind: sts, path: p, limit: 0}]", "limit: .*greater than 0"),
         ("name: [x\n", "suite.yaml: .*\n"),
-        ("just text", "suite.yaml: suite: "),
+        ("just text", "suite.yaml: expected a mapping"),
     ],
 )
 def test_a_faulty_yaml_file_is_refused(tmp_path: Path, text: str, message: str) -> None:

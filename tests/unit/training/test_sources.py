@@ -48,7 +48,7 @@ def test_a_file_becomes_a_source_for_each_of_its_tasks(tmp_path: Path) -> None:
     path = write(tmp_path / "mixed.jsonl", *mixed)
     sources = open_one({"path": path, "weight": 2.5, "task": ONE})
     one = Task(**ONE)
-    assert [s.name for s in sources] == [f"{path}#one", f"{path}#two"]
+    assert [s.name for s in sources] == ["0#one", "0#two"]  # no path: it keys the order of rows
     assert [s.task for s in sources] == [one, Task(name="two")]
     assert [s.rows.tolist() for s in sources] == [[0, 1, 2, 5, 6, 7, 8, 9], [3, 4]]  # rows without a task are `one`
     assert [s.share for s in sources] == [2.5 * 8, 2.5 * 2]
@@ -62,7 +62,7 @@ def test_paths_take_variables_and_a_corpus(tmp_path: Path, monkeypatch: pytest.M
     entry = {"path": "${EMBEDWRIGHT_TEST_DATA}/x.jsonl", "corpus": "${EMBEDWRIGHT_TEST_DATA}/corpus.jsonl"}
     (source,) = open_one(entry)
     assert source.table[0].positives[0].text == "from the corpus"
-    assert source.name == "${EMBEDWRIGHT_TEST_DATA}/x.jsonl#x"  # order of rows does not depend on where data lies
+    assert source.name == "0#x"  # order of rows does not depend on where data lies
     monkeypatch.delenv("EMBEDWRIGHT_TEST_DATA")
     with pytest.raises(ConfigError, match="EMBEDWRIGHT_TEST_DATA"):
         open_one(entry)
@@ -120,14 +120,23 @@ def test_strict_wants_instruction_and_licence(tmp_path: Path, lacks: str) -> Non
     open_sources(recipe(stage({"path": path, "task": ONE}), strict=True))
 
 
-def test_rows_that_would_train_nothing_are_refused_with_their_number(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", *rows(5), *rows(3, negatives=0), *rows(2, negatives=0, task="other"))
-    says = r"stages\.first\.data\.0: task 'one' takes no in-batch negatives, and 3 of its 8 rows have none of their own"
-    with pytest.raises(ConfigError, match=says):
+def test_rows_that_would_train_nothing_are_left_out_with_their_number(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(tmp_path / "a.jsonl", *rows(5), *rows(3, negatives=0))
+    (whole,) = open_one({"path": path, "task": ONE})
+    assert len(whole.rows) == 8 and not caplog.text
+    (alone,) = open_one({"path": path, "task": ONE}, in_batch_negatives="none")
+    assert alone.rows.tolist() == [0, 1, 2, 3, 4] and alone.share == pytest.approx(5)
+    assert "stages.first.data.0: 3 of 8 rows of task 'one' have no negatives: left out" in caplog.text
+    (alone,) = open_one({"path": path, "task": ONE | {"in_batch_negatives": "none"}})  # the task goes before the stage
+    assert len(alone.rows) == 5
+
+
+def test_a_task_that_would_train_nothing_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", *rows(3, negatives=0))
+    with pytest.raises(ConfigError, match=r"stages\.first\.data\.0: task 'one' .* none of its 3 rows has negatives"):
         open_one({"path": path, "task": ONE}, in_batch_negatives="none")
-    with pytest.raises(ConfigError, match=says):  # the task's own switch goes before the stage's
-        open_one({"path": path, "task": ONE | {"in_batch_negatives": "none"}})
-    open_one({"path": path, "task": ONE})
     whole = write(tmp_path / "b.jsonl", *rows(5))
     open_one({"path": whole, "task": ONE}, in_batch_negatives="none")
     with pytest.raises(ConfigError, match="hard_negatives is 0"):

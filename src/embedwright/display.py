@@ -1,0 +1,56 @@
+"""What a person at a terminal sees of long work: one line with rate and time left. Used by the command and the demo."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from embedwright.training.recipe import Recipe
+
+_EVERY_S = 5.0
+
+
+def say(text: str = "") -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def counter(unit: str) -> Callable[..., None]:
+    """A callback `(done, total, note="")`: a line at most every five seconds, and one at the end."""
+    started, shown, first = time.monotonic(), 0.0, 0
+
+    def update(done: int, total: int, note: str = "") -> None:
+        nonlocal started, shown, first
+        now = time.monotonic()
+        if shown == 0.0:  # the first call sets the pace: what was done before (a resumed run) does not count
+            first, started, shown = done, now, now
+        elif done < total and now - shown < _EVERY_S:
+            return
+        shown = now
+        rate = (done - first) / max(now - started, 1e-9)
+        left = f", {_clock((total - done) / rate)} left" if rate and done < total else ""
+        pace = f", {rate:,.1f} {unit}/s" if rate else ""
+        say(f"  {done:,}/{total:,} {unit}{pace}{left}{'  ' + note if note else ''}")
+
+    return update
+
+
+def training(recipe: Recipe) -> Callable[[dict[str, Any]], None]:
+    """An `on_step` for `train`."""
+    steps = {stage.name: stage.optim.steps for stage in recipe.stages}
+    total = sum(steps.values())
+    before = {name: sum(list(steps.values())[:i]) for i, name in enumerate(steps)}
+    update = counter("steps")
+
+    def on_step(record: dict[str, Any]) -> None:
+        pace = record["tokens"] / record["seconds"]
+        note = f"{record['stage']}: loss {record['loss']:.3f}, {pace:,.0f} tokens/s"
+        update(before[record["stage"]] + record["step"], total, note)
+
+    return on_step
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -1,0 +1,401 @@
+"""The command as a user calls it: `main` with its arguments, what it prints, and its exit code."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import yaml
+
+from embedwright import cli
+from embedwright.data import docstrings
+from embedwright.model.embedder import Embedder
+from embedwright.training import loop
+from embedwright.training.recipe import Recipe
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+SYLLABLES = ["ba", "ko", "mi", "tu", "re", "sa", "no", "li", "ge", "vu", "da", "pe"]
+
+
+class Answer(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Answer]
+
+
+@pytest.fixture
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> Command:
+    """`command("eval", model, suite)`: exit code, standard output, and standard error with the warnings logged."""
+    for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS", "TOKENIZERS_PARALLELISM"):
+        monkeypatch.setenv(name, "error" if name == "TRANSFORMERS_VERBOSITY" else "1")  # so that main leaves none
+    monkeypatch.delenv("EMBEDWRIGHT_DEBUG", raising=False)
+
+    def call(*arguments: object) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["embedwright", *map(str, arguments)])
+        caplog.clear()
+        capsys.readouterr()
+        try:
+            with caplog.at_level(logging.WARNING, logger="embedwright"):
+                cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return Answer(code, out, err + caplog.text)
+
+    return call
+
+
+class WordTeacher:
+    """Texts that share words are alike."""
+
+    def encode(self, texts: Sequence[str], task: str | None = None) -> np.ndarray:
+        vectors = np.full((len(texts), 256), 1e-3, np.float32)
+        for i, text in enumerate(texts):
+            for word in text.split():
+                vectors[i, sum(ord(c) * 7**k for k, c in enumerate(word)) % 256] += 1
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def write(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def own_pairs(count: int) -> list[dict[str, str]]:
+    """Query and answer share two words that no other pair has."""
+    random = np.random.default_rng(0)
+    words = ["".join(random.choice(SYLLABLES, 3)) for _ in range(60)]
+
+    def text(i: int) -> str:
+        return " ".join(random.permutation([f"own{i}", f"name{i}", *random.choice(words, 6)]))
+
+    return [{"query": text(i), "positive": text(i)} for i in range(count)]
+
+
+def write_recipe(folder: Path, base: Path) -> Path:
+    """Two stages of two steps, with everything that they read, below `folder`."""
+    pairs = own_pairs(24)
+    rows = [
+        {"query": p["query"], "positives": [p["positive"]], "negatives": [pairs[i - 5]["positive"]]}
+        for i, p in enumerate(pairs)
+    ]
+    labelled = [{"text": p["query"], "label": f"kind {i % 3}"} for i, p in enumerate(pairs)]
+    scored = [{"text1": p["query"], "text2": pairs[i % 9]["positive"], "score": i % 6} for i, p in enumerate(pairs)]
+    write(folder / "suite" / "sts.jsonl", scored)
+    optim = {"lr": 1e-2, "steps": 2, "batch_queries": 4}
+
+    def stage(name: str, data: Path, in_batch: str) -> dict[str, Any]:
+        task = {"name": name, "instruction": "Find it", "licence": "none"}
+        rest = {"in_batch_negatives": in_batch, "hard_negatives": 1, "temperature": 0.1, "optim": optim}
+        return {"name": name, "data": [{"path": str(data), "task": task}], **rest}
+
+    recipe = {
+        "name": "tiny",
+        "model": {"base": str(base), "latents": 8, "heads": 4, "multiple": 1, "max_tokens": 64},
+        "tune": {"rank": 4, "alpha": 8, "dropout": 0.0},
+        "stages": [
+            stage("retrieval", write(folder / "examples.jsonl", rows), "all"),
+            stage("generalist", write(folder / "labels.jsonl", labelled), "none"),
+        ],
+        "run": {"out": str(folder / "unset"), "checkpoint_every": 1, "tracker": "none"},
+        "eval": {"suites": [str(folder / "suite")]},
+    }
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    return file
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_decoder: Callable[..., Path]) -> Path:
+    return write_recipe(tmp_path, tiny_decoder("llama"))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory, tiny_embedder: Callable[..., Embedder]) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    tiny_embedder("latent").save(folder)
+    return folder
+
+
+# ---- a recipe, and what comes after it
+
+
+def test_a_recipe_is_trained_evaluated_searched_and_examined(command: Command, recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    answer = command("train", recipe, "--out", out)
+    assert answer.code == 0, answer.err
+    assert not (tmp_path / "unset").exists()
+    assert "4/4 steps" in answer.out and "generalist: loss" in answer.out
+    header = next(line for line in answer.out.splitlines() if "retrieval 2" in line)
+    assert header.index("start 0") < header.index("retrieval 2") < header.index("generalist 2")
+    model = out / "model"
+    assert f"model: {model}" in answer.out
+
+    answer = command("eval", model, tmp_path / "suite", "--out", tmp_path / "new" / "results.json")
+    assert answer.code == 0, answer.err
+    results = json.loads((tmp_path / "new" / "results.json").read_text())
+    last = json.loads((out / "evaluations.jsonl").read_text().splitlines()[-1])["results"]
+    key = next(key for key, value in results.items() if isinstance(value, list))
+    assert results[key] == last[key]  # what was saved is what was trained
+
+    documents = [p["positive"] for p in own_pairs(12)]
+    corpus = write(tmp_path / "corpus.jsonl", [{"_id": f"d{i}", "text": t} for i, t in enumerate(documents)])
+    answer = command("encode", model, corpus, tmp_path / "vectors")
+    assert answer.code == 0, answer.err
+    assert "12/12 texts" in answer.out and list((tmp_path / "vectors").glob("shard-*.parquet"))
+
+    assert command("index", model, corpus, tmp_path / "index").code == 0
+    answer = command("search", model, tmp_path / "index", documents[7], documents[2], "--k", "2")
+    assert answer.code == 0, answer.err
+    query, best, _, other, other_best, _ = answer.out.splitlines()
+    assert (query, other) == (documents[7], documents[2])
+    assert best.split()[:2] == ["1.0000", "d7"] and other_best.split()[:2] == ["1.0000", "d2"]
+
+    answer = command("doctor", model)
+    assert answer.code == 0, answer.err
+    assert "ok  attention is bidirectional" in answer.out and "BAD" not in answer.out
+
+
+def test_an_interrupted_run_exits_75_says_so_and_goes_on(
+    command: Command, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accumulate, calls = loop.accumulate, []
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return accumulate(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "accumulate", interrupted)
+    answer = command("train", recipe, "--out", tmp_path / "run")
+    assert answer.code == 75
+    assert "run the same command again" in answer.err
+    assert command("train", recipe, "--out", tmp_path / "run").code == 0
+    assert len(calls) == 5  # four steps, one of them twice
+
+
+def test_the_table_has_the_tasks_of_every_suite(command: Command, recipe: Path, tmp_path: Path) -> None:
+    shutil.copytree(tmp_path / "suite", tmp_path / "second")
+    (tmp_path / "second" / "sts.jsonl").rename(tmp_path / "second" / "another.jsonl")
+    tree = yaml.safe_load(recipe.read_text())
+    tree["stages"] = tree["stages"][:1]
+    tree["eval"]["suites"].append(str(tmp_path / "second"))
+    recipe.write_text(yaml.safe_dump(tree))
+    answer = command("train", recipe, "--out", tmp_path / "run")
+    assert answer.code == 0, answer.err
+    table = answer.out[answer.out.index("start 0") :]
+    assert "sts" in table and "another" in table
+
+
+# ---- a user's own pairs
+
+
+def test_own_pairs_are_prepared_trained_and_resumed(
+    command: Command, tmp_path: Path, tiny_decoder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+
+    def teacher(name: str) -> WordTeacher:
+        opened.append(name)
+        return WordTeacher()
+
+    monkeypatch.setattr("embedwright.quickstart.open_encoder", teacher)
+    data, out = write(tmp_path / "pairs.jsonl", own_pairs(66)), tmp_path / "run"
+    arguments = ["train", "--data", data, "--base", tiny_decoder("llama"), "--out", out, "--teacher", "small"]
+    answer = command(*arguments)
+    assert answer.code == 0, answer.err
+    assert opened == ["small"]
+    assert "read 66" in answer.out and "heldout 6" in answer.out and "15/15 steps" in answer.out
+    header = next(line for line in answer.out.splitlines() if "start 0" in line)
+    assert header.index("start 0") < header.index("retrieval 10") < header.index("generalist 5")
+    assert Embedder.load(out / "model").encode(["a text"]).shape == (1, 32)
+    heldout = {json.loads(line)["text"] for line in (out / "data/heldout/own/queries.jsonl").read_text().splitlines()}
+    train = {json.loads(line)["query"] for line in (out / "data/train.jsonl").read_text().splitlines()}
+    assert len(heldout) == 6 and not heldout & train
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
+
+    answer = command(*arguments)
+    assert answer.code == 0, answer.err
+    assert "left as it is" in answer.out and "start 0" in answer.out and "15/15" not in answer.out
+    assert opened == ["small"] and before == {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
+
+    write(data, own_pairs(70))
+    answer = command(*arguments)
+    assert answer.code == 2
+    assert str(out) in answer.err and "other data" in answer.err
+
+
+def test_own_pairs_that_are_too_few_or_have_no_negatives_are_refused(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Constant:
+        def encode(self, texts: Sequence[str], task: str | None = None) -> np.ndarray:
+            return np.ones((len(texts), 4), np.float32)
+
+    monkeypatch.setattr("embedwright.quickstart.open_encoder", lambda _: Constant())
+    few = write(tmp_path / "few.jsonl", own_pairs(15))
+    answer = command("train", "--data", few, "--out", tmp_path / "few")
+    assert answer.code == 2 and "few.jsonl: 14 pairs" in answer.err
+    alike = write(tmp_path / "alike.jsonl", own_pairs(60))
+    answer = command("train", "--data", alike, "--out", tmp_path / "alike")
+    assert answer.code == 2 and "alike.jsonl: 0 pairs" in answer.err
+
+
+# ---- data
+
+
+def test_check_names_the_bad_lines_each_time(command: Command, tmp_path: Path) -> None:
+    good = {"query": "tides", "positives": ["rise and fall"]}
+    file = write(tmp_path / "examples.jsonl", [good, {"query": "the moon", "positives": []}, good])
+    with file.open("a") as stream:
+        stream.write("{broken\n")
+    for _ in range(2):
+        answer = command("data", "check", file)
+        assert answer.code == 2
+        assert f"{file}:2: no positive" in answer.err and f"{file}:4: not JSON" in answer.err
+        report = json.loads(answer.out)
+        assert (report["examples"], report["quarantined"], report["tasks"]) == (2, 2, {"examples": 2})
+    kept = Path(answer.err.split("kept unchanged in ")[-1].split("\n")[0])
+    assert kept.read_text().endswith("{broken\n")
+    assert command("data", "check", write(tmp_path / "good.jsonl", [good])).code == 0
+
+
+def test_labels_become_examples(command: Command, tmp_path: Path) -> None:
+    file = write(tmp_path / "labels.jsonl", [{"text": f"text {i}", "label": f"l{i % 3}"} for i in range(9)])
+    out = tmp_path / "new" / "examples.jsonl"
+    answer = command("data", "labels", file, "--out", out, "--task", "kinds", "--negatives", "2")
+    assert answer.code == 0, answer.err
+    assert json.loads(answer.out)["examples"] == 9
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {row["task"] for row in rows} == {"kinds"} and {len(row["negatives"]) for row in rows} == {2}
+    pairs = write(tmp_path / "pairs.jsonl", own_pairs(3))
+    answer = command("data", "labels", pairs, "--out", tmp_path / "none.jsonl")
+    assert answer.code == 2 and str(pairs) in answer.err
+
+
+def test_mine_writes_examples_with_negatives(command: Command, saved: Path, tmp_path: Path) -> None:
+    pairs = write(tmp_path / "pairs.jsonl", own_pairs(12))
+    out = tmp_path / "new" / "mined.jsonl"
+    answer = command(
+        "mine", pairs, "--out", out, "--teacher", saved, "--rule", "naive", "--negatives", 3, "--depth", 9
+    )
+    assert answer.code == 0, answer.err
+    report = json.loads(answer.out[answer.out.index("{") :])
+    assert (report["queries"], report["negatives"]) == (12, 36)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    positives = {row["query"]: row["positives"] for row in rows}
+    assert len(positives) == 12 and all(len(row["negatives"]) == 3 for row in rows)
+    assert all(row["negatives"][0] not in row["positives"] for row in rows)
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "absent.yaml"], "absent.yaml does not exist"),
+        (["train"], "give a recipe file, or --data"),
+        (["train", "--data", "pairs.jsonl"], "--data needs --out"),
+        (["trian"], "No such command 'trian'"),
+        (["train", "--ot", "x"], "No such option"),
+        (["mine", "pairs.jsonl"], "Missing option '--out'"),
+        (["mine", "absent.jsonl", "--out", "x.jsonl"], "absent.jsonl"),
+        (["eval", "./absent", "dev"], "./absent does not exist"),
+        (["eval", "some/absent/model", "dev"], "some/absent/model does not exist"),
+        (["data", "check", "absent.jsonl"], "absent.jsonl"),
+        (["data", "build", "wikipedia", "--out", "x"], "no data set 'wikipedia'; known: docstrings"),
+        (["doctor", "./absent"], "./absent does not exist"),
+    ],
+)
+def test_bad_input_exits_2_and_says_what_is_wrong(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    answer = command(*arguments)
+    assert answer.code == 2
+    assert said in answer.err and "Traceback" not in answer.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_rule_is_refused_with_the_known_ones(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("embedwright.model.opening.open_encoder", lambda _: WordTeacher())
+    pairs = write(tmp_path / "pairs.jsonl", own_pairs(3))
+    answer = command("mine", pairs, "--out", tmp_path / "x.jsonl", "--rule", "percent")
+    assert answer.code == 2
+    assert "naive, shift, abs, margin, perc, not 'percent'" in answer.err
+    assert not (tmp_path / "x.jsonl").exists()
+
+
+def test_an_unknown_key_comes_with_the_nearest(command: Command, recipe: Path) -> None:
+    recipe.write_text(recipe.read_text().replace("hard_negatives", "hard_negative"))
+    answer = command("train", recipe)
+    assert answer.code == 2
+    assert f"{recipe}: stages.0.hard_negative: unknown key; did you mean 'hard_negatives'?" in answer.err
+
+
+def test_a_base_that_is_no_decoder_is_refused(command: Command, recipe: Path, tmp_path: Path) -> None:
+    encoder = tmp_path / "encoder"
+    encoder.mkdir()
+    (encoder / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    tree = yaml.safe_load(recipe.read_text())
+    tree["model"]["base"] = str(encoder)
+    recipe.write_text(yaml.safe_dump(tree))
+    answer = command("train", recipe, "--out", tmp_path / "run")
+    assert answer.code == 2
+    assert f"base {encoder} is a 'bert' model, not a decoder-only language model" in answer.err
+
+
+def test_what_fails_in_a_run_exits_1(command: Command, monkeypatch: pytest.MonkeyPatch, recipe: Path) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise FloatingPointError("stage retrieval, step 3: loss is nan")
+
+    monkeypatch.setattr(loop, "train", fail)
+    answer = command("train", recipe)
+    assert answer.code == 1 and answer.err == "embedwright: stage retrieval, step 3: loss is nan\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["data", "--help"], ["train", "--help"], []])
+def test_help_lists_what_there_is(command: Command, arguments: list[str]) -> None:
+    answer = command(*arguments)
+    assert answer.code == (0 if arguments else 2)
+    assert "Usage: embedwright" in answer.out + answer.err
+
+
+# ---- the recipes that come with the package
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_a_packaged_recipe_loads(file: Path) -> None:
+    recipe = Recipe.load(file)
+    assert recipe.name == file.stem
+    names = {entry.task.name: entry.task for s in recipe.stages for entry in s.data if hasattr(entry.task, "name")}
+    assert all(task.instruction and task.licence for task in names.values())
+
+
+def test_the_laptop_recipe_trains_on_the_instructions_that_its_suite_asks_with() -> None:
+    recipe = Recipe.load(next(file for file in RECIPES if file.stem == "laptop"))
+    asked = {task["name"]: task["instruction"] for task in yaml.safe_load(docstrings._SUITE)["tasks"]}
+    for stage in recipe.stages:
+        for entry in stage.data:
+            assert not isinstance(entry.task, str | None)
+            assert entry.task.instruction == asked[entry.task.name]
+    assert all(Path(entry.path).is_relative_to(recipe.run.out) for s in recipe.stages for entry in s.data)
+    assert Path(recipe.eval.suites[0]) == Path(recipe.run.out) / "data" / "heldout" / "suite.yaml"
