@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,7 +73,11 @@ def _before_and_after(file: Path) -> None:
 
     if file.exists():
         records = [json.loads(line) for line in file.read_text().splitlines()]
-        columns = {f"{r['stage']} {r['step']}": Results.from_json(json.dumps(r["results"])) for r in records}
+        columns: dict[str, Results] = {}
+        for record in records:  # one a suite
+            name, found = f"{record['stage']} {record['step']}", Results.from_json(json.dumps(record["results"]))
+            before = columns.get(name)
+            columns[name] = replace(found, rows=before.rows + found.rows) if before else found
         say(render(table(columns)))
 
 
@@ -96,6 +101,7 @@ def mine(
     from embedwright.model.opening import open_encoder
 
     rows = list(open_examples(examples))
+    out.parent.mkdir(parents=True, exist_ok=True)
     pool = read_corpus(corpus) if corpus else positives_of(rows)
     found, report = run(
         rows,
@@ -133,6 +139,7 @@ def data_check(path: Annotated[Path, typer.Argument(help="A data file or BEIR fo
     table = open_examples(path)
     say(json.dumps({**table.report, "tasks": {k: len(v) for k, v in table.rows_by_task().items()}}, indent=2))
     if table.quarantined:
+        table.arrow.unlink()  # converted anew next time, so that the lines are named again
         raise ValueError(f"{path}: {table.quarantined} bad lines, kept unchanged in {table.quarantine}")
 
 
@@ -151,6 +158,7 @@ def data_labels(
     if detect_kind(path) != "labelled":
         raise ValueError(f'{path}: rows are not {{"text", "label"}}')
     table = open_examples(path, task=task, negatives=negatives, seed=seed)
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_examples(out, table)
     say(json.dumps(table.report, indent=2))
 
@@ -168,6 +176,7 @@ def evaluate(
 
     results = run(open_encoder(model), suite, progress=say)
     if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(results.to_json() + "\n")
     say(render(table({model: results})))
 
@@ -251,12 +260,11 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     _quiet_transformers()
     try:
-        app(standalone_mode=False)
+        if code := app(standalone_mode=False):  # typer has swallowed an exit, or (130) an interrupt
+            raise KeyboardInterrupt if code == 130 else typer.Exit(code)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
-    except typer.Abort:
-        sys.exit(INTERRUPTED)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):  # Abort: what older typers make of an interrupt
         _stop("interrupted: run the same command again to go on", INTERRUPTED)
     except (ValueError, FileNotFoundError, FileExistsError, ModuleNotFoundError, TypeError) as error:
         _stop(error, BAD_INPUT)
@@ -268,7 +276,8 @@ def main() -> None:
 def _stop(error: Any, code: int) -> None:
     if os.environ.get("EMBEDWRIGHT_DEBUG"):
         raise error if isinstance(error, BaseException) else SystemExit(code)
-    sys.stderr.write(f"embedwright: {error}\n")
+    if str(error):  # nothing behind the help of a bare `embedwright`
+        sys.stderr.write(f"embedwright: {error}\n")
     sys.exit(code)
 
 

@@ -24,12 +24,14 @@ def recipe_for(data: Path, base: str, out: Path, *, instruction: str = INSTRUCTI
     """Prepare the user's pairs below `out/data` (once) and return the recipe that trains on them.
 
     A tenth of the queries, 500 at most, is held out, and what repeats it is taken out of training; hard negatives are
-    mined with `teacher`. ConfigError where too little is left.
+    mined with `teacher`. ConfigError where too little is left, or `out` is of other data.
     """
     prepared = out / "data"
     if not (prepared / "report.json").exists():
         _prepare(data, prepared, instruction, teacher)
     report = json.loads((prepared / "report.json").read_text())
+    if report.get("source") != _source(data, teacher):
+        raise ConfigError(f"{out} holds a run on other data or of another teacher: choose another --out")
     say("  " + ", ".join(f"{key} {value}" for key, value in report.items()))
     # about one pass over the data in stage 1 and half of one in stage 2, within what a laptop does in an hour
     queries = min(32, report["train"])
@@ -75,8 +77,7 @@ def _prepare(data: Path, out: Path, instruction: str, teacher: str) -> None:
         leaks([e.positives[0].text for e in train], [e.positives[0].text for e in heldout])[0]
     )
     train = [e for i, e in enumerate(train) if i not in leaked_set]
-    if len(train) < 20:
-        raise ConfigError(f"{data}: {len(train)} pairs are left to train on after cleaning; 20 is the least")
+    _refuse_few(data, len(train), "after cleaning")
     passages = list(dict.fromkeys(p.text for e in examples for p in e.positives))
     pool = positives_of(train)
     mined, report = mine(
@@ -89,6 +90,7 @@ def _prepare(data: Path, out: Path, instruction: str, teacher: str) -> None:
         progress=counter("texts"),
     )
     with_negatives = [e for e in mined if e.negatives]
+    _refuse_few(data, len(with_negatives), "with a hard negative")
     out.mkdir(parents=True, exist_ok=True)
     write_examples(out / "train.jsonl", with_negatives)
     _write_suite(out / "heldout", heldout, passages, instruction)
@@ -101,8 +103,18 @@ def _prepare(data: Path, out: Path, instruction: str, teacher: str) -> None:
         "likely_positives_removed": report.removed_by_rule,
         "without_negatives": len(mined) - len(with_negatives),
         "train": len(with_negatives),
+        "source": _source(data, teacher),
     }
     (out / "report.json").write_text(json.dumps(counts, indent=2) + "\n")  # last: it marks the folder as whole
+
+
+def _source(data: Path, teacher: str) -> str:
+    return f"{open_examples(data, task='own').fingerprint[:16]}, negatives of {teacher}"
+
+
+def _refuse_few(data: Path, count: int, which: str) -> None:
+    if count < 20:
+        raise ConfigError(f"{data}: {count} pairs are left to train on {which}; 20 is the least")
 
 
 def _write_suite(folder: Path, heldout: Sequence[Example], passages: Sequence[str], instruction: str) -> None:

@@ -35,7 +35,10 @@ def test_lines_are_seconds_apart_and_one_stands_at_the_end(clock: Clock, capsys:
     assert said[0] == "0/10,000 texts"
     assert said[-1] == "10,000/10,000 texts, 1,000.0 texts/s"
     assert len(said) in (3, 4)
-    assert said[1] in ("5,000/10,000 texts, 1,000.0 texts/s, 0:05 left", "5,100/10,000 texts, 1,000.0 texts/s, 0:04 left")
+    assert said[1] in (
+        "5,000/10,000 texts, 1,000.0 texts/s, 0:05 left",
+        "5,100/10,000 texts, 1,000.0 texts/s, 0:04 left",
+    )
 
 
 def test_the_end_is_shown_at_once(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:

