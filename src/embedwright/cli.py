@@ -254,9 +254,6 @@ def demo(
 
 def main() -> None:
     """Exit codes: 0 done, 1 failed, 2 bad input, 75 interrupted and resumable."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     _quiet_transformers()
     try:
@@ -266,7 +263,7 @@ def main() -> None:
         sys.exit(stop.exit_code)
     except (KeyboardInterrupt, typer.Abort):  # Abort: what older typers make of an interrupt
         _stop("interrupted: run the same command again to go on", INTERRUPTED)
-    except (ValueError, FileNotFoundError, FileExistsError, ModuleNotFoundError, TypeError) as error:
+    except (ValueError, FileNotFoundError, FileExistsError, ImportError, TypeError) as error:
         _stop(error, BAD_INPUT)
     except Exception as error:
         refused = getattr(error, "format_message", None)  # an option or argument that the parser refuses
@@ -284,4 +281,5 @@ def _stop(error: Any, code: int) -> None:
 def _quiet_transformers() -> None:
     from transformers.utils import logging as transformers_logging
 
+    transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -56,6 +56,17 @@ class TokenizedText(NamedTuple):
     pool: NDArray[np.bool_]
 
 
+class NoTokenError(ValueError):
+    """A prefix that leaves no token of texts[index] to pool."""
+
+    def __init__(self, prefix: str, limit: int, index: int) -> None:
+        self.prefix, self.limit, self.index = prefix, limit, index
+        shown = prefix if len(prefix) <= 60 else prefix[:57] + "..."
+        super().__init__(
+            f"texts[{index}]: the instruction {shown!r} fills max_tokens={limit} and leaves no token to pool"
+        )
+
+
 def leading_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     """The special tokens that this tokenizer's own pipeline puts in front of a text (its BOS), if any."""
     encoding = tokenizer.encode("a")
@@ -135,7 +146,7 @@ def _by_offsets(
                         pool[len(bos) + position] = False
             # a text of nothing may be pooled from its EOS alone, but only behind a whole prefix
             if not pool[:-1].any() and (texts[i].strip() or len(ids) > room):
-                raise ValueError(_no_room(prefix, limit, i))
+                raise NoTokenError(prefix, limit, i)
         result.append(TokenizedText(np.array([*bos, *ids[:room], eos], dtype=np.int64), pool))
     return result
 
@@ -152,11 +163,6 @@ def _by_count(
     for i, encoding in enumerate(tokenizer.encode_batch([prefix + t + eos for t in texts])):
         ids = np.array(encoding.ids[:limit], dtype=np.int64)
         if len(ids) <= masked:
-            raise ValueError(_no_room(prefix, limit, i))
+            raise NoTokenError(prefix, limit, i)
         result.append(TokenizedText(ids, np.arange(len(ids)) >= masked))
     return result
-
-
-def _no_room(prefix: str, limit: int, index: int) -> str:
-    shown = prefix if len(prefix) <= 60 else prefix[:57] + "..."
-    return f"texts[{index}]: the instruction {shown!r} fills max_tokens={limit} and leaves no token to pool"

@@ -48,14 +48,16 @@ def examine(path: str) -> list[Finding]:
     alone = np.concatenate([model.encode([text], task=task) for text in texts])
     difference = float(np.abs(batched - alone).max())
     packed = model.tokenize(texts, task=task)
-    prefix_pooled = model.tokenize(texts, task=task).pool_mask_T[: int(packed.cu_seqlens[1])]
+    pooled_text = model.tokenizer.decode(packed.ids_T[packed.pool_mask_T])
     last = packed.ids_T[packed.cu_seqlens[1:].long() - 1]
     return [
         Finding(f"attention is {word}", sees_later == bidirectional, f"change {result.later_token:.1e}"),
         Finding("texts in a batch do not meet", result.batch_mates <= result.tolerance, f"{result.batch_mates:.1e}"),
         Finding("packed equals one at a time", difference < 1e-4, f"largest difference {difference:.1e}"),
         Finding(
-            "instruction is left out of pooling", not bool(prefix_pooled[0]), f"{int((~prefix_pooled).sum())} tokens"
+            "instruction is left out of pooling",
+            "retrieve" not in pooled_text and "tides" in pooled_text,
+            f"{int((~packed.pool_mask_T).sum())} of {len(packed.ids_T)} tokens",
         ),
         Finding(
             "EOS ends every text",

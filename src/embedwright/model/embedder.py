@@ -23,6 +23,7 @@ from embedwright.text import (
     BOUNDARY_TEMPLATE,
     INSTRUCTION_TEMPLATE,
     Contract,
+    NoTokenError,
     TokenizedText,
     check_texts,
     leading_ids,
@@ -190,7 +191,11 @@ class Embedder:
         vectors = np.empty((len(unique), self.embedding_dim), dtype=np.float32)
         bar = _progress_bar(len(unique)) if progress else None
         for start in range(0, len(unique), _CHUNK):
-            chunk = self._tokenize(unique[start : start + _CHUNK], task, prefix, max_tokens)
+            try:
+                chunk = self._tokenize(unique[start : start + _CHUNK], task, prefix, max_tokens)
+            except NoTokenError as error:  # its index is among the distinct texts of this chunk: name the caller's
+                index = texts.index(unique[start + error.index])
+                raise NoTokenError(error.prefix, error.limit, index) from None
             for batch in batches([len(t.ids) for t in chunk], batch_tokens):
                 embedded = self.network.embed(pack([chunk[i] for i in batch]).to(self.device))
                 vectors[[start + i for i in batch]] = embedded.cpu().numpy()

@@ -235,3 +235,11 @@ def test_the_real_model_is_the_same_in_any_batch(smollm2: Embedder) -> None:
     texts = ["how do tides work?", "a " * 300, "b", "<|im_end|>", ""]
     together, alone = smollm2.encode(texts, TASK), [smollm2.encode([text], TASK)[0] for text in texts]
     np.testing.assert_allclose(together, alone, atol=1e-5)
+
+
+def test_an_instruction_without_room_names_the_callers_index(tiny_embedder: Any) -> None:
+    model = tiny_embedder("mean", "llama")
+    prefix = "a b c d e f g h\n"
+    limit = len(model.tokenize([""], prefix=prefix).ids_T)  # the prefix and EOS fit, and nothing else
+    with pytest.raises(ValueError, match=r"texts\[2\]"):
+        model.encode(["", "", "words that do not fit"], prefix=prefix, max_tokens=limit)
