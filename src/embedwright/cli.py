@@ -38,6 +38,7 @@ def train(
     data: Annotated[Path | None, typer.Option(help="Instead of a recipe: a file of your own pairs.")] = None,
     base: Annotated[str, typer.Option(help="With --data: packaged name, folder, hub id or .gguf.")] = "smollm2-135m",
     out: Annotated[Path | None, typer.Option(help="Where the run is kept (default: the recipe's run.out).")] = None,
+    layers: Annotated[int | None, typer.Option(help="With --data: keep the base's first so many layers.")] = None,
     instruction: Annotated[str | None, typer.Option(help="With --data: the instruction of your queries.")] = None,
     teacher: Annotated[str, typer.Option(help="With --data: the model that mines hard negatives.")] = "minilm",
 ) -> None:
@@ -52,7 +53,7 @@ def train(
         if out is None:
             raise ValueError("--data needs --out, the folder that the run is kept in")
         plan = quickstart.recipe_for(
-            data, base, out, instruction=instruction or quickstart.INSTRUCTION, teacher=teacher
+            data, base, out, layers=layers, instruction=instruction or quickstart.INSTRUCTION, teacher=teacher
         )
     else:
         assert recipe is not None

@@ -20,7 +20,15 @@ from embedwright.training.recipe import Recipe
 INSTRUCTION = "Given a query, retrieve the passage that answers it"
 
 
-def recipe_for(data: Path, base: str, out: Path, *, instruction: str = INSTRUCTION, teacher: str = "minilm") -> Recipe:
+def recipe_for(
+    data: Path,
+    base: str,
+    out: Path,
+    *,
+    layers: int | None = None,
+    instruction: str = INSTRUCTION,
+    teacher: str = "minilm",
+) -> Recipe:
     """Prepare the user's pairs below `out/data` (once) and return the recipe that trains on them.
 
     A tenth of the queries, 500 at most, is held out, and what repeats it is taken out of training; hard negatives are
@@ -41,7 +49,7 @@ def recipe_for(data: Path, base: str, out: Path, *, instruction: str = INSTRUCTI
     return Recipe.parse(
         {
             "name": out.name or "own",
-            "model": {"base": base, "pooling": "latent", "latents": 128, "max_tokens": 256},
+            "model": {"base": base, "layers": layers, "pooling": "latent", "latents": 128, "max_tokens": 256},
             "tune": {"method": "lora", "rank": 16, "alpha": 32, "dropout": 0.0},
             "stages": [
                 {
