@@ -8,7 +8,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -183,6 +183,24 @@ def evaluate(
 
 
 @app.command()
+def merge(
+    adapter: Annotated[str, typer.Argument(help="An adapter folder, of this package or of peft.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the merged model.")],
+) -> None:
+    """Fold an adapter into its base and save the whole model, checked against the adapter and again when read back."""
+    from embedwright.model.embedder import Embedder
+    from embedwright.model.selftest import TEXTS
+
+    texts = [text for text, _ in TEXTS]
+    model = Embedder.load(adapter)
+    before = model.encode(texts)
+    model.merge().save(out)
+    del model  # of a large one there is room for one
+    difference = abs(Embedder.load(out).encode(texts) - before).max()
+    say(f"{out}: largest difference from the adapter's vectors {difference:.1e}")
+
+
+@app.command()
 def encode(
     model: Annotated[str, typer.Argument(help="A model folder.")],
     source: Annotated[Path, typer.Argument(help="JSONL or Parquet with `text`, or plain .txt.")],
@@ -228,14 +246,28 @@ def search(
 
 
 @app.command()
-def doctor(model: Annotated[str | None, typer.Argument(help="A model folder to probe.")] = None) -> None:
-    """Show versions, device and threads; with a model, prove that it attends as its config says."""
-    from embedwright.model.doctor import environment, examine
+def export(
+    model: Annotated[str, typer.Argument(help="A model folder, opened from or tuned on a released NV-Embed.")],
+    out: Annotated[Path, typer.Argument(help="A new folder.")],
+    layout: Annotated[Literal["nvembed"], typer.Option("--format", help="The released folders' layout.")] = "nvembed",
+) -> None:
+    """Write a model in the layout of the released NV-Embed folders, weights in the type they were stored in."""
+    from embedwright.compress.export import export_nvembed
+    from embedwright.model.embedder import Embedder
+
+    export_nvembed(Embedder.load(model), out)
+    say(f"{out}: {layout} layout")
+
+
+@app.command()
+def doctor(model: Annotated[str | None, typer.Argument(help="A model folder to examine.")] = None) -> None:
+    """Show versions, device and threads; with a model, prove that it is what it says it is."""
+    from embedwright.model.doctor import environment, examine_name
 
     for name, value in environment().items():
         say(f"{name:<22} {value}")
     if model is not None:
-        findings = examine(model)
+        findings = examine_name(model)
         for finding in findings:
             say(f"{'ok ' if finding.ok else 'BAD'} {finding.name:<40} {finding.detail}")
         if not all(finding.ok for finding in findings):

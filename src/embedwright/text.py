@@ -1,7 +1,7 @@
 """The text contract: how a text becomes token ids and a pool mask. Stored with the model, used everywhere.
 
-`prefix + text + EOS`. Attention sees everything; pooling sees the text and EOS, not the prefix. Tokenising in
-another way anywhere else is a bug (design, section 6).
+`prefix + text + suffix + EOS`. Attention sees everything; pooling sees the text and EOS, not the prefix or suffix.
+Tokenising in another way anywhere else is a bug (design, section 6).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from tokenizers import Tokenizer
 
 INSTRUCTION_TEMPLATE = "Instruct: {task}\nQuery: "
@@ -33,19 +33,34 @@ _PROBE_TEXTS = (
 
 
 class Contract(BaseModel):
-    """What a model was trained to read. Lengths are in tokens, every token counted: BOS, prefix, EOS."""
+    """What a model was trained to read. Lengths are in tokens, every token counted: BOS, prefix, suffix, EOS.
+
+    The fields behind `max_tokens` are for models of others (`embedwright.model.families`); new models leave them alone.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     query_template: str = INSTRUCTION_TEMPLATE
     document_template: str = ""
-    eos_id: int
+    eos_id: int | None  # None: this model reads no EOS
     bos_ids: tuple[int, ...] = ()
     mask_rule: Literal["offsets", "boundary", "count"] = "offsets"
     max_tokens: int = Field(default=512, ge=2)
+    query_suffix: str = ""  # behind every text whose prefix is not the documents'
+    template_specials: bool = False  # special tokens written in prefix and suffix are those tokens, not plain text
+    default_task: str = ""  # the instruction of a query for which none is given: `task=""`
+
+    @model_validator(mode="after")
+    def _rules_fit(self) -> Contract:
+        foreign = self.eos_id is None or self.query_suffix or self.template_specials
+        if foreign and self.mask_rule != "offsets":
+            raise ValueError(f"a model with a suffix or without EOS is read by 'offsets', not by {self.mask_rule!r}")
+        return self
 
     def prefix(self, task: str | None) -> str:
-        """The string in front of a query with this instruction, or in front of a document (`task` None or empty)."""
+        """The string in front of a query with this instruction (empty: the default one), or of a document (None)."""
+        if task == "":
+            task = self.default_task
         return self.query_template.replace("{task}", task) if task else self.document_template
 
 
@@ -62,9 +77,7 @@ class NoTokenError(ValueError):
     def __init__(self, prefix: str, limit: int, index: int) -> None:
         self.prefix, self.limit, self.index = prefix, limit, index
         shown = prefix if len(prefix) <= 60 else prefix[:57] + "..."
-        super().__init__(
-            f"texts[{index}]: the instruction {shown!r} fills max_tokens={limit} and leaves no token to pool"
-        )
+        super().__init__(f"texts[{index}]: the instruction {shown!r} and max_tokens={limit} leave no token to pool")
 
 
 def leading_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -127,28 +140,83 @@ def _by_offsets(
     count of the prefix's tokens alone would lose. `boundary` (models that plain sentence-transformers opens, which
     counts) differs in one thing: white space of the text that melted into the prefix's last token is left out with it.
     """
-    bos, eos = list(contract.bos_ids), contract.eos_id
-    room = limit - len(bos) - 1
-    if room < 1:
+    frame = _frame(tokenizer, contract, prefix)
+    if limit <= len(contract.bos_ids) + len(frame.back):
         raise ValueError(f"max_tokens={limit} leaves no room for a token of text")
     tokenizer.encode_special_tokens = True
-    end_of_prefix = len(prefix)
+    around = len(frame.front), len(frame.back)
+    whole = [frame.prefix + text + frame.suffix for text in texts]
     result = []
-    for i, encoding in enumerate(tokenizer.encode_batch([prefix + t for t in texts], add_special_tokens=False)):
+    for i, encoding in enumerate(tokenizer.encode_batch(whole, add_special_tokens=False)):
         ids = encoding.ids
-        pool = np.ones(len(bos) + min(len(ids), room) + 1, dtype=bool)
-        pool[: len(bos)] = False  # a decoder's BOS is an attention sink with an outsized state
-        if prefix:
-            pool[len(bos) : -1] = [end > end_of_prefix for _, end in encoding.offsets[:room]]
-            if contract.mask_rule == "boundary":
-                for position, (start, end) in enumerate(encoding.offsets[:room]):
-                    if start < end_of_prefix < end and texts[i][: end - end_of_prefix].isspace():
-                        pool[len(bos) + position] = False
-            # a text of nothing may be pooled from its EOS alone, but only behind a whole prefix
-            if not pool[:-1].any() and (texts[i].strip() or len(ids) > room):
-                raise NoTokenError(prefix, limit, i)
-        result.append(TokenizedText(np.array([*bos, *ids[:room], eos], dtype=np.int64), pool))
+        pooled, body = np.ones(len(ids), dtype=bool), len(ids)
+        if frame.prefix or frame.suffix:
+            pooled, body = _text_tokens(encoding.offsets, frame, texts[i], contract.mask_rule == "boundary")
+        kept = min(body, limit - (len(ids) - body) - sum(around))
+        if kept < 0:
+            raise NoTokenError(prefix, limit, i)
+        pooled = np.concatenate([pooled[:kept], pooled[body:]])
+        # a text of nothing may be pooled from its EOS alone, but only behind a whole prefix
+        if not pooled.any() and (contract.eos_id is None or (prefix and (texts[i].strip() or kept < body))):
+            raise NoTokenError(prefix, limit, i)
+        # a decoder's BOS, in front, is an attention sink with an outsized state
+        pool = np.pad(pooled, around, constant_values=False)
+        pool[-1] |= contract.eos_id is not None
+        ids = [*frame.front, *ids[:kept], *ids[body:], *frame.back]
+        result.append(TokenizedText(np.array(ids, dtype=np.int64), pool))
     return result
+
+
+def _text_tokens(
+    offsets: list[tuple[int, int]], frame: _Frame, text: str, boundary: bool
+) -> tuple[NDArray[np.bool_], int]:
+    """Which tokens of `prefix + text + suffix` hold some of the text; and how many may be cut, from the right.
+
+    Tokens that reach into the suffix are never cut.
+    """
+    begin, end = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
+    start = len(frame.prefix)
+    stop = start + len(text)
+    pooled = np.ones(len(offsets), dtype=bool)
+    if frame.prefix:
+        pooled = end > start
+    if boundary:
+        for n in np.flatnonzero((begin < start) & (end > start)):
+            pooled[n] = not text[: end[n] - start].isspace()
+    if not frame.suffix:
+        return pooled, len(offsets)
+    return pooled & (begin < stop), int((end <= stop).sum())
+
+
+class _Frame(NamedTuple):
+    """What stands around a text: ids where they are fixed, strings where they may melt into the text."""
+
+    front: list[int]
+    prefix: str
+    suffix: str
+    back: list[int]
+
+
+def _frame(tokenizer: Tokenizer, contract: Contract, prefix: str) -> _Frame:
+    """BOS, prefix, suffix and EOS; a prefix is fixed up to its last special token, a suffix from its first one on.
+
+    A tokenizer takes the pieces between special tokens one by one, so that this cut gives the ids of the whole string.
+    """
+    front, back = list(contract.bos_ids), [] if contract.eos_id is None else [contract.eos_id]
+    suffix = contract.query_suffix if prefix != contract.document_template else ""
+    if not contract.template_specials:
+        return _Frame(front, prefix, suffix, back)
+    special = {id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    tokenizer.encode_special_tokens = False
+    before, behind = (tokenizer.encode(string, add_special_tokens=False) for string in (prefix, suffix))
+    last = max((n + 1 for n, id in enumerate(before.ids) if id in special), default=0)
+    first = next((n for n, id in enumerate(behind.ids) if id in special), len(behind.ids))
+    return _Frame(
+        front + before.ids[:last],
+        prefix[before.offsets[last - 1][1] :] if last else prefix,
+        suffix[: behind.offsets[first][0]] if first < len(behind.ids) else suffix,
+        behind.ids[first:] + back,
+    )
 
 
 def _by_count(
@@ -157,7 +225,7 @@ def _by_count(
     """Released NV-Embed, as its reference does it: EOS as text, cut with the rest, and n leading positions left out,
     n = tokens of the prefix alone without BOS (position 0 is BOS, so its last token is pooled)."""
     tokenizer.encode_special_tokens = False
-    eos = tokenizer.id_to_token(contract.eos_id) or ""
+    eos = "" if contract.eos_id is None else tokenizer.id_to_token(contract.eos_id) or ""
     masked = len(tokenizer.encode(prefix, add_special_tokens=False).ids) if prefix else 0
     result = []
     for i, encoding in enumerate(tokenizer.encode_batch([prefix + t + eos for t in texts])):

@@ -166,7 +166,7 @@ def test_a_recipe_is_trained_evaluated_searched_and_examined(command: Command, r
 
     answer = command("doctor", model)
     assert answer.code == 0, answer.err
-    assert "ok  attention is bidirectional" in answer.out and "BAD" not in answer.out
+    assert "ok  through sentence-transformers" in answer.out and "BAD" not in answer.out
 
 
 def test_an_interrupted_run_exits_75_says_so_and_goes_on(
@@ -285,6 +285,22 @@ def test_labels_become_examples(command: Command, tmp_path: Path) -> None:
     pairs = write(tmp_path / "pairs.jsonl", own_pairs(3))
     answer = command("data", "labels", pairs, "--out", tmp_path / "none.jsonl")
     assert answer.code == 2 and str(pairs) in answer.err
+
+
+def test_an_adapter_is_merged_into_its_base_once(command: Command, saved: Path, tmp_path: Path) -> None:
+    model = Embedder.load(saved).add_lora(2)
+    for name, parameter in model.network.named_parameters():
+        if "lora_B" in name:
+            parameter.data += 0.1
+    model.save(tmp_path / "adapter")
+    answer = command("merge", tmp_path / "adapter", tmp_path / "merged")
+    assert answer.code == 0 and "largest difference from the adapter's vectors" in answer.out
+    assert float(answer.out.split()[-1]) < 1e-5
+    vectors = Embedder.load(tmp_path / "merged").encode(["tides", "the moon"])
+    np.testing.assert_allclose(vectors, model.encode(["tides", "the moon"]), atol=1e-5)
+    again = command("merge", tmp_path / "merged", tmp_path / "twice")
+    assert again.code == 2 and "no LoRA adapters to merge" in again.err
+    assert not (tmp_path / "twice").exists()
 
 
 def test_mine_writes_examples_with_negatives(command: Command, saved: Path, tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from embedwright.model.backbone import add_lora, merge_lora
 from embedwright.model.embedder import Embedder
 from embedwright.model.opening import open_encoder
 from embedwright.packing import pack
@@ -73,6 +72,28 @@ def test_vectors_are_the_references(version: str, case: str, backend: str) -> No
     np.testing.assert_allclose(opened(version, backend).encode(texts, **how), expected, rtol=0, atol=1e-5)
 
 
+@cache
+def folded(version: str) -> Embedder:
+    return Embedder.load(FOLDERS[version], dtype="float32", device="cpu").fold()
+
+
+@pytest.mark.parametrize(("version", "case"), CASES)
+def test_the_folded_block_gives_them_too(version: str, case: str) -> None:
+    texts, how = case_of(version, case)
+    expected = arrays(version)[f"{case}/embeddings"]
+    np.testing.assert_allclose(folded(version).encode(texts, **how), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "lowest"), [("float16", 0.9999), ("bfloat16", 0.99)])
+@pytest.mark.parametrize("version", FOLDERS)
+def test_the_folded_block_in_16_bits(version: str, dtype: str, lowest: float) -> None:
+    texts, how = case_of(version, "instruct")
+    model = Embedder.load(FOLDERS[version], dtype=dtype, device="cpu").fold()
+    assert {p.dtype for p in model.network.parameters()} == {getattr(torch, dtype)}
+    cosines = (model.encode(texts, **how) * arrays(version)["instruct/embeddings"]).sum(1)
+    assert cosines.min() > lowest
+
+
 @pytest.mark.parametrize(("version", "case"), TRACES)
 @torch.inference_mode()
 def test_the_steps_are_the_references(version: str, case: str) -> None:
@@ -109,7 +130,7 @@ def test_the_padded_door_gives_the_same(version: str) -> None:
 def test_an_instruction_that_fills_the_window_is_refused() -> None:
     """The reference returns NaN here."""
     for max_tokens in (17, 5):
-        with pytest.raises(ValueError, match=r"texts\[0\].*leaves no token to pool"):
+        with pytest.raises(ValueError, match=r"texts\[0\].*leave no token to pool"):
             opened("v2").encode(TEXTS, TASK, max_tokens=max_tokens)
     assert np.isfinite(opened("v2").encode(TEXTS, TASK, max_tokens=18)).all()
 
@@ -181,7 +202,7 @@ def test_it_survives_our_own_format(version: str, tmp_path: Path) -> None:
 def test_adapters_train_and_merge(tmp_path: Path) -> None:
     model = Embedder.load(FOLDERS["v2"], dtype="float32", device="cpu")
     before = model.encode(TEXTS, TASK)
-    add_lora(model.network.backbone, rank=2, alpha=4, dropout=0.0)
+    model.add_lora(rank=2, alpha=4)
     np.testing.assert_allclose(model.encode(TEXTS, TASK), before, atol=1e-6)
     trained = [p for p in model.network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2)
@@ -198,7 +219,7 @@ def test_adapters_train_and_merge(tmp_path: Path) -> None:
     assert losses[1] < losses[0]
     adapted = model.encode(TEXTS, TASK)
     assert np.abs(adapted - before).max() > 1e-3
-    merge_lora(model.network.backbone)
+    model.merge()
     np.testing.assert_allclose(model.encode(TEXTS, TASK), adapted, atol=1e-5)
     model.save(tmp_path / "tuned")
     np.testing.assert_allclose(Embedder.load(tmp_path / "tuned").encode(TEXTS, TASK), adapted, atol=1e-5)

@@ -223,7 +223,7 @@ def test_count_is_the_rule_of_the_reference(
 def test_count_refuses_where_the_reference_gives_nan() -> None:
     contract = Contract(eos_id=2, bos_ids=(1,), mask_rule="count")
     tokenizer = llama_style_tokenizer()
-    with pytest.raises(ValueError, match=r"texts\[0\]: the instruction 'Q: ' fills max_tokens=3"):
+    with pytest.raises(ValueError, match=r"texts\[0\]: the instruction 'Q: ' and max_tokens=3"):
         tokenize(tokenizer, contract, ["tide"], "Q: ", max_tokens=3)
 
 
@@ -255,6 +255,96 @@ def test_one_rule_does_not_change_the_other(make_tokenizer: Callable[..., Tokeni
     assert first.ids.tolist().count(2) == 2 and between.ids.tolist().count(2) == 1
 
 
+# ---- what models of others have besides: a suffix, special tokens in the template, no EOS
+
+FOREIGN = {"query_template": "<q>{task}\n", "query_suffix": "\n<r>", "template_specials": True}
+
+
+@pytest.mark.parametrize(
+    ("prefix", "text", "max_tokens", "pieces", "pooled"),
+    [
+        ("<q>", "tide a", 9, "<s> <q> ▁tide ▁a <0x0A> <r> </s>", "0011001"),
+        ("<q>", "tide a", 6, "<s> <q> ▁tide <0x0A> <r> </s>", "001001"),  # what stands around a text is never cut
+        ("<q>Q<r>: ", "tide", 20, "<s> <q> ▁Q <r> ▁ : ▁tide <0x0A> <r> </s>", "0000001001"),
+        ("Q: ", "tide", 9, "<s> ▁Q : ▁tide <0x0A> <r> </s>", "0001001"),  # no special token in front
+        # in a text they are plain text
+        ("<q>", "<r>a", 20, "<s> <q> ▁ <0x3C> <0x72> <0x3E> a <0x0A> <r> </s>", "0011111001"),
+        ("<q>", "", 9, "<s> <q> ▁ <0x0A> <r> </s>", "000001"),
+        ("", "tide", 9, "<s> ▁tide </s>", "011"),  # a document
+        ("", "<q>a", 9, "<s> ▁ <0x3C> <0x71> <0x3E> a </s>", "0111111"),
+    ],
+)
+def test_a_template_with_special_tokens_and_a_suffix(
+    prefix: str, text: str, max_tokens: int, pieces: str, pooled: str
+) -> None:
+    tokenizer = llama_style_tokenizer()
+    tokenizer.add_special_tokens(["<q>", "<r>"])
+    contract = Contract(eos_id=2, bos_ids=(1,), max_tokens=max_tokens, **FOREIGN)
+    [row] = tokenize(tokenizer, contract, [text], prefix)
+    found = [tokenizer.id_to_token(int(i)) for i in row.ids]
+    assert found == pieces.split()
+    assert "".join(str(int(p)) for p in row.pool) == pooled
+
+
+def test_a_template_gives_the_ids_of_the_whole_string() -> None:
+    tokenizer = llama_style_tokenizer()
+    tokenizer.add_special_tokens(["<q>", "<r>"])
+    contract = Contract(eos_id=2, bos_ids=(1,), **FOREIGN)
+    for prefix in ("<q>Q: tide\n<r>", "<q>", "Q<q>: ", "Q: "):
+        for text in ("tide", " a", "a ", "", "é\n", "tide a b"):
+            [row] = tokenize(tokenizer, contract, [text], prefix)
+            tokenizer.encode_special_tokens = False
+            assert row.ids[:-1].tolist() == tokenizer.encode(f"{prefix}{text}\n<r>").ids
+
+
+@pytest.mark.parametrize(
+    ("text", "max_tokens", "pieces", "pooled"),
+    [
+        ("a ti", 9, "<s> ▁Q : ▁a ▁tide </s>", "000111"),
+        ("a ti", 5, "<s> ▁Q : ▁tide </s>", "00011"),  # a token that reaches into the suffix stays, and is pooled
+        ("a ", 9, "<s> ▁Q : ▁a ▁ de </s>", "0001101"),
+    ],
+)
+def test_a_suffix_may_melt_into_the_text(text: str, max_tokens: int, pieces: str, pooled: str) -> None:
+    tokenizer = llama_style_tokenizer()
+    contract = Contract(eos_id=2, bos_ids=(1,), query_suffix="de", max_tokens=max_tokens)
+    [row] = tokenize(tokenizer, contract, [text], "Q: ")
+    assert [tokenizer.id_to_token(int(i)) for i in row.ids] == pieces.split()
+    assert "".join(str(int(p)) for p in row.pool) == pooled
+
+
+def test_a_template_that_fills_the_length_names_the_text() -> None:
+    tokenizer = llama_style_tokenizer()
+    tokenizer.add_special_tokens(["<q>", "<r>"])
+    contract = Contract(eos_id=2, bos_ids=(1,), **FOREIGN)
+    assert len(tokenize(tokenizer, contract, ["tide"], "<q>", max_tokens=6)[0].ids) == 6
+    for limit in (5, 4):
+        with pytest.raises(
+            ValueError, match=rf"texts\[0\]: the instruction '<q>' and max_tokens={limit} leave no token"
+        ):
+            tokenize(tokenizer, contract, ["tide"], "<q>", max_tokens=limit)
+
+
+def test_a_model_without_eos_reads_none() -> None:
+    tokenizer = llama_style_tokenizer()
+    contract = Contract(eos_id=None, bos_ids=(1,), max_tokens=4)
+    for text, prefix, pieces, pooled in [
+        ("tide a b", "", "<s> ▁tide ▁a ▁b", "0111"),
+        ("tide a b", "Q: ", "<s> ▁Q : ▁tide", "0001"),
+        ("tide", "", "<s> ▁tide", "01"),
+    ]:
+        [row] = tokenize(tokenizer, contract, [text], prefix)
+        assert [tokenizer.id_to_token(int(i)) for i in row.ids] == pieces.split()
+        assert "".join(str(int(p)) for p in row.pool) == pooled
+    [row] = tokenize(tokenizer, contract.model_copy(update={"query_suffix": ":"}), ["tide"], "Q: ", max_tokens=9)
+    assert row.ids[-1] == tokenizer.token_to_id(":") and row.pool.tolist() == [False, False, False, True, False]
+    for prefix in ("", "Q: "):  # the mean of nothing
+        with pytest.raises(ValueError, match=r"texts\[1\]: the instruction .* leave no token to pool"):
+            tokenize(tokenizer, contract, ["a", ""], prefix, max_tokens=9)
+    with pytest.raises(ValueError, match="max_tokens=1 leaves no room"):
+        tokenize(tokenizer, contract, ["a"], max_tokens=1)
+
+
 # ---- texts and contracts
 
 
@@ -283,6 +373,14 @@ def test_a_contract_is_data() -> None:
     assert Contract.model_validate_json(contract.model_dump_json()) == contract
     assert contract.prefix("find {braces} \\1") == "Instruct: find {braces} \\1\nQuery: "
     assert contract.prefix(None) == contract.prefix("") == "passage: "
+    assert (
+        Contract(eos_id=7, default_task="find", document_template="passage: ").prefix("") == "Instruct: find\nQuery: "
+    )
+    assert Contract(eos_id=7, default_task="find", document_template="passage: ").prefix(None) == "passage: "
+    for foreign in ({"eos_id": None}, {"eos_id": 1, "query_suffix": "!"}, {"eos_id": 1, "template_specials": True}):
+        for rule in ("count", "boundary"):
+            with pytest.raises(ValidationError, match=f"not by '{rule}'"):
+                Contract(**foreign, mask_rule=rule)
     with pytest.raises(ValidationError, match="mask_rules"):
         Contract.model_validate({"eos_id": 1, "mask_rules": "count"})
     with pytest.raises(ValidationError, match="max_tokens"):

@@ -194,7 +194,7 @@ def _scores(encoder: Encoder, task: SuiteTask) -> dict[str, float]:
         return _classification(encoder, task)
     *texts, gold = _read(task.path, task.kind, task.limit)
     _refuse_one_label(gold, task.path)
-    vectors_NE = _encode(encoder, [text for column in texts for text in column], task.instruction)
+    vectors_NE = _encode(encoder, [text for column in texts for text in column], task.instruction or None)
     if task.kind == "clustering":
         return metrics.clustering(vectors_NE, gold)
     left_NE, right_NE = np.split(vectors_NE, 2)
@@ -221,7 +221,7 @@ def _classification(encoder: Encoder, task: SuiteTask) -> dict[str, float]:
     draws = metrics.few_shot(train_labels)
     drawn = sorted(set().union(*draws))  # no other training row is looked at, so none is encoded
     place = {row: number for number, row in enumerate(drawn)}
-    vectors_NE = _encode(encoder, [train_texts[row] for row in drawn] + texts, task.instruction)
+    vectors_NE = _encode(encoder, [train_texts[row] for row in drawn] + texts, task.instruction or None)
     return metrics.classification(
         vectors_NE[: len(drawn)],
         [train_labels[row] for row in drawn],
@@ -266,10 +266,10 @@ def _refuse_one_label(gold: Sequence[Any], file: Path) -> None:
         raise DataError(f"{file}: {len(gold)} rows, all of one label or score (a `limit` on a sorted file does that)")
 
 
-def _encode(encoder: Encoder, texts: Sequence[str], instruction: str = "") -> Embeddings:
+def _encode(encoder: Encoder, texts: Sequence[str], task: str | None = None) -> Embeddings:
     """Float32 (N, E) of `texts`; each different text goes to the encoder once."""
     place = {text: number for number, text in enumerate(dict.fromkeys(texts))}
-    vectors_NE = np.asarray(encoder.encode(list(place), task=instruction or None), dtype=np.float32)
+    vectors_NE = np.asarray(encoder.encode(list(place), task=task), dtype=np.float32)
     if vectors_NE.ndim != 2 or len(vectors_NE) != len(place):
         raise ValueError(f"the model gave an array of shape {vectors_NE.shape} for {len(place)} texts")
     if not np.isfinite(vectors_NE).all():

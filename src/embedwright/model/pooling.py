@@ -8,7 +8,7 @@ cross attention from the tokens to R trainable latents, residual, pre-norm GEGLU
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,8 @@ from embedwright.model.attention import attend
 from embedwright.packing import PackedTexts
 
 Kind = Literal["latent", "mean", "last", "self", "mlp"]
+
+FOLDED = "the pooling head is folded for inference: load the model again to save, export or train it"
 
 
 class PoolingConfig(BaseModel):
@@ -91,6 +93,8 @@ class CrossAttention(nn.Module):
 class LatentPooling(nn.Module):
     """Tokens query R trainable latents. Mixes no tokens."""
 
+    token_wise: ClassVar[bool] = True
+
     def __init__(self, config: PoolingConfig, hidden: int) -> None:
         super().__init__()
         self.latents = nn.Parameter(torch.empty(config.latents, hidden))
@@ -117,8 +121,59 @@ class LatentPooling(nn.Module):
         return out
 
 
+class FoldedLatent(nn.Module):
+    """A latent block for inference alone: what its tokens meet does not depend on them, so it is two matrices.
+
+    Per head, normed tokens x have the scores x (Wq K^T / sqrt(d)) and the output softmax(scores) (V Wo), so that a
+    (D, R) and an (R, D) matrix stand in place of all projections. They are computed in float64, a head at a time, which
+    bounds memory, and kept in the block's own type; ValueError where they overflow it. The rest is taken over.
+    """
+
+    token_wise: ClassVar[bool] = True
+
+    @torch.no_grad()
+    def __init__(self, latent: LatentPooling) -> None:
+        super().__init__()
+        attention = latent.attention
+        rows, hidden = latent.latents.shape
+        self.heads, self.norm, self.feed_forward = attention.heads, attention.norm, latent.feed_forward
+        like: dict[str, Any] = {"bias": False, "device": latent.latents.device, "dtype": latent.latents.dtype}
+        self.to_scores = nn.utils.skip_init(nn.Linear, hidden, self.heads * rows, **like)
+        self.to_out = nn.utils.skip_init(nn.Linear, self.heads * rows, hidden, **like)
+        norm, d = attention.norm_context, attention.head_dim
+        context_RD = F.layer_norm(
+            latent.latents.double(), norm.normalized_shape, norm.weight.double(), norm.bias.double(), norm.eps
+        )
+        to_keys, to_values = attention.to_kv.weight.chunk(2)
+        for head in range(self.heads):
+            inner, outer = slice(head * d, (head + 1) * d), slice(head * rows, (head + 1) * rows)
+            keys_Rd, values_Rd = (context_RD @ weight[inner].double().T for weight in (to_keys, to_values))
+            self.to_scores.weight[outer] = d**-0.5 * keys_Rd @ attention.to_q.weight[inner].double()
+            self.to_out.weight[:, outer] = attention.to_out.weight[:, inner].double() @ values_Rd.T
+        if not all(linear.weight.isfinite().all() for linear in (self.to_scores, self.to_out)):
+            raise ValueError(f"the folded latent block overflows {like['dtype']}: load the model in another dtype")
+        self.requires_grad_(False).train(latent.training)
+
+    def reset(self) -> None:
+        raise ValueError(FOLDED)
+
+    def _save_to_state_dict(self, *_: Any) -> None:
+        """Whatever saves weights comes by here."""
+        raise ValueError(FOLDED)
+
+    def forward(self, x_TD: Tensor, packed: PackedTexts) -> Tensor:
+        if torch.is_grad_enabled() and (x_TD.requires_grad or any(p.requires_grad for p in self.parameters())):
+            raise ValueError(FOLDED)
+        scores_THR = self.to_scores(self.norm(x_TD)).view(len(x_TD), self.heads, -1)
+        x_TD = x_TD + self.to_out(scores_THR.softmax(-1).flatten(1))
+        out: Tensor = self.feed_forward(x_TD)
+        return out
+
+
 class SelfPooling(nn.Module):
     """The same block with the text's own tokens as context (the paper's self-attention baseline)."""
+
+    token_wise: ClassVar[bool] = False
 
     def __init__(self, config: PoolingConfig, hidden: int) -> None:
         super().__init__()
@@ -141,6 +196,8 @@ class SelfPooling(nn.Module):
 class MlpPooling(nn.Module):
     """Two token-wise gated blocks with the parameters of the latent block: the honest control for it."""
 
+    token_wise: ClassVar[bool] = True
+
     def __init__(self, config: PoolingConfig, hidden: int) -> None:
         super().__init__()
         inner = config.heads * (config.head_dim or hidden // config.heads)
@@ -160,6 +217,8 @@ class MlpPooling(nn.Module):
 class TokensAsTheyAre(nn.Module):
     """`mean` and `last` have no weights: what they do is in `reduce`."""
 
+    token_wise: ClassVar[bool] = False  # nothing to run
+
     def reset(self) -> None:
         pass
 
@@ -167,7 +226,7 @@ class TokensAsTheyAre(nn.Module):
         return x_TD
 
 
-PoolingHead = LatentPooling | SelfPooling | MlpPooling | TokensAsTheyAre
+PoolingHead = LatentPooling | FoldedLatent | SelfPooling | MlpPooling | TokensAsTheyAre
 
 
 def make_head(config: PoolingConfig, hidden: int) -> PoolingHead:

@@ -1,21 +1,33 @@
 """Proof, by running it, that a model attends as it says and that texts in a batch do not meet.
 
-Cheap enough to run whenever a model is made, loaded with an adapter, merged or exported: four texts of a few tokens.
+Cheap enough to run whenever a model is made, loaded with an adapter, merged or exported: four texts of a few tokens,
+and each layer's attention mask read out of the attention function itself.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from embedwright.model.adapter import lora_faults
+from embedwright.model.attention import PACKED
+from embedwright.model.backbone import KEEPS_WINDOWS
 from embedwright.model.network import EmbedwrightModel
-from embedwright.packing import pack
+from embedwright.packing import PackedTexts, pack
 from embedwright.text import TokenizedText
 
 LENGTH = 24
+# A mask is read at this length, or just beyond the widest window that a layer names, up to the bound.
+_MASK_LENGTH, _WIDEST = 64, 8192
+_MATE = 3  # tokens of the text beside the one whose mask is read
 
 
 class ProbeError(RuntimeError):
@@ -24,11 +36,12 @@ class ProbeError(RuntimeError):
 
 @dataclass(frozen=True)
 class Probe:
-    """Relative changes of hidden states, largest over the tokens looked at."""
+    """Relative changes of hidden states, largest over the tokens looked at; and masks that are not as configured."""
 
     later_token: float  # of earlier tokens, when the last token changes: 0 if causal
     batch_mates: float  # of a text, when other texts stand beside it: 0 up to rounding
     tolerance: float
+    wrong_masks: tuple[str, ...] = ()  # one line for each layer that sees too little or too much
 
     def check(self, bidirectional: bool) -> None:
         """Raises ProbeError, naming what is wrong."""
@@ -40,11 +53,16 @@ class Probe:
             raise ProbeError(f"attention is not causal: a later token changes earlier states ({self.later_token:.1e})")
         if not self.batch_mates <= self.tolerance:
             raise ProbeError(f"texts in one batch leak into each other: states change by {self.batch_mates:.1e}")
+        if self.wrong_masks:
+            raise ProbeError(f"attention masks are not as configured: {'; '.join(self.wrong_masks[:3])}")
 
 
 @torch.no_grad()
-def probe(network: EmbedwrightModel) -> Probe:
-    """Runs the network as it stands (adapters included) on random tokens; the mode (train, eval) is put back."""
+def probe(network: EmbedwrightModel, mask_length: int = _MASK_LENGTH) -> Probe:
+    """Runs the network as it stands (adapters included) on random tokens; the mode (train, eval) is put back.
+
+    `mask_length`: tokens at which every layer's mask is read; a window wider than that, named nowhere, stays unseen.
+    """
     training = network.training
     network.eval()
     try:
@@ -54,26 +72,107 @@ def probe(network: EmbedwrightModel) -> Probe:
         changed = text.copy()
         changed[-1] = (changed[-1] + 1 + random.integers(0, vocabulary - 1)) % vocabulary
         mates = [random.integers(0, vocabulary, n) for n in (LENGTH, 7)]
-        alone_LD = _states(network, [text])
+        with _recorded() as calls:
+            alone_LD = _states(network, [text])
         later = _change(_states(network, [changed])[:-1], alone_LD[:-1])
         mixed_LD = _states(network, [mates[0], text, mates[1]])[LENGTH : 2 * LENGTH]
         tolerance = 1e-4 if alone_LD.dtype == torch.float32 else 3e-2
-        return Probe(later, _change(mixed_LD, alone_LD), tolerance)
+        return Probe(later, _change(mixed_LD, alone_LD), tolerance, tuple(_wrong_masks(network, calls, mask_length)))
     finally:
         network.train(training)
 
 
 def check(network: EmbedwrightModel) -> Probe:
-    """The probe, and ProbeError if the network is not what its config says."""
+    """The probe, and ProbeError if the network is not what its config says, or has adapters that are not at work."""
+    if faults := lora_faults(network.backbone):
+        raise ProbeError(faults[0])
     result = probe(network)
     result.check(bidirectional=not network.backbone.config.is_causal)
     return result
 
 
 def _states(network: EmbedwrightModel, texts: list[np.ndarray[tuple[int], np.dtype[np.int64]]]) -> Tensor:
-    packed = pack([TokenizedText(ids, np.ones(len(ids), dtype=bool)) for ids in texts])
-    return network.hidden(packed.to(next(network.parameters()).device))
+    return network.hidden(_packed([np.asarray(ids) for ids in texts]).to(next(network.parameters()).device))
+
+
+def _packed(texts: list[Any]) -> PackedTexts:
+    return pack([TokenizedText(ids, np.ones(len(ids), dtype=bool)) for ids in texts])
 
 
 def _change(a: Tensor, b: Tensor) -> float:
     return float((a - b).float().norm(dim=-1).max() / b.float().norm(dim=-1).mean())
+
+
+# ---- masks, read out
+
+
+Call = tuple[Callable[..., Any], Any, dict[str, Any]]  # attention function, the layer's module, its keyword arguments
+
+
+@contextmanager
+def _recorded() -> Iterator[list[Call]]:
+    """The calls of the packed attention function meanwhile, one a layer."""
+    calls: list[Call] = []
+    attention = ALL_ATTENTION_FUNCTIONS[PACKED]
+
+    def record(module: Any, *tensors: Any, **kwargs: Any) -> Any:
+        calls.append((attention, module, kwargs))
+        return attention(module, *tensors, **kwargs)
+
+    AttentionInterface.register(PACKED, record)
+    try:
+        yield calls
+    finally:
+        AttentionInterface.register(PACKED, attention)
+
+
+def _wrong_masks(network: EmbedwrightModel, calls: list[Call], length: int) -> Iterator[str]:
+    """Each layer's mask at its first and last token, against what the config asks for."""
+    config = network.backbone.config
+    for index, (attention, module, kwargs) in enumerate(calls):
+        named = [w for w in (kwargs.get("sliding_window"), getattr(config, "sliding_window", None)) if w]
+        tokens = max([length, *(w + 2 for w in named if w <= _WIDEST)])
+        expected_L2 = expected_mask(config, index, tokens)
+        seen_L2, leaks = _read_mask(attention, module, kwargs, tokens, next(network.parameters()))
+        if leaks:
+            yield f"layer {index} sees another text"
+        elif not torch.equal(seen_L2, expected_L2):
+            row = int((seen_L2 != expected_L2).any(1).nonzero()[0])
+            sees = "does not see" if (expected_L2 & ~seen_L2)[row].any() else "sees"
+            end = "first" if seen_L2[row, 0] != expected_L2[row, 0] else "last"
+            yield f"layer {index}: token {row} of {tokens} {sees} the {end} token"
+
+
+def expected_mask(config: Any, layer: int, length: int) -> Tensor:
+    """Bool (L, 2): whether each token of a text should see its first and its last token, by the config alone.
+
+    Windows as transformers' own sdpa masks have them: |i-j| <= w in both directions, i-j < w when causal.
+    """
+    types = getattr(config, "layer_types", None)
+    window = None if types and types[layer] == "full_attention" else getattr(config, "sliding_window", None)
+    if getattr(config, "use_sliding_window", True) is False:
+        window = None
+    if not config.is_causal and config.model_type not in KEEPS_WINDOWS:
+        window = None
+    position_L = torch.arange(length)
+    behind_L2 = position_L[:, None] - torch.tensor([0, length - 1])  # how far the token is behind what it looks at
+    if config.is_causal:
+        return (behind_L2 >= 0) & (behind_L2 < (window or length))
+    return behind_L2.abs() <= (window or length)
+
+
+def _read_mask(
+    attention: Callable[..., Any], module: Any, kwargs: dict[str, Any], length: int, like: Tensor
+) -> tuple[Tensor, bool]:
+    """Bool (L, 2), which tokens see the first and the last; and whether the text beside it is seen.
+
+    With queries of zero every visible token gets the same weight, so values that mark one token each show the mask.
+    """
+    width = 16
+    packed = _packed([np.zeros(length, dtype=np.int64), np.zeros(_MATE, dtype=np.int64)]).to(like.device)
+    query = torch.zeros(1, 1, length + _MATE, width, device=like.device, dtype=like.dtype)
+    marks = query.clone()
+    marks[..., 0, 0] = marks[..., length - 1, 1] = marks[..., length:, 2] = 1.0
+    output, _ = attention(module, query, query, marks, None, **{**kwargs, "packed": packed})
+    seen = output[0, :length, 0, :3].cpu() > 0
+    return seen[:, :2], bool(seen[:, 2].any())

@@ -1,7 +1,8 @@
 """Models on disk: safetensors and JSON only, written aside and renamed.
 
 `mean` and `last`: a stock Hugging Face backbone with sentence-transformers' own modules, which opens without this
-package. Others: one `EmbedwrightModel` folder (design, section 7). `embedwright.json` holds the contract in the first.
+package. Others: one `EmbedwrightModel` folder, which sentence-transformers and AutoModel open once this package is
+imported (design, section 7). `embedwright.json` holds the contract in the first.
 """
 
 from __future__ import annotations
@@ -9,67 +10,99 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
 from tokenizers import processors
 from transformers import AutoConfig
 
-from embedwright.model import probe
-from embedwright.model.backbone import has_lora, load_backbone, set_attention
+from embedwright.model import adapter_folder, door, probe, selftest
+from embedwright.model.adapter import has_lora
+from embedwright.model.backbone import load_backbone, origin_of, set_attention
+from embedwright.model.families import FAMILIES, Family, load_family, recognised, said
+from embedwright.model.locate import local, text_of
 from embedwright.model.network import EmbedwrightConfig, EmbedwrightModel
 from embedwright.model.nvembed import is_nvembed, load_nvembed
 from embedwright.text import Contract, load_tokenizer, tokenize
 
+_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja"]  # of a hub id
 _BOUNDARY_PROBES = ("word", "Word", "2 words", "(x)", "été", "漢字", "_name", "-1", "a\nb")
+
+Form = Literal["adapter", "nvembed", "ours", "stock"]
 
 
 def save(network: EmbedwrightModel, tokenizer: Any, path: Path) -> None:
     """See `Embedder.save`."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} exists and is not an empty folder")
-    if has_lora(network.backbone):
-        raise ValueError("LoRA adapters are not merged: call embedwright.model.backbone.merge_lora first")
     probe.check(network)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    if opens_as_stock(network, tokenizer):
+    if has_lora(network.backbone):
+        adapter_folder.write(network, aside)
+    elif opens_as_stock(network, tokenizer):
         _save_stock(network, tokenizer, aside)
     else:
-        network.config.backbone = network.backbone.config.to_dict()
-        network.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
+        _save_ours(network, tokenizer, aside)
+    selftest.write(network, tokenizer, aside)
     if path.is_dir():
         path.rmdir()
     aside.rename(path)
 
 
 def load(path: str | Path, *, dtype: torch.dtype | None) -> tuple[EmbedwrightModel, Any]:
-    """See `Embedder.load`. ValueError where the folder is not an embedder of ours, or lacks weights."""
-    folder = Path(path)
-    if not folder.is_dir():
-        if str(path).startswith((".", "/", "~")) or str(path).count("/") > 1:
-            raise FileNotFoundError(f"model folder {path} does not exist")
-        folder = Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
-    file = folder / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{folder} has no config.json: not a model folder")
-    config = json.loads(file.read_text())
-    if is_nvembed(config):
+    """See `Embedder.load`; the network's `config.name_or_path` is the local folder that was read.
+
+    ValueError where the folder is not an embedder, or lacks weights.
+    """
+    family, name = said(str(path))
+    here = local(name)
+    folder = here or Path(snapshot_download(name, allow_patterns=_FILES))
+    form = family or form_of(folder, name)
+    network, tokenizer = _open(folder, form, dtype)
+    network.config.name_or_path = str(folder)
+    if network.origin is None:  # an adapter says itself where its base is
+        base = str(path).removesuffix(name) + (str(here.resolve()) if here else name)
+        network.origin = origin_of(base, network.backbone, "whole" if form in ("ours", "nvembed") else "stock")
+    return network, tokenizer
+
+
+def _open(folder: Path, form: Form | Family | None, dtype: torch.dtype | None) -> tuple[EmbedwrightModel, Any]:
+    if form == "adapter":
+        return adapter_folder.read(folder, dtype, load)
+    if form == "nvembed":
         return load_nvembed(folder, dtype)
-    if config.get("model_type") == EmbedwrightConfig.model_type:
+    if isinstance(form, Family):
+        return load_family(folder, form, dtype)
+    if form == "stock":
+        return _load_stock(folder, dtype), load_tokenizer(folder)
+    if form == "ours":
         network, info = EmbedwrightModel.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True)
         if info["missing_keys"] or info["unexpected_keys"]:
             wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
             raise ValueError(f"{folder}: weights do not fit the config, e.g. {wrong[:3]}")
-    elif (folder / "embedwright.json").is_file():
-        network = _load_stock(folder, dtype)
-    else:
-        raise ValueError(
-            f"{folder} ({config.get('model_type')!r}) is not an embedder: use Embedder.from_decoder for a base model"
-        )
-    return network, load_tokenizer(folder)
+        return network, load_tokenizer(folder)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} has no config.json: not a model folder")
+    raise ValueError(
+        f"{folder} is not an embedder that we know: use Embedder.from_decoder for a base model, and write one of "
+        f"{', '.join(f'{family}:' for family in FAMILIES)} in front of the name of an embedder of that family"
+    )
+
+
+def form_of(where: str | Path, name: str) -> Form | Family | None:
+    """What lies in a folder, or under a hub id, that is called `name`; None for what is no `Embedder`."""
+    if text_of(where, adapter_folder.CONFIG) is not None:
+        return "adapter"
+    config = json.loads(text_of(where, "config.json") or "{}")
+    if is_nvembed(config):
+        return "nvembed"
+    if config.get("model_type") == EmbedwrightConfig.model_type:
+        return "ours"
+    if text_of(where, "embedwright.json") is not None:
+        return "stock"
+    return recognised(where, name, config)
 
 
 def opens_as_stock(network: EmbedwrightModel, tokenizer: Any) -> bool:
@@ -106,48 +139,32 @@ def _save_stock(network: EmbedwrightModel, tokenizer: Any, folder: Path) -> None
         # special tokens written inside a user's text are plain text
         {"split_special_tokens": True, "padding_side": "right", "model_max_length": contract.max_tokens},
     )
-    mode = {"mean": "mean", "last": "lasttoken"}[kind]
-    files: dict[str, Any] = {
-        "embedwright.json": {"contract": contract.model_dump(), "pooling": network.pooling.model_dump()},
-        "modules.json": [
-            {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"},
-            {
-                "idx": 1,
-                "name": "1",
-                "path": "1_Pooling",
-                "type": "sentence_transformers.sentence_transformer.modules.pooling.Pooling",
-            },
-            {
-                "idx": 2,
-                "name": "2",
-                "path": "2_Normalize",
-                "type": "sentence_transformers.base.modules.normalize.Normalize",
-            },
-        ],
-        "sentence_bert_config.json": {
-            "transformer_task": "feature-extraction",
-            # pinned, since a tokenizer with a chat template would be opened in message form
-            "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
-            "module_output_name": "token_embeddings",
-            "max_seq_length": contract.max_tokens,
-            "unpad_inputs": False,  # unpadded rows of a bidirectional stock model would leak into each other
-        },
-        "config_sentence_transformers.json": {
-            "prompts": {"query": "", "document": contract.document_template},
-            "default_prompt_name": None,
-            "similarity_fn_name": "cosine",
-        },
-        "1_Pooling/config.json": {
-            "embedding_dimension": network.backbone.config.hidden_size,
-            "pooling_mode": mode,
-            "include_prompt": False,
-        },
-    }
+    files = door.sentence_transformers_files(
+        contract,
+        {"mean": "mean", "last": "lasttoken"}[kind],
+        network.backbone.config.hidden_size,
+        door.STOCK_TRANSFORMER,
+    )
+    files["embedwright.json"] = {"contract": contract.model_dump(), "pooling": network.pooling.model_dump()}
+    _write_json(folder, files)
+
+
+def _save_ours(network: EmbedwrightModel, tokenizer: Any, folder: Path) -> None:
+    config, backbone = network.config, network.backbone
+    config.backbone = backbone.config.to_dict()
+    types = {parameter.dtype for parameter in network.head.parameters()}
+    config.head_dtype = "float32" if types == {torch.float32} and backbone.dtype != torch.float32 else None
+    network.save_pretrained(folder)
+    door.tokenizer_for(tokenizer, network.contract).save_pretrained(folder)
+    # the network's token outputs are scaled so that their mean is its own pooling, whichever that is
+    hidden = backbone.config.hidden_size
+    _write_json(folder, door.sentence_transformers_files(network.contract, "mean", hidden, door.OUR_TRANSFORMER))
+
+
+def _write_json(folder: Path, files: dict[str, Any]) -> None:
     for name, content in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-    (folder / "2_Normalize").mkdir()
-    (folder / "2_Normalize" / "config.json").write_text("{}\n")
 
 
 def _load_stock(folder: Path, dtype: torch.dtype | None) -> EmbedwrightModel:

@@ -29,16 +29,15 @@ from transformers import (
 )
 
 from embedwright.model.backbone import (
-    PACKAGED,
-    add_lora,
     decoder_config,
-    has_lora,
-    idle_adapters,
     load_backbone,
-    merge_lora,
+    origin_of,
     resolve_base,
+    same_samples,
     stock_hidden,
+    weight_samples,
 )
+from embedwright.model.locate import PACKAGED
 from embedwright.packing import PackedTexts, pack
 from embedwright.text import TokenizedText
 
@@ -311,73 +310,60 @@ def test_the_conversion_holds_the_weights_of_the_gguf_file(smollm2_folder: Path)
             np.testing.assert_array_equal(converted[f"layers.{layer}.self_attn.{which}_proj.weight"], expected)
 
 
-# ---- LoRA
+# ---- where the weights came from
 
 
-def lora_on(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    config = decoder_config(str(folder), attention="bidirectional")
-    backbone = load_backbone(str(folder), config, dtype).eval()
-    torch.manual_seed(0)
-    add_lora(backbone, rank=4, alpha=8, dropout=0.0)
-    return backbone
+def test_samples_tell_weights_apart(tiny_decoder: Callable[..., Path]) -> None:
+    backbone, same = open_backbone(tiny_decoder("llama")), open_backbone(tiny_decoder("llama"))
+    samples = weight_samples(backbone)
+    assert samples.keys() == {name for name, _ in backbone.named_parameters()}
+    assert all(values.shape == (8,) for values in samples.values())
+    up = backbone.layers[1].mlp.up_proj.weight
+    flat = up.detach().flatten()
+    expected = [flat[0], flat[(len(flat) - 1) // 7], flat[-1]]
+    assert torch.equal(samples["layers.1.mlp.up_proj.weight"][[0, 1, -1]], torch.stack(expected))
+    assert same_samples(samples, weight_samples(same))
 
-
-def move_adapters(backbone: Any) -> None:
-    for name, parameter in backbone.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
-
-
-def test_only_the_adapters_train_and_they_reach_every_linear_layer(
-    family: str, tiny_decoder: Callable[..., Path], random_texts: Callable[..., Texts]
-) -> None:
-    folder, packed = tiny_decoder(family), pack(random_texts(LENGTHS))
-    plain = open_backbone(folder)
-    assert not has_lora(plain)
-    linear = [name for name, module in plain.named_modules() if isinstance(module, torch.nn.Linear)]
-    backbone = lora_on(folder)
-    assert has_lora(backbone)
-    trainable = {name for name, p in backbone.named_parameters() if p.requires_grad}
-    assert trainable == {f"{name}.lora_{m}.default.weight" for name in linear for m in "AB"}
+    assert not same_samples(samples, weight_samples(open_backbone(tiny_decoder("llama"), layers=2)))
     with torch.no_grad():
-        assert torch.equal(packed_hidden(backbone, packed), packed_hidden(plain, packed))
-
-    assert set(idle_adapters(backbone)) == {name for name in trainable if "lora_B" in name}
-    packed_hidden(backbone, packed).square().sum().backward()
-    assert {name for name, p in backbone.named_parameters() if p.grad is not None} == trainable
-    torch.optim.SGD([p for p in backbone.parameters() if p.requires_grad], lr=0.01).step()
-    assert idle_adapters(backbone) == []
-    torch.nn.init.zeros_(backbone.get_submodule(linear[0]).lora_B.default.weight)
-    assert idle_adapters(backbone) == [f"{linear[0]}.lora_B.default.weight"]
+        up += 1e-6 * torch.randn(up.shape, generator=torch.Generator().manual_seed(0))
+    assert not same_samples(samples, weight_samples(backbone))
 
 
-@torch.no_grad()
-def test_merged_is_unmerged_and_stock_again(
-    family: str, tiny_decoder: Callable[..., Path], random_texts: Callable[..., Texts]
+def test_samples_of_one_type_agree_to_the_bit(tiny_decoder: Callable[..., Path]) -> None:
+    folder = str(tiny_decoder("llama"))
+    backbone = load_backbone(folder, decoder_config(folder, attention="bidirectional"), torch.bfloat16)
+    samples = weight_samples(backbone)
+    with torch.no_grad():
+        backbone.norm.weight[0] *= 1 + torch.finfo(torch.bfloat16).eps
+    assert not same_samples(samples, weight_samples(backbone))
+
+
+@pytest.mark.parametrize(
+    ("a", "b"), [("float32", "bfloat16"), ("float32", "float16"), ("float16", "bfloat16"), ("bfloat16", "float32")]
+)
+def test_samples_of_the_same_weights_in_other_types_agree(a: str, b: str, tiny_decoder: Callable[..., Path]) -> None:
+    folder = str(tiny_decoder("qwen2"))  # it has biases
+    config = decoder_config(folder, attention="bidirectional")
+
+    def samples(dtype: str, change: float = 0.0) -> dict[str, Tensor]:
+        backbone = load_backbone(folder, config, getattr(torch, dtype))
+        with torch.no_grad():
+            for parameter in backbone.parameters():
+                parameter *= 1 + change
+        return weight_samples(backbone)
+
+    assert same_samples(samples(a), samples(b))
+    assert not same_samples(samples(a), samples(b, change=0.02))
+
+
+def test_an_origin_is_found_again_from_anywhere(
+    tiny_decoder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, packed = tiny_decoder(family), pack(random_texts(LENGTHS))
-    plain, backbone = open_backbone(folder), lora_on(folder)
-    move_adapters(backbone)
-    with_adapters = packed_hidden(backbone, packed)
-    assert float((with_adapters - packed_hidden(plain, packed)).abs().max()) > 0.1
-    merge_lora(backbone)
-    torch.testing.assert_close(packed_hidden(backbone, packed), with_adapters, rtol=1e-5, atol=1e-5)
-    assert not has_lora(backbone) and not idle_adapters(backbone)
-    assert list(backbone.state_dict()) == list(plain.state_dict())
-    assert [type(m) for m in backbone.modules()] == [type(m) for m in plain.modules()]
-
-
-def test_adapters_on_a_half_precision_model_are_float32(
-    tiny_decoder: Callable[..., Path], random_texts: Callable[..., Texts]
-) -> None:
-    backbone = lora_on(tiny_decoder("llama"), torch.bfloat16)
-    dtypes = {("lora_" in name, p.dtype) for name, p in backbone.named_parameters()}
-    assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
-    assert packed_hidden(backbone, pack(random_texts([9, 4]))).dtype == torch.bfloat16
-
-
-def test_a_merge_that_is_not_finite_is_an_error(tiny_decoder: Callable[..., Path]) -> None:
-    backbone = lora_on(tiny_decoder("llama"))
-    torch.nn.init.constant_(backbone.layers[1].mlp.up_proj.lora_B.default.weight, float("nan"))
-    with pytest.raises(ValueError):
-        merge_lora(backbone)
+    folder = tiny_decoder("llama")
+    backbone = open_backbone(folder)
+    monkeypatch.chdir(folder.parent)
+    assert origin_of(folder.name, backbone, "stock").name == str(folder.resolve())
+    for name in ("smollm2-135m", "org/name"):
+        assert origin_of(name, backbone, "whole").name == name
+    assert origin_of(folder, backbone, "decoder").kind == "decoder"

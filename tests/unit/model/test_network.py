@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModel
 
 from embedwright.model.embedder import Embedder
 from embedwright.model.network import EmbedwrightModel
+from embedwright.model.pooling import reduce
 
 TEXTS = ["how do tides work?", "a", "", "the moon and the sun " * 9, "漢字 🙂"]
 TASK = "Given a question, retrieve passages"
@@ -36,11 +38,11 @@ def padded(model: Embedder, side: str, task: str | None = None) -> dict[str, Ten
 
 @torch.no_grad()
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("pooling", ["latent", "self", "mlp"])
+@pytest.mark.parametrize("pooling", ["latent", "self", "mlp", "mean", "last"])
 def test_automodel_on_a_saved_folder_gives_the_vectors_of_encode(
     pooling: Any, side: str, tiny_embedder: Callable[..., Embedder], tmp_path: Path
 ) -> None:
-    model = tiny_embedder(pooling)
+    model = tiny_embedder(pooling, bos=True)
     model.save(tmp_path / "saved")
     opened = AutoModel.from_pretrained(tmp_path / "saved")
     assert isinstance(opened, EmbedwrightModel)
@@ -49,12 +51,42 @@ def test_automodel_on_a_saved_folder_gives_the_vectors_of_encode(
         output = opened(**rows)
         np.testing.assert_allclose(output.pooler_output.numpy(), model.encode(TEXTS, task), atol=1e-5)
 
-        tokens_NLD, pool_NL1 = output.last_hidden_state, rows["pool_mask"][..., None]
+        # what sentence-transformers' own mean pooling makes of the tokens, which does not know the pool mask
+        tokens_NLD, attended_NL1 = output.last_hidden_state, rows["attention_mask"][..., None]
         assert tokens_NLD.shape == (*rows["input_ids"].shape, model.embedding_dim)
-        assert not tokens_NLD[rows["attention_mask"] == 0].any()
-        # what sentence-transformers' own mean pooling makes of the tokens and the pool mask
-        mean_ND = (tokens_NLD * pool_NL1).sum(1) / pool_NL1.sum(1)
-        torch.testing.assert_close(torch.nn.functional.normalize(mean_ND), output.pooler_output, rtol=0, atol=1e-5)
+        mean_ND = (tokens_NLD * attended_NL1).sum(1) / attended_NL1.sum(1)
+        packed = model.tokenize(TEXTS, task)
+        pooled_ND = reduce(model.network.tokens(packed), packed, pooling)
+        torch.testing.assert_close(mean_ND, pooled_ND, rtol=1e-5, atol=1e-5)
+        assert not tokens_NLD[rows["pool_mask"] == 0].any()
+        scaled = {"last": len(TEXTS)}.get(pooling, int(rows["pool_mask"].sum()))
+        assert int(tokens_NLD.any(-1).sum()) == scaled
+
+
+@torch.no_grad()
+def test_token_states_of_half_precision_are_scaled_in_float32(tiny_embedder: Callable[..., Embedder]) -> None:
+    model = tiny_embedder("mean", bos=True, dtype="bfloat16")
+    assert next(model.network.parameters()).dtype == torch.bfloat16
+    rows = padded(model, "right", TASK)
+    output = model.network(**rows)
+    assert output.last_hidden_state.dtype == output.pooler_output.dtype == torch.float32
+    mean_ND = output.last_hidden_state.sum(1) / rows["attention_mask"].sum(1, keepdim=True)
+    torch.testing.assert_close(F.normalize(mean_ND), output.pooler_output, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_row_of_nothing_is_an_error(tiny_embedder: Callable[..., Embedder]) -> None:
+    network = tiny_embedder("latent").network
+    ids, one, two = torch.tensor([[5, 6], [7, 8]]), torch.tensor([[1, 1], [0, 0]]), torch.tensor([[1, 1], [1, 0]])
+    with pytest.raises(ValueError, match="attention_mask: row 1 has no token to attend to"):
+        network(ids, attention_mask=one)
+    with pytest.raises(ValueError, match="pool_mask: row 1 has no token to pool"):
+        network(ids, pool_mask=one)
+    # a pool mask that is set on padding pools no padding
+    with pytest.raises(ValueError, match="pool_mask: row 1 has no token to pool"):
+        network(ids, attention_mask=two, pool_mask=torch.tensor([[1, 1], [0, 1]]))
+    told = network(ids, attention_mask=two, pool_mask=torch.ones_like(two))
+    assert torch.equal(told.pooler_output, network(ids, attention_mask=two).pooler_output)
 
 
 @torch.no_grad()

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from embedwright.model.pooling import LatentPooling, MlpPooling, PoolingConfig, make_head, reduce
+from embedwright.model import network as network_module
+from embedwright.model.adapter import add_lora
+from embedwright.model.embedder import Embedder
+from embedwright.model.pooling import FoldedLatent, LatentPooling, MlpPooling, PoolingConfig, make_head, reduce
 from embedwright.packing import PackedTexts, pack
 from embedwright.text import TokenizedText
 
 D = 24
+D_TINY = 32  # of the tiny decoders
 LENGTHS = [5, 5, 1, 9]
 KINDS_WITH_WEIGHTS = ["latent", "self", "mlp"]
 
@@ -107,6 +115,147 @@ def test_attention_weights_are_those_of_the_forward(packed: PackedTexts, states_
     mixed_TD = (weights_HTR @ values_HRd).transpose(0, 1).flatten(1)
     expected = head.feed_forward(states_TD + head.attention.to_out(mixed_TD))
     torch.testing.assert_close(head(states_TD, packed), expected, rtol=1e-4, atol=1e-4)
+
+
+# ---- folded
+
+
+class LargestSeen(TorchDispatchMode):
+    """Elements of the largest tensor of `dtype` that any operation gives."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype, self.elements = dtype, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, Tensor) and tensor.dtype == self.dtype and tensor._base is None:
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("head_dim", [None, 5])
+def test_a_folded_block_is_the_block(packed: PackedTexts, states_TD: Tensor, head_dim: int | None) -> None:
+    head = with_random_weights(head_of("latent", head_dim=head_dim)).double()
+    expected = head(states_TD.double(), packed).detach()
+    folded = FoldedLatent(head)
+    torch.testing.assert_close(folded(states_TD.double(), packed), expected)
+    left = {name: tuple(p.shape) for name, p in folded.named_parameters() if not name.startswith("feed_forward")}
+    assert left == {"norm.weight": (D,), "norm.bias": (D,), "to_scores.weight": (21, D), "to_out.weight": (D, 21)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_is_folded_in_float64_and_kept_in_the_type_of_the_block(dtype: torch.dtype) -> None:
+    head = with_random_weights(head_of("latent", latents=11, head_dim=40)).to(dtype)
+    exact, folded = FoldedLatent(copy.deepcopy(head).double()), FoldedLatent(head)
+    for name in ("to_scores", "to_out"):
+        weight = getattr(folded, name).weight
+        assert weight.dtype == dtype and torch.equal(weight, getattr(exact, name).weight.to(dtype))
+
+
+def test_folding_has_never_more_than_one_head_in_float64() -> None:
+    head = head_of("latent", heads=8, head_dim=D)
+    with LargestSeen(torch.float64) as seen:
+        FoldedLatent(head)
+    assert seen.elements == D * D  # one head's part of a projection; a whole one has eight times as many
+
+
+def test_folded_weights_that_overflow_are_refused() -> None:
+    head = with_random_weights(head_of("latent")).half()
+    with torch.no_grad():
+        head.attention.to_q.weight *= 1e4
+        head.attention.to_kv.weight *= 1e2
+    with pytest.raises(ValueError, match=r"overflows torch\.float16: load the model in another dtype"):
+        FoldedLatent(head)
+    assert FoldedLatent(head.float()).to_scores.weight.isfinite().all()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("float16", 3e-3), ("bfloat16", 3e-2)])
+def test_a_folded_model_gives_the_same_vectors(
+    tiny_embedder: Callable[..., Embedder], dtype: str, tolerance: float
+) -> None:
+    texts = ["tides", "a longer text, " * 9, ""]
+    model = tiny_embedder("latent")
+    model.network.to(getattr(torch, dtype))
+    expected = model.encode(texts, "a task")
+    head = model.network.head
+    assert model.fold() is model and model.network.head is not head
+    np.testing.assert_allclose(model.encode(texts, "a task"), expected, rtol=0, atol=tolerance)
+    folded = model.network.head
+    assert model.fold().network.head is folded and not folded.training
+    assert {p.dtype for p in folded.parameters()} == {getattr(torch, dtype)}
+
+
+@pytest.mark.parametrize("kind", ["mean", "last", "self", "mlp"])
+def test_heads_without_latents_stay(kind: str, tiny_embedder: Callable[..., Embedder]) -> None:
+    model = tiny_embedder(kind)
+    head = model.network.head
+    assert model.fold().network.head is head and next(model.network.parameters()).requires_grad
+
+
+def test_a_folded_model_is_for_inference_alone(tiny_embedder: Callable[..., Embedder], tmp_path: Path) -> None:
+    refused = pytest.raises(ValueError, match="folded for inference: load the model again")
+    model = tiny_embedder("latent").fold()
+    packed = model.tokenize(["a text", "another"])
+    assert not model.embed(packed).requires_grad
+    with refused:
+        model.save(tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+    with refused:
+        model.network.save_pretrained(tmp_path / "network")
+    with refused:
+        model.network.state_dict()
+    with refused:
+        model.network.head.reset()
+    model.network.head.feed_forward.requires_grad_(True)
+    with refused:
+        model.embed(packed)
+    model.network.head.requires_grad_(False)
+    model.embed(packed)
+    add_lora(model.network.backbone, rank=2, alpha=4, dropout=0.0)
+    with refused:
+        model.embed(packed)
+    assert np.isfinite(model.encode(["a text"])).all()  # without gradients adapters may stand in front of it
+
+
+# ---- long texts
+
+
+@pytest.mark.parametrize("kind", ["latent", "folded", "mlp"])
+def test_without_gradients_token_wise_heads_run_in_slices(
+    kind: str, tiny_embedder: Callable[..., Embedder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that memory for their wide intermediates does not grow with a text."""
+    model = tiny_embedder("latent" if kind == "folded" else kind, multiple=4)
+    if kind == "folded":
+        model.fold()
+    head, packed = model.network.head, model.tokenize(["a longer text, " * 60, "a short one"])
+    hidden_TD = model.network.hidden(packed).detach()
+    monkeypatch.setattr(model.network, "hidden", lambda _: hidden_TD)
+    calls: list[int] = []
+    head.register_forward_hook(lambda _, inputs, __: calls.append(len(inputs[0])))
+    total = len(hidden_TD)
+    with torch.no_grad(), LargestSeen(torch.float32) as whole:
+        expected_TD = model.network.tokens(packed)
+    monkeypatch.setattr(network_module, "HEAD_SLICE", 8)
+    with torch.no_grad(), LargestSeen(torch.float32) as sliced:
+        got_TD = model.network.tokens(packed)
+    assert total > 400 and calls == [total, *[8] * (total // 8), *([total % 8] if total % 8 else [])]
+    torch.testing.assert_close(got_TD, expected_TD, rtol=1e-6, atol=1e-6)
+    # what is left is the output itself
+    assert whole.elements >= total * 8 * D_TINY and sliced.elements == total * D_TINY
+    if kind != "folded":
+        assert model.network.tokens(packed).requires_grad and calls[-1] == total
+
+
+def test_self_attention_sees_whole_texts_always(
+    tiny_embedder: Callable[..., Embedder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_embedder("self")
+    expected = model.encode(["a longer text, " * 9])
+    monkeypatch.setattr(network_module, "HEAD_SLICE", 8)
+    np.testing.assert_allclose(model.encode(["a longer text, " * 9]), expected, rtol=0, atol=1e-6)
 
 
 # ---- how they start

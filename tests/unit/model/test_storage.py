@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
 from embedwright.model import storage
-from embedwright.model.backbone import add_lora, merge_lora
 from embedwright.model.embedder import Embedder
 from embedwright.text import BOUNDARY_TEMPLATE
 
@@ -87,21 +86,43 @@ def test_dtype_is_the_stored_one_unless_asked(
     assert (dtype(), dtype(dtype="float32")) == (torch.bfloat16, torch.float32)
 
 
-def test_merged_adapters_are_saved_and_unmerged_ones_refused(
-    tiny_embedder: Callable[..., Embedder], tmp_path: Path
+@pytest.mark.parametrize("asked", [None, "bfloat16", "float16", "float32"])
+def test_a_head_that_was_stored_in_float32_stays_in_it(
+    asked: str | None, tiny_embedder: Callable[..., Embedder], tmp_path: Path
 ) -> None:
+    model = tiny_embedder("latent", dtype="bfloat16")
+    assert {p.dtype for p in model.network.head.parameters()} == {torch.float32}
+    model.save(tmp_path / "saved")
+    loaded = Embedder.load(tmp_path / "saved", dtype=asked)
+    assert loaded.network.backbone.norm.weight.dtype == getattr(torch, asked or "bfloat16")
+    for name, parameter in model.network.head.named_parameters():
+        assert torch.equal(loaded.network.head.get_parameter(name), parameter)
+    if asked in (None, "bfloat16"):
+        np.testing.assert_allclose(loaded.encode(TEXTS), model.encode(TEXTS), atol=1e-6)
+
+
+def test_a_head_of_the_backbones_type_goes_with_it(tiny_embedder: Callable[..., Embedder], tmp_path: Path) -> None:
+    model = tiny_embedder("latent", dtype="bfloat16")
+    model.network.head.bfloat16()
+    model.save(tmp_path / "half")
+    tiny_embedder("latent").save(tmp_path / "whole")
+
+    def types(name: str, asked: str | None) -> set[torch.dtype]:
+        return {p.dtype for p in Embedder.load(tmp_path / name, dtype=asked).network.parameters()}
+
+    assert types("half", None) == types("whole", "bfloat16") == {torch.bfloat16}
+    assert types("half", "float32") == types("whole", None) == {torch.float32}
+
+
+def test_merged_adapters_are_in_the_saved_weights(tiny_embedder: Callable[..., Embedder], tmp_path: Path) -> None:
     model = tiny_embedder("latent")
     plain = model.encode(TEXTS)
-    add_lora(model.network.backbone, rank=2, alpha=4, dropout=0.0)
+    model.add_lora(rank=2, alpha=4)
     for name, parameter in model.network.backbone.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
     adapted = model.encode(TEXTS)
-    with pytest.raises(ValueError, match="LoRA adapters are not merged"):
-        model.save(tmp_path / "saved")
-    assert not any(tmp_path.iterdir())
-    merge_lora(model.network.backbone)
-    model.save(tmp_path / "saved")
+    model.merge().save(tmp_path / "saved")
     loaded = Embedder.load(tmp_path / "saved").encode(TEXTS)
     np.testing.assert_allclose(loaded, adapted, atol=1e-5)
     assert np.abs(loaded - plain).max() > 1e-3
@@ -134,8 +155,11 @@ def test_nothing_saved_is_pickle_or_code(pooling: Any, tiny_embedder: Callable[.
         assert "auto_map" not in path.read_text()
 
 
-def test_saving_leaves_the_model_as_it_was(tiny_embedder: Callable[..., Embedder], tmp_path: Path) -> None:
-    model = tiny_embedder("mean")
+@pytest.mark.parametrize("pooling", ["mean", "latent"])
+def test_saving_leaves_the_model_as_it_was(
+    pooling: Any, tiny_embedder: Callable[..., Embedder], tmp_path: Path
+) -> None:
+    model = tiny_embedder(pooling)
     model.tokenizer.chat_template = "{{ messages }}"
     before = model.encode(TEXTS, TASK), model.tokenizer("a")["input_ids"]
     model.save(tmp_path / "saved")
@@ -155,7 +179,9 @@ def test_the_format_is_stock_where_it_can_be(
     model.save(tmp_path / "saved")
     stock = pooling in ("mean", "last") and not bos
     assert storage.opens_as_stock(model.network, model.tokenizer) == stock
-    assert ("modules.json" in files_of(tmp_path / "saved")) == stock
+    files = files_of(tmp_path / "saved")
+    assert ("embedwright.json" in files) == stock
+    assert {"modules.json", "sentence_bert_config.json", "1_Pooling/config.json", "2_Normalize/config.json"} <= files
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert config["model_type"] == ("llama" if stock else "embedwright")
     assert config.get("is_causal", False) is False
@@ -194,7 +220,7 @@ def test_what_is_no_embedder_says_so(tmp_path: Path, tiny_decoder: Callable[...,
         Embedder.load(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         Embedder.load(tmp_path)
-    with pytest.raises(ValueError, match=r"'llama'\) is not an embedder: use Embedder\.from_decoder"):
+    with pytest.raises(ValueError, match=r"is not an embedder that we know: use Embedder\.from_decoder"):
         Embedder.load(tiny_decoder("llama"))
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from embedwright.model.backbone import add_lora
+from embedwright.model.adapter import add_lora
 from embedwright.model.embedder import Embedder
 from embedwright.packing import PackedTexts, pack
 from embedwright.text import TokenizedText

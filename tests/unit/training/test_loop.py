@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
 from embedwright.config import ConfigError
 from embedwright.evaluation.report import Results
-from embedwright.model.backbone import has_lora
+from embedwright.model.adapter import has_lora
 from embedwright.model.embedder import Embedder
 from embedwright.training import loop
 from embedwright.training.batch import make_batch
@@ -469,6 +470,37 @@ def test_the_start_follows_the_seed_alone(content: dict[str, Any], tmp_path: Pat
 def test_adapters_that_nothing_reached_are_refused(content: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="21 LoRA adapters are still zero after training"):
         finish(start_model(Recipe.parse(short(content, tmp_path))))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_adapters_are_those_of_the_recipe(content: dict[str, Any], tmp_path: Path, precision: str) -> None:
+    tree = short(content, tmp_path, rank=3, alpha=12, dropout=0.25)
+    tree["run"]["precision"] = precision
+    network = start_model(Recipe.parse(tree)).network
+    layer = network.backbone.layers[1].mlp.up_proj
+    assert (layer.r["default"], layer.scaling["default"], layer.lora_dropout.default.p) == (3, 4, 0.25)
+    # under autocast the small adapters are cast, not every input
+    assert network.mixed == (precision == "bf16") and layer.cast_input_dtype_enabled != network.mixed
+
+
+def test_adapters_are_merged_under_proof(
+    content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = LoraLinear.get_delta_weight
+    monkeypatch.setattr(LoraLinear, "get_delta_weight", lambda layer, name: 2 * right(layer, name))
+    with pytest.raises(RuntimeError, match=r"merging changed what .* this model is lost"):
+        train(Recipe.parse(short(content, tmp_path)))
+
+
+def test_a_trained_model_is_saved_before_it_takes_new_adapters(content: dict[str, Any], tmp_path: Path) -> None:
+    model = train(Recipe.parse(short(content, tmp_path)))
+    expected = model.encode(TEXTS)
+    new = Embedder(copy.deepcopy(model.network), model.tokenizer).add_lora(2)
+    with pytest.raises(ValueError, match=r"the weights below the adapters are not those of .*llama any more"):
+        new.save(tmp_path / "adapter")
+    model.save(tmp_path / "base")
+    model.add_lora(2).save(tmp_path / "adapter")
+    np.testing.assert_allclose(Embedder.load(tmp_path / "adapter").encode(TEXTS), expected, atol=1e-6)
 
 
 def test_a_resumed_run_says_where_it_stands(

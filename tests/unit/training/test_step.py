@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from embedwright.data.example import Example, Passage, Task
-from embedwright.model.backbone import add_lora
+from embedwright.model.adapter import add_lora
 from embedwright.model.embedder import Embedder
 from embedwright.packing import PackedTexts
 from embedwright.training.batch import Batch, make_batch

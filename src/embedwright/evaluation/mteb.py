@@ -1,0 +1,137 @@
+"""An embedder for `mteb.evaluate`: every MTEB task gets its instruction, symmetric tasks on all texts.
+
+    mteb.evaluate(MtebEncoder(Embedder.load("my-embedder")), mteb.get_tasks(["SciFact", "STS12"]))
+
+`instructions.yaml` holds the instructions. N texts, E embedding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from mteb.abstasks.task_metadata import TaskMetadata
+from mteb.models.model_meta import ModelMeta, ScoringFunction
+from mteb.similarity_functions import cos_sim, pairwise_cos_sim
+from mteb.types import PromptType
+from numpy.typing import NDArray
+from torch import Tensor
+
+from embedwright.config import load_yaml
+from embedwright.model.embedder import Embedder
+
+TABLE = Path(__file__).with_name("instructions.yaml")
+
+
+class MtebEncoder:
+    """An `Embedder` as mteb's EncoderProtocol.
+
+    `instructions` (task name -> instruction, "" for none) goes before the packaged ones. `max_tokens` cuts texts as
+    `Embedder.encode` does. `name` is that of the results.
+    """
+
+    def __init__(
+        self,
+        model: Embedder,
+        instructions: Mapping[str, str] | None = None,
+        *,
+        max_tokens: int | None = None,
+        batch_tokens: int = 8192,
+        name: str = "embedwright/model",
+    ) -> None:
+        self.model, self.name = model, name
+        self.instructions = dict(instructions or {})
+        self.max_tokens, self.batch_tokens = max_tokens, batch_tokens
+
+    def instruction(self, task: TaskMetadata, prompt_type: PromptType | None) -> str | None:
+        """What is asked of a text of this task: nothing of a document, and of all other texts the same."""
+        if prompt_type == PromptType.document:
+            return None
+        return self.instructions.get(task.name, instruction_of(task)) or None
+
+    def encode(
+        self,
+        inputs: Iterable[Mapping[str, Any]],
+        *,
+        task_metadata: TaskMetadata,
+        hf_split: str,
+        hf_subset: str,
+        prompt_type: PromptType | None = None,
+        show_progress_bar: bool = False,
+        precision: Any = "float32",
+        batch_size: int | None = None,
+    ) -> NDArray[Any]:
+        """(N, E) of the texts in the batches of `inputs`. `batch_size` is not used: batches are counted in tokens."""
+        return self.model.encode(
+            [text for batch in inputs for text in batch["text"]],
+            task=self.instruction(task_metadata, prompt_type),
+            max_tokens=self.max_tokens,
+            batch_tokens=self.batch_tokens,
+            precision=precision,
+            progress=show_progress_bar,
+        )
+
+    def similarity(self, embeddings1: Any, embeddings2: Any) -> Tensor:
+        """Cosines of all with all."""
+        return torch.as_tensor(cos_sim(embeddings1, embeddings2))
+
+    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Tensor:
+        """Cosines, row by row."""
+        return torch.as_tensor(pairwise_cos_sim(embeddings1, embeddings2))
+
+    @cached_property
+    def mteb_model_meta(self) -> ModelMeta:
+        """Name, sizes, and as revision a hash of all that decides the vectors, weights too.
+
+        mteb looks up cached results by name and revision: under a fixed one it would give those of another model.
+        """
+        return ModelMeta.create_empty(
+            {
+                "name": self.name,
+                "revision": self._fingerprint(),
+                "n_parameters": sum(p.numel() for p in self.model.network.parameters()),
+                "max_tokens": self.max_tokens or self.model.max_tokens,
+                "embed_dim": self.model.embedding_dim,
+                "similarity_fn_name": ScoringFunction.COSINE,
+                "use_instructions": True,
+                "framework": ["PyTorch"],
+            }
+        )
+
+    def _fingerprint(self) -> str:
+        network = self.model.network
+        made = hashlib.sha256(TABLE.read_bytes())
+        for setting in (self.instructions, self.max_tokens, network.contract, network.pooling, network.backbone.config):
+            made.update(repr(setting).encode())
+        for name, parameter in network.named_parameters():
+            made.update(f"{name} {parameter.dtype}".encode())
+            made.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return made.hexdigest()[:16]
+
+
+def instruction_of(task: TaskMetadata) -> str:
+    """The packaged instruction of a task, else its own prompt in mteb, else that of its type.
+
+    ValueError for a task of a type that has none: those are not of text.
+    """
+    table = _table()
+    for pattern, instruction in table["tasks"].items():
+        if fnmatchcase(task.name, pattern):
+            return instruction
+    own = task.prompt.get(PromptType.query.value) if isinstance(task.prompt, dict) else task.prompt
+    if own:
+        return str(own)
+    if task.type not in table["types"]:
+        raise ValueError(f"MTEB task {task.name} is of type {task.type}, which is not one of texts")
+    return table["types"][task.type]
+
+
+@cache
+def _table() -> dict[str, dict[str, str]]:
+    table: dict[str, dict[str, str]] = load_yaml(TABLE)
+    return table

@@ -1,0 +1,208 @@
+"""Adapters on disk: LoRA and the pooling block in peft's own format, and what finds and proves the base below them.
+
+`adapter_config.json` and `adapter_model.safetensors` are peft's. Beside them: `embedwright.json` (contract, pooling,
+how to open a decoder) and `base_samples.safetensors` (values of the base's weights). A folder of peft alone has
+neither: its base is an embedder, and is taken at its word.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from embedwright.model.adapter import has_lora, inject_lora, warn_of_idle
+from embedwright.model.backbone import (
+    decoder_config,
+    load_backbone,
+    origin_of,
+    resolve_base,
+    same_samples,
+    weight_samples,
+)
+from embedwright.model.network import EmbedwrightConfig, EmbedwrightModel
+from embedwright.text import load_tokenizer
+
+CONFIG = "adapter_config.json"
+_WEIGHTS, _OURS, _SAMPLES = "adapter_model.safetensors", "embedwright.json", "base_samples.safetensors"
+_PREFIX = "base_model.model."  # of every name in peft's format
+
+# What of a LoraConfig is followed; anything else has to stand at its default.
+_FOLLOWED = {
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "exclude_modules",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+    "layers_to_transform",
+    "layers_pattern",
+}
+_NOTES = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "task_type"}
+_HARMLESS = {"modules_to_save": ["head"], "init_lora_weights": "gaussian"}  # beside the defaults
+
+OpenEmbedder = Callable[..., tuple[EmbedwrightModel, Any]]
+
+
+def write(network: EmbedwrightModel, folder: Path) -> None:
+    """A new folder with the adapters and the pooling block of `network`.
+
+    ValueError where the weights below the adapters are not those that were read from disk.
+    """
+    backbone, origin = network.backbone, network.origin
+    if origin is None or not same_samples(origin.samples, weight_samples(backbone)):
+        where = "are on no disk" if origin is None else f"are not those of {origin.name} any more"
+        raise ValueError(
+            f"the weights below the adapters {where}, so the adapters alone would be of no use: "
+            "save the model without adapters, load that and add them to it, or merge them"
+        )
+    if not hasattr(backbone, "peft_config"):
+        raise ValueError("the adapters are not ours: save them with peft, and open that folder with Embedder.load")
+    warn_of_idle(backbone)
+    head = {f"{_PREFIX}head.{name}": tensor for name, tensor in network.head.state_dict().items()}
+    within = "" if origin.kind != "whole" and not head else "backbone."
+    lora = {f"{_PREFIX}{within}{_stored(n)}": p.detach() for n, p in backbone.named_parameters() if "lora_" in n}
+    config = copy.copy(backbone.peft_config["default"])
+    config.base_model_name_or_path = origin.name
+    config.modules_to_save = ["head"] if head else None
+    config.task_type, config.inference_mode = "FEATURE_EXTRACTION", True
+    folder.mkdir()
+    config.save_pretrained(folder)
+    for file, tensors in ((_WEIGHTS, lora | head), (_SAMPLES, origin.samples)):
+        save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, folder / file, metadata={"format": "pt"})
+    decoder = {
+        "layers": backbone.config.num_hidden_layers,
+        "attention": "causal" if backbone.config.is_causal else "bidirectional",
+    }
+    ours = {
+        "contract": network.contract.model_dump(mode="json"),
+        "pooling": network.pooling.model_dump(mode="json"),
+        "decoder": decoder if origin.kind == "decoder" else None,
+    }
+    (folder / _OURS).write_text(json.dumps(ours, indent=2) + "\n")
+
+
+def read(folder: Path, dtype: torch.dtype | None, open_embedder: OpenEmbedder) -> tuple[EmbedwrightModel, Any]:
+    """Base and adapters, and the tokenizer of the base. `dtype`: of the base; what trains is float32.
+
+    FileNotFoundError where the base or a file is missing; ValueError where the base is another one, the adapter is of a
+    kind that is not supported, or its tensors do not fit.
+    """
+    from peft import LoraConfig
+
+    stored = json.loads((folder / CONFIG).read_text())
+    _check_settings(folder / CONFIG, stored)
+    tensors = _read_tensors(folder / _WEIGHTS)
+    ours = json.loads((folder / _OURS).read_text()) if (folder / _OURS).is_file() else None
+    network, tokenizer = _open_base(folder, stored["base_model_name_or_path"], ours, dtype, open_embedder)
+    backbone: Any = network.backbone
+    bare = not any(name.startswith(f"{_PREFIX}backbone.") for name in tensors)  # names as in AutoModel's stock model
+    root = backbone if bare else network
+    inject_lora(root, LoraConfig(**{key: stored[key] for key in _FOLLOWED & stored.keys()}))
+    backbone.peft_config = root.peft_config
+    whole_head = ours is not None and ours["decoder"] is not None
+    network.head.float().requires_grad_(True)
+    _fill(folder / _WEIGHTS, network, tensors, bare=bare, whole_head=whole_head)
+    warn_of_idle(backbone)
+    return network, tokenizer
+
+
+def _check_settings(file: Path, stored: dict[str, Any]) -> None:
+    from peft import LoraConfig
+
+    if stored.get("peft_type") != "LORA":
+        raise ValueError(f"{file}: peft_type is {stored.get('peft_type')!r}, and only LORA is supported")
+    if not isinstance(stored.get("base_model_name_or_path"), str):
+        raise ValueError(f"{file}: base_model_name_or_path does not say where the base is")
+    default = vars(LoraConfig())
+    for key in sorted(stored.keys() - _FOLLOWED - _NOTES):
+        if stored[key] and stored[key] not in (default.get(key), _HARMLESS.get(key)):
+            raise ValueError(f"{file}: {key}={stored[key]!r} is not supported")
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist")
+    try:
+        tensors: dict[str, Tensor] = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a whole safetensors file: {error}") from None
+    return tensors
+
+
+def _open_base(
+    folder: Path, name: str, ours: dict[str, Any] | None, dtype: torch.dtype | None, open_embedder: OpenEmbedder
+) -> tuple[EmbedwrightModel, Any]:
+    """The base, proved to be the one that the adapters were trained on where that is known (`ours`)."""
+    samples = _read_tensors(folder / _SAMPLES) if ours else {}
+    if ours and dtype is None:
+        dtype = next(iter(samples.values())).dtype
+    try:
+        if ours and ours["decoder"]:
+            network, tokenizer = _open_decoder(name, ours, dtype)
+        else:
+            network, tokenizer = open_embedder(name, dtype=dtype)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{folder}: the base of this adapter, {name}, cannot be opened ({error}): "
+            f"write where it is as base_model_name_or_path into {folder / CONFIG}"
+        ) from None
+    if has_lora(network.backbone):
+        raise ValueError(f"{folder}: its base, {name}, is an adapter itself: merge that first")
+    if ours:
+        if not same_samples(samples, weight_samples(network.backbone)):
+            raise ValueError(f"{folder}: {name} has other weights than the base that this adapter was trained on")
+        for part in ("contract", "pooling"):
+            if getattr(network, part).model_dump(mode="json") != ours[part]:
+                raise ValueError(f"{folder}: {name} has another {part} than the base that this adapter was trained on")
+    return network, tokenizer
+
+
+def _open_decoder(name: str, ours: dict[str, Any], dtype: torch.dtype | None) -> tuple[EmbedwrightModel, Any]:
+    """A decoder with the adapter's own contract; its pooling block is still to be filled."""
+    base = resolve_base(name)
+    config = decoder_config(base, **ours["decoder"])
+    backbone = load_backbone(base, config, dtype or torch.float32)
+    parts = {"contract": ours["contract"], "pooling": ours["pooling"]}
+    network = EmbedwrightModel(EmbedwrightConfig(backbone=backbone.config.to_dict(), **parts), backbone=backbone)
+    network.origin = origin_of(name, backbone, "decoder")
+    return network, load_tokenizer(base)
+
+
+@torch.no_grad()
+def _fill(file: Path, network: EmbedwrightModel, tensors: dict[str, Tensor], *, bare: bool, whole_head: bool) -> None:
+    """Every adapter from its tensor, exactly one each; and the pooling block, all of it or (not `whole_head`) none."""
+    if on_head := [name for name, _ in network.head.named_parameters() if "lora_" in name]:
+        raise ValueError(f"{file}: LoRA on the pooling block ({on_head[0]}) is not supported: it trains in full")
+    left_out = "backbone." if bare else ""
+    own = {
+        f"{_PREFIX}{_stored(name).removeprefix(left_out)}": parameter
+        for name, parameter in network.named_parameters()
+        if "lora_" in name
+    }
+    head = {f"{_PREFIX}head.{name}": parameter for name, parameter in network.head.named_parameters()}
+    if whole_head or head.keys() & tensors.keys():
+        own |= head
+    for what, names in (
+        ("missing", own.keys() - tensors.keys()),
+        ("unexpected", tensors.keys() - own.keys()),
+        ("not of the base's shape", {n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape}),
+    ):
+        if names:
+            raise ValueError(f"{file}: {len(names)} tensors are {what}, e.g. {min(names)}")
+    for name, parameter in own.items():
+        parameter.copy_(tensors[name])
+
+
+def _stored(name: str) -> str:
+    """A parameter's name without that of the adapter, as peft stores it."""
+    return name.replace(".default", "")

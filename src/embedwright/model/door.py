@@ -1,0 +1,246 @@
+"""How other libraries open a saved model: its tokenizer as a transformers class, and sentence-transformers' files.
+
+They prepare token ids themselves, and a count of prompt tokens is all that they know of a text contract. So the
+tokenizer carries the contract, and gives its ids and pool mask under the calls that they make (design, section 7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from embedwright.model.network import EmbedwrightConfig
+from embedwright.text import Contract, NoTokenError, TokenizedText, check_texts, tokenize
+
+Message = Mapping[str, Any]
+NO_LIMIT = 10**9  # tokens
+
+
+class EmbedwrightTokenizer(PreTrainedTokenizerFast):
+    """Texts in, `input_ids`, `attention_mask` and `pool_mask` out, exactly as `Embedder.encode` reads them.
+
+    `model(**tokenizer(texts)).pooler_output` are the vectors of documents; `prefix`, or a system message in
+    `apply_chat_template`, is the string in front of a query. Made by `tokenizer_for`; AutoTokenizer loads it.
+    """
+
+    # No __init__: transformers rebuilds the pipeline of a class that has one, with other ids.
+    model_input_names = ["input_ids", "attention_mask", "pool_mask"]  # noqa: RUF012  (the base class's way)
+
+    @property
+    def text_contract(self) -> Contract:
+        """The contract that was saved with this tokenizer. ValueError where there is none."""
+        if "contract" not in self.init_kwargs:
+            raise ValueError("this tokenizer holds no text contract: make it with tokenizer_for")
+        return Contract.model_validate(self.init_kwargs["contract"])
+
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        text_pair: Any = None,
+        *,
+        prefix: str | None = None,
+        padding: bool | str = True,
+        truncation: bool | str | None = True,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_tensors: str | None = "pt",
+        **others: Any,
+    ) -> Any:
+        """A BatchEncoding of the texts, with `prefix` (None: the document template) in front of each.
+
+        Cut to `max_length`, or else to `model_max_length`, every token counted; `truncation=False` cuts nothing. One
+        text without tensors comes without a batch dimension. ValueError for text pairs, for any option that would
+        change the ids, and for a prefix that leaves no token to pool; TypeError for what is no text.
+        """
+        _refuse(others, text_pair)
+        texts = check_texts([text] if isinstance(text, str) else text)
+        in_front = self.text_contract.prefix(None) if prefix is None else prefix
+        rows = self._tokenized([(in_front, one) for one in texts], self._limit(truncation, max_length))
+        single = isinstance(text, str) and return_tensors is None
+        return self._padded(rows, single, padding, max_length, pad_to_multiple_of, padding_side, return_tensors)
+
+    def encode(self, text: str, text_pair: Any = None, *, return_tensors: str | None = None, **options: Any) -> Any:
+        """The `input_ids` of one text."""
+        return self(text, text_pair, return_tensors=return_tensors, **options)["input_ids"]
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Message] | Sequence[Sequence[Message]],
+        *,
+        tokenize: bool = True,
+        padding: bool | str = True,
+        truncation: bool | str | None = True,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+        return_dict: bool = True,
+        tokenizer_kwargs: Mapping[str, Any] | None = None,
+        common_kwargs: Mapping[str, Any] | None = None,
+        **others: Any,
+    ) -> Any:
+        """What sentence-transformers calls: the system message is the string in front, the user message the text.
+
+        A conversation is one user message with at most one system message before it; without one, nothing is in front.
+        Otherwise as a call. `tokenize=False` gives the strings. ValueError for other conversations and options.
+        """
+        batched = not conversation or not isinstance(conversation[0], Mapping)
+        conversations: Any = conversation if batched else [conversation]
+        pairs = [_prefix_and_text(one, i) for i, one in enumerate(conversations)]
+        if not tokenize:
+            strings = [prefix + text for prefix, text in pairs]
+            return strings if batched else strings[0]
+        options = {**(tokenizer_kwargs or {}), **(common_kwargs or {})}
+        layout = {name: options.pop(name, None) for name in ("pad_to_multiple_of", "padding_side")}
+        _refuse({**others, **options})
+        rows = self._tokenized(pairs, self._limit(truncation, max_length))
+        single = not batched and return_tensors is None
+        encoded = self._padded(rows, single, padding, max_length, return_tensors=return_tensors, **layout)
+        return encoded if return_dict else encoded["input_ids"]
+
+    def _limit(self, truncation: bool | str | None, max_length: int | None) -> int:
+        if truncation is False or truncation == "do_not_truncate":
+            return NO_LIMIT
+        if truncation not in (True, None, "longest_first", "only_first"):
+            raise ValueError(f"truncation={truncation!r}: texts are cut on the right, by the text contract")
+        default = self.model_max_length or self.text_contract.max_tokens  # None: sentence-transformers' user unset it
+        return int(default if max_length is None else max_length)
+
+    def _tokenized(self, pairs: Sequence[tuple[str, str]], limit: int) -> list[TokenizedText]:
+        """Rows of (prefix, text); those with the same prefix at a time."""
+        contract, backend = self.text_contract, self.backend_tokenizer
+        rows: dict[int, TokenizedText] = {}
+        for prefix in dict.fromkeys(prefix for prefix, _ in pairs):
+            places = [i for i, pair in enumerate(pairs) if pair[0] == prefix]
+            try:
+                made = tokenize(backend, contract, [pairs[i][1] for i in places], prefix, limit)
+            except NoTokenError as error:
+                raise NoTokenError(prefix, limit, places[error.index]) from None
+            rows |= zip(places, made, strict=True)
+        return [rows[i] for i in range(len(pairs))]
+
+    def _padded(
+        self,
+        rows: Sequence[TokenizedText],
+        single: bool,
+        padding: bool | str,
+        max_length: int | None,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_tensors: str | None = None,
+    ) -> Any:
+        encoded = {
+            "input_ids": [row.ids.tolist() for row in rows],
+            "attention_mask": [[1] * len(row.ids) for row in rows],
+            "pool_mask": [row.pool.astype(int).tolist() for row in rows],
+        }
+        return self.pad(
+            {name: values[0] for name, values in encoded.items()} if single else encoded,
+            padding=padding,
+            max_length=max_length if padding == "max_length" else None,
+            pad_to_multiple_of=pad_to_multiple_of,
+            padding_side=padding_side,
+            return_tensors=return_tensors,
+        )
+
+    def _pad(self, encoded_inputs: Any, *args: Any, padding_side: str | None = None, **kwargs: Any) -> Any:
+        """As the base class pads, with the pool mask: data collators come here."""
+        padded = super()._pad(encoded_inputs, *args, padding_side=padding_side, **kwargs)
+        if "pool_mask" in padded:
+            missing = [0] * (len(padded["input_ids"]) - len(padded["pool_mask"]))
+            left = (padding_side or self.padding_side) == "left"
+            padded["pool_mask"] = missing + padded["pool_mask"] if left else padded["pool_mask"] + missing
+        return padded
+
+
+AutoTokenizer.register(EmbedwrightConfig, fast_tokenizer_class=EmbedwrightTokenizer)
+
+
+def tokenizer_for(tokenizer: Any, contract: Contract) -> EmbedwrightTokenizer:
+    """A copy of a transformers tokenizer, with the same ids, that carries the contract and has no chat template."""
+    tokens = dict(tokenizer.special_tokens_map)
+    tokens.setdefault("pad_token", tokenizer.convert_ids_to_tokens(contract.eos_id or 0))  # any will do: none is read
+    made = EmbedwrightTokenizer(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        contract=contract.model_dump(mode="json"),
+        model_max_length=contract.max_tokens,
+        padding_side="right",
+        **tokens,
+    )
+    made.backend_tokenizer.no_truncation()
+    made.backend_tokenizer.no_padding()
+    return made
+
+
+def sentence_transformers_files(
+    contract: Contract, pooling_mode: str, hidden: int, transformer: dict[str, Any]
+) -> dict[str, Any]:
+    """Path in the folder -> JSON content, of Transformer -> Pooling -> Normalize; `transformer`: more of its config.
+
+    Prompts: a document's is its template, and the default; a query's is that of the default task, as the user gives any
+    other one as `prompt`.
+    """
+    modules = {
+        "0": ("", "sentence_transformers.base.modules.transformer.Transformer"),
+        "1": ("1_Pooling", "sentence_transformers.sentence_transformer.modules.pooling.Pooling"),
+        "2": ("2_Normalize", "sentence_transformers.base.modules.normalize.Normalize"),
+    }
+    query, document = contract.query_template, contract.document_template
+    query = contract.prefix("") if "{task}" in query else query
+    return {
+        "modules.json": [
+            {"idx": int(name), "name": name, "path": path, "type": kind} for name, (path, kind) in modules.items()
+        ],
+        "sentence_bert_config.json": {
+            "transformer_task": "feature-extraction",
+            "module_output_name": "token_embeddings",
+            "max_seq_length": contract.max_tokens,
+            "unpad_inputs": False,  # unpadded rows of a bidirectional stock model would leak into each other
+            **transformer,
+        },
+        "config_sentence_transformers.json": {
+            "prompts": {"query": query, "document": document},
+            "default_prompt_name": "document" if document else None,
+            "similarity_fn_name": "cosine",
+        },
+        "1_Pooling/config.json": {
+            "embedding_dimension": hidden,
+            "pooling_mode": pooling_mode,
+            "include_prompt": False,
+        },
+        "2_Normalize/config.json": {},
+    }
+
+
+_FORWARD = {"method": "forward", "method_output_name": "last_hidden_state"}
+# A tokenizer without contract: pinned, since one with a chat template would be opened in message form.
+STOCK_TRANSFORMER = {"modality_config": {"text": _FORWARD}}
+# EmbedwrightTokenizer: texts become messages, since in text form the prompt and the text arrive as one string.
+OUR_TRANSFORMER = {
+    "modality_config": {"text": _FORWARD, "message": {**_FORWARD, "format": "flat"}},
+    "processing_kwargs": {"chat_template": {"restore_suffix": False}},  # the contract says what is behind a cut text
+}
+
+
+def _refuse(options: Mapping[str, Any], text_pair: Any = None) -> None:
+    """ValueError where an option is asked for that this tokenizer has not, or that would change the ids."""
+    if text_pair is not None:
+        raise ValueError("an embedding model reads one text at a time: text pairs are not supported")
+    asked = {name: value for name, value in options.items() if value is not None and value is not False}
+    if options.get("add_special_tokens") is False:
+        raise ValueError("add_special_tokens=False: special tokens are part of the text contract")
+    for harmless in ("add_special_tokens", "return_attention_mask", "verbose"):
+        asked.pop(harmless, None)
+    if asked:
+        raise ValueError(f"not supported, as ids come from the text contract alone: {', '.join(sorted(asked))}")
+
+
+def _prefix_and_text(conversation: Sequence[Any], index: int) -> tuple[str, str]:
+    roles = [message.get("role") for message in conversation]
+    if roles not in (["user"], ["system", "user"]):
+        raise ValueError(f"conversation {index} has the roles {roles}, not user alone or system and user")
+    contents = ["", *(message.get("content") for message in conversation)]
+    if not all(isinstance(content, str) for content in contents):
+        raise ValueError(f"conversation {index}: the content of a message must be a string")
+    return contents[-2], contents[-1]

@@ -1,0 +1,32 @@
+"""A sentence-transformers model as one that encodes queries and documents, under its own prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedwright.text import check_texts
+
+# A model that names no prompt of a side has none there.
+_QUERY, _DOCUMENT = ("query",), ("document", "passage", "corpus")
+
+
+class SentenceTransformerEncoder:
+    """It was not trained on our instructions: `task` only picks the side, None for documents, else queries."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def encode(self, texts: Sequence[str], task: str | None = None) -> NDArray[np.float32]:
+        """Float32 (N, E) of unit length, in the order given. Bad texts are errors as in `Embedder.encode`."""
+        texts = check_texts(texts)
+        names, encode = (_DOCUMENT, self.model.encode_document) if task is None else (_QUERY, self.model.encode_query)
+        # by name: sentence-transformers itself stops at its own empty `document` and never sees a `passage`
+        name = next((name for name in names if self.model.prompts.get(name)), None)
+        if not texts:
+            return np.empty((0, self.model.get_embedding_dimension()), dtype=np.float32)
+        vectors = encode(texts, prompt_name=name, normalize_embeddings=True, show_progress_bar=False)
+        return np.asarray(vectors, dtype=np.float32)

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from embedwright.model import selftest
+from embedwright.model.embedder import Embedder
+from embedwright.model.probe import ProbeError
+
+
+@pytest.fixture
+def model(tiny_embedder: Callable[..., Embedder]) -> Embedder:
+    return tiny_embedder("latent")
+
+
+@pytest.fixture
+def folder(model: Embedder, tmp_path: Path) -> Path:
+    selftest.write(model.network, model.tokenizer, tmp_path)
+    return tmp_path
+
+
+def compared(model: Embedder, folder: Path) -> selftest.Comparison:
+    found = selftest.compare(model.network, model.tokenizer, folder)
+    assert found is not None
+    return found
+
+
+def test_what_is_recorded_is_what_encode_gives(model: Embedder, folder: Path) -> None:
+    stored = json.loads((folder / selftest.FILE).read_text())
+    assert stored["dtype"] == "float32" and [row["text"] for row in stored["texts"]] == [t for t, _ in selftest.TEXTS]
+    for row, (text, is_query) in zip(stored["texts"], selftest.TEXTS, strict=True):
+        task = selftest.TASK if is_query else None
+        packed = model.tokenize([text], task)
+        assert row["ids"] == packed.ids_T.tolist() and row["pooled"] == int(packed.pool_mask_T.sum())
+        np.testing.assert_allclose(row["vector"], model.encode([text], task)[0, : len(row["vector"])], atol=1e-6)
+
+
+def test_the_same_model_is_the_same(model: Embedder, folder: Path) -> None:
+    found = compared(model, folder)
+    assert found.ok and found.same_type and found.difference < 1e-6 and found.cosine > 0.999999
+    selftest.check(model.network, model.tokenizer, folder)
+
+
+def test_half_precision_is_close_and_told_apart(model: Embedder, folder: Path) -> None:
+    model.network.bfloat16()
+    found = compared(model, folder)
+    assert found.ok and not found.same_type and found.difference > 1e-4
+
+
+@pytest.mark.parametrize("delta", [3e-3, float("nan")])
+def test_other_weights_are_refused(model: Embedder, folder: Path, delta: float) -> None:
+    with torch.no_grad():
+        model.network.backbone.layers[0].mlp.down_proj.weight += delta
+    with pytest.raises(ProbeError, match="does not give the vectors that it was saved with"):
+        selftest.check(model.network, model.tokenizer, folder)
+
+
+def test_other_ids_are_named(model: Embedder, folder: Path) -> None:
+    model.network.contract = model.contract.model_copy(update={"eos_id": 7})
+    assert "other token ids than when saved, for 'How do tides work?'" in compared(model, folder).describe()
+
+
+def test_other_pool_masks_are_found(model: Embedder, folder: Path) -> None:
+    file = folder / selftest.FILE
+    stored = json.loads(file.read_text())
+    stored["texts"][1]["pooled"] += 1
+    file.write_text(json.dumps(stored))
+    assert compared(model, folder).other_ids == (selftest.TEXTS[1][0],)
+
+
+def test_nothing_recorded_nothing_compared(model: Embedder, tmp_path: Path) -> None:
+    assert selftest.compare(model.network, model.tokenizer, tmp_path) is None
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_mode_is_put_back(model: Embedder, folder: Path, training: bool) -> None:
+    model.network.train(training)
+    assert compared(model, folder).ok and model.network.training == training
+
+
+@pytest.mark.parametrize("pooling", ["latent", "mean"])
+def test_saving_records_and_loading_checks(
+    tiny_embedder: Callable[..., Embedder], tmp_path: Path, pooling: str
+) -> None:
+    tiny_embedder(pooling).save(tmp_path / "model")
+    file = tmp_path / "model" / selftest.FILE
+    Embedder.load(tmp_path / "model")
+    stored = json.loads(file.read_text())
+    stored["texts"][0]["vector"][3] += 0.1
+    file.write_text(json.dumps(stored))
+    with pytest.raises(ProbeError, match="saved with"):
+        Embedder.load(tmp_path / "model")
