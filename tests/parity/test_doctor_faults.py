@@ -211,7 +211,7 @@ def _first_twice(row: TokenizedText) -> TokenizedText:
 
 def _causal(case: Case) -> None:
     right = attention.allowed
-    case.patch.setattr(attention, "allowed", lambda length, _, window, device: right(length, True, window, device))
+    case.patch.setattr(attention, "allowed", lambda rows, keys, _, *rest: right(rows, keys, True, *rest))
 
 
 def _one_way_layer(case: Case) -> None:
@@ -233,7 +233,7 @@ def _window_lost(case: Case) -> None:
 
 def _window_narrow(case: Case) -> None:
     right = attention.allowed
-    case.patch.setattr(attention, "allowed", lambda n, c, w, device: right(n, c, w and w - 1, device))
+    case.patch.setattr(attention, "allowed", lambda r, k, c, w, device: right(r, k, c, w and w - 1, device))
 
 
 def _leak(case: Case) -> None:

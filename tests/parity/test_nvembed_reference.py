@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 
 from embedwright.model.embedder import Embedder
 from embedwright.model.opening import open_encoder
-from embedwright.packing import pack
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FOLDERS = {version: FIXTURES / f"nvembed-tiny-{version}" for version in ("v1", "v2")}
@@ -199,16 +198,18 @@ def test_it_survives_our_own_format(version: str, tmp_path: Path) -> None:
         np.testing.assert_allclose(loaded.encode(texts, **how), model.encode(texts, **how), rtol=0, atol=1e-6)
 
 
-def test_adapters_train_and_merge(tmp_path: Path) -> None:
+def test_tuned_it_is_saved_as_an_adapter_and_merged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """LoRA on the backbone, and every tensor of the latent block, its latents and norms too."""
     model = Embedder.load(FOLDERS["v2"], dtype="float32", device="cpu")
     before = model.encode(TEXTS, TASK)
     model.add_lora(rank=2, alpha=4)
     np.testing.assert_allclose(model.encode(TEXTS, TASK), before, atol=1e-6)
+    head = {name: p.detach().clone() for name, p in model.network.head.named_parameters()}
     trained = [p for p in model.network.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-2)
-    queries, passages = (pack(model._tokenize(TEXTS[3:7], task, None, 64)) for task in (TASK, None))
+    optimizer = torch.optim.AdamW(trained, lr=5e-3)
+    queries, passages = (model.tokenize(TEXTS[3:7], task, max_tokens=64) for task in (TASK, None))
     losses = []
-    for _ in range(2):
+    for _ in range(4):
         scores = model.embed(queries) @ model.embed(passages).T
         loss = torch.nn.functional.cross_entropy(scores * 20, torch.arange(4))
         optimizer.zero_grad()
@@ -216,10 +217,15 @@ def test_adapters_train_and_merge(tmp_path: Path) -> None:
         assert all(p.grad is not None for p in trained)
         optimizer.step()
         losses.append(loss.item())
-    assert losses[1] < losses[0]
-    adapted = model.encode(TEXTS, TASK)
-    assert np.abs(adapted - before).max() > 1e-3
-    model.merge()
-    np.testing.assert_allclose(model.encode(TEXTS, TASK), adapted, atol=1e-5)
-    model.save(tmp_path / "tuned")
-    np.testing.assert_allclose(Embedder.load(tmp_path / "tuned").encode(TEXTS, TASK), adapted, atol=1e-5)
+    assert losses[-1] < 0.9 * losses[0]
+    moved = {name for name, p in model.network.head.named_parameters() if not torch.equal(p, head[name])}
+    assert moved == head.keys() >= {"latents", "attention.norm.weight", "attention.norm_context.bias"}
+    tuned = model.encode(TEXTS, TASK)
+    assert np.abs(tuned - before).max() > 1e-2
+
+    model.save(tmp_path / "adapter")
+    loaded = Embedder.load(tmp_path / "adapter")
+    np.testing.assert_allclose(loaded.encode(TEXTS, TASK), tuned, atol=1e-6)
+    loaded.merge().save(tmp_path / "merged")
+    np.testing.assert_allclose(Embedder.load(tmp_path / "merged").encode(TEXTS, TASK), tuned, atol=1e-5)
+    assert not caplog.messages  # no adapter was left behind

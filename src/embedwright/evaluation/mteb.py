@@ -41,7 +41,7 @@ class MtebEncoder:
         instructions: Mapping[str, str] | None = None,
         *,
         max_tokens: int | None = None,
-        batch_tokens: int = 8192,
+        batch_tokens: int | None = None,
         name: str = "embedwright/model",
     ) -> None:
         self.model, self.name = model, name

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 from embedwright.packing import PackedTexts
@@ -18,6 +19,7 @@ PACKED = "embedwright_packed"  # a name that transformers knows as attention but
 
 # On a CPU, two matrix products and a softmax over a batch of equal lengths beat the fused kernel up to about here.
 _EXPLICIT_BELOW = 256
+_MASKED_ROWS = 512  # of a text under a mask, at a time
 
 
 def packed_attention(
@@ -49,40 +51,93 @@ def packed_attention(
 def attend(
     q_HTd: Tensor, k_KTd: Tensor, v_KTd: Tensor, packed: PackedTexts, causal: bool, scale: float, window: int | None
 ) -> Tensor:
-    """(T, H, d): each run of equally long texts as one batch, in the layout (texts, K, R*L, d).
+    """(T, H, d). The one place where a kernel is chosen, by device, type and length.
 
-    Query heads that share a key head are folded into rows, so that keys are never repeated.
+    On a GPU in 16 bits, torch's kernel for texts of any length. Elsewhere each run of equally long texts is one batch.
     """
+    if q_HTd.device.type == "cuda" and q_HTd.dtype in (torch.float16, torch.bfloat16):
+        return _any_lengths(q_HTd, k_KTd, v_KTd, packed, causal, scale, window)
     sizes = [n * length for n, length in packed.runs]
     outputs = []
     # One split and one concatenation: slicing inside the loop would make backward fill a full-size tensor per run.
     for (n, length), q, k, v in zip(
         packed.runs, q_HTd.split(sizes, 1), k_KTd.split(sizes, 1), v_KTd.split(sizes, 1), strict=True
     ):
-        heads, kv_heads, dim = q.shape[0], k.shape[0], q.shape[-1]
-        shared = heads // kv_heads
-        q_rows = q.reshape(kv_heads, shared, n, length, dim).permute(2, 0, 1, 3, 4)
-        q_rows = q_rows.reshape(n, kv_heads, shared * length, dim)
-        k_rows = k.reshape(kv_heads, n, length, dim).transpose(0, 1)
-        v_rows = v.reshape(kv_heads, n, length, v.shape[-1]).transpose(0, 1)
-        mask = allowed(length, causal, window, q.device)
-        if mask is not None:
-            mask = mask.repeat(shared, 1)
-        out = _softmax_attention(q_rows, k_rows, v_rows, mask, scale)
-        out = out.reshape(n, kv_heads, shared, length, v.shape[-1]).permute(0, 3, 1, 2, 4)
-        outputs.append(out.reshape(n * length, heads, v.shape[-1]))
+        heads, kv_heads = q.shape[0], k.shape[0]
+        q_nKRLd = q.reshape(kv_heads, heads // kv_heads, n, length, -1).permute(2, 0, 1, 3, 4)
+        k_nKLd = k.reshape(kv_heads, n, length, -1).transpose(0, 1)
+        v_nKLd = v.reshape(kv_heads, n, length, -1).transpose(0, 1)
+        out_nKRLd = _equal_lengths(q_nKRLd, k_nKLd, v_nKLd, causal, scale, window)
+        outputs.append(out_nKRLd.permute(0, 3, 1, 2, 4).reshape(n * length, heads, -1))
     return torch.cat(outputs)
 
 
-def allowed(length: int, causal: bool, window: int | None, device: torch.device) -> Tensor | None:
-    """Bool (L, L), True where query i sees key j; None where all see all.
+def _any_lengths(
+    q_HTd: Tensor, k_KTd: Tensor, v_KTd: Tensor, packed: PackedTexts, causal: bool, scale: float, window: int | None
+) -> Tensor:
+    """Flash attention with boundaries. Not run yet on a real GPU: tested by the arguments that it gets."""
+    q_THd, k_TKd, v_TKd = (x.transpose(0, 1) for x in (q_HTd, k_KTd, v_KTd))
+    ends, longest = packed.cu_seqlens, packed.longest
+    out_THd = varlen_attn(
+        q_THd,
+        k_TKd,
+        v_TKd,
+        ends,
+        ends,
+        longest,
+        longest,
+        scale=scale,
+        window_size=flash_window(causal, window),
+        enable_gqa=len(q_HTd) != len(k_KTd),
+        num_splits=1,  # a split goes by the longest text: a vector would depend on its batch
+    )
+    assert isinstance(out_THd, Tensor)  # a pair only where more is asked for
+    return out_THd
+
+
+def flash_window(causal: bool, window: int | None) -> tuple[int, int]:
+    """How many tokens behind and ahead are seen, as flash attention counts them; -1: all."""
+    behind = -1 if window is None else window - 1 if causal else window
+    return behind, 0 if causal else behind
+
+
+def _equal_lengths(
+    q_nKRLd: Tensor, k_nKLd: Tensor, v_nKLd: Tensor, causal: bool, scale: float, window: int | None
+) -> Tensor:
+    """(n, K, R, L, d): the R query heads that share a key head are folded into rows, so that keys are never repeated.
+
+    A long text under a mask goes by blocks of rows, each with the keys that it can see: the mask never is L x L.
+    """
+    n, kv_heads, shared, length, dim = q_nKRLd.shape
+    step = length if not causal and window is None else _MASKED_ROWS
+    blocks = []
+    for start in range(0, length, step):
+        rows = range(start, min(start + step, length))
+        keys = visible(rows, length, causal, window)
+        mask = allowed(rows, keys, causal, window, q_nKRLd.device)
+        q = q_nKRLd[..., rows.start : rows.stop, :].reshape(n, kv_heads, shared * len(rows), dim)
+        k, v = (x[..., keys.start : keys.stop, :] for x in (k_nKLd, v_nKLd))
+        out = _softmax_attention(q, k, v, None if mask is None else mask.repeat(shared, 1), scale)
+        blocks.append(out.reshape(n, kv_heads, shared, len(rows), -1))
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=3)
+
+
+def visible(rows: range, length: int, causal: bool, window: int | None) -> range:
+    """The keys that some query of these rows may see."""
+    behind, ahead = flash_window(causal, window)
+    first = 0 if behind < 0 else max(rows.start - behind, 0)
+    return range(first, length if ahead < 0 else min(rows.stop + ahead, length))
+
+
+def allowed(rows: range, keys: range, causal: bool, window: int | None, device: torch.device) -> Tensor | None:
+    """Bool (rows, keys), True where query i sees key j; None where all see all.
 
     The window is that of transformers' own sdpa masks: |i-j| <= w in both directions, i-j < w when causal.
     """
-    if not causal and (window is None or length <= window + 1):
+    if not causal and (window is None or max(rows.stop - keys.start, keys.stop - rows.start) <= window + 1):
         return None
-    position = torch.arange(length, device=device)
-    ahead = position[:, None] - position[None, :]
+    row, key = (torch.arange(r.start, r.stop, device=device) for r in (rows, keys))
+    ahead = row[:, None] - key[None, :]
     if causal:
         return (ahead >= 0) if window is None else (ahead >= 0) & (ahead < window)
     assert window is not None

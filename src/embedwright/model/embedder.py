@@ -5,7 +5,8 @@ N texts, E embedding, T packed tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -219,7 +220,7 @@ class Embedder:
         *,
         prefix: str | None = None,
         max_tokens: int | None = None,
-        batch_tokens: int = 8192,
+        batch_tokens: int | None = None,
         dim: int | None = None,
         precision: Precision = "float32",
         progress: bool = False,
@@ -227,24 +228,30 @@ class Embedder:
         """Vectors of the texts: float32 (N, E) of unit length, in the order given, whatever the batches were.
 
         `task` is an instruction for queries (None: documents); `prefix` is the raw string in front, instead of it.
-        `batch_tokens` bounds the tokens of one forward; a longer text is a batch of its own. `dim` keeps the first
-        so many dimensions and normalises again. `precision`: `int8` scales each vector's largest component to 127,
-        `binary` packs the signs into uint8 (N, dim/8). TypeError and ValueError name the index of a bad text.
+        `batch_tokens` bounds the tokens of one forward (default: 2,048 on a CPU, whose caches hold no more, else
+        16,384); a longer text is a batch of its own. `dim` keeps the first so many dimensions and normalises again.
+        `precision`: `int8` scales each vector's largest component to 127, `binary` packs the signs into uint8
+        (N, dim/8). TypeError and ValueError name the index of a bad text.
         """
         texts = check_texts(texts)
         if dim is not None and not 1 <= dim <= self.embedding_dim:
             raise ValueError(f"dim={dim}: the model has {self.embedding_dim} dimensions")
+        if batch_tokens is None:
+            batch_tokens = 2048 if self.device.type == "cpu" else 16_384
         if batch_tokens < 1:
             raise ValueError(f"batch_tokens={batch_tokens} must be positive")
         unique = list(dict.fromkeys(texts))
         vectors = np.empty((len(unique), self.embedding_dim), dtype=np.float32)
         bar = _progress_bar(len(unique)) if progress else None
-        for start in range(0, len(unique), _CHUNK):
+
+        def tokenized(start: int) -> list[TokenizedText]:
             try:
-                chunk = self._tokenize(unique[start : start + _CHUNK], task, prefix, max_tokens)
+                return self._tokenize(unique[start : start + _CHUNK], task, prefix, max_tokens)
             except NoTokenError as error:  # its index is among the distinct texts of this chunk: name the caller's
                 index = texts.index(unique[start + error.index])
                 raise NoTokenError(error.prefix, error.limit, index) from None
+
+        for start, chunk in _ahead(tokenized, range(0, len(unique), _CHUNK)):
             for batch in batches([len(t.ids) for t in chunk], batch_tokens):
                 embedded = self.network.embed(pack([chunk[i] for i in batch]).to(self.device))
                 vectors[[start + i for i in batch]] = embedded.cpu().numpy()
@@ -260,6 +267,22 @@ class Embedder:
     def embed(self, packed: PackedTexts) -> Tensor:
         """(N, E) with gradient: what training calls."""
         return self.network.embed(packed.to(self.device))
+
+
+def _ahead(
+    make: Callable[[int], list[TokenizedText]], starts: Sequence[int]
+) -> Iterator[tuple[int, list[TokenizedText]]]:
+    """(start, make(start)) in turn, the next one made in a thread meanwhile: tokenizers lets go of the interpreter."""
+    if len(starts) < 2:
+        yield from ((start, make(start)) for start in starts)
+        return
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(make, starts[0])
+        for start, following in zip(starts, [*starts[1:], None], strict=True):
+            chunk = waiting.result()
+            if following is not None:
+                waiting = pool.submit(make, following)
+            yield start, chunk
 
 
 def quantize(vectors_NE: NDArray[np.float32], precision: Precision) -> NDArray[Any]:

@@ -142,34 +142,6 @@ def test_a_loaded_adapter_trains_on(saved: Path) -> None:
     assert moved == {name for name in before if "lora_" in name or name.startswith("head.")}
 
 
-def test_released_weights_are_tuned_saved_and_merged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """LoRA on the backbone, and every tensor of the latent block, its latents and norms too."""
-    model = Embedder.load(NVEMBED, dtype="float32").add_lora(rank=4, alpha=8)
-    head = {name: p.detach().clone() for name, p in model.network.head.named_parameters()}
-    plain, losses = vectors(model), []
-    optimizer = torch.optim.AdamW([p for p in model.network.parameters() if p.requires_grad], lr=5e-3)
-    queries, documents = model.tokenize(TEXTS, TASK), model.tokenize(TEXTS)
-    for _ in range(4):
-        loss = F.cross_entropy(model.embed(queries) @ model.embed(documents).T * 20, torch.arange(3))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.9 * losses[0]
-    moved = {name for name, p in model.network.head.named_parameters() if not torch.equal(p, head[name])}
-    assert moved == head.keys() >= {"latents", "attention.norm.weight", "attention.norm_context.bias"}
-    expected = vectors(model)
-    assert np.abs(expected - plain).max() > 0.01
-
-    model.save(tmp_path / "adapter")
-    loaded = Embedder.load(tmp_path / "adapter")
-    np.testing.assert_allclose(vectors(loaded), expected, atol=1e-6)
-    assert all(torch.equal(p, loaded.network.head.get_parameter(n)) for n, p in model.network.head.named_parameters())
-    loaded.merge().save(tmp_path / "merged")
-    np.testing.assert_allclose(vectors(Embedder.load(tmp_path / "merged")), expected, atol=1e-5)
-    assert not caplog.messages
-
-
 @pytest.mark.parametrize(("bos", "within"), [(False, "layers"), (True, "backbone")])
 def test_the_next_adapters_stand_on_what_was_saved_last(
     bos: bool, within: str, tiny_embedder: Make, tmp_path: Path

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from embedwright.model.attention import _EXPLICIT_BELOW, allowed, attend, packed_attention
+from embedwright.model import attention
+from embedwright.model.attention import _EXPLICIT_BELOW, allowed, attend, flash_window, packed_attention, visible
 from embedwright.packing import PackedTexts, pack
 from embedwright.text import TokenizedText
 
@@ -96,16 +97,82 @@ def test_half_precision_keeps_its_type_and_its_texts_apart(dtype: torch.dtype) -
     torch.testing.assert_close(halved.float(), dense(*qkv, lengths, False, 0.35, None), rtol=0.05, atol=0.05)
 
 
+def sees(i: int, j: int, causal: bool, window: int | None) -> bool:
+    if causal:
+        return j <= i and (window is None or i - j < window)
+    return window is None or abs(i - j) <= window
+
+
 def test_the_window_is_that_of_the_stock_masks() -> None:
-    assert allowed(9, causal=False, window=None, device=torch.device("cpu")) is None
+    assert allowed(range(9), range(9), causal=False, window=None, device=torch.device("cpu")) is None
     for length, causal, window in product([1, 4, 9], [False, True], [None, 1, 3, 8]):
-        mask = allowed(length, causal, window, torch.device("cpu"))
-        for i, j in product(range(length), range(length)):
-            if causal:
-                expected = j <= i and (window is None or i - j < window)
-            else:
-                expected = window is None or abs(i - j) <= window
-            assert expected == (mask is None or bool(mask[i, j])), (length, causal, window, i, j)
+        for rows in (range(length), range(length // 2, length), range(1)):
+            keys = visible(rows, length, causal, window)
+            mask = allowed(rows, keys, causal, window, torch.device("cpu"))
+            for i, j in product(rows, range(length)):
+                seen = j in keys and (mask is None or bool(mask[i - rows.start, j - keys.start]))
+                assert seen == sees(i, j, causal, window), (length, causal, window, i, j)
+            assert all(any(sees(i, j, causal, window) for i in rows) for j in keys)  # and not a key too many
+
+
+def test_flash_attention_counts_the_same_window() -> None:
+    for causal, window in product([False, True], [None, 1, 3, 8]):
+        behind, ahead = flash_window(causal, window)
+        for i, j in product(range(9), range(9)):
+            seen = (behind < 0 or i - j <= behind) and (ahead < 0 or j - i <= ahead)
+            assert seen == sees(i, j, causal, window), (causal, window, i, j)
+
+
+def test_a_long_text_under_a_mask_takes_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    fused = torch.nn.functional.scaled_dot_product_attention
+
+    def measured(q: Tensor, *rest: Any, attn_mask: Tensor, **named: Any) -> Tensor:
+        sizes.append(attn_mask.numel())
+        return fused(q, *rest, attn_mask=attn_mask, **named)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", measured)
+    lengths = [1700, 40]
+    qkv = [x.detach() for x in random_heads(2, 1, sum(lengths))]
+    for causal, window in ((False, 64), (True, 64), (True, None)):
+        out = attend(*qkv, row_of(lengths), causal, 0.5, window)
+        torch.testing.assert_close(out, dense(*qkv, lengths, causal, 0.5, window), rtol=1e-5, atol=1e-5)
+        widest = 2 * 512 * (1700 if window is None else 512 + 128)
+        assert max(sizes) <= widest
+        sizes.clear()
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+def test_on_a_gpu_flash_attention_gets_the_right_arguments(
+    heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its contract, from torch's documentation, carried out densely; the kernel itself is not run here."""
+    lengths = [9, 4, 4]
+    packed, qkv = row_of(lengths), random_heads(*heads, sum(lengths))
+
+    def documented(
+        q: Tensor, k: Tensor, v: Tensor, ends_q: Tensor, ends_k: Tensor, longest_q: int, longest_k: int, **named: Any
+    ) -> Tensor:
+        assert (
+            longest_q == longest_k == 9 and named["num_splits"] == 1 and named["enable_gqa"] == (heads[0] != heads[1])
+        )
+        assert ends_q.dtype == torch.int32 and q.shape[0] == k.shape[0] == ends_k[-1] == 17
+        behind, ahead = named["window_size"]
+        outputs = []
+        for start, stop in zip(ends_q.tolist(), ends_k.tolist()[1:], strict=False):
+            one_q, one_k, one_v = (x[start:stop].transpose(0, 1) for x in (q, k, v))
+            shared = len(one_q) // len(one_k)
+            scores = one_q @ one_k.repeat_interleave(shared, 0).mT * named["scale"]
+            i, j = torch.arange(stop - start)[:, None], torch.arange(stop - start)[None, :]
+            seen = ((i - j <= behind) | (behind < 0)) & ((j - i <= ahead) | (ahead < 0))
+            weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+            outputs.append((weights @ one_v.repeat_interleave(shared, 0)).transpose(0, 1))
+        return torch.cat(outputs)
+
+    monkeypatch.setattr(attention, "varlen_attn", documented)
+    for causal, window in product([False, True], [None, 1, 3]):
+        out = attention._any_lengths(*qkv, packed, causal, 0.4, window)
+        torch.testing.assert_close(out, dense(*qkv, lengths, causal, 0.4, window), rtol=1e-5, atol=1e-5)
 
 
 def test_the_interface_reads_config_scale_and_window() -> None:

@@ -47,7 +47,16 @@ def test_honest_models_pass(family: str, tiny_embedder: Callable[..., Embedder])
 
 
 def test_half_precision_passes(tiny_embedder: Callable[..., Embedder]) -> None:
-    assert check(tiny_embedder("mean", dtype="bfloat16").network).tolerance == 3e-2
+    assert check(tiny_embedder("mean", dtype="bfloat16").network).tolerance == 0.1
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_of_a_deep_model_raises_no_alarm(smollm2_folder: Path, dtype: str) -> None:
+    """Thirty layers of rounding, on a token with an outsized state: 0.15 for one token in float16."""
+    found = check(Embedder.from_decoder(smollm2_folder, pooling="mean", dtype=dtype).network)
+    print(dtype, found)
+    assert found.batch_mates < 0.05 < 0.5 < found.later_token
 
 
 def test_a_causal_model_that_claims_to_be_bidirectional(network: EmbedwrightModel, causal: Any) -> None:
