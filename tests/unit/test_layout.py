@@ -13,7 +13,7 @@ UNIT = Path(__file__).parent
 MODULES = {".".join(p.relative_to(SRC).with_suffix("").parts): p for p in sorted(SRC.rglob("*.py"))}
 
 MAX_LINES = 450
-BASE = {"text", "packing", "config", "cache", "threads", "sentence_transformer"}
+BASE = {"text", "packing", "config", "cache", "threads", "onednn", "sentence_transformer"}
 ENTRY_POINTS = {"cli", "demo", "quickstart"}
 PRINTING = {"cli", "demo"}
 TOP = "__init__"  # the names that `from embedwright import ...` gives
@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "packing": {"text"},
     "sentence_transformer": {"text"},
     "model": BASE,
-    "data": {"text", "config", "cache", "sentence_transformer"},
+    "data": {"text", "config", "cache", "onednn", "sentence_transformer"},
     "evaluation": BASE | {"model", "data"},
     "search": BASE | {"model", "data"},
     "serve": BASE | {"model", "data"},

@@ -18,12 +18,12 @@ from functools import partial
 from hashlib import blake2b
 from typing import Any, Literal
 
-import faiss
 import numpy as np
 from numpy.typing import NDArray
 
 from embedwright.data.example import DataError, Example, Passage, text_of
 from embedwright.data.teacher import Encoder, as_encoder
+from embedwright.data.topk import top_k
 
 logger = logging.getLogger(__name__)
 
@@ -159,35 +159,6 @@ def positives_of(examples: Iterable[Example]) -> dict[str, str]:
     """The examples' own positives as a corpus: document id (a number where it has none) -> text, each text once."""
     passages = {passage.text: passage.id for example in examples for passage in example.positives}
     return {id or f"p{number}": text for number, (text, id) in enumerate(passages.items())}
-
-
-def top_k(
-    queries_QE: NDArray[np.float32], corpus_CE: NDArray[np.float32], k: int
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """The `k` largest inner products of each query, exactly: scores float32 (Q, k) descending, and their rows int64.
-
-    `k` is cut to the size of the corpus. Equal scores come in the order of the corpus, also where the cut falls
-    between them. Raises ValueError where the widths differ, `k` < 1, or NaN leaves fewer than `k` that have a rank.
-    """
-    queries_QE = np.ascontiguousarray(queries_QE, dtype=np.float32)
-    corpus_CE = np.ascontiguousarray(corpus_CE, dtype=np.float32)
-    if queries_QE.ndim != 2 or corpus_CE.ndim != 2 or queries_QE.shape[1] != corpus_CE.shape[1]:
-        raise ValueError(f"queries {queries_QE.shape} and corpus {corpus_CE.shape} must be (Q, E) and (C, E)")
-    if k < 1:
-        raise ValueError(f"k must be at least 1, not {k}")
-    k = min(k, len(corpus_CE))
-    if not len(queries_QE) or not k:
-        return np.empty((len(queries_QE), k), np.float32), np.empty((len(queries_QE), k), np.int64)
-    # faiss orders equal scores as it likes. One rank more than asked for shows where the cut falls between equals.
-    scores_QK, rows_QK = faiss.knn(queries_QE, corpus_CE, min(k + 1, len(corpus_CE)), metric=faiss.METRIC_INNER_PRODUCT)
-    if (rows_QK < 0).any():
-        raise ValueError("too few finite scores: some vectors are not finite")
-    for q in np.flatnonzero(scores_QK[:, k - 1] == scores_QK[:, -1]) if scores_QK.shape[1] > k else ():
-        scores_C = corpus_CE @ queries_QE[q]
-        rows_QK[q] = np.argsort(-scores_C, kind="stable")[: k + 1]
-        scores_QK[q] = scores_C[rows_QK[q]]
-    order_QK = np.lexsort((rows_QK, -scores_QK))[:, :k]
-    return np.take_along_axis(scores_QK, order_QK, axis=1), np.take_along_axis(rows_QK, order_QK, axis=1)
 
 
 def encode_finite(encoder: Encoder, texts: Sequence[str], task: str | None = None) -> NDArray[np.float32]:

@@ -48,7 +48,10 @@ def inject_lora(root: Any, config: Any, *, mixed: bool = False) -> None:
     """peft's layers for this LoraConfig into `root`, in place: adapters in float32 and trainable, all else frozen."""
     from peft import inject_adapter_in_model
 
+    from embedwright.model.lora import make_lean
+
     inject_adapter_in_model(config, root)
+    make_lean(root)
     root.train(root.training)  # the new dropout is born in training
     for _, layer in _lora_layers(root):
         layer.cast_input_dtype_enabled = not mixed

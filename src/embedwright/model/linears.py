@@ -7,16 +7,13 @@ takes the plain weight at 95 % and more of the speed of a reordered one from 256
 
 from __future__ import annotations
 
-import logging
-import platform
-from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-logger = logging.getLogger(__name__)
+from embedwright import onednn
 
 
 class OneDnnLinear(nn.Linear):
@@ -39,50 +36,25 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         needs_input, needs_weight, _ = ctx.needs_input_grad
         ctx.save_for_backward(input if needs_weight else None, weight if needs_input else None)
-        return _linear(input, weight, bias)
+        return onednn.linear(input, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         input, weight = ctx.saved_tensors
         rows_TO = gradient.reshape(-1, gradient.shape[-1])
         return (
-            None if weight is None else _linear(gradient.contiguous(), weight.t(), None),
-            None if input is None else _linear(rows_TO.t().contiguous(), input.reshape(len(rows_TO), -1).t(), None),
+            None if weight is None else onednn.linear(gradient.contiguous(), weight.t(), None),
+            None
+            if input is None
+            else onednn.linear(rows_TO.t().contiguous(), input.reshape(len(rows_TO), -1).t(), None),
             rows_TO.sum(0) if ctx.needs_input_grad[2] else None,
         )
 
 
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
-    return product
-
-
 def speed_up(network: nn.Module) -> None:
     """Give every plain `nn.Linear` of the network the faster products, in place, where this machine has them."""
-    if not available():
+    if not onednn.available():
         return
     for module in network.modules():
         if type(module) is nn.Linear:
             module.__class__ = OneDnnLinear
-
-
-@cache
-def available() -> bool:
-    """Whether oneDNN's linear is there, does what it should, and is likely to win; a message once where it is not.
-
-    It is a private op of torch: a version that lacks or changes it falls back to the stock product.
-    """
-    if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():
-        return False
-    random = torch.Generator().manual_seed(0)
-    # on the CPU even where a model is being made without memory
-    x, weight, bias = (torch.randn(*shape, generator=random, device="cpu") for shape in ((5, 7), (3, 7), (3,)))
-    try:
-        right = torch.allclose(_linear(x, weight, bias), F.linear(x, weight, bias), atol=1e-5)
-        right = right and torch.allclose(_linear(x, weight.t().contiguous().t(), None), x @ weight.t(), atol=1e-5)
-    except (AttributeError, RuntimeError, TypeError) as error:
-        logger.warning("oneDNN's linear is not usable (%s): stock products, slower on AMD", error)
-        return False
-    if not right:
-        logger.warning("oneDNN's linear gives other numbers here: stock products, slower on AMD")
-    return right

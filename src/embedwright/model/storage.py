@@ -151,7 +151,8 @@ def _save_stock(network: EmbedwrightModel, tokenizer: Any, folder: Path) -> None
 
 def _save_ours(network: EmbedwrightModel, tokenizer: Any, folder: Path) -> None:
     config, backbone = network.config, network.backbone
-    config.backbone = backbone.config.to_dict()
+    # where the base lay is nobody's business
+    config.backbone = {key: value for key, value in backbone.config.to_dict().items() if key != "_name_or_path"}
     types = {parameter.dtype for parameter in network.head.parameters()}
     config.head_dtype = "float32" if types == {torch.float32} and backbone.dtype != torch.float32 else None
     network.save_pretrained(folder)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from embedwright.data.example import DataError, Example, Passage
-from embedwright.data.mine import BEST_MARGIN, Rule, mine, top_k
+from embedwright.data.mine import BEST_MARGIN, Rule, mine
 
 
 class Lookup:
@@ -90,16 +90,6 @@ def test_equals_brute_force(rule: Rule, margin: float | None) -> None:
         query = vectors[row.query]
         assert row.positive_scores == tuple(float(query @ vectors[p.text]) for p in row.positives)
         assert row.negative_scores == tuple(float(query @ vectors[p.text]) for p in row.negatives)
-
-
-def test_top_k_keeps_the_order_of_the_corpus_where_the_cut_falls_between_equals() -> None:
-    random = np.random.default_rng(0)
-    queries, corpus = (random.integers(-2, 3, (n, 4)).astype(np.float32) for n in (64, 300))
-    exact = queries @ corpus.T
-    scores, rows = top_k(queries, corpus, 20)
-    np.testing.assert_array_equal(rows, np.argsort(-exact, axis=1, kind="stable")[:, :20])
-    np.testing.assert_array_equal(scores, np.take_along_axis(exact, rows, axis=1))
-    assert (scores.dtype, rows.dtype) == (np.float32, np.int64)
 
 
 # ---- the rules, by hand

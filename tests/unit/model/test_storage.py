@@ -303,3 +303,11 @@ def test_plain_sentence_transformers_gives_the_same_vectors(
                 errors = np.abs(found[f"{i}-{batch_size}"] - expected).max(axis=1)
                 wrong += [(name, prompt, batch_size, TEXTS[j], errors[j]) for j in np.flatnonzero(~(errors < 1e-5))]
     assert not wrong
+
+
+@pytest.mark.parametrize("pooling", ["latent", "mean"])
+def test_no_path_of_this_machine_is_saved(tiny_embedder: Callable[..., Embedder], tmp_path: Path, pooling: str) -> None:
+    tiny_embedder(pooling).save(tmp_path / "model")
+    Embedder.load(tmp_path / "model").save(tmp_path / "again")
+    for file in tmp_path.glob("*/**/*.json"):
+        assert str(tmp_path) not in file.read_text() and "decoders" not in file.read_text()  # folders of model and base

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from embedwright.search.corpus import encode_corpus, read_vectors
-from embedwright.search.index import Hit, build_index, search, top_k
+from embedwright.search.index import Hit, build_index, search
 
 
 class Rounded:
@@ -68,26 +68,3 @@ def test_what_cannot_be_searched(folder: Path) -> None:
     (folder / "shard-00003.parquet").unlink()
     with pytest.raises(ValueError, match="unfinished"):
         build_index(folder)
-
-
-@pytest.mark.parametrize("queries", [3, 50])  # faiss scans below 20 queries and multiplies matrices from there
-def test_top_k_is_exact_on_real_numbers(queries: int) -> None:
-    random = np.random.default_rng(1)
-    query_vectors, corpus_vectors = (random.standard_normal((n, 32)).astype(np.float32) for n in (queries, 3000))
-    exact = query_vectors.astype(np.float64) @ corpus_vectors.T.astype(np.float64)
-    scores, indices = top_k(query_vectors, corpus_vectors, 10)
-    np.testing.assert_array_equal(indices, np.argsort(-exact, axis=1)[:, :10])
-    np.testing.assert_allclose(scores, np.take_along_axis(exact, indices, axis=1), atol=1e-5)
-
-
-def test_top_k_at_its_edges() -> None:
-    one = np.ones((1, 4), np.float32)
-    scores, indices = top_k(one, np.repeat(one, 3, axis=0), 5)
-    assert indices.tolist() == [[0, 1, 2]] and scores.tolist() == [[4, 4, 4]]
-    assert top_k(one[:0], one, 5)[0].shape == (0, 1) and top_k(one, one[:0], 5)[1].shape == (1, 0)
-    with pytest.raises(ValueError, match="k must be"):
-        top_k(one, one, 0)
-    with pytest.raises(ValueError, match=r"\(Q, E\) and \(C, E\)"):
-        top_k(one, one[:, :3], 1)
-    with pytest.raises(ValueError, match="not finite"):
-        top_k(one * np.nan, one, 1)

@@ -1,0 +1,140 @@
+"""LoRA layers that keep no more for backward than they must: a change of class on peft's own, and nothing else.
+
+peft's forward makes several sums as wide as the output and keeps, under dropout, a copy of the input and a noise of
+its size for every layer. Here one function keeps the input, which the layers that read the same states share, and its
+narrow product with A. A dropout mask is kept as its seed.
+
+T tokens, I inputs, O outputs, R rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import Linear
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from embedwright import onednn
+from embedwright.model.linears import OneDnnLinear
+
+_STEPS = 2**16  # a probability of dropout is a multiple of 1/_STEPS
+
+
+def make_lean(root: nn.Module) -> None:
+    """Give every plain `peft.tuners.lora.Linear` below `root` the lean forward, in place: same names, same weights."""
+    for module in root.modules():
+        if type(module) is Linear:
+            module.__class__ = LeanLinear
+
+
+class LeanLinear(Linear):
+    """peft's layer, whose plain case is one autograd function: one adapter at work on a frozen `nn.Linear`.
+
+    All computes in the type of input and base: float32, or 16 bits where autocast asks for them, which casts the
+    float32 adapters. Everything else goes to peft's own forward.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or not self._plain(x):
+            output: Tensor = super().forward(x, *args, **kwargs)
+            return output
+        [name] = self.active_adapters
+        base, dropout, scale = self.base_layer, self.lora_dropout[name], float(self.scaling[name])
+        steps = _drop_steps(dropout)
+        onednn_runs = type(base) is OneDnnLinear and x.dtype == torch.float32 and x.device.type == "cpu"
+        product = onednn.linear if onednn_runs else F.linear
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        function: Any = _LoraProduct  # torch leaves `apply` untyped
+        output = function.apply(x, base.weight, base.bias, a, b, scale, steps, product)
+        return output
+
+    def _plain(self, x: Tensor) -> bool:
+        names = self.active_adapters
+        if self.disable_adapters or self.merged or len(names) != 1 or names[0] not in self.lora_A:
+            return False
+        name, base, device = names[0], self.base_layer, x.device.type
+        a, b, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
+        autocast = torch.is_autocast_enabled(device)
+        computed_in = torch.get_autocast_dtype(device) if autocast else a.weight.dtype
+        return (
+            name not in self.lora_variant
+            and not self.lora_bias[name]
+            and type(base) in (nn.Linear, OneDnnLinear)
+            and not any(parameter.requires_grad for parameter in base.parameters())
+            and type(dropout) in (nn.Dropout, nn.Identity)
+            and (not _drop_steps(dropout) or (device == "cpu" and _drop_steps(dropout) < _STEPS))
+            and x.dtype == base.weight.dtype == computed_in
+            and a.weight.dtype == b.weight.dtype
+            and x.numel() > 0
+            and not any(part._forward_hooks or part._forward_pre_hooks for part in (base, a, b, dropout))
+        )
+
+
+class _LoraProduct(torch.autograd.Function):
+    """x (..., I), W (O, I), bias (O,) or None, A (R, I), B (O, R) -> x W^T + bias + scale * dropout(x) A^T B^T.
+
+    Gradients of x, A and B. `product` is F.linear, or does the same.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        steps: int,
+        product: Any,
+    ) -> Tensor:
+        # from the default generator, whose state a replayed forward (GradCache, checkpointing) puts back
+        seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_()) if steps else 0
+        ctx.scale, ctx.steps, ctx.seed, ctx.product = scale * _STEPS / (_STEPS - steps), steps, seed, product
+        output: Tensor = product(x, weight, bias)
+        x_TI = x.reshape(-1, x.shape[-1])
+        narrow_TR = product(x_TI * _kept(x_TI, steps, seed) if steps else x_TI, a.to(x.dtype), None)
+        output.view(-1, output.shape[-1]).addmm_(narrow_TR, b.to(x.dtype).t(), alpha=ctx.scale)
+        ctx.save_for_backward(x, weight, a, b, narrow_TR)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, weight, a, b, narrow_TR = ctx.saved_tensors
+        product, scale = ctx.product, ctx.scale
+        x_TI = x.reshape(-1, x.shape[-1])
+        kept_TI = _kept(x_TI, ctx.steps, ctx.seed) if ctx.steps else None
+        gradient_TO = gradient.reshape(-1, gradient.shape[-1]).contiguous()
+        back_TR = product(gradient_TO, b.to(x.dtype).t(), None)
+        grad_a = product(back_TR.t().contiguous(), (x_TI if kept_TI is None else x_TI * kept_TI).t(), None)
+        grad_b = product(narrow_TR.t().contiguous(), gradient_TO.t(), None).t()
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = product(gradient_TO, weight.t(), None)
+            if kept_TI is None:
+                grad_x.addmm_(back_TR, a.to(x.dtype), alpha=scale)
+            else:
+                grad_x.add_(product(back_TR, a.to(x.dtype).t(), None).mul_(kept_TI), alpha=scale)
+            grad_x = grad_x.view(x.shape)
+        # scaled behind the cast: in the adapters' own float32
+        return grad_x, None, None, grad_a.to(a.dtype) * scale, grad_b.to(b.dtype) * scale, None, None, None
+
+
+def _drop_steps(dropout: nn.Module) -> int:
+    """The probability at which this module drops now, in steps of 1/_STEPS."""
+    return round(dropout.p * _STEPS) if isinstance(dropout, nn.Dropout) and dropout.training else 0
+
+
+def _kept(x_TI: Tensor, steps: int, seed: int) -> Tensor:
+    """Bool like x, on a CPU: False with probability steps/_STEPS, and the same for the same seed.
+
+    torch draws an element at a time, which takes longer than the products do; here 64 bits are four elements.
+    """
+    words = np.random.Generator(np.random.SFC64(seed)).integers(2**64, size=-(-x_TI.numel() // 4), dtype=np.uint64)
+    bits = torch.from_numpy(words.view(np.int16)[: x_TI.numel()]).view(x_TI.shape)
+    return bits >= steps - _STEPS // 2
