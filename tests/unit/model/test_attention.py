@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from embedwright.model import attention
-from embedwright.model.attention import _EXPLICIT_BELOW, allowed, attend, flash_window, packed_attention, visible
+from embedwright.model.attention import allowed, attend, flash_window, packed_attention, visible
 from embedwright.packing import PackedTexts, pack
 from embedwright.text import TokenizedText
 
-ROWS = [[5], [4, 4, 4], [3, 9, 9, 1, 1, 20], [_EXPLICIT_BELOW, 2], [_EXPLICIT_BELOW + 1, 7, _EXPLICIT_BELOW + 1]]
+LIMIT = 30  # keys of the explicit way, in these tests
+ROWS = [[5], [4, 4, 4], [3, 9, 9, 1, 1, 20], [LIMIT, 2], [LIMIT + 1, 7, LIMIT + 1]]
 
 
 def row_of(lengths: list[int]) -> PackedTexts:
@@ -44,9 +45,15 @@ def dense(
     return (scores_HTT.softmax(-1) @ v_HTd).transpose(0, 1)
 
 
+@pytest.mark.parametrize("explicit", [False, True])
 @pytest.mark.parametrize("lengths", ROWS, ids=str)
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)], ids=["mha", "gqa", "mqa"])
-def test_forward_and_gradients_are_those_of_dense_attention(lengths: list[int], heads: tuple[int, int]) -> None:
+def test_forward_and_gradients_are_those_of_dense_attention(
+    lengths: list[int], heads: tuple[int, int], explicit: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if explicit:  # in float32, where it can be held to the dense way closely
+        monkeypatch.setattr(attention, "_EXPLICIT_TYPE", torch.float32)
+        monkeypatch.setattr(attention, "_EXPLICIT_UP_TO", LIMIT)
     packed, qkv = row_of(lengths), random_heads(*heads, sum(lengths))
     weight = torch.randn(sum(lengths), heads[0], 8, generator=torch.Generator().manual_seed(1))
     for causal, window in product([False, True], [None, 1, 6]):
@@ -67,25 +74,19 @@ def test_values_may_be_of_another_size() -> None:
     torch.testing.assert_close(out, dense(q, k, v, lengths, False, 0.4, None), rtol=1e-5, atol=1e-5)
 
 
-def test_both_ways_to_compute_are_tried_and_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    lengths = [40, 40, 12]
-    qkv = random_heads(4, 2, sum(lengths))
-    fused_calls = []
-    fused = torch.nn.functional.scaled_dot_product_attention
+@pytest.mark.parametrize(("dtype", "keys", "fused"), [("bfloat16", 9, 0), ("bfloat16", 10, 1), ("float32", 9, 1)])
+def test_the_kernel_goes_by_type_and_length(dtype: str, keys: int, fused: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    kernel = torch.nn.functional.scaled_dot_product_attention
 
     def counted(*args: Any, **kwargs: Any) -> Tensor:
-        fused_calls.append(args)
-        return fused(*args, **kwargs)
+        calls.append(args)
+        return kernel(*args, **kwargs)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
-    results = {}
-    for below in (0, 1000):
-        monkeypatch.setattr("embedwright.model.attention._EXPLICIT_BELOW", below)
-        for causal, window in product([False, True], [None, 5]):
-            results[below, causal, window] = attend(*qkv, row_of(lengths), causal, 0.3, window)
-        assert len(fused_calls) == 8  # two runs, four settings, all of them at 0
-    for causal, window in product([False, True], [None, 5]):
-        torch.testing.assert_close(results[0, causal, window], results[1000, causal, window], rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(attention, "_EXPLICIT_UP_TO", 9)
+    attend(*[x.to(getattr(torch, dtype)) for x in random_heads(4, 2, keys)], row_of([keys]), False, 0.3, None)
+    assert len(calls) == fused
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -127,8 +128,8 @@ def test_a_long_text_under_a_mask_takes_bounded_memory(monkeypatch: pytest.Monke
     sizes = []
     fused = torch.nn.functional.scaled_dot_product_attention
 
-    def measured(q: Tensor, *rest: Any, attn_mask: Tensor, **named: Any) -> Tensor:
-        sizes.append(attn_mask.numel())
+    def measured(q: Tensor, *rest: Any, attn_mask: Tensor | None, **named: Any) -> Tensor:
+        sizes.append(0 if attn_mask is None else attn_mask.numel())
         return fused(q, *rest, attn_mask=attn_mask, **named)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", measured)
