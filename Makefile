@@ -14,7 +14,9 @@ ifneq ($(wildcard ../shared/data),)
 export EMBEDWRIGHT_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: help setup demo test test-long lint types examples clean
+BENCH_MODELS := smollm2-135m gemma3-270m qwen3-0.6b-shape
+
+.PHONY: help setup demo test test-long lint types examples bench gpu-smoke clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F '\t' '{printf "  %-10s  %s\n", $$1, $$2}'
@@ -52,6 +54,16 @@ types: setup  ## mypy, strict
 
 examples: setup  ## Run every script of examples/, stop at the first that fails
 	@for script in examples/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+bench: setup  ## Every benchmark, against sentence-transformers: about 25 minutes, docs/performance.md from what it saw
+	@for model in $(BENCH_MODELS); do for dtype in float32 bfloat16; do \
+	  echo "== encode $$model $$dtype"; $(BIN)/python benchmarks/encode.py --model $$model --dtype $$dtype; done; done
+	@for dtype in float32 bfloat16; do echo "== split $$dtype"; $(BIN)/python benchmarks/split.py --dtype $$dtype; done
+	@for name in scaling linears train mining; do echo "== $$name"; $(BIN)/python benchmarks/$$name.py; done
+	@$(BIN)/python benchmarks/report.py
+
+gpu-smoke: setup  ## One GPU: equality, gradients, throughput; not run by us yet
+	@$(BIN)/python benchmarks/gpu_smoke.py
 
 clean:  ## Remove caches and build output; .venv and runs/ stay
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,189 @@
+"""What every benchmark needs: bound threads, A B A B rounds, peak memory of a process of its own, the machine's peak.
+
+A results file (`results/NAME.json`) is a record as `record` makes it. Its `goals` are what `report.py` puts beside the
+goals: `{name: [{"of": what was measured, "value": ...}]}`, with the names of `report.GOALS`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+BOUND = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
+ROWS = (256, 512, 1024, 2048)  # of the products whose best is the machine's peak
+SHAPES = ((576, 1536), (1536, 576), (640, 2048), (1024, 3072), (2048, 2048))  # (in, out): of small decoders, and square
+MB = 2**20
+CORES = os.sched_getaffinity(0)  # of this process, before any OpenMP runtime is loaded
+
+
+# ---- the process
+
+
+def bind_threads() -> None:
+    """Start this script again with OpenMP threads bound to cores, where they are not: both sides get the same.
+
+    To be called before torch is imported: OpenMP reads the variables once.
+    """
+    if os.environ.get("OMP_PROC_BIND", "false").lower() == "false":
+        if "torch" in sys.modules:
+            raise RuntimeError("bind_threads comes before the import of torch")
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **BOUND})
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on. ValueError where torch has fewer threads than this process has cores."""
+    import torch
+
+    if torch.get_num_threads() < len(CORES) and "OMP_NUM_THREADS" not in os.environ:
+        raise ValueError(f"torch has {torch.get_num_threads()} threads on {len(CORES)} cores: not a fair measurement")
+    return {
+        "cpu": cpu_name(),
+        "cores": len(CORES),
+        "threads": torch.get_num_threads(),
+        "bound": os.environ.get("OMP_PROC_BIND", "false"),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "sentence-transformers")},
+    }
+
+
+def cpu_name() -> str:
+    """As the processor names itself, with family and model: names alone are coarse on rented machines."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    facts = dict(reversed([[part.strip() for part in line.split(":", 1)] for line in lines if ":" in line]))
+    return (
+        f"{facts.get('model name', platform.machine())} (family {facts.get('cpu family')}, model {facts.get('model')})"
+    )
+
+
+def bind_main_thread() -> None:
+    """This thread to its first core, where a bound OpenMP takes it to be; to be called behind all imports.
+
+    Importing embedwright undoes it, so that the runtimes of other libraries see all cores. A main thread that moves
+    shares a core with one of its own workers whenever another process is busy.
+    """
+    os.sched_setaffinity(0, {min(CORES)})
+
+
+# ---- time
+
+
+def rounds(variants: Mapping[str, Callable[[], Any]], count: int) -> dict[str, list[float]]:
+    """Seconds by variant and round, A B A B: what else the machine does meets all of them. Warmed up by the caller."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(count):
+        for name, run in variants.items():
+            seconds[name].append(timed(run))
+    return seconds
+
+
+def timed(run: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def ratio(slow: Sequence[float], fast: Sequence[float]) -> dict[str, float]:
+    """How many times faster: the median of the rounds' ratios, and the smallest and largest of them."""
+    each = [a / b for a, b in zip(slow, fast, strict=True)]
+    return {"median": statistics.median(each), "least": min(each), "most": max(each)}
+
+
+# ---- memory
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds now."""
+    return _status("VmRSS")
+
+
+def peak_during(run: Callable[[], Any]) -> int:
+    """Bytes of memory that this process held at most while `run` ran, counted by the kernel."""
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    run()
+    return _status("VmHWM")
+
+
+def _status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"the kernel does not give {key}")
+
+
+def in_own_process(arguments: Sequence[str]) -> dict[str, Any]:
+    """The JSON that this script prints last when it is run again with these arguments. RuntimeError where it fails."""
+    command = [sys.executable, sys.argv[0], *arguments]
+    os.sched_setaffinity(0, CORES)  # the child inherits them
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    bind_main_thread()
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, arguments))}: exit {done.returncode}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+# ---- the machine's limit
+
+
+def peak_flops(dtype: Any) -> float:
+    """FLOP/s of the fastest matrix product of this type that torch offers here: the best over shapes and kernels."""
+    import torch
+    import torch.nn.functional as F
+
+    from embedwright import onednn
+
+    kernels = [F.linear]
+    if onednn.available():
+        kernels.append(lambda x, weight: onednn.linear(x, weight, None))
+    best = 0.0
+    with torch.inference_mode():
+        for rows in ROWS:
+            for width_in, width_out in SHAPES:
+                x, weight = torch.randn(rows, width_in, dtype=dtype), torch.randn(width_out, width_in, dtype=dtype)
+                for kernel in kernels:
+                    kernel(x, weight)
+                    seconds = min(timed(lambda kernel=kernel, x=x, weight=weight: kernel(x, weight)) for _ in range(5))
+                    best = max(best, 2 * rows * width_in * width_out / seconds)
+    return best
+
+
+def linear_flops(module: Any) -> int:
+    """FLOPs of one token in the linear layers of a module: two for every weight."""
+    from torch import nn
+
+    return 2 * sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
+
+
+# ---- results
+
+
+def record(name: str, figures: Mapping[str, Any], goals: Mapping[str, list[dict[str, Any]]]) -> None:
+    """Write `results/NAME.json`: the command, the machine, the goals that this run has a figure for, the figures."""
+    RESULTS.mkdir(exist_ok=True)
+    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    content = {"command": command, "date": time.strftime("%Y-%m-%d"), "machine": machine(), "goals": goals, **figures}
+    (RESULTS / f"{name}.json").write_text(json.dumps(rounded(content), indent=1) + "\n")
+    print(f"results/{name}.json")
+
+
+def rounded(value: Any) -> Any:
+    """Floats to five significant digits, everywhere in a nested record."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, Mapping):
+        return {str(key): rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(item) for item in value]
+    return value

