@@ -116,6 +116,7 @@ def test_a_product_that_is_off_by_its_bound_is_put_right(small_tiles: None, monk
 def test_a_machine_without_onednn_gives_the_same(small_tiles: None, monkeypatch: pytest.MonkeyPatch) -> None:
     queries, corpus = real(19, 1003)
     monkeypatch.setattr(onednn, "available", lambda: False)
+    monkeypatch.delattr(onednn, "linear")
     assert_same(top_k(queries, corpus, 30), brute_force(queries, corpus, 30))
 
 
@@ -140,6 +141,15 @@ def test_edges() -> None:
     scores, rows = top_k(one, np.repeat(one, 3, axis=0), 5)
     assert rows.tolist() == [[0, 1, 2]] and scores.tolist() == [[4, 4, 4]]
     assert top_k(one[:0], one, 5)[0].shape == (0, 1) and top_k(one, one[:0], 5)[1].shape == (1, 0)
+
+
+def test_vectors_of_length_zero(small_tiles: None) -> None:
+    """Nothing is rounded, so that there is no slack: what equals the floor must stay."""
+    queries, corpus = real(19, 400)
+    queries[3] = 0
+    for k in (3, 30):
+        assert_same(top_k(queries, corpus, k), brute_force(queries, corpus, k))
+        assert_same(top_k(queries, 0 * corpus, k), brute_force(queries, 0 * corpus, k))
 
 
 def test_what_cannot_be_searched(small_tiles: None) -> None:

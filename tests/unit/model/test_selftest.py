@@ -95,3 +95,13 @@ def test_saving_records_and_loading_checks(
     file.write_text(json.dumps(stored))
     with pytest.raises(ProbeError, match="saved with"):
         Embedder.load(tmp_path / "model")
+
+
+@pytest.mark.long
+def test_a_deep_model_saved_in_float32_opens_in_16_bits(smollm2_folder: Path, tmp_path: Path) -> None:
+    """Thirty untrained layers, where rounding alone turns short texts."""
+    Embedder.from_decoder(smollm2_folder, pooling="mean").save(tmp_path / "model")
+    for dtype in ("bfloat16", "float16"):
+        found = compared(Embedder.load(tmp_path / "model", dtype=dtype), tmp_path / "model")
+        print(dtype, found)
+        assert found.ok and not found.same_type
