@@ -23,18 +23,8 @@ from embedwright.data.example import Passage
 from embedwright.data.table import open_examples, write_examples
 
 MODULES = ["argparse", "collections", "datetime", "functools", "heapq", "logging", "random", "shutil", "statistics"]
-MODULES += ["unittest.mock", "difflib"]
-MODULES += [
-    "pathlib",
-    "string",
-    "subprocess",
-    "tarfile",
-    "tempfile",
-    "textwrap",
-    "threading",
-    "unittest.mock",
-    "zipfile",
-]
+MODULES += ["unittest.mock", "difflib", "pathlib", "string", "subprocess", "tarfile", "tempfile", "textwrap"]
+MODULES += ["threading", "zipfile"]
 TASK = "Given what a Python function is called, retrieve its documentation"
 
 
@@ -64,7 +54,7 @@ def main() -> None:
 
     mined, report = mine(examples, pairs, teacher, rule="perc", negatives=3, depth=50, task=TASK)
 
-    print(json.dumps(report.to_json(), indent=2))
+    print(json.dumps(report.counts(), indent=2))
     example = mined[0]
     print(f"\nquery: {example.query}")
     for kind, passages, scores in (

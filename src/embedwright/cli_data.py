@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -12,6 +12,32 @@ from embedwright.display import counter, say
 
 Out = Annotated[Path, typer.Option("--out", help="Where to write.")]
 TaskOption = Annotated[str | None, typer.Option("--task", help="Instruction for these texts, if they are queries.")]
+Rule = Literal["naive", "shift", "abs", "margin", "perc"]
+Positives = Literal["lowest", "each"]
+Ensemble = Literal["cross-sample", "intra-sample", "intra-sample-duplicates"]
+By = Literal["both", "query", "positive", "none"]
+FamilyOption = Annotated[Literal["retrieval", "classification", "clustering", "sts"] | None, typer.Option()]
+VersionOption = Annotated[Literal["v1", "v2"] | None, typer.Option(help="Of NV-Embed.")]
+FormOption = Annotated[
+    Literal["example", "label"] | None,
+    typer.Option(help="Positives are texts of the class, or the label's own text; default: as the set, or by count."),
+]
+Closed = Annotated[list[str] | None, typer.Option("--label", help="Only rows of these; may be given again.")]
+Seed = Annotated[int, typer.Option(help="Of all draws.")]
+PerExample = Annotated[int, typer.Option(help="Per example made of labels.")]
+Against = Annotated[
+    list[Path] | None,
+    typer.Option(help="Evaluation data: a file, a BEIR folder, a folder of such; may be given again."),
+]
+WithCorpus = Annotated[bool, typer.Option("--corpus", help="Documents of evaluation data count as leaks, too.")]
+Bm25Fraction = Annotated[float, typer.Option(help="Of an evaluation text's BM25 self-score; 0: no BM25 rule.")]
+
+Concurrency = Annotated[int, typer.Option(min=1, help="Requests under way at once.")]
+PerMinute = Annotated[int | None, typer.Option(min=1, help="At most so many requests, retries too.")]
+TokensPerMinute = Annotated[int | None, typer.Option(min=1, help="At most so many, of prompts and answers.")]
+TokenBudget = Annotated[int | None, typer.Option(min=1, help="Stop before so many are paid for, over all runs.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Of one answer.")]
+Timeout = Annotated[float, typer.Option(help="Seconds, of one request.")]
 
 data_app = typer.Typer(help="Build, check and convert training data.", no_args_is_help=True)
 
@@ -20,78 +46,302 @@ def mine(
     examples: Annotated[Path, typer.Argument(help="Training examples or pairs.")],
     out: Out,
     corpus: Annotated[Path | None, typer.Option(help='Rows {"_id", "text"}; default: the positives of all.')] = None,
-    teacher: Annotated[str, typer.Option(help="`minilm`, a folder or a hub id.")] = "minilm",
-    rule: Annotated[str, typer.Option(help="naive, shift, abs, margin or perc.")] = "perc",
+    teacher: Annotated[
+        list[str] | None,
+        typer.Option(help="`minilm` (default), a folder, a hub id, or http://HOST/v1#MODEL; may be given again."),
+    ] = None,
+    rule: Annotated[Rule, typer.Option(help="What may be a negative.")] = "perc",
     margin: Annotated[float | None, typer.Option(help="Default: 0.95 for perc, the paper's best for others.")] = None,
     negatives: Annotated[int, typer.Option(help="Per query.")] = 7,
     depth: Annotated[int, typer.Option(help="Candidates looked at per query.")] = 100,
-    task: TaskOption = None,
+    task: Annotated[str, typer.Option(help="Instruction for the queries; default: the teacher's own.")] = "",
+    positives: Annotated[Positives, typer.Option(help="Which of several sets the threshold.")] = "lowest",
+    sampled: Annotated[bool, typer.Option("--sampled", help="Draw by softmax over scores, not the best.")] = False,
+    seed: Annotated[int, typer.Option(help="Of all draws.")] = 0,
+    ensemble: Annotated[Ensemble, typer.Option(help="How several teachers share the work.")] = "cross-sample",
+    vectors: Annotated[Path | None, typer.Option(help="Folder to keep the vectors of the documents in.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Folder for report.json and histogram.png.")] = None,
+    query_template: Annotated[str | None, typer.Option(help="For HTTP: what is sent of {task} and {text}.")] = None,
+    document_template: Annotated[str | None, typer.Option(help="For HTTP: what is sent of {text}.")] = None,
 ) -> None:
-    """Find hard negatives with a teacher model, leaving out what is likely a positive."""
+    """Find hard negatives with one or more teacher models, leaving out what is likely a positive."""
+    from embedwright.data.http_teacher import HttpEncoder
     from embedwright.data.mine import mine as run
     from embedwright.data.mine import positives_of
+    from embedwright.data.mining_report import check_drawing, write_report
     from embedwright.data.readers import read_corpus
     from embedwright.data.table import open_examples, write_examples
     from embedwright.model.opening import open_encoder
 
+    if report:
+        check_drawing()
     rows = list(open_examples(examples))
     out.parent.mkdir(parents=True, exist_ok=True)
     pool = read_corpus(corpus) if corpus else positives_of(rows)
-    found, report = run(
+    given = {"query_template": query_template, "document_template": document_template}
+    templates = {key: template for key, template in given.items() if template is not None}
+    names = teacher or ["minilm"]
+    teachers = [HttpEncoder.from_url(name, **templates) if "://" in name else open_encoder(name) for name in names]
+    found, counts = run(
         rows,
         pool,
-        open_encoder(teacher),
-        rule=rule,  # type: ignore[arg-type]  # `mine` refuses other words, naming the known ones
+        teachers,
+        rule=rule,
         margin=margin,
         negatives=negatives,
         depth=depth,
         task=task,
+        positives=positives,
+        sampled=sampled,
+        seed=seed,
+        ensemble=ensemble,
+        vectors=vectors,
         progress=counter("texts"),
     )
     write_examples(out, found)
+    if report:
+        write_report(counts, report)
+    say(json.dumps(counts.counts(), indent=2))
+
+
+def synth(
+    out: Annotated[Path, typer.Option("--out", help="Examples; tasks and answers are kept in files beside it.")],
+    base_url: Annotated[str, typer.Option(help="Of an OpenAI-compatible server: http://127.0.0.1:8000/v1")],
+    model: Annotated[list[str], typer.Option(help="As the server names it; several take turns at random.")],
+    count: Annotated[int, typer.Option(min=1, help="Examples of all types together.")],
+    types: Annotated[
+        str, typer.Option(help="Of short-long, long-short, short-short, long-long, sts, bitext; commas between.")
+    ] = "short-long,long-short,short-short",
+    per_task: Annotated[int, typer.Option(min=1, help="Examples of one brainstormed task.")] = 2,
+    seed: Seed = 0,
+    licence: Annotated[str, typer.Option(help="Of what comes out, as the model's terms have it.")] = "",
+    prompts: Annotated[Path | None, typer.Option(help="YAML with prompts and values of your own.")] = None,
+    concurrency: Concurrency = 8,
+    requests_per_minute: PerMinute = None,
+    tokens_per_minute: TokensPerMinute = None,
+    token_budget: TokenBudget = None,
+    max_tokens: MaxTokens = 2048,
+    timeout: Timeout = 300.0,
+) -> None:
+    """Make synthetic training examples with a language model: brainstorm tasks, then write examples of each."""
+    from embedwright.data.llm import Client, Server
+    from embedwright.data.synthesize import PROMPTS, Plan, Prompts, split_evenly, synthesize
+
+    kinds = split_evenly(count, types.lower().split(","))
+    plan = Plan(kinds, tuple(model), per_task=per_task, seed=seed, prompts=Prompts.load(prompts or PROMPTS))
+    server = Server(
+        base_url=base_url,
+        timeout_s=timeout,
+        concurrency=concurrency,
+        max_tokens=max_tokens,
+        requests_per_minute=requests_per_minute,
+        tokens_per_minute=tokens_per_minute,
+        token_budget=token_budget,
+    )
+    with Client(server, out.with_name(f"{out.name}.answers.sqlite")) as client:
+        report = synthesize(out, client, plan, licence=licence, progress=counter("examples"))
     say(json.dumps(report.to_json(), indent=2))
+    if not report.written:
+        raise RuntimeError(f"{out}: no usable example came out, nothing written")
+
+
+@data_app.command("list")
+def data_list(
+    family: FamilyOption = None,
+    version: VersionOption = None,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="The tables of the documentation.")] = False,
+) -> None:
+    """Show the public training sets that `data build` knows."""
+    from embedwright.data.catalog import load_catalog, markdown, plain
+
+    sets = [
+        entry
+        for entry in load_catalog().values()
+        if family in (None, entry.family) and (version is None or version in entry.target)
+    ]
+    say((markdown if as_markdown else plain)(sets).removesuffix("\n"))
 
 
 @data_app.command("build")
 def data_build(
-    name: Annotated[str, typer.Argument(help="`docstrings`: of the installed libraries.")], out: Out
+    name: Annotated[str, typer.Argument(help="Of `data list`, a YAML file, or `docstrings` of installed libraries.")],
+    out: Annotated[Path, typer.Option("--out", help="File to write (of `docstrings`: folder).")],
+    source: Annotated[Path | None, typer.Option(help="File or folder to read instead of the hub.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Rows to take, or queries; of labelled rows at random.")
+    ] = None,
+    seed: Seed = 0,
+    form: FormOption = None,
+    negatives: PerExample = 7,
+    label: Closed = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse a set that is not pinned to a commit.")] = False,
 ) -> None:
-    """Build a data set with its held-out part."""
-    from embedwright.data import docstrings
+    """Turn a public training set, or a local copy of one, into examples."""
+    if name == "docstrings":
+        from embedwright.data import docstrings
 
-    if name != "docstrings":
-        raise ValueError(f"no data set {name!r}; known: docstrings")
-    docstrings.build(out)
-    say((out / "report.json").read_text())
+        docstrings.build(out)
+        say((out / "report.json").read_text())
+        return
+    from embedwright.data.build import build
+    from embedwright.data.catalog import find_entry
+
+    counts = build(
+        find_entry(name),
+        out,
+        source=source,
+        limit=limit,
+        seed=seed,
+        form=form,
+        negatives=negatives,
+        known=label,
+        strict=strict,
+    )
+    say(json.dumps(counts, indent=2))
 
 
 @data_app.command("check")
-def data_check(path: Annotated[Path, typer.Argument(help="A data file or BEIR folder.")]) -> None:
-    """Read a whole data set; report what is in it and what was wrong. Exits 2 if a line was bad."""
-    from embedwright.data.table import open_examples
+def data_check(
+    path: Annotated[Path, typer.Argument(help="A data file or BEIR folder.")],
+    against: Against = None,
+    corpus: WithCorpus = False,
+    bm25: Bm25Fraction = 0.9,
+    leaks: Annotated[Path | None, typer.Option(help="Leakage report to write (JSONL).")] = None,
+) -> None:
+    """Read a whole data set; report what is in it, repeats, leaks. Exits 2 if a line was bad, 1 if a text leaks."""
+    from embedwright.data.clean import clean_file
+    from embedwright.data.decontaminate import HeldOut
 
-    table = open_examples(path)
-    say(json.dumps({**table.report, "tasks": {k: len(v) for k, v in table.rows_by_task().items()}}, indent=2))
-    if table.quarantined:
-        table.arrow.unlink()  # converted anew next time, so that the lines are named again
-        raise ValueError(f"{path}: {table.quarantined} bad lines, kept unchanged in {table.quarantine}")
+    held_out = HeldOut(against, corpus=corpus, bm25=bm25 or None) if against else None
+    report = clean_file(path, None, leaks_to=leaks, held_out=held_out)
+    say(json.dumps(report, indent=2))
+    if report["quarantined"]:
+        raise ValueError(f"{path}: {report['quarantined']} bad lines, named above")
+    if report["leaks"]:
+        raise RuntimeError(f"{path}: texts of {', '.join(report['leaks'])} are in it")
+
+
+@data_app.command("clean")
+def data_clean(
+    path: Annotated[Path, typer.Argument(help="A data file or BEIR folder.")],
+    out: Out,
+    against: Against = None,
+    corpus: WithCorpus = False,
+    bm25: Bm25Fraction = 0.9,
+    leaks: Annotated[Path | None, typer.Option(help="Leakage report; default: OUT.leaks.jsonl.")] = None,
+    repeats: Annotated[By, typer.Option(help="The sides of two rows that must repeat to make one go.")] = "both",
+    language: Annotated[list[str] | None, typer.Option(help="Keep these (en, de, ...); may be given again.")] = None,
+    min_chars: Annotated[int, typer.Option(help="Of each text.")] = 0,
+    max_chars: Annotated[int | None, typer.Option(help="Of each text.")] = None,
+    min_words: Annotated[int, typer.Option(help="Of each text.")] = 0,
+    max_words: Annotated[int | None, typer.Option(help="Of each text.")] = None,
+    licence: Annotated[list[str] | None, typer.Option(help="Keep tasks of these, as `CC-BY*`.")] = None,
+    not_licence: Annotated[list[str] | None, typer.Option(help="Drop tasks of these, as `*-NC*`.")] = None,
+    licences: Annotated[Path | None, typer.Option(help="YAML: task name to licence, besides the catalogue's.")] = None,
+) -> None:
+    """Remove unwanted rows, repeats and leaks from evaluation data; report what went, by reason."""
+    from embedwright.config import load_yaml
+    from embedwright.data.clean import clean_file
+    from embedwright.data.decontaminate import HeldOut
+    from embedwright.data.filters import Filters
+
+    filters = Filters(
+        licences=load_yaml(licences) if licences else {},
+        allow=tuple(licence or ()),
+        deny=tuple(not_licence or ()),
+        languages=tuple(language or ()),
+        min_chars=min_chars,
+        max_chars=max_chars,
+        min_words=min_words,
+        max_words=max_words,
+    )
+    held_out = HeldOut(against, corpus=corpus, bm25=bm25 or None) if against else None
+    leaks = (leaks or out.with_name(f"{out.name}.leaks.jsonl")) if held_out else None
+    say(json.dumps(clean_file(path, out, leaks_to=leaks, filters=filters, by=repeats, held_out=held_out), indent=2))
+
+
+@data_app.command("export")
+def data_export(
+    path: Annotated[Path, typer.Argument(help="A data file or BEIR folder.")],
+    out: Out,
+    format: Annotated[Literal["sentence-transformers"], typer.Option(help="Whose columns.")] = "sentence-transformers",
+    negatives: Annotated[int | None, typer.Option(help="Per row; default: as many as every example has.")] = None,
+    task: Annotated[str | None, typer.Option(help="Name of the only task to write; default: all.")] = None,
+) -> None:
+    """Write examples as Parquet in the columns that another trainer reads."""
+    from embedwright.data.columns import export
+
+    say(json.dumps(export(path, out, format=format, negatives=negatives, task=task), indent=2))
 
 
 @data_app.command("labels")
 def data_labels(
-    path: Annotated[Path, typer.Argument(help='Rows {"text", "label"}.')],
+    path: Annotated[Path, typer.Argument(help='Rows {"text", "label"}; a label may be a list of labels.')],
     out: Out,
     task: Annotated[str | None, typer.Option(help="Name of the task; default: the file's.")] = None,
-    negatives: Annotated[int, typer.Option(help="Per example.")] = 7,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    negatives: PerExample = 7,
+    seed: Seed = 0,
+    form: FormOption = None,
+    label: Closed = None,
+    words: Annotated[Path | None, typer.Option(help="YAML: label to what stands for it in the form `label`.")] = None,
 ) -> None:
     """Turn labelled texts into examples: positives of the same class, negatives of others."""
-    from embedwright.data.readers import detect_kind
-    from embedwright.data.table import open_examples, write_examples
+    from embedwright.config import load_yaml
+    from embedwright.data.build import label_file
 
-    if detect_kind(path) != "labelled":
-        raise ValueError(f'{path}: rows are not {{"text", "label"}}')
-    table = open_examples(path, task=task, negatives=negatives, seed=seed)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_examples(out, table)
-    say(json.dumps(table.report, indent=2))
+    counts = label_file(
+        path,
+        out,
+        task=task,
+        form=form or "auto",
+        words=load_yaml(words) if words else None,
+        known=label,
+        negatives=negatives,
+        seed=seed,
+    )
+    say(json.dumps(counts, indent=2))
+
+
+@data_app.command("relabel")
+def data_relabel(
+    path: Annotated[Path, typer.Argument(help="Examples with mined negatives.")],
+    out: Out,
+    base_url: Annotated[str | None, typer.Option(help="Of an OpenAI-compatible server, whose model judges.")] = None,
+    model: Annotated[str | None, typer.Option(help="As the server names it.")] = None,
+    cross_encoder: Annotated[str | None, typer.Option(help="Instead of a server: a folder or hub id.")] = None,
+    threshold: Annotated[float | None, typer.Option(help="Of the cross-encoder: a positive from this on.")] = None,
+    action: Annotated[Literal["drop", "promote"], typer.Option(help="Of what is judged a positive.")] = "drop",
+    tasks: Annotated[Path | None, typer.Option(help="Tasks with the instructions, as `synth` writes them.")] = None,
+    concurrency: Concurrency = 8,
+    requests_per_minute: PerMinute = None,
+    tokens_per_minute: TokensPerMinute = None,
+    token_budget: TokenBudget = None,
+    max_tokens: MaxTokens = 512,
+    timeout: Timeout = 300.0,
+) -> None:
+    """Find negatives that are in truth positives, by a language model or a cross-encoder; drop or promote them."""
+    from embedwright.data.llm import Client, Server
+    from embedwright.data.relabel import judge_by_model, judge_by_scores, relabel_file
+    from embedwright.data.synthesize import read_tasks
+
+    if cross_encoder is not None and threshold is not None and base_url is None and model is None:
+        from sentence_transformers import CrossEncoder
+
+        by_scores = judge_by_scores(CrossEncoder(cross_encoder), threshold)
+        say(json.dumps(relabel_file(path, out, by_scores, action, progress=counter("examples")), indent=2))
+        return
+    if base_url is None or model is None or cross_encoder is not None or threshold is not None:
+        raise ValueError("name the judge: --base-url and --model, or --cross-encoder and --threshold")
+    server = Server(
+        base_url=base_url,
+        timeout_s=timeout,
+        concurrency=concurrency,
+        max_tokens=max_tokens,
+        requests_per_minute=requests_per_minute,
+        tokens_per_minute=tokens_per_minute,
+        token_budget=token_budget,
+    )
+    with Client(server, out.with_name(f"{out.name}.answers.sqlite")) as client:
+        by_model = judge_by_model(client, model, read_tasks(tasks) if tasks else None)
+        report = relabel_file(path, out, by_model, action, progress=counter("examples"))
+        say(json.dumps(report | {"client": dict(client.counts)}, indent=2))

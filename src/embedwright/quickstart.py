@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from embedwright.config import ConfigError
-from embedwright.data.clean import drop_duplicates, leaks
 from embedwright.data.example import Example
 from embedwright.data.mine import mine, positives_of
+from embedwright.data.repeats import drop_duplicates, leaks
 from embedwright.data.table import open_examples, write_examples
 from embedwright.display import counter, say
 from embedwright.model.opening import open_encoder

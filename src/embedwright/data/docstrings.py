@@ -20,8 +20,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from embedwright.data.clean import Counts, drop_duplicates, leaks, normalise, repeats
 from embedwright.data.example import Example, Passage, to_row
+from embedwright.data.repeats import Counts, drop_duplicates, leaks, normalise, repeats
 
 logger = logging.getLogger(__name__)
 

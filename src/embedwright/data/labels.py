@@ -2,93 +2,168 @@
 
 Several classes, or clusters: the positive is another text of the class, the negatives are texts of other classes; drawn
 at random, not mined, for coverage. Two classes: the positive is the label's text, the negative the other label's text.
+A text with several labels: the positive shares at least one of them, a negative shares none.
 """
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
 from embedwright.data.example import DataError, Example, Passage
 
 Form = Literal["auto", "example", "label"]
+Labels = str | Sequence[str]  # of one text
+LabelRow = tuple[str, Labels]
 Classes = dict[str, list[str]]  # label -> its texts, each once, in the order of the rows
+
+TRIES = 50  # draws for one negative, before the texts that are left are listed instead
 
 
 def label_triples(
-    rows: Sequence[tuple[str, str]],
+    rows: Sequence[LabelRow],
     *,
     task: str,
     negatives: int = 7,
     seed: int = 0,
     form: Form = "auto",
     ids: Sequence[str] | None = None,
+    known: Collection[str] | None = None,
+    words: Mapping[str, str] | None = None,
 ) -> tuple[list[Example], dict[str, int]]:
-    """Examples from `rows` of (text, label), and how many rows gave none, by reason.
+    """Examples from `rows` of (text, its label or labels), and how many rows gave none, by reason.
 
     `form` auto is `label` for exactly two labels and `example` for more. What row i draws depends on the rows, `seed`
-    and i alone. `ids` (default `task:i`) name the rows. The report counts
-    `conflicting`: rows whose text has several labels, of no use on either side;
-    `singleton` (example form): rows whose text is the only one of its class, which still serves as a negative;
-    `fewer_negatives` (example form): examples with fewer than `negatives`, where the other classes have no more texts.
-    Raises DataError where fewer than two labels are left.
+    and i alone. `ids` (default `task:i`) name the rows. `known` closes the list of labels. `words` says what stands for
+    a label in the label form (default: the label). The report counts
+    `unseen` (with `known`): rows with a label that is not known, of no use on either side;
+    `conflicting`: rows whose text has other labels in another row, of no use on either side;
+    `singleton` (example form): rows whose text is the only one of its classes, which still serves as a negative;
+    `fewer_negatives`: examples with fewer than `negatives` where there are no more texts, or (label form) without any.
+    Raises DataError where fewer than two labels are left, where a row has none, and where `words` lacks a label or says
+    the same for two.
     """
-    classes, conflicting = _classes(rows)
+    closed = None if known is None else set(known)
+    report = Counter({"unseen": 0} if closed is not None else {})
+    report.update(conflicting=0, singleton=0, fewer_negatives=0)
+    labels_of = [_labels(i, row) for i, row in enumerate(rows)]
+    unseen = {i for i, own in enumerate(labels_of) if closed is not None and not closed >= own.keys()}
+    label_sets, conflicting = _label_sets(rows, labels_of, unseen)
+    classes: Classes = {}
+    for text, labels in label_sets.items():
+        for label in labels:
+            classes.setdefault(label, []).append(text)
     if len(classes) < 2:
         raise DataError(f"task {task}: {len(classes)} label without conflicts; examples need at least two")
     if form == "auto":
         form = "label" if len(classes) == 2 else "example"
-    labels = list(classes)
-    rank = {label: i for i, label in enumerate(labels)}
-    texts = sum(map(len, classes.values()))
-    report = Counter(conflicting=0, singleton=0, fewer_negatives=0)
+    draw = _Draw(classes, label_sets, negatives)
+    spoken = _spoken(task, list(classes), words) if form == "label" else {}
     examples = []
-    for i, (text, label) in enumerate(rows):
+    for i, (text, _) in enumerate(rows):
+        if i in unseen:
+            report["unseen"] += 1
+            continue
         if text in conflicting:
             report["conflicting"] += 1
             continue
-        if form == "example" and len(classes[label]) == 1:
+        own = list(labels_of[i])
+        shared = [label for label in own if len(classes[label]) > 1]
+        if form == "example" and not shared:
             report["singleton"] += 1
             continue
         rng = random.Random(f"{seed}:{i}")  # a str is hashed with SHA-512, not with Python's salted hash
         if form == "example":
-            positive = _other(classes[label], text, rng)
-            count = min(negatives, texts - len(classes[label]))
-            wrong = _of_other_classes(classes, labels, rank[label], count, rng)
-            report["fewer_negatives"] += count < negatives
+            right = [draw.other(shared, text, rng)]
+            wrong = draw.of_other_classes(own, rng)
+            report["fewer_negatives"] += len(wrong) < negatives
         else:
-            positive = label
-            others = labels[: rank[label]] + labels[rank[label] + 1 :]
-            wrong = rng.sample(others, min(negatives, len(others)))
+            right = [spoken[label] for label in own]
+            others = [label for label in classes if label not in own]
+            wrong = [spoken[label] for label in rng.sample(others, min(negatives, len(others)))]
+            report["fewer_negatives"] += not others
         row_id = f"{task}:{i}" if ids is None else ids[i]
-        examples.append(Example(row_id, task, text, (Passage(positive),), tuple(map(Passage, wrong))))
+        examples.append(Example(row_id, task, text, tuple(map(Passage, right)), tuple(map(Passage, wrong))))
     return examples, dict(report)
 
 
-def _classes(rows: Sequence[tuple[str, str]]) -> tuple[Classes, set[str]]:
-    """The texts of each label, and the texts that stand under several, which are in no class."""
-    label_of: dict[str, str] = {}
-    conflicting = {text for text, label in rows if label_of.setdefault(text, label) != label}
-    classes: Classes = {}
-    for text, label in label_of.items():
-        if text not in conflicting:
-            classes.setdefault(label, []).append(text)
-    return classes, conflicting
+def _labels(i: int, row: LabelRow) -> dict[str, None]:
+    """The labels of row i, each once, in their order."""
+    own = dict.fromkeys([row[1]] if isinstance(row[1], str) else row[1])
+    if not own:
+        raise DataError(f"row {i}: no label")
+    return own
 
 
-def _other(texts: Sequence[str], text: str, rng: random.Random) -> str:
-    """One of the distinct `texts` that is not `text`; there are at least two."""
-    while (other := rng.choice(texts)) == text:
-        pass
-    return other
+def _label_sets(
+    rows: Sequence[LabelRow], labels_of: Sequence[dict[str, None]], unseen: Collection[int]
+) -> tuple[dict[str, dict[str, None]], set[str]]:
+    """The labels of each text, and the texts that stand under other labels in another row, which are left out of it."""
+    sets: dict[str, dict[str, None]] = {}
+    conflicting = set()
+    for i, (text, _) in enumerate(rows):
+        if i not in unseen and sets.setdefault(text, labels_of[i]).keys() != labels_of[i].keys():
+            conflicting.add(text)
+    return {text: own for text, own in sets.items() if text not in conflicting}, conflicting
 
 
-def _of_other_classes(classes: Classes, labels: Sequence[str], own: int, count: int, rng: random.Random) -> list[str]:
-    """`count` distinct texts: each time a class other than `own` drawn uniformly, then one of its texts."""
-    drawn: dict[str, None] = {}
-    while len(drawn) < count:
-        other = rng.randrange(len(labels) - 1)
-        drawn[rng.choice(classes[labels[other + (other >= own)]])] = None  # one that is drawn again changes nothing
-    return list(drawn)
+def _spoken(task: str, labels: Sequence[str], words: Mapping[str, str] | None) -> dict[str, str]:
+    """What stands for each label. Two labels of the same words would make a negative of a positive."""
+    if words is None:
+        return {label: label for label in labels}
+    if missing := [label for label in labels if label not in words]:
+        raise DataError(f"task {task}: no words for label {missing[0]!r}; there are words for {', '.join(words)}")
+    spoken = {label: words[label] for label in labels}
+    twice = [text for text, count in Counter(spoken.values()).items() if count > 1]
+    if twice:
+        raise DataError(f"task {task}: {twice[0]!r} stands for {[k for k in labels if spoken[k] == twice[0]]}")
+    return spoken
+
+
+class _Draw:
+    """Texts drawn from the classes. Holds what does not depend on the row."""
+
+    def __init__(self, classes: Classes, label_sets: Mapping[str, dict[str, None]], negatives: int) -> None:
+        self.classes, self.label_sets, self.negatives = classes, label_sets, negatives
+        self.labels = list(classes)
+        self.rank = {label: i for i, label in enumerate(self.labels)}
+        self.single = all(len(labels) == 1 for labels in label_sets.values())
+
+    def other(self, labels: Sequence[str], text: str, rng: random.Random) -> str:
+        """A text other than `text` of one of its `labels`, each of which has at least two texts."""
+        texts = self.classes[labels[0] if len(labels) == 1 else rng.choice(labels)]
+        while (other := rng.choice(texts)) == text:
+            pass
+        return other
+
+    def of_other_classes(self, own: Sequence[str], rng: random.Random) -> list[str]:
+        """`negatives` distinct texts without a label of `own`, or all there are.
+
+        Each time a class is drawn uniformly, then one of its texts.
+        """
+        ranks = sorted(self.rank[label] for label in own)
+        count = min(self.negatives, self._at_least(own))
+        drawn: dict[str, None] = {}
+        for _ in range(TRIES * count if len(ranks) < len(self.labels) else 0):
+            if len(drawn) == count:
+                break
+            j = rng.randrange(len(self.labels) - len(ranks))
+            for rank in ranks:
+                j += j >= rank  # over the labels of the row
+            text = rng.choice(self.classes[self.labels[j]])
+            if self.label_sets[text].keys().isdisjoint(own):
+                drawn[text] = None  # one that is drawn again changes nothing
+        if len(drawn) < (count if self.single else self.negatives):
+            drawn |= dict.fromkeys(self._rest(own, drawn, rng))
+        return list(drawn)
+
+    def _at_least(self, own: Sequence[str]) -> int:
+        """How many texts there surely are without a label of `own`; exact where every text has one label."""
+        return max(0, len(self.label_sets) - sum(len(self.classes[label]) for label in own))
+
+    def _rest(self, own: Sequence[str], drawn: Collection[str], rng: random.Random) -> list[str]:
+        """The draws that are missing, from a list of all texts that are left."""
+        left = [t for t, labels in self.label_sets.items() if t not in drawn and labels.keys().isdisjoint(own)]
+        return rng.sample(left, min(self.negatives - len(drawn), len(left)))

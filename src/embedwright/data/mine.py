@@ -2,66 +2,39 @@
 
 The rules are those of NV-Retriever (arXiv 2407.15831); `perc` at 0.95 is the one NV-Embed v2 used (paper, 4.1.1).
 `Q` queries, `C` documents of the corpus, `P` rows of the pool (the corpus, then the texts it lacks), `K` candidates of
-one query, `E` embedding.
+one query, `F` pairs of a query and a passage, `E` embedding.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import time
-import zlib
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
-from hashlib import blake2b
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from embedwright.data.candidates import BEST_MARGIN, Barred, Rule, check_settings, drawn, eligible
+from embedwright.data.ensemble import ENSEMBLES, Ensemble, drawn_teacher, in_turn
 from embedwright.data.example import DataError, Example, Passage, text_of
-from embedwright.data.teacher import Encoder, as_encoder
-from embedwright.data.topk import top_k
+from embedwright.data.mining_report import Histogram, MiningReport
+from embedwright.data.repeats import NEAR, jaccard, normalise, shingles
+from embedwright.data.teacher import Encoder, as_encoder, encode_finite
+from embedwright.data.topk import pair_scores, top_k
+from embedwright.data.vectors import Vectors, encode_texts
+
+__all__ = ["BEST_MARGIN", "Ensemble", "MiningReport", "Positives", "Rule", "mine", "positives_of"]
 
 logger = logging.getLogger(__name__)
 
-Rule = Literal["naive", "shift", "abs", "margin", "perc"]
+Positives = Literal["lowest", "each"]
 
-BEST_MARGIN: dict[Rule, float | None] = {"naive": None, "shift": 10, "abs": 0.7, "margin": 0.05, "perc": 0.95}
-"""The best setting of each rule in NV-Retriever's ablation: what `margin=None` stands for."""
-
-_CHUNK = 512  # texts in one call of the teacher: enough for it to sort by length, few enough to report progress
-_TILE = 1024  # queries encoded and searched at once
-
-
-@dataclass(frozen=True, slots=True)
-class MiningReport:
-    """What mining looked at, what it took away and why, and what is left.
-
-    A candidate falls under the first reason that holds, so that `candidates` minus the four `removed_*` after it are
-    the eligible ones, of which `negatives` were taken. `removed_given` counts negatives that the examples came with
-    and that repeat a positive or the query. `queries_short` got fewer than they asked for.
-    """
-
-    rule: Rule
-    margin: float | None
-    seconds: float
-    queries: int
-    documents: int
-    candidates: int = 0
-    removed_same_document: int = 0
-    removed_same_text: int = 0
-    removed_by_rule: int = 0
-    removed_duplicates: int = 0
-    removed_given: int = 0
-    negatives: int = 0
-    queries_short: int = 0
-
-    def to_json(self) -> dict[str, Any]:
-        """The report as plain values, ready for `json.dumps`."""
-        return asdict(self)
+_TILE = 2048  # queries encoded and searched at once
 
 
 def mine(
@@ -73,15 +46,19 @@ def mine(
     margin: float | None = None,
     negatives: int = 7,
     depth: int = 100,
-    task: str | None = None,
+    task: str | None = "",
     sampled: bool = False,
     seed: int = 0,
+    ensemble: Ensemble = "cross-sample",
+    positives: Positives = "lowest",
+    vectors: Path | str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[Example], MiningReport]:
     """Fill each example up to `negatives` hard negatives from the exact top `depth` of `corpus` (id -> text).
 
     `teacher` is anything `as_encoder` takes; a score is the inner product of two of its vectors. `task` is the
-    instruction for the queries. Of a query's ranked candidates, its positives taken away,
+    instruction for the queries, empty the teacher's own, None for queries that are read as documents are; documents get
+    none. Of a query's ranked candidates, its positives taken away,
     - `naive` keeps all,
     - `shift` ignores the first `margin` (10),
     - `abs` keeps score <= `margin` (0.7),
@@ -89,69 +66,76 @@ def mine(
     - `perc` keeps score < positive x `margin` (0.95); a positive below zero is multiplied by 2 - `margin` instead,
       else the threshold would lie above it.
 
-    Of several positives the lowest score sets the threshold, the safe side (as in sentence-transformers'
-    `mine_hard_negatives` and in NeMo). Never a negative, under any rule: a document with the id or the text of a
-    positive, or with the text of the query (whitespace collapsed, case folded), or without text. Documents of the same
+    Of several positives, `positives="lowest"`: the lowest score sets the threshold, the safe side (as in
+    sentence-transformers' `mine_hard_negatives` and in NeMo). `"each"`: an example for each of them, as NV-Retriever
+    has one positive per query, with its own threshold and negatives, and the id `<id>:p<number>`; the others are not
+    its negatives either, but a trainer that mixes such examples in a batch no longer knows that.
+
+    Never a negative, under any rule: a document with the id or the text of a positive, or with the text of the query
+    (whitespace collapsed, case folded), or without text; nor a near-duplicate of a positive (Jaccard of word 3-shingles
+    of at least 0.8, as in `clean`; negatives that an example came with are not put to that test). Documents of the same
     text count once. Equal scores rank in the order of the corpus.
 
     The best are taken, in rank order. `sampled` draws them instead, by softmax over the eligible scores without
     replacement, seeded per example id; they stay in the order drawn, so that a trainer which uses the first few has a
     fair draw too. (The paper draws from the top 10 and finds that more hurts: `depth`.)
 
+    Of a list of teachers, by `ensemble`: `cross-sample` draws one per example, seeded by its id; `intra-sample` has
+    each rank for every query, by its own threshold, and takes the best of each in turn, no text twice;
+    `intra-sample-duplicates` takes a text as often as teachers propose it.
+
     Negatives that an example came with stay in front; those that repeat a positive or the query are removed. Returned
-    in the order given, with the teacher's `positive_scores` and `negative_scores`.
-    `progress(done, total)` counts encoded texts.
+    in the order given, with the teacher's `positive_scores` and `negative_scores`; without them where several ranked
+    for one query. `progress(done, total)` counts encoded texts.
+
+    Memory: the examples, for each document its id and 8 bytes, and per teacher the vectors of corpus and positives;
+    with `vectors`, a folder, those are kept there (`encode_texts`) and memory holds a few blocks of them. A run that
+    was stopped goes on at the next block; one by another rule encodes queries alone. `corpus` is read in order, a few
+    times, one text at a time: it may be a view of a file.
 
     Raises ValueError for a margin that does not fit the rule, a `depth` too small for what is asked, a vector that is
     not finite; DataError for a corpus without text and, with its id, an example without a query or positives.
     """
     started = time.perf_counter()
-    margin = _check_settings(rule, margin, negatives, depth)
-    allowed = partial(_allowed, rule, margin)
-    given = list(examples)
-    asked = [_without_answers(example) for example in given]
-    pool = _make_pool(corpus, asked)
+    margin = check_settings(rule, margin, negatives, depth)
+    teachers = [as_encoder(one) for one in (teacher if isinstance(teacher, list | tuple) else [teacher])]
+    if not teachers:
+        raise ValueError("no teacher")
+    if ensemble not in ENSEMBLES:
+        raise ValueError(f"ensemble must be one of {', '.join(ENSEMBLES)}, not {ensemble!r}")
+    if positives not in ("lowest", "each"):
+        raise ValueError(f"positives must be lowest or each, not {positives!r}")
+    asked = [one for example in examples for one in _ask(example, positives)]
+    pool = _make_pool(corpus, [one.example for one in asked])
     if not pool.ids:
         raise DataError("the corpus holds no text: nothing to mine from")
-    encoder, total = as_encoder(teacher), len(pool.texts) + len(asked)
+    crossed = len(teachers) > 1 and ensemble == "cross-sample"
+    total = len(teachers) * len(pool.keys) + (1 if crossed else len(teachers)) * len(asked)
+    encoded = 0
 
-    def advance(done: int) -> None:
+    def advance(texts: int) -> None:
+        nonlocal encoded
+        encoded += texts
         if progress:
-            progress(done, total)
+            progress(encoded, total)
 
-    vectors_PE = _encode_pool(encoder, pool.texts, advance)
-    count: Counter[str] = Counter()
-    mined: list[Example] = []
-    for start in range(0, len(asked), _TILE):
-        tile = asked[start : start + _TILE]
-        queries_QE = encode_finite(encoder, [example.query for example in tile], task)
-        scores_QK, rows_QK = top_k(queries_QE, vectors_PE[: len(pool.ids)], depth)
-        for example, query_E, scores_K, rows_K in zip(tile, queries_QE, scores_QK, rows_QK, strict=True):
-            positive_scores, given_scores = (
-                (vectors_PE[[pool.row_of_text[passage.text] for passage in passages]] @ query_E).tolist()
-                for passages in (example.positives, example.negatives)
-            )
-            rows, scores, removed = _eligible(example, pool, rows_K, scores_K, partial(allowed, min(positive_scores)))
-            count.update(removed, candidates=len(rows_K))
-            order = _draw(scores, seed, example.id) if sampled else np.arange(len(rows))
-            chosen = order[: max(0, negatives - len(example.negatives))]
-            found = (Passage(pool.texts[row], pool.ids[row]) for row in rows[chosen])
-            mined.append(
-                replace(
-                    example,
-                    negatives=(*example.negatives, *found),
-                    positive_scores=tuple(positive_scores),
-                    negative_scores=(*given_scores, *scores[chosen].tolist()),
-                )
-            )
-            count["negatives"] += len(chosen)
-            count["queries_short"] += len(mined[-1].negatives) < negatives
-        advance(len(pool.texts) + len(mined))
+    folder = None if vectors is None else Path(vectors)
+    sides = [_Side(encoder, *pool.encoded(encoder, folder, advance)) for encoder in teachers]
+    run = _Run(pool, sides, rule, margin, negatives, depth, task, sampled, seed, ensemble, advance)
+    mined = [example for start in range(0, len(asked), _TILE) for example in run.fill(asked[start : start + _TILE])]
 
-    count["removed_given"] = sum(len(a.negatives) - len(b.negatives) for a, b in zip(given, asked, strict=True))
-    seconds = round(time.perf_counter() - started, 3)
-    report = MiningReport(rule, margin, seconds, len(mined), len(pool.ids), **count)
-    logger.info("mined %s", report)
+    report = MiningReport(
+        rule,
+        margin,
+        len(teachers),
+        ensemble if len(teachers) > 1 else None,
+        round(time.perf_counter() - started, 3),
+        len(mined),
+        len(pool.ids),
+        **run.count,
+        scores=run.histogram.to_json(),
+    )
+    logger.info("mined %s", report.counts())
     return mined, report
 
 
@@ -161,147 +145,232 @@ def positives_of(examples: Iterable[Example]) -> dict[str, str]:
     return {id or f"p{number}": text for number, (text, id) in enumerate(passages.items())}
 
 
-def encode_finite(encoder: Encoder, texts: Sequence[str], task: str | None = None) -> NDArray[np.float32]:
-    """`encoder`'s vectors as float32 (N, E). Raises ValueError for another shape, or naming a text that gave NaN."""
-    vectors_NE = np.ascontiguousarray(encoder.encode(texts, task=task), dtype=np.float32)
-    if vectors_NE.ndim != 2 or len(vectors_NE) != len(texts):
-        raise ValueError(f"the model gave {vectors_NE.shape} for {len(texts)} texts")
-    if not (finite_N := np.isfinite(vectors_NE).all(axis=1)).all():
-        raise ValueError(f"the model's vector is not finite for {texts[int(finite_N.argmin())][:100]!r}")
-    return vectors_NE
+# ---- what is asked
+
+
+class _Asked(NamedTuple):
+    """An example to fill, without the negatives that are answers, and all positives of its query."""
+
+    example: Example
+    answers: tuple[Passage, ...]
+    removed: int  # of its negatives
+
+
+def _ask(example: Example, positives: Positives) -> Iterator[_Asked]:
+    """Raises DataError where query or positives are missing."""
+    text_of(example.query, f"example {example.id!r}: query")
+    answers = example.positives
+    if not answers:
+        raise DataError(f"example {example.id!r}: no positive, so that its answers cannot be told from negatives")
+    ids = {p.id for p in answers if p.id is not None}
+    keys = {_key(text) for text in (example.query, *(p.text for p in answers))}
+    left = tuple(p for p in example.negatives if p.id not in ids and _key(p.text) not in keys)
+    removed = len(example.negatives) - len(left)
+    if positives == "lowest" or len(answers) == 1:
+        yield _Asked(replace(example, negatives=left), answers, removed)
+        return
+    for number, positive in enumerate(answers):
+        own = replace(example, id=f"{example.id}:p{number}", positives=(positive,), negatives=left)
+        yield _Asked(own, answers, removed if number == 0 else 0)
+
+
+# ---- all texts
 
 
 @dataclass(frozen=True, slots=True)
 class _Pool:
     """All texts to be encoded: the documents of the corpus, then, each once, the passages that it lacks."""
 
-    ids: list[str]  # (C)
-    texts: list[str]  # (P)
-    row_of_id: dict[str, int]
-    row_of_text: dict[str, int]
-    first_of_key: dict[bytes, int]
-    firsts: NDArray[np.int64]  # (P) the first row with the same normalised text
+    corpus: Mapping[str, str]
+    ids: list[str]  # (C) of the documents that have text
+    lacking: list[str]  # (P - C)
+    keys: NDArray[np.int64]  # (P)
+    row_of_id: dict[str, int]  # of the documents that the examples name
+    row_of_text: dict[str, int]  # of the passages of the examples
+
+    def text(self, row: int) -> str:
+        return self.corpus[self.ids[row]] if row < len(self.ids) else self.lacking[row - len(self.ids)]
 
     def rows_with_id(self, passages: Iterable[Passage]) -> list[int]:
         return [self.row_of_id[p.id] for p in passages if p.id in self.row_of_id]
 
-    def firsts_of(self, texts: Iterable[str]) -> list[int]:
-        return [self.first_of_key.get(_key(text), -1) for text in texts]
+    def rows_of_texts(self, passages: Iterable[Passage]) -> list[int]:
+        return [self.row_of_text[p.text] for p in passages]
+
+    def encoded(self, encoder: Encoder, folder: Path | None, advance: Callable[[int], None]) -> tuple[Vectors, Vectors]:
+        """The vectors of the corpus, and of all rows."""
+        documents = encode_texts(
+            encoder, lambda: _with_text(self.corpus.values()), len(self.ids), folder=folder, advance=advance
+        )
+        lacking = encode_texts(encoder, lambda: self.lacking, len(self.lacking), folder=folder, advance=advance)
+        return documents, documents + lacking
 
 
-def _make_pool(corpus: Mapping[str, str], examples: Iterable[Example]) -> _Pool:
-    documents = {id_: text for id_, text in corpus.items() if text.strip()}
-    ids, texts = list(documents), list(documents.values())
-    row_of_text: dict[str, int] = {}
-    for row, text in enumerate(texts):
-        row_of_text.setdefault(text, row)
-    for example in examples:
-        for passage in (*example.positives, *example.negatives):
-            if row_of_text.setdefault(passage.text, len(texts)) == len(texts):
-                texts.append(passage.text)
-    first_of_key: dict[bytes, int] = {}
-    firsts = [first_of_key.setdefault(_key(text), row) for row, text in enumerate(texts)]
-    row_of_id = {id_: row for row, id_ in enumerate(ids)}
-    return _Pool(ids, texts, row_of_id, row_of_text, first_of_key, np.array(firsts, dtype=np.int64))
+def _make_pool(corpus: Mapping[str, str], examples: Sequence[Example]) -> _Pool:
+    passages = [p for example in examples for p in (*example.positives, *example.negatives)]
+    wanted_ids, row_of_text = {p.id for p in passages}, dict.fromkeys((p.text for p in passages), -1)
+    ids: list[str] = []
+    keys = array("q")
+    row_of_id: dict[str, int] = {}
+    for id_, text in corpus.items():
+        if not text or text.isspace():
+            continue
+        if row_of_text.get(text) == -1:
+            row_of_text[text] = len(ids)
+        if id_ in wanted_ids:
+            row_of_id[id_] = len(ids)
+        ids.append(id_)
+        keys.append(_key(text))
+    lacking = [text for text, row in row_of_text.items() if row == -1]
+    row_of_text.update(zip(lacking, range(len(ids), len(ids) + len(lacking)), strict=True))
+    keys.extend(map(_key, lacking))
+    return _Pool(corpus, ids, lacking, np.frombuffer(keys, dtype=np.int64), row_of_id, row_of_text)
 
 
-def _encode_pool(encoder: Encoder, texts: list[str], advance: Callable[[int], None]) -> NDArray[np.float32]:
-    vectors_PE = np.empty((0, 0), np.float32)
-    for start in range(0, len(texts), _CHUNK):
-        chunk_NE = encode_finite(encoder, texts[start : start + _CHUNK])
-        if start == 0:  # filled in place: joining chunks at the end would hold a large corpus twice
-            vectors_PE = np.empty((len(texts), chunk_NE.shape[1]), np.float32)
-        vectors_PE[start : start + len(chunk_NE)] = chunk_NE
-        advance(start + len(chunk_NE))
-    return vectors_PE
+def _with_text(texts: Iterable[str]) -> Iterator[str]:
+    return (text for text in texts if text and not text.isspace())
 
 
-def _eligible(
-    example: Example,
-    pool: _Pool,
-    rows_K: NDArray[np.int64],
-    scores_K: NDArray[np.float32],
-    allowed: Callable[[NDArray[np.float64]], NDArray[np.bool_]],
-) -> tuple[NDArray[np.int64], NDArray[np.float64], dict[str, int]]:
-    """The ranked candidates that may be negatives of `example`, their scores, and how many may not, by reason."""
-    same_document = np.isin(rows_K, pool.rows_with_id(example.positives))
-    answers = pool.firsts_of([example.query, *(p.text for p in example.positives)])
-    same_text = ~same_document & np.isin(pool.firsts[rows_K], answers)
-    other = ~same_document & ~same_text
-    rows, scores = rows_K[other], scores_K[other].astype(np.float64)
-
-    passed = allowed(scores)
-    rows, scores = rows[passed], scores[passed]
-
-    fresh = np.zeros(len(rows), dtype=bool)
-    fresh[np.unique(pool.firsts[rows], return_index=True)[1]] = True
-    fresh &= ~np.isin(rows, pool.rows_with_id(example.negatives))
-    fresh &= ~np.isin(pool.firsts[rows], pool.firsts_of(p.text for p in example.negatives))
-
-    removed = {
-        "removed_same_document": same_document,
-        "removed_same_text": same_text,
-        "removed_by_rule": ~passed,
-        "removed_duplicates": ~fresh,
-    }
-    return rows[fresh], scores[fresh], {reason: int(mask.sum()) for reason, mask in removed.items()}
+def _key(text: str) -> int:
+    """Equal for texts that differ in case and whitespace alone. Others share one of the 2^64 keys with a chance of
+    3e-8 in a corpus of a million, and one of the two is then no negative."""
+    return hash(" ".join(text.split()).casefold())
 
 
-def _allowed(rule: Rule, margin: float | None, positive_score: float, scores: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Which of the ranked `scores` the rule lets pass."""
-    if margin is None:  # naive
-        return np.ones(len(scores), dtype=bool)
-    if rule == "shift":
-        return np.arange(len(scores)) >= margin
-    if rule == "abs":
-        return scores <= margin
-    if rule == "margin":
-        return scores < positive_score - margin
-    return scores < positive_score * (margin if positive_score >= 0 else 2 - margin)
+# ---- the work
 
 
-def _draw(scores: NDArray[np.float64], seed: int, example_id: str) -> NDArray[np.int64]:
-    """An order drawn by softmax over `scores` without replacement (the Gumbel trick gives exactly that)."""
-    random = np.random.default_rng([seed, zlib.crc32(example_id.encode())])
-    return np.argsort(-(scores + random.gumbel(size=len(scores))), kind="stable")
+class _Side(NamedTuple):
+    """One teacher, and its vectors of the corpus and of all rows of the pool."""
+
+    encoder: Encoder
+    documents: Vectors
+    all: Vectors
 
 
-def _without_answers(example: Example) -> Example:
-    """`example` without the negatives that repeat a positive or the query. Raises DataError where either is missing."""
-    text_of(example.query, f"example {example.id!r}: query")
-    if not example.positives:
-        raise DataError(f"example {example.id!r}: no positive, so that its answers cannot be told from negatives")
-    ids = {p.id for p in example.positives if p.id is not None}
-    keys = {_key(text) for text in (example.query, *(p.text for p in example.positives))}
-    return replace(
-        example, negatives=tuple(p for p in example.negatives if p.id not in ids and _key(p.text) not in keys)
-    )
+class _Proposed(NamedTuple):
+    """What one teacher proposes for one query, in the order to take it, and its scores of the passages there are."""
+
+    rows: list[int]
+    scores: list[float]
+    positive_scores: tuple[float, ...]
+    given_scores: tuple[float, ...]
 
 
-def _check_settings(rule: Rule, margin: float | None, negatives: int, depth: int) -> float | None:
-    """The margin to use. Raises ValueError where the settings do not fit together."""
-    if rule not in BEST_MARGIN:
-        raise ValueError(f"rule must be one of {', '.join(BEST_MARGIN)}, not {rule!r}")
-    if negatives < 1:
-        raise ValueError(f"negatives must be at least 1, not {negatives}")
-    if margin is None:
-        margin = BEST_MARGIN[rule]
-    elif rule == "naive":
-        raise ValueError("rule 'naive' takes no margin")
-    else:
-        sound, what = {
-            "shift": (margin >= 0 and margin % 1 == 0, "a whole number of ranks"),
-            "abs": (math.isfinite(margin), "a score"),
-            "margin": (0 <= margin < math.inf, "a difference of scores, 0 or more"),
-            "perc": (0 < margin < 2, "a share of the positive's score, such as 0.95"),
-        }[rule]
-        if not sound:
-            raise ValueError(f"the margin of rule {rule!r} must be {what}, not {margin}")
-    if depth < (needed := negatives + int(margin or 0 if rule == "shift" else 0)):
-        raise ValueError(f"depth {depth} cannot hold what rule {rule!r} needs: {needed}")
-    return margin
+@dataclass(slots=True)
+class _Run:
+    """The settings of `mine`, and what it counts."""
+
+    pool: _Pool
+    sides: list[_Side]
+    rule: Rule
+    margin: float | None
+    negatives: int
+    depth: int
+    task: str | None
+    sampled: bool
+    seed: int
+    ensemble: Ensemble
+    advance: Callable[[int], None]
+    count: Counter[str] = field(default_factory=Counter)
+    histogram: Histogram = field(default_factory=Histogram)
+
+    def fill(self, asked: Sequence[_Asked]) -> Iterator[Example]:
+        """The examples with their negatives."""
+        proposed: list[list[_Proposed]] = [[] for _ in asked]
+        for number in range(len(self.sides)):
+            some = [q for q, one in enumerate(asked) if self._is_asked(number, one.example.id)]
+            for q, proposal in zip(some, self._propose(number, [asked[q] for q in some]), strict=True):
+                proposed[q].append(proposal)
+        taken: list[float] = []
+        for (example, answers, removed), lists in zip(asked, proposed, strict=True):
+            pairs = self._take(example, answers, lists)
+            found = (Passage(self.pool.text(row), self.pool.ids[row]) for row, _ in pairs)
+            filled = replace(
+                example, negatives=(*example.negatives, *found), positive_scores=None, negative_scores=None
+            )
+            if len(lists) == 1:
+                scores = (*lists[0].given_scores, *(score for _, score in pairs))
+                filled = replace(filled, positive_scores=lists[0].positive_scores, negative_scores=scores)
+            self.count.update(negatives=len(pairs), removed_given=removed)
+            self.count["queries_short"] += len(filled.negatives) < self.negatives
+            taken += (score for _, score in pairs)
+            yield filled
+        self.histogram.add("negatives", np.array(taken))
+
+    def _is_asked(self, number: int, example_id: str) -> bool:
+        if len(self.sides) == 1 or self.ensemble != "cross-sample":
+            return True
+        return drawn_teacher(example_id, len(self.sides), self.seed) == number
+
+    def _propose(self, number: int, asked: Sequence[_Asked]) -> Iterator[_Proposed]:
+        """What teacher `number` proposes for each query."""
+        if not asked:
+            return
+        side, pool = self.sides[number], self.pool
+        queries_QE = encode_finite(side.encoder, [one.example.query for one in asked], self.task)
+        self.advance(len(asked))
+        scores_QK, rows_QK = top_k(queries_QE, side.documents, self.depth)
+        positive_rows = [pool.rows_of_texts(one.example.positives) for one in asked]
+        given_rows = [pool.rows_of_texts(one.example.negatives) for one in asked]
+        positive_scores, given_scores = (_scores(queries_QE, side.all, rows) for rows in (positive_rows, given_rows))
+        barred = [
+            Barred(
+                pool.rows_with_id(one.answers),
+                [_key(one.example.query), *pool.keys[pool.rows_of_texts(one.answers)].tolist()],
+                pool.rows_with_id(one.example.negatives),
+                pool.keys[given].tolist(),
+            )
+            for one, given in zip(asked, given_rows, strict=True)
+        ]
+        lowest_Q = np.array([min(scores) for scores in positive_scores])
+        masks = eligible(rows_QK, pool.keys[rows_QK], scores_QK, lowest_Q, barred, self.rule, self.margin)
+        self.count["candidates"] += rows_QK.size
+        self.count.update({f"removed_{reason}": int(mask.sum()) for reason, mask in masks.removed().items()})
+        self.histogram.add("positives", np.concatenate(positive_scores))
+        self.histogram.add("removed_by_rule", scores_QK[masks.by_rule])
+        for q, one in enumerate(asked):
+            rows, scores = rows_QK[q, masks.eligible[q]], scores_QK[q, masks.eligible[q]]
+            if self.sampled:
+                order = drawn(scores.astype(np.float64), self.seed, one.example.id, number)
+                rows, scores = rows[order], scores[order]
+            yield _Proposed(
+                rows.tolist(), scores.tolist(), tuple(positive_scores[q].tolist()), tuple(given_scores[q].tolist())
+            )
+
+    def _take(
+        self, example: Example, answers: Sequence[Passage], proposed: Sequence[_Proposed]
+    ) -> list[tuple[int, float]]:
+        """Row and score of the negatives to add, the best of each teacher in turn."""
+        missing = self.negatives - len(example.negatives)
+        if missing <= 0:
+            return []
+        answered = [shingles(normalise(passage.text)) for passage in answers]
+        near: dict[int, bool] = {}
+
+        def is_near(row: int) -> bool:
+            if row not in near:
+                own = shingles(normalise(self.pool.text(row)))
+                near[row] = any(jaccard(own, answer) >= NEAR for answer in answered)
+            return near[row]
+
+        lists = [zip(each.rows, each.scores, strict=True) for each in proposed]
+        taken: list[tuple[int, float]] = []
+        keys: set[int] = set()
+        for row, score in in_turn([((row, score) for row, score in pairs if not is_near(row)) for pairs in lists]):
+            key = int(self.pool.keys[row])
+            if key not in keys or self.ensemble != "intra-sample":
+                keys.add(key)
+                taken.append((row, score))
+            if len(taken) == missing:
+                break
+        self.count["removed_near_duplicate"] += sum(near.values())
+        return taken
 
 
-def _key(text: str) -> bytes:
-    """Equal for texts that differ in case and whitespace alone; a digest, since whole keys would double the corpus."""
-    return blake2b(" ".join(text.split()).casefold().encode(errors="surrogatepass"), digest_size=16).digest()
+def _scores(queries_QE: NDArray[np.float32], vectors: Vectors, rows: Sequence[list[int]]) -> list[NDArray[np.float32]]:
+    """The scores of each query's own rows."""
+    lengths = [len(some) for some in rows]
+    row_F = np.array([row for some in rows for row in some], dtype=np.int64)
+    scores_F = pair_scores(queries_QE, vectors, np.repeat(np.arange(len(rows)), lengths), row_F)
+    return np.split(scores_F, np.cumsum(lengths)[:-1])

@@ -144,7 +144,7 @@ class Quarantine:
     def __init__(self, source: Path, path: Path) -> None:
         self.source, self.path = source, path
         self.count = 0
-        self.first_reason = ""
+        self.reasons: list[str] = []  # "line: reason" of the first few
         self._last_number = 0
         self._aside = aside(path)
         self._file: BinaryIO | None = None
@@ -159,10 +159,13 @@ class Quarantine:
             return
         self._last_number = number
         self.count += 1
-        reason = f"{self.source}:{number}: {error}"
-        self.first_reason = self.first_reason or reason
         if self.count <= LOGGED:
-            log.warning("%s", reason)
+            self.reasons.append(f"{number}: {error}")
+            log.warning("%s:%s", self.source, self.reasons[-1])
+
+    @property
+    def first_reason(self) -> str:
+        return f"{self.source}:{self.reasons[0]}" if self.reasons else ""
 
     def __enter__(self) -> Quarantine:
         return self

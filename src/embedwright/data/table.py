@@ -67,16 +67,18 @@ class ExampleTable:
 
     `fingerprint`: SHA-256 (hex) of content, task, seed and format, so equal fingerprints mean equal rows.
     `report`: rows read, examples made, and what was left out, by reason.
-    `quarantine`: the file of the bad lines, where their number, `quarantined`, is not 0.
+    `quarantine`: the file of the bad lines, where their number, `quarantined`, is not 0; `bad_lines` has the first few.
     """
 
     def __init__(self, path: Path, arrow: Path) -> None:
         self.path, self.arrow = path, arrow
         self._reader = pa.ipc.open_file(pa.memory_map(str(arrow)))
+        self._stream = pa.ipc.open_file(pa.OSFile(str(arrow)))  # not mapped: pages read once would count as memory
         meta = json.loads(self._reader.schema.metadata[b"embedwright"])
         self.fingerprint: str = meta["fingerprint"]
         self.report: dict[str, int] = meta["report"]
         self.quarantined = self.report["quarantined"]
+        self.bad_lines: list[str] = meta.get("bad_lines", [])
         self.quarantine = _quarantine_path(arrow)
 
     def __len__(self) -> int:
@@ -91,8 +93,8 @@ class ExampleTable:
         return _example(batch.slice(i % BATCH_ROWS, 1).to_pylist()[0])
 
     def __iter__(self) -> Iterator[Example]:
-        for i in range(self._reader.num_record_batches):
-            yield from map(_example, self._reader.get_batch(i).to_pylist())
+        for i in range(self._stream.num_record_batches):
+            yield from map(_example, self._stream.get_batch(i).to_pylist())
 
     def rows_by_task(self) -> dict[str, NDArray[np.int64]]:
         """Task name -> its row numbers, ascending; tasks in the order of their first row."""
@@ -137,6 +139,8 @@ def open_examples(
         folder.mkdir(parents=True, exist_ok=True)
         _convert(job, arrow, fingerprint)
         return ExampleTable(path, arrow)
+    for line in table.bad_lines:
+        log.warning("%s:%s", path, line)
     if table.quarantined:
         log.warning("%s: %d bad lines, kept unchanged in %s", path, table.quarantined, table.quarantine)
     return table
@@ -236,7 +240,7 @@ def _convert(job: _Job, arrow: Path, fingerprint: str) -> None:
         counts = {key: n for key, n in report.items() if n or key in ("rows", "examples", "quarantined")}
         if not report["examples"]:
             raise DataError(f"{job.path}: no example ({quarantine.first_reason or counts})")
-        meta = json.dumps({"fingerprint": fingerprint, "report": counts})
+        meta = json.dumps({"fingerprint": fingerprint, "report": counts, "bad_lines": quarantine.reasons})
         schema = SCHEMA.with_metadata({"embedwright": meta})
         with (
             pa.OSFile(str(rows)) as source,  # not mapped: its pages would count as this process's memory

@@ -1,4 +1,4 @@
-"""Anything that encodes texts, as one protocol: our Embedder, sentence-transformers, a user's own object.
+"""Anything that encodes texts, as one protocol: our Embedder, sentence-transformers, a server, a user's own object.
 
 Mining and evaluation take any object with `encode`, so that any model can be teacher or baseline.
 """
@@ -31,3 +31,15 @@ def as_encoder(model: Any) -> Encoder:
         return SentenceTransformerEncoder(model)
     encoder: Encoder = model
     return encoder
+
+
+def encode_finite(encoder: Encoder, texts: Sequence[str], task: str | None = None) -> NDArray[np.float32]:
+    """`encoder`'s vectors as float32 (N, E). Raises ValueError for another shape, or naming a text that gave NaN."""
+    vectors_NE = np.ascontiguousarray(encoder.encode(texts, task=task), dtype=np.float32)
+    if vectors_NE.ndim != 2 or len(vectors_NE) != len(texts):
+        raise ValueError(f"the model gave {vectors_NE.shape} for {len(texts)} texts")
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = vectors_NE.sum()  # one pass; what is not finite makes it so too, and it is then looked for
+    if not np.isfinite(total) and not (finite_N := np.isfinite(vectors_NE).all(axis=1)).all():
+        raise ValueError(f"the model's vector is not finite for {texts[int(finite_N.argmin())][:100]!r}")
+    return vectors_NE

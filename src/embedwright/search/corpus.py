@@ -21,9 +21,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from embedwright.data.example import DataError, id_of, text_of
-from embedwright.data.mine import encode_finite
 from embedwright.data.readers import read_rows
-from embedwright.data.teacher import as_encoder
+from embedwright.data.teacher import as_encoder, encode_finite
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from embedwright.data.mine import encode_finite
-from embedwright.data.teacher import as_encoder
+from embedwright.data.teacher import as_encoder, encode_finite
 from embedwright.data.topk import top_k
 from embedwright.search.corpus import Manifest, check_model, read_shards, shard_path, vectors_of
 

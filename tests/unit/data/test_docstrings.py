@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from embedwright.data.clean import leaks, normalise
 from embedwright.data.docstrings import Docstring, build, harvest, split_docstring
 from embedwright.data.example import parse_example
+from embedwright.data.repeats import leaks, normalise
 
 BODY = "It goes over all the items once, keeps the largest that it has met so far, and gives that one back at the end."
 

@@ -2,15 +2,21 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from embedwright.data.ensemble import ENSEMBLES, Ensemble, drawn_teacher
 from embedwright.data.example import DataError, Example, Passage
 from embedwright.data.mine import BEST_MARGIN, Rule, mine
+from embedwright.data.mining_report import KINDS
+from embedwright.model.embedder import Embedder
 
 
 class Lookup:
@@ -42,9 +48,10 @@ def negative_texts(mined: Sequence[Example]) -> list[list[str]]:
 # ---- against a brute-force reference
 
 
-def reference(
-    row: Example, corpus: Mapping[str, str], vectors: Mapping[str, Any], rule: str, margin: Any, depth: int, n: int
+def ranked(
+    row: Example, corpus: Mapping[str, str], vectors: Mapping[str, Any], rule: str, margin: Any, depth: int, number: int
 ) -> list[str]:
+    """What may be taken for `row` by one teacher, best first; drawn by the seed `number`, unless that is None."""
     score = {id_: float(vectors[row.query] @ vectors[text]) for id_, text in corpus.items()}
     lowest = min(float(vectors[row.query] @ vectors[p.text]) for p in row.positives)
     keep = {
@@ -54,42 +61,100 @@ def reference(
         "margin": lambda rank, s: s < lowest - margin,
         "perc": lambda rank, s: s < lowest - abs(lowest) * (1 - margin),
     }[rule]
-    same = lambda text: " ".join(text.split()).casefold()  # noqa: E731
     ids, texts = {p.id for p in row.positives}, {same(t) for t in (row.query, *(p.text for p in row.positives))}
-    ranked = sorted(score, key=lambda id_: -score[id_])[:depth]  # sorted() is stable: equal scores in corpus order
-    others = [id_ for id_ in ranked if id_ not in ids and same(corpus[id_]) not in texts]
+    best = sorted(score, key=lambda id_: -score[id_])[:depth]  # sorted() is stable: equal scores in corpus order
+    others = [id_ for id_ in best if id_ not in ids and same(corpus[id_]) not in texts]
     passed = [id_ for rank, id_ in enumerate(others) if keep(rank, score[id_])]
     first = {same(corpus[id_]): id_ for id_ in reversed(passed)}
-    return [id_ for id_ in passed if first[same(corpus[id_])] == id_][:n]
+    passed = [id_ for id_ in passed if first[same(corpus[id_])] == id_]
+    if number is not None:
+        noise = np.random.default_rng([3, zlib.crc32(row.id.encode()), number]).gumbel(size=len(passed))
+        drawn = {id_: score[id_] + n for id_, n in zip(passed, noise, strict=True)}
+        passed.sort(key=lambda id_: -drawn[id_])
+    near = [
+        set(re.findall(r"\w+", p.text)) for p in row.positives
+    ]  # texts of two words: near means equal but for signs
+    return [id_ for id_ in passed if set(re.findall(r"\w+", corpus[id_])) not in near]
 
 
-@pytest.mark.parametrize(
-    ("rule", "margin"),
-    [("naive", None), ("shift", 3), ("shift", 0), ("abs", 4), ("margin", 2), ("perc", 0.5), ("perc", None)],
-)
-def test_equals_brute_force(rule: Rule, margin: float | None) -> None:
-    # Whole numbers make every inner product exact, and most of them ties.
+def same(text: str) -> str:
+    return " ".join(text.split()).casefold()
+
+
+def whole_numbers() -> tuple[dict[str, str], list[Example], list[dict[str, np.ndarray]]]:
+    """Corpus, examples, vectors of three teachers: every inner product is exact, and most of them are ties."""
     random = np.random.default_rng(5)
     corpus = {f"d{i}": f"document {i}" for i in range(90)}
     corpus |= {f"copy{i}": f"  Document\n{i} " for i in range(0, 90, 7)}  # the same texts again, written otherwise
+    corpus |= {f"near{i}": f"document, {i}!" for i in range(0, 90, 3)}
     corpus |= {f"query{i}": f"query {i}" for i in range(0, 40, 5)}
     texts = [*corpus.values(), *(f"query {i}" for i in range(40)), *(f"outside {i}" for i in range(40))]
-    vectors = {text: random.integers(-3, 4, 5).astype(np.float32) for text in texts}
     rows = []
     for i in range(40):
         inside = [Passage(corpus[f"d{j}"], f"d{j}" if j % 2 else None) for j in random.integers(0, 90, 2)]
         rows.append(Example(f"e{i}", "t", f"query {i}", (*inside, Passage(f"outside {i}", f"d{i}"))[i % 3 :]))
-    mined, report = mine(rows, corpus, Lookup(vectors), rule=rule, margin=margin, depth=30, negatives=6)
+    teachers = [{text: random.integers(-3, 4, 5).astype(np.float32) for text in texts} for _ in range(3)]
+    for vectors in teachers:
+        for i in range(0, 90, 3):
+            vectors[f"document, {i}!"] = vectors[f"document {i}"]
+        for row in rows[::2]:  # a query like its positive ranks what is near that first
+            vectors[row.query] = vectors[row.positives[0].text] + random.integers(0, 2, 5)
+    return corpus, rows, teachers
+
+
+RULES: list[tuple[Rule, float | None]] = [
+    ("naive", None), ("shift", 3), ("shift", 0), ("abs", 4), ("margin", 2), ("perc", 0.5), ("perc", None)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize(("rule", "margin"), RULES)
+def test_equals_brute_force(rule: Rule, margin: float | None, sampled: bool) -> None:
+    corpus, rows, (vectors, *_) = whole_numbers()
+    settings: dict[str, Any] = {"rule": rule, "margin": margin, "depth": 30, "negatives": 6, "sampled": sampled}
+    mined, report = mine(rows, corpus, Lookup(vectors), seed=3, **settings)
     margin = BEST_MARGIN[rule] if margin is None else margin
-    expected = [reference(row, corpus, vectors, rule, margin, 30, 6) for row in rows]
+    expected = [ranked(row, corpus, vectors, rule, margin, 30, 0 if sampled else None)[:6] for row in rows]
     assert [[p.id for p in row.negatives] for row in mined] == expected
     assert report.negatives == sum(map(len, expected)) > 0
     assert report.queries_short == sum(len(ids) < 6 for ids in expected)
-    assert report.candidates == 40 * 30
+    assert report.candidates == 40 * 30 and (rule != "naive" or report.removed_near_duplicate > 0)
     for row in mined:
         query = vectors[row.query]
         assert row.positive_scores == tuple(float(query @ vectors[p.text]) for p in row.positives)
         assert row.negative_scores == tuple(float(query @ vectors[p.text]) for p in row.negatives)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize(("rule", "margin"), RULES[:5])
+@pytest.mark.parametrize("ensemble", ENSEMBLES)
+def test_an_ensemble_equals_brute_force(ensemble: Ensemble, rule: Rule, margin: float | None, sampled: bool) -> None:
+    corpus, rows, teachers = whole_numbers()
+    settings: dict[str, Any] = {"rule": rule, "margin": margin, "depth": 30, "negatives": 6, "sampled": sampled}
+    mined, report = mine(rows, corpus, list(map(Lookup, teachers)), seed=3, ensemble=ensemble, **settings)
+    expected = []
+    for row in rows:
+        lists = [
+            ranked(row, corpus, vectors, rule, margin, 30, number if sampled else None)
+            for number, vectors in enumerate(teachers)
+        ]
+        if ensemble == "cross-sample":
+            expected.append(lists[drawn_teacher(row.id, 3, seed=3)][:6])
+            continue
+        turns = [id_ for rank in zip_longest(*lists) for id_ in rank if id_ is not None]
+        if ensemble == "intra-sample":
+            first = {same(corpus[id_]): id_ for id_ in reversed(turns)}
+            turns = [id_ for i, id_ in enumerate(turns) if first[same(corpus[id_])] == id_ and id_ not in turns[:i]]
+        expected.append(turns[:6])
+    assert [[p.id for p in row.negatives] for row in mined] == expected
+    crossed = ensemble == "cross-sample"
+    assert report.candidates == 40 * 30 * (1 if crossed else 3) and report.negatives == sum(map(len, expected))
+    assert (report.teachers, report.ensemble) == (3, ensemble)
+    for row in mined:
+        query = teachers[drawn_teacher(row.id, 3, seed=3)]
+        scores = tuple(float(query[row.query] @ query[p.text]) for p in row.negatives)
+        assert row.negative_scores == (scores if crossed else None)
+        assert (row.positive_scores is None) != crossed
 
 
 # ---- the rules, by hand
@@ -142,9 +207,15 @@ def test_texts_are_encoded_once_and_the_task_is_for_queries_alone() -> None:
     teacher = on_a_line({"p": 1.0, "n": 0.1, "outside": 1.0})
     seen: list[tuple[int, int]] = []
     rows = [example("p", "outside"), example(Passage("p", "1"), "outside")]
-    mine(rows, {"1": "p", "2": "n", "blank": " "}, teacher, task="find", progress=lambda *at: seen.append(at))
+    mine(
+        rows,
+        {"blank": " \n", "1": "p", "none": "", "2": "n"},
+        teacher,
+        task="find",
+        progress=lambda *at: seen.append(at),
+    )
     assert teacher.asked == [("p", None), ("n", None), ("outside", None), ("q", "find"), ("q", "find")]
-    assert seen == [(3, 5), (5, 5)]
+    assert seen == [(2, 5), (3, 5), (5, 5)]
 
 
 def test_sampling_is_seeded_by_example_and_follows_the_scores() -> None:
@@ -163,6 +234,123 @@ def test_sampling_is_seeded_by_example_and_follows_the_scores() -> None:
     assert abs(share - np.exp(3) / (np.exp(3) + 19)) < 0.08  # 3 standard errors of 400 draws
 
 
+def test_each_positive_may_set_its_own_threshold() -> None:
+    scores = {"good": 0.9, "fair": 0.6, "near": 0.58, "hard": 0.55, "easy": 0.1, "old": 0.2}
+    corpus = {"1": "near", "2": "hard", "3": "easy", "4": "good", "5": "fair"}
+    row = example("good", "fair", negatives=(Passage("old"), Passage("Good")))
+    mined, report = mine([row, example("good", query="q")], corpus, on_a_line(scores), positives="each", negatives=5)
+    assert [(m.id, [p.text for p in m.positives], m.positive_scores) for m in mined] == [
+        ("e1:p0", ["good"], pytest.approx((0.9,))),
+        ("e1:p1", ["fair"], pytest.approx((0.6,))),
+        ("e1", ["good"], pytest.approx((0.9,))),
+    ]
+    assert negative_texts(mined) == [
+        ["old", "near", "hard", "easy"],
+        ["old", "hard", "easy"],
+        ["fair", "near", "hard", "easy"],
+    ]
+    assert (report.queries, report.removed_given, report.removed_same_text) == (3, 1, 2 + 2 + 1)
+
+
+def test_no_positive_of_a_query_is_a_negative_of_another() -> None:
+    corpus = {"1": "as the corpus has it", "2": "near"}
+    row = example("good", Passage("as the example has it", "1"))
+    teacher = on_a_line(dict.fromkeys([*corpus.values(), "good", "as the example has it"], 0.5))
+    mined, report = mine([row], corpus, teacher, rule="naive", positives="each")
+    assert negative_texts(mined) == [["near"], ["near"]] and report.removed_same_document == 2
+
+
+LONG = "the tides are caused by the pull of the moon and the sun on all of the oceans of the earth"
+
+
+def test_a_near_duplicate_of_a_positive_is_never_a_negative() -> None:
+    corpus = {
+        "1": f"{LONG}, twice a day",  # 17 of 20 shingles are shared
+        "2": f"{LONG} and it is so on every other planet which has one",  # 17 of 27
+        "3": "boats",
+        "4": LONG.upper() + "!",
+    }
+    teacher = on_a_line(dict.fromkeys([*corpus.values(), LONG], 0.5))
+    mined, report = mine([example(LONG)], corpus, teacher, rule="naive", negatives=2)
+    assert [p.id for p in mined[0].negatives] == ["2", "3"]
+    assert (report.removed_near_duplicate, report.removed_same_text, report.negatives) == (1, 0, 2)
+    short, report = mine([example(LONG)], corpus, teacher, rule="naive", negatives=4)
+    assert [p.id for p in short[0].negatives] == ["2", "3"]
+    assert (report.removed_near_duplicate, report.queries_short) == (2, 1)
+    kept, _ = mine([example(LONG, negatives=(Passage(corpus["1"], "1"),))], corpus, teacher, rule="naive", negatives=1)
+    assert negative_texts(kept) == [[corpus["1"]]]  # what an example came with is its author's choice
+
+
+def test_the_report_has_the_scores() -> None:
+    teacher = on_a_line({"p": 0.725, "n": 0.125, "m": 0.135, "likely": 0.715})
+    _, report = mine([example("p")], {"1": "n", "2": "likely", "3": "p", "4": "m"}, teacher)
+    scores = report.scores
+    bins = {
+        kind: [round(scores["start"] + i * scores["step"], 9) for i, n in enumerate(scores[kind]) if n]
+        for kind in KINDS
+    }
+    assert bins == {"positives": [0.72], "removed_by_rule": [0.71], "negatives": [0.12, 0.13]}
+    assert json.loads(json.dumps(report.to_json()))["scores"] == scores and "scores" not in report.counts()
+
+
+# ---- teachers
+
+
+@pytest.mark.parametrize(("task", "prefix"), [("find why", "Do find why: "), ("", "Do answer me: "), (None, "")])
+def test_a_teacher_reads_by_its_own_contract(
+    tiny_embedder: Callable[..., Embedder], monkeypatch: pytest.MonkeyPatch, task: str | None, prefix: str
+) -> None:
+    """The instruction, the one given or its own, stands in front of queries and of nothing else; EOS behind all."""
+    model = tiny_embedder("mean")
+    model.contract = model.contract.model_copy(update={"query_template": "Do {task}: ", "default_task": "answer me"})
+    embed, read = model.network.embed, []
+
+    def watched(packed: Any) -> Any:
+        ends = packed.cu_seqlens.tolist()
+        read.extend(model.tokenizer.decode(packed.ids_T[a:b]) for a, b in pairwise(ends))
+        return embed(packed)
+
+    monkeypatch.setattr(model.network, "embed", watched)
+    corpus = {"1": "the tides rise", "2": "the moon is far"}
+    mined, _ = mine([example("the sun", query="why tides?")], corpus, model, rule="naive", task=task)
+    assert len(mined[0].negatives) == 2
+    eos = model.tokenizer.eos_token
+    assert sorted(read) == sorted(
+        [f"{prefix}why tides?{eos}", f"the tides rise{eos}", f"the moon is far{eos}", f"the sun{eos}"]
+    )
+
+
+# ---- vectors on disk
+
+
+def test_vectors_are_kept_and_used_again(tmp_path: Path) -> None:
+    corpus, rows, (vectors, other, _) = whole_numbers()
+    settings: dict[str, Any] = {"depth": 30, "vectors": tmp_path / "vectors"}
+    teacher, again = Lookup(vectors), Lookup(vectors)
+    expected = mine(rows, corpus, Lookup(vectors), rule="perc", margin=0.5, depth=30)[0]
+    assert mine(rows, corpus, teacher, rule="naive", **settings)[0] != expected
+    assert mine(rows, corpus, again, rule="perc", margin=0.5, **settings)[0] == expected
+    documents = [text for text, task in again.asked if task is None]
+    assert len(documents) <= 2 * 4 < len(corpus)  # a few of each set, to see that the model is the same
+    assert mine(rows, corpus, Lookup(other), depth=30)[0] == mine(rows, corpus, Lookup(other), **settings)[0]
+
+
+def test_a_corpus_may_be_a_view_that_is_read_one_by_one() -> None:
+    corpus, rows, (vectors, *_) = whole_numbers()
+
+    class View(Mapping[str, str]):
+        def __getitem__(self, key: str) -> str:
+            return corpus[key]
+
+        def __iter__(self) -> Iterator[str]:
+            return iter(corpus)
+
+        def __len__(self) -> int:
+            raise AssertionError("it may not know")
+
+    assert mine(rows, View(), Lookup(vectors), depth=30)[0] == mine(rows, corpus, Lookup(vectors), depth=30)[0]
+
+
 # ---- errors
 
 
@@ -178,23 +366,27 @@ def test_sampling_is_seeded_by_example_and_follows_the_scores() -> None:
         ({"depth": 6}, "depth 6 cannot hold"),
         ({"rule": "shift", "depth": 16}, "needs: 17"),
         ({"negatives": 0}, "at least 1"),
+        ({"positives": "all"}, "must be lowest or each"),
+        ({"ensemble": "mean"}, "must be one of cross-sample, intra-sample"),
+        ({"teacher": []}, "no teacher"),
     ],
 )
 def test_settings_that_do_not_fit(settings: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        mine([], {"1": "a"}, on_a_line({"a": 1}), **settings)
+        mine([], {"1": "a"}, **{"teacher": on_a_line({"a": 1}), **settings})
 
 
 def test_data_that_cannot_be_mined() -> None:
-    teacher = on_a_line({"p": 1.0, "bad": float("nan")})
+    teacher = on_a_line({"p": 1.0})
     with pytest.raises(DataError, match="corpus holds no text"):
         mine([example("p")], {"1": " "}, teacher)
     with pytest.raises(DataError, match="'e1': query is empty"):
         mine([example("p", query=" ")], {"1": "p"}, teacher)
     with pytest.raises(DataError, match="'e1': no positive"):
         mine([example()], {"1": "p"}, teacher)
-    with pytest.raises(ValueError, match="not finite for 'bad'"):
-        mine([example("p")], {"1": "p", "2": "bad"}, teacher)
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        with pytest.raises(ValueError, match="not finite for 'bad'"):
+            mine([example("p")], {"1": "p", "2": "bad"}, on_a_line({"p": 1.0, "bad": bad}))
     with pytest.raises(TypeError, match="no encode"):
         mine([example("p")], {"1": "p"}, object())
 

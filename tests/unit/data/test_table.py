@@ -185,6 +185,7 @@ def test_bad_lines_are_counted_on_every_opening(tmp_path: Path, cache: Path, cap
         assert table.report == {"rows": 1, "examples": 1, "quarantined": 3} and len(table) == 1
         assert table.quarantine.read_text() == "".join(f"{line}\n" for line in bad)
         assert "3 bad lines" in caplog.text and str(table.quarantine) in caplog.text
+        assert f"{path}:1: not JSON" in caplog.text and f"{path}:4: query is empty" in caplog.text
 
 
 def test_the_second_opening_reads_the_cache(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,19 +8,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from embedwright import onednn
 from embedwright.data import topk
-from embedwright.data.topk import top_k
+from embedwright.data.topk import pair_scores, top_k
+from embedwright.data.vectors import Vectors, as_vectors
 
 
-def brute_force(queries: np.ndarray, corpus: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def brute_force(queries: np.ndarray, corpus: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scores and rows of the k best, and all scores."""
     scores = (queries.astype(np.float64) @ corpus.T.astype(np.float64)).astype(np.float32)
     rows = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    return np.take_along_axis(scores, rows, axis=1), rows
+    return np.take_along_axis(scores, rows, axis=1), rows, scores
 
 
-def assert_same(got: tuple[np.ndarray, np.ndarray], expected: tuple[np.ndarray, np.ndarray]) -> None:
+def assert_same(got: tuple[np.ndarray, np.ndarray], expected: tuple[np.ndarray, ...]) -> None:
     np.testing.assert_array_equal(got[1], expected[1])
     np.testing.assert_array_equal(got[0], expected[0])
     assert (got[0].dtype, got[1].dtype) == (np.float32, np.int64)
@@ -37,10 +40,17 @@ def whole(queries: int, documents: int, width: int = 4) -> tuple[np.ndarray, np.
     return tuple(random.integers(-2, 3, (n, width)).astype(np.float32) for n in (queries, documents))
 
 
+@pytest.fixture(params=["bfloat16", "float32"])
+def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What tiles are multiplied in, whatever this processor is fast at."""
+    monkeypatch.setattr(topk, "_fast_bfloat16", lambda: request.param == "bfloat16")
+    return str(request.param)
+
+
 @pytest.fixture
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_tiles(product: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles so small that a few hundred vectors cross many of them."""
-    for name, size in (("_QUERIES", 8), ("_DOCUMENTS", 80), ("_SPARE", 4)):
+    for name, size in (("_QUERIES", 8), ("_DOCUMENTS", 80), ("_SPARE", 4), ("_ROWS", 16)):
         monkeypatch.setattr(topk, name, size)
 
 
@@ -53,7 +63,7 @@ def test_equals_brute_force_over_small_tiles(small_tiles: None, make: Any, k: in
 
 
 @pytest.mark.parametrize("queries", [1, 513])
-def test_equals_brute_force_over_tiles_of_the_real_size(queries: int) -> None:
+def test_equals_brute_force_over_tiles_of_the_real_size(product: str, queries: int) -> None:
     query_vectors, corpus = real(queries, 3 * topk._DOCUMENTS + 5, seed=2)
     corpus /= np.linalg.norm(corpus, axis=1, keepdims=True)
     assert_same(top_k(query_vectors, corpus, 100), brute_force(query_vectors, corpus, 100))
@@ -99,22 +109,99 @@ def test_what_rounding_to_float32_confuses_is_told_apart(small_tiles: None) -> N
     assert_same(top_k(queries, corpus, 25), brute_force(queries, corpus, 25))
 
 
+def test_what_rounding_to_bfloat16_confuses_is_told_apart(small_tiles: None) -> None:
+    """3 x - 3 x = 0, but x and 3 x are not rounded alike: the difference is far more than the scores differ by."""
+    random = np.random.default_rng(3)
+    queries, corpus = np.tile(np.array([3, -1, 1], np.float32), (4, 1)), np.zeros((900, 3), np.float32)
+    corpus[:, 0] = random.integers(2**18, 2**20, 900)
+    corpus[:, 1] = 3 * corpus[:, 0]
+    corpus[:, 2] = random.permutation(900) / 4
+    rounded = torch.from_numpy(corpus).bfloat16().double().numpy() @ queries[0]
+    assert not np.array_equal(np.argsort(-rounded, kind="stable")[:25], brute_force(queries, corpus, 25)[1][0])
+    assert_same(top_k(queries, corpus, 25), brute_force(queries, corpus, 25))
+
+
+def test_a_query_that_is_rounded_is_no_less_exact(small_tiles: None) -> None:
+    """Documents that bfloat16 has, a query that it has not: what is best for the rounded one is worst for this one."""
+    queries, corpus = np.tile(np.array([1 + 2.0**-10, 1, 1], np.float32), (4, 1)), np.zeros((900, 3), np.float32)
+    i = np.arange(820)  # the first tile is zeros, so that the mean that is taken away is
+    corpus[80:, 0] = (128 + i % 128) * 2.0 ** (i // 128)
+    corpus[80:, 1], corpus[80:, 2] = -corpus[80:, 0], -corpus[80:, 0] / 2**11
+    assert_same(top_k(queries, corpus, 25), brute_force(queries, corpus, 25))
+
+
+def off_by_its_bound(tile_QE: Any, tile_NE: Any) -> Any:
+    """As bad a product as is allowed: E units in the last place of |q| |c| up or down, and then rounded."""
+    q, c = tile_QE.double(), tile_NE.double()
+    bound = q.shape[1] * 2.0**-24 * np.outer(q.norm(dim=1), c.norm(dim=1))
+    signs = np.random.default_rng(len(c) + int(c[0].abs().sum())).choice([-1, 1], bound.shape)
+    return (q @ c.t() + bound * signs).to(tile_QE.dtype)
+
+
 def test_a_product_that_is_off_by_its_bound_is_put_right(small_tiles: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As bad a product as float32 allows, other in every tile: E units in the last place of |q| |c|."""
-    queries, corpus = whole(11, 700, width=6)
-    random = np.random.default_rng(4)
+    queries, corpus = real(11, 700)
+    corpus[::2] = corpus[1::2] + 1e-7 * real(1, 350, seed=4)[1]  # twins, and the cut goes between two
+    monkeypatch.setattr(topk, "_product", off_by_its_bound)
+    assert_same(top_k(queries, corpus, 31), brute_force(queries, corpus, 31))
 
-    def poor(x: Any, weight: Any, bias: Any) -> Any:
-        bound = 6 * 2.0**-24 * np.outer(np.linalg.norm(x, axis=1), np.linalg.norm(weight, axis=1))
-        return (x @ weight.t()) + bound.astype(np.float32) * random.choice([-1, 1], bound.shape).astype(np.float32)
 
-    monkeypatch.setattr(onednn, "available", lambda: True)
-    monkeypatch.setattr(onednn, "linear", poor)
+def test_scores_between_two_of_bfloat16_may_round_either_way(
+    small_tiles: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All scores are 257, which is as far from 256 as from 258: the first in the corpus are the best."""
+    queries, corpus = np.ones((3, 6), np.float32), np.zeros((900, 6), np.float32)
+    corpus[80:, :5] = np.random.default_rng(8).integers(1, 50, (820, 5))
+    corpus[80:, 5] = 257 - corpus[80:, :5].sum(axis=1)
+    monkeypatch.setattr(topk, "_product", off_by_its_bound)
+    assert top_k(queries, corpus, 31)[1].tolist() == [list(range(80, 111))] * 3
+
+
+def test_later_documents_may_be_longer_than_all_before(small_tiles: None) -> None:
+    random = np.random.default_rng(7)
+    queries, corpus = np.ones((3, 6), np.float32), random.integers(-1000, 1000, (900, 6)).astype(np.float32)
+    corpus *= 2.0 ** (np.arange(900) // 100)[:, None]
+    corpus[:, 3] += random.permutation(900) - corpus.sum(axis=1)  # parts that grow and cancel: scores 0 to 899
     assert_same(top_k(queries, corpus, 30), brute_force(queries, corpus, 30))
+
+
+@pytest.mark.parametrize("scale", [1e-22, 1e-12, 1e12])
+def test_vectors_of_any_length_are_searched(small_tiles: None, scale: float) -> None:
+    queries, corpus = real(9, 400)
+    scaled = (corpus * scale).astype(np.float32)
+    assert_same(top_k(queries, scaled, 12), brute_force(queries, scaled, 12))
+
+
+def test_few_are_scored_again_where_all_texts_point_one_way(
+    small_tiles: None, product: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Embeddings often do: without the mean taken away, bfloat16 could tell none of these apart."""
+    queries, corpus = real(8, 4000)
+    corpus += 100
+    pairs: list[int] = []
+
+    def counted(*given: Any) -> Any:
+        pairs.append(len(given[-1]))
+        return pair_scores(*given)
+
+    monkeypatch.setattr(topk, "pair_scores", counted)
+    assert_same(top_k(queries, corpus, 10), brute_force(queries, corpus, 10))
+    assert sum(pairs) < 8 * 10 * 4
+
+
+def test_pairs_are_scored_as_the_search_does(small_tiles: None) -> None:
+    queries, corpus = real(19, 300)
+    random = np.random.default_rng(6)
+    query_F, row_F = random.integers(0, 19, 700), random.integers(0, 300, 700)
+    scores = pair_scores(queries, as_vectors(corpus), query_F, row_F)
+    assert np.array_equal(scores, brute_force(queries, corpus, 300)[2][query_F, row_F])
+    one_by_one = [pair_scores(queries, as_vectors(corpus), query_F[[i]], row_F[[i]]) for i in range(40)]
+    assert np.array_equal(np.concatenate(one_by_one), scores[:40])
+    assert pair_scores(queries, as_vectors(corpus), query_F[:0], row_F[:0]).shape == (0,)
 
 
 def test_a_machine_without_onednn_gives_the_same(small_tiles: None, monkeypatch: pytest.MonkeyPatch) -> None:
     queries, corpus = real(19, 1003)
+    monkeypatch.setattr(topk, "_fast_bfloat16", lambda: False)
     monkeypatch.setattr(onednn, "available", lambda: False)
     monkeypatch.delattr(onednn, "linear")
     assert_same(top_k(queries, corpus, 30), brute_force(queries, corpus, 30))
@@ -129,6 +216,14 @@ def test_a_memory_map_is_read_tile_by_tile(small_tiles: None, tmp_path: Path, dt
         warnings.simplefilter("error")
         got = top_k(queries, np.load(path, mmap_mode="r"), 30)
     assert_same(got, brute_force(queries, corpus.astype(dtype).astype(np.float32), 30))
+
+
+def test_vectors_in_blocks_are_one_corpus(small_tiles: None, tmp_path: Path) -> None:
+    queries, corpus = real(19, 500)
+    parts = np.split(corpus, [7, 30, 31, 300])
+    np.save(tmp_path / "part.npy", parts[3])
+    blocks = Vectors([*parts[:3], tmp_path / "part.npy", parts[4]], [len(part) for part in parts], 48)
+    assert_same(top_k(queries, blocks, 30), brute_force(queries, corpus, 30))
 
 
 def test_a_view_of_a_corpus(small_tiles: None) -> None:

@@ -1,0 +1,134 @@
+"""Which of the ranked documents of a query may be its negatives: the rules of NV-Retriever, and what never may.
+
+Work on whole tiles of queries. `Q` queries, `K` candidates of one query, best first.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Collection, Sequence
+from itertools import zip_longest
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Rule = Literal["naive", "shift", "abs", "margin", "perc"]
+
+BEST_MARGIN: dict[Rule, float | None] = {"naive": None, "shift": 10, "abs": 0.7, "margin": 0.05, "perc": 0.95}
+"""The best setting of each rule in NV-Retriever's ablation: what `margin=None` stands for."""
+
+
+class Barred(NamedTuple):
+    """What may not be a negative of one query, as rows (of documents) and keys (of texts, see `mine`)."""
+
+    positive_rows: Collection[int]
+    positive_keys: Collection[int]  # that of the query itself among them
+    negative_rows: Collection[int]  # that the query has already
+    negative_keys: Collection[int]
+
+
+class Eligible(NamedTuple):
+    """Masks (Q, K) over the candidates: which may be negatives; why others may not, by the first reason."""
+
+    eligible: NDArray[np.bool_]
+    same_document: NDArray[np.bool_]
+    same_text: NDArray[np.bool_]
+    by_rule: NDArray[np.bool_]
+    duplicates: NDArray[np.bool_]
+
+    def removed(self) -> dict[str, NDArray[np.bool_]]:
+        """The masks of what may not, by reason."""
+        return {reason: mask for reason, mask in self._asdict().items() if reason != "eligible"}
+
+
+def eligible(
+    rows_QK: NDArray[np.int64],
+    keys_QK: NDArray[np.int64],
+    scores_QK: NDArray[np.float32],
+    lowest_Q: NDArray[np.float32],
+    barred: Sequence[Barred],
+    rule: Rule,
+    margin: float | None,
+) -> Eligible:
+    """Rows, text keys and scores of the ranked candidates, the score of the positive that sets the threshold, and what
+    is barred, for each of the queries -> what the rule, whose `margin` is checked, lets pass and what it does not."""
+    positive_rows, positive_keys, negative_rows, negative_keys = zip(*barred, strict=True) if barred else ((),) * 4
+    same_document = _among(rows_QK, positive_rows)
+    same_text = ~same_document & _among(keys_QK, positive_keys)
+    others = ~same_document & ~same_text
+    rank_QK = others.cumsum(axis=1) - 1
+    by_rule = others & ~_allowed(
+        rule, margin, lowest_Q.astype(np.float64)[:, None], rank_QK, scores_QK.astype(np.float64)
+    )
+    passed = others & ~by_rule
+    again = _repeated(np.where(passed, keys_QK, -1))  # no text has the key -1
+    duplicates = passed & (again | _among(rows_QK, negative_rows) | _among(keys_QK, negative_keys))
+    return Eligible(passed & ~duplicates, same_document, same_text, by_rule, duplicates)
+
+
+def drawn(scores: NDArray[np.float64], seed: int, example_id: str, teacher: int) -> NDArray[np.int64]:
+    """An order drawn by softmax over `scores` without replacement (the Gumbel trick gives exactly that)."""
+    random = np.random.default_rng([seed, zlib.crc32(example_id.encode()), teacher])
+    return np.argsort(-(scores + random.gumbel(size=len(scores))), kind="stable")
+
+
+def check_settings(rule: Rule, margin: float | None, negatives: int, depth: int) -> float | None:
+    """The margin to use. Raises ValueError where the settings do not fit together."""
+    if rule not in BEST_MARGIN:
+        raise ValueError(f"rule must be one of {', '.join(BEST_MARGIN)}, not {rule!r}")
+    if negatives < 1:
+        raise ValueError(f"negatives must be at least 1, not {negatives}")
+    if margin is None:
+        margin = BEST_MARGIN[rule]
+    elif rule == "naive":
+        raise ValueError("rule 'naive' takes no margin")
+    else:
+        sound, what = {
+            "shift": (margin >= 0 and margin % 1 == 0, "a whole number of ranks"),
+            "abs": (math.isfinite(margin), "a score"),
+            "margin": (0 <= margin < math.inf, "a difference of scores, 0 or more"),
+            "perc": (0 < margin < 2, "a share of the positive's score, such as 0.95"),
+        }[rule]
+        if not sound:
+            raise ValueError(f"the margin of rule {rule!r} must be {what}, not {margin}")
+    if depth < (needed := negatives + int(margin or 0 if rule == "shift" else 0)):
+        raise ValueError(f"depth {depth} cannot hold what rule {rule!r} needs: {needed}")
+    return margin
+
+
+def _allowed(
+    rule: Rule,
+    margin: float | None,
+    lowest_Q1: NDArray[np.float64],
+    rank_QK: NDArray[np.int64],
+    scores_QK: NDArray[np.float64],
+) -> NDArray[np.bool_]:
+    """Which of the ranked `scores` the rule lets pass."""
+    if margin is None:  # naive
+        return np.ones(scores_QK.shape, dtype=bool)
+    if rule == "shift":
+        return rank_QK >= margin
+    if rule == "abs":
+        return scores_QK <= margin
+    if rule == "margin":
+        return scores_QK < lowest_Q1 - margin
+    return scores_QK < lowest_Q1 * np.where(lowest_Q1 >= 0, margin, 2 - margin)
+
+
+def _among(values_QK: NDArray[np.int64], lists: Sequence[Collection[int]]) -> NDArray[np.bool_]:
+    """Which values of each query are in the list of that query."""
+    found = np.zeros(values_QK.shape, dtype=bool)
+    for column in zip_longest(*lists, fillvalue=-1):  # neither a row nor a key
+        found |= values_QK == np.array(column)[:, None]
+    return found
+
+
+def _repeated(keys_QK: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which keys stood before them already, in the same row."""
+    order_QK = np.argsort(keys_QK, axis=1, kind="stable")
+    sorted_QK = np.take_along_axis(keys_QK, order_QK, axis=1)
+    again = np.zeros(keys_QK.shape, dtype=bool)
+    np.put_along_axis(again, order_QK[:, 1:], sorted_QK[:, 1:] == sorted_QK[:, :-1], axis=1)
+    return again

@@ -1,0 +1,109 @@
+"""A teacher behind HTTP: any server of embeddings that speaks OpenAI's `/v1/embeddings` (vLLM, llama.cpp, TEI, ...)."""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedwright.text import check_texts
+
+_RETRIES = 6  # of one request that gets no answer, 429 or 5xx; the pause doubles, or is what the server asks for
+
+
+class HttpEncoder:
+    """Encodes texts by a server, as an `Encoder`. The server knows nothing of instructions: the templates say where
+    they go, and what else the model wants to read, such as an EOS that the server does not append (`{text}</s>`).
+
+    Not to be shared between threads. The API key is that of the environment, OPENAI_API_KEY, or none.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        *,
+        query_template: str = "Instruct: {task}\nQuery: {text}",
+        document_template: str = "{text}",
+        batch: int = 64,
+        encoding: Literal["float", "base64"] = "float",
+        timeout_s: float = 300.0,
+        retries: int = _RETRIES,
+    ) -> None:
+        """`base_url` ends where `/embeddings` follows, so in `/v1`; `batch` texts go into one request. All servers know
+        the encoding `float`; `base64` is a quarter of the bytes.
+
+        Raises ValueError for a template without `{text}` or with two, ImportError without the package `openai`.
+        """
+        for template in (query_template, document_template):
+            if template.count("{text}") != 1:
+                raise ValueError(f"the template {template!r} must have {{text}} once")
+        if "{task}" in document_template:
+            raise ValueError(f"the template {document_template!r}: a document has no {{task}}")
+        if batch < 1:
+            raise ValueError(f"batch must be at least 1, not {batch}")
+        try:
+            from openai import OpenAI
+        except ImportError as error:
+            raise ImportError("a teacher behind HTTP needs openai: pip install 'embedwright[synth]'") from error
+        self.base_url, self.model = base_url, model
+        self.query_template, self.document_template = query_template, document_template
+        self.batch, self.encoding = batch, encoding
+        self.dimension: int | None = None  # known from the first answer on
+        key = os.environ.get("OPENAI_API_KEY") or "none"
+        self._client = OpenAI(base_url=base_url, api_key=key, max_retries=retries, timeout=timeout_s)
+
+    @classmethod
+    def from_url(cls, url: str, **settings: Any) -> HttpEncoder:
+        """`http://host:port/v1#model`. Raises ValueError without a model."""
+        base_url, _, model = url.partition("#")
+        if not model:
+            raise ValueError(f"{url}: say which model of that server, as in {base_url}#model-name")
+        return cls(base_url, model, **settings)
+
+    def encode(self, texts: Sequence[str], task: str | None = None) -> NDArray[np.float32]:
+        """Float32 (N, E) of unit length, in the order given. `task` None: documents, else queries.
+
+        Raises as `Embedder.encode` for bad texts; ValueError for an empty instruction where the template wants one, or
+        for an answer that does not fit; RuntimeError where the server refuses, or gives no answer after all retries.
+        """
+        texts = check_texts(texts)
+        if task == "" and "{task}" in self.query_template:
+            raise ValueError(f"{self.base_url}: the template for queries has a {{task}}, and no instruction is given")
+        template = self.document_template if task is None else self.query_template
+        before, behind = (part.replace("{task}", task or "") for part in template.split("{text}"))
+        filled = [before + text + behind for text in texts]
+        parts = [self._request(filled[start : start + self.batch]) for start in range(0, len(filled), self.batch)]
+        return np.concatenate(parts) if parts else np.empty((0, self.dimension or 0), np.float32)
+
+    def _request(self, texts: list[str]) -> NDArray[np.float32]:
+        from openai import OpenAIError
+
+        where = f"{self.base_url}, model {self.model}, text {texts[0][:60]!r} and {len(texts) - 1} more"
+        try:
+            answer = self._client.embeddings.create(input=texts, model=self.model, encoding_format=self.encoding)
+        except OpenAIError as error:  # it says neither where nor what
+            raise RuntimeError(f"{where}: {error}") from error
+        by_index = {item.index: _numbers(item.embedding) for item in answer.data}
+        if len(answer.data) != len(texts) or sorted(by_index) != list(range(len(texts))):
+            raise ValueError(f"{where}: {len(answer.data)} vectors with {len(by_index)} different numbers came back")
+        if len(widths := {len(vector) for vector in by_index.values()} | {self.dimension or len(by_index[0])}) > 1:
+            raise ValueError(f"{where}: vectors of different lengths came back: {sorted(widths)}")
+        vectors_NE = np.stack([by_index[index] for index in range(len(texts))])
+        length_N1 = np.linalg.norm(vectors_NE, axis=1, keepdims=True)
+        if not (np.isfinite(length_N1) & (length_N1 > 0)).all():
+            raise ValueError(f"{where}: a vector came back that is not finite, or zero")
+        self.dimension = vectors_NE.shape[1]
+        unit_NE: NDArray[np.float32] = vectors_NE / length_N1
+        return unit_NE
+
+
+def _numbers(embedding: Any) -> NDArray[np.float32]:
+    """As the server sent it, whatever it was asked for: base64 of little-endian float32, or a list."""
+    if isinstance(embedding, str):
+        return np.frombuffer(base64.b64decode(embedding), dtype="<f4").astype(np.float32)
+    return np.array(embedding, dtype=np.float32)

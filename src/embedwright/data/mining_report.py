@@ -1,0 +1,123 @@
+"""What mining counted, as JSON and as a picture of the scores."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedwright.data.readers import aside
+
+_STEPS = 100  # of the histogram between 0 and the power of ten above the largest score
+KINDS = ("positives", "removed_by_rule", "negatives")
+
+
+@dataclass(slots=True)
+class Histogram:
+    """How many scores of each kind lie in [i step, (i + 1) step), by i. `step` is settled by the first scores: 0.01
+    where they are cosines."""
+
+    step: float = 0.0
+    counts: dict[str, Counter[int]] = field(default_factory=lambda: {kind: Counter() for kind in KINDS})
+
+    def add(self, kind: str, scores: NDArray[np.floating[Any]]) -> None:
+        """Count `scores`, of any shape."""
+        if not scores.size:
+            return
+        if not self.step:
+            largest = 0.99 * float(np.abs(scores).max()) or 1.0  # a cosine may be a little above 1
+            self.step = 10.0 ** math.ceil(math.log10(largest)) / _STEPS
+        bins, counts = np.unique(np.floor(scores.astype(np.float64) / self.step).astype(np.int64), return_counts=True)
+        self.counts[kind].update(dict(zip(bins.tolist(), counts.tolist(), strict=True)))
+
+    def to_json(self) -> dict[str, Any]:
+        """`start` and `step` of the bins, and the counts of each kind in them."""
+        bins = [i for counts in self.counts.values() for i in counts]
+        first, last = (min(bins), max(bins)) if bins else (0, -1)
+        counts = {kind: [each[i] for i in range(first, last + 1)] for kind, each in self.counts.items()}
+        return {"start": first * self.step, "step": self.step, **counts}
+
+
+@dataclass(frozen=True, slots=True)
+class MiningReport:
+    """What mining looked at, what it took away and why, and what is left.
+
+    A candidate falls under the first reason that holds, so that `candidates` minus the `removed_*` after it, up to
+    `removed_duplicates`, are the eligible ones. They are looked at one by one until a query has enough:
+    `removed_near_duplicate` of those were passed over, `negatives` were taken. `removed_given` counts negatives that
+    the examples came with and that repeat a positive or the query. `queries_short` got fewer than they asked for. With
+    several teachers that each rank for every query, the candidates of each count.
+    """
+
+    rule: str
+    margin: float | None
+    teachers: int
+    ensemble: str | None
+    seconds: float
+    queries: int
+    documents: int
+    candidates: int = 0
+    removed_same_document: int = 0
+    removed_same_text: int = 0
+    removed_by_rule: int = 0
+    removed_duplicates: int = 0
+    removed_near_duplicate: int = 0
+    removed_given: int = 0
+    negatives: int = 0
+    queries_short: int = 0
+    scores: dict[str, Any] = field(default_factory=dict)  # a Histogram's JSON
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain values, ready for `json.dumps`."""
+        return asdict(self)
+
+    def counts(self) -> dict[str, Any]:
+        """The same without the histogram of the scores."""
+        return {key: value for key, value in self.to_json().items() if key != "scores"}
+
+
+def check_drawing() -> None:
+    """Raise ImportError, saying what to install, where no picture can be drawn."""
+    if find_spec("matplotlib") is None:
+        raise ImportError("the picture of a mining report is drawn by matplotlib: pip install 'embedwright[data]'")
+
+
+def write_report(report: MiningReport, folder: Path) -> None:
+    """`folder/report.json` and `folder/histogram.png`, written anew where they are there. Raises as `check_drawing`."""
+    check_drawing()
+    folder.mkdir(parents=True, exist_ok=True)
+    text = aside(folder / "report.json")
+    text.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
+    text.replace(folder / "report.json")
+    picture = aside(folder / "histogram.png")
+    _draw(report, picture)
+    picture.replace(folder / "histogram.png")
+
+
+def _draw(report: MiningReport, path: Path) -> None:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    start, step = report.scores["start"], report.scores["step"]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for kind, colour in zip(KINDS, ("tab:green", "tab:red", "tab:blue"), strict=True):
+        counts = report.scores[kind]
+        total = sum(counts)  # shares: the many negatives would dwarf the rest
+        edges = [start + step * i for i in range(len(counts) + 1)]
+        label = f"{kind.replace('_', ' ')} ({total:,})"
+        axes.stairs([n / max(total, 1) for n in counts], edges, fill=True, alpha=0.45, color=colour, label=label)
+    margin = "" if report.margin is None else f" {report.margin:g}"
+    axes.set_title(f"{report.queries:,} queries, {report.documents:,} documents, rule {report.rule}{margin}")
+    axes.set_xlabel("score of query and passage")
+    axes.set_ylabel("share of its kind")
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+    axes.legend()
+    figure.savefig(path, format="png", dpi=120)

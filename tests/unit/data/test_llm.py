@@ -1,0 +1,375 @@
+"""The client against a real HTTP server that stalls, refuses, fails and talks nonsense: what it does and counts."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from email.utils import formatdate
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from fake_llm import Body, FakeLLM, Reply, faulty_first
+from pydantic import BaseModel, ConfigDict
+
+from embedwright.data.llm import (
+    FORMATS,
+    BadAnswerError,
+    Client,
+    Failure,
+    Pace,
+    Question,
+    Server,
+    ServerError,
+    Turn,
+    read_answer,
+    retry_after_s,
+)
+
+
+class Colour(BaseModel):
+    model_config = ConfigDict(json_schema_extra={"additionalProperties": False})
+    name: str
+    kind: Literal["warm", "cold"] = "warm"
+
+
+def red(body: Body, n: int) -> Reply:
+    return Reply('{"name": "red"}')
+
+
+def echo(body: Body, n: int) -> Reply:
+    return Reply(json.dumps({"name": body["messages"][0]["content"]}))
+
+
+RED = {"name": "red", "kind": "warm"}
+
+
+def question(prompt: str = "a colour", seed: str = "0", model: str = "m", temperature: float = 1.0) -> Question:
+    return Question(model, prompt, Colour, seed, temperature)
+
+
+Ask = Callable[..., tuple[list[dict[str, Any] | Failure], Counter[str]]]
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Callable[[Body, int], Reply]], FakeLLM]]:
+    running: list[FakeLLM] = []
+
+    def start(reply: Callable[[Body, int], Reply]) -> FakeLLM:
+        running.append(FakeLLM(reply).__enter__())
+        return running[-1]
+
+    yield start
+    for server in running:
+        server.__exit__(None, None, None)
+
+
+@pytest.fixture
+def ask(tmp_path: Path) -> Ask:
+    def run(fake: FakeLLM, questions: list[Question], **settings: Any) -> tuple[Any, Counter[str]]:
+        server = Server(base_url=fake.url, **{"backoff_s": 0.01, "timeout_s": 20.0, **settings})
+        with Client(server, tmp_path / "answers.sqlite") as client:
+            return list(client.ask(questions)), client.counts
+
+    return run
+
+
+def test_answers_come_in_order_and_what_is_asked_is_said(serve: Any, ask: Ask) -> None:
+    fake = serve(lambda body, n: Reply(echo(body, n).text, stall_s=0.05 if n % 3 == 0 else 0))
+    answers, counts = ask(fake, [question(f"c{i}", seed=str(i)) for i in range(20)], concurrency=4)
+    assert [answer["name"] for answer in answers] == [f"c{i}" for i in range(20)]
+    assert counts == {"requests": 20, "answers": 20, "tokens": 200}
+    assert 2 <= fake.most_at_once <= 4
+    body = next(body for body in fake.requests if body["messages"][0]["content"] == "c7")
+    assert body["response_format"] == {
+        "type": "json_schema",
+        "json_schema": {"name": "answer", "strict": True, "schema": Colour.model_json_schema()},
+    }
+    assert (body["model"], body["temperature"], body["top_p"], body["max_tokens"]) == ("m", 1.0, 1.0, 2048)
+    assert len({body["seed"] for body in fake.requests}) == 20
+
+
+def test_what_was_answered_is_not_asked_again(serve: Any, ask: Ask) -> None:
+    fake = serve(echo)
+    questions = [question(f"c{i}", seed=str(i)) for i in range(12)]
+    ask(fake, questions[:7])
+    assert len(fake.requests) == 7
+    answers, counts = ask(fake, questions)
+    assert len(fake.requests) == 12 and counts["cached"] == 7 and counts["requests"] == 5
+    assert [answer["name"] for answer in answers] == [f"c{i}" for i in range(12)]
+
+
+@pytest.mark.parametrize(
+    "other", [question("b"), question(seed="1"), question(model="n"), question(temperature=0.5)], ids=lambda q: q.prompt
+)
+def test_another_question_is_asked(serve: Any, ask: Ask, other: Question) -> None:
+    fake = serve(echo)
+    ask(fake, [question()])
+    ask(fake, [other])
+    assert len(fake.requests) == 2
+
+
+def test_useless_answers_are_asked_for_again_with_another_seed(serve: Any, ask: Ask) -> None:
+    faults = [Reply("I cannot."), Reply('{"name": 3}'), Reply('{"name": "re', finish="length")]
+    fake = serve(faulty_first(faults, red))
+    answers, counts = ask(fake, [question(temperature=0.0)], attempts=4)
+    assert answers == [RED]
+    assert counts == {"requests": 4, "answers": 4, "tokens": 40, "bad_json": 1, "wrong_schema": 1, "truncated": 1}
+    assert len({body["seed"] for body in fake.requests}) == 4
+    assert [body["temperature"] for body in fake.requests] == [0.0, 0.5, 0.5, 0.5]
+
+    answers, counts = ask(fake, [question(temperature=0.0)], attempts=4)  # the useless ones were paid for, too
+    assert answers == [RED] and len(fake.requests) == 4 and counts["cached"] == 4
+
+
+def test_the_attempts_are_bounded(serve: Any, ask: Ask) -> None:
+    fake = serve(lambda body, n: Reply("nonsense" if body["messages"][0]["content"] == "bad" else '{"name": "red"}'))
+    answers, counts = ask(fake, [question("bad"), question("good")], attempts=3)
+    assert answers == [Failure("no_valid_answer"), RED]
+    assert counts["bad_json"] == 3 and counts["requests"] == 4
+
+
+@pytest.mark.parametrize(
+    ("fault", "counted"),
+    [
+        (Reply(status=500), "http_500"),
+        (Reply(status=503), "http_503"),
+        (Reply(status=429), "http_429"),
+        (Reply(status=408), "http_408"),
+        (Reply(status=0), "connection"),
+        (Reply(stall_s=5.0), "timeout"),
+        (Reply(stall_s=5.0, drip=True), "timeout"),
+        (Reply(body=b"<html>"), "bad_body"),
+        (Reply(body=b"<html>", headers={"content-type": "text/html"}), "bad_body"),
+        (Reply(body=b'{"choices": []}'), "bad_body"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_fault_of_the_server_is_tried_again(serve: Any, ask: Ask, fault: Reply, counted: str) -> None:
+    fake = serve(faulty_first([fault, fault], red))
+    timeout = 0.4 if counted == "timeout" else 20.0
+    answers, counts = ask(fake, [question()], timeout_s=timeout)
+    assert answers == [RED]
+    assert counts == {"requests": 3, "answers": 1, "tokens": 10, counted: 2}
+    assert len({json.dumps(body) for body in fake.requests}) == 1  # the same question, not a fresh one
+
+
+def test_the_wait_doubles(serve: Any, ask: Ask) -> None:
+    fake = serve(faulty_first([Reply(status=500)] * 4, red))
+    ask(fake, [question()], backoff_s=0.04)
+    waits = [after - before for before, after in zip(fake.times, fake.times[1:], strict=False)]
+    assert all(wait >= 0.02 * 2**n for n, wait in enumerate(waits)) and len(waits) == 4
+
+
+def test_retry_after_is_kept_to(serve: Any, ask: Ask) -> None:
+    fake = serve(faulty_first([Reply(status=429, headers={"Retry-After": "1"})], red))
+    answers, _ = ask(fake, [question()])
+    assert answers == [RED]
+    assert fake.times[1] - fake.times[0] >= 1
+
+
+def test_a_pause_of_hours_is_a_no(serve: Any, ask: Ask) -> None:
+    fake = serve(lambda body, n: Reply(status=429, headers={"Retry-After": "7200"}))
+    assert ask(fake, [question()])[0] == [Failure("server_error")]
+    assert len(fake.requests) == 1
+
+
+def test_retry_after_in_both_spellings() -> None:
+    now = 1_700_000_000.0
+    assert retry_after_s(None, now) == 0
+    assert retry_after_s("17", now) == 17
+    assert retry_after_s(formatdate(now + 90, usegmt=True), now) == 90
+    assert retry_after_s(formatdate(now - 90, usegmt=True), now) == 0
+    assert retry_after_s("soon", now) == 0
+
+
+def test_one_question_is_given_up_and_asked_again_another_time(serve: Any, ask: Ask) -> None:
+    ill = True
+    fake = serve(lambda body, n: Reply(status=500) if ill and "bad" in body["messages"][0]["content"] else red(body, n))
+    answers, counts = ask(fake, [question("bad"), question("good")], retries=2)
+    assert answers == [Failure("server_error"), RED]
+    assert counts["http_500"] == 3 and len(fake.requests) == 4
+    ill = False
+    answers, counts = ask(fake, [question("bad"), question("good")], retries=2)
+    assert answers == [RED, RED] and len(fake.requests) == 5
+
+
+def test_a_server_that_is_down_ends_it(serve: Any, ask: Ask, tmp_path: Path) -> None:
+    fake = serve(lambda body, n: red(body, n) if n < 3 else Reply(status=502))
+    with pytest.raises(ServerError, match=r"http://127.*made-up 502.*answers\.sqlite"):
+        ask(fake, [question(seed=str(i)) for i in range(1000)], retries=1, concurrency=2)
+    assert len(fake.requests) <= 3 + 2 * (2 + 3) + 2  # each question twice, five in a row, and one slot under way
+    fake.reply = red
+    _, counts = ask(fake, [question(seed=str(i)) for i in range(10)])
+    assert counts["cached"] == 3
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_server_that_does_not_let_us_in_ends_it(serve: Any, ask: Ask, status: int) -> None:
+    fake = serve(lambda body, n: Reply(status=status))
+    with pytest.raises(ServerError, match=f"made-up {status}"):
+        ask(fake, [question(seed=str(i)) for i in range(50)], concurrency=1)
+    assert len(fake.requests) == 1
+
+
+@pytest.mark.parametrize("status", [400, 422, 500])
+@pytest.mark.parametrize("taken", FORMATS[1:])
+def test_a_refused_format_falls_back(
+    serve: Any, ask: Ask, caplog: pytest.LogCaptureFixture, status: int, taken: str
+) -> None:
+    def reply(body: Body, n: int) -> Reply:
+        if named(body) == taken:
+            return Reply('Here it is:\n```json\n{"name": "red"}\n```')
+        said = "response_format.type: expected 'text'" if status == 500 else "no"
+        return Reply(status=status, body=json.dumps({"error": {"message": said}}).encode())
+
+    fake = serve(reply)
+    with caplog.at_level(logging.WARNING, logger="embedwright"):
+        answers, counts = ask(fake, [question(seed=str(i)) for i in range(6)], concurrency=1)
+    refused = FORMATS.index(taken)
+    assert answers == [RED] * 6
+    assert counts["refused_format"] == refused and len(fake.requests) == 6 + refused  # found out once
+    assert [record.getMessage() for record in caplog.records if "json_schema" in record.getMessage()] == [
+        f"{fake.url}: m takes no json_schema here, asked for {taken}"
+    ]
+
+
+def named(body: Body) -> str:
+    asked = body.get("response_format", {"type": "text"})
+    assert asked.get("schema", Colour.model_json_schema()) == Colour.model_json_schema()
+    return asked["type"] + (" with schema" if "schema" in asked else "")
+
+
+def test_a_bad_request_does_not_lower_the_format(serve: Any, ask: Ask) -> None:
+    long = "too long"
+    fake = serve(lambda body, n: Reply(status=400) if body["messages"][0]["content"] == long else red(body, n))
+    answers, _ = ask(fake, [question(long), question(seed="1"), question(seed="2")], concurrency=1)
+    assert answers == [Failure("refused"), RED, RED]
+    assert list(map(named, fake.requests)) == [*FORMATS, "json_schema", "json_schema"]
+
+
+def test_the_budget_is_not_passed(serve: Any, ask: Ask) -> None:
+    fake = serve(lambda body, n: Reply('{"name": "red"}', tokens=50, stall_s=0.02))
+    questions = [question(seed=str(i)) for i in range(20)]
+    # a request may cost 60 tokens: 57 of the answer and 3 of the prompt
+    answers, counts = ask(fake, questions, max_tokens=57, token_budget=310, concurrency=4)
+    assert counts["tokens"] == 300 == 50 * len(fake.requests)  # all that fits: a request under way is waited for
+    assert answers.count(RED) == 6 and answers.count(Failure("budget")) == 14
+
+    again, counts = ask(fake, questions, max_tokens=57, token_budget=310, concurrency=4)
+    assert again.count(RED) == 6 and counts["requests"] == 0  # the budget is of the file, not of the run
+    more, _ = ask(fake, questions, max_tokens=57, token_budget=410, concurrency=4)
+    assert more.count(RED) == 8
+
+
+def test_tokens_are_estimated_where_the_server_does_not_tell(serve: Any, ask: Ask) -> None:
+    content = {"index": 0, "message": {"role": "assistant", "content": '{"name": "red"}'}, "finish_reason": "stop"}
+    fake = serve(lambda body, n: Reply(body=json.dumps({"id": "x", "choices": [content]}).encode()))
+    answers, counts = ask(fake, [question("x" * 385)])
+    assert answers == [RED] and counts["tokens"] == (385 + len('{"name": "red"}')) // 4 + 1
+
+
+def test_pace_by_requests() -> None:
+    pace = Pace(requests=2, tokens=None)
+    assert pace.wait_s(0, 1) == 0
+    pace._turns.extend([Turn(0, 1), Turn(10, 1)])
+    assert pace.wait_s(10, 1) == 50
+    assert pace.wait_s(59.5, 1) == 0.5
+    assert pace.wait_s(60, 1) == 0  # the first has left the window
+    pace._turns.append(Turn(60, 1))
+    assert pace.wait_s(60, 1) == 10
+
+
+def test_pace_by_tokens() -> None:
+    pace = Pace(requests=None, tokens=100)
+    pace._turns.extend([Turn(0, 40), Turn(10, 30), Turn(20, 20)])
+    assert pace.wait_s(20, 10) == 0
+    assert pace.wait_s(20, 11) == 40
+    assert pace.wait_s(20, 50) == 40
+    assert pace.wait_s(20, 51) == 50
+    assert pace.wait_s(20, 500) == 60  # beyond the limit by itself: alone
+    pace._turns[0].tokens = 10  # told by the server
+    assert pace.wait_s(20, 40) == 0
+
+
+def test_the_pace_holds_every_request_up(serve: Any, tmp_path: Path) -> None:
+    fake = serve(faulty_first([Reply(status=500)], red))
+    server = Server(base_url=fake.url, backoff_s=0.0, requests_per_minute=2)
+    with Client(server, tmp_path / "answers.sqlite") as client:
+        client._pace.window_s = 0.3
+        assert list(client.ask(question(seed=str(i)) for i in range(4))) == [RED] * 4
+    assert len(fake.times) == 5  # the retry is a request, too
+    assert fake.times[4] - fake.times[0] >= 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ('{"name": "red"}', RED),
+        ('```json\n{"name": "red", "kind": "cold"}\n```', {"name": "red", "kind": "cold"}),
+        ('I think {this} is it: {"name": "red"} or {"name": "blue"}', RED),
+        ('{"thought": {"name": 1}} {"name": "red", "why": "warm"}', RED),
+        ('{"name": "two\nlines"}', {"name": "two\nlines", "kind": "warm"}),
+        ('{"name": "a {brace}"}', {"name": "a {brace}", "kind": "warm"}),
+        ('{"name": 3}', "wrong_schema"),
+        ('{"colour": "red"}', "wrong_schema"),
+        ('["red"]', "bad_json"),
+        ('{"name": "red"', "bad_json"),
+        ("", "bad_json"),
+        ("{" * 3_000, "bad_json"),
+        ('{"a":' * 3_000, "bad_json"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_json_is_found_in_what_a_model_says(text: str, found: object) -> None:
+    if isinstance(found, str):
+        with pytest.raises(BadAnswerError, match=f"^{found}$"):
+            read_answer(text, Colour)
+    else:
+        assert read_answer(text, Colour) == found
+
+
+def test_half_a_surrogate_pair_does_not_end_it(serve: Any, ask: Ask) -> None:
+    fake = serve(lambda body, n: Reply('{"name": "\ud83d"}'))
+    answers, _ = ask(fake, [question()])
+    assert answers == [{"name": "?", "kind": "warm"}]
+
+
+def test_a_cache_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "answers.sqlite").write_text("something else, and long enough to be read as a header of a database")
+    with pytest.raises(ValueError, match=r"answers\.sqlite: not a file of answers"):
+        Client(Server(base_url="http://127.0.0.1:9/v1"), tmp_path / "answers.sqlite")
+
+
+def test_a_killed_run_pays_only_for_what_is_missing(serve: Any, ask: Ask, tmp_path: Path) -> None:
+    fake = serve(lambda body, n: Reply(echo(body, n).text, stall_s=0.03))
+    program = f"""
+        import sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from pathlib import Path
+        from test_llm import question
+        from embedwright.data.llm import Client, Server
+        with Client(Server(base_url={fake.url!r}, concurrency=2), Path({str(tmp_path / "answers.sqlite")!r})) as client:
+            list(client.ask(question(f"c{{i}}", seed=str(i)) for i in range(2000)))
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], env=os.environ)
+    deadline = time.monotonic() + 60
+    while len(fake.requests) < 40 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    time.sleep(0.1)
+    asked = len(fake.requests)
+    assert 40 <= asked < 2000
+
+    _, counts = ask(fake, [question(f"c{i}", seed=str(i)) for i in range(asked)])
+    assert counts["cached"] >= asked - 4  # two were under way, or answered and not yet kept
+    assert len(fake.requests) == asked + counts["requests"] and counts["cached"] + counts["requests"] == asked
