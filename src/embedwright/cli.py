@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from embedwright.cli_data import TaskOption, data_app, mine
+from embedwright.cli_data import TaskOption, data_app, mine, synth
 from embedwright.display import counter, say, training
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.command()(mine)
+app.command()(synth)
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 75
 
@@ -39,6 +40,9 @@ def train(
     layers: Annotated[int | None, typer.Option(help="With --data: keep the base's first so many layers.")] = None,
     instruction: Annotated[str | None, typer.Option(help="With --data: the instruction of your queries.")] = None,
     teacher: Annotated[str, typer.Option(help="With --data: the model that mines hard negatives.")] = "minilm",
+    plan_only: Annotated[
+        bool, typer.Option("--plan", help="Compute rows, steps and passes instead of running.")
+    ] = False,
 ) -> None:
     """Train all stages of a recipe, or the two-stage defaults on your own pairs. Resumes by itself."""
     from embedwright import quickstart
@@ -57,6 +61,12 @@ def train(
         assert recipe is not None
         plan = Recipe.load(recipe)
         plan = plan if out is None else plan.with_out(out)
+    if plan_only:
+        from embedwright.training.plan import plan as sizes
+        from embedwright.training.plan import render
+
+        say(render(plan, sizes(plan)))
+        return
     model = run(plan, on_step=training(plan), on_evaluation=lambda line: say(f"  {line}"))
     folder = Path(plan.run.out) / "model"
     if folder.exists():

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
 from embedwright import cli
 from embedwright.data import docstrings
+from embedwright.data.table import open_examples
 from embedwright.model.embedder import Embedder
 from embedwright.training import loop
 from embedwright.training.recipe import Recipe
@@ -274,6 +276,46 @@ def test_check_names_the_bad_lines_each_time(command: Command, tmp_path: Path) -
     assert command("data", "check", write(tmp_path / "good.jsonl", [good])).code == 0
 
 
+def test_data_is_checked_cleaned_and_exported(command: Command, tmp_path: Path) -> None:
+    held = write(tmp_path / "test" / "held.jsonl", [{"text": "how do tides work", "label": "x", "id": "h1"}])
+    rows = [
+        {"query": f"question {i} of {i * i}", "positives": [f"answer {i}"], "negatives": ["no", "n"]} for i in range(4)
+    ]
+    rows += [rows[0], {"query": "work tides do how", "positives": ["the moon"]}]
+    rows += [{"query": "Wie entstehen die Gezeiten?", "positives": ["Durch die Anziehungskraft des Mondes."]}]
+    rows += [{**rows[1], "task": "closed"}]
+    file = write(tmp_path / "train.jsonl", rows)
+    licences = tmp_path / "licences.yaml"
+    licences.write_text("train: CC-BY-4.0\nclosed: CC-BY-NC-4.0\n")
+
+    answer = command("data", "check", file, "--against", tmp_path / "test", "--leaks", tmp_path / "found.jsonl")
+    assert answer.code == 1 and f"texts of {held} are in it" in answer.err
+    report = json.loads(answer.out)
+    assert report["rows_removed"] == {"repeated_exact": 1, "leaked": 1}
+    assert report["leaks"] == {str(held): {"query bm25": 1}}
+    (line,) = map(json.loads, (tmp_path / "found.jsonl").read_text().splitlines())
+    assert (line["row"], line["rule"], line["evaluation_row"], line["score"]) == (6, "bm25", "h1", 1.0)
+    assert command("data", "check", file, "--against", held, "--bm25", "0").code == 0
+
+    out = tmp_path / "out" / "clean.jsonl"
+    options = ["--language", "en", "--not-licence", "*-NC-*", "--licences", licences, "--min-chars", "2"]
+    answer = command("data", "clean", file, "--out", out, "--against", held, *options)
+    assert answer.code == 0, answer.err
+    report = json.loads(answer.out)
+    assert report["rows_removed"] == {"licence": 1, "language": 1, "repeated_exact": 1, "leaked": 1}
+    assert (report["examples"], report["kept"], report["passages_cut"]) == (8, 4, {"length": 4})
+    left = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["query"] for row in left] == [row["query"] for row in rows[:4]]
+    assert all(row["negatives"] == ["no"] for row in left)
+    assert len((tmp_path / "out" / "clean.jsonl.leaks.jsonl").read_text().splitlines()) == 1
+    assert command("data", "clean", file, "--out", out, "--repeats", "none").code == 0
+    assert len(out.read_text().splitlines()) == 8
+
+    answer = command("data", "export", out, "--out", tmp_path / "st.parquet", "--negatives", "2")
+    assert answer.code == 0 and json.loads(answer.out)["rows"] == 6
+    assert pq.read_schema(tmp_path / "st.parquet").names == ["anchor", "positive", "negative_1", "negative_2"]
+
+
 def test_labels_become_examples(command: Command, tmp_path: Path) -> None:
     file = write(tmp_path / "labels.jsonl", [{"text": f"text {i}", "label": f"l{i % 3}"} for i in range(9)])
     out = tmp_path / "new" / "examples.jsonl"
@@ -285,6 +327,53 @@ def test_labels_become_examples(command: Command, tmp_path: Path) -> None:
     pairs = write(tmp_path / "pairs.jsonl", own_pairs(3))
     answer = command("data", "labels", pairs, "--out", tmp_path / "none.jsonl")
     assert answer.code == 2 and str(pairs) in answer.err
+
+
+def test_labels_take_a_form_words_and_a_closed_list(command: Command, tmp_path: Path) -> None:
+    file = write(tmp_path / "labels.jsonl", [{"text": f"text {i}", "label": [i % 3]} for i in range(9)])
+    out, words = tmp_path / "examples.jsonl", tmp_path / "words.yaml"
+    words.write_text("0: none\n1: one\n2: two\n")
+    answer = command("data", "labels", file, "--out", out, "--form", "label", "--words", words, "--seed", "4")
+    assert answer.code == 0, answer.err
+    assert {json.loads(line)["positives"][0] for line in out.read_text().splitlines()} == {"none", "one", "two"}
+    answer = command("data", "labels", file, "--out", out, "--label", "0", "--label", "1", "--form", "example")
+    assert json.loads(answer.out) == {"rows": 9, "unseen": 3, "fewer_negatives": 6, "examples": 6, "quarantined": 0}
+
+
+def test_the_catalogue_is_listed(command: Command) -> None:
+    whole = command("data", "list").out.splitlines()
+    assert len(whole) == 43 and whole[0].startswith("name ")
+    some = command("data", "list", "--family", "clustering", "--version", "v1").out.splitlines()
+    assert [line.split()[0] for line in some[1:]][::6] == ["arxiv_p2p", "twenty_newsgroups"] and len(some) == 8
+    assert "| msmarco | Given a web search query" in command("data", "list", "--markdown").out
+
+
+def test_a_set_is_built_by_name_or_from_a_file_of_ones_own(command: Command, tmp_path: Path) -> None:
+    rows = [{"text": f"text {i}", "label": i % 6} for i in range(30)]
+    source, out = write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    build = ["data", "build", "emotion", "--source", source, "--out", out, "--limit", 24, "--negatives", 3]
+    answer = command(*build, "--label", 0, "--label", 1, "--seed", 1)
+    assert answer.code == 0, answer.err
+    counts = json.loads(answer.out)
+    assert (counts["rows"], counts["not_drawn"], counts["examples"]) == (30, 6, 24 - counts["unseen"])
+    made = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {len(row["negatives"]) for row in made} == {3} and {row["positives"][0][:4] for row in made} == {"text"}
+    assert command(*build, "--form", "label").code == 0
+    assert "joy" in out.read_text() and "not_drawn" in answer.out
+
+    entry = {"name": "own", "family": "retrieval", "instructions": ["Find it"], "target": {"v2": "passage"}}
+    entry |= {"hub": "someone/own", "rows": {"kind": "pairs", "query": "text", "positive": ["text", "more.0"]}}
+    entry["marks"] = dict.fromkeys(("columns", "source", "instructions", "samples", "target"), "guess")
+    file = tmp_path / "own.yaml"
+    file.write_text(yaml.safe_dump(entry))
+    write(source, [{"text": "a", "more": ["b"]}])
+    answer = command("data", "build", file, "--source", source, "--out", out)
+    assert answer.code == 0 and json.loads(out.read_text())["positives"] == ["a b"]
+    answer = command("data", "build", file, "--out", out, "--strict")
+    assert answer.code == 2 and "own: someone/own is not pinned" in answer.err
+    file.write_text(yaml.safe_dump(entry | {"instruction": "x"}))
+    answer = command("data", "build", file, "--out", out)
+    assert answer.code == 2 and "instruction: unknown key; did you mean 'instructions'?" in answer.err
 
 
 def test_an_adapter_is_merged_into_its_base_once(command: Command, saved: Path, tmp_path: Path) -> None:
@@ -314,6 +403,26 @@ def test_mine_writes_examples_with_negatives(command: Command, saved: Path, tmp_
     positives = {row["query"]: row["positives"] for row in rows}
     assert len(positives) == 12 and all(len(row["negatives"]) == 3 for row in rows)
     assert all(row["negatives"][0] not in row["positives"] for row in rows)
+
+
+def test_mine_with_two_teachers_keeps_vectors_and_draws_scores(
+    command: Command, saved: Path, tmp_path: Path, tiny_embedder: Callable[..., Embedder]
+) -> None:
+    pytest.importorskip("matplotlib")
+    tiny_embedder("mean").save(tmp_path / "other")
+    pairs, kept = write(tmp_path / "pairs.jsonl", own_pairs(12)), tmp_path / "vectors"
+    options = ["--teacher", saved, "--teacher", tmp_path / "other", "--ensemble", "intra-sample", "--depth", 9]
+    options += ["--rule", "naive", "--vectors", kept, "--report", tmp_path / "report", "--task", "Find it"]
+    for out in ("first.jsonl", "second.parquet"):
+        answer = command("mine", pairs, "--out", tmp_path / out, *options)
+        assert answer.code == 0, answer.err
+    assert len(list(kept.iterdir())) == 2
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert (report["teachers"], report["ensemble"], sum(report["scores"]["positives"])) == (2, "intra-sample", 24)
+    assert (tmp_path / "report" / "histogram.png").stat().st_size > 5000
+    assert list(open_examples(tmp_path / "first.jsonl")) == list(open_examples(tmp_path / "second.parquet"))
+    nowhere = command("mine", pairs, "--out", tmp_path / "x.jsonl", "--teacher", "http://127.0.0.1:9/v1")
+    assert nowhere.code == 2 and "say which model of that server" in nowhere.err
 
 
 # ---- refusals
@@ -353,7 +462,7 @@ def test_a_wrong_rule_is_refused_with_the_known_ones(
     pairs = write(tmp_path / "pairs.jsonl", own_pairs(3))
     answer = command("mine", pairs, "--out", tmp_path / "x.jsonl", "--rule", "percent")
     assert answer.code == 2
-    assert "naive, shift, abs, margin, perc, not 'percent'" in answer.err
+    assert "'percent' is not one of 'naive', 'shift', 'abs', 'margin', 'perc'" in answer.err
     assert not (tmp_path / "x.jsonl").exists()
 
 

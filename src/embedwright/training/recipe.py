@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
@@ -48,12 +49,16 @@ class TunePart(_Part):
 
 
 class DataPart(_Part):
-    """One file of examples (or a raw kind, or a BEIR folder). `weight` multiplies its share by number of rows."""
+    """One file of examples (or a raw kind, or a BEIR folder). `weight` multiplies its share by number of rows.
+
+    `rows` is how many there will be: for `plan` alone, while the file is not there.
+    """
 
     path: str
     corpus: str | None = None
     task: Task | str | None = None
     weight: Annotated[float, Field(gt=0)] = 1.0
+    rows: Positive | None = None
 
 
 class OptimPart(_Part):
@@ -103,8 +108,15 @@ class EvalPart(_Part):
     every: Positive | None = None
 
 
+SOURCES = ("paper", "released code", "sister model", "guess")  # of a recipe's values, the surest first
+
+
 class Recipe(_Part):
-    """One run, all stages in it (design, section 8)."""
+    """One run, all stages in it (design, section 8).
+
+    `provenance` says of each value that makes the model where it comes from: its dotted key (a stage by its name) to
+    one of SOURCES, and a note behind a colon. Where it is given, it is complete.
+    """
 
     name: str
     seed: int = 0
@@ -114,6 +126,22 @@ class Recipe(_Part):
     stages: Annotated[tuple[StagePart, ...], Field(min_length=1)]
     run: RunPart
     eval: EvalPart = EvalPart()
+    provenance: dict[str, str] | None = None
+
+    @model_validator(mode="after")
+    def _provenance_is_complete(self) -> Recipe:
+        if self.provenance is None:
+            return self
+        keys = set(self.values_by_key())
+        if missing := sorted(keys - set(self.provenance)):
+            raise ValueError(f"provenance: says nothing of {missing[0]}")
+        for key, said in self.provenance.items():
+            if key not in keys:
+                near = difflib.get_close_matches(key, keys, n=1)
+                raise ValueError(f"provenance: no value {key!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+            if said.partition(":")[0] not in SOURCES:
+                raise ValueError(f"provenance.{key}: {said!r} is none of {', '.join(SOURCES)}")
+        return self
 
     @model_validator(mode="after")
     def _stage_names_differ(self) -> Recipe:
@@ -132,9 +160,24 @@ class Recipe(_Part):
         """The same from a mapping. ConfigError as in `load`."""
         return validate(cls, content, "recipe")
 
+    def values_by_key(self) -> dict[str, Any]:
+        """What makes the model, by dotted key: a stage by its name, its list of data as one value."""
+        values: dict[str, Any] = {}
+        for part in ("model", "tune"):
+            values |= {f"{part}.{key}": value for key, value in getattr(self, part).model_dump().items()}
+        for stage in self.stages:
+            values[f"stages.{stage.name}.data"] = stage.data
+            fields = stage.model_dump(exclude={"name", "data", "optim"})
+            values |= {f"stages.{stage.name}.{key}": value for key, value in fields.items()}
+            values |= {f"stages.{stage.name}.optim.{key}": value for key, value in stage.optim.model_dump().items()}
+        return values | {"run.precision": self.run.precision}
+
     def hash(self) -> str:
         """Of all that decides the weights: not where the run is kept, tracked, checkpointed or evaluated."""
-        content = self.model_dump(mode="json", exclude={"name": True, "eval": True})
+        content = self.model_dump(mode="json", exclude={"name": True, "eval": True, "provenance": True})
+        for stage in content["stages"]:
+            for entry in stage["data"]:
+                del entry["rows"]
         for key in ("out", "tracker", "checkpoint_every", "keep"):
             del content["run"][key]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

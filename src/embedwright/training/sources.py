@@ -7,16 +7,22 @@ import logging
 from dataclasses import replace
 
 from embedwright.config import ConfigError
+from embedwright.data.catalog import find_task
 from embedwright.data.example import Task
-from embedwright.data.table import open_examples
+from embedwright.data.synthesize import read_tasks, tasks_file
+from embedwright.data.table import ExampleTable, open_examples
 from embedwright.training.blend import Source
-from embedwright.training.recipe import Recipe, StagePart, expand
+from embedwright.training.recipe import DataPart, Recipe, StagePart, expand
 
 logger = logging.getLogger(__name__)
 
 
 def open_sources(recipe: Recipe) -> list[list[Source]]:
-    """The sources of each stage. FileNotFoundError or ConfigError names the recipe key that is wrong."""
+    """The sources of each stage. FileNotFoundError or ConfigError names the recipe key that is wrong.
+
+    A task that rows name is described by the recipe, by the file of tasks that `synth` leaves beside its rows, or by
+    the catalogue, the first that has it.
+    """
     known = {
         entry.task.name: entry.task for stage in recipe.stages for entry in stage.data if isinstance(entry.task, Task)
     }
@@ -27,6 +33,17 @@ def data_fingerprint(stages: list[list[Source]]) -> str:
     """Of every row that can be drawn: a resumed run refuses to go on with other data."""
     parts = [f"{source.name} {source.table.fingerprint}" for sources in stages for source in sources]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def open_table(recipe: Recipe, stage: StagePart, entry: DataPart) -> ExampleTable:
+    """The rows of one entry. FileNotFoundError, ConfigError or DataError where it cannot be read."""
+    return open_examples(
+        expand(entry.path),
+        task=entry.task.name if isinstance(entry.task, Task) else entry.task,
+        corpus=expand(entry.corpus) if entry.corpus else None,
+        seed=recipe.seed,
+        negatives=max(stage.hard_negatives, 1),
+    )
 
 
 def _stage_sources(recipe: Recipe, stage: StagePart, known: dict[str, Task]) -> list[Source]:
@@ -40,19 +57,16 @@ def _stage_sources(recipe: Recipe, stage: StagePart, known: dict[str, Task]) -> 
 
 def _entry_sources(recipe: Recipe, stage: StagePart, number: int, known: dict[str, Task], where: str) -> list[Source]:
     entry = stage.data[number]
-    named = entry.task if isinstance(entry.task, str) else entry.task.name if entry.task else None
     try:
-        table = open_examples(
-            expand(entry.path),
-            task=named,
-            corpus=expand(entry.corpus) if entry.corpus else None,
-            seed=recipe.seed,
-            negatives=max(stage.hard_negatives, 1),
-        )
+        table = open_table(recipe, stage, entry)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{where}: {error}") from error
+    beside = tasks_file(expand(entry.path))
+    own = read_tasks(beside) if beside.is_file() else {}
     sources = []
     for name, rows in table.rows_by_task().items():
+        if name not in known and (found := own.get(name) or find_task(name)):
+            known[name] = found
         if name not in known:
             logger.warning("%s: task %r is not described: taken as retrieval without an instruction", where, name)
             known[name] = Task(name=name)

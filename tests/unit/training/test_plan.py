@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from embedwright.config import ConfigError
+from embedwright.data.catalog import find_entry
+from embedwright.training.plan import plan, render
+from embedwright.training.recipe import Recipe
+from embedwright.training.sources import open_sources
+
+OPTIM = {"lr": 1e-3, "steps": 50, "batch_queries": 4}
+CONTENT: dict[str, Any] = {
+    "name": "small",
+    "model": {"base": "smollm2-135m"},
+    "stages": [
+        {"name": "one", "data": [], "in_batch_negatives": "all", "hard_negatives": 3, "optim": OPTIM},
+        {"name": "two", "data": [], "in_batch_negatives": "all", "hard_negatives": 0, "optim": OPTIM | {"steps": 10}},
+    ],
+    "run": {"out": "runs/small"},
+}
+
+
+def recipe(one: list[dict[str, Any]], two: list[dict[str, Any]], **more: Any) -> Recipe:
+    content = copy.deepcopy(CONTENT) | more
+    content["stages"][0]["data"], content["stages"][1]["data"] = one, two
+    return Recipe.parse(content)
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> str:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps({"query": f"q{i}", "positive": f"p{i}"}) + "\n" for i in range(30)))
+    return str(file)
+
+
+def test_rows_are_counted_where_the_file_is_there_else_said_by_recipe_or_catalogue(pairs: str, tmp_path: Path) -> None:
+    absent = str(tmp_path / "absent.parquet")
+    found = plan(
+        recipe(
+            [
+                {"path": pairs, "task": "own", "rows": 7, "weight": 2.0},
+                {"path": absent, "rows": 40},
+                {"path": str(tmp_path / "msmarco.parquet")},
+                {"path": absent, "task": "fiqa"},
+                {"path": absent},
+            ],
+            [{"path": pairs, "task": "own"}],
+        )
+    )
+    counted = [(share.rows, share.counted) for share in found[0].shares]
+    samples = [find_entry(name).samples for name in ("msmarco", "fiqa")]
+    assert counted == [
+        (30, "counted"),
+        (40, "recipe"),
+        (samples[0], "catalogue, recalled"),
+        (samples[1], "catalogue, recalled"),
+        (None, "unknown"),
+    ]
+    total = 60 + 40 + samples[0] + samples[1]
+    assert [share.share for share in found[0].shares] == pytest.approx(
+        [60 / total, 40 / total, samples[0] / total, samples[1] / total, 0]
+    )
+    assert found[0].rows == 70 + samples[0] + samples[1]
+
+
+def test_steps_give_queries_texts_and_passes(pairs: str) -> None:
+    one, two = plan(recipe([{"path": pairs, "task": "own"}], [{"path": pairs, "task": "own"}]))
+    assert (one.steps, one.queries, one.texts, one.passes) == (50, 200, 200 * 5, 200 / 30)
+    assert (two.steps, two.queries, two.texts, two.passes) == (10, 40, 40 * 2, 40 / 30)
+    text = render(recipe([{"path": pairs}], [{"path": pairs}]), [one, two])
+    assert "together: 60 steps, 240 queries, 1,080 texts" in text
+    assert "50 steps, 200 queries (6.67 passes), 1,000 texts" in text
+
+
+def test_a_file_of_unknown_size_is_said_to_be_one(pairs: str, tmp_path: Path) -> None:
+    small = recipe([{"path": str(tmp_path / "absent.jsonl")}], [{"path": pairs, "task": "own"}])
+    text = render(small, plan(small))
+    assert "0 rows of 1 files (1 of unknown size)" in text
+
+
+def test_provenance_is_printed_with_the_values(pairs: str) -> None:
+    small = recipe([{"path": pairs, "task": "own"}], [{"path": pairs, "task": "own"}])
+    said = dict.fromkeys(small.values_by_key(), "guess: ours")
+    small = recipe([{"path": pairs}], [{"path": pairs}], provenance=said)
+    lines = [line.split() for line in render(small, plan(small)).splitlines()]
+    assert ["stages.one.optim.steps", "50", "guess:", "ours"] in lines
+    assert ["stages.two.data", "1", "files", "guess:", "ours"] in lines
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model.latents": None}, "says nothing of model.latents"),
+        ({"model.latentz": "paper"}, "no value 'model.latentz' (did you mean 'model.latents'?)"),
+        ({"model.latents": "recalled"}, "'recalled' is none of paper, released code, sister model, guess"),
+    ],
+)
+def test_provenance_is_complete_and_of_known_sources(change: dict[str, str | None], said: str) -> None:
+    data = [{"path": "data.jsonl"}]
+    provenance = dict.fromkeys(recipe(data, data).values_by_key(), "paper") | change
+    with pytest.raises(ConfigError) as caught:
+        recipe(data, data, provenance={key: value for key, value in provenance.items() if value})
+    assert said in str(caught.value)
+
+
+def test_provenance_and_expected_rows_do_not_change_the_hash() -> None:
+    data = [{"path": "data.jsonl"}]
+    plain = recipe(data, data)
+    said = dict.fromkeys(plain.values_by_key(), "paper")
+    assert recipe([{**data[0], "rows": 5}], data, provenance=said).hash() == plain.hash()
+    assert recipe([{**data[0], "weight": 2.0}], data).hash() != plain.hash()
+
+
+def test_a_task_is_found_in_the_file_beside_its_rows_and_in_the_catalogue(tmp_path: Path) -> None:
+    rows = [{"id": "a", "query": "q", "positives": ["p"], "negatives": ["n"]}]
+    made, known = tmp_path / "made.jsonl", tmp_path / "known.jsonl"
+    made.write_text("".join(json.dumps(row | {"task": "made.1"}) + "\n" for row in rows))
+    known.write_text("".join(json.dumps(row | {"task": "fiqa"}) + "\n" for row in rows))
+    (tmp_path / "made.jsonl.tasks.jsonl").write_text(
+        json.dumps({"name": "made.1", "family": "classification", "instruction": "Find the label"}) + "\n"
+    )
+    data = [{"path": str(made)}, {"path": str(known)}]
+    tasks = [source.task for source in open_sources(recipe(data, data))[0]]
+    assert [(task.family, task.instruction) for task in tasks] == [
+        ("classification", "Find the label"),
+        ("retrieval", find_entry("fiqa").instructions[0]),
+    ]
+
+
+def test_the_plan_of_nv_embed_v2_names_every_set_of_the_catalogue() -> None:
+    file = Path(__file__).parents[3] / "recipes" / "nv-embed-v2.yaml"
+    stages = yaml.safe_load(file.read_text())["stages"]
+    named = [{entry.get("task") for entry in stage["data"]} - {None} for stage in stages]
+    entries = [entry for entry in map(find_entry, sorted(named[1])) if "v2" in entry.target]
+    assert {entry.name for entry in entries} == named[1] and len(entries) == 42
+    assert named[0] == {entry.name for entry in entries if entry.family == "retrieval"}
+    one, two = plan(Recipe.load(file))
+    assert one.rows == sum(entry.samples or 0 for entry in entries if entry.family == "retrieval") + 120_000
+    assert two.rows == sum(entry.samples or 0 for entry in entries) + 120_000
+    assert (one.steps, two.steps) == (20_000, 18_000)
