@@ -22,6 +22,36 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return product
 
 
+def gated(input: Tensor, gate: Tensor, up: Tensor, activation: str, variant: str) -> Tensor:
+    """activation(input gate^T) * (input up^T), rounded once each and not per step; bfloat16 on a CPU.
+
+    input (..., I), gate and up (O, I) -> (..., O). `activation` as oneDNN names it: `swish`, or `gelu` with `variant`
+    `tanh`. Only where `gated_available()`.
+    """
+    gate_O = torch.ops.mkldnn._linear_pointwise(input, gate, None, activation, [], variant)
+    product: Tensor = torch.ops.mkldnn._linear_pointwise.binary(input, gate_O, up, None, "mul")
+    return product
+
+
+@cache
+def gated_available() -> bool:
+    """Whether `gated` is there and right on this machine; a message once where it is there and wrong."""
+    if not available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    random = torch.Generator().manual_seed(0)
+    x, gate, up = (torch.randn(n, 8, generator=random, device="cpu", dtype=torch.float32).bfloat16() for n in (5, 6, 6))
+    exact = F.silu(x.float() @ gate.float().t()) * (x.float() @ up.float().t())
+    try:
+        found = gated(x, gate, up, "swish", "").float()
+    except (AttributeError, RuntimeError, TypeError) as error:
+        logger.warning("oneDNN's fused products are not usable (%s): stock ones", error)
+        return False
+    right = torch.allclose(found, exact, rtol=0.02, atol=0.02)
+    if not right:
+        logger.warning("oneDNN's fused products give other numbers here: stock ones")
+    return right
+
+
 @cache
 def available() -> bool:
     """Whether oneDNN's linear is there, does what it should, and is likely to win; a message once where it is not.

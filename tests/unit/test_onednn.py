@@ -10,14 +10,16 @@ import pytest
 import torch
 
 from embedwright import onednn
-from embedwright.onednn import available, linear
+from embedwright.onednn import available, gated_available, linear
 
 
 @pytest.fixture
 def forgotten() -> Iterator[None]:
-    available.cache_clear()
+    for probe in (available, gated_available):
+        probe.cache_clear()
     yield
-    available.cache_clear()
+    for probe in (available, gated_available):
+        probe.cache_clear()
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -44,3 +46,21 @@ def test_where_it_is_not_usable_that_is_said_once(
     with caplog.at_level(logging.WARNING):
         assert not available() and not available()
     assert len(caplog.records) == (0 if fault == "other machine" else 1)
+
+
+@pytest.mark.parametrize("fault", ["lacking", "other numbers"])
+def test_fused_products_that_are_not_usable_leave_the_plain_ones(
+    fault: str, forgotten: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if not gated_available():
+        pytest.skip("oneDNN's fused products are not there on this machine")
+    gated_available.cache_clear()
+
+    def lacking(*_: Any) -> Any:
+        raise AttributeError("no such op")
+
+    real = onednn.gated
+    monkeypatch.setattr(onednn, "gated", lacking if fault == "lacking" else lambda *a: 1.1 * real(*a))
+    with caplog.at_level(logging.WARNING):
+        assert not gated_available() and not gated_available()
+    assert len(caplog.records) == 1 and available()

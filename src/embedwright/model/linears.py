@@ -7,7 +7,8 @@ takes the plain weight at 95 % and more of the speed of a reordered one from 256
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cache
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -51,10 +52,43 @@ class _Product(torch.autograd.Function):
         )
 
 
+# transformers' blocks that are down(activation(gate(x)) * up(x)), and their activations as oneDNN has them.
+_GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "GemmaMLP", "Gemma3MLP")
+_ACTIVATIONS = {"SiLU": ("swish", ""), "SiLUActivation": ("swish", ""), "GELUTanh": ("gelu", "tanh")}
+
+
+@cache
+def _gated(stock: Any) -> Any:
+    """A stock block's class whose activation and product are part of the matrix products where that is plain: without
+    gradients, in bfloat16 on a CPU. It spares two rounds through memory and two roundings.
+    """
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        parts = (self.gate_proj, self.up_proj)
+        plain = (
+            x.dtype == torch.bfloat16
+            and x.device.type == "cpu"
+            and x.numel() > 0
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled("cpu")
+            and type(self.act_fn).__name__ in _ACTIVATIONS
+            and all(part.bias is None and part.weight.dtype == x.dtype and type(part) is OneDnnLinear for part in parts)
+        )
+        if not plain:
+            return cast(Tensor, stock.forward(self, x))
+        gate, up = (part.weight for part in parts)
+        return cast(Tensor, self.down_proj(onednn.gated(x, gate, up, *_ACTIVATIONS[type(self.act_fn).__name__])))
+
+    return type(stock.__name__, (stock,), {"forward": forward, "gated_by_onednn": True})
+
+
 def speed_up(network: nn.Module) -> None:
-    """Give every plain `nn.Linear` of the network the faster products, in place, where this machine has them."""
+    """Give the network's plain `nn.Linear` and gated blocks faster products, in place, where this machine has them."""
     if not onednn.available():
         return
     for module in network.modules():
         if type(module) is nn.Linear:
             module.__class__ = OneDnnLinear
+        kind: Any = type(module)
+        if kind.__name__ in _GATED and not hasattr(module, "gated_by_onednn") and onednn.gated_available():
+            module.__class__ = _gated(kind)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,21 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig
+from peft.tuners.lora import Linear
 from torch import nn
+from transformers import Gemma3TextConfig, GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers.models.gemma.modeling_gemma import GemmaMLP
+from transformers.models.gemma3.modeling_gemma3 import Gemma3MLP
+from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.mistral.modeling_mistral import MistralMLP
+from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from embedwright import onednn
 from embedwright.model.embedder import Embedder
 from embedwright.model.linears import OneDnnLinear, speed_up
-from embedwright.onednn import available
+from embedwright.onednn import available, gated_available
 
 
 @pytest.fixture
@@ -124,3 +134,83 @@ def test_every_model_has_them_and_gives_the_stock_vectors(
     for module in swapped:
         module.__class__ = nn.Linear
     torch.testing.assert_close(torch.tensor(fast), torch.tensor(model.encode(texts)), rtol=0, atol=1e-5)
+
+
+# ---- gated blocks
+
+SIZES = {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 4}
+BLOCKS = {
+    "llama": (LlamaMLP, LlamaConfig(**SIZES)),
+    "mistral": (MistralMLP, MistralConfig(**SIZES)),
+    "qwen2": (Qwen2MLP, Qwen2Config(**SIZES)),
+    "qwen3": (Qwen3MLP, Qwen3Config(**SIZES)),
+    "gemma": (GemmaMLP, GemmaConfig(**SIZES)),
+    "gemma3": (Gemma3MLP, Gemma3TextConfig(**SIZES)),
+}
+
+
+@pytest.fixture
+def needs_gated() -> None:
+    if not gated_available():
+        pytest.skip("oneDNN's fused products are not there on this machine")
+
+
+def block(family: str) -> tuple[nn.Module, nn.Module]:
+    """A stock block in bfloat16, and its copy with the faster products."""
+    made, config = BLOCKS[family]
+    torch.manual_seed(0)
+    stock = made(config)
+    for parameter in stock.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    stock = stock.bfloat16()
+    fast = copy.deepcopy(stock)
+    speed_up(fast)
+    return stock, fast
+
+
+@pytest.mark.parametrize("family", BLOCKS)
+@pytest.mark.parametrize("shape", [(48,), (1, 48), (1, 33, 48), (300, 48)])
+def test_a_gated_block_rounds_less_than_the_stock_one(needs_gated: None, family: str, shape: tuple[int, ...]) -> None:
+    stock, fast = block(family)
+    x = torch.randn(*shape).bfloat16()
+    exact = copy.deepcopy(stock).double()(x.double())
+    with torch.inference_mode():
+        errors = [((part(x).double() - exact).norm() / exact.norm()).item() for part in (stock, fast)]
+    assert errors[1] < 0.01
+    if x.numel() > 1000:  # over many values it is no matter of luck
+        assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("case", ["gradients", "autocast", "float32", "bias", "lora", "empty", "activation"])
+def test_a_gated_block_is_the_stock_one_otherwise(
+    needs_gated: None, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("oneDNN's fused products were asked")
+
+    monkeypatch.setattr(onednn, "gated", refuse)
+    stock, fast = block("llama")
+    x = torch.randn(0 if case == "empty" else 5, 48).bfloat16()
+    if case == "float32":
+        stock, fast, x = stock.float(), fast.float(), x.float()
+    if case == "bias":
+        for part in (stock, fast):
+            part.up_proj.bias = nn.Parameter(torch.ones(96).bfloat16())
+    if case == "lora":
+        for part in (stock, fast):
+            torch.manual_seed(1)
+            part.up_proj = Linear(part.up_proj, "default", config=LoraConfig(r=2, init_lora_weights=False), r=2)
+    if case == "activation":
+        for part in (stock, fast):
+            part.act_fn = nn.ReLU()
+    with torch.set_grad_enabled(case == "gradients"), torch.autocast("cpu", enabled=case == "autocast"):
+        torch.testing.assert_close(fast(x), stock(x))
+
+
+def test_a_gated_block_saves_what_the_stock_one_does(needs_gated: None) -> None:
+    stock, fast = block("llama")
+    assert type(fast).__name__ == "LlamaMLP" and type(fast) is not LlamaMLP
+    assert fast.state_dict().keys() == stock.state_dict().keys()
+    before = type(fast)
+    speed_up(fast)  # again: nothing more
+    assert type(fast) is before
