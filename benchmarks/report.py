@@ -1,7 +1,7 @@
-"""The table of goals, docs/performance.md and its picture, from the results that are there.
+"""The table of goals, docs/performance.md and its picture, and the README's headlines, from the results that are there.
 
-python benchmarks/report.py             # prints the table, writes the page and the picture
-python benchmarks/report.py --check     # exits 1 where the page is not what the results give
+python benchmarks/report.py             # prints the table, writes the pages and the picture
+python benchmarks/report.py --check     # exits 1 where a page is not what the results give
 """
 
 from __future__ import annotations
@@ -18,6 +18,15 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 PAGE = HERE.parent / "docs" / "performance.md"
 PICTURE = PAGE.with_suffix(".png")
+README = HERE.parent / "README.md"
+MARKS = "<!-- headlines -->\n", "<!-- end of headlines -->\n"
+# the README's four goals, and what measures each
+HEADLINES = {
+    "encode_fp32": "python benchmarks/encode.py --dtype float32",
+    "encode_bf16": "python benchmarks/encode.py --dtype bfloat16",
+    "train_bf16": "python benchmarks/train.py --dtype bfloat16",
+    "mining": "python benchmarks/mining.py",
+}
 
 # name: (what, must, stretch, whether more is better, unit)
 GOALS: dict[str, tuple[str, float | None, float, bool, str]] = {
@@ -40,10 +49,12 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing, compare")
     options = parser.parse_args()
     results = read(RESULTS)
-    page = render(results)
+    pages = {PAGE: render(results), README: with_headlines(README.read_text(), results)}
     if options.check:
-        sys.exit(0 if PAGE.is_file() and PAGE.read_text() == page else f"{PAGE.name} is not what the results give")
-    PAGE.write_text(page)
+        wrong = [path.name for path, page in pages.items() if not path.is_file() or path.read_text() != page]
+        sys.exit(f"{' and '.join(wrong)}: not what the results give" if wrong else 0)
+    for path, page in pages.items():
+        path.write_text(page)
     picture(results, PICTURE)
     print("\n".join(goal_table(results)))
 
@@ -91,6 +102,15 @@ def goal_table(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
             seen = middle if len(values) == 1 else f"{middle} ({min(values):.2f} to {max(values):.2f})"
         rows.append([what, *goals, seen, verdict(name, values)])
     return table(["", "must", "stretch", "seen", "goal"], rows)
+
+
+def with_headlines(readme: str, results: Mapping[str, Mapping[str, Any]]) -> str:
+    """The README with the four headline ratios and their commands between its marks."""
+    rows = [row for name, row in zip(GOALS, goal_table(results)[2:], strict=True) if name in HEADLINES]
+    lines = [f"{row} `{command}` |" for row, command in zip(rows, HEADLINES.values(), strict=True)]
+    head = [f"{line} {more} |" for line, more in zip(goal_table(results)[:2], ("command", "---"), strict=True)]
+    (before, rest), end = readme.split(MARKS[0]), MARKS[1]
+    return before + MARKS[0] + "\n".join([*head, *lines]) + "\n" + end + rest.split(end)[1]
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -33,8 +33,12 @@ def part(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_the_page_is_what_the_results_give(part: Any) -> None:
     report = part("report")
-    assert report.PAGE.read_text() == report.render(report.read(report.RESULTS))
+    results = report.read(report.RESULTS)
+    assert report.PAGE.read_text() == report.render(results)
     assert report.PICTURE.is_file()
+    readme = report.README.read_text()
+    assert readme == report.with_headlines(readme, results)
+    assert all(f"`{command}`" in readme for command in report.HEADLINES.values())
 
 
 def test_no_result_names_a_path(part: Any) -> None:
