@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 Kind = Literal["short-long", "long-short", "short-short", "long-long", "sts", "bitext"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 PROMPTS = Path(__file__).with_name("synthesis.yaml")
-_LONGEST_TASK = 600  # characters; what is longer is no instruction
+_TASK_WORDS = range(3, 101)  # what is shorter or longer is no instruction
 _ROUNDS = 4  # of brainstorming: models repeat themselves, and past this it is no use to ask on
 
 
@@ -271,7 +271,7 @@ def _tasks(client: Client, plan: Plan, kind: Kind, needed: int, licence: str) ->
                 continue
             for line in answer["tasks"]:
                 wording = " ".join(line.split())
-                if not _is_text(wording) or len(wording) > _LONGEST_TASK:
+                if not _is_text(wording) or len(normalise(wording).split()) not in _TASK_WORDS:
                     count["unusable"] += 1
                 elif found.setdefault(normalise(wording), wording) is not wording:
                     count["repeated"] += 1

@@ -202,6 +202,12 @@ def test_one_question_is_given_up_and_asked_again_another_time(serve: Any, ask: 
     assert answers == [RED, RED] and len(fake.requests) == 5
 
 
+def test_failures_here_and_there_do_not_end_it(serve: Any, ask: Ask) -> None:
+    fake = serve(lambda body, n: Reply(status=500) if n % 2 else red(body, n))
+    answers, _ = ask(fake, [question(seed=str(i)) for i in range(24)], retries=0, concurrency=1)
+    assert answers == [RED, Failure("server_error")] * 12
+
+
 def test_a_server_that_is_down_ends_it(serve: Any, ask: Ask, tmp_path: Path) -> None:
     fake = serve(lambda body, n: red(body, n) if n < 3 else Reply(status=502))
     with pytest.raises(ServerError, match=r"http://127.*made-up 502.*answers\.sqlite"):
@@ -308,6 +314,15 @@ def test_the_pace_holds_every_request_up(serve: Any, tmp_path: Path) -> None:
         assert list(client.ask(question(seed=str(i)) for i in range(4))) == [RED] * 4
     assert len(fake.times) == 5  # the retry is a request, too
     assert fake.times[4] - fake.times[0] >= 0.5
+
+
+def test_the_pace_goes_by_the_tokens_that_were_used(serve: Any, tmp_path: Path) -> None:
+    fake = serve(red)
+    server = Server(base_url=fake.url, concurrency=1, max_tokens=900, tokens_per_minute=1000)
+    with Client(server, tmp_path / "answers.sqlite") as client:
+        client._pace.window_s = 3.0
+        assert list(client.ask(question(seed=str(i)) for i in range(5))) == [RED] * 5
+    assert fake.times[4] - fake.times[0] < 3.0  # 10 tokens each, where up to 903 were feared
 
 
 @pytest.mark.parametrize(

@@ -270,20 +270,22 @@ def test_faults_of_a_model_are_counted(serve: Serve, run: Run) -> None:
     assert report.client["bad_json"] + report.client["wrong_schema"] == len(fake.requests) - 2 - len(examples)
 
 
-def test_a_model_that_repeats_itself(serve: Serve, run: Run, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_model_that_repeats_itself(serve: Serve, run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def parrot(body: Body, n: int) -> Reply:
         prompt = body["messages"][0]["content"]
         if '"tasks"' in prompt:
-            return Reply(json.dumps({"tasks": ["Find it.", "find  it", "", "x" * 700, "Find them."]}))
+            return Reply(
+                json.dumps({"tasks": ["Find it now.", "find  it NOW", "", "5.", "x y " * 51, "Find them too."]})
+            )
         return Reply(json.dumps({key: f"always the same {key}" for key in asked_keys(prompt)}))
 
     fake = serve(parrot)
     report, _ = run(fake, {"short-long": 20}, per_task=2)
-    assert report.tasks["short-long"] == {"prompts": 4, "tasks": 2, "repeated": 2 + 3 * 3 - 1, "unusable": 8}
+    assert report.tasks["short-long"] == {"prompts": 4, "tasks": 2, "repeated": 1 + 3 * 3, "unusable": 12}
     assert report.written == 1 and report.dropped["short-long"] == {"duplicate": 19}
     assert "2 tasks where 10 were wanted" in caplog.text
-    assert len({prompt for prompt in fake.prompts if "Find it." in prompt}) > 1
-    assert sum("Find it." in prompt for prompt in fake.prompts) == 10  # shared out evenly
+    assert sum("Find it now." in prompt for prompt in fake.prompts) == 10  # shared out evenly
+    assert [task.instruction for task in read_tasks(tasks_file(tmp_path / "out.jsonl")).values()] == ["Find it now."]
 
 
 def test_no_task_no_example(serve: Serve, run: Run, tmp_path: Path) -> None:
@@ -391,3 +393,12 @@ def test_the_command(
     options = ("--out", tmp_path / "none.jsonl", "--base-url", useless.url, "--model", "a", "--count", 3)
     assert command(monkeypatch, "synth", *options) == 1
     assert "no usable example" in capsys.readouterr().err
+
+
+def test_the_documentation_knows_every_kind() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "synthesis.md").read_text()
+    for kind, part in Prompts.load().kinds.items():
+        keys = [f"`{name}`" if name else "" for name in (part.answer.query, part.answer.positive, part.answer.negative)]
+        family = part.family + (", symmetric" if part.symmetric else "")
+        row = f"| `{kind}` | {keys[0]} | {keys[1]} | {keys[2]} | {family} |"
+        assert row.replace("|  |", "| |") in page
