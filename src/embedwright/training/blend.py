@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -20,13 +20,21 @@ from embedwright.data.table import ExampleTable
 
 @dataclass(frozen=True)
 class Source:
-    """The rows of one task in one file. `share` is relative to the other sources of the stage."""
+    """The rows of one task in one file. `share` is relative to the other sources of the stage.
+
+    Of rows with many tasks of one kind, a few rows each (synthetic ones), `tasks` has that of each by name.
+    """
 
     name: str
     table: ExampleTable
     rows: NDArray[np.int64]
     task: Task
     share: float
+    tasks: Mapping[str, Task] = field(default_factory=dict)
+
+    def row(self, number: int) -> Row:
+        example = self.table[int(self.rows[number])]
+        return Row(example, self.tasks.get(example.task, self.task))
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,7 @@ def rows_at(
         per_slot = batch_queries
     before, after = _counts(sources, first), _counts(sources, first + size)
     return [
-        Row(source.table[int(source.rows[_row(source, i, seed, stage)])], source.task)
+        source.row(_row(source, i, seed, stage))
         for source, start, stop in zip(sources, before, after, strict=True)
         for i in range(start * per_slot, stop * per_slot)
     ]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Iterable
 from dataclasses import replace
+
+import numpy as np
 
 from embedwright.config import ConfigError
 from embedwright.data.catalog import find_task
@@ -30,8 +33,11 @@ def open_sources(recipe: Recipe) -> list[list[Source]]:
 
 
 def data_fingerprint(stages: list[list[Source]]) -> str:
-    """Of every row that can be drawn: a resumed run refuses to go on with other data."""
-    parts = [f"{source.name} {source.table.fingerprint}" for sources in stages for source in sources]
+    """Of every row that can be drawn, and its task: a resumed run refuses to go on with other data."""
+    parts = []
+    for source in (source for sources in stages for source in sources):
+        asked = [task.model_dump_json() for task in (source.task, *source.tasks.values())]
+        parts += [f"{source.name} {source.table.fingerprint}", *asked]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
@@ -63,9 +69,14 @@ def _entry_sources(recipe: Recipe, stage: StagePart, number: int, known: dict[st
         raise FileNotFoundError(f"{where}: {error}") from error
     beside = tasks_file(expand(entry.path))
     own = read_tasks(beside) if beside.is_file() else {}
+    by_task = table.rows_by_task()
     sources = []
-    for name, rows in table.rows_by_task().items():
-        if name not in known and (found := own.get(name) or find_task(name)):
+    for kind, tasks in _kinds(own[name] for name in by_task if name in own and name not in known).items():
+        rows = np.sort(np.concatenate([by_task.pop(task.name) for task in tasks]))
+        named = {task.name: task for task in tasks}
+        sources.append(Source(f"{number}#{kind}", table, rows, tasks[0], entry.weight * len(rows), named))
+    for name, rows in by_task.items():
+        if name not in known and (found := find_task(name)):
             known[name] = found
         if name not in known:
             logger.warning("%s: task %r is not described: taken as retrieval without an instruction", where, name)
@@ -78,12 +89,21 @@ def _entry_sources(recipe: Recipe, stage: StagePart, number: int, known: dict[st
     return sources
 
 
+def _kinds(tasks: Iterable[Task]) -> dict[str, list[Task]]:
+    """Tasks that differ in name and instruction alone, together: synthetic rows have thousands of them."""
+    kinds: dict[str, list[Task]] = {}
+    for task in tasks:
+        kinds.setdefault(f"{task.family}/{task.symmetric}/{task.in_batch_negatives}", []).append(task)
+    return kinds
+
+
 def _check(recipe: Recipe, stage: StagePart, source: Source, where: str) -> Source:
     """The source with the rows that can train something. ConfigError where there is none, or strict asks for more."""
+    for task in (source.task, *source.tasks.values()):
+        if recipe.strict and not (task.instruction and task.licence):
+            missing = "instruction" if not task.instruction else "licence"
+            raise ConfigError(f"{where}: task {task.name!r} has no {missing}, and the recipe is strict")
     task = source.task
-    if recipe.strict and not (task.instruction and task.licence):
-        missing = "instruction" if not task.instruction else "licence"
-        raise ConfigError(f"{where}: task {task.name!r} has no {missing}, and the recipe is strict")
     if (task.in_batch_negatives or stage.in_batch_negatives) != "none":
         return source
     usable = source.rows[source.table.negatives_per_row()[source.rows] > 0]

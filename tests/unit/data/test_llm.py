@@ -155,7 +155,7 @@ def test_the_attempts_are_bounded(serve: Any, ask: Ask) -> None:
 )
 def test_a_fault_of_the_server_is_tried_again(serve: Any, ask: Ask, fault: Reply, counted: str) -> None:
     fake = serve(faulty_first([fault, fault], red))
-    timeout = 0.4 if counted == "timeout" else 20.0
+    timeout = 1.0 if counted == "timeout" else 20.0
     answers, counts = ask(fake, [question()], timeout_s=timeout)
     assert answers == [RED]
     assert counts == {"requests": 3, "answers": 1, "tokens": 10, counted: 2}
@@ -214,8 +214,8 @@ def test_a_server_that_is_down_ends_it(serve: Any, ask: Ask, tmp_path: Path) -> 
         ask(fake, [question(seed=str(i)) for i in range(1000)], retries=1, concurrency=2)
     assert len(fake.requests) <= 3 + 2 * (2 + 3) + 2  # each question twice, five in a row, and one slot under way
     fake.reply = red
-    _, counts = ask(fake, [question(seed=str(i)) for i in range(10)])
-    assert counts["cached"] == 3
+    answers, counts = ask(fake, [question(seed=str(i)) for i in range(10)])
+    assert answers == [RED] * 10 and counts == {"cached": 3, "requests": 7, "answers": 7, "tokens": 70}
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
@@ -320,9 +320,9 @@ def test_the_pace_goes_by_the_tokens_that_were_used(serve: Any, tmp_path: Path) 
     fake = serve(red)
     server = Server(base_url=fake.url, concurrency=1, max_tokens=900, tokens_per_minute=1000)
     with Client(server, tmp_path / "answers.sqlite") as client:
-        client._pace.window_s = 3.0
+        client._pace.window_s = 20.0
         assert list(client.ask(question(seed=str(i)) for i in range(5))) == [RED] * 5
-    assert fake.times[4] - fake.times[0] < 3.0  # 10 tokens each, where up to 903 were feared
+    assert fake.times[4] - fake.times[0] < 20.0  # 10 tokens each, where up to 903 were feared
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def test_promote() -> None:
 
 def test_another_action_is_refused() -> None:
     with pytest.raises(ValueError, match="drop or promote, not 'remove'"):
-        relabel(EXAMPLES, oracle, "remove")  # type: ignore[arg-type]
+        relabel(EXAMPLES, oracle, "remove")
 
 
 def test_order_and_chunks() -> None:

@@ -10,9 +10,10 @@ import yaml
 
 from embedwright.config import ConfigError
 from embedwright.data.catalog import find_entry
+from embedwright.training.blend import rows_at
 from embedwright.training.plan import plan, render
 from embedwright.training.recipe import Recipe
-from embedwright.training.sources import open_sources
+from embedwright.training.sources import data_fingerprint, open_sources
 
 OPTIM = {"lr": 1e-3, "steps": 50, "batch_queries": 4}
 CONTENT: dict[str, Any] = {
@@ -117,20 +118,34 @@ def test_provenance_and_expected_rows_do_not_change_the_hash() -> None:
     assert recipe([{**data[0], "weight": 2.0}], data).hash() != plain.hash()
 
 
-def test_a_task_is_found_in_the_file_beside_its_rows_and_in_the_catalogue(tmp_path: Path) -> None:
-    rows = [{"id": "a", "query": "q", "positives": ["p"], "negatives": ["n"]}]
+def test_tasks_are_found_in_the_file_beside_the_rows_and_in_the_catalogue(tmp_path: Path) -> None:
     made, known = tmp_path / "made.jsonl", tmp_path / "known.jsonl"
-    made.write_text("".join(json.dumps(row | {"task": "made.1"}) + "\n" for row in rows))
-    known.write_text("".join(json.dumps(row | {"task": "fiqa"}) + "\n" for row in rows))
-    (tmp_path / "made.jsonl.tasks.jsonl").write_text(
-        json.dumps({"name": "made.1", "family": "classification", "instruction": "Find the label"}) + "\n"
-    )
-    data = [{"path": str(made)}, {"path": str(known)}]
-    tasks = [source.task for source in open_sources(recipe(data, data))[0]]
-    assert [(task.family, task.instruction) for task in tasks] == [
-        ("classification", "Find the label"),
-        ("retrieval", find_entry("fiqa").instructions[0]),
+    kinds = {"a": "classification", "b": "retrieval", "c": "retrieval", "d": "retrieval"}
+    rows = [{"id": n + str(i), "task": n, "query": f"q{n}{i}", "positives": ["p"]} for n in kinds for i in range(3)]
+    made.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    known.write_text(json.dumps(rows[0] | {"task": "fiqa"}) + "\n")
+    tasks = [{"name": n, "family": family, "instruction": f"Find {n}"} for n, family in kinds.items()]
+    (tmp_path / "made.jsonl.tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
+    own = {"path": str(known), "task": {"name": "d", "instruction": "The recipe's own word"}}
+    small = recipe([{"path": str(made)}, {"path": str(known)}, own], [own])
+    found = open_sources(small)[0]
+    # tasks of one kind are one source: thousands of synthetic ones would be slow to share slots out to
+    assert [(source.task.family, len(source.rows), len(source.tasks)) for source in found[:2]] == [
+        ("classification", 3, 1),
+        ("retrieval", 6, 2),
     ]
+    assert [source.task.instruction for source in found[2:]] == [
+        "The recipe's own word",
+        find_entry("fiqa").instructions[0],
+        find_entry("fiqa").instructions[0],
+    ]
+    drawn = rows_at(found, 0, batch_queries=14, batching="blended", seed=0, stage="one")
+    said = {row.example.id: row.task.instruction for row in drawn if row.example.id in {r["id"] for r in rows}}
+    assert {id[0]: instruction for id, instruction in said.items()}["c"] == "Find c"
+    assert all(instruction == f"Find {id[0]}" for id, instruction in said.items() if id[0] in "bc")
+    before = data_fingerprint([found])
+    (tmp_path / "made.jsonl.tasks.jsonl").write_text("".join(json.dumps(t | {"licence": "MIT"}) + "\n" for t in tasks))
+    assert data_fingerprint([open_sources(small)[0]]) != before
 
 
 def test_the_plan_of_nv_embed_v2_names_every_set_of_the_catalogue() -> None:
