@@ -8,13 +8,14 @@ from typing import Annotated, Literal
 
 import typer
 
+from embedwright.data.candidates import Rule
+from embedwright.data.ensemble import Ensemble
+from embedwright.data.llm import Client, Server
+from embedwright.data.mine import Positives
 from embedwright.display import counter, say
 
 Out = Annotated[Path, typer.Option("--out", help="Where to write.")]
 TaskOption = Annotated[str | None, typer.Option("--task", help="Instruction for these texts, if they are queries.")]
-Rule = Literal["naive", "shift", "abs", "margin", "perc"]
-Positives = Literal["lowest", "each"]
-Ensemble = Literal["cross-sample", "intra-sample", "intra-sample-duplicates"]
 By = Literal["both", "query", "positive", "none"]
 FamilyOption = Annotated[Literal["retrieval", "classification", "clustering", "sts"] | None, typer.Option()]
 VersionOption = Annotated[Literal["v1", "v2"] | None, typer.Option(help="Of NV-Embed.")]
@@ -124,21 +125,12 @@ def synth(
     timeout: Timeout = 300.0,
 ) -> None:
     """Make synthetic training examples with a language model: brainstorm tasks, then write examples of each."""
-    from embedwright.data.llm import Client, Server
     from embedwright.data.synthesize import PROMPTS, Plan, Prompts, split_evenly, synthesize
 
     kinds = split_evenly(count, types.lower().split(","))
     plan = Plan(kinds, tuple(model), per_task=per_task, seed=seed, prompts=Prompts.load(prompts or PROMPTS))
-    server = Server(
-        base_url=base_url,
-        timeout_s=timeout,
-        concurrency=concurrency,
-        max_tokens=max_tokens,
-        requests_per_minute=requests_per_minute,
-        tokens_per_minute=tokens_per_minute,
-        token_budget=token_budget,
-    )
-    with Client(server, out.with_name(f"{out.name}.answers.sqlite")) as client:
+    limits = (timeout, concurrency, max_tokens, requests_per_minute, tokens_per_minute, token_budget)
+    with _client(out, base_url, *limits) as client:
         report = synthesize(out, client, plan, licence=licence, progress=counter("examples"))
     say(json.dumps(report.to_json(), indent=2))
     if not report.written:
@@ -320,9 +312,8 @@ def data_relabel(
     timeout: Timeout = 300.0,
 ) -> None:
     """Find negatives that are in truth positives, by a language model or a cross-encoder; drop or promote them."""
-    from embedwright.data.llm import Client, Server
     from embedwright.data.relabel import judge_by_model, judge_by_scores, relabel_file
-    from embedwright.data.synthesize import read_tasks
+    from embedwright.data.tasks import read_tasks
 
     if cross_encoder is not None and threshold is not None and base_url is None and model is None:
         from sentence_transformers import CrossEncoder
@@ -332,6 +323,24 @@ def data_relabel(
         return
     if base_url is None or model is None or cross_encoder is not None or threshold is not None:
         raise ValueError("name the judge: --base-url and --model, or --cross-encoder and --threshold")
+    limits = (timeout, concurrency, max_tokens, requests_per_minute, tokens_per_minute, token_budget)
+    with _client(out, base_url, *limits) as client:
+        by_model = judge_by_model(client, model, read_tasks(tasks) if tasks else None)
+        report = relabel_file(path, out, by_model, action, progress=counter("examples"))
+        say(json.dumps(report | {"client": dict(client.counts)}, indent=2))
+
+
+def _client(
+    out: Path,
+    base_url: str,
+    timeout: float,
+    concurrency: int,
+    max_tokens: int,
+    requests_per_minute: int | None,
+    tokens_per_minute: int | None,
+    token_budget: int | None,
+) -> Client:
+    """Of a server; what it answers is kept beside `out`."""
     server = Server(
         base_url=base_url,
         timeout_s=timeout,
@@ -341,7 +350,4 @@ def data_relabel(
         tokens_per_minute=tokens_per_minute,
         token_budget=token_budget,
     )
-    with Client(server, out.with_name(f"{out.name}.answers.sqlite")) as client:
-        by_model = judge_by_model(client, model, read_tasks(tasks) if tasks else None)
-        report = relabel_file(path, out, by_model, action, progress=counter("examples"))
-        say(json.dumps(report | {"client": dict(client.counts)}, indent=2))
+    return Client(server, out.with_name(f"{out.name}.answers.sqlite"))

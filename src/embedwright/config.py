@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -66,6 +66,12 @@ def validate(model: type[Model], content: dict[str, Any], where: str) -> Model:
                 message = f"unknown key; did you mean {nearest[0]!r}?" if nearest else f"unknown key; known: {known}"
             lines.append(f"{where}: {'.'.join(map(str, loc))}: {message}")
         raise ConfigError("\n".join(lines)) from None
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """` (did you mean 'x'?)`, x being the nearest known word; empty where none is near."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def _known_keys(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:

@@ -20,8 +20,8 @@ from typing import Any
 
 import pytest
 
-from embedwright.data.synthesize import read_tasks, tasks_file
 from embedwright.data.table import open_examples
+from embedwright.data.tasks import read_tasks, tasks_file
 
 PYTHON = os.environ.get("LLAMA_CPP_PYTHON", sys.executable)
 THREADS = {"OMP_NUM_THREADS": "1"}

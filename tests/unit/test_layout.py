@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import ast
+import re
+import subprocess
+import sys
+import tomllib
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -216,3 +221,18 @@ def test_the_checker_wants_a_docstring() -> None:
 )
 def test_the_checker_lets_pass(module: str, source: str) -> None:
     assert faults(module, f'"""Made up."""\n{source}') == []
+
+
+def test_the_base_install_needs_none_of_the_extras() -> None:
+    project = tomllib.loads((SRC.parents[1] / "pyproject.toml").read_text())["project"]
+    named = {re.split(r"[^\w.-]", line)[0] for lines in project["optional-dependencies"].values() for line in lines}
+    extras = {re.sub(r"[-_.]+", "-", name).lower() for name in named - {project["name"]}}
+    modules = [
+        module
+        for module, owners in packages_distributions().items()
+        if extras & {re.sub(r"[-_.]+", "-", owner).lower() for owner in owners}
+    ]
+    assert {"rensa", "peft", "mteb"} <= set(modules)
+    code = f"import sys; sys.modules |= dict.fromkeys({modules!r}); import embedwright; embedwright.Embedder"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]

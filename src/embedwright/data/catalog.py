@@ -4,7 +4,6 @@ its rows are, and what is asked of them. The entries are in `catalog.yaml`, or i
 
 from __future__ import annotations
 
-import difflib
 import random
 from collections.abc import Iterable
 from functools import cache
@@ -13,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from embedwright.config import load_yaml, validate
+from embedwright.config import did_you_mean, load_yaml, validate
 from embedwright.data.example import Family, Task
 
 Version = Literal["v1", "v2"]
@@ -226,9 +225,7 @@ def find_entry(name: str) -> Entry:
         return validate(Entry, load_yaml(Path(name)), name)
     sets = load_catalog()
     if name not in sets:
-        near = difflib.get_close_matches(name, sets, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"no data set {name!r}; known: docstrings, {', '.join(sets)}{hint}")
+        raise ValueError(f"no data set {name!r}; known: docstrings, {', '.join(sets)}{did_you_mean(name, sets)}")
     return sets[name]
 
 

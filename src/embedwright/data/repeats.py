@@ -22,7 +22,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from rensa import RMinHash
 
 NEAR = 0.8  # Jaccard from which two texts are near-duplicates: the usual value (Lee et al. 2022, arXiv 2107.06499)
 SHINGLE_WORDS = 3
@@ -209,6 +208,8 @@ def _digest(text: str) -> bytes:
 
 def _band_keys(batch: Sequence[str]) -> NDArray[np.uint64]:
     """uint64 (N, B): texts of equal shingles have equal keys."""
+    from rensa import RMinHash  # of the extra `data`; shingles and their Jaccard, which mining takes, need none
+
     sets = [list(shingles(text)) for text in batch]
     rows = RMinHash.digest_matrix_from_token_sets(sets, num_perm=_BANDS * _ROWS, seed=_SEED).to_rows()
     digests = np.array(rows, dtype=np.uint64).reshape(-1, _BANDS, _ROWS)

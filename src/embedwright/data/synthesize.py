@@ -12,8 +12,8 @@ import json
 import logging
 import random
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any, Literal, get_args
@@ -24,9 +24,9 @@ from embedwright.config import load_yaml, validate
 from embedwright.data.diversity import Diversity
 from embedwright.data.example import DataError, Example, Family, Passage, Task, parse_example, text_of, to_row
 from embedwright.data.llm import Client, Failure, Question
-from embedwright.data.readers import aside, read_rows
 from embedwright.data.repeats import Spool, normalise, repeats
 from embedwright.data.table import write_examples
+from embedwright.data.tasks import tasks_file, write_tasks
 
 log = logging.getLogger(__name__)
 
@@ -185,7 +185,7 @@ class Report:
     diversity: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return asdict(self)
 
 
 def synthesize(
@@ -225,37 +225,10 @@ def synthesize(
     written = 0
     if len(spool):
         written = write_examples(out, kept())
-        _write_tasks(tasks_file(out), (task for of_kind in tasks.values() for task in of_kind if task.name in used))
+        write_tasks(tasks_file(out), (task for of_kind in tasks.values() for task in of_kind if task.name in used))
     reasons = {kind: dict(sorted(count.items())) for kind, count in dropped.items()}
     asked = sum(plan.counts.values())
     return Report(asked, written, reasons, brainstormed, dict(client.counts), diversity.to_json())
-
-
-def tasks_file(out: Path) -> Path:
-    """Where the tasks of the examples in `out` are: one `Task` a line."""
-    return out.with_name(f"{out.name}.tasks.jsonl")
-
-
-def read_tasks(path: Path) -> dict[str, Task]:
-    """Name -> Task, from one JSON object a line. FileNotFoundError, DataError or ConfigError name file and line."""
-    tasks: dict[str, Task] = {}
-    for number, _, row in read_rows(path):
-        try:
-            if isinstance(row, DataError):
-                raise row
-        except DataError as error:
-            raise DataError(f"{path}:{number}: {error}") from None
-        task = validate(Task, row, f"{path}:{number}")
-        if tasks.setdefault(task.name, task) != task:
-            raise DataError(f"{path}:{number}: another task {task.name!r} is above")
-    return tasks
-
-
-def _write_tasks(path: Path, tasks: Iterable[Task]) -> None:
-    part = aside(path)
-    with part.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(t.model_dump(exclude_defaults=True), ensure_ascii=False) + "\n" for t in tasks)
-    part.replace(path)
 
 
 def _tasks(client: Client, plan: Plan, kind: Kind, needed: int, licence: str) -> tuple[list[Task], dict[str, int]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
@@ -12,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from embedwright.config import ConfigError, load_yaml, validate
+from embedwright.config import ConfigError, did_you_mean, load_yaml, validate
 from embedwright.data.example import InBatch, Task
 
 Positive = Annotated[int, Field(ge=1)]
@@ -137,8 +136,7 @@ class Recipe(_Part):
             raise ValueError(f"provenance: says nothing of {missing[0]}")
         for key, said in self.provenance.items():
             if key not in keys:
-                near = difflib.get_close_matches(key, keys, n=1)
-                raise ValueError(f"provenance: no value {key!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+                raise ValueError(f"provenance: no value {key!r}{did_you_mean(key, keys)}")
             if said.partition(":")[0] not in SOURCES:
                 raise ValueError(f"provenance.{key}: {said!r} is none of {', '.join(SOURCES)}")
         return self

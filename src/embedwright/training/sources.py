@@ -12,8 +12,8 @@ import numpy as np
 from embedwright.config import ConfigError
 from embedwright.data.catalog import find_task
 from embedwright.data.example import Task
-from embedwright.data.synthesize import read_tasks, tasks_file
 from embedwright.data.table import ExampleTable, open_examples
+from embedwright.data.tasks import read_tasks, tasks_file
 from embedwright.training.blend import Source
 from embedwright.training.recipe import DataPart, Recipe, StagePart, expand
 

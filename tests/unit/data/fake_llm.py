@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -10,6 +11,10 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any
+
+import pytest
+
+from embedwright import cli
 
 Body = dict[str, Any]
 
@@ -121,3 +126,16 @@ def completion(reply: Reply) -> Body:
 def faulty_first(faults: list[Reply], good: Callable[[Body, int], Reply]) -> Callable[[Body, int], Reply]:
     """`faults` for the first requests, in order, then `good`."""
     return lambda body, n: faults[n] if n < len(faults) else good(body, n)
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """The exit code of `embedwright ARGUMENTS`, run in this process."""
+    for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS"):
+        monkeypatch.setenv(name, "error" if name == "TRANSFORMERS_VERBOSITY" else "1")
+    monkeypatch.delenv("EMBEDWRIGHT_DEBUG", raising=False)
+    monkeypatch.setattr(sys, "argv", ["embedwright", *map(str, arguments)])
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0

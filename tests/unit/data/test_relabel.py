@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from fake_llm import Body, FakeLLM, Reply
+from fake_llm import Body, FakeLLM, Reply, command
 
-from embedwright import cli
 from embedwright.data.example import Example, Passage, Task
 from embedwright.data.llm import Client, Server
 from embedwright.data.relabel import Candidate, Report, judge_by_model, judge_by_scores, relabel
@@ -169,18 +167,6 @@ def test_a_language_model(fake: FakeLLM, tmp_path: Path) -> None:
     assert "The task" not in fake.prompts[-1] and len(fake.requests) == 13
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS"):
-        monkeypatch.setenv(name, "error" if name == "TRANSFORMERS_VERBOSITY" else "1")
-    monkeypatch.delenv("EMBEDWRIGHT_DEBUG", raising=False)
-    monkeypatch.setattr(sys, "argv", ["embedwright", "data", "relabel", *map(str, arguments)])
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
-
-
 def test_the_command(
     fake: FakeLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -188,7 +174,7 @@ def test_the_command(
     path, out = tmp_path / "in.jsonl", tmp_path / "out.parquet"
     write_examples(path, EXAMPLES)
     options = ("--out", out, "--base-url", fake.url, "--model", "m", "--action", "promote")
-    assert run(monkeypatch, path, *options) == 0
+    assert command(monkeypatch, "data", "relabel", path, *options) == 0
     printed = capsys.readouterr().out
     report = json.loads(printed[printed.index("\n{") :])
     assert report["positive"] == 4 and report["read"]["examples"] == 5 and report["client"]["requests"] == 11
@@ -202,7 +188,10 @@ def test_the_command(
             judges[0] = name
 
     monkeypatch.setattr("sentence_transformers.CrossEncoder", Loaded)
-    assert run(monkeypatch, path, "--out", out, "--cross-encoder", "some/model", "--threshold", 0.5) == 0
+    assert (
+        command(monkeypatch, "data", "relabel", path, "--out", out, "--cross-encoder", "some/model", "--threshold", 0.5)
+        == 0
+    )
     assert judges[0] == "some/model"
     printed = capsys.readouterr().out
     assert json.loads(printed[printed.index("\n{") :])["positive"] == 9  # all share the number with their query
@@ -212,5 +201,5 @@ def test_the_command(
         ("--cross-encoder", "x", "--threshold", 1, *options[2:4]),
         (),
     ):
-        assert run(monkeypatch, path, "--out", out, *wrong) == 2
+        assert command(monkeypatch, "data", "relabel", path, "--out", out, *wrong) == 2
         assert "name the judge" in capsys.readouterr().err

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,11 +12,10 @@ from typing import Any
 
 import pytest
 import yaml
-from fake_llm import Body, FakeLLM, Reply
+from fake_llm import Body, FakeLLM, Reply, command
 
-from embedwright import cli
 from embedwright.config import ConfigError
-from embedwright.data.example import DataError, Example, Task
+from embedwright.data.example import Example, Task
 from embedwright.data.llm import Client, Server
 from embedwright.data.synthesize import (
     KINDS,
@@ -26,12 +24,11 @@ from embedwright.data.synthesize import (
     Plan,
     Prompts,
     Report,
-    read_tasks,
     split_evenly,
     synthesize,
-    tasks_file,
 )
 from embedwright.data.table import open_examples
+from embedwright.data.tasks import read_tasks, tasks_file
 
 WORDS = [a + b + c for a in "bdfgklmnprst" for b in "aeiou" for c in ("ra", "ne", "lo")]
 ALL: dict[Kind, int] = dict.fromkeys(KINDS, 4)
@@ -345,28 +342,6 @@ def test_a_count_is_split(count: int, kinds: list[str], split: dict[Kind, int]) 
 def test_a_split_that_is_refused(count: int, kinds: list[str], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         split_evenly(count, kinds)
-
-
-def test_tasks_are_read_with_care(tmp_path: Path) -> None:
-    path = tmp_path / "tasks.jsonl"
-    path.write_text('{"name": "a", "instruction": "x"}\n{"name": "a", "instruction": "y"}\n')
-    with pytest.raises(DataError, match=r"tasks\.jsonl:2: another task 'a' is above"):
-        read_tasks(path)
-    path.write_text('{"instruction": "x"}\n')
-    with pytest.raises(ConfigError, match=r"tasks\.jsonl:1: name: Field required"):
-        read_tasks(path)
-
-
-def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS"):
-        monkeypatch.setenv(name, "error" if name == "TRANSFORMERS_VERBOSITY" else "1")
-    monkeypatch.delenv("EMBEDWRIGHT_DEBUG", raising=False)
-    monkeypatch.setattr(sys, "argv", ["embedwright", *map(str, arguments)])
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
 
 
 def test_the_command(

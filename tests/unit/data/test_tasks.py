@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from embedwright.config import ConfigError
+from embedwright.data.example import DataError, Task
+from embedwright.data.tasks import read_tasks, tasks_file, write_tasks
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    tasks = [Task(name="a", family="sts", instruction="é", symmetric=True), Task(name="b")]
+    path = tasks_file(tmp_path / "rows.jsonl.gz")
+    assert path.name == "rows.jsonl.gz.tasks.jsonl"
+    write_tasks(path, tasks)
+    assert list(read_tasks(path).values()) == tasks and len(list(tmp_path.iterdir())) == 1
+
+
+def test_tasks_are_read_with_care(tmp_path: Path) -> None:
+    path = tmp_path / "tasks.jsonl"
+    path.write_text('{"name": "a", "instruction": "x"}\n{"name": "a", "instruction": "y"}\n')
+    with pytest.raises(DataError, match=r"tasks\.jsonl:2: another task 'a' is above"):
+        read_tasks(path)
+    path.write_text('{"instruction": "x"}\n')
+    with pytest.raises(ConfigError, match=r"tasks\.jsonl:1: name: Field required"):
+        read_tasks(path)
+    path.write_text('{"name": "a"}\n[1]\n')
+    with pytest.raises(DataError, match=r"tasks\.jsonl:2: "):
+        read_tasks(path)
