@@ -18,6 +18,7 @@ from torch import Tensor
 from embedwright.model import probe, selftest, storage
 from embedwright.model.adapter import add_lora, has_lora, merge_lora
 from embedwright.model.backbone import AttentionKind, decoder_config, load_backbone, origin_of, resolve_base
+from embedwright.model.memory import keep_freed_memory
 from embedwright.model.network import EmbedwrightConfig, EmbedwrightModel
 from embedwright.model.pooling import FOLDED, FoldedLatent, Kind, LatentPooling, PoolingConfig
 from embedwright.packing import PackedTexts, batches, pack
@@ -172,6 +173,7 @@ class Embedder:
 
     def _ready(self, device: str | None, backend: Backend) -> Embedder:
         self.network.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+        keep_freed_memory()
         probe.check(self.network)
         if backend != "packed":
             self.network.implementation = backend
@@ -228,7 +230,7 @@ class Embedder:
         """Vectors of the texts: float32 (N, E) of unit length, in the order given, whatever the batches were.
 
         `task` is an instruction for queries (None: documents); `prefix` is the raw string in front, instead of it.
-        `batch_tokens` bounds the tokens of one forward (default: 2,048 on a CPU, whose caches hold no more, else
+        `batch_tokens` bounds the tokens of one forward (default: 1,024 on a CPU, whose caches hold no more, else
         16,384); a longer text is a batch of its own. `dim` keeps the first so many dimensions and normalises again.
         `precision`: `int8` scales each vector's largest component to 127, `binary` packs the signs into uint8
         (N, dim/8). TypeError and ValueError name the index of a bad text.
@@ -237,7 +239,7 @@ class Embedder:
         if dim is not None and not 1 <= dim <= self.embedding_dim:
             raise ValueError(f"dim={dim}: the model has {self.embedding_dim} dimensions")
         if batch_tokens is None:
-            batch_tokens = 2048 if self.device.type == "cpu" else 16_384
+            batch_tokens = 1024 if self.device.type == "cpu" else 16_384
         if batch_tokens < 1:
             raise ValueError(f"batch_tokens={batch_tokens} must be positive")
         unique = list(dict.fromkeys(texts))

@@ -156,13 +156,13 @@ def needs_gated() -> None:
 
 
 def block(family: str) -> tuple[nn.Module, nn.Module]:
-    """A stock block in bfloat16, and its copy with the faster products."""
+    """A stock block in bfloat16 for inference, and its copy with the faster products."""
     made, config = BLOCKS[family]
     torch.manual_seed(0)
     stock = made(config)
     for parameter in stock.parameters():
         nn.init.normal_(parameter, std=0.2)
-    stock = stock.bfloat16()
+    stock = stock.bfloat16().eval()
     fast = copy.deepcopy(stock)
     speed_up(fast)
     return stock, fast
@@ -181,7 +181,10 @@ def test_a_gated_block_rounds_less_than_the_stock_one(needs_gated: None, family:
         assert errors[1] < errors[0]
 
 
-@pytest.mark.parametrize("case", ["gradients", "autocast", "float32", "bias", "lora", "empty", "activation"])
+CASES = ["gradients", "training", "autocast", "float32", "bias", "lora", "empty", "activation"]
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_a_gated_block_is_the_stock_one_otherwise(
     needs_gated: None, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,6 +194,8 @@ def test_a_gated_block_is_the_stock_one_otherwise(
     monkeypatch.setattr(onednn, "gated", refuse)
     stock, fast = block("llama")
     x = torch.randn(0 if case == "empty" else 5, 48).bfloat16()
+    if case == "training":
+        fast.train()
     if case == "float32":
         stock, fast, x = stock.float(), fast.float(), x.float()
     if case == "bias":
@@ -205,6 +210,18 @@ def test_a_gated_block_is_the_stock_one_otherwise(
             part.act_fn = nn.ReLU()
     with torch.set_grad_enabled(case == "gradients"), torch.autocast("cpu", enabled=case == "autocast"):
         torch.testing.assert_close(fast(x), stock(x))
+
+
+@pytest.mark.parametrize("mode", ["inference", "gradients", "training"])
+def test_a_gated_block_takes_float32_rows_in_slices_for_inference_alone(mode: str) -> None:
+    stock, fast = (part.float() for part in block("llama"))
+    fast.train(mode == "training")  # slices would draw other dropout masks than the whole
+    rows: list[int] = []
+    fast.get_submodule("up_proj").register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[-2]))
+    x = torch.randn(1, 1100, 48)
+    with torch.set_grad_enabled(mode == "gradients"):
+        torch.testing.assert_close(fast(x), stock(x))
+    assert rows == ([512, 512, 76] if mode == "inference" and available() else [1100])
 
 
 def test_a_gated_block_saves_what_the_stock_one_does(needs_gated: None) -> None:
