@@ -46,11 +46,20 @@ from torch import Tensor, nn  # noqa: E402
 
 from embedwright.model.embedder import Embedder  # noqa: E402
 from embedwright.training.batch import Batch  # noqa: E402
-from embedwright.training.recipe import OptimPart, TunePart  # noqa: E402
-from embedwright.training.step import accumulate, make_optimizer, update  # noqa: E402
+from embedwright.training.processes import ALONE  # noqa: E402
+from embedwright.training.recipe import DataPart, OptimPart, StagePart, TunePart  # noqa: E402
+from embedwright.training.step import accumulate, make_optimizer, share_of, update  # noqa: E402
 
 MODEL = "smollm2-135m"
 QUERIES, RANK, TEMPERATURE, CLIP = 32, 16, 0.05, 1.0
+STAGE = StagePart(
+    name="benchmark",
+    data=(DataPart(path="none"),),
+    in_batch_negatives="all",
+    hard_negatives=1,
+    temperature=TEMPERATURE,
+    optim=OptimPart(lr=1e-4, steps=2, batch_queries=QUERIES),
+)
 RATE = 0.0  # of learning: every round has the same gradients, at the cost of any other
 WHOLE = 10**6  # tokens: one forward
 BUDGETS = (8192, 6144, 4096, 3072, 2048, 1536, 1024, 768, 512)  # batch_tokens, for equal memory
@@ -193,7 +202,8 @@ class Ours:
         network.train()
         self.backbone = network.backbone
         fill_adapters(adapters(self.backbone))
-        self.optimizer = make_optimizer(network, TunePart(), OptimPart(lr=1e-4, steps=2, batch_queries=QUERIES))
+        self.optimizer = make_optimizer(network, TunePart(), STAGE.optim)
+        self.replica = ALONE.wrap(network)
         self.tokens = 0
 
     def backward(self, texts: tuple[list[str], ...], batch_tokens: int) -> float:
@@ -203,7 +213,8 @@ class Ours:
         rows = np.arange(len(queries))
         allowed_QC[rows, rows] = False
         batch = Batch([("", text) for text in queries], candidates, rows, allowed_QC, [])
-        loss, self.tokens = accumulate(self.model, batch, temperature=TEMPERATURE, batch_tokens=batch_tokens, seed=0)
+        share = share_of(self.model, batch, ALONE)
+        loss, self.tokens = accumulate(self.replica, share, STAGE, batch_tokens=batch_tokens, seed=0)
         return loss
 
     def step(self, texts: tuple[list[str], ...], batch_tokens: int) -> None:

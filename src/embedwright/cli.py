@@ -8,12 +8,16 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from embedwright.cli_data import TaskOption, data_app, mine, synth
 from embedwright.display import counter, say, training
+
+if TYPE_CHECKING:
+    from embedwright.model.embedder import Embedder
+    from embedwright.training.recipe import Recipe
 
 app = typer.Typer(
     help="Turn decoder-only LLMs into text-embedding models, and use them.\n\n"
@@ -41,17 +45,21 @@ def train(
     instruction: Annotated[str | None, typer.Option(help="With --data: the instruction of your queries.")] = None,
     teacher: Annotated[str, typer.Option(help="With --data: the model that mines hard negatives.")] = "minilm",
     plan_only: Annotated[
-        bool, typer.Option("--plan", help="Compute rows, steps and passes instead of running.")
+        bool, typer.Option("--plan", help="Say what it would do and cost (tokens, memory, time), and run nothing.")
     ] = False,
+    processes: Annotated[int, typer.Option(min=1, help="With --plan: for so many GPUs.")] = 1,
 ) -> None:
     """Train all stages of a recipe, or the two-stage defaults on your own pairs. Resumes by itself."""
     from embedwright import quickstart
     from embedwright.training.loop import train as run
+    from embedwright.training.processes import together
     from embedwright.training.recipe import Recipe
 
     if (recipe is None) == (data is None):
         raise ValueError("give a recipe file, or --data with your own pairs")
     if data is not None:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError("--data mines first, which is for one process: start many of them with a recipe file")
         if out is None:
             raise ValueError("--data needs --out, the folder that the run is kept in")
         plan = quickstart.recipe_for(
@@ -62,12 +70,18 @@ def train(
         plan = Recipe.load(recipe)
         plan = plan if out is None else plan.with_out(out)
     if plan_only:
-        from embedwright.training.plan import plan as sizes
-        from embedwright.training.plan import render
+        from embedwright.training.plan import report
 
-        say(render(plan, sizes(plan)))
+        say(report(plan, processes=processes))
         return
     model = run(plan, on_step=training(plan), on_evaluation=lambda line: say(f"  {line}"))
+    with together() as first:
+        if first:
+            _keep(plan, model)
+
+
+def _keep(plan: Recipe, model: Embedder) -> None:
+    """Save what was trained into the run's folder, and show what it is worth."""
     folder = Path(plan.run.out) / "model"
     if folder.exists():
         say(f"{folder} is there already: left as it is")
@@ -110,10 +124,42 @@ def evaluate(
 
 @app.command()
 def merge(
-    adapter: Annotated[str, typer.Argument(help="An adapter folder, of this package or of peft.")],
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL...", help="One adapter folder, ours or peft's; or several models of one base."),
+    ],
     out: Annotated[Path, typer.Argument(help="Folder for the merged model.")],
+    how: Annotated[
+        Literal["average", "slerp"], typer.Option(help="Of several: the average of all, or slerp between two.")
+    ] = "average",
+    weights: Annotated[str | None, typer.Option(help="Of several: what each counts, as 0.7,0.3.")] = None,
+    suite: Annotated[str | None, typer.Option(help="Score what went in and what came out on this suite.")] = None,
 ) -> None:
-    """Fold an adapter into its base and save the whole model, checked against the adapter and again when read back."""
+    """Make one model: of an adapter and its base, checked against the adapter; or of several models, as a soup."""
+    from embedwright.evaluation.suite import load_suite
+    from embedwright.model.soup import soup
+
+    if suite is not None:
+        load_suite(suite)  # a mistake in it shows before the work is done
+    if len(models) > 1:
+        soup(models, out, how=how, weights=None if weights is None else _numbers(weights))
+        say(f"{out}: {how} of {len(models)} models")
+    elif weights is not None:
+        raise ValueError("--weights are for several models: one adapter is added to its base as it is")
+    else:
+        _fold_in(models[0], out)
+    if suite is not None:
+        _side_by_side([*models, str(out)], suite)
+
+
+def _numbers(written: str) -> list[float]:
+    try:
+        return [float(number) for number in written.split(",")]
+    except ValueError:
+        raise ValueError(f"--weights {written}: numbers with commas between them, as 0.7,0.3") from None
+
+
+def _fold_in(adapter: str, out: Path) -> None:
     from embedwright.model.embedder import Embedder
     from embedwright.model.selftest import TEXTS
 
@@ -124,6 +170,14 @@ def merge(
     del model  # of a large one there is room for one
     difference = abs(Embedder.load(out).encode(texts) - before).max()
     say(f"{out}: largest difference from the adapter's vectors {difference:.1e}")
+
+
+def _side_by_side(models: list[str], suite: str) -> None:
+    from embedwright.evaluation.report import render, table
+    from embedwright.evaluation.suite import evaluate as run
+    from embedwright.model.opening import open_encoder
+
+    say(render(table({model: run(open_encoder(model), suite, progress=say) for model in models})))
 
 
 @app.command()

@@ -46,7 +46,8 @@ def training(recipe: Recipe) -> Callable[[dict[str, Any]], None]:
 
     def on_step(record: dict[str, Any]) -> None:
         pace = record["tokens"] / record["seconds"]
-        note = f"{record['stage']}: loss {record['loss']:.3f}, {pace:,.0f} tokens/s"
+        loss = "not finite" if record["loss"] is None else f"{record['loss']:.3f}"
+        note = f"{record['stage']}: loss {loss}, {pace:,.0f} tokens/s"
         update(before[record["stage"]] + record["step"], total, note)
 
     return on_step

@@ -87,7 +87,7 @@ def outcome(process: subprocess.Popen[str]) -> list[int]:
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
     records = map(json.loads, (folder / "out" / "metrics.jsonl").read_text().splitlines())
-    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+    return [{key: value for key, value in record.items() if key not in ("seconds", "peak_mb")} for record in records]
 
 
 def evaluations(folder: Path) -> list[Any]:
@@ -129,6 +129,7 @@ def test_a_run_that_is_killed_again_and_again_equals_an_unbroken_one(
 
 def main(folder: Path) -> None:
     import scipy.stats  # noqa: F401  evaluation imports it when it is called
+    from kills import die_in
     from transformers.utils import logging as transformers_logging
 
     from embedwright.training.loop import start_model, train
@@ -136,13 +137,14 @@ def main(folder: Path) -> None:
     from embedwright.training.step import make_optimizer
 
     transformers_logging.disable_progress_bar()
+    owners: dict[str, Any] = {"fsync": os, "rename": Path, "replace": Path, "rmtree": shutil}
     job = json.loads((folder / "job.json").read_text())
     run = Recipe.parse(job["recipe"])
     make_optimizer(start_model(run).network, run.tune, run.stages[0].optim)  # imports the rest, once for all children
 
     def train_in_child(kill: dict[str, Any], write_end: int) -> None:
         if "call" in kill:
-            die_in(kill["call"], kill["number"])
+            die_in(owners[kill["call"]], kill["call"], kill["number"])
 
         def tell(record: dict[str, Any]) -> None:
             os.write(write_end, bytes([record["step"] + (FIRST if record["stage"] == "generalist" else 0)]))
@@ -177,19 +179,6 @@ def main(folder: Path) -> None:
         if ends[-1] == 1:
             sys.exit(1)
     print(json.dumps(ends))
-
-
-def die_in(name: str, number: int) -> None:
-    """Kill this process before call number `number` of a function that writes files."""
-    owner: Any = {"fsync": os, "rename": Path, "replace": Path, "rmtree": shutil}[name]
-    function, calls = getattr(owner, name), iter(range(1, 1000))
-
-    def dying(*args: Any, **kwargs: Any) -> Any:
-        if next(calls) == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **kwargs)
-
-    setattr(owner, name, dying)
 
 
 if __name__ == "__main__":

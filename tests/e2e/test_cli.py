@@ -392,6 +392,47 @@ def test_an_adapter_is_merged_into_its_base_once(command: Command, saved: Path, 
     assert not (tmp_path / "twice").exists()
 
 
+def test_models_of_one_base_are_souped_and_scored(
+    command: Command, saved: Path, tmp_path: Path, tiny_embedder: Callable[..., Embedder]
+) -> None:
+    model = tiny_embedder("latent")
+    model.network.head.latents.data += 0.1
+    model.save(tmp_path / "b")
+    scored = [{"text1": f"a text {i}", "text2": f"text {i * i}", "score": i % 4} for i in range(12)]
+    suite = write(tmp_path / "suite" / "sts.jsonl", scored).parent
+    parts, out = [saved, tmp_path / "b"], tmp_path / "soup"
+    answer = command("merge", *parts, out, "--weights", "3,1", "--suite", suite)
+    assert answer.code == 0, answer.err
+    assert f"{out}: average of 2 models" in answer.out
+    header, row = answer.out.splitlines()[-2:]
+    assert header.split()[-3:] == [str(path) for path in (*parts, out)]
+    assert row.split()[:2] == ["sts", "cosine_spearman"]
+    found, before = (Embedder.load(path).network.head.latents for path in (out, saved))
+    np.testing.assert_allclose(found.detach(), before.detach() + 0.025, rtol=0, atol=1e-6)
+    again = command("merge", *parts, tmp_path / "arc", "--how", "slerp")
+    assert again.code == 0 and "slerp of 2 models" in again.out and Embedder.load(tmp_path / "arc")
+
+
+@pytest.mark.parametrize(
+    ("models", "options", "said"),
+    [
+        (2, ["--weights", "1,2,3"], "weights: 3 for 2 models"),
+        (2, ["--weights", "a,b"], "--weights a,b: numbers with commas between them"),
+        (2, ["--how", "mean"], "'mean' is not one of 'average', 'slerp'"),
+        (3, ["--how", "slerp"], "slerp is between two models, not 3"),
+        (2, ["--suite", "absent"], "no suite 'absent'"),
+        (1, ["--weights", "1"], "--weights are for several models"),
+        (1, [], "no LoRA adapters to merge"),
+        (0, [], "Missing argument 'MODEL...'"),
+    ],
+)
+def test_what_cannot_be_merged(
+    command: Command, saved: Path, tmp_path: Path, models: int, options: list[str], said: str
+) -> None:
+    answer = command("merge", *[saved] * models, tmp_path / "out", *options)
+    assert answer.code == 2 and said in answer.err and list(tmp_path.iterdir()) == []
+
+
 def test_mine_writes_examples_with_negatives(command: Command, saved: Path, tmp_path: Path) -> None:
     pairs = write(tmp_path / "pairs.jsonl", own_pairs(12))
     out = tmp_path / "new" / "mined.jsonl"

@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "cli": None,
     "cli_data": None,
 }
-ENTRY_POINTS_OF = {"cli": {"cli_data", "demo", "quickstart"}}  # who may import an entry point
+ENTRY_POINTS_OF = {"__main__": {"cli"}, "cli": {"cli_data", "demo", "quickstart"}}  # who may import an entry point
 
 # Modules without a test file of their own, and the file that tests them.
 TESTED_ELSEWHERE = {"data.teacher": "data/test_mine.py"}

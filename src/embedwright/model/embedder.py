@@ -5,8 +5,9 @@ N texts, E embedding, T packed tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from embedwright.model import probe, selftest, storage
+from embedwright.model import bridges, probe, selftest, storage
 from embedwright.model.adapter import add_lora, has_lora, merge_lora
 from embedwright.model.backbone import AttentionKind, decoder_config, load_backbone, origin_of, resolve_base
 from embedwright.model.memory import keep_freed_memory
@@ -137,6 +138,32 @@ class Embedder:
             stock = storage.opens_as_stock(self.network, self.tokenizer)
             self.network.origin = origin_of(path, self.network.backbone, "stock" if stock else "whole")
 
+    def to_sentence_transformer(self) -> Any:
+        """A SentenceTransformer (6.x) of the same weights: training it, as with its own trainer, trains this model.
+
+        Transformer -> Pooling -> Normalize, as if this model had been saved and opened there, with the same vectors.
+        What it saves is a whole model of our format, adapters merged; `save` writes the rest of what this one can be.
+        ImportError without sentence-transformers, ValueError for a folded model.
+        """
+        return bridges.sentence_transformer(self.network, self.tokenizer)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        token: str | None = None,
+        card: str | Mapping[str, Any] | None = None,
+    ) -> str:
+        """Upload what `save` writes, with a model card, to the Hugging Face hub; gives the repository's address.
+
+        The repository is made if it is not there (`private` then says which kind). `token`: None for the one that
+        `hf auth login` keeps. `card`: arguments of `embedwright.model.card.model_card` beside those that the model
+        knows, such as `base`, `license`, `data` and `scores`; or a whole text. ValueError as in `save`, and for
+        adapters whose base others cannot open.
+        """
+        return bridges.push_to_hub(self.network, self.tokenizer, repo_id, private=private, token=token, card=card)
+
     def add_lora(self, rank: int = 16, alpha: int = 32, dropout: float = 0.0) -> Embedder:
         """LoRA on every linear layer of the backbone, in place. Vectors stay as they are until it is trained.
 
@@ -214,7 +241,6 @@ class Embedder:
         in_front = self.contract.prefix(task) if prefix is None else prefix
         return tokenize(self.tokenizer.backend_tokenizer, self.contract, texts, in_front, max_tokens)
 
-    @torch.inference_mode()
     def encode(
         self,
         texts: Sequence[str],
@@ -253,12 +279,13 @@ class Embedder:
                 index = texts.index(unique[start + error.index])
                 raise NoTokenError(error.prefix, error.limit, index) from None
 
-        for start, chunk in _ahead(tokenized, range(0, len(unique), _CHUNK)):
-            for batch in batches([len(t.ids) for t in chunk], batch_tokens):
-                embedded = self.network.embed(pack([chunk[i] for i in batch]).to(self.device))
-                vectors[[start + i for i in batch]] = embedded.cpu().numpy()
-                if bar is not None:
-                    bar.update(len(batch))
+        with _evaluating(self.network), torch.inference_mode(not self.network.sharded), torch.no_grad():
+            for start, chunk in _ahead(tokenized, range(0, len(unique), _CHUNK)):
+                for batch in batches([len(t.ids) for t in chunk], batch_tokens):
+                    embedded = self.network.embed(pack([chunk[i] for i in batch]).to(self.device))
+                    vectors[[start + i for i in batch]] = embedded.cpu().numpy()
+                    if bar is not None:
+                        bar.update(len(batch))
         if bar is not None:
             bar.close()
         if len(unique) != len(texts):
@@ -269,6 +296,19 @@ class Embedder:
     def embed(self, packed: PackedTexts) -> Tensor:
         """(N, E) with gradient: what training calls."""
         return self.network.embed(packed.to(self.device))
+
+
+@contextmanager
+def _evaluating(network: EmbedwrightModel) -> Iterator[None]:
+    """Without dropout meanwhile, in whatever mode a trainer has left the network."""
+    if not network.training:
+        yield
+        return
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train()
 
 
 def _ahead(

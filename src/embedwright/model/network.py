@@ -73,6 +73,7 @@ class EmbedwrightModel(PreTrainedModel):
         if config.head_dtype == "float32":
             self._keep_in_fp32_modules_strict = {"head"}  # when loaded, whatever type the backbone is asked for in
         self.mixed = False  # training in bf16: the backbone's products in bf16, whatever its adapters are stored in
+        self.sharded = False  # by FSDP, which goes on using what a forward in inference mode would leave it
         self.post_init()
         speed_up(self)
 

@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from embedwright.training.processes import ALONE, Processes, full, like
+
 logger = logging.getLogger(__name__)
 
 _WEIGHTS, _OPTIMIZER, _STATE, _MANIFEST = "weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
@@ -36,32 +38,69 @@ class RunState:
 
 
 def save_checkpoint(
-    folder: Path, state: RunState, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer, keep: int
+    folder: Path,
+    state: RunState,
+    weights: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    keep: int,
+    processes: Processes = ALONE,
 ) -> Path:
-    """Write one checkpoint below `folder`, then remove all but the newest `keep`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / f".tmp-{uuid.uuid4().hex}"
-    aside.mkdir()
-    save_file({name: t.detach().cpu().contiguous() for name, t in weights.items()}, aside / _WEIGHTS)
-    tensors, numbers = _flatten(optimizer.state_dict())
-    save_file(tensors, aside / _OPTIMIZER)
-    (aside / _STATE).write_text(json.dumps({"run": asdict(state), "optimizer": numbers}))
-    files = {name: _digest(aside / name) for name in (_WEIGHTS, _OPTIMIZER, _STATE)}
-    (aside / _MANIFEST).write_text(json.dumps({"files": files, "recipe": state.recipe}, indent=2))
-    for path in (*aside.iterdir(), aside):
-        _fsync(path)
+    """Write one checkpoint below `folder`, then remove all but the newest `keep`.
+
+    All processes call it, and the first one writes, tensors whole, so that any number of them can go on from it.
+    OSError where it cannot be written: what is there already stays as it is.
+    """
+    trained = {name: _whole(tensor, processes) for name, tensor in weights.items()}
+    tensors, numbers = _flatten(optimizer.state_dict(), processes)
     final = folder / state.folder
-    if final.exists():  # the same step again, after a resume from an older one
-        shutil.rmtree(final)
-    aside.rename(final)
-    _fsync(folder)
-    for old in _complete(folder)[:-keep]:
-        shutil.rmtree(old)
+    if processes.first:
+        folder.mkdir(parents=True, exist_ok=True)
+        aside = folder / f".tmp-{uuid.uuid4().hex}"
+        try:
+            _write(aside, state, trained, tensors, numbers, processes.count)
+        except Exception as error:  # safetensors has errors of its own for a disk that is full
+            shutil.rmtree(aside, ignore_errors=True)
+            raise OSError(f"checkpoint {final} could not be written ({error}); the one before is intact") from error
+        if final.exists():  # the same step again, after a resume from an older one
+            shutil.rmtree(final)
+        aside.rename(final)
+        _fsync(folder)
+        for old in _complete(folder)[:-keep]:
+            shutil.rmtree(old)
+    processes.wait()
     return final
 
 
+def _write(
+    aside: Path,
+    state: RunState,
+    weights: dict[str, Tensor],
+    tensors: dict[str, Tensor],
+    numbers: list[dict[str, Any]],
+    processes: int,
+) -> None:
+    aside.mkdir()
+    save_file(weights, aside / _WEIGHTS)
+    save_file(tensors, aside / _OPTIMIZER)
+    (aside / _STATE).write_text(json.dumps({"run": asdict(state), "optimizer": numbers}))
+    files = {name: _digest(aside / name) for name in (_WEIGHTS, _OPTIMIZER, _STATE)}
+    manifest = {"files": files, "recipe": state.recipe, "processes": processes}
+    (aside / _MANIFEST).write_text(json.dumps(manifest, indent=2))
+    for path in (*aside.iterdir(), aside):
+        _fsync(path)
+
+
+def _whole(tensor: Tensor, processes: Processes) -> Tensor:
+    """On a CPU, in the process that writes; elsewhere nothing is kept."""
+    whole = full(tensor.detach())
+    return whole.cpu().contiguous() if processes.first else whole.new_empty(0)
+
+
 def newest(folder: Path) -> Path | None:
-    """The newest checkpoint that verifies. A damaged one is set aside as `*.damaged` and named in the log."""
+    """The newest checkpoint that verifies. A damaged one is set aside as `*.damaged` and named in the log.
+
+    For one process alone: it removes what a killed one left.
+    """
     for aside in folder.glob(".tmp-*"):
         shutil.rmtree(aside)
     for candidate in reversed(_complete(folder)):
@@ -85,16 +124,17 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
 def restore_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
     """Put the optimizer's moments and step counts back. ValueError where its groups are others."""
     numbers = json.loads((checkpoint / _STATE).read_text())["optimizer"]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Any]] = {}
     for key, tensor in load_file(checkpoint / _OPTIMIZER).items():
         index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = tensor
+        state.setdefault(int(index), {})[name] = like(tensor, parameters[int(index)])
     optimizer.load_state_dict({"state": state, "param_groups": numbers})
 
 
-def _flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+def _flatten(state: dict[str, Any], processes: Processes) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     tensors = {
-        f"{index}.{name}": value.detach().cpu().contiguous()
+        f"{index}.{name}": _whole(value, processes)
         for index, values in state["state"].items()
         for name, value in values.items()
     }

@@ -7,6 +7,8 @@ micro-batch again, with its graph, against its slice of that gradient.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,26 +21,30 @@ def backward(
     micro_batches: Sequence[PackedTexts],
     loss_of: Callable[[Tensor], Tensor],
     seed: int,
+    *,
+    processes: int = 1,
+    syncing: Callable[[bool], AbstractContextManager[Any]] = lambda _: nullcontext(),
 ) -> float:
     """Adds the gradient of `loss_of(embeddings of all micro-batches in order)` to the parameters; returns the loss.
 
-    Dropout is seeded per micro-batch, so that the second pass repeats the masks of the first.
+    Dropout is seeded per micro-batch, so that the second pass repeats the masks of the first. Of several `processes`,
+    each with as many micro-batches as the others, gradients are averaged on the way (`syncing(last)`), so they are
+    sent times their number.
     """
 
     def run(index: int) -> Tensor:
         torch.manual_seed(seed + index)
         return embed(micro_batches[index])
 
-    if len(micro_batches) == 1:
-        loss = loss_of(run(0))
-        loss.backward()
-        return loss.item()
-    with torch.no_grad():
+    once = len(micro_batches) == 1  # its graph may stay
+    with torch.set_grad_enabled(once), syncing(once):
         parts = [run(i) for i in range(len(micro_batches))]
-    cached_NE = torch.cat(parts).requires_grad_()
+    cached_NE = torch.cat([part.detach() for part in parts]).requires_grad_()
     loss = loss_of(cached_NE)
     loss.backward()
     assert cached_NE.grad is not None
-    for i, gradient in enumerate(cached_NE.grad.split([len(p) for p in parts])):
-        run(i).backward(gradient)
+    gradients = (cached_NE.grad * processes).split([len(part) for part in parts])
+    for i, gradient in enumerate(gradients):
+        with syncing(i == len(gradients) - 1):
+            (parts[0] if once else run(i)).backward(gradient)
     return loss.item()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,11 @@ import torch
 from torch import Tensor
 
 from embedwright.config import ConfigError
-from embedwright.evaluation.suite import evaluate
-from embedwright.model import probe
+from embedwright.model import memory, probe
 from embedwright.model.adapter import has_lora, idle_adapters
+from embedwright.model.card import facts, model_card
 from embedwright.model.embedder import Embedder
+from embedwright.training import processes as many
 from embedwright.training.batch import make_batch
 from embedwright.training.blend import Source, rows_at
 from embedwright.training.checkpoint import (
@@ -29,48 +32,71 @@ from embedwright.training.checkpoint import (
     restore_optimizer,
     save_checkpoint,
 )
-from embedwright.training.recipe import Recipe, StagePart, expand
+from embedwright.training.curves import write_curves
+from embedwright.training.distill import Teacher, teacher_of
+from embedwright.training.folder import card_facts, describe_run
+from embedwright.training.interrupt import Asked, Interrupted, stop_when_asked
+from embedwright.training.judge import Judge
+from embedwright.training.objective import check_widths
+from embedwright.training.processes import Processes, Replica
+from embedwright.training.recipe import Recipe, StagePart
 from embedwright.training.sources import data_fingerprint, open_sources
-from embedwright.training.step import accumulate, learning_rate, make_optimizer, update
-from embedwright.training.track import Tracker, read_records, write_records
+from embedwright.training.step import Share, accumulate, learning_rate, make_optimizer, share_of, update
+from embedwright.training.track import Tracker, write_whole
+from embedwright.training.watch import HeadActivity, MovedWeights, NonFinite, chance, stuck, warn_if_inert
 
 logger = logging.getLogger(__name__)
 
 OnStep = Callable[[dict[str, Any]], None]
 OnEvaluation = Callable[[str], None]
 
+_LOOK_EVERY = 10  # steps between two looks at what the pooling block does
+
 
 def train(recipe: Recipe, *, on_step: OnStep | None = None, on_evaluation: OnEvaluation | None = None) -> Embedder:
     """Run every stage that is not done yet and return the embedder, adapters merged, in float32.
 
-    Below `run.out`: `checkpoints/`, `metrics.jsonl` (one object a step), `evaluations.jsonl` (one a suite). `on_step`
-    gets each step's record, `on_evaluation` a line of progress. ConfigError where the run in that folder is of another
-    recipe or of other data; FloatingPointError, before the update, where a loss or gradient is not finite.
+    Below `run.out` it leaves what docs/runs.md lists. `on_step` gets each step's record, `on_evaluation` a line of
+    progress; of many processes, in the first one. ConfigError where the run in that folder is of another recipe or of
+    other data. Interrupted (a KeyboardInterrupt) on SIGTERM or
+    SIGINT, FloatingPointError where three steps in a row are not finite, RuntimeError where weights stand still: each
+    behind a good checkpoint.
     """
+    processes = many.start()
     out = Path(recipe.run.out)
     sources = open_sources(recipe)
     state = RunState(stage=0, step=0, recipe=recipe.hash(), data=data_fingerprint(sources))
-    checkpoint = newest(out / "checkpoints")
+    checkpoint = _newest(out / "checkpoints", processes)
     if checkpoint is not None:
         state = _continue(checkpoint, state, out)
-    model = start_model(recipe)
+    model = start_model(recipe, processes)
     out.mkdir(parents=True, exist_ok=True)
     if checkpoint is not None:
-        _load_trained(model, read_weights(checkpoint))
-    else:
-        (out / "evaluations.jsonl").unlink(missing_ok=True)  # of a run that ended before its first checkpoint
+        load_trained(model, read_weights(checkpoint))
+    activity = HeadActivity(model.network.head)
+    replica = processes.wrap(model.network, recipe.run.parallel)
     names = [stage.name for stage in recipe.stages]
-    with Tracker(out, recipe.run.tracker, names, state.stage, state.step) as tracker:
-        run = _Run(recipe, model, tracker, out, on_step, on_evaluation)
+    log: AbstractContextManager[Tracker | None] = nullcontext()
+    if processes.first:
+        describe_run(out, recipe, sources)
+        settings = recipe.model_dump(mode="json")
+        log = Tracker(out, recipe.run.tracker, names, state.stage, state.step, settings)
+    with stop_when_asked() as asked, log as tracker:
+        judge = Judge(recipe.eval, out, model, processes, on_evaluation, tracker, fresh=checkpoint is None)
+        run = _Run(recipe, model, replica, tracker, judge, activity, asked, on_step)
         if checkpoint is None:
-            run.evaluate("start", 0)
+            judge.evaluate("start", 0)
         for number in range(state.stage, len(recipe.stages)):
             begin = replace(state, stage=number, step=state.step if number == state.stage else 0)
             run.stage(recipe.stages[number], sources[number], begin, checkpoint if begin.step else None)
-    return finish(model)
+    model = finish(_whole(recipe, model, processes))
+    if processes.first:
+        known = facts(model.network, model.tokenizer) | card_facts(recipe, sources, judge.records)
+        write_whole(out / "README.md", model_card(known.pop("name"), path="model", **known))
+    return model
 
 
-def start_model(recipe: Recipe) -> Embedder:
+def start_model(recipe: Recipe, processes: Processes = many.ALONE) -> Embedder:
     """The model before its first step: decoder, identity head, fresh adapters; probed."""
     spec, tune = recipe.model, recipe.tune
     frozen_in_bf16 = recipe.run.precision == "bf16" and tune.method == "lora"
@@ -86,6 +112,7 @@ def start_model(recipe: Recipe) -> Embedder:
         layers=spec.layers,
         max_tokens=spec.max_tokens,
         dtype="bfloat16" if frozen_in_bf16 else "float32",
+        device=None if processes.device is None else str(processes.device),
         seed=recipe.seed,
         **sizes,
     )
@@ -122,94 +149,163 @@ class _Run:
         self,
         recipe: Recipe,
         model: Embedder,
-        tracker: Tracker,
-        out: Path,
+        replica: Replica,
+        tracker: Tracker | None,
+        judge: Judge,
+        activity: HeadActivity,
+        asked: Asked,
         on_step: OnStep | None,
-        on_evaluation: OnEvaluation | None,
     ) -> None:
-        self.recipe, self.model, self.tracker, self.out = recipe, model, tracker, out
-        self.on_step, self.on_evaluation = on_step, on_evaluation
+        self.recipe, self.model, self.replica, self.tracker = recipe, model, replica, tracker
+        self.processes = processes = replica.processes
+        self.judge, self.activity, self.asked = judge, activity, asked
+        self.on_step = on_step if processes.first else None
+        self.out = Path(recipe.run.out)
+        self.nonfinite = NonFinite(self.out / "nonfinite.jsonl", processes)
 
     def stage(self, stage: StagePart, sources: list[Source], state: RunState, resumed: Path | None) -> None:
-        recipe, network = self.recipe, self.model.network
+        recipe, network, judge = self.recipe, self.model.network, self.judge
         optimizer = make_optimizer(network, recipe.tune, stage.optim)
         if resumed is not None:
             restore_optimizer(resumed, optimizer)
-        for step in range(state.step, stage.optim.steps):
-            if step and recipe.eval.every and step % recipe.eval.every == 0:  # here, so that a resumed run does it too
-                self.evaluate(stage.name, step)
-            record = self.step(stage, sources, state.stage, step, optimizer)
-            self.tracker.step(record)
-            if self.on_step is not None:
-                self.on_step(record)
-            done = step + 1
-            if done == stage.optim.steps or done % recipe.run.checkpoint_every == 0:
-                save_checkpoint(
-                    self.out / "checkpoints",
-                    replace(state, step=done),
-                    {n: p for n, p in network.named_parameters() if p.requires_grad},
-                    optimizer,
-                    recipe.run.keep,
-                )
+        moved = MovedWeights(network, optimizer, self.processes)
+        width = network.config.hidden_size
+        check_widths(stage, width)
+        teacher = teacher_of(stage, sources, self.model.contract, width)
+        records: list[dict[str, Any]] = []
+        every, last = recipe.eval.every, stage.optim.steps
+        with closing(self.shares(stage, sources, state, teacher)) as shares:
+            for step, share in shares:
+                if step and every and step % every == 0:  # here, so that a resumed run does it too
+                    judge.evaluate(stage.name, step)
+                    if judge.gave_up(stage.name, step):
+                        last = step
+                        break
+                record = self.step(stage, share, state.stage, step, optimizer)
+                records.append(record)
+                self.report(stage, records)
+                done = step + 1
+                stops = bool(self.processes.most(self.asked.signal is not None))
+                if stops or done == stage.optim.steps or done % recipe.run.checkpoint_every == 0:
+                    self.save(replace(state, step=done), optimizer)
+                if stops:
+                    self.draw()
+                    raise Interrupted(f"{self.asked.signal or 'signal'} behind stage {stage.name}, step {done}")
+        moved.check()
+        warn_if_inert(records)
         probe.check(network)
-        self.evaluate(stage.name, stage.optim.steps)
+        judge.evaluate(stage.name, last)
+        if recipe.eval.best:
+            load_trained(self.model, judge.best_weights(stage.name))
+            probe.check(network)
+        self.draw()
+
+    def draw(self) -> None:
+        if self.processes.first:
+            write_curves(self.out)
+
+    def shares(
+        self, stage: StagePart, sources: list[Source], state: RunState, teacher: Teacher | None
+    ) -> Generator[tuple[int, Share], None, None]:
+        """(step, its share of texts) in order, `run.workers` steps ahead of their use, tokenised in threads."""
+        recipe = self.recipe
+
+        def share(step: int) -> Share:
+            optim = stage.optim
+            rows = rows_at(
+                sources,
+                step,
+                batch_queries=optim.batch_queries,
+                batching=stage.batching,
+                seed=recipe.seed,
+                stage=stage.name,
+            )
+            batch = make_batch(
+                rows,
+                self.model.contract,
+                hard_negatives=stage.hard_negatives,
+                in_batch=stage.in_batch_negatives,
+                rng=np.random.default_rng([recipe.seed, state.stage, step]),
+                loss=stage.loss,
+            )
+            return share_of(self.model, batch, self.processes, teacher)
+
+        steps = range(state.step, stage.optim.steps)
+        if recipe.run.workers == 0:
+            yield from ((step, share(step)) for step in steps)
+            return
+        with ThreadPoolExecutor(recipe.run.workers) as pool:
+            waiting: list[tuple[int, Future[Share]]] = []
+            try:
+                for step in steps:
+                    waiting.append((step, pool.submit(share, step)))
+                    if len(waiting) > recipe.run.workers:
+                        first, future = waiting.pop(0)
+                        yield first, future.result()
+                for first, future in waiting:
+                    yield first, future.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
 
     def step(
-        self, stage: StagePart, sources: list[Source], number: int, step: int, optimizer: torch.optim.Optimizer
+        self, stage: StagePart, share: Share, number: int, step: int, optimizer: torch.optim.Optimizer
     ) -> dict[str, Any]:
-        recipe, optim = self.recipe, stage.optim
+        recipe, optim, device = self.recipe, stage.optim, self.model.device
         started = time.perf_counter()
-        rows = rows_at(
-            sources,
-            step,
-            batch_queries=optim.batch_queries,
-            batching=stage.batching,
-            seed=recipe.seed,
-            stage=stage.name,
-        )
-        batch = make_batch(
-            rows,
-            self.model.contract,
-            hard_negatives=stage.hard_negatives,
-            in_batch=stage.in_batch_negatives,
-            rng=np.random.default_rng([recipe.seed, number, step]),
-        )
+        memory.forget_peak(device)
+        self.activity.looks = step % _LOOK_EVERY == 0 or step == optim.steps - 1
         seed = int(np.random.default_rng([recipe.seed, number, step, 1]).integers(2**62))
-        loss, tokens = accumulate(
-            self.model, batch, temperature=stage.temperature, batch_tokens=recipe.run.batch_tokens, seed=seed
-        )
-        where = f"stage {stage.name}, step {step + 1}, rows {batch.ids[:3]} ..."
-        if not np.isfinite(loss):
-            raise FloatingPointError(f"{where}: loss is {loss}")
+        loss, tokens = accumulate(self.replica, share, stage, batch_tokens=recipe.run.batch_tokens, seed=seed)
         lr = learning_rate(optim, step)
+        norm = math.nan
         try:
+            if not math.isfinite(loss):
+                optimizer.zero_grad(set_to_none=True)
+                raise FloatingPointError(f"the loss is {loss}")
             norm = update(self.model.network, optimizer, lr, optim.clip)
+            self.nonfinite.fine()
         except FloatingPointError as error:
-            raise FloatingPointError(f"{where}: {error}") from None
+            self.nonfinite.note(stage.name, step + 1, str(error), share.batch.ids)
+        peak = memory.peak(device)
         return {
             "stage": stage.name,
             "step": step + 1,
-            "loss": loss,
+            "loss": loss if math.isfinite(loss) else None,
+            "chance": chance(share.batch),
             "lr": lr,
-            "grad_norm": norm,
+            "grad_norm": norm if math.isfinite(norm) else None,
             "tokens": tokens,
             "seconds": round(time.perf_counter() - started, 4),
-            "ids": batch.ids_hash(),
+            "peak_mb": None if peak is None else round(peak / 2**20),
+            "ids": share.batch.ids_hash(),
+            **self.activity.take(),
         }
 
-    def evaluate(self, stage: str, step: int) -> None:
-        """Every suite of the recipe, unless this run has the result already."""
-        file = self.out / "evaluations.jsonl"
-        have = read_records(file)
-        for suite in self.recipe.eval.suites:
-            if any((h["stage"], h["step"], h["suite"]) == (stage, step, suite) for h in have):
-                continue
-            self.model.network.eval()
-            path = suite if suite.isidentifier() else expand(suite)
-            results = evaluate(self.model, path, progress=self.on_evaluation)
-            self.model.network.train()
-            have.append({"stage": stage, "step": step, "suite": suite, "results": json.loads(results.to_json())})
-            write_records(file, have)
+    def report(self, stage: StagePart, records: list[dict[str, Any]]) -> None:
+        if self.tracker is not None:
+            self.tracker.step(records[-1])
+        if self.on_step is not None:
+            self.on_step(records[-1])
+        if stuck(records) and not stuck(records[:-1]):
+            logger.warning(
+                "stage %s, step %d: the loss is that of telling nothing apart, log(candidates)",
+                stage.name,
+                records[-1]["step"],
+            )
+
+    def save(self, state: RunState, optimizer: torch.optim.Optimizer) -> None:
+        trained = {name: p for name, p in self.model.network.named_parameters() if p.requires_grad}
+        save_checkpoint(self.out / "checkpoints", state, trained, optimizer, self.recipe.run.keep, self.processes)
+
+
+def _newest(folder: Path, processes: Processes) -> Path | None:
+    """The same in all processes: the first one clears up before the others look."""
+    if not processes.first:
+        processes.wait()
+    found = newest(folder)
+    if processes.first:
+        processes.wait()
+    return found
 
 
 def _continue(checkpoint: Path, state: RunState, out: Path) -> RunState:
@@ -221,10 +317,21 @@ def _continue(checkpoint: Path, state: RunState, out: Path) -> RunState:
     return found
 
 
-def _load_trained(model: Embedder, weights: dict[str, Tensor]) -> None:
+def load_trained(model: Embedder, weights: dict[str, Tensor]) -> None:
+    """Put whole weights into what trains, also where it is cut. ValueError where the names differ."""
     own = {n: p for n, p in model.network.named_parameters() if p.requires_grad}
     if own.keys() != weights.keys():
         raise ValueError(f"checkpoint and model differ in {sorted(own.keys() ^ weights.keys())[:3]}")
     with torch.no_grad():
         for name, parameter in own.items():
-            parameter.copy_(weights[name])
+            parameter.copy_(many.like(weights[name], parameter))
+
+
+def _whole(recipe: Recipe, model: Embedder, processes: Processes) -> Embedder:
+    """The model as one that was never cut: what FSDP leaves is not one that can be merged or saved."""
+    if processes.count == 1 or recipe.run.parallel == "ddp":
+        return model
+    trained = {n: many.full(p.detach()) for n, p in model.network.named_parameters() if p.requires_grad}
+    whole = start_model(recipe, processes)
+    load_trained(whole, trained)
+    return whole

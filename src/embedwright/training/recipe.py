@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from embedwright.config import ConfigError, did_you_mean, load_yaml, validate
 from embedwright.data.example import InBatch, Task
@@ -77,8 +77,61 @@ class OptimPart(_Part):
         return self
 
 
+class DistillPart(_Part):
+    """Terms beside the stage's loss that follow a teacher (docs/losses.md).
+
+    `score_weight`: KL of the model's softmax over a row's positive and own negatives to that of the scores the row
+    carries, at `temperature` (the model's is the stage's). `vector_weight`: distance to the vectors of `teacher`.
+    """
+
+    score_weight: Annotated[float, Field(ge=0)] = 0.0
+    temperature: Annotated[float, Field(gt=0)] | None = None  # None: the stage's
+    vector_weight: Annotated[float, Field(ge=0)] = 0.0
+    teacher: str | None = None
+    metric: Literal["cosine", "mse"] = "cosine"
+
+    @model_validator(mode="after")
+    def _says_what_to_follow(self) -> DistillPart:
+        if not (self.score_weight or self.vector_weight):
+            raise ValueError("needs score_weight, vector_weight, or both")
+        if bool(self.vector_weight) != bool(self.teacher):
+            raise ValueError("vector_weight and teacher need each other")
+        if self.temperature and not self.score_weight:
+            raise ValueError("temperature is of the scores, and score_weight is 0")
+        return self
+
+
+class LossPart(_Part):
+    """What a stage adds to InfoNCE; nothing by default. Formulas and sources: docs/losses.md."""
+
+    mask_above: Annotated[float, Field(ge=-2, le=2)] | None = None  # no negative: cosine above the positive's + this
+    hardness: Annotated[float, Field(ge=0)] = 0.0  # a negative weighs exp(hardness * cosine)
+    hardness_on: Literal["own", "all"] = "own"  # the row's own hard negatives, or those of the batch too
+    focal: Annotated[float, Field(ge=0)] = 0.0  # a query weighs (1 - p of its positive) ** focal
+    same_tower: Literal["none", "queries", "both"] = "none"  # more in-batch negatives: query-query, document-document
+    dims: tuple[Positive, ...] = ()  # Matryoshka: also on the first so many numbers of each vector
+    dim_weights: tuple[Annotated[float, Field(gt=0)], ...] | None = None  # of the full width, then of each of dims
+    scored: Literal["info_nce", "cosent"] = "info_nce"  # rows that carry a score
+    distill: DistillPart | None = None
+
+    @model_validator(mode="after")
+    def _dims_are_weighed(self) -> LossPart:
+        if len(set(self.dims)) != len(self.dims):
+            raise ValueError(f"dims: {list(self.dims)} names one width twice")
+        if self.dim_weights is not None and len(self.dim_weights) != len(self.dims) + 1:
+            raise ValueError(
+                f"dim_weights: {len(self.dim_weights)} weights; needed are {len(self.dims) + 1}, the full width's first"
+            )
+        if self.hardness_on == "all" and not self.hardness:
+            raise ValueError("hardness_on: nothing to weigh by, hardness is 0")
+        return self
+
+
 class StagePart(_Part):
-    """One pass of contrastive training over a blend of data, with an optimizer of its own."""
+    """One pass of contrastive training over a blend of data, with an optimizer of its own.
+
+    `sampling_alpha`: an entry of `data` is drawn in proportion to weight * rows ** alpha; 1 is by size, 0 alike.
+    """
 
     name: str
     data: Annotated[tuple[DataPart, ...], Field(min_length=1)]
@@ -86,25 +139,74 @@ class StagePart(_Part):
     hard_negatives: NotNegative
     batching: Literal["blended", "homogeneous"] = "blended"
     temperature: Annotated[float, Field(gt=0)] = 0.02
+    loss: LossPart = LossPart()
+    sampling_alpha: Annotated[float, Field(ge=0, le=1)] = 1.0
     optim: OptimPart
+
+    @model_validator(mode="after")
+    def _loss_has_what_it_needs(self) -> StagePart:
+        distill = self.loss.distill
+        if not self.hard_negatives and self.loss.hardness and self.loss.hardness_on == "own":
+            raise ValueError("loss.hardness weighs a row's own negatives, and hard_negatives is 0")
+        if not self.hard_negatives and distill is not None and distill.score_weight:
+            raise ValueError("loss.distill.score_weight compares a row's own negatives, and hard_negatives is 0")
+        return self
+
+    def extras(self) -> dict[str, Any]:
+        """`loss` and `sampling_alpha` as far as they were chosen: what a recipe without them does not speak of."""
+        return self.model_dump(mode="json", include={"loss", "sampling_alpha"}, exclude_defaults=True)
+
+
+TRACKERS = ("tensorboard", "wandb", "trackio")
+
+
+def _listed(trackers: Any) -> Any:
+    """One name is a list of one, `none` the empty list."""
+    listed = ([] if trackers == "none" else [trackers]) if isinstance(trackers, str) else trackers
+    if not isinstance(listed, list | tuple) or any(name not in TRACKERS for name in listed):
+        raise ValueError(f"{trackers!r} is neither none, nor one of {', '.join(TRACKERS)}, nor a list of these")
+    return listed
 
 
 class RunPart(_Part):
-    """Where and how: `batch_tokens` bounds one forward pass; larger batches are accumulated exactly."""
+    """Where and how: `batch_tokens` bounds one forward pass of one process; larger batches are accumulated exactly.
+
+    `workers` batches are tokenised ahead (0: none). `parallel`: how many processes share the work, where torchrun or
+    accelerate started many.
+    """
 
     out: str
     checkpoint_every: Positive = 100
     keep: Positive = 2
     precision: Literal["fp32", "bf16"] = "fp32"
     batch_tokens: Positive = 8192
-    tracker: Literal["tensorboard", "none"] = "tensorboard"
+    workers: NotNegative = 1
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    tracker: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ("tensorboard",)
 
 
 class EvalPart(_Part):
-    """Suites run before the first stage, at the end of each stage, and `every` so many steps."""
+    """Suites run before the first stage, at the end of each stage, and `every` so many steps.
+
+    `best`: each stage ends on the weights with the best mean of the suites' main scores. `patience`: a stage ends
+    behind so many evaluations in a row without a better one.
+    """
 
     suites: tuple[str, ...] = ()
     every: Positive | None = None
+    best: bool = False
+    patience: Positive | None = None
+
+    @model_validator(mode="after")
+    def _has_something_to_go_by(self) -> EvalPart:
+        if (self.best or self.patience) and not (self.suites and self.every):
+            raise ValueError("best and patience need suites, and every")
+        return self
+
+    @property
+    def decides(self) -> bool:
+        """Whether the weights depend on the scores."""
+        return self.best or self.patience is not None
 
 
 SOURCES = ("paper", "released code", "sister model", "guess")  # of a recipe's values, the surest first
@@ -165,7 +267,9 @@ class Recipe(_Part):
             values |= {f"{part}.{key}": value for key, value in getattr(self, part).model_dump().items()}
         for stage in self.stages:
             values[f"stages.{stage.name}.data"] = stage.data
-            fields = stage.model_dump(exclude={"name", "data", "optim"})
+            fields = stage.model_dump(exclude={"name", "data", "loss", "sampling_alpha", "optim"})
+            extras = stage.extras()
+            fields |= {f"loss.{key}": value for key, value in extras.pop("loss", {}).items()} | extras
             values |= {f"stages.{stage.name}.{key}": value for key, value in fields.items()}
             values |= {f"stages.{stage.name}.optim.{key}": value for key, value in stage.optim.model_dump().items()}
         return values | {"run.precision": self.run.precision}
@@ -173,11 +277,15 @@ class Recipe(_Part):
     def hash(self) -> str:
         """Of all that decides the weights: not where the run is kept, tracked, checkpointed or evaluated."""
         content = self.model_dump(mode="json", exclude={"name": True, "eval": True, "provenance": True})
-        for stage in content["stages"]:
+        for part, stage in zip(self.stages, content["stages"], strict=True):
+            del stage["loss"], stage["sampling_alpha"]
+            stage |= part.extras()  # so that keys which came later change no hash of a recipe without them
             for entry in stage["data"]:
                 del entry["rows"]
-        for key in ("out", "tracker", "checkpoint_every", "keep"):
+        for key in ("out", "tracker", "checkpoint_every", "keep", "workers", "parallel"):
             del content["run"][key]
+        if self.eval.decides:
+            content["eval"] = self.eval.model_dump(mode="json")
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def with_out(self, out: str | Path) -> Recipe:

@@ -10,6 +10,7 @@ from embedwright.data.example import Example, Passage, Task
 from embedwright.text import Contract
 from embedwright.training.batch import Batch, make_batch
 from embedwright.training.blend import Row
+from embedwright.training.recipe import LossPart
 
 CONTRACT = Contract(eos_id=1)
 PLAIN = Task(name="plain")
@@ -24,9 +25,11 @@ def row(query: str, positives: Any, negatives: Any = (), task: Task = PLAIN, id:
     return Row(Example(id or query, task.name, query, *made), task)
 
 
-def batch_of(*rows: Row, in_batch: Any = "all", hard_negatives: int = 99, seed: int = 0) -> Batch:
+def batch_of(*rows: Row, in_batch: Any = "all", hard_negatives: int = 99, seed: int = 0, **loss: Any) -> Batch:
+    """`loss`: keys of the stage's loss."""
     random = np.random.default_rng(seed)
-    return make_batch(rows, CONTRACT, hard_negatives=hard_negatives, in_batch=in_batch, rng=random)
+    wanted = LossPart(**loss) if loss else None
+    return make_batch(rows, CONTRACT, hard_negatives=hard_negatives, in_batch=in_batch, rng=random, loss=wanted)
 
 
 def negatives(batch: Batch) -> list[set[str]]:
@@ -243,3 +246,186 @@ def test_the_hash_of_ids_follows_the_rows_and_their_order() -> None:
     hashes = {b.ids_hash() for b in (batch, batch.take([0, 2, 1]), batch.take([0, 1]), replace(batch, ids=["q0q1"]))}
     assert len(hashes) == 4 and batch.ids_hash() == batch_of(*rows, seed=9).ids_hash()
     assert all(len(bytes.fromhex(text)) == 8 for text in hashes)
+
+
+# ---- what a stage's loss asks for beside
+
+
+def with_scores(plain: Row, score: float | None = None) -> Row:
+    """A teacher's scores: the number behind the first space of each text."""
+
+    def read(passages: tuple[Passage, ...]) -> tuple[float, ...]:
+        return tuple(float(p.text.split()[1]) for p in passages)
+
+    example = plain.example
+    given = {"positive_scores": read(example.positives), "negative_scores": read(example.negatives)}
+    return Row(replace(example, score=score, **given), plain.task)
+
+
+def test_own_negatives_are_those_of_the_row_that_stand() -> None:
+    rows = [row("q1", ["p1@d1"], ["n1", "p1", "q1", "twin@d1", "p2"]), row("q2", "p2", ["n2", "n1"])]
+    for in_batch in ("all", "none"):
+        batch = batch_of(*rows, in_batch=in_batch)
+        own = [{batch.candidates[c][1] for c in np.flatnonzero(mine)} for mine in batch.own_QC]  # type: ignore[union-attr]
+        assert own == [{"n1", "p2"}, {"n2", "n1"}]
+
+
+def other_queries(*rows: Row, **options: Any) -> list[set[str]]:
+    batch = batch_of(*rows, same_tower="queries", **options)
+    assert batch.queries_QQ is not None
+    return [{batch.queries[j][1] for j in np.flatnonzero(against)} for against in batch.queries_QQ]
+
+
+def test_other_queries_stand_under_the_rules_of_candidates() -> None:
+    off = Task(name="off", in_batch_negatives="none")
+    a = Task(name="a", in_batch_negatives="same_task")
+    rows = [row("q1", "p1"), row("q2", "p2", (), off), row("q3", "p3"), row("q4", "p4", (), a), row("q5", "p5", (), a)]
+    assert other_queries(*rows) == [{"q3"}, set(), {"q1"}, {"q5"}, {"q4"}]
+    assert other_queries(*rows, in_batch="none") == [set(), set(), set(), {"q5"}, {"q4"}]
+    assert batch_of(*rows).queries_QQ is None and batch_of(*rows, focal=1.0).queries_QQ is None
+
+
+def test_a_query_that_is_related_is_no_negative() -> None:
+    rows = [
+        row("q1", ["p1@d1", "also p1"]),
+        row("q2", "also p1"),  # a positive in common, by text
+        row("q3", "other words@d1"),  # by document
+        row("q1", "p4", (), Task(name="t", instruction="find")),  # the same text behind an instruction
+        row("also p1", "p5"),  # answers q1
+        row("q6", "q1"),  # is answered by q1
+        row("q7", "p7"),
+    ]
+    assert other_queries(*rows) == [
+        {"q7"},
+        {"q1", "q3", "q6", "q7"},
+        {"q1", "q2", "also p1", "q6", "q7"},
+        {"q2", "q3", "also p1", "q7"},
+        {"q1", "q3", "q6", "q7"},
+        {"q2", "q3", "also p1", "q7"},
+        {"q1", "q2", "q3", "also p1", "q6"},
+    ]
+
+
+@pytest.mark.parametrize("in_batch", ["same_task", "all"])
+def test_other_queries_equal_brute_force(in_batch: str) -> None:
+    random = np.random.default_rng(5)
+    seen = 0
+    for trial in range(200):
+        rows = random_rows(random)
+        batch = batch_of(*rows, in_batch=in_batch, seed=trial, same_tower="both")
+        modes = [r.task.in_batch_negatives or in_batch for r in rows]
+        texts = [{p.text for p in r.example.positives} for r in rows]
+        ids = [{p.id for p in r.example.positives if p.id} for r in rows]
+        asked = [r.example.query for r in rows]
+
+        def lends(i: int, j: int, modes: Any = modes, rows: Any = rows) -> bool:
+            return (
+                i != j
+                and "none" not in (modes[i], modes[j])
+                and (rows[i].task.name == rows[j].task.name or modes[i] == modes[j] == "all")
+            )
+
+        def related(i: int, j: int, texts: Any = texts, ids: Any = ids, asked: Any = asked) -> bool:
+            common = bool(texts[i] & texts[j] or ids[i] & ids[j])
+            return common or asked[i] == asked[j] or asked[i] in texts[j] or asked[j] in texts[i]
+
+        assert batch.queries_QQ is not None
+        for i in range(len(rows)):
+            for c, query in enumerate(batch.queries):
+                same = [j for j in range(len(rows)) if batch.queries[j] == query]
+                stands = c == same[0] and any(lends(i, j) for j in same) and not any(related(i, j) for j in same)
+                assert batch.queries_QQ[i, c] == stands
+                seen += stands
+    assert seen > 500
+
+
+def test_equal_queries_of_others_count_once() -> None:
+    rows = [row("q1", "p1"), row("twice", "p2", id="a"), row("twice", "p3", id="b"), row("q4", "p4")]
+    batch = batch_of(*rows, same_tower="queries")
+    assert batch.queries_QQ is not None
+    assert batch.queries_QQ.astype(int).tolist() == [[0, 1, 0, 1], [1, 0, 0, 1], [1, 0, 0, 1], [1, 1, 0, 0]]
+
+
+def test_teacher_scores_are_at_the_columns_of_their_texts() -> None:
+    rows = [
+        with_scores(row("q1", ["p .9@d", "r .8"], ["n .1", "m .2", "o .3", "s .4@d"])),  # the last answers it
+        row("q2", "p .9", ["n .1"]),
+        with_scores(row("q3", "s .7", ["n .1"])),
+    ]
+    rows[2] = Row(replace(rows[2].example, negative_scores=None), PLAIN)
+    seen = set()
+    for seed in range(8):
+        batch = batch_of(*rows, seed=seed, hard_negatives=3, distill={"score_weight": 1.0})
+        assert batch.teacher_QC is not None and np.isnan(batch.teacher_QC[1:]).all()
+        known = np.flatnonzero(~np.isnan(batch.teacher_QC[0]))
+        texts = [batch.candidates[c][1] for c in known]
+        assert batch.teacher_QC[0, known].tolist() == pytest.approx([float(t.split()[1]) for t in texts])
+        assert batch.own_QC is not None
+        assert {*known} == {*np.flatnonzero(batch.own_QC[0]), batch.positive_Q[0]} and len(known) > 2
+        seen |= {*texts}
+    assert seen == {"p .9", "r .8", "n .1", "m .2", "o .3"}
+    assert batch_of(*rows).teacher_QC is None
+
+
+def test_rows_of_cosent_have_no_negatives_and_still_give() -> None:
+    other = Task(name="other")
+    rows = [
+        with_scores(row("q0", "p 0", ["n 0"]), 4.0),
+        row("q1", "p 1", ["n 1"]),
+        with_scores(row("q2", "p 2", ["n 2"], other), 1.0),
+        with_scores(row("q3", "p 3", ["n 3"]), 2.5),
+    ]
+    batch = batch_of(*rows, scored="cosent", same_tower="queries")
+    assert batch.group_Q is not None and batch.score_Q is not None and batch.queries_QQ is not None
+    assert batch.group_Q.tolist() == [0, -1, 1, 0]
+    assert batch.score_Q[[0, 2, 3]].tolist() == [4.0, 1.0, 2.5] and np.isnan(batch.score_Q[1])
+    assert {text for _, text in batch.candidates} == {"p 0", "p 1", "n 1", "p 2", "p 3"}
+    assert negatives(batch) == [set(), {"p 0", "n 1", "p 2", "p 3"}, set(), set()]
+    assert batch.queries_QQ.sum(axis=1).tolist() == [0, 3, 0, 0]
+    as_before = batch_of(*rows)
+    assert as_before.group_Q is None and negatives(as_before)[0] == {
+        "n 0",
+        *negatives(batch)[1],
+        "p 1",
+        "n 2",
+        "n 3",
+    } - {"p 0"}
+    drawn = [batch_of(*rows, row("q4", ["p 4", "r 4"], ["a", "b"]), hard_negatives=1, seed=seed) for seed in range(9)]
+    again = [
+        batch_of(*rows, row("q4", ["p 4", "r 4"], ["a", "b"]), hard_negatives=1, seed=seed, scored="cosent")
+        for seed in range(9)
+    ]
+    for a, b in zip(drawn, again, strict=True):  # the other rows draw what they would draw without it
+        assert a.candidates[-2:] == b.candidates[-2:]
+
+
+def test_queries_that_a_loss_joins_are_not_alone() -> None:
+    plain = [row(f"q{i}", f"p {i}", [f"n {i}"]) for i in range(3)]
+    scored = [with_scores(some, float(i)) for i, some in enumerate(plain)]
+    off = {"in_batch": "none", "hard_negatives": 1}
+    assert batch_of(*plain, **off, focal=1.0, mask_above=0.1).alone()
+    assert not batch_of(*plain, same_tower="queries", hard_negatives=0).alone()
+    assert batch_of(*plain, **off, same_tower="both").alone()  # nobody shares: there are no other queries
+    assert batch_of(*scored, **off).alone() and not batch_of(*scored, **off, scored="cosent").alone()
+    assert batch_of(scored[0], *plain[1:], **off, scored="cosent").alone()  # one has nothing to be ordered with
+    elsewhere = Row(scored[1].example, Task(name="elsewhere"))
+    assert batch_of(scored[0], elsewhere, plain[2], **off, scored="cosent").alone()
+    q_only = [row("q1", "p"), row("q2", "p 2")]
+    batch = batch_of(*q_only, same_tower="queries")
+    only_queries = replace(batch, allowed_QC=np.zeros_like(batch.allowed_QC))
+    assert not only_queries.alone()
+
+
+def test_take_keeps_what_the_loss_needs() -> None:
+    rows = [with_scores(row(f"q{i}", f"p {i}", [f"n {i}", f"m {i}"]), float(i) if i % 2 else None) for i in range(6)]
+    batch = batch_of(*rows, same_tower="both", scored="cosent", distill={"score_weight": 1.0})
+    chosen = [4, 1, 2]
+    part = batch.take(chosen)
+    columns = [batch.candidates.index(c) for c in part.candidates]
+    for name in ("own_QC", "teacher_QC"):
+        np.testing.assert_array_equal(getattr(part, name), getattr(batch, name)[np.ix_(chosen, columns)])
+    np.testing.assert_array_equal(part.queries_QQ, batch.queries_QQ[np.ix_(chosen, chosen)])  # type: ignore[index]
+    for name in ("group_Q", "score_Q"):
+        np.testing.assert_array_equal(getattr(part, name), getattr(batch, name)[chosen])
+    bare = batch_of(*rows).take(chosen)
+    assert bare.own_QC is not None and (bare.queries_QQ, bare.teacher_QC, bare.group_Q, bare.score_Q) == (None,) * 4

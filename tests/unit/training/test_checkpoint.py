@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,32 @@ def test_with_nothing_whole_there_is_none(tmp_path: Path) -> None:
     for step in (1, 2):
         truncated(save(tmp_path, step) / "state.json")
     assert newest(tmp_path) is None and len(names(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("room", [0, 100, 900, 1400, 3000])
+def test_a_full_disk_leaves_what_is_there(tmp_path: Path, room: int) -> None:
+    """The kernel's limit on a file stands for the disk's: a write fails in the middle, with what fits written."""
+    first = save(tmp_path, 1)
+    largest = max(file.stat().st_size for file in first.iterdir())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        if room > largest:
+            save(tmp_path, 2)
+        else:
+            with pytest.raises(OSError, match=r"00-0000002 could not be written .*the one before is intact"):
+                save(tmp_path, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    if room <= largest:
+        assert newest(tmp_path) == first and names(tmp_path) == [first.name]
+    assert save(tmp_path, 3) == newest(tmp_path)
+
+
+def test_the_manifest_says_how_many_processes_there_were(tmp_path: Path) -> None:
+    manifest = json.loads((save(tmp_path, 1) / "manifest.json").read_text())
+    assert manifest["processes"] == 1 and manifest["recipe"] == "r"
+    assert sorted(manifest["files"]) == sorted(set(FILES) - {"manifest.json"})
 
 
 # ---- which are kept

@@ -3,6 +3,8 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +18,13 @@ from torch import nn
 
 from embedwright.config import ConfigError
 from embedwright.evaluation.report import Results
+from embedwright.evaluation.suite import evaluate
 from embedwright.model.adapter import has_lora
 from embedwright.model.embedder import Embedder
-from embedwright.training import loop
+from embedwright.training import distill, judge, loop
 from embedwright.training.batch import make_batch
 from embedwright.training.blend import rows_at
+from embedwright.training.interrupt import Interrupted
 from embedwright.training.loop import finish, start_model, train
 from embedwright.training.recipe import Recipe, expand
 from embedwright.training.sources import open_sources
@@ -111,7 +115,8 @@ def metrics(out: Path) -> list[dict[str, Any]]:
 
 
 def without_seconds(out: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in metrics(out)]
+    """Nor the peak of memory, which is this process's."""
+    return [{k: v for k, v in record.items() if k not in ("seconds", "peak_mb")} for record in metrics(out)]
 
 
 def evaluated(out: Path) -> list[tuple[str, int]]:
@@ -148,11 +153,51 @@ def run(content: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Ru
 
 def test_the_log_has_one_record_a_step(run: Run) -> None:
     assert metrics(run.out) == run.records
-    keys = {"stage", "step", "loss", "lr", "grad_norm", "tokens", "seconds", "ids"}
-    assert all(record.keys() == keys for record in run.records)
+    keys = {"stage", "step", "loss", "chance", "lr", "grad_norm", "tokens", "seconds", "peak_mb", "ids"}
+    looked = {"head_change", "head_entropy"}
+    for record in run.records:
+        assert record.keys() - looked == keys
+        last = {"retrieval": 12, "generalist": 6}[record["stage"]]
+        assert (looked <= record.keys()) == (record["step"] in (1, 11, last))
+    assert run.records[0]["head_change"] == 0 < run.records[-1]["head_change"]  # the head starts as the identity
     place = [(record["stage"], record["step"]) for record in run.records]
     assert place == [*(("retrieval", i) for i in range(1, 13)), *(("generalist", i) for i in range(1, 7))]
     assert all(record["grad_norm"] > 0 and record["seconds"] > 0 for record in run.records)
+
+
+def test_the_folder_says_what_the_run_was(run: Run) -> None:
+    assert Recipe.load(run.out / "recipe.yaml").hash() == run.recipe.hash()
+    assert (run.out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    described = json.loads((run.out / "data.json").read_text())
+    assert [stage["stage"] for stage in described["stages"]] == ["retrieval", "generalist"]
+    assert json.loads((run.out / "environment.json").read_text())["packages"]["torch"] == torch.__version__
+    card = (run.out / "README.md").read_text()
+    assert 'Embedder.load("model")' in card and "| retrieval | 12 |" in card
+    [last] = [r for r in map(json.loads, (run.out / "evaluations.jsonl").read_text().splitlines()) if r["step"] == 6]
+    assert f"{last['results']['rows'][0]['value']:.4f}" in card
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"loss": {"mask_above": -0.5}},
+        {"loss": {"hardness": 5.0}},
+        {"loss": {"focal": 1.0}},
+        {"loss": {"same_tower": "both"}},
+        {"loss": {"dims": [8]}},
+        {"loss": {"distill": {"vector_weight": 1.0, "teacher": "teacher"}}},
+    ],
+    ids=lambda asked: next(iter(asked["loss"])),
+)
+def test_what_a_stage_asks_of_its_loss_reaches_every_step(
+    content: dict[str, Any], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(distill, "open_encoder", lambda name: run.model)
+    tree = short(content, tmp_path)
+    tree["stages"][0] |= asked
+    found = losses(Recipe.parse(tree))
+    plain = losses(Recipe.parse(short(content, tmp_path / "plain")))
+    assert abs(found[0] - plain[0]) > 1e-3 and all(np.isfinite(found))
 
 
 def test_a_record_tells_the_step_as_the_recipe_defines_it(run: Run) -> None:
@@ -207,7 +252,7 @@ def test_suites_are_evaluated_at_the_start_every_so_often_and_at_the_end_of_stag
     results = [Results.from_json(json.dumps(record["results"])) for record in records]
     assert all(record["suite"] == run.recipe.eval.suites[0] for record in records)
     assert len({result.rows[0].value for result in results}) > 4  # the last step is too small to change an order
-    after = loop.evaluate(run.model, expand(run.recipe.eval.suites[0])).rows[0]
+    after = evaluate(run.model, expand(run.recipe.eval.suites[0])).rows[0]
     assert results[-1].rows[0].value == pytest.approx(after.value, abs=1e-3)
     assert len(run.said) == 2 * len(wanted)
 
@@ -225,7 +270,7 @@ def test_the_newest_checkpoints_are_kept(run: Run) -> None:
 
 def test_a_finished_run_returns_at_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {name: (run.out / name).read_bytes() for name in ("metrics.jsonl", "evaluations.jsonl")}
-    monkeypatch.setattr(loop, "evaluate", lambda *_, **__: pytest.fail("evaluated again"))
+    monkeypatch.setattr(judge, "evaluate", lambda *_, **__: pytest.fail("evaluated again"))
     monkeypatch.setattr(loop, "accumulate", lambda *_, **__: pytest.fail("trained again"))
     model = train(run.recipe)
     assert np.array_equal(model.encode(TEXTS, task="Find its answer"), run.vectors)
@@ -335,7 +380,7 @@ def test_another_recipe_or_other_data_in_the_same_folder_is_refused(
 def test_bad_data_is_refused_before_a_model_is_made(
     content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "start_model", lambda _: pytest.fail("a model was made"))
+    monkeypatch.setattr(loop, "start_model", lambda *_: pytest.fail("a model was made"))
     tree = short(content, tmp_path / "out")
     tree["stages"].append(copy.deepcopy(tree["stages"][0]) | {"name": "second", "data": [{"path": "absent.jsonl"}]})
     with pytest.raises(FileNotFoundError, match=r"stages\.second\.data\.0"):
@@ -344,31 +389,91 @@ def test_bad_data_is_refused_before_a_model_is_made(
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_what_is_not_finite_stops_the_run_before_the_update(
-    content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+@pytest.mark.parametrize("bad", [{3}, {2, 3, 5, 6, 8}, {3, 4, 5}])
+def test_a_step_that_is_not_finite_moves_nothing_and_three_in_a_row_stop_the_run(
+    content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, bad: set[int]
 ) -> None:
-    tree = short(content, tmp_path, steps=4)
+    tree = short(content, tmp_path, steps=9)
     tree["run"]["checkpoint_every"] = 1
-    accumulate, calls = loop.accumulate, []
+    accumulate, weights = loop.accumulate, []
 
-    def broken(model: Embedder, *args: Any, **kwargs: Any) -> tuple[float, int]:
-        loss, tokens = accumulate(model, *args, **kwargs)
-        calls.append(loss)
-        if len(calls) < 3:
+    def broken(replica: Any, *args: Any, **kwargs: Any) -> tuple[float, int]:
+        parameters = [p for p in replica.embed.__self__.parameters() if p.requires_grad]
+        weights.append([p.detach().clone() for p in parameters])
+        loss, tokens = accumulate(replica, *args, **kwargs)
+        if len(weights) not in bad:
             return loss, tokens
         if what == "gradient":
-            next(p for p in model.network.parameters() if p.grad is not None).grad[0] = torch.inf  # type: ignore[index]
+            next(p for p in parameters if p.grad is not None).grad.view(-1)[0] = torch.inf  # type: ignore[union-attr]
         return (float("nan") if what == "loss" else loss), tokens
 
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "accumulate", broken)
-        with pytest.raises(FloatingPointError, match=rf"^stage retrieval, step 3, rows \['.*\] \.\.\.: {what}"):
+    monkeypatch.setattr(loop, "accumulate", broken)
+    if bad == {3, 4, 5}:
+        with pytest.raises(FloatingPointError, match=rf"^stage retrieval, step 5: .*{what}.* for the third step in"):
             train(Recipe.parse(tree))
-    assert len(metrics(tmp_path)) == 2
+        assert [record["step"] for record in metrics(tmp_path)] == [1, 2, 3, 4]
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()]
+    else:
+        train(Recipe.parse(tree))
+        assert {record["step"] for record in metrics(tmp_path) if record["grad_norm"] is None} == bad
+    for step in range(1, len(weights)):
+        same = all(torch.equal(a, b) for a, b in zip(weights[step - 1], weights[step], strict=True))
+        assert same == (step in bad)
+    kept = [json.loads(line) for line in (tmp_path / "nonfinite.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in kept] == sorted(bad) and all(len(row["ids"]) == 8 for row in kept)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 4])
+def test_the_order_of_rows_is_the_same_from_any_step_and_with_any_workers(
+    content: dict[str, Any], run: Run, tmp_path: Path, workers: int
+) -> None:
+    tree = copy.deepcopy(content)
+    tree["run"] |= {"out": str(tmp_path), "workers": workers, "checkpoint_every": 1, "keep": 1}
+    for stop in (("retrieval", 3), ("retrieval", 11), ("generalist", 1), ("generalist", 4)):
+        with pytest.raises(Stop):
+            train(Recipe.parse(tree), on_step=stop_at(*stop))
     train(Recipe.parse(tree))
-    smooth = Recipe.parse(tree).with_out(tmp_path / "smooth")
-    train(smooth)
-    assert without_seconds(tmp_path) == without_seconds(tmp_path / "smooth")
+    assert [r["ids"] for r in metrics(tmp_path)] == [r["ids"] for r in run.records]
+    assert [r["loss"] for r in metrics(tmp_path)] == [r["loss"] for r in run.records]
+
+
+def test_weights_that_stand_still_stop_the_run(
+    content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accumulate = loop.accumulate
+
+    def unplugged(replica: Any, *args: Any, **kwargs: Any) -> tuple[float, int]:
+        found = accumulate(replica, *args, **kwargs)
+        replica.embed.__self__.head.latents.grad = None
+        return found
+
+    monkeypatch.setattr(loop, "accumulate", unplugged)
+    with pytest.raises(RuntimeError, match=r"1 of \d+ .* had no gradient in 10 updates, e\.g\. head\.latents"):
+        train(Recipe.parse(short(content, tmp_path, steps=12)))
+
+
+# ---- ways to stop
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_behind_its_step_and_the_rest_is_the_same(
+    content: dict[str, Any], run: Run, tmp_path: Path, number: signal.Signals
+) -> None:
+    tree = copy.deepcopy(content)
+    tree["run"] |= {"out": str(tmp_path), "checkpoint_every": 100}
+    before = signal.getsignal(number)
+
+    def ask(record: dict[str, Any]) -> None:
+        if (record["stage"], record["step"]) == ("retrieval", 7):
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(Interrupted, match=rf"{number.name} behind stage retrieval, step 7"):
+        train(Recipe.parse(tree), on_step=ask)
+    assert signal.getsignal(number) == before
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["00-0000007"]
+    model = train(Recipe.parse(tree))
+    assert without_seconds(tmp_path) == without_seconds(run.out)
+    np.testing.assert_array_equal(model.encode(TEXTS), run.model.encode(TEXTS))
 
 
 # ---- ways to train

@@ -10,7 +10,7 @@ import yaml
 
 from embedwright.config import ConfigError
 from embedwright.data.example import Task
-from embedwright.training.recipe import Recipe, expand
+from embedwright.training.recipe import DistillPart, LossPart, Recipe, expand
 
 RECIPE = """
 name: laptop
@@ -86,6 +86,9 @@ def test_a_float_without_a_dot_is_a_float(tmp_path: Path) -> None:
         ("tune.rnk", "rank"),
         ("stages.0.batch", "batching"),
         ("stages.1.optim.warmup", "warmup_steps"),
+        ("stages.0.sampling_alfa", "sampling_alpha"),
+        ("stages.0.loss.mask_over", "mask_above"),
+        ("stages.0.loss.distill.techer", "teacher"),
         ("stages.0.data.0.wieght", "weight"),
         ("stages.0.data.1.task.instructions", "instruction"),
         ("run.check_point_every", "checkpoint_every"),
@@ -93,8 +96,9 @@ def test_a_float_without_a_dot_is_a_float(tmp_path: Path) -> None:
     ],
 )
 def test_an_unknown_key_is_named_with_the_nearest(path: str, nearest: str) -> None:
+    tree = put(content(), "stages.0.loss", {"distill": {"score_weight": 1.0}})
     with pytest.raises(ConfigError) as error:
-        Recipe.parse(put(content(), path, 1))
+        Recipe.parse(put(tree, path, 1))
     *above, key = path.split(".")
     at = [line for line in str(error.value).splitlines() if f".{key}: " in line or f" {key}: " in line]
     assert len(at) == 1 and at[0].endswith(f"unknown key; did you mean {nearest!r}?")
@@ -102,7 +106,7 @@ def test_an_unknown_key_is_named_with_the_nearest(path: str, nearest: str) -> No
 
 
 def test_an_unknown_key_like_no_other_comes_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"eval\.zzz: unknown key; known: \['every', 'suites'\]"):
+    with pytest.raises(ConfigError, match=r"eval\.zzz: unknown key; known: \['best', 'every', 'patience', 'suites'\]"):
         Recipe.parse(put(content(), "eval.zzz", 1))
 
 
@@ -128,6 +132,23 @@ def test_a_key_written_twice_is_refused_with_its_line(tmp_path: Path, text: str,
         ("stages.0.optim.steps", 0, "greater than or equal to 1"),
         ("stages.1.hard_negatives", -1, "greater than or equal to 0"),
         ("stages.1.temperature", 0, "greater than 0"),
+        ("stages.1.sampling_alpha", 1.5, "less than or equal to 1"),
+        ("stages.0.loss.mask_above", 3, "less than or equal to 2"),
+        ("stages.0.loss.focal", -1, "greater than or equal to 0"),
+        ("stages.0.loss.same_tower", "documents", "'none', 'queries' or 'both'"),
+        ("stages.0.loss.dims.1", 0, "greater than or equal to 1"),
+        ("stages.0.loss", {"dims": [64, 32, 64]}, "names one width twice"),
+        ("stages.0.loss", {"dims": [64], "dim_weights": [1.0]}, "1 weights; needed are 2, the full width's first"),
+        ("stages.0.loss", {"dim_weights": [1.0, 1.0]}, "2 weights; needed are 1"),
+        ("stages.0.loss", {"hardness_on": "all"}, "hardness is 0"),
+        ("stages.0.loss.distill", {}, "needs score_weight, vector_weight, or both"),
+        ("stages.0.loss.distill", {"vector_weight": 1.0}, "vector_weight and teacher need each other"),
+        ("stages.0.loss.distill", {"score_weight": 1.0, "teacher": "t"}, "vector_weight and teacher need each other"),
+        (
+            "stages.0.loss.distill",
+            {"vector_weight": 1.0, "teacher": "t", "temperature": 0.1},
+            "temperature is of the scores",
+        ),
         ("stages.0.data.0.weight", 0, "greater than 0"),
         ("stages.0.data", [], "at least 1 item"),
         ("stages", [], "at least 1 item"),
@@ -140,8 +161,9 @@ def test_a_key_written_twice_is_refused_with_its_line(tmp_path: Path, text: str,
     ],
 )
 def test_a_wrong_value_names_its_key(path: str, value: Any, says: str) -> None:
+    tree = put(content(), "stages.0.loss", {"dims": [64, 32], "distill": {"score_weight": 1.0}})
     with pytest.raises(ConfigError) as error:
-        Recipe.parse(put(content(), path, value))
+        Recipe.parse(put(tree, path, value))
     assert str(error.value).startswith(f"recipe: {path}") and says in str(error.value)
 
 
@@ -163,6 +185,29 @@ def test_warm_up_must_end_before_the_last_step() -> None:
     for steps in (300, 301):
         with pytest.raises(ConfigError, match=rf"stages\.0\.optim: .*warmup_steps={steps} must be below steps=300"):
             Recipe.parse(put(content(), "stages.0.optim.warmup_steps", steps))
+
+
+def test_a_loss_that_has_nothing_to_work_on_is_refused() -> None:
+    for loss in ({"hardness": 5.0}, {"distill": {"score_weight": 1.0}}):
+        tree = put(content(), "stages.0.loss", loss)
+        Recipe.parse(tree)
+        with pytest.raises(ConfigError, match=r"stages\.0: .*loss\.\w+.* hard_negatives is 0"):
+            Recipe.parse(put(tree, "stages.0.hard_negatives", 0))
+    Recipe.parse(
+        put(put(content(), "stages.0.hard_negatives", 0), "stages.0.loss", {"hardness": 5, "hardness_on": "all"})
+    )
+
+
+def test_the_stage_of_the_docs_has_every_key_of_a_loss() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "losses.md").read_text(encoding="utf-8")
+    (stage,) = yaml.safe_load(page.split("```yaml\n")[1].split("```")[0])["stages"]
+    given = content()["stages"][0]
+    recipe = Recipe.parse(put(content(), "stages", [stage | {key: given[key] for key in ("data", "optim")}]))
+    chosen = recipe.stages[0].loss
+    assert set(stage["loss"]) == set(LossPart.model_fields) and set(stage["loss"]["distill"]) == set(
+        DistillPart.model_fields
+    )
+    assert chosen.dims == (256, 64) and recipe.stages[0].sampling_alpha == 0.5
 
 
 def test_stages_of_one_name_are_refused() -> None:
@@ -212,6 +257,43 @@ def test_the_hash_follows_all_that_decides_the_weights_and_nothing_else() -> Non
 def test_the_hash_takes_equal_numbers_as_equal(tmp_path: Path) -> None:
     same = load(tmp_path, RECIPE.replace("lr: 2e-5", "lr: 0.00002"))
     assert same.hash() == Recipe.parse(content()).hash()
+
+
+def test_keys_that_came_later_change_no_hash_until_they_are_used() -> None:
+    assert Recipe.parse(content()).hash() == "9093681b34d34c0e"  # from before there were such keys
+    plain = Recipe.parse(content())
+    spelt = put(content(), "stages.0.loss", {"mask_above": None, "dims": [], "distill": None, "scored": "info_nce"})
+    assert Recipe.parse(put(spelt, "stages.0.sampling_alpha", 1)).hash() == plain.hash()
+    changes: list[tuple[str, Any]] = [
+        ("sampling_alpha", 0.5),
+        ("loss", {"mask_above": 0.1}),
+        ("loss", {"mask_above": 0.2}),
+        ("loss", {"dims": [64]}),
+        ("loss", {"dims": [32]}),
+        ("loss", {"scored": "cosent"}),
+        ("loss", {"distill": {"score_weight": 1.0}}),
+        ("loss", {"distill": {"score_weight": 1.0, "temperature": 0.1}}),
+    ]
+    hashes = {Recipe.parse(put(content(), f"stages.{n}.{key}", value)).hash() for key, value in changes for n in (0, 1)}
+    assert len(hashes | {plain.hash()}) == 2 * len(changes) + 1
+
+
+def test_provenance_speaks_of_the_losses_that_are_chosen() -> None:
+    plain = Recipe.parse(content()).values_by_key()
+    assert not any("loss" in key or "alpha" in key.rpartition(".")[2] for key in plain if key.startswith("stages"))
+    tree = put(content(), "stages.0.loss", {"mask_above": 0.1, "distill": {"score_weight": 1.0}})
+    recipe = Recipe.parse(put(tree, "stages.1.sampling_alpha", 0.5))
+    chosen = {key: value for key, value in recipe.values_by_key().items() if key not in plain}
+    assert chosen == {
+        "stages.retrieval.loss.mask_above": 0.1,
+        "stages.retrieval.loss.distill": {"score_weight": 1.0},
+        "stages.generalist.sampling_alpha": 0.5,
+    }
+    said = dict.fromkeys(recipe.values_by_key(), "guess")
+    Recipe.parse(put(tree, "provenance", said))
+    del said["stages.retrieval.loss.mask_above"]
+    with pytest.raises(ConfigError, match=r"provenance: says nothing of stages\.retrieval\.loss\.mask_above"):
+        Recipe.parse(put(tree, "provenance", said))
 
 
 def test_with_out_changes_the_folder_alone() -> None:

@@ -15,11 +15,25 @@ from embedwright.model.embedder import Embedder
 from embedwright.packing import PackedTexts
 from embedwright.training.batch import Batch, make_batch
 from embedwright.training.blend import Row
-from embedwright.training.recipe import OptimPart, TunePart
-from embedwright.training.step import accumulate, learning_rate, make_optimizer, tokenize_batch, update
+from embedwright.training.processes import ALONE
+from embedwright.training.recipe import DataPart, OptimPart, StagePart, TunePart
+from embedwright.training.step import accumulate, learning_rate, make_optimizer, share_of, update
 
 Grads = dict[str, Tensor]
 OPTIM = OptimPart(lr=1e-2, steps=20, batch_queries=8, weight_decay=0.1)
+STAGE = StagePart(
+    name="s",
+    data=(DataPart(path="none"),),
+    in_batch_negatives="all",
+    hard_negatives=2,
+    temperature=0.05,
+    optim=OPTIM,
+)
+
+
+def step(model: Embedder, batch: Batch, *, batch_tokens: int, seed: int) -> tuple[float, int]:
+    replica = ALONE.wrap(model.network)
+    return accumulate(replica, share_of(model, batch, ALONE), STAGE, batch_tokens=batch_tokens, seed=seed)
 
 
 @pytest.fixture
@@ -90,18 +104,18 @@ def test_a_batch_beyond_the_budget_gives_the_gradient_of_the_whole(
     batch = batch_of(model, in_batch, shared=shared)
     assert batch.alone() == (in_batch == "none" and not shared)
     loss, plain = reference(model, batch, 0.05)
-    tokens = sum(len(t.ids) for t in tokenize_batch(model, batch).values())
+    tokens = sum(len(t.ids) for t in share_of(model, batch, ALONE).tokens.values())
     forwards: list[tuple[int, bool]] = []
-    embed = model.embed
+    embed = model.network.embed
 
     def counted(packed: PackedTexts) -> Tensor:
         forwards.append((len(packed.ids_T), torch.is_grad_enabled()))
         return embed(packed)
 
-    monkeypatch.setattr(model, "embed", counted)
+    monkeypatch.setattr(model.network, "embed", counted)
     for budget, forward_passes in ((tokens, 1), (tokens // 3, 3), (200, 4), (40, 12)):
         forwards.clear()
-        assert accumulate(model, batch, temperature=0.05, batch_tokens=budget, seed=1) == (
+        assert step(model, batch, batch_tokens=budget, seed=1) == (
             pytest.approx(loss, rel=1e-5),
             tokens,
         )
@@ -120,7 +134,7 @@ def test_each_distinct_text_is_embedded_once(make: Callable[..., Embedder]) -> N
     model = make()
     batch = batch_of(model, "all", shared=True)
     assert len(batch.candidates) == 8 * 3 - 7
-    tokens = tokenize_batch(model, batch)
+    tokens = share_of(model, batch, ALONE).tokens
     assert list(tokens) and set(tokens) == {*batch.queries, *batch.candidates}
     for (prefix, text), found in tokens.items():
         packed = model.tokenize([text], prefix=prefix)
@@ -133,7 +147,7 @@ def test_dropout_follows_the_seed_alone(make: Callable[..., Embedder]) -> None:
         batch = batch_of(model, in_batch)
         results = []
         for seed in (5, 5, 6):
-            loss, _ = accumulate(model, batch, temperature=0.05, batch_tokens=200, seed=seed)
+            loss, _ = step(model, batch, batch_tokens=200, seed=seed)
             results.append((loss, grads(model)))
             torch.rand(7)  # whatever else the process draws
         (loss, first), (again, second), (other, _) = results
@@ -212,11 +226,11 @@ def test_update_refuses_what_is_not_finite_and_moves_nothing(make: Callable[...,
     network = model.network
     optimizer = make_optimizer(network, TunePart(), OPTIM)
     for _ in range(2):  # with moments that a step would apply even without a gradient
-        accumulate(model, batch_of(model, "all"), temperature=0.05, batch_tokens=8192, seed=1)
+        step(model, batch_of(model, "all"), batch_tokens=8192, seed=1)
         update(network, optimizer, 1e-2, 1.0)
     before = {n: p.clone() for n, p in network.named_parameters()}
     moments = [{k: v.clone() for k, v in state.items()} for state in optimizer.state.values()]
-    accumulate(model, batch_of(model, "all"), temperature=0.05, batch_tokens=8192, seed=1)
+    step(model, batch_of(model, "all"), batch_tokens=8192, seed=1)
     last = [p for p in network.parameters() if p.requires_grad][-1]
     assert last.grad is not None
     last.grad.view(-1)[-1] = value
@@ -246,10 +260,10 @@ def test_ten_updates_reach_every_adapter_and_the_pooling_block_and_nothing_else(
     )  # A and B; layers of seven matrices
     optimizer = make_optimizer(network, TunePart(), OPTIM)
     reached: set[str] = set()
-    for step in range(10):
-        accumulate(model, batch_of(model, "all", seed=step), temperature=0.05, batch_tokens=8192, seed=step)
+    for number in range(10):
+        step(model, batch_of(model, "all", seed=number), batch_tokens=8192, seed=number)
         reached |= {n for n, p in network.named_parameters() if p.grad is not None and p.grad.any()}
-        update(network, optimizer, learning_rate(OPTIM, step), 1.0)
+        update(network, optimizer, learning_rate(OPTIM, number), 1.0)
     assert reached == trained
     moved = {n for n, p in network.named_parameters() if not torch.equal(p, before[n])}
     assert moved == trained

@@ -1,0 +1,5 @@
+"""`python -m embedwright`: the command, for starters of many processes (`torchrun -m embedwright train RECIPE`)."""
+
+from embedwright.cli import main
+
+main()

@@ -1,0 +1,100 @@
+"""A run's evaluations: every suite, once at each point of the run, and what their scores decide."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from embedwright.evaluation.suite import evaluate
+from embedwright.model.embedder import Embedder
+from embedwright.training.processes import Processes, full
+from embedwright.training.recipe import EvalPart, expand
+from embedwright.training.track import Tracker, read_records, write_records
+
+logger = logging.getLogger(__name__)
+
+
+class Judge:
+    """Runs the suites in every process alike (of a cut model, all have to), and writes in the first."""
+
+    def __init__(
+        self,
+        part: EvalPart,
+        out: Path,
+        model: Embedder,
+        processes: Processes,
+        progress: Callable[[str], None] | None,
+        tracker: Tracker | None,
+        *,
+        fresh: bool,
+    ) -> None:
+        self.part, self.model, self.processes, self.tracker = part, model, processes, tracker
+        self.progress = progress if processes.first else None
+        self.file, self.best = out / "evaluations.jsonl", out / "best.safetensors"
+        if fresh and processes.first:  # of a run that ended before its first checkpoint
+            for left in (self.file, self.best):
+                left.unlink(missing_ok=True)
+        processes.wait()
+        self.records = read_records(self.file)
+
+    def evaluate(self, stage: str, step: int) -> None:
+        """Every suite of the recipe, unless this run has the result already; the best weights so far are kept."""
+        have = {record["suite"] for record in self.records if (record["stage"], record["step"]) == (stage, step)}
+        missing = [suite for suite in self.part.suites if suite not in have]
+        for suite in missing:
+            results = evaluate(self.model, suite if suite.isidentifier() else expand(suite), progress=self.progress)
+            found = {"stage": stage, "step": step, "suite": suite, "results": json.loads(results.to_json())}
+            self.records.append(found)
+        if not missing:
+            return
+        scores = self._scores(stage, step)
+        if self.part.best and scores[-1] == max(scores):
+            self._keep(stage, step)
+        if self.processes.first:  # behind the weights: a run that is killed between the two evaluates again
+            write_records(self.file, self.records)
+        for record in self.records[-len(missing) :]:
+            if self.tracker is not None:
+                self.tracker.evaluation(record)
+
+    def gave_up(self, stage: str, step: int) -> bool:
+        """Whether the last `patience` evaluations of this stage, up to this step, were none better than before."""
+        scores, patience = self._scores(stage, step), self.part.patience
+        if patience is None or len(scores) <= patience:
+            return False
+        over = max(scores[-patience:]) <= max(scores[:-patience])
+        if over:
+            logger.info("stage %s ends at step %d: no better score in %d evaluations", stage, step, patience)
+        return over
+
+    def best_weights(self, stage: str) -> dict[str, Tensor]:
+        """What trained, as it was at the best evaluation of this stage."""
+        with safe_open(self.best, "pt") as stored:
+            kept: dict[str, str] = stored.metadata()
+            if kept["stage"] != stage:
+                raise RuntimeError(f"{self.best} is of stage {kept['stage']}, not of {stage}")
+            logger.info("stage %s ends on the weights of its step %s, the best evaluated", stage, kept["step"])
+            return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  no mapping
+
+    def _keep(self, stage: str, step: int) -> None:
+        trained = {n: full(p.detach()) for n, p in self.model.network.named_parameters() if p.requires_grad}
+        if self.processes.first:
+            aside = self.best.with_suffix(".part")
+            whole = {name: tensor.cpu().contiguous() for name, tensor in trained.items()}
+            save_file(whole, aside, metadata={"stage": stage, "step": str(step)})
+            aside.replace(self.best)
+        self.processes.wait()
+
+    def _scores(self, stage: str, step: int) -> list[float]:
+        """The mean main score of each evaluation of the stage up to this step, in order."""
+        by_step: dict[int, list[float]] = {}
+        for record in self.records:
+            if record["stage"] == stage and record["step"] <= step:
+                by_step.setdefault(record["step"], []).extend(row["value"] for row in record["results"]["rows"])
+        return [math.fsum(scores) / len(scores) for _, scores in sorted(by_step.items())]

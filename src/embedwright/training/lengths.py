@@ -1,0 +1,146 @@
+"""The tokens of a stage's steps, counted before it runs: the texts that training will draw, read as it will read them.
+
+Q queries of a step, C its distinct candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from embedwright.model.backbone import resolve_base
+from embedwright.text import BOUNDARY_TEMPLATE, INSTRUCTION_TEMPLATE, Contract, leading_ids, load_tokenizer, tokenize
+from embedwright.training.batch import Text, make_batch
+from embedwright.training.blend import Source, rows_at
+from embedwright.training.recipe import Recipe
+from embedwright.training.sources import open_sources
+
+SAMPLED_ROWS = 512  # of a stage: enough for a mean within a few percent
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Tokens of one kind of text in the sampled steps."""
+
+    mean: float
+    median: int
+    most: int  # 95 % of the texts have no more
+    longest: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """What goes through the model in a step: means over sampled steps, but for `largest`, the largest of them.
+
+    Equal texts of a step count once. `squares` sums the squared lengths, `padded` counts the tokens if queries and
+    candidates were padded, each side to its longest. `shared`: queries share candidates, so that a batch beyond
+    `batch_tokens` is encoded twice. `rows` is how many were sampled; 0 where no file is there: then every text is taken
+    to be as long as the model reads, which is the most that it can be.
+    """
+
+    rows: int
+    kinds: dict[str, Lengths]
+    step: float
+    largest: int
+    squares: float
+    padded: float
+    shared: bool
+
+
+def tokens_of(recipe: Recipe, there: list[list[bool]]) -> list[Tokens]:
+    """Of each stage; `there` says of each entry of its data whether the file can be read.
+
+    OSError where the base's tokenizer cannot be had, ConfigError where training would refuse the data.
+    """
+    parts = tuple(
+        part.model_copy(update={"data": tuple(e for e, is_there in zip(part.data, found, strict=True) if is_there)})
+        for part, found in zip(recipe.stages, there, strict=True)
+    )
+    sources = open_sources(recipe.model_copy(update={"stages": parts}))
+    if not any(sources):
+        return [_at_most(recipe, number) for number in range(len(parts))]
+    tokenizer = load_tokenizer(resolve_base(recipe.model.base))
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    contract = contract_of(recipe, tokenizer)
+    return [
+        _sampled(recipe, number, own, tokenizer.backend_tokenizer, contract) if own else _at_most(recipe, number)
+        for number, own in enumerate(sources)
+    ]
+
+
+def contract_of(recipe: Recipe, tokenizer: Any) -> Contract:
+    """The text contract of the model that `Embedder.from_decoder` makes of this recipe."""
+    bos_ids = leading_ids(tokenizer.backend_tokenizer)
+    stock = recipe.model.pooling in ("mean", "last") and not bos_ids
+    return Contract(
+        query_template=BOUNDARY_TEMPLATE if stock else INSTRUCTION_TEMPLATE,
+        eos_id=tokenizer.eos_token_id,
+        bos_ids=bos_ids,
+        mask_rule="boundary" if stock else "offsets",
+        max_tokens=recipe.model.max_tokens,
+    )
+
+
+def _sampled(recipe: Recipe, number: int, sources: list[Source], tokenizer: Any, contract: Contract) -> Tokens:
+    """Some steps of the stage, evenly spaced: where all files are there, the very texts that training will read."""
+    part = recipe.stages[number]
+    queries, steps = part.optim.batch_queries, part.optim.steps
+    count = min(steps, -(-SAMPLED_ROWS // queries))
+    kinds: dict[str, list[int]] = {"queries": [], "positives": [], "negatives": []}
+    sizes, squares, padded, shared = [], [], [], False
+    for step in (i * steps // count for i in range(count)):
+        rows = rows_at(sources, step, batch_queries=queries, batching=part.batching, seed=recipe.seed, stage=part.name)
+        batch = make_batch(
+            rows,
+            contract,
+            hard_negatives=part.hard_negatives,
+            in_batch=part.in_batch_negatives,
+            rng=np.random.default_rng([recipe.seed, number, step]),
+            loss=part.loss,
+        )
+        length = _lengths(tokenizer, contract, [*batch.queries, *batch.candidates])
+        positive = set(batch.positive_Q.tolist())
+        kinds["queries"] += (of_queries := [length[text] for text in batch.queries])
+        for column, text in enumerate(batch.candidates):
+            kinds["positives" if column in positive else "negatives"].append(length[text])
+        sizes.append(sum(length.values()))
+        squares.append(sum(n * n for n in length.values()))
+        padded.append(sum(len(side) * max(side) for side in (of_queries, [length[t] for t in batch.candidates])))
+        shared |= not batch.alone()
+    return Tokens(
+        rows=count * queries,
+        kinds={kind: summary(lengths) for kind, lengths in kinds.items() if lengths},
+        step=float(np.mean(sizes)),
+        largest=max(sizes),
+        squares=float(np.mean(squares)),
+        padded=float(np.mean(padded)),
+        shared=shared,
+    )
+
+
+def _lengths(tokenizer: Any, contract: Contract, texts: Iterable[Text]) -> dict[Text, int]:
+    by_prefix: dict[str, list[str]] = {}
+    for prefix, text in dict.fromkeys(texts):
+        by_prefix.setdefault(prefix, []).append(text)
+    return {
+        (prefix, text): len(tokens.ids)
+        for prefix, some in by_prefix.items()
+        for text, tokens in zip(some, tokenize(tokenizer, contract, some, prefix), strict=True)
+    }
+
+
+def summary(lengths: list[int]) -> Lengths:
+    median, most = np.percentile(lengths, [50, 95], method="lower")
+    return Lengths(float(np.mean(lengths)), int(median), int(most), max(lengths))
+
+
+def _at_most(recipe: Recipe, number: int) -> Tokens:
+    part = recipe.stages[number]
+    longest, texts = recipe.model.max_tokens, part.optim.batch_queries * (2 + part.hard_negatives)
+    tokens = texts * longest
+    shared = part.in_batch_negatives != "none"
+    return Tokens(0, {}, float(tokens), tokens, float(tokens * longest), float(tokens), shared)

@@ -1,0 +1,113 @@
+"""`torchrun -m embedwright train`: two processes, stopped by SIGTERM, go on as one, and end where one alone ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from embedwright.model.embedder import Embedder
+
+TEXTS = ["how do tides work?", "the moon", "a dog that does not mind, and a longer text behind it"]
+STEPS = 14
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_decoder: Callable[..., Path]) -> dict[str, Any]:
+    random = np.random.default_rng(0)
+    words = ["tide", "moon", "sea", "rise", "fall", "gravity", "sun", "level", "dog", "fox"]
+    pairs = [
+        {
+            "query": " ".join([f"q{i}", *random.choice(words, 3)]),
+            "positives": [" ".join([f"p{i}", *random.choice(words, 8)])],
+        }
+        for i in range(40)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    scored = [{"text1": f"a tide {i}", "text2": f"the moon {i % 5}", "score": i % 6} for i in range(12)]
+    (tmp_path / "suite").mkdir()
+    (tmp_path / "suite" / "sts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scored))
+    return {
+        "name": "many",
+        "model": {"base": str(tiny_decoder("llama")), "latents": 8, "heads": 4, "multiple": 1, "max_tokens": 40},
+        "tune": {"rank": 4, "alpha": 8, "dropout": 0.0},
+        "stages": [
+            {
+                "name": "retrieval",
+                "data": [{"path": str(tmp_path / "pairs.jsonl")}],
+                "in_batch_negatives": "all",
+                "hard_negatives": 1,
+                "temperature": 0.1,
+                "optim": {"lr": 1e-3, "steps": STEPS, "batch_queries": 8},
+            }
+        ],
+        "run": {"out": "unset", "checkpoint_every": 5, "batch_tokens": 60},
+        "eval": {"suites": [str(tmp_path / "suite")], "every": 6},
+    }
+
+
+def command(count: int, recipe: Path, out: Path) -> list[str]:
+    start = ["torchrun", "--standalone", f"--nproc-per-node={count}"] if count > 1 else ["python"]
+    train = ["-m", "embedwright", "train", str(recipe), "--out", str(out)]
+    return [str(Path(sys.executable).parent / start[0]), *start[1:], *train]
+
+
+def run(count: int, recipe: Path, out: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
+    done = subprocess.run(
+        command(count, recipe, out),
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("model: ") == 1, done.stdout  # one process speaks
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    lines = (out / "metrics.jsonl").read_text().splitlines() if (out / "metrics.jsonl").exists() else []
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.long)])
+def test_two_processes_are_stopped_and_one_ends_where_one_alone_ends(
+    recipe: dict[str, Any], tmp_path: Path, parallel: str
+) -> None:
+    recipe["run"]["parallel"] = parallel
+    file, alone, out = tmp_path / "recipe.yaml", tmp_path / "alone", tmp_path / "out"
+    file.write_text(yaml.safe_dump(recipe))
+    run(1, file, alone)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
+    two = subprocess.Popen(
+        command(2, file, out), env=environment | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        until = time.monotonic() + 150
+        while len(metrics(out)) < 7 and two.poll() is None and time.monotonic() < until:
+            time.sleep(0.01)
+        two.send_signal(signal.SIGTERM)
+        _, stderr = two.communicate(timeout=60)
+    finally:
+        two.kill()
+    done = len(metrics(out))
+    assert 7 <= done < STEPS, stderr[-3000:]
+    newest = sorted((out / "checkpoints").iterdir())[-1]
+    assert newest.name == f"00-{done:07d}" and json.loads((newest / "manifest.json").read_text())["processes"] == 2
+    run(1, file, out)
+    ours, theirs = metrics(out), metrics(alone)
+    assert [record["ids"] for record in ours] == [record["ids"] for record in theirs]
+    assert [r["tokens"] for r in ours] == [r["tokens"] for r in theirs]
+    assert [r["loss"] for r in ours] == pytest.approx([r["loss"] for r in theirs], rel=1e-4)
+    vectors = [Embedder.load(folder / "model").encode(TEXTS) for folder in (out, alone)]
+    np.testing.assert_allclose(vectors[0], vectors[1], atol=1e-4)

@@ -1,0 +1,417 @@
+from __future__ import annotations
+
+import json
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import Linear as PeftLinear
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import MixtralConfig
+
+from embedwright.model.embedder import Embedder
+from embedwright.packing import PackedTexts, pack
+from embedwright.training.cost import (
+    GB,
+    GPUS,
+    Device,
+    Flops,
+    Memory,
+    NoEstimate,
+    Sizes,
+    flops_of,
+    kept_by_head,
+    memory_of,
+    product_speed,
+    seconds_of,
+    sizes_of,
+    this_cpu,
+)
+from embedwright.training.recipe import Recipe
+
+RESULT = Path(__file__).parents[3] / "benchmarks" / "results" / "plan.json"
+POOLINGS = ["mean", "last", "latent", "self", "mlp"]
+TEXTS, LENGTH = 16, 64
+TOKENS = TEXTS * LENGTH
+Made = tuple[Recipe, Embedder]
+
+
+@pytest.fixture
+def made(tiny_decoder: Callable[..., Path]) -> Callable[..., Made]:
+    """`made(family, pooling, method, precision, **)`: a recipe, and the model that it trains, as training makes it."""
+
+    def make(
+        family: str = "llama",
+        pooling: str = "mean",
+        method: str = "lora",
+        precision: str = "fp32",
+        *,
+        checkpointing: bool = False,
+        dropout: float = 0.0,
+        layers: int = 3,
+        rank: int = 4,
+        **model: Any,
+    ) -> Made:
+        spec = {"base": str(tiny_decoder(family)), "pooling": pooling, "layers": layers, "latents": 6, "heads": 2}
+        content = {
+            "name": "tiny",
+            "model": spec | {"multiple": 2} | model,
+            "tune": {"method": method, "rank": rank, "alpha": 8, "dropout": dropout}
+            | {"gradient_checkpointing": checkpointing},
+            "stages": [
+                {
+                    "name": "one",
+                    "data": [{"path": "pairs.jsonl"}],
+                    "in_batch_negatives": "all",
+                    "hard_negatives": 1,
+                    "optim": {"lr": 1e-3, "steps": 2, "batch_queries": 4},
+                }
+            ],
+            "run": {"out": "runs/tiny", "precision": precision},
+        }
+        recipe = Recipe.parse(content)
+        sizes = recipe.model.model_dump(include={"latents", "heads", "head_dim", "multiple"})
+        low, lora = precision == "bf16", method == "lora"
+        embedder = Embedder.from_decoder(
+            recipe.model.base,
+            pooling=recipe.model.pooling,
+            attention=recipe.model.attention,
+            layers=layers,
+            dtype="bfloat16" if low and lora else "float32",
+            **sizes,
+        )
+        network = embedder.network
+        network.mixed = low
+        if lora:
+            embedder.add_lora(rank, 8, dropout)
+        if checkpointing:
+            network.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        network.train()
+        return recipe, embedder
+
+    return make
+
+
+@pytest.fixture
+def packed(random_texts: Callable[..., Any]) -> PackedTexts:
+    return pack(random_texts([LENGTH] * TEXTS))
+
+
+# ---- parameters
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_parameters_are_those_of_the_model_that_is_built(made: Any, pooling: str, method: str) -> None:
+    recipe, model = made(pooling=pooling, method=method, head_dim=12)
+    _same_parameters(sizes_of(recipe), model, method)
+
+
+def test_parameters_of_every_family(made: Any, family: str) -> None:
+    recipe, model = made(family, "latent", layers=2)
+    _same_parameters(sizes_of(recipe), model, "lora")
+
+
+def _same_parameters(sizes: Sizes, model: Embedder, method: str) -> None:
+    named = list(model.network.named_parameters())
+    counted = lambda kept: sum(p.numel() for name, p in named if kept(name, p))  # noqa: E731
+    assert sizes.trained == counted(lambda name, p: p.requires_grad)
+    assert sizes.adapters == counted(lambda name, p: "lora_" in name)
+    assert sizes.head == counted(lambda name, p: name.startswith("head."))
+    assert sizes.decoder + sizes.adapters + sizes.head == counted(lambda name, p: True)
+    assert (sizes.adapters > 0) == (method == "lora")
+
+
+def test_a_mixture_of_experts_is_refused(made: Any, tmp_path: Path) -> None:
+    recipe, _ = made()
+    MixtralConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=3, vocab_size=50).save_pretrained(tmp_path)
+    other = recipe.model_copy(update={"model": recipe.model.model_copy(update={"base": str(tmp_path)})})
+    with pytest.raises(NoEstimate, match="experts"):
+        sizes_of(other)
+
+
+# ---- memory
+
+
+def kept_bytes(network: nn.Module, run: Callable[[], Any]) -> int:
+    """Of all tensors that autograd keeps for a backward, parameters and buffers aside."""
+    own = {x.untyped_storage()._cdata for x in [*network.parameters(), *network.buffers()]}
+    kept: dict[int, Any] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage  # held, so that its address is not used again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        made = run()
+    del made
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of the tensors that are alive, of those made meanwhile."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.seen = {x.untyped_storage()._cdata for x in [*network.parameters(), *network.buffers()]}
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and (key := tensor.untyped_storage()._cdata) not in self.seen:
+                storage = tensor.untyped_storage()
+                self.seen.add(key)
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self.gone, key, storage.nbytes())
+        return made
+
+    def gone(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.now -= size
+
+
+def most_bytes(model: Embedder, packed: PackedTexts) -> int:
+    """At the peak of forward and backward, beside weights and gradients."""
+    for parameter in model.network.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    with Live(model.network) as live:
+        model.network.embed(packed).square().sum().backward()
+    return live.most
+
+
+def memory(recipe: Recipe, kind: Any = "cpu", **options: Any) -> Memory:
+    return memory_of(recipe, sizes_of(recipe), TOKENS, kind, **options)
+
+
+CASES = [
+    (family, pooling, method, precision)
+    for family, pooling in [
+        ("llama", "mean"),
+        ("llama", "latent"),
+        ("llama", "self"),
+        ("llama", "mlp"),
+        ("qwen3", "mean"),
+        ("gemma3", "mean"),
+        ("phi3", "mean"),
+    ]
+    for method in ("lora", "full")
+    for precision in ("fp32", "bf16")
+]
+
+
+@pytest.mark.parametrize(("family", "pooling", "method", "precision"), CASES)
+def test_activations_are_what_autograd_keeps(
+    made: Any, packed: PackedTexts, family: str, pooling: str, method: str, precision: str
+) -> None:
+    recipe, model = made(family, pooling, method, precision)
+    assert memory(recipe).activations == pytest.approx(
+        kept_bytes(model.network, lambda: model.network.embed(packed)), rel=0.15
+    )
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("pooling", ["mean", "latent"])
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_peak_of_forward_and_backward(
+    made: Any, packed: PackedTexts, pooling: str, method: str, precision: str, checkpointing: bool
+) -> None:
+    recipe, model = made("llama", pooling, method, precision, checkpointing=checkpointing, layers=3)
+    found = memory(recipe)
+    assert found.activations + found.work == pytest.approx(most_bytes(model, packed), rel=0.2)
+
+
+def test_dropout_costs_a_cpu_nothing_and_a_gpu_a_mask_and_a_copy(made: Any, packed: PackedTexts) -> None:
+    recipe, model = made(dropout=0.25)
+    plain = memory(made()[0]).activations
+    assert (
+        memory(recipe).activations
+        == plain
+        == pytest.approx(kept_bytes(model.network, lambda: model.network.embed(packed)), rel=0.15)
+    )
+    inputs = 0
+    for module in model.network.modules():  # a GPU goes peft's own way
+        if isinstance(module, PeftLinear):
+            module.__class__ = PeftLinear
+            inputs += module.in_features
+    mask_in_floats = 3 * TOKENS * inputs  # what a CPU keeps beyond the byte that a GPU needs for an element
+    on_gpu = memory(recipe, "cuda").activations
+    assert on_gpu > 1.2 * plain
+    assert on_gpu == pytest.approx(
+        kept_bytes(model.network, lambda: model.network.embed(packed)) - mask_in_floats, rel=0.15
+    )
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_weights_gradients_and_optimizer_are_those_of_a_step(
+    made: Any, packed: PackedTexts, method: str, precision: str
+) -> None:
+    recipe, model = made("llama", "latent", method, precision)
+    network = model.network
+    optimizer = torch.optim.AdamW(p for p in network.parameters() if p.requires_grad)
+    network.embed(packed).square().sum().backward()
+    size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)  # noqa: E731
+    found = memory(recipe)
+    assert found.weights == size(network.parameters())
+    for parameter in network.parameters():  # what had no part in this loss has one in others
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    assert found.gradients == size(p.grad for p in network.parameters() if p.grad is not None)
+    optimizer.step()
+    states = [t for state in optimizer.state.values() for t in state.values() if t.ndim]
+    assert found.optimizer == size(states)
+    assert found.total == sum(
+        (found.weights, found.gradients, found.optimizer, found.activations, found.work, found.reserve)
+    )
+
+
+def test_fsdp_cuts_what_ddp_repeats(made: Any) -> None:
+    recipe, model = made("llama", "latent", "full")
+    one = memory(recipe)
+    assert memory(recipe, processes=4) == one  # ddp
+    cut = memory(recipe.model_copy(update={"run": recipe.run.model_copy(update={"parallel": "fsdp"})}), processes=4)
+    network = model.network
+    size = lambda module: sum(4 * p.numel() for p in module.parameters())  # noqa: E731
+    layer = size(network.backbone.layers[0])
+    outside = size(network) - 3 * layer
+    assert cut.weights == size(network) // 4 + outside + 2 * layer
+    assert (cut.gradients, cut.optimizer) == (size(network) // 4, 2 * (size(network) // 4))
+    assert (cut.activations, cut.work) == (one.activations, one.work)
+
+
+def test_tokens_scores_and_a_gpus_own_part(made: Any) -> None:
+    recipe, _ = made()
+    sizes = sizes_of(recipe)
+    small, large = (memory_of(recipe, sizes, tokens, "cpu") for tokens in (TOKENS, 3 * TOKENS))
+    assert (large.activations, large.work) == (3 * small.activations, 3 * small.work)
+    assert memory(recipe, scores=1000).work == small.work + 16_000  # scores, masked, their softmax, the gradient
+    assert small.reserve == 0 and memory(recipe, "cuda").reserve > GB
+    many = memory_of(recipe, sizes, 1, "cuda")  # AdamW at work when the activations are gone
+    assert many.activations + many.work >= many.gradients
+
+
+@pytest.mark.parametrize("pooling", ["latent", "self", "mlp"])
+def test_what_the_pooling_block_keeps(made: Any, packed: PackedTexts, pooling: str) -> None:
+    recipe, model = made("llama", pooling, heads=4, latents=64)  # attention is a good part of it
+    hidden_TD = torch.randn(TOKENS, 32, requires_grad=True)
+    kept = kept_bytes(model.network, lambda: model.network.head(hidden_TD, packed))
+    assert kept_by_head(sizes_of(recipe).pooling, 32) * TOKENS == pytest.approx(kept, rel=0.05)
+    assert kept_by_head(nn.Identity(), 32) == 0
+
+
+def test_norms_within_attention_count_by_their_width(made: Any) -> None:
+    assert sizes_of(made("llama")[0]).norms == 2 * 32
+    assert sizes_of(made("qwen3")[0]).norms == 2 * 32 + 4 * 8 + 2 * 8
+    assert sizes_of(made("gemma3")[0]).norms == 4 * 32 + 4 * 8 + 2 * 8
+
+
+# ---- time
+
+
+@pytest.fixture
+def stock_products(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """torch's counter knows no products but its own, and no fused attention of CPUs."""
+    monkeypatch.setattr("embedwright.model.linears.onednn.available", lambda: False)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        yield
+
+
+@pytest.mark.usefixtures("stock_products")
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("pooling", "method"), [("mean", "lora"), ("mean", "full"), ("latent", "full"), ("self", "full"), ("mlp", "full")]
+)
+def test_flops_are_those_that_torch_counts(
+    made: Any, packed: PackedTexts, pooling: str, method: str, checkpointing: bool
+) -> None:
+    recipe, model = made("llama", pooling, method, rank=1, checkpointing=checkpointing)
+    counted = _flops(lambda: model.network.embed(packed).sum().backward())
+    squares = TEXTS * LENGTH**2
+    found = _sum(flops_of(recipe, sizes_of(recipe), TOKENS, squares, cached=False))
+    scores = 2 * 3 * 32 * squares  # fused kernels make them again for the backward: 3 layers, 4 heads of 8
+    assert found == pytest.approx(counted + scores, rel=0.05)
+    with torch.no_grad():
+        again = _flops(lambda: model.network.embed(packed))
+    assert _sum(flops_of(recipe, sizes_of(recipe), TOKENS, squares, cached=True)) - found == pytest.approx(
+        again, rel=0.05
+    )
+
+
+def _sum(flops: Flops) -> float:
+    return flops.decoder + flops.head
+
+
+def _flops(run: Callable[[], Any]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return int(counter.get_total_flops())
+
+
+def test_causal_attention_sees_half(made: Any) -> None:
+    both, causal = (made(attention=kind)[0] for kind in ("bidirectional", "causal"))
+    few, many = 100.0, 1e9
+    of = lambda recipe, squares: flops_of(recipe, sizes_of(recipe), 10, squares, cached=False).decoder  # noqa: E731
+    assert of(causal, many) - of(causal, few) == pytest.approx((of(both, many) - of(both, few)) / 2)
+
+
+def test_the_pooling_block_computes_in_float32() -> None:
+    device = Device("x", "cuda", GB, {"bf16": 1e12, "fp32": 1e11}, {"bf16": 0.5, "fp32": 0.25}, "here")
+    flops = Flops(1e12, 1e10)
+    assert seconds_of(flops, device, "bf16") == pytest.approx(2 + 0.4)
+    assert seconds_of(flops, device, "fp32") == pytest.approx(40 + 0.4)
+    assert seconds_of(flops, device, "bf16", processes=4) == pytest.approx(0.6)
+
+
+def test_the_pooling_block_is_counted_apart(made: Any) -> None:
+    plain, latent = (made("llama", pooling)[0] for pooling in ("mean", "latent"))
+    few, many = (flops_of(recipe, sizes_of(recipe), 10, 100, cached=False) for recipe in (plain, latent))
+    assert few.decoder == many.decoder and few.head == 0
+    # to_q, to_out, widen, narrow, and products with 6 keys and values; forward, gradients of inputs and of weights
+    assert many.head == 3 * 10 * 2 * (32 * 32 + 32 * 32 + 32 * 2 * 64 + 64 * 32 + 2 * 6 * 32)
+
+
+# ---- devices
+
+
+def test_the_gpus_of_the_table() -> None:
+    assert {device.memory // GB for device in GPUS} == {24, 80, 141}
+    for device in GPUS:
+        assert f"{device.memory // GB} GB" in device.name and device.source and device.kind == "cuda"
+        assert device.peak["bf16"] > device.peak["fp32"] and not device.measured
+        assert all(0 < share < 1 for share in device.efficiency.values())
+
+
+def test_this_cpu_is_measured_here() -> None:
+    started = time.perf_counter()
+    cpu = this_cpu()
+    assert time.perf_counter() - started < 5
+    x = torch.randn(512, 512)
+    seconds = []
+    for _ in range(20):
+        begin = time.perf_counter()
+        F.linear(x, x)
+        seconds.append(time.perf_counter() - begin)
+    plain = 2 * 512**3 / min(seconds)
+    assert plain / 5 < cpu.peak["fp32"] < 20 * plain  # another product may be faster
+    assert cpu.kind == "cpu" and cpu.measured and cpu.memory > GB / 4
+    assert product_speed("bf16", seconds=0.05) > 0
+
+
+def test_what_a_cpu_reaches_is_what_the_benchmark_saw() -> None:
+    seen = json.loads(RESULT.read_text())["reached"]
+    cpu = this_cpu()
+    assert cpu.efficiency == {precision: round(share, 2) for precision, share in seen.items()}

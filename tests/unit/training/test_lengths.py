@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from embedwright.config import ConfigError
+from embedwright.model.embedder import Embedder
+from embedwright.text import load_tokenizer
+from embedwright.training.lengths import Lengths, contract_of, summary, tokens_of
+from embedwright.training.loop import train
+from embedwright.training.recipe import Recipe
+
+TASK = {"name": "own", "instruction": "Answer the question"}
+ROWS = 6
+
+
+@pytest.fixture
+def asked(tiny_decoder: Callable[..., Path], tmp_path: Path) -> Callable[..., Recipe]:
+    """`asked(pooling="latent", bos=False, **of the stage)`: a recipe over six pairs with two negatives each."""
+    file = tmp_path / "pairs.jsonl"
+    with file.open("w") as lines:
+        for i in range(ROWS):
+            row = {"query": f"where is {i}" + " really" * i, "positives": [f"{i} is here" + " indeed" * (3 * i)]}
+            row |= {"id": str(i), "task": "own", "negatives": ["no one knows", f"{i} is far from here"]}
+            lines.write(json.dumps(row) + "\n")
+
+    def make(pooling: str = "latent", bos: bool = False, max_tokens: int = 256, **stage: Any) -> Recipe:
+        base = {"name": "one", "data": [{"path": str(file), "task": TASK}], "in_batch_negatives": "all"}
+        base |= {"hard_negatives": 2, "optim": {"lr": 1e-3, "steps": 3, "batch_queries": ROWS}}
+        model = {"base": str(tiny_decoder("llama", bos)), "pooling": pooling, "max_tokens": max_tokens}
+        return Recipe.parse({"name": "x", "model": model, "stages": [base | stage], "run": {"out": "runs/x"}})
+
+    return make
+
+
+def one(recipe: Recipe) -> Any:
+    [tokens] = tokens_of(recipe, [[Path(entry.path).exists() for entry in recipe.stages[0].data]])
+    return tokens
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("pooling", ["mean", "last", "latent", "self", "mlp"])
+def test_the_contract_is_that_of_the_model(asked: Any, pooling: str, bos: bool) -> None:
+    recipe = asked(pooling, bos, max_tokens=77)
+    folder = recipe.model.base
+    model = Embedder.from_decoder(folder, pooling=pooling, latents=4, heads=2, max_tokens=77)
+    assert contract_of(recipe, load_tokenizer(folder)) == model.contract
+
+
+@pytest.mark.parametrize("max_tokens", [256, 24])
+def test_a_step_is_counted_as_the_model_reads_it(asked: Any, max_tokens: int) -> None:
+    recipe = asked(max_tokens=max_tokens)
+    model = Embedder.from_decoder(recipe.model.base, latents=4, heads=2, max_tokens=max_tokens)
+    count = lambda text, task=None: len(model.tokenize([text], task=task).ids_T)  # noqa: E731
+    queries = [count(f"where is {i}" + " really" * i, TASK["instruction"]) for i in range(ROWS)]
+    positives = [count(f"{i} is here" + " indeed" * (3 * i)) for i in range(ROWS)]
+    negatives = [count("no one knows"), *(count(f"{i} is far from here") for i in range(ROWS))]  # equal texts are one
+    tokens = one(recipe)  # each step has all rows
+    assert tokens.step == tokens.largest == sum(queries + positives + negatives)
+    assert tokens.squares == sum(n * n for n in queries + positives + negatives)
+    documents = positives + negatives
+    assert tokens.padded == len(queries) * max(queries) + len(documents) * max(documents)
+    assert (tokens.rows, tokens.shared) == (3 * ROWS, True)
+    for kind, expected in (("queries", queries), ("positives", positives), ("negatives", negatives)):
+        seen = tokens.kinds[kind]
+        assert (seen.mean, seen.longest) == (pytest.approx(sum(expected) / len(expected)), max(expected))
+        assert seen.median == sorted(expected)[(len(expected) - 1) // 2]
+        assert seen.median <= seen.most <= seen.longest <= max_tokens
+    if max_tokens == 24:
+        assert max(positives) == 24
+
+
+def test_these_are_the_tokens_that_training_sees(asked: Any, tmp_path: Path) -> None:
+    file = tmp_path / "many.jsonl"
+    rows = [{"id": str(i), "task": "own", "query": f"q {i}"} for i in range(9)]
+    for i, row in enumerate(rows):  # one of three positives and two of three negatives are drawn
+        words = [" ".join([f"w{i}{j}"] * (1 + 4 * j)) for j in range(6)]
+        file.open("a").write(json.dumps(row | {"positives": words[:3], "negatives": words[3:]}) + "\n")
+    optim = {"lr": 1e-3, "steps": 4, "batch_queries": 3}
+    recipe = asked("mean", data=[{"path": str(file), "task": TASK}], optim=optim)
+    run = {"out": str(tmp_path / "run"), "tracker": "none", "checkpoint_every": 100}
+    recipe = Recipe.parse(recipe.model_dump() | {"run": run})
+    seen: list[int] = []
+    train(recipe, on_step=lambda record: seen.append(record["tokens"]))
+    tokens = one(recipe)
+    assert (tokens.step, tokens.largest) == (sum(seen) / 4, max(seen)) and len(set(seen)) > 1
+
+
+def test_the_spread_of_lengths() -> None:
+    assert summary([*range(1, 100), 1000]) == Lengths(59.5, 50, 95, 1000)
+
+
+def test_queries_that_share_nothing(asked: Any) -> None:
+    alone = {"in_batch_negatives": "none", "hard_negatives": 1, "optim": {"lr": 1e-3, "steps": 1, "batch_queries": 1}}
+    assert not one(asked(**alone)).shared
+
+
+def test_no_more_steps_are_sampled_than_there_are_or_than_it_takes(asked: Any) -> None:
+    few = {"lr": 1e-3, "steps": 2, "batch_queries": 3}
+    assert one(asked(optim=few)).rows == 6
+    assert one(asked(optim=few | {"steps": 10_000, "batch_queries": 100})).rows == 600
+
+
+def test_what_is_not_there_is_taken_at_its_longest(asked: Any, tmp_path: Path) -> None:
+    absent = {"path": str(tmp_path / "absent.parquet"), "task": TASK}
+    recipe = asked(data=[absent], hard_negatives=3, max_tokens=100)
+    tokens = one(recipe)
+    texts = ROWS * 5
+    assert (tokens.rows, tokens.kinds, tokens.shared) == (0, {}, True)
+    assert (tokens.step, tokens.largest, tokens.squares) == (100 * texts, 100 * texts, 100 * 100 * texts)
+    both = asked(data=[absent, {"path": str(tmp_path / "pairs.jsonl"), "task": TASK}])
+    assert one(both).rows == 3 * ROWS  # the file that is there stands for all
+
+
+def test_data_that_training_would_refuse_is_refused(asked: Any) -> None:
+    with pytest.raises(ConfigError, match="it would train nothing"):
+        one(asked(in_batch_negatives="none", hard_negatives=0))
