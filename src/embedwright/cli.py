@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -87,6 +88,7 @@ def _keep(plan: Recipe, model: Embedder) -> None:
         say(f"{folder} is there already: left as it is")
     else:
         model.save(folder)
+        shutil.copyfile(Path(plan.run.out) / "README.md", folder / "README.md")
     _before_and_after(Path(plan.run.out) / "evaluations.jsonl")
     say(f'model: {folder}   (Embedder.load("{folder}"))')
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -51,8 +51,16 @@ def load_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def validate(model: type[Model], content: dict[str, Any], where: str) -> Model:
-    """`content` as `model`. ConfigError lists every wrong key; an unknown one comes with the nearest known one."""
+Loc = tuple[int | str, ...]  # of a value, as pydantic gives it
+
+
+def validate(
+    model: type[Model], content: dict[str, Any], where: str, in_file: Callable[[Loc], Loc] = lambda loc: loc
+) -> Model:
+    """`content` as `model`. ConfigError lists every wrong key; an unknown one comes with the nearest known one.
+
+    `in_file`: where a value stands in the file, if `content` is not quite what the file says.
+    """
     try:
         return model.model_validate(content)
     except ValidationError as error:
@@ -64,7 +72,7 @@ def validate(model: type[Model], content: dict[str, Any], where: str) -> Model:
                 known = _known_keys(model, loc[:-1])
                 nearest = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
                 message = f"unknown key; did you mean {nearest[0]!r}?" if nearest else f"unknown key; known: {known}"
-            lines.append(f"{where}: {'.'.join(map(str, loc))}: {message}")
+            lines.append(f"{where}: {'.'.join(map(str, in_file(loc)))}: {message}")
         raise ConfigError("\n".join(lines)) from None
 
 
@@ -74,7 +82,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
-def _known_keys(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+def _known_keys(model: type[BaseModel], loc: Loc) -> list[str]:
     models = [model]
     for part in loc:
         below = [m.model_fields[part].annotation for m in models if isinstance(part, str) and part in m.model_fields]

@@ -40,6 +40,7 @@ from embedwright.training.judge import Judge
 from embedwright.training.objective import check_widths
 from embedwright.training.processes import Processes, Replica
 from embedwright.training.recipe import Recipe, StagePart
+from embedwright.training.refresh import refresh_every, refreshed
 from embedwright.training.sources import data_fingerprint, open_sources
 from embedwright.training.step import Share, accumulate, learning_rate, make_optimizer, share_of, update
 from embedwright.training.track import Tracker, write_whole
@@ -83,7 +84,7 @@ def train(recipe: Recipe, *, on_step: OnStep | None = None, on_evaluation: OnEva
         log = Tracker(out, recipe.run.tracker, names, state.stage, state.step, settings)
     with stop_when_asked() as asked, log as tracker:
         judge = Judge(recipe.eval, out, model, processes, on_evaluation, tracker, fresh=checkpoint is None)
-        run = _Run(recipe, model, replica, tracker, judge, activity, asked, on_step)
+        run = _Run(recipe, model, replica, tracker, judge, activity, asked, on_step, on_evaluation)
         if checkpoint is None:
             judge.evaluate("start", 0)
         for number in range(state.stage, len(recipe.stages)):
@@ -155,11 +156,13 @@ class _Run:
         activity: HeadActivity,
         asked: Asked,
         on_step: OnStep | None,
+        say: OnEvaluation | None,
     ) -> None:
         self.recipe, self.model, self.replica, self.tracker = recipe, model, replica, tracker
         self.processes = processes = replica.processes
         self.judge, self.activity, self.asked = judge, activity, asked
         self.on_step = on_step if processes.first else None
+        self.say = say if processes.first else None
         self.out = Path(recipe.run.out)
         self.nonfinite = NonFinite(self.out / "nonfinite.jsonl", processes)
 
@@ -207,7 +210,24 @@ class _Run:
     def shares(
         self, stage: StagePart, sources: list[Source], state: RunState, teacher: Teacher | None
     ) -> Generator[tuple[int, Share], None, None]:
-        """(step, its share of texts) in order, `run.workers` steps ahead of their use, tokenised in threads."""
+        """(step, its share of texts) in order, `run.workers` steps ahead of their use, tokenised in threads; but never
+        ahead of a step behind which negatives are mined."""
+        for begin in range(0, stage.optim.steps, every := refresh_every(stage)):
+            steps = range(max(begin, state.step), min(begin + every, stage.optim.steps))
+            if not steps:
+                continue
+            # asked for behind the last step before it: what is mined here is mined by the model of that step
+            now = self.mined(stage, sources, state, begin)
+            yield from self.drawn(stage, now, state.stage, steps, teacher)
+
+    def mined(self, stage: StagePart, sources: list[Source], state: RunState, begin: int) -> list[Source]:
+        if stage.mine is None:
+            return sources
+        return refreshed(self.recipe, stage, sources, state, begin, self.model, self.processes, self.say)
+
+    def drawn(
+        self, stage: StagePart, sources: list[Source], number: int, steps: range, teacher: Teacher | None
+    ) -> Generator[tuple[int, Share], None, None]:
         recipe = self.recipe
 
         def share(step: int) -> Share:
@@ -225,12 +245,11 @@ class _Run:
                 self.model.contract,
                 hard_negatives=stage.hard_negatives,
                 in_batch=stage.in_batch_negatives,
-                rng=np.random.default_rng([recipe.seed, state.stage, step]),
+                rng=np.random.default_rng([recipe.seed, number, step]),
                 loss=stage.loss,
             )
             return share_of(self.model, batch, self.processes, teacher)
 
-        steps = range(state.step, stage.optim.steps)
         if recipe.run.workers == 0:
             yield from ((step, share(step)) for step in steps)
             return

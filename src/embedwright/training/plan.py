@@ -183,7 +183,7 @@ def report(recipe: Recipe, *, processes: int = 1) -> str:
 def render(recipe: Recipe, stages: Sequence[StagePlan]) -> str:
     """The plan as lines of text."""
     lines = []
-    for stage in stages:
+    for stage, part in zip(stages, recipe.stages, strict=True):
         unknown = sum(part.rows is None for part in stage.shares)
         lines.append(
             f"stage {stage.name}: {stage.rows:,} rows of {len(stage.shares)} files"
@@ -191,9 +191,15 @@ def render(recipe: Recipe, stages: Sequence[StagePlan]) -> str:
             + f", {stage.steps:,} steps, {stage.queries:,} queries ({stage.passes:.2f} passes), {stage.texts:,} texts"
         )
         width = max(len(part.path) for part in stage.shares)
-        for part in stage.shares:
-            rows = "?" if part.rows is None else f"{part.rows:,}"
-            lines.append(f"  {part.path:<{width}}  {rows:>9}  {part.share:6.1%}  {part.counted}")
+        for entry in stage.shares:
+            rows = "?" if entry.rows is None else f"{entry.rows:,}"
+            lines.append(f"  {entry.path:<{width}}  {rows:>9}  {entry.share:6.1%}  {entry.counted}")
+        if part.mine is not None:
+            again = f" and every {part.mine.every} steps" if part.mine.every else ""
+            lines.append(
+                f"  hard negatives are mined before it{again} by {part.mine.teacher}: that, and negatives that rows "
+                "do not have yet, are not counted"
+            )
         if stage.tokens is not None:
             lines += _token_lines(stage, stage.tokens)
     total, queries = sum(stage.steps for stage in stages), sum(stage.queries for stage in stages)

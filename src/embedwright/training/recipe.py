@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from embedwright.config import ConfigError, did_you_mean, load_yaml, validate
+from embedwright.data.candidates import Rule, check_settings
 from embedwright.data.example import InBatch, Task
 
 Positive = Annotated[int, Field(ge=1)]
@@ -127,10 +128,36 @@ class LossPart(_Part):
         return self
 
 
+PREVIOUS = "previous"  # teacher of a stage's negatives
+_EXTRAS = {"loss", "sampling_alpha", "mine"}
+
+
+class MinePart(_Part):
+    """Hard negatives mined anew for a stage: before its first step, and again behind `every` so many of its steps.
+
+    `teacher`: `previous` is the model as it then is; else a packaged name, folder or hub id. The rest as `mine` has it.
+    """
+
+    name: str = "mine"
+    teacher: str = PREVIOUS
+    rule: Rule = "perc"
+    margin: float | None = None
+    negatives: Positive = 7
+    depth: Positive = 100
+    sampled: bool = False
+    every: Positive | None = None
+
+    @model_validator(mode="after")
+    def _settings_fit(self) -> MinePart:
+        check_settings(self.rule, self.margin, self.negatives, self.depth)
+        return self
+
+
 class StagePart(_Part):
     """One pass of contrastive training over a blend of data, with an optimizer of its own.
 
-    `sampling_alpha`: an entry of `data` is drawn in proportion to weight * rows ** alpha; 1 is by size, 0 alike.
+    `sampling_alpha`: an entry of `data` is drawn in proportion to weight * rows ** alpha; 1 is by size, 0 alike. `mine`
+    is what a stage of `kind: mine` in front of it becomes.
     """
 
     name: str
@@ -141,7 +168,14 @@ class StagePart(_Part):
     temperature: Annotated[float, Field(gt=0)] = 0.02
     loss: LossPart = LossPart()
     sampling_alpha: Annotated[float, Field(ge=0, le=1)] = 1.0
+    mine: MinePart | None = None
     optim: OptimPart
+
+    @model_validator(mode="after")
+    def _uses_what_is_mined(self) -> StagePart:
+        if self.mine is not None and not 1 <= self.hard_negatives <= self.mine.negatives:
+            raise ValueError(f"hard_negatives={self.hard_negatives} of {self.mine.negatives} that are mined for it")
+        return self
 
     @model_validator(mode="after")
     def _loss_has_what_it_needs(self) -> StagePart:
@@ -153,8 +187,8 @@ class StagePart(_Part):
         return self
 
     def extras(self) -> dict[str, Any]:
-        """`loss` and `sampling_alpha` as far as they were chosen: what a recipe without them does not speak of."""
-        return self.model_dump(mode="json", include={"loss", "sampling_alpha"}, exclude_defaults=True)
+        """What came later than the first recipes, as far as it was chosen: one without it does not speak of it."""
+        return self.model_dump(mode="json", include=_EXTRAS, exclude_defaults=True)
 
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
@@ -253,12 +287,12 @@ class Recipe(_Part):
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
         """Read a YAML file. FileNotFoundError, or ConfigError that names the file, the key and the nearest key."""
-        return validate(cls, load_yaml(Path(path)), str(path))
+        return _parsed(load_yaml(Path(path)), str(path))
 
     @classmethod
     def parse(cls, content: dict[str, Any]) -> Recipe:
         """The same from a mapping. ConfigError as in `load`."""
-        return validate(cls, content, "recipe")
+        return _parsed(content, "recipe")
 
     def values_by_key(self) -> dict[str, Any]:
         """What makes the model, by dotted key: a stage by its name, its list of data as one value."""
@@ -267,7 +301,7 @@ class Recipe(_Part):
             values |= {f"{part}.{key}": value for key, value in getattr(self, part).model_dump().items()}
         for stage in self.stages:
             values[f"stages.{stage.name}.data"] = stage.data
-            fields = stage.model_dump(exclude={"name", "data", "loss", "sampling_alpha", "optim"})
+            fields = stage.model_dump(exclude={"name", "data", "optim"} | _EXTRAS)
             extras = stage.extras()
             fields |= {f"loss.{key}": value for key, value in extras.pop("loss", {}).items()} | extras
             values |= {f"stages.{stage.name}.{key}": value for key, value in fields.items()}
@@ -278,7 +312,8 @@ class Recipe(_Part):
         """Of all that decides the weights: not where the run is kept, tracked, checkpointed or evaluated."""
         content = self.model_dump(mode="json", exclude={"name": True, "eval": True, "provenance": True})
         for part, stage in zip(self.stages, content["stages"], strict=True):
-            del stage["loss"], stage["sampling_alpha"]
+            for key in _EXTRAS:
+                del stage[key]
             stage |= part.extras()  # so that keys which came later change no hash of a recipe without them
             for entry in stage["data"]:
                 del entry["rows"]
@@ -290,6 +325,36 @@ class Recipe(_Part):
 
     def with_out(self, out: str | Path) -> Recipe:
         return self.model_copy(update={"run": self.run.model_copy(update={"out": str(out)})})
+
+
+def _parsed(content: dict[str, Any], where: str) -> Recipe:
+    """Stages of `kind: mine` go into those behind them; errors still name a stage by its place in the file."""
+    stages, places, waiting = [], [], None
+    for place, stage in enumerate(content["stages"] if isinstance(content.get("stages"), list) else []):
+        rest = dict(stage) if isinstance(stage, dict) else stage
+        kind = rest.pop("kind", "train") if isinstance(rest, dict) else "train"
+        if kind not in ("train", "mine"):
+            raise ConfigError(f"{where}: stages.{place}.kind: {kind!r} is neither train nor mine")
+        if waiting is not None and (kind == "mine" or "mine" in rest):
+            raise ConfigError(f"{where}: stages.{place}: negatives are mined for it by stages.{waiting[0]} already")
+        if kind == "mine":
+            waiting = place, rest
+            continue
+        stages.append(rest if waiting is None else rest | {"mine": waiting[1]})
+        places.append((place, None if waiting is None else waiting[0]))
+        waiting = None
+    if waiting is not None:
+        raise ConfigError(f"{where}: stages.{waiting[0]}: mines negatives for the stage behind it, and there is none")
+
+    def in_file(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
+        match loc:
+            case ("stages", int(number), "mine", *rest) if places[number][1] is not None:
+                return "stages", places[number][1] or 0, *rest
+            case ("stages", int(number), *rest):
+                return "stages", places[number][0], *rest
+        return loc
+
+    return validate(Recipe, content | {"stages": stages} if stages else content, where, in_file)
 
 
 def expand(path: str) -> Path:

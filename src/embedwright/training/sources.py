@@ -58,6 +58,8 @@ def _stage_sources(recipe: Recipe, stage: StagePart, known: dict[str, Task]) -> 
         where = f"recipe {recipe.name}: stages.{stage.name}.data.{number}"
         for source in _entry_sources(recipe, stage, number, known, where):
             sources.append(_check(recipe, stage, source, where))
+    if stage.mine is not None and not any(map(is_mined, sources)):
+        raise ConfigError(f"recipe {recipe.name}: stages.{stage.name}: none of its data can be mined (docs/mining.md)")
     return sources
 
 
@@ -98,11 +100,25 @@ def _kinds(tasks: Iterable[Task]) -> dict[str, list[Task]]:
 
 
 def _check(recipe: Recipe, stage: StagePart, source: Source, where: str) -> Source:
-    """The source with the rows that can train something. ConfigError where there is none, or strict asks for more."""
+    """The source, with the rows that can train something once its negatives are there. ConfigError where there is none,
+    or strict asks for more."""
     for task in (source.task, *source.tasks.values()):
         if recipe.strict and not (task.instruction and task.licence):
             missing = "instruction" if not task.instruction else "licence"
             raise ConfigError(f"{where}: task {task.name!r} has no {missing}, and the recipe is strict")
+    return source if stage.mine is not None and is_mined(source) else trainable(stage, source, where)
+
+
+def is_mined(source: Source) -> bool:
+    """Whether hard negatives can be mined for these rows: any other document is one that does not answer the query.
+
+    That is not so of rows that share a label, or of pairs that are alike; synthetic rows have a task each.
+    """
+    return source.task.family in ("retrieval", "reranking") and not source.task.symmetric and not source.tasks
+
+
+def trainable(stage: StagePart, source: Source, where: str) -> Source:
+    """The source with the rows that have what the stage compares. ConfigError where there is none."""
     task = source.task
     if (task.in_batch_negatives or stage.in_batch_negatives) != "none":
         return source

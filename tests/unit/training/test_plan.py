@@ -96,6 +96,15 @@ def test_a_file_of_unknown_size_is_said_to_be_one(pairs: str, tmp_path: Path) ->
     assert "0 rows of 1 files (1 of unknown size)" in text
 
 
+def test_mining_inside_the_run_is_said_and_not_counted(pairs: str) -> None:
+    content = copy.deepcopy(CONTENT)
+    content["stages"][0]["data"] = content["stages"][1]["data"] = [{"path": pairs, "task": "own"}]
+    content["stages"].insert(0, {"kind": "mine", "teacher": "minilm", "every": 20})
+    small = Recipe.parse(content)
+    lines = [line for line in render(small, plan(small)).splitlines() if "mined" in line]
+    assert len(lines) == 1 and "mined before it and every 20 steps by minilm" in lines[0]
+
+
 def test_provenance_is_printed_with_the_values(pairs: str) -> None:
     small = recipe([{"path": pairs, "task": "own"}], [{"path": pairs, "task": "own"}])
     said = dict.fromkeys(small.values_by_key(), "guess: ours")

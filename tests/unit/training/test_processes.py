@@ -67,6 +67,9 @@ def found(tmp_path_factory: pytest.TempPathFactory, tiny_decoder: Callable[..., 
                 tensors = {name: parts[0][name] for name in parts[0].files if name != "loss"}
                 losses = [float(part["loss"]) for part in parts]
                 results.setdefault(kind, {}).setdefault(count, {})[case] = losses, tensors
+    shared = {n: [np.load(folder / f"shared-{n}-{rank}.npz") for rank in range(n)] for n in COUNTS}
+    results["shared"] = {n: [part["vectors"] for part in parts] for n, parts in shared.items()}
+    results["encoded"] = {n: [int(part["encoded"]) for part in parts] for n, parts in shared.items()}
     return results
 
 
@@ -89,6 +92,15 @@ def test_many_processes_give_the_loss_and_gradient_of_one(
     assert float(theirs["norm"]) == pytest.approx(float(ours["norm"]), rel=1e-6) and float(ours["norm"]) > 0.5
     for name in gradients:
         np.testing.assert_allclose(theirs[f"after {name}"], ours[f"after {name}"], atol=2e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_teacher_is_shared_and_each_process_has_all(found: dict[str, Any], count: int) -> None:
+    [alone], many = found["shared"][1], found["shared"][count]
+    assert alone.shape == (5, 32)
+    assert all(np.array_equal(vectors, many[0]) for vectors in many)  # so that all mine the same
+    np.testing.assert_allclose(many[0], alone, atol=1e-5)
+    assert max(found["encoded"][count]) < 5  # and none has encoded all of them
 
 
 def test_the_cases_differ_from_each_other(found: dict[str, Any]) -> None:
@@ -161,6 +173,23 @@ def gradients_of(kind: str, case: str, decoder: str, processes: Processes) -> di
     )
 
 
+def shared(decoder: str, processes: Processes) -> dict[str, Any]:
+    """Five texts of very different lengths, asked of a teacher in every process alike."""
+    from embedwright.model.embedder import Embedder
+    from embedwright.training.refresh import Shared
+
+    model, encoded = Embedder.from_decoder(decoder, pooling="mean"), 0
+
+    class Counted:
+        def encode(self, texts: list[str], task: str | None = None) -> Any:
+            nonlocal encoded
+            encoded += len(texts)
+            return model.encode(texts, task=task)
+
+    vectors = Shared(Counted(), processes).encode([f"{'a tide ' * n}moon" for n in (1, 30, 2, 9, 0)], task="Find it")
+    return {"vectors": vectors, "encoded": encoded}
+
+
 def main(folder: Path, decoder: str) -> None:
     from embedwright.training import processes as many
 
@@ -172,6 +201,7 @@ def main(folder: Path, decoder: str) -> None:
         for kind in ("ddp", "fsdp") if count > 1 else ("ddp",):
             for number, case in enumerate(CASES):
                 np.savez(folder / f"{kind}-{count}-{rank}-{number}.npz", **gradients_of(kind, case, decoder, processes))
+        np.savez(folder / f"shared-{count}-{rank}.npz", **shared(decoder, processes))
         processes.wait()
 
     gradients_of("ddp", next(iter(CASES)), decoder, many.ALONE)  # imports the rest, once for all children

@@ -210,6 +210,56 @@ def test_the_stage_of_the_docs_has_every_key_of_a_loss() -> None:
     assert chosen.dims == (256, 64) and recipe.stages[0].sampling_alpha == 0.5
 
 
+def mining(**change: Any) -> dict[str, Any]:
+    """A recipe whose second of three stages mines for the third."""
+    tree = content()
+    tree["stages"].insert(1, {"kind": "mine", "name": "refresh", "teacher": "minilm", "every": 20} | change)
+    return tree
+
+
+def test_a_stage_that_mines_is_part_of_the_one_behind_it(tmp_path: Path) -> None:
+    recipe = Recipe.parse(mining())
+    assert [stage.name for stage in recipe.stages] == ["retrieval", "generalist"]
+    first, second = recipe.stages
+    assert first.mine is None and second.mine is not None
+    assert (second.mine.teacher, second.mine.every, second.mine.rule) == ("minilm", 20, "perc")
+    assert Recipe.parse(put(content(), "stages.0.kind", "train")) == Recipe.parse(content())
+    # as a run's folder has it
+    assert load(tmp_path, yaml.safe_dump(recipe.model_dump(mode="json"))).hash() == recipe.hash()
+    hashes = {Recipe.parse(mining(**change)).hash() for change in ({}, {"teacher": "previous"}, {"margin": 0.9})}
+    assert len({*hashes, Recipe.parse(content()).hash()}) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"margn": 0.9}, r"recipe: stages\.1\.margn: unknown key; did you mean 'margin'\?"),
+        ({"negatives": 2}, r"recipe: stages\.2: .*hard_negatives=3 of 2 that are mined"),
+        ({"rule": "perc", "margin": 7}, r"recipe: stages\.1: .*the margin of rule 'perc' must be"),
+        ({"kind": "mien"}, r"recipe: stages\.1\.kind: 'mien' is neither train nor mine"),
+    ],
+)
+def test_a_mistake_in_a_stage_that_mines_is_named_by_its_place(change: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        Recipe.parse(mining(**change))
+
+
+def test_a_mistake_behind_a_stage_that_mines_is_named_by_its_place() -> None:
+    with pytest.raises(ConfigError, match=r"recipe: stages\.2\.optim\.stpes: unknown key; did you mean 'steps'"):
+        Recipe.parse(put(mining(), "stages.2.optim.stpes", 3))
+
+
+def test_a_stage_that_mines_for_nothing_is_refused() -> None:
+    last = content()
+    last["stages"].append({"kind": "mine"})
+    with pytest.raises(ConfigError, match=r"stages\.2: mines negatives for the stage behind it, and there is none"):
+        Recipe.parse(last)
+    twice = mining()
+    twice["stages"].insert(1, {"kind": "mine"})
+    with pytest.raises(ConfigError, match=r"stages\.2: negatives are mined for it by stages\.1 already"):
+        Recipe.parse(twice)
+
+
 def test_stages_of_one_name_are_refused() -> None:
     with pytest.raises(ConfigError, match="different names"):
         Recipe.parse(put(content(), "stages.1.name", "retrieval"))
