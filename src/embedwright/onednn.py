@@ -6,6 +6,7 @@ oneDNN takes the plain weight at 95 % and more of the speed of a reordered one f
 from __future__ import annotations
 
 import logging
+import os
 import platform
 from functools import cache
 
@@ -14,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
+
+_SHAPES = 32  # of products that torch keeps prepared: about those of one packed row
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -60,6 +63,7 @@ def available() -> bool:
     """
     if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():
         return False
+    _bound_caches()
     random = torch.Generator().manual_seed(0)
     # said in full: the first model may be made without memory, or under another default type
     x, weight, bias = (
@@ -74,3 +78,13 @@ def available() -> bool:
     if not right:
         logger.warning("oneDNN's linear gives other numbers here: stock products, slower on AMD")
     return right
+
+
+def _bound_caches() -> None:
+    """Two caches of prepared products hold 1,024 shapes each, at more than half a megabyte. Few models see so many;
+    packed rows are of another length every time, and fill both: a gigabyte, for a hundredth of the time.
+
+    Read with the first product of the process: where there was one already, they stay as they are. (0 crashes torch.)
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(_SHAPES))

@@ -146,7 +146,9 @@ def test_a_recipe_is_trained_evaluated_searched_and_examined(command: Command, r
     assert header.index("start 0") < header.index("retrieval 2") < header.index("generalist 2")
     model = out / "model"
     assert f"model: {model}" in answer.out
-    assert (model / "README.md").read_text().startswith("---\n") and "| generalist | 2 |" in (out / "README.md").read_text()
+    assert (model / "README.md").read_text().startswith("---\n") and "| generalist | 2 |" in (
+        out / "README.md"
+    ).read_text()
 
     answer = command("eval", model, tmp_path / "suite", "--out", tmp_path / "new" / "results.json")
     assert answer.code == 0, answer.err

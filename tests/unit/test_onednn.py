@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -64,3 +67,31 @@ def test_fused_products_that_are_not_usable_leave_the_plain_ones(
     with caplog.at_level(logging.WARNING):
         assert not gated_available() and not gated_available()
     assert len(caplog.records) == 1 and available()
+
+
+GROWTH = """
+import torch
+from embedwright import onednn
+
+def held():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:")) / 1024
+
+onednn.available()
+weight = torch.randn(192, 64)
+with torch.inference_mode():
+    product = lambda n: onednn.linear(torch.randn(n, 64), weight, None) if onednn.available() else None
+    product(1)
+    before = held()
+    for n in range(2, 602):
+        product(n)
+        torch.nn.functional.linear(torch.randn(n, 64).bfloat16(), weight.bfloat16())
+print(held() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
+def test_products_of_ever_new_shapes_take_no_more_memory() -> None:
+    kept = {name: value for name, value in os.environ.items() if not name.endswith("_CACHE_CAPACITY")}
+    done = subprocess.run([sys.executable, "-c", GROWTH], env=kept, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 150, done.stdout  # megabytes; unbounded it is more than 400

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
@@ -178,13 +178,13 @@ class _Run:
         records: list[dict[str, Any]] = []
         every, last = recipe.eval.every, stage.optim.steps
         with closing(self.shares(stage, sources, state, teacher)) as shares:
-            for step, share in shares:
+            for step, share, waited in _with_waits(shares):
                 if step and every and step % every == 0:  # here, so that a resumed run does it too
                     judge.evaluate(stage.name, step)
                     if judge.gave_up(stage.name, step):
                         last = step
                         break
-                record = self.step(stage, share, state.stage, step, optimizer)
+                record = self.step(stage, share, state.stage, step, optimizer) | {"waited": waited}
                 records.append(record)
                 self.report(stage, records)
                 done = step + 1
@@ -315,6 +315,14 @@ class _Run:
     def save(self, state: RunState, optimizer: torch.optim.Optimizer) -> None:
         trained = {name: p for name, p in self.model.network.named_parameters() if p.requires_grad}
         save_checkpoint(self.out / "checkpoints", state, trained, optimizer, self.recipe.run.keep, self.processes)
+
+
+def _with_waits(shares: Iterator[tuple[int, Share]]) -> Iterator[tuple[int, Share, float]]:
+    """With the seconds that each was waited for: about zero where tokenisation keeps ahead."""
+    asked = time.perf_counter()
+    for step, share in shares:
+        yield step, share, round(time.perf_counter() - asked, 4)
+        asked = time.perf_counter()
 
 
 def _newest(folder: Path, processes: Processes) -> Path | None:

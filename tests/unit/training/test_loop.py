@@ -115,8 +115,8 @@ def metrics(out: Path) -> list[dict[str, Any]]:
 
 
 def without_seconds(out: Path) -> list[dict[str, Any]]:
-    """Nor the peak of memory, which is this process's."""
-    return [{k: v for k, v in record.items() if k not in ("seconds", "peak_mb")} for record in metrics(out)]
+    """Nor those waited for a batch, nor the peak of memory, which is this process's."""
+    return [{k: v for k, v in record.items() if k not in ("seconds", "waited", "peak_mb")} for record in metrics(out)]
 
 
 def evaluated(out: Path) -> list[tuple[str, int]]:
@@ -153,7 +153,7 @@ def run(content: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Ru
 
 def test_the_log_has_one_record_a_step(run: Run) -> None:
     assert metrics(run.out) == run.records
-    keys = {"stage", "step", "loss", "chance", "lr", "grad_norm", "tokens", "seconds", "peak_mb", "ids"}
+    keys = {"stage", "step", "loss", "chance", "lr", "grad_norm", "tokens", "seconds", "waited", "peak_mb", "ids"}
     looked = {"head_change", "head_entropy"}
     for record in run.records:
         assert record.keys() - looked == keys
