@@ -80,10 +80,20 @@ def metrics(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("parallel", "method"),
+    [
+        ("ddp", "lora"),
+        pytest.param("fsdp", "lora", marks=pytest.mark.long),
+        pytest.param("ddp", "qlora", marks=pytest.mark.long),
+    ],
+)
 def test_two_processes_are_stopped_and_one_ends_where_one_alone_ends(
-    recipe: dict[str, Any], tmp_path: Path, parallel: str
+    recipe: dict[str, Any], tmp_path: Path, parallel: str, method: str
 ) -> None:
+    if method == "qlora":
+        pytest.importorskip("bitsandbytes", reason="package bitsandbytes is missing (the extra [qlora])")
+    recipe["tune"]["method"] = method
     recipe["run"]["parallel"] = parallel
     file, alone, out = tmp_path / "recipe.yaml", tmp_path / "alone", tmp_path / "out"
     file.write_text(yaml.safe_dump(recipe))

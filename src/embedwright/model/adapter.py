@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from embedwright.model.fourbit import ONLY_TRAINED, in_four_bits
 from embedwright.model.network import EmbedwrightModel
 from embedwright.packing import PackedTexts
 
@@ -97,13 +98,15 @@ def merge_lora(network: EmbedwrightModel, texts: PackedTexts) -> float:
     """Fold the adapters into the weights and take them off, in place. Returns the largest distance that `texts` moved.
 
     The sums are made in float32 and rounded once, to the type of the weights; a warning where that takes most of what
-    the adapters add. ValueError, and nothing changed, where there is nothing to merge, or an adapter is not at work or
-    not finite. RuntimeError where a layer or the vectors change by more than rounding: that model is lost, and refused
-    from then on.
+    the adapters add. ValueError, and nothing changed, where there is nothing to merge, the weights are in 4 bits, or an
+    adapter is not at work or not finite. RuntimeError where a layer or the vectors change by more than rounding: that
+    model is lost, and refused from then on.
     """
     backbone = network.backbone
     if not has_lora(backbone):
         raise ValueError("the model has no LoRA adapters to merge; a model that is merged already stays as it is")
+    if in_four_bits(backbone):
+        raise ValueError(f"cannot merge: {ONLY_TRAINED}")
     if faults := lora_faults(backbone):
         raise ValueError(f"cannot merge: {faults[0]}")
     if broken := [n for n, p in backbone.named_parameters() if "lora_" in n and not p.isfinite().all()]:

@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from embedwright.cache import cache_folder
+from embedwright.model import fourbit
 from embedwright.model.attention import PACKED
 from embedwright.model.locate import local, packaged
 from embedwright.text import load_tokenizer
@@ -118,8 +119,8 @@ def set_attention(config: Any, attention: AttentionKind) -> None:
             config.layer_types = ["full_attention"] * config.num_hidden_layers
 
 
-def load_backbone(base: str, config: Any, dtype: torch.dtype) -> Any:
-    """The stock base model (no LM head) with packed attention.
+def load_backbone(base: str, config: Any, dtype: torch.dtype, four_bit: bool = False) -> Any:
+    """The stock base model (no LM head) with packed attention; `four_bit`: its linear layers in 4 bits, for adapters.
 
     ValueError where the checkpoint lacks weights, or where the model's code takes no other attention function.
     """
@@ -127,7 +128,13 @@ def load_backbone(base: str, config: Any, dtype: torch.dtype) -> Any:
     transformers_logging.set_verbosity_error()  # layers cut off and the LM head are left out on purpose
     try:
         model, info = AutoModel.from_pretrained(
-            base, config=config, dtype=dtype, attn_implementation=PACKED, output_loading_info=True, use_safetensors=True
+            base,
+            config=config,
+            dtype=dtype,
+            attn_implementation=PACKED,
+            output_loading_info=True,
+            use_safetensors=True,
+            quantization_config=fourbit.config(dtype) if four_bit else None,
         )
     finally:
         transformers_logging.set_verbosity(verbosity)
@@ -135,6 +142,8 @@ def load_backbone(base: str, config: Any, dtype: torch.dtype) -> Any:
         raise ValueError(f"base {base} lacks the weights {sorted(info['missing_keys'])[:3]} ...: they would be random")
     if not model._supports_attention_backend:
         raise ValueError(f"{config.model_type!r} models take no other attention function, so cannot run packed")
+    if four_bit:
+        fourbit.keep_trainable(model)
     return model
 
 

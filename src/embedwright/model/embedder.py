@@ -64,6 +64,7 @@ class Embedder:
         layers: int | None = None,
         max_tokens: int = 512,
         dtype: str = "float32",
+        four_bit: bool = False,
         device: str | None = None,
         backend: Backend = "packed",
         seed: int = 0,
@@ -72,6 +73,8 @@ class Embedder:
         """A new embedder from a decoder: packaged name, local folder, hub id or .gguf file.
 
         `layers` keeps the first so many; `sizes` are those of `PoolingConfig` (latents, heads, head_dim, multiple).
+        `four_bit` holds the weights of the linear layers in 4 bits and computes in `dtype`, to train adapters on: such
+        a model can be neither merged nor saved (ImportError without the extra [qlora]).
         A fresh pooling block is the identity, so the new model is its decoder with mean pooling. Raises ValueError
         for a model that is no decoder, FileNotFoundError for a missing path, ProbeError if the result is not
         bidirectional (or causal) as asked.
@@ -92,7 +95,7 @@ class Embedder:
             mask_rule="boundary" if stock else "offsets",
             max_tokens=max_tokens,
         )
-        backbone = load_backbone(folder, decoder, _dtype(dtype))
+        backbone = load_backbone(folder, decoder, _dtype(dtype), four_bit)
         network = EmbedwrightModel(
             EmbedwrightConfig(
                 backbone=backbone.config.to_dict(), pooling=config.model_dump(), contract=contract.model_dump()

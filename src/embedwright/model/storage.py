@@ -21,6 +21,7 @@ from embedwright.model import adapter_folder, door, probe, selftest
 from embedwright.model.adapter import has_lora
 from embedwright.model.backbone import load_backbone, origin_of, set_attention
 from embedwright.model.families import FAMILIES, Family, load_family, recognised, said
+from embedwright.model.fourbit import ONLY_TRAINED, in_four_bits
 from embedwright.model.locate import local, text_of
 from embedwright.model.network import EmbedwrightConfig, EmbedwrightModel
 from embedwright.model.nvembed import is_nvembed, load_nvembed
@@ -36,6 +37,8 @@ def save(network: EmbedwrightModel, tokenizer: Any, path: Path) -> None:
     """See `Embedder.save`."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} exists and is not an empty folder")
+    if in_four_bits(network.backbone):
+        raise ValueError(f"cannot save: {ONLY_TRAINED}")
     probe.check(network)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")

@@ -127,7 +127,8 @@ def sizes_of(recipe: Recipe) -> Sizes:
     layer, matrices = backbone.layers[-1], _linears(backbone)
     if any(parameter.ndim > 2 for parameter in layer.parameters()) or len(matrices) % config.num_hidden_layers:
         raise NoEstimate(f"{spec.base} has layers of several kinds, or experts, which this count does not know")
-    adapters = sum(tune.rank * (m.in_features + m.out_features) for m in matrices) if tune.method == "lora" else 0
+    full = tune.method == "full"
+    adapters = 0 if full else sum(tune.rank * (m.in_features + m.out_features) for m in matrices)
     decoder, in_head = _count(backbone), _count(head)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     widths = {
@@ -146,7 +147,7 @@ def sizes_of(recipe: Recipe) -> Sizes:
         linear=sum(m.weight.numel() for m in matrices),
         adapters=adapters,
         head=in_head,
-        trained=(adapters if tune.method == "lora" else decoder) + in_head,
+        trained=(decoder if full else adapters) + in_head,
         layers=config.num_hidden_layers,
         wide=max(m.in_features for m in _linears(layer)),
         inputs=sum(m.in_features for m in _linears(layer)),
@@ -194,6 +195,7 @@ class Memory:
 
 _GPU_RESERVE = 1 * GB  # CUDA's context and cuBLAS's work space: assumed
 _GPU_GAPS = 0.05  # of all else, lost between blocks: assumed
+_FOUR_BITS = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # bytes of a weight: itself, a byte for 64, a float32 for 256 of those
 
 
 def memory_of(recipe: Recipe, sizes: Sizes, tokens: int, kind: Kind, *, scores: int = 0, processes: int = 1) -> Memory:
@@ -206,7 +208,9 @@ def memory_of(recipe: Recipe, sizes: Sizes, tokens: int, kind: Kind, *, scores: 
     width = 2 if low else 4  # bytes of an element of the decoder's states
     spread = processes if recipe.run.parallel == "fsdp" else 1
     stored = 4 if full else width  # bytes of a weight of the decoder
-    weights = stored * sizes.decoder + 4 * (sizes.adapters + sizes.head)
+    four_bit = recipe.tune.method == "qlora"
+    saved = int((stored - _FOUR_BITS) * sizes.linear) if four_bit else 0
+    weights = stored * sizes.decoder - saved + 4 * (sizes.adapters + sizes.head)
     trained = 4 * sizes.trained // spread  # bytes; the optimizer has two of them
 
     layer, head = kept_by_layer(recipe, sizes, kind), kept_by_head(sizes.pooling, sizes.hidden)
@@ -228,6 +232,8 @@ def memory_of(recipe: Recipe, sizes: Sizes, tokens: int, kind: Kind, *, scores: 
     work = tokens * (peak - kept) + 16 * scores
     if full:  # the gradient of a matrix, before it is added to what is there
         work += 4 * sizes.wide * sizes.hidden
+    if four_bit:  # a matrix as it is multiplied with
+        work += width * sizes.wide * sizes.hidden
     if kind == "cuda":  # there AdamW takes all tensors at once, when the activations are gone
         work = max(work, trained - activations)
 
@@ -245,8 +251,9 @@ def kept_by_layer(recipe: Recipe, sizes: Sizes, kind: Kind) -> int:
     tune, s = recipe.tune, sizes
     full, low = tune.method == "full", recipe.run.precision == "bf16"
     width = 2 if low else 4
-    if not full and tune.dropout and kind == "cuda":
-        inputs = s.inputs * (width + 1)  # peft's own forward: of each linear layer the dropped input, and its mask
+    if not full and tune.dropout and (kind == "cuda" or tune.method == "qlora"):
+        mask = 1 if kind == "cuda" else width
+        inputs = s.inputs * (width + mask)  # peft's own forward: of each linear layer the dropped input, and its mask
     elif full and low:
         inputs = s.inputs * width  # autocast makes each linear layer a copy
     else:

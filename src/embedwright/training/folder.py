@@ -24,7 +24,17 @@ from embedwright.training.track import write_whole
 
 logger = logging.getLogger(__name__)
 
-PACKAGES = ("embedwright", "torch", "transformers", "tokenizers", "peft", "accelerate", "safetensors", "numpy")
+PACKAGES = (
+    "embedwright",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "safetensors",
+    "numpy",
+)
 _RECIPE_HEADER = "# The recipe of this run, every default filled in: `embedwright train` takes it as it is.\n"
 
 

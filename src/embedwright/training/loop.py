@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from embedwright.config import ConfigError
-from embedwright.model import memory, probe
+from embedwright.model import fourbit, memory, probe
 from embedwright.model.adapter import has_lora, idle_adapters
 from embedwright.model.card import facts, model_card
 from embedwright.model.embedder import Embedder
@@ -55,14 +55,16 @@ _LOOK_EVERY = 10  # steps between two looks at what the pooling block does
 
 
 def train(recipe: Recipe, *, on_step: OnStep | None = None, on_evaluation: OnEvaluation | None = None) -> Embedder:
-    """Run every stage that is not done yet and return the embedder, adapters merged, in float32.
+    """Run every stage that is not done yet and return the embedder, adapters merged, in float32 (of qlora on the CPU).
 
     Below `run.out` it leaves what docs/runs.md lists. `on_step` gets each step's record, `on_evaluation` a line of
     progress; of many processes, in the first one. ConfigError where the run in that folder is of another recipe or of
-    other data. Interrupted (a KeyboardInterrupt) on SIGTERM or
+    other data, or where a package that `tune.method` needs is missing. Interrupted (a KeyboardInterrupt) on SIGTERM or
     SIGINT, FloatingPointError where three steps in a row are not finite, RuntimeError where weights stand still: each
     behind a good checkpoint.
     """
+    if recipe.tune.method == "qlora" and (lacks := fourbit.missing()):
+        raise ConfigError(f"recipe {recipe.name}: tune.method is qlora, and {lacks}")
     processes = many.start()
     out = Path(recipe.run.out)
     sources = open_sources(recipe)
@@ -100,7 +102,7 @@ def train(recipe: Recipe, *, on_step: OnStep | None = None, on_evaluation: OnEva
 def start_model(recipe: Recipe, processes: Processes = many.ALONE) -> Embedder:
     """The model before its first step: decoder, identity head, fresh adapters; probed."""
     spec, tune = recipe.model, recipe.tune
-    frozen_in_bf16 = recipe.run.precision == "bf16" and tune.method == "lora"
+    frozen_in_bf16 = recipe.run.precision == "bf16" and tune.method != "full"
     sizes = (
         {}
         if spec.pooling in ("mean", "last")
@@ -113,13 +115,14 @@ def start_model(recipe: Recipe, processes: Processes = many.ALONE) -> Embedder:
         layers=spec.layers,
         max_tokens=spec.max_tokens,
         dtype="bfloat16" if frozen_in_bf16 else "float32",
+        four_bit=tune.method == "qlora",
         device=None if processes.device is None else str(processes.device),
         seed=recipe.seed,
         **sizes,
     )
     network = model.network
     network.mixed = recipe.run.precision == "bf16"
-    if tune.method == "lora":
+    if tune.method != "full":
         torch.manual_seed(recipe.seed)
         model.add_lora(tune.rank, tune.alpha, tune.dropout)
     if tune.gradient_checkpointing:
@@ -355,10 +358,18 @@ def load_trained(model: Embedder, weights: dict[str, Tensor]) -> None:
 
 
 def _whole(recipe: Recipe, model: Embedder, processes: Processes) -> Embedder:
-    """The model as one that was never cut: what FSDP leaves is not one that can be merged or saved."""
-    if processes.count == 1 or recipe.run.parallel == "ddp":
+    """The model as one that was never cut, nor read in 4 bits: neither can be merged or saved.
+
+    What trained on 4 bits goes onto the base in float32, on the CPU: the GPU may have room for the 4 bits alone.
+    """
+    four_bit = recipe.tune.method == "qlora"
+    if not four_bit and (processes.count == 1 or recipe.run.parallel == "ddp"):
         return model
     trained = {n: many.full(p.detach()) for n, p in model.network.named_parameters() if p.requires_grad}
+    if four_bit:
+        plain = {"tune": recipe.tune.model_copy(update={"method": "lora"})}
+        recipe = recipe.model_copy(update=plain | {"run": recipe.run.model_copy(update={"precision": "fp32"})})
+        processes = replace(processes, device=torch.device("cpu"))
     whole = start_model(recipe, processes)
     load_trained(whole, trained)
     return whole

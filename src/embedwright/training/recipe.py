@@ -38,9 +38,12 @@ class ModelPart(_Part):
 
 
 class TunePart(_Part):
-    """Which weights move. The pooling block always trains in full, in an optimizer group of its own."""
+    """Which weights move. The pooling block always trains in full, in an optimizer group of its own.
 
-    method: Literal["lora", "full"] = "lora"
+    `qlora` is `lora` on a base that is held in 4 bits meanwhile (docs/qlora.md).
+    """
+
+    method: Literal["lora", "full", "qlora"] = "lora"
     rank: Positive = 16
     alpha: Positive = 32
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
@@ -275,6 +278,12 @@ class Recipe(_Part):
                 raise ValueError(f"provenance: no value {key!r}{did_you_mean(key, keys)}")
             if said.partition(":")[0] not in SOURCES:
                 raise ValueError(f"provenance.{key}: {said!r} is none of {', '.join(SOURCES)}")
+        return self
+
+    @model_validator(mode="after")
+    def _four_bits_stay_whole(self) -> Recipe:
+        if self.tune.method == "qlora" and self.run.parallel == "fsdp":
+            raise ValueError("run.parallel: fsdp cannot cut the 4-bit weights of tune.method: qlora; use ddp")
         return self
 
     @model_validator(mode="after")

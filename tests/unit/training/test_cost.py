@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -79,13 +80,14 @@ def made(tiny_decoder: Callable[..., Path]) -> Callable[..., Made]:
         }
         recipe = Recipe.parse(content)
         sizes = recipe.model.model_dump(include={"latents", "heads", "head_dim", "multiple"})
-        low, lora = precision == "bf16", method == "lora"
+        low, lora = precision == "bf16", method != "full"
         embedder = Embedder.from_decoder(
             recipe.model.base,
             pooling=recipe.model.pooling,
             attention=recipe.model.attention,
             layers=layers,
             dtype="bfloat16" if low and lora else "float32",
+            four_bit=method == "qlora",
             **sizes,
         )
         network = embedder.network
@@ -277,6 +279,42 @@ def test_weights_gradients_and_optimizer_are_those_of_a_step(
     assert found.total == sum(
         (found.weights, found.gradients, found.optimizer, found.activations, found.work, found.reserve)
     )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_4_bit_weights_are_counted_with_their_constants(made: Any, precision: str) -> None:
+    recipe, model = made("llama", "latent", "lora", precision)
+    four_bit = recipe.model_copy(update={"tune": recipe.tune.model_copy(update={"method": "qlora"})})
+    weights = [
+        part.weight
+        for name, part in model.network.backbone.named_modules()
+        if isinstance(part, nn.Linear) and "lora_" not in name
+    ]
+    plain = sum(weight.numel() * weight.element_size() for weight in weights)
+    blocks = [math.ceil(weight.numel() / 64) for weight in weights]
+    packed = sum(weight.numel() // 2 for weight in weights) + sum(n + 4 * math.ceil(n / 256) for n in blocks)
+    assert memory(recipe).weights - memory(four_bit).weights == pytest.approx(plain - packed, rel=0.01)
+    assert sizes_of(four_bit).trained == sizes_of(recipe).trained
+    assert memory(four_bit).activations == memory(recipe).activations
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_qlora_is_what_bitsandbytes_and_peft_keep(
+    made: Any, packed: PackedTexts, precision: str, dropout: float
+) -> None:
+    bnb = pytest.importorskip("bitsandbytes", reason="package bitsandbytes is missing (the extra [qlora])")
+    recipe, model = made("llama", "latent", "qlora", precision, dropout=dropout)
+    kept = kept_bytes(model.network, lambda: model.network.embed(packed))
+    assert memory(recipe).activations == pytest.approx(kept, rel=0.15)
+    size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)  # noqa: E731
+    states = [p.weight.quant_state for p in model.network.modules() if isinstance(p, bnb.nn.Linear4bit)]
+    constants = [tensor for state in states for tensor in (state.absmax, state.state2.absmax)]
+    assert len(states) == 3 * 7
+    assert memory(recipe).weights == pytest.approx(size([*model.network.parameters(), *constants]), rel=0.01)
+    recipe, model = made("llama", "latent", "qlora", precision, dropout=dropout)
+    found = memory(recipe)
+    assert found.activations + found.work == pytest.approx(most_bytes(model, packed), rel=0.2)
 
 
 def test_fsdp_cuts_what_ddp_repeats(made: Any) -> None:
