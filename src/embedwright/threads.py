@@ -12,9 +12,13 @@ from pathlib import Path
 
 
 def bind_for_command() -> None:
-    """Set OMP_PROC_BIND and OMP_PLACES where this process is `embedwright ...` and the user set neither."""
+    """Set OMP_PROC_BIND and OMP_PLACES where this process is `embedwright ...` and the user set neither.
+
+    Not where torchrun or accelerate started several on this machine: each would take the first cores, all the same.
+    """
     is_command = Path(sys.argv[0] if sys.argv else "").stem == "embedwright"
-    if is_command and "torch" not in sys.modules and not {"OMP_PROC_BIND", "OMP_PLACES"} & os.environ.keys():
+    alone = os.environ.get("LOCAL_WORLD_SIZE", "1") == "1"
+    if is_command and alone and "torch" not in sys.modules and not {"OMP_PROC_BIND", "OMP_PLACES"} & os.environ.keys():
         os.environ["OMP_PROC_BIND"] = "true"
         os.environ["OMP_PLACES"] = "cores"
 

@@ -1,10 +1,11 @@
-"""`torchrun -m embedwright train`: two processes, stopped by SIGTERM, go on as one, and end where one alone ends."""
+"""Two processes, as docs/distributed.md starts them, end where one alone ends: also stopped, and gone on as one."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -121,3 +122,52 @@ def test_two_processes_are_stopped_and_one_ends_where_one_alone_ends(
     assert [r["loss"] for r in ours] == pytest.approx([r["loss"] for r in theirs], rel=1e-4)
     vectors = [Embedder.load(folder / "model").encode(TEXTS) for folder in (out, alone)]
     np.testing.assert_allclose(vectors[0], vectors[1], atol=1e-4)
+
+
+_TORCHRUN = "torchrun --nnodes=2 --nproc-per-node=1 --rdzv-id=run1 --rdzv-backend=c10d --rdzv-endpoint=127.0.0.1:{port}"
+_ACCELERATE = "accelerate launch --multi_gpu --num_processes 2 --mixed_precision no --dynamo_backend no"
+_MACHINES = "--num_machines 2 --main_process_ip 127.0.0.1 --main_process_port {port}"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "machines",
+    [
+        ["torchrun --standalone --nproc-per-node=2 --no-python embedwright"],
+        [f"{_TORCHRUN} -m embedwright"] * 2,
+        [f"{_ACCELERATE} --num_machines 1 -m embedwright"],
+        [f"{_ACCELERATE} --num_machines 1 --no_python embedwright"],
+        [f"{_ACCELERATE} {_MACHINES} --machine_rank {rank} -m embedwright" for rank in range(2)],
+    ],
+    ids=["entry point", "torchrun, two machines", "accelerate", "accelerate, entry point", "accelerate, two machines"],
+)
+def test_every_way_to_start_two_processes_is_the_same_run(
+    recipe: dict[str, Any], tmp_path: Path, machines: list[str]
+) -> None:
+    recipe["stages"][0]["optim"]["steps"] = 3
+    recipe["eval"] = {}
+    file, alone, out = tmp_path / "recipe.yaml", tmp_path / "alone", tmp_path / "out"
+    file.write_text(yaml.safe_dump(recipe))
+    run(1, file, alone)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    scripts = Path(sys.executable).parent
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
+    environment |= {"OMP_NUM_THREADS": "1", "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
+    started = []
+    try:
+        for number, machine in enumerate(machines):
+            program, *words = machine.format(port=port).split()
+            words = [str(scripts / program), *words, "train", str(file), "--out", str(out)]
+            with (tmp_path / f"{number}.log").open("w") as log:
+                started.append(subprocess.Popen(words, env=environment, stdout=log, stderr=log))
+        ends = [process.wait(timeout=200) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    logs = [(tmp_path / f"{number}.log").read_text() for number in range(len(machines))]
+    assert ends == [0] * len(machines), logs[0][-3000:]
+    assert "".join(logs).count("model: ") == 1  # one process speaks
+    assert json.loads((out / "environment.json").read_text())["processes"] == 2
+    assert [r["loss"] for r in metrics(out)] == pytest.approx([r["loss"] for r in metrics(alone)], rel=1e-6)

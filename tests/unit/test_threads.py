@@ -40,6 +40,13 @@ def test_other_programs_are_left_alone(fresh: pytest.MonkeyPatch, argv: list[str
     assert threads.described().startswith("not bound")
 
 
+def test_of_many_processes_on_one_machine_none_is_bound_to_the_cores_of_all(fresh: pytest.MonkeyPatch) -> None:
+    fresh.setenv("LOCAL_WORLD_SIZE", "2")
+    assert bound() == [None, None]
+    fresh.setenv("LOCAL_WORLD_SIZE", "1")
+    assert bound() == ["true", "cores"]
+
+
 def test_nothing_is_set_once_torch_has_read_it(fresh: pytest.MonkeyPatch) -> None:
     fresh.setitem(sys.modules, "torch", sys)
     assert bound() == [None, None]
