@@ -141,16 +141,17 @@ def family(request: pytest.FixtureRequest) -> str:
 def tiny_decoder(
     tmp_path_factory: pytest.TempPathFactory, make_tokenizer: Callable[..., Tokenizer]
 ) -> Callable[..., Path]:
-    """`tiny_decoder(family, bos=False)`: folder of a random decoder with LM head; made once, so leave it as it is."""
+    """`tiny_decoder(family, bos=False, **sizes)`: folder of a random decoder with LM head; made once, so leave it as it
+    is. With `head_dim=32` the kernels take it."""
 
     @cache
-    def make(family: str, bos: bool = False) -> Path:
+    def make(family: str, bos: bool = False, **sizes: int) -> Path:
         folder = tmp_path_factory.mktemp("decoders") / f"{family}{'-bos' if bos else ''}"
         backend = make_tokenizer(bos)
         name, more = _FAMILIES[family]
         vocab_size = backend.get_vocab_size()
         config = getattr(transformers, name)(
-            **_SIZES, **more, vocab_size=vocab_size, bos_token_id=0, eos_token_id=1, pad_token_id=1
+            **(_SIZES | sizes), **more, vocab_size=vocab_size, bos_token_id=0, eos_token_id=1, pad_token_id=1
         )
         with torch.random.fork_rng():
             torch.manual_seed(0)

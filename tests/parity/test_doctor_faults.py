@@ -210,8 +210,9 @@ def _first_twice(row: TokenizedText) -> TokenizedText:
 
 
 def _causal(case: Case) -> None:
-    right = attention.allowed
-    case.patch.setattr(attention, "allowed", lambda rows, keys, _, *rest: right(rows, keys, True, *rest))
+    allowed, window = attention.allowed, attention.flash_window
+    case.patch.setattr(attention, "allowed", lambda rows, keys, _, *rest: allowed(rows, keys, True, *rest))
+    case.patch.setattr(attention, "flash_window", lambda _, w: window(True, w))
 
 
 def _one_way_layer(case: Case) -> None:
@@ -232,15 +233,17 @@ def _window_lost(case: Case) -> None:
 
 
 def _window_narrow(case: Case) -> None:
-    right = attention.allowed
-    case.patch.setattr(attention, "allowed", lambda r, k, c, w, device: right(r, k, c, w and w - 1, device))
+    allowed, window = attention.allowed, attention.flash_window
+    case.patch.setattr(attention, "allowed", lambda r, k, c, w, device: allowed(r, k, c, w and w - 1, device))
+    case.patch.setattr(attention, "flash_window", lambda causal, w: window(causal, w and w - 1))
 
 
 def _leak(case: Case) -> None:
     right = attention.attend
 
     def over_the_row(q: Any, k: Any, v: Any, packed: Any, *rest: Any, **named: Any) -> Any:
-        return right(q, k, v, replace(packed, runs=((1, q.shape[1]),)), *rest, **named)
+        whole = replace(packed, runs=((1, q.shape[1]),), cu_seqlens=packed.cu_seqlens[[0, -1]])
+        return right(q, k, v, whole, *rest, **named)
 
     case.patch.setattr(attention, "attend", over_the_row)
 

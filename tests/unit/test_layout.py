@@ -18,7 +18,7 @@ UNIT = Path(__file__).parent
 MODULES = {".".join(p.relative_to(SRC).with_suffix("").parts): p for p in sorted(SRC.rglob("*.py"))}
 
 MAX_LINES = 450
-BASE = {"text", "packing", "config", "cache", "threads", "onednn", "sentence_transformer"}
+BASE = {"text", "packing", "config", "cache", "threads", "onednn", "kernels", "sentence_transformer"}
 ENTRY_POINTS = {"cli", "cli_data", "demo", "quickstart"}
 PRINTING = {"cli", "demo"}
 TOP = "__init__"  # the names that `from embedwright import ...` gives
@@ -26,10 +26,11 @@ TOP = "__init__"  # the names that `from embedwright import ...` gives
 # What each part (a module at the top, or a package with all that is in it) may import of ours, besides itself. A part
 # that is not listed imports nothing of ours. `None`: everything but the entry points.
 MAY_IMPORT: dict[str, set[str] | None] = {
+    "kernels": {"cache"},
     "packing": {"text"},
     "sentence_transformer": {"text"},
     "model": BASE,
-    "data": {"text", "config", "cache", "onednn", "sentence_transformer"},
+    "data": {"text", "config", "cache", "onednn", "kernels", "sentence_transformer"},
     "evaluation": BASE | {"model", "data"},
     "search": BASE | {"model", "data"},
     "serve": BASE | {"model", "data"},

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
+from embedwright import kernels
 from embedwright.packing import PackedTexts
 
 PACKED = "embedwright_packed"  # a name that transformers knows as attention but not as mask: no mask is built for it
@@ -47,18 +48,30 @@ def packed_attention(
         raise ValueError(f"{kind!r} models need {unknown[0]!r}, which packed attention has not")
     causal = bool(getattr(module.config, "is_causal", True))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attend(query[0], key[0], value[0], packed, causal, scale, sliding_window)[None], None
+    training = getattr(module, "training", True)
+    return attend(query[0], key[0], value[0], packed, causal, scale, sliding_window, training)[None], None
 
 
 def attend(
-    q_HTd: Tensor, k_KTd: Tensor, v_KTd: Tensor, packed: PackedTexts, causal: bool, scale: float, window: int | None
+    q_HTd: Tensor,
+    k_KTd: Tensor,
+    v_KTd: Tensor,
+    packed: PackedTexts,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    training: bool = True,
 ) -> Tensor:
     """(T, H, d). The one place where a kernel is chosen, by device, type and length.
 
-    On a GPU in 16 bits, torch's kernel for texts of any length. Elsewhere each run of equally long texts is one batch.
+    On a GPU in 16 bits, torch's kernel for texts of any length; on a CPU, for inference, ours. Elsewhere each run of
+    equally long texts is one batch. `training`: also without a gradient, as in GradCache's first pass, whose numbers
+    must be those of the second.
     """
     if q_HTd.device.type == "cuda" and q_HTd.dtype in (torch.float16, torch.bfloat16):
         return _any_lengths(q_HTd, k_KTd, v_KTd, packed, causal, scale, window)
+    if not training and not torch.is_grad_enabled() and kernels.can_attend(q_HTd, k_KTd, v_KTd):
+        return kernels.attention(q_HTd, k_KTd, v_KTd, packed.cu_seqlens, scale, flash_window(causal, window))
     sizes = [n * length for n, length in packed.runs]
     outputs = []
     # One split and one concatenation: slicing inside the loop would make backward fill a full-size tensor per run.

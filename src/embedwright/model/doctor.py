@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from embedwright import threads
+from embedwright import kernels, threads
 from embedwright.model import selftest
 from embedwright.model.adapter import has_lora, idle_adapters, lora_faults
 from embedwright.model.backbone import stock_hidden
@@ -71,6 +71,7 @@ def environment() -> dict[str, str]:
         "gpu": gpu,
         "cores / torch threads": f"{os.cpu_count()} / {torch.get_num_threads()}",
         "threads": threads.described(),
+        "kernels": kernels.described(),
     }
 
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from embedwright.model import fused, linears
 from embedwright.model.attention import PACKED
 from embedwright.model.backbone import Origin, stock_hidden
-from embedwright.model.linears import speed_up
 from embedwright.model.pooling import Kind, PoolingConfig, make_head, reduce
 from embedwright.packing import PackedTexts, pack
 from embedwright.text import Contract, TokenizedText
@@ -75,7 +75,8 @@ class EmbedwrightModel(PreTrainedModel):
         self.mixed = False  # training in bf16: the backbone's products in bf16, whatever its adapters are stored in
         self.sharded = False  # by FSDP, which goes on using what a forward in inference mode would leave it
         self.post_init()
-        speed_up(self)
+        linears.speed_up(self)
+        fused.speed_up(self)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: a new head is reset by its maker, and weights that a checkpoint lacks are an error."""

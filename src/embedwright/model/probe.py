@@ -136,6 +136,8 @@ def _recorded() -> Iterator[list[Call]]:
 def _wrong_masks(network: EmbedwrightModel, calls: list[Call], length: int) -> Iterator[str]:
     """Each layer's mask at its first and last token, against what the config asks for."""
     config = network.backbone.config
+    if len(calls) != config.num_hidden_layers:
+        yield f"{len(calls)} of {config.num_hidden_layers} layers run through the packed attention"
     for index, (attention, module, kwargs) in enumerate(calls):
         named = [w for w in (kwargs.get("sliding_window"), getattr(config, "sliding_window", None)) if w]
         tokens = max([length, *(w + 2 for w in named if w <= _WIDEST)])

@@ -84,7 +84,8 @@ def test_an_override_on_the_lora_wrapper_leaves_the_model_causal(
 
 def test_attention_that_ignores_boundaries(network: EmbedwrightModel, monkeypatch: pytest.MonkeyPatch) -> None:
     def over_the_whole_row(q: Tensor, k: Tensor, v: Tensor, packed: PackedTexts, *rest: Any) -> Tensor:
-        return attend(q, k, v, replace(packed, runs=((1, q.shape[1]),)), *rest)
+        whole = replace(packed, runs=((1, q.shape[1]),), cu_seqlens=packed.cu_seqlens[[0, -1]])
+        return attend(q, k, v, whole, *rest)
 
     attend = attention.attend
     monkeypatch.setattr(attention, "attend", over_the_whole_row)

@@ -1,0 +1,278 @@
+"""Kernels of our own for CPUs (`kernels.c`): compiled once by the machine's C compiler, else stock torch does it all.
+
+They run on the threads of the OpenMP runtime that torch itself runs on. A second runtime would bring its own threads,
+which, bound to the same cores, would spin against torch's. `EMBEDWRIGHT_KERNELS=off` leaves the kernels out.
+
+T packed tokens, H query heads, K key heads, d head dim, D width.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from embedwright.cache import cache_folder
+
+logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_suffix(".c")
+_TYPES = (torch.float32, torch.bfloat16)
+_LANES = 16  # numbers in the widest vector: what sizes must be multiples of
+_ALL = 2**30  # keys: a window that ends nowhere
+_ALIGNED = 64  # bytes
+
+_Pointer, _Long, _Float = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
+
+
+def _fields(names: str, kind: Any) -> list[tuple[str, Any]]:
+    return [(name, kind) for name in names.split()]
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = (
+        *_fields("q k v out ends", _Pointer),
+        *_fields("q_head q_token k_head k_token v_head v_token", _Long),
+        *_fields("texts kv_heads shared dim behind ahead bf16", _Long),
+        ("scale", _Float),
+        ("scratch", _Pointer),
+        *_fields("next worker", _Long),
+    )
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = (
+        *_fields("x weight out", _Pointer),
+        *_fields("rows dim bf16 plus_one", _Long),
+        ("eps", _Float),
+        ("next", _Long),
+    )
+
+
+class _Rotary(ctypes.Structure):
+    _fields_ = (
+        *_fields("q k cosine sine", _Pointer),
+        *_fields("q_head q_token k_head k_token tokens heads kv_heads dim bf16 next", _Long),
+    )
+
+
+# ---- what is asked of them
+
+
+def can_attend(q_HTd: Tensor, k_KTd: Tensor, v_KTd: Tensor) -> bool:
+    """Whether `attention` takes these: on a CPU, all float32 or all bfloat16, a head dim that is a multiple of 16."""
+    parts, dim = (q_HTd, k_KTd, v_KTd), q_HTd.shape[-1]
+    return (
+        all(x.device.type == "cpu" and x.dtype == q_HTd.dtype and x.shape[-1] == dim for x in parts)
+        and q_HTd.dtype in _TYPES
+        and dim % _LANES == 0
+        and q_HTd.numel() > 0
+        and all(x.stride(-1) == 1 for x in parts)
+        and available()
+    )
+
+
+def attention(
+    q_HTd: Tensor, k_KTd: Tensor, v_KTd: Tensor, ends: Tensor, scale: float, window: tuple[int, int]
+) -> Tensor:
+    """(T, H, d) in the type of q: softmax attention within each text. Only where `can_attend`.
+
+    q (H, T, d), k and v (K, T, d), with any strides of heads and tokens; `ends` int32 (texts + 1,), where texts begin
+    and end. `window`: how many keys behind and ahead a query sees beside its own, -1 for all. Sums are in float32; the
+    weights of bfloat16 values are bfloat16, as torch's. No gradient. Beside the result it takes a fixed scratch for
+    each thread, whatever the lengths.
+    """
+    heads, tokens, dim = q_HTd.shape
+    out_THd = torch.empty(tokens, heads, dim, dtype=q_HTd.dtype)
+    threads = torch.get_num_threads()
+    floats = _library().attention_scratch(dim)
+    scratch = torch.empty(floats * threads + _ALIGNED // 4, dtype=torch.float32)
+    behind, ahead = (_ALL if n < 0 else n for n in window)
+    job = _Attention(
+        *(x.data_ptr() for x in (q_HTd, k_KTd, v_KTd, out_THd, ends)),
+        *(x.stride(i) for x in (q_HTd, k_KTd, v_KTd) for i in (0, 1)),
+        *(len(ends) - 1, len(k_KTd), heads // len(k_KTd), dim, behind, ahead, q_HTd.dtype == torch.bfloat16),
+        *(scale, -(-scratch.data_ptr() // _ALIGNED) * _ALIGNED, 0, 0),
+    )
+    _run("attention", job)
+    return out_THd
+
+
+def norm(x: Tensor, weight_D: Tensor, eps: float, plus_one: bool) -> Tensor:
+    """RMS norm over the last dimension: x (..., D) times `weight_D`, or one more than it, where `plus_one`, as Gemma's.
+
+    Rounded as transformers' modules round: Gemma's once, the others' before the weight too. x contiguous and not empty,
+    float32 or bfloat16, D a multiple of 16, the weight of the same type. No gradient. Only where `available()`.
+    """
+    out, dim = torch.empty_like(x), x.shape[-1]
+    pointers = (tensor.data_ptr() for tensor in (x, weight_D, out))
+    _run("norm", _Norm(*pointers, x.numel() // dim, dim, x.dtype == torch.bfloat16, plus_one, eps, 0))
+    return out
+
+
+def rotate(q_HTd: Tensor, k_KTd: Tensor, cosine_Td: Tensor, sine_Td: Tensor) -> None:
+    """Rotary positions on q and k, in place: x cos + (-x2, x1) sin with the halves x1, x2 of d, rounded once.
+
+    All float32 or all bfloat16; q and k with any strides of heads and tokens, cosine and sine contiguous; d a multiple
+    of 32. No gradient. Only where `available()`.
+    """
+    heads, tokens, dim = q_HTd.shape
+    _run(
+        "rotary",
+        _Rotary(
+            *(x.data_ptr() for x in (q_HTd, k_KTd, cosine_Td, sine_Td)),
+            *(x.stride(i) for x in (q_HTd, k_KTd) for i in (0, 1)),
+            *(tokens, heads, len(k_KTd), dim, q_HTd.dtype == torch.bfloat16, 0),
+        ),
+    )
+
+
+def _run(name: str, job: ctypes.Structure) -> None:
+    getattr(_library(), name)(ctypes.byref(job), _gomp_parallel(), torch.get_num_threads())
+
+
+# ---- whether they are there
+
+
+def available() -> bool:
+    """Whether the kernels are compiled and right on this machine; a message once where they are not."""
+    return _fault() is None
+
+
+def described() -> str:
+    """Whether the kernels are used in this process and why not, for `doctor`."""
+    fault = _fault()
+    return f"compiled by {' '.join(_compiler())}" if fault is None else f"not used: {fault}"
+
+
+@cache
+def _fault() -> str | None:
+    """Why the kernels are not used here, None where they are."""
+    if os.environ.get("EMBEDWRIGHT_KERNELS", "").lower() == "off":
+        return "EMBEDWRIGHT_KERNELS=off"
+    try:
+        fault = _wrong()
+    except (OSError, AttributeError, subprocess.SubprocessError) as error:
+        fault = str(error)
+    if fault is not None:
+        logger.warning("kernels for this processor are not used (%s): stock torch, slower", fault)
+    return fault
+
+
+def _wrong() -> str | None:
+    """What the kernels get wrong in a small example of each kind; None where all is right."""
+    random = torch.Generator().manual_seed(0)
+    lengths, dim = [1, 37, 150], 32
+
+    def made(*shape: int) -> Tensor:  # said in full: the first model may be made without memory, or under another type
+        return torch.randn(*shape, generator=random, device="cpu", dtype=torch.float32)
+
+    q, k, v, cosine, sine = (made(n, sum(lengths), dim) for n in (4, 2, 2, 1, 1))
+    ends = torch.tensor([0, *lengths], device="cpu").cumsum(0).int()
+    for dtype in _TYPES:
+        near = 1e-5 if dtype == torch.float32 else 2e-2
+        q, k, v, cosine, sine = (x.to(dtype) for x in (q, k, v, cosine, sine))
+        pairs = {}
+        for window in ((-1, -1), (20, 0)):
+            expected = _plain_attention([x.float() for x in (q, k, v)], lengths, 0.25, window)
+            pairs[f"attention {window}"] = attention(q, k, v, ends, 0.25, window), expected
+        weight = cosine[0, 0]
+        for plus_one in (False, True):
+            scaled = F.rms_norm(q.float(), (dim,), eps=1e-3) * (weight.float() + plus_one)
+            pairs["norm"] = norm(q, weight, 1e-3, plus_one), scaled
+        turned = q.clone(), k.clone()
+        rotate(*turned, cosine[0], sine[0])
+        first, second = q.float().chunk(2, -1)
+        pairs["rotary"] = turned[0], q.float() * cosine.float() + torch.cat((-second, first), -1) * sine.float()
+        for name, (found, exact) in pairs.items():
+            if not torch.allclose(found.float(), exact, rtol=near, atol=near):
+                return f"{name} gives other numbers here"
+    return None
+
+
+def _plain_attention(qkv: list[Tensor], lengths: list[int], scale: float, window: tuple[int, int]) -> Tensor:
+    outputs = []
+    behind, ahead = (_ALL if n < 0 else n for n in window)
+    for q, k, v in zip(*(x.split(lengths, 1) for x in qkv), strict=True):
+        position = torch.arange(q.shape[1], device="cpu")
+        off = position[:, None] - position
+        seen = (off <= behind) & (-off <= ahead)
+        outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True))
+    return torch.cat(outputs, 1).transpose(0, 1)
+
+
+# ---- the library
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    """The compiled kernels. OSError, SubprocessError or AttributeError, with the reason, where there can be none."""
+    _gomp_parallel()
+    library = ctypes.CDLL(str(_compiled()))
+    library.attention_scratch.argtypes, library.attention_scratch.restype = [_Long], _Long
+    for function in (library.attention, library.norm, library.rotary):
+        function.argtypes = [_Pointer, _Pointer, _Long]
+    return library
+
+
+@cache
+def _gomp_parallel() -> int:
+    """What starts threads in the OpenMP runtime that torch runs on. AttributeError where it is of another kind."""
+    try:  # a symbol of a library is looked for in those that it was linked with
+        torch_cpu = ctypes.CDLL(str(next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"))))
+        address = ctypes.cast(torch_cpu.GOMP_parallel, _Pointer).value
+    except (StopIteration, AttributeError):
+        raise AttributeError("torch's OpenMP runtime is not found") from None
+    assert address is not None
+    return address
+
+
+@cache
+def _compiler() -> tuple[str, ...]:
+    """The command: `CC`, else the first of cc, gcc, clang. OSError where there is none."""
+    named = shlex.split(os.environ.get("CC", ""))
+    for command in [named] if named else [["cc"], ["gcc"], ["clang"]]:
+        if shutil.which(command[0]):
+            return tuple(command)
+    raise OSError(f"no C compiler{': ' + named[0] if named else ''}")
+
+
+def _compiled() -> Path:
+    """The library's file, compiled where it is not in the cache yet: one for each source, compiler and processor."""
+    command = [*_compiler(), "-O3", "-std=gnu11", "-shared", "-fPIC"]
+    command.append("-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native")
+    version = subprocess.run([*_compiler(), "--version"], capture_output=True, check=True).stdout
+    facts = [SOURCE.read_bytes(), shlex.join(command).encode(), version, _processor()]
+    folder = cache_folder("kernels", hashlib.sha256(b"\0".join(facts)).hexdigest()[:16])
+    library = folder / "kernels.so"
+    if not library.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as aside:  # renamed when it is whole: others may do the same now
+            made = Path(aside, "kernels.so")
+            done = subprocess.run([*command, "-o", made, SOURCE, "-lm"], capture_output=True, text=True, check=False)
+            if done.returncode or not made.is_file():
+                why = (done.stderr.strip().splitlines() or ["no output"])[0]
+                raise OSError(f"{command[0]} fails: {why}")
+            made.replace(library)
+    return library
+
+
+def _processor() -> bytes:
+    """What -march=native goes by: a cache may be shared by machines."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_bytes().splitlines() if info.is_file() else [platform.processor().encode()]
+    names = (b"model name", b"flags", b"Features", b"CPU part")
+    return b"\n".join(dict.fromkeys(line for line in lines if line.startswith(names) or not info.is_file()))

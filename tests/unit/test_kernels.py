@@ -1,0 +1,253 @@
+"""The C kernels against torch in float64, and what happens on a machine that cannot have them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from embedwright import kernels
+
+RAGGED = [1, 33, 511, 600, 1500]
+SHAPES = [(3, 3, 64), (9, 3, 64), (4, 1, 128), (9, 1, 32), (2, 1, 256), (2, 2, 48)]  # query heads, key heads, dim
+WINDOWS = [(-1, -1), (-1, 0), (40, 40), (40, 0), (0, 0)]  # keys behind and ahead; -1: all
+
+
+@pytest.fixture
+def needs_kernels() -> None:
+    if not kernels.available():
+        pytest.skip(f"kernels {kernels.described()}")
+
+
+@pytest.fixture
+def forgotten() -> Iterator[None]:
+    probes: tuple[Any, ...] = (kernels._fault, kernels._library, kernels._compiler, kernels._gomp_parallel)
+    for probe in probes:
+        probe.cache_clear()
+    yield
+    for probe in probes:
+        probe.cache_clear()
+
+
+def heads(shape: tuple[int, int, int], tokens: int, dtype: torch.dtype) -> list[Tensor]:
+    """As transformers hands them over: (heads, tokens, dim) views of (tokens, heads, dim)."""
+    random = torch.Generator().manual_seed(tokens)
+    query_heads, kv_heads, dim = shape
+    return [
+        torch.randn(tokens, n, dim, generator=random).to(dtype).transpose(0, 1)
+        for n in (query_heads, kv_heads, kv_heads)
+    ]
+
+
+def exact(qkv: list[Tensor], lengths: list[int], scale: float, window: tuple[int, int]) -> Tensor:
+    """(T, H, d) float64, text by text and with the whole matrix of scores."""
+    behind, ahead = (n if n >= 0 else 10**6 for n in window)
+    outputs = []
+    for q, k, v in zip(*(x.double().split(lengths, 1) for x in qkv), strict=True):
+        shared, position = len(q) // len(k), torch.arange(q.shape[1])
+        off = position[:, None] - position
+        scores = q @ k.repeat_interleave(shared, 0).mT * scale
+        weights = scores.masked_fill((off > behind) | (-off > ahead), float("-inf")).softmax(-1)
+        outputs.append((weights @ v.repeat_interleave(shared, 0)).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def ends(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+# ---- attention
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_attention_in_float32_is_exact_to_rounding(
+    needs_kernels: None, shape: tuple[int, int, int], window: tuple[int, int]
+) -> None:
+    qkv = heads(shape, sum(RAGGED), torch.float32)
+    assert kernels.can_attend(*qkv)
+    found = kernels.attention(*qkv, ends(RAGGED), shape[2] ** -0.5, window)
+    expected = exact(qkv, RAGGED, shape[2] ** -0.5, window)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_attention_in_bfloat16_is_no_further_from_exact_than_torchs(
+    needs_kernels: None, shape: tuple[int, int, int]
+) -> None:
+    qkv, scale = heads(shape, sum(RAGGED), torch.bfloat16), shape[2] ** -0.5
+    expected = exact(qkv, RAGGED, scale, (-1, -1))
+    found = kernels.attention(*qkv, ends(RAGGED), scale, (-1, -1))
+    texts = zip(*(x[None].split(RAGGED, 2) for x in qkv), strict=True)
+    torchs = [F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True)[0] for q, k, v in texts]
+    assert found.dtype == torch.bfloat16
+    ours, theirs = ((x.double() - expected).norm() for x in (found, torch.cat(torchs, 1).transpose(0, 1)))
+    assert ours <= 1.01 * theirs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_scores_and_any_strides(needs_kernels: None, dtype: torch.dtype) -> None:
+    lengths = [70, 200, 1]
+    whole = torch.randn(6, sum(lengths), 3 * 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    q, k, v = whole[:, :, :64] * 5, whole[::3, :, 64:128] * 5, whole[1::3, :, 128:]
+    found = kernels.attention(q, k, v, ends(lengths), 1.0, (-1, -1))  # scores of hundreds: softmax is near one-hot
+    near = 3e-4 if dtype == torch.float32 else 0.03
+    torch.testing.assert_close(found.double(), exact([q, k, v], lengths, 1.0, (-1, -1)), rtol=0, atol=near)
+
+
+def test_a_text_does_not_depend_on_its_neighbours_or_on_threads(needs_kernels: None) -> None:
+    lengths, threads = [300, 7, 120], torch.get_num_threads()
+    qkv = heads((9, 3, 64), sum(lengths), torch.bfloat16)
+    together = kernels.attention(*qkv, ends(lengths), 0.125, (-1, -1))
+    texts = zip(*(x.split(lengths, 1) for x in qkv), strict=True)
+    alone = [kernels.attention(q, k, v, ends([q.shape[1]]), 0.125, (-1, -1)) for q, k, v in texts]
+    assert torch.equal(together, torch.cat(alone))
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(together, kernels.attention(*qkv, ends(lengths), 0.125, (-1, -1)))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_what_is_not_a_number_stays_so(needs_kernels: None) -> None:
+    q, k, v = heads((2, 2, 32), 20, torch.float32)
+    q[1, 4, 7] = float("nan")
+    found = kernels.attention(q, k, v, ends([12, 8]), 0.2, (-1, -1))
+    assert found[4, 1].isnan().all() and int(found.isnan().sum()) == 32
+
+
+@pytest.mark.parametrize("case", ["float16", "mixed", "dim", "stride", "values", "empty"])
+def test_what_attention_does_not_take(needs_kernels: None, case: str) -> None:
+    q, k, v = heads((4, 2, 32), 10, torch.float32)
+    assert kernels.can_attend(q, k, v)
+    cases = {
+        "float16": (q.half(), k.half(), v.half()),
+        "mixed": (q, k, v.bfloat16()),
+        "dim": (q[..., :24], k[..., :24], v[..., :24]),
+        "stride": (q.mT.contiguous().mT, k, v),
+        "values": (q, k, v[..., :16]),
+        "empty": (q[:, :0], k[:, :0], v[:, :0]),
+    }
+    assert not kernels.can_attend(*cases[case])
+
+
+# ---- norms and rotary positions
+
+
+@pytest.mark.parametrize("plus_one", [False, True])
+@pytest.mark.parametrize("shape", [(16,), (1, 576), (2, 300, 640)], ids=str)
+def test_the_norm(needs_kernels: None, shape: tuple[int, ...], plus_one: bool) -> None:
+    x, weight = torch.randn(*shape) * 3, torch.randn(shape[-1])
+    expected = F.rms_norm(x.double(), shape[-1:], eps=1e-3) * (weight.double() + plus_one)
+    torch.testing.assert_close(kernels.norm(x, weight, 1e-3, plus_one).double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotary_positions(needs_kernels: None, dtype: torch.dtype) -> None:
+    q, k, _ = heads((6, 2, 64), 77, dtype)
+    cosine, sine = (torch.randn(77, 64).to(dtype) for _ in range(2))
+
+    def turned(x: Tensor) -> Tensor:
+        first, second = x.double().chunk(2, -1)
+        return x.double() * cosine.double() + torch.cat((-second, first), -1) * sine.double()
+
+    expected = [turned(q), turned(k)]
+    kernels.rotate(q, k, cosine, sine)
+    for found, right in zip((q, k), expected, strict=True):
+        near = 1e-5 if dtype == torch.float32 else 2**-8
+        torch.testing.assert_close(found.double(), right, rtol=near, atol=near)
+
+
+# ---- whether they are there
+
+
+@pytest.mark.parametrize("compiler", ["/bin/false", "no-such-compiler", "true"])
+def test_without_a_compiler_that_is_said_once(
+    compiler: str, forgotten: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setenv("EMBEDWRIGHT_CACHE", str(tmp_path))
+    with caplog.at_level(logging.WARNING):
+        assert not kernels.available() and not kernels.can_attend(*heads((2, 1, 64), 5, torch.float32))
+    assert len(caplog.records) == 1 and "stock torch" in caplog.text
+    assert kernels.described().startswith("not used: ")
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_they_can_be_left_out(forgotten: None, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    monkeypatch.setenv("EMBEDWRIGHT_KERNELS", "off")
+    assert not kernels.available() and kernels.described() == "not used: EMBEDWRIGHT_KERNELS=off"
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "named"),
+    [
+        ("1.44269504f", "1.44f", "attention"),
+        ("(-off <= (int32_t)a->ahead)", "(-off <= (int32_t)a->ahead + 1)", "attention (20, 0)"),
+        ("weight + 1.0f", "weight", "norm"),
+        ("- b * load(r->sine", "+ b * load(r->sine", "rotary"),
+        ("#define ROWS 16", "#define ROWS sixteen", "fails"),
+    ],
+)
+def test_a_broken_kernel_is_found(
+    right: str,
+    wrong: str,
+    named: str,
+    needs_kernels: None,
+    forgotten: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = kernels.SOURCE.read_text()
+    assert source.count(right) >= 1
+    broken = tmp_path / "kernels.c"
+    broken.write_text(source.replace(right, wrong))
+    for name in ("_fault", "_library"):
+        getattr(kernels, name).cache_clear()
+    monkeypatch.setattr(kernels, "SOURCE", broken)
+    monkeypatch.setenv("EMBEDWRIGHT_CACHE", str(tmp_path / "cache"))
+    assert not kernels.available() and named in kernels.described()
+
+
+PROCESS = """
+import os, sys, torch
+from embedwright import kernels
+torch.set_num_threads(2)
+torch.randn(2000, 2000) @ torch.randn(2000, 2000)  # torch's threads are there now
+
+def state():
+    mapped = {line.split()[-1] for line in open("/proc/self/maps") if "omp" in line.rsplit("/", 1)[-1]}
+    return sorted(mapped), len(os.listdir("/proc/self/task"))
+
+torch.ones(500_000).sum()
+before = state()
+q = torch.randn(4, 900, 64)
+assert kernels.available(), kernels.described()
+kernels.attention(q, q, q, torch.tensor([0, 900]).int(), 0.1, (-1, -1))
+print("same" if state() == before else (before, state()), len(before[0]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's /proc")
+def test_they_bring_neither_a_runtime_nor_threads(needs_kernels: None) -> None:
+    done = subprocess.run([sys.executable, "-c", PROCESS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("same") and not done.stdout.endswith(" 0\n")
+
+
+def test_two_processes_may_compile_at_once(needs_kernels: None, tmp_path: Path) -> None:
+    code = "from embedwright import kernels; assert kernels.available(), kernels.described()"
+    environment = os.environ | {"EMBEDWRIGHT_CACHE": str(tmp_path)}
+    running = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
+    assert [process.wait() for process in running] == [0, 0]
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["kernels.so"]
