@@ -10,15 +10,15 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+#include <immintrin.h>
 #define LANES 16
 #elif defined(__AVX__)
 #define LANES 8
 #else
 #define LANES 4
 #endif
-#ifdef __AVX512BF16__ /* products of bfloat16 in pairs: exact, summed in float32, at twice the pace */
-#include <immintrin.h>
+#if LANES == 16 && defined(__AVX512BF16__) /* products of bfloat16 in pairs: exact, summed in float32, at twice the pace */
 #define PAIRS 1
 #else
 #define PAIRS 0
@@ -46,6 +46,16 @@ INLINE long take(long *next, long count) { return __atomic_fetch_add(next, count
 /* ---- vectors */
 
 INLINE vf choose(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
+
+INLINE uint32_t lanes_of(vi mask) { /* a bit for each lane */
+#if LANES == 16
+    return _mm512_movepi32_mask((__m512i)mask);
+#else
+    uint32_t bits = 0;
+    for (int i = 0; i < LANES; i++) bits |= (mask[i] & 1u) << i;
+    return bits;
+#endif
+}
 
 INLINE vf load(const void *from, long i, int bf16) { /* of float32 or bfloat16, element i on */
     if (!bf16) return *(const vf_any *)((const float *)from + i);
@@ -419,3 +429,83 @@ static void rotary_work(void *job) {
 }
 
 void rotary(Rotary *r, Run run, long threads) { parallel(run, threads, rotary_work, r); }
+
+/* ---- search: which scores reach their query's floor, and inner products in float64 */
+
+typedef struct {
+    const void *scores;    /* queries x columns */
+    const float *floors;   /* of a query */
+    int64_t *counts;       /* of a query: hits, written where `values` is null, else where its hits begin */
+    float *values;         /* of hits, query by query */
+    int64_t *columns_of;   /* of hits */
+    long queries, columns, bf16, next;
+} Scan;
+
+INLINE void scan_row(const Scan *s, long q, int bf16) {
+    const float floor = s->floors[q];
+    const long start = q * s->columns;
+    int64_t found = s->values ? s->counts[q] : 0;
+    for (long c = 0; c < s->columns; c += LANES) {
+        vf x = {0};
+        long left = s->columns - c, width = bf16 ? 2 : 4;
+        if (left >= LANES)
+            x = load(s->scores, start + c, bf16);
+        else {
+            char last[sizeof x] = {0};
+            memcpy(last, (const char *)s->scores + (start + c) * width, (size_t)(left * width));
+            x = load(last, 0, bf16);
+        }
+        uint32_t hits = lanes_of((vi)(x >= floor)) & (left < LANES ? (1u << left) - 1 : ~0u);
+        if (!s->values)
+            found += __builtin_popcount(hits);
+        else
+            for (; hits; hits &= hits - 1, found++) {
+                s->values[found] = x[__builtin_ctz(hits)];
+                s->columns_of[found] = c + __builtin_ctz(hits);
+            }
+    }
+    if (!s->values) s->counts[q] = found;
+}
+
+static void scan_work(void *job) {
+    Scan *s = job;
+    for (long q; (q = take(&s->next, 1)) < s->queries;)
+        if (s->bf16)
+            scan_row(s, q, 1);
+        else
+            scan_row(s, q, 0);
+}
+
+void scan(Scan *s, Run run, long threads) { parallel(run, threads, scan_work, s); }
+
+typedef double vd __attribute__((vector_size(64)));
+typedef float vf8 __attribute__((vector_size(32), aligned(4), may_alias));
+
+typedef struct {
+    const float *queries, *documents; /* rows of `width` */
+    const int64_t *query, *document;  /* of a pair */
+    float *out;
+    long pairs, width, next;
+} Dots;
+
+static void dots_work(void *job) { /* a sum depends on its two vectors alone: copies score alike */
+    Dots *p = job;
+    for (long first; (first = take(&p->next, ROWS)) < p->pairs;)
+        for (long i = first; i < first + ROWS && i < p->pairs; i++) {
+            const float *a = p->queries + p->query[i] * p->width, *b = p->documents + p->document[i] * p->width;
+            vd even = {0}, odd = {0};
+            double sum = 0;
+            long c = 0;
+            for (; c + 16 <= p->width; c += 16) {
+                even += __builtin_convertvector(*(const vf8 *)(a + c), vd) * __builtin_convertvector(*(const vf8 *)(b + c), vd);
+                odd += __builtin_convertvector(*(const vf8 *)(a + c + 8), vd) *
+                       __builtin_convertvector(*(const vf8 *)(b + c + 8), vd);
+            }
+            for (; c < p->width; c++) sum += (double)a[c] * b[c];
+            even += odd;
+            for (int j = 0; j < 8; j++) sum += even[j];
+            p->out[i] = (float)sum;
+        }
+}
+
+void dots(Dots *p, Run run, long threads) { parallel(run, threads, dots_work, p); }

@@ -17,6 +17,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,17 @@ class _Rotary(ctypes.Structure):
         *_fields("q k cosine sine", _Pointer),
         *_fields("q_head q_token k_head k_token tokens heads kv_heads dim bf16 next", _Long),
     )
+
+
+class _Scan(ctypes.Structure):
+    _fields_ = (
+        *_fields("scores floors counts values columns_of", _Pointer),
+        *_fields("queries columns bf16 next", _Long),
+    )
+
+
+class _Dots(ctypes.Structure):
+    _fields_ = (*_fields("queries documents query document out", _Pointer), *_fields("pairs width next", _Long))
 
 
 # ---- what is asked of them
@@ -140,6 +152,39 @@ def rotate(q_HTd: Tensor, k_KTd: Tensor, cosine_Td: Tensor, sine_Td: Tensor) -> 
     )
 
 
+def scan(scores_QN: Tensor, floor_Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What reaches its query's floor, query by query: how many of each (Q,), their scores (F,) and columns (F,).
+
+    Scores float32 or bfloat16, contiguous; floors float32; counts and columns int64. Only where `available()`.
+    """
+    queries, columns = scores_QN.shape
+    found = torch.empty(queries, dtype=torch.int64)
+    job = _Scan(
+        *(x.data_ptr() for x in (scores_QN, floor_Q, found)),
+        *(None, None, queries, columns, scores_QN.dtype == torch.bfloat16, 0),
+    )
+    _run("scan", job)
+    begins = found.cumsum(0)
+    scores_F = torch.empty(int(begins[-1]), dtype=torch.float32)
+    column_F = torch.empty(len(scores_F), dtype=torch.int64)
+    begins -= found
+    job.counts, job.values, job.columns_of, job.next = begins.data_ptr(), scores_F.data_ptr(), column_F.data_ptr(), 0
+    if len(scores_F):
+        _run("scan", job)
+    return found, scores_F, column_F
+
+
+def dots(query_QE: Tensor, document_NE: Tensor, query_F: Tensor, document_F: Tensor) -> Tensor:
+    """Float32 (F,): the inner product of each query and document named, of float32 vectors, summed in float64.
+
+    The vectors are contiguous, the indices int64. Only where `available()`.
+    """
+    out_F = torch.empty(len(query_F), dtype=torch.float32)
+    pointers = (x.data_ptr() for x in (query_QE, document_NE, query_F, document_F, out_F))
+    _run("dots", _Dots(*pointers, len(query_F), query_QE.shape[1], 0))
+    return out_F
+
+
 def _run(name: str, job: ctypes.Structure) -> None:
     getattr(_library(), name)(ctypes.byref(job), _gomp_parallel(), torch.get_num_threads())
 
@@ -174,33 +219,44 @@ def _fault() -> str | None:
 
 def _wrong() -> str | None:
     """What the kernels get wrong in a small example of each kind; None where all is right."""
+    for dtype in _TYPES:
+        near = 1e-5 if dtype == torch.float32 else 2e-2
+        for name, found, exact in _examples(dtype):
+            if found.shape != exact.shape or not torch.allclose(found.float(), exact.float(), rtol=near, atol=near):
+                return f"{name} gives other numbers here"
+    return None
+
+
+def _examples(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """What a kernel gives and what is right, in this type."""
     random = torch.Generator().manual_seed(0)
     lengths, dim = [1, 37, 150], 32
 
     def made(*shape: int) -> Tensor:  # said in full: the first model may be made without memory, or under another type
-        return torch.randn(*shape, generator=random, device="cpu", dtype=torch.float32)
+        return torch.randn(*shape, generator=random, device="cpu", dtype=torch.float32).to(dtype)
 
     q, k, v, cosine, sine = (made(n, sum(lengths), dim) for n in (4, 2, 2, 1, 1))
     ends = torch.tensor([0, *lengths], device="cpu").cumsum(0).int()
-    for dtype in _TYPES:
-        near = 1e-5 if dtype == torch.float32 else 2e-2
-        q, k, v, cosine, sine = (x.to(dtype) for x in (q, k, v, cosine, sine))
-        pairs = {}
-        for window in ((-1, -1), (20, 0)):
-            expected = _plain_attention([x.float() for x in (q, k, v)], lengths, 0.25, window)
-            pairs[f"attention {window}"] = attention(q, k, v, ends, 0.25, window), expected
+    for window in ((-1, -1), (20, 0)):
+        expected = _plain_attention([x.float() for x in (q, k, v)], lengths, 0.25, window)
+        yield f"attention {window}", attention(q, k, v, ends, 0.25, window), expected
+    for plus_one in (False, True):
         weight = cosine[0, 0]
-        for plus_one in (False, True):
-            scaled = F.rms_norm(q.float(), (dim,), eps=1e-3) * (weight.float() + plus_one)
-            pairs["norm"] = norm(q, weight, 1e-3, plus_one), scaled
-        turned = q.clone(), k.clone()
-        rotate(*turned, cosine[0], sine[0])
-        first, second = q.float().chunk(2, -1)
-        pairs["rotary"] = turned[0], q.float() * cosine.float() + torch.cat((-second, first), -1) * sine.float()
-        for name, (found, exact) in pairs.items():
-            if not torch.allclose(found.float(), exact, rtol=near, atol=near):
-                return f"{name} gives other numbers here"
-    return None
+        expected = F.rms_norm(q.float(), (dim,), eps=1e-3) * (weight.float() + plus_one)
+        yield "norm", norm(q, weight, 1e-3, plus_one), expected
+    first, second = q.float().chunk(2, -1)
+    expected = q.float() * cosine.float() + torch.cat((-second, first), -1) * sine.float()
+    rotate(q, k, cosine[0], sine[0])
+    yield "rotary", q, expected
+    scores, floor = made(5, 1000), torch.tensor([0.1, 2.5, 9.0, 2.9, 2.7], device="cpu")
+    hit = scores >= floor[:, None]
+    count, values, columns = scan(scores, floor)
+    row = torch.arange(5, device="cpu").repeat_interleave(count)
+    yield "scan", values, scores[hit]
+    yield "scan", torch.stack((row, columns)), torch.stack(hit.nonzero(as_tuple=True))
+    if dtype == torch.float32:
+        pair = torch.tensor([[3, 0, 3], [1, 2, 4]], device="cpu")
+        yield "dots", dots(scores, scores, *pair), (scores[pair[0]].double() * scores[pair[1]]).sum(1)
 
 
 def _plain_attention(qkv: list[Tensor], lengths: list[int], scale: float, window: tuple[int, int]) -> Tensor:
@@ -223,8 +279,8 @@ def _library() -> ctypes.CDLL:
     _gomp_parallel()
     library = ctypes.CDLL(str(_compiled()))
     library.attention_scratch.argtypes, library.attention_scratch.restype = [_Long], _Long
-    for function in (library.attention, library.norm, library.rotary):
-        function.argtypes = [_Pointer, _Pointer, _Long]
+    for name in ("attention", "norm", "rotary", "scan", "dots"):
+        getattr(library, name).argtypes = [_Pointer, _Pointer, _Long]
     return library
 
 

@@ -167,6 +167,39 @@ def test_rotary_positions(needs_kernels: None, dtype: torch.dtype) -> None:
         torch.testing.assert_close(found.double(), right, rtol=near, atol=near)
 
 
+# ---- search
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [1, 15, 16, 17, 1003])
+def test_the_scan_finds_what_reaches_the_floor(needs_kernels: None, columns: int, dtype: torch.dtype) -> None:
+    scores = torch.randn(9, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
+    floor = torch.tensor([-9, -1, 0, 0.5, 1, 2, 9, float("inf"), -float("inf")])
+    floor[3] = float(scores[3, columns // 2])  # a score that is the floor reaches it
+    hit = scores >= floor[:, None]
+    count, values, found = kernels.scan(scores, floor)
+    assert torch.equal(count, hit.sum(1)) and torch.equal(values, scores[hit].float())
+    assert torch.equal(found, hit.nonzero()[:, 1]) and hit[3].any()
+
+
+def test_the_scan_of_nothing(needs_kernels: None) -> None:
+    count, values, found = kernels.scan(torch.empty(3, 0), torch.zeros(3))
+    assert count.tolist() == [0, 0, 0] and len(values) == len(found) == 0
+
+
+@pytest.mark.parametrize("width", [1, 16, 37, 768])
+def test_inner_products_are_summed_in_float64(needs_kernels: None, width: int) -> None:
+    random = torch.Generator().manual_seed(0)
+    queries, documents = (torch.randn(n, width, generator=random) * 1e3 for n in (5, 40))
+    documents[30] = documents[3]
+    query, document = torch.randint(5, (200,), generator=random), torch.randint(40, (200,), generator=random)
+    found = kernels.dots(queries, documents, query, document)
+    expected = (queries[query].double() * documents[document].double()).sum(1).float()
+    torch.testing.assert_close(found, expected, rtol=1.2e-7, atol=0)
+    twice = kernels.dots(queries, documents, torch.zeros(2, dtype=torch.int64), torch.tensor([3, 30]))
+    assert twice[0] == twice[1]
+
+
 # ---- whether they are there
 
 
@@ -196,6 +229,8 @@ def test_they_can_be_left_out(forgotten: None, monkeypatch: pytest.MonkeyPatch, 
         ("(-off <= (int32_t)a->ahead)", "(-off <= (int32_t)a->ahead + 1)", "attention (20, 0)"),
         ("weight + 1.0f", "weight", "norm"),
         ("- b * load(r->sine", "+ b * load(r->sine", "rotary"),
+        ("(vi)(x >= floor)", "(vi)(x > floor + 1)", "scan"),
+        ("even += odd;", "", "dots"),
         ("#define ROWS 16", "#define ROWS sixteen", "fails"),
     ],
 )

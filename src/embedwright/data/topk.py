@@ -4,8 +4,8 @@ Tiles are multiplied coarsely: in bfloat16 where the processor has it, which is 
 tile only nominates: whatever lies within the error of a query's k-th best stays, and the few that are left are scored
 again in float64. The result is that of brute force, whatever the tiles were.
 
-`Q` queries, `C` documents of the corpus, `E` embedding, `N` documents of a tile, `B` blocks of a tile, `L` documents of
-a block, `H` blocks looked into, `F` found candidates of all queries, `W` candidates of one query, padded.
+`Q` queries, `C` documents of the corpus, `E` embedding, `N` documents of a tile, `F` found candidates of all queries,
+`W` candidates of one query, padded.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from embedwright import onednn
+from embedwright import kernels, onednn
 from embedwright.data.vectors import Vectors, as_tensor, as_vectors
 
 _QUERIES = 512  # queries and documents of a tile of scores: 8 MB in float32, which a processor's last cache holds
 _DOCUMENTS = 4096
-_BLOCK = 8  # documents passed over or looked into together, by the best of them
+_BLOCK = 8  # documents of the first tile whose best stands for them
 _SPARE = 256  # candidates of a query beyond 2 k before they are cut: cuts cost more than a few more candidates
 _ROWS = 256  # worked on at a time, so that what is made of them stays in a core's own cache
 _TINY = (
@@ -79,11 +79,14 @@ def pair_scores(
     order_F = np.argsort(row_F, kind="stable")
     rows_F = row_F[order_F]
     queries_F = torch.from_numpy(query_F[order_F])
-    query_QE = torch.from_numpy(queries_QE).double()
+    query_QE = as_tensor(np.ascontiguousarray(queries_QE))
     scores = []
     for first, documents_NE in vectors.tiles_with(rows_F):
         start, end = np.searchsorted(rows_F, (first, first + len(documents_NE)))
         own_F = torch.from_numpy(rows_F[start:end] - first)
+        if kernels.available():
+            scores.append(kernels.dots(query_QE, as_tensor(documents_NE), queries_F[start:end], own_F))
+            continue
         for rows, queries in zip(own_F.split(_ROWS), queries_F[start:end].split(_ROWS), strict=True):
             documents = as_tensor(documents_NE).index_select(0, rows).double()
             # not a matrix product: a row's sum must not depend on its neighbours, or copies would score differently
@@ -142,20 +145,11 @@ class _Best:
         self._bound_error(corpus)
         if first == 0:
             self.shift_Q = (as_tensor(self.queries_QE).double() * corpus.mean_E).sum(1).float()
-        if short := -scores_QN.shape[1] % _BLOCK:
-            scores_QN = F.pad(scores_QN, (0, short), value=-math.inf)
-        blocks = scores_QN.shape[1] // _BLOCK  # document i is in block i % blocks: so the maximum runs along memory
-        best_QB = scores_QN.unflatten(1, (_BLOCK, blocks)).amax(1).float()
-        if first == 0 and blocks >= self.k:  # k blocks have k documents at least as good as the k-th best block
-            self._raise(best_QB.kthvalue(blocks - self.k + 1, dim=1).values)
-        floor_Q = self._floor()
-        look_H = torch.from_numpy(np.flatnonzero((best_QB >= floor_Q[:, None]).numpy()))
-        query_H, block_H = look_H // blocks, look_H % blocks
-        document_HL = block_H[:, None] + blocks * torch.arange(_BLOCK)
-        place_HL = query_H[:, None] * scores_QN.shape[1] + document_HL
-        score_HL = scores_QN.view(-1).index_select(0, place_HL.view(-1)).view(place_HL.shape).float()
-        hit_F = torch.from_numpy(np.flatnonzero((score_HL >= floor_Q[query_H, None]).numpy()))
-        self._append(query_H[hit_F // _BLOCK], score_HL.view(-1)[hit_F], first + document_HL.view(-1)[hit_F])
+            whole = scores_QN[:, : scores_QN.shape[1] // _BLOCK * _BLOCK].unflatten(1, (_BLOCK, -1))
+            if whole.shape[2] >= self.k:  # k blocks have k documents at least as good as the k-th best block
+                self._raise(whole.amax(1).float().kthvalue(whole.shape[2] - self.k + 1, dim=1).values)
+        count_Q, scores_F, column_F = _reaching(scores_QN, self._floor())
+        self._append(count_Q, scores_F, column_F.add_(first))
         if self.scores_QW.shape[1] > 2 * self.k + _SPARE:
             self._cut()
         if self.scores_QW.shape[1] > 2 * self.k + _SPARE:  # so many that rounding cannot tell apart: copies
@@ -201,21 +195,30 @@ class _Best:
     def _cut(self) -> None:
         """Raise the floor to where the k-th best stands now, and drop what lies below it."""
         self._raise(self.scores_QW.kthvalue(self.scores_QW.shape[1] - self.k + 1, dim=1).values)
-        near_F = torch.from_numpy(np.flatnonzero((self.scores_QW >= self._floor()[:, None]).numpy()))
-        found_F = near_F // self.scores_QW.shape[1], self.scores_QW.view(-1)[near_F], self.rows_QW.view(-1)[near_F]
+        count_Q, scores_F, column_F = _reaching(self.scores_QW, self._floor())
+        rows_F = self.rows_QW[torch.arange(len(count_Q)).repeat_interleave(count_Q), column_F]
         self.scores_QW, self.rows_QW = self.scores_QW[:, :0], self.rows_QW[:, :0]
-        self._append(*found_F)
+        self._append(count_Q, scores_F, rows_F)
 
-    def _append(self, query: Tensor, scores: Tensor, rows: Tensor) -> None:
-        """Join found documents, in order of their queries, to the candidates: one more column for each of a query."""
-        count_Q = torch.bincount(query, minlength=len(self.queries_QE))
-        column = torch.arange(len(query)) - (count_Q.cumsum(0) - count_Q)[query]
+    def _append(self, count_Q: Tensor, scores_F: Tensor, rows_F: Tensor) -> None:
+        """Join found documents, so many of each query, to the candidates: one more column for each of a query."""
+        query_F = torch.arange(len(count_Q)).repeat_interleave(count_Q)
+        column_F = torch.arange(len(query_F)) - (count_Q.cumsum(0) - count_Q)[query_F]
         new_scores = torch.full((len(count_Q), int(count_Q.max())), -math.inf)
         new_rows = torch.full(new_scores.shape, -1)
-        new_scores[query, column] = scores
-        new_rows[query, column] = rows
+        new_scores[query_F, column_F] = scores_F
+        new_rows[query_F, column_F] = rows_F
         self.scores_QW = torch.cat((self.scores_QW, new_scores), 1)
         self.rows_QW = torch.cat((self.rows_QW, new_rows), 1)
+
+
+def _reaching(scores_QN: Tensor, floor_Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What reaches its query's floor, query by query: how many of each (Q,), their scores (F,) and columns (F,)."""
+    if kernels.available():
+        return kernels.scan(scores_QN, floor_Q)
+    hit_F = torch.from_numpy(np.flatnonzero((scores_QN.float() >= floor_Q[:, None]).numpy()))
+    count_Q = torch.bincount(hit_F // scores_QN.shape[1], minlength=len(scores_QN))
+    return count_Q, scores_QN.view(-1)[hit_F].float(), hit_F % scores_QN.shape[1]
 
 
 def _product(queries_QE: Tensor, documents_NE: Tensor) -> Tensor:

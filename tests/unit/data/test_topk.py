@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from embedwright import onednn
+from embedwright import kernels, onednn
 from embedwright.data import topk
 from embedwright.data.topk import pair_scores, top_k
 from embedwright.data.vectors import Vectors, as_vectors
@@ -40,11 +40,16 @@ def whole(queries: int, documents: int, width: int = 4) -> tuple[np.ndarray, np.
     return tuple(random.integers(-2, 3, (n, width)).astype(np.float32) for n in (queries, documents))
 
 
-@pytest.fixture(params=["bfloat16", "float32"])
+@pytest.fixture(params=["bfloat16", "float32", "bfloat16, no kernels"])
 def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What tiles are multiplied in, whatever this processor is fast at."""
-    monkeypatch.setattr(topk, "_fast_bfloat16", lambda: request.param == "bfloat16")
-    return str(request.param)
+    """What tiles are multiplied in, whatever this processor is fast at, and scanned by."""
+    dtype, _, without = request.param.partition(", ")
+    monkeypatch.setattr(topk, "_fast_bfloat16", lambda: dtype == "bfloat16")
+    if without:
+        monkeypatch.setattr(kernels, "available", lambda: False)
+    elif not kernels.available():
+        pytest.skip(f"kernels {kernels.described()}")
+    return str(dtype)
 
 
 @pytest.fixture
