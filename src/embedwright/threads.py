@@ -10,6 +10,9 @@ import os
 import sys
 from pathlib import Path
 
+CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+"""Of this process, before a bound OpenMP runtime put its main thread on one of them."""
+
 
 def bind_for_command() -> None:
     """Set OMP_PROC_BIND and OMP_PLACES where this process is `embedwright ...` and the user set neither.
@@ -26,11 +29,10 @@ def bind_for_command() -> None:
 def load_runtimes() -> None:
     """Import torch, then faiss. Each brings an OpenMP runtime of its own, which, bound, pins the main thread to one
     core when it is loaded; the next runtime would see that one core and run on one thread. So the mask is put back."""
-    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
     import torch  # noqa: F401
 
-    if cores is not None:
-        os.sched_setaffinity(0, cores)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, CORES)
     import faiss  # noqa: F401
 
 

@@ -21,6 +21,7 @@ from embedwright.model.adapter import add_lora, has_lora, merge_lora
 from embedwright.model.backbone import AttentionKind, decoder_config, load_backbone, origin_of, resolve_base
 from embedwright.model.memory import keep_freed_memory
 from embedwright.model.network import EmbedwrightConfig, EmbedwrightModel
+from embedwright.model.parallel import planned, side_by_side
 from embedwright.model.pooling import FOLDED, FoldedLatent, Kind, LatentPooling, PoolingConfig
 from embedwright.packing import PackedTexts, batches, pack
 from embedwright.text import (
@@ -259,8 +260,9 @@ class Embedder:
         """Vectors of the texts: float32 (N, E) of unit length, in the order given, whatever the batches were.
 
         `task` is an instruction for queries (None: documents); `prefix` is the raw string in front, instead of it.
-        `batch_tokens` bounds the tokens of one forward (default: 1,024 on a CPU, whose caches hold no more, else
-        16,384); a longer text is a batch of its own. `dim` keeps the first so many dimensions and normalises again.
+        `batch_tokens` bounds the tokens at work at a time (default: 1,024 on a CPU, whose caches hold no more, or 256
+        for each of up to 8 threads, else 16,384); a longer text is a batch of its own. On a CPU with up to 8 threads
+        they are as many forwards, each on one thread. `dim` keeps the first so many dimensions and normalises again.
         `precision`: `int8` scales each vector's largest component to 127, `binary` packs the signs into uint8
         (N, dim/8). TypeError and ValueError name the index of a bad text.
         """
@@ -268,7 +270,7 @@ class Embedder:
         if dim is not None and not 1 <= dim <= self.embedding_dim:
             raise ValueError(f"dim={dim}: the model has {self.embedding_dim} dimensions")
         if batch_tokens is None:
-            batch_tokens = 1024 if self.device.type == "cpu" else 16_384
+            batch_tokens = max(1024, 256 * min(torch.get_num_threads(), 8)) if self.device.type == "cpu" else 16_384
         if batch_tokens < 1:
             raise ValueError(f"batch_tokens={batch_tokens} must be positive")
         unique = list(dict.fromkeys(texts))
@@ -282,11 +284,10 @@ class Embedder:
                 index = texts.index(unique[start + error.index])
                 raise NoTokenError(error.prefix, error.limit, index) from None
 
-        with _evaluating(self.network), torch.inference_mode(not self.network.sharded), torch.no_grad():
+        with _evaluating(self.network):
             for start, chunk in _ahead(tokenized, range(0, len(unique), _CHUNK)):
-                for batch in batches([len(t.ids) for t in chunk], batch_tokens):
-                    embedded = self.network.embed(pack([chunk[i] for i in batch]).to(self.device))
-                    vectors[[start + i for i in batch]] = embedded.cpu().numpy()
+                for batch, embedded in self._embedded(chunk, batch_tokens):
+                    vectors[[start + i for i in batch]] = embedded
                     if bar is not None:
                         bar.update(len(batch))
         if bar is not None:
@@ -295,6 +296,26 @@ class Embedder:
             row = {text: i for i, text in enumerate(unique)}
             vectors = vectors[[row[text] for text in texts]]
         return quantize(vectors if dim is None else _normalised(vectors[:, :dim]), precision)
+
+    def _embedded(
+        self, texts: Sequence[TokenizedText], batch_tokens: int
+    ) -> Iterator[tuple[list[int], NDArray[np.float32]]]:
+        """(indices, their vectors), batch by batch."""
+
+        sharded = self.network.sharded
+
+        def run(batch: list[int]) -> NDArray[np.float32]:
+            with torch.inference_mode(not sharded), torch.no_grad():  # settings of each thread
+                vectors_NE: NDArray[np.float32] = self.embed(pack([texts[i] for i in batch])).cpu().numpy()
+            return vectors_NE
+
+        lengths = [len(text.ids) for text in texts]
+        if self.device.type == "cpu" and not sharded:  # of a cut model, all processes take part in each forward
+            alone, shared = planned(lengths, batch_tokens)
+        else:
+            alone, shared = list(batches(lengths, batch_tokens)), []
+        yield from ((batch, run(batch)) for batch in alone)
+        yield from side_by_side(run, shared)
 
     def embed(self, packed: PackedTexts) -> Tensor:
         """(N, E) with gradient: what training calls."""

@@ -1,0 +1,57 @@
+"""Batches side by side on CPUs, each on one thread: no core waits for another behind every product.
+
+A forward has hundreds of small parallel loops. Shared by the cores, each loop ends when the slowest core is done, and
+beside another busy process that is most of the time.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+from embedwright import threads
+from embedwright.packing import batches
+
+_LEAST = 256  # tokens of a forward: fewer rows do not fill a matrix product
+_MOST = 8  # forwards at a time: they take turns at Python, and each holds its own intermediates
+
+T = TypeVar("T")
+
+
+def planned(lengths: Sequence[int], batch_tokens: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Batches to run one after the other on all threads, and batches to run side by side, as indices of texts.
+
+    At most `batch_tokens` tokens are at work at a time, but for a text that is longer, which all threads share.
+    """
+    workers = torch.get_num_threads()
+    total = sum(length for length in lengths if length <= batch_tokens)
+    if (
+        not 1 < workers <= min(_MOST, len(threads.CORES), batch_tokens // _LEAST, total // _LEAST)
+        or torch.is_autocast_enabled("cpu")  # a setting of this thread alone
+    ):
+        return list(batches(lengths, batch_tokens)), []
+    rounds = -(-total // (batch_tokens // workers * workers))
+    share = -(-total // (rounds * workers))  # so that all are done at about the same time
+    made = list(batches(lengths, share))
+    alone = [batch for batch in made if lengths[batch[0]] > batch_tokens]
+    return alone, made[len(alone) :]
+
+
+def side_by_side(run: Callable[[list[int]], T], made: Sequence[list[int]]) -> Iterator[tuple[list[int], T]]:
+    """(batch, run(batch)) in the order given, as many at a time as torch has threads here, each on one of its own."""
+    workers = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(workers, initializer=_on_one_thread) as pool:
+            yield from zip(made, pool.map(run, made), strict=True)
+    finally:
+        torch.set_num_threads(workers)  # torch's own count is one thread's, that of its libraries is everyone's
+
+
+def _on_one_thread() -> None:
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, threads.CORES)  # a bound OpenMP has the calling thread, and so this one, on one core
+    torch.set_num_threads(1)
