@@ -1,4 +1,4 @@
-"""Kernels of our own for CPUs (`kernels.c`): compiled once by the machine's C compiler, else stock torch does it all.
+"""Kernels of our own for CPUs (`csrc/`): compiled once by the machine's C compiler, else stock torch does it all.
 
 They run on the threads of the OpenMP runtime that torch itself runs on. A second runtime would bring its own threads,
 which, bound to the same cores, would spin against torch's. `EMBEDWRIGHT_KERNELS=off` leaves the kernels out.
@@ -30,7 +30,7 @@ from embedwright.cache import cache_folder
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_suffix(".c")
+SOURCES = Path(__file__).parent / "csrc"
 _TYPES = (torch.float32, torch.bfloat16)
 _LANES = 16  # numbers in the widest vector: what sizes must be multiples of
 _ALL = 2**30  # keys: a window that ends nowhere
@@ -311,14 +311,17 @@ def _compiled() -> Path:
     command = [*_compiler(), "-O3", "-std=gnu11", "-shared", "-fPIC"]
     command.append("-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native")
     version = subprocess.run([*_compiler(), "--version"], capture_output=True, check=True).stdout
-    facts = [SOURCE.read_bytes(), shlex.join(command).encode(), version, _processor()]
+    sources = [path.read_bytes() for path in sorted(SOURCES.iterdir())]
+    facts = [*sources, shlex.join(command).encode(), version, _processor()]
     folder = cache_folder("kernels", hashlib.sha256(b"\0".join(facts)).hexdigest()[:16])
     library = folder / "kernels.so"
     if not library.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as aside:  # renamed when it is whole: others may do the same now
             made = Path(aside, "kernels.so")
-            done = subprocess.run([*command, "-o", made, SOURCE, "-lm"], capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                [*command, "-o", made, *sorted(SOURCES.glob("*.c")), "-lm"], capture_output=True, text=True, check=False
+            )
             if done.returncode or not made.is_file():
                 why = (done.stderr.strip().splitlines() or ["no output"])[0]
                 raise OSError(f"{command[0]} fails: {why}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -243,13 +244,14 @@ def test_a_broken_kernel_is_found(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    source = kernels.SOURCE.read_text()
-    assert source.count(right) >= 1
-    broken = tmp_path / "kernels.c"
-    broken.write_text(source.replace(right, wrong))
+    broken = Path(shutil.copytree(kernels.SOURCES, tmp_path / "csrc"))
+    sources = {path: path.read_text() for path in broken.iterdir()}
+    assert any(right in source for source in sources.values())
+    for path, source in sources.items():
+        path.write_text(source.replace(right, wrong))
     for name in ("_fault", "_library"):
         getattr(kernels, name).cache_clear()
-    monkeypatch.setattr(kernels, "SOURCE", broken)
+    monkeypatch.setattr(kernels, "SOURCES", broken)
     monkeypatch.setenv("EMBEDWRIGHT_CACHE", str(tmp_path / "cache"))
     assert not kernels.available() and named in kernels.described()
 

@@ -1,77 +1,30 @@
-/* What torch is slow at on CPUs: attention within short texts, norms, rotary positions, candidates of a search.
+/* Attention within each text of a packed row, without a gradient.
 
-   GNU C with vector extensions, for gcc and clang on any processor; no header but libc's. Threads are torch's own: the
-   caller hands in the `GOMP_parallel` of the OpenMP runtime that torch runs on, and every thread that it starts takes
-   pieces of work from a shared count. All arithmetic is in float32, whatever the tensors are.
+   T tokens, H query heads, K key heads, R = H/K query heads that share a key head, d head dim.
 
-   T tokens, H query heads, K key heads, R = H/K query heads that share a key head, d head dim. */
+   The R heads that share a key head are rows of one matrix, position by position. A tile has up to NV vectors of rows,
+   one lane each: so the softmax needs no sum across lanes, and keys and values are read as they lie, one number for all
+   lanes. The softmax is made block by block of keys, with the largest score so far. */
 
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
+#include "vectors.h"
 
-#if defined(__AVX512F__) && defined(__AVX512DQ__)
-#include <immintrin.h>
-#define LANES 16
-#elif defined(__AVX__)
-#define LANES 8
-#else
-#define LANES 4
-#endif
-#if LANES == 16 && defined(__AVX512BF16__) /* products of bfloat16 in pairs: exact, summed in float32, at twice the pace */
+#if LANES == 16 && defined(__AVX512BF16__) /* bfloat16 in pairs: exact products, summed in float32, twice the pace */
 #define PAIRS 1
 #else
 #define PAIRS 0
 #endif
-#define INLINE static inline __attribute__((always_inline))
-
-typedef float vf __attribute__((vector_size(4 * LANES)));
-typedef int32_t vi __attribute__((vector_size(4 * LANES)));
-typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
-typedef uint16_t vh __attribute__((vector_size(2 * LANES)));
-typedef vf vf_any __attribute__((aligned(4), may_alias));
-typedef vh vh_any __attribute__((aligned(2), may_alias));
-
-typedef void (*Run)(void (*)(void *), void *, unsigned, unsigned);
-
-static void parallel(Run run, long threads, void (*work)(void *), void *job) {
-    if (threads > 1)
-        run(work, job, (unsigned)threads, 0);
-    else
-        work(job);
-}
-
-INLINE long take(long *next, long count) { return __atomic_fetch_add(next, count, __ATOMIC_RELAXED); }
-
-/* ---- vectors */
-
-INLINE vf choose(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
-
-INLINE uint32_t lanes_of(vi mask) { /* a bit for each lane */
+#define NV 3               /* vectors of rows in a tile */
+#define WIDTH (NV * LANES) /* rows of a tile */
+#define TILES 5            /* of one piece of work, which share the keys that are converted */
+#define KEYS 128           /* of a block */
 #if LANES == 16
-    return _mm512_movepi32_mask((__m512i)mask);
+#define AT_ONCE 8 /* keys, or columns of values: with NV, the sums that fit into registers */
 #else
-    uint32_t bits = 0;
-    for (int i = 0; i < LANES; i++) bits |= (mask[i] & 1u) << i;
-    return bits;
+#define AT_ONCE 4
 #endif
-}
+#define NOTHING 1e30f /* minus this: a score that counts 0 */
 
-INLINE vf load(const void *from, long i, int bf16) { /* of float32 or bfloat16, element i on */
-    if (!bf16) return *(const vf_any *)((const float *)from + i);
-    return (vf)(__builtin_convertvector(*(const vh_any *)((const uint16_t *)from + i), vu) << 16);
-}
-
-INLINE vu bits16(vf x) { return ((vu)x + 0x7fff + (((vu)x >> 16) & 1)) >> 16; } /* to nearest, ties to even */
-
-INLINE vf rounded(vf x, int bf16) { return bf16 ? (vf)(bits16(x) << 16) : x; }
-
-INLINE void store(void *to, long i, vf x, int bf16) {
-    if (bf16)
-        *(vh_any *)((uint16_t *)to + i) = __builtin_convertvector(bits16(x), vh);
-    else
-        *(vf_any *)((float *)to + i) = x;
-}
+/* ---- arithmetic */
 
 INLINE vf exp2_of(vf x) { /* to 1e-7; 0 below 2^-126; NaN stays NaN */
     vi tiny = x < -126.0f;
@@ -84,6 +37,17 @@ INLINE vf exp2_of(vf x) { /* to 1e-7; 0 below 2^-126; NaN stays NaN */
     p = p * f + 6.93146967e-1f;
     p = p * f + 1.0f;
     return (vf)(((vi)p + ((vi)whole << 23)) & ~tiny);
+}
+
+/* a number, or a pair of bfloat16, times each lane */
+INLINE vf multiply_add(vf sum, const float *one, vf x, int pairs) {
+#if PAIRS
+    int32_t pair;
+    memcpy(&pair, one, sizeof pair);
+    if (pairs) return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)x);
+#endif
+    (void)pairs;
+    return sum + *one * x;
 }
 
 #if LANES == 16
@@ -99,16 +63,6 @@ INLINE vf exp2_of(vf x) { /* to 1e-7; 0 below 2^-126; NaN stays NaN */
 #define HIGH(a, b) __builtin_shufflevector(a, b, 2, 6, 3, 7)
 #endif
 
-INLINE vf multiply_add(vf sum, const float *one, vf x, int pairs) { /* a number, or a pair of bfloat16, times each lane */
-#if PAIRS
-    int32_t pair;
-    memcpy(&pair, one, sizeof pair);
-    if (pairs) return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)x);
-#endif
-    (void)pairs;
-    return sum + *one * x;
-}
-
 INLINE void transpose(vf x[LANES]) { /* each round moves one bit of the row's number into the column's */
     vf y[LANES];
 #pragma GCC unroll 4
@@ -122,22 +76,7 @@ INLINE void transpose(vf x[LANES]) { /* each round moves one bit of the row's nu
     }
 }
 
-/* ---- attention
-
-   The R heads that share a key head are rows of one matrix, position by position. A tile has up to NV vectors of rows,
-   one lane each: so the softmax needs no sum across lanes, and keys and values are read as they lie, one number for all
-   lanes. The softmax is made block by block of keys, with the largest score so far. */
-
-#define NV 3                       /* vectors of rows in a tile */
-#define WIDTH (NV * LANES)         /* rows of a tile */
-#define TILES 5                    /* of one piece of work, which share the keys that are converted */
-#define KEYS 128                   /* of a block */
-#if LANES == 16
-#define AT_ONCE 8 /* keys, or columns of values: with NV, the sums that fit into registers */
-#else
-#define AT_ONCE 4
-#endif
-#define NOTHING 1e30f /* minus this: a score that counts 0 */
+/* ---- one text */
 
 typedef struct {
     const void *q, *k, *v;
@@ -175,8 +114,8 @@ INLINE void load_rows(const Attention *a, long token, long g, long first, long l
     }
 }
 
-INLINE void store_rows(
-    const Attention *a, long token, long g, long first, long last, const float *from, long width, vf inverse, int bf16) {
+INLINE void store_rows(const Attention *a, long token, long g, long first, long last, const float *from, long width,
+                       vf inverse, int bf16) {
     vf x[LANES];
     for (long c = 0; c < a->dim; c += LANES) {
         for (int i = 0; i < LANES; i++) x[i] = *(const vf *)(from + (c + i) * width) * inverse;
@@ -199,7 +138,8 @@ INLINE void products(const float *k, const float *q, float *s, long n, long colu
             for (int i = 0; i < AT_ONCE; i++)
 #pragma GCC unroll 3
                 for (int v = 0; v < nv; v++)
-                    sum[i][v] = multiply_add(sum[i][v], key + i * columns + c, *(const vf *)(q + (c * nv + v) * LANES), pairs);
+                    sum[i][v] =
+                        multiply_add(sum[i][v], key + i * columns + c, *(const vf *)(q + (c * nv + v) * LANES), pairs);
         }
 #pragma GCC unroll 8
         for (int i = 0; i < AT_ONCE; i++)
@@ -221,7 +161,8 @@ INLINE void weighted(const float *values, const float *s, float *o, long n, long
             for (int i = 0; i < AT_ONCE; i++)
 #pragma GCC unroll 3
                 for (int v = 0; v < nv; v++)
-                    sum[i][v] = multiply_add(sum[i][v], values + j * d + c + i, *(const vf *)(s + (j * nv + v) * LANES), pairs);
+                    sum[i][v] =
+                        multiply_add(sum[i][v], values + j * d + c + i, *(const vf *)(s + (j * nv + v) * LANES), pairs);
         }
 #pragma GCC unroll 8
         for (int i = 0; i < AT_ONCE; i++)
@@ -236,8 +177,8 @@ typedef struct {
 } Tile;
 
 /* the keys [j0, j0 + n) of a text for one tile */
-INLINE void block(
-    const Attention *a, const Tile *t, const float *k, const float *values, float *s, long j0, long n, int nv, int pairs) {
+INLINE void block(const Attention *a, const Tile *t, const float *k, const float *values, float *s, long j0, long n,
+                  int nv, int pairs) {
     const long from = t->first / a->shared, to = (t->last - 1) / a->shared; /* positions of the tile */
     const float scale = a->scale * 1.44269504f;                             /* of 2^x, not e^x */
     vf keep[NV];
@@ -357,155 +298,3 @@ static void attention_work(void *job) {
 }
 
 void attention(Attention *a, Run run, long threads) { parallel(run, threads, attention_work, a); }
-
-/* ---- norms, rotary positions, gates: one pass each, in pieces of ROWS rows */
-
-#define ROWS 16
-
-typedef struct {
-    const void *x, *weight;
-    void *out;
-    long rows, dim, bf16, plus_one; /* Gemma: times 1 + weight, in float32; others round in between, as they do */
-    float eps;
-    long next;
-} Norm;
-
-INLINE void norm_rows(const Norm *n, long first, long last, int bf16) {
-    for (long at = first * n->dim; at < last * n->dim; at += n->dim) {
-        vf squares = {0};
-        float sum = 0;
-        for (long c = 0; c < n->dim; c += LANES) squares += load(n->x, at + c, bf16) * load(n->x, at + c, bf16);
-        for (int i = 0; i < LANES; i++) sum += squares[i];
-        float scale = 1.0f / sqrtf(sum / (float)n->dim + n->eps);
-        for (long c = 0; c < n->dim; c += LANES) {
-            vf x = load(n->x, at + c, bf16) * scale, weight = load(n->weight, c, bf16);
-            store(n->out, at + c, n->plus_one ? x * (weight + 1.0f) : rounded(x, bf16) * weight, bf16);
-        }
-    }
-}
-
-static void norm_work(void *job) {
-    Norm *n = job;
-    for (long first; (first = take(&n->next, ROWS)) < n->rows;) {
-        long last = first + ROWS < n->rows ? first + ROWS : n->rows;
-        if (n->bf16)
-            norm_rows(n, first, last, 1);
-        else
-            norm_rows(n, first, last, 0);
-    }
-}
-
-void norm(Norm *n, Run run, long threads) { parallel(run, threads, norm_work, n); }
-
-typedef struct {
-    void *q, *k; /* turned in place */
-    const void *cosine, *sine;
-    long q_head, q_token, k_head, k_token, tokens, heads, kv_heads, dim, bf16, next;
-} Rotary;
-
-INLINE void turn(const Rotary *r, void *x, long at, long token, int bf16) {
-    const long half = r->dim / 2, t = token * r->dim;
-    for (long c = 0; c < half; c += LANES) {
-        vf a = load(x, at + c, bf16), b = load(x, at + half + c, bf16);
-        vf other = b * load(r->cosine, t + half + c, bf16) + a * load(r->sine, t + half + c, bf16);
-        store(x, at + c, a * load(r->cosine, t + c, bf16) - b * load(r->sine, t + c, bf16), bf16);
-        store(x, at + half + c, other, bf16);
-    }
-}
-
-static void rotary_work(void *job) {
-    Rotary *r = job;
-    for (long first; (first = take(&r->next, ROWS)) < r->tokens;)
-        for (long t = first; t < first + ROWS && t < r->tokens; t++)
-            for (long h = 0; h < r->heads + r->kv_heads; h++) {
-                int query = h < r->heads;
-                void *x = query ? r->q : r->k;
-                long at = query ? h * r->q_head + t * r->q_token : (h - r->heads) * r->k_head + t * r->k_token;
-                if (r->bf16)
-                    turn(r, x, at, t, 1);
-                else
-                    turn(r, x, at, t, 0);
-            }
-}
-
-void rotary(Rotary *r, Run run, long threads) { parallel(run, threads, rotary_work, r); }
-
-/* ---- search: which scores reach their query's floor, and inner products in float64 */
-
-typedef struct {
-    const void *scores;    /* queries x columns */
-    const float *floors;   /* of a query */
-    int64_t *counts;       /* of a query: hits, written where `values` is null, else where its hits begin */
-    float *values;         /* of hits, query by query */
-    int64_t *columns_of;   /* of hits */
-    long queries, columns, bf16, next;
-} Scan;
-
-INLINE void scan_row(const Scan *s, long q, int bf16) {
-    const float floor = s->floors[q];
-    const long start = q * s->columns;
-    int64_t found = s->values ? s->counts[q] : 0;
-    for (long c = 0; c < s->columns; c += LANES) {
-        vf x = {0};
-        long left = s->columns - c, width = bf16 ? 2 : 4;
-        if (left >= LANES)
-            x = load(s->scores, start + c, bf16);
-        else {
-            char last[sizeof x] = {0};
-            memcpy(last, (const char *)s->scores + (start + c) * width, (size_t)(left * width));
-            x = load(last, 0, bf16);
-        }
-        uint32_t hits = lanes_of((vi)(x >= floor)) & (left < LANES ? (1u << left) - 1 : ~0u);
-        if (!s->values)
-            found += __builtin_popcount(hits);
-        else
-            for (; hits; hits &= hits - 1, found++) {
-                s->values[found] = x[__builtin_ctz(hits)];
-                s->columns_of[found] = c + __builtin_ctz(hits);
-            }
-    }
-    if (!s->values) s->counts[q] = found;
-}
-
-static void scan_work(void *job) {
-    Scan *s = job;
-    for (long q; (q = take(&s->next, 1)) < s->queries;)
-        if (s->bf16)
-            scan_row(s, q, 1);
-        else
-            scan_row(s, q, 0);
-}
-
-void scan(Scan *s, Run run, long threads) { parallel(run, threads, scan_work, s); }
-
-typedef double vd __attribute__((vector_size(64)));
-typedef float vf8 __attribute__((vector_size(32), aligned(4), may_alias));
-
-typedef struct {
-    const float *queries, *documents; /* rows of `width` */
-    const int64_t *query, *document;  /* of a pair */
-    float *out;
-    long pairs, width, next;
-} Dots;
-
-static void dots_work(void *job) { /* a sum depends on its two vectors alone: copies score alike */
-    Dots *p = job;
-    for (long first; (first = take(&p->next, ROWS)) < p->pairs;)
-        for (long i = first; i < first + ROWS && i < p->pairs; i++) {
-            const float *a = p->queries + p->query[i] * p->width, *b = p->documents + p->document[i] * p->width;
-            vd even = {0}, odd = {0};
-            double sum = 0;
-            long c = 0;
-            for (; c + 16 <= p->width; c += 16) {
-                even += __builtin_convertvector(*(const vf8 *)(a + c), vd) * __builtin_convertvector(*(const vf8 *)(b + c), vd);
-                odd += __builtin_convertvector(*(const vf8 *)(a + c + 8), vd) *
-                       __builtin_convertvector(*(const vf8 *)(b + c + 8), vd);
-            }
-            for (; c < p->width; c++) sum += (double)a[c] * b[c];
-            even += odd;
-            for (int j = 0; j < 8; j++) sum += even[j];
-            p->out[i] = (float)sum;
-        }
-}
-
-void dots(Dots *p, Run run, long threads) { parallel(run, threads, dots_work, p); }
