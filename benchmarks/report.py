@@ -154,14 +154,15 @@ GPU_MEASURED = ["## GPU", "", f"`benchmarks/results/{GPU}.json`."]
 ENCODE = """\
 `queries` have an instruction in front, `passages` are long, `mixed` has as many of the one as of the other, without
 instruction. MFU: FLOPs of the linear layers alone, over those of the fastest matrix product that this machine showed
-in the same run. Cosine: the smallest between the two sides in float32; in bfloat16 of each side to our float32
-(ours / ST)."""
+in the same run; one over ST's is what a ratio could be at most. Cosine: the smallest between the two sides in float32;
+in bfloat16 of each side to our float32 (ours / ST)."""
 MEMORY = """\
 Memory of encoding mixed texts, each side in a process of its own, in MB: what encoding adds to the loaded model at its
 peak, and model and encoding together, which the goal is about."""
 CONTRIBUTIONS = """\
 Each step's gain over the step before. Packing: from ST to no padding, with torch's own products and its fused attention
-text by text. Attention: texts of equal length as one batch. Linears: the products that we ship."""
+text by text. Linears: the products that we ship, and texts of equal length as one batch; that is all without a C
+compiler. Kernels: attention, norms and rotary positions in C. Side by side: a batch for each thread."""
 
 
 def machines(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -231,13 +232,14 @@ def split_section(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
         "",
         f"{first['model']}. {CONTRIBUTIONS}",
         "",
-        *table(["type", "texts", "packing", "attention", "linears"], gains),
+        *table(["type", "texts", "packing", "linears", "kernels", "side by side"], gains),
         "",
         "Tokens per second by `batch_tokens`, mixed texts:",
         "",
         *table(["type", *first["batch_tokens"]], sizes),
         "",
-        "Where our time goes; rest: tokenisation, embedding lookup, residual sums, pooling.",
+        "Where our time goes, on one thread. Activation: in bfloat16 with the products of gate and up, which it is",
+        "part of. Rest: tokenisation, embedding lookup, residual sums, pooling.",
         "",
         *table(["type", "texts", *next(iter(first["profile"].values()))], profiles),
         "",

@@ -26,11 +26,13 @@ from typing import Any  # noqa: E402
 from unittest import mock  # noqa: E402
 
 import models  # noqa: E402
+import torch  # noqa: E402
 from sentence_transformers import SentenceTransformer  # noqa: E402
 from texts import SETS, counter, source, text_set  # noqa: E402
 from torch import nn  # noqa: E402
 
-from embedwright.model import attention, embedder  # noqa: E402
+from embedwright import kernels  # noqa: E402
+from embedwright.model import attention, embedder, parallel  # noqa: E402
 from embedwright.model.embedder import Embedder  # noqa: E402
 from embedwright.packing import PackedTexts, pack  # noqa: E402
 from embedwright.text import TokenizedText  # noqa: E402
@@ -70,9 +72,9 @@ def main() -> None:
 def contributions(
     mine: Embedder, peer: SentenceTransformer, texts: list[str], prefix: str | None, count: int
 ) -> dict[str, Any]:
-    """Seconds of four steps from sentence-transformers to us, each with one part more, and each one's ratio to the
-    step before it: `packed` (stock linears, the fused kernel text by text), `attention` (equal lengths as one batch,
-    explicit products where they win), `ours` (its own linears: all that is shipped)."""
+    """Seconds of five steps from sentence-transformers to us, each with one part more, and each one's ratio to the
+    step before it: `packed` (stock linears, the fused attention text by text), `linears` (its own, and equal lengths as
+    one batch: what runs without a compiler), `kernels`, `ours` (batches side by side: all that is shipped)."""
 
     def run(*changes: Callable[[Embedder], Any]) -> None:
         with ExitStack() as stack:
@@ -84,8 +86,9 @@ def contributions(
     run()
     steps: dict[str, Callable[[], Any]] = {
         "peer": lambda: models.encode_peer(peer, texts, prefix, batch),
-        "packed": lambda: run(stock_linears, text_by_text),
-        "attention": lambda: run(stock_linears),
+        "packed": lambda: run(stock_linears, text_by_text, without_kernels, in_turn),
+        "linears": lambda: run(without_kernels, in_turn),
+        "kernels": lambda: run(in_turn),
         "ours": run,
     }
     seconds = rounds(steps, count)
@@ -108,6 +111,19 @@ def stock_linears(model: Embedder) -> Iterator[None]:
     finally:
         for part, kind in zip(ours, classes, strict=True):
             part.__class__ = kind
+
+
+@contextmanager
+def without_kernels(model: Embedder) -> Iterator[None]:
+    with mock.patch.object(kernels, "available", lambda: False):
+        yield
+
+
+@contextmanager
+def in_turn(model: Embedder) -> Iterator[None]:
+    """One batch after the other, each on all threads."""
+    with mock.patch.object(parallel, "_MOST", 1):
+        yield
 
 
 @contextmanager
@@ -136,8 +152,10 @@ def by_batch_tokens(mine: Embedder, texts: list[str], count: int) -> dict[str, f
 
 
 def profile(model: Embedder, texts: list[str], prefix: str | None) -> dict[str, float]:
-    """Share of each of `PARTS` in the time of `encode`: the time inside modules of a kind, without that of others in
-    them. `rest` is tokenisation, embedding lookup, residual sums and pooling."""
+    """Share of each of `PARTS` in the time of `encode` on one thread, as batches have one each: the time inside modules
+    of a kind, without that of others in them. `rest` is tokenisation, embedding lookup, residual sums and pooling."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     model.encode(texts, prefix=prefix)
     clock = _Clock()
     handles = []
@@ -161,6 +179,7 @@ def profile(model: Embedder, texts: list[str], prefix: str | None) -> dict[str, 
             model.encode(texts, prefix=prefix)
             clock.leave()
     finally:
+        torch.set_num_threads(threads)
         for handle in handles:
             handle.remove()
     total = sum(clock.seconds.values())

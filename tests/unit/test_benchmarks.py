@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from embedwright import kernels
 from embedwright.model.embedder import Embedder
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -130,18 +131,25 @@ def test_text_sets(part: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- what is taken out of our path
 
 
-def test_parts_taken_out_change_no_vector_and_are_put_back(part: Any, tiny_embedder: Any) -> None:
+def test_parts_taken_out_change_no_vector_and_are_put_back(
+    part: Any, tiny_embedder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     split = part("split")
     model: Embedder = tiny_embedder("mean")
     texts = ["one", "two words", "and one", "a longer text of some more words"]
     expected = model.encode(texts)
     kinds = [type(module) for module in model.network.modules()]
-    with split.stock_linears(model), split.text_by_text(model):
+    ran: list[str] = []
+    run = kernels._run
+    monkeypatch.setattr(kernels, "_run", lambda name, job: (ran.append(name), run(name, job))[1])
+    with split.stock_linears(model), split.text_by_text(model), split.without_kernels(model), split.in_turn(model):
         inside = [type(module) for module in model.network.modules()]
         assert not any("OneDnn" in kind.__name__ for kind in inside)
         assert model.encode(texts) == pytest.approx(expected, abs=1e-5)
+        assert not ran
     assert [type(module) for module in model.network.modules()] == kinds
     assert (model.encode(texts) == expected).all()
+    assert bool(ran) == kernels.available()
 
 
 def test_the_profile_is_all_of_the_time_in_parts(part: Any, tiny_embedder: Any) -> None:
