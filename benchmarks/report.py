@@ -1,4 +1,5 @@
-"""The table of goals, docs/performance.md and its picture, and the README's headlines, from the results that are there.
+"""The table of goals, docs/performance.md and its picture, the README's headlines and docs/planning.md's table of runs,
+from the results that are there.
 
 python benchmarks/report.py             # prints the table, writes the pages and the picture
 python benchmarks/report.py --check     # exits 1 where a page is not what the results give
@@ -19,7 +20,9 @@ RESULTS = HERE / "results"
 PAGE = HERE.parent / "docs" / "performance.md"
 PICTURE = PAGE.with_suffix(".png")
 README = HERE.parent / "README.md"
-MARKS = "<!-- headlines -->\n", "<!-- end of headlines -->\n"
+PLANNING = HERE.parent / "docs" / "planning.md"
+HEADLINE_MARKS = "<!-- headlines -->\n", "<!-- end of headlines -->\n"
+PLANNING_MARKS = "<!-- runs -->\n", "<!-- end of runs -->\n"
 # the README's four goals, and what measures each
 HEADLINES = {
     "encode_fp32": "python benchmarks/encode.py --dtype float32",
@@ -49,7 +52,11 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing, compare")
     options = parser.parse_args()
     results = read(RESULTS)
-    pages = {PAGE: render(results), README: with_headlines(README.read_text(), results)}
+    pages = {
+        PAGE: render(results),
+        README: with_headlines(README.read_text(), results),
+        PLANNING: with_runs(PLANNING.read_text(), results),
+    }
     if options.check:
         wrong = [path.name for path, page in pages.items() if not path.is_file() or path.read_text() != page]
         sys.exit(f"{' and '.join(wrong)}: not what the results give" if wrong else 0)
@@ -109,8 +116,38 @@ def with_headlines(readme: str, results: Mapping[str, Mapping[str, Any]]) -> str
     rows = [row for name, row in zip(GOALS, goal_table(results)[2:], strict=True) if name in HEADLINES]
     lines = [f"{row} `{command}` |" for row, command in zip(rows, HEADLINES.values(), strict=True)]
     head = [f"{line} {more} |" for line, more in zip(goal_table(results)[:2], ("command", "---"), strict=True)]
-    (before, rest), end = readme.split(MARKS[0]), MARKS[1]
-    return before + MARKS[0] + "\n".join([*head, *lines]) + "\n" + end + rest.split(end)[1]
+    return between(readme, HEADLINE_MARKS, [*head, *lines])
+
+
+def with_runs(page: str, results: Mapping[str, Mapping[str, Any]]) -> str:
+    """docs/planning.md with what `train --plan` said of each run of benchmarks/plan.py, and what was measured."""
+    if "plan" not in results:
+        return page
+    rows = [
+        [case, *(f"{found[what][side]:,.{digits}f}" for what, digits in kinds for side in ("estimated", "measured"))]
+        for kinds in [(("memory_mb", 0), ("seconds", 2))]
+        for case, found in results["plan"]["cases"].items()
+    ]
+    head = ["run", "memory planned, MB", "measured", "seconds a step planned", "measured"]
+    spread = results["plan"]["estimated_over_measured"]
+    said = ", ".join(
+        f"{name} {spread[what]['median']:.2f} ({spread[what]['least']:.2f} to {spread[what]['most']:.2f})"
+        for what, name in (("memory_mb", "memory"), ("seconds", "seconds"))
+    )
+    lines = [
+        f"Layers of {results['plan']['model']}; planned over measured: {said}. `python benchmarks/plan.py`",
+        "",
+        *table(head, rows),
+        "",
+        *machines({"plan": results["plan"]}),
+    ]
+    return between(page, PLANNING_MARKS, lines)
+
+
+def between(page: str, marks: tuple[str, str], lines: Sequence[str]) -> str:
+    """The page with these lines between its marks."""
+    before, rest = page.split(marks[0])
+    return before + marks[0] + "\n".join(lines) + "\n" + marks[1] + rest.split(marks[1])[1]
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

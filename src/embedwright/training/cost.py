@@ -56,7 +56,7 @@ GPUS = (
     Device("H200 SXM, 141 GB", "cuda", 141 * GB, {"bf16": 989e12, "fp32": 67e12}, _ASSUMED, "NVIDIA H200 data sheet"),
 )
 # Of the products' peak on a CPU, by a training step: what benchmarks/plan.py saw, rounded.
-_ON_CPU: dict[Precision, float] = {"bf16": 0.3, "fp32": 0.5}
+_ON_CPU: dict[Precision, float] = {"bf16": 0.44, "fp32": 0.74}
 
 
 def this_cpu() -> Device:
@@ -179,7 +179,7 @@ def _count(module: nn.Module) -> int:
 @dataclass(frozen=True, slots=True)
 class Memory:
     """Bytes on one device at the peak of a step. `work` is what stands beside the kept activations for a moment, or
-    what the optimizer takes after them; `reserve` is the GPU's own (context, libraries, gaps between blocks)."""
+    what the optimizer takes after them; `reserve` is what nobody asked for (a GPU's context, gaps between blocks)."""
 
     weights: int
     gradients: int
@@ -195,6 +195,7 @@ class Memory:
 
 _GPU_RESERVE = 1 * GB  # CUDA's context and cuBLAS's work space: assumed
 _GPU_GAPS = 0.05  # of all else, lost between blocks: assumed
+_CPU_GAPS = 1 / 3  # kept by malloc between steps, with what torch prepares for each shape: what benchmarks/plan.py saw
 _FOUR_BITS = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # bytes of a weight: itself, a byte for 64, a float32 for 256 of those
 
 
@@ -242,7 +243,7 @@ def memory_of(recipe: Recipe, sizes: Sizes, tokens: int, kind: Kind, *, scores: 
         outside = stored * (sizes.decoder - sizes.layers * sizes.layer) + 4 * sizes.head
         static += outside + 2 * (stored * sizes.layer + 4 * sizes.adapters // sizes.layers)
     used = static + 3 * trained + activations + work
-    reserve = _GPU_RESERVE + int(_GPU_GAPS * used) if kind == "cuda" else 0
+    reserve = _GPU_RESERVE + int(_GPU_GAPS * used) if kind == "cuda" else int(_CPU_GAPS * used)
     return Memory(static, trained, 2 * trained, activations, work, reserve)
 
 

@@ -337,7 +337,7 @@ def test_tokens_scores_and_a_gpus_own_part(made: Any) -> None:
     small, large = (memory_of(recipe, sizes, tokens, "cpu") for tokens in (TOKENS, 3 * TOKENS))
     assert (large.activations, large.work) == (3 * small.activations, 3 * small.work)
     assert memory(recipe, scores=1000).work == small.work + 16_000  # scores, masked, their softmax, the gradient
-    assert small.reserve == 0 and memory(recipe, "cuda").reserve > GB
+    assert small.reserve == (small.total - small.reserve) // 3 and memory(recipe, "cuda").reserve > GB
     many = memory_of(recipe, sizes, 1, "cuda")  # AdamW at work when the activations are gone
     assert many.activations + many.work >= many.gradients
 
@@ -452,4 +452,4 @@ def test_this_cpu_is_measured_here() -> None:
 def test_what_a_cpu_reaches_is_what_the_benchmark_saw() -> None:
     seen = json.loads(RESULT.read_text())["reached"]
     cpu = this_cpu()
-    assert cpu.efficiency == {precision: round(share, 2) for precision, share in seen.items()}
+    assert cpu.efficiency == {precision: pytest.approx(share, abs=0.05) for precision, share in seen.items()}

@@ -1,0 +1,155 @@
+"""What `train --plan` says of memory and time, held against training: a few real steps of each of several recipes.
+
+The first layers of SmolLM2-135M with a latent head, on this CPU, each recipe in a process of its own. Memory is the
+most that the process holds during a step, less what its libraries take; seconds are the median of the steps behind the
+first. Each is printed as estimated / measured; and so is the share of the CPU's peak that the steps reached, which is
+what the plan's own constant was set from (in bf16: of the decoder, the pooling block's float32 share taken off).
+
+    python benchmarks/plan.py
+"""
+
+from __future__ import annotations
+
+from common import MB, bind_main_thread, bind_threads, in_own_process, record, resident
+
+bind_threads()
+
+import argparse  # noqa: E402
+import json  # noqa: E402
+import statistics  # noqa: E402
+import tempfile  # noqa: E402
+from dataclasses import replace  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+import models  # noqa: E402
+import peft  # noqa: E402, F401 (what training imports counts as libraries)
+from texts import source, text_set  # noqa: E402
+
+from embedwright.training.cost import flops_of, seconds_of, sizes_of, this_cpu  # noqa: E402
+from embedwright.training.loop import train  # noqa: E402
+from embedwright.training.plan import estimate, plan, with_tokens  # noqa: E402
+from embedwright.training.recipe import Recipe  # noqa: E402
+
+MODEL = "smollm2-135m"
+QUERIES, STEPS = 24, 5
+LORA = {"method": "lora", "rank": 16, "alpha": 32, "dropout": 0.0}
+# layers, precision, batch_tokens, and how it is tuned
+CASES: dict[str, tuple[int, str, int, dict[str, Any]]] = {
+    "lora, fp32": (4, "fp32", 8192, LORA),
+    "lora, bf16": (4, "bf16", 8192, LORA),
+    "lora, bf16, dropout": (4, "bf16", 8192, LORA | {"dropout": 0.1}),
+    "lora, bf16, 12 layers": (12, "bf16", 8192, LORA),
+    "lora, bf16, 12 layers, gradient checkpointing": (12, "bf16", 8192, LORA | {"gradient_checkpointing": True}),
+    "lora, bf16, 12 layers, GradCache": (12, "bf16", 1024, LORA),
+    "full, fp32": (4, "fp32", 8192, {"method": "full"}),
+    "full, bf16": (4, "bf16", 8192, {"method": "full"}),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=tuple(CASES), help="run one of them and print what it took: internal")
+    parser.add_argument("--folder", type=Path, help="with the data: internal")
+    options = parser.parse_args()
+    bind_main_thread()
+    if options.case:
+        print(json.dumps(measured(recipe(options.case, options.folder))))
+        return
+    if not models.installed(MODEL):
+        print(f"{MODEL}: its package is not installed, left out")
+        return
+    found = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_data(folder / "pairs.jsonl")
+        for case in CASES:
+            found[case] = compared(case, folder)
+            print(case, found[case], flush=True)
+    ratios = {what: [case[what]["ratio"] for case in found.values()] for what in ("memory_mb", "seconds")}
+    spread = {
+        what: {"least": min(values), "median": statistics.median(values), "most": max(values)}
+        for what, values in ratios.items()
+    }
+    reached = {
+        precision: statistics.median(found[case]["reached"] for case in CASES if CASES[case][1] == precision)
+        for precision in ("fp32", "bf16")
+    }
+    print("estimated / measured:", spread, "reached:", reached)
+    figures = {
+        "model": models.described(MODEL),
+        "texts": source(),
+        "cases": found,
+        "estimated_over_measured": spread,
+        "reached": reached,
+    }
+    record("plan", figures, {})
+
+
+def write_data(file: Path) -> None:
+    """Real pairs, each with the passages of two others as negatives."""
+    mixed, _ = text_set("mixed", 60_000, lambda text: len(text) // 4)
+    queries, passages = mixed[0::2], mixed[1::2]
+    queries = queries[: len(passages)]
+    with file.open("w", encoding="utf-8") as lines:
+        for i, query in enumerate(queries):
+            others = [passages[(i + step) % len(passages)] for step in (1, 2)]
+            row = {"id": str(i), "task": "own", "query": query, "positives": [passages[i]], "negatives": others}
+            lines.write(json.dumps(row) + "\n")
+
+
+def recipe(case: str, folder: Path) -> Recipe:
+    layers, precision, batch_tokens, tune = CASES[case]
+    task = {"name": "own", "instruction": "Given a question, retrieve passages that answer it"}
+    stage = {
+        "name": "one",
+        "data": [{"path": str(folder / "pairs.jsonl"), "task": task}],
+        "in_batch_negatives": "all",
+        "hard_negatives": 1,
+        "optim": {"lr": 1e-5, "steps": STEPS, "batch_queries": QUERIES},
+    }
+    run = {"out": str(folder / case), "precision": precision, "batch_tokens": batch_tokens, "tracker": "none"}
+    model = {"base": MODEL, "layers": layers, "latents": 128, "max_tokens": 128}
+    return Recipe.parse({"name": "plan", "model": model, "tune": tune, "stages": [stage], "run": run})
+
+
+def compared(case: str, folder: Path) -> dict[str, Any]:
+    asked = recipe(case, folder)
+    sizes, stages = sizes_of(asked), with_tokens(asked, plan(asked))
+    [tokens] = [stage.tokens for stage in stages]
+    assert tokens is not None
+    cpu = this_cpu()
+    [found] = estimate(asked, stages, sizes, devices=[cpu])
+    seen = in_own_process(["--case", case, "--folder", str(folder)])
+    cached = tokens.step > asked.run.batch_tokens
+    flops = flops_of(asked, sizes, tokens.step, tokens.squares, cached=cached)
+    in_head = 0.0 if asked.run.precision == "fp32" else seconds_of(replace(flops, decoder=0), cpu, "fp32")
+    others = flops.decoder + (0 if in_head else flops.head)
+    return {
+        "tokens": {"estimated": tokens.step, "measured": seen["tokens"]},
+        "memory_mb": _ratio(found.memory.total / MB, seen["memory_mb"]),
+        "seconds": _ratio(found.seconds[0], seen["seconds"]),
+        "peak_gflops": cpu.peak[asked.run.precision] / 1e9,
+        "reached": others / (seen["seconds"] - in_head) / cpu.peak[asked.run.precision],
+    }
+
+
+def _ratio(estimated: float, seen: float) -> dict[str, float]:
+    return {"estimated": estimated, "measured": seen, "ratio": estimated / seen}
+
+
+def measured(asked: Recipe) -> dict[str, float]:
+    """Of the steps behind the first: median seconds and tokens, and the most memory, in megabytes."""
+    libraries = resident() / MB
+    steps: list[dict[str, Any]] = []
+    train(asked, on_step=steps.append)
+    behind = steps[1:]
+    return {
+        "tokens": statistics.median(step["tokens"] for step in behind),
+        "seconds": statistics.median(step["seconds"] for step in behind),
+        "memory_mb": max(step["peak_mb"] for step in behind) - libraries,
+    }
+
+
+if __name__ == "__main__":
+    main()
