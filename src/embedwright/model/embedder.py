@@ -86,16 +86,7 @@ class Embedder:
         tokenizer = load_tokenizer(folder)
         if tokenizer.eos_token_id is None:
             raise ValueError(f"the tokenizer of {base} has no EOS token")
-        bos_ids = leading_ids(tokenizer.backend_tokenizer)
-        # mean and last are saved as stock sentence-transformers folders, whose prompts end where a token ends
-        stock = pooling in ("mean", "last") and not bos_ids
-        contract = Contract(
-            query_template=BOUNDARY_TEMPLATE if stock else INSTRUCTION_TEMPLATE,
-            eos_id=tokenizer.eos_token_id,
-            bos_ids=bos_ids,
-            mask_rule="boundary" if stock else "offsets",
-            max_tokens=max_tokens,
-        )
+        contract = new_contract(tokenizer, pooling, max_tokens)
         backbone = load_backbone(folder, decoder, _dtype(dtype), four_bit)
         network = EmbedwrightModel(
             EmbedwrightConfig(
@@ -320,6 +311,20 @@ class Embedder:
     def embed(self, packed: PackedTexts) -> Tensor:
         """(N, E) with gradient: what training calls."""
         return self.network.embed(packed.to(self.device))
+
+
+def new_contract(tokenizer: Any, pooling: Kind, max_tokens: int) -> Contract:
+    """The text contract of an embedder that is made from the decoder with this tokenizer."""
+    bos_ids = leading_ids(tokenizer.backend_tokenizer)
+    # mean and last are saved as stock sentence-transformers folders, whose prompts end where a token ends
+    stock = pooling in ("mean", "last") and not bos_ids
+    return Contract(
+        query_template=BOUNDARY_TEMPLATE if stock else INSTRUCTION_TEMPLATE,
+        eos_id=tokenizer.eos_token_id,
+        bos_ids=bos_ids,
+        mask_rule="boundary" if stock else "offsets",
+        max_tokens=max_tokens,
+    )
 
 
 @contextmanager

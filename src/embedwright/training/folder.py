@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import platform
 import subprocess
@@ -18,8 +17,9 @@ import torch
 import yaml
 
 from embedwright.training.blend import Source
+from embedwright.training.judge import mean_scores
 from embedwright.training.recipe import Recipe, StagePart
-from embedwright.training.sources import data_fingerprint
+from embedwright.training.sources import data_fingerprint, entry_of
 from embedwright.training.track import write_whole
 
 logger = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ def card_facts(
 
 
 def _source(stage: StagePart, source: Source, all_of_stage: Sequence[Source]) -> dict[str, Any]:
-    entry = stage.data[int(source.name.partition("#")[0])]  # its number in the stage stands in front of its name
+    entry = entry_of(stage, source)
     tasks = list(source.tasks.values()) or [source.task]
     return {
         "path": entry.path,
@@ -145,25 +145,18 @@ def _without_folder(value: Any) -> Any:
 
 
 def _scores(recipe: Recipe, evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    by_step: dict[int, list[Mapping[str, Any]]] = {}
-    for record in evaluations:
-        if record["stage"] == recipe.stages[-1].name:
-            by_step.setdefault(record["step"], []).append(record)
-    if not by_step:
+    stage = recipe.stages[-1].name
+    means = mean_scores(evaluations, stage)
+    if not means:
         return []
-
-    def mean(step: int) -> float:
-        values = [row["value"] for record in by_step[step] for row in record["results"]["rows"]]
-        return math.fsum(values) / len(values)  # as Judge has it, which chose by it
-
-    last = max(by_step, key=lambda step: (mean(step), step)) if recipe.eval.best else max(by_step)
+    last = max(means, key=lambda step: (means[step], step)) if recipe.eval.best else max(means)
     before = {
         (suite, row["task"]): row["value"] for suite, row in _rows(e for e in evaluations if e["stage"] == "start")
     }
     return [
         {"suite": suite, "task": row["task"], "metric": row["metric"]}
         | {"before": before.get((suite, row["task"])), "after": row["value"]}
-        for suite, row in _rows(iter(by_step[last]))
+        for suite, row in _rows(e for e in evaluations if (e["stage"], e["step"]) == (stage, last))
     ]
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from embedwright.evaluation.suite import evaluate
 from embedwright.model.embedder import Embedder
-from embedwright.training.processes import Processes, full
+from embedwright.training.processes import Processes, whole
 from embedwright.training.recipe import EvalPart, expand
 from embedwright.training.track import Tracker, read_records, write_records
 
@@ -83,18 +84,23 @@ class Judge:
             return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  no mapping
 
     def _keep(self, stage: str, step: int) -> None:
-        trained = {n: full(p.detach()) for n, p in self.model.network.named_parameters() if p.requires_grad}
+        trained = whole(self.model.network)
         if self.processes.first:
             aside = self.best.with_suffix(".part")
-            whole = {name: tensor.cpu().contiguous() for name, tensor in trained.items()}
-            save_file(whole, aside, metadata={"stage": stage, "step": str(step)})
+            tensors = {name: tensor.cpu().contiguous() for name, tensor in trained.items()}
+            save_file(tensors, aside, metadata={"stage": stage, "step": str(step)})
             aside.replace(self.best)
         self.processes.wait()
 
     def _scores(self, stage: str, step: int) -> list[float]:
         """The mean main score of each evaluation of the stage up to this step, in order."""
-        by_step: dict[int, list[float]] = {}
-        for record in self.records:
-            if record["stage"] == stage and record["step"] <= step:
-                by_step.setdefault(record["step"], []).extend(row["value"] for row in record["results"]["rows"])
-        return [math.fsum(scores) / len(scores) for _, scores in sorted(by_step.items())]
+        return [score for at, score in mean_scores(self.records, stage).items() if at <= step]
+
+
+def mean_scores(records: Iterable[Mapping[str, Any]], stage: str) -> dict[int, float]:
+    """The mean main score of all tasks at each evaluated step of a stage, in order: what decides about its weights."""
+    by_step: dict[int, list[float]] = {}
+    for record in records:
+        if record["stage"] == stage:
+            by_step.setdefault(record["step"], []).extend(row["value"] for row in record["results"]["rows"])
+    return {step: math.fsum(scores) / len(scores) for step, scores in sorted(by_step.items())}

@@ -5,18 +5,19 @@ Q queries of a step, C its distinct candidates.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from embedwright.model.backbone import resolve_base
-from embedwright.text import BOUNDARY_TEMPLATE, INSTRUCTION_TEMPLATE, Contract, leading_ids, load_tokenizer, tokenize
-from embedwright.training.batch import Text, make_batch
+from embedwright.model.embedder import new_contract
+from embedwright.text import Contract, load_tokenizer
+from embedwright.training.batch import make_batch
 from embedwright.training.blend import Source, rows_at
 from embedwright.training.recipe import Recipe
 from embedwright.training.sources import open_sources
+from embedwright.training.step import tokenize_texts
 
 SAMPLED_ROWS = 512  # of a stage: enough for a mean within a few percent
 
@@ -65,24 +66,11 @@ def tokens_of(recipe: Recipe, there: list[list[bool]]) -> list[Tokens]:
     tokenizer = load_tokenizer(resolve_base(recipe.model.base))
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
-    contract = contract_of(recipe, tokenizer)
+    contract = new_contract(tokenizer, recipe.model.pooling, recipe.model.max_tokens)
     return [
         _sampled(recipe, number, own, tokenizer.backend_tokenizer, contract) if own else _at_most(recipe, number)
         for number, own in enumerate(sources)
     ]
-
-
-def contract_of(recipe: Recipe, tokenizer: Any) -> Contract:
-    """The text contract of the model that `Embedder.from_decoder` makes of this recipe."""
-    bos_ids = leading_ids(tokenizer.backend_tokenizer)
-    stock = recipe.model.pooling in ("mean", "last") and not bos_ids
-    return Contract(
-        query_template=BOUNDARY_TEMPLATE if stock else INSTRUCTION_TEMPLATE,
-        eos_id=tokenizer.eos_token_id,
-        bos_ids=bos_ids,
-        mask_rule="boundary" if stock else "offsets",
-        max_tokens=recipe.model.max_tokens,
-    )
 
 
 def _sampled(recipe: Recipe, number: int, sources: list[Source], tokenizer: Any, contract: Contract) -> Tokens:
@@ -102,7 +90,8 @@ def _sampled(recipe: Recipe, number: int, sources: list[Source], tokenizer: Any,
             rng=np.random.default_rng([recipe.seed, number, step]),
             loss=part.loss,
         )
-        length = _lengths(tokenizer, contract, [*batch.queries, *batch.candidates])
+        tokens = tokenize_texts(tokenizer, contract, [*batch.queries, *batch.candidates])
+        length = {text: len(read.ids) for text, read in tokens.items()}
         positive = set(batch.positive_Q.tolist())
         kinds["queries"] += (of_queries := [length[text] for text in batch.queries])
         for column, text in enumerate(batch.candidates):
@@ -120,17 +109,6 @@ def _sampled(recipe: Recipe, number: int, sources: list[Source], tokenizer: Any,
         padded=float(np.mean(padded)),
         shared=shared,
     )
-
-
-def _lengths(tokenizer: Any, contract: Contract, texts: Iterable[Text]) -> dict[Text, int]:
-    by_prefix: dict[str, list[str]] = {}
-    for prefix, text in dict.fromkeys(texts):
-        by_prefix.setdefault(prefix, []).append(text)
-    return {
-        (prefix, text): len(tokens.ids)
-        for prefix, some in by_prefix.items()
-        for text, tokens in zip(some, tokenize(tokenizer, contract, some, prefix), strict=True)
-    }
 
 
 def summary(lengths: list[int]) -> Lengths:

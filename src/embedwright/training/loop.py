@@ -318,8 +318,8 @@ class _Run:
             )
 
     def save(self, state: RunState, optimizer: torch.optim.Optimizer) -> None:
-        trained = {name: p for name, p in self.model.network.named_parameters() if p.requires_grad}
-        save_checkpoint(self.out / "checkpoints", state, trained, optimizer, self.recipe.run.keep, self.processes)
+        moved, keep = many.trained(self.model.network), self.recipe.run.keep
+        save_checkpoint(self.out / "checkpoints", state, moved, optimizer, keep, self.processes)
 
 
 def _with_waits(shares: Iterator[tuple[int, Share]]) -> Iterator[tuple[int, Share, float]]:
@@ -351,7 +351,7 @@ def _continue(checkpoint: Path, state: RunState, out: Path) -> RunState:
 
 def load_trained(model: Embedder, weights: dict[str, Tensor]) -> None:
     """Put whole weights into what trains, also where it is cut. ValueError where the names differ."""
-    own = {n: p for n, p in model.network.named_parameters() if p.requires_grad}
+    own = many.trained(model.network)
     if own.keys() != weights.keys():
         raise ValueError(f"checkpoint and model differ in {sorted(own.keys() ^ weights.keys())[:3]}")
     with torch.no_grad():
@@ -367,7 +367,7 @@ def _whole(recipe: Recipe, model: Embedder, processes: Processes) -> Embedder:
     four_bit = recipe.tune.method == "qlora"
     if not four_bit and (processes.count == 1 or recipe.run.parallel == "ddp"):
         return model
-    trained = {n: many.full(p.detach()) for n, p in model.network.named_parameters() if p.requires_grad}
+    trained = many.whole(model.network)
     if four_bit:
         plain = {"tune": recipe.tune.model_copy(update={"method": "lora"})}
         recipe = recipe.model_copy(update=plain | {"run": recipe.run.model_copy(update={"precision": "fp32"})})

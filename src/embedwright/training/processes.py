@@ -168,6 +168,16 @@ def shard(network: Any) -> list[Any]:
     return roots
 
 
+def trained(network: Any) -> dict[str, Tensor]:
+    """What training moves, by name; of a cut network this process's part."""
+    return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+
+
+def whole(network: Any) -> dict[str, Tensor]:
+    """The same as it would be in a network that was never cut, in every process: all of them must ask."""
+    return {name: full(parameter.detach()) for name, parameter in trained(network).items()}
+
+
 def full(tensor: Tensor) -> Tensor:
     """A tensor that FSDP has cut, whole, in every process: all of them must ask. Any other as it is."""
     whole = getattr(tensor, "full_tensor", None)

@@ -27,7 +27,7 @@ from embedwright.training.blend import Source
 from embedwright.training.checkpoint import RunState
 from embedwright.training.processes import Processes
 from embedwright.training.recipe import PREVIOUS, Recipe, StagePart, expand
-from embedwright.training.sources import is_mined, trainable
+from embedwright.training.sources import entry_of, is_mined, trainable
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ def _mine(
 
 def _corpus(stage: StagePart, source: Source) -> dict[str, str]:
     """The documents that an entry names, or those that answer its queries."""
-    entry = stage.data[int(source.name.partition("#")[0])]  # its number in the stage stands in front of its name
+    entry = entry_of(stage, source)
     path = expand(entry.path)
     if entry.corpus:
         return read_corpus(expand(entry.corpus))

@@ -41,6 +41,11 @@ def data_fingerprint(stages: list[list[Source]]) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
+def entry_of(stage: StagePart, source: Source) -> DataPart:
+    """The entry of the stage's data that a source is of: its number stands in front of the source's name."""
+    return stage.data[int(source.name.partition("#")[0])]
+
+
 def open_table(recipe: Recipe, stage: StagePart, entry: DataPart) -> ExampleTable:
     """The rows of one entry. FileNotFoundError, ConfigError or DataError where it cannot be read."""
     return open_examples(

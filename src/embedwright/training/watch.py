@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from embedwright.model.pooling import LatentPooling
 from embedwright.training.batch import Batch
-from embedwright.training.processes import Processes
+from embedwright.training.processes import Processes, trained
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class MovedWeights:
     """
 
     def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer, processes: Processes) -> None:
-        self.trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        self.trained = trained(network)
         self.reached: set[str] = set()
         self.moved: set[str] = set()
         self.updates, self.processes = 0, processes

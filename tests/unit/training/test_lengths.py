@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from embedwright.config import ConfigError
-from embedwright.model.embedder import Embedder
+from embedwright.model.embedder import Embedder, new_contract
 from embedwright.text import load_tokenizer
-from embedwright.training.lengths import Lengths, contract_of, summary, tokens_of
+from embedwright.training.lengths import Lengths, summary, tokens_of
 from embedwright.training.loop import train
 from embedwright.training.recipe import Recipe
 
@@ -48,7 +48,7 @@ def test_the_contract_is_that_of_the_model(asked: Any, pooling: str, bos: bool) 
     recipe = asked(pooling, bos, max_tokens=77)
     folder = recipe.model.base
     model = Embedder.from_decoder(folder, pooling=pooling, latents=4, heads=2, max_tokens=77)
-    assert contract_of(recipe, load_tokenizer(folder)) == model.contract
+    assert new_contract(load_tokenizer(folder), recipe.model.pooling, recipe.model.max_tokens) == model.contract
 
 
 @pytest.mark.parametrize("max_tokens", [256, 24])
