@@ -92,6 +92,7 @@ def main(folder: Path) -> None:
             counts["lost" if now == step else "kept"] += 1
             inside |= {aim[0]} if aim else set()
         step = now
+    save(step + 1)  # the last kill may have come before the old ones were removed: the next save does that
     left = [path.name for path in (folder / "run").iterdir()]
     damaged = [name for name in left if "damaged" in name]
     print(json.dumps(counts | {"inside": len(inside), "left": len(left), "damaged": damaged}))
