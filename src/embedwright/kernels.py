@@ -108,10 +108,10 @@ def attention(
     each thread, whatever the lengths.
     """
     heads, tokens, dim = q_HTd.shape
-    out_THd = torch.empty(tokens, heads, dim, dtype=q_HTd.dtype)
+    out_THd = q_HTd.new_empty(tokens, heads, dim)  # on its device, whatever the default is: see `_examples`
     threads = torch.get_num_threads()
     floats = _library().attention_scratch(dim)
-    scratch = torch.empty(floats * threads + _ALIGNED // 4, dtype=torch.float32)
+    scratch = q_HTd.new_empty(floats * threads + _ALIGNED // 4, dtype=torch.float32)
     behind, ahead = (_ALL if n < 0 else n for n in window)
     job = _Attention(
         *(x.data_ptr() for x in (q_HTd, k_KTd, v_KTd, out_THd, ends)),
@@ -158,15 +158,15 @@ def scan(scores_QN: Tensor, floor_Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Scores float32 or bfloat16, contiguous; floors float32; counts and columns int64. Only where `available()`.
     """
     queries, columns = scores_QN.shape
-    found = torch.empty(queries, dtype=torch.int64)
+    found = scores_QN.new_empty(queries, dtype=torch.int64)
     job = _Scan(
         *(x.data_ptr() for x in (scores_QN, floor_Q, found)),
         *(None, None, queries, columns, scores_QN.dtype == torch.bfloat16, 0),
     )
     _run("scan", job)
     begins = found.cumsum(0)
-    scores_F = torch.empty(int(begins[-1]), dtype=torch.float32)
-    column_F = torch.empty(len(scores_F), dtype=torch.int64)
+    scores_F = floor_Q.new_empty(int(begins[-1]))
+    column_F = found.new_empty(len(scores_F))
     begins -= found
     job.counts, job.values, job.columns_of, job.next = begins.data_ptr(), scores_F.data_ptr(), column_F.data_ptr(), 0
     if len(scores_F):
@@ -179,7 +179,7 @@ def dots(query_QE: Tensor, document_NE: Tensor, query_F: Tensor, document_F: Ten
 
     The vectors are contiguous, the indices int64. Only where `available()`.
     """
-    out_F = torch.empty(len(query_F), dtype=torch.float32)
+    out_F = query_QE.new_empty(len(query_F))
     pointers = (x.data_ptr() for x in (query_QE, document_NE, query_F, document_F, out_F))
     _run("dots", _Dots(*pointers, len(query_F), query_QE.shape[1], 0))
     return out_F
@@ -248,7 +248,7 @@ def _examples(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
     expected = q.float() * cosine.float() + torch.cat((-second, first), -1) * sine.float()
     rotate(q, k, cosine[0], sine[0])
     yield "rotary", q, expected
-    scores, floor = made(5, 1000), torch.tensor([0.1, 2.5, 9.0, 2.9, 2.7], device="cpu")
+    scores, floor = made(5, 1000), torch.tensor([0.1, 2.5, 9.0, 2.9, 2.7], device="cpu", dtype=torch.float32)
     hit = scores >= floor[:, None]
     count, values, columns = scan(scores, floor)
     row = torch.arange(5, device="cpu").repeat_interleave(count)

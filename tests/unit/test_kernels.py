@@ -288,3 +288,18 @@ def test_two_processes_may_compile_at_once(needs_kernels: None, tmp_path: Path) 
     running = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
     assert [process.wait() for process in running] == [0, 0]
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["kernels.so"]
+
+
+FIRST = """
+import torch
+from embedwright import kernels
+torch.set_default_dtype(torch.float16)
+with torch.device("meta"):
+    print(kernels.described())
+"""
+
+
+def test_the_first_model_may_be_made_without_memory_and_under_another_type(needs_kernels: None) -> None:
+    """As `from_pretrained` makes it: in a process of its own, which an address of nothing would end."""
+    done = subprocess.run([sys.executable, "-c", FIRST], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, kernels.described()), done.stderr[-2000:]
