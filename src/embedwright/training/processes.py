@@ -155,7 +155,9 @@ class _Embed(nn.Module):
 def shard(network: Any) -> list[Any]:
     """Cut a network into parts of this process, in place; returns what FSDP made of backbone and head.
 
-    Both are roots of their own: whatever calls them (training, `encode`, the probe) gathers their weights.
+    Both are roots of their own: whatever calls them (training, `encode`, the probe) gathers their weights. They are cut
+    again behind each forward, which FSDP leaves out for roots: an optimizer that is made behind an evaluation would
+    get the gathered copies, and train nothing.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -163,7 +165,7 @@ def shard(network: Any) -> list[Any]:
         fully_shard(layer)
     roots = [part for part in (network.backbone, network.head) if any(True for _ in part.parameters())]
     for part in roots:
-        fully_shard(part)
+        fully_shard(part, reshard_after_forward=True)
     network.sharded = True
     return roots
 

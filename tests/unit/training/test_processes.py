@@ -160,11 +160,12 @@ def gradients_of(kind: str, case: str, decoder: str, processes: Processes) -> di
         optim=optim,
     )
     replica = processes.wrap(model.network, kind)  # type: ignore[arg-type]
+    model.encode(["a tide"])  # as a run evaluates: what trains is looked up behind it
+    optimizer = make_optimizer(model.network, TunePart(), optim)
     loss, _ = accumulate(replica, share_of(model, batch, processes), stage, batch_tokens=budget, seed=1)
     trained = {name: p for name, p in model.network.named_parameters() if p.requires_grad}
     assert all(p.grad is not None for p in trained.values())
     found = {name: full(p.grad).numpy().copy() for name, p in trained.items() if p.grad is not None}
-    optimizer = make_optimizer(model.network, TunePart(), optim)
     norm = update(model.network, optimizer, 1e-2, clip=0.5)
     return (
         {"loss": loss, "norm": norm}
