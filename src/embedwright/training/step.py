@@ -96,6 +96,7 @@ def tokenize_texts(tokenizer: Tokenizer, contract: Contract, texts: Sequence[Tex
 def _by_queries(replica: Replica, share: Share, groups: list[list[int]], stage: StagePart, seed: int) -> float:
     """Plain accumulation, a group of queries with their own candidates at a time."""
     processes, device = replica.processes, replica.device
+    own = {text: i for i, text in enumerate(share.texts[processes.rank])}
     loss, count = 0.0, processes.most(len(groups))
     for i in range(count):
         torch.manual_seed(seed + i)
@@ -108,8 +109,8 @@ def _by_queries(replica: Replica, share: Share, groups: list[list[int]], stage: 
             texts.sort(key=lambda text: -len(share.tokens[text].ids))  # attention finds runs of equal length
             embedded_NE = replica.embed(pack([share.tokens[text] for text in texts]).to(device))
             place = {text: at for at, text in enumerate(texts)}
-            at = {text: i for i, text in enumerate(share.texts[processes.rank])}
-            teacher_NE = None if share.teacher_NE is None else share.teacher_NE[[at[text] for text in texts]].to(device)
+            rows = [own[text] for text in texts]
+            teacher_NE = None if share.teacher_NE is None else share.teacher_NE[rows].to(device)
             part = _loss(embedded_NE, teacher_NE, batch, place, stage, len(share.batch.queries))
             (part * processes.count).backward()
             loss += part.item()
