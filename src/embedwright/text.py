@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from tokenizers import Tokenizer
 
+from embedwright import threads
+
 INSTRUCTION_TEMPLATE = "Instruct: {task}\nQuery: "
 # sentence-transformers leaves out a *count* of prompt tokens, so its prompt must end where a token ends.
 BOUNDARY_TEMPLATE = "Instruct: {task}\nQuery:\n"
@@ -128,7 +130,8 @@ def tokenize(
     texts = check_texts(texts)
     limit = contract.max_tokens if max_tokens is None else max_tokens
     rule = _by_count if contract.mask_rule == "count" else _by_offsets
-    return rule(tokenizer, contract, texts, prefix, limit)
+    with threads.freed():  # the first batch starts the tokenizers' own threads
+        return rule(tokenizer, contract, texts, prefix, limit)
 
 
 def _by_offsets(
@@ -144,7 +147,7 @@ def _by_offsets(
     if limit <= len(contract.bos_ids) + len(frame.back):
         raise ValueError(f"max_tokens={limit} leaves no room for a token of text")
     tokenizer.encode_special_tokens = True
-    around = len(frame.front), len(frame.back)
+    front, back = np.zeros(len(frame.front), dtype=bool), np.zeros(len(frame.back), dtype=bool)
     whole = [frame.prefix + text + frame.suffix for text in texts]
     result = []
     for i, encoding in enumerate(tokenizer.encode_batch(whole, add_special_tokens=False)):
@@ -152,7 +155,7 @@ def _by_offsets(
         pooled, body = np.ones(len(ids), dtype=bool), len(ids)
         if frame.prefix or frame.suffix:
             pooled, body = _text_tokens(encoding.offsets, frame, texts[i], contract.mask_rule == "boundary")
-        kept = min(body, limit - (len(ids) - body) - sum(around))
+        kept = min(body, limit - (len(ids) - body) - len(front) - len(back))
         if kept < 0:
             raise NoTokenError(prefix, limit, i)
         pooled = np.concatenate([pooled[:kept], pooled[body:]])
@@ -160,7 +163,7 @@ def _by_offsets(
         if not pooled.any() and (contract.eos_id is None or (prefix and (texts[i].strip() or kept < body))):
             raise NoTokenError(prefix, limit, i)
         # a decoder's BOS, in front, is an attention sink with an outsized state
-        pool = np.pad(pooled, around, constant_values=False)
+        pool = np.concatenate([front, pooled, back])
         pool[-1] |= contract.eos_id is not None
         ids = [*frame.front, *ids[:kept], *ids[body:], *frame.back]
         result.append(TokenizedText(np.array(ids, dtype=np.int64), pool))

@@ -6,12 +6,31 @@ that is our own command is touched, before torch reads it; `OMP_PROC_BIND` set b
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-"""Of this process, before a bound OpenMP runtime put its main thread on one of them."""
+
+def _cores() -> set[int]:
+    if not hasattr(os, "sched_getaffinity"):
+        return set(range(os.cpu_count() or 1))
+    cores: set[int] = os.sched_getaffinity(0)
+    if "torch" not in sys.modules:
+        return cores
+    # Imported first, its OpenMP may have this thread on one core already. It knows those of the others.
+    openmp = ctypes.CDLL(None)
+    for place in range(openmp.omp_get_num_places() if hasattr(openmp, "omp_get_num_places") else 0):
+        ids = (ctypes.c_int * openmp.omp_get_place_num_procs(place))()
+        openmp.omp_get_place_proc_ids(place, ids)
+        cores |= set(ids)
+    return cores
+
+
+CORES = _cores()
+"""Of this process, whatever core a bound OpenMP runtime has put its main thread on."""
 
 
 def bind_for_command() -> None:
@@ -31,9 +50,31 @@ def load_runtimes() -> None:
     core when it is loaded; the next runtime would see that one core and run on one thread. So the mask is put back."""
     import torch  # noqa: F401
 
+    free()
+    import faiss  # noqa: F401
+
+
+def free() -> None:
+    """This thread may run on all cores again, and so may the threads that it starts.
+
+    To be called in every thread that is no OpenMP thread: it comes from one that a bound OpenMP keeps on one core.
+    """
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, CORES)
-    import faiss  # noqa: F401
+
+
+@contextmanager
+def freed() -> Iterator[None]:
+    """This thread on all cores meanwhile, for a library that starts threads of its own: they inherit them."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    free()
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def described() -> str:

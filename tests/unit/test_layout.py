@@ -27,6 +27,7 @@ TOP = "__init__"  # the names that `from embedwright import ...` gives
 # that is not listed imports nothing of ours. `None`: everything but the entry points.
 MAY_IMPORT: dict[str, set[str] | None] = {
     "kernels": {"cache"},
+    "text": {"threads"},
     "packing": {"text"},
     "sentence_transformer": {"text"},
     "model": BASE,

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -66,3 +68,51 @@ def test_the_users_own_setting_stays(
     fresh.setenv(name, value)
     assert bound() == expected
     assert threads.described().startswith(described)
+
+
+TOKENISES = """
+import os
+from embedwright import text, threads
+import torch
+from tokenizers import Tokenizer, models
+
+def cores_of_threads():
+    return {task: os.sched_getaffinity(int(task)) for task in os.listdir("/proc/self/task")}
+
+torch.randn(600, 600) @ torch.randn(600, 600)  # a bound OpenMP puts its main thread on its core
+before, kept = cores_of_threads(), os.sched_getaffinity(0)
+assert kept != threads.CORES, kept
+words = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, "[UNK]"))
+contract = text.Contract(eos_id=None)
+text.tokenize(words, contract, ["a"] * 1000)
+started = [cores for task, cores in cores_of_threads().items() if task not in before]
+assert started and all(cores == threads.CORES for cores in started), started
+assert os.sched_getaffinity(0) == kept
+"""
+
+
+IMPORTS = """
+import os, sys
+if sys.argv[1] == "torch first":
+    import torch
+from embedwright import threads
+print(len(threads.CORES))
+"""
+
+
+@pytest.mark.parametrize("first", ["torch first", "embedwright first"])
+def test_the_cores_are_those_of_the_process_whatever_is_imported_first(first: str) -> None:
+    environment = {**os.environ, "OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
+    with threads.freed():  # pytest's own runtime may be bound too
+        done = subprocess.run(
+            [sys.executable, "-c", IMPORTS, first], env=environment, stdout=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 0 and int(done.stdout) == len(threads.CORES)
+
+
+@pytest.mark.skipif(len(threads.CORES) < 2 or not Path("/proc/self/task").is_dir(), reason="needs Linux, two cores")
+def test_bound_openmp_leaves_the_tokenizers_threads_all_cores() -> None:
+    environment = {**os.environ, "OMP_PROC_BIND": "true", "OMP_PLACES": "cores", "TOKENIZERS_PARALLELISM": "true"}
+    with threads.freed():
+        done = subprocess.run([sys.executable, "-c", TOKENISES], env=environment, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0, done.stderr

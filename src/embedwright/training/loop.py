@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from embedwright import threads
 from embedwright.config import ConfigError
 from embedwright.model import fourbit, memory, probe
 from embedwright.model.adapter import has_lora, idle_adapters
@@ -256,7 +257,7 @@ class _Run:
         if recipe.run.workers == 0:
             yield from ((step, share(step)) for step in steps)
             return
-        with ThreadPoolExecutor(recipe.run.workers) as pool:
+        with ThreadPoolExecutor(recipe.run.workers, initializer=threads.free) as pool:
             waiting: list[tuple[int, Future[Share]]] = []
             try:
                 for step in steps:
