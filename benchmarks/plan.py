@@ -1,9 +1,10 @@
 """What `train --plan` says of memory and time, held against training: a few real steps of each of several recipes.
 
-The first layers of SmolLM2-135M with a latent head, on this CPU, each recipe in a process of its own. Memory is the
-most that the process holds during a step, less what its libraries take; seconds are the median of the steps behind the
-first. Each is printed as estimated / measured; and so is the share of the CPU's peak that the steps reached, which is
-what the plan's own constant was set from (in bf16: of the decoder, the pooling block's float32 share taken off).
+The first layers of SmolLM2-135M with a latent head, on this CPU, or all of them on the first GPU where there is one;
+each recipe in a process of its own. Memory is the most that the process holds during a step, less what its libraries
+take, or that torch holds on the GPU; seconds are the median of the steps behind the first. Each is printed as estimated
+/ measured; and so is the share of the device's peak that the steps reached, which is what the plan's own constant was
+set from (in bf16: of the decoder, the pooling block's float32 share taken off).
 
     python benchmarks/plan.py
 """
@@ -15,6 +16,7 @@ from common import MB, bind_main_thread, bind_threads, in_own_process, record, r
 bind_threads()
 
 import argparse  # noqa: E402
+import importlib.util  # noqa: E402
 import json  # noqa: E402
 import statistics  # noqa: E402
 import tempfile  # noqa: E402
@@ -24,15 +26,16 @@ from typing import Any  # noqa: E402
 
 import models  # noqa: E402
 import peft  # noqa: E402, F401 (what training imports counts as libraries)
+import torch  # noqa: E402
 from texts import source, text_set  # noqa: E402
 
-from embedwright.training.cost import flops_of, seconds_of, sizes_of, this_cpu  # noqa: E402
+from embedwright.training.cost import GPUS, Device, flops_of, seconds_of, sizes_of, this_cpu  # noqa: E402
 from embedwright.training.loop import train  # noqa: E402
 from embedwright.training.plan import estimate, plan, with_tokens  # noqa: E402
 from embedwright.training.recipe import Recipe  # noqa: E402
 
 MODEL = "smollm2-135m"
-QUERIES, STEPS = 24, 5
+QUERIES, STEPS, TOKENS = 24, 5, 60_000
 LORA = {"method": "lora", "rank": 16, "alpha": 32, "dropout": 0.0}
 # layers, precision, batch_tokens, and how it is tuned
 CASES: dict[str, tuple[int, str, int, dict[str, Any]]] = {
@@ -45,6 +48,18 @@ CASES: dict[str, tuple[int, str, int, dict[str, Any]]] = {
     "full, fp32": (4, "fp32", 8192, {"method": "full"}),
     "full, bf16": (4, "bf16", 8192, {"method": "full"}),
 }
+GPU_CASES: dict[str, tuple[int, str, int, dict[str, Any]]] = {
+    "lora, bf16": (30, "bf16", 10**6, LORA),
+    "lora, bf16, dropout": (30, "bf16", 10**6, LORA | {"dropout": 0.1}),
+    "lora, bf16, gradient checkpointing": (30, "bf16", 10**6, LORA | {"gradient_checkpointing": True}),
+    "lora, bf16, GradCache": (30, "bf16", 16_384, LORA),
+    "lora, fp32": (30, "fp32", 10**6, LORA),
+    "full, bf16": (30, "bf16", 10**6, {"method": "full"}),
+}
+if torch.cuda.is_available():
+    QUERIES, TOKENS, CASES = 512, 300_000, GPU_CASES
+    if importlib.util.find_spec("bitsandbytes"):
+        CASES["qlora, bf16"] = (30, "bf16", 10**6, LORA | {"method": "qlora"})
 
 
 def main() -> None:
@@ -59,36 +74,40 @@ def main() -> None:
     if not models.installed(MODEL):
         print(f"{MODEL}: its package is not installed, left out")
         return
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_data(folder / "pairs.jsonl")
         for case in CASES:
             found[case] = compared(case, folder)
             print(case, found[case], flush=True)
+            figures = summed_up(found)  # a run that is cut off keeps what it has
+            record("plan-gpu" if torch.cuda.is_available() else "plan", figures, {})
+    print("estimated / measured:", figures["estimated_over_measured"], "reached:", figures["reached"])
+
+
+def summed_up(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     ratios = {what: [case[what]["ratio"] for case in found.values()] for what in ("memory_mb", "seconds")}
     spread = {
         what: {"least": min(values), "median": statistics.median(values), "most": max(values)}
         for what, values in ratios.items()
     }
-    reached = {
-        precision: statistics.median(found[case]["reached"] for case in CASES if CASES[case][1] == precision)
-        for precision in ("fp32", "bf16")
-    }
-    print("estimated / measured:", spread, "reached:", reached)
-    figures = {
+    by_precision: dict[str, list[float]] = {}
+    for case, figures in found.items():
+        by_precision.setdefault(CASES[case][1], []).append(figures["reached"])
+    return {
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "model": models.described(MODEL),
         "texts": source(),
         "cases": found,
         "estimated_over_measured": spread,
-        "reached": reached,
+        "reached": {precision: statistics.median(values) for precision, values in by_precision.items()},
     }
-    record("plan", figures, {})
 
 
 def write_data(file: Path) -> None:
     """Real pairs, each with the passages of two others as negatives."""
-    mixed, _ = text_set("mixed", 60_000, lambda text: len(text) // 4)
+    mixed, _ = text_set("mixed", TOKENS, lambda text: len(text) // 4)
     queries, passages = mixed[0::2], mixed[1::2]
     queries = queries[: len(passages)]
     with file.open("w", encoding="utf-8") as lines:
@@ -118,20 +137,33 @@ def compared(case: str, folder: Path) -> dict[str, Any]:
     sizes, stages = sizes_of(asked), with_tokens(asked, plan(asked))
     [tokens] = [stage.tokens for stage in stages]
     assert tokens is not None
-    cpu = this_cpu()
-    [found] = estimate(asked, stages, sizes, devices=[cpu])
-    seen = in_own_process(["--case", case, "--folder", str(folder)])
+    device, cuda = this_device(), torch.cuda.is_available()
+    [found] = estimate(asked, stages, sizes, devices=[device])
+    # torch counts what a GPU holds; what a CPU holds is counted by process
+    seen = measured(asked) if cuda else in_own_process(["--case", case, "--folder", str(folder)])
     cached = tokens.step > asked.run.batch_tokens
     flops = flops_of(asked, sizes, tokens.step, tokens.squares, cached=cached)
-    in_head = 0.0 if asked.run.precision == "fp32" else seconds_of(replace(flops, decoder=0), cpu, "fp32")
+    in_head = 0.0 if asked.run.precision == "fp32" else seconds_of(replace(flops, decoder=0), device, "fp32")
     others = flops.decoder + (0 if in_head else flops.head)
     return {
         "tokens": {"estimated": tokens.step, "measured": seen["tokens"]},
-        "memory_mb": _ratio(found.memory.total / MB, seen["memory_mb"]),
+        # of a GPU without what torch does not count: the context, gaps between blocks
+        "memory_mb": _ratio((found.memory.total - (found.memory.reserve if cuda else 0)) / MB, seen["memory_mb"]),
         "seconds": _ratio(found.seconds[0], seen["seconds"]),
-        "peak_gflops": cpu.peak[asked.run.precision] / 1e9,
-        "reached": others / (seen["seconds"] - in_head) / cpu.peak[asked.run.precision],
+        "peak_gflops": device.peak[asked.run.precision] / 1e9,
+        "reached": others / (seen["seconds"] - in_head) / device.peak[asked.run.precision],
     }
+
+
+def this_device() -> Device:
+    """The GPU as the plan's table has it, or this CPU. LookupError for a GPU that is not in the table."""
+    if not torch.cuda.is_available():
+        return this_cpu()
+    named = torch.cuda.get_device_name()
+    for device in GPUS:
+        if device.name.split()[0].split(",")[0] in named:
+            return device
+    raise LookupError(f"{named} is not in the table of the plan")
 
 
 def _ratio(estimated: float, seen: float) -> dict[str, float]:
@@ -140,7 +172,7 @@ def _ratio(estimated: float, seen: float) -> dict[str, float]:
 
 def measured(asked: Recipe) -> dict[str, float]:
     """Of the steps behind the first: median seconds and tokens, and the most memory, in megabytes."""
-    libraries = resident() / MB
+    libraries = 0.0 if torch.cuda.is_available() else resident() / MB
     steps: list[dict[str, Any]] = []
     train(asked, on_step=steps.append)
     behind = steps[1:]

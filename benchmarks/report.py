@@ -123,25 +123,30 @@ def with_runs(page: str, results: Mapping[str, Mapping[str, Any]]) -> str:
     """docs/planning.md with what `train --plan` said of each run of benchmarks/plan.py, and what was measured."""
     if "plan" not in results:
         return page
+    plan = results["plan"]
+    lines = [f"Layers of {plan['model']}; `python benchmarks/plan.py`. {_runs(plan)[0]}", "", *_runs(plan)[1:]]
+    lines += ["", *machines({"plan": plan})]
+    if gpu := results.get("plan-gpu"):
+        lines += ["", f"The same on a GPU, all layers, without the reserve. {_runs(gpu)[0]}", "", *_runs(gpu)[1:]]
+        lines += ["", f"Not whole: {gpu['cut_off']}."] if "cut_off" in gpu else []
+        lines += ["", gpu_machine(gpu)]
+    return between(page, PLANNING_MARKS, lines)
+
+
+def _runs(record: Mapping[str, Any]) -> list[str]:
+    """The ratios in one line, then a table of what was planned and measured."""
     rows = [
         [case, *(f"{found[what][side]:,.{digits}f}" for what, digits in kinds for side in ("estimated", "measured"))]
         for kinds in [(("memory_mb", 0), ("seconds", 2))]
-        for case, found in results["plan"]["cases"].items()
+        for case, found in record["cases"].items()
     ]
     head = ["run", "memory planned, MB", "measured", "seconds a step planned", "measured"]
-    spread = results["plan"]["estimated_over_measured"]
+    spread = record["estimated_over_measured"]
     said = ", ".join(
         f"{name} {spread[what]['median']:.2f} ({spread[what]['least']:.2f} to {spread[what]['most']:.2f})"
         for what, name in (("memory_mb", "memory"), ("seconds", "seconds"))
     )
-    lines = [
-        f"Layers of {results['plan']['model']}; planned over measured: {said}. `python benchmarks/plan.py`",
-        "",
-        *table(head, rows),
-        "",
-        *machines({"plan": results["plan"]}),
-    ]
-    return between(page, PLANNING_MARKS, lines)
+    return [f"Planned over measured: {said}.", *table(head, rows)]
 
 
 def between(page: str, marks: tuple[str, str], lines: Sequence[str]) -> str:
@@ -162,7 +167,7 @@ def render(results: Mapping[str, Mapping[str, Any]]) -> str:
     """docs/performance.md. Sections of what was not measured are left out."""
     lines = ["# Performance", "", INTRODUCTION, "", *goal_table(results), "", READING, ""]
     lines += [f"![ratios by run]({PICTURE.name})", ""]
-    lines += [*machines(results), ""]
+    lines += [*machines({name: record for name, record in results.items() if "gpu" not in record}), ""]
     encode = {name: record for name, record in results.items() if name.startswith("encode-")}
     splits = {name: record for name, record in results.items() if name.startswith("split-")}
     for rows, section in ((encode, encode_section), (splits, split_section)):
@@ -170,7 +175,7 @@ def render(results: Mapping[str, Mapping[str, Any]]) -> str:
     for name, section in (("scaling", scaling_section), ("linears", linears_section)):
         lines += section(results[name]) if name in results else []
     lines += other_section(results)
-    lines += GPU_MEASURED if GPU in results else GPU_NOT_MEASURED
+    lines += gpu_section(results[GPU]) if GPU in results else GPU_NOT_MEASURED
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -187,7 +192,9 @@ GPU_NOT_MEASURED = [
     "",
     "Not measured: no GPU has been at hand. `make gpu-smoke` measures one, into one JSON.",
 ]
-GPU_MEASURED = ["## GPU", "", f"`benchmarks/results/{GPU}.json`."]
+GPU_MEASURED = """\
+One GPU, bfloat16, mixed texts, `make gpu-smoke`. MFU: of the linear layers, over a large product on that GPU. MB: what
+encoding adds to the model. Cosine: the smallest to our float32."""
 ENCODE = """\
 `queries` have an instruction in front, `passages` are long, `mixed` has as many of the one as of the other, without
 instruction. MFU: FLOPs of the linear layers alone, over those of the fastest matrix product that this machine showed
@@ -318,6 +325,56 @@ def linears_section(record: Mapping[str, Any]) -> list[str]:
         *table(["type", "rows", "torch", "oneDNN", "oneDNN, reordered"], rows),
         "",
     ]
+
+
+def gpu_section(record: Mapping[str, Any]) -> list[str]:
+    rows = [
+        [
+            model,
+            side,
+            f"{found['tokens']:,}",
+            str(of["batch"] or "default"),
+            f"{of['tokens_per_second']:,.0f}",
+            " to ".join(f"{of['ours_is_faster'][key]:.2f}" for key in ("least", "most"))
+            + f", median {of['ours_is_faster']['median']:.2f}",
+            f"{of['mfu']:.3f}",
+            f"{of['encode_mb']:,.0f}",
+            f"{of['cosine']:.4f}",
+        ]
+        for model, found in record["encode"].items()
+        for side, of in found["sides"].items()
+    ]
+    head = ["model", "side", "tokens", "batch", "tokens/s", "ours is faster by", "MFU", "MB", "cosine"]
+    checks = [[name, f"{seen:.1e}"] for name, seen in record["checks"].items()]
+    step = record.get("train")
+    trained = [] if step is None else ["", *_gpu_training(step)]
+    cut_off = [] if "cut_off" not in record else ["", f"Not whole: {record['cut_off']}."]
+    return [
+        "## GPU",
+        "",
+        GPU_MEASURED,
+        "",
+        *table(head, rows),
+        *trained,
+        "",
+        *table(["check", "largest relative difference"], checks),
+        *cut_off,
+        "",
+        gpu_machine(record),
+    ]
+
+
+def _gpu_training(step: Mapping[str, Any]) -> list[str]:
+    rows = [
+        [side, f"{rate:,.0f}", f"{step['ours_is_faster'].get(side, {'median': 1})['median']:.2f}", f"{mb:,.0f}"]
+        for (side, rate), mb in zip(step["tokens_per_second"].items(), step["step_mb"].values(), strict=True)
+    ]
+    return table(["training step", "tokens/s", "faster than ST by", "MB"], rows)
+
+
+def gpu_machine(record: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{p} {record['machine'][p]}" for p in ("torch", "transformers", "sentence-transformers"))
+    return f"Machine: {record['gpu']}, {record['machine']['cores']} cores; {versions}."
 
 
 def other_section(results: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -41,6 +41,7 @@ from sentence_transformers.sentence_transformer.losses import (  # noqa: E402
     CachedMultipleNegativesRankingLoss,
     MultipleNegativesRankingLoss,
 )
+from sentence_transformers.util import batch_to_device  # noqa: E402
 from texts import counter, source, text_set  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
@@ -154,11 +155,11 @@ def show(figures: dict[str, Any]) -> None:
 # ---- texts and adapters, the same on both sides
 
 
-def triples(model: Embedder) -> tuple[list[str], list[str], list[str]]:
-    """Queries, their passages, and passages of others."""
-    mixed, _ = text_set("mixed", 4 * QUERIES * 512, counter(model))
+def triples(model: Embedder, count: int = QUERIES) -> tuple[list[str], list[str], list[str]]:
+    """So many queries, their passages, and passages of others."""
+    mixed, _ = text_set("mixed", 4 * count * 128, counter(model))
     queries, passages = mixed[0::2], mixed[1::2]
-    return queries[:QUERIES], passages[:QUERIES], passages[QUERIES : 2 * QUERIES]
+    return queries[:count], passages[:count], passages[count : 2 * count]
 
 
 @torch.no_grad()
@@ -189,13 +190,13 @@ def difference(a: Gradients, b: Gradients) -> float:
 # ---- the two sides
 
 
-def opened(layers: int, dtype: str) -> Embedder:
-    return Embedder.from_decoder(MODEL, pooling="mean", layers=layers, dtype=dtype)
+def opened(layers: int | None, dtype: str, device: str = "cpu") -> Embedder:
+    return Embedder.from_decoder(MODEL, pooling="mean", layers=layers, dtype=dtype, device=device)
 
 
 class Ours:
-    def __init__(self, layers: int, dtype: str) -> None:
-        self.model = opened(layers, dtype)
+    def __init__(self, layers: int | None, dtype: str, device: str = "cpu") -> None:
+        self.model = opened(layers, dtype, device)
         network = self.model.network
         network.mixed = dtype == "bfloat16"
         self.model.add_lora(RANK, 2 * RANK)
@@ -225,9 +226,9 @@ class Ours:
 class Peer:
     """As its Trainer does it: autocast around the model's forward and not the loss, AdamW, gradients clipped."""
 
-    def __init__(self, folder: Path, dtype: str, kind: str, mini_batch: int) -> None:
+    def __init__(self, folder: Path, dtype: str, kind: str, mini_batch: int, device: str = "cpu") -> None:
         weights, adapter, autocast = KINDS[dtype][kind]
-        self.model = models.peer(folder, weights)
+        self.model = models.peer(folder, weights, device)
         self.backbone = self.model[0].model
         config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
         self.model.add_adapter(config)
@@ -236,7 +237,7 @@ class Peer:
         fill_adapters(adapters(self.backbone))
         self.model.train()
         if autocast is not None:
-            self.model.forward = torch.autocast("cpu", autocast)(self.model.forward)
+            self.model.forward = torch.autocast(device, autocast)(self.model.forward)
         self.use(mini_batch)
         self.optimizer = torch.optim.AdamW(adapters(self.backbone).values(), lr=RATE, fused=True)
 
@@ -249,7 +250,8 @@ class Peer:
         )
 
     def backward(self, texts: tuple[list[str], ...]) -> float:
-        loss = self.loss([self.model.preprocess(column) for column in texts], None)
+        columns = [batch_to_device(self.model.preprocess(column), self.model.device) for column in texts]
+        loss = self.loss(columns, None)
         loss.backward()
         return float(loss)
 

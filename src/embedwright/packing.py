@@ -40,11 +40,18 @@ class PackedTexts:
     def to(self, device: torch.device | str) -> PackedTexts:
         return replace(
             self,
-            ids_T=self.ids_T.to(device),
-            position_T=self.position_T.to(device),
-            cu_seqlens=self.cu_seqlens.to(device),
-            pool_mask_T=self.pool_mask_T.to(device),
+            ids_T=_moved(self.ids_T, device),
+            position_T=_moved(self.position_T, device),
+            cu_seqlens=_moved(self.cu_seqlens, device),
+            pool_mask_T=_moved(self.pool_mask_T, device),
         )
+
+
+def _moved(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """On its way to a GPU from pinned memory: from any other, the copy would wait for all that the GPU has to do."""
+    if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def pack(texts: Sequence[TokenizedText]) -> PackedTexts:

@@ -5,6 +5,8 @@ T packed tokens, H query heads, K key/value heads, R = H/K query heads that shar
 
 from __future__ import annotations
 
+import inspect
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,6 +25,10 @@ PACKED = "embedwright_packed"  # a name that transformers knows as attention but
 # 7 % faster, and lie a third further from float32. In float32, whose small products are slow, they take twice the time.
 _EXPLICIT_TYPE, _EXPLICIT_UP_TO = torch.bfloat16, 32
 _MASKED_ROWS = 512  # of a text under a mask, at a time
+# What torch's varlen kernel is told beside its boundaries, where its version can be told: 2.11 takes grouped heads
+# unasked and splits nothing. A split goes by the longest text, and a vector would depend on its batch.
+_WISHES = {"enable_gqa": True, "num_splits": 1}
+_VARLEN: dict[str, Any] = {n: w for n, w in _WISHES.items() if n in inspect.signature(varlen_attn).parameters}
 
 
 def packed_attention(
@@ -68,7 +74,7 @@ def attend(
     equally long texts is one batch. `training`: also without a gradient, as in GradCache's first pass, whose numbers
     must be those of the second.
     """
-    if q_HTd.device.type == "cuda" and q_HTd.dtype in (torch.float16, torch.bfloat16):
+    if q_HTd.dtype in (torch.float16, torch.bfloat16) and _has_flash(q_HTd.device):
         return _any_lengths(q_HTd, k_KTd, v_KTd, packed, causal, scale, window)
     if not training and not torch.is_grad_enabled() and kernels.can_attend(q_HTd, k_KTd, v_KTd):
         return kernels.attention(q_HTd, k_KTd, v_KTd, packed.cu_seqlens, scale, flash_window(causal, window))
@@ -90,7 +96,7 @@ def attend(
 def _any_lengths(
     q_HTd: Tensor, k_KTd: Tensor, v_KTd: Tensor, packed: PackedTexts, causal: bool, scale: float, window: int | None
 ) -> Tensor:
-    """Flash attention with boundaries. Not run yet on a real GPU: tested by the arguments that it gets."""
+    """Flash attention with boundaries."""
     q_THd, k_TKd, v_TKd = (x.transpose(0, 1) for x in (q_HTd, k_KTd, v_KTd))
     ends, longest = packed.cu_seqlens, packed.longest
     out_THd = varlen_attn(
@@ -103,11 +109,16 @@ def _any_lengths(
         longest,
         scale=scale,
         window_size=flash_window(causal, window),
-        enable_gqa=len(q_HTd) != len(k_KTd),
-        num_splits=1,  # a split goes by the longest text: a vector would depend on its batch
+        **_VARLEN,
     )
     assert isinstance(out_THd, Tensor)  # a pair only where more is asked for
     return out_THd
+
+
+@cache
+def _has_flash(device: torch.device) -> bool:
+    """Whether torch's varlen kernel runs there: on NVIDIA's GPUs from Ampere on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def flash_window(causal: bool, window: int | None) -> tuple[int, int]:

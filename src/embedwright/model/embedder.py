@@ -16,12 +16,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from embedwright import threads
 from embedwright.model import bridges, probe, selftest, storage
 from embedwright.model.adapter import add_lora, has_lora, merge_lora
 from embedwright.model.backbone import AttentionKind, decoder_config, load_backbone, origin_of, resolve_base
 from embedwright.model.memory import keep_freed_memory
 from embedwright.model.network import EmbedwrightConfig, EmbedwrightModel
-from embedwright.model.parallel import planned, side_by_side
+from embedwright.model.parallel import planned, queued, side_by_side
 from embedwright.model.pooling import FOLDED, FoldedLatent, Kind, LatentPooling, PoolingConfig
 from embedwright.packing import PackedTexts, batches, pack
 from embedwright.text import (
@@ -40,6 +41,7 @@ Precision = Literal["float32", "int8", "binary"]
 Backend = Literal["packed", "sdpa", "eager"]
 
 _CHUNK = 16_384  # texts tokenised at a time: bounds memory on a corpus, still sorts well by length
+_GPU_CHUNK = 2_048  # a GPU waits for its first texts, and does not need many of one length
 
 
 class Embedder:
@@ -252,7 +254,7 @@ class Embedder:
 
         `task` is an instruction for queries (None: documents); `prefix` is the raw string in front, instead of it.
         `batch_tokens` bounds the tokens at work at a time (default: 1,024 on a CPU, whose caches hold no more, or 256
-        for each of up to 8 threads, else 16,384); a longer text is a batch of its own. On a CPU with up to 8 threads
+        for each of up to 8 threads, else 32,768); a longer text is a batch of its own. On a CPU with up to 8 threads
         they are as many forwards, each on one thread. `dim` keeps the first so many dimensions and normalises again.
         `precision`: `int8` scales each vector's largest component to 127, `binary` packs the signs into uint8
         (N, dim/8). TypeError and ValueError name the index of a bad text.
@@ -261,22 +263,23 @@ class Embedder:
         if dim is not None and not 1 <= dim <= self.embedding_dim:
             raise ValueError(f"dim={dim}: the model has {self.embedding_dim} dimensions")
         if batch_tokens is None:
-            batch_tokens = max(1024, 256 * min(torch.get_num_threads(), 8)) if self.device.type == "cpu" else 16_384
+            batch_tokens = max(1024, 256 * min(torch.get_num_threads(), 8)) if self.device.type == "cpu" else 32_768
         if batch_tokens < 1:
             raise ValueError(f"batch_tokens={batch_tokens} must be positive")
         unique = list(dict.fromkeys(texts))
         vectors = np.empty((len(unique), self.embedding_dim), dtype=np.float32)
         bar = _progress_bar(len(unique)) if progress else None
+        size = _CHUNK if self.device.type == "cpu" else _GPU_CHUNK
 
         def tokenized(start: int) -> list[TokenizedText]:
             try:
-                return self._tokenize(unique[start : start + _CHUNK], task, prefix, max_tokens)
+                return self._tokenize(unique[start : start + size], task, prefix, max_tokens)
             except NoTokenError as error:  # its index is among the distinct texts of this chunk: name the caller's
                 index = texts.index(unique[start + error.index])
                 raise NoTokenError(error.prefix, error.limit, index) from None
 
         with _evaluating(self.network):
-            for start, chunk in _ahead(tokenized, range(0, len(unique), _CHUNK)):
+            for start, chunk in _ahead(tokenized, range(0, len(unique), size)):
                 for batch, embedded in self._embedded(chunk, batch_tokens):
                     vectors[[start + i for i in batch]] = embedded
                     if bar is not None:
@@ -295,18 +298,24 @@ class Embedder:
 
         sharded = self.network.sharded
 
-        def run(batch: list[int]) -> NDArray[np.float32]:
+        def run(batch: list[int]) -> Tensor:
             with torch.inference_mode(not sharded), torch.no_grad():  # settings of each thread
-                vectors_NE: NDArray[np.float32] = self.embed(pack([texts[i] for i in batch])).cpu().numpy()
+                return self.embed(pack([texts[i] for i in batch]))
+
+        def on_host(batch: list[int]) -> NDArray[np.float32]:
+            vectors_NE: NDArray[np.float32] = run(batch).cpu().numpy()
             return vectors_NE
 
         lengths = [len(text.ids) for text in texts]
+        if self.device.type == "cuda":
+            yield from queued(run, list(batches(lengths, batch_tokens)))
+            return
         if self.device.type == "cpu" and not sharded:  # of a cut model, all processes take part in each forward
             alone, shared = planned(lengths, batch_tokens)
         else:
             alone, shared = list(batches(lengths, batch_tokens)), []
-        yield from ((batch, run(batch)) for batch in alone)
-        yield from side_by_side(run, shared)
+        yield from ((batch, on_host(batch)) for batch in alone)
+        yield from side_by_side(on_host, shared)
 
     def embed(self, packed: PackedTexts) -> Tensor:
         """(N, E) with gradient: what training calls."""
@@ -347,7 +356,7 @@ def _ahead(
     if len(starts) < 2:
         yield from ((start, make(start)) for start in starts)
         return
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1, initializer=threads.free) as pool:
         waiting = pool.submit(make, starts[0])
         for start, following in zip(starts, [*starts[1:], None], strict=True):
             chunk = waiting.result()

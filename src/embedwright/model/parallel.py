@@ -1,17 +1,20 @@
-"""Batches side by side on CPUs, each on one thread: no core waits for another behind every product.
+"""Batches of a corpus so that no device waits: side by side on a CPU's threads, in a queue on a GPU.
 
-A forward has hundreds of small parallel loops. Shared by the cores, each loop ends when the slowest core is done, and
-beside another busy process that is most of the time.
+On a CPU a forward has hundreds of small parallel loops. Shared by the cores, each loop ends when the slowest core is
+done, and beside another busy process that is most of the time. A GPU stands still while Python prepares a batch, if
+it has no other to go on with.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from embedwright import threads
 from embedwright.packing import batches
@@ -51,7 +54,23 @@ def side_by_side(run: Callable[[list[int]], T], made: Sequence[list[int]]) -> It
         torch.set_num_threads(workers)  # torch's own count is one thread's, that of its libraries is everyone's
 
 
+def queued(
+    run: Callable[[list[int]], Tensor], made: Sequence[list[int]]
+) -> Iterator[tuple[list[int], NDArray[np.float32]]]:
+    """(batch, run(batch) in host memory) in the order given, each handed over when the next is in the GPU's queue."""
+    waiting: list[tuple[list[int], Tensor, torch.cuda.Event]] = []
+    for batch in [*made, None]:
+        if batch is not None:
+            vectors_NE = run(batch).to("cpu", non_blocking=True)  # torch pins what it makes for such a copy
+            copied = torch.cuda.Event()
+            copied.record()
+            waiting.append((batch, vectors_NE, copied))
+        if waiting and (batch is None or len(waiting) > 1):
+            done, vectors_NE, copied = waiting.pop(0)
+            copied.synchronize()
+            yield done, vectors_NE.numpy()
+
+
 def _on_one_thread() -> None:
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, threads.CORES)  # a bound OpenMP has the calling thread, and so this one, on one core
+    threads.free()
     torch.set_num_threads(1)

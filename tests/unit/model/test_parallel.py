@@ -13,7 +13,7 @@ import torch
 from embedwright import threads
 from embedwright.model import parallel
 from embedwright.model.embedder import Embedder
-from embedwright.model.parallel import planned, side_by_side
+from embedwright.model.parallel import planned, queued, side_by_side
 
 
 @pytest.fixture
@@ -88,3 +88,29 @@ def test_vectors_are_those_of_one_batch_after_the_other(
     monkeypatch.setattr(parallel, "_MOST", 1)
     np.testing.assert_allclose(shared, model.encode(texts), rtol=0, atol=1e-6)
     assert calls[0] >= 4 and calls[1] == 0
+
+
+def test_a_gpu_has_the_next_batch_in_its_queue_before_one_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of calls, with an event that notes them; `make gpu-smoke` runs it on a GPU."""
+    calls: list[str] = []
+
+    class Event:
+        def __init__(self) -> None:
+            self.batch = ""
+
+        def record(self) -> None:
+            self.batch = calls[-1].split()[1]
+
+        def synchronize(self) -> None:
+            calls.append(f"wait {self.batch}")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+
+    def run(batch: list[int]) -> torch.Tensor:
+        calls.append(f"run {batch[0]}")
+        return torch.tensor(batch)
+
+    found = list(queued(run, [[1, 5], [2], [3]]))
+    assert [(batch, array.tolist()) for batch, array in found] == [([1, 5], [1, 5]), ([2], [2]), ([3], [3])]
+    assert calls == ["run 1", "run 2", "wait 1", "run 3", "wait 2", "wait 3"]
+    assert list(queued(run, [])) == []
