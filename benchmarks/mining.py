@@ -225,8 +225,8 @@ def theirs(
 
 
 def product_alone(document_CE: NDArray[np.float32], query_QE: NDArray[np.float32]) -> None:
-    """The matrix products of a search in float32, and nothing else. Where the processor has bfloat16, ours multiplies
-    in that, and could be faster."""
+    """The matrix products of a search in float32, and nothing else. Where the processor has int8, ours multiplies in
+    that, and may be faster."""
     product = onednn.linear if onednn.available() else F.linear
     documents, queries = torch.from_numpy(document_CE), torch.from_numpy(query_QE)
     for tile_NE in documents.split(4096):

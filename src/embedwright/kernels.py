@@ -70,15 +70,19 @@ class _Rotary(ctypes.Structure):
     )
 
 
-class _Scan(ctypes.Structure):
-    _fields_ = (
-        *_fields("scores floors counts values columns_of", _Pointer),
-        *_fields("queries columns bf16 next", _Long),
-    )
+class _Quantise(ctypes.Structure):
+    _fields_ = (*_fields("vectors mean out scale square moved lost", _Pointer), *_fields("rows width next", _Long))
 
 
 class _Dots(ctypes.Structure):
     _fields_ = (*_fields("queries documents query document out", _Pointer), *_fields("pairs width next", _Long))
+
+
+class _Rank(ctypes.Structure):
+    _fields_ = (
+        *_fields("products scale length lost factor off size shift queries documents scores rows", _Pointer),
+        *_fields("count columns width best first whole next vain", _Long),
+    )
 
 
 # ---- what is asked of them
@@ -152,37 +156,57 @@ def rotate(q_HTd: Tensor, k_KTd: Tensor, cosine_Td: Tensor, sine_Td: Tensor) -> 
     )
 
 
-def scan(scores_QN: Tensor, floor_Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What reaches its query's floor, query by query: how many of each (Q,), their scores (F,) and columns (F,).
+def quantised(vectors_NE: Tensor, mean_E: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Vectors less their mean in whole numbers: int8 (N, E), and of each, float32 (N,), its scale, the length of the
+    vector itself, its length less the mean, and that of what rounding took from this. Squares are in float32.
 
-    Scores float32 or bfloat16, contiguous; floors float32; counts and columns int64. Only where `available()`.
+    Float32, contiguous. Only where `available()`.
     """
-    queries, columns = scores_QN.shape
-    found = scores_QN.new_empty(queries, dtype=torch.int64)
-    job = _Scan(
-        *(x.data_ptr() for x in (scores_QN, floor_Q, found)),
-        *(None, None, queries, columns, scores_QN.dtype == torch.bfloat16, 0),
-    )
-    _run("scan", job)
-    begins = found.cumsum(0)
-    scores_F = floor_Q.new_empty(int(begins[-1]))
-    column_F = found.new_empty(len(scores_F))
-    begins -= found
-    job.counts, job.values, job.columns_of, job.next = begins.data_ptr(), scores_F.data_ptr(), column_F.data_ptr(), 0
-    if len(scores_F):
-        _run("scan", job)
-    return found, scores_F, column_F
+    out_NE = vectors_NE.new_empty(vectors_NE.shape, dtype=torch.int8)
+    scale_N, *squares = vectors_NE.new_empty(4, len(vectors_NE)).unbind()
+    pointers = (x.data_ptr() for x in (vectors_NE, mean_E, out_NE, scale_N, *squares))
+    _run("quantise", _Quantise(*pointers, *vectors_NE.shape, 0))
+    length_N, moved_N, lost_N = (square_N.sqrt_() for square_N in squares)
+    return out_NE, scale_N, length_N, moved_N, lost_N
 
 
 def dots(query_QE: Tensor, document_NE: Tensor, query_F: Tensor, document_F: Tensor) -> Tensor:
-    """Float32 (F,): the inner product of each query and document named, of float32 vectors, summed in float64.
+    """Float32 (F,): the inner product of each query and document named, summed in float64.
 
-    The vectors are contiguous, the indices int64. Only where `available()`.
+    Queries are float64, documents float32, both contiguous, the indices int64. Only where `available()`.
     """
-    out_F = query_QE.new_empty(len(query_F))
+    out_F = document_NE.new_empty(len(query_F))
     pointers = (x.data_ptr() for x in (query_QE, document_NE, query_F, document_F, out_F))
     _run("dots", _Dots(*pointers, len(query_F), query_QE.shape[1], 0))
     return out_F
+
+
+def rank(
+    product_QN: Tensor,
+    columns: tuple[Tensor, ...],
+    bounds: tuple[Tensor, ...],
+    query_QE: Tensor,
+    document_NE: Tensor,
+    first: int,
+    scores_QK: Tensor,
+    rows_QK: Tensor,
+) -> int:
+    """Take into each query's best, in place, what is of the best of these documents, whose first is row `first`.
+
+    Only what may be is scored, as `dots` scores: what has
+
+        product x factor x scale + off x length + size x lost + shift
+
+    at its worst score or above, where `columns` are scale, length and lost of the documents, `bounds` factor, off, size
+    and shift of the queries, all float32. Products are int32 or float32. Scores float32 and rows int64 are a heap: no
+    element i is better than 2 i + 1 and 2 i + 2; of equal scores the lower row is the better. Returns how many were
+    scored and are not of the best. All contiguous. Only where `available()`.
+    """
+    tensors = (product_QN, *columns, *bounds, query_QE, document_NE, scores_QK, rows_QK)
+    sizes = (*product_QN.shape, query_QE.shape[1], rows_QK.shape[1], first, product_QN.dtype == torch.int32)
+    job = _Rank(*(x.data_ptr() for x in tensors), *sizes, 0, 0)
+    _run("rank", job)
+    return int(job.vain)
 
 
 def _run(name: str, job: ctypes.Structure) -> None:
@@ -248,15 +272,29 @@ def _examples(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
     expected = q.float() * cosine.float() + torch.cat((-second, first), -1) * sine.float()
     rotate(q, k, cosine[0], sine[0])
     yield "rotary", q, expected
-    scores, floor = made(5, 1000), torch.tensor([0.1, 2.5, 9.0, 2.9, 2.7], device="cpu", dtype=torch.float32)
-    hit = scores >= floor[:, None]
-    count, values, columns = scan(scores, floor)
-    row = torch.arange(5, device="cpu").repeat_interleave(count)
-    yield "scan", values, scores[hit]
-    yield "scan", torch.stack((row, columns)), torch.stack(hit.nonzero(as_tuple=True))
     if dtype == torch.float32:
-        pair = torch.tensor([[3, 0, 3], [1, 2, 4]], device="cpu")
-        yield "dots", dots(scores, scores, *pair), (scores[pair[0]].double() * scores[pair[1]]).sum(1)
+        yield from _search_examples(made(5, 64), made(2000, 64).repeat_interleave(2, 0))
+
+
+def _search_examples(query_QE: Tensor, document_NE: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+    mean_E = document_NE.mean(0)
+    whole_NE, scale_N, *found = quantised(document_NE, mean_E)
+    moved_NE = document_NE - mean_E
+    lost_NE = moved_NE - scale_N[:, None] * whole_NE
+    yield "quantise", torch.stack(found), torch.stack([x.norm(dim=1) for x in (document_NE, moved_NE, lost_NE)])
+    yield "quantise", (lost_NE.abs().amax(1) > 0.51 * moved_NE.abs().amax(1) / 127).sum(), scale_N.new_zeros(())
+    exact_QN = query_QE.double() @ document_NE.double().t()
+    pair = torch.tensor([[3, 0, 3], [1, 2, 4]], device="cpu")
+    yield "dots", dots(query_QE.double(), document_NE, *pair), exact_QN[tuple(pair)]
+    values_QK, rows_QK = (x[:, :7] for x in exact_QN.float().sort(dim=1, descending=True, stable=True))
+    for scale in (1.0, 2.0**-10):
+        product_QN = exact_QN.float() if scale == 1 else (exact_QN / scale).round().int()
+        bounds = query_QE.new_tensor([1, 0, scale, 0])[:, None].repeat(1, 5).unbind()
+        columns = query_QE.new_tensor([scale, 0, 1])[:, None].repeat(1, len(document_NE)).unbind()
+        best = torch.full_like(values_QK, -torch.inf).contiguous(), torch.full_like(rows_QK, 2**32 - 1).contiguous()
+        rank(product_QN, columns, bounds, query_QE.double(), document_NE, 5, *best)
+        yield "rank", best[0].sort(descending=True).values, values_QK
+        yield "rank", best[1].sort().values, rows_QK.sort().values + 5
 
 
 def _plain_attention(qkv: list[Tensor], lengths: list[int], scale: float, window: tuple[int, int]) -> Tensor:
@@ -279,7 +317,7 @@ def _library() -> ctypes.CDLL:
     _gomp_parallel()
     library = ctypes.CDLL(str(_compiled()))
     library.attention_scratch.argtypes, library.attention_scratch.restype = [_Long], _Long
-    for name in ("attention", "norm", "rotary", "scan", "dots"):
+    for name in ("attention", "norm", "rotary", "quantise", "dots", "rank"):
         getattr(library, name).argtypes = [_Pointer, _Pointer, _Long]
     return library
 

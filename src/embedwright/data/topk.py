@@ -1,18 +1,17 @@
 """Exact inner-product search in tiles: the corpus passes once, in order, and no more than a tile of scores is held.
 
-Tiles are multiplied coarsely: in bfloat16 where the processor has it, which is twice as fast, else in float32. So a
-tile only nominates: whatever lies within the error of a query's k-th best stays, and the few that are left are scored
-again in float64. The result is that of brute force, whatever the tiles were.
+Tiles are multiplied coarsely: in int8 where the processor has it, which is four times as fast, else in float32. So a
+tile only nominates: what may be among a query's best, by a bound of what either vector lost, is scored in float64. The
+result is that of brute force, whatever the tiles were.
 
-`Q` queries, `C` documents of the corpus, `E` embedding, `N` documents of a tile, `F` found candidates of all queries,
-`W` candidates of one query, padded.
+`Q` queries, `C` documents of the corpus, `E` embedding, `N` documents of a tile, `F` pairs of a query and a document,
+`K` the best of one query, `W` these and what is taken into them.
 """
 
 from __future__ import annotations
 
 import math
-from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,11 +22,12 @@ from torch import Tensor
 from embedwright import kernels, onednn
 from embedwright.data.vectors import Vectors, as_tensor, as_vectors
 
-_QUERIES = 512  # queries and documents of a tile of scores: 8 MB in float32, which a processor's last cache holds
-_DOCUMENTS = 4096
-_BLOCK = 8  # documents of the first tile whose best stands for them
-_SPARE = 256  # candidates of a query beyond 2 k before they are cut: cuts cost more than a few more candidates
+_QUERIES = 512  # queries and documents of a tile of products: 4 MB, which a processor's last cache holds
+_DOCUMENTS = 2048
+_VAIN = 0.2  # of the pairs of a tile: to score more of them for nothing takes longer than float32, which spares that
+_WIDEST = 2**17  # numbers of a vector, for the product of two in int8 to stay within int32
 _ROWS = 256  # worked on at a time, so that what is made of them stays in a core's own cache
+_NO_ROW = 2**32 - 1
 _TINY = (
     2.0**-50
 )  # more than a length loses where the squares of tiny numbers vanish, and its square than a product does
@@ -41,9 +41,8 @@ def top_k(
     A score is the inner product of the float32 vectors, summed in float64 and rounded to float32. Equal scores come in
     the order of the corpus, also where the cut falls between them. `k` is cut to the size of the corpus.
 
-    `corpus` (C, E) may be larger than memory: beside it and the result, this holds a tile of it (4096 documents), 40 MB
-    for scores, and 12 (2 k + 256) bytes per query; a corpus of near-copies costs more, up to
-    another 12 x 4096 bytes for each of 512 queries.
+    `corpus` (C, E) may be larger than memory: beside it and the result, this holds a tile of it (2048 documents), 4 MB
+    for products, and 9 E + 12 k bytes per query; without the kernels up to 100 MB more.
 
     Raises ValueError where the widths differ, `k` < 1, or a vector is not finite, with its row.
     """
@@ -56,17 +55,26 @@ def top_k(
     k = min(k, len(vectors))
     if not len(queries_QE) or not k:
         return np.empty((len(queries_QE), k), np.float32), np.empty((len(queries_QE), k), np.int64)
-    _longest(as_tensor(queries_QE), "query", 0)
-    dtype = torch.bfloat16 if _fast_bfloat16() else torch.float32
-    starts = range(0, len(queries_QE), _QUERIES)
-    best = [_Best(queries_QE[start : start + _QUERIES], vectors, k, dtype) for start in starts]
-    corpus_side = _Rounded(dtype)
+    query_QE = as_tensor(queries_QE)
+    _check(query_QE.norm(dim=1), "query", 0)
+    in_whole = kernels.available() and onednn.whole_available() and vectors.shape[1] <= _WIDEST
+    best: list[_Best] = []
+    pause = left = 0  # tiles in float32 where int8 tells too little apart; then it is tried again, ever more rarely
     for first, documents_NE in vectors.tiles(_DOCUMENTS):
-        tile_NE = corpus_side.tile(as_tensor(documents_NE), first)
-        for some in best:
-            some.add(_product(some.tile_QE, tile_NE), first, corpus_side)
-    settled = [some.settle() for some in best]
-    return np.concatenate([scores for scores, _ in settled]), np.concatenate([rows for _, rows in settled])
+        document_NE = as_tensor(documents_NE)
+        if first == 0:
+            _check(document_NE.norm(dim=1), "document", 0)  # before one of them spoils the mean
+            mean_E = document_NE.mean(0)
+            best = [_Best(some_QE, k, mean_E if in_whole else None) for some_QE in query_QE.split(_QUERIES)]
+        tile = _whole(document_NE, mean_E) if in_whole and not left else _plain(document_NE)
+        _check(tile.length_N, "document", first)
+        vain = sum(some.add(document_NE, tile, first) for some in best)
+        if left:
+            left -= 1
+        elif vain > _VAIN * len(query_QE) * len(document_NE):
+            pause = left = 2 * pause + 1
+    ordered = [_ordered(some.scores_QK.numpy(), some.rows_QK.numpy()) for some in best]
+    return np.concatenate([scores for scores, _ in ordered]), np.concatenate([rows for _, rows in ordered])
 
 
 def pair_scores(
@@ -79,172 +87,136 @@ def pair_scores(
     order_F = np.argsort(row_F, kind="stable")
     rows_F = row_F[order_F]
     queries_F = torch.from_numpy(query_F[order_F])
-    query_QE = as_tensor(np.ascontiguousarray(queries_QE))
+    query_QE = as_tensor(np.ascontiguousarray(queries_QE)).double()
     scores = []
     for first, documents_NE in vectors.tiles_with(rows_F):
         start, end = np.searchsorted(rows_F, (first, first + len(documents_NE)))
         own_F = torch.from_numpy(rows_F[start:end] - first)
-        if kernels.available():
-            scores.append(kernels.dots(query_QE, as_tensor(documents_NE), queries_F[start:end], own_F))
-            continue
-        for rows, queries in zip(own_F.split(_ROWS), queries_F[start:end].split(_ROWS), strict=True):
-            documents = as_tensor(documents_NE).index_select(0, rows).double()
-            # not a matrix product: a row's sum must not depend on its neighbours, or copies would score differently
-            scores.append(documents.mul_(query_QE.index_select(0, queries)).sum(1).float())
+        scores.append(_exact(query_QE, as_tensor(documents_NE), queries_F[start:end], own_F))
     scores_F = np.empty(len(row_F), np.float32)
     scores_F[order_F] = torch.cat(scores) if scores else ()
     return scores_F
 
 
-class _Rounded:
-    """The corpus as tiles to multiply, and the most that any of its vectors so far is off by.
+class _Multiplied(NamedTuple):
+    """Vectors less a mean as they are multiplied: each is about `scale` times its own of these, and off by a vector
+    that is no longer than `lost`."""
 
-    For bfloat16 the mean of the first tile is taken from every vector. That moves all scores of a query alike; and
-    where all texts of a model point in nearly one direction, what is left, and so what rounding loses, is small.
-    """
+    vectors_NE: Tensor  # int8 or float32
+    scale_N: Tensor
+    moved_N: Tensor  # lengths less the mean
+    lost_N: Tensor
+    length_N: Tensor
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.mean_E = torch.zeros(())
-        self.longest = self.length = self.off = 0.0  # of a vector; of it less the mean; of what rounding took from that
 
-    def tile(self, documents_NE: Tensor, first: int) -> Tensor:
-        """`documents_NE`, whose first is row `first` of the corpus, in this dtype."""
-        self.longest = max(self.longest, _longest(documents_NE, "document", first))
-        if self.dtype == torch.float32:
-            self.length = self.longest
-            return documents_NE
-        if first == 0:
-            self.mean_E = documents_NE.mean(0)
-        tile_NE = torch.empty(documents_NE.shape, dtype=self.dtype)
-        for rows, rounded in zip(documents_NE.split(_ROWS), tile_NE.split(_ROWS), strict=True):
-            moved = rows - self.mean_E
-            rounded.copy_(moved)
-            self.length = max(self.length, float(moved.norm(dim=1).max()))
-            self.off = max(self.off, float(moved.sub_(rounded).norm(dim=1).max()))
-        return tile_NE
+def _whole(vectors_NE: Tensor, mean_E: Tensor) -> _Multiplied:
+    """In int8. The mean, once it is taken away, moves all scores of a query alike; and where all texts of a model point
+    in nearly one direction, what is left, and so what rounding loses, is small."""
+    whole_NE, scale_N, length_N, moved_N, lost_N = kernels.quantised(vectors_NE, mean_E)
+    return _Multiplied(whole_NE, scale_N, moved_N.add_(_TINY), lost_N.add_(_TINY), length_N)
+
+
+def _plain(vectors_NE: Tensor) -> _Multiplied:
+    """In float32, as they are."""
+    length_N = vectors_NE.norm(dim=1)
+    lost_N = torch.full_like(length_N, _TINY)
+    return _Multiplied(vectors_NE, torch.ones_like(length_N), length_N + _TINY, lost_N, length_N)
 
 
 class _Best:
-    """The candidates of some queries among the documents so far: all that can be of the `k` best, and a few more."""
+    """The k best of some queries among the documents so far: a heap, or in order where there are no kernels."""
 
-    def __init__(self, queries_QE: NDArray[np.float32], vectors: Vectors, k: int, dtype: torch.dtype) -> None:
-        self.queries_QE, self.vectors, self.k = queries_QE, vectors, k
-        exact_QE = as_tensor(queries_QE)
-        self.tile_QE = exact_QE.to(dtype)
-        self.length_Q = exact_QE.norm(dim=1)
-        self.off_Q = (exact_QE - self.tile_QE).norm(dim=1)
-        self.error_Q = torch.zeros(len(queries_QE))
-        self.shift_Q = torch.zeros(len(queries_QE))  # by which the scores of a tile differ from the inner products
-        self.least_Q = torch.full((len(queries_QE),), -math.inf)  # what the k-th best so far has at least
-        self.scores_QW = torch.empty(len(queries_QE), 0)
-        self.rows_QW = torch.empty(len(queries_QE), 0, dtype=torch.int64)
+    def __init__(self, query_QE: Tensor, k: int, mean_E: Tensor | None) -> None:
+        """`mean_E`: what is taken from documents in int8, None where all are float32."""
+        self.exact_QE = query_QE.double()
+        zero_E = query_QE.new_zeros(query_QE.shape[1])
+        sides = [(_plain(query_QE), zero_E)] + ([] if mean_E is None else [(_whole(query_QE, zero_E), mean_E)])
+        self.sides = {side.vectors_NE.dtype: (side.vectors_NE, self._bounds(side, mean)) for side, mean in sides}
+        self.scores_QK = torch.full((len(query_QE), k), -math.inf)
+        self.rows_QK = torch.full(self.scores_QK.shape, _NO_ROW)
 
-    def add(self, scores_QN: Tensor, first: int, corpus: _Rounded) -> None:
-        """Take what may be among the best from a tile of scores, whose first document is row `first` of the corpus."""
-        self._bound_error(corpus)
-        if first == 0:
-            self.shift_Q = (as_tensor(self.queries_QE).double() * corpus.mean_E).sum(1).float()
-            whole = scores_QN[:, : scores_QN.shape[1] // _BLOCK * _BLOCK].unflatten(1, (_BLOCK, -1))
-            if whole.shape[2] >= self.k:  # k blocks have k documents at least as good as the k-th best block
-                self._raise(whole.amax(1).float().kthvalue(whole.shape[2] - self.k + 1, dim=1).values)
-        count_Q, scores_F, column_F = _reaching(scores_QN, self._floor())
-        self._append(count_Q, scores_F, column_F.add_(first))
-        if self.scores_QW.shape[1] > 2 * self.k + _SPARE:
-            self._cut()
-        if self.scores_QW.shape[1] > 2 * self.k + _SPARE:  # so many that rounding cannot tell apart: copies
-            self.settle()
+    def _bounds(self, query: _Multiplied, mean_E: Tensor) -> tuple[Tensor, ...]:
+        """What makes a product of two vectors the most that their score can be, as `kernels.rank` reads it.
 
-    def settle(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Score the candidates in float64, and keep the k best of each query: their scores and rows, in final order."""
-        self._cut()
-        query_F, column_F = (self.scores_QW > -math.inf).nonzero().unbind(1)
-        row_F = self.rows_QW[query_F, column_F].numpy()
-        scores_F = pair_scores(self.queries_QE, self.vectors, query_F.numpy(), row_F)
-        # A float's bits, as a whole number, are in its order: one sort by score, then row. The sum makes -0.0 a 0.0.
-        bits_F = (scores_F + np.float32(0)).view(np.int32).astype(np.int64)
-        bits_F = np.where(bits_F < 0, -(bits_F & 0x7FFFFFFF), bits_F)
-        key_QW = np.full(self.rows_QW.shape, np.iinfo(np.int64).max)
-        key_QW[query_F.numpy(), column_F.numpy()] = (-bits_F << 32) + row_F
-        key_QK = np.sort(key_QW, axis=1)[:, : self.k]
-        rows_QK, bits_QK = key_QK & 0xFFFFFFFF, -(key_QK >> 32)
-        scores_QK = np.where(bits_QK < 0, -bits_QK | -(2**31), bits_QK).astype(np.int32).view(np.float32)
-        self.rows_QW = torch.from_numpy(rows_QK)
-        self.scores_QW = torch.from_numpy(scores_QK) - self.shift_Q[:, None]
-        self.least_Q = self.scores_QW[:, -1]
-        return scores_QK, rows_QK
+        With q = a + d and x = m + b + e, where a and b are what is multiplied, q x is a b + q m, and |d| |b + e| + |a|
+        |e| by Cauchy-Schwarz; beside it the sum of E products in float32, by E units in the last place of |q| |x - m|
+        in whatever order, and the rounding of lengths, bounds and scores. 1 % is for the lengths themselves."""
+        slack = 1.01 * 2.0**-24 * (len(mean_E) + 64)
+        off_Q = 1.01 * query.lost_N + slack * query.moved_N
+        shift_Q = (self.exact_QE @ mean_E.double()).float() + slack * query.moved_N * mean_E.norm()
+        return query.scale_N, off_Q, 1.01 * (query.moved_N + query.lost_N), shift_Q
 
-    def _bound_error(self, corpus: _Rounded) -> None:
-        """What a score of a tile may be off by, but for its own rounding: what either vector lost, by Cauchy-Schwarz;
-        the sum of E products, by E units in the last place of |q| |c|, in whatever order; the rounding of a final
-        score, of the shift and of their difference. 1 % is for the lengths themselves."""
-        query_Q, off_Q = self.length_Q + _TINY, self.off_Q + _TINY
-        length, off, unit = corpus.length + _TINY, corpus.off + _TINY, 2.0**-24
-        lost_Q = off_Q * length + (query_Q + off_Q) * off
-        summed_Q = unit * (self.queries_QE.shape[1] + 3) * (query_Q + off_Q) * (length + off)
-        self.error_Q = 1.01 * (lost_Q + summed_Q + 3 * unit * query_Q * corpus.longest)
+    def add(self, document_NE: Tensor, tile: _Multiplied, first: int) -> int:
+        """Take what is of the best from a tile, whose first document is row `first` of the corpus. How many were scored
+        for nothing, where the kernels do it."""
+        vectors_QE, bounds = self.sides[tile.vectors_NE.dtype]
+        product_QN = _product(vectors_QE, tile.vectors_NE)
+        if kernels.available():
+            columns = (tile.scale_N, tile.moved_N, tile.lost_N)
+            best = (self.scores_QK, self.rows_QK)
+            return kernels.rank(product_QN, columns, bounds, self.exact_QE, document_NE, first, *best)
+        _, off_Q, _, _ = bounds
+        self._rank(product_QN + torch.outer(off_Q, tile.moved_N), document_NE, first)
+        return 0
 
-    def _raise(self, kth_Q: Tensor) -> None:
-        """There are k documents whose score in a tile was at least `kth_Q`."""
-        self.least_Q = torch.maximum(self.least_Q, _below(kth_Q, self.tile_QE.dtype) - self.error_Q)
-
-    def _floor(self) -> Tensor:
-        """What scores less in a tile cannot be of the k best."""
-        return _below(self.least_Q - self.error_Q, self.tile_QE.dtype)
-
-    def _cut(self) -> None:
-        """Raise the floor to where the k-th best stands now, and drop what lies below it."""
-        self._raise(self.scores_QW.kthvalue(self.scores_QW.shape[1] - self.k + 1, dim=1).values)
-        count_Q, scores_F, column_F = _reaching(self.scores_QW, self._floor())
-        rows_F = self.rows_QW[torch.arange(len(count_Q)).repeat_interleave(count_Q), column_F]
-        self.scores_QW, self.rows_QW = self.scores_QW[:, :0], self.rows_QW[:, :0]
-        self._append(count_Q, scores_F, rows_F)
-
-    def _append(self, count_Q: Tensor, scores_F: Tensor, rows_F: Tensor) -> None:
-        """Join found documents, so many of each query, to the candidates: one more column for each of a query."""
-        query_F = torch.arange(len(count_Q)).repeat_interleave(count_Q)
-        column_F = torch.arange(len(query_F)) - (count_Q.cumsum(0) - count_Q)[query_F]
-        new_scores = torch.full((len(count_Q), int(count_Q.max())), -math.inf)
-        new_rows = torch.full(new_scores.shape, -1)
-        new_scores[query_F, column_F] = scores_F
-        new_rows[query_F, column_F] = rows_F
-        self.scores_QW = torch.cat((self.scores_QW, new_scores), 1)
-        self.rows_QW = torch.cat((self.rows_QW, new_rows), 1)
+    def _rank(self, most_QN: Tensor, document_NE: Tensor, first: int) -> None:
+        """Take what is of the best from a tile of the most that scores can be."""
+        queries, k = self.scores_QK.shape
+        floor_Q = self.scores_QK[:, -1]
+        if first == 0:  # any k documents have the k-th best at least
+            likely_F = most_QN.topk(min(k, len(document_NE))).indices.flatten()
+            query_F = torch.arange(queries).repeat_interleave(len(likely_F) // queries)
+            if len(likely_F) == queries * k:
+                floor_Q = _exact(self.exact_QE, document_NE, query_F, likely_F).view(queries, k).amin(1)
+        hit_F = torch.from_numpy(np.flatnonzero(~(most_QN < floor_Q[:, None]).numpy()))
+        query_F, column_F = hit_F // len(document_NE), hit_F % len(document_NE)
+        count_Q = torch.bincount(query_F, minlength=queries)
+        place_F = k + torch.arange(len(hit_F)) - (count_Q.cumsum(0) - count_Q)[query_F]
+        scores_QW = torch.full((queries, k + int(count_Q.max())), -math.inf)
+        rows_QW = torch.full(scores_QW.shape, _NO_ROW)
+        scores_QW[:, :k], rows_QW[:, :k] = self.scores_QK, self.rows_QK
+        scores_QW[query_F, place_F] = _exact(self.exact_QE, document_NE, query_F, column_F)
+        rows_QW[query_F, place_F] = column_F + first
+        scores_QK, rows_QK = _ordered(scores_QW.numpy(), rows_QW.numpy())
+        self.scores_QK, self.rows_QK = torch.from_numpy(scores_QK[:, :k]), torch.from_numpy(rows_QK[:, :k])
 
 
-def _reaching(scores_QN: Tensor, floor_Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What reaches its query's floor, query by query: how many of each (Q,), their scores (F,) and columns (F,)."""
-    if kernels.available():
-        return kernels.scan(scores_QN, floor_Q)
-    hit_F = torch.from_numpy(np.flatnonzero((scores_QN.float() >= floor_Q[:, None]).numpy()))
-    count_Q = torch.bincount(hit_F // scores_QN.shape[1], minlength=len(scores_QN))
-    return count_Q, scores_QN.view(-1)[hit_F].float(), hit_F % scores_QN.shape[1]
+def _ordered(
+    scores_QW: NDArray[np.float32], rows_QW: NDArray[np.int64]
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Scores and rows of each query by descending score, equal ones by row."""
+    # A float's bits, as a whole number, are in its order: one sort by score, then row. The sum makes -0.0 a 0.0.
+    bits_QW = (scores_QW + np.float32(0)).view(np.int32).astype(np.int64)
+    bits_QW = np.where(bits_QW < 0, -(bits_QW & 0x7FFFFFFF), bits_QW)
+    key_QW = np.sort((-bits_QW << 32) + rows_QW, axis=1)
+    bits_QW = -(key_QW >> 32)
+    scores_QW = np.where(bits_QW < 0, -bits_QW | -(2**31), bits_QW).astype(np.int32).view(np.float32)
+    return scores_QW, key_QW & 0xFFFFFFFF
 
 
 def _product(queries_QE: Tensor, documents_NE: Tensor) -> Tensor:
-    """(Q, N), summed in float32."""
-    if queries_QE.dtype == torch.float32 and onednn.available():
+    """(Q, N): int32 of int8, float32 of float32."""
+    if queries_QE.dtype == torch.int8:
+        return onednn.whole(queries_QE, documents_NE)
+    if onednn.available():
         return onednn.linear(queries_QE, documents_NE, None)
     return F.linear(queries_QE, documents_NE)
 
 
-@cache
-def _fast_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 by itself: emulated, it would be slower than float32."""
-    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+def _exact(query_QE: Tensor, document_NE: Tensor, query_F: Tensor, document_F: Tensor) -> Tensor:
+    """Float32 (F,): the inner products of pairs, of queries in float64, summed in float64."""
+    if kernels.available():
+        return kernels.dots(query_QE, document_NE, query_F, document_F)
+    scores_F = torch.empty(len(query_F))
+    for some_F, queries, documents in zip(*(x.split(_ROWS) for x in (scores_F, query_F, document_F)), strict=True):
+        # not a matrix product: a row's sum must not depend on its neighbours, or copies would score differently
+        exact = document_NE.index_select(0, documents).double().mul_(query_QE.index_select(0, queries))
+        some_F.copy_(exact.sum(1))
+    return scores_F
 
 
-def _below(scores_Q: Tensor, dtype: torch.dtype) -> Tensor:
-    """Less than what rounds to `scores_Q` in `dtype`, and than what `scores_Q` rounds to."""
-    return scores_Q - 1.01 * torch.finfo(dtype).eps / 2 * scores_Q.abs()
-
-
-def _longest(vectors_NE: Tensor, what: str, first: int) -> float:
-    """The length of the longest vector. Raises ValueError for one that is not finite; row 0 has the number `first`."""
-    length_N = vectors_NE.norm(dim=1)
-    longest = float(length_N.max())
-    if not math.isfinite(longest):
-        row = int(length_N.isfinite().logical_not().nonzero()[0])
+def _check(length_N: Tensor, what: str, first: int) -> None:
+    """Raise ValueError for a length that is not finite; the first has the number `first`."""
+    if not torch.isfinite(length_N.sum()) and not (finite_N := length_N.isfinite()).all():
+        row = int(finite_N.logical_not().nonzero()[0])
         raise ValueError(f"{what} {first + row}: its vector is not finite, or its square overflows float32")
-    return longest
