@@ -25,5 +25,8 @@ def in_turn(ranked: Sequence[Iterable[T]]) -> Iterator[T]:
     """The best of each list, then the second best of each, and so on; a list that is at its end is left out.
 
     No item is None."""
+    if len(ranked) == 1:
+        yield from ranked[0]
+        return
     for rank in zip_longest(*ranked):
         yield from (item for item in rank if item is not None)

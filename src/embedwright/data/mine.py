@@ -13,6 +13,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -162,12 +163,14 @@ def _ask(example: Example, positives: Positives) -> Iterator[_Asked]:
     answers = example.positives
     if not answers:
         raise DataError(f"example {example.id!r}: no positive, so that its answers cannot be told from negatives")
-    ids = {p.id for p in answers if p.id is not None}
-    keys = {_key(text) for text in (example.query, *(p.text for p in answers))}
-    left = tuple(p for p in example.negatives if p.id not in ids and _key(p.text) not in keys)
+    left = example.negatives
+    if left:
+        ids = {p.id for p in answers if p.id is not None}
+        keys = {_key(text) for text in (example.query, *(p.text for p in answers))}
+        left = tuple(p for p in left if p.id not in ids and _key(p.text) not in keys)
     removed = len(example.negatives) - len(left)
     if positives == "lowest" or len(answers) == 1:
-        yield _Asked(replace(example, negatives=left), answers, removed)
+        yield _Asked(replace(example, negatives=left) if removed else example, answers, removed)
         return
     for number, positive in enumerate(answers):
         own = replace(example, id=f"{example.id}:p{number}", positives=(positive,), negatives=left)
@@ -213,14 +216,15 @@ def _make_pool(corpus: Mapping[str, str], examples: Sequence[Example]) -> _Pool:
     keys = array("q")
     row_of_id: dict[str, int] = {}
     for id_, text in corpus.items():
-        if not text or text.isspace():
+        folded = " ".join(text.split()).casefold()  # in place, as all of a corpus goes through here: see `_key`
+        if not folded:
             continue
         if row_of_text.get(text) == -1:
             row_of_text[text] = len(ids)
         if id_ in wanted_ids:
             row_of_id[id_] = len(ids)
         ids.append(id_)
-        keys.append(_key(text))
+        keys.append(hash(folded))
     lacking = [text for text, row in row_of_text.items() if row == -1]
     row_of_text.update(zip(lacking, range(len(ids), len(ids) + len(lacking)), strict=True))
     keys.extend(map(_key, lacking))
@@ -283,19 +287,23 @@ class _Run:
             for q, proposal in zip(some, self._propose(number, [asked[q] for q in some]), strict=True):
                 proposed[q].append(proposal)
         taken: list[float] = []
-        for (example, answers, removed), lists in zip(asked, proposed, strict=True):
+        short = 0
+        for (example, answers, _), lists in zip(asked, proposed, strict=True):
             pairs = self._take(example, answers, lists)
-            found = (Passage(self.pool.text(row), self.pool.ids[row]) for row, _ in pairs)
+            found = [Passage(self.pool.text(row), self.pool.ids[row]) for row, _ in pairs]
+            scores = [score for _, score in pairs]
+            known = lists[0] if len(lists) == 1 else None
             filled = replace(
-                example, negatives=(*example.negatives, *found), positive_scores=None, negative_scores=None
+                example,
+                negatives=(*example.negatives, *found),
+                positive_scores=known and known.positive_scores,
+                negative_scores=known and (*known.given_scores, *scores),
             )
-            if len(lists) == 1:
-                scores = (*lists[0].given_scores, *(score for _, score in pairs))
-                filled = replace(filled, positive_scores=lists[0].positive_scores, negative_scores=scores)
-            self.count.update(negatives=len(pairs), removed_given=removed)
-            self.count["queries_short"] += len(filled.negatives) < self.negatives
-            taken += (score for _, score in pairs)
+            short += len(filled.negatives) < self.negatives
+            taken += scores
             yield filled
+        removed = sum(one.removed for one in asked)
+        self.count.update(negatives=len(taken), removed_given=removed, queries_short=short)
         self.histogram.add("negatives", np.array(taken))
 
     def _is_asked(self, number: int, example_id: str) -> bool:
@@ -313,30 +321,30 @@ class _Run:
         scores_QK, rows_QK = top_k(queries_QE, side.documents, self.depth)
         positive_rows = [pool.rows_of_texts(one.example.positives) for one in asked]
         given_rows = [pool.rows_of_texts(one.example.negatives) for one in asked]
+        answer_rows = [pool.rows_of_texts(one.answers) for one in asked]
         positive_scores, given_scores = (_scores(queries_QE, side.all, rows) for rows in (positive_rows, given_rows))
+        answer_keys, given_keys = (_split(pool.keys[_joined(rows)], rows) for rows in (answer_rows, given_rows))
         barred = [
             Barred(
                 pool.rows_with_id(one.answers),
-                [_key(one.example.query), *pool.keys[pool.rows_of_texts(one.answers)].tolist()],
+                [_key(one.example.query), *answers],
                 pool.rows_with_id(one.example.negatives),
-                pool.keys[given].tolist(),
+                given,
             )
-            for one, given in zip(asked, given_rows, strict=True)
+            for one, answers, given in zip(asked, answer_keys, given_keys, strict=True)
         ]
-        lowest_Q = np.array([min(scores) for scores in positive_scores])
+        lowest_Q = np.array([min(scores) for scores in positive_scores], dtype=np.float32)
         masks = eligible(rows_QK, pool.keys[rows_QK], scores_QK, lowest_Q, barred, self.rule, self.margin)
         self.count["candidates"] += rows_QK.size
         self.count.update({f"removed_{reason}": int(mask.sum()) for reason, mask in masks.removed().items()})
-        self.histogram.add("positives", np.concatenate(positive_scores))
+        self.histogram.add("positives", _joined(positive_scores, np.float32))
         self.histogram.add("removed_by_rule", scores_QK[masks.by_rule])
         for q, one in enumerate(asked):
             rows, scores = rows_QK[q, masks.eligible[q]], scores_QK[q, masks.eligible[q]]
             if self.sampled:
                 order = drawn(scores.astype(np.float64), self.seed, one.example.id, number)
                 rows, scores = rows[order], scores[order]
-            yield _Proposed(
-                rows.tolist(), scores.tolist(), tuple(positive_scores[q].tolist()), tuple(given_scores[q].tolist())
-            )
+            yield _Proposed(rows.tolist(), scores.tolist(), tuple(positive_scores[q]), tuple(given_scores[q]))
 
     def _take(
         self, example: Example, answers: Sequence[Passage], proposed: Sequence[_Proposed]
@@ -368,9 +376,17 @@ class _Run:
         return taken
 
 
-def _scores(queries_QE: NDArray[np.float32], vectors: Vectors, rows: Sequence[list[int]]) -> list[NDArray[np.float32]]:
+def _scores(queries_QE: NDArray[np.float32], vectors: Vectors, rows: Sequence[list[int]]) -> list[list[float]]:
     """The scores of each query's own rows."""
-    lengths = [len(some) for some in rows]
-    row_F = np.array([row for some in rows for row in some], dtype=np.int64)
-    scores_F = pair_scores(queries_QE, vectors, np.repeat(np.arange(len(rows)), lengths), row_F)
-    return np.split(scores_F, np.cumsum(lengths)[:-1])
+    query_F = np.repeat(np.arange(len(rows)), [len(some) for some in rows])
+    return _split(pair_scores(queries_QE, vectors, query_F, _joined(rows)), rows)
+
+
+def _joined(lists: Sequence[Sequence[Any]], dtype: Any = np.int64) -> NDArray[Any]:
+    return np.fromiter(chain.from_iterable(lists), dtype)
+
+
+def _split(values_F: NDArray[Any], like: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    """What `_joined` makes one, as lists that are as long as those of `like`."""
+    values = iter(values_F.tolist())
+    return [list(islice(values, len(some))) for some in like]
