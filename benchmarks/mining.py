@@ -20,6 +20,7 @@ import embedwright  # noqa: F401, E402, I001  first: it loads torch and faiss so
 
 import argparse  # noqa: E402
 import contextlib  # noqa: E402
+import gc  # noqa: E402
 import io  # noqa: E402
 import json  # noqa: E402
 import statistics  # noqa: E402
@@ -88,6 +89,7 @@ def main() -> None:
     largest = 0
     for _ in range(options.rounds):
         for name, run in variants.items():
+            gc.collect()  # no side pays for what another left behind
             before = resident()
             peak = peak_during(
                 lambda name=name, run=run: seconds[name].append(timed(lambda: found.update({name: run()})))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import time
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -89,7 +88,7 @@ def mine(
     in the order given, with the teacher's `positive_scores` and `negative_scores`; without them where several ranked
     for one query. `progress(done, total)` counts encoded texts.
 
-    Memory: the examples, for each document its id and 8 bytes, and per teacher the vectors of corpus and positives;
+    Memory: the examples, for each document its id and 9 bytes, and per teacher the vectors of corpus and positives;
     with `vectors`, a folder, those are kept there (`encode_texts`) and memory holds a few blocks of them. A run that
     was stopped goes on at the next block; one by another rule encodes queries alone. `corpus` is read in order, a few
     times, one text at a time: it may be a view of a file.
@@ -187,12 +186,20 @@ class _Pool:
     corpus: Mapping[str, str]
     ids: list[str]  # (C) of the documents that have text
     lacking: list[str]  # (P - C)
-    keys: NDArray[np.int64]  # (P)
+    keys: NDArray[np.int64]  # (P), of the rows that are `known`
+    known: NDArray[np.bool_]  # (P)
     row_of_id: dict[str, int]  # of the documents that the examples name
     row_of_text: dict[str, int]  # of the passages of the examples
 
     def text(self, row: int) -> str:
         return self.corpus[self.ids[row]] if row < len(self.ids) else self.lacking[row - len(self.ids)]
+
+    def keys_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The `_key` of each row, made when it is first asked for: of a large corpus most are no one's candidates."""
+        asked = np.unique(rows[~self.known[rows]])
+        self.known[asked] = True
+        self.keys[asked] = np.fromiter((_key(self.text(row)) for row in asked.tolist()), np.int64, len(asked))
+        return self.keys[rows]
 
     def rows_with_id(self, passages: Iterable[Passage]) -> list[int]:
         return [self.row_of_id[p.id] for p in passages if p.id in self.row_of_id]
@@ -213,22 +220,19 @@ def _make_pool(corpus: Mapping[str, str], examples: Sequence[Example]) -> _Pool:
     passages = [p for example in examples for p in (*example.positives, *example.negatives)]
     wanted_ids, row_of_text = {p.id for p in passages}, dict.fromkeys((p.text for p in passages), -1)
     ids: list[str] = []
-    keys = array("q")
     row_of_id: dict[str, int] = {}
     for id_, text in corpus.items():
-        folded = " ".join(text.split()).casefold()  # in place, as all of a corpus goes through here: see `_key`
-        if not folded:
+        if not text or text.isspace():
             continue
         if row_of_text.get(text) == -1:
             row_of_text[text] = len(ids)
         if id_ in wanted_ids:
             row_of_id[id_] = len(ids)
         ids.append(id_)
-        keys.append(hash(folded))
     lacking = [text for text, row in row_of_text.items() if row == -1]
     row_of_text.update(zip(lacking, range(len(ids), len(ids) + len(lacking)), strict=True))
-    keys.extend(map(_key, lacking))
-    return _Pool(corpus, ids, lacking, np.frombuffer(keys, dtype=np.int64), row_of_id, row_of_text)
+    rows = len(ids) + len(lacking)
+    return _Pool(corpus, ids, lacking, np.empty(rows, np.int64), np.zeros(rows, bool), row_of_id, row_of_text)
 
 
 def _with_text(texts: Iterable[str]) -> Iterator[str]:
@@ -323,7 +327,7 @@ class _Run:
         given_rows = [pool.rows_of_texts(one.example.negatives) for one in asked]
         answer_rows = [pool.rows_of_texts(one.answers) for one in asked]
         positive_scores, given_scores = (_scores(queries_QE, side.all, rows) for rows in (positive_rows, given_rows))
-        answer_keys, given_keys = (_split(pool.keys[_joined(rows)], rows) for rows in (answer_rows, given_rows))
+        answer_keys, given_keys = (_split(pool.keys_of(_joined(rows)), rows) for rows in (answer_rows, given_rows))
         barred = [
             Barred(
                 pool.rows_with_id(one.answers),
@@ -334,7 +338,7 @@ class _Run:
             for one, answers, given in zip(asked, answer_keys, given_keys, strict=True)
         ]
         lowest_Q = np.array([min(scores) for scores in positive_scores], dtype=np.float32)
-        masks = eligible(rows_QK, pool.keys[rows_QK], scores_QK, lowest_Q, barred, self.rule, self.margin)
+        masks = eligible(rows_QK, pool.keys_of(rows_QK), scores_QK, lowest_Q, barred, self.rule, self.margin)
         self.count["candidates"] += rows_QK.size
         self.count.update({f"removed_{reason}": int(mask.sum()) for reason, mask in masks.removed().items()})
         self.histogram.add("positives", _joined(positive_scores, np.float32))
