@@ -147,13 +147,20 @@ def side_by_side(
             raise SystemExit(f"{name}: outputs differ, smallest cosine {found['cosine']}")
     else:
         reference = exact.encode(texts, prefix=prefix)
-        found["cosine_to_float32"] = {side: least_cosine(reference, vectors) for side, vectors in outputs.items()}
+        cosines = {side: cosines_of(reference, vectors) for side, vectors in outputs.items()}
+        found["cosine_to_float32"] = {side: float(each.min()) for side, each in cosines.items()}
+        found["mean_cosine_to_float32"] = {side: float(each.mean()) for side, each in cosines.items()}
     return found
 
 
 def least_cosine(a_NE: NDArray[np.float32], b_NE: NDArray[np.float32]) -> float:
+    return float(cosines_of(a_NE, b_NE).min())
+
+
+def cosines_of(a_NE: NDArray[np.float32], b_NE: NDArray[np.float32]) -> NDArray[np.float64]:
     a_NE, b_NE = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (a_NE.astype(float), b_NE.astype(float)))
-    return float((a_NE * b_NE).sum(1).min())
+    cosines: NDArray[np.float64] = (a_NE * b_NE).sum(1)
+    return cosines
 
 
 def memory(options: argparse.Namespace) -> dict[str, Any]:

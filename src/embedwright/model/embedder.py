@@ -20,7 +20,7 @@ from embedwright import threads
 from embedwright.model import bridges, probe, selftest, storage
 from embedwright.model.adapter import add_lora, has_lora, merge_lora
 from embedwright.model.backbone import AttentionKind, decoder_config, load_backbone, origin_of, resolve_base
-from embedwright.model.memory import keep_freed_memory
+from embedwright.model.memory import give_back, keep_freed_memory
 from embedwright.model.network import EmbedwrightConfig, EmbedwrightModel
 from embedwright.model.parallel import planned, queued, side_by_side
 from embedwright.model.pooling import FOLDED, FoldedLatent, Kind, LatentPooling, PoolingConfig
@@ -199,6 +199,7 @@ class Embedder:
         self.network.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
         keep_freed_memory()
         probe.check(self.network)
+        give_back()
         if backend != "packed":
             self.network.implementation = backend
         return self

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from embedwright import threads
+from embedwright.model.memory import give_back
 from embedwright.packing import batches
 
 _LEAST = 256  # tokens of a forward: fewer rows do not fill a matrix product
@@ -49,7 +50,9 @@ def side_by_side(run: Callable[[list[int]], T], made: Sequence[list[int]]) -> It
     workers = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(workers, initializer=_on_one_thread) as pool:
-            yield from zip(made, pool.map(run, made), strict=True)
+            for done in zip(made, pool.map(run, made), strict=True):
+                give_back()  # every batch has its own shapes: what they leave is gaps in each thread's memory
+                yield done
     finally:
         torch.set_num_threads(workers)  # torch's own count is one thread's, that of its libraries is everyone's
 
