@@ -19,6 +19,7 @@ from torch import Tensor
 from embedwright import threads
 from embedwright.model import bridges, probe, selftest, storage
 from embedwright.model.adapter import add_lora, has_lora, merge_lora
+from embedwright.model.attention import PACKED
 from embedwright.model.backbone import AttentionKind, decoder_config, load_backbone, origin_of, resolve_base
 from embedwright.model.memory import give_back, keep_freed_memory
 from embedwright.model.network import EmbedwrightConfig, EmbedwrightModel
@@ -311,7 +312,8 @@ class Embedder:
         if self.device.type == "cuda":
             yield from queued(run, list(batches(lengths, batch_tokens)))
             return
-        if self.device.type == "cpu" and not sharded:  # of a cut model, all processes take part in each forward
+        # of a cut model, all processes take part in each forward; the stock path changes the model meanwhile
+        if self.device.type == "cpu" and not sharded and self.network.implementation == PACKED:
             alone, shared = planned(lengths, batch_tokens)
         else:
             alone, shared = list(batches(lengths, batch_tokens)), []
