@@ -26,7 +26,7 @@ def keep_freed_memory() -> None:
 
 def give_back() -> None:
     """Freed memory goes back to the system, where it is glibc's: making and probing a model leaves some 30 MB."""
-    with suppress(AttributeError, OSError):
+    with suppress(AttributeError, OSError, TypeError):  # another allocator; Windows
         ctypes.CDLL(None).malloc_trim(0)
 
 
