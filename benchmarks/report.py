@@ -124,12 +124,13 @@ def with_runs(page: str, results: Mapping[str, Mapping[str, Any]]) -> str:
     if "plan" not in results:
         return page
     plan = results["plan"]
-    lines = [f"Layers of {plan['model']}; `python benchmarks/plan.py`. {_runs(plan)[0]}", "", *_runs(plan)[1:]]
+    said, *rows = _runs(plan)
+    lines = [f"Layers of {plan['model']}; `python benchmarks/plan.py`. {said}", "", *rows]
     lines += ["", *machines({"plan": plan})]
     if gpu := results.get("plan-gpu"):
-        lines += ["", f"The same on a GPU, all layers, without the reserve. {_runs(gpu)[0]}", "", *_runs(gpu)[1:]]
-        lines += ["", f"Not whole: {gpu['cut_off']}."] if "cut_off" in gpu else []
-        lines += ["", gpu_machine(gpu)]
+        said, *rows = _runs(gpu)
+        lines += ["", f"The same on a GPU, all layers, without the reserve. {said}", "", *rows]
+        lines += [*_cut_off(gpu), "", gpu_machine(gpu)]
     return between(page, PLANNING_MARKS, lines)
 
 
@@ -369,7 +370,6 @@ def gpu_section(record: Mapping[str, Any]) -> list[str]:
     checks = [[name, f"{seen:.1e}"] for name, seen in record["checks"].items()]
     step = record.get("train")
     trained = [] if step is None else ["", *_gpu_training(step)]
-    cut_off = [] if "cut_off" not in record else ["", f"Not whole: {record['cut_off']}."]
     return [
         "## GPU",
         "",
@@ -379,7 +379,7 @@ def gpu_section(record: Mapping[str, Any]) -> list[str]:
         *trained,
         "",
         *table(["check", "largest relative difference"], checks),
-        *cut_off,
+        *_cut_off(record),
         "",
         gpu_machine(record),
     ]
@@ -391,6 +391,10 @@ def _gpu_training(step: Mapping[str, Any]) -> list[str]:
         for (side, rate), mb in zip(step["tokens_per_second"].items(), step["step_mb"].values(), strict=True)
     ]
     return table(["training step", "tokens/s", "faster than ST by", "MB"], rows)
+
+
+def _cut_off(record: Mapping[str, Any]) -> list[str]:
+    return ["", f"Not whole: {record['cut_off']}."] if "cut_off" in record else []
 
 
 def gpu_machine(record: Mapping[str, Any]) -> str:

@@ -28,9 +28,8 @@ _VAIN = 0.2  # of the pairs of a tile: to score more of them for nothing takes l
 _WIDEST = 2**17  # numbers of a vector, for the product of two in int8 to stay within int32
 _ROWS = 256  # worked on at a time, so that what is made of them stays in a core's own cache
 _NO_ROW = 2**32 - 1
-_TINY = (
-    2.0**-50
-)  # more than a length loses where the squares of tiny numbers vanish, and its square than a product does
+# More than a length loses where the squares of tiny numbers vanish; and its square more than a product does.
+_TINY = 2.0**-50
 
 
 def top_k(

@@ -61,17 +61,23 @@ def queued(
     run: Callable[[list[int]], Tensor], made: Sequence[list[int]]
 ) -> Iterator[tuple[list[int], NDArray[np.float32]]]:
     """(batch, run(batch) in host memory) in the order given, each handed over when the next is in the GPU's queue."""
-    waiting: list[tuple[list[int], Tensor, torch.cuda.Event]] = []
-    for batch in [*made, None]:
-        if batch is not None:
-            vectors_NE = run(batch).to("cpu", non_blocking=True)  # torch pins what it makes for such a copy
-            copied = torch.cuda.Event()
-            copied.record()
-            waiting.append((batch, vectors_NE, copied))
-        if waiting and (batch is None or len(waiting) > 1):
-            done, vectors_NE, copied = waiting.pop(0)
-            copied.synchronize()
-            yield done, vectors_NE.numpy()
+    ahead: tuple[list[int], Tensor, torch.cuda.Event] | None = None
+    for batch in made:
+        vectors_NE = run(batch).to("cpu", non_blocking=True)  # torch pins what it makes for such a copy
+        copied = torch.cuda.Event()
+        copied.record()
+        if ahead is not None:
+            yield _waited_for(*ahead)
+        ahead = batch, vectors_NE, copied
+    if ahead is not None:
+        yield _waited_for(*ahead)
+
+
+def _waited_for(
+    batch: list[int], vectors_NE: Tensor, copied: torch.cuda.Event
+) -> tuple[list[int], NDArray[np.float32]]:
+    copied.synchronize()
+    return batch, vectors_NE.numpy()
 
 
 def _on_one_thread() -> None:
