@@ -45,7 +45,7 @@ def gflops(rows: int, dtype: torch.dtype, count: int) -> dict[str, float]:
     pointwise = torch.ops.mkldnn._linear_pointwise
     inputs = [torch.randn(rows, width, dtype=dtype) for width, _ in SHAPES]
     plain = [torch.randn(out, width, dtype=dtype) for width, out in SHAPES]
-    reordered = [torch.ops.mkldnn._reorder_linear_weight(weight.to_mkldnn(), rows) for weight in plain]
+    reordered = [torch.ops.mkldnn._reorder_linear_weight(weight, rows) for weight in plain]
     kernels = {
         "torch": lambda: [F.linear(x, w) for x, w in zip(inputs, plain, strict=True)],
         "onednn": lambda: [pointwise(x, w, None, "none", [], "") for x, w in zip(inputs, plain, strict=True)],

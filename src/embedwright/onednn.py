@@ -1,6 +1,6 @@
 """oneDNN's matrix product on CPUs: torch's float32 default, MKL, runs its slow code on AMD (2.3x lost there).
 
-oneDNN takes the plain weight at 95 % and more of the speed of a reordered one from 256 rows on, so nothing is prepared.
+oneDNN takes the plain weight at 93 % and more of the speed of a reordered one from 256 rows on, so nothing is prepared.
 """
 
 from __future__ import annotations
