@@ -55,11 +55,12 @@ types: setup  ## mypy, strict
 examples: setup  ## Run every script of examples/, stop at the first that fails
 	@for script in examples/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
-bench: setup  ## Every benchmark, against sentence-transformers: about 40 minutes, docs/performance.md from what it saw
+bench: setup  ## Every benchmark, against sentence-transformers: about an hour and a half, docs/performance.md from what it saw
 	@for model in $(BENCH_MODELS); do for dtype in float32 bfloat16; do \
 	  echo "== encode $$model $$dtype"; $(BIN)/python benchmarks/encode.py --model $$model --dtype $$dtype; done; done
 	@for dtype in float32 bfloat16; do echo "== split $$dtype"; $(BIN)/python benchmarks/split.py --dtype $$dtype; done
 	@for name in scaling linears train mining plan; do echo "== $$name"; $(BIN)/python benchmarks/$$name.py; done
+	@echo "== mining, a million"; $(BIN)/python benchmarks/mining.py --documents 1000000 --width 1024 --queries 512
 	@$(BIN)/python benchmarks/report.py
 
 gpu-smoke: setup  ## One GPU: equality, gradients, throughput against sentence-transformers

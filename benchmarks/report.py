@@ -176,6 +176,7 @@ def render(results: Mapping[str, Mapping[str, Any]]) -> str:
     for name, section in (("scaling", scaling_section), ("linears", linears_section)):
         lines += section(results[name]) if name in results else []
     lines += other_section(results)
+    lines += ceiling_section(results)
     lines += gpu_section(results[GPU]) if GPU in results else GPU_NOT_MEASURED
     return "\n".join(lines).rstrip() + "\n"
 
@@ -201,6 +202,11 @@ ENCODE = """\
 instruction. MFU: FLOPs of the linear layers alone, over those of the fastest matrix product that this machine showed
 in the same run; one over ST's is what a ratio could be at most. Cosine: the smallest between the two sides in float32;
 in bfloat16 of each side to our float32 (ours / ST), with the mean behind it: a few texts decide the smallest."""
+CEILINGS = """\
+What a ratio could be at most: ST's time over that of the matrix products that the work takes, and of nothing else, at
+the fastest that this machine showed in the same run. For encode these are those of the linear layers, in the type that
+is measured; for a search those of all queries with all documents in int8, where they were timed. Reached: our share of
+that. A goal above what is possible is missed because ST itself is that near to the processor's limit."""
 MEMORY = """\
 Memory of encoding mixed texts, each side in a process of its own, in MB: what encoding adds to the loaded model at its
 peak, and model and encoding together, which the goal is about."""
@@ -415,6 +421,25 @@ def other_section(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
         if rows:
             lines += [f"## {title}", "", *table(["", "of", "seen"], rows), ""]
     return lines
+
+
+def ceiling_section(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """How far the processor itself would let each ratio of encode and search go."""
+    rows = []
+    for record in results.values():
+        for name, found in record.get("sets", {}).items():
+            most = 1 / found["peer_mfu"]
+            rows.append((f"encode, {record['model']}, {record['dtype']}, {name}", found["ratio"]["median"], most))
+        seconds = {name: statistics.median(each) for name, each in record.get("seconds", {}).items()}
+        if "int8 product alone" in seconds:
+            most = min(seconds["peer, torch, search"], seconds["peer, faiss, search"]) / seconds["int8 product alone"]
+            size = record["size"]
+            of = f"search, {size['documents']:,} x {size['width']}, {size['queries']} queries"
+            rows.append((of, record["ratios"]["search"]["median"], most))
+    if not rows:
+        return []
+    cells = [[of, f"{seen:.2f}x", f"{most:.2f}x", f"{seen / most:.0%}"] for of, seen, most in rows]
+    return ["## What is possible", "", CEILINGS, "", *table(["", "seen", "at most", "reached"], cells), ""]
 
 
 # ---- the picture

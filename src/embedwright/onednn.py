@@ -16,7 +16,9 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-_SHAPES = 32  # of products that torch keeps prepared: about those of one packed row
+# Prepared products that are kept: oneDNN's own, for all threads, about those of one packed row; and torch's, for each
+# thread, which spare little behind oneDNN's.
+_KEPT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": 32, "LRU_CACHE_CAPACITY": 4}
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -110,5 +112,5 @@ def _bound_caches() -> None:
 
     Read with the first product of the process: where there was one already, they stay as they are. (0 crashes torch.)
     """
-    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(name, str(_SHAPES))
+    for name, count in _KEPT.items():
+        os.environ.setdefault(name, str(count))

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from embedwright import kernels
+from embedwright import kernels, onednn
 from embedwright.model.embedder import Embedder
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -70,6 +71,19 @@ def test_the_goal_table_takes_figures_from_all_results(part: Any) -> None:
     assert table.count("not measured | not measured") == len(report.GOALS) - 2
     with pytest.raises(KeyError, match="speed"):
         report.goal_table({"a": {"goals": {"speed": []}}})
+
+
+def test_what_is_possible_is_the_peers_time_over_that_of_the_products(part: Any) -> None:
+    found = {"ratio": {"median": 1.5}, "peer_mfu": 0.5}
+    encode = {"model": "m", "dtype": "float32", "sets": {"queries": found}}
+    seconds = {"peer, torch, search": [9, 6, 6], "peer, faiss, search": [8] * 3, "int8 product alone": [4] * 3}
+    mining = {"size": {"documents": 1000, "width": 8, "queries": 2}, "ratios": {"search": {"median": 1.2}}}
+    section = "\n".join(part("report").ceiling_section({"a": encode, "b": mining | {"seconds": seconds}}))
+    assert "| encode, m, float32, queries | 1.50x | 2.00x | 75% |" in section
+    assert "| search, 1,000 x 8, 2 queries | 1.20x | 1.50x | 80% |" in section
+    del seconds["int8 product alone"]
+    assert part("report").ceiling_section({"b": mining | {"seconds": seconds}}) == []
+    assert part("report").ceiling_section({"c": {"goals": {}}}) == []
 
 
 # ---- figures
@@ -160,6 +174,13 @@ def test_the_profile_is_all_of_the_time_in_parts(part: Any, tiny_embedder: Any) 
     assert sum(shares.values()) == pytest.approx(1)
     assert min(shares.values()) > 0
     assert not any(module._forward_hooks for module in model.network.modules())
+
+
+def test_every_kernel_of_the_linears_runs(part: Any) -> None:
+    if not onednn.available():
+        pytest.skip("oneDNN's linear is not usable here")
+    found = part("linears").gflops(32, torch.float32, 1)
+    assert found.keys() == {"torch", "onednn", "onednn_reordered"} and min(found.values()) > 0
 
 
 def test_the_peers_best_batch_is_found(part: Any, monkeypatch: pytest.MonkeyPatch) -> None:
