@@ -271,7 +271,7 @@ def encode_section(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
         "",
         ENCODE,
         "",
-        *table([*head, "mean"], speed),
+        *table(head, speed),
         "",
         MEMORY,
         "",
@@ -299,7 +299,6 @@ def split_section(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
         "",
         *table(["type", "texts", "packing", "linears", "kernels", "side by side"], gains),
         "",
-        *remarks(records),
         "Tokens per second by `batch_tokens`, mixed texts:",
         "",
         *table(["type", *first["batch_tokens"]], sizes),
@@ -310,12 +309,6 @@ def split_section(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
         *table(["type", "texts", *next(iter(first["profile"].values()))], profiles),
         "",
     ]
-
-
-def remarks(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What a reader of these results must know, as somebody noted in them."""
-    noted = {name: record["remark"] for name, record in records.items() if "remark" in record}
-    return [line for name, remark in noted.items() for line in (f"{name}: {remark}.", "")]
 
 
 def scaling_section(record: Mapping[str, Any]) -> list[str]:
