@@ -1,6 +1,7 @@
-"""oneDNN's matrix product on CPUs: torch's float32 default, MKL, runs its slow code on AMD (2.3x lost there).
+"""oneDNN's matrix product on CPUs: torch's float32 default, MKL, runs its slow code on AMD (1.1x to 2.3x lost there).
 
-oneDNN takes the plain weight at 93 % and more of the speed of a reordered one from 256 rows on, so nothing is prepared.
+oneDNN takes the plain weight at 92 % and more of the speed of a reordered one from 256 rows on
+(`benchmarks/linears.py`), so nothing is prepared.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ logger = logging.getLogger(__name__)
 # thread, which spare little behind oneDNN's.
 _KEPT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": 32, "LRU_CACHE_CAPACITY": 4}
 
+SWISH, GELU_TANH = ACTIVATIONS = ("swish", ""), ("gelu", "tanh")  # as torch names oneDNN's
+
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """input (..., I), weight (O, I), bias (O,) or None -> (..., O), float32 on a CPU. Only where `available()`."""
@@ -30,8 +33,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def gated(input: Tensor, gate: Tensor, up: Tensor, activation: str, variant: str) -> Tensor:
     """activation(input gate^T) * (input up^T), rounded once each and not per step; bfloat16 on a CPU.
 
-    input (..., I), gate and up (O, I) -> (..., O). `activation` as oneDNN names it: `swish`, or `gelu` with `variant`
-    `tanh`. Only where `gated_available()`.
+    input (..., I), gate and up (O, I) -> (..., O). `activation` and `variant` are one of `ACTIVATIONS`. Only where
+    `gated_available()`.
     """
     gate_O = torch.ops.mkldnn._linear_pointwise(input, gate, None, activation, [], variant)
     product: Tensor = torch.ops.mkldnn._linear_pointwise.binary(input, gate_O, up, None, "mul")
@@ -69,13 +72,14 @@ def gated_available() -> bool:
         return False
     random = torch.Generator().manual_seed(0)
     x, gate, up = (torch.randn(n, 8, generator=random, device="cpu", dtype=torch.float32).bfloat16() for n in (5, 6, 6))
-    exact = F.silu(x.float() @ gate.float().t()) * (x.float() @ up.float().t())
+    gate_O, up_O = x.float() @ gate.float().t(), x.float() @ up.float().t()
+    exact = {"swish": F.silu(gate_O) * up_O, "gelu": F.gelu(gate_O, approximate="tanh") * up_O}
     try:
-        found = gated(x, gate, up, "swish", "").float()
+        found = {name: gated(x, gate, up, name, variant).float() for name, variant in ACTIVATIONS}
     except (AttributeError, RuntimeError, TypeError) as error:
         logger.warning("oneDNN's fused products are not usable (%s): stock ones", error)
         return False
-    right = torch.allclose(found, exact, rtol=0.02, atol=0.02)
+    right = all(torch.allclose(found[name], exact[name], rtol=0.02, atol=0.02) for name in exact)
     if not right:
         logger.warning("oneDNN's fused products give other numbers here: stock ones")
     return right

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 
@@ -34,11 +35,13 @@ CORES = _cores()
 
 
 def bind_for_command() -> None:
-    """Set OMP_PROC_BIND and OMP_PLACES where this process is `embedwright ...` and the user set neither.
+    """Set OMP_PROC_BIND and OMP_PLACES where this process is `embedwright ...`, or `python -m embedwright ...`, and the
+    user set neither.
 
     Not where torchrun or accelerate started several on this machine: each would take the first cores, all the same.
     """
-    is_command = Path(sys.argv[0] if sys.argv else "").stem == "embedwright"
+    by_module = sys.argv[:1] == ["-m"] and ("-m", "embedwright") in pairwise(sys.orig_argv)  # `argv` has no name yet
+    is_command = by_module or Path(sys.argv[0] if sys.argv else "").stem == "embedwright"
     alone = os.environ.get("LOCAL_WORLD_SIZE", "1") == "1"
     if is_command and alone and "torch" not in sys.modules and not {"OMP_PROC_BIND", "OMP_PLACES"} & os.environ.keys():
         os.environ["OMP_PROC_BIND"] = "true"

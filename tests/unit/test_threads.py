@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,6 +34,13 @@ def test_the_command_is_bound(fresh: pytest.MonkeyPatch, argv0: str) -> None:
     fresh.setattr(sys, "argv", [argv0, "demo"])
     assert bound() == ["true", "cores"]
     assert threads.described() == "OMP_PROC_BIND=true OMP_PLACES=cores"
+
+
+@pytest.mark.parametrize(("module", "expected"), [("embedwright", ["true", "cores"]), ("pytest", [None, None])])
+def test_the_command_is_bound_as_a_module_too(fresh: pytest.MonkeyPatch, module: str, expected: list[Any]) -> None:
+    fresh.setattr(sys, "argv", ["-m", "demo"])  # as it is while the package is imported
+    fresh.setattr(sys, "orig_argv", ["python", "-u", "-m", module, "demo"])
+    assert bound() == expected
 
 
 @pytest.mark.parametrize("argv", [["pytest"], ["/home/a/embedwright/train.py"], ["-c"], [""], []])

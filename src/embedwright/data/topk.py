@@ -11,6 +11,8 @@ result is that of brute force, whatever the tiles were.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,7 +56,13 @@ def top_k(
     k = min(k, len(vectors))
     if not len(queries_QE) or not k:
         return np.empty((len(queries_QE), k), np.float32), np.empty((len(queries_QE), k), np.int64)
-    query_QE = as_tensor(queries_QE)
+    with _settled():
+        best = _searched(as_tensor(queries_QE), vectors, k)
+        ordered = [_ordered(some.scores_QK.numpy(), some.rows_QK.numpy()) for some in best]
+    return np.concatenate([scores for scores, _ in ordered]), np.concatenate([rows for _, rows in ordered])
+
+
+def _searched(query_QE: Tensor, vectors: Vectors, k: int) -> list[_Best]:
     _check(query_QE.norm(dim=1), "query", 0)
     in_whole = kernels.available() and onednn.whole_available() and vectors.shape[1] <= _WIDEST
     best: list[_Best] = []
@@ -72,8 +80,7 @@ def top_k(
             left -= 1
         elif vain > _VAIN * len(query_QE) * len(document_NE):
             pause = left = 2 * pause + 1
-    ordered = [_ordered(some.scores_QK.numpy(), some.rows_QK.numpy()) for some in best]
-    return np.concatenate([scores for scores, _ in ordered]), np.concatenate([rows for _, rows in ordered])
+    return best
 
 
 def pair_scores(
@@ -87,14 +94,28 @@ def pair_scores(
     rows_F = row_F[order_F]
     queries_F = torch.from_numpy(query_F[order_F])
     query_QE = as_tensor(np.ascontiguousarray(queries_QE)).double()
-    scores = []
-    for first, documents_NE in vectors.tiles_with(rows_F):
-        start, end = np.searchsorted(rows_F, (first, first + len(documents_NE)))
-        own_F = torch.from_numpy(rows_F[start:end] - first)
-        scores.append(_exact(query_QE, as_tensor(documents_NE), queries_F[start:end], own_F))
     scores_F = np.empty(len(row_F), np.float32)
-    scores_F[order_F] = torch.cat(scores) if scores else ()
+    with _settled():
+        for first, documents_NE in vectors.tiles_with(rows_F):
+            start, end = np.searchsorted(rows_F, (first, first + len(documents_NE)))
+            own_F = torch.from_numpy(rows_F[start:end] - first)
+            scores_F[order_F[start:end]] = _exact(query_QE, as_tensor(documents_NE), queries_F[start:end], own_F)
     return scores_F
+
+
+@contextmanager
+def _settled() -> Iterator[None]:
+    """On the CPU and in true float32, whatever this process has told torch: `set_float32_matmul_precision("medium")`
+    would have products in bfloat16, which lose more than the bounds know of."""
+    backend: Any = torch.backends.mkldnn
+    products = backend.matmul
+    before = products.fp32_precision
+    products.fp32_precision = "ieee"
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        products.fp32_precision = before
 
 
 class _Multiplied(NamedTuple):
@@ -131,7 +152,7 @@ class _Best:
         zero_E = query_QE.new_zeros(query_QE.shape[1])
         sides = [(_plain(query_QE), zero_E)] + ([] if mean_E is None else [(_whole(query_QE, zero_E), mean_E)])
         self.sides = {side.vectors_NE.dtype: (side.vectors_NE, self._bounds(side, mean)) for side, mean in sides}
-        self.scores_QK = torch.full((len(query_QE), k), -math.inf)
+        self.scores_QK = query_QE.new_full((len(query_QE), k), -math.inf)  # float32, whatever torch's default
         self.rows_QK = torch.full(self.scores_QK.shape, _NO_ROW)
 
     def _bounds(self, query: _Multiplied, mean_E: Tensor) -> tuple[Tensor, ...]:
@@ -171,7 +192,7 @@ class _Best:
         query_F, column_F = hit_F // len(document_NE), hit_F % len(document_NE)
         count_Q = torch.bincount(query_F, minlength=queries)
         place_F = k + torch.arange(len(hit_F)) - (count_Q.cumsum(0) - count_Q)[query_F]
-        scores_QW = torch.full((queries, k + int(count_Q.max())), -math.inf)
+        scores_QW = self.scores_QK.new_full((queries, k + int(count_Q.max())), -math.inf)
         rows_QW = torch.full(scores_QW.shape, _NO_ROW)
         scores_QW[:, :k], rows_QW[:, :k] = self.scores_QK, self.rows_QK
         scores_QW[query_F, place_F] = _exact(self.exact_QE, document_NE, query_F, column_F)
@@ -206,7 +227,7 @@ def _exact(query_QE: Tensor, document_NE: Tensor, query_F: Tensor, document_F: T
     """Float32 (F,): the inner products of pairs, of queries in float64, summed in float64."""
     if kernels.available():
         return kernels.dots(query_QE, document_NE, query_F, document_F)
-    scores_F = torch.empty(len(query_F))
+    scores_F = document_NE.new_empty(len(query_F))
     for some_F, queries, documents in zip(*(x.split(_ROWS) for x in (scores_F, query_F, document_F)), strict=True):
         # not a matrix product: a row's sum must not depend on its neighbours, or copies would score differently
         exact = document_NE.index_select(0, documents).double().mul_(query_QE.index_select(0, queries))

@@ -14,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from embedwright import kernels
 from embedwright.model.attention import PACKED
+from embedwright.model.linears import faster, listened_to
 
 # transformers' norms: of the second kind the weight is one more than what is stored, and epsilon has another name
 _NORMS = dict.fromkeys(("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm"), False)
@@ -53,7 +54,7 @@ def _norm(stock: Any) -> Any:
             return out
         return kernels.norm(x, self.weight, self.eps if plus_one else self.variance_epsilon, plus_one)
 
-    return type(stock.__name__, (stock,), {"forward": forward, "fused": True})
+    return faster(_norm, stock, forward)
 
 
 @cache
@@ -73,9 +74,12 @@ def _attention(stock: Any) -> Any:
         fits = self.head_dim % 32 == 0 and cosine.shape[-1] == self.head_dim and others.get("packed") is not None
         if not fits or others.get("past_key_values") is not None or not _plain(self, hidden_states, cosine, sine):
             return as_stock()
+        normed = (self.q_norm, self.k_norm) if hasattr(self, "q_norm") else ()
+        if listened_to(self.q_proj, self.k_proj, *normed):  # `rotate` writes over what they give
+            return as_stock()
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         q, k, v = (product(hidden_states).view(shape) for product in (self.q_proj, self.k_proj, self.v_proj))
-        if hasattr(self, "q_norm"):
+        if normed:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if not q.dtype == k.dtype == cosine.dtype:
@@ -87,7 +91,7 @@ def _attention(stock: Any) -> Any:
         mixed, _ = attention(self, q, k, v, None, scaling=self.scaling, sliding_window=window, **others)
         return self.o_proj(mixed.flatten(2)), None
 
-    return type(stock.__name__, (stock,), {"forward": forward, "fused": True})
+    return faster(_attention, stock, forward)
 
 
 def speed_up(network: nn.Module) -> None:
@@ -96,6 +100,6 @@ def speed_up(network: nn.Module) -> None:
         return
     for module in network.modules():
         kind: Any = type(module)
-        for names, faster in ((_NORMS, _norm), (_ATTENTION, _attention)):
-            if kind.__name__ in names and not hasattr(module, "fused"):
-                module.__class__ = faster(kind)
+        for names, make in ((_NORMS, _norm), (_ATTENTION, _attention)):
+            if kind.__name__ in names and not hasattr(module, "faster"):
+                module.__class__ = make(kind)

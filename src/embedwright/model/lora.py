@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from embedwright import onednn
-from embedwright.model.linears import OneDnnLinear
+from embedwright.model.linears import OneDnnLinear, listened_to
 
 _STEPS = 2**16  # a probability of dropout is a multiple of 1/_STEPS
 
@@ -70,7 +70,7 @@ class LeanLinear(Linear):
             and x.dtype == base.weight.dtype == computed_in
             and a.weight.dtype == b.weight.dtype
             and x.numel() > 0
-            and not any(part._forward_hooks or part._forward_pre_hooks for part in (base, a, b, dropout))
+            and not listened_to(base, a, b, dropout)
         )
 
 

@@ -78,6 +78,35 @@ def test_equals_brute_force_over_tiles_of_the_real_size(product: str, queries: i
     assert_same(top_k(query_vectors, corpus, 100), brute_force(query_vectors, corpus, 100))
 
 
+@pytest.mark.parametrize("precision", ["medium", "high"])
+def test_products_that_torch_may_round_do_not_come_in(product: str, precision: str) -> None:
+    queries, corpus = real(5, 3000, seed=4)
+    corpus = corpus[:1] + 1e-3 * corpus  # scores that bfloat16 does not tell apart
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        assert_same(top_k(queries, corpus, 20), brute_force(queries, corpus, 20))
+        assert torch.get_float32_matmul_precision() == precision  # as it was set
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, "meta"])
+def test_torchs_defaults_are_no_matter(product: str, default: Any) -> None:
+    queries, corpus = real(5, 300)
+    expected = top_k(queries, corpus, 20)
+    if default == "meta":
+        with torch.device("meta"):
+            found = top_k(queries, corpus, 20)
+    else:
+        torch.set_default_dtype(default)
+        try:
+            found = top_k(queries, corpus, 20)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert_same(found, expected)
+
+
 @pytest.mark.parametrize("order", ["rising", "falling"])
 def test_the_order_of_the_corpus_does_not_matter(small_tiles: None, order: str) -> None:
     queries, corpus = np.abs(real(5, 600)[0]), np.abs(real(5, 600)[1])

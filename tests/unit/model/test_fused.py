@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -139,6 +140,23 @@ def test_the_probe_sees_the_masks_that_the_kernels_use(model: Embedder, monkeypa
     monkeypatch.setattr(attention, "flash_window", lambda _, window: right(not causal, window))
     with pytest.raises(ProbeError, match="causal"):
         check(model.network)
+
+
+@pytest.mark.parametrize("part", ["q_proj", "k_proj", "q_norm"])
+def test_what_a_hook_was_handed_is_not_written_over(
+    part: str, tiny_decoder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Embedder.from_decoder(tiny_decoder("qwen3", head_dim=DIM), pooling="mean")
+    plain = model.encode(TEXTS)
+    rotated: list[Tensor] = []
+    rotate = kernels.rotate
+    monkeypatch.setattr(kernels, "rotate", lambda q, *others: (rotated.append(q), rotate(q, *others)))
+    handed: list[tuple[Tensor, Tensor]] = []
+    listened = next(module for name, module in model.network.named_modules() if name.endswith(part))
+    listened.register_forward_hook(lambda *call: handed.append((call[2], call[2].clone())))
+    np.testing.assert_allclose(model.encode(TEXTS), plain, atol=1e-6)
+    assert handed and all(torch.equal(*pair) for pair in handed)
+    assert len(rotated) == model.network.backbone.config.num_hidden_layers - 1  # in the others
 
 
 def test_without_kernels_the_network_stays_stock(monkeypatch: pytest.MonkeyPatch) -> None:

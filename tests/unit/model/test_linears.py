@@ -95,6 +95,13 @@ def test_all_else_is_stock(needs_onednn: None, case: str, monkeypatch: pytest.Mo
     assert got.dtype == expected.dtype and torch.equal(got, expected)
 
 
+def test_a_gradient_of_a_gradient_is_refused_and_not_left_out(needs_onednn: None) -> None:
+    layer, x = made(False), torch.randn(5, 24, requires_grad=True)
+    [gradient] = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 def test_frozen_weights_keep_no_input(needs_onednn: None) -> None:
     """What LoRA rests on: a frozen layer stores its weight for backward, which is there anyway, and nothing else."""
     layer = made(False)
@@ -212,12 +219,25 @@ def test_a_gated_block_is_the_stock_one_otherwise(
         torch.testing.assert_close(fast(x), stock(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("listened", ["gate_proj", "up_proj", "act_fn"])
+def test_a_hook_in_a_gated_block_is_called_and_keeps_what_it_was_handed(listened: str, dtype: torch.dtype) -> None:
+    stock, fast = (part.to(dtype) for part in block("llama"))
+    handed: list[Any] = []
+    for part in (stock, fast):
+        part.get_submodule(listened).register_forward_hook(lambda *call: handed.append(call[2]))
+    x = torch.randn(7, 48).to(dtype)
+    with torch.inference_mode():
+        torch.testing.assert_close(fast(x), stock(x))
+    torch.testing.assert_close(*handed)
+
+
 @pytest.mark.parametrize("mode", ["inference", "gradients", "training"])
 def test_a_gated_block_takes_float32_rows_in_slices_for_inference_alone(mode: str) -> None:
     stock, fast = (part.float() for part in block("llama"))
     fast.train(mode == "training")  # slices would draw other dropout masks than the whole
     rows: list[int] = []
-    fast.get_submodule("up_proj").register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[-2]))
+    fast.get_submodule("down_proj").register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[-2]))
     x = torch.randn(1, 1100, 48)
     with torch.set_grad_enabled(mode == "gradients"):
         torch.testing.assert_close(fast(x), stock(x))
