@@ -91,6 +91,9 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]
     kind = {"float32": "fp32", "bfloat16": "bf16"}[options.dtype]
     goals = {f"encode_{kind}": values(options, sets, lambda found: found["ratio"]["median"])}
     if kind == "bf16":
+        goals["encode_bf16_distance"] = values(
+            options, sets, lambda found: found["distance_to_float32"]["ours"] / found["distance_to_float32"]["peer"]
+        )
         goals["mfu_bf16"] = values(options, sets, lambda found: found["mfu"])
     del mine, peer, exact
     sides = {"ours": None, "peer": sets["mixed"]["peer_batch"]}
@@ -149,7 +152,7 @@ def side_by_side(
         reference = exact.encode(texts, prefix=prefix)
         cosines = {side: cosines_of(reference, vectors) for side, vectors in outputs.items()}
         found["cosine_to_float32"] = {side: float(each.min()) for side, each in cosines.items()}
-        found["mean_cosine_to_float32"] = {side: float(each.mean()) for side, each in cosines.items()}
+        found["distance_to_float32"] = {side: float(1 - each.mean()) for side, each in cosines.items()}
     return found
 
 

@@ -74,6 +74,7 @@ def main() -> None:
     if not models.installed(MODEL):
         print(f"{MODEL}: its package is not installed, left out")
         return
+    result = "plan-gpu" if torch.cuda.is_available() else "plan"
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -81,8 +82,9 @@ def main() -> None:
         for case in CASES:
             found[case] = compared(case, folder)
             print(case, found[case], flush=True)
-            figures = summed_up(found)  # a run that is cut off keeps what it has
-            record("plan-gpu" if torch.cuda.is_available() else "plan", figures, {})
+            record(result, {"cut_off_behind": case, **summed_up(found)}, {})  # a run that is cut off keeps this
+    figures = summed_up(found)
+    record(result, figures, {})
     print("estimated / measured:", figures["estimated_over_measured"], "reached:", figures["reached"])
 
 

@@ -26,13 +26,12 @@ from typing import Any  # noqa: E402
 from unittest import mock  # noqa: E402
 
 import models  # noqa: E402
-import torch  # noqa: E402
 from sentence_transformers import SentenceTransformer  # noqa: E402
 from texts import SETS, counter, source, text_set  # noqa: E402
 from torch import nn  # noqa: E402
 
 from embedwright import kernels  # noqa: E402
-from embedwright.model import attention, embedder, parallel  # noqa: E402
+from embedwright.model import attention, embedder  # noqa: E402
 from embedwright.model.embedder import Embedder  # noqa: E402
 from embedwright.packing import PackedTexts, pack  # noqa: E402
 from embedwright.text import TokenizedText  # noqa: E402
@@ -72,9 +71,9 @@ def main() -> None:
 def contributions(
     mine: Embedder, peer: SentenceTransformer, texts: list[str], prefix: str | None, count: int
 ) -> dict[str, Any]:
-    """Seconds of five steps from sentence-transformers to us, each with one part more, and each one's ratio to the
+    """Seconds of four steps from sentence-transformers to us, each with one part more, and each one's ratio to the
     step before it: `packed` (stock linears, the fused attention text by text), `linears` (its own, and equal lengths as
-    one batch: what runs without a compiler), `kernels`, `ours` (batches side by side: all that is shipped)."""
+    one batch: what runs without a compiler), `ours` (kernels: all that is shipped)."""
 
     def run(*changes: Callable[[Embedder], Any]) -> None:
         with ExitStack() as stack:
@@ -86,9 +85,8 @@ def contributions(
     run()
     steps: dict[str, Callable[[], Any]] = {
         "peer": lambda: models.encode_peer(peer, texts, prefix, batch),
-        "packed": lambda: run(stock_linears, text_by_text, without_kernels, in_turn),
-        "linears": lambda: run(without_kernels, in_turn),
-        "kernels": lambda: run(in_turn),
+        "packed": lambda: run(stock_linears, text_by_text, without_kernels),
+        "linears": lambda: run(without_kernels),
         "ours": run,
     }
     seconds = rounds(steps, count)
@@ -120,13 +118,6 @@ def without_kernels(model: Embedder) -> Iterator[None]:
 
 
 @contextmanager
-def in_turn(model: Embedder) -> Iterator[None]:
-    """One batch after the other, each on all threads."""
-    with mock.patch.object(parallel, "_MOST", 1):
-        yield
-
-
-@contextmanager
 def text_by_text(model: Embedder) -> Iterator[None]:
     """torch's fused kernel, called once for every text."""
 
@@ -152,36 +143,30 @@ def by_batch_tokens(mine: Embedder, texts: list[str], count: int) -> dict[str, f
 
 
 def profile(model: Embedder, texts: list[str], prefix: str | None) -> dict[str, float]:
-    """Share of each of `PARTS` in the time of `encode` on one thread, as batches have one each: the time inside modules
-    of a kind, without that of others in them. `rest` is tokenisation, embedding lookup, residual sums and pooling."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """Share of each of `PARTS` in the time of `encode`: the time inside modules of a kind, without that of others in
+    them. `rest` is tokenisation, embedding lookup, residual sums and pooling."""
     model.encode(texts, prefix=prefix)
     clock = _Clock()
-    handles = []
-    for name, module in model.network.backbone.named_modules():
-        part = _part(name, module)
-        if part is not None:
-            handles.append(module.register_forward_pre_hook(lambda *_, part=part: clock.enter(part)))
-            handles.append(module.register_forward_hook(lambda *_: clock.leave()))
 
-    def timed_attend(*arguments: Any, **named: Any) -> Any:
-        clock.enter("attention")
-        try:
-            return attend(*arguments, **named)
-        finally:
-            clock.leave()
+    def timed(part: str, run: Callable[..., Any]) -> Callable[..., Any]:
+        def running(*arguments: Any, **named: Any) -> Any:
+            clock.enter(part)
+            try:
+                return run(*arguments, **named)
+            finally:
+                clock.leave()
 
-    attend = attention.attend
-    try:
-        with mock.patch.object(attention, "attend", timed_attend):
-            clock.enter("rest")
-            model.encode(texts, prefix=prefix)
-            clock.leave()
-    finally:
-        torch.set_num_threads(threads)
-        for handle in handles:
-            handle.remove()
+        return running
+
+    named = model.network.backbone.named_modules()
+    parts = {type(module): part for name, module in named if (part := _part(name, module)) is not None}
+    with ExitStack() as stack:  # in their classes: hooks would keep blocks from their faster forms
+        for kind, part in parts.items():
+            stack.enter_context(mock.patch.object(kind, "forward", timed(part, kind.forward)))
+        stack.enter_context(mock.patch.object(attention, "attend", timed("attention", attention.attend)))
+        clock.enter("rest")
+        model.encode(texts, prefix=prefix)
+        clock.leave()
     total = sum(clock.seconds.values())
     return {part: clock.seconds[part] / total for part in PARTS}
 

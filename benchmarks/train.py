@@ -63,7 +63,7 @@ STAGE = StagePart(
 )
 RATE = 0.0  # of learning: every round has the same gradients, at the cost of any other
 WHOLE = 10**6  # tokens: one forward
-BUDGETS = (8192, 6144, 4096, 3072, 2048, 1536, 1024, 768, 512)  # batch_tokens, for equal memory
+BUDGETS = (8192, 6144, 4096, 3072, 2560, 2048, 1792, 1536, 1280, 1024, 768, 512)  # batch_tokens, for equal memory
 MINI_BATCHES = (0, 4, 8, 16, 32)  # of the cached loss; 0 is the plain one
 # sentence-transformers' ways to compute: type of the frozen weights, of the adapters, and of autocast
 KINDS = {

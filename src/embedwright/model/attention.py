@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
@@ -20,9 +21,9 @@ from embedwright.packing import PackedTexts
 
 PACKED = "embedwright_packed"  # a name that transformers knows as attention but not as mask: no mask is built for it
 
-# On a CPU in this type, two matrix products and a softmax over a batch of equal lengths are faster than the fused
-# kernel, but round more. Up to so many keys that costs nothing that can be seen; up to 512, passages would encode 4 to
-# 7 % faster, and lie a third further from float32. In float32, whose small products are slow, they take twice the time.
+# For inference on a CPU in this type, two matrix products and a softmax over a batch of equal lengths are faster than
+# the fused kernel, but round more. Up to so many keys that costs nothing that can be seen; up to 512, passages would
+# encode 4 to 7 % faster, and lie a third further from float32. With a gradient, and in float32, they are slower.
 _EXPLICIT_TYPE, _EXPLICIT_UP_TO = torch.bfloat16, 32
 _MASKED_ROWS = 512  # of a text under a mask, at a time
 # What torch's varlen kernel is told beside its boundaries, where its version can be told: 2.11 takes grouped heads
@@ -52,6 +53,8 @@ def packed_attention(
     if unknown:  # Gemma 2, GPT-OSS: left out, the scores would be other ones
         kind = getattr(module.config, "model_type", "these")
         raise ValueError(f"{kind!r} models need {unknown[0]!r}, which packed attention has not")
+    if others.get("dropout"):  # what stock blocks pass in training
+        raise ValueError("packed attention has no dropout: set attention_dropout to 0 in the decoder's config.json")
     causal = bool(getattr(module.config, "is_causal", True))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     training = getattr(module, "training", True)
@@ -74,9 +77,10 @@ def attend(
     equally long texts is one batch. `training`: also without a gradient, as in GradCache's first pass, whose numbers
     must be those of the second.
     """
+    training = training or torch.is_grad_enabled()
     if q_HTd.dtype in (torch.float16, torch.bfloat16) and _has_flash(q_HTd.device):
         return _any_lengths(q_HTd, k_KTd, v_KTd, packed, causal, scale, window)
-    if not training and not torch.is_grad_enabled() and kernels.can_attend(q_HTd, k_KTd, v_KTd):
+    if not training and kernels.can_attend(q_HTd, k_KTd, v_KTd):
         return kernels.attention(q_HTd, k_KTd, v_KTd, packed.cu_seqlens, scale, flash_window(causal, window))
     sizes = [n * length for n, length in packed.runs]
     outputs = []
@@ -88,7 +92,7 @@ def attend(
         q_nKRLd = q.reshape(kv_heads, heads // kv_heads, n, length, -1).permute(2, 0, 1, 3, 4)
         k_nKLd = k.reshape(kv_heads, n, length, -1).transpose(0, 1)
         v_nKLd = v.reshape(kv_heads, n, length, -1).transpose(0, 1)
-        out_nKRLd = _equal_lengths(q_nKRLd, k_nKLd, v_nKLd, causal, scale, window)
+        out_nKRLd = _equal_lengths(q_nKRLd, k_nKLd, v_nKLd, causal, scale, window, training)
         outputs.append(out_nKRLd.permute(0, 3, 1, 2, 4).reshape(n * length, heads, -1))
     return torch.cat(outputs)
 
@@ -128,7 +132,7 @@ def flash_window(causal: bool, window: int | None) -> tuple[int, int]:
 
 
 def _equal_lengths(
-    q_nKRLd: Tensor, k_nKLd: Tensor, v_nKLd: Tensor, causal: bool, scale: float, window: int | None
+    q_nKRLd: Tensor, k_nKLd: Tensor, v_nKLd: Tensor, causal: bool, scale: float, window: int | None, training: bool
 ) -> Tensor:
     """(n, K, R, L, d): the R query heads that share a key head are folded into rows, so that keys are never repeated.
 
@@ -143,7 +147,7 @@ def _equal_lengths(
         mask = allowed(rows, keys, causal, window, q_nKRLd.device)
         q = q_nKRLd[..., rows.start : rows.stop, :].reshape(n, kv_heads, shared * len(rows), dim)
         k, v = (x[..., keys.start : keys.stop, :] for x in (k_nKLd, v_nKLd))
-        out = _softmax_attention(q, k, v, None if mask is None else mask.repeat(shared, 1), scale)
+        out = _softmax_attention(q, k, v, None if mask is None else mask.repeat(shared, 1), scale, training)
         blocks.append(out.reshape(n, kv_heads, shared, len(rows), -1))
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=3)
 
@@ -170,13 +174,38 @@ def allowed(rows: range, keys: range, causal: bool, window: int | None, device: 
     return ahead.abs() <= window
 
 
-def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    if q.device.type != "cpu" or q.dtype != _EXPLICIT_TYPE or k.shape[2] > _EXPLICIT_UP_TO:
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, training: bool) -> Tensor:
+    if q.device.type != "cpu" or q.dtype != _EXPLICIT_TYPE:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    if training or k.shape[2] > _EXPLICIT_UP_TO:
+        function: Any = _Recomputed  # torch leaves `apply` untyped
+        out: Tensor = function.apply(q, k, v, mask, scale)
+        return out
     scores = torch.matmul(q * scale, k.transpose(-1, -2))
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     return torch.matmul(scores.softmax(-1), v)
+
+
+class _Recomputed(torch.autograd.Function):
+    """torch's fused kernel, with the gradient of a second run in float32: on a CPU its backward in bfloat16 takes 3.7
+    times as long as in float32, a third of a training step. Only its inputs are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        ctx.save_for_backward(q, k, v, mask)
+        ctx.scale = scale
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        *qkv, mask = ctx.saved_tensors
+        with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+            q, k, v = exact = [x.float().requires_grad_() for x in qkv]
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=ctx.scale)
+            grads = torch.autograd.grad(out, exact, gradient.float())
+        return *(grad.to(x.dtype) for grad, x in zip(grads, qkv, strict=True)), None, None
 
 
 AttentionInterface.register(PACKED, packed_attention)

@@ -19,11 +19,10 @@ from torch import Tensor
 from embedwright import threads
 from embedwright.model import bridges, probe, selftest, storage
 from embedwright.model.adapter import add_lora, has_lora, merge_lora
-from embedwright.model.attention import PACKED
 from embedwright.model.backbone import AttentionKind, decoder_config, load_backbone, origin_of, resolve_base
+from embedwright.model.gpu_queue import queued
 from embedwright.model.memory import give_back, keep_freed_memory
 from embedwright.model.network import EmbedwrightConfig, EmbedwrightModel
-from embedwright.model.parallel import planned, queued, side_by_side
 from embedwright.model.pooling import FOLDED, FoldedLatent, Kind, LatentPooling, PoolingConfig
 from embedwright.packing import PackedTexts, batches, pack
 from embedwright.text import (
@@ -255,9 +254,8 @@ class Embedder:
         """Vectors of the texts: float32 (N, E) of unit length, in the order given, whatever the batches were.
 
         `task` is an instruction for queries (None: documents); `prefix` is the raw string in front, instead of it.
-        `batch_tokens` bounds the tokens at work at a time (default: 1,024 on a CPU, whose caches hold no more, or 256
-        for each of up to 8 threads, else 32,768); a longer text is a batch of its own. On a CPU with up to 8 threads
-        they are as many forwards, each on one thread. `dim` keeps the first so many dimensions and normalises again.
+        `batch_tokens` bounds the tokens of a batch (default: 256 for each thread of a CPU, 1,024 at least; on a GPU
+        32,768); a longer text is one of its own. `dim` keeps the first so many dimensions and normalises again.
         `precision`: `int8` scales each vector's largest component to 127, `binary` packs the signs into uint8
         (N, dim/8). TypeError and ValueError name the index of a bad text.
         """
@@ -265,7 +263,7 @@ class Embedder:
         if dim is not None and not 1 <= dim <= self.embedding_dim:
             raise ValueError(f"dim={dim}: the model has {self.embedding_dim} dimensions")
         if batch_tokens is None:
-            batch_tokens = max(1024, 256 * min(torch.get_num_threads(), 8)) if self.device.type == "cpu" else 32_768
+            batch_tokens = self._batch_tokens()
         if batch_tokens < 1:
             raise ValueError(f"batch_tokens={batch_tokens} must be positive")
         unique = list(dict.fromkeys(texts))
@@ -298,27 +296,21 @@ class Embedder:
     ) -> Iterator[tuple[list[int], NDArray[np.float32]]]:
         """(indices, their vectors), batch by batch."""
 
-        sharded = self.network.sharded
-
         def run(batch: list[int]) -> Tensor:
-            with torch.inference_mode(not sharded), torch.no_grad():  # settings of each thread
+            with torch.inference_mode(not self.network.sharded), torch.no_grad():
                 return self.embed(pack([texts[i] for i in batch]))
 
-        def on_host(batch: list[int]) -> NDArray[np.float32]:
-            vectors_NE: NDArray[np.float32] = run(batch).cpu().numpy()
-            return vectors_NE
-
-        lengths = [len(text.ids) for text in texts]
+        made = list(batches([len(text.ids) for text in texts], batch_tokens))
         if self.device.type == "cuda":
-            yield from queued(run, list(batches(lengths, batch_tokens)))
-            return
-        # of a cut model, all processes take part in each forward; the stock path changes the model meanwhile
-        if self.device.type == "cpu" and not sharded and self.network.implementation == PACKED:
-            alone, shared = planned(lengths, batch_tokens)
+            yield from queued(run, made)
         else:
-            alone, shared = list(batches(lengths, batch_tokens)), []
-        yield from ((batch, on_host(batch)) for batch in alone)
-        yield from side_by_side(on_host, shared)
+            for batch in made:
+                yield batch, run(batch).cpu().numpy()
+                give_back()  # every batch has its own shapes: they leave gaps, a tenth of a small model's size
+
+    def _batch_tokens(self) -> int:
+        """Where the caller gives none. More are up to a tenth faster on two threads, and take more memory."""
+        return max(1024, 256 * torch.get_num_threads()) if self.device.type == "cpu" else 32_768
 
     def embed(self, packed: PackedTexts) -> Tensor:
         """(N, E) with gradient: what training calls."""

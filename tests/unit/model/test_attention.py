@@ -53,7 +53,7 @@ def dense(
 def test_forward_and_gradients_are_those_of_dense_attention(
     lengths: list[int], heads: tuple[int, int], explicit: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if explicit:  # in float32, where it can be held to the dense way closely
+    if explicit:  # and, with a gradient, recomputed: in float32, where it can be held to the dense way closely
         monkeypatch.setattr(attention, "_EXPLICIT_TYPE", torch.float32)
         monkeypatch.setattr(attention, "_EXPLICIT_UP_TO", LIMIT)
     packed, qkv = row_of(lengths), random_heads(*heads, sum(lengths))
@@ -64,6 +64,9 @@ def test_forward_and_gradients_are_those_of_dense_attention(
             dense(*qkv, lengths, causal, 0.5, window),
         ]
         torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
+        with torch.no_grad():
+            inferred = attend(*qkv, packed, causal, 0.5, window, training=False)
+        torch.testing.assert_close(inferred, outputs[1], rtol=1e-5, atol=1e-5)
         gradients = [torch.autograd.grad((output * weight).sum(), qkv) for output in outputs]
         torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
 
@@ -87,8 +90,35 @@ def test_the_kernel_goes_by_type_and_length(dtype: str, keys: int, fused: int, m
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
     monkeypatch.setattr(attention, "_EXPLICIT_UP_TO", 9)
-    attend(*[x.to(getattr(torch, dtype)) for x in random_heads(4, 2, keys)], row_of([keys]), False, 0.3, None)
-    assert len(calls) == fused
+    qkv = [x.to(getattr(torch, dtype)) for x in random_heads(4, 2, keys)]
+    with torch.no_grad():
+        attend(*qkv, row_of([keys]), False, 0.3, None, training=False)
+        assert len(calls) == fused
+        attend(*qkv, row_of([keys]), False, 0.3, None, training=True)
+    assert len(calls) == fused + 1
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [None, 5])
+def test_gradients_in_bfloat16_are_those_of_float32_rounded_once(causal: bool, window: int | None) -> None:
+    """Of the same inputs: nearer than by torch's own backward in bfloat16."""
+    lengths = [33, 33, 7, 1]
+    low = [x.detach().bfloat16().requires_grad_() for x in random_heads(4, 2, sum(lengths))]
+    exact = [x.detach().float().requires_grad_() for x in low]
+    wanted = torch.randn(sum(lengths), 4, low[2].shape[-1], generator=torch.Generator().manual_seed(1)).bfloat16()
+    found = torch.autograd.grad(attend(*low, row_of(lengths), causal, 0.3, window), low, wanted)
+    right = torch.autograd.grad(dense(*exact, lengths, causal, 0.3, window), exact, wanted.float())
+    for got, expected in zip(found, right, strict=True):
+        assert got.dtype == torch.bfloat16
+        torch.testing.assert_close(got.float(), expected, rtol=2**-7, atol=1e-3)
+
+
+def test_in_training_attention_keeps_its_inputs_alone() -> None:
+    qkv = [x.detach().bfloat16().requires_grad_() for x in random_heads(4, 2, 20)]
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        attend(*qkv, row_of([20]), False, 0.3, None)
+    assert sorted(kept) == sorted(x.numel() for x in qkv)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -207,6 +237,14 @@ def test_what_it_cannot_do_it_refuses(name: str) -> None:
     with pytest.raises(ValueError, match=f"'other' models need '{name}'"):
         packed_attention(module, q, k, v, None, packed=row_of([5]), **{name: torch.ones(2)})
     packed_attention(module, q, k, v, None, packed=row_of([5]), **{name: None})
+
+
+def test_it_refuses_dropout_which_a_decoder_would_train_without() -> None:
+    q, k, v = (x[None] for x in random_heads(2, 2, 5))
+    module: Any = SimpleNamespace(config=SimpleNamespace(is_causal=False))
+    with pytest.raises(ValueError, match="set attention_dropout to 0"):
+        packed_attention(module, q, k, v, None, packed=row_of([5]), dropout=0.1)
+    packed_attention(module, q, k, v, None, packed=row_of([5]), dropout=0.0)
 
 
 def test_without_boundaries_it_refuses() -> None:

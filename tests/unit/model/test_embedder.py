@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,36 @@ def test_backends_agree(pooling: Any, backend: Any, tiny_embedder: Callable[...,
 def test_repeats_are_equal_and_in_place(model: Embedder) -> None:
     a, b, c = model.encode(["a", "b", "c"])
     np.testing.assert_allclose(model.encode(["b", "a", "b", "c", "a"]), [b, a, b, c, a], atol=1e-6)
+
+
+def test_repeats_are_encoded_once(model: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    embed = model.embed
+    monkeypatch.setattr(model, "embed", lambda packed: (seen.append(sum(n for n, _ in packed.runs)), embed(packed))[1])
+    assert len(model.encode(["b", "a", "b", "c", "a"])) == 5
+    assert seen == [3]
+
+
+@pytest.mark.parametrize(("threads", "largest"), [(1, 1024), (4, 1024), (16, 4096)])
+def test_a_batch_has_rows_for_all_threads(
+    model: Embedder, monkeypatch: pytest.MonkeyPatch, threads: int, largest: int
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    seen: list[int] = []
+    monkeypatch.setattr(
+        model,
+        "embed",
+        lambda packed: (seen.append(len(packed.ids_T)), torch.zeros(sum(n for n, _ in packed.runs), 1))[1],
+    )
+    model.encode([f"{i} " + "word " * 60 for i in range(200)])
+    assert largest - 64 < max(seen) <= largest
+
+
+def test_a_model_can_be_sent_to_another_process(model: Embedder) -> None:
+    """As the pools of sentence-transformers do it: with its faster classes, which have no name to be found by."""
+    sent = pickle.loads(pickle.dumps(model))
+    assert [type(part) for part in sent.network.modules()] == [type(part) for part in model.network.modules()]
+    np.testing.assert_array_equal(sent.encode(["a", "some words"]), model.encode(["a", "some words"]))
 
 
 def test_chunks_of_a_corpus_meet_in_order(model: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
