@@ -435,10 +435,9 @@ def mining_section(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
                     f"{ratios[what]['median']:.2f} ({ratios[what]['least']:.2f} to {ratios[what]['most']:.2f})"
                     for what in ("whole", "search", "to faiss, search")
                 ),
-                f"{record['added_mb']['ours']:,.0f} / {record['added_mb'][peer]:,.0f}",
             ]
         )
-    head = ["documents", "seconds, ours / ST", "whole", "search", "search, to faiss alone", "MB added, ours / ST"]
+    head = ["documents", "seconds, ours / ST", "whole", "search", "search, to faiss alone"]
     return ["## Mining", "", MINING, "", *table(head, rows), ""]
 
 
