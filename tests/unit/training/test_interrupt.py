@@ -26,9 +26,12 @@ print("still here")
 
 @pytest.fixture
 def handlers() -> Iterator[None]:
+    """Python's own; a process that a shell has started behind it ignores SIGINT."""
+    outside = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
     assert before == {number: signal.getsignal(number) for number in before}
+    signal.signal(signal.SIGINT, outside)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
