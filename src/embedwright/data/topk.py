@@ -106,7 +106,7 @@ def pair_scores(
 @contextmanager
 def _settled() -> Iterator[None]:
     """On the CPU and in true float32, whatever this process has told torch: `set_float32_matmul_precision("medium")`
-    would have products in bfloat16, which lose more than the bounds know of."""
+    lets processors with AMX multiply in bfloat16, which loses more than the bounds know of."""
     backend: Any = torch.backends.mkldnn
     products = backend.matmul
     before = products.fp32_precision

@@ -79,9 +79,15 @@ def test_equals_brute_force_over_tiles_of_the_real_size(product: str, queries: i
 
 
 @pytest.mark.parametrize("precision", ["medium", "high"])
-def test_products_that_torch_may_round_do_not_come_in(product: str, precision: str) -> None:
-    queries, corpus = real(5, 3000, seed=4)
-    corpus = corpus[:1] + 1e-3 * corpus  # scores that bfloat16 does not tell apart
+def test_products_are_never_those_that_torch_may_round(
+    product: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processors with AMX round them; others keep float32, whatever is set."""
+    queries, corpus = real(5, 300)
+    seen: list[str] = []
+    multiplied = topk._product
+    matmul: Any = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009 (torch's stubs have no such name)
+    monkeypatch.setattr(topk, "_product", lambda q, d: (seen.append(matmul.fp32_precision), multiplied(q, d))[1])
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
@@ -89,6 +95,7 @@ def test_products_that_torch_may_round_do_not_come_in(product: str, precision: s
         assert torch.get_float32_matmul_precision() == precision  # as it was set
     finally:
         torch.set_float32_matmul_precision(before)
+    assert set(seen) == {"ieee"}
 
 
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, "meta"])
