@@ -145,9 +145,8 @@ def _runs(record: Mapping[str, Any]) -> list[str]:
         for case, found in record["cases"].items()
     ]
     head = ["run", "memory planned, MB", "measured", "seconds a step planned", "measured"]
-    spread = record["estimated_over_measured"]
     said = ", ".join(
-        f"{name} {spread[what]['median']:.2f} ({spread[what]['least']:.2f} to {spread[what]['most']:.2f})"
+        f"{name} {spread(record['estimated_over_measured'][what])}"
         for what, name in (("memory_mb", "memory"), ("seconds", "seconds"))
     )
     return [f"Planned over measured: {said}.", *table(head, rows)]
@@ -162,6 +161,11 @@ def between(page: str, marks: tuple[str, str], lines: Sequence[str]) -> str:
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """A Markdown table, as lines."""
     return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def spread(ratio: Mapping[str, float]) -> str:
+    """A ratio over its rounds."""
+    return f"{ratio['median']:.2f} ({ratio['least']:.2f} to {ratio['most']:.2f})"
 
 
 # ---- the page
@@ -251,7 +255,7 @@ def encode_section(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
                     f"{found['texts']} / {found['tokens']}",
                     f"{rates['peer']:,.0f} (batch {found['peer_batch']})",
                     f"{rates['ours']:,.0f}",
-                    f"{gain['median']:.2f} ({gain['least']:.2f} to {gain['most']:.2f})",
+                    spread(gain),
                     f"{found['mfu']:.2f} / {found['peer_mfu']:.2f}",
                     f"{cosines['ours']:.6f}" + (f" / {cosines['peer']:.6f}" if "cosine_to_float32" in found else ""),
                     " / ".join(f"{found['distance_to_float32'][side]:.1e}" for side in ("ours", "peer"))
@@ -293,10 +297,7 @@ def split_section(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
     gains, sizes, profiles = [], [], []
     for record in records.values():
         for name, found in record["contributions"].items():
-            steps = [
-                f"{gain['median']:.2f} ({gain['least']:.2f} to {gain['most']:.2f})" for gain in found["gains"].values()
-            ]
-            gains.append([record["dtype"], name, *steps])
+            gains.append([record["dtype"], name, *map(spread, found["gains"].values())])
         sizes.append([record["dtype"], *(f"{rate:,.0f}" for rate in record["batch_tokens"].values())])
         for name, shares in record["profile"].items():
             profiles.append([record["dtype"], name, *(f"{share:.1%}" for share in shares.values())])
@@ -431,10 +432,7 @@ def mining_section(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
             [
                 f"{size['documents']:,} x {size['width']}, {size['queries']} queries",
                 f"{seconds['ours']:.2f} / {seconds[peer]:.2f}",
-                *(
-                    f"{ratios[what]['median']:.2f} ({ratios[what]['least']:.2f} to {ratios[what]['most']:.2f})"
-                    for what in ("whole", "search", "to faiss, search")
-                ),
+                *(spread(ratios[what]) for what in ("whole", "search", "to faiss, search")),
             ]
         )
     head = ["documents", "seconds, ours / ST", "whole", "search", "search, to faiss alone"]

@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from embedwright import kernels
 from embedwright.model.attention import PACKED
-from embedwright.model.linears import faster, listened_to
+from embedwright.model.linears import change, faster, listened_to
 
 # transformers' norms: of the second kind the weight is one more than what is stored, and epsilon has another name
 _NORMS = dict.fromkeys(("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm"), False)
@@ -99,7 +99,5 @@ def speed_up(network: nn.Module) -> None:
     if not kernels.available():
         return
     for module in network.modules():
-        kind: Any = type(module)
-        for names, make in ((_NORMS, _norm), (_ATTENTION, _attention)):
-            if kind.__name__ in names and not hasattr(module, "faster"):
-                module.__class__ = make(kind)
+        change(module, _NORMS, _norm)
+        change(module, _ATTENTION, _attention)

@@ -6,6 +6,7 @@ checkpoint see the `nn.Linear` that they know.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from functools import cache
 from typing import Any, cast
 
@@ -113,6 +114,13 @@ def faster(make: Any, stock: Any, forward: Any) -> Any:
     return type(stock.__name__, (stock,), {"forward": forward, "faster": True, "__reduce_ex__": reduced})
 
 
+def change(module: nn.Module, names: Container[str], make: Any) -> None:
+    """Give a module whose class has one of these names the class that `make` makes of it, in place; once."""
+    kind: Any = type(module)
+    if kind.__name__ in names and not hasattr(module, "faster"):
+        module.__class__ = make(kind)
+
+
 def _instance(make: Any, stock: Any) -> nn.Module:
     kind = make(stock)
     empty: nn.Module = kind.__new__(kind)
@@ -126,6 +134,4 @@ def speed_up(network: nn.Module) -> None:
     for module in network.modules():
         if type(module) is nn.Linear:
             module.__class__ = OneDnnLinear
-        kind: Any = type(module)
-        if kind.__name__ in _GATED and not hasattr(module, "faster"):
-            module.__class__ = _gated(kind)
+        change(module, _GATED, _gated)

@@ -86,8 +86,10 @@ def test_products_are_never_those_that_torch_may_round(
     queries, corpus = real(5, 300)
     seen: list[str] = []
     multiplied = topk._product
-    matmul: Any = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009 (torch's stubs have no such name)
-    monkeypatch.setattr(topk, "_product", lambda q, d: (seen.append(matmul.fp32_precision), multiplied(q, d))[1])
+    backend: Any = torch.backends.mkldnn
+    monkeypatch.setattr(
+        topk, "_product", lambda q, d: (seen.append(backend.matmul.fp32_precision), multiplied(q, d))[1]
+    )
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
