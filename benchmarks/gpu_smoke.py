@@ -47,8 +47,9 @@ TOLERANCES = {
 }
 NO_WORSE = 1.1  # times sentence-transformers' own distance from float32, in bfloat16
 CHECK_TOKENS = 2000
-QUERIES = 256  # of a training step, each with a passage and a negative
-SIZES = (0, 32, 128)  # mini-batches of the peer's cached loss; 0 is the plain one
+QUERIES = 64  # of a training step, each with a passage and a negative
+PART = 4096  # tokens of it at a time, where it is not one forward
+SIZES = (0, 16, 64)  # mini-batches of the peer's cached loss; 0 is the plain one
 BATCHES = (16_384, 32_768, 65_536)  # batch_tokens of encode
 
 
@@ -208,11 +209,8 @@ def training(folder: Path, count: int) -> dict[str, Any]:
     """A step of LoRA on all linear layers: as benchmarks/train.py on a CPU, with the peer's fastest setting."""
     mine = train.Ours(None, "bfloat16", "cuda")
     texts = train.triples(mine.model, QUERIES)
-    runs: dict[str, Callable[[], Any]] = {
-        "ours": lambda: mine.step(texts, train.WHOLE),
-        "ours, 16,384 tokens at a time": lambda: mine.step(texts, 16_384),
-    }
-    losses = {name: mine.backward(texts, budget) for name, budget in zip(runs, (train.WHOLE, 16_384), strict=True)}
+    budgets = {"ours": train.WHOLE, f"ours, {PART:,} tokens at a time": PART}
+    losses = {name: mine.backward(texts, budget) for name, budget in budgets.items()}
     train.gradients(mine.backbone)
     searched: dict[tuple[str, int], float] = {}
     for kind, size in product(train.KINDS["bfloat16"], SIZES):
@@ -223,6 +221,9 @@ def training(folder: Path, count: int) -> dict[str, Any]:
         torch.cuda.empty_cache()
     kind, size = min(searched, key=lambda setting: searched[setting])
     peer = train.Peer(folder, "bfloat16", kind, size, "cuda")
+    runs: dict[str, Callable[[], Any]] = {
+        name: lambda budget=budget: mine.step(texts, budget) for name, budget in budgets.items()
+    }
     runs["peer"] = lambda: peer.step(texts)
     _synchronized(runs, 1)
     seconds = _synchronized(runs, count)

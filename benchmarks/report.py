@@ -205,7 +205,13 @@ GPU_NOT_MEASURED = [
 ]
 GPU_MEASURED = """\
 One GPU, bfloat16, mixed texts, `make gpu-smoke`. MFU: of the linear layers, over a large product on that GPU. MB: what
-encoding adds to the model. Cosine: the smallest to our float32."""
+encoding, or a step of training, adds to the model. Cosine: the smallest to our float32."""
+GPU_TRAINING = """\
+LoRA on all linear layers of {model}:
+{queries} queries, each with a passage and a negative, {tokens:,} tokens. ST at its fastest of {settings} settings
+({kind}, mini-batch: {mini_batch}). In parts this small model pays for launches, not for tokens: a part takes as
+long as all.
+"""
 ENCODE = """\
 `queries` have an instruction in front, `passages` are long, `mixed` has as many of the one as of the other, without
 instruction. MFU: FLOPs of the linear layers alone, over those of the fastest matrix product that this machine showed
@@ -378,7 +384,7 @@ def gpu_section(record: Mapping[str, Any]) -> list[str]:
     head = ["model", "side", "tokens", "batch", "tokens/s", "ours is faster by", "MFU", "MB", "cosine"]
     checks = [[name, f"{seen:.1e}"] for name, seen in record["checks"].items()]
     step = record.get("train")
-    trained = [] if step is None else ["", *_gpu_training(step)]
+    trained = [] if step is None else ["", *_gpu_training(step, next(iter(record["encode"])))]
     return [
         "## GPU",
         "",
@@ -394,12 +400,14 @@ def gpu_section(record: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _gpu_training(step: Mapping[str, Any]) -> list[str]:
+def _gpu_training(step: Mapping[str, Any], model: str) -> list[str]:
     rows = [
         [side, f"{rate:,.0f}", f"{step['ours_is_faster'].get(side, {'median': 1})['median']:.2f}", f"{mb:,.0f}"]
         for (side, rate), mb in zip(step["tokens_per_second"].items(), step["step_mb"].values(), strict=True)
     ]
-    return table(["training step", "tokens/s", "faster than ST by", "MB"], rows)
+    named = step["peer_setting"] | {"settings": len(step["peer_search_seconds"]), "model": model}
+    said = GPU_TRAINING.format(**named, queries=step["queries"], tokens=step["tokens"])
+    return [said, *table(["training step", "tokens/s", "faster than ST by", "MB"], rows)]
 
 
 def _cut_off(record: Mapping[str, Any]) -> list[str]:
