@@ -143,8 +143,8 @@ def compared(case: str, folder: Path) -> dict[str, Any]:
     [found] = estimate(asked, stages, sizes, devices=[device])
     # torch counts what a GPU holds; what a CPU holds is counted by process
     seen = measured(asked) if cuda else in_own_process(["--case", case, "--folder", str(folder)])
-    cached = tokens.step > asked.run.batch_tokens
-    flops = flops_of(asked, sizes, tokens.step, tokens.squares, cached=cached)
+    again = max(0, 1 - asked.run.batch_tokens / tokens.step)
+    flops = flops_of(asked, sizes, tokens.step, tokens.squares, again=again)
     in_head = 0.0 if asked.run.precision == "fp32" else seconds_of(replace(flops, decoder=0), device, "fp32")
     others = flops.decoder + (0 if in_head else flops.head)
     return {

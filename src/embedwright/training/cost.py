@@ -292,11 +292,11 @@ class Flops:
     head: float
 
 
-def flops_of(recipe: Recipe, sizes: Sizes, tokens: float, squares: float, *, cached: bool) -> Flops:
+def flops_of(recipe: Recipe, sizes: Sizes, tokens: float, squares: float, *, again: float) -> Flops:
     """Of one step over so many tokens, the squared lengths of whose texts sum to `squares`.
 
     A matrix costs two for each weight and token, forward; as much again for the gradient of its input, and of itself
-    where it is trained. `cached`: the batch exceeds `batch_tokens` and is encoded once more, without a graph.
+    where it is trained. `again`: the share of the tokens that GradCache encodes twice, the first time without a graph.
     """
     tune, head = recipe.tune, sizes.pooling
     linear = 2 * sizes.linear * tokens
@@ -308,9 +308,9 @@ def flops_of(recipe: Recipe, sizes: Sizes, tokens: float, squares: float, *, cac
         pooling += 4 * head.attention.to_q.out_features * len(head.latents) * tokens
     elif isinstance(head, SelfPooling):
         pooling += 4 * head.attention.to_q.out_features * squares
-    forwards = 1 + cached + tune.gradient_checkpointing
+    forwards = 1 + again + tune.gradient_checkpointing
     backward = linear * (2 if tune.method == "full" else 1) + 2 * adapters + 2.5 * attention  # five products for two
-    return Flops(forwards * (linear + adapters + attention) + backward, (3 + cached) * pooling)
+    return Flops(forwards * (linear + adapters + attention) + backward, (3 + again) * pooling)
 
 
 def seconds_of(flops: Flops, device: Device, precision: Precision, processes: int = 1) -> float:

@@ -1,7 +1,8 @@
 """Any batch in bounded memory, with the gradient of the whole batch: GradCache (arXiv 2101.06983).
 
 First the embeddings without a graph, micro-batch by micro-batch; the loss and its gradient on all of them; then each
-micro-batch again, with its graph, against its slice of that gradient.
+micro-batch again, with its graph, against its slice of that gradient. One of them needs no second time: the last to be
+embedded keeps its graph, and is the first to give it up.
 """
 
 from __future__ import annotations
@@ -36,15 +37,17 @@ def backward(
         torch.manual_seed(seed + index)
         return embed(micro_batches[index])
 
-    once = len(micro_batches) == 1  # its graph may stay
-    with torch.set_grad_enabled(once), syncing(once):
-        parts = [run(i) for i in range(len(micro_batches))]
-    cached_NE = torch.cat([part.detach() for part in parts]).requires_grad_()
+    last = len(micro_batches) - 1
+    with torch.no_grad(), syncing(False):
+        others = [run(i) for i in range(1, last + 1)]
+    with syncing(last == 0):
+        first = run(0)
+    cached_NE = torch.cat([first.detach(), *others]).requires_grad_()
     loss = loss_of(cached_NE)
     loss.backward()
     assert cached_NE.grad is not None
-    gradients = (cached_NE.grad * processes).split([len(part) for part in parts])
+    gradients = (cached_NE.grad * processes).split([len(part) for part in (first, *others)])
     for i, gradient in enumerate(gradients):
-        with syncing(i == len(gradients) - 1):
-            (parts[0] if once else run(i)).backward(gradient)
+        with syncing(i == last):
+            (run(i) if i else first).backward(gradient)
     return loss.item()

@@ -152,8 +152,8 @@ def _memory(recipe: Recipe, number: int, stage: StagePlan, sizes: Sizes, device:
 
 def _flops(recipe: Recipe, stage: StagePlan, sizes: Sizes, processes: int) -> Flops:
     tokens = _of(stage)
-    cached = tokens.shared and tokens.step > processes * recipe.run.batch_tokens
-    return flops_of(recipe, sizes, tokens.step, tokens.squares, cached=cached)
+    again = max(0, 1 - processes * recipe.run.batch_tokens / tokens.step) if tokens.shared else 0
+    return flops_of(recipe, sizes, tokens.step, tokens.squares, again=again)
 
 
 def _of(stage: StagePlan) -> Tokens:

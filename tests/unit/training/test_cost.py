@@ -379,14 +379,12 @@ def test_flops_are_those_that_torch_counts(
     recipe, model = made("llama", pooling, method, rank=1, checkpointing=checkpointing)
     counted = _flops(lambda: model.network.embed(packed).sum().backward())
     squares = TEXTS * LENGTH**2
-    found = _sum(flops_of(recipe, sizes_of(recipe), TOKENS, squares, cached=False))
+    found = _sum(flops_of(recipe, sizes_of(recipe), TOKENS, squares, again=0))
     scores = 2 * 3 * 32 * squares  # fused kernels make them again for the backward: 3 layers, 4 heads of 8
     assert found == pytest.approx(counted + scores, rel=0.05)
     with torch.no_grad():
         again = _flops(lambda: model.network.embed(packed))
-    assert _sum(flops_of(recipe, sizes_of(recipe), TOKENS, squares, cached=True)) - found == pytest.approx(
-        again, rel=0.05
-    )
+    assert _sum(flops_of(recipe, sizes_of(recipe), TOKENS, squares, again=1)) - found == pytest.approx(again, rel=0.05)
 
 
 def _sum(flops: Flops) -> float:
@@ -402,7 +400,7 @@ def _flops(run: Callable[[], Any]) -> int:
 def test_causal_attention_sees_half(made: Any) -> None:
     both, causal = (made(attention=kind)[0] for kind in ("bidirectional", "causal"))
     few, many = 100.0, 1e9
-    of = lambda recipe, squares: flops_of(recipe, sizes_of(recipe), 10, squares, cached=False).decoder  # noqa: E731
+    of = lambda recipe, squares: flops_of(recipe, sizes_of(recipe), 10, squares, again=0).decoder  # noqa: E731
     assert of(causal, many) - of(causal, few) == pytest.approx((of(both, many) - of(both, few)) / 2)
 
 
@@ -416,7 +414,7 @@ def test_the_pooling_block_computes_in_float32() -> None:
 
 def test_the_pooling_block_is_counted_apart(made: Any) -> None:
     plain, latent = (made("llama", pooling)[0] for pooling in ("mean", "latent"))
-    few, many = (flops_of(recipe, sizes_of(recipe), 10, 100, cached=False) for recipe in (plain, latent))
+    few, many = (flops_of(recipe, sizes_of(recipe), 10, 100, again=0) for recipe in (plain, latent))
     assert few.decoder == many.decoder and few.head == 0
     # to_q, to_out, widen, narrow, and products with 6 keys and values; forward, gradients of inputs and of weights
     assert many.head == 3 * 10 * 2 * (32 * 32 + 32 * 32 + 32 * 2 * 64 + 64 * 32 + 2 * 6 * 32)
