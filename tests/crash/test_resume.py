@@ -97,7 +97,7 @@ def evaluations(folder: Path) -> list[Any]:
     return [(r["stage"], r["step"], r["suite"], r["results"]["rows"]) for r in records]
 
 
-@pytest.mark.parametrize("kills", [8, pytest.param(40, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [3, pytest.param(40, marks=pytest.mark.long)])
 def test_a_run_that_is_killed_again_and_again_equals_an_unbroken_one(
     tmp_path: Path, tiny_decoder: Callable[..., Path], kills: int
 ) -> None:

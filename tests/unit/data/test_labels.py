@@ -34,11 +34,14 @@ def test_a_row_draws_the_same_whatever_the_hash_seed_is() -> None:
         "rows = [(f'text {i} of class {c}', f'class {c}') for i in range(9) for c in range(5)]\n"
         "print(hash('x'), label_triples(rows, task='t', seed=3))"
     )
-    outputs = []
-    for hash_seed in ("1", "2"):
-        environment = os.environ | {"PYTHONHASHSEED": hash_seed}
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-        outputs.append(done.stdout.split(" ", 1))
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": seed}, stdout=subprocess.PIPE, text=True
+        )
+        for seed in ("1", "2")
+    ]
+    outputs = [process.communicate()[0].split(" ", 1) for process in running]
+    assert [process.returncode for process in running] == [0, 0]
     assert outputs[0][0] != outputs[1][0]  # the hash seeds did differ
     assert outputs[0][1] == outputs[1][1]
 
