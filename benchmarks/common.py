@@ -41,11 +41,9 @@ def bind_threads() -> None:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on. ValueError where torch has fewer threads than this process has cores."""
+    """What the figures depend on."""
     import torch
 
-    if torch.get_num_threads() < len(CORES) and "OMP_NUM_THREADS" not in os.environ:
-        raise ValueError(f"torch has {torch.get_num_threads()} threads on {len(CORES)} cores: not a fair measurement")
     return {
         "cpu": cpu_name(),
         "cores": len(CORES),
@@ -71,8 +69,15 @@ def bind_main_thread() -> None:
     """This thread to its first core, where a bound OpenMP takes it to be; to be called behind all imports.
 
     Importing embedwright undoes it, so that the runtimes of other libraries see all cores. A main thread that moves
-    shares a core with one of its own workers whenever another process is busy.
+    shares a core with one of its own workers whenever another process is busy. ValueError where torch has fewer threads
+    than this process has cores: before anything is measured.
     """
+    import torch
+
+    siblings = [Path(f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list") for core in CORES]
+    cores = len({path.read_text() if path.is_file() else path for path in siblings})
+    if torch.get_num_threads() < cores and "OMP_NUM_THREADS" not in os.environ:
+        raise ValueError(f"torch has {torch.get_num_threads()} threads on {cores} cores: not a fair measurement")
     os.sched_setaffinity(0, {min(CORES)})
 
 

@@ -29,9 +29,9 @@ import peft  # noqa: E402, F401 (what training imports counts as libraries)
 import torch  # noqa: E402
 from texts import source, text_set  # noqa: E402
 
-from embedwright.training.cost import GPUS, Device, flops_of, seconds_of, sizes_of, this_cpu  # noqa: E402
+from embedwright.training.cost import GPUS, Device, seconds_of, sizes_of, this_cpu  # noqa: E402
 from embedwright.training.loop import train  # noqa: E402
-from embedwright.training.plan import estimate, plan, with_tokens  # noqa: E402
+from embedwright.training.plan import estimate, plan, step_flops, with_tokens  # noqa: E402
 from embedwright.training.recipe import Recipe  # noqa: E402
 
 MODEL = "smollm2-135m"
@@ -143,8 +143,7 @@ def compared(case: str, folder: Path) -> dict[str, Any]:
     [found] = estimate(asked, stages, sizes, devices=[device])
     # torch counts what a GPU holds; what a CPU holds is counted by process
     seen = measured(asked) if cuda else in_own_process(["--case", case, "--folder", str(folder)])
-    again = max(0, 1 - asked.run.batch_tokens / tokens.step)
-    flops = flops_of(asked, sizes, tokens.step, tokens.squares, again=again)
+    flops = step_flops(asked, stages[0], sizes)
     in_head = 0.0 if asked.run.precision == "fp32" else seconds_of(replace(flops, decoder=0), device, "fp32")
     others = flops.decoder + (0 if in_head else flops.head)
     return {

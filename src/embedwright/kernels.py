@@ -234,7 +234,7 @@ def _fault() -> str | None:
         return "EMBEDWRIGHT_KERNELS=off"
     try:
         fault = _wrong()
-    except (OSError, AttributeError, subprocess.SubprocessError) as error:
+    except (OSError, AttributeError, RuntimeError, subprocess.SubprocessError) as error:  # Runtime: no home folder
         fault = str(error)
     if fault is not None:
         logger.warning("kernels for this processor are not used (%s): stock torch, slower", fault)

@@ -1,4 +1,4 @@
-"""oneDNN's matrix product on CPUs: torch's float32 default, MKL, runs its slow code on AMD (1.1x to 2.3x lost there).
+"""oneDNN's matrix product on CPUs: torch's float32 default, MKL, runs slow code on AMD.
 
 oneDNN takes the plain weight at 92 % and more of the speed of a reordered one from 256 rows on
 (`benchmarks/linears.py`), so nothing is prepared.

@@ -260,6 +260,16 @@ def test_without_a_compiler_that_is_said_once(
     assert not list(tmp_path.rglob("*.so"))
 
 
+def test_without_a_home_folder_they_are_not_used(forgotten: None, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("EMBEDWRIGHT_CACHE", raising=False)
+    monkeypatch.delenv("EMBEDWRIGHT_KERNELS", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert not kernels.available() and "home directory" in kernels.described()
+
+
 def test_they_can_be_left_out(forgotten: None, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     monkeypatch.setenv("EMBEDWRIGHT_KERNELS", "off")
     assert not kernels.available() and kernels.described() == "not used: EMBEDWRIGHT_KERNELS=off"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count, islice
@@ -111,8 +112,8 @@ def encode_texts(
     """
     size = min(_LARGEST_BLOCK, max(_BLOCK, total // _BLOCKS))
     rows = [min(size, total - start) for start in range(0, total, size)]
-    home, width = (None, 0) if folder is None or not total else _home(folder, encoder, texts())
-    given = iter(texts())
+    home, width, digests = (None, 0, []) if folder is None or not total else _home(folder, encoder, texts(), rows)
+    given, digest = iter(texts()), hashlib.sha256()
     blocks: list[NDArray[Any] | Path] = []
     for number, wanted in enumerate(rows):
         chunk = list(islice(given, wanted))
@@ -125,40 +126,61 @@ def encode_texts(
             blocks.append(vectors_NE)
         else:
             blocks.append(path)
+            _add(digest, chunk)
+            if digest.hexdigest() != digests[number]:
+                raise ValueError(f"of {total} texts, the corpus gave others when it was read again")
             if not _complete(path, (wanted, width)):
                 _save(path, encode_finite(encoder, chunk))
         advance(wanted)
     return Vectors(blocks, rows, width)
 
 
-def _home(folder: Path, encoder: Encoder, texts: Iterable[str]) -> tuple[Path, int]:
-    """The folder below `folder` of these texts by this model, made where there is none, and the vectors' width."""
-    digest, total = hashlib.sha256(), 0
+def _home(folder: Path, encoder: Encoder, texts: Iterable[str], rows: Sequence[int]) -> tuple[Path, int, list[str]]:
+    """The folder below `folder` of these texts by this model, made where there is none; the vectors' width; and a
+    digest of the texts up to the end of each block of so many `rows`."""
+    given, digest = iter(texts), hashlib.sha256()
+    digests: list[str] = []
     first: list[str] = []
     longest: list[str] = []
-    for text in texts:
-        raw = text.encode(errors="surrogatepass")
-        digest.update(len(raw).to_bytes(8, "little") + raw)
-        if total < _PROBES:
-            first.append(text)
-        elif len(longest) < _PROBES or len(text) > len(longest[0]):
-            longest = sorted([*longest, text], key=len)[-_PROBES:]
-        total += 1
+    for wanted in rows:
+        chunk = list(islice(given, wanted))
+        _add(digest, chunk)
+        digests.append(digest.hexdigest())
+        for text in chunk:
+            if len(first) < _PROBES:
+                first.append(text)
+            elif len(longest) < _PROBES or len(text) > len(longest[0]):
+                longest = sorted([*longest, text], key=len)[-_PROBES:]
     probes_NE = encode_finite(encoder, [*first, *longest])
+    manifest = {"texts": sum(rows), "sha256": digests[-1], "dimension": probes_NE.shape[1]}
     for number in count():
-        home = folder / f"{digest.hexdigest()[:16]}-{number}"
+        home = folder / f"{digests[-1][:16]}-{number}"
         if not home.exists():
-            break
+            _make(home, manifest, probes_NE)
         if _same(np.load(home / "probes.npy"), probes_NE):
-            logger.info("%s: vectors of the same texts by the same model", home)
-            return home, probes_NE.shape[1]
+            logger.info("%s: vectors of these texts by this model", home)
+            return home, probes_NE.shape[1], digests
+    raise AssertionError("there is always a next number")
+
+
+def _make(home: Path, manifest: dict[str, Any], probes_NE: NDArray[np.float32]) -> None:
+    """A folder without blocks, whole or not there; or another process's, where one made it in the meantime."""
     new = aside(home)
     new.mkdir(parents=True)
     np.save(new / "probes.npy", probes_NE)
-    manifest = {"texts": total, "sha256": digest.hexdigest(), "dimension": probes_NE.shape[1]}
     (new / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    new.rename(home)
-    return home, probes_NE.shape[1]
+    try:
+        new.rename(home)
+    except OSError:
+        shutil.rmtree(new)
+        if not home.exists():
+            raise
+
+
+def _add(digest: Any, texts: Iterable[str]) -> None:
+    for text in texts:
+        raw = text.encode(errors="surrogatepass")
+        digest.update(len(raw).to_bytes(8, "little") + raw)
 
 
 def _same(then_NE: NDArray[np.float32], now_NE: NDArray[np.float32]) -> bool:

@@ -84,7 +84,7 @@ def _gated(stock: Any) -> Any:
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled("cpu")
             and all(part.weight.dtype == x.dtype and type(part) is OneDnnLinear for part in parts)
-            and not listened_to(*parts, self.act_fn)
+            and not listened_to(*parts, self.act_fn, self.down_proj)
         )
         if plain and x.dtype == torch.float32:
             made = [written_over(self, rows_SD) for rows_SD in x.reshape(-1, x.shape[-1]).split(_GATED_ROWS)]

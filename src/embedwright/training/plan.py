@@ -131,7 +131,7 @@ def estimate(
                 key=lambda memory: memory.total,
             ),
             tuple(
-                seconds_of(_flops(recipe, stage, sizes, processes), device, run.precision, processes)
+                seconds_of(step_flops(recipe, stage, sizes, processes), device, run.precision, processes)
                 for stage in stages
             ),
         )
@@ -150,7 +150,8 @@ def _memory(recipe: Recipe, number: int, stage: StagePlan, sizes: Sizes, device:
     return memory_of(recipe, sizes, micro_batch, device.kind, scores=scores, processes=processes)
 
 
-def _flops(recipe: Recipe, stage: StagePlan, sizes: Sizes, processes: int) -> Flops:
+def step_flops(recipe: Recipe, stage: StagePlan, sizes: Sizes, processes: int = 1) -> Flops:
+    """Of one step of a stage whose tokens are known."""
     tokens = _of(stage)
     again = max(0, 1 - processes * recipe.run.batch_tokens / tokens.step) if tokens.shared else 0
     return flops_of(recipe, sizes, tokens.step, tokens.squares, again=again)

@@ -95,6 +95,28 @@ def test_texts_that_change_while_they_are_read(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="of 23 texts, the corpus gave fewer"):
         encode_texts(Teacher(), fewer, 23)
+    times = iter([TEXTS, [*TEXTS[:7], "text 99", *TEXTS[8:]], TEXTS, TEXTS])
+    with pytest.raises(ValueError, match="of 23 texts, the corpus gave others"):
+        encode_texts(Teacher(), lambda: next(times), 23, folder=tmp_path)
+    (home,) = tmp_path.iterdir()
+    assert [path.name for path in home.glob("block-*")] == ["block-00000.npy"]  # no vector of another text is kept
+    found = encode_texts(Teacher(), lambda: next(times), 23, folder=tmp_path)
+    assert np.array_equal(rows_of(found), rows_of(encode(Teacher())))
+
+
+def test_two_runs_may_begin_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    aside = vectors.aside
+
+    def late(path: Path) -> Path:
+        monkeypatch.setattr(vectors, "aside", aside)
+        encode(Teacher(), tmp_path)  # the other run, behind our look and before our renaming
+        return aside(path)
+
+    monkeypatch.setattr(vectors, "aside", late)
+    found = encode(Teacher(), tmp_path)
+    assert np.array_equal(rows_of(found), rows_of(encode(Teacher())))
+    (home,) = tmp_path.iterdir()
+    assert len(list(home.iterdir())) == 7
 
 
 def test_tiles_join_small_blocks_and_part_large_ones() -> None:

@@ -220,24 +220,32 @@ def test_a_gated_block_is_the_stock_one_otherwise(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("listened", ["gate_proj", "up_proj", "act_fn"])
+@pytest.mark.parametrize("listened", ["gate_proj", "up_proj", "act_fn", "down_proj"])
 def test_a_hook_in_a_gated_block_is_called_and_keeps_what_it_was_handed(listened: str, dtype: torch.dtype) -> None:
     stock, fast = (part.to(dtype) for part in block("llama"))
     handed: list[Any] = []
     for part in (stock, fast):
         part.get_submodule(listened).register_forward_hook(lambda *call: handed.append(call[2]))
-    x = torch.randn(7, 48).to(dtype)
+    x = torch.randn(1, 600, 48).to(dtype)  # more rows than a slice
     with torch.inference_mode():
         torch.testing.assert_close(fast(x), stock(x))
     torch.testing.assert_close(*handed)
 
 
 @pytest.mark.parametrize("mode", ["inference", "gradients", "training"])
-def test_a_gated_block_takes_float32_rows_in_slices_for_inference_alone(mode: str) -> None:
+def test_a_gated_block_takes_float32_rows_in_slices_for_inference_alone(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stock, fast = (part.float() for part in block("llama"))
     fast.train(mode == "training")  # slices would draw other dropout masks than the whole
     rows: list[int] = []
-    fast.get_submodule("down_proj").register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[-2]))
+    down, product = fast.get_submodule("down_proj"), OneDnnLinear.forward
+
+    def counted(self: OneDnnLinear, x: torch.Tensor) -> torch.Tensor:
+        rows.extend([x.shape[-2]] if self is down else [])
+        return product(self, x)
+
+    monkeypatch.setattr(OneDnnLinear, "forward", counted)
     x = torch.randn(1, 1100, 48)
     with torch.set_grad_enabled(mode == "gradients"):
         torch.testing.assert_close(fast(x), stock(x))

@@ -106,7 +106,7 @@ def test_one_micro_batch_is_a_plain_backward(
     assert difference(grads(model), plain) == 0
 
 
-def test_gradients_are_added_and_each_graph_is_freed(
+def test_gradients_are_added_and_all_but_the_first_micro_batch_are_embedded_twice(
     make: Callable[[float], Embedder], micro_batches: list[PackedTexts]
 ) -> None:
     model = make(0.0)

@@ -201,7 +201,7 @@ def test_a_step_costs_its_tokens(tiny: Any) -> None:
     assert shared.memory.activations < 0.6 * found.memory.activations
 
 
-def test_a_batch_beyond_batch_tokens_takes_less_memory_and_one_forward_more(tiny: Any) -> None:
+def test_a_batch_beyond_batch_tokens_takes_less_memory_and_a_second_forward_of_what_is_beyond(tiny: Any) -> None:
     whole, parts = tiny(), tiny(batch_tokens=40)
     stages, sizes = with_tokens(whole, plan(whole)), sizes_of(whole)
     assert min(stage.tokens.step for stage in stages) > 40 > max(k.longest for k in stages[0].tokens.kinds.values())
