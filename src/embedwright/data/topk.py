@@ -1,8 +1,9 @@
 """Exact inner-product search in tiles: the corpus passes once, in order, and no more than a tile of scores is held.
 
-Tiles are multiplied coarsely: in int8 where the processor has it, which is four times as fast, else in float32. So a
-tile only nominates: what may be among a query's best, by a bound of what either vector lost, is scored in float64. The
-result is that of brute force, whatever the tiles were.
+Tiles are multiplied coarsely: in int8 where the processor has it, which is four times as fast, else in float32; by
+faiss where there are no kernels, as it ranks faster than stock torch. So a tile only nominates: what may be among a
+query's best, by a bound of what either vector lost, is scored in float64. The result is that of brute force, whatever
+the tiles were.
 
 `Q` queries, `C` documents of the corpus, `E` embedding, `N` documents of a tile, `F` pairs of a query and a document,
 `K` the best of one query, `W` these and what is taken into them.
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import faiss
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,8 @@ from embedwright.data.vectors import Vectors, as_tensor, as_vectors
 
 _QUERIES = 512  # queries and documents of a tile of products: 4 MB, which a processor's last cache holds
 _DOCUMENTS = 2048
+_FAISS_DOCUMENTS = 16_384  # of a tile that faiss searches
+_SPARE = 16  # documents that it finds beyond the best, so that none that is as good is left out
 _VAIN = 0.2  # of the pairs of a tile: to score more of them for nothing takes longer than float32, which spares that
 _WIDEST = 2**17  # numbers of a vector, for the product of two in int8 to stay within int32
 _ROWS = 256  # worked on at a time, so that what is made of them stays in a core's own cache
@@ -43,7 +47,8 @@ def top_k(
     the order of the corpus, also where the cut falls between them. `k` is cut to the size of the corpus.
 
     `corpus` (C, E) may be larger than memory: beside it and the result, this holds a tile of it (2048 documents), 4 MB
-    for products, and 9 E + 12 k bytes per query; without the kernels up to 100 MB more.
+    for products, and 9 E + 12 k bytes per query. Without the kernels the tile has 16,384 documents, and what was found
+    is read a second time.
 
     Raises ValueError where the widths differ, `k` < 1, or a vector is not finite, with its row.
     """
@@ -56,14 +61,55 @@ def top_k(
     k = min(k, len(vectors))
     if not len(queries_QE) or not k:
         return np.empty((len(queries_QE), k), np.float32), np.empty((len(queries_QE), k), np.int64)
+    _check(as_tensor(queries_QE).norm(dim=1), "query", 0)
     with _settled():
-        best = _searched(as_tensor(queries_QE), vectors, k)
-        ordered = [_ordered(some.scores_QK.numpy(), some.rows_QK.numpy()) for some in best]
-    return np.concatenate([scores for scores, _ in ordered]), np.concatenate([rows for _, rows in ordered])
+        if kernels.available():
+            return _searched(queries_QE, vectors, k)
+        scores_QK, rows_QK, sure_Q = _by_faiss(queries_QE, vectors, k)
+        if not sure_Q.all():
+            scores_QK[~sure_Q], rows_QK[~sure_Q] = _searched(queries_QE[~sure_Q], vectors, k)
+    return scores_QK, rows_QK
 
 
-def _searched(query_QE: Tensor, vectors: Vectors, k: int) -> list[_Best]:
-    _check(query_QE.norm(dim=1), "query", 0)
+def _by_faiss(
+    queries_QE: NDArray[np.float32], vectors: Vectors, k: int
+) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.bool_]]:
+    """What `top_k` returns, and of each query whether it is sure: what faiss left out, by its float32 scores, is worse
+    than the last of the best by more than those are off. Where many score alike, it is not."""
+    kept, longest = k + _SPARE, 0.0
+    near_QW = np.empty((len(queries_QE), 0), np.float32)
+    rows_QW = np.empty(near_QW.shape, np.int64)
+    for first, documents_NE in vectors.tiles(_FAISS_DOCUMENTS):
+        length_N = as_tensor(documents_NE).norm(dim=1)
+        _check(length_N, "document", first)
+        longest = max(longest, float(length_N.max()))
+        most = min(kept, len(documents_NE))
+        found_QW, own_QW = faiss.knn(queries_QE, documents_NE, most, metric=faiss.METRIC_INNER_PRODUCT)
+        near_QW = np.concatenate((near_QW, found_QW), axis=1)
+        rows_QW = np.concatenate((rows_QW, own_QW + first), axis=1)
+        if near_QW.shape[1] > kept:
+            best_QW = np.argpartition(-near_QW, kept - 1, axis=1)[:, :kept]
+            near_QW = np.take_along_axis(near_QW, best_QW, axis=1)
+            rows_QW = np.take_along_axis(rows_QW, best_QW, axis=1)
+    query_F = np.arange(len(queries_QE)).repeat(rows_QW.shape[1])
+    exact_QW = pair_scores(queries_QE, vectors, query_F, rows_QW.ravel()).reshape(rows_QW.shape)
+    exact_QW, rows_QW = _ordered(exact_QW, rows_QW)
+    off_Q = _slack(queries_QE.shape[1]) * np.linalg.norm(queries_QE, axis=1) * longest + _TINY
+    sure_Q = exact_QW[:, k - 1] > near_QW.min(1) + off_Q
+    return exact_QW[:, :k].copy(), rows_QW[:, :k].copy(), sure_Q | (len(vectors) <= kept)
+
+
+def _slack(width: int) -> float:
+    """Of two lengths' product: what a sum of so many products in float32, in whatever order, and the rounding of
+    lengths, bounds and scores are off at most. 1 % is for the lengths themselves."""
+    return float(1.01 * 2.0**-24 * (width + 64))
+
+
+def _searched(
+    queries_QE: NDArray[np.float32], vectors: Vectors, k: int
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """What `top_k` returns, by tiles of our own products."""
+    query_QE = as_tensor(queries_QE)
     in_whole = kernels.available() and onednn.whole_available() and vectors.shape[1] <= _WIDEST
     best: list[_Best] = []
     pause = left = 0  # tiles in float32 where int8 tells too little apart; then it is tried again, ever more rarely
@@ -80,7 +126,8 @@ def _searched(query_QE: Tensor, vectors: Vectors, k: int) -> list[_Best]:
             left -= 1
         elif vain > _VAIN * len(query_QE) * len(document_NE):
             pause = left = 2 * pause + 1
-    return best
+    ordered = [_ordered(some.scores_QK.numpy(), some.rows_QK.numpy()) for some in best]
+    return np.concatenate([scores for scores, _ in ordered]), np.concatenate([rows for _, rows in ordered])
 
 
 def pair_scores(
@@ -159,9 +206,8 @@ class _Best:
         """What makes a product of two vectors the most that their score can be, as `kernels.rank` reads it.
 
         With q = a + d and x = m + b + e, where a and b are what is multiplied, q x is a b + q m, and |d| |b + e| + |a|
-        |e| by Cauchy-Schwarz; beside it the sum of E products in float32, by E units in the last place of |q| |x - m|
-        in whatever order, and the rounding of lengths, bounds and scores. 1 % is for the lengths themselves."""
-        slack = 1.01 * 2.0**-24 * (len(mean_E) + 64)
+        |e| by Cauchy-Schwarz; beside it what float32 loses of |q| |x - m|. 1 % is for the lengths themselves."""
+        slack = _slack(len(mean_E))
         off_Q = 1.01 * query.lost_N + slack * query.moved_N
         shift_Q = (self.exact_QE @ mean_E.double()).float() + slack * query.moved_N * mean_E.norm()
         return query.scale_N, off_Q, 1.01 * (query.moved_N + query.lost_N), shift_Q

@@ -40,12 +40,15 @@ def whole(queries: int, documents: int, width: int = 4) -> tuple[np.ndarray, np.
     return tuple(random.integers(-2, 3, (n, width)).astype(np.float32) for n in (queries, documents))
 
 
-@pytest.fixture(params=["int8", "float32", "float32, no kernels"])
+@pytest.fixture(params=["int8", "float32", "float32, faiss", "float32, torch"])
 def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What tiles are multiplied in, and ranked by."""
     dtype, _, without = request.param.partition(", ")
     if without:
         monkeypatch.setattr(kernels, "available", lambda: False)
+        if without == "torch":  # for all queries, not for those alone that faiss is not sure of
+            found = topk._by_faiss
+            monkeypatch.setattr(topk, "_by_faiss", lambda *given: (*found(*given)[:2], np.zeros(len(given[0]), bool)))
     elif not kernels.available():
         pytest.skip(f"kernels {kernels.described()}")
     if dtype == "float32":
@@ -59,7 +62,8 @@ def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def small_tiles(product: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles so small that a few hundred vectors cross many of them. What is scored in vain is never too much."""
-    for name, size in (("_QUERIES", 8), ("_DOCUMENTS", 80), ("_ROWS", 16), ("_VAIN", 1)):
+    sizes = {"_QUERIES": 8, "_DOCUMENTS": 80, "_ROWS": 16, "_VAIN": 1, "_FAISS_DOCUMENTS": 90, "_SPARE": 3}
+    for name, size in sizes.items():
         monkeypatch.setattr(topk, name, size)
 
 
@@ -69,6 +73,16 @@ def small_tiles(product: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_equals_brute_force_over_small_tiles(small_tiles: None, make: Any, k: int, documents: int) -> None:
     queries, corpus = make(19, documents)
     assert_same(top_k(queries, corpus, k), brute_force(queries, corpus, k))
+
+
+@pytest.mark.parametrize(("make", "some"), [(real, range(19, 20)), (whole, range(1, 19))])
+def test_faiss_is_believed_where_nothing_that_it_leaves_out_may_be_as_good(make: Any, some: range) -> None:
+    queries, corpus = make(19, 1003)
+    scores, rows, sure_Q = topk._by_faiss(queries, as_vectors(corpus), 20)
+    assert sure_Q.sum() in some
+    assert_same((scores[sure_Q], rows[sure_Q]), brute_force(queries[sure_Q], corpus, 20))
+    many = np.repeat(corpus[:1], 500, axis=0)  # whichever it takes of equal ones
+    assert not topk._by_faiss(queries, as_vectors(many), 20)[2].any()
 
 
 @pytest.mark.parametrize("queries", [1, 513])
@@ -83,7 +97,7 @@ def test_products_are_never_those_that_torch_may_round(
     product: str, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Processors with AMX round them; others keep float32, whatever is set."""
-    queries, corpus = real(5, 300)
+    queries, corpus = whole(19, 300)  # faiss is not sure of equal scores
     seen: list[str] = []
     multiplied = topk._product
     backend: Any = torch.backends.mkldnn
