@@ -14,9 +14,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 RESULTS = Path(__file__).parent / "results"
 BOUND = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
@@ -103,6 +105,39 @@ def ratio(slow: Sequence[float], fast: Sequence[float]) -> dict[str, float]:
     """How many times faster: the median of the rounds' ratios, and the smallest and largest of them."""
     each = [a / b for a, b in zip(slow, fast, strict=True)]
     return {"median": statistics.median(each), "least": min(each), "most": max(each)}
+
+
+def own_seconds(run: Callable[[], Any], parts: Sequence[tuple[Any, str, str]], rest: str) -> dict[str, float]:
+    """Seconds of one run by part, each without those of other parts in it. `parts`: where a function is, its name
+    there, and the part that its time counts as; `rest` is the part of all else."""
+    seconds = dict.fromkeys([*(part for *_, part in parts), rest], 0.0)
+    around, since = [rest], time.perf_counter()  # the innermost part is the last
+
+    def switched() -> None:
+        nonlocal since
+        now = time.perf_counter()
+        seconds[around[-1]] += now - since
+        since = now
+
+    def watched(function: Callable[..., Any], part: str) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            switched()
+            around.append(part)
+            try:
+                return function(*arguments, **named)
+            finally:
+                switched()
+                around.pop()
+
+        return call
+
+    with ExitStack() as patches:
+        for place, name, part in parts:
+            patches.enter_context(mock.patch.object(place, name, watched(getattr(place, name), part)))
+        since = time.perf_counter()
+        run()
+        switched()
+    return seconds
 
 
 # ---- memory

@@ -12,7 +12,7 @@ some queries with brute force in float64; exits 1 where they differ. Memory is w
 
 from __future__ import annotations
 
-from common import MB, bind_main_thread, bind_threads, peak_during, ratio, record, resident, rounded, timed
+from common import MB, bind_main_thread, bind_threads, own_seconds, peak_during, ratio, record, resident, rounded, timed
 
 bind_threads()
 
@@ -28,7 +28,6 @@ import sys  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Callable, Sequence  # noqa: E402
 from typing import Any  # noqa: E402
-from unittest.mock import patch  # noqa: E402
 
 import datasets  # noqa: E402
 import faiss  # noqa: E402
@@ -52,12 +51,12 @@ CHECKED = 16  # queries compared with brute force
 CLOSE = 1e-5  # of two float32 scores of one pair
 THEIRS = ("peer, torch", "peer, faiss")
 
-# What is timed within one run of ours: where it is, its name there, and what it does.
+# What is timed within one run of ours.
 PARTS = (
     (onednn, "whole", "products in int8"),
     (kernels, "rank", "ranking, scores in float64"),
     (kernels, "quantised", "quantising"),
-    (mining, "top_k", "search"),
+    (mining, "top_k", "rest of the search"),
     (mining._Pool, "keys_of", "same texts"),
     (mining._Run, "_take", "near-duplicates, choice"),
 )
@@ -141,7 +140,7 @@ def main() -> None:
         "ratios": ratios,
         "equal": same,
         "exact": exact,
-        "parts": parts_of(variants["ours"]),
+        "parts": own_seconds(variants["ours"], PARTS, "rest of the whole"),
     }
     of = f"{options.documents:,} x {options.width}, {options.queries} queries"
     print(json.dumps(rounded(figures)))
@@ -164,29 +163,6 @@ def planted(documents: int, width: int, queries: int) -> tuple[NDArray[np.float3
         other_QE -= (other_QE * query_QE).sum(1, keepdim=True) * query_QE
         other_QE.copy_(cosine * query_QE + (1 - cosine**2) ** 0.5 * F.normalize(other_QE, dim=1))
     return document_CE.numpy(), query_QE.numpy()
-
-
-def parts_of(run: Callable[[], Any]) -> dict[str, float]:
-    """Seconds of one run by what it does; what is timed is called some thousand times, at a microsecond for each."""
-    spent = {name: 0.0 for *_, name in PARTS}
-
-    def watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
-            started = time.perf_counter()
-            result = function(*arguments)
-            spent[name] += time.perf_counter() - started
-            return result
-
-        return call
-
-    with contextlib.ExitStack() as patches:
-        for place, function, name in PARTS:
-            patches.enter_context(patch.object(place, function, watched(name, getattr(place, function))))
-        whole = timed(run)
-    search = spent.pop("search")
-    within = [spent[name] for _, function, name in PARTS if function in ("whole", "rank", "quantised")]
-    rest = whole - search - spent["same texts"] - spent["near-duplicates, choice"]
-    return spent | {"rest of the search": search - sum(within), "rest of the whole": rest}
 
 
 class Teacher:

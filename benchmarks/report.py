@@ -176,16 +176,16 @@ def render(results: Mapping[str, Mapping[str, Any]]) -> str:
     lines = ["# Performance", "", INTRODUCTION, "", *goal_table(results), "", READING, ""]
     lines += [f"![ratios by run]({PICTURE.name})", ""]
     lines += [*machines({name: record for name, record in results.items() if "gpu" not in record}), ""]
-    encode = {name: record for name, record in results.items() if name.startswith("encode-")}
-    splits = {name: record for name, record in results.items() if name.startswith("split-")}
-    for rows, section in ((encode, encode_section), (splits, split_section)):
-        lines += section(rows) if rows else []
-    for name, section in (("scaling", scaling_section), ("linears", linears_section)):
-        lines += section(results[name]) if name in results else []
-    trained = {name: record for name, record in results.items() if name.startswith("train-")}
-    lines += train_section(trained)
-    mining = {name: record for name, record in results.items() if name.startswith("mining-")}
-    lines += mining_section(mining) if mining else []
+
+    def of(prefix: str) -> dict[str, Mapping[str, Any]]:
+        return {name: record for name, record in results.items() if name.startswith(prefix)}
+
+    for prefix, section in (("encode-", encode_section), ("split-", split_section)):
+        lines += section(found) if (found := of(prefix)) else []
+    for name, single in (("scaling", scaling_section), ("linears", linears_section)):
+        lines += single(results[name]) if name in results else []
+    for prefix, section in (("train-", train_section), ("mining-", mining_section)):
+        lines += section(found) if (found := of(prefix)) else []
     lines += ceiling_section(results)
     lines += gpu_section(results[GPU]) if GPU in results else GPU_NOT_MEASURED
     return "\n".join(lines).rstrip() + "\n"
@@ -442,7 +442,7 @@ def train_section(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
         for side, seen in record["ratio"].items()
     ]
     head = ["model", "type", "ours", "seconds, ours / ST", "ratio", "MB, ours / ST"]
-    return ["## Training step", "", TRAINING, "", *table(head, rows), ""] if rows else []
+    return ["## Training step", "", TRAINING, "", *table(head, rows), ""]
 
 
 def mining_section(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -467,7 +467,8 @@ def mining_section(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def _parts_of_mining(record: Mapping[str, Any]) -> str:
     """Where one run of ours went, the largest part first."""
     parts = sorted(record["parts"].items(), key=lambda part: -part[1])
-    shares = "; ".join(f"{name} {seconds / sum(record['parts'].values()):.0%}" for name, seconds in parts)
+    whole = sum(seconds for _, seconds in parts)
+    shares = "; ".join(f"{name} {seconds / whole:.0%}" for name, seconds in parts)
     return f"Where our time goes, {record['size']['documents']:,} documents: {shares}."
 
 

@@ -7,7 +7,7 @@ Parts are taken out here alone, on a loaded model. Each round runs every step, f
 
 from __future__ import annotations
 
-from common import bind_main_thread, bind_threads, ratio, record, rounds
+from common import bind_main_thread, bind_threads, own_seconds, ratio, record, rounds
 
 bind_threads()
 
@@ -15,8 +15,6 @@ import argparse  # noqa: E402
 import json  # noqa: E402
 import statistics  # noqa: E402
 import tempfile  # noqa: E402
-import time  # noqa: E402
-from collections import defaultdict  # noqa: E402
 from collections.abc import Callable, Iterator, Sequence  # noqa: E402
 from contextlib import ExitStack, contextmanager  # noqa: E402
 from dataclasses import replace  # noqa: E402
@@ -146,29 +144,12 @@ def profile(model: Embedder, texts: list[str], prefix: str | None) -> dict[str, 
     """Share of each of `PARTS` in the time of `encode`: the time inside modules of a kind, without that of others in
     them. `rest` is tokenisation, embedding lookup, residual sums and pooling."""
     model.encode(texts, prefix=prefix)
-    clock = _Clock()
-
-    def timed(part: str, run: Callable[..., Any]) -> Callable[..., Any]:
-        def running(*arguments: Any, **named: Any) -> Any:
-            clock.enter(part)
-            try:
-                return run(*arguments, **named)
-            finally:
-                clock.leave()
-
-        return running
-
     named = model.network.backbone.named_modules()
-    parts = {type(module): part for name, module in named if (part := _part(name, module)) is not None}
-    with ExitStack() as stack:  # in their classes: hooks would keep blocks from their faster forms
-        for kind, part in parts.items():
-            stack.enter_context(mock.patch.object(kind, "forward", timed(part, kind.forward)))
-        stack.enter_context(mock.patch.object(attention, "attend", timed("attention", attention.attend)))
-        clock.enter("rest")
-        model.encode(texts, prefix=prefix)
-        clock.leave()
-    total = sum(clock.seconds.values())
-    return {part: clock.seconds[part] / total for part in PARTS}
+    kinds = {type(module): part for name, module in named if (part := _part(name, module)) is not None}
+    # in their classes: hooks would keep blocks from their faster forms
+    parts = [*((kind, "forward", part) for kind, part in kinds.items()), (attention, "attend", "attention")]
+    seconds = own_seconds(lambda: model.encode(texts, prefix=prefix), parts, "rest")
+    return {part: seconds[part] / sum(seconds.values()) for part in PARTS}
 
 
 def _part(name: str, module: nn.Module) -> str | None:
@@ -183,29 +164,6 @@ def _part(name: str, module: nn.Module) -> str | None:
     if last in ("self_attn", "rotary_emb"):
         return "rotary and layout"
     return None
-
-
-class _Clock:
-    """Seconds by part, of the innermost part that is entered: entering another stops the one around it."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self._stack: list[str] = []
-        self._since = 0.0
-
-    def enter(self, part: str) -> None:
-        self._switch()
-        self._stack.append(part)
-
-    def leave(self) -> None:
-        self._switch()
-        self._stack.pop()
-
-    def _switch(self) -> None:
-        now = time.perf_counter()
-        if self._stack:
-            self.seconds[self._stack[-1]] += now - self._since
-        self._since = now
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -175,7 +176,19 @@ def test_the_profile_is_all_of_the_time_in_parts(part: Any, tiny_embedder: Any) 
     assert list(shares) == list(split.PARTS)
     assert sum(shares.values()) == pytest.approx(1)
     assert min(shares.values()) > 0
-    assert not any("profile" in type(module).forward.__qualname__ for module in model.network.modules())
+    assert not any("watched" in type(module).forward.__qualname__ for module in model.network.modules())
+
+
+def test_a_part_is_not_charged_with_the_parts_in_it(part: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    common = part("common")
+    ticks = iter([0, 0, 1, 3, 7, 15, 31])  # begins, enters, enters, leaves, leaves, ends
+    monkeypatch.setattr(common, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    place = SimpleNamespace(inner=lambda: None)
+    place.outer = lambda: place.inner()
+    before = vars(place).copy()
+    found = common.own_seconds(lambda: place.outer(), [(place, "outer", "a"), (place, "inner", "b")], "rest")
+    assert found == {"a": 2 + 8, "b": 4, "rest": 1 + 16}
+    assert vars(place) == before
 
 
 def test_every_kernel_of_the_linears_runs(part: Any) -> None:
