@@ -15,6 +15,7 @@ import typer
 
 from embedwright.cli_data import TaskOption, data_app, mine, synth
 from embedwright.display import counter, say, training
+from embedwright.errors import InputError
 
 if TYPE_CHECKING:
     from embedwright.model.embedder import Embedder
@@ -57,12 +58,12 @@ def train(
     from embedwright.training.recipe import Recipe
 
     if (recipe is None) == (data is None):
-        raise ValueError("give a recipe file, or --data with your own pairs")
+        raise InputError("give a recipe file, or --data with your own pairs")
     if data is not None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError("--data mines first, which is for one process: start many of them with a recipe file")
+            raise InputError("--data mines first, which is for one process: start many of them with a recipe file")
         if out is None:
-            raise ValueError("--data needs --out, the folder that the run is kept in")
+            raise InputError("--data needs --out, the folder that the run is kept in")
         plan = quickstart.recipe_for(
             data, base, out, layers=layers, instruction=instruction or quickstart.INSTRUCTION, teacher=teacher
         )
@@ -147,7 +148,7 @@ def merge(
         soup(models, out, how=how, weights=None if weights is None else _numbers(weights))
         say(f"{out}: {how} of {len(models)} models")
     elif weights is not None:
-        raise ValueError("--weights are for several models: one adapter is added to its base as it is")
+        raise InputError("--weights are for several models: one adapter is added to its base as it is")
     else:
         _fold_in(models[0], out)
     if suite is not None:
@@ -158,7 +159,7 @@ def _numbers(written: str) -> list[float]:
     try:
         return [float(number) for number in written.split(",")]
     except ValueError:
-        raise ValueError(f"--weights {written}: numbers with commas between them, as 0.7,0.3") from None
+        raise InputError(f"--weights {written}: numbers with commas between them, as 0.7,0.3") from None
 
 
 def _fold_in(adapter: str, out: Path) -> None:

@@ -13,6 +13,7 @@ from embedwright.data.ensemble import Ensemble
 from embedwright.data.llm import Client, Server
 from embedwright.data.mine import Positives
 from embedwright.display import counter, say
+from embedwright.errors import InputError
 
 Out = Annotated[Path, typer.Option("--out", help="Where to write.")]
 TaskOption = Annotated[str | None, typer.Option("--task", help="Instruction for these texts, if they are queries.")]
@@ -208,7 +209,7 @@ def data_check(
     report = clean_file(path, None, leaks_to=leaks, held_out=held_out)
     say(json.dumps(report, indent=2))
     if report["quarantined"]:
-        raise ValueError(f"{path}: {report['quarantined']} bad lines, named above")
+        raise InputError(f"{path}: {report['quarantined']} bad lines, named above")
     if report["leaks"]:
         raise RuntimeError(f"{path}: texts of {', '.join(report['leaks'])} are in it")
 
@@ -322,7 +323,7 @@ def data_relabel(
         say(json.dumps(relabel_file(path, out, by_scores, action, progress=counter("examples")), indent=2))
         return
     if base_url is None or model is None or cross_encoder is not None or threshold is not None:
-        raise ValueError("name the judge: --base-url and --model, or --cross-encoder and --threshold")
+        raise InputError("name the judge: --base-url and --model, or --cross-encoder and --threshold")
     limits = (timeout, concurrency, max_tokens, requests_per_minute, tokens_per_minute, token_budget)
     with _client(out, base_url, *limits) as client:
         by_model = judge_by_model(client, model, read_tasks(tasks) if tasks else None)

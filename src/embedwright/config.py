@@ -10,10 +10,12 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from embedwright.errors import InputError, NotFoundError
+
 Model = TypeVar("Model", bound=BaseModel)
 
 
-class ConfigError(ValueError):
+class ConfigError(InputError):
     """A file that cannot be used as it is; the message names the file and the key."""
 
 
@@ -41,7 +43,7 @@ _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _m
 def load_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. FileNotFoundError, or ConfigError for bad YAML and doubled keys, naming the file."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
+        raise NotFoundError(f"{path} does not exist")
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except (yaml.YAMLError, ConfigError, UnicodeDecodeError) as error:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from tokenizers import Tokenizer
 
 from embedwright import threads
+from embedwright.errors import InputError, InputTypeError
 
 INSTRUCTION_TEMPLATE = "Instruct: {task}\nQuery: "
 # sentence-transformers leaves out a *count* of prompt tokens, so its prompt must end where a token ends.
@@ -56,7 +57,7 @@ class Contract(BaseModel):
     def _rules_fit(self) -> Contract:
         foreign = self.eos_id is None or self.query_suffix or self.template_specials
         if foreign and self.mask_rule != "offsets":
-            raise ValueError(f"a model with a suffix or without EOS is read by 'offsets', not by {self.mask_rule!r}")
+            raise InputError(f"a model with a suffix or without EOS is read by 'offsets', not by {self.mask_rule!r}")
         return self
 
     def prefix(self, task: str | None) -> str:
@@ -73,7 +74,7 @@ class TokenizedText(NamedTuple):
     pool: NDArray[np.bool_]
 
 
-class NoTokenError(ValueError):
+class NoTokenError(InputError):
     """A prefix that leaves no token of texts[index] to pool."""
 
     def __init__(self, prefix: str, limit: int, index: int) -> None:
@@ -110,13 +111,13 @@ def load_tokenizer(folder: str | Path, **kwargs: Any) -> Any:
 def check_texts(texts: Sequence[str]) -> list[str]:
     """`texts` as a list. TypeError on a bare string or a non-string, ValueError on a lone surrogate, with the index."""
     if isinstance(texts, str):
-        raise TypeError("expected a list of texts, got one string: wrap it in a list")
+        raise InputTypeError("expected a list of texts, got one string: wrap it in a list")
     texts = list(texts)
     for i, text in enumerate(texts):
         if not isinstance(text, str):
-            raise TypeError(f"texts[{i}] is {type(text).__name__}, not str")
+            raise InputTypeError(f"texts[{i}] is {type(text).__name__}, not str")
         if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-            raise ValueError(f"texts[{i}] holds a lone surrogate and is not valid Unicode")
+            raise InputError(f"texts[{i}] holds a lone surrogate and is not valid Unicode")
     return texts
 
 
@@ -145,7 +146,7 @@ def _by_offsets(
     """
     frame = _frame(tokenizer, contract, prefix)
     if limit <= len(contract.bos_ids) + len(frame.back):
-        raise ValueError(f"max_tokens={limit} leaves no room for a token of text")
+        raise InputError(f"max_tokens={limit} leaves no room for a token of text")
     tokenizer.encode_special_tokens = True
     front, back = np.zeros(len(frame.front), dtype=bool), np.zeros(len(frame.back), dtype=bool)
     whole = [frame.prefix + text + frame.suffix for text in texts]

@@ -13,6 +13,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 
+from embedwright.errors import InputError, OutputExistsError
 from embedwright.model import probe
 from embedwright.model.adapter import has_lora
 from embedwright.model.embedder import Embedder
@@ -34,7 +35,7 @@ def export_nvembed(model: Embedder, path: str | Path) -> None:
     """
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(f"{path} exists and is not an empty folder")
+        raise OutputExistsError(f"{path} exists and is not an empty folder")
     released = _check_expressible(model)
     probe.check(model.network)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,13 +60,13 @@ def _check_expressible(model: Embedder) -> dict[str, Any]:
     """The model's `released` part, or ValueError: a reader of the layout would build another model."""
     network = model.network
     if isinstance(network.head, FoldedLatent):
-        raise ValueError(FOLDED)
+        raise InputError(FOLDED)
     if has_lora(network.backbone):
-        raise ValueError("LoRA adapters are not merged, and the layout has no place for them: merge them first")
+        raise InputError("LoRA adapters are not merged, and the layout has no place for them: merge them first")
     if network.pooling.kind != "latent":
-        raise ValueError(f"pooling is {network.pooling.kind!r}: the layout knows 'latent' alone")
+        raise InputError(f"pooling is {network.pooling.kind!r}: the layout knows 'latent' alone")
     if network.backbone.config.model_type != "mistral":
-        raise ValueError(
+        raise InputError(
             f"the decoder is a {network.backbone.config.model_type!r} model: the layout knows Mistral alone"
         )
     _same(
@@ -75,7 +76,7 @@ def _check_expressible(model: Embedder) -> dict[str, Any]:
     )
     released: dict[str, Any] | None = network.config.released
     if released is None:
-        raise ValueError("the model does not come from a released NV-Embed folder: it keeps no files of one to write")
+        raise InputError("the model does not come from a released NV-Embed folder: it keeps no files of one to write")
     shapes = {released_name(name): tuple(p.shape) for name, p in network.named_parameters()}
     decoder, pooling = sizes(released["files"]["config.json"], shapes)
     _same("the decoder", network.backbone.config.to_dict(), decoder.to_dict())
@@ -86,7 +87,7 @@ def _check_expressible(model: Embedder) -> dict[str, Any]:
 def _same(what: str, own: dict[str, Any], read: dict[str, Any]) -> None:
     for key in sorted((own.keys() | read.keys()) - _NOT_COMPARED):
         if own.get(key) != read.get(key):
-            raise ValueError(
+            raise InputError(
                 f"the layout cannot express {what}: {key} is {own.get(key)!r}, and would be read as {read.get(key)!r}"
             )
 
@@ -111,7 +112,7 @@ def _cast(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
     cast = weight.to("cpu", dtype).contiguous()
     if not cast.isfinite().all():
         largest = float(weight.abs().max())
-        raise ValueError(f"{name} does not fit {dtype}: its largest value is {largest:.4g}")
+        raise InputError(f"{name} does not fit {dtype}: its largest value is {largest:.4g}")
     return cast
 
 

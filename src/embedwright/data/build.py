@@ -16,6 +16,7 @@ from embedwright.data.example import DataError, Example
 from embedwright.data.labels import Form
 from embedwright.data.readers import Quarantine, detect_kind, read_rows
 from embedwright.data.table import write_examples
+from embedwright.errors import NotFoundError
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +141,7 @@ def _files(table: Table, source: Path | None) -> list[tuple[str, dict[str, Any]]
         with _naming(str(table.hub)):
             found = [f"hf://{path}" for path in sorted(map(str, HfFileSystem().glob(pattern)))]
     if not found:
-        raise FileNotFoundError(f"{source or table.hub}: no file {table.files}")
+        raise NotFoundError(f"{source or table.hub}: no file {table.files}")
     parts = []
     for path in found:
         builder = BUILDERS.get(Path(path.removesuffix(".gz")).suffix)
@@ -178,7 +179,7 @@ def _check(entry: Entry, source: Path | None, form: Form | None, strict: bool) -
         raise DataError(f"{entry.name}: its rows have no labels, so no form")
     if source is not None:
         if not source.exists():
-            raise FileNotFoundError(f"{source} does not exist")
+            raise NotFoundError(f"{source} does not exist")
         if source.is_file() and isinstance(entry.rows, BeirRows | EvidenceRows):
             raise DataError(f"{source}: {entry.name} is made of several tables: give a folder with a config for each")
         return

@@ -14,6 +14,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from embedwright.errors import InputError
+
 Rule = Literal["naive", "shift", "abs", "margin", "perc"]
 
 BEST_MARGIN: dict[Rule, float | None] = {"naive": None, "shift": 10, "abs": 0.7, "margin": 0.05, "perc": 0.95}
@@ -77,13 +79,13 @@ def drawn(scores: NDArray[np.float64], seed: int, example_id: str, teacher: int)
 def check_settings(rule: Rule, margin: float | None, negatives: int, depth: int) -> float | None:
     """The margin to use. Raises ValueError where the settings do not fit together."""
     if rule not in BEST_MARGIN:
-        raise ValueError(f"rule must be one of {', '.join(BEST_MARGIN)}, not {rule!r}")
+        raise InputError(f"rule must be one of {', '.join(BEST_MARGIN)}, not {rule!r}")
     if negatives < 1:
-        raise ValueError(f"negatives must be at least 1, not {negatives}")
+        raise InputError(f"negatives must be at least 1, not {negatives}")
     if margin is None:
         margin = BEST_MARGIN[rule]
     elif rule == "naive":
-        raise ValueError("rule 'naive' takes no margin")
+        raise InputError("rule 'naive' takes no margin")
     else:
         sound, what = {
             "shift": (margin >= 0 and margin % 1 == 0, "a whole number of ranks"),
@@ -92,9 +94,9 @@ def check_settings(rule: Rule, margin: float | None, negatives: int, depth: int)
             "perc": (0 < margin < 2, "a share of the positive's score, such as 0.95"),
         }[rule]
         if not sound:
-            raise ValueError(f"the margin of rule {rule!r} must be {what}, not {margin}")
+            raise InputError(f"the margin of rule {rule!r} must be {what}, not {margin}")
     if depth < (needed := negatives + int(margin or 0 if rule == "shift" else 0)):
-        raise ValueError(f"depth {depth} cannot hold what rule {rule!r} needs: {needed}")
+        raise InputError(f"depth {depth} cannot hold what rule {rule!r} needs: {needed}")
     return margin
 
 

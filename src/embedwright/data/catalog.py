@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from embedwright.config import did_you_mean, load_yaml, validate
 from embedwright.data.example import Family, Task
+from embedwright.errors import InputError
 
 Version = Literal["v1", "v2"]
 Target = Literal["passage", "label", "example"]  # label: the text of the label
@@ -162,7 +163,7 @@ class Entry(_Frozen):
         labelled = self.rows.kind == "labelled"
         for version, target in self.target.items():
             if labelled == (target == "passage"):
-                raise ValueError(f"target {target!r} of {version} does not fit rows of kind {self.rows.kind!r}")
+                raise InputError(f"target {target!r} of {version} does not fit rows of kind {self.rows.kind!r}")
         return self
 
     @property
@@ -205,7 +206,7 @@ class Catalog(_Frozen):
     def _names_once(self) -> Catalog:
         names = [entry.name for entry in self.sets]
         if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"two sets are called {twice[0]!r}")
+            raise InputError(f"two sets are called {twice[0]!r}")
         return self
 
 
@@ -225,7 +226,7 @@ def find_entry(name: str) -> Entry:
         return validate(Entry, load_yaml(Path(name)), name)
     sets = load_catalog()
     if name not in sets:
-        raise ValueError(f"no data set {name!r}; known: docstrings, {', '.join(sets)}{did_you_mean(name, sets)}")
+        raise InputError(f"no data set {name!r}; known: docstrings, {', '.join(sets)}{did_you_mean(name, sets)}")
     return sets[name]
 
 

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from embedwright.data.example import DataError, Example
 from embedwright.data.readers import aside
 from embedwright.data.table import open_examples
+from embedwright.errors import InputError
 
 Format = Literal["sentence-transformers"]
 
@@ -56,11 +57,11 @@ def export(
     Raises what `open_examples` raises, ValueError for another format or suffix, DataError where no row comes out.
     """
     if format != "sentence-transformers":
-        raise ValueError(f"no format {format!r}; known: sentence-transformers")
+        raise InputError(f"no format {format!r}; known: sentence-transformers")
     if out.suffix != ".parquet":
-        raise ValueError(f"{out}: the name of a Parquet file ends in .parquet")
+        raise InputError(f"{out}: the name of a Parquet file ends in .parquet")
     if negatives is not None and negatives < 0:
-        raise ValueError(f"negatives is {negatives}, less than 0")
+        raise InputError(f"negatives is {negatives}, less than 0")
     table = open_examples(path)
     tasks = table.rows_by_task()
     if task is not None and task not in tasks:

@@ -22,6 +22,7 @@ import numpy as np
 from embedwright.data.example import DataError, parse_example, text_of
 from embedwright.data.readers import Kind, beir_files, detect_kind, parse_fields, read_corpus, read_rows
 from embedwright.data.repeats import Known, Spool, normalise
+from embedwright.errors import InputError, NotFoundError
 
 log = logging.getLogger(__name__)
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG
@@ -62,7 +63,7 @@ def read_held_out(paths: Iterable[Path], corpus: bool = False) -> Iterator[HeldT
     """
     for path in paths:
         if not path.exists():
-            raise FileNotFoundError(f"{path} does not exist")
+            raise NotFoundError(f"{path} does not exist")
         files = sorted(_data_sets(path))
         if not files:
             raise DataError(f"{path}: no data file and no BEIR folder in it")
@@ -185,7 +186,7 @@ class Bm25:
 
     def __init__(self, normalised: Iterable[str], threshold: float) -> None:
         if not 0 < threshold <= 1:
-            raise ValueError(f"the BM25 threshold is {threshold:g}, not above 0 and at most 1")
+            raise InputError(f"the BM25 threshold is {threshold:g}, not above 0 and at most 1")
         self.threshold = threshold
         self._id_of: dict[str, int] = {}
         words = [[self._id_of.setdefault(word, len(self._id_of)) for word in text.split()] for text in normalised]

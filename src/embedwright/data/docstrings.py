@@ -22,6 +22,7 @@ from typing import Any
 
 from embedwright.data.example import Example, Passage, to_row
 from embedwright.data.repeats import Counts, drop_duplicates, leaks, normalise, repeats
+from embedwright.errors import InputError, OutputExistsError
 
 logger = logging.getLogger(__name__)
 
@@ -66,12 +67,12 @@ def harvest(packages: Sequence[str]) -> Iterator[Docstring]:
 
 def _folder(package: str) -> Path:
     if "." in package:  # find_spec would import the parent
-        raise ValueError(f"{package!r}: give the top-level package")
+        raise InputError(f"{package!r}: give the top-level package")
     spec = importlib.util.find_spec(package)
     if spec is None:
         raise ModuleNotFoundError(f"package {package!r} is not installed", name=package)
     if not spec.submodule_search_locations:
-        raise ValueError(f"{package!r} is a single module, not a package")
+        raise InputError(f"{package!r} is a single module, not a package")
     return Path(next(iter(spec.submodule_search_locations)))
 
 
@@ -212,9 +213,9 @@ def build(
     folder, or where too little is left to evaluate, ModuleNotFoundError for a package that is not installed.
     """
     if not 0 < heldout_share < 1:
-        raise ValueError(f"heldout_share is {heldout_share}, not between 0 and 1")
+        raise InputError(f"heldout_share is {heldout_share}, not between 0 and 1")
     if out.exists() and any(out.iterdir()):
-        raise FileExistsError(f"{out} is not empty")
+        raise OutputExistsError(f"{out} is not empty")
 
     docs = [replace(doc, body=" ".join(doc.body.split()[:max_body_words])) for doc in harvest(packages)]
     # By module: the docstrings of a file share their wording, so no file may give to both sides.
@@ -234,7 +235,7 @@ def build(
         if len(texts) >= labels_min and len(heldout_topics.get(label, ())) >= labels_min * heldout_share
     }
     if not queries or len(sizes) < 2:
-        raise ValueError(f"{len(queries)} queries, {len(sizes)} topics to evaluate: add packages or lower labels_min")
+        raise InputError(f"{len(queries)} queries, {len(sizes)} topics to evaluate: add packages or lower labels_min")
 
     test = _labelled(heldout_topics, sizes, labels_min)
     rows = {

@@ -10,11 +10,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from embedwright.errors import InputError
+
 Family = Literal["retrieval", "reranking", "classification", "clustering", "sts", "pair"]
 InBatch = Literal["none", "same_task", "all"]
 
 
-class DataError(ValueError):
+class DataError(InputError):
     """Data that cannot be used. The message names file, line and key, as far as they are known where it is raised."""
 
 

@@ -14,6 +14,7 @@ from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
 from embedwright.data.catalog import find_task
 from embedwright.data.example import Example
+from embedwright.errors import InputError
 
 SURE = 0.5  # probability from which a foreign language counts: a text too short to tell stays
 SEEN = 1000  # characters of a row that its language is told by
@@ -39,11 +40,11 @@ class Filters:
 
     def __post_init__(self) -> None:
         if self.languages and (unknown := set(self.languages) - set(_identifier().labels)):
-            raise ValueError(f"no language {', '.join(sorted(unknown))}; known are {', '.join(_identifier().labels)}")
+            raise InputError(f"no language {', '.join(sorted(unknown))}; known are {', '.join(_identifier().labels)}")
         for unit in ("chars", "words"):
             low, high = getattr(self, f"min_{unit}"), getattr(self, f"max_{unit}")
             if high is not None and high < max(low, 1):
-                raise ValueError(f"max_{unit} is {high}, min_{unit} {low}: no text passes")
+                raise InputError(f"max_{unit} is {high}, min_{unit} {low}: no text passes")
 
 
 def row_fault(example: Example, filters: Filters) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from embedwright.errors import InputError, MissingPackageError
 from embedwright.text import check_texts
 
 _RETRIES = 6  # of one request that gets no answer, 429 or 5xx; the pause doubles, or is what the server asks for
@@ -41,15 +42,15 @@ class HttpEncoder:
         """
         for template in (query_template, document_template):
             if template.count("{text}") != 1:
-                raise ValueError(f"the template {template!r} must have {{text}} once")
+                raise InputError(f"the template {template!r} must have {{text}} once")
         if "{task}" in document_template:
-            raise ValueError(f"the template {document_template!r}: a document has no {{task}}")
+            raise InputError(f"the template {document_template!r}: a document has no {{task}}")
         if batch < 1:
-            raise ValueError(f"batch must be at least 1, not {batch}")
+            raise InputError(f"batch must be at least 1, not {batch}")
         try:
             from openai import OpenAI
         except ImportError as error:
-            raise ImportError("a teacher behind HTTP needs openai: pip install 'embedwright[synth]'") from error
+            raise MissingPackageError("a teacher behind HTTP needs openai: pip install 'embedwright[synth]'") from error
         self.base_url, self.model = base_url, model
         self.query_template, self.document_template = query_template, document_template
         self.batch, self.encoding = batch, encoding
@@ -62,7 +63,7 @@ class HttpEncoder:
         """`http://host:port/v1#model`. Raises ValueError without a model."""
         base_url, _, model = url.partition("#")
         if not model:
-            raise ValueError(f"{url}: say which model of that server, as in {base_url}#model-name")
+            raise InputError(f"{url}: say which model of that server, as in {base_url}#model-name")
         return cls(base_url, model, **settings)
 
     def encode(self, texts: Sequence[str], task: str | None = None) -> NDArray[np.float32]:
@@ -73,7 +74,7 @@ class HttpEncoder:
         """
         texts = check_texts(texts)
         if task == "" and "{task}" in self.query_template:
-            raise ValueError(f"{self.base_url}: the template for queries has a {{task}}, and no instruction is given")
+            raise InputError(f"{self.base_url}: the template for queries has a {{task}}, and no instruction is given")
         template = self.document_template if task is None else self.query_template
         before, behind = (part.replace("{task}", task or "") for part in template.split("{text}"))
         filled = [before + text + behind for text in texts]
@@ -90,13 +91,13 @@ class HttpEncoder:
             raise RuntimeError(f"{where}: {error}") from error
         by_index = {item.index: _numbers(item.embedding) for item in answer.data}
         if len(answer.data) != len(texts) or sorted(by_index) != list(range(len(texts))):
-            raise ValueError(f"{where}: {len(answer.data)} vectors with {len(by_index)} different numbers came back")
+            raise InputError(f"{where}: {len(answer.data)} vectors with {len(by_index)} different numbers came back")
         if len(widths := {len(vector) for vector in by_index.values()} | {self.dimension or len(by_index[0])}) > 1:
-            raise ValueError(f"{where}: vectors of different lengths came back: {sorted(widths)}")
+            raise InputError(f"{where}: vectors of different lengths came back: {sorted(widths)}")
         vectors_NE = np.stack([by_index[index] for index in range(len(texts))])
         length_N1 = np.linalg.norm(vectors_NE, axis=1, keepdims=True)
         if not (np.isfinite(length_N1) & (length_N1 > 0)).all():
-            raise ValueError(f"{where}: a vector came back that is not finite, or zero")
+            raise InputError(f"{where}: a vector came back that is not finite, or zero")
         self.dimension = vectors_NE.shape[1]
         unit_NE: NDArray[np.float32] = vectors_NE / length_N1
         return unit_NE

@@ -26,6 +26,8 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from embedwright.errors import InputError, MissingPackageError
+
 log = logging.getLogger(__name__)
 
 Positive = Annotated[int, Field(ge=1)]
@@ -81,7 +83,7 @@ class ServerError(RuntimeError):
     """A server that does not answer, or not us. The message names it and its last word."""
 
 
-class BadAnswerError(ValueError):
+class BadAnswerError(InputError):
     """An answer that is not what was asked for; the message is `bad_json` or `wrong_schema`."""
 
 
@@ -111,7 +113,7 @@ class Client:
         try:
             from openai import AsyncOpenAI
         except ImportError as error:
-            raise ImportError("asking a language model needs: pip install 'embedwright[synth]'") from error
+            raise MissingPackageError("asking a language model needs: pip install 'embedwright[synth]'") from error
         self.server = server
         self.counts: Counter[str] = Counter()
         self._cache = _Cache(cache)
@@ -373,7 +375,7 @@ class _Cache:
                 "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text TEXT, cut INTEGER, tokens INTEGER)"
             )
         except sqlite3.DatabaseError as error:
-            raise ValueError(f"{path}: not a file of answers ({error})") from error
+            raise InputError(f"{path}: not a file of answers ({error})") from error
 
     def get(self, key: str) -> _Completion | None:
         row = self._base.execute("SELECT text, cut, tokens FROM answers WHERE key = ?", (key,)).fetchone()

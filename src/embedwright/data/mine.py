@@ -27,6 +27,7 @@ from embedwright.data.repeats import NEAR, jaccard, normalise, shingles
 from embedwright.data.teacher import Encoder, as_encoder, encode_finite
 from embedwright.data.topk import pair_scores, top_k
 from embedwright.data.vectors import Vectors, encode_texts
+from embedwright.errors import InputError
 
 __all__ = ["BEST_MARGIN", "Ensemble", "MiningReport", "Positives", "Rule", "mine", "positives_of"]
 
@@ -100,11 +101,11 @@ def mine(
     margin = check_settings(rule, margin, negatives, depth)
     teachers = [as_encoder(one) for one in (teacher if isinstance(teacher, list | tuple) else [teacher])]
     if not teachers:
-        raise ValueError("no teacher")
+        raise InputError("no teacher")
     if ensemble not in ENSEMBLES:
-        raise ValueError(f"ensemble must be one of {', '.join(ENSEMBLES)}, not {ensemble!r}")
+        raise InputError(f"ensemble must be one of {', '.join(ENSEMBLES)}, not {ensemble!r}")
     if positives not in ("lowest", "each"):
-        raise ValueError(f"positives must be lowest or each, not {positives!r}")
+        raise InputError(f"positives must be lowest or each, not {positives!r}")
     asked = [one for example in examples for one in _ask(example, positives)]
     pool = _make_pool(corpus, [one.example for one in asked])
     if not pool.ids:

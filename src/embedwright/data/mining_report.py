@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedwright.data.readers import aside
+from embedwright.errors import MissingPackageError
 
 _STEPS = 100  # of the histogram between 0 and the power of ten above the largest score
 KINDS = ("positives", "removed_by_rule", "negatives")
@@ -86,7 +87,7 @@ class MiningReport:
 def check_drawing() -> None:
     """Raise ImportError, saying what to install, where no picture can be drawn."""
     if find_spec("matplotlib") is None:
-        raise ImportError("the picture of a mining report is drawn by matplotlib: pip install 'embedwright[data]'")
+        raise MissingPackageError("the mining report's picture needs matplotlib: pip install 'embedwright[data]'")
 
 
 def write_report(report: MiningReport, folder: Path) -> None:

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedwright.data.example import EXAMPLE_KEYS, DataError, check_keys, id_of, number_of, text_of
+from embedwright.errors import NotFoundError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -284,7 +285,7 @@ def beir_files(folder: Path, split: str | None = None) -> tuple[Path, Path, Path
             raise DataError(f"{folder / 'qrels'}: several splits ({', '.join(splits)}), name one")
         split = next(iter(splits), "test")
     if split not in splits:
-        raise FileNotFoundError(f"{folder / 'qrels' / split}.tsv")
+        raise NotFoundError(f"{folder / 'qrels' / split}.tsv")
     return _plain_or_gz(folder / "corpus.jsonl"), _plain_or_gz(folder / "queries.jsonl"), splits[split]
 
 
@@ -292,7 +293,7 @@ def _plain_or_gz(path: Path) -> Path:
     for candidate in (path, path.with_name(f"{path.name}.gz")):
         if candidate.is_file():
             return candidate
-    raise FileNotFoundError(f"{path}[.gz]")
+    raise NotFoundError(f"{path}[.gz]")
 
 
 def read_corpus(path: Path) -> dict[str, str]:

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from embedwright.data.example import Example, Passage, Task
 from embedwright.data.llm import Client, Failure, Question
 from embedwright.data.table import open_examples, write_examples
+from embedwright.errors import InputError
 
 Action = Literal["drop", "promote"]
 _CHUNK = 256  # examples in memory at a time
@@ -116,7 +117,7 @@ def relabel_file(
 def relabel_stream(examples: Iterable[Example], judge: Judge, action: Action, count: Counter[str]) -> Iterator[Example]:
     """The same for data of any size: 256 examples in memory, `count` filled on the way with what Report has."""
     if action not in ("drop", "promote"):
-        raise ValueError(f"action must be drop or promote, not {action!r}")
+        raise InputError(f"action must be drop or promote, not {action!r}")
     rows = iter(examples)
     while chunk := list(islice(rows, _CHUNK)):
         asked = list(dict.fromkeys(candidate for example in chunk for candidate in _candidates(example)))
@@ -131,9 +132,9 @@ def judge_by_scores(model: CrossEncoder, threshold: float) -> Judge:
     def judge(candidates: Sequence[Candidate]) -> list[bool | None]:
         scores = np.asarray(model.predict([(c.query, c.passage) for c in candidates]), dtype=np.float64)
         if scores.shape != (len(candidates),):
-            raise ValueError(f"the cross-encoder gave {scores.shape} for {len(candidates)} pairs, not one score each")
+            raise InputError(f"the cross-encoder gave {scores.shape} for {len(candidates)} pairs, not one score each")
         if not (finite := np.isfinite(scores)).all():
-            raise ValueError(f"the cross-encoder's score is not finite for {candidates[int(finite.argmin())]}")
+            raise InputError(f"the cross-encoder's score is not finite for {candidates[int(finite.argmin())]}")
         return list((scores >= threshold).tolist())
 
     return judge

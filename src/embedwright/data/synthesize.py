@@ -27,6 +27,7 @@ from embedwright.data.llm import Client, Failure, Question
 from embedwright.data.repeats import Spool, normalise, repeats
 from embedwright.data.table import write_examples
 from embedwright.data.tasks import tasks_file, write_tasks
+from embedwright.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -69,15 +70,15 @@ class KindPrompts(_Part):
     @model_validator(mode="after")
     def _placeholders_are_known(self) -> KindPrompts:
         if (self.brainstorm is None) != bool(self.instruction):
-            raise ValueError("either `brainstorm` or `instruction`, not both")
+            raise InputError("either `brainstorm` or `instruction`, not both")
         named = set(self.values) | ({"task"} if self.brainstorm else set())
         used = _placeholders(self.generate)
         if wrong := sorted((used - named - {"language"}) | (named - used)):
-            raise ValueError(f"generate: placeholder {wrong[0]!r} has no values, or is not used")
+            raise InputError(f"generate: placeholder {wrong[0]!r} has no values, or is not used")
         if self.brainstorm and _placeholders(self.brainstorm) != {"number"}:
-            raise ValueError("brainstorm: needs the placeholder {number} and no other")
+            raise InputError("brainstorm: needs the placeholder {number} and no other")
         if missing := [name for name in self.answer.names() if f'"{name}"' not in self.generate]:
-            raise ValueError(f'generate: does not ask for the key "{missing[0]}" of the answer')
+            raise InputError(f'generate: does not ask for the key "{missing[0]}" of the answer')
         return self
 
 
@@ -125,9 +126,9 @@ class Plan:
 
     def __post_init__(self) -> None:
         if not self.models or not self.counts or min(*self.counts.values(), self.per_task) < 1:
-            raise ValueError("a plan needs a model, a kind, and counts of 1 or more")
+            raise InputError("a plan needs a model, a kind, and counts of 1 or more")
         if unknown := [kind for kind in self.counts if kind not in self.prompts.kinds]:
-            raise ValueError(f"no prompts of kind {unknown[0]!r}; there are {', '.join(self.prompts.kinds)}")
+            raise InputError(f"no prompts of kind {unknown[0]!r}; there are {', '.join(self.prompts.kinds)}")
 
     def draw(self, kind: Kind, number: int) -> Draw:
         """Of example `number`. Each placeholder has a draw of its own: a new one leaves the others as they were."""
@@ -158,9 +159,9 @@ class Plan:
 def split_evenly(count: int, kinds: Sequence[str]) -> dict[Kind, int]:
     """`count` examples over `kinds`, the first ones taking the remainder. ValueError on an unknown or repeated kind."""
     if wrong := [kind for kind in kinds if kind not in KINDS]:
-        raise ValueError(f"no kind of task {wrong[0]!r}; known: {', '.join(KINDS)}")
+        raise InputError(f"no kind of task {wrong[0]!r}; known: {', '.join(KINDS)}")
     if len(set(kinds)) < len(kinds) or not 1 <= len(kinds) <= count:
-        raise ValueError(
+        raise InputError(
             f"{count} examples of {', '.join(kinds) or 'no kind'}: name each kind once, with one or more each"
         )
     chosen = [kind for kind in KINDS if kind in kinds]

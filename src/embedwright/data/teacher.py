@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from embedwright.errors import InputError, InputTypeError
 from embedwright.sentence_transformer import SentenceTransformerEncoder
 
 
@@ -26,7 +27,7 @@ class Encoder(Protocol):
 def as_encoder(model: Any) -> Encoder:
     """`model` as an `Encoder`. Raises TypeError where it has no `encode`."""
     if not callable(getattr(model, "encode", None)):
-        raise TypeError(f"{type(model).__name__} has no encode(texts, task=None)")
+        raise InputTypeError(f"{type(model).__name__} has no encode(texts, task=None)")
     if any(base.__module__.startswith("sentence_transformers.") for base in type(model).__mro__):
         return SentenceTransformerEncoder(model)
     encoder: Encoder = model
@@ -37,9 +38,9 @@ def encode_finite(encoder: Encoder, texts: Sequence[str], task: str | None = Non
     """`encoder`'s vectors as float32 (N, E). Raises ValueError for another shape, or naming a text that gave NaN."""
     vectors_NE = np.ascontiguousarray(encoder.encode(texts, task=task), dtype=np.float32)
     if vectors_NE.ndim != 2 or len(vectors_NE) != len(texts):
-        raise ValueError(f"the model gave {vectors_NE.shape} for {len(texts)} texts")
+        raise InputError(f"the model gave {vectors_NE.shape} for {len(texts)} texts")
     with np.errstate(over="ignore", invalid="ignore"):
         total = vectors_NE.sum()  # one pass; what is not finite makes it so too, and it is then looked for
     if not np.isfinite(total) and not (finite_N := np.isfinite(vectors_NE).all(axis=1)).all():
-        raise ValueError(f"the model's vector is not finite for {texts[int(finite_N.argmin())][:100]!r}")
+        raise InputError(f"the model's vector is not finite for {texts[int(finite_N.argmin())][:100]!r}")
     return vectors_NE

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from embedwright import kernels, onednn
 from embedwright.data.vectors import Vectors, as_tensor, as_vectors
+from embedwright.errors import InputError
 
 _QUERIES = 512  # queries and documents of a tile of products: 4 MB, which a processor's last cache holds
 _DOCUMENTS = 2048
@@ -55,9 +56,9 @@ def top_k(
     queries_QE = np.ascontiguousarray(queries_QE, dtype=np.float32)
     vectors = as_vectors(corpus)
     if queries_QE.ndim != 2 or queries_QE.shape[1] != vectors.shape[1]:
-        raise ValueError(f"queries {queries_QE.shape} and corpus {vectors.shape} must be (Q, E) and (C, E)")
+        raise InputError(f"queries {queries_QE.shape} and corpus {vectors.shape} must be (Q, E) and (C, E)")
     if k < 1:
-        raise ValueError(f"k must be at least 1, not {k}")
+        raise InputError(f"k must be at least 1, not {k}")
     k = min(k, len(vectors))
     if not len(queries_QE) or not k:
         return np.empty((len(queries_QE), k), np.float32), np.empty((len(queries_QE), k), np.int64)
@@ -285,4 +286,4 @@ def _check(length_N: Tensor, what: str, first: int) -> None:
     """Raise ValueError for a length that is not finite; the first has the number `first`."""
     if not torch.isfinite(length_N.sum()) and not (finite_N := length_N.isfinite()).all():
         row = int(finite_N.logical_not().nonzero()[0])
-        raise ValueError(f"{what} {first + row}: its vector is not finite, or its square overflows float32")
+        raise InputError(f"{what} {first + row}: its vector is not finite, or its square overflows float32")

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from embedwright.data.readers import aside
 from embedwright.data.teacher import Encoder, encode_finite
+from embedwright.errors import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ def as_vectors(vectors: NDArray[Any] | Vectors) -> Vectors:
         return vectors
     array_CE = np.asanyarray(vectors)
     if array_CE.ndim != 2:
-        raise ValueError(f"vectors {array_CE.shape} must be (C, E)")
+        raise InputError(f"vectors {array_CE.shape} must be (C, E)")
     return Vectors([array_CE], [len(array_CE)], array_CE.shape[1])
 
 
@@ -118,7 +119,7 @@ def encode_texts(
     for number, wanted in enumerate(rows):
         chunk = list(islice(given, wanted))
         if len(chunk) != wanted:
-            raise ValueError(f"of {total} texts, the corpus gave fewer when it was read again")
+            raise InputError(f"of {total} texts, the corpus gave fewer when it was read again")
         path = home and home / f"block-{number:05d}.npy"
         if path is None:
             vectors_NE = encode_finite(encoder, chunk)
@@ -128,7 +129,7 @@ def encode_texts(
             blocks.append(path)
             _add(digest, chunk)
             if digest.hexdigest() != digests[number]:
-                raise ValueError(f"of {total} texts, the corpus gave others when it was read again")
+                raise InputError(f"of {total} texts, the corpus gave others when it was read again")
             if not _complete(path, (wanted, width)):
                 _save(path, encode_finite(encoder, chunk))
         advance(wanted)

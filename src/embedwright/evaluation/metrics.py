@@ -20,6 +20,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from embedwright.errors import InputError
+
 Kind = Literal["retrieval", "classification", "clustering", "sts", "pair"]
 Embeddings = NDArray[np.float32]
 
@@ -123,7 +125,7 @@ def halves(labels: Sequence[str]) -> tuple[list[int], list[int]]:
     for row, label in enumerate(labels):
         rows_of[label].append(row)
     if len(rows_of) == len(labels):
-        raise ValueError("no label has two rows: a split leaves nothing to test on")
+        raise InputError("no label has two rows: a split leaves nothing to test on")
     random = np.random.default_rng(SEED)
     train: list[int] = []
     test: list[int] = []

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from embedwright.config import load_yaml
+from embedwright.errors import InputError
 from embedwright.model.embedder import Embedder
 
 TABLE = Path(__file__).with_name("instructions.yaml")
@@ -127,7 +128,7 @@ def instruction_of(task: TaskMetadata) -> str:
     if own:
         return str(own)
     if task.type not in table["types"]:
-        raise ValueError(f"MTEB task {task.name} is of type {task.type}, which is not one of texts")
+        raise InputError(f"MTEB task {task.name} is of type {task.type}, which is not one of texts")
     return table["types"][task.type]
 
 

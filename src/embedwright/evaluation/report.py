@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
+from embedwright.errors import InputError
 from embedwright.evaluation.metrics import Kind
 
 Row = dict[str, str | float | None]
@@ -69,7 +70,7 @@ def compare(a: Results, b: Results) -> list[Row]:
         before, after = row["a"], row["b"]
         row["change"] = after - before if isinstance(before, float) and isinstance(after, float) else None
     if all(row["change"] is None for row in rows):
-        raise ValueError(f"the suites {a.suite!r} and {b.suite!r} share no task: there is nothing to compare")
+        raise InputError(f"the suites {a.suite!r} and {b.suite!r} share no task: there is nothing to compare")
     return rows
 
 

@@ -31,6 +31,7 @@ from embedwright.config import load_yaml, validate
 from embedwright.data.example import DataError, id_of, number_of, text_of
 from embedwright.data.readers import beir_files, read_beir, read_rows
 from embedwright.data.teacher import Encoder, as_encoder
+from embedwright.errors import InputError, MissingPackageError, NotFoundError
 from embedwright.evaluation import metrics
 from embedwright.evaluation.metrics import MAIN, Embeddings, Kind
 from embedwright.evaluation.report import Result as Result
@@ -58,7 +59,7 @@ class SuiteTask(_Strict):
     @model_validator(mode="after")
     def _train_is_for_classification(self) -> SuiteTask:
         if self.train is not None and self.kind != "classification":
-            raise ValueError(f"task {self.name!r}: 'train' is for classification, not for {self.kind}")
+            raise InputError(f"task {self.name!r}: 'train' is for classification, not for {self.kind}")
         return self
 
 
@@ -72,7 +73,7 @@ class Suite(_Strict):
     def _names_differ(self) -> Suite:
         names = [task.name for task in self.tasks]
         if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"two tasks are named {twice[0]!r}")
+            raise InputError(f"two tasks are named {twice[0]!r}")
         return self
 
 
@@ -87,7 +88,7 @@ def evaluate(model: Any, suite: Suite | Path | str, *, progress: Callable[[str],
     what it should, ImportError without the `[eval]` extra, TypeError for a model without `encode`.
     """
     if missing := [name for name in ("sklearn", "scipy", "pytrec_eval") if find_spec(name) is None]:
-        raise ImportError(f"evaluation needs {', '.join(missing)}: pip install 'embedwright[eval]'")
+        raise MissingPackageError(f"evaluation needs {', '.join(missing)}: pip install 'embedwright[eval]'")
     encoder = as_encoder(model)
     suite = suite if isinstance(suite, Suite) else load_suite(suite)
     say = progress or logger.info
@@ -99,7 +100,7 @@ def evaluate(model: Any, suite: Suite | Path | str, *, progress: Callable[[str],
         try:
             details = _scores(encoder, task)
         except ValueError as error:
-            raise ValueError(f"suite {suite.name!r}, task {task.name!r}: {error}") from error
+            raise InputError(f"suite {suite.name!r}, task {task.name!r}: {error}") from error
         value, seconds = details.pop(MAIN[task.kind]), time.perf_counter() - task_started
         rows.append(Result(task.name, task.kind, MAIN[task.kind], value, details))
         say(f"[{number}/{len(suite.tasks)}] {task.name}: {MAIN[task.kind]} {value:.4f} in {seconds:.1f} s")
@@ -122,7 +123,7 @@ def load_suite(suite: Path | str) -> Suite:
         return _from_folder(path)
     if path.is_file():
         return _from_yaml(path)
-    raise FileNotFoundError(f"no suite {str(suite)!r}: no such file or folder; packaged are: {', '.join(packaged)}")
+    raise NotFoundError(f"no suite {str(suite)!r}: no such file or folder; packaged are: {', '.join(packaged)}")
 
 
 def _from_yaml(file: Path) -> Suite:
@@ -136,16 +137,16 @@ def _resolved(task: SuiteTask, suite_file: Path) -> SuiteTask:
 
     def variable(match: re.Match[str]) -> str:
         if not os.environ.get(match[1]):
-            raise ValueError(f"{where}: set the environment variable {match[1]}")
+            raise InputError(f"{where}: set the environment variable {match[1]}")
         return str(Path(os.environ[match[1]]).absolute())  # relative to where the user stands, not to the suite file
 
     def resolve(written: Path) -> Path:
         path = suite_file.parent / re.sub(r"^\$\{(\w+)\}", variable, str(written))
         if not path.exists():
-            raise FileNotFoundError(f"{where}: no such file: {path}")
+            raise NotFoundError(f"{where}: no such file: {path}")
         if task.kind not in _kinds(path):
             wants = "a BEIR folder" if task.kind == "retrieval" else f"rows with {', '.join(_COLUMNS[task.kind])}"
-            raise ValueError(f"{where}: {task.kind} reads {wants}, and that is not what {path} holds")
+            raise InputError(f"{where}: {task.kind} reads {wants}, and that is not what {path} holds")
         return path
 
     return task.model_copy(update={"path": resolve(task.path), "train": task.train and resolve(task.train)})
@@ -161,7 +162,7 @@ def _from_folder(folder: Path) -> Suite:
         else:
             logger.warning("%s is not evaluation data, and no task of the suite", path)
     if not tasks:
-        raise ValueError(f"{folder} holds no BEIR folder and no labelled, scored or pair-labelled file")
+        raise InputError(f"{folder} holds no BEIR folder and no labelled, scored or pair-labelled file")
     return Suite(name=folder.name, tasks=tuple(tasks))
 
 
@@ -271,7 +272,7 @@ def _encode(encoder: Encoder, texts: Sequence[str], task: str | None = None) -> 
     place = {text: number for number, text in enumerate(dict.fromkeys(texts))}
     vectors_NE = np.asarray(encoder.encode(list(place), task=task), dtype=np.float32)
     if vectors_NE.ndim != 2 or len(vectors_NE) != len(place):
-        raise ValueError(f"the model gave an array of shape {vectors_NE.shape} for {len(place)} texts")
+        raise InputError(f"the model gave an array of shape {vectors_NE.shape} for {len(place)} texts")
     if not np.isfinite(vectors_NE).all():
-        raise ValueError("the model gave embeddings that are not finite")
+        raise InputError("the model gave embeddings that are not finite")
     return vectors_NE if len(place) == len(texts) else vectors_NE[[place[text] for text in texts]]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from embedwright.errors import InputError
 from embedwright.model.fourbit import ONLY_TRAINED, in_four_bits
 from embedwright.model.network import EmbedwrightModel
 from embedwright.packing import PackedTexts
@@ -35,9 +36,9 @@ def add_lora(backbone: nn.Module, *, rank: int, alpha: int, dropout: float, mixe
     from peft import LoraConfig
 
     if has_lora(backbone):
-        raise ValueError("the model has LoRA adapters already: train them on, or merge them first")
+        raise InputError("the model has LoRA adapters already: train them on, or merge them first")
     if rank < 1 or alpha <= 0:
-        raise ValueError(f"rank={rank}, alpha={alpha}: both must be positive")
+        raise InputError(f"rank={rank}, alpha={alpha}: both must be positive")
     linear_names = {
         name.rsplit(".", 1)[-1] for name, module in backbone.named_modules() if isinstance(module, nn.Linear)
     }
@@ -104,13 +105,13 @@ def merge_lora(network: EmbedwrightModel, texts: PackedTexts) -> float:
     """
     backbone = network.backbone
     if not has_lora(backbone):
-        raise ValueError("the model has no LoRA adapters to merge; a model that is merged already stays as it is")
+        raise InputError("the model has no LoRA adapters to merge; a model that is merged already stays as it is")
     if in_four_bits(backbone):
-        raise ValueError(f"cannot merge: {ONLY_TRAINED}")
+        raise InputError(f"cannot merge: {ONLY_TRAINED}")
     if faults := lora_faults(backbone):
-        raise ValueError(f"cannot merge: {faults[0]}")
+        raise InputError(f"cannot merge: {faults[0]}")
     if broken := [n for n, p in backbone.named_parameters() if "lora_" in n and not p.isfinite().all()]:
-        raise ValueError(f"cannot merge: {broken[0]} is not finite")
+        raise InputError(f"cannot merge: {broken[0]} is not finite")
     warn_of_idle(backbone)
     network.eval()
     dtype: torch.dtype = backbone.dtype

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from embedwright.errors import InputError, NotFoundError
 from embedwright.model.adapter import has_lora, inject_lora, warn_of_idle
 from embedwright.model.backbone import (
     decoder_config,
@@ -61,12 +62,12 @@ def write(network: EmbedwrightModel, folder: Path) -> None:
     backbone, origin = network.backbone, network.origin
     if origin is None or not same_samples(origin.samples, weight_samples(backbone)):
         where = "are on no disk" if origin is None else f"are not those of {origin.name} any more"
-        raise ValueError(
+        raise InputError(
             f"the weights below the adapters {where}, so the adapters alone would be of no use: "
             "save the model without adapters, load that and add them to it, or merge them"
         )
     if not hasattr(backbone, "peft_config"):
-        raise ValueError("the adapters are not ours: save them with peft, and open that folder with Embedder.load")
+        raise InputError("the adapters are not ours: save them with peft, and open that folder with Embedder.load")
     warn_of_idle(backbone)
     head = {f"{_PREFIX}head.{name}": tensor for name, tensor in network.head.state_dict().items()}
     within = "" if origin.kind != "whole" and not head else "backbone."
@@ -120,22 +121,22 @@ def _check_settings(file: Path, stored: dict[str, Any]) -> None:
     from peft import LoraConfig
 
     if stored.get("peft_type") != "LORA":
-        raise ValueError(f"{file}: peft_type is {stored.get('peft_type')!r}, and only LORA is supported")
+        raise InputError(f"{file}: peft_type is {stored.get('peft_type')!r}, and only LORA is supported")
     if not isinstance(stored.get("base_model_name_or_path"), str):
-        raise ValueError(f"{file}: base_model_name_or_path does not say where the base is")
+        raise InputError(f"{file}: base_model_name_or_path does not say where the base is")
     default = vars(LoraConfig())
     for key in sorted(stored.keys() - _FOLLOWED - _NOTES):
         if stored[key] and stored[key] not in (default.get(key), _HARMLESS.get(key)):
-            raise ValueError(f"{file}: {key}={stored[key]!r} is not supported")
+            raise InputError(f"{file}: {key}={stored[key]!r} is not supported")
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
     if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist")
+        raise NotFoundError(f"{file} does not exist")
     try:
         tensors: dict[str, Tensor] = load_file(file)
     except SafetensorError as error:
-        raise ValueError(f"{file} is not a whole safetensors file: {error}") from None
+        raise InputError(f"{file} is not a whole safetensors file: {error}") from None
     return tensors
 
 
@@ -152,18 +153,18 @@ def _open_base(
         else:
             network, tokenizer = open_embedder(name, dtype=dtype)
     except OSError as error:
-        raise FileNotFoundError(
+        raise NotFoundError(
             f"{folder}: the base of this adapter, {name}, cannot be opened ({error}): "
             f"write where it is as base_model_name_or_path into {folder / CONFIG}"
         ) from None
     if has_lora(network.backbone):
-        raise ValueError(f"{folder}: its base, {name}, is an adapter itself: merge that first")
+        raise InputError(f"{folder}: its base, {name}, is an adapter itself: merge that first")
     if ours:
         if not same_samples(samples, weight_samples(network.backbone)):
-            raise ValueError(f"{folder}: {name} has other weights than the base that this adapter was trained on")
+            raise InputError(f"{folder}: {name} has other weights than the base that this adapter was trained on")
         for part in ("contract", "pooling"):
             if getattr(network, part).model_dump(mode="json") != ours[part]:
-                raise ValueError(f"{folder}: {name} has another {part} than the base that this adapter was trained on")
+                raise InputError(f"{folder}: {name} has another {part} than the base that this adapter was trained on")
     return network, tokenizer
 
 
@@ -182,7 +183,7 @@ def _open_decoder(name: str, ours: dict[str, Any], dtype: torch.dtype | None) ->
 def _fill(file: Path, network: EmbedwrightModel, tensors: dict[str, Tensor], *, bare: bool, whole_head: bool) -> None:
     """Every adapter from its tensor, exactly one each; and the pooling block, all of it or (not `whole_head`) none."""
     if on_head := [name for name, _ in network.head.named_parameters() if "lora_" in name]:
-        raise ValueError(f"{file}: LoRA on the pooling block ({on_head[0]}) is not supported: it trains in full")
+        raise InputError(f"{file}: LoRA on the pooling block ({on_head[0]}) is not supported: it trains in full")
     left_out = "backbone." if bare else ""
     own = {
         f"{_PREFIX}{_stored(name).removeprefix(left_out)}": parameter
@@ -198,7 +199,7 @@ def _fill(file: Path, network: EmbedwrightModel, tensors: dict[str, Tensor], *, 
         ("not of the base's shape", {n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape}),
     ):
         if names:
-            raise ValueError(f"{file}: {len(names)} tensors are {what}, e.g. {min(names)}")
+            raise InputError(f"{file}: {len(names)} tensors are {what}, e.g. {min(names)}")
     for name, parameter in own.items():
         parameter.copy_(tensors[name])
 

@@ -17,6 +17,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 from embedwright import kernels
+from embedwright.errors import InputError
 from embedwright.packing import PackedTexts
 
 PACKED = "embedwright_packed"  # a name that transformers knows as attention but not as mask: no mask is built for it
@@ -48,13 +49,13 @@ def packed_attention(
     Causal or not is the config's word (`config.is_causal`), the window is the layer's (None: whole text).
     """
     if packed is None:
-        raise ValueError("packed attention needs the boundaries: call the backbone with packed=PackedTexts")
+        raise InputError("packed attention needs the boundaries: call the backbone with packed=PackedTexts")
     unknown = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
     if unknown:  # Gemma 2, GPT-OSS: left out, the scores would be other ones
         kind = getattr(module.config, "model_type", "these")
-        raise ValueError(f"{kind!r} models need {unknown[0]!r}, which packed attention has not")
+        raise InputError(f"{kind!r} models need {unknown[0]!r}, which packed attention has not")
     if others.get("dropout"):  # what stock blocks pass in training
-        raise ValueError("packed attention has no dropout: set attention_dropout to 0 in the decoder's config.json")
+        raise InputError("packed attention has no dropout: set attention_dropout to 0 in the decoder's config.json")
     causal = bool(getattr(module.config, "is_causal", True))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     training = getattr(module, "training", True)

@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from embedwright.cache import cache_folder
+from embedwright.errors import InputError, NotFoundError
 from embedwright.model import fourbit
 from embedwright.model.attention import PACKED
 from embedwright.model.locate import local, packaged
@@ -50,7 +51,7 @@ def resolve_base(base: str | Path) -> str:
     if path.suffix == ".gguf" and path.is_file():
         return str(convert_gguf(path))
     if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"base model folder {name} has no config.json")
+        raise NotFoundError(f"base model folder {name} has no config.json")
     return str(path)
 
 
@@ -87,10 +88,10 @@ def decoder_config(base: str, *, attention: AttentionKind, layers: int | None = 
     kind = config.model_type
     is_decoder = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     if config.is_encoder_decoder or not (is_decoder or kind == "gemma3_text"):
-        raise ValueError(f"base {base} is a {kind!r} model, not a decoder-only language model")
+        raise InputError(f"base {base} is a {kind!r} model, not a decoder-only language model")
     if layers is not None:
         if not 1 <= layers <= config.num_hidden_layers:
-            raise ValueError(f"layers={layers}: {base} has {config.num_hidden_layers} layers")
+            raise InputError(f"layers={layers}: {base} has {config.num_hidden_layers} layers")
         config.num_hidden_layers = layers
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:layers]
@@ -107,7 +108,7 @@ def set_attention(config: Any, attention: AttentionKind) -> None:
         types = getattr(config, "layer_types", None)
         others = sorted(set(types or ()) - _ATTENTION_LAYERS)
         if others:
-            raise ValueError(f"{config.model_type!r} models have {others[0]!r} layers, which cannot be bidirectional")
+            raise InputError(f"{config.model_type!r} models have {others[0]!r} layers, which cannot be bidirectional")
         if types and getattr(config, "sliding_window", None) is not None and not hasattr(config, "use_sliding_window"):
             # Cohere 2, EXAONE 4, OLMo 3: by its type a layer has rotary positions or not, so it keeps its type
             config.sliding_window = _OPEN_WINDOW
@@ -139,9 +140,9 @@ def load_backbone(base: str, config: Any, dtype: torch.dtype, four_bit: bool = F
     finally:
         transformers_logging.set_verbosity(verbosity)
     if info["missing_keys"]:
-        raise ValueError(f"base {base} lacks the weights {sorted(info['missing_keys'])[:3]} ...: they would be random")
+        raise InputError(f"base {base} lacks the weights {sorted(info['missing_keys'])[:3]} ...: they would be random")
     if not model._supports_attention_backend:
-        raise ValueError(f"{config.model_type!r} models take no other attention function, so cannot run packed")
+        raise InputError(f"{config.model_type!r} models take no other attention function, so cannot run packed")
     if four_bit:
         fourbit.keep_trainable(model)
     return model

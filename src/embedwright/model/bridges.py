@@ -15,6 +15,7 @@ import torch
 from huggingface_hub import HfApi
 from torch import Tensor
 
+from embedwright.errors import InputError, MissingPackageError
 from embedwright.model import door, storage
 from embedwright.model.adapter import has_lora, lora_faults
 from embedwright.model.card import facts, model_card
@@ -25,13 +26,13 @@ from embedwright.model.pooling import FOLDED, FoldedLatent
 def sentence_transformer(network: EmbedwrightModel, tokenizer: Any) -> Any:
     """See `Embedder.to_sentence_transformer`."""
     if isinstance(network.head, FoldedLatent):
-        raise ValueError(FOLDED)
+        raise InputError(FOLDED)
     try:
         from sentence_transformers import SentenceTransformer
         from sentence_transformers.base.modules.normalize import Normalize
         from sentence_transformers.sentence_transformer.modules.pooling import Pooling
     except ImportError:
-        raise ImportError("this needs sentence-transformers 6: pip install 'sentence-transformers>=6,<7'") from None
+        raise MissingPackageError("needs sentence-transformers 6: pip install 'sentence-transformers>=6,<7'") from None
     hidden = network.backbone.config.hidden_size
     # the network's token outputs are scaled so that their mean is its own pooling, whichever that is
     files = door.sentence_transformers_files(network.contract, "mean", hidden, door.OUR_TRANSFORMER)
@@ -85,9 +86,9 @@ def merged_weights(network: EmbedwrightModel) -> dict[str, Tensor]:
     from peft.tuners.lora import LoraLayer
 
     if not hasattr(network.backbone, "peft_config"):
-        raise ValueError("the adapters are not ours: merge them with peft first")
+        raise InputError("the adapters are not ours: merge them with peft first")
     if faults := lora_faults(network.backbone):
-        raise ValueError(faults[0])
+        raise InputError(faults[0])
     for name, module in network.named_modules():
         if isinstance(module, LoraLayer):
             layer: Any = module
@@ -108,9 +109,9 @@ def push_to_hub(
 ) -> str:
     """See `Embedder.push_to_hub`."""
     if isinstance(network.head, FoldedLatent):
-        raise ValueError(FOLDED)
+        raise InputError(FOLDED)
     if has_lora(network.backbone) and network.origin is not None and Path(network.origin.name).is_absolute():
-        raise ValueError(
+        raise InputError(
             f"the adapters belong to a base on this machine, {network.origin.name}, which others cannot open: "
             "merge them, or push that base and add them to it"
         )

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from embedwright.errors import InputError
 from embedwright.model.network import EmbedwrightConfig
 from embedwright.text import Contract, NoTokenError, TokenizedText, check_texts, tokenize
 
@@ -32,7 +33,7 @@ class EmbedwrightTokenizer(PreTrainedTokenizerFast):
     def text_contract(self) -> Contract:
         """The contract that was saved with this tokenizer. ValueError where there is none."""
         if "contract" not in self.init_kwargs:
-            raise ValueError("this tokenizer holds no text contract: make it with tokenizer_for")
+            raise InputError("this tokenizer holds no text contract: make it with tokenizer_for")
         return Contract.model_validate(self.init_kwargs["contract"])
 
     def __call__(
@@ -103,7 +104,7 @@ class EmbedwrightTokenizer(PreTrainedTokenizerFast):
         if truncation is False or truncation == "do_not_truncate":
             return NO_LIMIT
         if truncation not in (True, None, "longest_first", "only_first"):
-            raise ValueError(f"truncation={truncation!r}: texts are cut on the right, by the text contract")
+            raise InputError(f"truncation={truncation!r}: texts are cut on the right, by the text contract")
         default = self.model_max_length or self.text_contract.max_tokens  # None: sentence-transformers' user unset it
         return int(default if max_length is None else max_length)
 
@@ -226,21 +227,21 @@ OUR_TRANSFORMER = {
 def _refuse(options: Mapping[str, Any], text_pair: Any = None) -> None:
     """ValueError where an option is asked for that this tokenizer has not, or that would change the ids."""
     if text_pair is not None:
-        raise ValueError("an embedding model reads one text at a time: text pairs are not supported")
+        raise InputError("an embedding model reads one text at a time: text pairs are not supported")
     asked = {name: value for name, value in options.items() if value is not None and value is not False}
     if options.get("add_special_tokens") is False:
-        raise ValueError("add_special_tokens=False: special tokens are part of the text contract")
+        raise InputError("add_special_tokens=False: special tokens are part of the text contract")
     for harmless in ("add_special_tokens", "return_attention_mask", "verbose"):
         asked.pop(harmless, None)
     if asked:
-        raise ValueError(f"not supported, as ids come from the text contract alone: {', '.join(sorted(asked))}")
+        raise InputError(f"not supported, as ids come from the text contract alone: {', '.join(sorted(asked))}")
 
 
 def _prefix_and_text(conversation: Sequence[Any], index: int) -> tuple[str, str]:
     roles = [message.get("role") for message in conversation]
     if roles not in (["user"], ["system", "user"]):
-        raise ValueError(f"conversation {index} has the roles {roles}, not user alone or system and user")
+        raise InputError(f"conversation {index} has the roles {roles}, not user alone or system and user")
     contents = ["", *(message.get("content") for message in conversation)]
     if not all(isinstance(content, str) for content in contents):
-        raise ValueError(f"conversation {index}: the content of a message must be a string")
+        raise InputError(f"conversation {index}: the content of a message must be a string")
     return contents[-2], contents[-1]

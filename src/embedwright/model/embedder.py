@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from embedwright import threads
+from embedwright.errors import InputError
 from embedwright.model import bridges, probe, selftest, storage
 from embedwright.model.adapter import add_lora, has_lora, merge_lora
 from embedwright.model.backbone import AttentionKind, decoder_config, load_backbone, origin_of, resolve_base
@@ -87,7 +88,7 @@ class Embedder:
         decoder = decoder_config(folder, attention=attention, layers=layers)
         tokenizer = load_tokenizer(folder)
         if tokenizer.eos_token_id is None:
-            raise ValueError(f"the tokenizer of {base} has no EOS token")
+            raise InputError(f"the tokenizer of {base} has no EOS token")
         contract = new_contract(tokenizer, pooling, max_tokens)
         backbone = load_backbone(folder, decoder, _dtype(dtype), four_bit)
         network = EmbedwrightModel(
@@ -129,7 +130,7 @@ class Embedder:
         on no disk, ProbeError where the adapters are not at work.
         """
         if isinstance(self.network.head, FoldedLatent):
-            raise ValueError(FOLDED)
+            raise InputError(FOLDED)
         storage.save(self.network, self.tokenizer, Path(path))
         if not has_lora(self.network.backbone):
             stock = storage.opens_as_stock(self.network, self.tokenizer)
@@ -168,7 +169,7 @@ class Embedder:
         ValueError where the model has adapters already or is folded.
         """
         if isinstance(self.network.head, FoldedLatent):
-            raise ValueError(FOLDED)
+            raise InputError(FOLDED)
         add_lora(self.network.backbone, rank=rank, alpha=alpha, dropout=dropout, mixed=self.network.mixed)
         self.network.head.float().requires_grad_(True)
         return self
@@ -235,7 +236,7 @@ class Embedder:
         self, texts: Sequence[str], task: str | None, prefix: str | None, max_tokens: int | None
     ) -> list[TokenizedText]:
         if task is not None and prefix is not None:
-            raise ValueError("give task or prefix, not both")
+            raise InputError("give task or prefix, not both")
         in_front = self.contract.prefix(task) if prefix is None else prefix
         return tokenize(self.tokenizer.backend_tokenizer, self.contract, texts, in_front, max_tokens)
 
@@ -261,11 +262,11 @@ class Embedder:
         """
         texts = check_texts(texts)
         if dim is not None and not 1 <= dim <= self.embedding_dim:
-            raise ValueError(f"dim={dim}: the model has {self.embedding_dim} dimensions")
+            raise InputError(f"dim={dim}: the model has {self.embedding_dim} dimensions")
         if batch_tokens is None:
             batch_tokens = self._batch_tokens()
         if batch_tokens < 1:
-            raise ValueError(f"batch_tokens={batch_tokens} must be positive")
+            raise InputError(f"batch_tokens={batch_tokens} must be positive")
         unique = list(dict.fromkeys(texts))
         vectors = np.empty((len(unique), self.embedding_dim), dtype=np.float32)
         bar = _progress_bar(len(unique)) if progress else None
@@ -371,7 +372,7 @@ def quantize(vectors_NE: NDArray[np.float32], precision: Precision) -> NDArray[A
     if precision == "binary":
         bits: NDArray[np.uint8] = np.packbits(vectors_NE > 0, axis=1)
         return bits
-    raise ValueError(f"precision={precision!r} is none of float32, int8, binary")
+    raise InputError(f"precision={precision!r} is none of float32, int8, binary")
 
 
 def _normalised(vectors_NE: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -383,7 +384,7 @@ def _normalised(vectors_NE: NDArray[np.float32]) -> NDArray[np.float32]:
 def _dtype(name: str) -> torch.dtype:
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name not in dtypes:
-        raise ValueError(f"dtype={name!r} is none of {', '.join(dtypes)}")
+        raise InputError(f"dtype={name!r} is none of {', '.join(dtypes)}")
     return dtypes[name]
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from tokenizers import Tokenizer
 
+from embedwright.errors import InputError
 from embedwright.model.backbone import AttentionKind, decoder_config, load_backbone
 from embedwright.model.locate import text_of
 from embedwright.model.network import EmbedwrightConfig, EmbedwrightModel
@@ -132,9 +133,9 @@ def load_family(folder: Path, family: Family, dtype: torch.dtype | None) -> tupl
     """
     decoder = decoder_config(str(folder), attention=family.attention)
     if decoder.model_type not in family.model_types:
-        raise ValueError(f"{folder} is a {decoder.model_type!r} model, not one of {family.name}")
+        raise InputError(f"{folder} is a {decoder.model_type!r} model, not one of {family.name}")
     if not _modules_fit(folder, family):
-        raise ValueError(f"{folder}: modules.json has modules or a pooling that {family.name} has not")
+        raise InputError(f"{folder}: modules.json has modules or a pooling that {family.name} has not")
     tokenizer = load_tokenizer(folder)
     contract = _contract(folder, family, tokenizer.backend_tokenizer)
     backbone = load_backbone(str(folder), decoder, dtype or decoder.dtype or torch.float32)
@@ -158,7 +159,7 @@ def _contract(folder: Path, family: Family, tokenizer: Tokenizer) -> Contract:
     def id_of(token: str) -> int:
         id = tokenizer.token_to_id(token)
         if id is None:
-            raise ValueError(f"{folder}: the tokenizer has no {token!r}, which {family.name} needs")
+            raise InputError(f"{folder}: the tokenizer has no {token!r}, which {family.name} needs")
         return id
 
     lengths = json.loads(text_of(folder, "sentence_bert_config.json") or "{}")

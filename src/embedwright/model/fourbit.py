@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from embedwright.errors import MissingPackageError
+
 ONLY_TRAINED = "the weights of this model are in 4 bits, for training adapters; they belong on the base as it was"
 
 
@@ -27,7 +29,7 @@ def config(dtype: torch.dtype) -> Any:
     ImportError where 4-bit weights cannot be loaded.
     """
     if lacks := missing():
-        raise ImportError(f"4-bit weights: {lacks}")
+        raise MissingPackageError(f"4-bit weights: {lacks}")
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(

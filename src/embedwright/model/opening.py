@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from embedwright.errors import InputError
 from embedwright.model.embedder import Embedder
 from embedwright.model.families import FAMILIES, said
 from embedwright.model.locate import local, packaged, text_of
@@ -35,7 +36,7 @@ def open_model(name: str) -> Embedder | SentenceTransformerEncoder:
     family, where = said(name)
     folder = packaged(name) or local(where) or where
     if isinstance(folder, Path) and not folder.is_dir():
-        raise ValueError(f"{name} is a file of weights, not an embedder: use Embedder.from_decoder")
+        raise InputError(f"{name} is a file of weights, not an embedder: use Embedder.from_decoder")
     # a hub id without an owner is a name that only sentence-transformers knows
     if family or ((isinstance(folder, Path) or "/" in folder) and form_of(folder, where)):
         return Embedder.load(name)

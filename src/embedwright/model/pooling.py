@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from embedwright.errors import InputError
 from embedwright.model.attention import attend
 from embedwright.packing import PackedTexts
 
@@ -151,19 +152,19 @@ class FoldedLatent(nn.Module):
             self.to_scores.weight[outer] = d**-0.5 * keys_Rd @ attention.to_q.weight[inner].double()
             self.to_out.weight[:, outer] = attention.to_out.weight[:, inner].double() @ values_Rd.T
         if not all(linear.weight.isfinite().all() for linear in (self.to_scores, self.to_out)):
-            raise ValueError(f"the folded latent block overflows {like['dtype']}: load the model in another dtype")
+            raise InputError(f"the folded latent block overflows {like['dtype']}: load the model in another dtype")
         self.requires_grad_(False).train(latent.training)
 
     def reset(self) -> None:
-        raise ValueError(FOLDED)
+        raise InputError(FOLDED)
 
     def _save_to_state_dict(self, *_: Any) -> None:
         """Whatever saves weights comes by here."""
-        raise ValueError(FOLDED)
+        raise InputError(FOLDED)
 
     def forward(self, x_TD: Tensor, packed: PackedTexts) -> Tensor:
         if torch.is_grad_enabled() and (x_TD.requires_grad or any(p.requires_grad for p in self.parameters())):
-            raise ValueError(FOLDED)
+            raise InputError(FOLDED)
         scores_THR = self.to_scores(self.norm(x_TD)).view(len(x_TD), self.heads, -1)
         x_TD = x_TD + self.to_out(scores_THR.softmax(-1).flatten(1))
         out: Tensor = self.feed_forward(x_TD)
@@ -234,7 +235,7 @@ def make_head(config: PoolingConfig, hidden: int) -> PoolingHead:
     if config.kind in ("mean", "last"):
         return TokensAsTheyAre()
     if config.head_dim is None and hidden % config.heads:
-        raise ValueError(f"pooling heads={config.heads} do not divide hidden size {hidden}: set head_dim")
+        raise InputError(f"pooling heads={config.heads} do not divide hidden size {hidden}: set head_dim")
     kinds: dict[str, type[LatentPooling | SelfPooling | MlpPooling]] = {
         "latent": LatentPooling,
         "self": SelfPooling,

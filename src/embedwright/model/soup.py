@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from embedwright.errors import InputError, NotFoundError, OutputExistsError
 from embedwright.model import selftest
 from embedwright.model.embedder import Embedder
 from embedwright.model.locate import local
@@ -56,7 +57,7 @@ def soup(
     names, out = [str(model) for model in models], Path(out)
     shares = _shares(len(names), how, weights)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} exists and is not an empty folder")
+        raise OutputExistsError(f"{out} exists and is not an empty folder")
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
         folders = [_plain(name, Path(scratch) / f"merged-{i}") for i, name in enumerate(names)]
@@ -76,16 +77,16 @@ def soup(
 
 def _shares(models: int, how: How, weights: Sequence[float] | None) -> list[float]:
     if how not in ("average", "slerp"):
-        raise ValueError(f"how={how!r} is none of average, slerp")
+        raise InputError(f"how={how!r} is none of average, slerp")
     if models < 2:
-        raise ValueError(f"a soup is made of two models or more, not of {models}")
+        raise InputError(f"a soup is made of two models or more, not of {models}")
     if how == "slerp" and models != 2:
-        raise ValueError(f"slerp is between two models, not {models}: use average")
+        raise InputError(f"slerp is between two models, not {models}: use average")
     given = [1.0] * models if weights is None else [float(weight) for weight in weights]
     if len(given) != models:
-        raise ValueError(f"weights: {len(given)} for {models} models")
+        raise InputError(f"weights: {len(given)} for {models} models")
     if not all(math.isfinite(weight) and weight > 0 for weight in given):
-        raise ValueError(f"weights={given}: all must be positive")
+        raise InputError(f"weights={given}: all must be positive")
     return [weight / sum(given) for weight in given]
 
 
@@ -96,13 +97,13 @@ def _plain(name: str, scratch: Path) -> Path:
     """The folder of a whole model: that of this name, or `scratch` with its adapters merged."""
     folder = local(name)
     if folder is None:
-        raise FileNotFoundError(f"model folder {name} does not exist")
+        raise NotFoundError(f"model folder {name} does not exist")
     form = form_of(folder, name)
     if form == "adapter":
         Embedder.load(folder).merge().save(scratch)
         return scratch
     if form not in ("ours", "stock"):
-        raise ValueError(f"{name} is no folder that Embedder.save wrote: open it with Embedder.load and save that")
+        raise InputError(f"{name} is no folder that Embedder.save wrote: open it with Embedder.load and save that")
     return folder
 
 
@@ -133,7 +134,7 @@ def _check_settings(first: str, first_folder: Path, name: str, folder: Path) -> 
     a, b = _settings(first_folder), _settings(folder)
     for key in sorted(a.keys() | b.keys()):
         if a.get(key) != b.get(key):
-            raise ValueError(
+            raise InputError(
                 f"{first} and {name} do not go together: {key} is {_short(a.get(key))}, and {_short(b.get(key))}"
             )
 
@@ -163,10 +164,10 @@ def _short(value: Any) -> str:
 def _check_weights(first: str, a: Files, name: str, b: Files) -> None:
     """The same names and shapes; and numbers that come from the same start, without which a sum of them is noise."""
     if odd := sorted(a.keys() ^ b.keys()):
-        raise ValueError(f"{first} and {name} do not go together: only one of them has {odd[0]}")
+        raise InputError(f"{first} and {name} do not go together: only one of them has {odd[0]}")
     for tensor in sorted(a):
         if _shape(a, tensor) != _shape(b, tensor):
-            raise ValueError(
+            raise InputError(
                 f"{first} and {name} do not go together: {tensor} is {_shape(a, tensor)}, and {_shape(b, tensor)}"
             )
     matrices = [tensor for tensor in sorted(a) if len(_shape(a, tensor)) > 1]
@@ -177,7 +178,7 @@ def _check_weights(first: str, a: Files, name: str, b: Files) -> None:
     ):
         sums = [_products(*(_read(files, tensor, _KIN_ROWS) for files in (a, b))) for tensor in tensors]
         if sums and (cosine := _cosine(*map(sum, zip(*sums, strict=True)))) < _KIN:
-            raise ValueError(
+            raise InputError(
                 f"{first} and {name} do not go together: the weights of the {what} have little in common "
                 f"(cosine {cosine:.2f}), so no sum of them is a model. They need {needs}"
             )
@@ -230,7 +231,7 @@ def _mixed(name: str, tensors: list[Tensor], shares: list[float], how: How) -> T
     if all(torch.equal(first, other) for other in tensors[1:]):  # frozen while they were trained
         return first.clone()
     if not first.is_floating_point():
-        raise ValueError(f"{name} holds whole numbers that differ between the models: they have no average")
+        raise InputError(f"{name} holds whole numbers that differ between the models: they have no average")
     factors = _arc(first, tensors[1], shares[1]) if how == "slerp" else shares
     wide = torch.float32 if first.element_size() == 2 else torch.float64
     result = torch.empty_like(first, memory_format=torch.contiguous_format)
@@ -241,7 +242,7 @@ def _mixed(name: str, tensors: list[Tensor], shares: list[float], how: How) -> T
             total.add_(source.to(wide), alpha=factor)
         target.copy_(total)
     if not result.isfinite().all():
-        raise ValueError(f"{name}: the result is not finite in {first.dtype}")
+        raise InputError(f"{name}: the result is not finite in {first.dtype}")
     return result
 
 

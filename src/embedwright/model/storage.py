@@ -17,6 +17,7 @@ from huggingface_hub import snapshot_download
 from tokenizers import processors
 from transformers import AutoConfig
 
+from embedwright.errors import InputError, NotFoundError, OutputExistsError
 from embedwright.model import adapter_folder, door, probe, selftest
 from embedwright.model.adapter import has_lora
 from embedwright.model.backbone import load_backbone, origin_of, set_attention
@@ -36,9 +37,9 @@ Form = Literal["adapter", "nvembed", "ours", "stock"]
 def save(network: EmbedwrightModel, tokenizer: Any, path: Path) -> None:
     """See `Embedder.save`."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(f"{path} exists and is not an empty folder")
+        raise OutputExistsError(f"{path} exists and is not an empty folder")
     if in_four_bits(network.backbone):
-        raise ValueError(f"cannot save: {ONLY_TRAINED}")
+        raise InputError(f"cannot save: {ONLY_TRAINED}")
     probe.check(network)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -84,11 +85,11 @@ def _open(folder: Path, form: Form | Family | None, dtype: torch.dtype | None) -
         network, info = EmbedwrightModel.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True)
         if info["missing_keys"] or info["unexpected_keys"]:
             wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
-            raise ValueError(f"{folder}: weights do not fit the config, e.g. {wrong[:3]}")
+            raise InputError(f"{folder}: weights do not fit the config, e.g. {wrong[:3]}")
         return network, load_tokenizer(folder)
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} has no config.json: not a model folder")
-    raise ValueError(
+        raise NotFoundError(f"{folder} has no config.json: not a model folder")
+    raise InputError(
         f"{folder} is not an embedder that we know: use Embedder.from_decoder for a base model, and write one of "
         f"{', '.join(f'{family}:' for family in FAMILIES)} in front of the name of an embedder of that family"
     )

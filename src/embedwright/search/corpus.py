@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from embedwright.data.example import DataError, id_of, text_of
 from embedwright.data.readers import read_rows
 from embedwright.data.teacher import as_encoder, encode_finite
+from embedwright.errors import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ def encode_corpus(
     something else: vectors of another source, task, shard size or model (a few of its texts are encoded anew to tell).
     """
     if shard_rows < 1:
-        raise ValueError(f"shard_rows must be at least 1, not {shard_rows}")
+        raise InputError(f"shard_rows must be at least 1, not {shard_rows}")
     count, sha256 = _survey(source)
     encoder = as_encoder(model)
     dimension = encode_finite(encoder, ["how wide is a vector?"], task).shape[1]
@@ -127,7 +128,7 @@ def read_shards(folder: Path) -> Iterator[pa.Table]:
     """The shards in order, one in memory at a time. Raises ValueError, before the first, where one is missing."""
     shards = list(Manifest.read(folder).shards(folder))
     if missing := [path.name for path, rows in shards if not _complete(path, rows)]:
-        raise ValueError(f"{folder} is unfinished, {len(missing)} of {len(shards)} shards are missing: encode it again")
+        raise InputError(f"{folder} is unfinished, {len(missing)} of {len(shards)} shards are missing: encode it again")
     for path, _ in shards:
         yield pq.read_table(path)
 
@@ -154,7 +155,7 @@ def check_model(folder: Path, model: Any) -> None:
         moved_N, length_N = np.linalg.norm(now_NE - then_NE, axis=1), np.linalg.norm(then_NE, axis=1)
         if (moved_N <= _SAME_MODEL * length_N).all():
             return
-    raise ValueError(f"{folder} was encoded by another model: this one gives other vectors for the same texts")
+    raise InputError(f"{folder} was encoded by another model: this one gives other vectors for the same texts")
 
 
 def _claim(out: Path, manifest: Manifest) -> None:
@@ -162,7 +163,7 @@ def _claim(out: Path, manifest: Manifest) -> None:
     path = out / "manifest.json"
     if not path.exists():
         if strays := [*out.glob("shard-*.parquet"), *out.glob("index.faiss")]:
-            raise ValueError(f"{out} holds {strays[0].name} but no manifest.json: take a new or empty folder")
+            raise InputError(f"{out} holds {strays[0].name} but no manifest.json: take a new or empty folder")
         aside = path.with_suffix(".tmp")
         aside.write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
         aside.replace(path)
@@ -170,7 +171,7 @@ def _claim(out: Path, manifest: Manifest) -> None:
     before, now = asdict(Manifest.read(out)), asdict(manifest)
     for key, value in before.items():
         if now[key] != value:
-            raise ValueError(
+            raise InputError(
                 f"{out} was encoded with {key} {value!r}, this is {now[key]!r}: take a new or empty folder"
             )
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from embedwright.data.teacher import as_encoder, encode_finite
 from embedwright.data.topk import top_k
+from embedwright.errors import InputError, NotFoundError
 from embedwright.search.corpus import Manifest, check_model, read_shards, shard_path, vectors_of
 
 __all__ = ["Hit", "build_index", "search", "top_k"]
@@ -53,11 +54,11 @@ def search(
     """
     path = folder / "index.faiss"
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no index yet, build_index makes it")
+        raise NotFoundError(f"{path}: no index yet, build_index makes it")
     manifest = Manifest.read(folder)
     index: Any = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
     if (index.ntotal, index.d) != (manifest.count, manifest.dimension):
-        raise ValueError(f"{path} is not the index of this corpus: build it again")
+        raise InputError(f"{path} is not the index of this corpus: build it again")
     check_model(folder, model)
     if not queries:
         return []

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoModel
 
 from embedwright import onednn
+from embedwright.errors import InputError
 from embedwright.model.backbone import decoder_config, resolve_base
 from embedwright.model.pooling import GatedBlock, LatentPooling, PoolingConfig, SelfPooling, make_head
 from embedwright.training.recipe import ModelPart, Recipe
@@ -113,7 +114,7 @@ class Sizes:
     causal: bool
 
 
-class NoEstimate(ValueError):  # noqa: N818 (it is no error of the caller's)
+class NoEstimate(InputError):  # noqa: N818 (it is no error of the caller's)
     """A decoder whose cost the formula does not cover."""
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from embedwright import threads
 from embedwright.config import ConfigError
+from embedwright.errors import InputError
 from embedwright.model import fourbit, memory, probe
 from embedwright.model.adapter import has_lora, idle_adapters
 from embedwright.model.card import facts, model_card
@@ -352,7 +353,7 @@ def load_trained(model: Embedder, weights: dict[str, Tensor]) -> None:
     """Put whole weights into what trains, also where it is cut. ValueError where the names differ."""
     own = many.trained(model.network)
     if own.keys() != weights.keys():
-        raise ValueError(f"checkpoint and model differ in {sorted(own.keys() ^ weights.keys())[:3]}")
+        raise InputError(f"checkpoint and model differ in {sorted(own.keys() ^ weights.keys())[:3]}")
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(many.like(weights[name], parameter))

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from embedwright.config import ConfigError
+from embedwright.errors import InputError
 from embedwright.training.batch import Batch
 from embedwright.training.loss import cosent, cut, info_nce, score_distillation, vector_distance, vector_distillation
 from embedwright.training.recipe import StagePart
@@ -49,7 +50,7 @@ def batch_loss(
         value = torch.stack([w * v for w, v in zip(weights, values, strict=True)]).sum() / sum(weights)
     if loss.distill is not None and loss.distill.vector_weight:
         if teacher_QE is None or teacher_CE is None:
-            raise ValueError(f"stages.{stage.name}.loss.distill: vectors of {loss.distill.teacher} are missing")
+            raise InputError(f"stages.{stage.name}.loss.distill: vectors of {loss.distill.teacher} are missing")
         distance_Q = vector_distance(q_QE, teacher_QE, loss.distill.metric)
         distance_C = vector_distance(c_CE, teacher_CE, loss.distill.metric)
         texts_QC = _on(q_QE, _needed(batch.own_QC, "own_QC")).scatter(1, _on(q_QE, batch.positive_Q)[:, None], True)
@@ -117,5 +118,5 @@ def _on(vectors: Tensor, array: NDArray[np.generic]) -> Tensor:
 
 def _needed(value: Value | None, name: str) -> Value:
     if value is None:
-        raise ValueError(f"the batch has no {name}: make_batch needs the stage's loss")
+        raise InputError(f"the batch has no {name}: make_batch needs the stage's loss")
     return value

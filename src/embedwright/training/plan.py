@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from embedwright.data.catalog import find_entry, load_catalog
+from embedwright.errors import InputError
 from embedwright.training.blend import share
 from embedwright.training.cost import (
     GB,
@@ -159,7 +160,7 @@ def step_flops(recipe: Recipe, stage: StagePlan, sizes: Sizes, processes: int = 
 
 def _of(stage: StagePlan) -> Tokens:
     if stage.tokens is None:
-        raise ValueError(f"stage {stage.name}: its tokens are not counted yet (with_tokens)")
+        raise InputError(f"stage {stage.name}: its tokens are not counted yet (with_tokens)")
     return stage.tokens
 
 

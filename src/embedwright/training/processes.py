@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from embedwright.errors import InputError
 from embedwright.packing import PackedTexts
 
 Kind = Literal["ddp", "fsdp"]
@@ -126,7 +127,7 @@ def start() -> Processes:
 
     state = PartialState(cpu=not torch.cuda.is_available())
     if state.num_processes != asked:
-        raise ValueError(f"{asked} processes were started and {state.num_processes} are in the group")
+        raise InputError(f"{asked} processes were started and {state.num_processes} are in the group")
     return Processes(state.process_index, state.num_processes, state.device)
 
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from embedwright.config import ConfigError, did_you_mean, load_yaml, validate
 from embedwright.data.candidates import Rule, check_settings
 from embedwright.data.example import InBatch, Task
+from embedwright.errors import InputError
 
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -77,7 +78,7 @@ class OptimPart(_Part):
     @model_validator(mode="after")
     def _warm_up_ends(self) -> OptimPart:
         if self.warmup_steps >= self.steps:
-            raise ValueError(f"warmup_steps={self.warmup_steps} must be below steps={self.steps}")
+            raise InputError(f"warmup_steps={self.warmup_steps} must be below steps={self.steps}")
         return self
 
 
@@ -97,11 +98,11 @@ class DistillPart(_Part):
     @model_validator(mode="after")
     def _says_what_to_follow(self) -> DistillPart:
         if not (self.score_weight or self.vector_weight):
-            raise ValueError("needs score_weight, vector_weight, or both")
+            raise InputError("needs score_weight, vector_weight, or both")
         if bool(self.vector_weight) != bool(self.teacher):
-            raise ValueError("vector_weight and teacher need each other")
+            raise InputError("vector_weight and teacher need each other")
         if self.temperature and not self.score_weight:
-            raise ValueError("temperature is of the scores, and score_weight is 0")
+            raise InputError("temperature is of the scores, and score_weight is 0")
         return self
 
 
@@ -121,13 +122,13 @@ class LossPart(_Part):
     @model_validator(mode="after")
     def _dims_are_weighed(self) -> LossPart:
         if len(set(self.dims)) != len(self.dims):
-            raise ValueError(f"dims: {list(self.dims)} names one width twice")
+            raise InputError(f"dims: {list(self.dims)} names one width twice")
         if self.dim_weights is not None and len(self.dim_weights) != len(self.dims) + 1:
-            raise ValueError(
+            raise InputError(
                 f"dim_weights: {len(self.dim_weights)} weights; needed are {len(self.dims) + 1}, the full width's first"
             )
         if self.hardness_on == "all" and not self.hardness:
-            raise ValueError("hardness_on: nothing to weigh by, hardness is 0")
+            raise InputError("hardness_on: nothing to weigh by, hardness is 0")
         return self
 
 
@@ -177,16 +178,16 @@ class StagePart(_Part):
     @model_validator(mode="after")
     def _uses_what_is_mined(self) -> StagePart:
         if self.mine is not None and not 1 <= self.hard_negatives <= self.mine.negatives:
-            raise ValueError(f"hard_negatives={self.hard_negatives} of {self.mine.negatives} that are mined for it")
+            raise InputError(f"hard_negatives={self.hard_negatives} of {self.mine.negatives} that are mined for it")
         return self
 
     @model_validator(mode="after")
     def _loss_has_what_it_needs(self) -> StagePart:
         distill = self.loss.distill
         if not self.hard_negatives and self.loss.hardness and self.loss.hardness_on == "own":
-            raise ValueError("loss.hardness weighs a row's own negatives, and hard_negatives is 0")
+            raise InputError("loss.hardness weighs a row's own negatives, and hard_negatives is 0")
         if not self.hard_negatives and distill is not None and distill.score_weight:
-            raise ValueError("loss.distill.score_weight compares a row's own negatives, and hard_negatives is 0")
+            raise InputError("loss.distill.score_weight compares a row's own negatives, and hard_negatives is 0")
         return self
 
     def extras(self) -> dict[str, Any]:
@@ -201,7 +202,7 @@ def _listed(trackers: Any) -> Any:
     """One name is a list of one, `none` the empty list."""
     listed = ([] if trackers == "none" else [trackers]) if isinstance(trackers, str) else trackers
     if not isinstance(listed, list | tuple) or any(name not in TRACKERS for name in listed):
-        raise ValueError(f"{trackers!r} is neither none, nor one of {', '.join(TRACKERS)}, nor a list of these")
+        raise InputError(f"{trackers!r} is neither none, nor one of {', '.join(TRACKERS)}, nor a list of these")
     return listed
 
 
@@ -237,7 +238,7 @@ class EvalPart(_Part):
     @model_validator(mode="after")
     def _has_something_to_go_by(self) -> EvalPart:
         if (self.best or self.patience) and not (self.suites and self.every):
-            raise ValueError("best and patience need suites, and every")
+            raise InputError("best and patience need suites, and every")
         return self
 
     @property
@@ -272,25 +273,25 @@ class Recipe(_Part):
             return self
         keys = set(self.values_by_key())
         if missing := sorted(keys - set(self.provenance)):
-            raise ValueError(f"provenance: says nothing of {missing[0]}")
+            raise InputError(f"provenance: says nothing of {missing[0]}")
         for key, said in self.provenance.items():
             if key not in keys:
-                raise ValueError(f"provenance: no value {key!r}{did_you_mean(key, keys)}")
+                raise InputError(f"provenance: no value {key!r}{did_you_mean(key, keys)}")
             if said.partition(":")[0] not in SOURCES:
-                raise ValueError(f"provenance.{key}: {said!r} is none of {', '.join(SOURCES)}")
+                raise InputError(f"provenance.{key}: {said!r} is none of {', '.join(SOURCES)}")
         return self
 
     @model_validator(mode="after")
     def _four_bits_stay_whole(self) -> Recipe:
         if self.tune.method == "qlora" and self.run.parallel == "fsdp":
-            raise ValueError("run.parallel: fsdp cannot cut the 4-bit weights of tune.method: qlora; use ddp")
+            raise InputError("run.parallel: fsdp cannot cut the 4-bit weights of tune.method: qlora; use ddp")
         return self
 
     @model_validator(mode="after")
     def _stage_names_differ(self) -> Recipe:
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
-            raise ValueError(f"stages need different names, got {names}")
+            raise InputError(f"stages need different names, got {names}")
         return self
 
     @classmethod

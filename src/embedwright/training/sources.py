@@ -14,6 +14,7 @@ from embedwright.data.catalog import find_task
 from embedwright.data.example import Task
 from embedwright.data.table import ExampleTable, open_examples
 from embedwright.data.tasks import read_tasks, tasks_file
+from embedwright.errors import NotFoundError
 from embedwright.training.blend import Source
 from embedwright.training.recipe import DataPart, Recipe, StagePart, expand
 
@@ -73,7 +74,7 @@ def _entry_sources(recipe: Recipe, stage: StagePart, number: int, known: dict[st
     try:
         table = open_table(recipe, stage, entry)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{where}: {error}") from error
+        raise NotFoundError(f"{where}: {error}") from error
     beside = tasks_file(expand(entry.path))
     own = read_tasks(beside) if beside.is_file() else {}
     by_task = table.rows_by_task()

@@ -1,0 +1,87 @@
+"""Writing whole or not at all: failures, links, mount points and modes."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from embedwright.errors import OutputExistsError
+from embedwright.files import check_new_folder, whole_file, whole_folder, write_json, write_text
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
+    write_text(tmp_path / "a.txt", "old")
+    with pytest.raises(KeyError), whole_file(tmp_path / "a.txt") as temp:
+        temp.write_text("half")
+        raise KeyError
+    assert names(tmp_path) == ["a.txt"]
+    assert (tmp_path / "a.txt").read_text() == "old"
+
+
+def test_a_file_keeps_its_mode_and_its_link(tmp_path: Path) -> None:
+    target = tmp_path / "real" / "a.json"
+    write_json(target, {"a": 1})
+    target.chmod(0o640)
+    (tmp_path / "link.json").symlink_to(target)
+    write_json(tmp_path / "link.json", {"a": 2})
+    assert (tmp_path / "link.json").is_symlink()
+    assert target.read_text() == '{\n  "a": 2\n}\n'
+    assert target.stat().st_mode & 0o777 == 0o640
+
+
+def test_the_temporary_name_keeps_the_suffixes(tmp_path: Path) -> None:
+    with whole_file(tmp_path / "a.jsonl.gz") as temp:
+        assert temp.name.startswith(".a.")
+        assert temp.name.endswith(".jsonl.gz")
+        temp.write_bytes(b"")
+
+
+def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with whole_folder("~/model") as temp:
+        (temp / "config.json").write_text("{}")
+    assert names(tmp_path) == ["model"]
+
+
+def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), whole_folder(tmp_path / "out") as temp:
+        (temp / "half").write_text("")
+        raise KeyError
+    assert names(tmp_path) == []
+
+
+def test_an_empty_folder_keeps_its_mode_also_behind_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir(mode=0o750)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with whole_folder(tmp_path / "link") as temp:
+        (temp / "config.json").write_text("{}")
+    assert (tmp_path / "link").is_symlink()
+    assert names(tmp_path / "real") == ["config.json"]
+    assert (tmp_path / "real").stat().st_mode & 0o777 == 0o750
+    assert names(tmp_path) == ["link", "real"]
+
+
+def test_a_mount_point_is_filled_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mount = tmp_path / "mount"
+    mount.mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == mount)
+    before = mount.stat().st_ino
+    with whole_folder(mount) as temp:
+        (temp / "config.json").write_text("{}")
+        (temp / "sub").mkdir()
+        (temp / "sub" / "weights").write_text("w")
+    assert names(mount) == ["config.json", "sub"]
+    assert mount.stat().st_ino == before
+
+
+@pytest.mark.parametrize("make", [lambda p: p.write_text("x"), lambda p: (p.mkdir(), (p / "x").write_text(""))])
+def test_a_place_that_holds_something_is_refused_first(tmp_path: Path, make: object) -> None:
+    make(tmp_path / "out")  # type: ignore[operator]
+    with pytest.raises(OutputExistsError, match="out"):
+        check_new_folder(tmp_path / "out")
+    with pytest.raises(OutputExistsError), whole_folder(tmp_path / "out"):
+        pytest.fail("nothing may be done before the check")
