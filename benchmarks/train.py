@@ -47,8 +47,8 @@ from torch import Tensor, nn  # noqa: E402
 
 from embedwright.model.embedder import Embedder  # noqa: E402
 from embedwright.training.batch import Batch  # noqa: E402
+from embedwright.training.parts import DataPart, OptimPart, StagePart, TunePart  # noqa: E402
 from embedwright.training.processes import ALONE  # noqa: E402
-from embedwright.training.recipe import DataPart, OptimPart, StagePart, TunePart  # noqa: E402
 from embedwright.training.step import accumulate, make_optimizer, share_of, update  # noqa: E402
 
 MODEL = "smollm2-135m"

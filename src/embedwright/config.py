@@ -67,8 +67,11 @@ def validate(
         return model.model_validate(content)
     except ValidationError as error:
         lines = []
-        for problem in error.errors():
+        problems = error.errors()
+        for problem in problems:
             loc = problem["loc"]
+            if problem["type"] == "too_short" and any(p["loc"] != loc == p["loc"][: len(loc)] for p in problems):
+                continue  # pydantic counts the valid items alone, and the wrong ones have lines of their own
             message = problem["msg"]
             if problem["type"] == "extra_forbidden":
                 known = _known_keys(model, loc[:-1])

@@ -6,9 +6,9 @@ import difflib
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from embedwright.errors import InputError
 
@@ -28,10 +28,12 @@ class Task(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str
+    name: Annotated[str, Field(pattern=r"\S")]  # not empty
     family: Family = "retrieval"
     instruction: str = ""
-    symmetric: bool = False  # the instruction goes on both sides (STS, clustering by example)
+    symmetric: Annotated[bool, Field(strict=True)] = (
+        False  # the instruction goes on both sides (STS, clustering by example)
+    )
     in_batch_negatives: InBatch | None = None
     licence: str = ""
     source: str = ""

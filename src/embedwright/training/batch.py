@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from embedwright.data.example import Example, InBatch, Passage
 from embedwright.text import Contract
 from embedwright.training.blend import Row
-from embedwright.training.recipe import LossPart
+from embedwright.training.parts import LossPart
 
 Text = tuple[str, str]  # prefix, text
 Bools = NDArray[np.bool_]

@@ -20,7 +20,7 @@ from embedwright.data.table import ExampleTable
 
 @dataclass(frozen=True)
 class Source:
-    """The rows of one task in one file. `share` is relative to the other sources of the stage.
+    """The rows of one task in one file. `share` is relative to the other sources of the stage (`with_shares`).
 
     Of rows with many tasks of one kind, a few rows each (synthetic ones), `tasks` has that of each by name.
     """
@@ -29,7 +29,7 @@ class Source:
     table: ExampleTable
     rows: NDArray[np.int64]
     task: Task
-    share: float
+    share: float = 0.0
     tasks: Mapping[str, Task] = field(default_factory=dict)
 
     def row(self, number: int) -> Row:

@@ -21,7 +21,8 @@ from embedwright import onednn
 from embedwright.errors import InputError
 from embedwright.model.backbone import decoder_config, resolve_base
 from embedwright.model.pooling import GatedBlock, LatentPooling, PoolingConfig, SelfPooling, make_head
-from embedwright.training.recipe import ModelPart, Recipe
+from embedwright.training.parts import ModelPart
+from embedwright.training.recipe import Recipe
 
 GB = 10**9
 Precision = Literal["fp32", "bf16"]

@@ -14,7 +14,7 @@ from embedwright.text import Contract
 from embedwright.training.batch import Text
 from embedwright.training.blend import Source
 from embedwright.training.objective import check_widths
-from embedwright.training.recipe import StagePart
+from embedwright.training.parts import StagePart
 
 
 class Teacher:

@@ -18,7 +18,8 @@ import yaml
 
 from embedwright.training.blend import Source
 from embedwright.training.judge import mean_scores
-from embedwright.training.recipe import Recipe, StagePart
+from embedwright.training.parts import StagePart
+from embedwright.training.recipe import Recipe
 from embedwright.training.sources import data_fingerprint, entry_of
 from embedwright.training.track import write_whole
 
@@ -134,7 +135,7 @@ def _source(stage: StagePart, source: Source, all_of_stage: Sequence[Source]) ->
 
 def _losses(stage: StagePart) -> Iterator[tuple[str, Any]]:
     keys = {"in_batch_negatives", "hard_negatives", "batching", "temperature"}
-    return _leaves(stage.model_dump(include=keys) | stage.extras())
+    return _leaves(stage.model_dump(include=keys) | stage.chosen())
 
 
 def _without_folder(value: Any) -> Any:

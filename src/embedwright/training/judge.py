@@ -15,8 +15,9 @@ from torch import Tensor
 
 from embedwright.evaluation.suite import evaluate
 from embedwright.model.embedder import Embedder
+from embedwright.training.parts import EvalPart
 from embedwright.training.processes import Processes, whole
-from embedwright.training.recipe import EvalPart, expand
+from embedwright.training.recipe import expand
 from embedwright.training.track import Tracker, read_records, write_records
 
 logger = logging.getLogger(__name__)

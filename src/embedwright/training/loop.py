@@ -40,8 +40,9 @@ from embedwright.training.folder import card_facts, describe_run
 from embedwright.training.interrupt import Asked, Interrupted, stop_when_asked
 from embedwright.training.judge import Judge
 from embedwright.training.objective import check_widths
+from embedwright.training.parts import StagePart
 from embedwright.training.processes import Processes, Replica
-from embedwright.training.recipe import Recipe, StagePart
+from embedwright.training.recipe import Recipe
 from embedwright.training.refresh import refresh_every, refreshed
 from embedwright.training.sources import data_fingerprint, open_sources
 from embedwright.training.step import Share, accumulate, learning_rate, make_optimizer, share_of, update

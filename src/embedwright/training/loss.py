@@ -36,8 +36,8 @@ def info_nce(
     - `mask_above`: a negative, of whatever kind, whose cosine is above cos(q, d+) + `mask_above` is left out. Source:
       Qwen3-Embedding, with 0.1.
     - `hardness`: the exponential of a negative in `hard_QC` is multiplied by exp(hardness * cos), a constant to the
-      gradient. Source: EmbeddingGemma (arXiv 2509.20354), with 5 on hard negatives; LLaVE (arXiv 2503.04812), with 9
-      on in-batch ones; after Robinson et al. (arXiv 2010.04592), who divide by the mean weight.
+      gradient. Source: EmbeddingGemma (arXiv 2509.20354), with 5; after Robinson et al. (arXiv 2010.04592), who
+      divide by the mean weight.
     - `focal`: query i's loss is multiplied by (1 - p_i) ** focal, p_i its softmax at the positive, a constant to the
       gradient, which has no limit at p = 1 below focal = 1. Source: KaLM-Embedding-V2 (arXiv 2506.20923), after Lin
       et al. (arXiv 1708.02002).
@@ -98,17 +98,14 @@ def score_distillation(
     return (theirs.exp().masked_fill(unknown, 0.0) * (theirs - ours)).sum() / len(q_QE)
 
 
-def vector_distance(own_NE: Tensor, teacher_NE: Tensor, metric: str) -> Tensor:
-    """Of each text, float (N,): `cosine` 1 - cos, `mse` the mean over E of squared differences of the unit vectors.
+def vector_distance(own_NE: Tensor, teacher_NE: Tensor) -> Tensor:
+    """1 - cosine of each text's vector and the teacher's, which may be of any length: float (N,).
 
-    The teacher's are made unit length first, so that `mse` is `cosine` times 2/E. Source: EmbedDistill (arXiv
-    2301.12005), equations 7 and 8; EmbeddingGemma (arXiv 2509.20354) for query, positive and hard negative.
+    Source: EmbedDistill (arXiv 2301.12005), equations 7 and 8, whose squared distance of unit vectors is twice this;
+    EmbeddingGemma (arXiv 2509.20354) for query, positive and hard negative.
     """
     with torch.autocast(own_NE.device.type, enabled=False):
-        target_NE = F.normalize(teacher_NE, dim=-1)
-        if metric == "mse":
-            return (own_NE - target_NE).square().mean(-1)
-        return 1 - (own_NE * target_NE).sum(-1)
+        return 1 - (own_NE * F.normalize(teacher_NE, dim=-1)).sum(-1)
 
 
 def vector_distillation(distance_Q: Tensor, distance_C: Tensor, own_QC: Tensor) -> Tensor:

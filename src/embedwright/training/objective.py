@@ -13,7 +13,7 @@ from embedwright.config import ConfigError
 from embedwright.errors import InputError
 from embedwright.training.batch import Batch
 from embedwright.training.loss import cosent, cut, info_nce, score_distillation, vector_distance, vector_distillation
-from embedwright.training.recipe import StagePart
+from embedwright.training.parts import StagePart
 
 Value = TypeVar("Value")
 
@@ -35,24 +35,20 @@ def batch_loss(
     some of its queries gives that part of its loss: the parts add up, where `batch.alone()`.
 
     InfoNCE, or CoSENT over the scored rows of a task (its value counts once for each of them), and KL to the teacher's
-    scores; with `dims`, the weighted mean of that over the widths. The distance to the teacher's vectors is added at
-    the full width. ValueError where the batch or the teacher's vectors are not made for the stage's loss; ConfigError
-    as in `check_widths`.
+    scores; with `dims`, the mean of that over the widths, the full one among them. The distance to the teacher's
+    vectors is added at the full width. ValueError where the batch or the teacher's vectors are not made for the
+    stage's loss; ConfigError as in `check_widths`.
     """
     loss, width = stage.loss, q_QE.shape[1]
     check_widths(stage, width, None if teacher_QE is None else teacher_QE.shape[1])
-    if not loss.dims:
-        value = _at_one_width(q_QE, c_CE, batch, stage, total)
-    else:
-        weights = loss.dim_weights or (1.0,) * (len(loss.dims) + 1)
-        values = [_at_one_width(q_QE, c_CE, batch, stage, total)]
-        values += [_at_one_width(cut(q_QE, dim), cut(c_CE, dim), batch, stage, total) for dim in loss.dims]
-        value = torch.stack([w * v for w, v in zip(weights, values, strict=True)]).sum() / sum(weights)
+    values = [_at_one_width(q_QE, c_CE, batch, stage, total)]
+    values += [_at_one_width(cut(q_QE, dim), cut(c_CE, dim), batch, stage, total) for dim in loss.dims]
+    value = torch.stack(values).mean()
     if loss.distill is not None and loss.distill.vector_weight:
         if teacher_QE is None or teacher_CE is None:
             raise InputError(f"stages.{stage.name}.loss.distill: vectors of {loss.distill.teacher} are missing")
-        distance_Q = vector_distance(q_QE, teacher_QE, loss.distill.metric)
-        distance_C = vector_distance(c_CE, teacher_CE, loss.distill.metric)
+        distance_Q = vector_distance(q_QE, teacher_QE)
+        distance_C = vector_distance(c_CE, teacher_CE)
         texts_QC = _on(q_QE, _needed(batch.own_QC, "own_QC")).scatter(1, _on(q_QE, batch.positive_Q)[:, None], True)
         share = len(batch.queries) / total
         value = value + loss.distill.vector_weight * share * vector_distillation(distance_Q, distance_C, texts_QC)
@@ -83,7 +79,7 @@ def _at_one_width(q_QE: Tensor, c_CE: Tensor, batch: Batch, stage: StagePart, to
     if loss.same_tower == "both":  # documents of other rows stand against the positive as against the query
         documents_QC = allowed_QC & ~_on(q_QE, _needed(batch.own_QC, "own_QC"))
     if loss.hardness:
-        hard_QC = _on(q_QE, _needed(batch.own_QC, "own_QC")) if loss.hardness_on == "own" else allowed_QC
+        hard_QC = _on(q_QE, _needed(batch.own_QC, "own_QC"))
     value = weight * info_nce(
         q_QE,
         c_CE,

@@ -23,8 +23,9 @@ from embedwright.training.cost import (
     this_cpu,
 )
 from embedwright.training.lengths import Tokens, tokens_of
-from embedwright.training.recipe import DataPart, Recipe, StagePart, expand
-from embedwright.training.sources import open_table
+from embedwright.training.parts import StagePart
+from embedwright.training.recipe import Recipe, expand
+from embedwright.training.sources import drawable_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +69,14 @@ class Estimate:
 def plan(recipe: Recipe) -> list[StagePlan]:
     """The size of each stage. Files that are there are read; of others, the recipe or the catalogue says how many rows.
 
-    Raises ConfigError or DataError for a file that is there and cannot be read.
+    Rows are those that training can draw. Raises ConfigError or DataError for a file that is there and cannot be
+    read, or of which nothing can be trained.
     """
     return [_stage(recipe, stage) for stage in recipe.stages]
 
 
 def _stage(recipe: Recipe, stage: StagePart) -> StagePlan:
-    counted = [(entry, *_rows(recipe, stage, entry)) for entry in stage.data]
+    counted = [(entry, *_rows(recipe, stage, number)) for number, entry in enumerate(stage.data)]
     weights = [share(entry.weight, rows or 0, stage.sampling_alpha) for entry, rows, _ in counted]
     total = sum(weights) or 1.0
     shares = [
@@ -89,9 +91,10 @@ def _stage(recipe: Recipe, stage: StagePart) -> StagePlan:
     )
 
 
-def _rows(recipe: Recipe, stage: StagePart, entry: DataPart) -> tuple[int | None, str]:
+def _rows(recipe: Recipe, stage: StagePart, number: int) -> tuple[int | None, str]:
+    entry = stage.data[number]
     try:
-        return len(open_table(recipe, stage, entry)), "counted"
+        return drawable_rows(recipe, stage, number), "counted"
     except FileNotFoundError:
         if entry.rows:
             return entry.rows, "recipe"

@@ -25,9 +25,10 @@ from embedwright.model.embedder import Embedder
 from embedwright.model.opening import open_encoder
 from embedwright.training.blend import Source
 from embedwright.training.checkpoint import RunState
+from embedwright.training.parts import PREVIOUS, StagePart
 from embedwright.training.processes import Processes
-from embedwright.training.recipe import PREVIOUS, Recipe, StagePart, expand
-from embedwright.training.sources import entry_of, is_mined, trainable
+from embedwright.training.recipe import Recipe, expand
+from embedwright.training.sources import entry_of, is_mined, trainable, with_shares
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +86,8 @@ def refreshed(
         source = sources[number]
         table = open_examples(folder / f"{number:02d}.parquet", seed=recipe.seed)
         own = replace(source, table=table, rows=np.arange(len(table)))
-        fresh[number] = trainable(stage, own, f"stages.{stage.name}, mined behind step {begin}: {source.name}")
-    return fresh
+        fresh[number] = trainable(stage, own, f"stages.{stage.name}, mined after step {begin}: {source.name}")
+    return with_shares(stage, fresh)
 
 
 def _mine(

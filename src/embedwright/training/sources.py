@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,8 +16,9 @@ from embedwright.data.example import Task
 from embedwright.data.table import ExampleTable, open_examples
 from embedwright.data.tasks import read_tasks, tasks_file
 from embedwright.errors import NotFoundError
-from embedwright.training.blend import Source
-from embedwright.training.recipe import DataPart, Recipe, StagePart, expand
+from embedwright.training.blend import Source, share
+from embedwright.training.parts import DataPart, StagePart
+from embedwright.training.recipe import Recipe, expand
 
 logger = logging.getLogger(__name__)
 
@@ -27,10 +29,18 @@ def open_sources(recipe: Recipe) -> list[list[Source]]:
     A task that rows name is described by the recipe, by the file of tasks that `synth` leaves beside its rows, or by
     the catalogue, the first that has it.
     """
-    known = {
-        entry.task.name: entry.task for stage in recipe.stages for entry in stage.data if isinstance(entry.task, Task)
-    }
+    known = _described(recipe)
     return [_stage_sources(recipe, stage, known) for stage in recipe.stages]
+
+
+def drawable_rows(recipe: Recipe, stage: StagePart, number: int) -> int:
+    """The rows of entry `number` of the stage's data that training would draw. Errors as in `open_sources`."""
+    return sum(len(source.rows) for source in _checked_sources(recipe, stage, number, _described(recipe)))
+
+
+def _described(recipe: Recipe) -> dict[str, Task]:
+    entries = [entry for stage in recipe.stages for entry in stage.data]
+    return {entry.task.name: entry.task for entry in entries if isinstance(entry.task, Task)}
 
 
 def data_fingerprint(stages: list[list[Source]]) -> str:
@@ -44,7 +54,11 @@ def data_fingerprint(stages: list[list[Source]]) -> str:
 
 def entry_of(stage: StagePart, source: Source) -> DataPart:
     """The entry of the stage's data that a source is of: its number stands in front of the source's name."""
-    return stage.data[int(source.name.partition("#")[0])]
+    return stage.data[int(_number_of(source))]
+
+
+def _number_of(source: Source) -> str:
+    return source.name.partition("#")[0]
 
 
 def open_table(recipe: Recipe, stage: StagePart, entry: DataPart) -> ExampleTable:
@@ -59,14 +73,34 @@ def open_table(recipe: Recipe, stage: StagePart, entry: DataPart) -> ExampleTabl
 
 
 def _stage_sources(recipe: Recipe, stage: StagePart, known: dict[str, Task]) -> list[Source]:
-    sources = []
-    for number in range(len(stage.data)):
-        where = f"recipe {recipe.name}: stages.{stage.name}.data.{number}"
-        for source in _entry_sources(recipe, stage, number, known, where):
-            sources.append(_check(recipe, stage, source, where))
+    sources = [source for number in range(len(stage.data)) for source in _checked_sources(recipe, stage, number, known)]
     if stage.mine is not None and not any(map(is_mined, sources)):
         raise ConfigError(f"recipe {recipe.name}: stages.{stage.name}: none of its data can be mined (docs/mining.md)")
-    return sources
+    return with_shares(stage, sources)
+
+
+def with_shares(stage: StagePart, sources: Sequence[Source]) -> list[Source]:
+    """The sources of a stage, each with its share of the draws, by the rows that it can draw.
+
+    An entry of `data` has one share by all its rows, which its tasks part by their rows.
+    """
+    rows: Counter[str] = Counter()
+    for source in sources:
+        rows[_number_of(source)] += len(source.rows)
+    return [
+        replace(
+            source,
+            share=share(
+                entry_of(stage, source).weight, len(source.rows), stage.sampling_alpha, of=rows[_number_of(source)]
+            ),
+        )
+        for source in sources
+    ]
+
+
+def _checked_sources(recipe: Recipe, stage: StagePart, number: int, known: dict[str, Task]) -> list[Source]:
+    where = f"recipe {recipe.name}: stages.{stage.name}.data.{number}"
+    return [_check(recipe, stage, source, where) for source in _entry_sources(recipe, stage, number, known, where)]
 
 
 def _entry_sources(recipe: Recipe, stage: StagePart, number: int, known: dict[str, Task], where: str) -> list[Source]:
@@ -82,7 +116,7 @@ def _entry_sources(recipe: Recipe, stage: StagePart, number: int, known: dict[st
     for kind, tasks in _kinds(own[name] for name in by_task if name in own and name not in known).items():
         rows = np.sort(np.concatenate([by_task.pop(task.name) for task in tasks]))
         named = {task.name: task for task in tasks}
-        sources.append(Source(f"{number}#{kind}", table, rows, tasks[0], entry.weight * len(rows), named))
+        sources.append(Source(f"{number}#{kind}", table, rows, tasks[0], tasks=named))
     for name, rows in by_task.items():
         if name not in known and (found := find_task(name)):
             known[name] = found
@@ -91,9 +125,8 @@ def _entry_sources(recipe: Recipe, stage: StagePart, number: int, known: dict[st
             known[name] = Task(name=name)
         # an entry's own description is for its own rows: another stage may describe the task otherwise
         task = entry.task if isinstance(entry.task, Task) and entry.task.name == name else known[name]
-        share = entry.weight * len(rows)
         # the name keys the order of rows, which must not change when the data is moved
-        sources.append(Source(f"{number}#{name}", table, rows, task, share))
+        sources.append(Source(f"{number}#{name}", table, rows, task))
     return sources
 
 
@@ -139,4 +172,4 @@ def trainable(stage: StagePart, source: Source, where: str) -> Source:
     if without:
         total = len(source.rows)
         logger.warning("%s: %d of %d rows of task %r have no negatives: left out", where, without, total, task.name)
-    return replace(source, rows=usable, share=source.share * len(usable) / len(source.rows))
+    return replace(source, rows=usable)

@@ -19,8 +19,8 @@ from embedwright.text import Contract, TokenizedText, tokenize
 from embedwright.training import gradcache
 from embedwright.training.batch import Batch, Text
 from embedwright.training.objective import batch_loss
+from embedwright.training.parts import OptimPart, StagePart, TunePart
 from embedwright.training.processes import Processes, Replica, full
-from embedwright.training.recipe import OptimPart, StagePart, TunePart
 
 Teach = Callable[[Sequence[Text]], Tensor]  # what a teacher makes of texts: (N, E) float32
 

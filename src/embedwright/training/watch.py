@@ -19,7 +19,7 @@ from embedwright.training.processes import Processes, trained
 
 logger = logging.getLogger(__name__)
 
-UPDATES = 10  # over which every trained tensor must have moved
+UPDATES = 10  # over which the optimizer must have moved every trained tensor
 _SHIELDED = 2  # updates in which tensors that start at zero keep the gradient from their partners
 TRIES = 3  # steps in a row without a finite loss and gradient
 _STUCK_OVER, _STUCK_WITHIN = 50, 0.02  # steps; share of the loss that knowing nothing has
@@ -30,7 +30,8 @@ _TOKENS = 32  # whose way through the head is looked at
 class MovedWeights:
     """Listens to an optimizer's first updates. RuntimeError, on the last of them or in `check`, names what stood still.
 
-    Of each tensor one number is followed per update, that with the largest gradient, so it costs no copy of weights.
+    A tensor moves when a gradient reaches it, and the optimizer keeps a moment of it that is not zero and has a
+    learning rate. Its numbers themselves say nothing: early in a warm-up an update may be below their last bit.
     """
 
     def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer, processes: Processes) -> None:
@@ -38,26 +39,23 @@ class MovedWeights:
         self.reached: set[str] = set()
         self.moved: set[str] = set()
         self.updates, self.processes = 0, processes
-        self.before: dict[str, tuple[int, float]] = {}
+        self.optimizer = optimizer
         self.hooks = [
             optimizer.register_step_pre_hook(lambda *_: self._look()),
-            optimizer.register_step_post_hook(lambda *_: self._compare()),
+            optimizer.register_step_post_hook(lambda *_: self._updated()),
         ]
 
     def _look(self) -> None:
-        self.before.clear()
-        for name in self.trained.keys() - self.moved:
+        for name in self.trained.keys() - self.reached:
             gradient = self.trained[name].grad
-            if gradient is None or not (own := _own(gradient).flatten()).numel():
-                continue
-            at = int(own.abs().argmax())
-            if own[at] != 0:
+            if gradient is not None and _own(gradient).any():
                 self.reached.add(name)
-                self.before[name] = at, float(_own(self.trained[name]).flatten()[at])
 
-    def _compare(self) -> None:
-        for name, (at, value) in self.before.items():
-            if float(_own(self.trained[name]).flatten()[at]) != value:
+    def _updated(self) -> None:
+        rates = {id(p): float(group["lr"]) for group in self.optimizer.param_groups for p in group["params"]}
+        for name in self.reached - self.moved:
+            moment = self.optimizer.state.get(self.trained[name], {}).get("exp_avg")
+            if moment is not None and rates.get(id(self.trained[name]), 0.0) > 0 and _own(moment).any():
                 self.moved.add(name)
         self.updates += 1
         if self.updates == UPDATES:
@@ -72,7 +70,7 @@ class MovedWeights:
         self.hooks = []
         if self.updates <= _SHIELDED:
             return
-        for what, seen in (("had no gradient", self.reached), ("did not move", self.moved)):
+        for what, seen in (("had no gradient", self.reached), ("were not moved by the optimizer", self.moved)):
             # of a tensor that is cut, another process may have the part that moves
             still = [name for name in self.trained if not self.processes.most(name in seen)]
             if still:

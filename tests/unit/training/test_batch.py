@@ -10,7 +10,7 @@ from embedwright.data.example import Example, Passage, Task
 from embedwright.text import Contract
 from embedwright.training.batch import Batch, make_batch
 from embedwright.training.blend import Row
-from embedwright.training.recipe import LossPart
+from embedwright.training.parts import LossPart
 
 CONTRACT = Contract(eos_id=1)
 PLAIN = Task(name="plain")

@@ -19,8 +19,8 @@ from embedwright.text import Contract
 from embedwright.training.batch import Batch, make_batch
 from embedwright.training.blend import Row
 from embedwright.training.objective import batch_loss, check_widths
+from embedwright.training.parts import DataPart, LossPart, OptimPart, StagePart
 from embedwright.training.processes import ALONE
-from embedwright.training.recipe import DataPart, LossPart, OptimPart, StagePart
 from embedwright.training.step import accumulate, share_of
 
 E = 16
@@ -30,7 +30,6 @@ EVERYTHING: dict[str, Any] = {
     "focal": 0.5,
     "same_tower": "both",
     "dims": [8, 4],
-    "dim_weights": [1.0, 0.5, 0.25],
     "scored": "cosent",
     "distill": {"score_weight": 0.5, "temperature": 0.1, "vector_weight": 2.0, "teacher": "t"},
 }
@@ -124,7 +123,6 @@ def test_nothing_chosen_is_the_plain_loss_bit_for_bit() -> None:
         ({"same_tower": "queries"}, {"directions": ("query_to_doc", "query_to_query")}),
         ({"same_tower": "both"}, {"directions": ("query_to_doc", "query_to_query", "doc_to_doc")}),
         ({"hardness": 5.0}, {"hardness_mode": "hard_negatives", "hardness_strength": 5.0}),
-        ({"hardness": 9.0, "hardness_on": "all"}, {"hardness_mode": "all_negatives", "hardness_strength": 9.0}),
     ],
 )
 def test_equals_the_ranking_loss(stock: ModuleType, loss: dict[str, Any], theirs: dict[str, Any]) -> None:
@@ -158,21 +156,20 @@ def test_masking_equals_a_guide_that_is_the_model_itself(stock: ModuleType, same
     assert ours.item() < open_to_all.item() - 0.01
 
 
-@pytest.mark.parametrize("weights", [None, [1.0, 0.5, 3.0]])
-def test_dims_equal_the_matryoshka_loss(stock: ModuleType, weights: list[float] | None) -> None:
-    asked = stage({"dims": [4, 8], "dim_weights": weights})
+def test_dims_equal_the_matryoshka_loss(stock: ModuleType) -> None:
+    asked = stage({"dims": [4, 8]})
     batch, leaf = batch_of(rows(9), asked), raw(9)
     ours = batch_loss(*vectors(leaf, batch), batch, asked, 9)
     model: Any = Ready()
     ranking = stock.MultipleNegativesRankingLoss(model, scale=20.0)
-    nested = stock.MatryoshkaLoss(model, ranking, [E, 4, 8], weights)
-    expected = nested([{"vectors": column} for column in leaf.unbind(1)], torch.empty(0)) / sum(weights or [1, 1, 1])
+    nested = stock.MatryoshkaLoss(model, ranking, [E, 4, 8])
+    expected = nested([{"vectors": column} for column in leaf.unbind(1)], torch.empty(0)) / 3
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradient(ours, leaf), gradient(expected, leaf), rtol=1e-4, atol=1e-6)
 
 
 def test_distillation_equals_theirs_beside_the_contrastive_loss(stock: ModuleType) -> None:
-    wanted = {"score_weight": 0.7, "temperature": 0.2, "vector_weight": 3.0, "teacher": "t", "metric": "mse"}
+    wanted = {"score_weight": 0.7, "temperature": 0.2, "vector_weight": 3.0, "teacher": "t"}
     asked, kinds = stage({"distill": wanted}), "qpnm"
     scores = torch.rand(6, 3, generator=torch.Generator().manual_seed(3))
     some = [
@@ -187,7 +184,9 @@ def test_distillation_equals_theirs_beside_the_contrastive_loss(stock: ModuleTyp
     kl = stock.DistillKLDivLoss(nn.Identity(), student_temperature=0.05, teacher_temperature=0.2)
     expected = expected + 0.7 * kl.compute_loss_from_embeddings(unit, scores) / 0.05**2
     targets = list(F.normalize(teacher, dim=-1).unbind(1))
-    expected = expected + 3.0 * stock.EmbedDistillLoss(nn.Identity(), "mse").compute_loss_from_embeddings(unit, targets)
+    expected = expected + 3.0 * stock.EmbedDistillLoss(nn.Identity(), "cosine").compute_loss_from_embeddings(
+        unit, targets
+    )
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradient(ours, leaf), gradient(expected, leaf), rtol=1e-4, atol=1e-6)
 
@@ -233,7 +232,7 @@ def scored_rows(kinds: str = "qpnm") -> list[Row]:
     return made
 
 
-ALONE_TOO = {key: EVERYTHING[key] for key in ("mask_above", "hardness", "focal", "dims", "dim_weights", "distill")}
+ALONE_TOO = {key: EVERYTHING[key] for key in ("mask_above", "hardness", "focal", "dims", "distill")}
 
 
 def test_parts_of_a_batch_that_shares_nothing_add_up() -> None:

@@ -52,7 +52,7 @@ def test_rows_are_counted_where_the_file_is_there_else_said_by_recipe_or_catalog
                 {"path": absent, "rows": 40},
                 {"path": str(tmp_path / "msmarco.parquet")},
                 {"path": absent, "task": "fiqa"},
-                {"path": absent},
+                {"path": str(tmp_path / "other.parquet")},
             ],
             [{"path": pairs, "task": "own"}],
         )

