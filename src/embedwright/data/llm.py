@@ -15,18 +15,18 @@ import json
 import logging
 import os
 import random
-import sqlite3
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from embedwright.errors import InputError, MissingPackageError
+from embedwright.errors import MissingPackageError
+from embedwright.llm.answers import AnswerFile, BadAnswerError, Completion, answer_key, read_answer
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,6 @@ FORMATS = ("json_schema", "json_object with schema", "json_object", "text")
 MAX_WAIT_S = 600.0  # a server that asks for a longer pause has said no for today
 _MAX_BACKOFF_S = 60.0
 _AHEAD = 4  # questions begun for each slot, so that one slow answer at the head does not leave the others idle
-_JSON = json.JSONDecoder(strict=False)  # models write line breaks into JSON strings
 
 
 class Server(BaseModel):
@@ -69,7 +68,6 @@ class Question:
     schema: type[BaseModel]
     seed: str
     temperature: float = 1.0
-    top_p: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +81,6 @@ class ServerError(RuntimeError):
     """A server that does not answer, or not us. The message names it and its last word."""
 
 
-class BadAnswerError(InputError):
-    """An answer that is not what was asked for; the message is `bad_json` or `wrong_schema`."""
-
-
 class _NoAnswerError(Exception):
     """One question's request was given up."""
 
@@ -95,18 +89,12 @@ class _BudgetError(Exception):
     """One more request could pass the token budget."""
 
 
-class _Completion(NamedTuple):
-    text: str
-    cut: bool  # at max_tokens
-    tokens: int
-
-
 class Client:
     """Asks one server, and keeps what it says. A context; not for use inside a running event loop.
 
     `counts`: `requests` sent, `answers` received, `cached` ones, `tokens` of both, the faults of the server by kind
     (`timeout`, `connection`, `bad_body`, `http_429`, ...) and the useless answers by kind (`bad_json`, `wrong_schema`,
-    `truncated`). The API key is `$OPENAI_API_KEY`, where the server wants one.
+    `only_reasoning`, `truncated`). The API key is `$OPENAI_API_KEY`, where the server wants one.
     """
 
     def __init__(self, server: Server, cache: Path) -> None:
@@ -116,7 +104,7 @@ class Client:
             raise MissingPackageError("asking a language model needs: pip install 'embedwright[synth]'") from error
         self.server = server
         self.counts: Counter[str] = Counter()
-        self._cache = _Cache(cache)
+        self._cache = AnswerFile(cache)
         self._openai = AsyncOpenAI(
             base_url=server.base_url,
             api_key=os.environ.get("OPENAI_API_KEY") or "none",
@@ -168,34 +156,36 @@ class Client:
 
     async def _answer(self, question: Question) -> dict[str, Any] | Failure:
         async with self._slots:
-            for attempt in range(self.server.attempts):
+            kept = [self._cache.get(_key(question, attempt)) for attempt in range(self.server.attempts)]
+            answered = any(_fits(known, question.schema) for known in kept)
+            for attempt, known in enumerate(kept):
+                # an answer that was cut off may be whole under today's limit
+                if known is None or (not answered and 0 < known.cut_at < self.server.max_tokens):
+                    try:
+                        known = await self._completion(question, attempt)
+                    except _NoAnswerError as error:
+                        return Failure(str(error))
+                    except _BudgetError:
+                        return Failure("budget")
+                else:
+                    self.counts["cached"] += 1
                 try:
-                    completion = await self._completion(question, attempt)
-                except _NoAnswerError as error:
-                    return Failure(str(error))
-                except _BudgetError:
-                    return Failure("budget")
-                try:
-                    return read_answer(completion.text, question.schema)
+                    return read_answer(known.text, question.schema)
                 except BadAnswerError as error:
-                    self.counts["truncated" if completion.cut else str(error)] += 1
+                    self.counts["truncated" if known.cut_at else str(error)] += 1
             return Failure("no_valid_answer")
 
-    async def _completion(self, question: Question, attempt: int) -> _Completion:
+    async def _completion(self, question: Question, attempt: int) -> Completion:
         schema = question.schema.model_json_schema()
         request = {
             "model": question.model,
             "messages": [{"role": "user", "content": question.prompt}],
             # at temperature 0 another seed would bring the same answer again
             "temperature": max(question.temperature, 0.5) if attempt else question.temperature,
-            "top_p": question.top_p,
+            "top_p": 1.0,  # some servers take another one from the model's own files
             "max_tokens": self.server.max_tokens,
             "seed": int(_digest([question.seed, attempt])[:7], 16),
         }
-        key = _digest([request, schema, attempt])
-        if (known := self._cache.get(key)) is not None:
-            self.counts["cached"] += 1
-            return known
         estimate = _tokens_of(question.prompt) + self.server.max_tokens
         async with self._settled:
             await self._settled.wait_for(lambda: self._reserved == 0 or self._affords(estimate))
@@ -204,7 +194,7 @@ class Client:
             self._reserved += estimate
         try:
             completion = await self._in_known_format(request, schema, estimate)
-            self._cache.put(key, completion)
+            self._cache.put(_key(question, attempt), completion)
             self._spent += completion.tokens
             self._unanswered = 0
             self.counts.update(answers=1, tokens=completion.tokens)
@@ -218,7 +208,7 @@ class Client:
         budget = self.server.token_budget
         return budget is None or self._spent + self._reserved + tokens <= budget
 
-    async def _in_known_format(self, request: dict[str, Any], schema: dict[str, Any], estimate: int) -> _Completion:
+    async def _in_known_format(self, request: dict[str, Any], schema: dict[str, Any], estimate: int) -> Completion:
         """The strictest format that the server takes; proved by an answer, as a 400 may have other causes."""
         from openai import APIStatusError
 
@@ -239,10 +229,9 @@ class Client:
             return completion
         raise AssertionError("the last format returns or raises")
 
-    async def _retried(self, request: dict[str, Any], estimate: int) -> _Completion:
+    async def _retried(self, request: dict[str, Any], estimate: int) -> Completion:
         """One answer of the server, after as many retries as it takes. Raises openai's error on a refusal."""
         from openai import APIConnectionError, APIStatusError, APITimeoutError
-        from openai.types.chat import ChatCompletion
 
         for retry in itertools.count():
             if self._fatal is not None:
@@ -253,8 +242,8 @@ class Client:
             try:
                 async with asyncio.timeout(self.server.timeout_s):
                     answer = await self._openai.chat.completions.create(**request)
-                if isinstance(answer, ChatCompletion) and answer.choices:
-                    completion = _read_completion(answer, request)
+                completion = _read_completion(answer, request)
+                if completion is not None:
                     turn.tokens = completion.tokens
                     return completion
                 fault, said = "bad_body", f"no chat completion: {answer!r:.200}"
@@ -286,26 +275,6 @@ class Client:
             return self._fatal
         log.warning("%s: a question is given up: %s", self.server.base_url, said)
         return _NoAnswerError(reason)
-
-
-def read_answer(text: str, schema: type[BaseModel]) -> dict[str, Any]:
-    """The first JSON object in `text` that fits `schema`, as its fields; around it may stand anything.
-
-    Raises BadAnswerError: `wrong_schema` where there is an object, but none that fits, else `bad_json`.
-    """
-    at, found = text.find("{"), False
-    while at >= 0:
-        try:
-            value, end = _JSON.raw_decode(text, at)
-        except (json.JSONDecodeError, RecursionError):
-            at = text.find("{", at + 1)
-            continue
-        found = True
-        try:
-            return schema.model_validate(value).model_dump()
-        except ValidationError:
-            at = text.find("{", end)
-    raise BadAnswerError("wrong_schema" if found else "bad_json")
 
 
 def retry_after_s(header: str | None, now: float) -> float:
@@ -361,34 +330,15 @@ class Pace:
         return wait
 
 
-class _Cache:
-    """Answers by the hash of their question, in an SQLite file: whole rows, whenever the process is killed."""
+def _key(question: Question, attempt: int) -> str:
+    return answer_key(question.model, question.prompt, question.temperature, question.seed, attempt)
 
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
-        try:
-            self._base = sqlite3.connect(path, isolation_level=None)  # each statement is a transaction
-            self._base.execute("PRAGMA journal_mode = WAL")
-            self._base.execute("PRAGMA synchronous = NORMAL")
-            self._base.execute(
-                "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text TEXT, cut INTEGER, tokens INTEGER)"
-            )
-        except sqlite3.DatabaseError as error:
-            raise InputError(f"{path}: not a file of answers ({error})") from error
 
-    def get(self, key: str) -> _Completion | None:
-        row = self._base.execute("SELECT text, cut, tokens FROM answers WHERE key = ?", (key,)).fetchone()
-        return None if row is None else _Completion(row[0], bool(row[1]), row[2])
-
-    def put(self, key: str, completion: _Completion) -> None:
-        self._base.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?)", (key, *completion))
-
-    def tokens(self) -> int:
-        return int(self._base.execute("SELECT COALESCE(SUM(tokens), 0) FROM answers").fetchone()[0])
-
-    def close(self) -> None:
-        self._base.close()
+def _fits(known: Completion | None, schema: type[BaseModel]) -> bool:
+    try:
+        return known is not None and read_answer(known.text, schema) is not None
+    except BadAnswerError:
+        return False
 
 
 def _may_mean_the_format(status: int, said: str) -> bool:
@@ -407,12 +357,21 @@ def _response_format(name: str, schema: dict[str, Any]) -> dict[str, Any]:
     return {"response_format": {"type": "json_schema", "json_schema": named}}
 
 
-def _read_completion(answer: Any, request: dict[str, Any]) -> _Completion:
-    choice = answer.choices[0]
+def _read_completion(answer: Any, request: dict[str, Any]) -> Completion | None:
+    """None where it is no chat completion. Reasoning that comes in a field or part of its own is left out."""
+    try:
+        choice = answer.choices[0]
+        content = choice.message.content
+        cut_at = request["max_tokens"] if choice.finish_reason == "length" else 0
+    except (AttributeError, IndexError, TypeError):
+        return None
+    if isinstance(content, list):  # parts, as Mistral's servers send them: those of type `thinking` have no text
+        content = "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
     # half a surrogate pair, which JSON can spell, goes into no file
-    text = (choice.message.content or "").encode(errors="replace").decode()
-    tokens = answer.usage.total_tokens if answer.usage else _tokens_of(request["messages"][0]["content"] + text)
-    return _Completion(text, choice.finish_reason == "length", tokens)
+    text = str(content or "").encode(errors="replace").decode()
+    told = getattr(answer.usage, "total_tokens", None)
+    tokens = told if isinstance(told, int) else _tokens_of(request["messages"][0]["content"] + text)
+    return Completion(text, cut_at, tokens)
 
 
 def _tokens_of(text: str) -> int:

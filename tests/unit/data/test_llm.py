@@ -18,11 +18,10 @@ from typing import Any, Literal
 
 import pytest
 from fake_llm import Body, FakeLLM, Reply, faulty_first
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from embedwright.data.llm import (
     FORMATS,
-    BadAnswerError,
     Client,
     Failure,
     Pace,
@@ -30,7 +29,6 @@ from embedwright.data.llm import (
     Server,
     ServerError,
     Turn,
-    read_answer,
     retry_after_s,
 )
 
@@ -325,43 +323,86 @@ def test_the_pace_goes_by_the_tokens_that_were_used(serve: Any, tmp_path: Path) 
     assert fake.times[4] - fake.times[0] < 20.0  # 10 tokens each, where up to 903 were feared
 
 
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        ('{"name": "red"}', RED),
-        ('```json\n{"name": "red", "kind": "cold"}\n```', {"name": "red", "kind": "cold"}),
-        ('I think {this} is it: {"name": "red"} or {"name": "blue"}', RED),
-        ('{"thought": {"name": 1}} {"name": "red", "why": "warm"}', RED),
-        ('{"name": "two\nlines"}', {"name": "two\nlines", "kind": "warm"}),
-        ('{"name": "a {brace}"}', {"name": "a {brace}", "kind": "warm"}),
-        ('{"name": 3}', "wrong_schema"),
-        ('{"colour": "red"}', "wrong_schema"),
-        ('["red"]', "bad_json"),
-        ('{"name": "red"', "bad_json"),
-        ("", "bad_json"),
-        ("{" * 3_000, "bad_json"),
-        ('{"a":' * 3_000, "bad_json"),
-    ],
-    ids=lambda value: str(value)[:40],
-)
-def test_json_is_found_in_what_a_model_says(text: str, found: object) -> None:
-    if isinstance(found, str):
-        with pytest.raises(BadAnswerError, match=f"^{found}$"):
-            read_answer(text, Colour)
-    else:
-        assert read_answer(text, Colour) == found
-
-
 def test_half_a_surrogate_pair_does_not_end_it(serve: Any, ask: Ask) -> None:
     fake = serve(lambda body, n: Reply('{"name": "\ud83d"}'))
     answers, _ = ask(fake, [question()])
     assert answers == [{"name": "?", "kind": "warm"}]
 
 
-def test_a_cache_that_is_none(tmp_path: Path) -> None:
-    (tmp_path / "answers.sqlite").write_text("something else, and long enough to be read as a header of a database")
-    with pytest.raises(ValueError, match=r"answers\.sqlite: not a file of answers"):
-        Client(Server(base_url="http://127.0.0.1:9/v1"), tmp_path / "answers.sqlite")
+def said(**message: Any) -> Reply:
+    """A completion whose message has these fields."""
+    choice = {"index": 0, "message": {"role": "assistant", **message}, "finish_reason": "stop"}
+    return Reply(body=json.dumps({"id": "x", "choices": [choice]}).encode())
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        said(content='<think>{"name": "blue"}? No.</think>{"name": "red"}'),
+        said(content='{"name": "red"}', reasoning_content='{"name": "blue"}', reasoning='{"name": "blue"}'),
+        said(
+            content=[
+                {"type": "thinking", "thinking": [{"type": "text", "text": '{"name": "blue"}'}]},
+                {"type": "text", "text": '{"name": "red"}'},
+            ]
+        ),
+    ],
+    ids=["in the text", "in a field", "in a part"],
+)
+def test_a_draft_in_the_reasoning_is_not_the_answer(serve: Any, ask: Ask, reply: Reply) -> None:
+    assert ask(serve(lambda body, n: reply), [question()], attempts=1)[0] == [RED]
+
+
+@pytest.mark.parametrize(
+    "reply", [said(content="<think>{}", reasoning='{"name": "blue"}'), said(content=None, reasoning_content="{}")]
+)
+def test_reasoning_alone_is_asked_for_again(serve: Any, ask: Ask, reply: Reply) -> None:
+    fake = serve(faulty_first([reply], red))
+    answers, counts = ask(fake, [question()])
+    assert answers == [RED] and counts["only_reasoning"] + counts["bad_json"] == 1
+
+
+def test_a_body_without_a_message_is_tried_again(serve: Any, ask: Ask) -> None:
+    odd = [Reply(body=body) for body in (b'{"choices": [{}]}', b'{"choices": [{"message": null}]}', b"[1]")]
+    answers, counts = ask(serve(faulty_first(odd, red)), [question()])
+    assert answers == [RED] and counts["bad_body"] == 3
+
+
+def test_limits_formats_and_addresses_are_no_part_of_an_answers_key(serve: Any, ask: Ask) -> None:
+    class Wider(BaseModel):
+        """Another spelling of the schema."""
+
+        name: str
+        kind: str = Field("warm", description="told to the server")
+
+    first, second = serve(echo), serve(echo)
+    ask(first, [question()], max_tokens=100)
+    answers, counts = ask(second, [Question("m", "a colour", Wider, "0")], max_tokens=99, concurrency=1, attempts=2)
+    assert answers == [{"name": "a colour", "kind": "warm"}] and counts == {"cached": 1} and not second.requests
+
+
+def test_an_answer_that_was_cut_off_is_asked_again_under_a_larger_limit(serve: Any, ask: Ask) -> None:
+    def reply(body: Body, n: int) -> Reply:
+        if body["max_tokens"] < 100 or body["messages"][0]["content"] == "short":
+            return Reply('{"name": "re', finish="length")
+        return Reply('{"name": "red"}', finish="length")  # cut off after the answer, which stays of use
+
+    fake = serve(reply)
+    assert ask(fake, [question()], max_tokens=50, attempts=2)[0] == [Failure("no_valid_answer")]
+    assert ask(fake, [question()], max_tokens=40, attempts=2)[0] == [Failure("no_valid_answer")]
+    assert len(fake.requests) == 2
+    answers, counts = ask(fake, [question()], max_tokens=100, attempts=2, token_budget=1000)
+    assert answers == [RED] and counts["requests"] == 1
+    assert ask(fake, [question()], max_tokens=200, attempts=2)[1] == {"cached": 1}
+    answers, _ = ask(fake, [question(seed="1")], max_tokens=50, attempts=2, token_budget=82)
+    assert answers == [Failure("budget")]  # three answers of 10 tokens were paid for, the one that was replaced too
+
+
+def test_a_good_answer_after_one_that_was_cut_off_is_kept(serve: Any, ask: Ask) -> None:
+    fake = serve(faulty_first([Reply('{"name": "re', finish="length")], red))
+    assert ask(fake, [question()], max_tokens=50)[0] == [RED]
+    answers, counts = ask(fake, [question()], max_tokens=100)
+    assert answers == [RED] and counts == {"cached": 2, "truncated": 1}
 
 
 def test_a_killed_run_pays_only_for_what_is_missing(serve: Any, ask: Ask, tmp_path: Path) -> None:
