@@ -1,12 +1,34 @@
-"""The one folder where conversions are kept: converted weights, training rows as Arrow."""
+"""The one folder where conversions are kept (weights, training rows, kernels), and which files are trusted."""
 
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
+
+from embedwright.errors import InputError
 
 
 def cache_folder(*parts: str) -> Path:
     """`$EMBEDWRIGHT_CACHE` or `~/.cache/embedwright`, with these parts below it. Not created here."""
     root = os.environ.get("EMBEDWRIGHT_CACHE")
     return (Path(root) if root else Path.home() / ".cache" / "embedwright").joinpath(*parts)
+
+
+def check_private(path: Path) -> None:
+    """InputError unless this user owns the file or folder, and nobody else may write to it. No link is trusted.
+
+    Call it before a file is trusted that others could have put there. Systems without owners and modes pass.
+    """
+    if not hasattr(os, "geteuid"):
+        return
+    found = path.lstat()
+    if stat.S_ISLNK(found.st_mode):
+        why = "is a link"
+    elif found.st_uid != os.geteuid():
+        why = f"belongs to another user (id {found.st_uid})"
+    elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        why = f"can be written by other users (mode {stat.S_IMODE(found.st_mode):o})"
+    else:
+        return
+    raise InputError(f"{path} {why}, so its content is not trusted: remove it, and it is made again")

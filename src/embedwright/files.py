@@ -52,8 +52,8 @@ def write_json(path: str | Path, content: Any) -> None:
 
 
 @contextmanager
-def whole_folder(path: str | Path) -> Iterator[Path]:
-    """Gives a temporary folder to fill; when the block ends, it is the folder `path`.
+def whole_folder(path: str | Path, mode: int = 0o777) -> Iterator[Path]:
+    """Gives a temporary folder to fill; when the block ends, it is the folder `path`, with `mode` less the umask.
 
     `path` must be new or an empty folder (OutputExistsError, before anything is written). An empty folder keeps its
     mode. An empty mount point, or a folder whose parent is read-only, is filled in place: its entries are moved into it
@@ -63,7 +63,7 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
     final.parent.mkdir(parents=True, exist_ok=True)
     stays = final.is_dir() and (os.path.ismount(final) or not os.access(final.parent, os.W_OK))
     temp = _temp_sibling(final / "folder" if stays else final)
-    temp.mkdir()
+    temp.mkdir(mode)
     try:
         yield temp
         if final.is_dir():

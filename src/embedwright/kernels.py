@@ -15,8 +15,8 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -26,7 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from embedwright.cache import cache_folder
+from embedwright.cache import cache_folder, check_private
+from embedwright.errors import InputError
+from embedwright.files import whole_folder
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ _TYPES = (torch.float32, torch.bfloat16)
 _LANES = 16  # numbers in the widest vector: what sizes must be multiples of
 _ALL = 2**30  # keys: a window that ends nowhere
 _ALIGNED = 64  # bytes
+_COMPILER_S = 120.0  # a compiler that takes longer hangs: it needs two to five seconds
 
 _Pointer, _Long, _Float = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 
@@ -234,7 +237,7 @@ def _fault() -> str | None:
         return "EMBEDWRIGHT_KERNELS=off"
     try:
         fault = _wrong()
-    except (OSError, AttributeError, RuntimeError, subprocess.SubprocessError) as error:  # Runtime: no home folder
+    except (OSError, AttributeError, RuntimeError, InputError) as error:  # Runtime: no home folder
         fault = str(error)
     if fault is not None:
         logger.warning("kernels for this processor are not used (%s): stock torch, slower", fault)
@@ -313,9 +316,12 @@ def _plain_attention(qkv: list[Tensor], lengths: list[int], scale: float, window
 
 @cache
 def _library() -> ctypes.CDLL:
-    """The compiled kernels. OSError, SubprocessError or AttributeError, with the reason, where there can be none."""
+    """The compiled kernels. OSError, InputError or AttributeError, with the reason, where there can be none."""
     _gomp_parallel()
-    library = ctypes.CDLL(str(_compiled()))
+    path = _compiled()
+    check_private(path.parent)  # a stranger's library would run its own code in this process
+    check_private(path)
+    library = ctypes.CDLL(str(path))
     library.attention_scratch.argtypes, library.attention_scratch.restype = [_Long], _Long
     for name in ("attention", "norm", "rotary", "quantise", "dots", "rank"):
         getattr(library, name).argtypes = [_Pointer, _Pointer, _Long]
@@ -348,23 +354,40 @@ def _compiled() -> Path:
     """The library's file, compiled where it is not in the cache yet: one for each source, compiler and processor."""
     command = [*_compiler(), "-O3", "-std=gnu11", "-shared", "-fPIC"]
     command.append("-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native")
-    version = subprocess.run([*_compiler(), "--version"], capture_output=True, check=True).stdout
+    version = _run_compiler([*_compiler(), "--version"])
     sources = [path.read_bytes() for path in sorted(SOURCES.iterdir())]
-    facts = [*sources, shlex.join(command).encode(), version, _processor()]
+    facts = [*sources, shlex.join(command).encode(), version, _processor(), b"private"]
     folder = cache_folder("kernels", hashlib.sha256(b"\0".join(facts)).hexdigest()[:16])
     library = folder / "kernels.so"
-    if not library.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as aside:  # renamed when it is whole: others may do the same now
-            made = Path(aside, "kernels.so")
-            done = subprocess.run(
-                [*command, "-o", made, *sorted(SOURCES.glob("*.c")), "-lm"], capture_output=True, text=True, check=False
-            )
-            if done.returncode or not made.is_file():
-                why = (done.stderr.strip().splitlines() or ["no output"])[0]
-                raise OSError(f"{command[0]} fails: {why}")
-            made.replace(library)
+    if not library.exists():
+        try:
+            with whole_folder(folder, mode=0o700) as temp:
+                _run_compiler([*command, "-o", str(temp / library.name), *map(str, sorted(SOURCES.glob("*.c"))), "-lm"])
+                if not (temp / library.name).is_file():
+                    raise OSError(f"{command[0]} fails: no output")
+                (temp / library.name).chmod(0o700)
+        except OSError:
+            if not library.is_file():  # else another process compiled it meanwhile
+                raise
     return library
+
+
+def _run_compiler(command: list[str]) -> bytes:
+    """What the compiler prints. OSError where it fails or takes too long; it is then ended."""
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    try:
+        printed, errors = running.communicate(timeout=_COMPILER_S)
+    except BaseException as error:
+        os.killpg(running.pid, signal.SIGKILL)  # a compiler's driver starts programs of its own
+        running.communicate()
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise OSError(f"{command[0]} did not finish in {_COMPILER_S:.0f} s") from None
+        raise
+    if running.returncode:
+        raise OSError(
+            f"{command[0]} fails: {(errors.decode(errors='replace').strip().splitlines() or ['no output'])[0]}"
+        )
+    return printed
 
 
 def _processor() -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -310,6 +311,66 @@ def test_a_broken_kernel_is_found(
     monkeypatch.setattr(kernels, "SOURCES", broken)
     monkeypatch.setenv("EMBEDWRIGHT_CACHE", str(tmp_path / "cache"))
     assert not kernels.available() and named in kernels.described()
+
+
+def test_a_compiler_that_hangs_is_ended(
+    forgotten: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake = tmp_path / "cc"
+    fake.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exit\nsleep 600 & echo $! > {tmp_path}/started\nwait\n')
+    fake.chmod(0o755)
+    monkeypatch.setenv("CC", str(fake))
+    monkeypatch.setenv("EMBEDWRIGHT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(kernels, "_COMPILER_S", 1.0)
+    assert not kernels.available() and "did not finish" in kernels.described()
+    state = Path("/proc", (tmp_path / "started").read_text().strip(), "stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"  # what it had started has ended, too
+    assert not list((tmp_path / "cache").rglob("*.so"))
+
+
+@pytest.fixture
+def fake_compiler(forgotten: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler that writes an empty library, and a new cache."""
+    fake = tmp_path / "cc"
+    fake.write_text('#!/bin/sh\nwhile [ $# -gt 0 ]; do [ "$1" = -o ] && echo > "$2"; shift; done\n')
+    fake.chmod(0o755)
+    monkeypatch.setenv("CC", str(fake))
+    monkeypatch.setenv("EMBEDWRIGHT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o000])
+def test_the_library_is_this_users_alone(umask: int, fake_compiler: None) -> None:
+    before = os.umask(umask)
+    try:
+        made = kernels._compiled()
+    finally:
+        os.umask(before)
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (made, made.parent)] == [0o700, 0o700]
+
+
+@pytest.mark.parametrize("which", ["file", "folder"])
+@pytest.mark.parametrize("how", ["mode", "owner", "link"])
+def test_a_strangers_library_is_not_loaded(
+    how: str, which: str, needs_kernels: None, fake_compiler: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library that leaves a file when it is loaded."""
+    library = kernels._compiled()
+    path = library if which == "file" else library.parent
+    source = tmp_path / "loaded.c"
+    source.write_text(
+        f'#include <stdio.h>\n__attribute__((constructor)) void loaded(void) {{ fopen("{tmp_path}/loaded", "w"); }}\n'
+    )
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
+    if how == "mode":
+        path.chmod(0o770)
+    elif how == "link":
+        path.symlink_to(path.rename(tmp_path / "elsewhere"))
+    elif os.geteuid() == 0:
+        os.chown(path, 12345, -1)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    assert not kernels.available() and str(path) in kernels.described()
+    assert not (tmp_path / "loaded").exists()
 
 
 PROCESS = """

@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "files": {"errors"},
     "config": {"errors"},
     "errors": set(),
-    "cache": set(),
+    "cache": {"errors"},
     "text": {"threads"},
     "packing": {"text"},
     "sentence_transformer": {"text"},
