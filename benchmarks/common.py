@@ -182,7 +182,7 @@ def peak_flops(dtype: Any) -> float:
     import torch
     import torch.nn.functional as F
 
-    from embedwright import onednn
+    from embedwright.cpu import onednn
 
     kernels = [F.linear]
     if onednn.available():

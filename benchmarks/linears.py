@@ -1,6 +1,6 @@
 """Matrix products of decoder layers on this CPU: torch's own, oneDNN on the plain weight, oneDNN on a reordered one.
 
-What `embedwright.onednn` rests on: GFLOP/s by rows, type and kernel, best of the rounds.
+What `embedwright.cpu.onednn` rests on: GFLOP/s by rows, type and kernel, best of the rounds.
 
     python benchmarks/linears.py
 """
@@ -16,7 +16,7 @@ import argparse  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-from embedwright import onednn  # noqa: E402
+from embedwright.cpu import onednn  # noqa: E402
 
 SHAPES = ((576, 1536), (1536, 576), (576, 576), (1024, 3072))  # (in, out)
 ROWS = (32, 128, 256, 512, 1024, 2048)

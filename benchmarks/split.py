@@ -28,7 +28,7 @@ from sentence_transformers import SentenceTransformer  # noqa: E402
 from texts import SETS, counter, source, text_set  # noqa: E402
 from torch import nn  # noqa: E402
 
-from embedwright import kernels  # noqa: E402
+from embedwright.cpu import kernels  # noqa: E402
 from embedwright.model import attention, embedder  # noqa: E402
 from embedwright.model.embedder import Embedder  # noqa: E402
 from embedwright.packing import PackedTexts, pack  # noqa: E402

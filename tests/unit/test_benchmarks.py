@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from embedwright import kernels, onednn
+from embedwright.cpu import kernels, onednn
 from embedwright.model.embedder import Embedder
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from embedwright import kernels, onednn
+from embedwright.cpu import kernels, onednn
 from embedwright.data.vectors import Vectors, as_tensor, as_vectors
 from embedwright.errors import InputError
 

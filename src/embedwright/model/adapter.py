@@ -50,7 +50,7 @@ def inject_lora(root: Any, config: Any, *, mixed: bool = False) -> None:
     """peft's layers for this LoraConfig into `root`, in place: adapters in float32 and trainable, all else frozen."""
     from peft import inject_adapter_in_model
 
-    from embedwright.model.lora import make_lean
+    from embedwright.cpu.lean_lora import make_lean
 
     inject_adapter_in_model(config, root)
     make_lean(root)

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
-from embedwright import kernels
+from embedwright.cpu import kernels
 from embedwright.errors import InputError
 from embedwright.packing import PackedTexts
 

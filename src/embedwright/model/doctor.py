@@ -22,7 +22,8 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from embedwright import kernels, threads
+from embedwright import threads
+from embedwright.cpu import kernels
 from embedwright.model import selftest
 from embedwright.model.adapter import has_lora, idle_adapters, lora_faults
 from embedwright.model.backbone import stock_hidden

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from embedwright.cpu import attention as fused
+from embedwright.cpu import linears
 from embedwright.errors import InputError
-from embedwright.model import fused, linears
 from embedwright.model.attention import PACKED
 from embedwright.model.backbone import Origin, stock_hidden
 from embedwright.model.pooling import Kind, PoolingConfig, make_head, reduce

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel
 
-from embedwright import onednn
+from embedwright.cpu import onednn
 from embedwright.errors import InputError
 from embedwright.model.backbone import decoder_config, resolve_base
 from embedwright.model.pooling import GatedBlock, LatentPooling, PoolingConfig, SelfPooling, make_head

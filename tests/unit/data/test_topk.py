@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from embedwright import kernels, onednn
+from embedwright.cpu import kernels, onednn
 from embedwright.data import topk
 from embedwright.data.topk import pair_scores, top_k
 from embedwright.data.vectors import Vectors, as_vectors

@@ -13,9 +13,9 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from embedwright.cpu.lean_lora import LeanLinear
 from embedwright.model import fourbit
 from embedwright.model.embedder import Embedder
-from embedwright.model.lora import LeanLinear
 
 TEXTS = ["how do tides work?", "the moon", "a dog that does not mind, and a longer text behind it"]
 Make = Callable[..., Embedder]

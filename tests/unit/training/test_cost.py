@@ -363,7 +363,7 @@ def test_norms_within_attention_count_by_their_width(made: Any) -> None:
 @pytest.fixture
 def stock_products(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """torch's counter knows no products but its own, and no fused attention of CPUs."""
-    monkeypatch.setattr("embedwright.model.linears.onednn.available", lambda: False)
+    monkeypatch.setattr("embedwright.cpu.linears.onednn.available", lambda: False)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         yield
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from embedwright import onednn
+from embedwright.cpu import onednn
 
 
 class OneDnnLinear(nn.Linear):

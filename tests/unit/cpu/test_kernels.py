@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from embedwright import kernels
+from embedwright.cpu import kernels
 
 RAGGED = [1, 33, 511, 600, 1500]
 SHAPES = [(3, 3, 64), (9, 3, 64), (4, 1, 128), (9, 1, 32), (2, 1, 256), (2, 2, 48)]  # query heads, key heads, dim
@@ -375,7 +375,7 @@ def test_a_strangers_library_is_not_loaded(
 
 PROCESS = """
 import os, sys, torch
-from embedwright import kernels
+from embedwright.cpu import kernels
 torch.set_num_threads(2)
 torch.randn(2000, 2000) @ torch.randn(2000, 2000)  # torch's threads are there now
 
@@ -400,7 +400,7 @@ def test_they_bring_neither_a_runtime_nor_threads(needs_kernels: None) -> None:
 
 
 def test_two_processes_may_compile_at_once(needs_kernels: None, tmp_path: Path) -> None:
-    code = "from embedwright import kernels; assert kernels.available(), kernels.described()"
+    code = "from embedwright.cpu import kernels; assert kernels.available(), kernels.described()"
     environment = os.environ | {"EMBEDWRIGHT_CACHE": str(tmp_path)}
     running = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
     assert [process.wait() for process in running] == [0, 0]
@@ -409,7 +409,7 @@ def test_two_processes_may_compile_at_once(needs_kernels: None, tmp_path: Path) 
 
 FIRST = """
 import torch
-from embedwright import kernels
+from embedwright.cpu import kernels
 torch.set_default_dtype(torch.float16)
 with torch.device("meta"):
     print(kernels.described())

@@ -18,8 +18,8 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from embedwright import onednn
-from embedwright.model.linears import OneDnnLinear, listened_to
+from embedwright.cpu import onednn
+from embedwright.cpu.linears import OneDnnLinear, listened_to
 
 _STEPS = 2**16  # a probability of dropout is a multiple of 1/_STEPS
 

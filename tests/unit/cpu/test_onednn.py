@@ -1,4 +1,4 @@
-"""Products through oneDNN, and what happens on a machine that has none. Gradients: `model/test_linears.py`."""
+"""Products through oneDNN, and what happens on a machine that has none. Gradients: `test_linears.py`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from embedwright import onednn
-from embedwright.onednn import available, gated_available, linear
+from embedwright.cpu import onednn
+from embedwright.cpu.onednn import available, gated_available, linear
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_a_product_of_int8_that_is_wrong_is_not_used(
 
 GROWTH = """
 import torch
-from embedwright import onednn
+from embedwright.cpu import onednn
 
 def held():
     lines = open("/proc/self/status").read().splitlines()

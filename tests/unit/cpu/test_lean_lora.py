@@ -13,12 +13,12 @@ from peft import LoraConfig
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
-from embedwright import onednn
-from embedwright.model import lora
+from embedwright.cpu import lean_lora as lora
+from embedwright.cpu import onednn
+from embedwright.cpu.lean_lora import LeanLinear
+from embedwright.cpu.linears import speed_up
 from embedwright.model.adapter import inject_lora
 from embedwright.model.embedder import Embedder
-from embedwright.model.linears import speed_up
-from embedwright.model.lora import LeanLinear
 
 IN, OUT, RANK = 24, 40, 4
 TEXTS = ["tides", "a longer text, which says nothing of note", "the moon"]

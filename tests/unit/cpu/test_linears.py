@@ -21,10 +21,10 @@ from transformers.models.mistral.modeling_mistral import MistralMLP
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
-from embedwright import onednn
+from embedwright.cpu import onednn
+from embedwright.cpu.linears import OneDnnLinear, speed_up
+from embedwright.cpu.onednn import available, gated_available
 from embedwright.model.embedder import Embedder
-from embedwright.model.linears import OneDnnLinear, speed_up
-from embedwright.onednn import available, gated_available
 
 
 @pytest.fixture

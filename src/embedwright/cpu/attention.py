@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from embedwright import kernels
+from embedwright.cpu import kernels
+from embedwright.cpu.linears import change, faster, listened_to
 from embedwright.model.attention import PACKED
-from embedwright.model.linears import change, faster, listened_to
 
 # transformers' norms: of the second kind the weight is one more than what is stored, and epsilon has another name
 _NORMS = dict.fromkeys(("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm"), False)

@@ -19,8 +19,9 @@ from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from embedwright import kernels
-from embedwright.model import attention, fused
+from embedwright.cpu import attention as fused
+from embedwright.cpu import kernels
+from embedwright.model import attention
 from embedwright.model.embedder import Embedder
 from embedwright.model.probe import ProbeError, check
 
