@@ -139,8 +139,9 @@ def main(folder: Path) -> None:
     from kills import die_in
     from transformers.utils import logging as transformers_logging
 
-    from embedwright.training.loop import start_model, train
+    from embedwright.training.loop import train
     from embedwright.training.recipe import Recipe
+    from embedwright.training.start import start_model
     from embedwright.training.step import make_optimizer
 
     transformers_logging.disable_progress_bar()

@@ -1,14 +1,13 @@
-"""Checkpoints that are whole or not there: written aside, fsynced, manifest last, then renamed. No pickle."""
+"""Checkpoints that are whole or not there, with the digest of each file in a manifest. No pickle."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-import os
 import shutil
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from embedwright.files import whole_folder
 from embedwright.training.processes import ALONE, Processes, full, like
 
 logger = logging.getLogger(__name__)
@@ -25,12 +25,17 @@ _WEIGHTS, _OPTIMIZER, _STATE, _MANIFEST = "weights.safetensors", "optimizer.safe
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stands: `step` steps of stage number `stage` are done. Dropout and order need no more than this."""
+    """Where a run stands: `step` steps of stage number `stage` are done. Dropout and order need no more than this.
+
+    At step 0 the stage before it has ended, on these weights. `recipe` and `data` are fingerprints, and `facts` what
+    each is of, to say what is another when a run cannot go on.
+    """
 
     stage: int
     step: int
     recipe: str
     data: str
+    facts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def folder(self) -> str:
@@ -41,30 +46,26 @@ def save_checkpoint(
     folder: Path,
     state: RunState,
     weights: dict[str, Tensor],
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | None,
     keep: int,
     processes: Processes = ALONE,
 ) -> Path:
-    """Write one checkpoint below `folder`, then remove all but the newest `keep`.
+    """Write one checkpoint below `folder`, then remove all but the newest `keep`. `optimizer`: None between stages.
 
     All processes call it, and the first one writes, tensors whole, so that any number of them can go on from it.
     OSError where it cannot be written: what is there already stays as it is.
     """
     trained = {name: _whole(tensor, processes) for name, tensor in weights.items()}
-    tensors, numbers = _flatten(optimizer.state_dict(), processes)
+    tensors, numbers = ({}, []) if optimizer is None else _flatten(optimizer.state_dict(), processes)
     final = folder / state.folder
     if processes.first:
-        folder.mkdir(parents=True, exist_ok=True)
-        aside = folder / f".tmp-{uuid.uuid4().hex}"
-        try:
-            _write(aside, state, trained, tensors, numbers, processes.count)
-        except Exception as error:  # safetensors has errors of its own for a disk that is full
-            shutil.rmtree(aside, ignore_errors=True)
-            raise OSError(f"checkpoint {final} could not be written ({error}); the one before is intact") from error
         if final.exists():  # the same step again, after a resume from an older one
             shutil.rmtree(final)
-        aside.rename(final)
-        _fsync(folder)
+        try:
+            with whole_folder(final) as temp:
+                _write(temp, state, trained, tensors, numbers, processes.count)
+        except Exception as error:  # safetensors has errors of its own for a disk that is full
+            raise OSError(f"checkpoint {final} could not be written ({error}); the one before is intact") from error
         for old in _complete(folder)[:-keep]:
             shutil.rmtree(old)
     processes.wait()
@@ -72,22 +73,19 @@ def save_checkpoint(
 
 
 def _write(
-    aside: Path,
+    folder: Path,
     state: RunState,
     weights: dict[str, Tensor],
     tensors: dict[str, Tensor],
     numbers: list[dict[str, Any]],
     processes: int,
 ) -> None:
-    aside.mkdir()
-    save_file(weights, aside / _WEIGHTS)
-    save_file(tensors, aside / _OPTIMIZER)
-    (aside / _STATE).write_text(json.dumps({"run": asdict(state), "optimizer": numbers}))
-    files = {name: _digest(aside / name) for name in (_WEIGHTS, _OPTIMIZER, _STATE)}
+    save_file(weights, folder / _WEIGHTS)
+    save_file(tensors, folder / _OPTIMIZER)
+    (folder / _STATE).write_text(json.dumps({"run": asdict(state), "optimizer": numbers}))
+    files = {name: _digest(folder / name) for name in (_WEIGHTS, _OPTIMIZER, _STATE)}
     manifest = {"files": files, "recipe": state.recipe, "processes": processes}
-    (aside / _MANIFEST).write_text(json.dumps(manifest, indent=2))
-    for path in (*aside.iterdir(), aside):
-        _fsync(path)
+    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2))
 
 
 def _whole(tensor: Tensor, processes: Processes) -> Tensor:
@@ -101,8 +99,8 @@ def newest(folder: Path) -> Path | None:
 
     For one process alone: it removes what a killed one left.
     """
-    for aside in folder.glob(".tmp-*"):
-        shutil.rmtree(aside)
+    for left in folder.glob(".*"):
+        shutil.rmtree(left)
     for candidate in reversed(_complete(folder)):
         problem = _problem(candidate)
         if problem is None:
@@ -159,11 +157,3 @@ def _problem(checkpoint: Path) -> str | None:
 def _digest(path: Path) -> dict[str, Any]:
     with path.open("rb") as stream:
         return {"sha256": hashlib.file_digest(stream, "sha256").hexdigest(), "bytes": path.stat().st_size}
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

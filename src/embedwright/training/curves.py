@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from embedwright.files import whole_file
 from embedwright.training.track import read_records
 
 logger = logging.getLogger(__name__)
@@ -35,9 +36,8 @@ def write_curves(out: Path) -> None:
     except ImportError as error:
         logger.warning("curves.png is not drawn (%s): pip install 'embedwright[train]'", error)
         return
-    aside = out / "curves.png.part"
-    drawn.savefig(aside, format="png", dpi=110)
-    aside.replace(out / "curves.png")
+    with whole_file(out / "curves.png") as temp:
+        drawn.savefig(temp, format="png", dpi=110)
 
 
 def figure(metrics: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]) -> Any:

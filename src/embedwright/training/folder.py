@@ -16,12 +16,12 @@ from typing import Any
 import torch
 import yaml
 
+from embedwright.files import write_text
 from embedwright.training.blend import Source
 from embedwright.training.judge import mean_scores
 from embedwright.training.parts import StagePart
-from embedwright.training.recipe import Recipe
+from embedwright.training.recipe import Recipe, leaves
 from embedwright.training.sources import data_fingerprint, entry_of
-from embedwright.training.track import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ def _source(stage: StagePart, source: Source, all_of_stage: Sequence[Source]) ->
 
 def _losses(stage: StagePart) -> Iterator[tuple[str, Any]]:
     keys = {"in_batch_negatives", "hard_negatives", "batching", "temperature"}
-    return _leaves(stage.model_dump(include=keys) | stage.chosen())
+    return leaves(stage.model_dump(include=keys) | stage.chosen())
 
 
 def _without_folder(value: Any) -> Any:
@@ -211,22 +211,14 @@ def _write(file: Path, text: str) -> None:
         kept = next(free for n in count(1) if not (free := file.with_name(f"{file.stem}.{n}{file.suffix}")).exists())
         file.replace(kept)
         logger.warning("%s is not as before (%s): what it said is kept in %s", file, _changes(old, text), kept.name)
-    write_whole(file, text)
+    write_text(file, text)
 
 
 def _changes(old: str, new: str) -> str:
     try:
-        before, after = (dict(_leaves(yaml.safe_load(text))) for text in (old, new))  # JSON is YAML
+        before, after = (dict(leaves(yaml.safe_load(text))) for text in (old, new))  # JSON is YAML
     except yaml.YAMLError:
         return "it was damaged"
     keys = [key for key in before | after if before.get(key) != after.get(key)]
     shown = [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys[:5]]
     return ", ".join([*shown, *([f"and {len(keys) - 5} more"] if len(keys) > 5 else [])])
-
-
-def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, dict | list) and tree:
-        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
-            yield from _leaves(value, f"{path}.{key}".lstrip("."))
-    else:
-        yield path, tree

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from embedwright.evaluation.suite import evaluate
+from embedwright.files import whole_file
 from embedwright.model.embedder import Embedder
-from embedwright.training.parts import EvalPart
+from embedwright.training.parts import START, EvalPart
 from embedwright.training.processes import Processes, whole
 from embedwright.training.recipe import expand
 from embedwright.training.track import Tracker, read_records, write_records
@@ -39,10 +41,10 @@ class Judge:
     ) -> None:
         self.part, self.model, self.processes, self.tracker = part, model, processes, tracker
         self.progress = progress if processes.first else None
-        self.file, self.best = out / "evaluations.jsonl", out / "best.safetensors"
+        self.file, self.best = out / "evaluations.jsonl", out / "best"
         if fresh and processes.first:  # of a run that ended before its first checkpoint
-            for left in (self.file, self.best):
-                left.unlink(missing_ok=True)
+            self.file.unlink(missing_ok=True)
+            shutil.rmtree(self.best, ignore_errors=True)
         processes.wait()
         self.records = read_records(self.file)
 
@@ -57,9 +59,9 @@ class Judge:
         if not missing:
             return
         scores = self._scores(stage, step)
-        if self.part.best and scores[-1] == max(scores):
+        if self.part.best and stage != START and scores[-1] == max(scores):
             self._keep(stage, step)
-        if self.processes.first:  # behind the weights: a run that is killed between the two evaluates again
+        if self.processes.first:  # after the weights: a run that is killed between the two evaluates again
             write_records(self.file, self.records)
         for record in self.records[-len(missing) :]:
             if self.tracker is not None:
@@ -77,21 +79,22 @@ class Judge:
 
     def best_weights(self, stage: str) -> dict[str, Tensor]:
         """What trained, as it was at the best evaluation of this stage."""
-        with safe_open(self.best, "pt") as stored:
-            kept: dict[str, str] = stored.metadata()
-            if kept["stage"] != stage:
-                raise RuntimeError(f"{self.best} is of stage {kept['stage']}, not of {stage}")
-            logger.info("stage %s ends on the weights of its step %s, the best evaluated", stage, kept["step"])
+        with safe_open(self._best_of(stage), "pt") as stored:
+            step = stored.metadata()["step"]
+            logger.info("stage %s ends on the weights of its step %s, the best evaluated", stage, step)
             return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  no mapping
 
     def _keep(self, stage: str, step: int) -> None:
         trained = whole(self.model.network)
         if self.processes.first:
-            aside = self.best.with_suffix(".part")
             tensors = {name: tensor.cpu().contiguous() for name, tensor in trained.items()}
-            save_file(tensors, aside, metadata={"stage": stage, "step": str(step)})
-            aside.replace(self.best)
+            with whole_file(self._best_of(stage)) as temp:
+                save_file(tensors, temp, metadata={"step": str(step)})
         self.processes.wait()
+
+    def _best_of(self, stage: str) -> Path:
+        """A file for each stage: the next one evaluates before its first checkpoint."""
+        return self.best / f"{stage}.safetensors"
 
     def _scores(self, stage: str, step: int) -> list[float]:
         """The mean main score of each evaluation of the stage up to this step, in order."""

@@ -14,13 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from embedwright import threads
 from embedwright.config import ConfigError
-from embedwright.errors import InputError
+from embedwright.files import write_text
 from embedwright.model import fourbit, memory, probe
-from embedwright.model.adapter import has_lora, idle_adapters
 from embedwright.model.card import facts, model_card
 from embedwright.model.embedder import Embedder
 from embedwright.training import processes as many
@@ -40,13 +38,14 @@ from embedwright.training.folder import card_facts, describe_run
 from embedwright.training.interrupt import Asked, Interrupted, stop_when_asked
 from embedwright.training.judge import Judge
 from embedwright.training.objective import check_widths
-from embedwright.training.parts import StagePart
+from embedwright.training.parts import START, StagePart
 from embedwright.training.processes import Processes, Replica
-from embedwright.training.recipe import Recipe
+from embedwright.training.recipe import Recipe, leaves
 from embedwright.training.refresh import refresh_every, refreshed
-from embedwright.training.sources import data_fingerprint, open_sources
+from embedwright.training.sources import data_fingerprint, open_sources, source_fingerprints
+from embedwright.training.start import finish, load_trained, start_model, whole_model
 from embedwright.training.step import Share, accumulate, learning_rate, make_optimizer, share_of, update
-from embedwright.training.track import Tracker, write_whole
+from embedwright.training.track import Tracker
 from embedwright.training.watch import HeadActivity, MovedWeights, NonFinite, chance, stuck, warn_if_inert
 
 logger = logging.getLogger(__name__)
@@ -64,14 +63,15 @@ def train(recipe: Recipe, *, on_step: OnStep | None = None, on_evaluation: OnEva
     progress; of many processes, in the first one. ConfigError where the run in that folder is of another recipe or of
     other data, or where a package that `tune.method` needs is missing. Interrupted (a KeyboardInterrupt) on SIGTERM or
     SIGINT, FloatingPointError where three steps in a row are not finite, RuntimeError where weights stand still: each
-    behind a good checkpoint.
+    after a good checkpoint.
     """
     if recipe.tune.method == "qlora" and (lacks := fourbit.missing()):
         raise ConfigError(f"recipe {recipe.name}: tune.method is qlora, and {lacks}")
     processes = many.start()
     out = Path(recipe.run.out)
     sources = open_sources(recipe)
-    state = RunState(stage=0, step=0, recipe=recipe.hash(), data=data_fingerprint(sources))
+    identity = {"recipe": recipe.decisive(), "data": source_fingerprints(recipe, sources)}
+    state = RunState(stage=0, step=0, recipe=recipe.hash(), data=data_fingerprint(sources), facts=identity)
     checkpoint = _newest(out / "checkpoints", processes)
     if checkpoint is not None:
         state = _continue(checkpoint, state, out)
@@ -91,61 +91,14 @@ def train(recipe: Recipe, *, on_step: OnStep | None = None, on_evaluation: OnEva
         judge = Judge(recipe.eval, out, model, processes, on_evaluation, tracker, fresh=checkpoint is None)
         run = _Run(recipe, model, replica, tracker, judge, activity, asked, on_step, on_evaluation)
         if checkpoint is None:
-            judge.evaluate("start", 0)
+            judge.evaluate(START, 0)
         for number in range(state.stage, len(recipe.stages)):
             begin = replace(state, stage=number, step=state.step if number == state.stage else 0)
             run.stage(recipe.stages[number], sources[number], begin, checkpoint if begin.step else None)
-    model = finish(_whole(recipe, model, processes))
+    model = finish(whole_model(recipe, model, processes))
     if processes.first:
         known = facts(model.network, model.tokenizer) | card_facts(recipe, sources, judge.records)
-        write_whole(out / "README.md", model_card(known.pop("name"), path="model", **known))
-    return model
-
-
-def start_model(recipe: Recipe, processes: Processes = many.ALONE) -> Embedder:
-    """The model before its first step: decoder, identity head, fresh adapters; probed."""
-    spec, tune = recipe.model, recipe.tune
-    frozen_in_bf16 = recipe.run.precision == "bf16" and tune.method != "full"
-    sizes = (
-        {}
-        if spec.pooling in ("mean", "last")
-        else spec.model_dump(include={"latents", "heads", "head_dim", "multiple"})
-    )
-    model = Embedder.from_decoder(
-        spec.base,
-        pooling=spec.pooling,
-        attention=spec.attention,
-        layers=spec.layers,
-        max_tokens=spec.max_tokens,
-        dtype="bfloat16" if frozen_in_bf16 else "float32",
-        four_bit=tune.method == "qlora",
-        device=None if processes.device is None else str(processes.device),
-        seed=recipe.seed,
-        **sizes,
-    )
-    network = model.network
-    network.mixed = recipe.run.precision == "bf16"
-    if tune.method != "full":
-        torch.manual_seed(recipe.seed)
-        model.add_lora(tune.rank, tune.alpha, tune.dropout)
-    if tune.gradient_checkpointing:
-        network.backbone.gradient_checkpointing_enable({"use_reentrant": False})
-    probe.check(network)
-    network.train()
-    return model
-
-
-def finish(model: Embedder) -> Embedder:
-    """Merge the adapters in float32, prove that the merge changed nothing, and probe. RuntimeError if it did."""
-    network = model.network
-    network.float().eval()
-    network.mixed = False
-    if has_lora(network.backbone):
-        if idle := idle_adapters(network.backbone):
-            raise RuntimeError(f"{len(idle)} LoRA adapters are still zero after training, e.g. {idle[0]}")
-        model.merge()
-    network.requires_grad_(False)
-    probe.check(network)
+        write_text(out / "README.md", model_card(known.pop("name"), path="model", **known))
     return model
 
 
@@ -199,7 +152,7 @@ class _Run:
                     self.save(replace(state, step=done), optimizer)
                 if stops:
                     self.draw()
-                    raise Interrupted(f"{self.asked.signal or 'signal'} behind stage {stage.name}, step {done}")
+                    raise Interrupted(f"{self.asked.signal or 'signal'} after stage {stage.name}, step {done}")
         moved.check()
         warn_if_inert(records)
         probe.check(network)
@@ -207,6 +160,8 @@ class _Run:
         if recipe.eval.best:
             load_trained(self.model, judge.best_weights(stage.name))
             probe.check(network)
+        if recipe.eval.decides:  # the stage ended on other weights than those of its last checkpoint
+            self.save(replace(state, stage=state.stage + 1, step=0), None)
         self.draw()
 
     def draw(self) -> None:
@@ -217,12 +172,12 @@ class _Run:
         self, stage: StagePart, sources: list[Source], state: RunState, teacher: Teacher | None
     ) -> Generator[tuple[int, Share], None, None]:
         """(step, its share of texts) in order, `run.workers` steps ahead of their use, tokenised in threads; but never
-        ahead of a step behind which negatives are mined."""
+        ahead of a step after which negatives are mined."""
         for begin in range(0, stage.optim.steps, every := refresh_every(stage)):
             steps = range(max(begin, state.step), min(begin + every, stage.optim.steps))
             if not steps:
                 continue
-            # asked for behind the last step before it: what is mined here is mined by the model of that step
+            # called after the last step before it has finished: the weights of that step do the mining
             now = self.mined(stage, sources, state, begin)
             yield from self.drawn(stage, now, state.stage, steps, teacher)
 
@@ -318,7 +273,7 @@ class _Run:
                 records[-1]["step"],
             )
 
-    def save(self, state: RunState, optimizer: torch.optim.Optimizer) -> None:
+    def save(self, state: RunState, optimizer: torch.optim.Optimizer | None) -> None:
         moved, keep = many.trained(self.model.network), self.recipe.run.keep
         save_checkpoint(self.out / "checkpoints", state, moved, optimizer, keep, self.processes)
 
@@ -341,38 +296,19 @@ def _newest(folder: Path, processes: Processes) -> Path | None:
     return found
 
 
+def _changes(before: Any, after: Any) -> str:
+    old, new = dict(leaves(before)), dict(leaves(after))
+    keys = [key for key in old | new if old.get(key) != new.get(key)]
+    return ", ".join([f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys[:5]] + ["..."] * (len(keys) > 5))
+
+
 def _continue(checkpoint: Path, state: RunState, out: Path) -> RunState:
     found = read_state(checkpoint)
     for what in ("recipe", "data"):
         if getattr(found, what) != getattr(state, what):
-            raise ConfigError(f"{out} holds a run of another {what}: choose another run.out, or remove that folder")
+            raise ConfigError(
+                f"{out} holds a run of another {what} ({_changes(found.facts.get(what), state.facts.get(what))}): "
+                "choose another run.out, or remove that folder"
+            )
     logger.info("resuming %s at stage %d, step %d", out, found.stage, found.step)
     return found
-
-
-def load_trained(model: Embedder, weights: dict[str, Tensor]) -> None:
-    """Put whole weights into what trains, also where it is cut. ValueError where the names differ."""
-    own = many.trained(model.network)
-    if own.keys() != weights.keys():
-        raise InputError(f"checkpoint and model differ in {sorted(own.keys() ^ weights.keys())[:3]}")
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(many.like(weights[name], parameter))
-
-
-def _whole(recipe: Recipe, model: Embedder, processes: Processes) -> Embedder:
-    """The model as one that was never cut, nor read in 4 bits: neither can be merged or saved.
-
-    What trained on 4 bits goes onto the base in float32, on the CPU: the GPU may have room for the 4 bits alone.
-    """
-    four_bit = recipe.tune.method == "qlora"
-    if not four_bit and (processes.count == 1 or recipe.run.parallel == "ddp"):
-        return model
-    trained = many.whole(model.network)
-    if four_bit:
-        plain = {"tune": recipe.tune.model_copy(update={"method": "lora"})}
-        recipe = recipe.model_copy(update=plain | {"run": recipe.run.model_copy(update={"precision": "fp32"})})
-        processes = replace(processes, device=torch.device("cpu"))
-    whole = start_model(recipe, processes)
-    load_trained(whole, trained)
-    return whole

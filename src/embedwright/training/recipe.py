@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -87,16 +88,21 @@ class Recipe(Part):
         return values | {"run.precision": self.run.precision}
 
     def hash(self) -> str:
-        """Of all that decides the weights: not where the run is kept, tracked, checkpointed or evaluated."""
+        """Of `decisive`: a run goes on under a recipe of the same hash alone."""
+        return hashlib.sha256(json.dumps(self.decisive(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def decisive(self) -> dict[str, Any]:
+        """The values that decide rows and loss: not how a step is fitted into memory and shared out, nor where the run
+        is kept, tracked, checkpointed or evaluated. These may change when a run goes on."""
         content = self.model_dump(mode="json", exclude={"name": True, "eval": True, "provenance": True})
         for stage in content["stages"]:
             for entry in stage["data"]:
                 del entry["rows"]
-        for key in ("out", "tracker", "checkpoint_every", "keep", "workers", "parallel"):
-            del content["run"][key]
+        content["run"] = {"precision": self.run.precision}
+        del content["tune"]["gradient_checkpointing"]
         if self.eval.decides:
             content["eval"] = self.eval.model_dump(mode="json")
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+        return content
 
     def with_out(self, out: str | Path) -> Recipe:
         return self.model_copy(update={"run": self.run.model_copy(update={"out": str(out)})})
@@ -134,6 +140,15 @@ def _parsed(content: dict[str, Any], where: str) -> Recipe:
         return loc
 
     return validate(Recipe, content | {"stages": stages} if stages else content, where, in_file)
+
+
+def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of all that is no mapping or list."""
+    if isinstance(tree, dict | list) and tree:
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from leaves(value, f"{path}.{key}".lstrip("."))
+    else:
+        yield path, tree
 
 
 def expand(path: str) -> Path:

@@ -9,6 +9,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from embedwright.data.mine import mine, positives_of
 from embedwright.data.readers import beir_files, read_corpus
 from embedwright.data.table import open_examples, write_examples
 from embedwright.data.teacher import Encoder, as_encoder
+from embedwright.files import whole_folder, write_json
 from embedwright.model.embedder import Embedder
 from embedwright.model.opening import open_encoder
 from embedwright.training.blend import Source
@@ -69,17 +71,15 @@ def refreshed(
             raise ConfigError(
                 f"{folder} is gone, and the weights of step {begin} that mined it are too: start in a new run.out"
             )
-        aside = folder.with_name(f".{folder.name}")
-        if processes.first:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
         teacher = model if asked.teacher == PREVIOUS else as_encoder(open_encoder(asked.teacher))
-        for number in mined:
-            _mine(recipe, stage, sources[number], Shared(teacher, processes), aside / f"{number:02d}", processes, say)
         if processes.first:
-            (aside / _WHOLE).write_text(json.dumps(run) + "\n")
-            shutil.rmtree(folder, ignore_errors=True)
-            aside.rename(folder)
+            shutil.rmtree(folder, ignore_errors=True)  # of another run
+        with whole_folder(folder) if processes.first else nullcontext(folder) as temp:
+            for number in mined:
+                shared, out = Shared(teacher, processes), temp / f"{number:02d}"
+                _mine(recipe, stage, sources[number], shared, out, processes, say)
+            if processes.first:
+                write_json(temp / _WHOLE, run)
         processes.wait()
     fresh = list(sources)
     for number in mined:
@@ -117,7 +117,7 @@ def _mine(
     )
     if processes.first:
         write_examples(out.with_suffix(".parquet"), found)
-        out.with_suffix(".json").write_text(json.dumps(report.to_json(), indent=2) + "\n")
+        write_json(out.with_suffix(".json"), report.to_json())
         counts = report.counts()
         line = f"{stage.name}: mined {counts['negatives']} negatives for {counts['queries']} rows of {source.task.name}"
         logger.info("%s", line)

@@ -43,6 +43,12 @@ def _described(recipe: Recipe) -> dict[str, Task]:
     return {entry.task.name: entry.task for entry in entries if isinstance(entry.task, Task)}
 
 
+def source_fingerprints(recipe: Recipe, stages: list[list[Source]]) -> dict[str, str]:
+    """That of every source by its stage and name, to say which one is another."""
+    pairs = zip(recipe.stages, stages, strict=True)
+    return {f"{stage.name}/{source.name}": data_fingerprint([[source]]) for stage, own in pairs for source in own}
+
+
 def data_fingerprint(stages: list[list[Source]]) -> str:
     """Of every row that can be drawn, and its task: a resumed run refuses to go on with other data."""
     parts = []

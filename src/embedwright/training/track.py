@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from embedwright.config import ConfigError
+from embedwright.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +175,7 @@ def _run_id(out: Path, begins: bool) -> str:
     """By which trackers know this run when it goes on. One that begins at its first step is another run to them."""
     file = out / "tracker.json"
     if begins or not file.exists():
-        write_whole(file, json.dumps({"id": uuid.uuid4().hex[:8]}) + "\n")
+        write_text(file, json.dumps({"id": uuid.uuid4().hex[:8]}) + "\n")
     return str(json.loads(file.read_text())["id"])
 
 
@@ -204,12 +205,4 @@ def read_records(file: Path) -> list[dict[str, Any]]:
 
 
 def write_records(file: Path, records: list[dict[str, Any]]) -> None:
-    """Written aside and renamed: a kill in the middle leaves the file as it was."""
-    write_whole(file, "".join(json.dumps(record) + "\n" for record in records))
-
-
-def write_whole(file: Path, text: str) -> None:
-    """The same for any text."""
-    aside = file.with_name(f"{file.name}.part")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(file)
+    write_text(file, "".join(json.dumps(record) + "\n" for record in records))

@@ -211,18 +211,25 @@ def test_the_same_step_again_replaces(tmp_path: Path) -> None:
     assert not torch.equal(read_weights(folder)["0.weight"], before["0.weight"])
 
 
-def test_what_a_kill_left_behind_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_kill_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = save(tmp_path, 1)
 
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch:  # a kill cleans up nothing
         patch.setattr(Path, "rename", killed)
+        patch.setattr("shutil.rmtree", lambda *_, **__: None)
         with pytest.raises(KeyboardInterrupt):
             save(tmp_path, 2)
     assert len(names(tmp_path)) == 2
     assert newest(tmp_path) == first and names(tmp_path) == [first.name]
+
+
+def test_between_stages_there_is_no_optimizer(tmp_path: Path) -> None:
+    weights = {"a": torch.ones(3)}
+    folder = save_checkpoint(tmp_path, RunState(1, 0, "r", "d"), weights, None, keep=1)
+    assert newest(tmp_path) == folder and torch.equal(read_weights(folder)["a"], weights["a"])
 
 
 def test_a_checkpoint_is_whole_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,9 +12,10 @@ from embedwright.config import ConfigError
 from embedwright.model.embedder import Embedder
 from embedwright.training import distill
 from embedwright.training.distill import Teacher, teacher_of
-from embedwright.training.loop import start_model, train
+from embedwright.training.loop import train
 from embedwright.training.recipe import Recipe
 from embedwright.training.sources import open_sources
+from embedwright.training.start import start_model
 
 ASKED = "Find its answer"
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from embedwright.config import ConfigError
 from embedwright.evaluation.report import Result, Results
 from embedwright.training import judge
 from embedwright.training.checkpoint import read_weights
-from embedwright.training.loop import finish, load_trained, start_model, train
+from embedwright.training.loop import train
 from embedwright.training.recipe import Recipe
+from embedwright.training.start import finish, load_trained, start_model
 
 TEXTS = ["how do tides work?", "the moon", "a dog that does not mind"]
 
@@ -103,6 +105,32 @@ def test_a_run_that_is_cut_off_at_the_border_ends_on_the_same_weights(
     model = train(Recipe.parse(content), on_step=stop)
     np.testing.assert_array_equal(model.encode(TEXTS), whole.encode(TEXTS))
     assert len(asked) == 2 * 13
+
+
+def test_the_next_stage_may_evaluate_before_its_first_checkpoint(
+    content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content["eval"]["best"] = True
+    content["run"] |= {"checkpoint_every": 5, "keep": 1}
+    scores = [0.9, 0.1, 0.5, 0.4, 0.45, 0.2, 0.3, 0.1, 0.2, 0.3, 0.6, 0.1, 0.4]
+    scripted(monkeypatch, scores)
+    whole = train(Recipe.parse(content))
+    content["run"]["out"] += "-again"
+
+    def stop(record: dict[str, Any]) -> None:
+        if (record["stage"], record["step"]) == ("second", 2):
+            raise InterruptedError
+
+    scripted(monkeypatch, scores)
+    with pytest.raises(InterruptedError):
+        train(Recipe.parse(content), on_step=stop)
+    out = Path(content["run"]["out"])
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["01-0000000"]
+    model = train(Recipe.parse(content))
+    np.testing.assert_array_equal(model.encode(TEXTS), whole.encode(TEXTS))
+    assert sorted(path.name for path in (out / "best").iterdir()) == ["first.safetensors", "second.safetensors"]
+    shutil.rmtree(out / "best")  # a finished run needs it no more
+    np.testing.assert_array_equal(train(Recipe.parse(content)).encode(TEXTS), whole.encode(TEXTS))
 
 
 def test_a_stage_ends_when_it_gets_no_better(content: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from peft.tuners.lora import Linear as LoraLinear
-from torch import nn
 
 from embedwright.config import ConfigError
 from embedwright.evaluation.report import Results
@@ -25,9 +24,10 @@ from embedwright.training import distill, judge, loop
 from embedwright.training.batch import make_batch
 from embedwright.training.blend import rows_at
 from embedwright.training.interrupt import Interrupted
-from embedwright.training.loop import finish, start_model, train
+from embedwright.training.loop import train
 from embedwright.training.recipe import Recipe, expand
 from embedwright.training.sources import open_sources
+from embedwright.training.start import start_model
 from embedwright.training.step import learning_rate
 
 TEXTS = ["how do tides work?", "the moon", "a dog that does not mind, and a longer text behind it"]
@@ -366,11 +366,12 @@ def test_another_recipe_or_other_data_in_the_same_folder_is_refused(
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     other = copy.deepcopy(tree)
     other["stages"][0]["optim"]["lr"] = 1e-3
-    with pytest.raises(ConfigError, match=r"holds a run of another recipe: choose another run\.out"):
+    said = r"holds a run of another recipe \(stages\.0\.optim\.lr: 0\.01 -> 0\.001\): choose another run\.out"
+    with pytest.raises(ConfigError, match=said):
         train(Recipe.parse(other))
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     pairs.write_text(rows.replace("moon", "Mars"))
-    with pytest.raises(ConfigError, match="holds a run of another data"):
+    with pytest.raises(ConfigError, match=r"holds a run of another data \(retrieval/0#pairs: \w+ -> \w+\)"):
         train(Recipe.parse(tree))
     pairs.write_text(rows)
     tree["name"], tree["run"]["checkpoint_every"] = "renamed", 1
@@ -467,7 +468,7 @@ def test_a_signal_ends_the_run_behind_its_step_and_the_rest_is_the_same(
         if (record["stage"], record["step"]) == ("retrieval", 7):
             os.kill(os.getpid(), number)
 
-    with pytest.raises(Interrupted, match=rf"{number.name} behind stage retrieval, step 7"):
+    with pytest.raises(Interrupted, match=rf"{number.name} after stage retrieval, step 7"):
         train(Recipe.parse(tree), on_step=ask)
     assert signal.getsignal(number) == before
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["00-0000007"]
@@ -496,6 +497,22 @@ def test_gradient_checkpointing_gives_the_same_losses(content: dict[str, Any], t
     layer.register_forward_hook(lambda *_: forwards.append(1))
     model.embed(model.tokenize(TEXTS)).sum().backward()
     assert len(forwards) == 2  # and it is on: the layer runs once more in the backward pass
+
+
+def test_what_changes_no_row_may_change_when_a_run_goes_on(content: dict[str, Any], tmp_path: Path) -> None:
+    """As after running out of memory."""
+    tree = short(content, tmp_path / "whole", 6, dropout=0.0)
+    plain = losses(Recipe.parse(tree))
+    tree["run"] |= {"out": str(tmp_path / "changed"), "checkpoint_every": 2}
+    with pytest.raises(Stop):
+        train(Recipe.parse(tree), on_step=stop_at("retrieval", 4))
+    tree["run"] |= {"batch_tokens": 60, "workers": 0, "checkpoint_every": 1, "keep": 1, "tracker": "tensorboard"}
+    tree["tune"]["gradient_checkpointing"] = True
+    tree["eval"]["every"] = 2
+    assert len(losses(Recipe.parse(tree))) == 4  # from the step after its checkpoint
+    after = metrics(tmp_path / "changed")
+    assert [record["loss"] for record in after] == pytest.approx(plain, rel=1e-4)
+    assert [record["ids"] for record in after] == [record["ids"] for record in metrics(tmp_path / "whole")]
 
 
 def test_the_token_budget_changes_no_loss(content: dict[str, Any], tmp_path: Path) -> None:
@@ -554,38 +571,6 @@ def test_every_pooling_trains(content: dict[str, Any], tmp_path: Path, pooling: 
     assert model.network.backbone.config.is_causal == (attention == "causal")
     assert np.abs(model.encode(TEXTS) - before.encode(TEXTS)).max() > 1e-4
     assert len(metrics(tmp_path)) == 1
-
-
-def test_the_start_follows_the_seed_alone(content: dict[str, Any], tmp_path: Path) -> None:
-    tree = short(content, tmp_path)
-
-    def weights() -> dict[str, nn.Parameter]:
-        torch.rand(np.random.default_rng().integers(1, 9))
-        return dict(start_model(Recipe.parse(tree)).network.named_parameters())
-
-    first, again = weights(), weights()
-    assert all(torch.equal(first[n], again[n]) for n in first)
-    tree["seed"] = 8
-    other = weights()
-    differ = {n for n in first if not torch.equal(first[n], other[n])}
-    assert any("lora_A" in n for n in differ) and any(n.startswith("head.") for n in differ)
-    assert all("lora_A" in n or n.startswith("head.") for n in differ)
-
-
-def test_adapters_that_nothing_reached_are_refused(content: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="21 LoRA adapters are still zero after training"):
-        finish(start_model(Recipe.parse(short(content, tmp_path))))
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_adapters_are_those_of_the_recipe(content: dict[str, Any], tmp_path: Path, precision: str) -> None:
-    tree = short(content, tmp_path, rank=3, alpha=12, dropout=0.25)
-    tree["run"]["precision"] = precision
-    network = start_model(Recipe.parse(tree)).network
-    layer = network.backbone.layers[1].mlp.up_proj
-    assert (layer.r["default"], layer.scaling["default"], layer.lora_dropout.default.p) == (3, 4, 0.25)
-    # under autocast the small adapters are cast, not every input
-    assert network.mixed == (precision == "bf16") and layer.cast_input_dtype_enabled != network.mixed
 
 
 def test_adapters_are_merged_under_proof(

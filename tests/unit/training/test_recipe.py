@@ -225,23 +225,33 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 OTHER = {"lora": "full", "latent": "mean", "all": "same_task", "none": "all", "homogeneous": "blended", "bf16": "fp32"}
-OTHER |= {"2e-5": "3e-5", "bidirectional": "causal"}
+OTHER |= {"2e-5": "3e-5", "bidirectional": "causal", "ddp": "fsdp"}
 
 
 def test_the_hash_follows_all_that_decides_the_weights_and_nothing_else() -> None:
-    tree = put(content(), "model.attention", "bidirectional")
+    tree = put(put(content(), "model.attention", "bidirectional"), "tune.gradient_checkpointing", False)
+    tree["run"] |= {"workers": 1, "parallel": "ddp"}
     before = Recipe.parse(tree).hash()
     assert before == Recipe.parse(copy.deepcopy(tree)).hash() and len(bytes.fromhex(before)) == 8
     changed, same = set(), set()
     for path, value in leaves(tree):
-        if isinstance(value, str):
-            new: Any = "tensorboard" if path == "run.tracker" else OTHER.get(value, f"{value}x")
+        if value is False:
+            new: Any = True
+        elif isinstance(value, str):
+            new = "tensorboard" if path == "run.tracker" else OTHER.get(value, f"{value}x")
         else:
             new = value / 2 if isinstance(value, float) else value + 1
         other = Recipe.parse(put(copy.deepcopy(tree), path, new))
         (same if other.hash() == before else changed).add(path)
-    assert same == {"name", "run.out", "run.tracker", "run.checkpoint_every", "run.keep", "eval.every", "eval.suites.0"}
-    assert {"seed", "stages.0.optim.lr", "stages.0.data.0.weight", "run.batch_tokens", "stages.1.name"} <= changed
+    may_change = {"tracker", "checkpoint_every", "keep", "batch_tokens", "workers", "parallel", "out"}
+    assert same == {
+        "name",
+        "tune.gradient_checkpointing",
+        "eval.every",
+        "eval.suites.0",
+        *(f"run.{key}" for key in may_change),
+    }
+    assert {"seed", "stages.0.optim.lr", "stages.0.data.0.weight", "run.precision", "stages.1.name"} <= changed
 
 
 def test_the_hash_takes_equal_numbers_as_equal(tmp_path: Path) -> None:

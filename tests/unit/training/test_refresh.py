@@ -17,11 +17,12 @@ from embedwright.model.embedder import Embedder
 from embedwright.training import refresh
 from embedwright.training.blend import Source
 from embedwright.training.checkpoint import RunState, read_weights
-from embedwright.training.loop import load_trained, start_model, train
+from embedwright.training.loop import train
 from embedwright.training.processes import ALONE
 from embedwright.training.recipe import Recipe
 from embedwright.training.refresh import refreshed
 from embedwright.training.sources import open_sources
+from embedwright.training.start import load_trained, start_model
 
 ASKED = "Find its answer"
 TEXTS = ["how do tides work?", "the moon", "a dog that does not mind"]
