@@ -39,6 +39,7 @@ PerMinute = Annotated[int | None, typer.Option(min=1, help="At most so many requ
 TokensPerMinute = Annotated[int | None, typer.Option(min=1, help="At most so many, of prompts and answers.")]
 TokenBudget = Annotated[int | None, typer.Option(min=1, help="Stop before so many are paid for, over all runs.")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Of one answer.")]
+KeyVariable = Annotated[str | None, typer.Option(help="Environment variable with the server's API key.")]
 Timeout = Annotated[float, typer.Option(help="Seconds, of one request.")]
 
 data_app = typer.Typer(help="Build, check and convert training data.", no_args_is_help=True)
@@ -65,6 +66,10 @@ def mine(
     report: Annotated[Path | None, typer.Option(help="Folder for report.json and histogram.png.")] = None,
     query_template: Annotated[str | None, typer.Option(help="For HTTP: what is sent of {task} and {text}.")] = None,
     document_template: Annotated[str | None, typer.Option(help="For HTTP: what is sent of {text}.")] = None,
+    api_key_env: Annotated[
+        list[str] | None,
+        typer.Option(help="For HTTP: environment variable with the server's API key; of several servers HOST=NAME."),
+    ] = None,
 ) -> None:
     """Find hard negatives with one or more teacher models, leaving out what is likely a positive."""
     from embedwright.data.http_teacher import HttpEncoder
@@ -73,6 +78,7 @@ def mine(
     from embedwright.data.mining_report import check_drawing, write_report
     from embedwright.data.readers import read_corpus
     from embedwright.data.table import open_examples, write_examples
+    from embedwright.endpoint import key_variables
     from embedwright.model.opening import open_encoder
 
     if report:
@@ -83,7 +89,11 @@ def mine(
     given = {"query_template": query_template, "document_template": document_template}
     templates = {key: template for key, template in given.items() if template is not None}
     names = teacher or ["minilm"]
-    teachers = [HttpEncoder.from_url(name, **templates) if "://" in name else open_encoder(name) for name in names]
+    keys = key_variables(api_key_env or [], [name for name in names if "://" in name])
+    teachers = [
+        HttpEncoder.from_url(name, api_key_env=keys.get(name), **templates) if "://" in name else open_encoder(name)
+        for name in names
+    ]
     found, counts = run(
         rows,
         pool,
@@ -124,13 +134,14 @@ def synth(
     token_budget: TokenBudget = None,
     max_tokens: MaxTokens = 2048,
     timeout: Timeout = 300.0,
+    api_key_env: KeyVariable = None,
 ) -> None:
     """Make synthetic training examples with a language model: brainstorm tasks, then write examples of each."""
     from embedwright.data.synthesize import PROMPTS, Plan, Prompts, split_evenly, synthesize
 
     kinds = split_evenly(count, types.lower().split(","))
     plan = Plan(kinds, tuple(model), per_task=per_task, seed=seed, prompts=Prompts.load(prompts or PROMPTS))
-    limits = (timeout, concurrency, max_tokens, requests_per_minute, tokens_per_minute, token_budget)
+    limits = (api_key_env, timeout, concurrency, max_tokens, requests_per_minute, tokens_per_minute, token_budget)
     with _client(out, base_url, *limits) as client:
         report = synthesize(out, client, plan, licence=licence, progress=counter("examples"))
     say(json.dumps(report.to_json(), indent=2))
@@ -311,6 +322,7 @@ def data_relabel(
     token_budget: TokenBudget = None,
     max_tokens: MaxTokens = 512,
     timeout: Timeout = 300.0,
+    api_key_env: KeyVariable = None,
 ) -> None:
     """Find negatives that are in truth positives, by a language model or a cross-encoder; drop or promote them."""
     from embedwright.data.relabel import judge_by_model, judge_by_scores, relabel_file
@@ -324,7 +336,7 @@ def data_relabel(
         return
     if base_url is None or model is None or cross_encoder is not None or threshold is not None:
         raise InputError("name the judge: --base-url and --model, or --cross-encoder and --threshold")
-    limits = (timeout, concurrency, max_tokens, requests_per_minute, tokens_per_minute, token_budget)
+    limits = (api_key_env, timeout, concurrency, max_tokens, requests_per_minute, tokens_per_minute, token_budget)
     with _client(out, base_url, *limits) as client:
         by_model = judge_by_model(client, model, read_tasks(tasks) if tasks else None)
         report = relabel_file(path, out, by_model, action, progress=counter("examples"))
@@ -334,6 +346,7 @@ def data_relabel(
 def _client(
     out: Path,
     base_url: str,
+    api_key_env: str | None,
     timeout: float,
     concurrency: int,
     max_tokens: int,
@@ -344,6 +357,7 @@ def _client(
     """Of a server; what it answers is kept beside `out`."""
     server = Server(
         base_url=base_url,
+        api_key_env=api_key_env,
         timeout_s=timeout,
         concurrency=concurrency,
         max_tokens=max_tokens,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from embedwright.endpoint import endpoint, refusal, shown
 from embedwright.errors import InputError, MissingPackageError
 from embedwright.text import check_texts
 
@@ -20,7 +20,7 @@ class HttpEncoder:
     """Encodes texts by a server, as an `Encoder`. The server knows nothing of instructions: the templates say where
     they go, and what else the model wants to read, such as an EOS that the server does not append (`{text}</s>`).
 
-    Not to be shared between threads. The API key is that of the environment, OPENAI_API_KEY, or none.
+    Not to be shared between threads. The API key is that of `endpoint`.
     """
 
     def __init__(
@@ -34,9 +34,10 @@ class HttpEncoder:
         encoding: Literal["float", "base64"] = "float",
         timeout_s: float = 300.0,
         retries: int = _RETRIES,
+        api_key_env: str | None = None,
     ) -> None:
         """`base_url` ends where `/embeddings` follows, so in `/v1`; `batch` texts go into one request. All servers know
-        the encoding `float`; `base64` is a quarter of the bytes.
+        the encoding `float`; `base64` is a quarter of the bytes. `api_key_env`: the environment variable with its key.
 
         Raises ValueError for a template without `{text}` or with two, ImportError without the package `openai`.
         """
@@ -48,22 +49,26 @@ class HttpEncoder:
         if batch < 1:
             raise InputError(f"batch must be at least 1, not {batch}")
         try:
-            from openai import OpenAI
+            from openai import DefaultHttpxClient, OpenAI
         except ImportError as error:
             raise MissingPackageError("a teacher behind HTTP needs openai: pip install 'embedwright[synth]'") from error
-        self.base_url, self.model = base_url, model
+        self.endpoint, self.model = endpoint(base_url, api_key_env), model
         self.query_template, self.document_template = query_template, document_template
         self.batch, self.encoding = batch, encoding
         self.dimension: int | None = None  # known from the first answer on
-        key = os.environ.get("OPENAI_API_KEY") or "none"
-        self._client = OpenAI(base_url=base_url, api_key=key, max_retries=retries, timeout=timeout_s)
+        self._client = OpenAI(
+            **self.endpoint.client,
+            max_retries=retries,
+            timeout=timeout_s,
+            http_client=DefaultHttpxClient(follow_redirects=False),  # texts go to no other server
+        )
 
     @classmethod
     def from_url(cls, url: str, **settings: Any) -> HttpEncoder:
         """`http://host:port/v1#model`. Raises ValueError without a model."""
-        base_url, _, model = url.partition("#")
-        if not model:
-            raise InputError(f"{url}: say which model of that server, as in {base_url}#model-name")
+        base_url, _, model = url.rpartition("#")
+        if not base_url or not model:
+            raise InputError(f"{shown(url)}: say which model of that server, as in {shown(url)}#model-name")
         return cls(base_url, model, **settings)
 
     def encode(self, texts: Sequence[str], task: str | None = None) -> NDArray[np.float32]:
@@ -74,7 +79,9 @@ class HttpEncoder:
         """
         texts = check_texts(texts)
         if task == "" and "{task}" in self.query_template:
-            raise InputError(f"{self.base_url}: the template for queries has a {{task}}, and no instruction is given")
+            raise InputError(
+                f"{self.endpoint.url}: the template for queries has a {{task}}, and no instruction is given"
+            )
         template = self.document_template if task is None else self.query_template
         before, behind = (part.replace("{task}", task or "") for part in template.split("{text}"))
         filled = [before + text + behind for text in texts]
@@ -82,13 +89,14 @@ class HttpEncoder:
         return np.concatenate(parts) if parts else np.empty((0, self.dimension or 0), np.float32)
 
     def _request(self, texts: list[str]) -> NDArray[np.float32]:
-        from openai import OpenAIError
+        from openai import APIStatusError, OpenAIError
 
-        where = f"{self.base_url}, model {self.model}, text {texts[0][:60]!r} and {len(texts) - 1} more"
+        where = f"{self.endpoint.url}, model {self.model}, text {texts[0][:60]!r} and {len(texts) - 1} more"
         try:
             answer = self._client.embeddings.create(input=texts, model=self.model, encoding_format=self.encoding)
         except OpenAIError as error:  # it says neither where nor what
-            raise RuntimeError(f"{where}: {error}") from error
+            said = refusal(error) if isinstance(error, APIStatusError) else f"{error} {error.__cause__ or ''}"
+            raise RuntimeError(f"{where}: {self.endpoint.hide(said)}") from None
         by_index = {item.index: _numbers(item.embedding) for item in answer.data}
         if len(answer.data) != len(texts) or sorted(by_index) != list(range(len(texts))):
             raise InputError(f"{where}: {len(answer.data)} vectors with {len(by_index)} different numbers came back")

@@ -13,7 +13,6 @@ import hashlib
 import itertools
 import json
 import logging
-import os
 import random
 import time
 from collections import Counter, deque
@@ -25,6 +24,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from embedwright.endpoint import endpoint, refusal
 from embedwright.errors import MissingPackageError
 from embedwright.llm.answers import AnswerFile, BadAnswerError, Completion, answer_key, read_answer
 
@@ -45,9 +45,10 @@ class Server(BaseModel):
     `token_budget` counts all answers in the cache file, those of earlier runs too: run again, it is not spent again.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
-    base_url: str
+    base_url: str = Field(repr=False)  # it may hold a password
+    api_key_env: str | None = None  # the environment variable that holds this server's key
     timeout_s: Annotated[float, Field(gt=0)] = 300.0  # of one request, from sending it to the answer's last byte
     retries: Annotated[int, Field(ge=0)] = 6  # of a request that got no answer
     attempts: Positive = 3  # at a valid answer, each with a seed of its own
@@ -94,22 +95,23 @@ class Client:
 
     `counts`: `requests` sent, `answers` received, `cached` ones, `tokens` of both, the faults of the server by kind
     (`timeout`, `connection`, `bad_body`, `http_429`, ...) and the useless answers by kind (`bad_json`, `wrong_schema`,
-    `only_reasoning`, `truncated`). The API key is `$OPENAI_API_KEY`, where the server wants one.
+    `only_reasoning`, `truncated`). The API key is that of `endpoint`.
     """
 
     def __init__(self, server: Server, cache: Path) -> None:
         try:
-            from openai import AsyncOpenAI
+            from openai import AsyncOpenAI, DefaultAsyncHttpxClient
         except ImportError as error:
             raise MissingPackageError("asking a language model needs: pip install 'embedwright[synth]'") from error
         self.server = server
+        self.endpoint = endpoint(server.base_url, server.api_key_env)
         self.counts: Counter[str] = Counter()
         self._cache = AnswerFile(cache)
         self._openai = AsyncOpenAI(
-            base_url=server.base_url,
-            api_key=os.environ.get("OPENAI_API_KEY") or "none",
+            **self.endpoint.client,
             max_retries=0,
             timeout=server.timeout_s,
+            http_client=DefaultAsyncHttpxClient(follow_redirects=False),  # prompts go to no other server
         )
         self._runner = asyncio.Runner()
         self._slots = asyncio.Semaphore(server.concurrency)
@@ -220,12 +222,11 @@ class Client:
                 if n < len(FORMATS) - 1 and _may_mean_the_format(error.status_code, str(error)):
                     self.counts["refused_format"] += 1
                     continue
-                raise self._given_up("refused", error, fatal=error.status_code in (401, 403, 404)) from error
+                status = error.status_code
+                raise self._given_up("refused", refusal(error), status < 400 or status in (401, 403, 404)) from None
             if n > self._format.get(model, 0):
                 self._format[model] = n
-                log.warning(
-                    "%s: %s takes no %s here, asked for %s", self.server.base_url, model, FORMATS[0], FORMATS[n]
-                )
+                log.warning("%s: %s takes no %s here, asked for %s", self.endpoint.url, model, FORMATS[0], FORMATS[n])
             return completion
         raise AssertionError("the last format returns or raises")
 
@@ -269,11 +270,12 @@ class Client:
     def _given_up(self, reason: str, said: object, fatal: bool = False) -> Exception:
         """What to raise for a question without an answer: the end of everything, where it is one of many or all."""
         self._unanswered += 1
+        said = self.endpoint.hide(said)
         if self._fatal is None and (fatal or self._unanswered >= self.server.concurrency + 3):
-            self._fatal = ServerError(f"{self.server.base_url}: {said} (answers so far are kept: {self._cache.path})")
+            self._fatal = ServerError(f"{self.endpoint.url}: {said} (answers so far are kept: {self._cache.path})")
         if self._fatal is not None:
             return self._fatal
-        log.warning("%s: a question is given up: %s", self.server.base_url, said)
+        log.warning("%s: a question is given up: %s", self.endpoint.url, said)
         return _NoAnswerError(reason)
 
 

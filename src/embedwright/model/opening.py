@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from embedwright.endpoint import shown
 from embedwright.errors import InputError
 from embedwright.model.embedder import Embedder
 from embedwright.model.families import FAMILIES, said
@@ -33,6 +34,8 @@ def open_model(name: str) -> Embedder | SentenceTransformerEncoder:
     the packaged weights or the folder are not there, ValueError for a file, ProbeError for a model that is not what it
     says, such as one whose tokenizer leaves out the EOS that it asks for.
     """
+    if "://" in name:
+        raise InputError(f"{shown(name)} is a server: `embedwright mine --teacher` asks those, here give a model")
     family, where = said(name)
     folder = packaged(name) or local(where) or where
     if isinstance(folder, Path) and not folder.is_dir():

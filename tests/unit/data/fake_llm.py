@@ -39,6 +39,7 @@ class FakeLLM:
     def __init__(self, reply: Callable[[Body, int], Reply]) -> None:
         self.reply = reply
         self.requests: list[Body] = []
+        self.headers: list[dict[str, str]] = []  # names in lower case
         self.times: list[float] = []
         self.at_once = self.most_at_once = 0
         lock = threading.Lock()
@@ -50,6 +51,7 @@ class FakeLLM:
                 with lock:
                     n = len(fake.requests)
                     fake.requests.append(body)
+                    fake.headers.append({name.lower(): value for name, value in self.headers.items()})
                     fake.times.append(time.monotonic())
                     fake.at_once += 1
                     fake.most_at_once = max(fake.most_at_once, fake.at_once)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -28,15 +29,20 @@ class Server:
 
     def __init__(self) -> None:
         self.requests: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
+        self.said = "not now"
         self.failures: list[int] = []
         self.spoil: Callable[[list[dict[str, Any]]], Any] = lambda data: data
         server = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
+                server.keys.append(self.headers["Authorization"])
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 status = server.failures.pop(0) if server.failures else 200
-                answer = json.dumps(server.answer(self.path, body) if status == 200 else {"error": "not now"}).encode()
+                answer = json.dumps(
+                    server.answer(self.path, body) if status == 200 else {"error": {"message": server.said}}
+                ).encode()
                 self.send_response(status)
                 self.send_header("retry-after-ms", "1")
                 self.send_header("Content-Type", "application/json")
@@ -174,3 +180,24 @@ def test_bad_texts_and_urls() -> None:
         HttpEncoder.from_url("http://127.0.0.1:1/v1")
     with pytest.raises(TypeError, match="1"):
         HttpEncoder("http://127.0.0.1:1/v1", "m").encode(["a", None])  # type: ignore[list-item]
+
+
+def test_a_teacher_gets_its_own_key_and_does_not_show_it(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-openai")
+    monkeypatch.setenv("OWN_KEY", "own-secret")
+    HttpEncoder(server.url, "m").encode(["a"])
+    HttpEncoder(server.url, "m", api_key_env="OWN_KEY").encode(["a"])
+    url = server.url.replace("//", "//me:pass@")
+    HttpEncoder.from_url(f"{url}#m").encode(["a"])
+    assert server.keys == ["Bearer none", "Bearer own-secret", "Basic bWU6cGFzcw=="]
+    server.said, server.failures = "wrong: own-secret", [403]
+    with pytest.raises(RuntimeError, match=r"wrong: \*\*\*.*--api-key-env") as caught:
+        HttpEncoder(server.url, "m", api_key_env="OWN_KEY").encode(["a"])
+    assert "own-secret" not in "".join(traceback.format_exception(caught.value))
+    with pytest.raises(ValueError, match="no instruction is given") as refused:
+        HttpEncoder.from_url(f"{url}#m").encode(["a"], task="")
+    assert "pass" not in str(refused.value)
+    with pytest.raises(ValueError, match="say which model") as refused:
+        HttpEncoder.from_url(url)
+    assert "pass" not in str(refused.value)

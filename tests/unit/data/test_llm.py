@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from email.utils import formatdate
@@ -73,7 +74,7 @@ def serve() -> Iterator[Callable[[Callable[[Body, int], Reply]], FakeLLM]]:
 @pytest.fixture
 def ask(tmp_path: Path) -> Ask:
     def run(fake: FakeLLM, questions: list[Question], **settings: Any) -> tuple[Any, Counter[str]]:
-        server = Server(base_url=fake.url, **{"backoff_s": 0.01, "timeout_s": 20.0, **settings})
+        server = Server(**{"base_url": fake.url, "backoff_s": 0.01, "timeout_s": 20.0, **settings})
         with Client(server, tmp_path / "answers.sqlite") as client:
             return list(client.ask(questions)), client.counts
 
@@ -429,3 +430,61 @@ def test_a_killed_run_pays_only_for_what_is_missing(serve: Any, ask: Ask, tmp_pa
     _, counts = ask(fake, [question(f"c{i}", seed=str(i)) for i in range(asked)])
     assert counts["cached"] >= asked - 4  # two were under way, or answered and not yet kept
     assert len(fake.requests) == asked + counts["requests"] and counts["cached"] + counts["requests"] == asked
+
+
+# ---- keys
+
+
+@pytest.fixture
+def keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-openai")
+    monkeypatch.setenv("OWN_KEY", "own-secret")
+
+
+def test_a_server_gets_its_own_key_or_none(serve: Any, ask: Ask, keys: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = serve(red)
+    ask(fake, [question(seed="0")])
+    ask(fake, [question(seed="1")], api_key_env="OWN_KEY")
+    monkeypatch.setenv("OPENAI_BASE_URL", fake.url)
+    ask(fake, [question(seed="2")])
+    ask(fake, [question(seed="3")], base_url=fake.url.replace("//", "//me:pass@"))
+    sent = [headers["authorization"] for headers in fake.headers]
+    assert sent == ["Bearer none", "Bearer own-secret", "Bearer sk-of-openai", "Basic bWU6cGFzcw=="]
+
+
+@pytest.mark.parametrize("status", [400, 401, 500])
+def test_a_key_that_the_server_repeats_is_not_shown(
+    serve: Any, ask: Ask, keys: None, caplog: pytest.LogCaptureFixture, status: int
+) -> None:
+    said = json.dumps({"error": {"message": "bad key own-secret, or is it pass%word?"}}).encode()
+    fake = serve(lambda body, n: Reply(status=status, body=said))
+    url = fake.url.replace("//", "//me:pass%25word@")
+    for settings in ({"api_key_env": "OWN_KEY"}, {"base_url": url}):
+        caplog.clear()
+        shown = ""
+        try:
+            ask(fake, [question()], retries=0, concurrency=1, **settings)
+        except ServerError:
+            shown += traceback.format_exc()
+        secret = "own-secret" if "api_key_env" in settings else "pass%word"
+        assert secret not in shown + caplog.text and "pass%25word" not in shown + caplog.text
+        assert "bad key" in shown + caplog.text
+    assert "pass" not in repr(Server(base_url=url))
+    with pytest.raises(ValueError, match="timeout_s") as caught:
+        Server(base_url=url, timeout_s=-1)
+    assert "pass" not in str(caught.value)
+
+
+def test_a_refused_key_says_what_to_do(serve: Any, ask: Ask, keys: None) -> None:
+    with pytest.raises(ServerError, match=r"--api-key-env NAME"):
+        ask(serve(lambda body, n: Reply(status=401)), [question()])
+
+
+def test_prompts_and_keys_are_not_sent_on_to_another_server(serve: Any, ask: Ask, keys: None) -> None:
+    other = serve(red)
+    to = f"{other.url.replace('//', '//me:secret@')}/chat/completions?key=secret"
+    fake = serve(lambda body, n: Reply(status=307, headers={"Location": to}))
+    with pytest.raises(ServerError, match=rf"sends us on to {other.url}/chat/completions;") as caught:
+        ask(fake, [question()], api_key_env="OWN_KEY")
+    assert not other.requests and "secret" not in str(caught.value)
