@@ -31,4 +31,6 @@ def check_private(path: Path) -> None:
         why = f"can be written by other users (mode {stat.S_IMODE(found.st_mode):o})"
     else:
         return
-    raise InputError(f"{path} {why}, so its content is not trusted: remove it, and it is made again")
+    raise InputError(
+        f"{path} {why}, so it is not trusted: `chmod go-w` it if it is yours, else remove it to make it anew"
+    )

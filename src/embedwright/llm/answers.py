@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import sqlite3
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
+from embedwright.cache import check_private
 from embedwright.errors import InputError
 
 _JSON = json.JSONDecoder(strict=False)  # models write line breaks into JSON strings
@@ -94,11 +96,16 @@ def answer_key(model: str, prompt: str, temperature: float, seed: str, attempt: 
 
 
 class AnswerFile:
-    """Answers by `answer_key`, in an SQLite file: whole rows, whenever the process is killed."""
+    """Answers by `answer_key`, in an SQLite file of this user alone: whole rows, whenever the process is killed."""
 
     def __init__(self, path: Path) -> None:
+        """InputError where somebody else owns the file or may write to it, or where it holds no answers."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
+        for part in ("", "-wal", "-shm", "-journal"):  # SQLite takes rows from the files beside it, too
+            if os.path.lexists(file := path.with_name(path.name + part)):
+                check_private(file)
+        os.close(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o600))  # the other files take its mode
         try:
             self._base = sqlite3.connect(path, isolation_level=None)  # each statement is a transaction
             self._base.execute("PRAGMA journal_mode = WAL")

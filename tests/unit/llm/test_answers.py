@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from pathlib import Path
 from typing import Literal
 
@@ -110,3 +112,32 @@ def test_a_file_that_holds_no_answers(tmp_path: Path) -> None:
     path.write_text("something else, and long enough to be read as a header of a database")
     with pytest.raises(ValueError, match=r"answers\.sqlite: not a file of answers"):
         AnswerFile(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no owners and modes here")
+def test_the_file_belongs_to_this_user_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "answers.sqlite"
+    old = os.umask(0)
+    try:
+        kept = AnswerFile(path)
+        kept.put("a", Completion("one", 0, 1))
+        files = {file.name: stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()}
+    finally:
+        os.umask(old)
+    assert files == dict.fromkeys(("answers.sqlite", "answers.sqlite-wal", "answers.sqlite-shm"), 0o600)
+    kept.close()
+    path.chmod(0o666)
+    with pytest.raises(ValueError, match=r"answers\.sqlite can be written by other users"):
+        AnswerFile(path)
+    path.chmod(0o600)
+    monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 1)
+    with pytest.raises(ValueError, match="belongs to another user"):
+        AnswerFile(path)
+    monkeypatch.undo()
+    for part in ("-wal", "-shm", "-journal"):
+        planted = tmp_path / f"answers.sqlite{part}"
+        planted.symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(ValueError, match=f"answers.sqlite{part} is a link"):
+            AnswerFile(path)
+        planted.unlink()
+    AnswerFile(path).close()
