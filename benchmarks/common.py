@@ -40,6 +40,9 @@ def bind_threads() -> None:
         if "torch" in sys.modules:
             raise RuntimeError("bind_threads comes before the import of torch")
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **BOUND})
+    from embedwright import threads
+
+    threads.take_over()  # as in the `embedwright` command
 
 
 def machine() -> dict[str, Any]:
@@ -70,9 +73,8 @@ def cpu_name() -> str:
 def bind_main_thread() -> None:
     """This thread to its first core, where a bound OpenMP takes it to be; to be called behind all imports.
 
-    Importing embedwright undoes it, so that the runtimes of other libraries see all cores. A main thread that moves
-    shares a core with one of its own workers whenever another process is busy. ValueError where torch has fewer threads
-    than this process has cores: before anything is measured.
+    A main thread that moves shares a core with one of its own workers whenever another process is busy. ValueError
+    where torch has fewer threads than this process has cores: before anything is measured.
     """
     import torch
 

@@ -16,7 +16,9 @@ from common import MB, bind_main_thread, bind_threads, own_seconds, peak_during,
 
 bind_threads()
 
-import embedwright  # noqa: F401, E402, I001  first: it loads torch and faiss so that both see all cores
+from embedwright import threads  # noqa: E402
+
+threads.load_faiss()  # before others do, so that it sees all cores
 
 import argparse  # noqa: E402
 import contextlib  # noqa: E402

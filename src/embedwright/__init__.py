@@ -1,19 +1,50 @@
 """Embedwright: decoder-only LLMs as generalist text-embedding models.
 
 from embedwright import Embedder, Recipe, train, mine, evaluate
+
+Each name is loaded when it is first used, so that the import itself takes no time. Importing `embedwright.model`, which
+any use of a model does, makes its type known to transformers; where transformers is loaded already, this import does.
 """
+
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from embedwright import threads
 
-threads.bind_for_command()
-threads.load_runtimes()
-
-from embedwright.data.example import Example, Task  # noqa: E402
-from embedwright.data.mine import mine  # noqa: E402
-from embedwright.evaluation.suite import evaluate  # noqa: E402
-from embedwright.model.embedder import Embedder  # noqa: E402
-from embedwright.training.loop import train  # noqa: E402
-from embedwright.training.recipe import Recipe  # noqa: E402
+if TYPE_CHECKING:
+    from embedwright.data.example import Example, Task
+    from embedwright.data.mine import mine
+    from embedwright.evaluation.suite import evaluate
+    from embedwright.model.embedder import Embedder
+    from embedwright.training.loop import train
+    from embedwright.training.recipe import Recipe
 
 __version__ = "0.1.0"
 __all__ = ["Embedder", "Example", "Recipe", "Task", "evaluate", "mine", "train"]
+
+_HOMES = {
+    "Embedder": "model.embedder",
+    "Example": "data.example",
+    "Recipe": "training.recipe",
+    "Task": "data.example",
+    "evaluate": "evaluation.suite",
+    "mine": "data.mine",
+    "train": "training.loop",
+}
+
+threads.prepare_command()
+if "transformers" in sys.modules:
+    import_module("embedwright.model")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -271,7 +271,7 @@ def demo(
 def main() -> None:
     """Exit codes: 0 done, 1 failed, 2 bad input, 75 interrupted and resumable."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    _quiet_transformers()
+    _quiet_libraries()
     try:
         if code := app(standalone_mode=False):  # typer has swallowed an exit, or (130) an interrupt
             raise KeyboardInterrupt if code == 130 else typer.Exit(code)
@@ -294,8 +294,7 @@ def _stop(error: Any, code: int) -> None:
     sys.exit(code)
 
 
-def _quiet_transformers() -> None:
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+def _quiet_libraries() -> None:
+    """Set before they are imported, which `--help` does not."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -8,10 +8,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from embedwright.data.candidates import Rule
+from embedwright.data.candidates import Positives, Rule
 from embedwright.data.ensemble import Ensemble
 from embedwright.data.llm import Client, Server
-from embedwright.data.mine import Positives
 from embedwright.display import counter, say
 from embedwright.errors import InputError
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from embedwright.training.recipe import Recipe
+if TYPE_CHECKING:
+    from embedwright.training.recipe import Recipe
 
 _EVERY_S = 5.0
 

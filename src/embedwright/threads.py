@@ -1,75 +1,66 @@
-"""OpenMP threads bound to cores, for the `embedwright` command, and runtimes loaded so that binding does no harm.
+"""The process of the `embedwright` command: OpenMP threads bound to cores, and bounded caches of products.
 
-Unbound, threads collapse to a tenth of their speed beside one other busy process. Only the environment of a process
-that is our own command is touched, before torch reads it; `OMP_PROC_BIND` set by the user (`false`, say) is left alone.
+Unbound, threads collapse to a tenth of their speed beside one other busy process. All of this is for a process that is
+our own command. In a program that imports this package nothing here changes anything: neither its environment nor the
+cores that its threads may run on.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
+
+# oneDNN's cache of prepared products, for all threads, and torch's, for each thread. Both hold 1,024 shapes, at more
+# than half a megabyte each. Packed rows have a new length every time and fill them: a gigabyte, for 1 % of the time.
+# (0 crashes torch.)
+_CACHED_PRODUCTS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "4"}
+
+_cores: set[int] | None = None  # of the command, before an OpenMP runtime is loaded; None in other programs
 
 
-def _cores() -> set[int]:
-    if not hasattr(os, "sched_getaffinity"):
-        return set(range(os.cpu_count() or 1))
-    cores: set[int] = os.sched_getaffinity(0)
-    if "torch" not in sys.modules:
-        return cores
-    # Imported first, its OpenMP may have this thread on one core already. It knows those of the others.
-    openmp = ctypes.CDLL(None)
-    for place in range(openmp.omp_get_num_places() if hasattr(openmp, "omp_get_num_places") else 0):
-        ids = (ctypes.c_int * openmp.omp_get_place_num_procs(place))()
-        openmp.omp_get_place_proc_ids(place, ids)
-        cores |= set(ids)
-    return cores
-
-
-CORES = _cores()
-"""Of this process, whatever core a bound OpenMP runtime has put its main thread on."""
-
-
-def bind_for_command() -> None:
-    """Set OMP_PROC_BIND and OMP_PLACES where this process is `embedwright ...`, or `python -m embedwright ...`, and the
-    user set neither.
-
-    Not where torchrun or accelerate started several on this machine: each would take the first cores, all the same.
-    """
+def prepare_command() -> None:
+    """`take_over` if this process is `embedwright ...` or `python -m embedwright ...`; in other programs, nothing."""
     by_module = sys.argv[:1] == ["-m"] and ("-m", "embedwright") in pairwise(sys.orig_argv)  # `argv` has no name yet
     is_command = by_module or Path(sys.argv[0] if sys.argv else "").stem == "embedwright"
+    if is_command and "torch" not in sys.modules:
+        take_over()
+
+
+def take_over() -> None:
+    """Set up this process as our own. To be called before torch is loaded, which reads the environment once.
+
+    What the user has set in the environment stays. Threads are not bound where torchrun or accelerate started several
+    processes on this machine: each of them would take the first cores, all the same.
+    """
+    global _cores
+    _cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    for name, value in _CACHED_PRODUCTS.items():
+        os.environ.setdefault(name, value)
     alone = os.environ.get("LOCAL_WORLD_SIZE", "1") == "1"
-    if is_command and alone and "torch" not in sys.modules and not {"OMP_PROC_BIND", "OMP_PLACES"} & os.environ.keys():
+    if alone and not {"OMP_PROC_BIND", "OMP_PLACES"} & os.environ.keys():
         os.environ["OMP_PROC_BIND"] = "true"
         os.environ["OMP_PLACES"] = "cores"
 
 
-def load_runtimes() -> None:
-    """Import torch, then faiss. Each brings an OpenMP runtime of its own, which, bound, pins the main thread to one
-    core when it is loaded; the next runtime would see that one core and run on one thread. So the mask is put back."""
-    import torch  # noqa: F401
-
-    free()
-    import faiss  # noqa: F401
-
-
 def free() -> None:
-    """This thread may run on all cores again, and so may the threads that it starts.
+    """In the command: this thread, and the threads that it starts, may run on all cores of the process again.
 
-    To be called in every thread that is no OpenMP thread: it comes from one that a bound OpenMP keeps on one core.
+    To be called in every thread that is no OpenMP thread: a bound OpenMP keeps the one that started it on one core.
     """
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, CORES)
+    if _cores is not None:
+        os.sched_setaffinity(0, _cores)
 
 
 @contextmanager
 def freed() -> Iterator[None]:
-    """This thread on all cores meanwhile, for a library that starts threads of its own: they inherit them."""
-    if not hasattr(os, "sched_setaffinity"):
+    """In the command: this thread on all cores for a while, for a library that starts threads or an OpenMP of its own.
+    Such a library takes the cores of the thread that loads it for all there are."""
+    if _cores is None:
         yield
         return
     before = os.sched_getaffinity(0)
@@ -78,6 +69,13 @@ def freed() -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, before)
+
+
+def load_faiss() -> Any:
+    """The module. Loading it takes a moment, and its OpenMP takes the cores of the thread that loads it for all."""
+    with freed():
+        import faiss
+    return faiss
 
 
 def described() -> str:

@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "cpu": {"text", "packing", "model"},
     "model": BASE,
     "llm": set(),
-    "data": {"llm", "text", "cpu", "sentence_transformer"},
+    "data": {"llm", "text", "threads", "cpu", "sentence_transformer"},
     "evaluation": BASE | {"model", "data"},
     "search": BASE | {"model", "data"},
     "serve": BASE | {"model", "data"},

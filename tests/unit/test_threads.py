@@ -3,7 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,12 +11,14 @@ import pytest
 from embedwright import threads
 
 NAMES = ("OMP_PROC_BIND", "OMP_PLACES")
+CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A process of the command, before torch is loaded and with nothing set."""
-    for name in NAMES:
+    monkeypatch.setattr(threads, "_cores", None)
+    for name in (*NAMES, *CACHES):
         monkeypatch.setenv(name, "")  # so that what the test sets is taken back
         monkeypatch.delenv(name)
     monkeypatch.setattr(sys, "argv", ["/usr/local/bin/embedwright", "demo"])
@@ -25,7 +27,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def bound() -> list[str | None]:
-    threads.bind_for_command()
+    threads.prepare_command()
     return [os.environ.get(name) for name in NAMES]
 
 
@@ -46,7 +48,8 @@ def test_the_command_is_bound_as_a_module_too(fresh: pytest.MonkeyPatch, module:
 @pytest.mark.parametrize("argv", [["pytest"], ["/home/a/embedwright/train.py"], ["-c"], [""], []])
 def test_other_programs_are_left_alone(fresh: pytest.MonkeyPatch, argv: list[str]) -> None:
     fresh.setattr(sys, "argv", argv)
-    assert bound() == [None, None]
+    before = dict(os.environ)
+    assert bound() == [None, None] and dict(os.environ) == before
     assert threads.described().startswith("not bound")
 
 
@@ -78,9 +81,51 @@ def test_the_users_own_setting_stays(
     assert threads.described().startswith(described)
 
 
+def test_the_commands_caches_of_products_are_bounded(fresh: pytest.MonkeyPatch) -> None:
+    fresh.setenv("LRU_CACHE_CAPACITY", "7")
+    bound()
+    assert [os.environ[name] for name in CACHES] == ["32", "7"]
+
+
+@pytest.fixture
+def two_cores() -> Iterator[set[int]]:
+    """Of this thread; put back afterwards."""
+    if not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs Linux, two cores")
+    before = os.sched_getaffinity(0)
+    yield set(sorted(before)[:2])
+    os.sched_setaffinity(0, before)
+
+
+def test_the_command_gives_a_bound_thread_its_cores_back(fresh: pytest.MonkeyPatch, two_cores: set[int]) -> None:
+    os.sched_setaffinity(0, two_cores)
+    bound()
+    one = {min(two_cores)}
+    os.sched_setaffinity(0, one)  # as a bound OpenMP does
+    with threads.freed():
+        assert os.sched_getaffinity(0) == two_cores
+    assert os.sched_getaffinity(0) == one
+    threads.free()
+    assert os.sched_getaffinity(0) == two_cores
+
+
+def test_in_other_programs_a_thread_keeps_its_cores(fresh: pytest.MonkeyPatch, two_cores: set[int]) -> None:
+    fresh.setattr(sys, "argv", ["server.py"])
+    os.sched_setaffinity(0, two_cores)
+    bound()
+    one = {min(two_cores)}
+    os.sched_setaffinity(0, one)  # the program's own choice
+    with threads.freed():
+        assert os.sched_getaffinity(0) == one
+    threads.free()
+    assert os.sched_getaffinity(0) == one
+
+
 TOKENISES = """
-import os
-from embedwright import text, threads
+import os, sys
+sys.argv = [sys.argv[1]]
+all_cores = os.sched_getaffinity(0)
+from embedwright import text
 import torch
 from tokenizers import Tokenizer, models
 
@@ -89,38 +134,22 @@ def cores_of_threads():
 
 torch.randn(600, 600) @ torch.randn(600, 600)  # a bound OpenMP puts its main thread on its core
 before, kept = cores_of_threads(), os.sched_getaffinity(0)
-assert kept != threads.CORES, kept
+assert kept != all_cores, kept
 words = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, "[UNK]"))
-contract = text.Contract(eos_id=None)
-text.tokenize(words, contract, ["a"] * 1000)
+text.tokenize(words, text.Contract(eos_id=None), ["a"] * 1000)
 started = [cores for task, cores in cores_of_threads().items() if task not in before]
-assert started and all(cores == threads.CORES for cores in started), started
-assert os.sched_getaffinity(0) == kept
+assert started and os.sched_getaffinity(0) == kept
+print(all(cores == all_cores for cores in started))
 """
 
 
-IMPORTS = """
-import os, sys
-if sys.argv[1] == "torch first":
-    import torch
-from embedwright import threads
-print(len(threads.CORES))
-"""
-
-
-@pytest.mark.parametrize("first", ["torch first", "embedwright first"])
-def test_the_cores_are_those_of_the_process_whatever_is_imported_first(first: str) -> None:
-    environment = {**os.environ, "OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
-    with threads.freed():  # pytest's own runtime may be bound too
-        done = subprocess.run(
-            [sys.executable, "-c", IMPORTS, first], env=environment, stdout=subprocess.PIPE, text=True
-        )
-    assert done.returncode == 0 and int(done.stdout) == len(threads.CORES)
-
-
-@pytest.mark.skipif(len(threads.CORES) < 2 or not Path("/proc/self/task").is_dir(), reason="needs Linux, two cores")
-def test_bound_openmp_leaves_the_tokenizers_threads_all_cores() -> None:
+@pytest.mark.parametrize(("program", "all_cores"), [("embedwright", "True"), ("server.py", "False")])
+def test_bound_openmp_leaves_the_commands_tokenizers_all_cores(
+    program: str, all_cores: str, two_cores: set[int]
+) -> None:
     environment = {**os.environ, "OMP_PROC_BIND": "true", "OMP_PLACES": "cores", "TOKENIZERS_PARALLELISM": "true"}
-    with threads.freed():
-        done = subprocess.run([sys.executable, "-c", TOKENISES], env=environment, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", TOKENISES, program], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == all_cores

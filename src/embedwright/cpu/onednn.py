@@ -7,7 +7,6 @@ oneDNN takes the plain weight at 92 % and more of the speed of a reordered one f
 from __future__ import annotations
 
 import logging
-import os
 import platform
 from functools import cache
 
@@ -16,10 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
-
-# Prepared products that are kept: oneDNN's own, for all threads, about those of one packed row; and torch's, for each
-# thread, which spare little behind oneDNN's.
-_KEPT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": 32, "LRU_CACHE_CAPACITY": 4}
 
 SWISH, GELU_TANH = ACTIVATIONS = ("swish", ""), ("gelu", "tanh")  # as torch names oneDNN's
 
@@ -93,7 +88,6 @@ def available() -> bool:
     """
     if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():
         return False
-    _bound_caches()
     random = torch.Generator().manual_seed(0)
     # said in full: the first model may be made without memory, or under another default type
     x, weight, bias = (
@@ -108,13 +102,3 @@ def available() -> bool:
     if not right:
         logger.warning("oneDNN's linear gives other numbers here: stock products, slower on AMD")
     return right
-
-
-def _bound_caches() -> None:
-    """Two caches of prepared products hold 1,024 shapes each, at more than half a megabyte. Few models see so many;
-    packed rows are of another length every time, and fill both: a gigabyte, for a hundredth of the time.
-
-    Read with the first product of the process: where there was one already, they stay as they are. (0 crashes torch.)
-    """
-    for name, count in _KEPT.items():
-        os.environ.setdefault(name, str(count))

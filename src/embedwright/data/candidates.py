@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from embedwright.errors import InputError
 
 Rule = Literal["naive", "shift", "abs", "margin", "perc"]
+Positives = Literal["lowest", "each"]  # of several positives: which sets the threshold
 
 BEST_MARGIN: dict[Rule, float | None] = {"naive": None, "shift": 10, "abs": 0.7, "margin": 0.05, "perc": 0.95}
 """The best setting of each rule in NV-Retriever's ablation: what `margin=None` stands for."""

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from embedwright.data.candidates import BEST_MARGIN, Barred, Rule, check_settings, drawn, eligible
+from embedwright.data.candidates import BEST_MARGIN, Barred, Positives, Rule, check_settings, drawn, eligible
 from embedwright.data.ensemble import ENSEMBLES, Ensemble, drawn_teacher, in_turn
 from embedwright.data.example import DataError, Example, Passage, text_of
 from embedwright.data.mining_report import Histogram, MiningReport
@@ -29,11 +29,9 @@ from embedwright.data.topk import pair_scores, top_k
 from embedwright.data.vectors import Vectors, encode_texts
 from embedwright.errors import InputError
 
-__all__ = ["BEST_MARGIN", "Ensemble", "MiningReport", "Positives", "Rule", "mine", "positives_of"]
+__all__ = ["BEST_MARGIN", "Ensemble", "MiningReport", "Rule", "mine", "positives_of"]
 
 logger = logging.getLogger(__name__)
-
-Positives = Literal["lowest", "each"]
 
 _TILE = 2048  # queries encoded and searched at once
 

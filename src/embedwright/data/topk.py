@@ -16,13 +16,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import faiss
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from embedwright import threads
 from embedwright.cpu import kernels, onednn
 from embedwright.data.vectors import Vectors, as_tensor, as_vectors
 from embedwright.errors import InputError
@@ -77,6 +77,7 @@ def _by_faiss(
 ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.bool_]]:
     """What `top_k` returns, and of each query whether it is sure: what faiss left out, by its float32 scores, is worse
     than the last of the best by more than those are off. Where many score alike, it is not."""
+    faiss = threads.load_faiss()
     kept, longest = k + _SPARE, 0.0
     near_QW = np.empty((len(queries_QE), 0), np.float32)
     rows_QW = np.empty(near_QW.shape, np.int64)

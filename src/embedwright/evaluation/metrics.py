@@ -20,6 +20,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from embedwright import threads
 from embedwright.errors import InputError
 
 Kind = Literal["retrieval", "classification", "clustering", "sts", "pair"]
@@ -77,8 +78,7 @@ def retrieval(
 
 def _search(query_QE: Embeddings, corpus_CE: Embeddings, corpus_ids: Sequence[str]) -> list[list[tuple[float, str]]]:
     """The (score, document id) of each query's nearest documents; one more than `DEPTH`, for the query itself."""
-    import faiss
-
+    faiss = threads.load_faiss()
     count = min(DEPTH + 1, len(corpus_ids))
     score_QK, place_QK = faiss.knn(_unit(query_QE), _unit(corpus_CE), count, metric=faiss.METRIC_INNER_PRODUCT)
     return [

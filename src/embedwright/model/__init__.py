@@ -1,1 +1,7 @@
-"""The packed bidirectional encoder, its poolings, and the Embedder that holds them."""
+"""The packed bidirectional encoder, its poolings, and the Embedder that holds them.
+
+Importing this package makes our model type known to transformers, so that `AutoModel` and sentence-transformers open
+our folders.
+"""
+
+from embedwright.model import door as door

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import faiss
 import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from embedwright import threads
 from embedwright.data.teacher import as_encoder, encode_finite
 from embedwright.data.topk import top_k
 from embedwright.errors import InputError, NotFoundError
@@ -33,6 +33,7 @@ def build_index(folder: Path) -> Path:
     Any program that reads faiss opens it; its row i is document i of the shards. Raises ValueError where encoding has
     not finished.
     """
+    faiss = threads.load_faiss()
     index = faiss.IndexFlatIP(Manifest.read(folder).dimension)
     for shard in read_shards(folder):
         index.add(vectors_of(shard))
@@ -56,6 +57,7 @@ def search(
     if not path.exists():
         raise NotFoundError(f"{path}: no index yet, build_index makes it")
     manifest = Manifest.read(folder)
+    faiss = threads.load_faiss()
     index: Any = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
     if (index.ntotal, index.d) != (manifest.count, manifest.dimension):
         raise InputError(f"{path} is not the index of this corpus: build it again")

@@ -1,0 +1,101 @@
+"""What importing the package loads, and what a user gets by it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import embedwright
+from embedwright.model.embedder import Embedder
+
+HEAVY = ("torch", "transformers", "faiss", "pyarrow", "sklearn", "scipy", "sentence_transformers", "peft", "datasets")
+
+
+def python(code: str, *arguments: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+IMPORT = f"""
+import json, sys
+import embedwright
+assert {{"Embedder", "train", "__version__"}} <= set(dir(embedwright)) and not hasattr(embedwright, "Embeder")
+print(json.dumps([name for name in {HEAVY} if name in sys.modules]))
+"""
+HELP = f"""
+import io, json, sys
+from contextlib import redirect_stdout
+from embedwright import cli
+sys.argv = ["embedwright", *sys.argv[1:]]
+try:
+    with redirect_stdout(io.StringIO()) as shown:
+        cli.main()
+except SystemExit as stop:
+    assert not stop.code, stop.code
+assert "Usage" in shown.getvalue()
+print(json.dumps([name for name in {HEAVY} if name in sys.modules]))
+"""
+
+
+def test_the_import_loads_nothing_heavy() -> None:
+    assert json.loads(python(IMPORT)) == []
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["mine", "--help"], ["data", "--help"]], ids=" ".join)
+def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
+    assert json.loads(python(HELP, *arguments)) == []
+
+
+def test_every_public_name_is_there() -> None:
+    for name in embedwright.__all__:
+        assert getattr(embedwright, name).__name__ == name
+    assert set(embedwright.__all__) <= set(dir(embedwright))
+    with pytest.raises(AttributeError, match="Embeder"):
+        _ = embedwright.Embeder
+
+
+FORKS = """
+import os, sys, traceback
+import torch, transformers, peft
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
+{}
+for module in sys.argv[1:]:
+    child = os.fork()  # the libraries stay loaded, ours are not yet
+    if not child:
+        try:
+            for loaded in [name for name in sys.modules if name.split(".")[0] == "embedwright"]:
+                del sys.modules[loaded]
+            __import__(module)
+            {}
+        except BaseException as error:
+            traceback.print_exc(file=sys.stdout)
+        sys.stdout.flush()
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+OPENS = "print(type(AutoModel.from_pretrained(FOLDER)).__name__, type(AutoTokenizer.from_pretrained(FOLDER)).__name__)"
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+
+
+@needs_fork
+def test_our_folders_open_in_transformers(tiny_embedder: Callable[..., Embedder], tmp_path: Path) -> None:
+    tiny_embedder("latent").save(tmp_path / "model")
+    opened = python(FORKS.format(f"FOLDER = {str(tmp_path / 'model')!r}", OPENS), "embedwright", "embedwright.model")
+    assert opened.splitlines() == ["EmbedwrightModel EmbedwrightTokenizer"] * 2
+
+
+@needs_fork
+def test_any_module_can_be_the_first_one() -> None:
+    """`embedwright.model` imports modules of `cpu`, which import `embedwright.model`: any of them may come first."""
+    root = Path(embedwright.__file__).parent
+    parts = [path.relative_to(root).with_suffix("").parts for path in sorted(root.rglob("*.py"))]
+    names = [".".join(("embedwright", *part)) for part in parts if part[0] == "cpu"]
+    names = [name.removesuffix(".__init__") for name in names]
+    assert python(FORKS.format("import embedwright.model", "pass"), *names) == ""
