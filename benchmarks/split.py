@@ -123,7 +123,7 @@ def text_by_text(model: Embedder) -> Iterator[None]:
         packed = pack(texts)
         return replace(packed, runs=tuple((1, len(text.ids)) for text in texts))
 
-    with mock.patch.object(embedder, "pack", pack_singly), mock.patch.object(attention, "_EXPLICIT_UP_TO", 0):
+    with mock.patch.object(embedder, "pack", pack_singly):
         yield
 
 

@@ -6,8 +6,9 @@ T packed tokens, N texts.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +30,8 @@ class PackedTexts:
     # (texts, length) of neighbours that share a length: what attention can do as one batch. Kept as Python
     # numbers, since asking the tensor for them would make a GPU wait in every layer.
     runs: tuple[tuple[int, int], ...]
+    # where packed attention notes its calls, for whoever proves the masks: one a layer; None: nowhere
+    calls: list[Any] | None = field(default=None, compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.cu_seqlens) - 1

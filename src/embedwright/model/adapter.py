@@ -15,6 +15,7 @@ from torch import nn
 
 from embedwright.errors import InputError
 from embedwright.model.fourbit import ONLY_TRAINED, in_four_bits
+from embedwright.model.modes import evaluating
 from embedwright.model.network import EmbedwrightModel
 from embedwright.packing import PackedTexts
 
@@ -54,8 +55,8 @@ def inject_lora(root: Any, config: Any, *, mixed: bool = False) -> None:
 
     inject_adapter_in_model(config, root)
     make_lean(root)
-    root.train(root.training)  # the new dropout is born in training
     for _, layer in _lora_layers(root):
+        layer.train(layer.get_base_layer().training)  # peft makes its dropout in training
         layer.cast_input_dtype_enabled = not mixed
     for name, parameter in root.named_parameters():
         parameter.requires_grad = "lora_" in name
@@ -113,11 +114,11 @@ def merge_lora(network: EmbedwrightModel, texts: PackedTexts) -> float:
     if broken := [n for n, p in backbone.named_parameters() if "lora_" in n and not p.isfinite().all()]:
         raise InputError(f"cannot merge: {broken[0]} is not finite")
     warn_of_idle(backbone)
-    network.eval()
     dtype: torch.dtype = backbone.dtype
-    before_NE = network.embed(texts)
-    lost = _fold_in(backbone)
-    moved = float((network.embed(texts) - before_NE).norm(dim=-1).max())
+    with evaluating(network):
+        before_NE = network.embed(texts)
+        lost = _fold_in(backbone)
+        moved = float((network.embed(texts) - before_NE).norm(dim=-1).max())
     if not moved <= _TOLERANCE[dtype]:
         raise RuntimeError(
             f"merging moved vectors by {moved:.1e}, where {dtype} allows {_TOLERANCE[dtype]:.0e}: {_LOST}"

@@ -22,10 +22,9 @@ from embedwright.packing import PackedTexts
 
 PACKED = "embedwright_packed"  # a name that transformers knows as attention but not as mask: no mask is built for it
 
-# For inference on a CPU in this type, two matrix products and a softmax over a batch of equal lengths are faster than
-# the fused kernel, but round more. Up to so many keys that costs nothing that can be seen; up to 512, passages would
-# encode 4 to 7 % faster, and lie a third further from float32. With a gradient, and in float32, they are slower.
-_EXPLICIT_TYPE, _EXPLICIT_UP_TO = torch.bfloat16, 32
+# What blocks pass on and packed attention does not depend on. `is_causal` is the model's config again: the layer's own
+# counts, and the probe holds it to the model's.
+_WITHOUT_EFFECT = {"is_causal", "position_ids", "cache_position", "output_hidden_states", "return_dict"}
 _MASKED_ROWS = 512  # of a text under a mask, at a time
 # What torch's varlen kernel is told beside its boundaries, where its version can be told: 2.11 takes grouped heads
 # unasked and splits nothing. A split goes by the longest text, and a vector would depend on its batch.
@@ -42,21 +41,28 @@ def packed_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     packed: PackedTexts | None = None,
+    dropout: float = 0.0,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention within each text of a packed row; query (1, H, T, d), key and value (1, K, T, d) -> (1, T, H, d).
 
     Causal or not is the config's word (`config.is_causal`), the window is the layer's (None: whole text).
     """
+    causal = bool(getattr(module.config, "is_causal", True))
     if packed is None:
         raise InputError("packed attention needs the boundaries: call the backbone with packed=PackedTexts")
-    unknown = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
-    if unknown:  # Gemma 2, GPT-OSS: left out, the scores would be other ones
+    if dropout:  # what stock blocks pass in training
+        raise InputError("packed attention has no dropout: set attention_dropout to 0 in the decoder's config.json")
+    if attention_mask is not None:
+        raise InputError("packed attention takes no mask: the boundaries say which tokens see each other")
+    unknown = [
+        n for n, value in others.items() if n not in _WITHOUT_EFFECT and value is not None and value is not False
+    ]
+    if unknown:  # a soft cap, sinks, chosen keys: left out, the scores would be other ones
         kind = getattr(module.config, "model_type", "these")
         raise InputError(f"{kind!r} models need {unknown[0]!r}, which packed attention has not")
-    if others.get("dropout"):  # what stock blocks pass in training
-        raise InputError("packed attention has no dropout: set attention_dropout to 0 in the decoder's config.json")
-    causal = bool(getattr(module.config, "is_causal", True))
+    if packed.calls is not None:
+        packed.calls.append((module, {"scaling": scaling, "sliding_window": sliding_window, **others}))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     training = getattr(module, "training", True)
     return attend(query[0], key[0], value[0], packed, causal, scale, sliding_window, training)[None], None
@@ -93,7 +99,7 @@ def attend(
         q_nKRLd = q.reshape(kv_heads, heads // kv_heads, n, length, -1).permute(2, 0, 1, 3, 4)
         k_nKLd = k.reshape(kv_heads, n, length, -1).transpose(0, 1)
         v_nKLd = v.reshape(kv_heads, n, length, -1).transpose(0, 1)
-        out_nKRLd = _equal_lengths(q_nKRLd, k_nKLd, v_nKLd, causal, scale, window, training)
+        out_nKRLd = _equal_lengths(q_nKRLd, k_nKLd, v_nKLd, causal, scale, window)
         outputs.append(out_nKRLd.permute(0, 3, 1, 2, 4).reshape(n * length, heads, -1))
     return torch.cat(outputs)
 
@@ -133,7 +139,7 @@ def flash_window(causal: bool, window: int | None) -> tuple[int, int]:
 
 
 def _equal_lengths(
-    q_nKRLd: Tensor, k_nKLd: Tensor, v_nKLd: Tensor, causal: bool, scale: float, window: int | None, training: bool
+    q_nKRLd: Tensor, k_nKLd: Tensor, v_nKLd: Tensor, causal: bool, scale: float, window: int | None
 ) -> Tensor:
     """(n, K, R, L, d): the R query heads that share a key head are folded into rows, so that keys are never repeated.
 
@@ -148,7 +154,7 @@ def _equal_lengths(
         mask = allowed(rows, keys, causal, window, q_nKRLd.device)
         q = q_nKRLd[..., rows.start : rows.stop, :].reshape(n, kv_heads, shared * len(rows), dim)
         k, v = (x[..., keys.start : keys.stop, :] for x in (k_nKLd, v_nKLd))
-        out = _softmax_attention(q, k, v, None if mask is None else mask.repeat(shared, 1), scale, training)
+        out = _softmax_attention(q, k, v, None if mask is None else mask.repeat(shared, 1), scale)
         blocks.append(out.reshape(n, kv_heads, shared, len(rows), -1))
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=3)
 
@@ -175,17 +181,12 @@ def allowed(rows: range, keys: range, causal: bool, window: int | None, device: 
     return ahead.abs() <= window
 
 
-def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, training: bool) -> Tensor:
-    if q.device.type != "cpu" or q.dtype != _EXPLICIT_TYPE:
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    if training or k.shape[2] > _EXPLICIT_UP_TO:
-        function: Any = _Recomputed  # torch leaves `apply` untyped
-        out: Tensor = function.apply(q, k, v, mask, scale)
-        return out
-    scores = torch.matmul(q * scale, k.transpose(-1, -2))
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    return torch.matmul(scores.softmax(-1), v)
+    function: Any = _Recomputed  # torch leaves `apply` untyped
+    out: Tensor = function.apply(q, k, v, mask, scale)
+    return out
 
 
 class _Recomputed(torch.autograd.Function):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +21,7 @@ from embedwright.model import bridges, probe, selftest, storage
 from embedwright.model.adapter import add_lora, has_lora, merge_lora
 from embedwright.model.backbone import AttentionKind, decoder_config, load_backbone, origin_of, resolve_base
 from embedwright.model.gpu_queue import queued
-from embedwright.model.memory import give_back, keep_freed_memory
+from embedwright.model.modes import evaluating
 from embedwright.model.network import EmbedwrightConfig, EmbedwrightModel
 from embedwright.model.pooling import FOLDED, FoldedLatent, Kind, LatentPooling, PoolingConfig
 from embedwright.packing import PackedTexts, batches, pack
@@ -198,9 +197,7 @@ class Embedder:
 
     def _ready(self, device: str | None, backend: Backend) -> Embedder:
         self.network.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
-        keep_freed_memory()
         probe.check(self.network)
-        give_back()
         if backend != "packed":
             self.network.implementation = backend
         return self
@@ -279,7 +276,7 @@ class Embedder:
                 index = texts.index(unique[start + error.index])
                 raise NoTokenError(error.prefix, error.limit, index) from None
 
-        with _evaluating(self.network):
+        with evaluating(self.network):
             for start, chunk in _ahead(tokenized, range(0, len(unique), size)):
                 for batch, embedded in self._embedded(chunk, batch_tokens):
                     vectors[[start + i for i in batch]] = embedded
@@ -307,7 +304,6 @@ class Embedder:
         else:
             for batch in made:
                 yield batch, run(batch).cpu().numpy()
-                give_back()  # every batch has its own shapes: they leave gaps, a tenth of a small model's size
 
     def _batch_tokens(self) -> int:
         """Where the caller gives none. More are up to a tenth faster on two threads, and take more memory."""
@@ -330,19 +326,6 @@ def new_contract(tokenizer: Any, pooling: Kind, max_tokens: int) -> Contract:
         mask_rule="boundary" if stock else "offsets",
         max_tokens=max_tokens,
     )
-
-
-@contextmanager
-def _evaluating(network: EmbedwrightModel) -> Iterator[None]:
-    """Without dropout meanwhile, in whatever mode a trainer has left the network."""
-    if not network.training:
-        yield
-        return
-    network.eval()
-    try:
-        yield
-    finally:
-        network.train()
 
 
 def _ahead(

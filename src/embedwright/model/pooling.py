@@ -153,7 +153,9 @@ class FoldedLatent(nn.Module):
             self.to_out.weight[:, outer] = attention.to_out.weight[:, inner].double() @ values_Rd.T
         if not all(linear.weight.isfinite().all() for linear in (self.to_scores, self.to_out)):
             raise InputError(f"the folded latent block overflows {like['dtype']}: load the model in another dtype")
-        self.requires_grad_(False).train(latent.training)
+        self.requires_grad_(False)
+        for new in (self, self.to_scores, self.to_out):  # what is taken over keeps its mode
+            new.training = latent.training
 
     def reset(self) -> None:
         raise InputError(FOLDED)

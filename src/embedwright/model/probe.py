@@ -6,20 +6,18 @@ and each layer's attention mask read out of the attention function itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from embedwright.model.adapter import lora_faults
-from embedwright.model.attention import PACKED
+from embedwright.model.attention import packed_attention
 from embedwright.model.backbone import KEEPS_WINDOWS
+from embedwright.model.modes import evaluating
 from embedwright.model.network import EmbedwrightModel
 from embedwright.packing import PackedTexts, pack
 from embedwright.text import TokenizedText
@@ -61,29 +59,25 @@ class Probe:
 
 @torch.no_grad()
 def probe(network: EmbedwrightModel, mask_length: int = _MASK_LENGTH) -> Probe:
-    """Runs the network as it stands (adapters included) on random tokens; the mode (train, eval) is put back.
+    """Runs the network as it stands (adapters included) on random tokens; each module's mode is put back.
 
     `mask_length`: tokens at which every layer's mask is read; a window wider than that, named nowhere, stays unseen.
     """
-    training = network.training
-    network.eval()
-    try:
+    with evaluating(network):
         vocabulary = network.backbone.config.vocab_size
         random = np.random.default_rng(0)
         text = random.integers(0, vocabulary, LENGTH)
         changed = text.copy()
         changed[-1] = (changed[-1] + 1 + random.integers(0, vocabulary - 1)) % vocabulary
         mates = [random.integers(0, vocabulary, n) for n in (LENGTH, 7)]
-        with _recorded() as calls:
-            alone_LD = _states(network, [text])
+        calls: list[Call] = []
+        alone_LD = _states(network, [text], calls)
         later_L = _changes(_states(network, [changed])[:-1], alone_LD[:-1])
         mixed_LD = _states(network, [mates[0], text, mates[1]])[LENGTH : 2 * LENGTH]
         mates_L = _changes(mixed_LD, alone_LD)
         tolerance = 1e-4 if alone_LD.dtype == torch.float32 else 0.1
         wrong = tuple(_wrong_masks(network, calls, mask_length))
         return Probe(float(later_L.max()), float(mates_L.mean()), tolerance, wrong)
-    finally:
-        network.train(training)
 
 
 def check(network: EmbedwrightModel) -> Probe:
@@ -95,8 +89,13 @@ def check(network: EmbedwrightModel) -> Probe:
     return result
 
 
-def _states(network: EmbedwrightModel, texts: list[np.ndarray[tuple[int], np.dtype[np.int64]]]) -> Tensor:
-    return network.hidden(_packed([np.asarray(ids) for ids in texts]).to(next(network.parameters()).device))
+def _states(
+    network: EmbedwrightModel,
+    texts: list[np.ndarray[tuple[int], np.dtype[np.int64]]],
+    calls: list[Call] | None = None,
+) -> Tensor:
+    packed = replace(_packed([np.asarray(ids) for ids in texts]), calls=calls)
+    return network.hidden(packed.to(next(network.parameters()).device))
 
 
 def _packed(texts: list[Any]) -> PackedTexts:
@@ -113,24 +112,7 @@ def _changes(a_LD: Tensor, b_LD: Tensor) -> Tensor:
 # ---- masks, read out
 
 
-Call = tuple[Callable[..., Any], Any, dict[str, Any]]  # attention function, the layer's module, its keyword arguments
-
-
-@contextmanager
-def _recorded() -> Iterator[list[Call]]:
-    """The calls of the packed attention function meanwhile, one a layer."""
-    calls: list[Call] = []
-    attention = ALL_ATTENTION_FUNCTIONS[PACKED]
-
-    def record(module: Any, *tensors: Any, **kwargs: Any) -> Any:
-        calls.append((attention, module, kwargs))
-        return attention(module, *tensors, **kwargs)
-
-    AttentionInterface.register(PACKED, record)
-    try:
-        yield calls
-    finally:
-        AttentionInterface.register(PACKED, attention)
+Call = tuple[Any, dict[str, Any]]  # of packed attention: the layer's module, its keyword arguments
 
 
 def _wrong_masks(network: EmbedwrightModel, calls: list[Call], length: int) -> Iterator[str]:
@@ -138,11 +120,11 @@ def _wrong_masks(network: EmbedwrightModel, calls: list[Call], length: int) -> I
     config = network.backbone.config
     if len(calls) != config.num_hidden_layers:
         yield f"{len(calls)} of {config.num_hidden_layers} layers run through the packed attention"
-    for index, (attention, module, kwargs) in enumerate(calls):
+    for index, (module, kwargs) in enumerate(calls):
         named = [w for w in (kwargs.get("sliding_window"), getattr(config, "sliding_window", None)) if w]
         tokens = max([length, *(w + 2 for w in named if w <= _WIDEST)])
         expected_L2 = expected_mask(config, index, tokens)
-        seen_L2, leaks = _read_mask(attention, module, kwargs, tokens, next(network.parameters()))
+        seen_L2, leaks = _read_mask(module, kwargs, tokens, next(network.parameters()))
         if leaks:
             yield f"layer {index} sees another text"
         elif not torch.equal(seen_L2, expected_L2):
@@ -170,9 +152,7 @@ def expected_mask(config: Any, layer: int, length: int) -> Tensor:
     return behind_L2.abs() <= (window or length)
 
 
-def _read_mask(
-    attention: Callable[..., Any], module: Any, kwargs: dict[str, Any], length: int, like: Tensor
-) -> tuple[Tensor, bool]:
+def _read_mask(module: Any, kwargs: dict[str, Any], length: int, like: Tensor) -> tuple[Tensor, bool]:
     """Bool (L, 2), which tokens see the first and the last; and whether the text beside it is seen.
 
     With queries of zero every visible token gets the same weight, so values that mark one token each show the mask.
@@ -182,6 +162,6 @@ def _read_mask(
     query = torch.zeros(1, 1, length + _MATE, width, device=like.device, dtype=like.dtype)
     marks = query.clone()
     marks[..., 0, 0] = marks[..., length - 1, 1] = marks[..., length:, 2] = 1.0
-    output, _ = attention(module, query, query, marks, None, **{**kwargs, "packed": packed})
+    output, _ = packed_attention(module, query, query, marks, None, packed=packed, **kwargs)
     seen = output[0, :length, 0, :3].cpu() > 0
     return seen[:, :2], bool(seen[:, 2].any())

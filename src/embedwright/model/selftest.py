@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from embedwright.model.modes import evaluating
 from embedwright.model.network import EmbedwrightModel
 from embedwright.model.probe import ProbeError
 from embedwright.packing import pack
@@ -97,16 +98,12 @@ def check(network: EmbedwrightModel, tokenizer: Any, folder: Path) -> None:
 @torch.inference_mode()
 def _computed(network: EmbedwrightModel, tokenizer: Any) -> tuple[list[TokenizedText], NDArray[np.float32]]:
     contract, backend = network.contract, tokenizer.backend_tokenizer
-    training = network.training
-    network.eval()
-    try:
+    with evaluating(network):
         # short enough for any model, and never cut: a test of lengths is not what this is
         limit = max(contract.max_tokens, 256)
         texts = [tokenize(backend, contract, [t], contract.prefix(TASK if q else None), limit)[0] for t, q in TEXTS]
         vectors: NDArray[np.float32] = network.embed(pack(texts).to(network.device)).float().cpu().numpy()
         return texts, vectors
-    finally:
-        network.train(training)
 
 
 def _type(network: EmbedwrightModel) -> str:

@@ -17,8 +17,7 @@ from embedwright.model.attention import allowed, attend, flash_window, packed_at
 from embedwright.packing import PackedTexts, pack
 from embedwright.text import TokenizedText
 
-LIMIT = 30  # keys of the explicit way, in these tests
-ROWS = [[5], [4, 4, 4], [3, 9, 9, 1, 1, 20], [LIMIT, 2], [LIMIT + 1, 7, LIMIT + 1]]
+ROWS = [[5], [4, 4, 4], [3, 9, 9, 1, 1, 20], [31, 7, 31]]
 
 
 def row_of(lengths: list[int]) -> PackedTexts:
@@ -47,15 +46,9 @@ def dense(
     return (scores_HTT.softmax(-1) @ v_HTd).transpose(0, 1)
 
 
-@pytest.mark.parametrize("explicit", [False, True])
 @pytest.mark.parametrize("lengths", ROWS, ids=str)
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)], ids=["mha", "gqa", "mqa"])
-def test_forward_and_gradients_are_those_of_dense_attention(
-    lengths: list[int], heads: tuple[int, int], explicit: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if explicit:  # and, with a gradient, recomputed: in float32, where it can be held to the dense way closely
-        monkeypatch.setattr(attention, "_EXPLICIT_TYPE", torch.float32)
-        monkeypatch.setattr(attention, "_EXPLICIT_UP_TO", LIMIT)
+def test_forward_and_gradients_are_those_of_dense_attention(lengths: list[int], heads: tuple[int, int]) -> None:
     packed, qkv = row_of(lengths), random_heads(*heads, sum(lengths))
     weight = torch.randn(sum(lengths), heads[0], 8, generator=torch.Generator().manual_seed(1))
     for causal, window in product([False, True], [None, 1, 6]):
@@ -77,25 +70,6 @@ def test_values_may_be_of_another_size() -> None:
     _, _, v = random_heads(4, 2, 15, dim=3)
     out = attend(q, k, v, row_of(lengths), False, 0.4, None)
     torch.testing.assert_close(out, dense(q, k, v, lengths, False, 0.4, None), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(("dtype", "keys", "fused"), [("bfloat16", 9, 0), ("bfloat16", 10, 1), ("float32", 9, 1)])
-def test_the_kernel_goes_by_type_and_length(dtype: str, keys: int, fused: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    kernel = torch.nn.functional.scaled_dot_product_attention
-
-    def counted(*args: Any, **kwargs: Any) -> Tensor:
-        calls.append(args)
-        return kernel(*args, **kwargs)
-
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
-    monkeypatch.setattr(attention, "_EXPLICIT_UP_TO", 9)
-    qkv = [x.to(getattr(torch, dtype)) for x in random_heads(4, 2, keys)]
-    with torch.no_grad():
-        attend(*qkv, row_of([keys]), False, 0.3, None, training=False)
-        assert len(calls) == fused
-        attend(*qkv, row_of([keys]), False, 0.3, None, training=True)
-    assert len(calls) == fused + 1
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -230,13 +204,35 @@ def test_a_config_that_says_nothing_is_causal() -> None:
     assert torch.equal(*(packed_attention(m, q, k, v, None, packed=row_of([5]))[0] for m in (silent, said)))
 
 
-@pytest.mark.parametrize("name", ["softcap", "s_aux"])
-def test_what_it_cannot_do_it_refuses(name: str) -> None:
+UNKNOWN = [
+    "softcap",
+    "s_aux",
+    "position_bias",
+    "sinks",
+    "indices",
+    "block_indices",
+    "cu_seq_lens_q",
+    "not_yet_known",
+]
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_what_it_does_not_know_it_refuses(name: str) -> None:
     q, k, v = (x[None] for x in random_heads(2, 2, 5))
     module: Any = SimpleNamespace(config=SimpleNamespace(is_causal=False, model_type="other"))
-    with pytest.raises(ValueError, match=f"'other' models need '{name}'"):
-        packed_attention(module, q, k, v, None, packed=row_of([5]), **{name: torch.ones(2)})
-    packed_attention(module, q, k, v, None, packed=row_of([5]), **{name: None})
+    for value in (torch.ones(2), 0.5, True):
+        with pytest.raises(ValueError, match=f"'other' models need '{name}'"):
+            packed_attention(module, q, k, v, None, packed=row_of([5]), **{name: value})
+    for value in (None, False):
+        packed_attention(module, q, k, v, None, packed=row_of([5]), **{name: value})
+
+
+def test_what_has_no_effect_is_let_pass_and_a_mask_is_not() -> None:
+    q, k, v = (x[None] for x in random_heads(2, 2, 5))
+    module: Any = SimpleNamespace(config=SimpleNamespace(is_causal=True, model_type="other"))
+    packed_attention(module, q, k, v, None, packed=row_of([5]), position_ids=torch.arange(5)[None], is_causal=True)
+    with pytest.raises(ValueError, match="takes no mask"):
+        packed_attention(module, q, k, v, torch.ones(1, 1, 5, 5).bool(), packed=row_of([5]))
 
 
 def test_it_refuses_dropout_which_a_decoder_would_train_without() -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from embedwright.model import attention
 from embedwright.model.backbone import decoder_config, load_backbone
@@ -116,3 +120,30 @@ def test_the_mode_is_put_back_and_no_gradient_is_left(network: EmbedwrightModel,
     first, again = probe(network), probe(network)
     assert first == again and network.training == network.backbone.training == training
     assert all(p.grad is None for p in network.parameters())
+
+
+def test_many_threads_may_load_and_encode_at_once(tiny_embedder: Callable[..., Embedder], tmp_path: Path) -> None:
+    made = tiny_embedder("mean")
+    made.save(tmp_path / "model")
+    expected = made.encode(["tides", "the moon and the sun"])
+    registered = dict(ALL_ATTENTION_FUNCTIONS)
+
+    def load_and_encode(_: int) -> Any:
+        return Embedder.load(tmp_path / "model").encode(["tides", "the moon and the sun"])
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(load_and_encode, range(24)))
+    for vectors in found:
+        np.testing.assert_allclose(vectors, expected, atol=1e-6)
+    assert dict(ALL_ATTENTION_FUNCTIONS) == registered  # and nothing goes on listening
+
+
+def test_no_tensor_outlives_the_probe(network: EmbedwrightModel) -> None:
+    def alive() -> int:
+        gc.collect()
+        return sum(isinstance(thing, Tensor) for thing in gc.get_objects())
+
+    check(network)
+    before = alive()
+    check(network)
+    assert alive() == before
