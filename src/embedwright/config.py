@@ -95,7 +95,7 @@ def _known_keys(model: type[BaseModel], loc: Loc) -> list[str]:
             models = [m for annotation in below for m in _models_in(annotation)]
         else:  # a position in a list, a key of a dict, or the name of a union's branch
             models = [m for m in models if part in _branch_names(m)] or models
-    return sorted({key for m in models for key in m.model_fields})
+    return sorted({field.alias or key for m in models for key, field in m.model_fields.items()})
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

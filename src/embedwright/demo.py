@@ -51,12 +51,12 @@ def run(recipe: Recipe) -> dict[str, Any]:
     _build_data(data)
     say("2/6  hard negatives, mined with MiniLM, positive-aware: score < 95 % of the positive's")
     _mine(data, instruction)
-    say(f"3/6  training {recipe.model.base}, first {recipe.model.layers} layers, in {len(recipe.stages)} stages")
+    say(f"3/6  training {recipe.model.name}, first {recipe.model.layers} layers, in {len(recipe.stages)} stages")
     model = train(recipe, on_step=training(recipe), on_evaluation=lambda line: say(f"  {line}"))
     say("4/6  baselines on the same held-out part: the decoder as released, and the teacher")
     baselines = {
         "raw_mean": _baseline(
-            out / "raw_mean.json", suite, lambda: RawMean(recipe.model.base, recipe.model.max_tokens, "bfloat16")
+            out / "raw_mean.json", suite, lambda: RawMean(recipe.model.name, recipe.model.max_tokens, "bfloat16")
         ),
         "teacher": _baseline(out / "teacher.json", suite, lambda: open_encoder("minilm")),
     }

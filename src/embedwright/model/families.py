@@ -137,7 +137,7 @@ def load_family(folder: Path, family: Family, dtype: torch.dtype | None) -> tupl
     if not _modules_fit(folder, family):
         raise InputError(f"{folder}: modules.json has modules or a pooling that {family.name} has not")
     tokenizer = load_tokenizer(folder)
-    contract = _contract(folder, family, tokenizer.backend_tokenizer)
+    contract = contract_of(folder, family, tokenizer.backend_tokenizer)
     backbone = load_backbone(str(folder), decoder, dtype or decoder.dtype or torch.float32)
     config = EmbedwrightConfig(
         backbone=backbone.config.to_dict(),
@@ -155,7 +155,7 @@ def drops_eos(tokenizer: Any, contract: Contract) -> bool:
     return contract.eos_id is not None and tokenizer("a")["input_ids"][-1:] != [contract.eos_id]
 
 
-def _contract(folder: Path, family: Family, tokenizer: Tokenizer) -> Contract:
+def contract_of(folder: Path, family: Family, tokenizer: Tokenizer) -> Contract:
     def id_of(token: str) -> int:
         id = tokenizer.token_to_id(token)
         if id is None:

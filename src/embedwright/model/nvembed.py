@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -59,16 +59,46 @@ def is_nvembed(config: dict[str, Any]) -> bool:
     return config.get("model_type") == "nvembed"
 
 
+class Released(NamedTuple):
+    """What a released folder says without its weights."""
+
+    decoder: Any
+    pooling: PoolingConfig
+    contract: Contract
+    tokenizer: Any
+    files: dict[str, Any]  # the small ones, by name
+    shapes: dict[str, tuple[int, ...]]
+    stored: torch.dtype
+
+
 def load_nvembed(folder: Path, dtype: torch.dtype | None) -> tuple[EmbedwrightModel, Any]:
     """Model and tokenizer of a local folder; `dtype` None keeps the stored one (of several, the widest).
 
     ValueError for settings that the reference reads and we do not follow, for sizes that contradict the tensors, and
     for tensors that are missing, unexpected or of another shape, naming them; FileNotFoundError without safetensors.
     """
+    found = read_nvembed(folder)
+    asked = dtype or found.stored
+    with torch.device("meta"):
+        backbone = AutoModel.from_config(found.decoder, attn_implementation=PACKED, dtype=asked)
+        config = EmbedwrightConfig(
+            backbone=backbone.config.to_dict(),
+            pooling=found.pooling.model_dump(),
+            contract=found.contract.model_dump(),
+            released={"dtype": str(found.stored).removeprefix("torch."), "files": found.files},
+        )
+        network = EmbedwrightModel(config, backbone=backbone)
+    _fill(network, folder, _weight_files(folder), found.shapes, asked)
+    # computed, not stored: made anew, in float32, where memory is real
+    backbone.rotary_emb = type(backbone.rotary_emb)(config=backbone.config)
+    return network, found.tokenizer
+
+
+def read_nvembed(folder: Path) -> Released:
+    """Config, tokenizer and the headers of the weights. Errors as in `load_nvembed`."""
     small = {name: _json(folder / name) for name in _SMALL_FILES if (folder / name).is_file()}
     _check_settings(folder, small["config.json"])
-    files = _weight_files(folder)
-    shapes, stored = _headers(folder, files)
+    shapes, stored = _headers(folder, _weight_files(folder))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     if tokenizer.eos_token_id is None:
         raise InputError(f"{folder}: the tokenizer has no EOS token")
@@ -79,19 +109,7 @@ def load_nvembed(folder: Path, dtype: torch.dtype | None) -> tuple[EmbedwrightMo
         decoder, pooling = sizes(small["config.json"], shapes)
     except ValueError as error:
         raise InputError(f"{folder}: {error}") from None
-    with torch.device("meta"):
-        backbone = AutoModel.from_config(decoder, attn_implementation=PACKED, dtype=dtype or stored)
-        config = EmbedwrightConfig(
-            backbone=backbone.config.to_dict(),
-            pooling=pooling.model_dump(),
-            contract=contract.model_dump(),
-            released={"dtype": str(stored).removeprefix("torch."), "files": small},
-        )
-        network = EmbedwrightModel(config, backbone=backbone)
-    _fill(network, folder, files, shapes, dtype or stored)
-    # computed, not stored: made anew, in float32, where memory is real
-    backbone.rotary_emb = type(backbone.rotary_emb)(config=backbone.config)
-    return network, tokenizer
+    return Released(decoder, pooling, contract, tokenizer, small, shapes, stored)
 
 
 def released_contract(tokenizer: Any, max_tokens: int) -> Contract:

@@ -28,7 +28,7 @@ from embedwright.model.network import EmbedwrightConfig, EmbedwrightModel
 from embedwright.model.nvembed import is_nvembed, load_nvembed
 from embedwright.text import Contract, load_tokenizer, tokenize
 
-_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja"]  # of a hub id
+FILES = ["*.json", "*.safetensors", "*.model", "*.jinja"]  # of a hub id
 _BOUNDARY_PROBES = ("word", "Word", "2 words", "(x)", "été", "漢字", "_name", "-1", "a\nb")
 
 Form = Literal["adapter", "nvembed", "ours", "stock"]
@@ -62,7 +62,7 @@ def load(path: str | Path, *, dtype: torch.dtype | None) -> tuple[EmbedwrightMod
     """
     family, name = said(str(path))
     here = local(name)
-    folder = here or Path(snapshot_download(name, allow_patterns=_FILES))
+    folder = here or Path(snapshot_download(name, allow_patterns=FILES))
     form = family or form_of(folder, name)
     network, tokenizer = _open(folder, form, dtype)
     network.config.name_or_path = str(folder)

@@ -27,14 +27,15 @@ _WEIGHTS, _OPTIMIZER, _STATE, _MANIFEST = "weights.safetensors", "optimizer.safe
 class RunState:
     """Where a run stands: `step` steps of stage number `stage` are done. Dropout and order need no more than this.
 
-    At step 0 the stage before it has ended, on these weights. `recipe` and `data` are fingerprints, and `facts` what
-    each is of, to say what is another when a run cannot go on.
+    At step 0 the stage before it has ended, on these weights. `recipe`, `data` and `model` (of an embedder that trains
+    on) are fingerprints, and `facts` what each is of, to say what is another when a run cannot go on.
     """
 
     stage: int
     step: int
     recipe: str
     data: str
+    model: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property

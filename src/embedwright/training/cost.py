@@ -19,10 +19,9 @@ from transformers import AutoModel
 
 from embedwright.cpu import onednn
 from embedwright.errors import InputError
-from embedwright.model.backbone import decoder_config, resolve_base
-from embedwright.model.pooling import GatedBlock, LatentPooling, PoolingConfig, SelfPooling, make_head
-from embedwright.training.parts import ModelPart
+from embedwright.model.pooling import GatedBlock, LatentPooling, SelfPooling, make_head
 from embedwright.training.recipe import Recipe
+from embedwright.training.start import naming_the_model, shape_of
 
 GB = 10**9
 Precision = Literal["fp32", "bf16"]
@@ -120,15 +119,16 @@ class NoEstimate(InputError):  # noqa: N818 (it is no error of the caller's)
 
 
 def sizes_of(recipe: Recipe) -> Sizes:
-    """Of the model that this recipe trains. OSError where the base's config cannot be had."""
+    """Of the model that this recipe trains. OSError where its config cannot be had."""
     spec, tune = recipe.model, recipe.tune
-    config = decoder_config(resolve_base(spec.base), attention=spec.attention, layers=spec.layers)
+    with naming_the_model(recipe):
+        config, pooling = shape_of(spec)
     with torch.device("meta"):
         backbone = AutoModel.from_config(config)
-        head = make_head(pooling_of(spec), config.hidden_size)
+        head = make_head(pooling, config.hidden_size)
     layer, matrices = backbone.layers[-1], _linears(backbone)
     if any(parameter.ndim > 2 for parameter in layer.parameters()) or len(matrices) % config.num_hidden_layers:
-        raise NoEstimate(f"{spec.base} has layers of several kinds, or experts, which this count does not know")
+        raise NoEstimate(f"{spec.name} has layers of several kinds, or experts, which this count does not know")
     full = tune.method == "full"
     adapters = 0 if full else sum(tune.rank * (m.in_features + m.out_features) for m in matrices)
     decoder, in_head = _count(backbone), _count(head)
@@ -156,14 +156,8 @@ def sizes_of(recipe: Recipe) -> Sizes:
         linears=len(_linears(layer)),
         norms=sum(of_norms.get(name, widths["hidden"]) for name in norms),
         pooling=head,
-        causal=spec.attention == "causal",
+        causal=bool(config.is_causal),
         **widths,
-    )
-
-
-def pooling_of(spec: ModelPart) -> PoolingConfig:
-    return PoolingConfig(
-        kind=spec.pooling, latents=spec.latents, heads=spec.heads, head_dim=spec.head_dim, multiple=spec.multiple
     )
 
 

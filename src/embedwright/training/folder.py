@@ -100,7 +100,7 @@ def card_facts(
     ]
     return {
         "name": recipe.name,
-        "base": _without_folder(recipe.model.base),
+        "base": _without_folder(recipe.model.name),
         "stages": [
             {
                 "name": stage.name,

@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from embedwright.model.backbone import resolve_base
-from embedwright.model.embedder import new_contract
-from embedwright.text import Contract, load_tokenizer
+from embedwright.text import Contract
 from embedwright.training.batch import make_batch
 from embedwright.training.blend import Source, rows_at
 from embedwright.training.recipe import Recipe
 from embedwright.training.sources import open_sources
+from embedwright.training.start import longest_of, naming_the_model, reading_of
 from embedwright.training.step import tokenize_texts
 
 SAMPLED_ROWS = 512  # of a stage: enough for a mean within a few percent
@@ -39,7 +38,7 @@ class Tokens:
     Equal texts of a step count once. `squares` sums the squared lengths, `padded` counts the tokens if queries and
     candidates were padded, each side to its longest. `shared`: queries share candidates, so that a batch beyond
     `batch_tokens` is encoded twice. `rows` is how many were sampled; 0 where no file is there: then every text is taken
-    to be as long as the model reads, which is the most that it can be.
+    to be as long as the model reads, which is the most that it can be, and `kinds` has `texts` alone.
     """
 
     rows: int
@@ -62,13 +61,17 @@ def tokens_of(recipe: Recipe, there: list[list[bool]]) -> list[Tokens]:
     )
     sources = open_sources(recipe.model_copy(update={"stages": parts}))
     if not any(sources):
-        return [_at_most(recipe, number) for number in range(len(parts))]
-    tokenizer = load_tokenizer(resolve_base(recipe.model.base))
+        with naming_the_model(recipe):
+            longest = longest_of(recipe.model)
+        return [_at_most(recipe, number, longest) for number in range(len(parts))]
+    with naming_the_model(recipe):
+        tokenizer, contract = reading_of(recipe.model)
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
-    contract = new_contract(tokenizer, recipe.model.pooling, recipe.model.max_tokens)
     return [
-        _sampled(recipe, number, own, tokenizer.backend_tokenizer, contract) if own else _at_most(recipe, number)
+        _sampled(recipe, number, own, tokenizer.backend_tokenizer, contract)
+        if own
+        else _at_most(recipe, number, contract.max_tokens)
         for number, own in enumerate(sources)
     ]
 
@@ -116,9 +119,10 @@ def summary(lengths: list[int]) -> Lengths:
     return Lengths(float(np.mean(lengths)), int(median), int(most), max(lengths))
 
 
-def _at_most(recipe: Recipe, number: int) -> Tokens:
+def _at_most(recipe: Recipe, number: int, longest: int) -> Tokens:
     part = recipe.stages[number]
-    longest, texts = recipe.model.max_tokens, part.optim.batch_queries * (2 + part.hard_negatives)
+    texts = part.optim.batch_queries * (2 + part.hard_negatives)
     tokens = texts * longest
     shared = part.in_batch_negatives != "none"
-    return Tokens(0, {}, float(tokens), tokens, float(tokens * longest), float(tokens), shared)
+    kinds = {"texts": Lengths(longest, longest, longest, longest)}
+    return Tokens(0, kinds, float(tokens), tokens, float(tokens * longest), float(tokens), shared)

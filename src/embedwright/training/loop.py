@@ -43,7 +43,14 @@ from embedwright.training.processes import Processes, Replica
 from embedwright.training.recipe import Recipe, leaves
 from embedwright.training.refresh import refresh_every, refreshed
 from embedwright.training.sources import data_fingerprint, open_sources, source_fingerprints
-from embedwright.training.start import finish, load_trained, start_model, whole_model
+from embedwright.training.start import (
+    finish,
+    load_trained,
+    naming_the_model,
+    origin_fingerprint,
+    start_model,
+    whole_model,
+)
 from embedwright.training.step import Share, accumulate, learning_rate, make_optimizer, share_of, update
 from embedwright.training.track import Tracker
 from embedwright.training.watch import HeadActivity, MovedWeights, NonFinite, chance, stuck, warn_if_inert
@@ -70,8 +77,10 @@ def train(recipe: Recipe, *, on_step: OnStep | None = None, on_evaluation: OnEva
     processes = many.start()
     out = Path(recipe.run.out)
     sources = open_sources(recipe)
-    identity = {"recipe": recipe.decisive(), "data": source_fingerprints(recipe, sources)}
-    state = RunState(stage=0, step=0, recipe=recipe.hash(), data=data_fingerprint(sources), facts=identity)
+    with naming_the_model(recipe):
+        origin = origin_fingerprint(recipe.model)
+    facts_of = {"recipe": recipe.decisive(), "data": source_fingerprints(recipe, sources), "model": {"files": origin}}
+    state = RunState(0, 0, recipe.hash(), data_fingerprint(sources), origin, facts_of)
     checkpoint = _newest(out / "checkpoints", processes)
     if checkpoint is not None:
         state = _continue(checkpoint, state, out)
@@ -304,7 +313,7 @@ def _changes(before: Any, after: Any) -> str:
 
 def _continue(checkpoint: Path, state: RunState, out: Path) -> RunState:
     found = read_state(checkpoint)
-    for what in ("recipe", "data"):
+    for what in ("recipe", "data", "model"):
         if getattr(found, what) != getattr(state, what):
             raise ConfigError(
                 f"{out} holds a run of another {what} ({_changes(found.facts.get(what), state.facts.get(what))}): "

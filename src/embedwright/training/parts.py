@@ -8,7 +8,18 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    SerializerFunctionWrapHandler,
+    Tag,
+    model_serializer,
+    model_validator,
+)
 
 from embedwright.data.candidates import Rule, check_settings
 from embedwright.data.example import InBatch, Task
@@ -33,13 +44,19 @@ Text = Annotated[str, Field(pattern=r"\S")]  # not empty
 
 
 class Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", serialize_by_alias=True)
 
 
 class ModelPart(Part):
-    """What is trained. `base`: packaged name, folder, hub id or .gguf; `layers`: keep the first so many."""
+    """What is trained: `base`, a decoder that becomes an embedder, or `from`, an embedder that trains on.
 
-    base: Text
+    `base`: packaged name, folder, hub id or .gguf; `layers`: keep the first so many. `from`: whatever `Embedder.load`
+    opens. It keeps its contract, pooling and attention, so of the other keys `max_tokens` alone goes with it, to
+    shorten.
+    """
+
+    base: Text | None = None
+    from_: Annotated[Text | None, Field(alias="from")] = None
     layers: Positive | None = None
     attention: Literal["bidirectional", "causal"] = "bidirectional"
     pooling: Literal["latent", "mean", "last", "self", "mlp"] = "latent"
@@ -48,6 +65,32 @@ class ModelPart(Part):
     head_dim: Positive | None = None
     multiple: Positive = 4
     max_tokens: Annotated[Positive, Field(ge=8)] = 512
+
+    @property
+    def name(self) -> str:
+        """The decoder or the embedder, as the recipe has it."""
+        return self.from_ or self.base or ""
+
+    @property
+    def shortened(self) -> int | None:
+        """The `max_tokens` that an embedder is to have instead of its own."""
+        return self.max_tokens if "max_tokens" in self.model_fields_set else None
+
+    @model_validator(mode="after")
+    def _begins_with_one_model(self) -> ModelPart:
+        if (self.base is None) == (self.from_ is None):
+            raise InputError("needs base, a decoder, or from, an embedder to train on, and not both")
+        if self.from_ and (others := sorted(self.model_fields_set - {"base", "from_", "max_tokens"})):
+            raise InputError(f"{', '.join(others)}: an embedder of `from` keeps its own; leave out all but max_tokens")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_it_acts(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what the embedder of `from` decides, so that what is written is a recipe again."""
+        values = dump(self)
+        if self.from_ is None:
+            return {key: value for key, value in values.items() if key != "from"}
+        return {"from": self.from_} | ({} if self.shortened is None else {"max_tokens": self.max_tokens})
 
 
 class TunePart(Part):

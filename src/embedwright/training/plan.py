@@ -146,7 +146,7 @@ def estimate(
 def _memory(recipe: Recipe, number: int, stage: StagePlan, sizes: Sizes, device: Device, processes: int) -> Memory:
     tokens = _of(stage)
     # a text longer than batch_tokens is a micro-batch of its own
-    longest = max((kind.longest for kind in tokens.kinds.values()), default=recipe.model.max_tokens)
+    longest = max(kind.longest for kind in tokens.kinds.values())
     micro_batch = min(-(-tokens.largest // processes), max(recipe.run.batch_tokens, longest))
     part = recipe.stages[number]
     queries = part.optim.batch_queries

@@ -51,6 +51,12 @@ class Recipe(Part):
         return self
 
     @model_validator(mode="after")
+    def _four_bits_are_of_a_decoder(self) -> Recipe:
+        if self.tune.method == "qlora" and self.model.from_:
+            raise InputError("tune.method: qlora holds a decoder (model.base) in 4 bits; use lora for model.from")
+        return self
+
+    @model_validator(mode="after")
     def _four_bits_stay_whole(self) -> Recipe:
         if self.tune.method == "qlora" and self.run.parallel == "fsdp":
             raise InputError("run.parallel: fsdp cannot cut the 4-bit weights of tune.method: qlora; use ddp")

@@ -62,7 +62,7 @@ def refreshed(
     asked = stage.mine
     assert asked is not None
     folder = Path(recipe.run.out) / "mined" / stage.name / f"{begin:07d}"
-    run = {"recipe": state.recipe, "data": state.data}
+    run = {"recipe": state.recipe, "data": state.data, "model": state.model}
     there = (folder / _WHOLE).is_file() and json.loads((folder / _WHOLE).read_text()) == run
     processes.wait()  # all have looked before the first one writes
     mined = [number for number, source in enumerate(sources) if is_mined(source)]

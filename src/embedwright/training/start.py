@@ -2,43 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from embedwright.errors import InputError
+from embedwright.errors import InputError, NotFoundError
 from embedwright.model import probe
 from embedwright.model.adapter import has_lora, idle_adapters
-from embedwright.model.embedder import Embedder
+from embedwright.model.backbone import decoder_config, resolve_base
+from embedwright.model.embedder import Embedder, new_contract
+from embedwright.model.outline import check_decoder, check_embedder, content_fingerprint, outline
+from embedwright.model.pooling import PoolingConfig
+from embedwright.text import Contract, load_tokenizer
 from embedwright.training import processes as many
+from embedwright.training.parts import ModelPart
 from embedwright.training.processes import Processes
 from embedwright.training.recipe import Recipe
 
 
 def start_model(recipe: Recipe, processes: Processes = many.ALONE) -> Embedder:
-    """The model before its first step: decoder, identity head, fresh adapters; probed."""
-    spec, tune = recipe.model, recipe.tune
-    frozen_in_bf16 = recipe.run.precision == "bf16" and tune.method != "full"
-    sizes = (
-        {}
-        if spec.pooling in ("mean", "last")
-        else spec.model_dump(include={"latents", "heads", "head_dim", "multiple"})
-    )
-    model = Embedder.from_decoder(
-        spec.base,
-        pooling=spec.pooling,
-        attention=spec.attention,
-        layers=spec.layers,
-        max_tokens=spec.max_tokens,
-        dtype="bfloat16" if frozen_in_bf16 else "float32",
-        four_bit=tune.method == "qlora",
-        device=None if processes.device is None else str(processes.device),
-        seed=recipe.seed,
-        **sizes,
-    )
+    """The model before its first step, with fresh adapters; probed.
+
+    A decoder with an identity head, or the embedder of `model.from` with the vectors that it had: adapters that it came
+    with are merged, in float32, and those of the recipe begin at zero. InputError names the recipe's key.
+    """
+    tune, bf16 = recipe.tune, recipe.run.precision == "bf16"
+    device = None if processes.device is None else str(processes.device)
+    with naming_the_model(recipe):
+        open_model = _continued if recipe.model.from_ else _from_decoder
+        model = open_model(recipe, torch.bfloat16 if bf16 and tune.method != "full" else torch.float32, device)
     network = model.network
-    network.mixed = recipe.run.precision == "bf16"
+    network.mixed = bf16
     if tune.method != "full":
         torch.manual_seed(recipe.seed)
         model.add_lora(tune.rank, tune.alpha, tune.dropout)
@@ -47,6 +45,105 @@ def start_model(recipe: Recipe, processes: Processes = many.ALONE) -> Embedder:
     probe.check(network)
     network.train()
     return model
+
+
+@contextmanager
+def naming_the_model(recipe: Recipe) -> Iterator[None]:
+    """Puts the recipe's key in front of what is wrong with its model."""
+    try:
+        yield
+    except InputError as error:
+        kind = NotFoundError if isinstance(error, NotFoundError) else InputError
+        key = "from" if recipe.model.from_ else "base"
+        raise kind(f"recipe {recipe.name}: model.{key}: {error}") from error
+
+
+def _from_decoder(recipe: Recipe, dtype: torch.dtype, device: str | None) -> Embedder:
+    spec = recipe.model
+    return Embedder.from_decoder(
+        _decoder(spec),
+        pooling=spec.pooling,
+        attention=spec.attention,
+        layers=spec.layers,
+        max_tokens=spec.max_tokens,
+        dtype=str(dtype).removeprefix("torch."),
+        four_bit=recipe.tune.method == "qlora",
+        device=device,
+        seed=recipe.seed,
+        **({} if spec.pooling in ("mean", "last") else _sizes(spec)),
+    )
+
+
+def _continued(recipe: Recipe, dtype: torch.dtype, device: str | None) -> Embedder:
+    check_embedder(recipe.model.name)
+    model = Embedder.load(recipe.model.name, device=device)
+    network = model.network
+    if has_lora(network.backbone):
+        network.float()  # so that merged weights are rounded once, if at all
+        model.merge()
+    for parameter in network.backbone.parameters():  # not the buffers: rotary frequencies stay in float32
+        parameter.data = parameter.data.to(dtype)
+    network.head.float()
+    network.requires_grad_(True)
+    network.contract = _shortened(recipe.model, network.contract)
+    network.config.contract = network.contract.model_dump()
+    return Embedder(network, model.tokenizer)
+
+
+def _shortened(spec: ModelPart, contract: Contract) -> Contract:
+    if spec.shortened is None:
+        return contract
+    if spec.shortened > contract.max_tokens:
+        raise InputError(
+            f"max_tokens={spec.shortened}: {spec.name} reads {contract.max_tokens} tokens, and can only be shortened"
+        )
+    return contract.model_copy(update={"max_tokens": spec.shortened})
+
+
+# ---- what is known without weights
+
+
+def origin_fingerprint(spec: ModelPart) -> str:
+    """Of the embedder of `from`; empty for a base."""
+    if not spec.from_:
+        return ""
+    check_embedder(spec.name)
+    return content_fingerprint(spec.name)
+
+
+def shape_of(spec: ModelPart) -> tuple[Any, PoolingConfig]:
+    """The decoder's config and the pooling of the model that this part of a recipe makes. OSError without config."""
+    if spec.from_:
+        check_embedder(spec.name)
+        found = outline(spec.name)
+        return found.decoder, found.pooling
+    decoder = decoder_config(resolve_base(_decoder(spec)), attention=spec.attention, layers=spec.layers)
+    return decoder, PoolingConfig(kind=spec.pooling, **_sizes(spec))
+
+
+def reading_of(spec: ModelPart) -> tuple[Any, Contract]:
+    """Its tokenizer and text contract. OSError where the tokenizer cannot be had."""
+    if spec.from_:
+        check_embedder(spec.name)
+        found = outline(spec.name)
+        return found.tokenizer, _shortened(spec, found.contract)
+    tokenizer = load_tokenizer(resolve_base(_decoder(spec)))
+    return tokenizer, new_contract(tokenizer, spec.pooling, spec.max_tokens)
+
+
+def longest_of(spec: ModelPart) -> int:
+    """The most tokens of a text."""
+    return reading_of(spec)[1].max_tokens if spec.from_ else spec.max_tokens
+
+
+def _sizes(spec: ModelPart) -> dict[str, Any]:
+    return {"latents": spec.latents, "heads": spec.heads, "head_dim": spec.head_dim, "multiple": spec.multiple}
+
+
+def _decoder(spec: ModelPart) -> str:
+    """The name of the base. InputError where it is an embedder."""
+    check_decoder(spec.name)
+    return spec.name
 
 
 def finish(model: Embedder) -> Embedder:

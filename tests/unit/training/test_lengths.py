@@ -110,7 +110,7 @@ def test_what_is_not_there_is_taken_at_its_longest(asked: Any, tmp_path: Path) -
     recipe = asked(data=[absent], hard_negatives=3, max_tokens=100)
     tokens = one(recipe)
     texts = ROWS * 5
-    assert (tokens.rows, tokens.kinds, tokens.shared) == (0, {}, True)
+    assert (tokens.rows, tokens.kinds, tokens.shared) == (0, {"texts": Lengths(100, 100, 100, 100)}, True)
     assert (tokens.step, tokens.largest, tokens.squares) == (100 * texts, 100 * texts, 100 * 100 * texts)
     both = asked(data=[absent, {"path": str(tmp_path / "pairs.jsonl"), "task": TASK}])
     assert one(both).rows == 3 * ROWS  # the file that is there stands for all
