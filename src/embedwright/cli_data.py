@@ -76,14 +76,14 @@ def mine(
     from embedwright.data.mine import positives_of
     from embedwright.data.mining_report import check_drawing, write_report
     from embedwright.data.readers import read_corpus
-    from embedwright.data.table import open_examples, write_examples
+    from embedwright.data.table import open_as_named, write_examples
     from embedwright.endpoint import key_variables
     from embedwright.model.opening import open_encoder
 
     if report:
         check_drawing()
-    rows = list(open_examples(examples))
-    out.parent.mkdir(parents=True, exist_ok=True)
+    table = open_as_named(examples)
+    rows = list(table)
     pool = read_corpus(corpus) if corpus else positives_of(rows)
     given = {"query_template": query_template, "document_template": document_template}
     templates = {key: template for key, template in given.items() if template is not None}
@@ -109,7 +109,7 @@ def mine(
         vectors=vectors,
         progress=counter("texts"),
     )
-    write_examples(out, found)
+    write_examples(out, found, table.tasks)
     if report:
         write_report(counts, report)
     say(json.dumps(counts.counts(), indent=2))
@@ -314,7 +314,7 @@ def data_relabel(
     cross_encoder: Annotated[str | None, typer.Option(help="Instead of a server: a folder or hub id.")] = None,
     threshold: Annotated[float | None, typer.Option(help="Of the cross-encoder: a positive from this on.")] = None,
     action: Annotated[Literal["drop", "promote"], typer.Option(help="Of what is judged a positive.")] = "drop",
-    tasks: Annotated[Path | None, typer.Option(help="Tasks with the instructions, as `synth` writes them.")] = None,
+    tasks: Annotated[Path | None, typer.Option(help="Of the rows, besides the file beside them.")] = None,
     concurrency: Concurrency = 8,
     requests_per_minute: PerMinute = None,
     tokens_per_minute: TokensPerMinute = None,
@@ -325,20 +325,22 @@ def data_relabel(
 ) -> None:
     """Find negatives that are in truth positives, by a language model or a cross-encoder; drop or promote them."""
     from embedwright.data.relabel import judge_by_model, judge_by_scores, relabel_file
-    from embedwright.data.tasks import read_tasks
+    from embedwright.data.tasks import merge_tasks, read_tasks, tasks_beside, tasks_file
 
+    described = merge_tasks([(tasks_file(path), tasks_beside(path)), *([(tasks, read_tasks(tasks))] if tasks else [])])
     if cross_encoder is not None and threshold is not None and base_url is None and model is None:
         from sentence_transformers import CrossEncoder
 
         by_scores = judge_by_scores(CrossEncoder(cross_encoder), threshold)
-        say(json.dumps(relabel_file(path, out, by_scores, action, progress=counter("examples")), indent=2))
+        report = relabel_file(path, out, by_scores, action, tasks=described, progress=counter("examples"))
+        say(json.dumps(report, indent=2))
         return
     if base_url is None or model is None or cross_encoder is not None or threshold is not None:
         raise InputError("name the judge: --base-url and --model, or --cross-encoder and --threshold")
     limits = (api_key_env, timeout, concurrency, max_tokens, requests_per_minute, tokens_per_minute, token_budget)
     with _client(out, base_url, *limits) as client:
-        by_model = judge_by_model(client, model, read_tasks(tasks) if tasks else None)
-        report = relabel_file(path, out, by_model, action, progress=counter("examples"))
+        by_model = judge_by_model(client, model, described)
+        report = relabel_file(path, out, by_model, action, tasks=described, progress=counter("examples"))
         say(json.dumps(report | {"client": dict(client.counts)}, indent=2))
 
 

@@ -89,7 +89,8 @@ def _build_data(data: Path) -> None:
 def _mine(data: Path, instruction: str) -> None:
     mined, counts = data / "train" / "mined.jsonl", data / "train" / "mined.report.json"
     if not mined.exists():
-        examples = list(open_examples(data / "train" / "pairs.jsonl"))
+        table = open_examples(data / "train" / "pairs.jsonl")
+        examples = list(table)
         found, report = mine(
             examples,
             positives_of(examples),
@@ -99,7 +100,7 @@ def _mine(data: Path, instruction: str) -> None:
             progress=counter("texts"),
         )
         counts.write_text(json.dumps(report.to_json(), indent=2) + "\n")
-        write_examples(mined, found)
+        write_examples(mined, found, table.tasks)
     report = json.loads(counts.read_text())
     say(
         f"  {report['queries']} queries: the rule removed {report['removed_by_rule']} of {report['candidates']} "

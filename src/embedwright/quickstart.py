@@ -74,7 +74,8 @@ def recipe_for(
 
 
 def _prepare(data: Path, out: Path, instruction: str, teacher: str) -> None:
-    read = list(open_examples(data, task="own"))
+    table = open_examples(data, task="own")
+    read, described = list(table), table.tasks
     kept, duplicates = drop_duplicates([f"{e.query}\n{e.positives[0].text}" for e in read])
     examples = [read[i] for i in kept]
     held = min(max(len(examples) // 10, 1), 500)
@@ -100,7 +101,7 @@ def _prepare(data: Path, out: Path, instruction: str, teacher: str) -> None:
     with_negatives = [e for e in mined if e.negatives]
     _refuse_few(data, len(with_negatives), "with a hard negative")
     out.mkdir(parents=True, exist_ok=True)
-    write_examples(out / "train.jsonl", with_negatives)
+    write_examples(out / "train.jsonl", with_negatives, described)
     _write_suite(out / "heldout", heldout, passages, instruction)
     counts = {
         "read": len(read),

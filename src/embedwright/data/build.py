@@ -10,12 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from embedwright.data.catalog import BeirRows, Entry, EvidenceRows, LabelledRows, Marks
+from embedwright.data.catalog import BeirRows, Entry, EvidenceRows, LabelledRows, Marks, find_task
 from embedwright.data.convert import Job, Numbered, Row, Table, convert
-from embedwright.data.example import DataError, Example
+from embedwright.data.example import DataError, Example, Task
 from embedwright.data.labels import Form
 from embedwright.data.readers import Quarantine, detect_kind, read_rows
 from embedwright.data.table import write_examples
+from embedwright.data.tasks import tasks_beside
 from embedwright.errors import NotFoundError
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,8 @@ def build(
 ) -> dict[str, int]:
     """Write the examples of `entry` to `out` (.jsonl, .jsonl.gz or .parquet), whole or not at all; returns the counts.
 
+    Their tasks are written beside it.
+
     Rows come from the hub, streamed where `limit` is given, or from `source`: a file (JSONL, .gz, Parquet) or a folder
     (the configs of a repository, or the files that `entry.files` names). `limit`: see `convert`. `form` says how labels
     become examples (default: `entry.form`); `known` closes their list; `negatives` is their number per example.
@@ -46,7 +49,6 @@ def build(
     """
     quarantine_path = out.with_name(f"{out.name}.quarantine.jsonl")
     _check(entry, source, form, strict)
-    out.parent.mkdir(parents=True, exist_ok=True)
     quarantine_path.unlink(missing_ok=True)
     with Quarantine(source or Path(entry.hub or entry.name), quarantine_path) as quarantine:
 
@@ -63,7 +65,7 @@ def build(
             bad=bad,
         )
         rows = partial(open_table, source=source, streaming=limit is not None)
-        written = write_examples(out, _some(convert(job, rows), job, quarantine))
+        written = write_examples(out, _some(convert(job, rows), job, quarantine), job.tasks)
     counts = {key: count for key, count in job.report.items() if count or key == "rows"}
     return counts | {"examples": written, "quarantined": quarantine.count}
 
@@ -81,16 +83,21 @@ def label_file(
 ) -> dict[str, int]:
     """`build` for rows {"text", "label"} in the file `path`, where a label may be a list, and `id` may be there.
 
-    `task` is the name of the task (default: the file's). `words`, `known`, `form`: see `labels.label_triples`.
+    `task` is the name of the task (default: the file's); the file beside `path`, or the catalogue, may describe it.
+    `words`, `known`, `form`: see `labels.label_triples`.
     """
     if detect_kind(path) != "labelled":
         raise DataError(f'{path}: rows are not {{"text", "label"}}')
     rows = LabelledRows(kind="labelled", text=("text",), label="label", words=dict(words) if words else None, id="id")
+    name = task or bare_name(path.name)
+    described = tasks_beside(path).get(name) or find_task(name) or Task(name=name, family="classification")
     entry = Entry(
-        name=task or bare_name(path.name),
+        name=name,
         rows=rows,
-        family="classification",
-        instructions=("",),  # the recipe that reads the examples gives it
+        family=described.family,
+        instructions=(described.instruction,),  # may be empty: the recipe that reads the examples can give it
+        url=described.source or None,
+        licence=described.licence or "unknown",
         target={"v2": "example"},
         marks=Marks(columns="guess", source="guess", instructions="guess", samples="guess", target="guess"),
     )

@@ -22,7 +22,7 @@ from embedwright.data.example import DataError, Example
 from embedwright.data.filters import Filters, length_fault, row_fault
 from embedwright.data.readers import aside
 from embedwright.data.repeats import NEAR, jaccard, normalise, repeats, shingles
-from embedwright.data.table import open_examples, write_examples
+from embedwright.data.table import open_as_named, stem_of, write_examples
 
 By = Literal["query", "positive", "both", "none"]
 Leaked = dict[str, Any]  # a line of the leakage report
@@ -91,15 +91,17 @@ def clean_file(
     `leaks_to` gets the leakage report (JSONL). Both files are written whole or not at all. Raises what `open_examples`
     raises, and DataError where no row is left to write.
     """
-    table, report = open_examples(path), Report()
+    table, report = open_as_named(path), Report()
+    filters = filters or Filters()
+    licences = {task.name: task.licence for task in table.tasks.values() if task.licence}
+    filters = replace(filters, licences=licences | dict(filters.licences))
     with _leak_lines(path, leaks_to) as on_leak:
         cleaned = clean(table, report, filters=filters, by=by, held_out=held_out, on_leak=on_leak)
         if out is None:
             deque(cleaned, maxlen=0)
         else:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            write_examples(out, _some(cleaned, path, report))
-    tasks = {task: len(rows) for task, rows in table.rows_by_task().items()}
+            write_examples(out, _some(cleaned, path, report), table.tasks)
+    tasks = {task or stem_of(path): len(rows) for task, rows in table.rows_by_task().items()}
     return {**table.report, "tasks": tasks, **report.to_json()}
 
 

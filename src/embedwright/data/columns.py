@@ -12,9 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedwright.data.example import DataError, Example
-from embedwright.data.readers import aside
 from embedwright.data.table import open_examples
+from embedwright.data.tasks import tasks_file, write_tasks
 from embedwright.errors import InputError
+from embedwright.files import whole_file
 
 Format = Literal["sentence-transformers"]
 
@@ -72,15 +73,13 @@ def export(
     rows = to_columns((example for example in table if task in (None, example.task)), negatives, report)
     columns = ["anchor", "positive", *(f"negative_{i}" for i in range(1, negatives + 1))]
     schema = pa.schema({column: pa.large_string() for column in columns})
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = aside(out)
-    try:
+    with whole_file(out) as part:
         with pq.ParquetWriter(part, schema) as writer:
             while batch := list(islice(rows, _BATCH)):
                 writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
         if not report["rows"]:
             raise DataError(f"{path}: no example has {negatives} negatives; the most is {had.max()}")
-        part.replace(out)
-    finally:
-        part.unlink(missing_ok=True)
+        write_tasks(
+            tasks_file(out), (table.tasks[name] for name in tasks if name in table.tasks and task in (None, name))
+        )
     return dict(report)

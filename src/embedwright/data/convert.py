@@ -23,7 +23,7 @@ from embedwright.data.catalog import (
     PairRows,
     ScoredRows,
 )
-from embedwright.data.example import DataError, Example, Passage, id_of, number_of, text_of
+from embedwright.data.example import DataError, Example, Passage, Task, id_of, number_of, text_of
 from embedwright.data.labels import Form, label_triples
 
 Row = Mapping[str, Any]
@@ -46,7 +46,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a conversion needs besides the rows. `limit`: see `convert`."""
+    """What a conversion needs besides the rows. `limit`: see `convert`. It fills `report` and `tasks`."""
 
     entry: Entry
     seed: int = 0
@@ -56,6 +56,10 @@ class Job:
     known: frozenset[str] | None = None  # the closed list of labels
     bad: Callable[[int, bytes | None, Row | DataError, DataError], None] = lambda *_: None
     report: Counter[str] = field(default_factory=Counter)
+    tasks: dict[str, Task] = field(default_factory=dict)  # of the examples, by name, under the form that they have
+
+    def describe(self, form: str | None = None) -> None:
+        self.tasks.update({task.name: task for task in self.entry.tasks(form)})
 
 
 def convert(job: Job, open_table: Callable[[Table], Iterable[Numbered]]) -> Iterator[Example]:
@@ -68,6 +72,8 @@ def convert(job: Job, open_table: Callable[[Table], Iterable[Numbered]]) -> Iter
     """
     entry, rows = job.entry, job.entry.rows
     table = Table(entry.hub, entry.revision or entry.branch, entry.config, entry.split, entry.files)
+    if not isinstance(rows, LabelledRows):
+        job.describe()
     if isinstance(rows, PairRows):
         return _from_pairs(rows, open_table(table), job)
     if isinstance(rows, LabelledRows):
@@ -228,6 +234,7 @@ def _from_labelled(spec: LabelledRows, rows: Iterable[Numbered], job: Job) -> It
         ids=[row_id for row_id, _, _ in kept],
         known=job.known,
         words=spec.words,
+        on_form=job.describe,
     )
     job.report.update(skipped)
     for example in examples:

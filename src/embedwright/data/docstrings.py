@@ -20,7 +20,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from embedwright.data.example import Example, Passage, to_row
+from embedwright.data.example import Example, Passage, Task, to_row
 from embedwright.data.repeats import Counts, drop_duplicates, leaks, normalise, repeats
 from embedwright.errors import InputError, OutputExistsError
 
@@ -260,6 +260,7 @@ def build(
     )
     files = {name: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept) for name, kept in rows.items()}
     files["heldout/retrieval/qrels/test.tsv"] = _qrels(queries)
+    files["train/pairs.jsonl.tasks.jsonl"] = json.dumps(_TASK.model_dump(exclude_defaults=True)) + "\n"
     files["heldout/suite.yaml"] = _SUITE
     files["report.json"] = json.dumps(asdict(report), indent=2) + "\n"
     _write(out, files)
@@ -331,6 +332,12 @@ def _qrels(queries: Iterable[Docstring]) -> str:
     return "query-id\tcorpus-id\tscore\n" + "".join(f"{doc.id}\t{doc.id}\t1\n" for doc in queries)
 
 
+_TASK = Task(
+    name="docs",
+    instruction="Given the summary of a Python function or class, retrieve the rest of its documentation",
+    licence="of each library",
+    source="docstrings of installed libraries",
+)
 _SUITE = """\
 # Docstrings of modules that no training row comes from.
 name: docstrings

@@ -82,7 +82,7 @@ def parse_example(
         raise DataError("no positive")
     return Example(
         id=default_id if row.get("id") is None else id_of(row["id"], "id"),
-        task=default_task if row.get("task") is None else text_of(row["task"], "task"),
+        task=text_of(row["task"], "task") if row.get("task") else default_task,
         query=query,
         positives=positives,
         negatives=negatives,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal
 
 from embedwright.data.example import DataError, Example, Passage
@@ -32,12 +32,13 @@ def label_triples(
     ids: Sequence[str] | None = None,
     known: Collection[str] | None = None,
     words: Mapping[str, str] | None = None,
+    on_form: Callable[[Literal["example", "label"]], None] = lambda form: None,
 ) -> tuple[list[Example], dict[str, int]]:
     """Examples from `rows` of (text, its label or labels), and how many rows gave none, by reason.
 
     `form` auto is `label` for exactly two labels and `example` for more. What row i draws depends on the rows, `seed`
     and i alone. `ids` (default `task:i`) name the rows. `known` closes the list of labels. `words` says what stands for
-    a label in the label form (default: the label). The report counts
+    a label in the label form (default: the label). `on_form` is told which form it is. The report counts
     `unseen` (with `known`): rows with a label that is not known, of no use on either side;
     `conflicting`: rows whose text has other labels in another row, of no use on either side;
     `singleton` (example form): rows whose text is the only one of its classes, which still serves as a negative;
@@ -59,6 +60,7 @@ def label_triples(
         raise DataError(f"task {task}: {len(classes)} label without conflicts; examples need at least two")
     if form == "auto":
         form = "label" if len(classes) == 2 else "example"
+    on_form(form)
     draw = _Draw(classes, label_sets, negatives)
     spoken = _spoken(task, list(classes), words) if form == "label" else {}
     examples = []

@@ -16,9 +16,11 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from embedwright.data.catalog import find_task
 from embedwright.data.example import Example, Passage, Task
 from embedwright.data.llm import Client, Failure, Question
-from embedwright.data.table import open_examples, write_examples
+from embedwright.data.table import open_as_named, write_examples
+from embedwright.data.tasks import Tasks
 from embedwright.errors import InputError
 
 Action = Literal["drop", "promote"]
@@ -97,10 +99,19 @@ def relabel(examples: Iterable[Example], judge: Judge, action: Action = "drop") 
 
 
 def relabel_file(
-    path: Path, out: Path, judge: Judge, action: Action = "drop", *, progress: Callable[[int, int], None] | None = None
+    path: Path,
+    out: Path,
+    judge: Judge,
+    action: Action = "drop",
+    *,
+    tasks: Tasks | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """The same from file to file (any that `open_examples` reads), for data of any size; the counts as JSON."""
-    table = open_examples(path)
+    """The same from file to file (any that `open_examples` reads), for data of any size; the counts as JSON.
+
+    `tasks` of the rows, to be written with them, besides those that are described beside `path`.
+    """
+    table = open_as_named(path)
     count: Counter[str] = Counter()
 
     def relabelled() -> Iterator[Example]:
@@ -109,8 +120,7 @@ def relabel_file(
                 progress(count["examples"], len(table))
             yield example
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_examples(out, relabelled())
+    write_examples(out, relabelled(), {**table.tasks, **(tasks or {})})
     return {"read": table.report, **Report(action, **count).to_json()}
 
 
@@ -141,7 +151,7 @@ def judge_by_scores(model: CrossEncoder, threshold: float) -> Judge:
 
 
 def judge_by_model(client: Client, model: str, tasks: Mapping[str, Task] | None = None) -> Judge:
-    """A language model is asked; `tasks` (name -> Task) has the instructions that it is told, where there are some."""
+    """A language model is asked. It is told the instruction of the row's task, from `tasks` or the catalogue."""
 
     def judge(candidates: Sequence[Candidate]) -> list[bool | None]:
         answers = client.ask(_question(candidate, model, tasks or {}) for candidate in candidates)
@@ -151,7 +161,7 @@ def judge_by_model(client: Client, model: str, tasks: Mapping[str, Task] | None 
 
 
 def _question(candidate: Candidate, model: str, tasks: Mapping[str, Task]) -> Question:
-    known = tasks.get(candidate.task)
+    known = tasks.get(candidate.task) or find_task(candidate.task)
     told = f"The task: {known.instruction}" if known and known.instruction else ""
     prompt = _PROMPT.format(task=told, query=candidate.query, positive=candidate.positive, passage=candidate.passage)
     return Question(model, prompt, _Verdict, seed="verdict", temperature=0.0)

@@ -26,7 +26,6 @@ from embedwright.data.example import DataError, Example, Family, Passage, Task, 
 from embedwright.data.llm import Client, Failure, Question
 from embedwright.data.repeats import Spool, normalise, repeats
 from embedwright.data.table import write_examples
-from embedwright.data.tasks import tasks_file, write_tasks
 from embedwright.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -211,22 +210,20 @@ def synthesize(
         else:
             spool.add(json.dumps([kind, number, to_row(made)]))
     copies = repeats(example.query for _, _, example in _read(spool))
-    diversity, used = Diversity(), set()
+    diversity = Diversity()
 
     def kept() -> Iterator[Example]:
         for index, (kind, number, example) in enumerate(_read(spool)):
             if match := copies.get(index):
                 dropped[kind]["duplicate" if match.exact else "near_duplicate"] += 1
                 continue
-            used.add(example.task)
             draw = plan.draw(kind, number)
             diversity.add(kind, example, draw.placeholders | {"model": draw.model})
             yield example
 
     written = 0
     if len(spool):
-        written = write_examples(out, kept())
-        write_tasks(tasks_file(out), (task for of_kind in tasks.values() for task in of_kind if task.name in used))
+        written = write_examples(out, kept(), {task.name: task for of_kind in tasks.values() for task in of_kind})
     reasons = {kind: dict(sorted(count.items())) for kind, count in dropped.items()}
     asked = sum(plan.counts.values())
     return Report(asked, written, reasons, brainstormed, dict(client.counts), diversity.to_json())

@@ -38,6 +38,8 @@ from embedwright.data.readers import (
     read_beir,
     read_corpus,
 )
+from embedwright.data.tasks import Tasks, tasks_beside, tasks_file, write_tasks
+from embedwright.files import whole_file
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -66,12 +68,14 @@ class ExampleTable:
     """The examples of one data set, memory-mapped: `len`, `[i]`, iteration.
 
     `fingerprint`: SHA-256 (hex) of content, task, seed and format, so equal fingerprints mean equal rows.
+    `tasks`: those that the file beside it describes, by name.
     `report`: rows read, examples made, and what was left out, by reason.
     `quarantine`: the file of the bad lines, where their number, `quarantined`, is not 0; `bad_lines` has the first few.
     """
 
     def __init__(self, path: Path, arrow: Path) -> None:
         self.path, self.arrow = path, arrow
+        self.tasks = tasks_beside(path)
         self._reader = pa.ipc.open_file(pa.memory_map(str(arrow)))
         self._stream = pa.ipc.open_file(pa.OSFile(str(arrow)))  # not mapped: pages read once would count as memory
         meta = json.loads(self._reader.schema.metadata[b"embedwright"])
@@ -124,13 +128,14 @@ def open_examples(
     """The training data at `path`: a JSONL (.gz) or Parquet file of any kind of design section 9, or a BEIR folder.
 
     Converted once into `<cache>/data` (default: $EMBEDWRIGHT_CACHE, else ~/.cache/embedwright), keyed by content.
-    `task` is that of rows that name none (default: the file's name). `corpus` has the texts of documents given by id.
-    `seed` and `negatives` are for examples made from labels. Bad lines are logged, counted and kept in `quarantine`.
-    Raises FileNotFoundError, and DataError where no example comes out, or a corpus or BEIR folder has a bad line.
+    `task` is that of rows that name none (default: the file's name; an empty text leaves them without one). `corpus`
+    has the texts of documents given by id. `seed` and `negatives` are for examples made from labels. Bad lines
+    are logged, counted and kept in `quarantine`. Raises FileNotFoundError, and DataError where no example comes out, or
+    a corpus or BEIR folder has a bad line.
     """
     path, corpus = Path(path), None if corpus is None else Path(corpus)
-    stem = _stem(path)
-    job = _Job(path, corpus, stem, task or stem, seed, negatives, _split(path))
+    stem = stem_of(path)
+    job = _Job(path, corpus, stem, stem if task is None else task, seed, negatives, _split(path))
     fingerprint = _fingerprint(job)
     folder = Path(cache or os.environ.get("EMBEDWRIGHT_CACHE") or Path.home() / ".cache" / "embedwright") / "data"
     arrow = folder / f"{stem[:80]}-{fingerprint[:16]}.arrow"
@@ -146,30 +151,52 @@ def open_examples(
     return table
 
 
-def write_examples(path: Path | str, examples: Iterable[Example]) -> int:
-    """Write `examples` as Parquet (by suffix) or JSONL (.gz compresses), whole or not at all. Returns their number."""
+def open_as_named(path: Path) -> ExampleTable:
+    """The training data at `path`, to be written again: a row that names no task, and has none described, has none.
+
+    What it trains as is said where it is trained: by the recipe, or by the name that its file then has.
+    """
+    stem = stem_of(path)
+    return open_examples(path, task=stem if stem in tasks_beside(path) else "")
+
+
+def write_examples(path: Path | str, examples: Iterable[Example], tasks: Tasks | None = None) -> int:
+    """Write `examples` as Parquet (by suffix) or JSONL (.gz compresses), whole or not at all. Returns their number.
+
+    Those of `tasks` that the examples name are written beside it (`tasks_file`).
+    """
     path = Path(path)
-    part = aside(path)
+    used: set[str] = set()
+    with whole_file(path) as part:
+        count = _write(part, _noting(examples, used))
+        # before the rows: a run that is stopped between the two leaves no row without its task
+        write_tasks(tasks_file(path), (task for name, task in (tasks or {}).items() if name in used))
+    return count
+
+
+def _noting(examples: Iterable[Example], used: set[str]) -> Iterator[Example]:
+    for example in examples:
+        used.add(example.task)
+        yield example
+
+
+def _write(path: Path, examples: Iterable[Example]) -> int:
     count = 0
-    try:
-        if path.suffix == ".parquet":
-            with pq.ParquetWriter(part, SCHEMA) as writer:
-                for batch in _batches(examples, 4096):
-                    writer.write_batch(batch)
-                    count += batch.num_rows
-        else:
-            with part.open("wb") as file:
-                # No name and no time in the gzip header: the same examples give the same bytes.
-                zipped = gzip.GzipFile("", "wb", fileobj=file, mtime=0) if path.suffix == ".gz" else None
-                for example in examples:
-                    line = json.dumps(to_row(example), ensure_ascii=False, allow_nan=False)
-                    (zipped or file).write(line.encode() + b"\n")
-                    count += 1
-                if zipped is not None:
-                    zipped.close()
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    if path.suffix == ".parquet":
+        with pq.ParquetWriter(path, SCHEMA) as writer:
+            for batch in _batches(examples, 4096):
+                writer.write_batch(batch)
+                count += batch.num_rows
+        return count
+    with path.open("wb") as file:
+        # No name and no time in the gzip header: the same examples give the same bytes.
+        zipped = gzip.GzipFile("", "wb", fileobj=file, mtime=0) if path.suffix == ".gz" else None
+        for example in examples:
+            line = json.dumps(to_row(example), ensure_ascii=False, allow_nan=False)
+            (zipped or file).write(line.encode() + b"\n")
+            count += 1
+        if zipped is not None:
+            zipped.close()
     return count
 
 
@@ -189,8 +216,10 @@ class _Job:
     split: str | None  # of a BEIR folder
 
 
-def _stem(path: Path) -> str:
-    name = path.resolve().name.removesuffix(".gz")
+def stem_of(path: Path) -> str:
+    """A file's or folder's name without what tells its format: the task of rows that name none."""
+    # A link is not followed: a file of the hub's cache is one, to a file whose name is a hash.
+    name = (path if path.name not in ("", "..") else path.resolve()).name.removesuffix(".gz")
     return next((name.removesuffix(end) for end in (".jsonl", ".json", ".parquet") if name.endswith(end)), name)
 
 

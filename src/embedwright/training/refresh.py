@@ -116,7 +116,8 @@ def _mine(
         seed=recipe.seed,
     )
     if processes.first:
-        write_examples(out.with_suffix(".parquet"), found)
+        tasks = source.tasks or {source.task.name: source.task}
+        write_examples(out.with_suffix(".parquet"), found, tasks)
         write_json(out.with_suffix(".json"), report.to_json())
         counts = report.counts()
         line = f"{stage.name}: mined {counts['negatives']} negatives for {counts['queries']} rows of {source.task.name}"

@@ -14,7 +14,6 @@ from embedwright.config import ConfigError
 from embedwright.data.catalog import find_task
 from embedwright.data.example import Task
 from embedwright.data.table import ExampleTable, open_examples
-from embedwright.data.tasks import read_tasks, tasks_file
 from embedwright.errors import NotFoundError
 from embedwright.training.blend import Source, share
 from embedwright.training.parts import DataPart, StagePart
@@ -26,7 +25,7 @@ logger = logging.getLogger(__name__)
 def open_sources(recipe: Recipe) -> list[list[Source]]:
     """The sources of each stage. FileNotFoundError or ConfigError names the recipe key that is wrong.
 
-    A task that rows name is described by the recipe, by the file of tasks that `synth` leaves beside its rows, or by
+    A task that rows name is described by the recipe, by the file of tasks that lies beside its rows, or by
     the catalogue, the first that has it.
     """
     known = _described(recipe)
@@ -115,13 +114,13 @@ def _entry_sources(recipe: Recipe, stage: StagePart, number: int, known: dict[st
         table = open_table(recipe, stage, entry)
     except FileNotFoundError as error:
         raise NotFoundError(f"{where}: {error}") from error
-    beside = tasks_file(expand(entry.path))
-    own = read_tasks(beside) if beside.is_file() else {}
+    own = table.tasks
     by_task = table.rows_by_task()
     sources = []
     for kind, tasks in _kinds(own[name] for name in by_task if name in own and name not in known).items():
         rows = np.sort(np.concatenate([by_task.pop(task.name) for task in tasks]))
-        named = {task.name: task for task in tasks}
+        named = {task.name: task for task in tasks} if len(tasks) > 1 else {}
+        kind = kind if named else tasks[0].name
         sources.append(Source(f"{number}#{kind}", table, rows, tasks[0], tasks=named))
     for name, rows in by_task.items():
         if name not in known and (found := find_task(name)):

@@ -85,7 +85,7 @@ def test_a_file_becomes_a_file_of_examples(tmp_path: Path, name: str, out: str) 
         ("negative", "positive"),
         ("positive", "negative"),
     ]
-    assert [path.name for path in (tmp_path / "new").iterdir()] == [out]
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {out, f"{out}.tasks.jsonl"}
 
 
 def test_a_folder_is_loaded_as_a_repository_with_configs(tmp_path: Path) -> None:

@@ -300,3 +300,11 @@ def test_reading_a_row_of_a_real_set_is_fast_enough_for_training(cache: Path) ->
     for i in range(0, len(table), 11):
         table[i]
     assert (time.perf_counter() - start) / (len(table) / 11) < 1e-3  # measured: 30 microseconds
+
+
+def test_a_link_has_its_own_name(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's cache keeps a file under its hash, and a link with its name."""
+    write(tmp_path / "5f2a90ae", {"query": "a", "positive": "b"})
+    (tmp_path / "nq.jsonl").symlink_to(tmp_path / "5f2a90ae")
+    (example,) = open_examples(tmp_path / "nq.jsonl", cache=cache)
+    assert (example.task, example.id) == ("nq", "nq:1")
