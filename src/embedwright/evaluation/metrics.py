@@ -34,7 +34,7 @@ MAIN: dict[Kind, str] = {
     "pair": "cosine_ap",
 }
 SEED = 42  # mteb's default seed: its few-shot draws and its clusters are ours
-DEPTH = 100  # hits of a query that are scored
+DEPTH = 1000  # hits of a query that are ranked, as in mteb: of equal scores, more than the 100 that count may matter
 EXPERIMENTS, SAMPLES_PER_LABEL = 10, 8  # mteb's AbsTaskClassification
 CLUSTERINGS = 3  # mteb runs k-means once; its result moves by about a point with the seed, so we average over three
 
@@ -47,17 +47,19 @@ def retrieval(
     corpus_CE: Embeddings,
     corpus_ids: Sequence[str],
     qrels: Mapping[str, Mapping[str, int]],
+    *,
+    ignore_identical_ids: bool = False,
 ) -> dict[str, float]:
     """nDCG@10, Recall@10, MRR@10 and Recall@100 of exact cosine search, averaged over the queries.
 
-    Each of `query_ids` has its judgements in `qrels`. A document with the query's own id is the query itself (ArguAna,
-    Quora) and no hit (BEIR's `ignore_identical_ids`), unless `qrels` calls it relevant: then the ids only look alike.
+    Each of `query_ids` has its judgements in `qrels`. `ignore_identical_ids`: a document with the query's own id is the
+    query itself and no hit, as mteb has it for ArguAna, Quora and some others; by default it is a hit, there and here.
     """
     import pytrec_eval
 
     judged = {query: dict(qrels[query]) for query in query_ids}
     run = {
-        query: _best(hits, without=None if judged[query].get(query, 0) > 0 else query)
+        query: _ranked(hits, without=query if ignore_identical_ids else None)
         for query, hits in zip(query_ids, _search(query_QE, corpus_CE, corpus_ids), strict=True)
     }
     scores = pytrec_eval.RelevanceEvaluator(judged, {"ndcg_cut.10", "recall.10,100"}).evaluate(run)
@@ -66,7 +68,7 @@ def retrieval(
     reciprocal = pytrec_eval.RelevanceEvaluator(judged, {"recip_rank"}).evaluate(first_ten)
 
     def mean(of_queries: Mapping[str, Mapping[str, float]], measure: str) -> float:
-        return float(np.mean([of_query[measure] for of_query in of_queries.values()]))
+        return sum(of_query[measure] for of_query in of_queries.values()) / len(judged)
 
     return {
         "nDCG@10": mean(scores, "ndcg_cut_10"),
@@ -77,9 +79,9 @@ def retrieval(
 
 
 def _search(query_QE: Embeddings, corpus_CE: Embeddings, corpus_ids: Sequence[str]) -> list[list[tuple[float, str]]]:
-    """The (score, document id) of each query's nearest documents; one more than `DEPTH`, for the query itself."""
+    """The (score, document id) of each query's `DEPTH` nearest documents."""
     faiss = threads.load_faiss()
-    count = min(DEPTH + 1, len(corpus_ids))
+    count = min(DEPTH, len(corpus_ids))
     score_QK, place_QK = faiss.knn(_unit(query_QE), _unit(corpus_CE), count, metric=faiss.METRIC_INNER_PRODUCT)
     return [
         [(float(score), corpus_ids[place]) for score, place in zip(score_K, place_K, strict=True)]
@@ -87,10 +89,9 @@ def _search(query_QE: Embeddings, corpus_CE: Embeddings, corpus_ids: Sequence[st
     ]
 
 
-def _best(hits: list[tuple[float, str]], without: str | None) -> dict[str, float]:
-    """The `DEPTH` best of `hits`, ties by descending id, which is how trec_eval ranks a run."""
-    ranked = sorted((hit for hit in hits if hit[1] != without), reverse=True)[:DEPTH]
-    return {document: score for score, document in ranked}
+def _ranked(hits: list[tuple[float, str]], without: str | None) -> dict[str, float]:
+    """Document id -> score, best first; ties by descending id, which is how trec_eval ranks a run."""
+    return {document: score for score, document in sorted(hits, reverse=True) if document != without}
 
 
 def _unit(vectors_NE: Embeddings) -> Embeddings:

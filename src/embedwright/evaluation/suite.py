@@ -9,7 +9,8 @@ A suite is a YAML file, a packaged one by its name (`dev`), or a folder of data 
 
 Paths are relative to the YAML file and may begin with `${VARIABLE}`. `retrieval` reads a BEIR folder, `classification`
 and `clustering` read rows of `{"text", "label"}`, `sts` of `{"text1", "text2", "score"}`, and `pair` of
-`{"text1", "text2", "label"}` with a label of 0 or 1.
+`{"text1", "text2", "label"}` with a label of 0 or 1. `ignore_identical_ids: true` leaves out a document of the query's
+own id from its hits, as mteb does for ArguAna, Quora, FiQA, FEVER, MS MARCO and their translations, and for no others.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StrictBool, model_validator
 
 from embedwright.config import load_yaml, validate
 from embedwright.data.example import DataError, id_of, number_of, text_of
@@ -55,11 +56,14 @@ class SuiteTask(_Strict):
     train: Path | None = None  # classification only; without it, the file is split 50/50
     instruction: str = ""
     limit: PositiveInt | None = None  # the first rows alone; in retrieval the first queries, and the whole corpus
+    ignore_identical_ids: StrictBool = False  # retrieval only: a document of the query's own id is no hit
 
     @model_validator(mode="after")
-    def _train_is_for_classification(self) -> SuiteTask:
+    def _keys_fit_the_kind(self) -> SuiteTask:
         if self.train is not None and self.kind != "classification":
             raise InputError(f"task {self.name!r}: 'train' is for classification, not for {self.kind}")
+        if self.ignore_identical_ids and self.kind != "retrieval":
+            raise InputError(f"task {self.name!r}: 'ignore_identical_ids' is for retrieval, not for {self.kind}")
         return self
 
 
@@ -207,7 +211,21 @@ def _retrieval(encoder: Encoder, task: SuiteTask) -> dict[str, float]:
     queries = dict(islice(((id_, text) for id_, text in beir.queries.items() if id_ in beir.qrels), task.limit))
     query_QE = _encode(encoder, list(queries.values()), task.instruction)
     corpus_CE = _encode(encoder, list(beir.corpus.values()))
-    return metrics.retrieval(query_QE, list(queries), corpus_CE, list(beir.corpus), beir.qrels)
+    own = sum(beir.corpus.get(query) == text for query, text in queries.items())
+    if own and not task.ignore_identical_ids:
+        logger.warning(
+            "%s: %d queries are documents too, under their own ids, and find themselves first; mteb leaves these out "
+            "for ArguAna, Quora and some others, and so does ignore_identical_ids: true in a suite file",
+            *(task.path, own),
+        )
+    return metrics.retrieval(
+        query_QE,
+        list(queries),
+        corpus_CE,
+        list(beir.corpus),
+        beir.qrels,
+        ignore_identical_ids=task.ignore_identical_ids,
+    )
 
 
 def _classification(encoder: Encoder, task: SuiteTask) -> dict[str, float]:

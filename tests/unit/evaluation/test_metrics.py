@@ -59,7 +59,8 @@ def mteb_scores(task: Any, dataset: Any, model: Looked) -> dict[str, float]:
     return dict(scores)
 
 
-def test_retrieval_is_mtebs() -> None:
+@pytest.mark.parametrize("ignore_identical_ids", [False, True])
+def test_retrieval_is_mtebs(ignore_identical_ids: bool) -> None:
     random = np.random.default_rng(1)
     corpus_CE = random.normal(size=(150, 16)).astype(np.float32)
     corpus_CE[60:64] = corpus_CE[50]  # ties
@@ -73,14 +74,20 @@ def test_retrieval_is_mtebs() -> None:
         query: {f"d{near}": 2, f"d{(near + 7) % 150}": 1, f"d{(near + 9) % 150}": 0}
         for query, near in zip(query_ids, near_Q, strict=True)
     }
-    ours = metrics.retrieval(query_QE, query_ids, corpus_CE, corpus_ids, qrels)
+    qrels["d2"] = {"d2": 1}  # relevant to itself, as the ids have it
+    qrels["q3"] = {"d9": 0}  # judged, and nothing is relevant
+    qrels["q4"] = {"d8": -1, "d1": 1}
+    qrels["q99"] = {"d8": 1}  # of a query that is not asked
+    ours = metrics.retrieval(
+        query_QE, query_ids, corpus_CE, corpus_ids, qrels, ignore_identical_ids=ignore_identical_ids
+    )
 
     task = MockRetrievalTask()
-    task.ignore_identical_ids = True
+    task.ignore_identical_ids = ignore_identical_ids
     data = {
         "corpus": Dataset.from_dict({"id": corpus_ids, "text": [f"text {id_}" for id_ in corpus_ids]}),
         "queries": Dataset.from_dict({"id": query_ids, "text": [f"ask {id_}" for id_ in query_ids]}),
-        "relevant_docs": qrels,
+        "relevant_docs": {query: qrels[query] for query in query_ids},
         "top_ranked": None,
     }
     model = Looked(([f"text {id_}" for id_ in corpus_ids], corpus_CE), ([f"ask {id_}" for id_ in query_ids], query_QE))
@@ -114,11 +121,31 @@ def test_mrr_and_recall_stop_at_their_cuts() -> None:
     assert found["Recall@100"] == pytest.approx((1 + 2 / 3) / 2)
 
 
-def test_the_query_itself_is_no_hit_but_a_relevant_document_of_its_id_is() -> None:
+def test_a_document_of_the_querys_own_id_is_a_hit_unless_told_otherwise() -> None:
     corpus_CE = np.array([[1, 0], [0.9, 0.1]], dtype=np.float32)
     query_QE = np.array([[1, 0]], dtype=np.float32)
-    assert metrics.retrieval(query_QE, ["a"], corpus_CE, ["a", "b"], {"a": {"b": 1}})["nDCG@10"] == 1
-    assert metrics.retrieval(query_QE, ["a"], corpus_CE, ["a", "b"], {"a": {"a": 1}})["nDCG@10"] == 1
+
+    def ndcg(relevant: str, **options: bool) -> float:
+        return metrics.retrieval(query_QE, ["1"], corpus_CE, ["1", "2"], {"1": {relevant: 1}}, **options)["nDCG@10"]
+
+    assert ndcg("2") == pytest.approx(1 / np.log2(3)) and ndcg("1") == 1  # 0.63, as mteb has it
+    assert ndcg("2", ignore_identical_ids=True) == 1 and ndcg("1", ignore_identical_ids=True) == 0
+
+
+def test_a_query_without_a_hit_counts_as_zero() -> None:
+    """A corpus of the query alone: what is left after its own id is left out is nothing."""
+    one_E = np.ones((1, 4), dtype=np.float32)
+    found = metrics.retrieval(one_E, ["1"], one_E, ["1"], {"1": {"2": 1}}, ignore_identical_ids=True)
+    assert set(found.values()) == {0}
+
+
+def test_of_many_equal_scores_those_count_that_trec_eval_ranks_first() -> None:
+    """150 copies of a document: by descending id, as in mteb, whatever the search finds first."""
+    corpus_CE = np.ones((150, 4), dtype=np.float32)
+    ids = [f"d{number:03}" for number in range(150)]
+    query_QE = np.ones((2, 4), dtype=np.float32)
+    found = metrics.retrieval(query_QE, ["p", "q"], corpus_CE, ids, {"p": {"d149": 1}, "q": {"d010": 1, "d060": 1}})
+    assert (found["nDCG@10"], found["Recall@100"]) == (0.5, 0.75)
 
 
 def test_classification_is_mtebs() -> None:
