@@ -20,8 +20,9 @@ from typing import Any, Literal
 from embedwright.data.decontaminate import SHOWN, HeldOut, Leak
 from embedwright.data.example import DataError, Example
 from embedwright.data.filters import Filters, length_fault, row_fault
+from embedwright.data.keys import NEAR, both_keys, jaccard, shingles
 from embedwright.data.readers import aside
-from embedwright.data.repeats import NEAR, jaccard, normalise, repeats, shingles
+from embedwright.data.repeats import repeats
 from embedwright.data.table import open_as_named, stem_of, write_examples
 
 By = Literal["query", "positive", "both", "none"]
@@ -60,7 +61,7 @@ def clean(
     `examples` are read twice, so they are a table or a list. A row repeats an earlier one of its task if their queries
     repeat the same text and so does one positive of each (`by="both"`); `query` and `positive` look at that side alone,
     `none` leaves the rule out. What texts repeat is said in `repeats`. Within a row, a positive goes that repeats an
-    earlier one, and a negative that repeats a positive or an earlier negative.
+    earlier one, and a negative that repeats the query, a positive or an earlier negative.
 
     `on_leak` gets every text that leaks: `row` (from 1) and `id` of its example, side, rule, score, the evaluation file
     and its row, both texts cut to 200 characters. Memory: what `repeats` takes for the queries and positives, 200 bytes
@@ -239,15 +240,19 @@ def _too_short_or_long(example: Example, filters: Filters) -> set[int]:
 
 
 def _repeats_inside(example: Example) -> set[int]:
-    """Places of positives that repeat an earlier one, of negatives that repeat a positive or an earlier negative."""
+    """Places of positives that repeat an earlier one, of negatives that repeat the query, a positive or an earlier
+    negative."""
     faulty: set[int] = set()
-    kept: list[set[str]] = []
-    for place, text in enumerate(_texts(example)[1:], start=1):
-        mine = shingles(normalise(text))
-        if any(jaccard(mine, other) >= NEAR for other in kept):
+    seen: dict[str, set[str]] = {}
+    query, *passages = map(both_keys, _texts(example))
+    for place, (exact, near) in enumerate(passages, start=1):
+        if place == len(example.positives) + 1:
+            seen[query[0]] = shingles(query[1])
+        own = shingles(near)
+        if exact in seen or any(jaccard(own, other) >= NEAR for other in seen.values()):
             faulty.add(place)
         else:
-            kept.append(mine)
+            seen[exact] = own
     return faulty
 
 

@@ -20,8 +20,9 @@ import bm25s
 import numpy as np
 
 from embedwright.data.example import DataError, parse_example, text_of
+from embedwright.data.keys import near_key
 from embedwright.data.readers import Kind, beir_files, detect_kind, parse_fields, read_corpus, read_rows
-from embedwright.data.repeats import Known, Spool, normalise
+from embedwright.data.repeats import Known, Spool
 from embedwright.errors import InputError, NotFoundError
 
 log = logging.getLogger(__name__)
@@ -158,7 +159,7 @@ class HeldOut:
         for text, match in zip(texts, self._known.find(texts), strict=True):
             if match is not None:
                 yield Leak("exact" if match.exact else "near", match.jaccard, self._held(match.first))
-            elif self._bm25 is not None and (best := self._bm25.best(normalise(text))) is not None:
+            elif self._bm25 is not None and (best := self._bm25.best(near_key(text))) is not None:
                 yield Leak("bm25", best[1], self._held(best[0]))
             else:
                 yield None
@@ -180,16 +181,16 @@ class Bm25:
 
     Both scores count each different word of the query once, so the fraction is the share of the text's BM25 weight that
     lies on words of the other, from 0 to 1; word order does not matter. Weights are bm25s's (Lucene, k1 1.5, b 0.75),
-    words those of the normalised text. A text that keeps `threshold` must share one of the heaviest words, those that
+    words those of the near key. A text that keeps `threshold` must share one of the heaviest words, those that
     make up the rest of the weight; only texts found by these are scored, and none is missed.
     """
 
-    def __init__(self, normalised: Iterable[str], threshold: float) -> None:
+    def __init__(self, near_keys: Iterable[str], threshold: float) -> None:
         if not 0 < threshold <= 1:
             raise InputError(f"the BM25 threshold is {threshold:g}, not above 0 and at most 1")
         self.threshold = threshold
         self._id_of: dict[str, int] = {}
-        words = [[self._id_of.setdefault(word, len(self._id_of)) for word in text.split()] for text in normalised]
+        words = [[self._id_of.setdefault(word, len(self._id_of)) for word in text.split()] for text in near_keys]
         index = bm25s.BM25(dtype="float64")
         index.index((words, self._id_of), create_empty_token=False, show_progress=False)
         self.lengths_N = np.array([len(text) for text in words])
@@ -207,12 +208,12 @@ class Bm25:
         self._texts_of = np.searchsorted(self._word_E[needed_E][by_word], np.arange(len(self._id_of) + 1))
         self._has_V = np.zeros(len(self._id_of), dtype=bool)
 
-    def best(self, normalised: str) -> tuple[int, float] | None:
+    def best(self, key: str) -> tuple[int, float] | None:
         """The text of the highest fraction, if it reaches the threshold, and that fraction; the first of equals.
 
         A text of more than LONGER times its words is not counted: a long passage holds the words of a short question.
         """
-        words = normalised.split()
+        words = key.split()
         ids = [self._id_of[word] for word in set(words) if word in self._id_of]
         lists = [self._texts[self._texts_of[i] : self._texts_of[i + 1]] for i in ids]
         candidates = np.unique(np.concatenate(lists)) if lists else np.zeros(0, dtype=np.int64)

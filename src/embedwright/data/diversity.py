@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from embedwright.data.example import Example
-from embedwright.data.repeats import jaccard, normalise
+from embedwright.data.keys import jaccard, near_key
 
 SAMPLE = 200  # texts of each kind and side that are held against each other: 19,900 pairs
 
@@ -38,7 +38,7 @@ class Diversity:
         }
         for name, texts in sides.items():
             for text in texts:
-                self._sides[kind][name].add(normalise(text), self._random)
+                self._sides[kind][name].add(near_key(text), self._random)
 
     def to_json(self) -> dict[str, Any]:
         """By kind: examples, distinct tasks, each side's words and variety, and how often each value was drawn."""
@@ -60,16 +60,16 @@ class _Side:
         self.count, self.words, self.shortest, self.longest = 0, 0, 0, 0
         self.sample: list[str] = []
 
-    def add(self, normalised: str, rng: random.Random) -> None:
-        length = len(normalised.split())
+    def add(self, key: str, rng: random.Random) -> None:
+        length = len(key.split())
         self.shortest = min(self.shortest, length) if self.count else length
         self.longest = max(self.longest, length)
         self.count += 1
         self.words += length
         if len(self.sample) < SAMPLE:
-            self.sample.append(normalised)
+            self.sample.append(key)
         elif (place := rng.randrange(self.count)) < SAMPLE:
-            self.sample[place] = normalised
+            self.sample[place] = key
 
     def to_json(self) -> dict[str, float]:
         return {

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from embedwright.data.example import Example, Passage, Task, to_row
-from embedwright.data.repeats import Counts, drop_duplicates, leaks, normalise, repeats
+from embedwright.data.keys import near_key
+from embedwright.data.repeats import Counts, drop_duplicates, leaks, repeats
 from embedwright.errors import InputError, OutputExistsError
 
 logger = logging.getLogger(__name__)
@@ -163,7 +164,7 @@ def split_docstring(docstring: str) -> tuple[str, str] | None:
         return None
     if sum(any(map(str.isalpha, word)) for word in body.split()) < BODY_WORDS_MIN:
         return None
-    if normalise(summary) in normalise(body):  # the pair would be answered by matching strings
+    if near_key(summary) in near_key(body):  # the pair would be answered by matching strings
         return None
     return summary, body
 

@@ -61,7 +61,27 @@ def near_key(text: str) -> str:
     Punctuation is dropped; symbols and the marks that are part of a word (C++, C#, 50%, -5) are kept. Letters of
     scripts without spaces (Han, kana, Thai, ...) are words of their own. Empty for a text of punctuation alone.
     """
-    return " ".join(_SIGN.sub("\u2212", exact_key(text)).translate(_FOLD).split())
+    return _near(exact_key(text))
+
+
+def both_keys(text: str) -> tuple[str, str]:
+    """The exact key and the near key, for those that need both."""
+    exact = exact_key(text)
+    return exact, _near(exact)
+
+
+def word_key(text: str) -> str:
+    """The near key, or the exact key of a text without a word (`:)`).
+
+    Texts of equal word keys differ in punctuation and case alone. For checks in which a false alarm is cheap and a miss
+    is not: a hard negative, a leak. These ask for equal word keys of texts that are too short for near-duplicates, too.
+    """
+    exact = exact_key(text)
+    return _near(exact) or exact
+
+
+def _near(exact: str) -> str:
+    return " ".join(_SIGN.sub("\u2212", exact).translate(_FOLD).split())
 
 
 def shingles(key: str) -> set[str]:

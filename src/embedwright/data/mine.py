@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from embedwright.data.candidates import BEST_MARGIN, Barred, Positives, Rule, check_settings, drawn, eligible
 from embedwright.data.ensemble import ENSEMBLES, Ensemble, drawn_teacher, in_turn
 from embedwright.data.example import DataError, Example, Passage, text_of
+from embedwright.data.keys import NEAR, exact_key, jaccard, shingles, word_key
 from embedwright.data.mining_report import Histogram, MiningReport
-from embedwright.data.repeats import NEAR, jaccard, normalise, shingles
 from embedwright.data.teacher import Encoder, as_encoder, encode_finite
 from embedwright.data.topk import pair_scores, top_k
 from embedwright.data.vectors import Vectors, encode_texts
@@ -239,9 +239,9 @@ def _with_text(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _key(text: str) -> int:
-    """Equal for texts that differ in case and whitespace alone. Others share one of the 2^64 keys with a chance of
-    3e-8 in a corpus of a million, and one of the two is then no negative."""
-    return hash(" ".join(text.split()).casefold())
+    """Equal for texts of one exact key. Others share one of the 2^64 keys with a chance of 3e-8 in a corpus of a
+    million, and one of the two is then no negative."""
+    return hash(exact_key(text))
 
 
 # ---- the work
@@ -356,13 +356,15 @@ class _Run:
         missing = self.negatives - len(example.negatives)
         if missing <= 0:
             return []
-        answered = [shingles(normalise(passage.text)) for passage in answers]
+        words = [word_key(passage.text) for passage in answers]
+        answered = list(map(shingles, words))
         near: dict[int, bool] = {}
 
         def is_near(row: int) -> bool:
             if row not in near:
-                own = shingles(normalise(self.pool.text(row)))
-                near[row] = any(jaccard(own, answer) >= NEAR for answer in answered)
+                key = word_key(self.pool.text(row))
+                own = shingles(key)
+                near[row] = key in words or any(jaccard(own, answer) >= NEAR for answer in answered)
             return near[row]
 
         lists = [zip(each.rows, each.scores, strict=True) for each in proposed]

@@ -1,4 +1,4 @@
-"""Repeated texts: equal when normalised, or near-duplicates by the Jaccard of their word 3-shingles.
+"""Repeated texts: equal by their exact key, or near-duplicates by the Jaccard of their word 3-shingles (`keys`).
 
 The first of several copies is the one kept. MinHash is rensa's (Rust); texts that share one of 20 bands of their sketch
 are candidates, and the Jaccard of the shingles themselves decides, so nothing below the threshold is called a repeat.
@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-import unicodedata
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,8 +22,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-NEAR = 0.8  # Jaccard from which two texts are near-duplicates: the usual value (Lee et al. 2022, arXiv 2107.06499)
-SHINGLE_WORDS = 3
+from embedwright.data.keys import NEAR, both_keys, jaccard, shingles
+
 # 20 bands of 6 rows propose a pair of Jaccard s with probability 1 - (1 - s^6)^20: 0.998 at 0.8, 0.9999 at 0.85, and
 # only 0.27 at 0.5, which keeps the verification cheap on texts that share boilerplate.
 _BANDS, _ROWS = 20, 6
@@ -32,8 +31,6 @@ _SEED = 7
 _BATCH = 1024  # rensa sketches ten times as many texts a second in batches as one by one
 # Rows of a band -> one key: a linear hash modulo 2^64. A collision proposes a pair that the Jaccard then refuses.
 _MIX = np.random.default_rng(_SEED).integers(1, 2**64, size=_ROWS, dtype=np.uint64) | np.uint64(1)
-# Scripts written without spaces. Each of their letters counts as a word, or a whole sentence would be one.
-_UNSPACED = ("CJK UNIFIED", "CJK COMPATIBILITY", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,78 +42,36 @@ class Counts:
 
 
 class Match(NamedTuple):
-    """Index of the text that is repeated, whether the two are equal when normalised, the Jaccard of their shingles."""
+    """Index of the text that is repeated, whether their exact keys are equal, the Jaccard of their shingles."""
 
     first: int
     exact: bool
     jaccard: float
 
 
-# ---------------------------------------------------------------------------------------------------- one text
-
-
-class _Fold(dict[int, str]):
-    """What `str.translate` makes of each code point: letters, marks and numbers stay, all else parts words.
-
-    Marks must stay: `\\w` of `re` leaves them out, and Hindi words that differ in a vowel sign would become equal.
-    """
-
-    def __missing__(self, code: int) -> str:
-        char = chr(code)
-        word = unicodedata.category(char)[0] in "LMN"
-        alone = word and unicodedata.category(char)[0] == "L" and unicodedata.name(char, "").startswith(_UNSPACED)
-        self[code] = f" {char}" if alone else char if word else " "
-        return self[code]
-
-
-_FOLD = _Fold()
-
-
-def normalise(text: str) -> str:
-    """NFKC, casefolded, with every run of whitespace, punctuation and symbols as one space.
-
-    Letters of scripts without spaces (Han, kana, Thai, ...) stand apart, each a word with the marks on it. A text of
-    nothing else than punctuation (`"?!"`) keeps its characters, so that such texts are not all the same.
-    """
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(folded.translate(_FOLD).split()) or folded.strip()
-
-
-def shingles(normalised: str) -> set[str]:
-    """The word 3-grams of a normalised text; the text itself where it is shorter."""
-    words = normalised.split(" ")
-    return {" ".join(words[i : i + SHINGLE_WORDS]) for i in range(max(1, len(words) - SHINGLE_WORDS + 1))}
-
-
-def jaccard(a: set[str], b: set[str]) -> float:
-    """|a and b| / |a or b| of two sets that are not both empty."""
-    shared = len(a & b)
-    return shared / (len(a) + len(b) - shared)
-
-
-# ---------------------------------------------------------------------------------------------------- many texts
-
-
 def repeats(texts: Iterable[str]) -> dict[int, Match]:
     """For each text that repeats an earlier one: the first such that is kept. What is no key here repeats nothing.
 
     Texts are read once. Memory: about 300 bytes a text, 500 where nearly every text has a near-duplicate, and the
-    answer; their normalised forms lie in a temporary file ($TMPDIR). Time grows with the square of the number of texts
+    answer; their near keys lie in a temporary file ($TMPDIR). Time grows with the square of the number of texts
     that share half of their words with all others without being near. No text that is kept repeats another.
     """
-    spool, digests, blocks = Spool(), array("Q"), []
-    for batch in _batched(map(normalise, texts)):
-        for text in batch:
-            spool.add(text)
-            digests.frombytes(_digest(text))
-        blocks.append(_band_keys(batch))
+    spool, digests, blocks, shingled = Spool(), array("Q"), [], array("b")
+    for batch in _batched(map(both_keys, texts)):
+        sets = [shingles(near) for _, near in batch]
+        for (exact, near), own in zip(batch, sets, strict=True):
+            spool.add(near)
+            digests.frombytes(_digest(exact))
+            shingled.append(bool(own))
+        blocks.append(_band_keys(sets))
     if not blocks:
         return {}
     first_N = _first_equal(np.frombuffer(digests, dtype=np.uint64).reshape(-1, 2))
-    near = _near_repeats(spool, blocks, np.flatnonzero(first_N == np.arange(len(first_N))))
+    compared_N = (first_N == np.arange(len(first_N))) & np.frombuffer(shingled, dtype=bool)
+    near_repeats = _near_repeats(spool, blocks, np.flatnonzero(compared_N))
     found: dict[int, Match] = {}
     for index, first in enumerate(first_N.tolist()):
-        if match := near.get(first):  # a copy of what is no more than nearly a repeat is one, too
+        if match := near_repeats.get(first):  # a copy of what is no more than nearly a repeat is one, too
             found[index] = match
         elif first != index:
             found[index] = Match(first, exact=True, jaccard=1.0)
@@ -137,38 +92,52 @@ def leaks(train_texts: Iterable[str], eval_texts: Iterable[str]) -> tuple[list[i
 
 
 class Known:
-    """Texts that others are held against. Memory: about 600 bytes a text, whatever its length."""
+    """Texts that others are held against. Memory: about 600 bytes a text, whatever its length.
+
+    A text of the same words as one of these is near it, however short: a leak differs in punctuation alone, too.
+    """
 
     def __init__(self, texts: Iterable[str]) -> None:
-        self.texts = Spool()  # in normalised form
+        self.texts = Spool()  # their near keys
         self._index_of: dict[bytes, int] = {}
-        blocks = []
-        for batch in _batched(map(normalise, texts)):
-            for text in batch:
-                self._index_of.setdefault(_digest(text), len(self.texts))
-                self.texts.add(text)
-            blocks.append(_band_keys(batch))
+        self._index_of_words: dict[bytes, int] = {}  # of texts too short for shingles
+        blocks, numbers = [], array("i")
+        for batch in _batched(map(both_keys, texts)):
+            sets = [shingles(near) for _, near in batch]
+            for (exact, near), own in zip(batch, sets, strict=True):
+                number = len(self.texts)
+                self._index_of.setdefault(_digest(exact), number)
+                if own:
+                    numbers.append(number)
+                elif near:
+                    self._index_of_words.setdefault(_digest(near), number)
+                self.texts.add(near)
+            blocks.append(_band_keys([own for own in sets if own]))
+        number_N = np.frombuffer(numbers, dtype=np.int32)
         self._bands = []  # keys in ascending order, and whose they are
-        for band in range(_BANDS if blocks else 0):
+        for band in range(_BANDS if len(number_N) else 0):
             keys_N = np.concatenate([block[:, band] for block in blocks])
-            order_N = np.argsort(keys_N, kind="stable").astype(np.int32)
-            self._bands.append((keys_N[order_N], order_N))
+            order_N = np.argsort(keys_N, kind="stable")
+            self._bands.append((keys_N[order_N], number_N[order_N]))
 
     def find(self, texts: Iterable[str]) -> Iterator[Match | None]:
         """For each text, in order: what it repeats, an equal text before the nearest one; None where there is none."""
-        for batch in _batched(map(normalise, texts)):
+        for batch in _batched(map(both_keys, texts)):
             candidates: list[set[int]] = [set() for _ in batch]
-            keys = _band_keys(batch)
-            for band, (keys_N, order_N) in enumerate(self._bands):
+            sets = [shingles(near) for _, near in batch]
+            keys = _band_keys(sets)
+            for band, (keys_N, number_N) in enumerate(self._bands):
                 start, end = (np.searchsorted(keys_N, keys[:, band], side=side) for side in ("left", "right"))
                 for i in np.flatnonzero(start < end):
-                    candidates[i].update(order_N[start[i] : end[i]].tolist())
-            yield from map(self._best, batch, candidates)
+                    candidates[i].update(number_N[start[i] : end[i]].tolist())
+            for (exact, near), own, some in zip(batch, sets, candidates, strict=True):
+                yield self._best(exact, near, own, some)
 
-    def _best(self, text: str, candidates: set[int]) -> Match | None:
-        if (first := self._index_of.get(_digest(text))) is not None:
+    def _best(self, exact: str, near: str, mine: set[str], candidates: set[int]) -> Match | None:
+        if (first := self._index_of.get(_digest(exact))) is not None:
             return Match(first, exact=True, jaccard=1.0)
-        mine = shingles(text)
+        if near and (first := self._index_of_words.get(_digest(near))) is not None:
+            return Match(first, exact=False, jaccard=1.0)
         scores = {first: jaccard(mine, shingles(self.texts[first])) for first in sorted(candidates)}
         best = max(scores, key=scores.__getitem__, default=-1)
         return Match(best, exact=False, jaccard=scores[best]) if best >= 0 and scores[best] >= NEAR else None
@@ -197,8 +166,8 @@ class Spool:
         return os.pread(self._file.fileno(), end - start, start).decode()  # not mapped: pages would count as memory
 
 
-def _batched(texts: Iterator[str]) -> Iterator[list[str]]:
-    while batch := list(islice(texts, _BATCH)):
+def _batched(keys: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    while batch := list(islice(keys, _BATCH)):
         yield batch
 
 
@@ -206,12 +175,11 @@ def _digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16).digest()  # 128 bits: equal digests are equal texts
 
 
-def _band_keys(batch: Sequence[str]) -> NDArray[np.uint64]:
+def _band_keys(sets: Sequence[set[str]]) -> NDArray[np.uint64]:
     """uint64 (N, B): texts of equal shingles have equal keys."""
     from rensa import RMinHash  # of the extra `data`; shingles and their Jaccard, which mining takes, need none
 
-    sets = [list(shingles(text)) for text in batch]
-    rows = RMinHash.digest_matrix_from_token_sets(sets, num_perm=_BANDS * _ROWS, seed=_SEED).to_rows()
+    rows = RMinHash.digest_matrix_from_token_sets(list(map(list, sets)), num_perm=_BANDS * _ROWS, seed=_SEED).to_rows()
     digests = np.array(rows, dtype=np.uint64).reshape(-1, _BANDS, _ROWS)
     keys: NDArray[np.uint64] = (digests * _MIX).sum(axis=2, dtype=np.uint64)
     return keys

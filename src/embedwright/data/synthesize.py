@@ -23,8 +23,9 @@ from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 from embedwright.config import load_yaml, validate
 from embedwright.data.diversity import Diversity
 from embedwright.data.example import DataError, Example, Family, Passage, Task, parse_example, text_of, to_row
+from embedwright.data.keys import near_key, word_key
 from embedwright.data.llm import Client, Failure, Question
-from embedwright.data.repeats import Spool, normalise, repeats
+from embedwright.data.repeats import Spool, repeats
 from embedwright.data.table import write_examples
 from embedwright.errors import InputError
 
@@ -242,9 +243,9 @@ def _tasks(client: Client, plan: Plan, kind: Kind, needed: int, licence: str) ->
                 continue
             for line in answer["tasks"]:
                 wording = " ".join(line.split())
-                if not _is_text(wording) or len(normalise(wording).split()) not in _TASK_WORDS:
+                if not _is_text(wording) or len(near_key(wording).split()) not in _TASK_WORDS:
                     count["unusable"] += 1
-                elif found.setdefault(normalise(wording), wording) is not wording:
+                elif found.setdefault(word_key(wording), wording) is not wording:
                     count["repeated"] += 1
         asked += size
     if len(found) < (needed if part.brainstorm else 1):
@@ -303,7 +304,7 @@ def _example(plan: Plan, kind: Kind, number: int, task: Task, answer: Mapping[st
     query, positive, *negatives = (answer[name].strip() for name in part.answer.names())
     if not all(map(_is_text, (query, positive, *negatives))):
         return "empty_or_not_text"
-    same_query, same_positive, *same_negatives = map(normalise, (query, positive, *negatives))
+    same_query, same_positive, *same_negatives = map(word_key, (query, positive, *negatives))
     if same_query == same_positive:
         return "query_is_positive"
     if {same_query, same_positive} & set(same_negatives):

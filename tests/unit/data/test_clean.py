@@ -48,10 +48,10 @@ TEXT, NEAR_TEXT = " ".join(LONG), " ".join([*LONG[:-1], "other"])
 def test_a_row_repeats_another_by_the_sides_that_are_asked_for(by: By, kept: list[str]) -> None:
     rows = [
         example("a", "tides", TEXT, "the moon"),
-        example("b", "Tides!", "something else"),
+        example("b", "Tides\u200b", "something else"),
         example("c", "waves", TEXT),
-        example("d", "TIDES", "another one", "The Moon."),
-        example("e", "tides?", NEAR_TEXT),
+        example("d", "TIDES", "another one", "The  Moon"),
+        example("e", " tides", NEAR_TEXT),
         example("f", "waves", "the wind"),
         example("g", "tides", TEXT, task="another task"),
     ]
@@ -60,6 +60,13 @@ def test_a_row_repeats_another_by_the_sides_that_are_asked_for(by: By, kept: lis
     assert sum(report.removed.values()) == len(rows) - len(kept) and report.kept == len(kept)
     if by == "both":
         assert report.removed == {"repeated_exact": 1, "repeated_near": 1}
+
+
+def test_texts_that_differ_in_a_sign_are_kept() -> None:
+    pairs = [("C", "C#"), ("C++", "C"), ("-5 < 3", "5 > 3"), (":)", ":("), ("is it", "is it?")]
+    rows = [example(f"{i}", f"{one} and {i}", one, other, negatives=("?", "!")) for i, (one, other) in enumerate(pairs)]
+    rows += [example(f"{one}", one, "answer") for pair in pairs for one in pair if one != "C"]
+    assert list(clean(rows, report := Report())) == rows and not report.cut and not report.removed
 
 
 def test_a_row_that_was_removed_takes_no_other_along() -> None:
@@ -103,9 +110,9 @@ def test_repeated_rows_agree_with_a_plain_reading(by: By) -> None:
 
 def test_repeats_within_a_row_are_cut_with_their_scores() -> None:
     row = replace(
-        example("a", "q", "p", "P!", TEXT, negatives=("n", "p", NEAR_TEXT, "N", "m")),
+        example("a", "q", "p", "P ", TEXT, negatives=("n", "p", NEAR_TEXT, "N", "m", "Q")),
         positive_scores=(0.9, 0.8, 0.7),
-        negative_scores=(0.1, 0.2, 0.3, 0.4, 0.5),
+        negative_scores=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6),
     )
     report = Report()
     (left,) = clean([row], report)
@@ -116,7 +123,7 @@ def test_repeats_within_a_row_are_cut_with_their_scores() -> None:
         negatives=(Passage("n"), Passage("m")),
         negative_scores=(0.1, 0.5),
     )
-    assert report.cut == {"repeated": 4} and not report.removed
+    assert report.cut == {"repeated": 5} and not report.removed
 
 
 def test_a_row_without_fault_comes_back_as_it_was() -> None:
@@ -161,10 +168,10 @@ def held_out(tmp_path: Path) -> HeldOut:
 
 def test_a_leaking_query_removes_the_row_and_a_passage_is_cut(held_out: HeldOut, tmp_path: Path) -> None:
     rows = [
-        example("query", "How do TIDES work?", "the moon"),
+        example("query", "How do  TIDES work", "the moon"),
         example("fine", "waves", "the wind", negatives=("rain",)),
         example("only positive", "why", NEAR_TEXT),
-        example("others left", "why not", "É漢字", "because", negatives=("work tides do how", "rain")),
+        example("others left", "why not", "É 漢字", "because", negatives=("work tides do how", "rain")),
     ]
     lines: list[dict[str, Any]] = []
     report = Report()

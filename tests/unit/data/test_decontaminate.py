@@ -18,7 +18,7 @@ import pytest
 
 from embedwright.data.decontaminate import LONGER, SHOWN, Bm25, HeldOut, read_held_out
 from embedwright.data.example import DataError
-from embedwright.data.repeats import NEAR, jaccard, normalise, shingles
+from embedwright.data.keys import NEAR, exact_key, jaccard, near_key, shingles
 from embedwright.data.table import write_examples
 
 Row = dict[str, Any]
@@ -144,7 +144,10 @@ def injected(rng: random.Random) -> tuple[list[str], list[str], dict[int, tuple[
         target = rng.randrange(200)
         text = held[target].split()
         if n < 30:
-            train[place], rule = f"  {held[target].upper().replace(' ', ' - ')}!", "exact"
+            same = held[target].upper().replace(" ", "  ").replace("É", "E\u0301\u00ad")
+            train[place], rule = f"  {same}", "exact"
+        elif n < 40:
+            train[place], rule = f"{held[target].replace(' ', ' - ')}!", "near"
         elif n < 60:
             text[rng.choice([0, -1])] = "other"
             train[place], rule = " ".join(text), "near"
@@ -166,17 +169,55 @@ def test_every_injected_leak_is_found_and_nothing_else(seed: int, tmp_path: Path
     assert {i: (leak.rule, leak.held.row) for i, leak in leaks.items()} == {
         i: (rule, f"h{target}") for i, (rule, target) in known.items()
     }
-    table = weights([normalise(text) for text in held])
+    table = weights([near_key(text) for text in held])
     for i, leak in leaks.items():
         target = known[i][1]
         assert (leak.held.file, leak.held.text) == (str(file), held[target][:SHOWN])
-        score = jaccard(shingles(normalise(train[i])), shingles(normalise(held[target])))
+        score = jaccard(shingles(near_key(train[i])), shingles(near_key(held[target])))
         if leak.rule == "bm25":
-            mine = set(normalise(train[i]).split())
+            mine = set(near_key(train[i]).split())
             covered = sum(w for word, w in table[target].items() if word in mine) / sum(table[target].values())
             assert score < NEAR and leak.score == pytest.approx(covered)
         else:
-            assert leak.score == score >= NEAR and (score == 1) == (leak.rule == "exact")
+            assert leak.score == score >= NEAR
+            assert (exact_key(train[i]) == exact_key(held[target])) == (leak.rule == "exact")
+
+
+@pytest.mark.parametrize(
+    ("train", "held"),
+    [
+        ("write a list in C", "write a list in C++"),
+        ("C#", "C"),
+        ("-5 < 3", "5 > 3"),
+        (":)", ":("),
+        ("what costs 50% of it", "what costs 50 of it"),
+        ("a/b", "a b"),
+    ],
+)
+def test_texts_that_differ_in_a_sign_are_no_leaks(train: str, held: str, tmp_path: Path) -> None:
+    file = write(tmp_path / "t.jsonl", {"text": held, "label": 0}, {"text": "something else", "label": 1})
+    assert list(HeldOut([file]).find([train])) == [None]
+
+
+@pytest.mark.parametrize(
+    ("train", "rule"),
+    [
+        ("How do ti\u00addes work in the bay of Fun\u200bdy", "exact"),
+        ("ＨＯＷ do tides\u00a0work in the bay\ufeff of Fundy", "exact"),
+        ("how do tides work in the bay of Fundy?", "near"),
+        ("“how do tides work”, in the bay of Fundy!", "near"),
+    ],
+)
+def test_invisible_characters_hide_no_leak(train: str, rule: str, tmp_path: Path) -> None:
+    file = write(tmp_path / "t.jsonl", {"text": "how do tides work in the bay of Fundy", "label": 0})
+    (leak,) = HeldOut([file], bm25=None).find([train])
+    assert leak is not None and leak.rule == rule
+
+
+def test_the_same_few_words_with_other_punctuation_leak(tmp_path: Path) -> None:
+    file = write(tmp_path / "t.jsonl", {"text": "How do tides work?", "label": 0})
+    found = HeldOut([file], bm25=None).find(["how do tides work", "how do tides not work"])
+    assert [leak and leak.rule for leak in found] == ["near", None]
 
 
 def test_bm25_can_be_left_out(tmp_path: Path) -> None:

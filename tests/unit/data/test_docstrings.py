@@ -15,7 +15,8 @@ import pytest
 
 from embedwright.data.docstrings import Docstring, build, harvest, split_docstring
 from embedwright.data.example import parse_example
-from embedwright.data.repeats import leaks, normalise
+from embedwright.data.keys import near_key
+from embedwright.data.repeats import leaks
 
 BODY = "It goes over all the items once, keeps the largest that it has met so far, and gives that one back at the end."
 
@@ -366,7 +367,7 @@ def test_networkx_as_installed(tmp_path: Path) -> None:
     assert len(pairs) > 500 and len(queries) > 50
     for pair in pairs:
         text = pair["positives"][0]["text"]
-        assert normalise(pair["query"]) not in normalise(text)
+        assert near_key(pair["query"]) not in near_key(text)
         assert ">>>" not in text and ":func:" not in text
     bodies = [pair["positives"][0]["text"] for pair in pairs]
     held_bodies = [row["text"] for row in rows(out / "heldout/retrieval/corpus.jsonl")]

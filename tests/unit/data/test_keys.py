@@ -1,8 +1,12 @@
 """Which texts are the same: against Unicode's own example values, and texts that people confuse."""
 
+import ast
+from pathlib import Path
+
 import pytest
 
-from embedwright.data.keys import NEAR, exact_key, jaccard, near_key, shingles
+import embedwright
+from embedwright.data.keys import NEAR, both_keys, exact_key, jaccard, near_key, shingles, word_key
 
 
 @pytest.mark.parametrize(
@@ -65,6 +69,32 @@ def test_one_word_or_sign_can_make_another_text(one: str, other: str) -> None:
     assert not near(one, other)
 
 
+def test_a_word_key_is_never_empty_for_a_text() -> None:
+    assert word_key("How do tides work?") == word_key("how do  tides, work") == "how do tides work"
+    assert word_key(":)") != word_key(":(") and word_key("C#") != word_key("C")
+    for text in ("Tides, again!", ":)", "É\u0301 -5"):
+        assert both_keys(text) == (exact_key(text), near_key(text))
+
+
 def test_scripts_without_spaces_are_compared_by_letter() -> None:
     assert near_key("潮汐是如何形成的") == "潮 汐 是 如 何 形 成 的"
     assert near("潮汐是如何形成的以及为什么会发生", "潮汐是如何形成的以及为什么会发生？")
+
+
+EVERYWHERE, WHERE_TEXTS_ARE = {"normalize", "casefold"}, {"lower", "upper", "swapcase"}
+ROOMS = ("data/", "mining/", "synth/", "training/", "evaluation/", "studies/", "demo/", "quickstart.py")
+NOT_FOR_SAMENESS = {"data/filters.py": {"casefold", "lower"}}  # licences, codes of languages
+
+
+def test_no_other_module_decides_when_texts_are_the_same() -> None:
+    source = Path(embedwright.__file__).parent
+    found: dict[str, set[str]] = {}
+    for path in source.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            name = path.relative_to(source).as_posix()
+            folding = EVERYWHERE | (WHERE_TEXTS_ARE if name.startswith(ROOMS) else set())
+            if isinstance(node, ast.Attribute) and node.attr in folding and ast.unparse(node.value) != "F":  # torch's
+                found.setdefault(name, set()).add(node.attr)
+    assert found.pop("data/keys.py") >= {"normalize", "casefold", "lower"}
+    extra = {file: names - NOT_FOR_SAMENESS.get(file, set()) for file, names in found.items()}
+    assert {file: names for file, names in extra.items() if names} == {}

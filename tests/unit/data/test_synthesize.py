@@ -212,7 +212,7 @@ def test_what_is_of_no_use_is_dropped_by_reason(serve: Serve, run: Run) -> None:
     misled = {"input_text": "rather dull fare", "label": "sports", "misleading_label": "Dull fare"}
     inside = {"input_text": "transportsection of goods", "label": "sports", "misleading_label": "port"}
     fine = {"input_text": "a text of its own kind", "label": "sports", "misleading_label": "port"}
-    copy = {"input_text": "A text, of its OWN kind", "label": "other", "misleading_label": "port"}
+    copy = {"input_text": "A text  of its OWN kind", "label": "other", "misleading_label": "port"}
     long = {"input_text": words(1, 60), "label": "thing", "misleading_label": "matter"}
     near = {"input_text": words(1, 60) + " besides", "label": "object", "misleading_label": "port"}
     garbled = {"input_text": "a \0 text", "label": "sports", "misleading_label": "port"}
