@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from embedwright.fingerprint import Digest, Facts, config_facts, dtypes, facts, tokenizer_fact
 from embedwright.text import check_texts
 
 # A model that names no prompt of a side has none there.
+_SETTINGS = ("prompts", "default_prompt_name", "max_seq_length", "truncate_dim")
 _QUERY, _DOCUMENT = ("query",), ("document", "passage", "corpus")
 
 
@@ -19,6 +21,7 @@ class SentenceTransformerEncoder:
 
     def __init__(self, model: Any) -> None:
         self.model = model
+        self._digest = Digest()
 
     def encode(self, texts: Sequence[str], task: str | None = None) -> NDArray[np.float32]:
         """Float32 (N, E) of unit length, in the order given. Bad texts are errors as in `Embedder.encode`."""
@@ -30,3 +33,24 @@ class SentenceTransformerEncoder:
             return np.empty((0, self.model.get_embedding_dimension()), dtype=np.float32)
         vectors = encode(texts, prompt_name=name, normalize_embeddings=True, show_progress_bar=False)
         return np.asarray(vectors, dtype=np.float32)
+
+    def fingerprint(self) -> Facts:
+        """As `Embedder.fingerprint`, of what sentence-transformers keeps: weights, modules, prompts and lengths."""
+        model, tensors = self.model, self.model.state_dict(keep_vars=True)
+        settings = {name: getattr(model, name, None) for name in _SETTINGS}
+        modules = [[type(module).__name__, _config(module)] for module in model]
+        inner = [module.auto_model for module in model if hasattr(module, "auto_model")]
+        backend = getattr(model.tokenizer, "backend_tokenizer", None)
+        return {
+            "kind": "sentence-transformers",
+            "weights": self._digest.of(tensors),
+            "dtype": dtypes(tensors),
+            **facts("settings", settings | {"modules": modules}),
+            **({} if backend is None else {"tokenizer": tokenizer_fact(backend, with_specials=True)}),
+            **{key: value for module in inner for key, value in config_facts("backbone", module.config).items()},
+        }
+
+
+def _config(module: Any) -> Any:
+    known = getattr(module, "get_config_dict", None)
+    return known() if callable(known) else None

@@ -18,7 +18,7 @@ UNIT = Path(__file__).parent
 MODULES = {".".join(p.relative_to(SRC).with_suffix("").parts): p for p in sorted(SRC.rglob("*.py"))}
 
 MAX_LINES = 450
-BASE = {"text", "packing", "threads", "cpu", "sentence_transformer"}
+BASE = {"fingerprint", "text", "packing", "threads", "cpu", "sentence_transformer"}
 BOTTOM = {"errors", "files", "config", "cache", "endpoint"}  # every part may import these
 ENTRY_POINTS = {"cli", "cli_data", "demo", "quickstart"}
 PRINTING = {"cli", "demo"}
@@ -34,11 +34,12 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "cache": {"errors"},
     "text": {"threads"},
     "packing": {"text"},
-    "sentence_transformer": {"text"},
+    "fingerprint": set(),
+    "sentence_transformer": {"fingerprint", "text"},
     "cpu": {"text", "packing", "model"},
     "model": BASE,
     "llm": set(),
-    "data": {"llm", "text", "threads", "cpu", "sentence_transformer"},
+    "data": {"fingerprint", "llm", "text", "threads", "cpu", "sentence_transformer"},
     "evaluation": BASE | {"model", "data"},
     "search": BASE | {"model", "data"},
     "serve": BASE | {"model", "data"},

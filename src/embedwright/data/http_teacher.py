@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from embedwright.endpoint import endpoint, refusal, shown
 from embedwright.errors import InputError, MissingPackageError
+from embedwright.fingerprint import Facts
 from embedwright.text import check_texts
 
 _RETRIES = 6  # of one request that gets no answer, 429 or 5xx; the pause doubles, or is what the server asks for
@@ -87,6 +88,11 @@ class HttpEncoder:
         filled = [before + text + behind for text in texts]
         parts = [self._request(filled[start : start + self.batch]) for start in range(0, len(filled), self.batch)]
         return np.concatenate(parts) if parts else np.empty((0, self.dimension or 0), np.float32)
+
+    def fingerprint(self) -> Facts:
+        """The server, its model's name and the templates: what runs there under that name is not known."""
+        templates = {"query_template": self.query_template, "document_template": self.document_template}
+        return {"kind": "server", "server": self.endpoint.url, "model": self.model, **templates}
 
     def _request(self, texts: list[str]) -> NDArray[np.float32]:
         from openai import APIStatusError, OpenAIError

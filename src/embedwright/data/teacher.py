@@ -19,6 +19,8 @@ class Encoder(Protocol):
     """`encode(texts, task=None)` gives float32 (N, E).
 
     `task` is an instruction for these texts, None for documents; empty: queries, under the model's own instruction.
+    An encoder may have `fingerprint() -> dict[str, str]`, which is equal for two models exactly when they give the same
+    vectors: stored vectors are known by it. One without is known by the vectors of a few texts, encoded anew.
     """
 
     def encode(self, texts: Sequence[str], task: str | None = None) -> NDArray[np.float32]: ...

@@ -1,8 +1,8 @@
 """The vectors of many texts, in blocks: in memory, or as files of a folder that a run which was stopped goes on with.
 
 A folder of vectors holds one folder for each set of texts and each model that met there, `<SHA-256 of the texts,
-shortened>-<number>`, with `manifest.json`, `probes.npy` (the vectors of a few of the texts, which tell the model) and
-`block-00000.npy` ...: float32, written aside and renamed, so that a file that is there is whole.
+shortened>-<digest of the model>`, with `manifest.json` (the model's fingerprint, too), `probes.npy` (the vectors of a
+few of the texts) and `block-00000.npy` ...: float32, whole or not there.
 
 `C` texts, `N` texts of a tile, `E` embedding.
 """
@@ -12,10 +12,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import count, islice
+from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from embedwright.data.readers import aside
 from embedwright.data.teacher import Encoder, encode_finite
 from embedwright.errors import InputError
+from embedwright.files import whole_file, whole_folder, write_json
+from embedwright.fingerprint import Facts, differences, fingerprint_of
 
 logger = logging.getLogger(__name__)
 
 _BLOCK, _LARGEST_BLOCK, _BLOCKS = 512, 65_536, 256  # texts of a block, at least and at most; blocks, where that allows
 _TILE = 4096  # rows read at once where some of them are wanted
 _PROBES = 2  # of the longest texts, which tell how they are cut, and of the first
-_SAME_MODEL = 1e-3  # relative distance of a probe's vectors: the same model stays below, a trained one does not
+_SAME = 5e-3  # relative distance of two vectors of one text by one model: bfloat16 in other batches stays below 2e-3
 
 
 class Vectors:
@@ -106,7 +108,7 @@ def encode_texts(
 
     Without a `folder` they are held in memory, else written there, and memory holds one block (1/256 of the texts, at
     least 512, at most 65,536). What the folder has already, of the same texts by the same model, is not encoded again.
-    A model is known by what it computes, as no name tells whether it was trained on: it encodes a few texts anew.
+    A model is known by its fingerprint, or without one by the vectors of a few texts that it encodes anew.
     `advance(n)` is told of n more texts.
 
     Raises ValueError where the model gives a vector that is not finite, or `texts()` gives other texts than before.
@@ -131,7 +133,8 @@ def encode_texts(
             if digest.hexdigest() != digests[number]:
                 raise InputError(f"of {total} texts, the corpus gave others when it was read again")
             if not _complete(path, (wanted, width)):
-                _save(path, encode_finite(encoder, chunk))
+                with whole_file(path) as temp:
+                    np.save(temp, encode_finite(encoder, chunk))
         advance(wanted)
     return Vectors(blocks, rows, width)
 
@@ -141,41 +144,43 @@ def _home(folder: Path, encoder: Encoder, texts: Iterable[str], rows: Sequence[i
     digest of the texts up to the end of each block of so many `rows`."""
     given, digest = iter(texts), hashlib.sha256()
     digests: list[str] = []
-    first: list[str] = []
-    longest: list[str] = []
+    probes: list[str] = []
     for wanted in rows:
         chunk = list(islice(given, wanted))
         _add(digest, chunk)
         digests.append(digest.hexdigest())
-        for text in chunk:
-            if len(first) < _PROBES:
-                first.append(text)
-            elif len(longest) < _PROBES or len(text) > len(longest[0]):
-                longest = sorted([*longest, text], key=len)[-_PROBES:]
-    probes_NE = encode_finite(encoder, [*first, *longest])
-    manifest = {"texts": sum(rows), "sha256": digests[-1], "dimension": probes_NE.shape[1]}
-    for number in count():
-        home = folder / f"{digests[-1][:16]}-{number}"
-        if not home.exists():
-            _make(home, manifest, probes_NE)
-        if _same(np.load(home / "probes.npy"), probes_NE):
+        probes = probe_texts([*probes, *chunk])
+    model, about = fingerprint_of(encoder), digests[-1]
+    probed = cache(lambda: encode_finite(encoder, probes))
+    others = []
+    for home in sorted(folder.glob(f"{about[:16]}-*")):
+        manifest = json.loads((home / "manifest.json").read_text())
+        then_NE = np.load(home / "probes.npy")
+        drift = partial(lambda then_NE: moved(then_NE, probed()), then_NE)
+        if (other := differs(model, manifest.get("model"), drift, home)) is None:
             logger.info("%s: vectors of these texts by this model", home)
-            return home, probes_NE.shape[1], digests
-    raise AssertionError("there is always a next number")
-
-
-def _make(home: Path, manifest: dict[str, Any], probes_NE: NDArray[np.float32]) -> None:
-    """A folder without blocks, whole or not there; or another process's, where one made it in the meantime."""
-    new = aside(home)
-    new.mkdir(parents=True)
-    np.save(new / "probes.npy", probes_NE)
-    (new / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+            return home, manifest["dimension"], digests
+        others.append(other)
+    if others:
+        logger.warning("%s: vectors of these texts are by another model (%s): encoded again", folder, "; ".join(others))
+    probes_NE = probed()
+    known = probes_NE.tobytes() if model is None else json.dumps(model, sort_keys=True).encode()
+    home = folder / f"{about[:16]}-{hashlib.sha256(known).hexdigest()[:8]}"
+    manifest = {"texts": sum(rows), "sha256": about, "dimension": probes_NE.shape[1], "model": model}
     try:
-        new.rename(home)
+        with whole_folder(home) as new:
+            np.save(new / "probes.npy", probes_NE)
+            write_json(new / "manifest.json", manifest)
     except OSError:
-        shutil.rmtree(new)
-        if not home.exists():
+        if not home.exists():  # or another run has made it in the meantime
             raise
+    return home, probes_NE.shape[1], digests
+
+
+def probe_texts(texts: Sequence[str]) -> list[str]:
+    """The texts that tell two models apart: the first ones, and the longest of the rest, which show where it cuts."""
+    rest = sorted(texts[_PROBES:], key=len)
+    return [*texts[:_PROBES], *rest[-_PROBES:]]
 
 
 def _add(digest: Any, texts: Iterable[str]) -> None:
@@ -184,11 +189,32 @@ def _add(digest: Any, texts: Iterable[str]) -> None:
         digest.update(len(raw).to_bytes(8, "little") + raw)
 
 
-def _same(then_NE: NDArray[np.float32], now_NE: NDArray[np.float32]) -> bool:
+def moved(then_NE: NDArray[np.float32], now_NE: NDArray[np.float32]) -> float:
+    """The largest distance between two vectors of one text, relative to their length; infinite for other shapes."""
     if then_NE.shape != now_NE.shape:
-        return False
-    moved_N, length_N = np.linalg.norm(now_NE - then_NE, axis=1), np.linalg.norm(then_NE, axis=1)
-    return bool((moved_N <= _SAME_MODEL * length_N).all())
+        return math.inf
+    length_N = np.maximum(np.linalg.norm(then_NE, axis=1), np.finfo(np.float32).tiny)
+    return float(np.max(np.linalg.norm(now_NE - then_NE, axis=1) / length_N, initial=0.0))
+
+
+def differs(model: Facts | None, stored: Facts | None, drift: Callable[[], float], where: Path) -> str | None:
+    """None where the vectors at `where`, stored by a model of the facts `stored`, are those of `model`; else why not.
+
+    `drift()` encodes a few of the texts anew and gives what `moved` says. It decides where the model has no
+    fingerprint. Where the facts hold no weights, as those of a server, it only warns: another model may have its name.
+    """
+    if model is None and stored is None:
+        distance = drift()
+        return None if distance <= _SAME else f"its vectors of the same texts are {distance:.2g} away (relative)"
+    if model != stored:
+        return differences(stored or {}, model or {})
+    if "weights" not in (model or {}) and (distance := drift()) > _SAME:
+        logger.warning(
+            "%s: a few texts, encoded again, have moved by %.2g: if another model has this name now, take a new folder",
+            where,
+            distance,
+        )
+    return None
 
 
 def _complete(path: Path, shape: tuple[int, int]) -> bool:
@@ -196,13 +222,3 @@ def _complete(path: Path, shape: tuple[int, int]) -> bool:
         return bool(np.load(path, mmap_mode="r").shape == shape)
     except (FileNotFoundError, ValueError):  # a file cut short is smaller than its header says
         return False
-
-
-def _save(path: Path, vectors_NE: NDArray[np.float32]) -> None:
-    part = aside(path).with_suffix(".part")
-    try:
-        with part.open("wb") as file:
-            np.save(file, vectors_NE)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from embedwright import threads
 from embedwright.errors import InputError
+from embedwright.fingerprint import Digest, Facts, config_facts, dtypes, facts, tokenizer_fact
 from embedwright.model import bridges, probe, selftest, storage
 from embedwright.model.adapter import add_lora, has_lora, merge_lora
 from embedwright.model.backbone import AttentionKind, decoder_config, load_backbone, origin_of, resolve_base
@@ -51,6 +52,7 @@ class Embedder:
         self.network = network
         self.tokenizer = tokenizer
         self.contract: Contract = network.contract
+        self._digests, self._unfolded = (Digest(), Digest()), dict[str, str]()
         backend = tokenizer.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
@@ -191,8 +193,10 @@ class Embedder:
         they are. Saving, exporting or training a folded model is a ValueError: its block is gone, load it again.
         """
         if isinstance(self.network.head, LatentPooling):
+            before = Digest().of(dict(self.network.head.named_parameters()))
             self.network.head = FoldedLatent(self.network.head)
             self.network.requires_grad_(False)
+            self._unfolded[Digest().of(dict(self.network.head.named_parameters()))] = before  # one fingerprint for both
         return self
 
     def _ready(self, device: str | None, backend: Backend) -> Embedder:
@@ -216,6 +220,27 @@ class Embedder:
     def device(self) -> torch.device:
         device: torch.device = next(self.network.parameters()).device
         return device
+
+    def fingerprint(self) -> Facts:
+        """What this model is known by: equal for two models exactly when they give the same vectors.
+
+        Weights (adapters too), contract, pooling, backbone, tokenizer and dtype; no name and no folder. Kept beside
+        stored vectors. The weights are hashed once, and again after they have changed.
+        """
+        network, contract = self.network, self.contract
+        backbone, head = network.backbone.state_dict(keep_vars=True), dict(network.head.named_parameters())
+        weights, pooling = (digest.of(tensors) for digest, tensors in zip(self._digests, (backbone, head), strict=True))
+        return {
+            "kind": "embedwright",
+            "weights": weights,
+            "dtype": dtypes(backbone) + (", mixed" if network.mixed else ""),
+            "tokenizer": tokenizer_fact(self.tokenizer.backend_tokenizer, contract.mask_rule == "count"),
+            **config_facts("backbone", network.backbone.config),
+            **facts("contract", contract.model_dump(mode="json")),
+            **facts("pooling", network.pooling.model_dump(mode="json", include=None if head else {"kind"})),
+            "pooling.weights": self._unfolded.get(pooling, pooling),
+            "pooling.dtype": dtypes(head),
+        }
 
     # -- texts to vectors
 

@@ -23,23 +23,29 @@ from numpy.typing import NDArray
 from embedwright.data.example import DataError, id_of, text_of
 from embedwright.data.readers import read_rows
 from embedwright.data.teacher import as_encoder, encode_finite
+from embedwright.data.vectors import differs, moved, probe_texts
 from embedwright.errors import InputError
+from embedwright.files import whole_file, write_json
+from embedwright.fingerprint import Facts, fingerprint_of
 
 logger = logging.getLogger(__name__)
 
-_PROBES = 4  # stored documents that are encoded anew to see that the model is still the one that wrote them
-_SAME_MODEL = 0.02  # relative distance of such a pair: bfloat16 in other batches stays below, a trained model does not
+_OWNER = b"embedwright.manifest"  # in each shard's metadata: the digest of the manifest that it was written under
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a folder of shards holds: `count` documents, encoded under `task` into `dimension` numbers each."""
+    """What a folder of shards holds: `count` documents, encoded under `task` into `dimension` numbers each.
+
+    `model` is the fingerprint of the one that encoded them; None where it has none.
+    """
 
     source_sha256: str  # of the ids and texts, so that a file may be renamed or compressed in between
     count: int
     task: str | None
     shard_rows: int
     dimension: int
+    model: Facts | None
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -48,7 +54,12 @@ class Manifest:
         try:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
-            raise DataError(f"{path}: not the manifest of an encoded corpus: {error}") from None
+            raise DataError(
+                f"{path}: not the manifest of an encoded corpus ({error}): encode it into a new folder"
+            ) from None
+
+    def digest(self) -> bytes:
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest().encode()
 
     def shards(self, folder: Path) -> Iterator[tuple[Path, int]]:
         """Each shard's path and its number of documents."""
@@ -79,14 +90,14 @@ def encode_corpus(
     The source is read twice: once to check every line, before hours go into encoding, and once to encode.
 
     Raises DataError naming file and line for a bad line or an id that occurs twice, and ValueError where `out` holds
-    something else: vectors of another source, task, shard size or model (a few of its texts are encoded anew to tell).
+    something else: vectors of another source, task, shard size or model, which is known by its fingerprint.
     """
     if shard_rows < 1:
         raise InputError(f"shard_rows must be at least 1, not {shard_rows}")
     count, sha256 = _survey(source)
     encoder = as_encoder(model)
     dimension = encode_finite(encoder, ["how wide is a vector?"], task).shape[1]
-    manifest = Manifest(sha256, count, task, shard_rows, dimension)
+    manifest = Manifest(sha256, count, task, shard_rows, dimension, fingerprint_of(encoder))
     out.mkdir(parents=True, exist_ok=True)
     _claim(out, manifest)
     check_model(out, model)
@@ -94,13 +105,13 @@ def encode_corpus(
     documents, done = _documents(source), 0
     for path, rows in manifest.shards(out):
         ids, texts = zip(*islice(documents, rows), strict=True)
-        if not _complete(path, rows):
+        if not _complete(path, rows, manifest):
             vectors_NE = encode_finite(encoder, texts, task)
             vector = pa.FixedSizeListArray.from_arrays(pa.array(vectors_NE.ravel()), dimension)
             table = pa.table({"id": pa.array(ids, pa.string()), "text": pa.array(texts, pa.string()), "vector": vector})
-            aside = path.with_suffix(".tmp")
-            pq.write_table(table, aside, use_dictionary=False, compression="zstd")
-            aside.replace(path)
+            with whole_file(path) as temp:
+                owned = table.replace_schema_metadata({_OWNER: manifest.digest()})
+                pq.write_table(owned, temp, use_dictionary=False, compression="zstd")
         done += rows
         if progress:
             progress(done, count)
@@ -126,8 +137,9 @@ def read_vectors(folder: Path) -> tuple[list[str], list[str], NDArray[np.float32
 
 def read_shards(folder: Path) -> Iterator[pa.Table]:
     """The shards in order, one in memory at a time. Raises ValueError, before the first, where one is missing."""
-    shards = list(Manifest.read(folder).shards(folder))
-    if missing := [path.name for path, rows in shards if not _complete(path, rows)]:
+    manifest = Manifest.read(folder)
+    shards = list(manifest.shards(folder))
+    if missing := [path.name for path, rows in shards if not _complete(path, rows, manifest)]:
         raise InputError(f"{folder} is unfinished, {len(missing)} of {len(shards)} shards are missing: encode it again")
     for path, _ in shards:
         yield pq.read_table(path)
@@ -140,22 +152,26 @@ def vectors_of(shard: pa.Table) -> NDArray[np.float32]:
 
 
 def check_model(folder: Path, model: Any) -> None:
-    """Raise ValueError unless `model` gives the vectors that the first shard of `folder` holds, if it is there.
+    """Raises ValueError, naming what differs, unless `model` is the one that encoded `folder`.
 
-    Judged by what it computes: no name or file tells whether two models are the same.
+    A model that is not known by its weights encodes a few of the stored texts anew, if there are any yet: one without
+    a fingerprint is judged by them, and a server whose vectors have moved is warned of.
     """
     manifest = Manifest.read(folder)
-    path, rows = next(manifest.shards(folder))
-    if not _complete(path, rows):
-        return
-    stored = pa.Table.from_batches([next(pq.ParquetFile(path).iter_batches(batch_size=_PROBES))])
-    then_NE = vectors_of(stored)
-    now_NE = encode_finite(as_encoder(model), stored["text"].to_pylist(), manifest.task)
-    if now_NE.shape == then_NE.shape:
-        moved_N, length_N = np.linalg.norm(now_NE - then_NE, axis=1), np.linalg.norm(then_NE, axis=1)
-        if (moved_N <= _SAME_MODEL * length_N).all():
-            return
-    raise InputError(f"{folder} was encoded by another model: this one gives other vectors for the same texts")
+    encoder = as_encoder(model)
+
+    def drift() -> float:
+        path, rows = next(manifest.shards(folder))
+        if not _complete(path, rows, manifest):
+            return 0.0
+        stored = pq.read_table(path)
+        texts, vectors_NE = stored["text"].to_pylist(), vectors_of(stored)
+        row_of = dict(zip(reversed(texts), reversed(range(rows)), strict=True))
+        probes = probe_texts(texts)
+        return moved(vectors_NE[[row_of[text] for text in probes]], encode_finite(encoder, probes, manifest.task))
+
+    if other := differs(fingerprint_of(encoder), manifest.model, drift, folder):
+        raise InputError(f"{folder} was encoded by another model ({other}): take that one, or a new or empty folder")
 
 
 def _claim(out: Path, manifest: Manifest) -> None:
@@ -164,21 +180,21 @@ def _claim(out: Path, manifest: Manifest) -> None:
     if not path.exists():
         if strays := [*out.glob("shard-*.parquet"), *out.glob("index.faiss")]:
             raise InputError(f"{out} holds {strays[0].name} but no manifest.json: take a new or empty folder")
-        aside = path.with_suffix(".tmp")
-        aside.write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
-        aside.replace(path)
+        write_json(path, asdict(manifest))
         return
     before, now = asdict(Manifest.read(out)), asdict(manifest)
     for key, value in before.items():
-        if now[key] != value:
+        if now[key] != value and key != "model":  # `check_model` says what of it differs
             raise InputError(
                 f"{out} was encoded with {key} {value!r}, this is {now[key]!r}: take a new or empty folder"
             )
 
 
-def _complete(path: Path, rows: int) -> bool:
+def _complete(path: Path, rows: int, manifest: Manifest) -> bool:
+    """Whether the shard is whole, and was written for this folder and by its model."""
     try:
-        return bool(pq.read_metadata(path).num_rows == rows)
+        found = pq.read_metadata(path)
+        return found.num_rows == rows and (found.metadata or {}).get(_OWNER) == manifest.digest()
     except (FileNotFoundError, pa.ArrowInvalid):  # Parquet's footer comes last: a cut file has none
         return False
 

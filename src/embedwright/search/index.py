@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -14,6 +15,7 @@ from embedwright import threads
 from embedwright.data.teacher import as_encoder, encode_finite
 from embedwright.data.topk import top_k
 from embedwright.errors import InputError, NotFoundError
+from embedwright.files import whole_file
 from embedwright.search.corpus import Manifest, check_model, read_shards, shard_path, vectors_of
 
 __all__ = ["Hit", "build_index", "search", "top_k"]
@@ -38,9 +40,8 @@ def build_index(folder: Path) -> Path:
     for shard in read_shards(folder):
         index.add(vectors_of(shard))
     path = folder / "index.faiss"
-    aside = path.with_suffix(".tmp")
-    faiss.write_index(index, str(aside))
-    aside.replace(path)
+    with whole_file(path) as temp:
+        faiss.write_index(index, str(temp))
     return path
 
 
@@ -49,9 +50,9 @@ def search(
 ) -> list[list[Hit]]:
     """The `k` best documents of each query, best first; fewer where the corpus has fewer. Exact.
 
-    `task` is the instruction for the queries. `model` must be the one that encoded the corpus: a few documents are
-    encoded again to make sure, so pass queries together rather than one by one. Raises FileNotFoundError without an
-    index, ValueError for another model or an index of another corpus.
+    `task` is the instruction for the queries. `model` must be the one that encoded the corpus. To tell, all its weights
+    are read: pass queries together rather than one by one. Raises FileNotFoundError without an index, ValueError for
+    another model (naming what differs) or an index of other vectors.
     """
     path = folder / "index.faiss"
     if not path.exists():
@@ -61,17 +62,29 @@ def search(
     index: Any = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
     if (index.ntotal, index.d) != (manifest.count, manifest.dimension):
         raise InputError(f"{path} is not the index of this corpus: build it again")
+    # A view of the index's own memory: top_k, unlike index.search, settles the order of equal scores.
+    vectors_CE = faiss.rev_swig_ptr(index.get_xb(), index.ntotal * index.d).reshape(index.ntotal, index.d)
+    _check_index(folder, manifest, vectors_CE)
     check_model(folder, model)
     if not queries:
         return []
-    # A view of the index's own memory: top_k, unlike index.search, settles the order of equal scores.
-    vectors_CE = faiss.rev_swig_ptr(index.get_xb(), index.ntotal * index.d).reshape(index.ntotal, index.d)
     scores_QK, rows_QK = top_k(encode_finite(as_encoder(model), queries, task), vectors_CE, k)
     documents = _documents_at(folder, np.unique(rows_QK), manifest.shard_rows)
     return [
         [Hit(documents[row][0], score, documents[row][1]) for score, row in zip(scores, rows, strict=True)]
         for scores, rows in zip(scores_QK.tolist(), rows_QK.tolist(), strict=True)
     ]
+
+
+def _check_index(folder: Path, manifest: Manifest, vectors_CE: NDArray[np.float32]) -> None:
+    """Raises ValueError unless the first vectors of the first and the last shard are those of the index, to the bit."""
+    for start in {0, (manifest.count - 1) // manifest.shard_rows * manifest.shard_rows}:
+        shard = pq.ParquetFile(shard_path(folder, start // manifest.shard_rows))
+        first_1E = vectors_of(pa.Table.from_batches([next(shard.iter_batches(1, columns=["vector"]))]))
+        if not np.array_equal(first_1E[0], vectors_CE[start]):
+            raise InputError(
+                f"{folder / 'index.faiss'} is the index of other vectors than lie beside it: build it again"
+            )
 
 
 def _documents_at(folder: Path, rows: NDArray[np.int64], shard_rows: int) -> dict[int, tuple[str, str]]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from embedwright import files
 from embedwright.data import vectors
 from embedwright.data.vectors import Vectors, as_vectors, encode_texts
 
@@ -105,18 +106,66 @@ def test_texts_that_change_while_they_are_read(tmp_path: Path) -> None:
 
 
 def test_two_runs_may_begin_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    aside = vectors.aside
+    real = files._temp_sibling
 
     def late(path: Path) -> Path:
-        monkeypatch.setattr(vectors, "aside", aside)
-        encode(Teacher(), tmp_path)  # the other run, behind our look and before our renaming
-        return aside(path)
+        monkeypatch.setattr(files, "_temp_sibling", real)
+        encode(Teacher(), tmp_path)  # the other run, after our look and before our renaming
+        return real(path)
 
-    monkeypatch.setattr(vectors, "aside", late)
+    monkeypatch.setattr(files, "_temp_sibling", late)
     found = encode(Teacher(), tmp_path)
     assert np.array_equal(rows_of(found), rows_of(encode(Teacher())))
     (home,) = tmp_path.iterdir()
     assert len(list(home.iterdir())) == 7
+
+
+class Named(Teacher):
+    """Known by a fingerprint; its vectors are rounded differently every time."""
+
+    def __init__(self, facts: dict[str, str], noise: float = 1e-2) -> None:
+        super().__init__()
+        self.facts, self.noise = facts, noise
+
+    def fingerprint(self) -> dict[str, str]:
+        return self.facts
+
+    def encode(self, texts: Sequence[str], task: str | None = None) -> np.ndarray:
+        found = super().encode(texts, task)
+        return found * (1 + self.noise * np.sin(self.asked))
+
+
+def test_a_model_is_known_by_its_fingerprint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    facts = {"weights": "a", "contract.max_tokens": "512"}
+    encode(Named(facts), tmp_path)
+    again = Named(dict(facts))
+    encode(again, tmp_path)
+    assert again.asked == 0 and not caplog.text  # whatever rounding does
+    other = Named({"weights": "a", "contract.max_tokens": "128"}, noise=0)
+    encode(other, tmp_path)
+    assert other.asked == 4 + 23 and "contract.max_tokens (512, now 128)): encoded again" in caplog.text
+    nameless = Teacher()
+    encode(nameless, tmp_path)
+    assert nameless.asked == 4 + 23
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_server_whose_vectors_moved_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    server = {"kind": "server", "model": "m"}
+    encode(Named(server, noise=1e-3), tmp_path)
+    encode(Named(server, noise=-1e-3), tmp_path)
+    assert not caplog.text  # bfloat16's rounding
+    moved = Named(server, noise=0.5)
+    encode(moved, tmp_path)
+    assert moved.asked == 4 and "another model has this name" in caplog.text
+
+
+def test_a_model_without_a_fingerprint_may_round(tmp_path: Path) -> None:
+    encode(Teacher(), tmp_path)
+    rounded, trained = Teacher(1.002), Teacher(1.01)
+    encode(rounded, tmp_path)
+    encode(trained, tmp_path)
+    assert rounded.asked == 4 and trained.asked > 23
 
 
 def test_tiles_join_small_blocks_and_part_large_ones() -> None:

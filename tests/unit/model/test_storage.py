@@ -71,6 +71,7 @@ def test_every_family_survives(
     model.save(tmp_path / "saved")
     loaded = Embedder.load(str(tmp_path / "saved"))
     assert loaded.network.backbone.config.num_hidden_layers == 2
+    assert loaded.fingerprint() == model.fingerprint()
     np.testing.assert_allclose(loaded.encode(TEXTS, TASK), model.encode(TEXTS, TASK), atol=1e-6)
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedwright.data.example import DataError
+from embedwright.data.vectors import encode_texts
+from embedwright.model.embedder import Embedder
 from embedwright.search.corpus import encode_corpus, read_vectors
+from embedwright.search.index import build_index, search
 
 
 class Hashed:
@@ -73,7 +76,7 @@ def test_a_run_that_stopped_encodes_only_what_is_missing(tmp_path: Path) -> None
     pq.write_table(pq.read_table(short).slice(1), short)
     model = Hashed()
     encode_corpus(model, source, out, shard_rows=5)
-    probes = TEXTS[:4]
+    probes = [*TEXTS[:2], *TEXTS[3:5]]  # of the first shard: the first and the longest
     assert [text for text in model.asked if text in TEXTS] == [*probes, *TEXTS[5:15], *TEXTS[20:]]
     assert read_vectors(out)[1] == TEXTS
     np.testing.assert_array_equal(read_vectors(out)[2], np.stack([model.vector(text) for text in TEXTS]))
@@ -98,6 +101,71 @@ def test_what_changed_in_between_is_refused(tmp_path: Path) -> None:
     (out / "manifest.json").unlink()
     with pytest.raises(ValueError, match="no manifest"):
         encode_corpus(Hashed(), source, out, shard_rows=10)
+
+
+def test_vectors_are_known_by_the_fingerprint_of_their_model(
+    tiny_embedder: Callable[..., Embedder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped, then resumed: by the same model from elsewhere; never under another contract, type or weights."""
+    model = tiny_embedder("latent")
+    texts = ["tide", "moon", "sea", *(f"{i} is a text longer than any of those before it" for i in range(9))]
+    source, out = write_source(tmp_path / "corpus.jsonl", texts), tmp_path / "out"
+
+    def stop(done: int, _: int) -> None:
+        if done == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        encode_corpus(model, source, out, shard_rows=3, progress=stop)
+
+    def resume(other: Embedder) -> None:
+        encode_corpus(other, source, out, shard_rows=3)
+
+    shorter, trained = tiny_embedder("latent", max_tokens=8), tiny_embedder("latent")
+    trained.network.backbone.embed_tokens.weight.data[5, 0] += 1e-3
+    for other, reason in (
+        (shorter, r"another model \(contract.max_tokens \(512, now 8\)\)"),
+        (tiny_embedder("latent", dtype="bfloat16"), r"dtype \(float32, now bfloat16\)"),
+        (trained, r"another model \(weights\)"),
+        (Hashed(trained.embedding_dim), "another model"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            resume(other)
+    assert len(list(out.glob("shard-*"))) == 2
+    model.save(tmp_path / "saved")
+    (tmp_path / "saved").rename(tmp_path / "elsewhere")
+    resume(Embedder.load(tmp_path / "elsewhere"))
+    np.testing.assert_allclose(read_vectors(out)[2], model.encode(texts), atol=1e-6)
+
+    build_index(out)
+    folded = Embedder.load(tmp_path / "elsewhere").fold()
+    monkeypatch.setattr(folded, "encode", lambda texts, task=None: model.encode(texts, task))
+    assert search(out, folded, ["moon"], k=1)[0][0].text == "moon"
+    with pytest.raises(ValueError, match=r"contract.max_tokens \(512, now 8\)"):
+        search(out, shorter, ["moon"])
+
+
+def test_a_bfloat16_model_knows_its_vectors_again(
+    tiny_embedder: Callable[..., Embedder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_embedder("mean", dtype="bfloat16")
+    first = encode_texts(model, lambda: TEXTS, len(TEXTS), folder=tmp_path)
+    monkeypatch.setattr(model, "encode", lambda *_, **__: pytest.fail("encoded again"))
+    again = encode_texts(model, lambda: TEXTS, len(TEXTS), folder=tmp_path)
+    assert again.blocks == first.blocks
+
+
+def test_a_shard_of_another_folder_is_not_taken_over(tmp_path: Path) -> None:
+    class Named(Hashed):
+        def fingerprint(self) -> dict[str, str]:
+            return {"weights": self.salt}
+
+    source = write_source(tmp_path / "corpus.jsonl", TEXTS)
+    encode_corpus(Named(), source, tmp_path / "a", shard_rows=10)
+    encode_corpus(Named(salt="other"), source, tmp_path / "b", shard_rows=10)
+    (tmp_path / "b" / "shard-00001.parquet").replace(tmp_path / "a" / "shard-00001.parquet")
+    with pytest.raises(ValueError, match="unfinished, 1 of 3 shards"):
+        read_vectors(tmp_path / "a")
 
 
 def test_kinds_of_source_ids_and_titles(tmp_path: Path) -> None:

@@ -68,3 +68,11 @@ def test_what_cannot_be_searched(folder: Path) -> None:
     (folder / "shard-00003.parquet").unlink()
     with pytest.raises(ValueError, match="unfinished"):
         build_index(folder)
+
+
+def test_an_index_of_other_vectors_is_refused(folder: Path, tmp_path: Path) -> None:
+    source = tmp_path / "corpus.jsonl"
+    other = encode_corpus(Rounded(salt="other"), source, tmp_path / "other", shard_rows=10)
+    build_index(other).replace(folder / "index.faiss")
+    with pytest.raises(ValueError, match="index of other vectors"):
+        search(folder, Rounded(), ["query"])
