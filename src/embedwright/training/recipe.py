@@ -104,6 +104,8 @@ class Recipe(Part):
         for stage in content["stages"]:
             for entry in stage["data"]:
                 del entry["rows"]
+            if stage["mine"]:
+                del stage["mine"]["name"]
         content["run"] = {"precision": self.run.precision}
         del content["tune"]["gradient_checkpointing"]
         if self.eval.decides:

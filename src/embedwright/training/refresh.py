@@ -120,7 +120,8 @@ def _mine(
         write_examples(out.with_suffix(".parquet"), found, tasks)
         write_json(out.with_suffix(".json"), report.to_json())
         counts = report.counts()
-        line = f"{stage.name}: mined {counts['negatives']} negatives for {counts['queries']} rows of {source.task.name}"
+        found_what = f"{counts['negatives']} negatives for {counts['queries']} rows of {source.task.name}"
+        line = f"{stage.name}: {asked.name} found {found_what}"
         logger.info("%s", line)
         if say is not None:
             say(line)
