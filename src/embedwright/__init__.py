@@ -2,15 +2,15 @@
 
 from embedwright import Embedder, Recipe, train, mine, evaluate
 
-Each name is loaded when it is first used, so that the import itself takes no time. Importing `embedwright.model`, which
-any use of a model does, makes its type known to transformers; where transformers is loaded already, this import does.
+Each name is loaded when it is first used, so that the import itself takes no time. The import also makes our model type
+known to transformers, once that is loaded.
 """
 
-import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from embedwright import threads
+from embedwright.registration import register_with_transformers
 
 if TYPE_CHECKING:
     from embedwright.data.example import Example, Task
@@ -34,8 +34,7 @@ _HOMES = {
 }
 
 threads.prepare_command()
-if "transformers" in sys.modules:
-    import_module("embedwright.model")
+register_with_transformers()
 
 
 def __getattr__(name: str) -> Any:

@@ -53,6 +53,24 @@ def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     assert json.loads(python(HELP, *arguments)) == []
 
 
+OURS_FIRST = """
+import importlib.util, sys
+import embedwright
+assert importlib.util.find_spec("transformers") and "transformers" not in sys.modules  # looked for, as libraries do
+from transformers import AutoModel, AutoTokenizer
+assert not any(type(finder).__module__.startswith("embedwright") for finder in sys.meta_path)
+folder = sys.argv[1]
+print(type(AutoModel.from_pretrained(folder)).__name__, type(AutoTokenizer.from_pretrained(folder)).__name__)
+"""
+
+
+def test_our_folders_open_in_transformers_that_is_imported_later(
+    tiny_embedder: Callable[..., Embedder], tmp_path: Path
+) -> None:
+    tiny_embedder("latent").save(tmp_path / "model")
+    assert python(OURS_FIRST, str(tmp_path / "model")) == "EmbedwrightModel EmbedwrightTokenizer\n"
+
+
 def test_every_public_name_is_there() -> None:
     for name in embedwright.__all__:
         assert getattr(embedwright, name).__name__ == name

@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "config": {"errors"},
     "endpoint": {"errors"},
     "errors": set(),
+    "registration": {"model"},
     "cache": {"errors"},
     "text": {"threads"},
     "packing": {"text"},
@@ -55,7 +56,11 @@ MAY_IMPORT: dict[str, set[str] | None] = {
 ENTRY_POINTS_OF = {"__main__": {"cli"}, "cli": {"cli_data", "demo", "quickstart"}}  # who may import an entry point
 
 # Modules without a test file of their own, and the file that tests them.
-TESTED_ELSEWHERE = {"data.teacher": "data/test_mine.py", "cpu.attention": "cpu/test_blocks.py"}
+TESTED_ELSEWHERE = {
+    "data.teacher": "data/test_mine.py",
+    "cpu.attention": "cpu/test_blocks.py",
+    "registration": "test_imports.py",
+}
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
 

@@ -107,7 +107,7 @@ passages = model.encode({passages})
 print(queries @ passages.T)"""
     if form == "adapter":
         return f"These are LoRA adapters; the base that they belong to is opened with them.\n\n```python\n{ours}\n```"
-    first = "" if form == "stock" else "import embedwright.model  # registers the model's type\n"
+    first = "" if form == "stock" else "import embedwright  # registers the model's type\n"
     theirs = f"""{first}from sentence_transformers import SentenceTransformer
 
 model = SentenceTransformer({where})

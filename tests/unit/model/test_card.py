@@ -141,7 +141,7 @@ def test_its_code_runs_and_gives_the_vectors(
     card = card_of(model, "a name", path=str(tmp_path / "saved"))
     assert card.data.library_name == ("sentence-transformers" if form == "stock" else "embedwright")
     programs = re.findall(r"```python\n(.*?)```", card.text, flags=re.S)
-    assert len(programs) == 2 and ("import embedwright.model " in programs[1]) == (form == "ours")
+    assert len(programs) == 2 and ("import embedwright " in programs[1]) == (form == "ours")
     for program in programs:
         names: dict[str, Any] = {}
         exec(program, names)

@@ -1,0 +1,43 @@
+"""Makes our model type known to transformers once transformers is loaded, and never loads transformers itself.
+
+`import embedwright` is enough for `AutoModel` and sentence-transformers to open our folders, in whichever order the two
+are imported: sorted imports have ours first.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+
+
+def register_with_transformers() -> None:
+    """Registers now if transformers is loaded, else right after it is."""
+    if "transformers" in sys.modules:
+        import_module("embedwright.model")
+    elif not any(isinstance(finder, _WhenLoaded) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _WhenLoaded())
+
+
+class _WhenLoaded(MetaPathFinder):
+    """Finds transformers and nothing else, and leaves `sys.meta_path` once that is loaded."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != "transformers":
+            return None
+        spec = PathFinder.find_spec(fullname, path)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                run(module)
+                sys.meta_path.remove(self)
+                import_module("embedwright.model")
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]  # of this one spec's own loader
+        return spec
