@@ -18,8 +18,8 @@ from sentence_transformers.sentence_transformer.modules.pooling import Pooling
 from tokenizers import processors
 from transformers import AutoModel, Qwen3Config
 
-from embedwright.model.backbone import resolve_base
 from embedwright.model.embedder import Embedder
+from embedwright.model.formats.base import resolve_base
 from embedwright.text import load_tokenizer
 
 NAMES = ("smollm2-135m", "gemma3-270m", "qwen3-0.6b-shape")

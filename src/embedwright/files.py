@@ -6,6 +6,7 @@ that fails removes what it has made. A killed process leaves at most a hidden fi
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from embedwright.errors import OutputExistsError
+from embedwright.errors import InputError, OutputExistsError
 
 
 @contextmanager
@@ -26,7 +27,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     block raises, the file that was there stays as it was. The temporary name keeps the suffixes of `path`.
     """
     final = _real(path)
-    final.parent.mkdir(parents=True, exist_ok=True)
+    parents = _make_parents(final)
     temp = _temp_sibling(final)
     try:
         yield temp
@@ -36,6 +37,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         temp.replace(final)
     except BaseException:
         temp.unlink(missing_ok=True)
+        _remove_empty(parents)
         raise
     sync(final.parent)
 
@@ -60,25 +62,22 @@ def whole_folder(path: str | Path, mode: int = 0o777) -> Iterator[Path]:
     one by one, `config.json` and other top-level JSON files last, since a reader starts with them.
     """
     final = check_new_folder(path)
-    final.parent.mkdir(parents=True, exist_ok=True)
+    parents = _make_parents(final)
     stays = final.is_dir() and (os.path.ismount(final) or not os.access(final.parent, os.W_OK))
     temp = _temp_sibling(final / "folder" if stays else final)
-    temp.mkdir(mode)
     try:
+        temp.mkdir(mode)
         yield temp
         if final.is_dir():
             temp.chmod(final.stat().st_mode & 0o7777)
         sync_tree(temp)
         if stays:
-            for entry in sorted(temp.iterdir(), key=lambda entry: (entry.suffix == ".json", entry.name)):
-                entry.rename(final / entry.name)
-            temp.rmdir()
+            _fill(final, temp)
         else:
-            if final.is_dir():
-                final.rmdir()
-            temp.rename(final)
+            _put(temp, final)
     except BaseException:
         shutil.rmtree(temp, ignore_errors=True)
+        _remove_empty(parents)
         raise
     sync(final if stays else final.parent)
 
@@ -86,12 +85,82 @@ def whole_folder(path: str | Path, mode: int = 0o777) -> Iterator[Path]:
 def check_new_folder(path: str | Path) -> Path:
     """Returns the real path of a folder that may be written: `~` expanded, links followed.
 
-    Call it before long work. OutputExistsError if `path` is a file or a folder that is not empty.
+    Call it before long work. OutputExistsError if `path` is a file or a folder that is not empty, InputError if nothing
+    can be written there.
     """
-    final = _real(path)
-    if final.exists() and (not final.is_dir() or any(final.iterdir())):
+    final = check_folder(path)
+    if final.exists() and any(final.iterdir()):
         raise OutputExistsError(f"{path} exists and is not an empty folder: choose a new one")
     return final
+
+
+def check_folder(path: str | Path) -> Path:
+    """As `check_new_folder`, for a folder that may hold something already, such as the parts of work that goes on."""
+    final = _real(path)
+    if final.exists() and not final.is_dir():
+        raise OutputExistsError(f"{path} exists and is not an empty folder: it is a file")
+    _check_writable(path, final)
+    return final
+
+
+def check_file(path: str | Path) -> Path:
+    """Returns the real path of a file that may be written. Call it before long work.
+
+    OutputExistsError if `path` is a folder, InputError if nothing can be written there.
+    """
+    final = _real(path)
+    if final.is_dir():
+        raise OutputExistsError(f"{path} is a folder: name a file to write")
+    _check_writable(path, final.parent)
+    return final
+
+
+def _check_writable(path: str | Path, folder: Path) -> None:
+    """InputError unless files can be made in `folder`, or in the nearest of its parents that exists."""
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not there.is_dir():
+        raise InputError(f"{path} cannot be written: {there} is a file, not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{path} cannot be written: no permission to write in {there}")
+
+
+def _make_parents(final: Path) -> list[Path]:
+    """Makes the parent folders that are missing; returns those, the innermost first."""
+    made = [parent for parent in final.parents if not parent.exists()]
+    final.parent.mkdir(parents=True, exist_ok=True)
+    return made
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:  # another process uses it by now
+            return
+
+
+def _put(temp: Path, final: Path) -> None:
+    """Gives `temp` its name. OutputExistsError where that is not free any more."""
+    try:
+        temp.rename(final)  # an empty folder gives way in the same step
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise OutputExistsError(f"{final} was made by another process meanwhile") from error
+
+
+def _fill(final: Path, temp: Path) -> None:
+    """Moves what is in `temp` into the folder `final`: all of it, or nothing where one move fails."""
+    moved = []
+    try:
+        for entry in sorted(temp.iterdir(), key=lambda entry: (entry.suffix == ".json", entry.name)):
+            entry.rename(final / entry.name)
+            moved.append(final / entry.name)
+    except BaseException:
+        for entry in moved:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+        raise
+    temp.rmdir()
 
 
 def sync(path: Path) -> None:
@@ -110,7 +179,10 @@ def sync_tree(folder: Path) -> None:
 
 
 def _real(path: str | Path) -> Path:
-    return Path(path).expanduser().resolve()
+    try:
+        return Path(path).expanduser().resolve()
+    except RuntimeError as error:  # a link that leads to itself, or `~somebody` without a home folder
+        raise InputError(f"{path} cannot be written: {error}") from None
 
 
 def _temp_sibling(final: Path) -> Path:

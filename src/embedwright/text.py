@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from tokenizers import Tokenizer
 
 from embedwright import threads
-from embedwright.errors import InputError, InputTypeError
+from embedwright.errors import InputError, InputTypeError, blaming
 
 INSTRUCTION_TEMPLATE = "Instruct: {task}\nQuery: "
 # sentence-transformers leaves out a *count* of prompt tokens, so its prompt must end where a token ends.
@@ -91,20 +91,22 @@ def leading_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def load_tokenizer(folder: str | Path, **kwargs: Any) -> Any:
-    """The transformers tokenizer of a folder or hub id, giving the ids that its tokenizer.json gives.
+    """The transformers tokenizer of a local folder, giving the ids that its tokenizer.json gives.
 
     transformers 5 rebuilds some pipelines from the config; where that changes the ids of a probe text, the file wins.
+    InputError where the folder has no tokenizer that opens without code of its own.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
-    from transformers.utils import cached_file
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, **kwargs)
-    where = {key: kwargs[key] for key in ("cache_dir", "revision", "token") if key in kwargs}
-    file = cached_file(str(folder), "tokenizer.json", _raise_exceptions_for_missing_entries=False, **where)
-    if file is not None:
-        stored = Tokenizer.from_file(file)
-        if any(stored.encode(t).ids != tokenizer.backend_tokenizer.encode(t).ids for t in _PROBE_TEXTS):
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, **kwargs)
+    with blaming(folder, "has no tokenizer that can be opened"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **kwargs)
+        file = Path(folder) / "tokenizer.json"
+        if file.is_file():
+            stored = Tokenizer.from_file(str(file))
+            if any(stored.encode(t).ids != tokenizer.backend_tokenizer.encode(t).ids for t in _PROBE_TEXTS):
+                tokenizer = PreTrainedTokenizerFast.from_pretrained(
+                    folder, trust_remote_code=False, local_files_only=True, **kwargs
+                )
     return tokenizer
 
 

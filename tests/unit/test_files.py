@@ -1,12 +1,21 @@
 """Writing whole or not at all: failures, links, mount points and modes."""
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
 
-from embedwright.errors import OutputExistsError
-from embedwright.files import check_new_folder, whole_file, whole_folder, write_json, write_text
+from embedwright.errors import InputError, OutputExistsError
+from embedwright.files import (
+    check_file,
+    check_folder,
+    check_new_folder,
+    whole_file,
+    whole_folder,
+    write_json,
+    write_text,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -85,3 +94,71 @@ def test_a_place_that_holds_something_is_refused_first(tmp_path: Path, make: obj
         check_new_folder(tmp_path / "out")
     with pytest.raises(OutputExistsError), whole_folder(tmp_path / "out"):
         pytest.fail("nothing may be done before the check")
+
+
+def test_a_folder_that_was_filled_meanwhile_is_left_alone(tmp_path: Path) -> None:
+    with pytest.raises(OutputExistsError, match="another process"), whole_folder(tmp_path / "out") as temp:
+        (temp / "mine").write_text("")
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "theirs").write_text("")
+    assert names(tmp_path) == ["out"]
+    assert names(tmp_path / "out") == ["theirs"]
+
+
+def test_parents_that_were_made_go_with_a_failed_write(tmp_path: Path) -> None:
+    for write in (whole_file, whole_folder):
+        with pytest.raises(KeyError), write(tmp_path / "a" / "b" / "out"):
+            raise KeyError
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("call", ["rename", "chmod"])
+def test_a_full_disk_leaves_an_empty_folder_empty(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir(mode=0o750)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, call, full)
+    with pytest.raises(OSError, match="No space") as raised, whole_folder(tmp_path / "out") as temp:
+        (temp / "config.json").write_text("{}")
+    assert not isinstance(raised.value, InputError)
+    assert names(tmp_path) == ["out"]
+    assert names(tmp_path / "out") == []
+
+
+def test_a_mount_point_gets_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path)
+    rename = Path.rename
+
+    def stop_at_json(self: Path, target: Path) -> Path:
+        if self.suffix == ".json":
+            raise OSError(errno.EIO, "disk")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", stop_at_json)
+    with pytest.raises(OSError, match="disk"), whole_folder(tmp_path) as temp:
+        (temp / "config.json").write_text("{}")
+        (temp / "sub").mkdir()
+        (temp / "weights").write_text("w")
+    assert names(tmp_path) == []
+
+
+def test_a_place_that_cannot_be_written_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for check in (check_new_folder, check_folder, check_file):
+        with pytest.raises(InputError, match="file is a file"):
+            check(tmp_path / "file" / "below" / "out")
+        with pytest.raises(InputError, match="loop"):
+            check(tmp_path / "loop" / "out")
+    with pytest.raises(OutputExistsError, match="is a folder"):
+        check_file(tmp_path)
+    with pytest.raises(OutputExistsError, match="it is a file"):
+        check_folder(tmp_path / "file")
+    assert check_folder(tmp_path) == check_new_folder(tmp_path / "new").parent == tmp_path
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # the tests may run as root, who may write anywhere
+    for check in (check_new_folder, check_folder, check_file):
+        with pytest.raises(InputError, match="no permission"):
+            check(tmp_path / "new" / "out")
+    assert names(tmp_path) == ["file", "loop"]

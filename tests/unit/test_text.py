@@ -416,17 +416,6 @@ def test_the_ids_are_those_of_the_file(rebuilt_folder: Path) -> None:
     assert leading_ids(loaded.backend_tokenizer) == (1,)
 
 
-def test_the_ids_of_a_hub_id_are_those_of_its_file_too(rebuilt_folder: Path, tmp_path: Path) -> None:
-    repo, commit = tmp_path / "hub" / "models--org--name", "0" * 40
-    (repo / "refs").mkdir(parents=True)
-    (repo / "refs" / "main").write_text(commit)
-    (repo / "snapshots" / commit).mkdir(parents=True)
-    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
-        (rebuilt_folder / name).rename(repo / "snapshots" / commit / name)
-    loaded = load_tokenizer("org/name", cache_dir=tmp_path / "hub")
-    assert loaded(" tide")["input_ids"] == llama_style_tokenizer().encode(" tide").ids
-
-
 def test_a_tokenizer_that_is_not_rebuilt_is_left_to_transformers(tiny_decoder: Callable[..., Path]) -> None:
     folder = tiny_decoder("llama", bos=True)
     loaded, stored = load_tokenizer(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -13,11 +11,12 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 
-from embedwright.errors import InputError, OutputExistsError
+from embedwright.errors import InputError
+from embedwright.files import check_new_folder, whole_folder, write_json
 from embedwright.model import probe
 from embedwright.model.adapter import has_lora
 from embedwright.model.embedder import Embedder
-from embedwright.model.nvembed import LENGTHS, released_contract, released_name, sizes
+from embedwright.model.nvembed import LENGTHS, check_released, released_contract, released_name, sizes
 from embedwright.model.pooling import FOLDED, FoldedLatent
 
 _WEIGHTS, _SHARD = "model{suffix}.safetensors", "5GB"
@@ -33,27 +32,15 @@ def export_nvembed(model: Embedder, path: str | Path) -> None:
     (5 GB) beside the model. FileExistsError where the folder is not empty; ValueError for what the layout cannot
     express, and for a weight that overflows the stored type, naming it; ProbeError for a model that is not sound.
     """
-    path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise OutputExistsError(f"{path} exists and is not an empty folder")
+    check_new_folder(path)
     released = _check_expressible(model)
     probe.check(model.network)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        _write_weights(model, getattr(torch, released["dtype"]), aside)
-        _write_tokenizer(model.tokenizer, aside)
+    with whole_folder(path) as temp:
+        _write_weights(model, getattr(torch, released["dtype"]), temp)
+        _write_tokenizer(model.tokenizer, temp)
         lengths = {**released["files"].get(LENGTHS, {}), "max_seq_length": model.max_tokens}
         for name, content in {**released["files"], LENGTHS: lengths}.items():
-            (aside / name).parent.mkdir(exist_ok=True)
-            _write_json(aside / name, content)
-        aside.chmod(0o755)  # of a temporary folder: 0o700
-        if path.is_dir():
-            path.rmdir()
-        aside.rename(path)
-    except BaseException:
-        shutil.rmtree(aside)
-        raise
+            write_json(temp / name, content)
 
 
 def _check_expressible(model: Embedder) -> dict[str, Any]:
@@ -74,9 +61,7 @@ def _check_expressible(model: Embedder) -> dict[str, Any]:
         model.contract.model_dump(),
         released_contract(model.tokenizer, model.max_tokens).model_dump(),
     )
-    released: dict[str, Any] | None = network.config.released
-    if released is None:
-        raise InputError("the model does not come from a released NV-Embed folder: it keeps no files of one to write")
+    released = check_released(network.config.released)
     shapes = {released_name(name): tuple(p.shape) for name, p in network.named_parameters()}
     decoder, pooling = sizes(released["files"]["config.json"], shapes)
     _same("the decoder", network.backbone.config.to_dict(), decoder.to_dict())
@@ -105,7 +90,7 @@ def _write_weights(model: Embedder, dtype: torch.dtype, folder: Path) -> None:
         save_file(shard, folder / file, metadata={"format": "pt"})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        _write_json(folder / f"{_WEIGHTS.format(suffix='')}.index.json", index)
+        write_json(folder / f"{_WEIGHTS.format(suffix='')}.index.json", index)
 
 
 def _cast(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -122,8 +107,4 @@ def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
     merges = content["model"].get("merges", [])
     if not any(" " in piece for pair in merges for piece in pair):
         content["model"]["merges"] = [" ".join(pair) for pair in merges]
-    _write_json(folder / "tokenizer.json", content)
-
-
-def _write_json(file: Path, content: Any) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / "tokenizer.json", content)

@@ -8,30 +8,31 @@ neither: its base is an embedder, and is taken at its word.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from embedwright.errors import InputError, NotFoundError
+from embedwright.config import validate
+from embedwright.errors import InputError, NotFoundError, blaming
+from embedwright.files import write_json
 from embedwright.model.adapter import has_lora, inject_lora, warn_of_idle
 from embedwright.model.backbone import (
     decoder_config,
     load_backbone,
     origin_of,
-    resolve_base,
     same_samples,
     weight_samples,
 )
+from embedwright.model.formats.base import resolve_base
+from embedwright.model.formats.folder import ADAPTER, check_floats, read_object, tensors_of
 from embedwright.model.network import EmbedwrightConfig, EmbedwrightModel
-from embedwright.text import load_tokenizer
+from embedwright.model.pooling import PoolingConfig
+from embedwright.text import Contract, load_tokenizer
 
-CONFIG = "adapter_config.json"
 _WEIGHTS, _OURS, _SAMPLES = "adapter_model.safetensors", "embedwright.json", "base_samples.safetensors"
 _PREFIX = "base_model.model."  # of every name in peft's format
 
@@ -48,14 +49,22 @@ _FOLLOWED = {
     "layers_to_transform",
     "layers_pattern",
 }
-_NOTES = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "task_type"}
+_NOTES = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_type",
+    "peft_version",
+    "revision",
+    "task_type",
+}
 _HARMLESS = {"modules_to_save": ["head"], "init_lora_weights": "gaussian"}  # beside the defaults
 
 OpenEmbedder = Callable[..., tuple[EmbedwrightModel, Any]]
 
 
 def write(network: EmbedwrightModel, folder: Path) -> None:
-    """A new folder with the adapters and the pooling block of `network`.
+    """Fills an empty folder with the adapters and the pooling block of `network`.
 
     ValueError where the weights below the adapters are not those that were read from disk.
     """
@@ -73,10 +82,9 @@ def write(network: EmbedwrightModel, folder: Path) -> None:
     within = "" if origin.kind != "whole" and not head else "backbone."
     lora = {f"{_PREFIX}{within}{_stored(n)}": p.detach() for n, p in backbone.named_parameters() if "lora_" in n}
     config = copy.copy(backbone.peft_config["default"])
-    config.base_model_name_or_path = origin.name
+    config.base_model_name_or_path, config.revision = origin.name, origin.revision
     config.modules_to_save = ["head"] if head else None
     config.task_type, config.inference_mode = "FEATURE_EXTRACTION", True
-    folder.mkdir()
     config.save_pretrained(folder)
     for file, tensors in ((_WEIGHTS, lora | head), (_SAMPLES, origin.samples)):
         save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, folder / file, metadata={"format": "pt"})
@@ -89,7 +97,7 @@ def write(network: EmbedwrightModel, folder: Path) -> None:
         "pooling": network.pooling.model_dump(mode="json"),
         "decoder": decoder if origin.kind == "decoder" else None,
     }
-    (folder / _OURS).write_text(json.dumps(ours, indent=2) + "\n")
+    write_json(folder / _OURS, ours)
 
 
 def read(folder: Path, dtype: torch.dtype | None, open_embedder: OpenEmbedder) -> tuple[EmbedwrightModel, Any]:
@@ -100,21 +108,28 @@ def read(folder: Path, dtype: torch.dtype | None, open_embedder: OpenEmbedder) -
     """
     from peft import LoraConfig
 
-    stored = json.loads((folder / CONFIG).read_text())
-    _check_settings(folder / CONFIG, stored)
+    stored, ours = read_settings(folder)
     tensors = _read_tensors(folder / _WEIGHTS)
-    ours = json.loads((folder / _OURS).read_text()) if (folder / _OURS).is_file() else None
-    network, tokenizer = _open_base(folder, stored["base_model_name_or_path"], ours, dtype, open_embedder)
+    base = stored["base_model_name_or_path"], stored.get("revision")
+    network, tokenizer = _open_base(folder, base, ours, dtype, open_embedder)
     backbone: Any = network.backbone
     bare = not any(name.startswith(f"{_PREFIX}backbone.") for name in tensors)  # names as in AutoModel's stock model
     root = backbone if bare else network
-    inject_lora(root, LoraConfig(**{key: stored[key] for key in _FOLLOWED & stored.keys()}))
+    with blaming(folder / ADAPTER, "asks for adapters that its base cannot have"):
+        inject_lora(root, LoraConfig(**{key: stored[key] for key in _FOLLOWED & stored.keys()}))
     backbone.peft_config = root.peft_config
     whole_head = ours is not None and ours["decoder"] is not None
     network.head.float().requires_grad_(True)
     _fill(folder / _WEIGHTS, network, tensors, bare=bare, whole_head=whole_head)
     warn_of_idle(backbone)
     return network, tokenizer
+
+
+def read_settings(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """What peft wrote, and what `write` wrote beside it (None: an adapter of peft alone). InputError as in `read`."""
+    stored = read_object(folder / ADAPTER)
+    _check_settings(folder / ADAPTER, stored)
+    return stored, _read_ours(folder / _OURS) if (folder / _OURS).is_file() else None
 
 
 def _check_settings(file: Path, stored: dict[str, Any]) -> None:
@@ -124,6 +139,8 @@ def _check_settings(file: Path, stored: dict[str, Any]) -> None:
         raise InputError(f"{file}: peft_type is {stored.get('peft_type')!r}, and only LORA is supported")
     if not isinstance(stored.get("base_model_name_or_path"), str):
         raise InputError(f"{file}: base_model_name_or_path does not say where the base is")
+    if not isinstance(stored.get("revision"), str | None):
+        raise InputError(f"{file}: revision={stored['revision']!r} is no revision of a base")
     default = vars(LoraConfig())
     for key in sorted(stored.keys() - _FOLLOWED - _NOTES):
         if stored[key] and stored[key] not in (default.get(key), _HARMLESS.get(key)):
@@ -131,31 +148,47 @@ def _check_settings(file: Path, stored: dict[str, Any]) -> None:
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
-    if not file.is_file():
-        raise NotFoundError(f"{file} does not exist")
-    try:
-        tensors: dict[str, Tensor] = load_file(file)
-    except SafetensorError as error:
-        raise InputError(f"{file} is not a whole safetensors file: {error}") from None
+    check_floats(stored := tensors_of(file, within=file.parent))
+    if not stored:
+        raise InputError(f"{file} holds no tensors")
+    tensors: dict[str, Tensor] = load_file(file)
     return tensors
 
 
+def _read_ours(file: Path) -> dict[str, Any]:
+    """What `write` says about contract, pooling and decoder. InputError for the file of another kind of folder."""
+    ours = read_object(file)
+    if ours.keys() != {"contract", "pooling", "decoder"}:
+        raise InputError(f"{file} does not belong to this adapter: it has the keys {sorted(ours)}; move it away")
+    for part, kind in (("contract", Contract), ("pooling", PoolingConfig)):
+        validate(kind, ours[part], f"{file}: {part}")
+    decoder = ours["decoder"]
+    if decoder is not None and (not isinstance(decoder, dict) or decoder.keys() != {"layers", "attention"}):
+        raise InputError(f"{file}: decoder must say layers and attention, not {decoder!r}")
+    return ours
+
+
 def _open_base(
-    folder: Path, name: str, ours: dict[str, Any] | None, dtype: torch.dtype | None, open_embedder: OpenEmbedder
+    folder: Path,
+    base: tuple[str, str | None],
+    ours: dict[str, Any] | None,
+    dtype: torch.dtype | None,
+    open_embedder: OpenEmbedder,
 ) -> tuple[EmbedwrightModel, Any]:
     """The base, proved to be the one that the adapters were trained on where that is known (`ours`)."""
+    name, revision = base
     samples = _read_tensors(folder / _SAMPLES) if ours else {}
     if ours and dtype is None:
         dtype = next(iter(samples.values())).dtype
     try:
         if ours and ours["decoder"]:
-            network, tokenizer = _open_decoder(name, ours, dtype)
+            network, tokenizer = _open_decoder(name, revision, ours, dtype)
         else:
-            network, tokenizer = open_embedder(name, dtype=dtype)
-    except OSError as error:
+            network, tokenizer = open_embedder(name, dtype=dtype, revision=revision)
+    except NotFoundError as error:
         raise NotFoundError(
             f"{folder}: the base of this adapter, {name}, cannot be opened ({error}): "
-            f"write where it is as base_model_name_or_path into {folder / CONFIG}"
+            f"write where it is as base_model_name_or_path into {folder / ADAPTER}"
         ) from None
     if has_lora(network.backbone):
         raise InputError(f"{folder}: its base, {name}, is an adapter itself: merge that first")
@@ -168,14 +201,16 @@ def _open_base(
     return network, tokenizer
 
 
-def _open_decoder(name: str, ours: dict[str, Any], dtype: torch.dtype | None) -> tuple[EmbedwrightModel, Any]:
+def _open_decoder(
+    name: str, revision: str | None, ours: dict[str, Any], dtype: torch.dtype | None
+) -> tuple[EmbedwrightModel, Any]:
     """A decoder with the adapter's own contract; its pooling block is still to be filled."""
-    base = resolve_base(name)
+    base = resolve_base(name, revision)
     config = decoder_config(base, **ours["decoder"])
     backbone = load_backbone(base, config, dtype or torch.float32)
     parts = {"contract": ours["contract"], "pooling": ours["pooling"]}
     network = EmbedwrightModel(EmbedwrightConfig(backbone=backbone.config.to_dict(), **parts), backbone=backbone)
-    network.origin = origin_of(name, backbone, "decoder")
+    network.origin = origin_of(name, backbone, "decoder", revision)
     return network, load_tokenizer(base)
 
 

@@ -1,32 +1,25 @@
-"""A stock decoder as a bidirectional backbone: finding it and opening it.
+"""A stock decoder as a bidirectional backbone.
 
 No modelling code of our own: transformers >= 5.2 honours `config.is_causal = False`; windows must be cleared beside it.
 """
 
 from __future__ import annotations
 
-import hashlib
-import logging
-import os
-import shutil
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from embedwright.cache import cache_folder
-from embedwright.errors import InputError, NotFoundError
+from embedwright.errors import InputError, blaming
 from embedwright.model import fourbit
 from embedwright.model.attention import PACKED
-from embedwright.model.locate import local, packaged
-from embedwright.text import load_tokenizer
-
-logger = logging.getLogger(__name__)
+from embedwright.model.locate import split_revision
 
 AttentionKind = Literal["bidirectional", "causal"]
 # A decoder; or an embedder that AutoModel opens as its backbone alone, or as backbone and pooling block
@@ -35,56 +28,21 @@ OriginKind = Literal["decoder", "stock", "whole"]
 # Families whose local layers were trained with their windows and keep them, seen in both directions.
 KEEPS_WINDOWS = {"gemma3_text"}
 
+NEEDS_CODE = (
+    "its config.json (auto_map) wants Python code of this folder to be run, and Embedwright never runs code of a "
+    "model: only models whose architecture transformers itself knows can be opened"
+)
+
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 _OPEN_WINDOW = 2**30  # wider than any text
 
 
-def resolve_base(base: str | Path) -> str:
-    """A packaged name, a .gguf file, a folder or a hub id -> a folder or hub id in Hugging Face format.
-
-    A .gguf file is converted once and cached. FileNotFoundError where it looks like a path and is none.
-    """
-    name = str(base)
-    path = packaged(name) or local(name)
-    if path is None:
-        return name  # a hub id
-    if path.suffix == ".gguf" and path.is_file():
-        return str(convert_gguf(path))
-    if not (path / "config.json").is_file():
-        raise NotFoundError(f"base model folder {name} has no config.json")
-    return str(path)
-
-
-def convert_gguf(file: Path) -> Path:
-    """The GGUF file as a Hugging Face folder in the cache, float32, made on first use."""
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
-    out = cache_folder("models", f"{file.stem}-{digest}")
-    if (out / "config.json").is_file():
-        return out
-    logger.info("converting %s to %s (once)", file.name, out)
-    folder, name = str(file.parent), file.name
-    loaded = AutoModel.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-    # transformers refuses to save what it loaded from GGUF: the weights go into a fresh model of the same config
-    del loaded.config.quantization_config
-    fresh = AutoModel.from_config(loaded.config, dtype=torch.float32)
-    fresh.load_state_dict(loaded.state_dict())
-    aside = out.with_name(f".{out.name}.{os.getpid()}")
-    fresh.save_pretrained(aside)
-    load_tokenizer(folder, gguf_file=name).save_pretrained(aside)
-    try:
-        aside.rename(out)
-    except OSError:  # another process was first
-        shutil.rmtree(aside)
-    return out
-
-
 def decoder_config(base: str, *, attention: AttentionKind, layers: int | None = None) -> Any:
-    """The config of a decoder, set for this attention and cut to its first `layers`.
+    """The config of the decoder in a local folder, set for this attention and cut to its first `layers`.
 
     ValueError where the model is no decoder, or has fewer layers.
     """
-    config = AutoConfig.from_pretrained(base)
+    config = stock_config(base)
     kind = config.model_type
     is_decoder = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     if config.is_encoder_decoder or not (is_decoder or kind == "gemma3_text"):
@@ -97,6 +55,18 @@ def decoder_config(base: str, *, attention: AttentionKind, layers: int | None = 
             config.layer_types = config.layer_types[:layers]
     set_attention(config, attention)
     return config
+
+
+def stock_config(folder: str | Path) -> Any:
+    """transformers' own config of a local folder. InputError where only code from the folder could read it."""
+    file = Path(folder) / "config.json"
+    with blaming(file, "is no config that transformers can open"):
+        try:
+            return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        except ValueError:
+            if "auto_map" in json.loads(file.read_text(encoding="utf-8")):
+                raise InputError(f"{folder}: {NEEDS_CODE}") from None
+            raise
 
 
 def set_attention(config: Any, attention: AttentionKind) -> None:
@@ -123,29 +93,60 @@ def set_attention(config: Any, attention: AttentionKind) -> None:
 def load_backbone(base: str, config: Any, dtype: torch.dtype, four_bit: bool = False) -> Any:
     """The stock base model (no LM head) with packed attention; `four_bit`: its linear layers in 4 bits, for adapters.
 
-    ValueError where the checkpoint lacks weights, or where the model's code takes no other attention function.
+    `base` is a local folder. InputError where weights are missing, of another shape or without a place in the model,
+    other than the LM head and the layers that `config` leaves out; and where the model's code takes no other attention
+    function.
     """
     verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # layers cut off and the LM head are left out on purpose
+    transformers_logging.set_verbosity_error()  # its report is read below, as a whole
     try:
-        model, info = AutoModel.from_pretrained(
-            base,
-            config=config,
-            dtype=dtype,
-            attn_implementation=PACKED,
-            output_loading_info=True,
-            use_safetensors=True,
-            quantization_config=fourbit.config(dtype) if four_bit else None,
-        )
+        with blaming(base, "cannot be opened as a decoder"):
+            model, info = AutoModel.from_pretrained(
+                base,
+                config=config,
+                dtype=dtype,
+                attn_implementation=PACKED,
+                output_loading_info=True,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # reported, then refused by name
+                local_files_only=True,
+                trust_remote_code=False,
+                quantization_config=fourbit.config(dtype) if four_bit else None,
+            )
     finally:
         transformers_logging.set_verbosity(verbosity)
-    if info["missing_keys"]:
-        raise InputError(f"base {base} lacks the weights {sorted(info['missing_keys'])[:3]} ...: they would be random")
+    check_report(base, info)
+    if info["unexpected_keys"]:
+        _check_unexpected(base, config, info["unexpected_keys"])
     if not model._supports_attention_backend:
         raise InputError(f"{config.model_type!r} models take no other attention function, so cannot run packed")
     if four_bit:
         fourbit.keep_trainable(model)
     return model
+
+
+def check_report(where: str | Path, info: dict[str, Any]) -> None:
+    """InputError where transformers' loading report says that some weights of the model are not those of the files."""
+    if missing := sorted(info["missing_keys"]):
+        raise InputError(f"{where} lacks {len(missing)} weights, e.g. {', '.join(missing[:3])}: they would be random")
+    if other := sorted(info["mismatched_keys"]):
+        name, stored, expected = other[0]
+        raise InputError(f"{where}: {name} has the shape {list(stored)}, and the config says {list(expected)}")
+    if info["error_msgs"]:
+        raise InputError(f"{where}: {info['error_msgs'][0]}")
+
+
+def _check_unexpected(base: str, config: Any, names: set[str]) -> None:
+    """InputError for weights that neither the LM head nor a layer that was cut off on purpose explains."""
+    cut = range(config.num_hidden_layers, stock_config(base).num_hidden_layers)
+    layers = tuple(f"{front}layers.{n}." for n in cut for front in ("", "model."))
+    with torch.device("meta"):
+        known = AutoModelForCausalLM.from_config(config, trust_remote_code=False).state_dict().keys()
+    if odd := sorted(name for name in names if name not in known and not name.startswith(layers)):
+        raise InputError(
+            f"{base}: {len(odd)} weights have no place in a {config.model_type!r} model of {config.num_hidden_layers} "
+            f"layers, e.g. {', '.join(odd[:3])}: the weights are not of this config.json"
+        )
 
 
 @dataclass(frozen=True)
@@ -155,13 +156,16 @@ class Origin:
     name: str  # a folder, absolute, or a hub id, packaged name or .gguf file
     kind: OriginKind
     samples: dict[str, Tensor]
+    revision: str | None = None  # of a hub id, as it was asked for
 
 
-def origin_of(base: str | Path, backbone: nn.Module, kind: OriginKind) -> Origin:
+def origin_of(base: str | Path, backbone: nn.Module, kind: OriginKind, revision: str | None = None) -> Origin:
     """The origin of a backbone that was just read from `base`, or written there."""
     path = Path(base).expanduser()
-    name = str(path.resolve()) if path.exists() else str(base)
-    return Origin(name, kind, weight_samples(backbone))
+    if path.exists():
+        return Origin(str(path.resolve()), kind, weight_samples(backbone))
+    name, revision = split_revision(str(base), revision)
+    return Origin(name, kind, weight_samples(backbone), revision)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from huggingface_hub import HfApi
 from torch import Tensor
 
 from embedwright.errors import InputError, MissingPackageError
+from embedwright.files import write_text
 from embedwright.model import door, storage
 from embedwright.model.adapter import has_lora, lora_faults
 from embedwright.model.card import facts, model_card
@@ -119,7 +120,7 @@ def push_to_hub(
     with TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
         storage.save(network, tokenizer, folder)
-        (folder / "README.md").write_text(text, encoding="utf-8")
+        write_text(folder / "README.md", text)
         api = HfApi(token=token)
         url = api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="Upload an Embedwright model")

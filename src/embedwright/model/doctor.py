@@ -347,8 +347,8 @@ def _auto_model(model: Embedder, folder: Path | None) -> Result:
         return None
     from transformers import AutoModel, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    network = AutoModel.from_pretrained(folder, dtype=_dtype(model)).to(model.device)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    network = AutoModel.from_pretrained(folder, dtype=_dtype(model), trust_remote_code=False).to(model.device)
     batch = tokenizer(list(TEXTS), prefix=model.contract.prefix(TASK), padding=True, return_tensors="pt")
     with torch.inference_mode():
         vectors = network(**batch.to(model.device)).pooler_output
@@ -362,7 +362,9 @@ def _sentence_transformers(model: Embedder, folder: Path | None) -> Result:
         return None
     from sentence_transformers import SentenceTransformer
 
-    door = SentenceTransformer(str(folder), device=str(model.device), model_kwargs={"dtype": _dtype(model)})
+    door = SentenceTransformer(
+        str(folder), device=str(model.device), trust_remote_code=False, model_kwargs={"dtype": _dtype(model)}
+    )
     texts = list(TEXTS)
     got = np.stack([door.encode(texts, prompt=model.contract.prefix(TASK)), door.encode(texts)])
     return _equal(model, got, np.stack([model.encode(TEXTS, task=TASK), model.encode(TEXTS)]))

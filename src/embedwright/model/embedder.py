@@ -20,7 +20,8 @@ from embedwright.errors import InputError
 from embedwright.fingerprint import Digest, Facts, config_facts, dtypes, facts, tokenizer_fact
 from embedwright.model import bridges, probe, selftest, storage
 from embedwright.model.adapter import add_lora, has_lora, merge_lora
-from embedwright.model.backbone import AttentionKind, decoder_config, load_backbone, origin_of, resolve_base
+from embedwright.model.backbone import AttentionKind, decoder_config, load_backbone, origin_of
+from embedwright.model.formats.base import resolve_base
 from embedwright.model.gpu_queue import queued
 from embedwright.model.modes import evaluating
 from embedwright.model.network import EmbedwrightConfig, EmbedwrightModel
@@ -64,6 +65,7 @@ class Embedder:
         cls,
         base: str | Path,
         *,
+        revision: str | None = None,
         pooling: Kind = "latent",
         attention: AttentionKind = "bidirectional",
         layers: int | None = None,
@@ -75,8 +77,10 @@ class Embedder:
         seed: int = 0,
         **sizes: Any,
     ) -> Embedder:
-        """A new embedder from a decoder: packaged name, local folder, hub id or .gguf file.
+        """A new embedder from a decoder: local folder, .gguf file, packaged name or hub id, looked for in this order.
 
+        `revision` is a branch, tag or commit of a hub id (also written `org/name@revision`); config, weights and
+        tokenizer are all read from the one commit that it names.
         `layers` keeps the first so many; `sizes` are those of `PoolingConfig` (latents, heads, head_dim, multiple).
         `four_bit` holds the weights of the linear layers in 4 bits and computes in `dtype`, to train adapters on: such
         a model can be neither merged nor saved (ImportError without the extra [qlora]).
@@ -85,7 +89,7 @@ class Embedder:
         bidirectional (or causal) as asked.
         """
         config = PoolingConfig(kind=pooling, **sizes)
-        folder = resolve_base(base)
+        folder = resolve_base(base, revision)
         decoder = decoder_config(folder, attention=attention, layers=layers)
         tokenizer = load_tokenizer(folder)
         if tokenizer.eos_token_id is None:
@@ -98,7 +102,7 @@ class Embedder:
             ),
             backbone=backbone,
         )
-        network.origin = origin_of(base, backbone, "decoder")
+        network.origin = origin_of(base, backbone, "decoder", revision)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network.head.reset()
@@ -109,16 +113,18 @@ class Embedder:
         cls,
         path: str | Path,
         *,
+        revision: str | None = None,
         device: str | None = None,
         dtype: str | None = None,
         backend: Backend = "packed",
     ) -> Embedder:
         """An embedder that `save` wrote: a local folder or a hub id. `dtype` None keeps the stored one.
 
+        `revision` is a branch, tag or commit of a hub id (also written `org/name@revision`).
         Of an adapter folder, ours or peft's, the base is opened where `adapter_config.json` says. `dtype` is then the
         base's; what trains is float32. FileNotFoundError without the base, ValueError where it is another one.
         """
-        network, tokenizer = storage.load(path, dtype=None if dtype is None else _dtype(dtype))
+        network, tokenizer = storage.load(path, dtype=None if dtype is None else _dtype(dtype), revision=revision)
         model = cls(network, tokenizer)._ready(device, backend)
         selftest.check(network, tokenizer, Path(network.config.name_or_path))
         return model

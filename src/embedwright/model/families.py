@@ -13,8 +13,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from tokenizers import Tokenizer
 
-from embedwright.errors import InputError
+from embedwright.errors import InputError, blaming
 from embedwright.model.backbone import AttentionKind, decoder_config, load_backbone
+from embedwright.model.formats.base import check_weights
 from embedwright.model.locate import text_of
 from embedwright.model.network import EmbedwrightConfig, EmbedwrightModel
 from embedwright.model.pooling import PoolingConfig
@@ -116,12 +117,12 @@ def said(name: str) -> tuple[Family | None, str]:
     return (FAMILIES[front], rest) if colon and rest and front in FAMILIES else (None, name)
 
 
-def recognised(where: str | Path, name: str, config: dict[str, Any]) -> Family | None:
-    """The family of a folder or hub id that is called `name` and has this config.json, by name or by mark."""
+def recognised(folder: Path, name: str, config: dict[str, Any]) -> Family | None:
+    """The family of a folder that is called `name` and has this config.json, by name or by mark."""
     for family in FAMILIES.values():
-        if config.get("model_type") in family.model_types and _modules_fit(where, family):
+        if config.get("model_type") in family.model_types and _modules_fit(folder, family):
             file, mark = family.mark
-            if Path(name).name.lower().startswith(family.name) or mark in (text_of(where, file) or ""):
+            if Path(name).name.lower().startswith(family.name) or mark in (text_of(folder, file) or ""):
                 return family
     return None
 
@@ -131,13 +132,15 @@ def load_family(folder: Path, family: Family, dtype: torch.dtype | None) -> tupl
 
     ValueError where its backbone, its sentence-transformers modules or its tokens are not the family's.
     """
+    check_weights(folder)
     decoder = decoder_config(str(folder), attention=family.attention)
     if decoder.model_type not in family.model_types:
         raise InputError(f"{folder} is a {decoder.model_type!r} model, not one of {family.name}")
     if not _modules_fit(folder, family):
         raise InputError(f"{folder}: modules.json has modules or a pooling that {family.name} has not")
     tokenizer = load_tokenizer(folder)
-    contract = contract_of(folder, family, tokenizer.backend_tokenizer)
+    with blaming(folder, "has no sound text contract"):
+        contract = contract_of(folder, family, tokenizer.backend_tokenizer)
     backbone = load_backbone(str(folder), decoder, dtype or decoder.dtype or torch.float32)
     config = EmbedwrightConfig(
         backbone=backbone.config.to_dict(),
@@ -175,13 +178,13 @@ def contract_of(folder: Path, family: Family, tokenizer: Tokenizer) -> Contract:
     )
 
 
-def _modules_fit(where: str | Path, family: Family) -> bool:
+def _modules_fit(folder: Path, family: Family) -> bool:
     """Whether the folder's sentence-transformers modules, if it has any, are what we run: this pooling, and no more."""
-    modules = json.loads(text_of(where, "modules.json") or "[]")
+    modules = json.loads(text_of(folder, "modules.json") or "[]")
     kinds = {module["type"].rpartition(".")[2]: module["path"] for module in modules}
     if "Pooling" not in kinds:
         return not kinds
-    pooling = json.loads(text_of(where, f"{kinds['Pooling']}/config.json") or "{}")
+    pooling = json.loads(text_of(folder, f"{kinds['Pooling']}/config.json") or "{}")
     mode = {"last": "lasttoken", "mean": "mean"}[family.pooling]
     old_key = {"last": "pooling_mode_lasttoken", "mean": "pooling_mode_mean_tokens"}[family.pooling]
     pools = pooling.get("pooling_mode") == mode or pooling.get(old_key) is True

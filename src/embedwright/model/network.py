@@ -15,9 +15,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from embedwright.cpu import attention as fused
 from embedwright.cpu import linears
-from embedwright.errors import InputError
+from embedwright.errors import InputError, blaming
 from embedwright.model.attention import PACKED
-from embedwright.model.backbone import Origin, stock_hidden
+from embedwright.model.backbone import Origin, check_report, stock_hidden
 from embedwright.model.pooling import Kind, PoolingConfig, make_head, reduce
 from embedwright.packing import PackedTexts, pack
 from embedwright.text import Contract, TokenizedText
@@ -65,9 +65,12 @@ class EmbedwrightModel(PreTrainedModel):
         self.pooling = PoolingConfig.model_validate(config.pooling)
         self.contract = Contract.model_validate(config.contract)
         if backbone is None:
-            decoder = AutoConfig.for_model(**config.backbone)
+            with blaming("config.json: backbone", "is no config of a decoder"):
+                decoder = AutoConfig.for_model(**config.backbone)
             # in the type that from_pretrained was asked for; the stored one is in the config
-            backbone = AutoModel.from_config(decoder, attn_implementation=PACKED, dtype=torch.get_default_dtype())
+            backbone = AutoModel.from_config(
+                decoder, attn_implementation=PACKED, dtype=torch.get_default_dtype(), trust_remote_code=False
+            )
         self.backbone = backbone
         self.origin: Origin | None = None  # of the backbone's weights, for adapters that are saved without them
         self.head = make_head(self.pooling, backbone.config.hidden_size)
@@ -82,6 +85,20 @@ class EmbedwrightModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: a new head is reset by its maker, and weights that a checkpoint lacks are an error."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As transformers', for every library that opens our folders, but for one thing: it makes up no weight.
+
+        InputError where weights are missing, of another shape, or without a place in the model.
+        """
+        kwargs["ignore_mismatched_sizes"] = True  # reported, then refused by name
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        where = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        check_report(str(where), info)
+        if odd := sorted(info["unexpected_keys"]):
+            raise InputError(f"{where}: weights do not fit the config: there is no place for {', '.join(odd[:3])}")
+        return (model, info) if output_loading_info else model
 
     def hidden(self, packed: PackedTexts) -> Tensor:
         """(T, D): the decoder's last hidden states, behind its final norm."""

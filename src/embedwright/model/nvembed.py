@@ -7,18 +7,18 @@ Tensors go one by one from safetensors into a model made without memory, so ther
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoModel, MistralConfig, PreTrainedTokenizerFast
 
-from embedwright.errors import InputError, NotFoundError
+from embedwright.errors import InputError, blaming
 from embedwright.model.attention import PACKED
 from embedwright.model.backbone import set_attention
+from embedwright.model.formats.folder import Stored, read_json, weights_in
 from embedwright.model.network import EmbedwrightConfig, EmbedwrightModel
 from embedwright.model.pooling import PoolingConfig
 from embedwright.text import INSTRUCTION_TEMPLATE, Contract, leading_ids
@@ -40,7 +40,7 @@ _EMBEDDING = "embedding_model.embed_tokens.weight"
 
 # Kept in our config, so that an export has them: settings that we do not follow, but the reference and others read.
 LENGTHS = "sentence_bert_config.json"
-_SMALL_FILES = (
+SMALL_FILES = (
     "config.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -50,6 +50,7 @@ _SMALL_FILES = (
     LENGTHS,
 )
 _STORED_AS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in _STORED_AS.values())
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -67,7 +68,7 @@ class Released(NamedTuple):
     contract: Contract
     tokenizer: Any
     files: dict[str, Any]  # the small ones, by name
-    shapes: dict[str, tuple[int, ...]]
+    tensors: dict[str, Stored]
     stored: torch.dtype
 
 
@@ -80,7 +81,9 @@ def load_nvembed(folder: Path, dtype: torch.dtype | None) -> tuple[EmbedwrightMo
     found = read_nvembed(folder)
     asked = dtype or found.stored
     with torch.device("meta"):
-        backbone = AutoModel.from_config(found.decoder, attn_implementation=PACKED, dtype=asked)
+        backbone = AutoModel.from_config(
+            found.decoder, attn_implementation=PACKED, dtype=asked, trust_remote_code=False
+        )
         config = EmbedwrightConfig(
             backbone=backbone.config.to_dict(),
             pooling=found.pooling.model_dump(),
@@ -88,7 +91,7 @@ def load_nvembed(folder: Path, dtype: torch.dtype | None) -> tuple[EmbedwrightMo
             released={"dtype": str(found.stored).removeprefix("torch."), "files": found.files},
         )
         network = EmbedwrightModel(config, backbone=backbone)
-    _fill(network, folder, _weight_files(folder), found.shapes, asked)
+    _fill(network, folder, found.tensors, asked)
     # computed, not stored: made anew, in float32, where memory is real
     backbone.rotary_emb = type(backbone.rotary_emb)(config=backbone.config)
     return network, found.tokenizer
@@ -96,20 +99,24 @@ def load_nvembed(folder: Path, dtype: torch.dtype | None) -> tuple[EmbedwrightMo
 
 def read_nvembed(folder: Path) -> Released:
     """Config, tokenizer and the headers of the weights. Errors as in `load_nvembed`."""
-    small = {name: _json(folder / name) for name in _SMALL_FILES if (folder / name).is_file()}
-    _check_settings(folder, small["config.json"])
-    shapes, stored = _headers(folder, _weight_files(folder))
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    small = {name: read_json(folder / name) for name in SMALL_FILES if (folder / name).is_file()}
+    with blaming(folder / "config.json"):
+        _check_settings(folder, small["config.json"])
+    tensors, stored = _headers(folder)
+    with blaming(folder, "has no tokenizer that can be opened"):
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise InputError(f"{folder}: the tokenizer has no EOS token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    contract = released_contract(tokenizer, small.get(LENGTHS, {}).get("max_seq_length") or _MAX_TOKENS)
-    try:
-        decoder, pooling = sizes(small["config.json"], shapes)
-    except ValueError as error:
-        raise InputError(f"{folder}: {error}") from None
-    return Released(decoder, pooling, contract, tokenizer, small, shapes, stored)
+    with blaming(folder / LENGTHS, "says no sound max_seq_length"):
+        contract = released_contract(tokenizer, small.get(LENGTHS, {}).get("max_seq_length") or _MAX_TOKENS)
+    with blaming(folder, "cannot be opened as NV-Embed"):
+        try:
+            decoder, pooling = sizes(small["config.json"], {name: tensor.shape for name, tensor in tensors.items()})
+        except ValueError as error:
+            raise InputError(f"{folder}: {error}") from None
+    return Released(decoder, pooling, contract, tokenizer, small, tensors, stored)
 
 
 def released_contract(tokenizer: Any, max_tokens: int) -> Contract:
@@ -134,14 +141,27 @@ def sizes(released: dict[str, Any], shapes: Shapes) -> tuple[Any, PoolingConfig]
     )
 
 
+def check_released(released: dict[str, Any] | None) -> dict[str, Any]:
+    """What our config keeps of a release, for its export. InputError where it names other files or types than ours."""
+    if released is None:
+        raise InputError("the model does not come from a released NV-Embed folder: it keeps no files of one to write")
+    files = released.get("files")
+    if not isinstance(files, dict) or "config.json" not in files or released.get("dtype") not in _DTYPES:
+        raise InputError(f"config.json: released needs files with a config.json, and a dtype of {', '.join(_DTYPES)}")
+    for name, content in files.items():
+        if name not in SMALL_FILES:
+            raise InputError(
+                f"config.json: released names the file {name!r}, and an export writes only {', '.join(SMALL_FILES)}"
+            )
+        if not isinstance(content, list if name == "modules.json" else dict):
+            raise InputError(f"config.json: released holds no settings for {name}, but a {type(content).__name__}")
+    return released
+
+
 def released_name(ours: str) -> str:
     """The released name of a parameter of ours. StopIteration where the release has no such part."""
     start = next(start for start in _PREFIXES if ours.startswith(start))
     return _PREFIXES[start] + ours.removeprefix(start)
-
-
-def _json(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def _check_settings(folder: Path, released: dict[str, Any]) -> None:
@@ -155,50 +175,18 @@ def _check_settings(folder: Path, released: dict[str, Any]) -> None:
         raise InputError(f"{folder}: is_mask_instruction must be true and padding_side 'right', nothing else is known")
 
 
-def _weight_files(folder: Path) -> list[str]:
-    """Names of the safetensors files, each directly in `folder`."""
-    if (folder / "model.safetensors").is_file():
-        return ["model.safetensors"]
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        raise NotFoundError(f"{folder} has no model.safetensors and no {index.name}")
-    names = _json(index)["weight_map"].values()
-    for name in names:
-        # the folder may come from anyone: what it names must lie in it
-        if not isinstance(name, str) or "/" in name or "\\" in name or not name.endswith(".safetensors"):
-            raise InputError(f"{index}: {name!r} is not the name of a .safetensors file in this folder")
-    files = sorted(set(names))
-    if missing := [name for name in files if not (folder / name).is_file()]:
-        raise NotFoundError(f"{folder} lacks {', '.join(missing)}, which {index.name} names")
-    return files
-
-
-def _headers(folder: Path, files: list[str]) -> tuple[Shapes, torch.dtype]:
-    """Shapes of all tensors, and the widest of their types; reads no weights."""
-    shapes: Shapes = {}
+def _headers(folder: Path) -> tuple[dict[str, Stored], torch.dtype]:
+    """All tensors that count, and the widest of their types; reads no weights."""
+    # old checkpoints store rotary positions, which are computed
+    tensors = {name: found for name, found in weights_in(folder).items() if not name.endswith("rotary_emb.inv_freq")}
     stored: torch.dtype | None = None
-    for file in files:
-        with _open(folder / file) as weights:
-            for name in weights.keys():  # noqa: SIM118  (not a dict)
-                piece = weights.get_slice(name)
-                if name in shapes:
-                    raise InputError(f"{folder}: {name} is in more than one file")
-                if name.endswith("rotary_emb.inv_freq"):  # old checkpoints store buffers
-                    continue
-                if (kind := piece.get_dtype()) not in _STORED_AS:
-                    raise InputError(f"{folder}: {name} is stored as {kind}, not as one of {', '.join(_STORED_AS)}")
-                shapes[name] = tuple(piece.get_shape())
-                stored = torch.promote_types(stored or _STORED_AS[kind], _STORED_AS[kind])
+    for name, (_, _, kind) in tensors.items():
+        if kind not in _STORED_AS:
+            raise InputError(f"{folder}: {name} is stored as {kind}, not as one of {', '.join(_STORED_AS)}")
+        stored = torch.promote_types(stored or _STORED_AS[kind], _STORED_AS[kind])
     if stored is None:
-        raise InputError(f"{folder}: there are no tensors in {', '.join(files)}")
-    return shapes, stored
-
-
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except SafetensorError as error:
-        raise InputError(f"{file} is not a whole safetensors file: {error}") from None
+        raise InputError(f"{folder}: there are no weights but rotary positions")
+    return tensors, stored
 
 
 def _size(shapes: Shapes, name: str, axis: int) -> int:
@@ -260,20 +248,20 @@ def _agree(where: str, given: dict[str, Any], found: dict[str, int]) -> None:
             raise InputError(f"{where} says {key}={given[key]}, but by the tensors' shapes it is {size}")
 
 
-def _fill(network: nn.Module, folder: Path, files: list[str], shapes: Shapes, dtype: torch.dtype) -> None:
+def _fill(network: nn.Module, folder: Path, tensors: dict[str, Stored], dtype: torch.dtype) -> None:
     """Every parameter from its released tensor, exactly one each."""
     ours = {released_name(name): (name, tuple(p.shape)) for name, p in network.named_parameters()}
-    found = shapes.keys()
+    found = tensors.keys()
     for what, names in (
         ("missing", ours.keys() - found),
         ("unexpected", found - ours.keys()),
-        ("not of the shape that the config says", {n for n in ours.keys() & found if ours[n][1] != shapes[n]}),
+        ("not of the shape that the config says", {n for n in ours.keys() & found if ours[n][1] != tensors[n].shape}),
     ):
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             raise InputError(f"{folder}: tensors {what}: {', '.join(sorted(names)[:5])}{more}")
-    for file in files:
-        with _open(folder / file) as weights:
-            for name in sorted(found & set(weights.keys())):
+    for file in sorted({tensor.file for tensor in tensors.values()}):
+        with safe_open(file, framework="pt") as weights:
+            for name in sorted(name for name in found if tensors[name].file == file):
                 module, _, leaf = ours[name][0].rpartition(".")
                 setattr(network.get_submodule(module), leaf, nn.Parameter(weights.get_tensor(name).to(dtype)))

@@ -11,22 +11,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedwright.endpoint import shown
-from embedwright.errors import InputError
+from embedwright.errors import InputError, blaming
+from embedwright.model.backbone import check_report
 from embedwright.model.embedder import Embedder
 from embedwright.model.families import FAMILIES, said
-from embedwright.model.locate import local, packaged, text_of
+from embedwright.model.formats.folder import INDEX, SINGLE, weights_in
+from embedwright.model.locate import local, packaged, split_revision, text_of
 from embedwright.model.probe import ProbeError
-from embedwright.model.storage import form_of
+from embedwright.model.storage import look
 from embedwright.sentence_transformer import SentenceTransformerEncoder
 
 
-def open_encoder(name: str) -> Embedder | SentenceTransformerEncoder:
+def open_encoder(name: str, revision: str | None = None) -> Embedder | SentenceTransformerEncoder:
     """What `open_model` opens, for inference alone: a latent block is folded."""
-    model = open_model(name)
+    model = open_model(name, revision)
     return model.fold() if isinstance(model, Embedder) else model
 
 
-def open_model(name: str) -> Embedder | SentenceTransformerEncoder:
+def open_model(name: str, revision: str | None = None) -> Embedder | SentenceTransformerEncoder:
     """`minilm`, a folder or a hub id, as an object with `encode(texts, task=None)`.
 
     Models of ours, released NV-Embed and the families of `embedwright.model.families` (also said: `e5-mistral:folder`)
@@ -36,14 +38,16 @@ def open_model(name: str) -> Embedder | SentenceTransformerEncoder:
     """
     if "://" in name:
         raise InputError(f"{shown(name)} is a server: `embedwright mine --teacher` asks those, here give a model")
-    family, where = said(name)
-    folder = packaged(name) or local(where) or where
-    if isinstance(folder, Path) and not folder.is_dir():
-        raise InputError(f"{name} is a file of weights, not an embedder: use Embedder.from_decoder")
-    # a hub id without an owner is a name that only sentence-transformers knows
-    if family or ((isinstance(folder, Path) or "/" in folder) and form_of(folder, where)):
-        return Embedder.load(name)
-    return SentenceTransformerEncoder(_sentence_transformer(str(folder)))
+    _, where = said(name)
+    if "/" not in where and local(where) is None and packaged(where) is None:
+        # a hub id without an owner is a name that only sentence-transformers knows
+        return SentenceTransformerEncoder(_sentence_transformer(*split_revision(where, revision)))
+    place, form = look(name, revision)
+    if form is not None:
+        return Embedder.load(name, revision=revision)
+    if place.hub_id is None:
+        return SentenceTransformerEncoder(_sentence_transformer(str(place.path), None, place.path))
+    return SentenceTransformerEncoder(_sentence_transformer(place.hub_id, place.path.name, place.path))
 
 
 class RawMean:
@@ -57,14 +61,39 @@ class RawMean:
         return vectors
 
 
-def _sentence_transformer(where: str) -> Any:
+def _sentence_transformer(where: str, revision: str | None, folder: Path | None = None) -> Any:
+    """`where` is a folder or a hub id, `folder` that folder or the snapshot whose commit is `revision`."""
     from sentence_transformers import SentenceTransformer
 
-    model = SentenceTransformer(where)
-    wants_eos = json.loads(text_of(where, "tokenizer_config.json") or "{}").get("add_eos_token")
+    with blaming(where, "cannot be opened by sentence-transformers"):
+        model = SentenceTransformer(where, revision=revision, trust_remote_code=False)
+    if folder is None:
+        return model
+    _check_complete(folder, model)
+    wants_eos = json.loads(text_of(folder, "tokenizer_config.json") or "{}").get("add_eos_token")
     if wants_eos and model.tokenizer("a")["input_ids"][-1] != model.tokenizer.eos_token_id:
         raise ProbeError(
             f"{where}: its tokenizer_config.json asks for EOS behind every text, its tokenizer adds none: its vectors "
             f"would be wrong. Say whose format it has, one of {', '.join(f'{family}:{where}' for family in FAMILIES)}"
         )
     return model
+
+
+def _check_complete(folder: Path, model: Any) -> None:
+    """InputError where sentence-transformers, which only logs it, has made up weights that the folder lacks."""
+    network = getattr(model[0], "auto_model", None)
+    modules = json.loads(text_of(folder, "modules.json") or "[]")
+    part = folder / (modules[0]["path"] if modules else "")
+    if network is None or not any((part / name).exists() for name in (SINGLE, INDEX)):
+        return  # other modules, or weights that torch reads, all of them
+    stored = {known for name in weights_in(part) for known in (name, name.partition(".")[2])}
+    own = {name for name, _ in network.named_parameters()}
+    if all(name in stored or name.partition(".")[2] in stored for name in own):
+        return
+    # transformers renames some weights on the way: its own report decides, which costs a second look at the files
+    _, info = type(network).from_pretrained(
+        part, output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True, trust_remote_code=False
+    )
+    # BERT's pooler is in few checkpoints, and sentence-transformers does not use it
+    info["missing_keys"] = {name for name in info["missing_keys"] if not name.startswith("pooler.")}
+    check_report(folder, info)

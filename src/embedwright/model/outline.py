@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from huggingface_hub import snapshot_download
 from transformers import AutoConfig
 
-from embedwright.errors import InputError
-from embedwright.model import adapter_folder
-from embedwright.model.backbone import decoder_config, resolve_base, set_attention
+from embedwright.errors import InputError, blaming
+from embedwright.model.adapter_folder import read_settings
+from embedwright.model.backbone import decoder_config, set_attention, stock_config
 from embedwright.model.families import Family, contract_of, said
-from embedwright.model.locate import local, packaged, text_of
+from embedwright.model.formats.base import resolve_base
+from embedwright.model.formats.folder import ADAPTER, read_object
+from embedwright.model.locate import fetch_weights, find, local
 from embedwright.model.nvembed import read_nvembed
 from embedwright.model.pooling import PoolingConfig
-from embedwright.model.storage import FILES, form_of
+from embedwright.model.storage import STOCK_SETTINGS, look, setting
 from embedwright.text import Contract, load_tokenizer
 
 
@@ -28,42 +28,43 @@ class Outline(NamedTuple):
     tokenizer: Any
 
 
-def outline(name: str) -> Outline:
+def outline(name: str, revision: str | None = None) -> Outline:
     """Of a folder or hub id that `Embedder.load` opens. Of an adapter folder, the base is looked at too."""
-    family, where = said(name)
-    folder = local(where) or Path(snapshot_download(where, allow_patterns=FILES))
-    form = family or form_of(folder, where)
+    place, form = look(name, revision)
+    folder = place.path
     if isinstance(form, Family):
         tokenizer = load_tokenizer(folder)
         decoder = decoder_config(str(folder), attention=form.attention)
         contract = contract_of(folder, form, tokenizer.backend_tokenizer)
         return Outline(decoder, PoolingConfig(kind=form.pooling), contract, tokenizer)
     if form == "nvembed":
-        found = read_nvembed(folder)
+        found = read_nvembed(fetch_weights(place))
         return Outline(found.decoder, found.pooling, found.contract, found.tokenizer)
     if form == "adapter":
         return _of_adapter(folder)
     tokenizer = load_tokenizer(folder)
-    stored = _json(folder / ("config.json" if form == "ours" else "embedwright.json"))
+    file = folder / ("config.json" if form == "ours" else STOCK_SETTINGS)
+    stored = read_object(file)
     if form == "ours":
-        decoder = AutoConfig.for_model(**stored["backbone"])
+        with blaming(f"{file}: backbone", "is no config of a decoder"):
+            decoder = AutoConfig.for_model(**stored["backbone"])
     else:
-        decoder = AutoConfig.from_pretrained(folder)
-        set_attention(decoder, "causal" if decoder.is_causal else "bidirectional")
+        decoder = stock_config(folder)
+        set_attention(decoder, "causal" if getattr(decoder, "is_causal", True) else "bidirectional")
     return Outline(
         decoder,
-        PoolingConfig.model_validate(stored["pooling"]),
-        Contract.model_validate(stored["contract"]),
+        setting(file, stored, "pooling", PoolingConfig),
+        setting(file, stored, "contract", Contract),
         tokenizer,
     )
 
 
 def _of_adapter(folder: Path) -> Outline:
-    base = _json(folder / adapter_folder.CONFIG)["base_model_name_or_path"]
-    ours = _json(folder / "embedwright.json") if (folder / "embedwright.json").is_file() else None
+    stored, ours = read_settings(folder)
+    base, revision = stored["base_model_name_or_path"], stored.get("revision")
     if ours is None or ours["decoder"] is None:
-        return outline(base)
-    decoder = resolve_base(base)
+        return outline(base, revision)
+    decoder = resolve_base(base, revision, weights=False)
     return Outline(
         decoder_config(decoder, **ours["decoder"]),
         PoolingConfig.model_validate(ours["pooling"]),
@@ -74,14 +75,13 @@ def _of_adapter(folder: Path) -> Outline:
 
 def content_fingerprint(name: str) -> str:
     """Of the files of an embedder, and of an adapter's base: another one where what it reads or computes may differ."""
-    _, where = said(name)
-    folder = local(where) or Path(snapshot_download(where, allow_patterns=FILES))
+    folder = fetch_weights(find(said(name)[1]))
     found = hashlib.sha256()
     for file in sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors", ".model")):
         with file.open("rb") as stream:
             found.update(f"{file.relative_to(folder)} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
-    if (folder / adapter_folder.CONFIG).is_file():
-        base = str(_json(folder / adapter_folder.CONFIG)["base_model_name_or_path"])
+    if (folder / ADAPTER).is_file():
+        base = str(read_object(folder / ADAPTER).get("base_model_name_or_path"))
         if (path := local(base)) is not None and path.is_dir():
             found.update(content_fingerprint(base).encode())
     return found.hexdigest()[:16]
@@ -113,14 +113,9 @@ def check_embedder(name: str) -> None:
 
 def _embedder_kind(name: str) -> Literal["known", "other"] | None:
     """`known` opens as an `Embedder`, `other` in sentence-transformers alone; None is no embedder."""
-    family, where = said(name)
-    path = packaged(where) or local(where)
-    if path is not None and path.is_file():
+    if find(said(name)[1]).path.is_file():
         return None
-    if family or form_of(path or where, where):
+    place, form = look(name)
+    if form is not None:
         return "known"
-    return None if text_of(path or where, "modules.json") is None else "other"
-
-
-def _json(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8"))
+    return "other" if (place.path / "modules.json").is_file() else None

@@ -21,14 +21,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from embedwright.errors import InputError, NotFoundError, OutputExistsError
+from embedwright.errors import InputError, NotFoundError
+from embedwright.files import check_new_folder, whole_folder, write_json
 from embedwright.model import selftest
 from embedwright.model.embedder import Embedder
+from embedwright.model.formats.folder import Stored, check_folder, weights_in
 from embedwright.model.locate import local
 from embedwright.model.storage import form_of
 
 How = Literal["average", "slerp"]
-Files = Mapping[str, Path]  # a tensor's name -> the file that it is in
+Files = Mapping[str, Stored]  # by the tensor's name
 
 _WEIGHTS, _SHARD = "model{suffix}.safetensors", "1GB"
 _PIECE = 2**22  # numbers of a tensor at a time
@@ -54,25 +56,20 @@ def soup(
     pooling block began from other numbers than the first's; and for weights that make no average. FileExistsError where
     `out` is not empty.
     """
-    names, out = [str(model) for model in models], Path(out)
+    names = [str(model) for model in models]
     shares = _shares(len(names), how, weights)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputExistsError(f"{out} exists and is not an empty folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-        folders = [_plain(name, Path(scratch) / f"merged-{i}") for i, name in enumerate(names)]
-        parts = [_files(folder) for folder in folders]
-        for name, folder, files in zip(names[1:], folders[1:], parts[1:], strict=True):
-            _check_settings(names[0], folders[0], name, folder)
-            _check_weights(names[0], parts[0], name, files)
-        aside = Path(scratch) / "soup"
-        _copy_settings(folders[0], aside)
-        _write_weights(parts, shares, how, aside)
-        model = Embedder.load(aside, device="cpu")
-        selftest.write(model.network, model.tokenizer, aside)
-        if out.is_dir():
-            out.rmdir()
-        aside.rename(out)
+    check_new_folder(out)
+    with whole_folder(out) as temp:
+        with TemporaryDirectory(prefix=".merged-", dir=temp) as scratch:
+            folders = [_plain(name, Path(scratch) / str(i)) for i, name in enumerate(names)]
+            parts = [weights_in(folder) for folder in folders]
+            for name, folder, files in zip(names[1:], folders[1:], parts[1:], strict=True):
+                _check_settings(names[0], folders[0], name, folder)
+                _check_weights(names[0], parts[0], name, files)
+            _copy_settings(folders[0], temp)
+            _write_weights(parts, shares, how, temp)
+        model = Embedder.load(temp, device="cpu")
+        selftest.write(model.network, model.tokenizer, temp)
 
 
 def _shares(models: int, how: How, weights: Sequence[float] | None) -> list[float]:
@@ -98,6 +95,7 @@ def _plain(name: str, scratch: Path) -> Path:
     folder = local(name)
     if folder is None:
         raise NotFoundError(f"model folder {name} does not exist")
+    check_folder(folder)
     form = form_of(folder, name)
     if form == "adapter":
         Embedder.load(folder).merge().save(scratch)
@@ -107,24 +105,14 @@ def _plain(name: str, scratch: Path) -> Path:
     return folder
 
 
-def _files(folder: Path) -> dict[str, Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-    file = folder / "model.safetensors"
-    with safe_open(file, "pt") as opened:
-        return dict.fromkeys(opened.keys(), file)
-
-
 def _read(files: Files, name: str, rows: int | None = None) -> Tensor:
-    with safe_open(files[name], "pt") as opened:
+    with safe_open(files[name].file, "pt") as opened:
         tensor: Tensor = opened.get_tensor(name) if rows is None else opened.get_slice(name)[:rows]
     return tensor
 
 
 def _shape(files: Files, name: str) -> list[int]:
-    with safe_open(files[name], "pt") as opened:
-        return list(opened.get_slice(name).get_shape())
+    return list(files[name].shape)
 
 
 # ---- whether it goes together
@@ -204,14 +192,14 @@ def _cosine(ab: float, aa: float, bb: float) -> float:
 
 
 def _copy_settings(folder: Path, out: Path) -> None:
-    for file in folder.rglob("*"):
+    for file in (*folder.glob("*"), *folder.glob("[12]_*/*")):  # all that `save` writes
         if file.suffix in _COPIED and file.name not in _NOT_COPIED:
             target = out / file.relative_to(folder)
-            target.parent.mkdir(parents=True, exist_ok=True)
+            target.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, target)
 
 
-def _write_weights(parts: list[dict[str, Path]], shares: list[float], how: How, out: Path) -> None:
+def _write_weights(parts: list[dict[str, Stored]], shares: list[float], how: How, out: Path) -> None:
     # planned without memory, written a shard at a time
     plan = split_torch_state_dict_into_shards(
         {name: torch.empty_like(_read(parts[0], name), device="meta") for name in sorted(parts[0])},
@@ -223,7 +211,7 @@ def _write_weights(parts: list[dict[str, Path]], shares: list[float], how: How, 
         save_file(shard, out / file, metadata={"format": "pt"})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        write_json(out / "model.safetensors.index.json", index)
 
 
 def _mixed(name: str, tensors: list[Tensor], shares: list[float], how: How) -> Tensor:

@@ -1,4 +1,4 @@
-"""Models on disk: safetensors and JSON only, written aside and renamed.
+"""Models on disk: safetensors and JSON only, written whole or not at all.
 
 `mean` and `last`: a stock Hugging Face backbone with sentence-transformers' own modules, which opens without this
 package. Others: one `EmbedwrightModel` folder, which sentence-transformers and AutoModel open once this package is
@@ -8,68 +8,79 @@ imported (design, section 7). `embedwright.json` holds the contract in the first
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import snapshot_download
 from tokenizers import processors
-from transformers import AutoConfig
 
-from embedwright.errors import InputError, NotFoundError, OutputExistsError
+from embedwright.config import Model, validate
+from embedwright.errors import InputError, NotFoundError, blaming
+from embedwright.files import check_new_folder, whole_folder, write_json
 from embedwright.model import adapter_folder, door, probe, selftest
 from embedwright.model.adapter import has_lora
-from embedwright.model.backbone import load_backbone, origin_of, set_attention
+from embedwright.model.backbone import load_backbone, origin_of, set_attention, stock_config
 from embedwright.model.families import FAMILIES, Family, load_family, recognised, said
+from embedwright.model.formats.base import check_weights
+from embedwright.model.formats.folder import ADAPTER, check_floats, check_folder, read_object, weights_in
 from embedwright.model.fourbit import ONLY_TRAINED, in_four_bits
-from embedwright.model.locate import local, text_of
+from embedwright.model.locate import Place, fetch_weights, find
 from embedwright.model.network import EmbedwrightConfig, EmbedwrightModel
 from embedwright.model.nvembed import is_nvembed, load_nvembed
+from embedwright.model.pooling import PoolingConfig
 from embedwright.text import Contract, load_tokenizer, tokenize
 
-FILES = ["*.json", "*.safetensors", "*.model", "*.jinja"]  # of a hub id
 _BOUNDARY_PROBES = ("word", "Word", "2 words", "(x)", "été", "漢字", "_name", "-1", "a\nb")
+
+STOCK_SETTINGS = "embedwright.json"  # contract and pooling, in a folder of the stock form
 
 Form = Literal["adapter", "nvembed", "ours", "stock"]
 
 
 def save(network: EmbedwrightModel, tokenizer: Any, path: Path) -> None:
     """See `Embedder.save`."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise OutputExistsError(f"{path} exists and is not an empty folder")
+    check_new_folder(path)
     if in_four_bits(network.backbone):
         raise InputError(f"cannot save: {ONLY_TRAINED}")
     probe.check(network)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    if has_lora(network.backbone):
-        adapter_folder.write(network, aside)
-    elif opens_as_stock(network, tokenizer):
-        _save_stock(network, tokenizer, aside)
-    else:
-        _save_ours(network, tokenizer, aside)
-    selftest.write(network, tokenizer, aside)
-    if path.is_dir():
-        path.rmdir()
-    aside.rename(path)
+    with whole_folder(path) as temp:
+        if has_lora(network.backbone):
+            adapter_folder.write(network, temp)
+        elif opens_as_stock(network, tokenizer):
+            _save_stock(network, tokenizer, temp)
+        else:
+            _save_ours(network, tokenizer, temp)
+        selftest.write(network, tokenizer, temp)
 
 
-def load(path: str | Path, *, dtype: torch.dtype | None) -> tuple[EmbedwrightModel, Any]:
+def load(path: str | Path, *, dtype: torch.dtype | None, revision: str | None = None) -> tuple[EmbedwrightModel, Any]:
     """See `Embedder.load`; the network's `config.name_or_path` is the local folder that was read.
 
-    ValueError where the folder is not an embedder, or lacks weights.
+    InputError where the folder is not an embedder, lacks weights, or holds what does not belong together.
     """
-    family, name = said(str(path))
-    here = local(name)
-    folder = here or Path(snapshot_download(name, allow_patterns=FILES))
-    form = family or form_of(folder, name)
-    network, tokenizer = _open(folder, form, dtype)
-    network.config.name_or_path = str(folder)
+    place, form = look(str(path), revision)
+    if form is not None and place.hub_id is not None:
+        check_folder(fetch_weights(place))
+    network, tokenizer = _open(place.path, form, dtype)
+    network.config.name_or_path = str(place.path)
     if network.origin is None:  # an adapter says itself where its base is
-        base = str(path).removesuffix(name) + (str(here.resolve()) if here else name)
-        network.origin = origin_of(base, network.backbone, "whole" if form in ("ours", "nvembed") else "stock")
+        base = str(path).removesuffix(said(str(path))[1]) + (place.hub_id or str(place.path.resolve()))
+        kind: Any = "whole" if form in ("ours", "nvembed") else "stock"
+        network.origin = origin_of(base, network.backbone, kind, place.revision)
     return network, tokenizer
+
+
+def look(name: str, revision: str | None = None) -> tuple[Place, Form | Family | None]:
+    """Where the model of this name lies, its settings checked, and its form; None for what is no `Embedder`.
+
+    Of a hub id the weights are still to be fetched. InputError for a file.
+    """
+    family, where = said(name)
+    place = find(where, revision)
+    if not place.path.is_dir():
+        raise InputError(f"{name} is a file of weights, not an embedder: use Embedder.from_decoder")
+    check_folder(place.path)
+    return place, family or form_of(place.path, place.hub_id or where)
 
 
 def _open(folder: Path, form: Form | Family | None, dtype: torch.dtype | None) -> tuple[EmbedwrightModel, Any]:
@@ -82,11 +93,7 @@ def _open(folder: Path, form: Form | Family | None, dtype: torch.dtype | None) -
     if form == "stock":
         return _load_stock(folder, dtype), load_tokenizer(folder)
     if form == "ours":
-        network, info = EmbedwrightModel.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True)
-        if info["missing_keys"] or info["unexpected_keys"]:
-            wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
-            raise InputError(f"{folder}: weights do not fit the config, e.g. {wrong[:3]}")
-        return network, load_tokenizer(folder)
+        return _load_ours(folder, dtype), load_tokenizer(folder)
     if not (folder / "config.json").is_file():
         raise NotFoundError(f"{folder} has no config.json: not a model folder")
     raise InputError(
@@ -95,18 +102,18 @@ def _open(folder: Path, form: Form | Family | None, dtype: torch.dtype | None) -
     )
 
 
-def form_of(where: str | Path, name: str) -> Form | Family | None:
-    """What lies in a folder, or under a hub id, that is called `name`; None for what is no `Embedder`."""
-    if text_of(where, adapter_folder.CONFIG) is not None:
+def form_of(folder: Path, name: str) -> Form | Family | None:
+    """What lies in a folder that is called `name`; None for what is no `Embedder`."""
+    if (folder / ADAPTER).is_file():
         return "adapter"
-    config = json.loads(text_of(where, "config.json") or "{}")
+    config = read_object(folder / "config.json") if (folder / "config.json").is_file() else {}
     if is_nvembed(config):
         return "nvembed"
     if config.get("model_type") == EmbedwrightConfig.model_type:
         return "ours"
-    if text_of(where, "embedwright.json") is not None:
+    if (folder / STOCK_SETTINGS).is_file():
         return "stock"
-    return recognised(where, name, config)
+    return recognised(folder, name, config)
 
 
 def opens_as_stock(network: EmbedwrightModel, tokenizer: Any) -> bool:
@@ -149,7 +156,7 @@ def _save_stock(network: EmbedwrightModel, tokenizer: Any, folder: Path) -> None
         network.backbone.config.hidden_size,
         door.STOCK_TRANSFORMER,
     )
-    files["embedwright.json"] = {"contract": contract.model_dump(), "pooling": network.pooling.model_dump()}
+    files[STOCK_SETTINGS] = {"contract": contract.model_dump(), "pooling": network.pooling.model_dump()}
     _write_json(folder, files)
 
 
@@ -168,20 +175,41 @@ def _save_ours(network: EmbedwrightModel, tokenizer: Any, folder: Path) -> None:
 
 def _write_json(folder: Path, files: dict[str, Any]) -> None:
     for name, content in files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+        write_json(folder / name, content)
+
+
+def _load_ours(folder: Path, dtype: torch.dtype | None) -> EmbedwrightModel:
+    settings = read_object(folder / "config.json")
+    for part, kind in (("contract", Contract), ("pooling", PoolingConfig)):
+        setting(folder / "config.json", settings, part, kind)
+    check_floats(weights_in(folder))
+    with blaming(folder):
+        network: EmbedwrightModel = EmbedwrightModel.from_pretrained(
+            folder, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False
+        )
+    return network
 
 
 def _load_stock(folder: Path, dtype: torch.dtype | None) -> EmbedwrightModel:
-    stored = json.loads((folder / "embedwright.json").read_text())
-    decoder = AutoConfig.from_pretrained(folder)
-    set_attention(decoder, "causal" if decoder.is_causal else "bidirectional")
+    file = folder / STOCK_SETTINGS
+    stored = read_object(file)
+    contract = setting(file, stored, "contract", Contract)
+    pooling = setting(file, stored, "pooling", PoolingConfig)
+    check_weights(folder)
+    decoder = stock_config(folder)
+    set_attention(decoder, "causal" if getattr(decoder, "is_causal", True) else "bidirectional")
     backbone = load_backbone(str(folder), decoder, dtype or decoder.dtype or torch.float32)
-    contract = Contract.model_validate(stored["contract"])
     config = EmbedwrightConfig(
-        backbone=backbone.config.to_dict(), pooling=stored["pooling"], contract=contract.model_dump()
+        backbone=backbone.config.to_dict(), pooling=pooling.model_dump(), contract=contract.model_dump()
     )
     return EmbedwrightModel(config, backbone=backbone)
+
+
+def setting(file: Path, settings: dict[str, Any], part: str, kind: type[Model]) -> Model:
+    """One of our parts of a settings file, as `kind` has it."""
+    if not isinstance(settings.get(part), dict):
+        raise InputError(f"{file}: {part} is missing")
+    return validate(kind, settings[part], f"{file}: {part}")
 
 
 def _edit_json(file: Path, values: dict[str, Any]) -> None:

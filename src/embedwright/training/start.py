@@ -13,8 +13,9 @@ from torch import Tensor
 from embedwright.errors import InputError, NotFoundError
 from embedwright.model import probe
 from embedwright.model.adapter import has_lora, idle_adapters
-from embedwright.model.backbone import decoder_config, resolve_base
+from embedwright.model.backbone import decoder_config
 from embedwright.model.embedder import Embedder, new_contract
+from embedwright.model.formats.base import resolve_base
 from embedwright.model.outline import check_decoder, check_embedder, content_fingerprint, outline
 from embedwright.model.pooling import PoolingConfig
 from embedwright.text import Contract, load_tokenizer
@@ -117,7 +118,7 @@ def shape_of(spec: ModelPart) -> tuple[Any, PoolingConfig]:
         check_embedder(spec.name)
         found = outline(spec.name)
         return found.decoder, found.pooling
-    decoder = decoder_config(resolve_base(_decoder(spec)), attention=spec.attention, layers=spec.layers)
+    decoder = decoder_config(resolve_base(_decoder(spec), weights=False), attention=spec.attention, layers=spec.layers)
     return decoder, PoolingConfig(kind=spec.pooling, **_sizes(spec))
 
 
@@ -127,7 +128,7 @@ def reading_of(spec: ModelPart) -> tuple[Any, Contract]:
         check_embedder(spec.name)
         found = outline(spec.name)
         return found.tokenizer, _shortened(spec, found.contract)
-    tokenizer = load_tokenizer(resolve_base(_decoder(spec)))
+    tokenizer = load_tokenizer(resolve_base(_decoder(spec), weights=False))
     return tokenizer, new_contract(tokenizer, spec.pooling, spec.max_tokens)
 
 

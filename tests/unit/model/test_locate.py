@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
+from embedwright.errors import InputError
 from embedwright.model import locate
-from embedwright.model.locate import PACKAGED, local, packaged, text_of
+from embedwright.model.locate import PACKAGED, fetch_weights, find, local, packaged, text_of
 
 
 def test_packaged_names_lead_into_their_package(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,21 +43,86 @@ def test_a_path_to_nothing_is_no_hub_id(name: str, monkeypatch: pytest.MonkeyPat
         local(name)
 
 
-def test_one_file_of_a_folder_or_of_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_file_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "1_Pooling").mkdir()
     (tmp_path / "1_Pooling" / "config.json").write_text("é", encoding="utf-8")
     assert text_of(tmp_path, "1_Pooling/config.json") == "é"
-    assert text_of(tmp_path, "config.json") is None and text_of(tmp_path / "1_Pooling" / "config.json", "x") is None
-    asked = []
-
-    def cached(name: str, file: str, **_: object) -> str | None:
-        asked.append((name, file))
-        return str(tmp_path / "1_Pooling" / "config.json") if file == "config.json" else None
-
-    monkeypatch.setattr(locate, "cached_file", cached)
-    assert text_of("org/name", "config.json") == "é" and text_of("org/name", "modules.json") is None
-    assert asked == [("org/name", "config.json"), ("org/name", "modules.json")]
+    assert text_of(tmp_path, "config.json") is None
 
 
-def test_a_hub_that_cannot_be_reached_has_no_files() -> None:
-    assert text_of("org/no-such-model", "config.json") is None  # the tests run offline
+def test_a_folder_comes_before_packaged_weights_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import numpy
+
+    monkeypatch.setitem(PACKAGED, "minilm", ("numpy", "core"))
+    monkeypatch.chdir(tmp_path)
+    assert find("minilm").path == Path(numpy.__file__).parent / "core"
+    (tmp_path / "minilm").mkdir()
+    assert find("minilm").path == Path("minilm")
+
+
+# ---- revisions
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A hub cache with two commits of one model, as huggingface_hub lays it out; `main` is the second."""
+    repo = tmp_path / "models--org--name"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    for commit, branch in (("a" * 40, "v1"), ("b" * 40, "main")):
+        (repo / "blobs").mkdir(parents=True, exist_ok=True)
+        (repo / "blobs" / branch).write_text(branch)
+        (repo / "snapshots" / commit).mkdir(parents=True)
+        (repo / "snapshots" / commit / "config.json").symlink_to(f"../../blobs/{branch}")
+        (repo / "refs").mkdir(exist_ok=True)
+        (repo / "refs" / branch).write_text(commit)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "content"),
+    [
+        ("org/name", None, "main"),
+        ("org/name", "v1", "v1"),
+        ("org/name@v1", None, "v1"),
+        ("org/name@v1", "v1", "v1"),
+        ("org/name", "a" * 40, "v1"),
+        (f"org/name@{'b' * 40}", None, "main"),
+    ],
+)
+def test_a_revision_is_one_commit(hub: Path, name: str, revision: str | None, content: str) -> None:
+    place = find(name, revision)
+    assert place.hub_id == "org/name"
+    assert text_of(place.path, "config.json") == text_of(fetch_weights(place), "config.json") == content
+
+
+def test_the_weights_are_of_the_commit_of_the_settings(hub: Path) -> None:
+    place = find("org/name")
+    (hub / "models--org--name" / "refs" / "main").write_text("a" * 40)  # somebody pushes meanwhile
+    assert text_of(fetch_weights(place), "config.json") == "main"
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "match"),
+    [
+        ("org/name", "absent", "org/name at revision absent is not on this disk"),
+        ("org/name@absent", None, "org/name at revision absent is not on this disk"),
+        ("org/name@refs/pr/1", None, "org/name at revision refs/pr/1 is not on this disk"),
+        ("org/name@v1", "main", "do not name one revision"),
+        ("org/name@", None, "do not name one revision"),
+        ("org/a b", None, "no hub id"),
+        (".", "v1", "is for a hub id"),
+    ],
+)
+def test_a_revision_that_is_none_is_refused(hub: Path, name: str, revision: str | None, match: str) -> None:
+    with pytest.raises(InputError, match=match):
+        find(name, revision)
+
+
+def test_a_full_disk_is_no_missing_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(locate, "snapshot_download", full)
+    with pytest.raises(OSError, match="No space") as raised:
+        find("org/name")
+    assert not isinstance(raised.value, InputError)

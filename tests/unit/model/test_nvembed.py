@@ -251,7 +251,7 @@ def test_stored_rotary_buffers_are_passed_over(one_file: Path) -> None:
 def test_an_index_that_leaves_the_folder_is_refused(name: Any, shards: Path) -> None:
     save_file({LATENTS: torch.zeros(16, 64)}, shards.parent / "outside.safetensors")
     edit(shards / INDEX, lambda c: c["weight_map"].update({LATENTS: name}))
-    with pytest.raises(ValueError, match=r"is not the name of a \.safetensors file in this folder"):
+    with pytest.raises(ValueError, match=r"is no \.safetensors file of this folder"):
         Embedder.load(shards)
 
 
@@ -261,7 +261,7 @@ def test_files_that_are_not_there_or_not_whole(shards: Path) -> None:
     with pytest.raises(ValueError, match=f"{second.name} is not a whole safetensors file"):
         Embedder.load(shards)
     second.unlink()
-    with pytest.raises(FileNotFoundError, match=f"lacks {second.name}"):
+    with pytest.raises(FileNotFoundError, match=f"has no {second.name}"):
         Embedder.load(shards)
     (shards / INDEX).unlink()
     with pytest.raises(FileNotFoundError, match=r"has no model\.safetensors"):
@@ -271,5 +271,5 @@ def test_files_that_are_not_there_or_not_whole(shards: Path) -> None:
 def test_one_tensor_in_two_files_is_refused(shards: Path) -> None:
     save_file({LATENTS: torch.zeros(16, 64)}, shards / "extra.safetensors")
     edit(shards / INDEX, lambda c: c["weight_map"].update({"other": "extra.safetensors"}))
-    with pytest.raises(ValueError, match=f"{LATENTS} is in more than one file"):
+    with pytest.raises(ValueError, match=f"{LATENTS} is in both|but {INDEX} puts it into"):
         Embedder.load(shards)

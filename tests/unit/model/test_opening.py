@@ -186,27 +186,35 @@ def test_packaged_weights_that_are_not_installed_are_named(monkeypatch: pytest.M
 
 
 def test_any_other_name_is_sentence_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(opening, "_sentence_transformer", lambda name: f"opened {name}")
+    monkeypatch.setattr(opening, "_sentence_transformer", lambda name, revision, *_: f"opened {name}@{revision}")
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    for name in (str(tmp_path), "intfloat/e5-small-v2", "all-MiniLM-L6-v2"):
+    snapshot = tmp_path / "cache" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    monkeypatch.setattr("embedwright.model.locate.snapshot_download", lambda *_, **__: str(snapshot))
+    for name, expected in (
+        (str(tmp_path), f"{tmp_path}@None"),
+        ("intfloat/e5-small-v2", f"intfloat/e5-small-v2@{'a' * 40}"),
+        ("intfloat/e5-small-v2@v1", f"intfloat/e5-small-v2@{'a' * 40}"),
+        ("all-MiniLM-L6-v2@v1", "all-MiniLM-L6-v2@v1"),
+    ):
         opened = open_encoder(name)
-        assert isinstance(opened, SentenceTransformerEncoder) and opened.model == f"opened {name}"
+        assert isinstance(opened, SentenceTransformerEncoder) and opened.model == f"opened {expected}"
 
 
 @pytest.mark.parametrize("config", [{"model_type": "nvembed"}, {"model_type": "embedwright"}, {"model_type": "qwen3"}])
-def test_a_hub_id_is_opened_by_what_its_config_says(monkeypatch: pytest.MonkeyPatch, config: dict[str, str]) -> None:
+def test_a_hub_id_is_opened_by_what_its_config_says(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: dict[str, str]
+) -> None:
     class LoadedError(Exception): ...
 
-    def load(name: str) -> None:
-        raise LoadedError(name)
+    def load(name: str, revision: str | None) -> None:
+        raise LoadedError(f"{name} {revision}")
 
-    def text_of(where: str, file: str) -> str | None:
-        return json.dumps(config) if (where, file) == ("org/Qwen3-Embedding-9B", "config.json") else None
-
-    monkeypatch.setattr("embedwright.model.storage.text_of", text_of)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("embedwright.model.locate.snapshot_download", lambda *_, **__: str(tmp_path))
     monkeypatch.setattr(Embedder, "load", load)
-    with pytest.raises(LoadedError, match="org/Qwen3-Embedding-9B"):
-        open_encoder("org/Qwen3-Embedding-9B")
+    with pytest.raises(LoadedError, match="org/Qwen3-Embedding-9B v1"):
+        open_encoder("org/Qwen3-Embedding-9B", "v1")
 
 
 @pytest.mark.parametrize("name", ["./absent", "/absent/model", "../absent", "~/absent", "runs/laptop/absent"])

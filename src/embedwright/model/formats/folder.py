@@ -1,0 +1,198 @@
+"""The one checked reader of model folders. A folder may come from anyone: what it names must lie in it, and fit.
+
+Every format that we open goes through `check_folder` and `weights_in` before a model is built. No weight is read here:
+a safetensors header says names, shapes and types.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+
+from embedwright.errors import InputError, NotFoundError
+
+SINGLE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
+
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+_READ = {
+    ".json",
+    ".safetensors",
+    ".model",
+    ".txt",
+    ".jinja",
+    ".tiktoken",
+}  # suffixes of files that a model is read from
+_OBJECTS = (  # JSON files that must hold an object, wherever they are
+    "config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    "embedwright.json",
+    ADAPTER,
+)
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+
+
+class Stored(NamedTuple):
+    """One tensor of a safetensors file; `dtype` as safetensors writes it, such as `BF16`."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def read_json(file: Path) -> Any:
+    """The content of a JSON file. InputError where it is broken, NotFoundError where it is not there."""
+    if not file.is_file():
+        raise NotFoundError(f"{file} does not exist")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file} is not valid JSON: {error}") from None
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file. InputError where it holds something else."""
+    content = read_json(file)
+    if not isinstance(content, dict):
+        raise InputError(f"{file} must hold a JSON object, not {type(content).__name__}")
+    return content
+
+
+def check_folder(folder: Path) -> None:
+    """InputError where a file that a model is read from is a link out of the folder, no regular file, or broken JSON;
+    where the folder names files elsewhere; and where an adapter lies beside a whole model.
+
+    The hub's cache keeps the files of a snapshot as links into its own `blobs`: these are allowed.
+    """
+    for part in [folder, *_modules(folder / "modules.json")]:
+        for file in sorted(part.iterdir()) if part.is_dir() else ():
+            if file.suffix in _READ and not file.name.startswith("."):
+                _check_file(folder, file)
+                if file.name in _OBJECTS:
+                    read_object(file)
+    config = folder / "config.json"
+    if config.is_file() and "transformers_weights" in (settings := read_object(config)):
+        raise InputError(
+            f"{config}: transformers_weights={settings['transformers_weights']!r} is not supported: "
+            f"weights are read from {SINGLE} or from the files of {INDEX}"
+        )
+    whole = [name for name in (SINGLE, INDEX) if (folder / name).exists()]
+    if (folder / ADAPTER).exists() and whole:
+        raise InputError(
+            f"{folder} holds {ADAPTER} beside {whole[0]}, so it is not clear whether it is an adapter or a whole "
+            "model: move one of them away"
+        )
+
+
+def weights_in(folder: Path) -> dict[str, Stored]:
+    """Name -> place, shape and type of every tensor of the model in a folder.
+
+    The weights are `model.safetensors`, or the files that `model.safetensors.index.json` names: exactly one of the two.
+    InputError for names that leave the folder, for shards that the index does not name, for tensors that are not where
+    the index says or that are in two files, and for a file that is not whole. NotFoundError for a file that is missing.
+    Safetensors files of other names belong to no model that we read, and are left alone.
+    """
+    single, index = folder / SINGLE, folder / INDEX
+    if single.exists() and index.exists():
+        raise InputError(
+            f"{folder} holds both {SINGLE} and {INDEX}, so two models: move the one away that is not meant"
+        )
+    places = _weight_map(index) if index.exists() else None
+    files = [SINGLE] if places is None else sorted(set(places.values()))
+    if missing := [name for name in files if not (folder / name).is_file()]:
+        hint = f"which {INDEX} names" if places is not None else f"and no {INDEX}"
+        raise NotFoundError(f"{folder} has no {', '.join(missing)}, {hint}")
+    stray = sorted(file.name for file in folder.iterdir() if _SHARD.fullmatch(file.name) and file.name not in files)
+    if stray:
+        told = INDEX if places is not None else SINGLE
+        raise InputError(f"{folder} holds {stray[0]}, which is no part of the model in {told}: move it away")
+    found: dict[str, Stored] = {}
+    for name in files:
+        for tensor, stored in tensors_of(folder / name, within=folder).items():
+            if tensor in found:
+                raise InputError(f"{folder}: {tensor} is in both {found[tensor].file.name} and {name}")
+            if places is not None and places.get(tensor) != name:
+                said = f"puts it into {places[tensor]}" if tensor in places else "does not name it"
+                raise InputError(f"{folder}: {tensor} is in {name}, but {INDEX} {said}")
+            found[tensor] = stored
+    if lost := sorted((places or {}).keys() - found.keys()):
+        raise InputError(f"{folder}: {INDEX} puts {lost[0]} into {(places or {})[lost[0]]}, which does not hold it")
+    if not found:
+        raise InputError(f"{folder}: there are no tensors in {', '.join(files)}")
+    return found
+
+
+def check_floats(stored: dict[str, Stored], names: Iterable[str] | None = None) -> None:
+    """InputError where one of these tensors (None: any) is not stored as floating-point numbers."""
+    for name in stored if names is None else names:
+        if stored[name].dtype not in _FLOATS:
+            kinds = ", ".join(sorted(_FLOATS))
+            raise InputError(f"{stored[name].file}: {name} is stored as {stored[name].dtype}, not as one of {kinds}")
+
+
+def tensors_of(file: Path, *, within: Path) -> dict[str, Stored]:
+    """Name -> place, shape and type of every tensor of one safetensors file. InputError where it is not whole."""
+    if not file.exists():
+        raise NotFoundError(f"{file} does not exist")
+    _check_file(within, file)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            pieces = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  (not a dict)
+            return {name: Stored(file, tuple(p.get_shape()), str(p.get_dtype())) for name, p in pieces.items()}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file} is not a whole safetensors file: {error}") from None
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> name of a file that lies directly in the folder of the index."""
+    places = read_object(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise InputError(f"{index}: weight_map must name the file of every tensor")
+    for tensor, name in places.items():
+        plain = isinstance(name, str) and not re.search(r"[/\\:\0]", name) and not name.startswith(".")
+        if not plain or not name.endswith(".safetensors"):
+            raise InputError(f"{index}: {tensor} is in {name!r}, which is no .safetensors file of this folder")
+    return places
+
+
+def _check_file(folder: Path, file: Path) -> None:
+    real = Path(os.path.realpath(file))
+    home = Path(os.path.realpath(folder))
+    allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    if not any(real.is_relative_to(place) for place in allowed):
+        raise InputError(f"{file} is a link to {real}, outside of its folder: copy the file into the folder")
+    if not real.exists():
+        raise NotFoundError(f"{file} is a link to {real}, which does not exist")
+    if not stat.S_ISREG(real.stat().st_mode):
+        raise InputError(f"{file} is no regular file")
+
+
+def _modules(file: Path) -> list[Path]:
+    """The folders that sentence-transformers' list of modules names. InputError where one of them lies elsewhere."""
+    if not file.exists():
+        return []
+    _check_file(file.parent, file)
+    modules = read_json(file)
+    if not isinstance(modules, list):
+        raise InputError(f"{file} must hold a list of modules")
+    folders = []
+    for module in modules:
+        path, kind = (module.get(key) if isinstance(module, dict) else None for key in ("path", "type"))
+        if not isinstance(path, str) or not isinstance(kind, str):
+            raise InputError(f"{file}: every module needs a path and a type, not {module!r}")
+        if Path(path).is_absolute() or ".." in Path(path).parts or "\\" in path:
+            raise InputError(f"{file}: the module path {path!r} leaves the folder")
+        if path not in ("", "."):
+            folders.append(file.parent / path)
+    return folders

@@ -1,0 +1,135 @@
+"""GGUF files of llama.cpp, converted once to a Hugging Face folder in the cache.
+
+transformers reads them, but leaves out a tensor that it cannot place and makes up one that is missing, and may take
+settings from whatever lies beside the file. So the file is opened alone, and its numbers are counted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import uuid
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from transformers import AutoModel
+from transformers.utils import logging as transformers_logging
+
+from embedwright.cache import cache_folder
+from embedwright.errors import InputError, MissingPackageError, OutputExistsError, blaming
+from embedwright.files import whole_folder, write_json
+from embedwright.model.backbone import check_report
+from embedwright.text import load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+_MADE = "conversion.json"  # in a converted folder: size, time and digest of each of its files
+_HEAD = ("output.weight", "output.bias")  # the LM head, which an embedder does not need
+
+
+def convert_gguf(file: Path) -> Path:
+    """The GGUF file as a Hugging Face folder in the cache, float32, made on first use.
+
+    A conversion that is damaged is made again. InputError where the file lacks weights or holds some without a place.
+    """
+    out = cache_folder("gguf", f"{file.stem}-{_digest(file)[:16]}")
+    if out.exists():
+        if _is_whole(out):
+            return out
+        logger.warning("%s is damaged: it is made again", out)
+        _discard(out)
+    logger.info("converting %s to %s (once)", file.name, out)
+    model, tokenizer = _read(file)
+    try:
+        with whole_folder(out) as temp:
+            model.save_pretrained(temp)
+            tokenizer.save_pretrained(temp)
+            write_json(temp / _MADE, {path.name: _state(path) | {"sha256": _digest(path)} for path in temp.iterdir()})
+    except OutputExistsError:  # another process has made it meanwhile
+        if not _is_whole(out):
+            raise
+    return out
+
+
+def _read(file: Path) -> tuple[Any, Any]:
+    """Model and tokenizer of a GGUF file, which holds every weight of the model and no others."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # its report is read below
+    try:
+        with TemporaryDirectory() as alone, blaming(file, "is no GGUF file that can be opened"):
+            link = Path(alone) / "model.gguf"
+            link.symlink_to(file.resolve())
+            held = _tensors(link)
+            loaded, info = AutoModel.from_pretrained(
+                alone,
+                gguf_file=link.name,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported, then refused by name
+                local_files_only=True,
+                trust_remote_code=False,
+            )
+            tokenizer = load_tokenizer(alone, gguf_file=link.name)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    check_report(file, info)
+    placed = sum(parameter.numel() for parameter in loaded.parameters())
+    body = {name: size for name, size in held.items() if name not in _HEAD}
+    if sum(body.values()) != placed:
+        raise InputError(
+            f"{file} holds {sum(body.values()):,} numbers, and a {loaded.config.model_type!r} model of its settings "
+            f"has place for {placed:,}: transformers cannot read all of this file ({_odd(body)})"
+        )
+    # transformers refuses to save what it loaded from GGUF: the weights go into a fresh model of the same config
+    del loaded.config.quantization_config
+    fresh = AutoModel.from_config(loaded.config, dtype=torch.float32, trust_remote_code=False)
+    fresh.load_state_dict(loaded.state_dict())
+    return fresh, tokenizer
+
+
+def _tensors(file: Path) -> dict[str, int]:
+    """Name -> how many numbers, of every tensor in the file."""
+    try:
+        from gguf import GGUFReader
+    except ImportError:
+        raise MissingPackageError("a .gguf file needs the package gguf: pip install gguf") from None
+    return {tensor.name: int(tensor.n_elements) for tensor in GGUFReader(file).tensors}
+
+
+def _odd(names: dict[str, int]) -> str:
+    """Tensors outside of the usual layers, which are those that have no place, as a rule."""
+    usual = ("blk.", "token_embd.", "output_norm.")
+    return ", ".join(sorted(name for name in names if not name.startswith(usual))[:3]) or "more layers than it says"
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether every file is as it was written, by size and time or else by its content, and no other is there."""
+    try:
+        made = json.loads((folder / _MADE).read_text(encoding="utf-8"))
+        return {path.name for path in folder.iterdir()} == {_MADE, *made} and all(
+            _state(folder / name) == {key: state[key] for key in ("bytes", "changed")}
+            or (_state(folder / name)["bytes"] == state["bytes"] and _digest(folder / name) == state["sha256"])
+            for name, state in made.items()
+        )
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        return False
+
+
+def _state(file: Path) -> dict[str, int]:
+    found = file.stat()
+    return {"bytes": found.st_size, "changed": found.st_mtime_ns}
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _discard(folder: Path) -> None:
+    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}")
+    folder.rename(aside)
+    shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
