@@ -100,6 +100,9 @@ def load_tokenizer(folder: str | Path, **kwargs: Any) -> Any:
 
     with blaming(folder, "has no tokenizer that can be opened"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **kwargs)
+        names = [name for name in tokenizer.vocab_files_names.values() if name]
+        if "gguf_file" not in kwargs and not any((Path(folder) / name).is_file() for name in names):
+            raise InputError(f"{folder} has no tokenizer: none of {', '.join(names)} is there")
         file = Path(folder) / "tokenizer.json"
         if file.is_file():
             stored = Tokenizer.from_file(str(file))

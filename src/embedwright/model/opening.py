@@ -15,6 +15,7 @@ from embedwright.errors import InputError, blaming
 from embedwright.model.backbone import check_report
 from embedwright.model.embedder import Embedder
 from embedwright.model.families import FAMILIES, said
+from embedwright.model.formats.base import check_weights
 from embedwright.model.formats.folder import INDEX, SINGLE, weights_in
 from embedwright.model.locate import local, packaged, split_revision, text_of
 from embedwright.model.probe import ProbeError
@@ -65,11 +66,15 @@ def _sentence_transformer(where: str, revision: str | None, folder: Path | None 
     """`where` is a folder or a hub id, `folder` that folder or the snapshot whose commit is `revision`."""
     from sentence_transformers import SentenceTransformer
 
+    part = None if folder is None else _weights_folder(folder)
+    if part is not None:
+        check_weights(part)
     with blaming(where, "cannot be opened by sentence-transformers"):
         model = SentenceTransformer(where, revision=revision, trust_remote_code=False)
     if folder is None:
         return model
-    _check_complete(folder, model)
+    if part is not None:
+        _check_complete(part, model)
     wants_eos = json.loads(text_of(folder, "tokenizer_config.json") or "{}").get("add_eos_token")
     if wants_eos and model.tokenizer("a")["input_ids"][-1] != model.tokenizer.eos_token_id:
         raise ProbeError(
@@ -79,13 +84,18 @@ def _sentence_transformer(where: str, revision: str | None, folder: Path | None 
     return model
 
 
-def _check_complete(folder: Path, model: Any) -> None:
-    """InputError where sentence-transformers, which only logs it, has made up weights that the folder lacks."""
-    network = getattr(model[0], "auto_model", None)
+def _weights_folder(folder: Path) -> Path | None:
+    """Where the safetensors of the first module lie; None for weights of another kind, and of a hub id as yet."""
     modules = json.loads(text_of(folder, "modules.json") or "[]")
     part = folder / (modules[0]["path"] if modules else "")
-    if network is None or not any((part / name).exists() for name in (SINGLE, INDEX)):
-        return  # other modules, or weights that torch reads, all of them
+    return part if any((part / name).exists() for name in (SINGLE, INDEX)) else None
+
+
+def _check_complete(part: Path, model: Any) -> None:
+    """InputError where sentence-transformers, which only logs it, has made up weights that the folder lacks."""
+    network = getattr(model[0], "auto_model", None)
+    if network is None:
+        return
     stored = {known for name in weights_in(part) for known in (name, name.partition(".")[2])}
     own = {name for name, _ in network.named_parameters()}
     if all(name in stored or name.partition(".")[2] in stored for name in own):
@@ -96,4 +106,4 @@ def _check_complete(folder: Path, model: Any) -> None:
     )
     # BERT's pooler is in few checkpoints, and sentence-transformers does not use it
     info["missing_keys"] = {name for name in info["missing_keys"] if not name.startswith("pooler.")}
-    check_report(folder, info)
+    check_report(part, info)
