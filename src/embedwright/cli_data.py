@@ -331,7 +331,7 @@ def data_relabel(
     if cross_encoder is not None and threshold is not None and base_url is None and model is None:
         from sentence_transformers import CrossEncoder
 
-        by_scores = judge_by_scores(CrossEncoder(cross_encoder), threshold)
+        by_scores = judge_by_scores(CrossEncoder(cross_encoder, trust_remote_code=False), threshold)
         report = relabel_file(path, out, by_scores, action, tasks=described, progress=counter("examples"))
         say(json.dumps(report, indent=2))
         return

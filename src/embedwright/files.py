@@ -126,9 +126,13 @@ def _check_writable(path: str | Path, folder: Path) -> None:
 
 def _make_parents(final: Path) -> list[Path]:
     """Makes the parent folders that are missing; returns those, the innermost first."""
-    made = [parent for parent in final.parents if not parent.exists()]
-    final.parent.mkdir(parents=True, exist_ok=True)
-    return made
+    missing = [parent for parent in final.parents if not parent.exists()]
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+    except BaseException:
+        _remove_empty([parent for parent in missing if parent.exists()])
+        raise
+    return missing
 
 
 def _remove_empty(folders: list[Path]) -> None:

@@ -163,7 +163,7 @@ def _load(arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
     import datasets
 
     with _naming(arguments.get("data_files", arguments["path"])):
-        yield from datasets.load_dataset(**arguments)
+        yield from datasets.load_dataset(**arguments, trust_remote_code=False)
 
 
 @contextmanager

@@ -44,6 +44,7 @@ def sentence_transformer(network: EmbedwrightModel, tokenizer: Any) -> Any:
     return SentenceTransformer(
         modules=[first, Pooling(**files["1_Pooling/config.json"]), Normalize()],
         device=str(network.device),
+        trust_remote_code=False,
         **files["config_sentence_transformers.json"],
     )
 

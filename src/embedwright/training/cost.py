@@ -124,7 +124,7 @@ def sizes_of(recipe: Recipe) -> Sizes:
     with naming_the_model(recipe):
         config, pooling = shape_of(spec)
     with torch.device("meta"):
-        backbone = AutoModel.from_config(config)
+        backbone = AutoModel.from_config(config, trust_remote_code=False)
         head = make_head(pooling, config.hidden_size)
     layer, matrices = backbone.layers[-1], _linears(backbone)
     if any(parameter.ndim > 2 for parameter in layer.parameters()) or len(matrices) % config.num_hidden_layers:

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from embedwright import cli
 from embedwright.compress import export
 from embedwright.compress.export import export_nvembed
+from embedwright.errors import InputError
 from embedwright.model.embedder import Embedder
 from embedwright.model.probe import ProbeError
 from embedwright.text import Contract
@@ -224,6 +225,34 @@ def test_weights_that_do_not_fit_the_stored_type_are_named(value: float, v2: Emb
     with pytest.raises(ValueError, match=r"cross_attend_blocks\.0\.fn\.to_q\.weight does not fit torch\.float16: its"):
         export_nvembed(v2, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda r, out: r["files"].update({"../evil.json": {}}), r"names the file '\.\./evil\.json'"),
+        (lambda r, out: r["files"].update({str(out / "evil.json"): {}}), r"evil\.json"),
+        (lambda r, out: r["files"].update({"1_Pooling/../../evil.json": {}}), r"evil\.json"),
+        (lambda r, out: r["files"].update({"model.safetensors": {}}), r"model\.safetensors"),
+        (lambda r, out: r["files"].update({"modeling_nvembed.py": {}}), r"modeling_nvembed\.py"),
+        (lambda r, out: r["files"].update({"config.json": "text"}), r"no settings for config\.json, but a str"),
+        (lambda r, out: r["files"].pop("config.json"), r"released needs files with a config\.json"),
+        (lambda r, out: r.update(files=["config.json"]), "released needs files"),
+        (lambda r, out: r.update(dtype="load"), "a dtype of float32, float16, bfloat16"),
+        (lambda r, out: r.update(dtype="float64"), "a dtype of"),
+    ],
+)
+def test_a_strangers_config_names_no_other_files(
+    change: Callable[[Any, Path], Any], match: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Embedder.load(fixture_folder("v1")).save(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    change(config["released"], tmp_path)
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=match):
+        export_nvembed(Embedder.load(tmp_path / "model"), tmp_path / "a" / "out")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_folder_that_is_not_empty(v2: Embedder, tmp_path: Path) -> None:
