@@ -6,7 +6,10 @@ Tokenising in another way anywhere else is a bug (design, section 6).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import re
+from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,6 +24,8 @@ from embedwright.errors import InputError, InputTypeError, blaming
 INSTRUCTION_TEMPLATE = "Instruct: {task}\nQuery: "
 # sentence-transformers leaves out a *count* of prompt tokens, so its prompt must end where a token ends.
 BOUNDARY_TEMPLATE = "Instruct: {task}\nQuery:\n"
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 _PROBE_TEXTS = (
     "a",
@@ -47,7 +52,7 @@ class Contract(BaseModel):
     document_template: str = ""
     eos_id: int | None  # None: this model reads no EOS
     bos_ids: tuple[int, ...] = ()
-    mask_rule: Literal["offsets", "boundary", "count"] = "offsets"
+    mask_rule: Literal["offsets", "boundary", "count", "all"] = "offsets"
     max_tokens: int = Field(default=512, ge=2)
     query_suffix: str = ""  # behind every text whose prefix is not the documents'
     template_specials: bool = False  # special tokens written in prefix and suffix are those tokens, not plain text
@@ -65,6 +70,42 @@ class Contract(BaseModel):
         if task == "":
             task = self.default_task
         return self.query_template.replace("{task}", task) if task else self.document_template
+
+
+class TextTokenizer:
+    """A tokenizer of the model's own, in two settings that never change: special tokens in a text are text, or tokens.
+
+    It is a copy. What a caller does with the tokenizer that it was made from changes nothing here, and all threads may
+    read with it at once.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.plain = _frozen(tokenizer, encode_special_tokens=True)
+
+    @cached_property
+    def special(self) -> Tokenizer:
+        """The copy that takes special tokens written in a text for those tokens. Few models need it."""
+        return _frozen(self.plain, encode_special_tokens=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TextTokenizer:
+        return self
+
+    def __reduce__(self) -> tuple[type[TextTokenizer], tuple[Tokenizer]]:
+        return TextTokenizer, (self.plain,)  # a pickled Tokenizer forgets its setting
+
+
+def _frozen(tokenizer: Tokenizer, *, encode_special_tokens: bool) -> Tokenizer:
+    made = Tokenizer.from_str(tokenizer.to_str())
+    made.no_truncation()
+    made.no_padding()
+    made.encode_special_tokens = encode_special_tokens
+    return made
+
+
+def private_copy(tokenizer: Any) -> Any:
+    """A transformers tokenizer with the same ids that shares nothing with this one; it cuts and pads nothing."""
+    backend = _frozen(tokenizer.backend_tokenizer, encode_special_tokens=False)
+    return copy.deepcopy(tokenizer, {id(tokenizer.backend_tokenizer): backend})
 
 
 class TokenizedText(NamedTuple):
@@ -113,50 +154,97 @@ def load_tokenizer(folder: str | Path, **kwargs: Any) -> Any:
     return tokenizer
 
 
-def check_texts(texts: Sequence[str]) -> list[str]:
-    """`texts` as a list. TypeError on a bare string or a non-string, ValueError on a lone surrogate, with the index."""
+def check_texts(texts: Iterable[str]) -> list[str]:
+    """The texts of a list, tuple, one-dimensional array, column of a table, or any other ordered series, as a list.
+
+    InputTypeError for what has no order or is no series of texts, and for an item that is no str; InputError for a
+    lone surrogate; each names the index.
+    """
     if isinstance(texts, str):
         raise InputTypeError("expected a list of texts, got one string: wrap it in a list")
-    texts = list(texts)
-    for i, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise InputTypeError(f"texts[{i}] is {type(text).__name__}, not str")
-        if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-            raise InputError(f"texts[{i}] holds a lone surrogate and is not valid Unicode")
-    return texts
+    if not _is_series(texts):
+        raise InputTypeError(
+            f"expected a list of texts, got {type(texts).__name__}: pass a list, or one column of a table"
+        )
+    items: list[str] = texts.to_pylist() if hasattr(texts, "to_pylist") else list(texts)  # an Arrow array's are scalars
+    for i, text in enumerate(items):
+        if not isinstance(text, str) or (not text.isascii() and _SURROGATE.search(text)):
+            check_text(text, f"texts[{i}]")
+    return items
+
+
+def check_text(text: object, name: str) -> None:
+    """InputTypeError for what is no str, InputError for one with half of a surrogate pair, which no encoding takes."""
+    if not isinstance(text, str):
+        raise InputTypeError(f"{name} is {type(text).__name__}, not str")
+    if _SURROGATE.search(text):
+        raise InputError(f"{name} holds a lone surrogate and is not valid Unicode")
+
+
+def _is_series(texts: Any) -> bool:
+    """Whether its items have an order and are not the names of columns."""
+    unordered = isinstance(texts, (bytes, bytearray, Mapping, set, frozenset))
+    table = getattr(texts, "ndim", 1) != 1 or hasattr(texts, "columns") or hasattr(texts, "column_names")
+    return isinstance(texts, Iterable) and not unordered and not table
+
+
+def check_limit(contract: Contract, max_tokens: int) -> int:
+    """`max_tokens` if a text can be cut to it; else InputTypeError or InputError."""
+    check_whole(max_tokens, "max_tokens")
+    fixed = len(contract.bos_ids) + (contract.eos_id is not None and contract.mask_rule != "count")
+    if max_tokens <= fixed:
+        raise InputError(f"max_tokens={max_tokens} leaves no room for a token of text: give at least {fixed + 1}")
+    return int(max_tokens)
+
+
+def check_whole(value: object, name: str) -> None:
+    """InputTypeError for what is no whole number; `True` is none."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise InputTypeError(f"{name}={value!r} is {type(value).__name__}, not a whole number")
 
 
 def tokenize(
-    tokenizer: Tokenizer, contract: Contract, texts: Sequence[str], prefix: str = "", max_tokens: int | None = None
+    tokenizer: TextTokenizer,
+    contract: Contract,
+    texts: Iterable[str],
+    prefix: str = "",
+    max_tokens: int | None = None,
 ) -> list[TokenizedText]:
     """Token ids and pool mask of `prefix + text` for each text, under the contract's own rule.
 
-    ValueError, with the text's index, where the prefix leaves no token to pool (the reference returns NaN there).
+    InputError for a limit that is none, and, with the text's index, where the prefix leaves no token to pool (the
+    reference returns NaN there).
     """
-    texts = check_texts(texts)
-    limit = contract.max_tokens if max_tokens is None else max_tokens
+    return read(tokenizer, contract, check_texts(texts), prefix, max_tokens)
+
+
+def read(
+    tokenizer: TextTokenizer, contract: Contract, texts: list[str], prefix: str, max_tokens: int | None
+) -> list[TokenizedText]:
+    """`tokenize`, of texts that `check_texts` has seen."""
+    limit = check_limit(contract, contract.max_tokens if max_tokens is None else max_tokens)
     rule = _by_count if contract.mask_rule == "count" else _by_offsets
     with threads.freed():  # the first batch starts the tokenizers' own threads
         return rule(tokenizer, contract, texts, prefix, limit)
 
 
 def _by_offsets(
-    tokenizer: Tokenizer, contract: Contract, texts: list[str], prefix: str, limit: int
+    tokenizer: TextTokenizer, contract: Contract, texts: list[str], prefix: str, limit: int
 ) -> list[TokenizedText]:
     """New models. The text is cut to what is left, EOS is appended by id, special tokens in a text are plain text.
 
-    A token is pooled if it ends behind the prefix: the prefix's last token may melt into the first word, which a
+    A token is pooled if it ends after the prefix: the prefix's last token may melt into the first word, which a
     count of the prefix's tokens alone would lose. `boundary` (models that plain sentence-transformers opens, which
     counts) differs in one thing: white space of the text that melted into the prefix's last token is left out with it.
+    `all` reads the same tokens and pools every one, as servers do that know nothing of prefixes.
     """
     frame = _frame(tokenizer, contract, prefix)
     if limit <= len(contract.bos_ids) + len(frame.back):
         raise InputError(f"max_tokens={limit} leaves no room for a token of text")
-    tokenizer.encode_special_tokens = True
     front, back = np.zeros(len(frame.front), dtype=bool), np.zeros(len(frame.back), dtype=bool)
     whole = [frame.prefix + text + frame.suffix for text in texts]
     result = []
-    for i, encoding in enumerate(tokenizer.encode_batch(whole, add_special_tokens=False)):
+    for i, encoding in enumerate(tokenizer.plain.encode_batch(whole, add_special_tokens=False)):
         ids = encoding.ids
         pooled, body = np.ones(len(ids), dtype=bool), len(ids)
         if frame.prefix or frame.suffix:
@@ -165,12 +253,14 @@ def _by_offsets(
         if kept < 0:
             raise NoTokenError(prefix, limit, i)
         pooled = np.concatenate([pooled[:kept], pooled[body:]])
-        # a text of nothing may be pooled from its EOS alone, but only behind a whole prefix
+        # a text of nothing may be pooled from its EOS alone, but only after a whole prefix
         if not pooled.any() and (contract.eos_id is None or (prefix and (texts[i].strip() or kept < body))):
             raise NoTokenError(prefix, limit, i)
         # a decoder's BOS, in front, is an attention sink with an outsized state
         pool = np.concatenate([front, pooled, back])
         pool[-1] |= contract.eos_id is not None
+        if contract.mask_rule == "all":
+            pool[:] = True
         ids = [*frame.front, *ids[:kept], *ids[body:], *frame.back]
         result.append(TokenizedText(np.array(ids, dtype=np.int64), pool))
     return result
@@ -206,7 +296,7 @@ class _Frame(NamedTuple):
     back: list[int]
 
 
-def _frame(tokenizer: Tokenizer, contract: Contract, prefix: str) -> _Frame:
+def _frame(tokenizer: TextTokenizer, contract: Contract, prefix: str) -> _Frame:
     """BOS, prefix, suffix and EOS; a prefix is fixed up to its last special token, a suffix from its first one on.
 
     A tokenizer takes the pieces between special tokens one by one, so that this cut gives the ids of the whole string.
@@ -215,9 +305,8 @@ def _frame(tokenizer: Tokenizer, contract: Contract, prefix: str) -> _Frame:
     suffix = contract.query_suffix if prefix != contract.document_template else ""
     if not contract.template_specials:
         return _Frame(front, prefix, suffix, back)
-    special = {id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    tokenizer.encode_special_tokens = False
-    before, behind = (tokenizer.encode(string, add_special_tokens=False) for string in (prefix, suffix))
+    special = {id for id, token in tokenizer.special.get_added_tokens_decoder().items() if token.special}
+    before, behind = (tokenizer.special.encode(string, add_special_tokens=False) for string in (prefix, suffix))
     last = max((n + 1 for n, id in enumerate(before.ids) if id in special), default=0)
     first = next((n for n, id in enumerate(behind.ids) if id in special), len(behind.ids))
     return _Frame(
@@ -229,15 +318,15 @@ def _frame(tokenizer: Tokenizer, contract: Contract, prefix: str) -> _Frame:
 
 
 def _by_count(
-    tokenizer: Tokenizer, contract: Contract, texts: list[str], prefix: str, limit: int
+    tokenizer: TextTokenizer, contract: Contract, texts: list[str], prefix: str, limit: int
 ) -> list[TokenizedText]:
     """Released NV-Embed, as its reference does it: EOS as text, cut with the rest, and n leading positions left out,
     n = tokens of the prefix alone without BOS (position 0 is BOS, so its last token is pooled)."""
-    tokenizer.encode_special_tokens = False
-    eos = "" if contract.eos_id is None else tokenizer.id_to_token(contract.eos_id) or ""
-    masked = len(tokenizer.encode(prefix, add_special_tokens=False).ids) if prefix else 0
+    special = tokenizer.special
+    eos = "" if contract.eos_id is None else special.id_to_token(contract.eos_id) or ""
+    masked = len(special.encode(prefix, add_special_tokens=False).ids) if prefix else 0
     result = []
-    for i, encoding in enumerate(tokenizer.encode_batch([prefix + t + eos for t in texts])):
+    for i, encoding in enumerate(special.encode_batch([prefix + t + eos for t in texts])):
         ids = np.array(encoding.ids[:limit], dtype=np.int64)
         if len(ids) <= masked:
             raise NoTokenError(prefix, limit, i)

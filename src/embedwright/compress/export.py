@@ -37,7 +37,7 @@ def export_nvembed(model: Embedder, path: str | Path) -> None:
     probe.check(model.network)
     with whole_folder(path) as temp:
         _write_weights(model, getattr(torch, released["dtype"]), temp)
-        _write_tokenizer(model.tokenizer, temp)
+        _write_tokenizer(model.own_tokenizer, temp)
         lengths = {**released["files"].get(LENGTHS, {}), "max_seq_length": model.max_tokens}
         for name, content in {**released["files"], LENGTHS: lengths}.items():
             write_json(temp / name, content)
@@ -59,7 +59,7 @@ def _check_expressible(model: Embedder) -> dict[str, Any]:
     _same(
         "the text contract",
         model.contract.model_dump(),
-        released_contract(model.tokenizer, model.max_tokens).model_dump(),
+        released_contract(model.own_tokenizer, model.max_tokens).model_dump(),
     )
     released = check_released(network.config.released)
     shapes = {released_name(name): tuple(p.shape) for name, p in network.named_parameters()}

@@ -43,8 +43,27 @@ def add_lora(backbone: nn.Module, *, rank: int, alpha: int, dropout: float, mixe
     linear_names = {
         name.rsplit(".", 1)[-1] for name, module in backbone.named_modules() if isinstance(module, nn.Linear)
     }
+    if not linear_names:
+        raise InputError("the backbone has no linear layer to put LoRA on")
+    if left_out := _not_linear(backbone):
+        logger.warning(
+            "LoRA goes on linear layers alone: %d weights get no adapter and stay as they are, e.g. %s",
+            len(left_out),
+            left_out[0],
+        )
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=sorted(linear_names))
     inject_lora(backbone, config, mixed=mixed)
+
+
+def _not_linear(backbone: nn.Module) -> list[str]:
+    """Names of matrices that no linear layer holds, such as the experts of a mixture; embeddings do not count."""
+    return [
+        f"{name}.{leaf}"
+        for name, module in backbone.named_modules()
+        if not isinstance(module, (nn.Linear, nn.Embedding))
+        for leaf, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim >= 2
+    ]
 
 
 def inject_lora(root: Any, config: Any, *, mixed: bool = False) -> None:

@@ -34,7 +34,7 @@ NEEDS_CODE = (
 )
 
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
-_OPEN_WINDOW = 2**30  # wider than any text
+_OPEN_WINDOW = _ANY_LENGTH = 2**30  # more than any text has
 
 
 def decoder_config(base: str, *, attention: AttentionKind, layers: int | None = None) -> Any:
@@ -67,6 +67,26 @@ def stock_config(folder: str | Path) -> Any:
             if "auto_map" in json.loads(file.read_text(encoding="utf-8")):
                 raise InputError(f"{folder}: {NEEDS_CODE}") from None
             raise
+
+
+def positions(config: Any) -> int:
+    """Tokens for which a decoder has positions."""
+    return getattr(config, "max_position_embeddings", None) or _ANY_LENGTH
+
+
+def longest_alike(config: Any) -> int:
+    """Tokens up to which a text's rotary frequencies are its own. Beyond, `dynamic` and `longrope` choose them by the
+    largest position of a batch, for all of its texts."""
+    kinds = getattr(config, "rope_parameters", None) or {}
+    each = kinds.values() if all(isinstance(kind, dict) for kind in kinds.values()) else [kinds]
+    limits = [_ANY_LENGTH]
+    for kind in each:
+        name = kind.get("rope_type", "default")
+        if name == "longrope":
+            limits.append(kind["original_max_position_embeddings"])
+        elif "dynamic" in name:
+            limits.append(positions(config))
+    return min(limits)
 
 
 def set_attention(config: Any, attention: AttentionKind) -> None:

@@ -22,6 +22,7 @@ from embedwright.model.adapter import has_lora, lora_faults
 from embedwright.model.card import facts, model_card
 from embedwright.model.network import EmbedwrightModel
 from embedwright.model.pooling import FOLDED, FoldedLatent
+from embedwright.text import TextTokenizer
 
 
 def sentence_transformer(network: EmbedwrightModel, tokenizer: Any) -> Any:
@@ -117,7 +118,8 @@ def push_to_hub(
             f"the adapters belong to a base on this machine, {network.origin.name}, which others cannot open: "
             "merge them, or push that base and add them to it"
         )
-    text = card if isinstance(card, str) else model_card(repo_id, **{**facts(network, tokenizer), **(card or {})})
+    known = facts(network, TextTokenizer(tokenizer.backend_tokenizer))
+    text = card if isinstance(card, str) else model_card(repo_id, **{**known, **(card or {})})
     with TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
         storage.save(network, tokenizer, folder)

@@ -17,7 +17,7 @@ from embedwright.model.adapter import has_lora
 from embedwright.model.network import EmbedwrightModel
 from embedwright.model.selftest import TASK
 from embedwright.model.storage import opens_as_stock
-from embedwright.text import Contract
+from embedwright.text import Contract, TextTokenizer
 
 Row = Mapping[str, str | float | None]
 Form = Literal["stock", "ours", "adapter"]
@@ -28,7 +28,7 @@ _QUERY = "how do tides work?"
 _PASSAGE = "Tides are the rise and fall of sea levels, caused by the gravity of the moon and the sun."
 
 
-def facts(network: EmbedwrightModel, tokenizer: Any) -> dict[str, Any]:
+def facts(network: EmbedwrightModel, tokenizer: TextTokenizer) -> dict[str, Any]:
     """The arguments of `model_card` that the model knows: contract, form, pooling, attention, sizes, base."""
     backbone, origin = network.backbone, network.origin
     stock = opens_as_stock(network, tokenizer)

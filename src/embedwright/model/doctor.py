@@ -173,6 +173,8 @@ def _pads(model: Embedder, _: Path | None) -> Result:
 
 
 def _tokens(model: Embedder, text: str, task: str | None, max_tokens: int | None = None) -> TokenizedText:
+    if max_tokens is not None:
+        max_tokens = min(max_tokens, model.longest)
     packed = model.tokenize([text], task=task, max_tokens=max_tokens)
     return TokenizedText(packed.ids_T.numpy(), packed.pool_mask_T.numpy())
 
@@ -186,9 +188,9 @@ def _by_hand(model: Embedder, text: str, task: str | None) -> tuple[list[int], l
     """Ids and pool mask of a text that is not cut, read from the contract with nothing but the tokenizer's pipeline."""
     contract, prefix = model.contract, model.contract.prefix(task)
     suffix = contract.query_suffix if prefix != contract.document_template else ""
-    backend = Tokenizer.from_str(model.tokenizer.backend_tokenizer.to_str())
+    backend = Tokenizer.from_str(model.own_tokenizer.backend_tokenizer.to_str())
     if contract.mask_rule == "count":
-        eos_text = model.tokenizer.convert_ids_to_tokens(contract.eos_id)
+        eos_text = model.own_tokenizer.convert_ids_to_tokens(contract.eos_id)
         ids = backend.encode(prefix + text + eos_text).ids
         front = len(backend.encode(prefix, add_special_tokens=False).ids) if prefix else 0
         return ids, [i >= front for i in range(len(ids))]
@@ -227,12 +229,12 @@ def _stock(model: Embedder, _: Path | None) -> Result:
         states_TD = model.network.head(hidden_TD.to(weight.dtype), one).double().cpu().numpy()
         vector = states_TD[-1] if model.network.pooling.kind == "last" else states_TD[pooled].mean(0)
         expected.append(vector / np.linalg.norm(vector))
-    return _equal(model, model.encode(texts, task=TASK, max_tokens=_WHOLE), np.stack(expected))
+    return _equal(model, model.encode(texts, task=TASK, max_tokens=min(_WHOLE, model.longest)), np.stack(expected))
 
 
 def _ends(model: Embedder, _: Path | None) -> Result:
     """EOS behind every text; under `count` a text that is cut loses it, as the reference does."""
-    eos, backend = model.contract.eos_id, model.tokenizer.backend_tokenizer
+    eos, backend = model.contract.eos_id, model.own_tokenizer.backend_tokenizer
     if eos is None:
         return None
     if eos not in {id for id, token in backend.get_added_tokens_decoder().items() if token.special}:
@@ -248,7 +250,7 @@ def _ends(model: Embedder, _: Path | None) -> Result:
 
 def _begins(model: Embedder, _: Path | None) -> Result:
     bos = model.contract.bos_ids
-    own = leading_ids(model.tokenizer.backend_tokenizer)
+    own = leading_ids(model.own_tokenizer.backend_tokenizer)
     family = model.network.backbone.config.model_type
     if bos != own:
         return False, f"the contract has {list(bos)}, the tokenizer puts {list(own)} in front"
@@ -263,7 +265,7 @@ def _begins(model: Embedder, _: Path | None) -> Result:
 
 def _round_trip(model: Embedder, folder: Path | None) -> Result:
     """Text -> ids -> text, ids within the embedding table, and the ids of the folder's own tokenizer.json."""
-    backend = model.tokenizer.backend_tokenizer
+    backend = model.own_tokenizer.backend_tokenizer
     file = folder / "tokenizer.json" if folder is not None else None
     stored = Tokenizer.from_file(str(file)) if file is not None and file.is_file() else backend
     rows = model.network.backbone.get_input_embeddings().weight.shape[0]
@@ -337,7 +339,7 @@ def _head(model: Embedder, _: Path | None) -> Result:
 
 
 def _recorded(model: Embedder, folder: Path | None) -> Result:
-    found = None if folder is None else selftest.compare(model.network, model.tokenizer, folder)
+    found = None if folder is None else selftest.compare(model.network, model.text_tokenizer, folder)
     return None if found is None else (found.ok, found.describe())
 
 

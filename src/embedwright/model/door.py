@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from embedwright.errors import InputError
 from embedwright.model.network import EmbedwrightConfig
-from embedwright.text import Contract, NoTokenError, TokenizedText, check_texts, tokenize
+from embedwright.text import Contract, NoTokenError, TextTokenizer, TokenizedText, check_texts, tokenize
 
 Message = Mapping[str, Any]
 NO_LIMIT = 10**9  # tokens
@@ -28,6 +28,14 @@ class EmbedwrightTokenizer(PreTrainedTokenizerFast):
 
     # No __init__: transformers rebuilds the pipeline of a class that has one, with other ids.
     model_input_names = ["input_ids", "attention_mask", "pool_mask"]  # noqa: RUF012  (the base class's way)
+    _reads_with: tuple[int, TextTokenizer] | None = None  # and the number of tokens that there were
+
+    @property
+    def text_tokenizer(self) -> TextTokenizer:
+        """What reads the texts: this tokenizer with the tokens that it has now, whatever it was set to cut or pad."""
+        if self._reads_with is None or self._reads_with[0] != len(self):
+            self._reads_with = len(self), TextTokenizer(self.backend_tokenizer)
+        return self._reads_with[1]
 
     @property
     def text_contract(self) -> Contract:
@@ -101,21 +109,23 @@ class EmbedwrightTokenizer(PreTrainedTokenizerFast):
         return encoded if return_dict else encoded["input_ids"]
 
     def _limit(self, truncation: bool | str | None, max_length: int | None) -> int:
+        """Checked where the texts are read."""
         if truncation is False or truncation == "do_not_truncate":
             return NO_LIMIT
         if truncation not in (True, None, "longest_first", "only_first"):
             raise InputError(f"truncation={truncation!r}: texts are cut on the right, by the text contract")
-        default = self.model_max_length or self.text_contract.max_tokens  # None: sentence-transformers' user unset it
-        return int(default if max_length is None else max_length)
+        if max_length is not None:
+            return max_length
+        return self.model_max_length or self.text_contract.max_tokens  # None: sentence-transformers' user unset it
 
     def _tokenized(self, pairs: Sequence[tuple[str, str]], limit: int) -> list[TokenizedText]:
         """Rows of (prefix, text); those with the same prefix at a time."""
-        contract, backend = self.text_contract, self.backend_tokenizer
+        contract, tokenizer = self.text_contract, self.text_tokenizer
         rows: dict[int, TokenizedText] = {}
         for prefix in dict.fromkeys(prefix for prefix, _ in pairs):
             places = [i for i, pair in enumerate(pairs) if pair[0] == prefix]
             try:
-                made = tokenize(backend, contract, [pairs[i][1] for i in places], prefix, limit)
+                made = tokenize(tokenizer, contract, [pairs[i][1] for i in places], prefix, limit)
             except NoTokenError as error:
                 raise NoTokenError(prefix, limit, places[error.index]) from None
             rows |= zip(places, made, strict=True)
@@ -208,7 +218,7 @@ def sentence_transformers_files(
         "1_Pooling/config.json": {
             "embedding_dimension": hidden,
             "pooling_mode": pooling_mode,
-            "include_prompt": False,
+            "include_prompt": contract.mask_rule == "all",
         },
         "2_Normalize/config.json": {},
     }

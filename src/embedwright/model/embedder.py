@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -20,26 +20,31 @@ from embedwright.errors import InputError
 from embedwright.fingerprint import Digest, Facts, config_facts, dtypes, facts, tokenizer_fact
 from embedwright.model import bridges, probe, selftest, storage
 from embedwright.model.adapter import add_lora, has_lora, merge_lora
-from embedwright.model.backbone import AttentionKind, decoder_config, load_backbone, origin_of
+from embedwright.model.backbone import AttentionKind, decoder_config, load_backbone, origin_of, positions
 from embedwright.model.formats.base import resolve_base
 from embedwright.model.gpu_queue import queued
 from embedwright.model.modes import evaluating
 from embedwright.model.network import EmbedwrightConfig, EmbedwrightModel
 from embedwright.model.pooling import FOLDED, FoldedLatent, Kind, LatentPooling, PoolingConfig
+from embedwright.model.precision import Precision, check_precision, first_not_finite, quantize, shortened
 from embedwright.packing import PackedTexts, batches, pack
 from embedwright.text import (
     BOUNDARY_TEMPLATE,
     INSTRUCTION_TEMPLATE,
     Contract,
     NoTokenError,
+    TextTokenizer,
     TokenizedText,
+    check_limit,
+    check_text,
     check_texts,
+    check_whole,
     leading_ids,
     load_tokenizer,
-    tokenize,
+    private_copy,
+    read,
 )
 
-Precision = Literal["float32", "int8", "binary"]
 Backend = Literal["packed", "sdpa", "eager"]
 
 _CHUNK = 16_384  # texts tokenised at a time: bounds memory on a corpus, still sorts well by length
@@ -47,16 +52,21 @@ _GPU_CHUNK = 2_048  # a GPU waits for its first texts, and does not need many of
 
 
 class Embedder:
-    """Encodes texts into unit vectors. `network` is a `torch.nn.Module`; training works on it directly."""
+    """Encodes texts into unit vectors. `network` is a `torch.nn.Module`; training works on it directly.
+
+    `tokenizer` is the caller's, to count tokens or look at them. The model reads and saves with a copy of it
+    (`own_tokenizer`, `text_tokenizer`) that was made with the model: tokens added to `tokenizer`, its truncation,
+    padding and templates change no vector and no saved folder. To add tokens, add them to the base's folder first.
+    """
 
     def __init__(self, network: EmbedwrightModel, tokenizer: Any) -> None:
         self.network = network
         self.tokenizer = tokenizer
         self.contract: Contract = network.contract
         self._digests, self._unfolded = (Digest(), Digest()), dict[str, str]()
-        backend = tokenizer.backend_tokenizer
-        backend.no_truncation()
-        backend.no_padding()
+        _check_fit(network, tokenizer)
+        self.own_tokenizer = private_copy(tokenizer)
+        self.text_tokenizer = TextTokenizer(self.own_tokenizer.backend_tokenizer)
 
     # -- made, loaded, saved
 
@@ -69,7 +79,7 @@ class Embedder:
         pooling: Kind = "latent",
         attention: AttentionKind = "bidirectional",
         layers: int | None = None,
-        max_tokens: int = 512,
+        max_tokens: int | None = None,
         dtype: str = "float32",
         four_bit: bool = False,
         device: str | None = None,
@@ -81,7 +91,8 @@ class Embedder:
 
         `revision` is a branch, tag or commit of a hub id (also written `org/name@revision`); config, weights and
         tokenizer are all read from the one commit that it names.
-        `layers` keeps the first so many; `sizes` are those of `PoolingConfig` (latents, heads, head_dim, multiple).
+        `layers` keeps the first so many. `max_tokens`: 512, or fewer where the decoder has fewer positions. `sizes` are
+        those of `PoolingConfig` (latents, heads, head_dim, multiple).
         `four_bit` holds the weights of the linear layers in 4 bits and computes in `dtype`, to train adapters on: such
         a model can be neither merged nor saved (ImportError without the extra [qlora]).
         A fresh pooling block is the identity, so the new model is its decoder with mean pooling. Raises ValueError
@@ -94,7 +105,11 @@ class Embedder:
         tokenizer = load_tokenizer(folder)
         if tokenizer.eos_token_id is None:
             raise InputError(f"the tokenizer of {base} has no EOS token")
+        if max_tokens is None:
+            max_tokens = min(512, positions(decoder))
         contract = new_contract(tokenizer, pooling, max_tokens)
+        if contract.max_tokens > positions(decoder):
+            raise InputError(f"max_tokens={max_tokens}: {base} has positions for {positions(decoder)} tokens")
         backbone = load_backbone(folder, decoder, _dtype(dtype), four_bit)
         network = EmbedwrightModel(
             EmbedwrightConfig(
@@ -126,7 +141,7 @@ class Embedder:
         """
         network, tokenizer = storage.load(path, dtype=None if dtype is None else _dtype(dtype), revision=revision)
         model = cls(network, tokenizer)._ready(device, backend)
-        selftest.check(network, tokenizer, Path(network.config.name_or_path))
+        selftest.check(network, model.text_tokenizer, Path(network.config.name_or_path))
         return model
 
     def save(self, path: str | Path) -> None:
@@ -138,9 +153,9 @@ class Embedder:
         """
         if isinstance(self.network.head, FoldedLatent):
             raise InputError(FOLDED)
-        storage.save(self.network, self.tokenizer, Path(path))
+        storage.save(self.network, self.own_tokenizer, Path(path))
         if not has_lora(self.network.backbone):
-            stock = storage.opens_as_stock(self.network, self.tokenizer)
+            stock = storage.opens_as_stock(self.network, self.text_tokenizer)
             self.network.origin = origin_of(path, self.network.backbone, "stock" if stock else "whole")
 
     def to_sentence_transformer(self) -> Any:
@@ -150,7 +165,7 @@ class Embedder:
         What it saves is a whole model of our format, adapters merged; `save` writes the rest of what this one can be.
         ImportError without sentence-transformers, ValueError for a folded model.
         """
-        return bridges.sentence_transformer(self.network, self.tokenizer)
+        return bridges.sentence_transformer(self.network, self.own_tokenizer)
 
     def push_to_hub(
         self,
@@ -167,12 +182,13 @@ class Embedder:
         knows, such as `base`, `license`, `data` and `scores`; or a whole text. ValueError as in `save`, and for
         adapters whose base others cannot open.
         """
-        return bridges.push_to_hub(self.network, self.tokenizer, repo_id, private=private, token=token, card=card)
+        return bridges.push_to_hub(self.network, self.own_tokenizer, repo_id, private=private, token=token, card=card)
 
     def add_lora(self, rank: int = 16, alpha: int = 32, dropout: float = 0.0) -> Embedder:
         """LoRA on every linear layer of the backbone, in place. Vectors stay as they are until it is trained.
 
         The adapters and, in full, the pooling block are what trains from here on, both in float32; the rest is frozen.
+        A warning names weights that are no linear layers, such as the experts of a mixture: they get no adapter.
         ValueError where the model has adapters already or is folded.
         """
         if isinstance(self.network.head, FoldedLatent):
@@ -219,6 +235,12 @@ class Embedder:
         return self.contract.max_tokens
 
     @property
+    def longest(self) -> int:
+        """The largest `max_tokens` that a call may ask for."""
+        known = max(self.contract.max_tokens, positions(self.network.backbone.config))
+        return min(known, self.network.longest)
+
+    @property
     def embedding_dim(self) -> int:
         return int(self.network.backbone.config.hidden_size)
 
@@ -240,7 +262,7 @@ class Embedder:
             "kind": "embedwright",
             "weights": weights,
             "dtype": dtypes(backbone) + (", mixed" if network.mixed else ""),
-            "tokenizer": tokenizer_fact(self.tokenizer.backend_tokenizer, contract.mask_rule == "count"),
+            "tokenizer": tokenizer_fact(self.own_tokenizer.backend_tokenizer, contract.mask_rule == "count"),
             **config_facts("backbone", network.backbone.config),
             **facts("contract", contract.model_dump(mode="json")),
             **facts("pooling", network.pooling.model_dump(mode="json", include=None if head else {"kind"})),
@@ -258,15 +280,21 @@ class Embedder:
         max_tokens: int | None = None,
     ) -> PackedTexts:
         """The texts as this model reads them, in one packed row, in the order given."""
-        return pack(self._tokenize(texts, task, prefix, max_tokens))
+        in_front, limit = self._frame(task, prefix, max_tokens)
+        return pack(read(self.text_tokenizer, self.contract, check_texts(texts), in_front, limit))
 
-    def _tokenize(
-        self, texts: Sequence[str], task: str | None, prefix: str | None, max_tokens: int | None
-    ) -> list[TokenizedText]:
+    def _frame(self, task: str | None, prefix: str | None, max_tokens: int | None) -> tuple[str, int]:
+        """The string in front of each text, and the tokens to which texts are cut; both checked."""
+        for name, value in (("task", task), ("prefix", prefix)):
+            if value is not None:
+                check_text(value, name)
         if task is not None and prefix is not None:
             raise InputError("give task or prefix, not both")
         in_front = self.contract.prefix(task) if prefix is None else prefix
-        return tokenize(self.tokenizer.backend_tokenizer, self.contract, texts, in_front, max_tokens)
+        limit = check_limit(self.contract, self.contract.max_tokens if max_tokens is None else max_tokens)
+        if limit > self.longest:
+            raise InputError(f"max_tokens={limit}: the model has positions for {self.longest} tokens")
+        return in_front, limit
 
     def encode(
         self,
@@ -289,12 +317,9 @@ class Embedder:
         (N, dim/8). TypeError and ValueError name the index of a bad text.
         """
         texts = check_texts(texts)
-        if dim is not None and not 1 <= dim <= self.embedding_dim:
-            raise InputError(f"dim={dim}: the model has {self.embedding_dim} dimensions")
-        if batch_tokens is None:
-            batch_tokens = self._batch_tokens()
-        if batch_tokens < 1:
-            raise InputError(f"batch_tokens={batch_tokens} must be positive")
+        in_front, limit = self._frame(task, prefix, max_tokens)
+        batch_tokens = self._batch_tokens() if batch_tokens is None else batch_tokens
+        self._check_sizes(dim, batch_tokens, precision)
         unique = list(dict.fromkeys(texts))
         vectors = np.empty((len(unique), self.embedding_dim), dtype=np.float32)
         bar = _progress_bar(len(unique)) if progress else None
@@ -302,7 +327,7 @@ class Embedder:
 
         def tokenized(start: int) -> list[TokenizedText]:
             try:
-                return self._tokenize(unique[start : start + size], task, prefix, max_tokens)
+                return read(self.text_tokenizer, self.contract, unique[start : start + size], in_front, limit)
             except NoTokenError as error:  # its index is among the distinct texts of this chunk: name the caller's
                 index = texts.index(unique[start + error.index])
                 raise NoTokenError(error.prefix, error.limit, index) from None
@@ -310,7 +335,10 @@ class Embedder:
         with evaluating(self.network):
             for start, chunk in _ahead(tokenized, range(0, len(unique), size)):
                 for batch, embedded in self._embedded(chunk, batch_tokens):
-                    vectors[[start + i for i in batch]] = embedded
+                    rows = [start + i for i in batch]
+                    vectors[rows] = embedded
+                    if (bad := first_not_finite(embedded)) is not None:
+                        self._refuse_vector(texts.index(unique[rows[bad]]))
                     if bar is not None:
                         bar.update(len(batch))
         if bar is not None:
@@ -318,7 +346,23 @@ class Embedder:
         if len(unique) != len(texts):
             row = {text: i for i, text in enumerate(unique)}
             vectors = vectors[[row[text] for text in texts]]
-        return quantize(vectors if dim is None else _normalised(vectors[:, :dim]), precision)
+        return quantize(vectors if dim is None else shortened(vectors, dim), precision)
+
+    def _check_sizes(self, dim: int | None, batch_tokens: int, precision: str) -> None:
+        check_precision(precision)
+        check_whole(batch_tokens, "batch_tokens")
+        if batch_tokens < 1:
+            raise InputError(f"batch_tokens={batch_tokens} must be positive")
+        if dim is not None:
+            check_whole(dim, "dim")
+            if not 1 <= dim <= self.embedding_dim:
+                raise InputError(f"dim={dim}: the model has {self.embedding_dim} dimensions")
+
+    def _refuse_vector(self, index: int) -> NoReturn:
+        """What a text gives whose states overflow the type of the weights, or come from weights that are not finite."""
+        dtype = str(self.network.backbone.dtype).removeprefix("torch.")
+        help = 'load the model with dtype="float32" or "bfloat16"' if dtype == "float16" else "its weights are broken"
+        raise InputError(f"texts[{index}]: the model computes no finite vector of it in {dtype}: {help}")
 
     def _embedded(
         self, texts: Sequence[TokenizedText], batch_tokens: int
@@ -345,18 +389,36 @@ class Embedder:
         return self.network.embed(packed.to(self.device))
 
 
+def _check_fit(network: EmbedwrightModel, tokenizer: Any) -> None:
+    """InputError where the tokenizer has tokens that the model has not, or a text may be longer than it can read."""
+    rows = network.backbone.get_input_embeddings().weight.shape[0]
+    largest = {"tokens": max(tokenizer.get_vocab().values(), default=-1), "pad token": tokenizer.pad_token_id}
+    for what, id in largest.items():
+        if id is not None and id >= rows:
+            raise InputError(
+                f"the tokenizer's {what} go up to id {id}, the model has embeddings for {rows}: {id + 1 - rows} are "
+                "missing. Take the model's own tokenizer, or resize the model's embeddings and train them"
+            )
+    if network.contract.max_tokens > network.longest:
+        raise InputError(
+            f"max_tokens={network.contract.max_tokens}: beyond {network.longest} tokens the rotary frequencies of this "
+            "model go by the longest text of a batch, so that a text's vector would depend on others. Give "
+            f"max_tokens={network.longest} or less"
+        )
+
+
 def new_contract(tokenizer: Any, pooling: Kind, max_tokens: int) -> Contract:
     """The text contract of an embedder that is made from the decoder with this tokenizer."""
     bos_ids = leading_ids(tokenizer.backend_tokenizer)
     # mean and last are saved as stock sentence-transformers folders, whose prompts end where a token ends
     stock = pooling in ("mean", "last") and not bos_ids
-    return Contract(
+    contract = Contract(
         query_template=BOUNDARY_TEMPLATE if stock else INSTRUCTION_TEMPLATE,
         eos_id=tokenizer.eos_token_id,
         bos_ids=bos_ids,
         mask_rule="boundary" if stock else "offsets",
-        max_tokens=max_tokens,
     )
+    return contract.model_copy(update={"max_tokens": check_limit(contract, max_tokens)})
 
 
 def _ahead(
@@ -373,26 +435,6 @@ def _ahead(
             if following is not None:
                 waiting = pool.submit(make, following)
             yield start, chunk
-
-
-def quantize(vectors_NE: NDArray[np.float32], precision: Precision) -> NDArray[Any]:
-    """float32 as it is; int8 scaled per vector, which leaves cosines; binary: signs packed eight to a uint8."""
-    if precision == "float32":
-        return vectors_NE
-    if precision == "int8":
-        largest = np.abs(vectors_NE).max(axis=1, keepdims=True)
-        scaled: NDArray[np.int8] = np.rint(vectors_NE * (127 / np.maximum(largest, 1e-12))).astype(np.int8)
-        return scaled
-    if precision == "binary":
-        bits: NDArray[np.uint8] = np.packbits(vectors_NE > 0, axis=1)
-        return bits
-    raise InputError(f"precision={precision!r} is none of float32, int8, binary")
-
-
-def _normalised(vectors_NE: NDArray[np.float32]) -> NDArray[np.float32]:
-    lengths = np.linalg.norm(vectors_NE, axis=1, keepdims=True)
-    scaled: NDArray[np.float32] = vectors_NE / np.maximum(lengths, 1e-12)
-    return scaled
 
 
 def _dtype(name: str) -> torch.dtype:

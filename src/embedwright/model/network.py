@@ -17,7 +17,7 @@ from embedwright.cpu import attention as fused
 from embedwright.cpu import linears
 from embedwright.errors import InputError, blaming
 from embedwright.model.attention import PACKED
-from embedwright.model.backbone import Origin, check_report, stock_hidden
+from embedwright.model.backbone import Origin, check_report, longest_alike, stock_hidden
 from embedwright.model.pooling import Kind, PoolingConfig, make_head, reduce
 from embedwright.packing import PackedTexts, pack
 from embedwright.text import Contract, TokenizedText
@@ -79,6 +79,7 @@ class EmbedwrightModel(PreTrainedModel):
             self._keep_in_fp32_modules_strict = {"head"}  # when loaded, whatever type the backbone is asked for in
         self.mixed = False  # training in bf16: the backbone's products in bf16, whatever its adapters are stored in
         self.sharded = False  # by FSDP, which goes on using what a forward in inference mode would leave it
+        self.longest = longest_alike(backbone.config)  # tokens of a text
         self.post_init()
         linears.speed_up(self)
         fused.speed_up(self)
@@ -101,7 +102,12 @@ class EmbedwrightModel(PreTrainedModel):
         return (model, info) if output_loading_info else model
 
     def hidden(self, packed: PackedTexts) -> Tensor:
-        """(T, D): the decoder's last hidden states, behind its final norm."""
+        """(T, D): the decoder's last hidden states, after its final norm. InputError for a text that is too long."""
+        if packed.longest > self.longest:
+            raise InputError(
+                f"a text of {packed.longest} tokens: beyond {self.longest}, this model's rotary frequencies are of "
+                "the longest text in a batch"
+            )
         if self.implementation != PACKED:
             texts = packed.ids_T.split(packed.lengths_N.tolist())
             return torch.cat([stock_hidden(self.backbone, ids, self.implementation) for ids in texts])
@@ -154,7 +160,7 @@ class EmbedwrightModel(PreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=padded_NLD, pooler_output=embedding_NE)
 
     def _default_pool(self, input_ids: Tensor, attended_NL: Tensor) -> Tensor:
-        if self.contract.mask_rule == "count" or not self.contract.bos_ids:
+        if self.contract.mask_rule in ("count", "all") or not self.contract.bos_ids:
             return attended_NL
         in_front_NL = attended_NL.cumsum(1) <= len(self.contract.bos_ids)
         return attended_NL & ~(in_front_NL & torch.isin(input_ids, input_ids.new_tensor(self.contract.bos_ids)))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from embedwright.model.adapter import lora_faults
 from embedwright.model.attention import packed_attention
-from embedwright.model.backbone import KEEPS_WINDOWS
+from embedwright.model.backbone import KEEPS_WINDOWS, positions
 from embedwright.model.modes import evaluating
 from embedwright.model.network import EmbedwrightModel
 from embedwright.packing import PackedTexts, pack
@@ -41,6 +41,9 @@ class Probe:
     # token with an outsized state by a seventh of its length.
     batch_mates: float
     tolerance: float
+    # The same, beside a text that is said to stand at the last positions that the model reads: frequencies that go by
+    # the longest text of a batch show here.
+    far_mates: float = 0.0
     wrong_masks: tuple[str, ...] = ()  # one line for each layer that sees too little or too much
 
     def check(self, bidirectional: bool) -> None:
@@ -53,6 +56,8 @@ class Probe:
             raise ProbeError(f"attention is not causal: a later token changes earlier states ({self.later_token:.1e})")
         if not self.batch_mates <= self.tolerance:
             raise ProbeError(f"texts in one batch leak into each other: states change by {self.batch_mates:.1e}")
+        if not self.far_mates <= self.tolerance:
+            raise ProbeError(f"a long text changes the states of others in its batch, by {self.far_mates:.1e}")
         if self.wrong_masks:
             raise ProbeError(f"attention masks are not as configured: {'; '.join(self.wrong_masks[:3])}")
 
@@ -64,20 +69,21 @@ def probe(network: EmbedwrightModel, mask_length: int = _MASK_LENGTH) -> Probe:
     `mask_length`: tokens at which every layer's mask is read; a window wider than that, named nowhere, stays unseen.
     """
     with evaluating(network):
-        vocabulary = network.backbone.config.vocab_size
+        vocabulary, length = network.backbone.config.vocab_size, min(LENGTH, network.longest)
         random = np.random.default_rng(0)
-        text = random.integers(0, vocabulary, LENGTH)
+        text = random.integers(0, vocabulary, length)
         changed = text.copy()
         changed[-1] = (changed[-1] + 1 + random.integers(0, vocabulary - 1)) % vocabulary
-        mates = [random.integers(0, vocabulary, n) for n in (LENGTH, 7)]
+        mates = [random.integers(0, vocabulary, n) for n in (length, 7)]
         calls: list[Call] = []
         alone_LD = _states(network, [text], calls)
         later_L = _changes(_states(network, [changed])[:-1], alone_LD[:-1])
-        mixed_LD = _states(network, [mates[0], text, mates[1]])[LENGTH : 2 * LENGTH]
+        mixed_LD = _states(network, [mates[0], text, mates[1]])[length : 2 * length]
         mates_L = _changes(mixed_LD, alone_LD)
+        far_L = _changes(_beside_a_far_text(network, text), alone_LD)
         tolerance = 1e-4 if alone_LD.dtype == torch.float32 else 0.1
         wrong = tuple(_wrong_masks(network, calls, mask_length))
-        return Probe(float(later_L.max()), float(mates_L.mean()), tolerance, wrong)
+        return Probe(float(later_L.max()), float(mates_L.mean()), tolerance, float(far_L.mean()), wrong)
 
 
 def check(network: EmbedwrightModel) -> Probe:
@@ -96,6 +102,13 @@ def _states(
 ) -> Tensor:
     packed = replace(_packed([np.asarray(ids) for ids in texts]), calls=calls)
     return network.hidden(packed.to(next(network.parameters()).device))
+
+
+def _beside_a_far_text(network: EmbedwrightModel, text: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Tensor:
+    reach = min(network.contract.max_tokens, positions(network.backbone.config), network.longest)
+    packed = _packed([text, text[:_MATE]])
+    packed.position_T[len(text) :] += max(reach - _MATE, 0)
+    return network.hidden(packed.to(next(network.parameters()).device))[: len(text)]
 
 
 def _packed(texts: list[Any]) -> PackedTexts:

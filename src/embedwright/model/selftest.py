@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from embedwright.model.modes import evaluating
 from embedwright.model.network import EmbedwrightModel
 from embedwright.model.probe import ProbeError
 from embedwright.packing import pack
-from embedwright.text import TokenizedText, tokenize
+from embedwright.text import TextTokenizer, TokenizedText, tokenize
 
 FILE = "selftest.json"
 TASK = "Given a question, retrieve passages that answer it"
@@ -56,7 +55,7 @@ class Comparison:
         return f"largest difference {self.difference:.1e}, lowest cosine {self.cosine:.6f}"
 
 
-def write(network: EmbedwrightModel, tokenizer: Any, folder: Path) -> None:
+def write(network: EmbedwrightModel, tokenizer: TextTokenizer, folder: Path) -> None:
     """Record the model's ids and vectors in `folder`."""
     rows = []
     for (text, _), tokens, vector in zip(TEXTS, *_computed(network, tokenizer), strict=True):
@@ -67,7 +66,7 @@ def write(network: EmbedwrightModel, tokenizer: Any, folder: Path) -> None:
     (folder / FILE).write_text(f'{{{head}, "texts": [\n  {lines}\n]}}\n', encoding="utf-8")
 
 
-def compare(network: EmbedwrightModel, tokenizer: Any, folder: Path) -> Comparison | None:
+def compare(network: EmbedwrightModel, tokenizer: TextTokenizer, folder: Path) -> Comparison | None:
     """Against what `write` recorded in `folder`; None where nothing was recorded."""
     file = folder / FILE
     if not file.is_file():
@@ -88,7 +87,7 @@ def compare(network: EmbedwrightModel, tokenizer: Any, folder: Path) -> Comparis
     )
 
 
-def check(network: EmbedwrightModel, tokenizer: Any, folder: Path) -> None:
+def check(network: EmbedwrightModel, tokenizer: TextTokenizer, folder: Path) -> None:
     """ProbeError where ids or vectors are not the recorded ones; nothing where none were recorded."""
     found = compare(network, tokenizer, folder)
     if found is not None and not found.ok:
@@ -96,14 +95,14 @@ def check(network: EmbedwrightModel, tokenizer: Any, folder: Path) -> None:
 
 
 @torch.inference_mode()
-def _computed(network: EmbedwrightModel, tokenizer: Any) -> tuple[list[TokenizedText], NDArray[np.float32]]:
-    contract, backend = network.contract, tokenizer.backend_tokenizer
+def _computed(network: EmbedwrightModel, tokenizer: TextTokenizer) -> tuple[list[TokenizedText], NDArray[np.float32]]:
+    contract = network.contract
+    # short enough for any model, and never cut: a test of lengths is not what this is
+    limit = min(max(contract.max_tokens, 256), network.longest)
+    texts = [tokenize(tokenizer, contract, [t], contract.prefix(TASK if q else None), limit)[0] for t, q in TEXTS]
     with evaluating(network):
-        # short enough for any model, and never cut: a test of lengths is not what this is
-        limit = max(contract.max_tokens, 256)
-        texts = [tokenize(backend, contract, [t], contract.prefix(TASK if q else None), limit)[0] for t, q in TEXTS]
         vectors: NDArray[np.float32] = network.embed(pack(texts).to(network.device)).float().cpu().numpy()
-        return texts, vectors
+    return texts, vectors
 
 
 def _type(network: EmbedwrightModel) -> str:

@@ -69,7 +69,7 @@ def soup(
             _copy_settings(folders[0], temp)
             _write_weights(parts, shares, how, temp)
         model = Embedder.load(temp, device="cpu")
-        selftest.write(model.network, model.tokenizer, temp)
+        selftest.write(model.network, model.text_tokenizer, temp)
 
 
 def _shares(models: int, how: How, weights: Sequence[float] | None) -> list[float]:

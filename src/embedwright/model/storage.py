@@ -28,7 +28,7 @@ from embedwright.model.locate import Place, fetch_weights, find
 from embedwright.model.network import EmbedwrightConfig, EmbedwrightModel
 from embedwright.model.nvembed import is_nvembed, load_nvembed
 from embedwright.model.pooling import PoolingConfig
-from embedwright.text import Contract, load_tokenizer, tokenize
+from embedwright.text import Contract, TextTokenizer, load_tokenizer, private_copy, tokenize
 
 _BOUNDARY_PROBES = ("word", "Word", "2 words", "(x)", "été", "漢字", "_name", "-1", "a\nb")
 
@@ -43,14 +43,15 @@ def save(network: EmbedwrightModel, tokenizer: Any, path: Path) -> None:
     if in_four_bits(network.backbone):
         raise InputError(f"cannot save: {ONLY_TRAINED}")
     probe.check(network)
+    text_tokenizer = TextTokenizer(tokenizer.backend_tokenizer)
     with whole_folder(path) as temp:
         if has_lora(network.backbone):
             adapter_folder.write(network, temp)
-        elif opens_as_stock(network, tokenizer):
+        elif opens_as_stock(network, text_tokenizer):
             _save_stock(network, tokenizer, temp)
         else:
             _save_ours(network, tokenizer, temp)
-        selftest.write(network, tokenizer, temp)
+        selftest.write(network, text_tokenizer, temp)
 
 
 def load(path: str | Path, *, dtype: torch.dtype | None, revision: str | None = None) -> tuple[EmbedwrightModel, Any]:
@@ -116,35 +117,35 @@ def form_of(folder: Path, name: str) -> Form | Family | None:
     return recognised(folder, name, config)
 
 
-def opens_as_stock(network: EmbedwrightModel, tokenizer: Any) -> bool:
+def opens_as_stock(network: EmbedwrightModel, tokenizer: TextTokenizer) -> bool:
     """Whether sentence-transformers' own modules would give this model's vectors.
 
-    They leave out a count of prompt tokens, so the prefix must end where a token ends, and there may be no BOS.
+    They pool every token, or leave out a count of prompt tokens: then the prefix must end where a token ends, and there
+    may be no BOS.
     """
     contract = network.contract
+    if contract.mask_rule == "all":
+        return network.pooling.kind in ("mean", "last")
     if contract.mask_rule != "boundary":
         return False
     prefix = contract.prefix("a task")
-    backend = tokenizer.backend_tokenizer
-    count = len(backend.encode(prefix, add_special_tokens=False).ids)
-    texts = tokenize(backend, contract, _BOUNDARY_PROBES, prefix)
+    count = len(tokenizer.plain.encode(prefix, add_special_tokens=False).ids)
+    texts = tokenize(tokenizer, contract, _BOUNDARY_PROBES, prefix)
     return all(int((~t.pool).sum()) == count for t in texts)
 
 
 def _save_stock(network: EmbedwrightModel, tokenizer: Any, folder: Path) -> None:
     contract, kind = network.contract, network.pooling.kind
     network.backbone.save_pretrained(folder)
-    backend, eos = tokenizer.backend_tokenizer, tokenizer.convert_ids_to_tokens(contract.eos_id)
-    before = backend.post_processor, tokenizer.chat_template
+    tokenizer = private_copy(tokenizer)
     tokenizer.chat_template = None
-    # EOS comes from the tokenizer's own pipeline here, which keeps it behind a text that is cut
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"$A {eos}", pair=f"$A {eos} $B {eos}", special_tokens=[(eos, contract.eos_id)]
+    # BOS and EOS come from the tokenizer's own pipeline here, which keeps EOS after a text that is cut
+    ids = [*contract.bos_ids, contract.eos_id]
+    *bos, eos = names = tokenizer.convert_ids_to_tokens(ids)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=[*bos, "$A", eos], pair=[*bos, "$A", eos, "$B", eos], special_tokens=list(zip(names, ids, strict=True))
     )
-    try:
-        tokenizer.save_pretrained(folder)
-    finally:
-        backend.post_processor, tokenizer.chat_template = before
+    tokenizer.save_pretrained(folder)
     _edit_json(
         folder / "tokenizer_config.json",
         # special tokens written inside a user's text are plain text

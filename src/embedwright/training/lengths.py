@@ -6,11 +6,10 @@ Q queries of a step, C its distinct candidates.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from embedwright.text import Contract
+from embedwright.text import Contract, TextTokenizer
 from embedwright.training.batch import make_batch
 from embedwright.training.blend import Source, rows_at
 from embedwright.training.recipe import Recipe
@@ -66,17 +65,16 @@ def tokens_of(recipe: Recipe, there: list[list[bool]]) -> list[Tokens]:
         return [_at_most(recipe, number, longest) for number in range(len(parts))]
     with naming_the_model(recipe):
         tokenizer, contract = reading_of(recipe.model)
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.backend_tokenizer.no_padding()
+    own_tokenizer = TextTokenizer(tokenizer.backend_tokenizer)
     return [
-        _sampled(recipe, number, own, tokenizer.backend_tokenizer, contract)
-        if own
-        else _at_most(recipe, number, contract.max_tokens)
+        _sampled(recipe, number, own, own_tokenizer, contract) if own else _at_most(recipe, number, contract.max_tokens)
         for number, own in enumerate(sources)
     ]
 
 
-def _sampled(recipe: Recipe, number: int, sources: list[Source], tokenizer: Any, contract: Contract) -> Tokens:
+def _sampled(
+    recipe: Recipe, number: int, sources: list[Source], tokenizer: TextTokenizer, contract: Contract
+) -> Tokens:
     """Some steps of the stage, evenly spaced: where all files are there, the very texts that training will read."""
     part = recipe.stages[number]
     queries, steps = part.optim.batch_queries, part.optim.steps

@@ -106,7 +106,7 @@ def train(recipe: Recipe, *, on_step: OnStep | None = None, on_evaluation: OnEva
             run.stage(recipe.stages[number], sources[number], begin, checkpoint if begin.step else None)
     model = finish(whole_model(recipe, model, processes))
     if processes.first:
-        known = facts(model.network, model.tokenizer) | card_facts(recipe, sources, judge.records)
+        known = facts(model.network, model.text_tokenizer) | card_facts(recipe, sources, judge.records)
         write_text(out / "README.md", model_card(known.pop("name"), path="model", **known))
     return model
 

@@ -88,7 +88,7 @@ def _continued(recipe: Recipe, dtype: torch.dtype, device: str | None) -> Embedd
     network.requires_grad_(True)
     network.contract = _shortened(recipe.model, network.contract)
     network.config.contract = network.contract.model_dump()
-    return Embedder(network, model.tokenizer)
+    return Embedder(network, model.own_tokenizer)
 
 
 def _shortened(spec: ModelPart, contract: Contract) -> Contract:

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from embedwright.model.embedder import Embedder
 from embedwright.packing import batches, pack
-from embedwright.text import Contract, TokenizedText, tokenize
+from embedwright.text import Contract, TextTokenizer, TokenizedText, tokenize
 from embedwright.training import gradcache
 from embedwright.training.batch import Batch, Text
 from embedwright.training.objective import batch_loss
@@ -57,7 +56,7 @@ def share_of(model: Embedder, batch: Batch, processes: Processes, teach: Teach |
         own_rows = None
     own = texts[processes.rank]
     filler = own[0] if own else batch.queries[0]
-    tokens = tokenize_texts(model.tokenizer.backend_tokenizer, model.contract, [*own, filler])
+    tokens = tokenize_texts(model.text_tokenizer, model.contract, [*own, filler])
     # a process without texts has an empty part of what all gather
     teacher_NE = None if teach is None else teach(own or [filler])[: len(own)]
     return Share(batch, texts, own_rows, tokens, tokens[filler], teacher_NE)
@@ -81,7 +80,7 @@ def accumulate(replica: Replica, share: Share, stage: StagePart, *, batch_tokens
     return _cached(replica, share, stage, batch_tokens, seed), total
 
 
-def tokenize_texts(tokenizer: Tokenizer, contract: Contract, texts: Sequence[Text]) -> dict[Text, TokenizedText]:
+def tokenize_texts(tokenizer: TextTokenizer, contract: Contract, texts: Sequence[Text]) -> dict[Text, TokenizedText]:
     """Each distinct text, tokenised once."""
     by_prefix: dict[str, list[str]] = {}
     for prefix, text in dict.fromkeys(texts):

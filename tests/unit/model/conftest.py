@@ -20,7 +20,7 @@ _SIZES: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 8,
-    "max_position_embeddings": 1024,
+    "max_position_embeddings": 32_768,
     "initializer_range": 0.2,
 }
 _WORDS = ("Instruct", "Query", "Find", "tide", "task", "search", "result", "query", "title", "none", "text", "embed")

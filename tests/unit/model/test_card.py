@@ -20,7 +20,7 @@ Make = Callable[..., Embedder]
 
 
 def card_of(model: Embedder, name: str = "me/model", **more: Any) -> ModelCard:
-    return ModelCard(model_card(name, **{**facts(model.network, model.tokenizer), **more}))
+    return ModelCard(model_card(name, **{**facts(model.network, model.text_tokenizer), **more}))
 
 
 def sections(card: ModelCard) -> dict[str, str]:
@@ -136,7 +136,7 @@ def test_its_code_runs_and_gives_the_vectors(
     pooling: str, form: str, tiny_embedder: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = tiny_embedder(pooling)
-    assert facts(model.network, model.tokenizer)["form"] == form
+    assert facts(model.network, model.text_tokenizer)["form"] == form
     model.save(tmp_path / "saved")
     card = card_of(model, "a name", path=str(tmp_path / "saved"))
     assert card.data.library_name == ("sentence-transformers" if form == "stock" else "embedwright")

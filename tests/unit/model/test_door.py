@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoProcessor, AutoTokenizer, DataCollatorWi
 
 from embedwright.model.door import EmbedwrightTokenizer, sentence_transformers_files, tokenizer_for
 from embedwright.model.embedder import Embedder
-from embedwright.text import Contract, load_tokenizer, tokenize
+from embedwright.text import Contract, TextTokenizer, load_tokenizer, tokenize
 
 TEXTS = ["how do tides work?", "a", "", " leading and trailing ", "naïve 漢字 🙂", "</s> and <s>", "long " * 60]
 PREFIXES = ["Instruct: x\nQuery: ", "Query:", "Query:\n", ""]
@@ -42,7 +42,7 @@ def rows_of(encoded: Any) -> list[tuple[list[int], list[int]]]:
 
 
 def expected(tokenizer: Any, prefix: str = "", max_tokens: int | None = None) -> list[tuple[list[int], list[int]]]:
-    rows = tokenize(tokenizer.backend_tokenizer, tokenizer.text_contract, TEXTS, prefix, max_tokens)
+    rows = tokenize(TextTokenizer(tokenizer.backend_tokenizer), tokenizer.text_contract, TEXTS, prefix, max_tokens)
     return [(row.ids.tolist(), row.pool.astype(int).tolist()) for row in rows]
 
 
@@ -135,7 +135,7 @@ def test_a_tokenizer_without_a_pad_token_gets_one(eos_id: int | None, make_token
     assert bare.pad_token is None
     tokenizer = tokenizer_for(bare, Contract(eos_id=eos_id, max_tokens=MAX_TOKENS))
     texts = [text for text in TEXTS if text or eos_id]  # without EOS there is nothing to pool of an empty one
-    expected = tokenize(tokenizer.backend_tokenizer, tokenizer.text_contract, texts)
+    expected = tokenize(TextTokenizer(tokenizer.backend_tokenizer), tokenizer.text_contract, texts)
     assert [ids for ids, _ in rows_of(tokenizer(texts))] == [row.ids.tolist() for row in expected]
 
 

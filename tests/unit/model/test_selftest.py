@@ -20,12 +20,12 @@ def model(tiny_embedder: Callable[..., Embedder]) -> Embedder:
 
 @pytest.fixture
 def folder(model: Embedder, tmp_path: Path) -> Path:
-    selftest.write(model.network, model.tokenizer, tmp_path)
+    selftest.write(model.network, model.text_tokenizer, tmp_path)
     return tmp_path
 
 
 def compared(model: Embedder, folder: Path) -> selftest.Comparison:
-    found = selftest.compare(model.network, model.tokenizer, folder)
+    found = selftest.compare(model.network, model.text_tokenizer, folder)
     assert found is not None
     return found
 
@@ -43,7 +43,7 @@ def test_what_is_recorded_is_what_encode_gives(model: Embedder, folder: Path) ->
 def test_the_same_model_is_the_same(model: Embedder, folder: Path) -> None:
     found = compared(model, folder)
     assert found.ok and found.same_type and found.difference < 1e-6 and found.cosine > 0.999999
-    selftest.check(model.network, model.tokenizer, folder)
+    selftest.check(model.network, model.text_tokenizer, folder)
 
 
 def test_half_precision_is_close_and_told_apart(model: Embedder, folder: Path) -> None:
@@ -57,7 +57,7 @@ def test_other_weights_are_refused(model: Embedder, folder: Path, delta: float) 
     with torch.no_grad():
         model.network.backbone.layers[0].mlp.down_proj.weight += delta
     with pytest.raises(ProbeError, match="does not give the vectors that it was saved with"):
-        selftest.check(model.network, model.tokenizer, folder)
+        selftest.check(model.network, model.text_tokenizer, folder)
 
 
 def test_other_ids_are_named(model: Embedder, folder: Path) -> None:
@@ -74,7 +74,7 @@ def test_other_pool_masks_are_found(model: Embedder, folder: Path) -> None:
 
 
 def test_nothing_recorded_nothing_compared(model: Embedder, tmp_path: Path) -> None:
-    assert selftest.compare(model.network, model.tokenizer, tmp_path) is None
+    assert selftest.compare(model.network, model.text_tokenizer, tmp_path) is None
 
 
 @pytest.mark.parametrize("training", [False, True])

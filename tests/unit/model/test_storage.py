@@ -179,7 +179,7 @@ def test_the_format_is_stock_where_it_can_be(
     model = tiny_embedder(pooling, bos=bos)
     model.save(tmp_path / "saved")
     stock = pooling in ("mean", "last") and not bos
-    assert storage.opens_as_stock(model.network, model.tokenizer) == stock
+    assert storage.opens_as_stock(model.network, model.text_tokenizer) == stock
     files = files_of(tmp_path / "saved")
     assert ("embedwright.json" in files) == stock
     assert {"modules.json", "sentence_bert_config.json", "1_Pooling/config.json", "2_Normalize/config.json"} <= files
@@ -195,7 +195,7 @@ def test_a_template_that_melts_into_the_text_is_not_saved_as_stock(
     network = model.network
     network.contract = network.contract.model_copy(update={"query_template": "Instruct: {task}\nQuery: "})
     network.config.contract = network.contract.model_dump()
-    assert not storage.opens_as_stock(network, model.tokenizer)
+    assert not storage.opens_as_stock(network, model.text_tokenizer)
     melted = Embedder(network, model.tokenizer)
     melted.save(tmp_path / "saved")
     np.testing.assert_allclose(
