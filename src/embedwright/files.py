@@ -82,6 +82,27 @@ def whole_folder(path: str | Path, mode: int = 0o777) -> Iterator[Path]:
     sync(final if stays else final.parent)
 
 
+def append_line(path: str | Path, line: str) -> None:
+    """Adds a line of UTF-8 text to a file that only grows. First cuts off what a killed process left of a line."""
+    final = _real(path)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with final.open("a+b") as file:
+        file.seek(0)
+        content = file.read()
+        if (whole := content.rfind(b"\n") + 1) < len(content):
+            file.truncate(whole)
+        file.write(line.encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def whole_lines(path: str | Path) -> list[str]:
+    """The lines that `append_line` has added, without a torn end; none where there is no file."""
+    final = _real(path)
+    content = final.read_bytes() if final.exists() else b""
+    return content[: content.rfind(b"\n") + 1].decode().split("\n")[:-1]
+
+
 def check_new_folder(path: str | Path) -> Path:
     """Returns the real path of a folder that may be written: `~` expanded, links followed.
 

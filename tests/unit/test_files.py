@@ -8,11 +8,13 @@ import pytest
 
 from embedwright.errors import InputError, OutputExistsError
 from embedwright.files import (
+    append_line,
     check_file,
     check_folder,
     check_new_folder,
     whole_file,
     whole_folder,
+    whole_lines,
     write_json,
     write_text,
 )
@@ -162,3 +164,17 @@ def test_a_place_that_cannot_be_written_is_refused_first(tmp_path: Path, monkeyp
         with pytest.raises(InputError, match="no permission"):
             check(tmp_path / "new" / "out")
     assert names(tmp_path) == ["file", "loop"]
+
+
+def test_a_file_that_grows_has_whole_lines_only(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "log.jsonl"
+    assert whole_lines(file) == []
+    for line in ("one", "zwölf \u2028 parts", ""):
+        append_line(file, line)
+    assert whole_lines(file) == ["one", "zwölf \u2028 parts", ""]
+    whole = file.read_bytes()
+    for torn in (b"thr", "ö".encode()[:1]):
+        file.write_bytes(whole + torn)
+        assert whole_lines(file) == ["one", "zwölf \u2028 parts", ""] and file.read_bytes() == whole + torn
+        append_line(file, "three")
+        assert file.read_bytes() == whole + b"three\n"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import random
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,21 +20,18 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 from embedwright.config import load_yaml, validate
+from embedwright.data.brainstorm import Subject, brainstorm
 from embedwright.data.diversity import Diversity
 from embedwright.data.example import DataError, Example, Family, Passage, Task, parse_example, text_of, to_row
-from embedwright.data.keys import near_key, word_key
+from embedwright.data.keys import word_key
 from embedwright.data.llm import Client, Failure, Question
 from embedwright.data.repeats import Spool, repeats
 from embedwright.data.table import write_examples
 from embedwright.errors import InputError
 
-log = logging.getLogger(__name__)
-
 Kind = Literal["short-long", "long-short", "short-short", "long-long", "sts", "bitext"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 PROMPTS = Path(__file__).with_name("synthesis.yaml")
-_TASK_WORDS = range(3, 101)  # what is shorter or longer is no instruction
-_ROUNDS = 4  # of brainstorming: models repeat themselves, and past this it is no use to ask on
 
 
 # ---------------------------------------------------------------------------------------------------- prompts
@@ -93,13 +89,6 @@ class Prompts(_Part):
     def load(cls, path: Path = PROMPTS) -> Prompts:
         """FileNotFoundError, or ConfigError that names the file and the key."""
         return validate(cls, load_yaml(path), str(path))
-
-
-class _Tasks(BaseModel):
-    """The answer to a brainstorm."""
-
-    model_config = ConfigDict(json_schema_extra={"additionalProperties": False})
-    tasks: list[str]
 
 
 # ---------------------------------------------------------------------------------------------------- plan
@@ -197,12 +186,14 @@ def synthesize(
     An example's task is a name; `tasks_file(out)` holds the `Task` of each, with the brainstormed instruction. `out`
     is written whole or not at all, and not where nothing usable came. Rows wait in a temporary file; memory is bounded
     by the tasks, about 1 KB each, and by `repeats`, about 250 bytes a row. Raises ServerError where the server is gone:
-    what was paid for is in the client's cache.
+    what was paid for is in the client's cache, and the tasks are in `brainstorm_file(out)`, for a run that goes on.
     """
     tasks: dict[Kind, list[Task]] = {}
     brainstormed: dict[str, dict[str, int]] = {}
     for kind, count in plan.counts.items():
-        tasks[kind], brainstormed[kind] = _tasks(client, plan, kind, -(-count // plan.per_task), licence)
+        tasks[kind], brainstormed[kind] = _tasks(
+            client, plan, kind, -(-count // plan.per_task), licence, brainstorm_file(out)
+        )
     dropped: dict[str, Counter[str]] = {kind: Counter() for kind in plan.counts}
     spool = Spool()
     for kind, number, made in _made(client, plan, tasks, progress):
@@ -230,27 +221,21 @@ def synthesize(
     return Report(asked, written, reasons, brainstormed, dict(client.counts), diversity.to_json())
 
 
-def _tasks(client: Client, plan: Plan, kind: Kind, needed: int, licence: str) -> tuple[list[Task], dict[str, int]]:
-    """Step 1: up to `needed` tasks of a kind, no two of one wording; and what became of the model's suggestions."""
-    part, count = plan.prompts.kinds[kind], Counter[str]()
-    found: dict[str, str] = {part.instruction: part.instruction} if part.instruction else {}
-    asked, most = 0, -(-needed // plan.prompts.tasks_per_prompt)
-    while part.brainstorm and len(found) < needed and asked < _ROUNDS * most:
-        size = -(-(needed - len(found)) // plan.prompts.tasks_per_prompt)
-        for answer in client.ask(_brainstorm(plan, kind, n) for n in range(asked, asked + size)):
-            if isinstance(answer, Failure):
-                count[f"brainstorm_{answer.reason}"] += 1
-                continue
-            for line in answer["tasks"]:
-                wording = " ".join(line.split())
-                if not _is_text(wording) or len(near_key(wording).split()) not in _TASK_WORDS:
-                    count["unusable"] += 1
-                elif found.setdefault(word_key(wording), wording) is not wording:
-                    count["repeated"] += 1
-        asked += size
-    if len(found) < (needed if part.brainstorm else 1):
-        log.warning("%s: %d tasks where %d were wanted: each serves more examples", kind, len(found), needed)
-    wordings = list(found.values())[:needed]
+def brainstorm_file(out: Path) -> Path:
+    """Where the tasks of step 1 are kept for later runs to the same `out`."""
+    return out.with_name(f"{out.name}.brainstorm.jsonl")
+
+
+def _tasks(
+    client: Client, plan: Plan, kind: Kind, needed: int, licence: str, file: Path
+) -> tuple[list[Task], dict[str, int]]:
+    """Step 1: the tasks of a kind, each for `per_task` examples, or its only one; and how they came about."""
+    part = plan.prompts.kinds[kind]
+    wordings, count = [part.instruction], {"prompts": 0, "tasks": 1}
+    if part.brainstorm:
+        prompt = part.brainstorm.format(number=plan.prompts.tasks_per_prompt)
+        subject = Subject(kind, prompt, plan.prompts.tasks_per_prompt, plan.models, plan.seed)
+        wordings, count = brainstorm(client, file, subject, needed)
     tasks = [
         Task(
             name=f"synthetic-{kind}-{hashlib.sha256(wording.encode()).hexdigest()[:16]}",
@@ -262,33 +247,31 @@ def _tasks(client: Client, plan: Plan, kind: Kind, needed: int, licence: str) ->
         )
         for wording in wordings
     ]
-    return tasks, {"prompts": asked, "tasks": len(tasks), **count}
-
-
-def _brainstorm(plan: Plan, kind: Kind, number: int) -> Question:
-    seed = f"{plan.seed}:{kind}:tasks:{number}"
-    prompt = str(plan.prompts.kinds[kind].brainstorm).format(number=plan.prompts.tasks_per_prompt)
-    return Question(random.Random(seed).choice(plan.models), prompt, _Tasks, seed)
+    return tasks, count
 
 
 def _made(
     client: Client, plan: Plan, tasks: Mapping[Kind, Sequence[Task]], progress: Callable[[int, int], None] | None
 ) -> Iterator[tuple[Kind, int, Example | str]]:
     """Step 2: (kind, number, the example or why there is none) for each row of the plan, in order."""
-    rows = ((kind, number) for kind, number in plan.rows() if tasks[kind])
     asked: deque[tuple[Kind, int, Task]] = deque()  # what `ask` has taken and not yet answered
+    done, total = 0, sum(plan.counts.values())
+
+    def task_of(kind: Kind, number: int) -> Task | None:
+        # neighbours share a task, so that a longer run keeps the tasks of a shorter one
+        place = number // plan.per_task if plan.prompts.kinds[kind].brainstorm else 0
+        return tasks[kind][place] if place < len(tasks[kind]) else None
 
     def questions() -> Iterator[Question]:
-        for kind, number in rows:
-            # neighbours share a task, so that a longer run keeps the tasks of a shorter one
-            task = tasks[kind][number // plan.per_task % len(tasks[kind])]
-            asked.append((kind, number, task))
-            yield plan.question(kind, number, task)
+        for kind, number in plan.rows():
+            if (task := task_of(kind, number)) is not None:
+                asked.append((kind, number, task))
+                yield plan.question(kind, number, task)
 
-    without = [(kind, count) for kind, count in plan.counts.items() if not tasks[kind]]
-    for kind, count in without:
-        yield from ((kind, number, "no_task") for number in range(count))
-    total, done = sum(plan.counts.values()), sum(count for _, count in without)
+    for kind, number in plan.rows():
+        if task_of(kind, number) is None:
+            done += 1
+            yield kind, number, "no_task"
     for answer in client.ask(questions()):
         kind, number, task = asked.popleft()
         made = answer.reason if isinstance(answer, Failure) else _example(plan, kind, number, task, answer)

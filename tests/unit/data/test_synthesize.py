@@ -300,7 +300,7 @@ def test_the_same_again_costs_nothing_and_more_costs_the_rest(serve: Serve, run:
     content, asked = (tmp_path / "out.jsonl").read_bytes(), len(fake.requests)
     report, _ = run(fake, {"short-long": 8, "sts": 5})
     assert len(fake.requests) == asked and (tmp_path / "out.jsonl").read_bytes() == content
-    assert report.client == {"cached": asked}
+    assert report.client == {"cached": asked - 1}  # the brainstorm's prompt is in a file of its own
     _, more = run(fake, {"short-long": 60, "sts": 10})
     assert len(fake.requests) == asked + 52 + 5 + 1  # thirty tasks take a second brainstorm
     by_id = {example.id: example for example in more}
@@ -309,6 +309,23 @@ def test_the_same_again_costs_nothing_and_more_costs_the_rest(serve: Serve, run:
     other = serve()
     run(other, {"short-long": 8, "sts": 5}, name="parallel.jsonl", concurrency=1)
     assert (tmp_path / "parallel.jsonl").read_bytes() == content  # the order of the answers is of no matter
+
+
+def test_a_brainstorm_that_failed_has_no_example_paid_for_again(serve: Serve, run: Run) -> None:
+    """120 examples of 60 tasks; of the three prompts for these the first fails, and another makes up for it."""
+    ill = set[int]()
+
+    def reply(body: Body, n: int) -> Reply:
+        if n == 0:
+            ill.add(body["seed"])
+        return Reply(status=500) if body["seed"] in ill else author(body, n)
+
+    fake = serve(reply)
+    _, first = run(fake, {"short-long": 120}, retries=0, concurrency=1)
+    ill.clear()
+    asked = len(fake.requests)
+    report, again = run(fake, {"short-long": 120}, retries=0, concurrency=1)
+    assert len(fake.requests) == asked and report.client == {"cached": 120} and again == first
 
 
 def test_the_budget_ends_it_with_what_there_is(serve: Serve, run: Run) -> None:
@@ -360,7 +377,8 @@ def test_the_command(
     assert "12/12 examples" in printed
     assert len(list(open_examples(out, cache=tmp_path / "cache"))) == 12
     assert set(path.name for path in tmp_path.iterdir()) == {
-        *("made.parquet", "made.parquet.tasks.jsonl", "made.parquet.answers.sqlite", "cache")
+        *("made.parquet", "made.parquet.tasks.jsonl", "made.parquet.answers.sqlite", "cache"),
+        "made.parquet.brainstorm.jsonl",
     }
     assert command(monkeypatch, "synth", *options, "--types", "short-long,long") == 2
     assert "no kind of task 'long'" in capsys.readouterr().err
