@@ -243,13 +243,13 @@ def data_clean(
     licences: Annotated[Path | None, typer.Option(help="YAML: task name to licence, besides the catalogue's.")] = None,
 ) -> None:
     """Remove unwanted rows, repeats and leaks from evaluation data; report what went, by reason."""
-    from embedwright.config import load_yaml
+    from embedwright.config import load_texts
     from embedwright.data.clean import clean_file
     from embedwright.data.decontaminate import HeldOut
     from embedwright.data.filters import Filters
 
     filters = Filters(
-        licences=load_yaml(licences) if licences else {},
+        licences=load_texts(licences) if licences else {},
         allow=tuple(licence or ()),
         deny=tuple(not_licence or ()),
         languages=tuple(language or ()),
@@ -289,7 +289,7 @@ def data_labels(
     words: Annotated[Path | None, typer.Option(help="YAML: label to what stands for it in the form `label`.")] = None,
 ) -> None:
     """Turn labelled texts into examples: positives of the same class, negatives of others."""
-    from embedwright.config import load_yaml
+    from embedwright.config import load_texts
     from embedwright.data.build import label_file
 
     counts = label_file(
@@ -297,7 +297,7 @@ def data_labels(
         out,
         task=task,
         form=form or "auto",
-        words=load_yaml(words) if words else None,
+        words=load_texts(words) if words else None,
         known=label,
         negatives=negatives,
         seed=seed,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -23,29 +23,45 @@ class _StrictLoader(yaml.SafeLoader):
     """YAML keeps the last of two equal keys in silence; here the second one is an error."""
 
 
-def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[Any] = set()
+def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[str, Any]:
+    """Keys are the texts that are written: YAML 1.1 would read `no` as false and `01` as 1."""
+    seen: set[str] = set()
     for key_node, _ in node.value:
         if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *other`: a key beside it may replace one of the other's
             continue
-        key = loader.construct_object(key_node, deep=True)
-        if not isinstance(key, Hashable):
-            raise ConfigError(f"line {key_node.start_mark.line + 1}: {key!r} cannot be a key")
-        if key in seen:
-            raise ConfigError(f"line {key_node.start_mark.line + 1}: key {key!r} appears twice")
-        seen.add(key)
-    return loader.construct_mapping(node, deep=True)
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise ConfigError(f"line {key_node.start_mark.line + 1}: a list or mapping cannot be a key")
+        if key_node.value in seen:
+            raise ConfigError(f"line {key_node.start_mark.line + 1}: key {key_node.value!r} appears twice")
+        seen.add(key_node.value)
+    loader.flatten_mapping(node)
+    return {key_node.value: loader.construct_object(value, deep=True) for key_node, value in node.value}
 
+
+class _TextLoader(_StrictLoader):
+    """Values, too, are the texts that are written."""
+
+
+_TextLoader.yaml_implicit_resolvers = {}
 
 _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
-def load_yaml(path: Path) -> dict[str, Any]:
+def load_texts(path: Path) -> dict[str, str]:
+    """The mapping of texts to texts in a YAML file: `yes`, `no` and `1` stay what they are. Errors as `load_yaml`."""
+    content = load_yaml(path, _TextLoader)
+    for key, value in content.items():
+        if not isinstance(value, str) or not value:
+            raise ConfigError(f"{path}: {key}: expected a text")
+    return content
+
+
+def load_yaml(path: Path, loader: type[_StrictLoader] = _StrictLoader) -> dict[str, Any]:
     """The mapping in a YAML file. FileNotFoundError, or ConfigError for bad YAML and doubled keys, naming the file."""
     if not path.is_file():
         raise NotFoundError(f"{path} does not exist")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+        content = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=loader)
     except (yaml.YAMLError, ConfigError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from error
     if not isinstance(content, dict):

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
-from embedwright.config import ConfigError, load_yaml, validate
+from embedwright.config import ConfigError, load_texts, load_yaml, validate
 
 
 class Strict(BaseModel):
@@ -122,3 +122,28 @@ def test_a_key_that_is_no_word_is_bad_yaml_too(tmp_path: Path, text: str) -> Non
 def test_a_missing_file_is_said_to_be_missing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml does not exist"):
         load_yaml(tmp_path / "nowhere.yaml")
+
+
+def test_a_byte_order_mark_is_no_part_of_yaml(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_bytes(b"\xef\xbb\xbfname: x\n")
+    assert load_yaml(file) == {"name": "x"}
+
+
+def test_keys_are_what_is_written(tmp_path: Path) -> None:
+    """YAML 1.1 would read `no` as false and `01` as 1: labels are keys of `words`."""
+    file = tmp_path / "run.yaml"
+    lines = ["no: a", "Yes: b", "01: c", "1.0: d", "null: e", "2020-01-01: f", "more: &m {x: 1, y: 1}"]
+    file.write_text("\n".join([*lines, "other: {<<: *m, y: 2}\n"]))
+    read = load_yaml(file)
+    assert list(read) == ["no", "Yes", "01", "1.0", "null", "2020-01-01", "more", "other"]
+    assert read["other"] == {"x": 1, "y": 2}
+
+
+def test_texts_are_what_is_written(tmp_path: Path) -> None:
+    file = tmp_path / "words.yaml"
+    file.write_text("yes: no\n1: 2.50\n'on': \"off\"\n")
+    assert load_texts(file) == {"yes": "no", "1": "2.50", "on": "off"}
+    file.write_text("a: [b]\n")
+    with pytest.raises(ConfigError, match=r"words\.yaml: a: expected a text"):
+        load_texts(file)

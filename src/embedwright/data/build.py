@@ -13,8 +13,10 @@ from typing import Any
 from embedwright.data.catalog import BeirRows, Entry, EvidenceRows, LabelledRows, Marks, find_task
 from embedwright.data.convert import Job, Numbered, Row, Table, convert
 from embedwright.data.example import DataError, Example, Task
+from embedwright.data.files.folders import stem_of
+from embedwright.data.files.rows import read_rows
 from embedwright.data.labels import Form
-from embedwright.data.readers import Quarantine, detect_kind, read_rows
+from embedwright.data.readers import Quarantine, detect_kind
 from embedwright.data.table import write_examples
 from embedwright.data.tasks import tasks_beside
 from embedwright.errors import NotFoundError
@@ -89,7 +91,7 @@ def label_file(
     if detect_kind(path) != "labelled":
         raise DataError(f'{path}: rows are not {{"text", "label"}}')
     rows = LabelledRows(kind="labelled", text=("text",), label="label", words=dict(words) if words else None, id="id")
-    name = task or bare_name(path.name)
+    name = task or stem_of(path)
     described = tasks_beside(path).get(name) or find_task(name) or Task(name=name, family="classification")
     entry = Entry(
         name=name,
@@ -110,7 +112,7 @@ def open_table(table: Table, *, source: Path | None, streaming: bool) -> Iterato
     Holds one batch of rows in memory. A local folder is read as it is, without a copy in the cache of `datasets`.
     """
     if source is not None and source.is_file():
-        named = {"_file": bare_name(source.name)} if table.files else {}
+        named = {"_file": stem_of(source)} if table.files else {}
         for number, raw, row in read_rows(source):
             yield number, raw, row if isinstance(row, DataError) else row | named
         return
@@ -123,12 +125,6 @@ def open_table(table: Table, *, source: Path | None, streaming: bool) -> Iterato
         for row in _load(arguments | {"streaming": streaming}):
             number += 1
             yield number, None, row | {"_file": label} if label else row
-
-
-def bare_name(name: str) -> str:
-    """A file's name without what tells its format: `unix.stackexchange.com.jsonl.gz` -> `unix.stackexchange.com`."""
-    name = name.removesuffix(".gz")
-    return next((name.removesuffix(end) for end in BUILDERS if name.endswith(end)), name)
 
 
 def _repository(table: Table, source: Path | None) -> dict[str, Any]:
@@ -154,7 +150,7 @@ def _files(table: Table, source: Path | None) -> list[tuple[str, dict[str, Any]]
         builder = BUILDERS.get(Path(path.removesuffix(".gz")).suffix)
         if builder is None:
             raise DataError(f"{path}: expected a file of {', '.join(BUILDERS)}")
-        parts.append((bare_name(Path(path).name), {"path": builder, "data_files": path, "split": "train"}))
+        parts.append((stem_of(Path(path)), {"path": builder, "data_files": path, "split": "train"}))
     return parts
 
 

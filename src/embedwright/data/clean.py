@@ -19,11 +19,12 @@ from typing import Any, Literal
 
 from embedwright.data.decontaminate import SHOWN, HeldOut, Leak
 from embedwright.data.example import DataError, Example
+from embedwright.data.files.folders import stem_of
 from embedwright.data.filters import Filters, length_fault, row_fault
 from embedwright.data.keys import NEAR, both_keys, jaccard, shingles
 from embedwright.data.readers import aside
 from embedwright.data.repeats import repeats
-from embedwright.data.table import open_as_named, stem_of, write_examples
+from embedwright.data.table import open_as_named, write_examples
 
 By = Literal["query", "positive", "both", "none"]
 Leaked = dict[str, Any]  # a line of the leakage report

@@ -9,7 +9,6 @@ the order exact, near, bm25, and the first that holds names the leak.
 
 from __future__ import annotations
 
-import gzip
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,8 +19,18 @@ import bm25s
 import numpy as np
 
 from embedwright.data.example import DataError, parse_example, text_of
+from embedwright.data.files.folders import data_files, is_beir, is_data
+from embedwright.data.files.rows import read_rows
 from embedwright.data.keys import near_key
-from embedwright.data.readers import Kind, beir_files, detect_kind, parse_fields, read_corpus, read_rows
+from embedwright.data.readers import (
+    Kind,
+    beir_files,
+    beir_splits,
+    detect_kind,
+    parse_fields,
+    read_corpus,
+    read_judgements,
+)
 from embedwright.data.repeats import Known, Spool
 from embedwright.errors import InputError, NotFoundError
 
@@ -33,7 +42,6 @@ SHOWN = 200  # characters of a text in a report
 BM25 = 0.9  # default fraction of the self-score
 _ROUNDING = 1e-7  # of a fraction: the same weights are added up in different orders
 LONGER = 1.5  # a text of more words than so many times the evaluation text's may hold all of its words by mere chance
-_ENDS = (".jsonl", ".jsonl.gz", ".parquet")
 _SIDES: dict[Kind, tuple[str, ...]] = {
     "pairs": ("query", "positive"),
     "labelled": ("text",),
@@ -73,20 +81,19 @@ def read_held_out(paths: Iterable[Path], corpus: bool = False) -> Iterator[HeldT
 
 
 def _data_sets(path: Path) -> Iterator[Path]:
-    if path.is_file() or _is_beir(path):
+    if path.is_file() or is_beir(path):
         yield path
         return
+    if (path / "state.json").is_file():
+        yield from data_files(path)
+        return
     for child in path.iterdir():
-        if child.is_dir():
+        if child.is_dir() and not child.name.startswith("."):
             yield from _data_sets(child)
-        elif child.name.endswith(_ENDS):
+        elif child.is_file() and is_data(child):
             yield child
         else:
             log.info("%s: not read, no data file by its name", child)
-
-
-def _is_beir(folder: Path) -> bool:
-    return any((folder / f"queries.jsonl{end}").is_file() for end in ("", ".gz"))
 
 
 def _of_file(path: Path) -> Iterator[HeldText]:
@@ -108,12 +115,10 @@ def _of_file(path: Path) -> Iterator[HeldText]:
 
 
 def _of_beir(folder: Path, corpus: bool) -> Iterator[HeldText]:
-    names = {file.name.removesuffix(".gz").removesuffix(".tsv") for file in (folder / "qrels").glob("*.tsv*")}
     judged: set[str] = set()
-    for split in sorted(names - {"train"}):
+    for split in sorted(beir_splits(folder).keys() - {"train"}):
         _, queries, qrels = beir_files(folder, split)
-        content = gzip.decompress(qrels.read_bytes()) if qrels.suffix == ".gz" else qrels.read_bytes()
-        judged.update(line.split("\t")[0] for line in content.decode().splitlines()[1:] if line)
+        judged.update(query for _, query, _, _ in read_judgements(qrels))
     if not judged:
         raise DataError(f"{folder}: no split but train")
     texts = read_corpus(queries)

@@ -138,6 +138,24 @@ def id_of(value: object, key: str) -> str:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else text_of(value, key)
 
 
+def label_of(value: object, key: str) -> str:
+    """`value` as the name of a class: a text, a whole number (as a float too), true or false. Raises DataError."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        if not value.is_integer():
+            raise DataError(f"{key}: {value} names no class: expected a text, a whole number, true or false")
+        return str(int(value))
+    return id_of(value, key)
+
+
+def binary_of(value: object, key: str) -> int:
+    """`value` as 0 or 1. Raises DataError naming `key`."""
+    if not isinstance(value, bool | int | float) or value not in (0, 1):
+        raise DataError(f"{key}: expected 0 or 1, not {repr(value)[:60]}")
+    return int(value)
+
+
 def number_of(value: object, key: str) -> float:
     """`value` as a finite float. Raises DataError naming `key`."""
     if isinstance(value, bool) or not isinstance(value, int | float):

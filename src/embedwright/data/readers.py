@@ -1,4 +1,4 @@
-"""Data files as rows: JSONL (plain or gzip), Parquet and BEIR folders, one row at a time.
+"""Rows by their kind, bad lines, and BEIR folders.
 
 A training file goes on behind a bad line, which `Quarantine` reports, counts and keeps. A corpus or qrels file does
 not: a document that is silently missing changes every score computed on it.
@@ -6,126 +6,36 @@ not: a document that is silently missing changes every score computed on it.
 
 from __future__ import annotations
 
-import codecs
-import gzip
-import json
 import logging
 import uuid
-import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Literal, NoReturn, TypeVar
+from typing import Any, BinaryIO, Literal, TypeVar
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from embedwright.data.example import EXAMPLE_KEYS, DataError, check_keys, id_of, number_of, text_of
+from embedwright.data.example import (
+    EXAMPLE_KEYS,
+    DataError,
+    binary_of,
+    check_keys,
+    id_of,
+    label_of,
+    number_of,
+    text_of,
+)
+from embedwright.data.files.folders import data_files, is_beir
+from embedwright.data.files.rows import read_rows, text_lines
 from embedwright.errors import NotFoundError
+from embedwright.files import whole_file
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 Kind = Literal["example", "pairs", "labelled", "scored", "pair-labelled"]
 
-MAX_LINE = 64 << 20  # bytes; a line beyond it (a JSON array saved as .jsonl, say) is never held in memory as a whole
 LOGGED = 5  # bad lines that are logged one by one
-
-
-# ---------------------------------------------------------------------------------------------------- lines
-
-
-def read_rows(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | DataError]]:
-    """(line number from 1, the line's bytes, its JSON object or why it has none) for each line of a data file.
-
-    The container (JSONL, gzip, Parquet) is told by the file's first bytes. Blank lines hold no row and are passed over.
-    A line longer than MAX_LINE comes in pieces that share one number. A Parquet row's bytes are its JSON. Holds one
-    line, or one Parquet batch, in memory. Raises FileNotFoundError, and DataError where the container itself is broken.
-    """
-    with path.open("rb") as file:
-        if file.read(4) == b"PAR1":
-            yield from _parquet_rows(path)
-            return
-    for number, raw, whole in _lines(path):
-        if not whole:
-            yield number, raw, DataError(f"longer than {MAX_LINE >> 20} MiB")
-        elif not raw.isspace():
-            yield number, raw, _decode(raw)
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes, bool]]:
-    number = 0
-    with path.open("rb") as file:
-        zipped = file.read(2) == b"\x1f\x8b"
-        file.seek(0)
-        stream: BinaryIO | gzip.GzipFile = gzip.GzipFile(fileobj=file) if zipped else file
-        try:
-            while raw := stream.readline(MAX_LINE):
-                number += 1
-                whole = raw.endswith(b"\n") or len(raw) < MAX_LINE
-                yield number, raw, whole
-                while not whole and not raw.endswith(b"\n") and (raw := stream.readline(MAX_LINE)):
-                    yield number, raw, False
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            # What is behind the damage is lost, and nobody knows how much it was: not a matter for the quarantine.
-            raise DataError(f"{path}:{number + 1}: broken gzip stream: {error}") from error
-
-
-def _decode(raw: bytes) -> dict[str, Any] | DataError:
-    if raw.startswith(codecs.BOM_UTF8):
-        return DataError("starts with a byte order mark")
-    if b"\0" in raw:
-        return DataError("holds a NUL byte")
-    try:
-        row = _DECODER.decode(raw.decode("utf-8"))
-    except DataError as error:
-        return error
-    except UnicodeDecodeError as error:
-        return DataError(f"not UTF-8 at byte {error.start}")
-    except json.JSONDecodeError as error:
-        return DataError(f"not JSON: {error.msg} (column {error.colno})")
-    except RecursionError:
-        return DataError("nested too deep")
-    except ValueError as error:  # a number of more digits than Python converts
-        return DataError(f"not JSON: {error}")
-    return row if isinstance(row, dict) else DataError(f"expected an object, not {type(row).__name__}")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) < len(pairs):  # json would keep the last one, silently
-        (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
-        raise DataError(f"key {twice[:60]!r} twice")
-    return row
-
-
-def _refuse(constant: str) -> NoReturn:
-    raise DataError(f"not JSON: {constant}")
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse)
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | DataError]]:
-    number = 0
-    try:
-        with pq.ParquetFile(path, memory_map=True) as file:
-            names = file.schema_arrow.names
-            if len(set(names)) < len(names):
-                raise DataError(f"{path}: a column name occurs twice")
-            for batch in file.iter_batches(batch_size=256):
-                for i in range(batch.num_rows):
-                    number += 1
-                    row: dict[str, Any] | DataError
-                    try:  # one by one: to_pylist of the batch would fail as a whole
-                        row = kept = batch.slice(i, 1).to_pylist()[0]
-                    except UnicodeDecodeError as error:
-                        row, kept = DataError("not UTF-8"), {"row": number, "error": str(error)}
-                    yield number, json.dumps(kept, default=repr).encode() + b"\n", row
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}:{number + 1}: broken Parquet file: {error}") from error
 
 
 # ---------------------------------------------------------------------------------------------------- bad lines
@@ -137,7 +47,7 @@ def aside(path: Path) -> Path:
 
 
 class Quarantine:
-    """The bad lines of one data file: unchanged into the file `path`, the first few and their number into the log.
+    """The bad lines of a data set: unchanged into the file `path`, the first few and their number into the log.
 
     A context; `path` is there, complete, when it ends, if there was a bad line, and is not touched if there was none.
     """
@@ -145,36 +55,35 @@ class Quarantine:
     def __init__(self, source: Path, path: Path) -> None:
         self.source, self.path = source, path
         self.count = 0
-        self.reasons: list[str] = []  # "line: reason" of the first few
-        self._last_number = 0
-        self._aside = aside(path)
+        self.reasons: list[str] = []  # "file:line: reason" of the first few
+        self._last: tuple[Path, int] | None = None
+        self._open = ExitStack()
         self._file: BinaryIO | None = None
 
-    def add(self, number: int, raw: bytes, error: DataError) -> None:
-        """Keep one bad line, or the next piece of the line that came last."""
+    def add(self, number: int, raw: bytes, error: DataError, file: Path | None = None) -> None:
+        """Keep one bad line of `file` (default: the source), or the next piece of the line that came last."""
         if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._aside.open("wb")
+            self._file = self._open.enter_context(self._open.enter_context(whole_file(self.path)).open("wb"))
         self._file.write(raw)
-        if number == self._last_number:
+        place = (file or self.source, number)
+        if place == self._last:
             return
-        self._last_number = number
+        self._last = place
         self.count += 1
         if self.count <= LOGGED:
-            self.reasons.append(f"{number}: {error}")
-            log.warning("%s:%s", self.source, self.reasons[-1])
+            self.reasons.append(f"{place[0]}:{number}: {error}")
+            log.warning("%s", self.reasons[-1])
 
     @property
     def first_reason(self) -> str:
-        return f"{self.source}:{self.reasons[0]}" if self.reasons else ""
+        return self.reasons[0] if self.reasons else ""
 
     def __enter__(self) -> Quarantine:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._aside.replace(self.path)
+        self._open.close()  # kept, too, where the data as a whole is refused
+        if self.count:
             log.warning("%s: %d bad lines, kept unchanged in %s", self.source, self.count, self.path)
 
 
@@ -186,7 +95,7 @@ def good_rows(path: Path, parse: Callable[[int, dict[str, Any]], T], quarantine:
                 raise row
             value = parse(number, row)
         except DataError as error:
-            quarantine.add(number, raw, error)
+            quarantine.add(number, raw, error, path)
         else:
             yield value
 
@@ -201,19 +110,13 @@ def _score(value: object, key: str) -> float:
     return score
 
 
-def _binary(value: object, key: str) -> int:
-    if not isinstance(value, int) or value not in (0, 1):
-        raise DataError(f"{key}: expected 0 or 1")
-    return int(value)
-
-
 # What each kind must have. `example` is checked by parse_example: its two keys here only tell the kind.
 _FIELDS: dict[Kind, dict[str, Callable[[object, str], Any]]] = {
     "example": {"query": text_of, "positives": text_of},
     "pairs": {"query": text_of, "positive": text_of},
-    "labelled": {"text": text_of, "label": id_of},
+    "labelled": {"text": text_of, "label": label_of},
     "scored": {"text1": text_of, "text2": text_of, "score": _score},
-    "pair-labelled": {"text1": text_of, "text2": text_of, "label": _binary},
+    "pair-labelled": {"text1": text_of, "text2": text_of, "label": binary_of},
 }
 _OPTIONAL: dict[Kind, tuple[str, ...]] = {"example": EXAMPLE_KEYS, "pairs": ("id", "positive_id")}  # others: id
 
@@ -226,23 +129,28 @@ def check_kind(row: Mapping[str, Any], kind: Kind) -> None:
 
 
 def detect_kind(path: Path) -> Kind:
-    """The kind of a data file, from the keys of the first row that are those of a kind (design, section 9).
+    """The kind of a data file or folder, from the keys of the first row that are those of a kind (design, section 9).
 
     Raises FileNotFoundError, and DataError where no row has such keys.
     """
     first_reason = ""
-    for number, _, row in read_rows(path):
-        try:
-            if isinstance(row, DataError):
-                raise row
-            keys = row.keys()
-            kind = max(_FIELDS, key=lambda kind: len(_FIELDS[kind].keys() & keys))
-            check_kind(row, kind)
-        except DataError as error:
-            first_reason = first_reason or f"line {number}: {error}"
-        else:
-            return kind
-    raise DataError(f"{path}: no good row ({first_reason or 'it is empty'})")
+    for file in data_files(path):
+        for number, _, row in read_rows(file):
+            try:
+                if isinstance(row, DataError):
+                    raise row
+                keys = row.keys()
+                kind = max(_FIELDS, key=lambda kind: len(_FIELDS[kind].keys() & keys))
+                check_kind(row, kind)
+            except DataError as error:
+                where = f"line {number}" if file == path else f"{file.name}:{number}"
+                first_reason = first_reason or f"{where}: {error}"
+            else:
+                return kind
+    raise DataError(f"{path}: no good row ({first_reason or 'it is empty'}). {_EXPECTED}")
+
+
+_EXPECTED = "A row has the keys " + ", or ".join(" and ".join(keys) for keys in _FIELDS.values())
 
 
 def parse_fields(row: Mapping[str, Any], kind: Kind, *, default_id: str) -> dict[str, Any]:
@@ -278,8 +186,7 @@ def read_beir(folder: Path, split: str | None = None) -> Beir:
 
 def beir_files(folder: Path, split: str | None = None) -> tuple[Path, Path, Path]:
     """The corpus, queries and qrels files of a BEIR folder."""
-    found = sorted((*(folder / "qrels").glob("*.tsv"), *(folder / "qrels").glob("*.tsv.gz")))
-    splits = {path.name.removesuffix(".gz").removesuffix(".tsv"): path for path in found}
+    splits = beir_splits(folder)
     if split is None:
         if len(splits) > 1:
             raise DataError(f"{folder / 'qrels'}: several splits ({', '.join(splits)}), name one")
@@ -287,6 +194,12 @@ def beir_files(folder: Path, split: str | None = None) -> tuple[Path, Path, Path
     if split not in splits:
         raise NotFoundError(f"{folder / 'qrels' / split}.tsv")
     return _plain_or_gz(folder / "corpus.jsonl"), _plain_or_gz(folder / "queries.jsonl"), splits[split]
+
+
+def beir_splits(folder: Path) -> dict[str, Path]:
+    """The judgements of a BEIR folder by split."""
+    found = sorted((*(folder / "qrels").glob("[!.]*.tsv"), *(folder / "qrels").glob("[!.]*.tsv.gz")))
+    return {path.name.removesuffix(".gz").removesuffix(".tsv"): path for path in found}
 
 
 def _plain_or_gz(path: Path) -> Path:
@@ -299,10 +212,11 @@ def _plain_or_gz(path: Path) -> Path:
 def read_corpus(path: Path) -> dict[str, str]:
     """Document id -> title, space, text, from rows `{"_id" or "id", "text", "title"?}`; other keys are not read.
 
-    A document may be empty, as some of BEIR's are. Raises FileNotFoundError, and DataError naming file and line.
+    `path` is a file, a folder of files, or a BEIR folder. A document may be empty, as some of BEIR's are. Raises
+    FileNotFoundError, and DataError naming file and line.
     """
     corpus: dict[str, str] = {}
-    for number, _, row in read_rows(path):
+    for file, number, row in corpus_rows(path):
         try:
             if isinstance(row, DataError):
                 raise row
@@ -314,11 +228,18 @@ def read_corpus(path: Path) -> dict[str, str]:
                 raise DataError("no text")
             title, text = (_text_or_empty(row.get(key), key) for key in ("title", "text"))
         except DataError as error:
-            raise DataError(f"{path}:{number}: {error}") from None
+            raise DataError(f"{file}:{number}: {error}") from None
         corpus[document] = f"{title} {text}".strip() if title else text
     if not corpus:
         raise DataError(f"{path}: no document")
     return corpus
+
+
+def corpus_rows(path: Path) -> Iterator[tuple[Path, int, dict[str, Any] | DataError]]:
+    """(file, number, row) of each document of a file, a folder of files, or a BEIR folder."""
+    files = [_plain_or_gz(path / "corpus.jsonl")] if path.is_dir() and is_beir(path) else data_files(path, "corpus")
+    for file in files:
+        yield from ((file, number, row) for number, _, row in read_rows(file))
 
 
 def _text_or_empty(value: object, key: str) -> str:
@@ -327,7 +248,21 @@ def _text_or_empty(value: object, key: str) -> str:
 
 def _read_qrels(path: Path, corpus: Mapping[str, str], queries: Mapping[str, str]) -> dict[str, dict[str, int]]:
     qrels: dict[str, dict[str, int]] = {}
-    for number, raw, _ in _lines(path):
+    for where, query, document, score in read_judgements(path):
+        if query not in queries:
+            raise DataError(f"{where}: query {query[:60]!r} is not among the queries")
+        if document not in corpus:
+            raise DataError(f"{where}: document {document[:60]!r} is not in the corpus")
+        if qrels.setdefault(query, {}).setdefault(document, score) != score:
+            raise DataError(f"{where}: another score of query {query[:60]!r} and document {document[:60]!r} is above")
+    if not qrels:
+        raise DataError(f"{path}: no judgement")
+    return qrels
+
+
+def read_judgements(path: Path) -> Iterator[tuple[str, str, str, int]]:
+    """(file:line, query id, document id, relevance) of each line of a qrels file. Raises DataError naming the line."""
+    for number, raw, _ in text_lines(path):
         if raw.isspace():
             continue
         where = f"{path}:{number}"
@@ -341,13 +276,4 @@ def _read_qrels(path: Path, corpus: Mapping[str, str], queries: Mapping[str, str
             continue
         if len(fields) != 3 or not fields[2].removeprefix("-").isdecimal():
             raise DataError(f"{where}: expected query id, document id and a whole number, separated by tabs")
-        query, document, score = fields
-        if query not in queries:
-            raise DataError(f"{where}: query {query[:60]!r} is not among the queries")
-        if document not in corpus:
-            raise DataError(f"{where}: document {document[:60]!r} is not in the corpus")
-        if qrels.setdefault(query, {}).setdefault(document, int(score)) != int(score):
-            raise DataError(f"{where}: another score of query {query[:60]!r} and document {document[:60]!r} is above")
-    if not qrels:
-        raise DataError(f"{path}: no judgement")
-    return qrels
+        yield where, fields[0], fields[1], int(fields[2])

@@ -14,8 +14,9 @@ import logging
 import operator
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, SupportsIndex, TypeVar
 
@@ -26,6 +27,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from embedwright.data.example import DataError, Example, Passage, parse_example, to_row
+from embedwright.data.files.folders import data_files, is_beir, stem_of
 from embedwright.data.labels import label_triples
 from embedwright.data.readers import (
     Kind,
@@ -45,7 +47,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Fields = dict[str, Any]  # the values of a row of a raw kind, checked by parse_fields
 
-FORMAT = 1  # part of the cache key: raise it when a conversion or the schema changes
+FORMAT = 2  # part of the cache key: raise it when a conversion or the schema changes
 BATCH_ROWS = 256  # every batch of the file but the last has so many: row i is in batch i // BATCH_ROWS
 
 _PASSAGES = pa.list_(pa.struct([("text", pa.large_string()), ("id", pa.large_string())]))
@@ -125,7 +127,9 @@ def open_examples(
     seed: int = 0,
     negatives: int = 7,
 ) -> ExampleTable:
-    """The training data at `path`: a JSONL (.gz) or Parquet file of any kind of design section 9, or a BEIR folder.
+    """The training data at `path`: a data file of any kind of design section 9, a folder of such, or a BEIR folder.
+
+    The formats are those of `files.rows`; of a folder with several splits it reads `train` (`files.folders`).
 
     Converted once into `<cache>/data` (default: $EMBEDWRIGHT_CACHE, else ~/.cache/embedwright), keyed by content.
     `task` is that of rows that name none (default: the file's name; an empty text leaves them without one). `corpus`
@@ -145,7 +149,7 @@ def open_examples(
         _convert(job, arrow, fingerprint)
         return ExampleTable(path, arrow)
     for line in table.bad_lines:
-        log.warning("%s:%s", path, line)
+        log.warning("%s", line)
     if table.quarantined:
         log.warning("%s: %d bad lines, kept unchanged in %s", path, table.quarantined, table.quarantine)
     return table
@@ -216,13 +220,6 @@ class _Job:
     split: str | None  # of a BEIR folder
 
 
-def stem_of(path: Path) -> str:
-    """A file's or folder's name without what tells its format: the task of rows that name none."""
-    # A link is not followed: a file of the hub's cache is one, to a file whose name is a hash.
-    name = (path if path.name not in ("", "..") else path.resolve()).name.removesuffix(".gz")
-    return next((name.removesuffix(end) for end in (".jsonl", ".json", ".parquet") if name.endswith(end)), name)
-
-
 def _split(path: Path) -> str | None:
     """Training reads the train split of a BEIR folder that has several."""
     return "train" if any((path / "qrels" / f"train.tsv{end}").is_file() for end in ("", ".gz")) else None
@@ -230,14 +227,15 @@ def _split(path: Path) -> str | None:
 
 def _fingerprint(job: _Job) -> str:
     files = [
-        *(beir_files(job.path, job.split) if job.path.is_dir() else [job.path]),
-        *([job.corpus] if job.corpus else []),
+        *(beir_files(job.path, job.split) if _is_beir(job.path) else data_files(job.path)),
+        *(data_files(job.corpus) if job.corpus else []),
     ]
     digests = []
     for file in files:
         with file.open("rb") as stream:
             digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
-    parts = [FORMAT, job.stem, job.task, job.seed, job.negatives, job.corpus is not None, digests]
+    names = [stem_of(file) for file in files] if job.path.is_dir() else []  # ids of rows are made of them
+    parts = [FORMAT, job.stem, job.task, job.seed, job.negatives, job.corpus is not None, digests, names]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -287,22 +285,34 @@ def _convert(job: _Job, arrow: Path, fingerprint: str) -> None:
 
 
 def _examples(job: _Job, quarantine: Quarantine, report: Counter[str]) -> Iterator[Example]:
-    if job.path.is_dir():
+    if _is_beir(job.path):
         yield from _from_beir(job, report)
         return
-    kind = detect_kind(job.path)
+    kind, files = detect_kind(job.path), data_files(job.path)
     if kind == "example":
         corpus = None if job.corpus is None else read_corpus(job.corpus)
 
-        def parse(number: int, row: Fields) -> Example:
-            return parse_example(row, default_task=job.task, default_id=f"{job.stem}:{number}", corpus=corpus)
+        def parse(id_: str, row: Fields) -> Example:
+            return parse_example(row, default_task=job.task, default_id=id_, corpus=corpus)
 
-        yield from _counted(good_rows(job.path, parse, quarantine), report)
+        yield from _counted(_parsed(files, parse, quarantine), report)
         return
-    fields = good_rows(
-        job.path, lambda number, row: parse_fields(row, kind, default_id=f"{job.stem}:{number}"), quarantine
-    )
+    fields = _parsed(files, lambda id_, row: parse_fields(row, kind, default_id=id_), quarantine)
     yield from _from_raw(kind, _counted(fields, report), job, report)
+
+
+def _parsed(files: Iterable[Path], parse: Callable[[str, Fields], T], quarantine: Quarantine) -> Iterator[T]:
+    """`parse(an id for a row that has none, row)` of the good rows."""
+    for file in files:
+        yield from good_rows(file, partial(_with_id, parse, stem_of(file)), quarantine)
+
+
+def _with_id(parse: Callable[[str, Fields], T], stem: str, number: int, row: Fields) -> T:
+    return parse(f"{stem}:{number}", row)
+
+
+def _is_beir(path: Path) -> bool:
+    return path.is_dir() and is_beir(path)
 
 
 def _counted(rows: Iterable[T], report: Counter[str]) -> Iterator[T]:

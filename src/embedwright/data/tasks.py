@@ -11,7 +11,7 @@ from pathlib import Path
 
 from embedwright.config import validate
 from embedwright.data.example import DataError, Task
-from embedwright.data.readers import read_rows
+from embedwright.data.files.rows import read_rows
 from embedwright.files import write_text
 
 Tasks = Mapping[str, Task]  # by name

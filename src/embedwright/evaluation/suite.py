@@ -19,7 +19,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -29,8 +29,10 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StrictBool, model_validator
 
 from embedwright.config import load_yaml, validate
-from embedwright.data.example import DataError, id_of, number_of, text_of
-from embedwright.data.readers import beir_files, read_beir, read_rows
+from embedwright.data.example import DataError, binary_of, label_of, number_of, text_of
+from embedwright.data.files.folders import data_files, is_beir, is_data, is_one_set, stem_of
+from embedwright.data.files.rows import read_rows
+from embedwright.data.readers import beir_files, read_beir
 from embedwright.data.teacher import Encoder, as_encoder
 from embedwright.errors import InputError, MissingPackageError, NotFoundError
 from embedwright.evaluation import metrics
@@ -158,11 +160,10 @@ def _resolved(task: SuiteTask, suite_file: Path) -> SuiteTask:
 
 def _from_folder(folder: Path) -> Suite:
     tasks = []
-    for path in [folder] if _kinds(folder) else sorted(folder.iterdir()):
-        name = re.sub(r"\.(jsonl|jsonl\.gz|parquet)$", "", path.name)
-        kinds = _kinds(path) if path.is_dir() or name != path.name else []
+    for path in [folder] if is_one_set(folder) else sorted(folder.glob("[!.]*")):
+        kinds = _kinds(path) if (is_one_set(path) if path.is_dir() else is_data(path)) else []
         if kinds:
-            tasks.append(SuiteTask(name=name, kind=kinds[0], path=path))
+            tasks.append(SuiteTask(name=stem_of(path), kind=kinds[0], path=path))
         else:
             logger.warning("%s is not evaluation data, and no task of the suite", path)
     if not tasks:
@@ -172,14 +173,12 @@ def _from_folder(folder: Path) -> Suite:
 
 def _kinds(path: Path) -> list[Kind]:
     """The kinds of task that can read what lies at `path`: for a file, those whose keys its first row has."""
-    if path.is_dir():
-        if not any(path.glob("corpus.jsonl*")):
-            return []
+    if path.is_dir() and is_beir(path):
         beir_files(path, _split(path))  # raises, naming it, where another part is missing
         return ["retrieval"]
-    for number, _, row in read_rows(path):
+    for file, number, row in _rows(path, "test"):
         if isinstance(row, DataError):
-            raise DataError(f"{path}:{number}: {row}")
+            raise DataError(f"{file}:{number}: {row}")
         return [kind for kind, columns in _COLUMNS.items() if columns.keys() <= row.keys()]
     return []
 
@@ -231,7 +230,7 @@ def _retrieval(encoder: Encoder, task: SuiteTask) -> dict[str, float]:
 def _classification(encoder: Encoder, task: SuiteTask) -> dict[str, float]:
     texts, labels = _read(task.path, task.kind, task.limit)
     if task.train:
-        train_texts, train_labels = _read(task.train, task.kind)
+        train_texts, train_labels = _read(task.train, task.kind, split="train")
     else:
         train, test = metrics.halves(labels)
         train_texts, train_labels = [texts[row] for row in train], [labels[row] for row in train]
@@ -250,25 +249,19 @@ def _classification(encoder: Encoder, task: SuiteTask) -> dict[str, float]:
     )
 
 
-def _binary(value: object, key: str) -> int:
-    if value not in (0, 1):
-        raise DataError(f"{key}: expected 0 or 1, not {value!r}")
-    return int(value)
-
-
 # Other keys are not read, and do no harm here. A folder's file is of the first kind whose keys it has.
 _COLUMNS: dict[Kind, dict[str, Callable[[object, str], Any]]] = {
     "sts": {"text1": text_of, "text2": text_of, "score": number_of},
-    "pair": {"text1": text_of, "text2": text_of, "label": _binary},
-    "classification": {"text": text_of, "label": id_of},
-    "clustering": {"text": text_of, "label": id_of},
+    "pair": {"text1": text_of, "text2": text_of, "label": binary_of},
+    "classification": {"text": text_of, "label": label_of},
+    "clustering": {"text": text_of, "label": label_of},
 }
 
 
-def _read(file: Path, kind: Kind, limit: int | None = None) -> list[list[Any]]:
+def _read(path: Path, kind: Kind, limit: int | None = None, split: str = "test") -> list[list[Any]]:
     """The columns of `kind` in the first `limit` rows. A bad row is an error: without it, this is another test set."""
     columns: dict[str, list[Any]] = {key: [] for key in _COLUMNS[kind]}
-    for number, _, row in islice(read_rows(file), limit):
+    for file, number, row in islice(_rows(path, split), limit):
         try:
             if isinstance(row, DataError):
                 raise row
@@ -277,6 +270,11 @@ def _read(file: Path, kind: Kind, limit: int | None = None) -> list[list[Any]]:
         except DataError as error:
             raise DataError(f"{file}:{number}: {error}") from None
     return list(columns.values())
+
+
+def _rows(path: Path, split: str) -> Iterator[tuple[Path, int, dict[str, Any] | DataError]]:
+    for file in data_files(path, split):
+        yield from ((file, number, row) for number, _, row in read_rows(file))
 
 
 def _refuse_one_label(gold: Sequence[Any], file: Path) -> None:

@@ -21,7 +21,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from embedwright.data.example import DataError, id_of, text_of
-from embedwright.data.readers import read_rows
+from embedwright.data.files.folders import stem_of
+from embedwright.data.files.rows import MAX_LINE, plain_name, text_lines
+from embedwright.data.readers import corpus_rows
 from embedwright.data.teacher import as_encoder, encode_finite
 from embedwright.data.vectors import differs, moved, probe_texts
 from embedwright.errors import InputError
@@ -82,10 +84,10 @@ def encode_corpus(
 ) -> Path:
     """Encode the documents of `source` into the folder `out`, and return it. Called again, it does what is missing.
 
-    `source` is JSONL (`.gz` too) or Parquet with `text`, optional `title` (put in front, with a space) and optional
-    `_id` or `id` (else the number of the line), or a `.txt` of one text per line. `model` is anything `as_encoder`
-    takes; `task` is an instruction for the documents, which most models want without. `progress(done, total)` counts
-    documents.
+    `source` is a data file, a folder of such, or a BEIR folder. Its rows have `text`, optional `title` (put in front,
+    with a space) and optional `_id` or `id` (else the number of the line); a `.txt` has one text per line. `model` is
+    anything `as_encoder` takes; `task` is an instruction for the documents, which most models want without.
+    `progress(done, total)` counts documents.
 
     The source is read twice: once to check every line, before hours go into encoding, and once to encode.
 
@@ -213,37 +215,42 @@ def _survey(source: Path) -> tuple[int, str]:
 def _documents(source: Path) -> Iterator[tuple[str, str]]:
     """(id, text) of each document. Raises DataError naming file and line."""
     seen: set[str] = set()
-    for number, row in _rows(source):
+    for file, number, row in _rows(source):
         try:
             if isinstance(row, DataError):
                 raise row
-            id_, text = _document(row, number)
+            id_, text = _document(row, str(number) if file == source else f"{stem_of(file)}:{number}")
             if id_ in seen:
                 raise DataError(f"id {id_[:60]!r} twice")
         except DataError as error:
-            raise DataError(f"{source}:{number}: {error}") from None
+            raise DataError(f"{file}:{number}: {error}") from None
         seen.add(id_)
         yield id_, text
 
 
-def _rows(source: Path) -> Iterator[tuple[int, Mapping[str, Any] | DataError]]:
-    if source.suffix != ".txt":
-        yield from ((number, row) for number, _, row in read_rows(source))
-        return
-    with source.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            try:
-                text = raw.decode("utf-8").strip()
-            except UnicodeDecodeError as error:
-                yield number, DataError(f"not UTF-8 at byte {error.start}")
-                continue
-            if text:
-                yield number, {"text": text}
+def _rows(source: Path) -> Iterator[tuple[Path, int, Mapping[str, Any] | DataError]]:
+    if plain_name(source.name).endswith(".txt"):
+        yield from ((source, number, row) for number, row in _texts(source))
+    else:
+        yield from corpus_rows(source)
 
 
-def _document(row: Mapping[str, Any], number: int) -> tuple[str, str]:
+def _texts(source: Path) -> Iterator[tuple[int, Mapping[str, Any] | DataError]]:
+    for number, raw, whole in text_lines(source):
+        try:
+            text = raw.decode("utf-8").strip()
+        except UnicodeDecodeError as error:
+            yield number, DataError(f"not UTF-8 at byte {error.start}")
+            continue
+        if not whole:
+            yield number, DataError(f"longer than {MAX_LINE >> 20} MiB")
+        elif text:
+            yield number, {"text": text}
+
+
+def _document(row: Mapping[str, Any], default_id: str) -> tuple[str, str]:
     key = "_id" if row.get("_id") is not None else "id"
-    id_ = str(number) if row.get(key) is None else id_of(row[key], key)
+    id_ = default_id if row.get(key) is None else id_of(row[key], key)
     if row.get("text") is None:
         raise DataError("no text")
     title, text = (text_of(row[part], part) if row.get(part) else "" for part in ("title", "text"))

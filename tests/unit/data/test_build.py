@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedwright.data import build as module
-from embedwright.data.build import bare_name, build, label_file, open_table
+from embedwright.data.build import build, label_file, open_table
 from embedwright.data.catalog import Entry, load_catalog
 from embedwright.data.convert import Table
 from embedwright.data.example import DataError, Example
@@ -266,11 +266,6 @@ def test_the_same_again(tmp_path: Path) -> None:
         build(entry, tmp_path / f"{number}.jsonl.gz", source=source, seed=seed, limit=30)
         outs.append((tmp_path / f"{number}.jsonl.gz").read_bytes())
     assert outs[0] == outs[1] != outs[2]
-
-
-def test_names_without_format() -> None:
-    names = ["a.jsonl.gz", "a.b.parquet", "x.txt", "folder", "a.labeled.jsonl"]
-    assert [bare_name(name) for name in names] == ["a", "a.b", "x", "folder", "a.labeled"]
 
 
 # ---- labels of a file

@@ -311,3 +311,12 @@ def test_what_cannot_protect_is_an_error(tmp_path: Path) -> None:
     write(folder / "queries.jsonl", {"_id": "other", "text": "x"})
     with pytest.raises(DataError, match="query 'q-test' is judged but not there"):
         texts(folder)
+
+
+def test_what_stands_beside_evaluation_data_is_not_read(tmp_path: Path) -> None:
+    write(tmp_path / "x.jsonl", {"text": "one", "label": "a"})
+    write(tmp_path / "x.jsonl.tasks.jsonl", {"name": "x", "instruction": "do"})
+    write(tmp_path / "x.jsonl.quarantine.jsonl", "broken")
+    write(tmp_path / ".x.0f1e.jsonl", {"text": "half written", "label": "a"})
+    write(tmp_path / "y.csv", "text,label", "two,b")
+    assert sorted(held.text for held in read_held_out([tmp_path])) == ["one", "two"]

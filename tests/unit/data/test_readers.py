@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from embedwright.data import readers
+from embedwright.data import files, readers
 from embedwright.data.example import DataError, Example, parse_example
 from embedwright.data.readers import Quarantine, detect_kind, good_rows, parse_fields, read_beir, read_corpus, read_rows
 
@@ -34,7 +34,6 @@ Mutation = Callable[[bytes, dict[str, Any], random.Random], bytes]
 
 MUTATIONS: dict[str, Mutation] = {
     "not UTF-8": lambda line, row, rng: line[:12] + b"\xff\xfe" + line[12:],
-    "byte order mark": lambda line, row, rng: b"\xef\xbb\xbf" + line,
     "lone surrogate": lambda line, row, rng: dump(row | {"query": "x"}).replace(b'"x"', b'"\\ud800 tail"'),
     "NUL byte": lambda line, row, rng: line[:9] + b"\0" + line[9:],
     "NUL character": lambda line, row, rng: line.replace(b"question", b"ques\\u0000tion"),
@@ -164,7 +163,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ("scored", {"score": None}, "no score"),
         ("pair-labelled", {"label": 2}, "label: expected 0 or 1"),
         ("pair-labelled", {"label": "1"}, "label: expected 0 or 1"),
-        ("labelled", {"label": 1.5}, "label: expected a text, not float"),
+        ("labelled", {"label": 1.5}, "label: 1.5 names no class"),
         ("labelled", {"text": " "}, "text is empty"),
         ("pairs", {"negatives": ["n"]}, "unknown key 'negatives'"),
     ],
@@ -218,7 +217,7 @@ def test_a_cut_off_gzip_or_parquet_file_is_an_error_and_not_a_short_file(tmp_pat
 
 
 def test_a_line_beyond_the_limit_passes_through_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "MAX_LINE", 1 << 16)
+    monkeypatch.setattr(files.rows, "MAX_LINE", 1 << 16)
     path = tmp_path / "x.jsonl"
     long = b'{"text": "' + b"a" * (8 << 20) + b'", "label": "x"}\n'
     path.write_bytes(b'{"text": "first", "label": "x"}\n' + long + b'{"text": "last", "label": "x"}\n')
@@ -311,3 +310,13 @@ def test_an_empty_document_is_a_document(tmp_path: Path) -> None:
     path = tmp_path / "corpus.jsonl"
     path.write_bytes(dump({"id": 1, "text": " "}) + b"\n" + dump({"id": 2, "title": "T", "text": ""}))
     assert read_corpus(path) == {"1": "", "2": "T"}
+
+
+def test_marks_and_left_overs_in_a_beir_folder(tmp_path: Path) -> None:
+    """A byte order mark in each of the three files, and judgements that a killed process left half written."""
+    folder = beir_folder(tmp_path / "set")
+    plain = read_beir(folder)
+    for file in (folder / "corpus.jsonl", folder / "queries.jsonl", *(folder / "qrels").iterdir()):
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    (folder / "qrels" / ".test.0f1e2d.tsv").write_text("query-id\tcorpus-id\tscore\nq1")
+    assert read_beir(folder) == plain

@@ -50,3 +50,9 @@ def test_every_writer_of_examples_says_what_they_mean() -> None:
     ]
     assert len(calls) >= 7
     assert [call for call in calls if len(ast.parse(call[1], mode="eval").body.args) != 3] == []
+
+
+def test_a_byte_order_mark_is_no_part_of_tasks(tmp_path: Path) -> None:
+    path = tmp_path / "x.tasks.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"name": "a"}\n')
+    assert read_tasks(path) == {"a": Task(name="a")}

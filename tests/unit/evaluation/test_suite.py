@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from datasets import Dataset, DatasetDict
 from numpy.typing import NDArray
 
 from embedwright.evaluation import suite as suite_module
 from embedwright.evaluation.metrics import few_shot, halves
-from embedwright.evaluation.suite import Results, evaluate, load_suite
+from embedwright.evaluation.suite import Results, Suite, evaluate, load_suite
 
 
 class Words:
@@ -310,3 +311,30 @@ def test_a_real_model_ranks_real_sentences(tmp_path: Path) -> None:
     results = evaluate(model, tmp_path)
     assert results.rows[0].value == pytest.approx(1)
     assert Results.from_json(results.to_json()) == results
+
+
+def test_marks_and_left_overs_change_no_number(tmp_path: Path) -> None:
+    write_rows(tmp_path / "a" / "x.jsonl", labelled(30))
+    write_beir(tmp_path / "a" / "set")
+    clean = {row.task: row.value for row in evaluate(Words(), tmp_path / "a").rows}
+    file = tmp_path / "a" / "x.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    for name in (".x.0f1e.jsonl", "x.jsonl.tasks.jsonl", "x.jsonl.quarantine.jsonl"):
+        write_rows(tmp_path / "a" / name, labelled(2))
+    (tmp_path / "a" / ".set.0f1e").mkdir()
+    assert {row.task: row.value for row in evaluate(Words(), tmp_path / "a").rows} == clean
+    suite = tmp_path / "suite.yaml"
+    suite.write_bytes(b"\xef\xbb\xbf" + b"name: s\ntasks: [{name: x, kind: classification, path: a/x.jsonl}]\n")
+    assert evaluate(Words(), suite).rows[0].value == clean["x"]
+
+
+def test_a_saved_data_set_gives_its_test_split(tmp_path: Path) -> None:
+    def split(name: str) -> Dataset:
+        return Dataset.from_list([row | {"text": f"{name} {row['text']}"} for row in labelled(30)])
+
+    DatasetDict(train=split("train"), test=split("test")).save_to_disk(tmp_path / "set")
+    (alone,) = load_suite(tmp_path / "set").tasks
+    words = Words()
+    evaluate(words, Suite(name="s", tasks=(alone.model_copy(update={"train": alone.path}),)))
+    texts = [text for call in words.calls for text in call[0]]
+    assert len([t for t in texts if t.startswith("test ")]) == 30 and any(t.startswith("train ") for t in texts)

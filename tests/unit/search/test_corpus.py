@@ -212,3 +212,19 @@ def test_a_manifest_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"count": 3}')
     with pytest.raises(DataError, match="not the manifest"):
         read_vectors(tmp_path)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: Path) -> None:
+    for name, content in (("a.txt", b"first\nsecond\n"), ("b.csv", b"text\nfirst\nsecond\n")):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content)
+        _, texts, _ = read_vectors(encode_corpus(Hashed(), tmp_path / name, tmp_path / f"{name}.vectors"))
+        assert texts == ["first", "second"]
+
+
+def test_a_folder_of_shards_is_a_corpus(tmp_path: Path) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for shard in range(2):
+        (folder / f"x-0000{shard}-of-00002.jsonl").write_text(f'{{"text": "text {shard}"}}\n')
+    ids, texts, _ = read_vectors(encode_corpus(Hashed(), folder, tmp_path / "out"))
+    assert texts == ["text 0", "text 1"] and len(set(ids)) == 2

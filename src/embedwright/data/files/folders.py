@@ -1,0 +1,127 @@
+"""Which files of a folder are its data: shards, a folder that `datasets` saved, a copy of a repository of the hub.
+
+Hidden files, left-overs and what stands beside data (tasks, quarantine, reports) are never read as data.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from embedwright.data.example import DataError
+from embedwright.data.files.rows import plain_name
+from embedwright.errors import NotFoundError
+
+log = logging.getLogger(__name__)
+
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+_BESIDE = (".tasks.jsonl", ".quarantine.jsonl", ".leaks.jsonl")
+_NO_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "report.json"}
+_NO_DATA |= {"manifest.json", "config.json"}
+_SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}(-[0-9a-f]+)?")
+_SPLITS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval"}
+
+
+def is_data(path: Path) -> bool:
+    """Whether a file has the name of a data file, and not that of a left-over or of what stands beside data."""
+    name = path.name
+    return (
+        not name.startswith((".", "_", "cache-"))
+        and not name.endswith(_BESIDE)
+        and name not in _NO_DATA
+        and not name.endswith(".report.json")
+        and plain_name(name).endswith(SUFFIXES)
+    )
+
+
+def stem_of(path: Path) -> str:
+    """A file's or folder's name without what tells its format: the task of rows that name none."""
+    # A link is not followed: a file of the hub's cache is one, to a file whose name is a hash.
+    name = plain_name((path if path.name not in ("", "..") else path.resolve()).name)
+    return next((name.removesuffix(end) for end in (*SUFFIXES, ".txt") if name.endswith(end)), name)
+
+
+def is_beir(folder: Path) -> bool:
+    """Whether a folder is laid out as those of BEIR: `queries.jsonl` or `corpus.jsonl`, and `qrels`."""
+    return (folder / "qrels").is_dir() or any((folder / f"queries.jsonl{end}").is_file() for end in ("", ".gz"))
+
+
+def is_one_set(folder: Path) -> bool:
+    """Whether a folder is surely one data set, and not a folder of several."""
+    named = ("state.json", "dataset_dict.json")
+    return (
+        is_beir(folder)
+        or any((folder / name).is_file() for name in named)
+        or any(is_data(file) and _SHARD.fullmatch(stem_of(file)) for file in folder.iterdir())
+    )
+
+
+def data_files(path: Path, split: str = "train") -> list[Path]:
+    """The files of a data set, in the order of their names: the file itself, or those of a folder.
+
+    Of a folder with several splits those of `split`. Raises FileNotFoundError, and DataError where the folder has no
+    data, or where its files are several splits without `split`, or the same rows in two formats.
+    """
+    if path.is_file():
+        return [path]
+    if not path.exists():
+        raise NotFoundError(f"{path} does not exist")
+    listed = path / "dataset_dict.json"
+    if listed.is_file():
+        return data_files(path / _one_of([str(name) for name in _json(listed, "splits")], split, path), split)
+    if (path / "state.json").is_file():
+        return [path / str(file["filename"]) for file in _json(path / "state.json", "_data_files")]
+    files = sorted(file for file in path.iterdir() if file.is_file() and is_data(file))
+    if not files and (path / "data").is_dir():
+        return data_files(path / "data", split)
+    if not files:
+        raise DataError(f"{path} is a folder without data: {_content(path)}. {_EXPECTED}")
+    by_split: dict[str, list[Path]] = {}
+    for file in files:
+        by_split.setdefault(_split_of(file), []).append(file)
+    chosen = by_split[_one_of(list(by_split), split, path)]
+    bare = [stem_of(file) for file in chosen]
+    if twice := [file.name for file, name in zip(chosen, bare, strict=True) if bare.count(name) > 1]:
+        raise DataError(f"{path} holds {' and '.join(twice[:2])}, which may be the same rows: name the file")
+    return chosen
+
+
+_EXPECTED = (
+    "Data is a file or a folder of files (.jsonl, .json, .csv, .tsv, .parquet, .arrow, also .gz or .zst), a folder of"
+    " `datasets`, or a BEIR folder (corpus.jsonl, queries.jsonl, qrels/)"
+)
+
+
+def _split_of(file: Path) -> str:
+    """`train` of `train-00000-of-00002.parquet` and of `train.jsonl`; empty for any other name."""
+    name = stem_of(file)
+    if shard := _SHARD.fullmatch(name):
+        return shard[1]
+    return name if name in _SPLITS else ""
+
+
+def _one_of(splits: Sequence[str], split: str, folder: Path) -> str:
+    if len(splits) == 1:
+        return splits[0]
+    if split not in splits:
+        names = ", ".join(name or "files of other names" for name in splits)
+        raise DataError(f"{folder} holds several splits ({names}), and none is {split!r}: name the file of one")
+    others = ", ".join(name or "files of other names" for name in splits if name != split)
+    log.warning("%s: %s is read; not read: %s", folder, split, others)
+    return split
+
+
+def _json(file: Path, key: str) -> list[dict[str, str]]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8-sig"))[key]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file}: not a file of the `datasets` library: {error}") from None
+    return list(found)
+
+
+def _content(folder: Path) -> str:
+    names = sorted(file.name + ("/" if file.is_dir() else "") for file in folder.iterdir())
+    return f"it holds {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}" if names else "it is empty"

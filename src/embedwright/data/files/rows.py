@@ -1,0 +1,284 @@
+"""The rows of one data file: JSON Lines, a JSON array, CSV, TSV (all plain, .gz or .zst), Parquet, Arrow.
+
+The first bytes tell the format, and the name where bytes cannot (CSV). A byte order mark is no part of the data.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import io
+import itertools
+import json
+import math
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from embedwright.data.example import DataError
+from embedwright.errors import NotFoundError
+
+MAX_LINE = 64 << 20  # bytes; a line beyond it is never held in memory as a whole
+BOM = codecs.BOM_UTF8
+
+Row = dict[str, Any] | DataError
+Rows = Iterator[tuple[int, bytes, Row]]
+
+# The first bytes of what is no data file, and what it is.
+_OTHER = {
+    b"PK\x03\x04": "a zip file (or .xlsx, .npz, .pt): unpack it, or save it as JSON Lines, CSV or Parquet",
+    b"BZh": "a bzip2 file: unpack it",
+    b"\xfd7zXZ": "an xz file: unpack it",
+    b"7z\xbc\xaf": "a 7z file: unpack it",
+    b"SQLite format 3": "an SQLite file: export its table as CSV",
+    b"\x80\x04": "a pickle file, which could run any code and is never opened: save it as JSON Lines or Parquet",
+    b"\x80\x05": "a pickle file, which could run any code and is never opened: save it as JSON Lines or Parquet",
+    codecs.BOM_UTF16_LE: "text in UTF-16: save it as UTF-8",
+    codecs.BOM_UTF16_BE: "text in UTF-16: save it as UTF-8",
+}
+
+
+def read_rows(path: Path) -> Rows:
+    """(number from 1, the row's bytes, the row or why there is none) for each row of a data file.
+
+    The number is that of the line, or of the row where the format has no lines. Blank lines hold no row and are passed
+    over. A line longer than MAX_LINE comes in pieces that share one number. The bytes of a row that is no line are its
+    JSON. Holds one line or one batch in memory; of a JSON array its text. Raises FileNotFoundError, and DataError where
+    the file as a whole cannot be read.
+    """
+    head = _head(path)
+    if head.startswith(b"PAR1"):
+        with _broken(path, "Parquet"), pq.ParquetFile(path, memory_map=True) as file:
+            yield from _table_rows(path, file.schema_arrow, file.iter_batches(batch_size=256))
+    elif head.startswith(b"ARROW1"):
+        with _broken(path, "Arrow"), pa.ipc.open_file(pa.memory_map(str(path))) as file:
+            batches = (file.get_batch(i) for i in range(file.num_record_batches))
+            yield from _table_rows(path, file.schema, batches)
+    elif head.startswith(b"\xff\xff\xff\xff"):  # Arrow's stream, which `datasets` saves
+        with _broken(path, "Arrow"), pa.ipc.open_stream(pa.memory_map(str(path))) as stream:
+            yield from _table_rows(path, stream.schema, stream)
+    else:
+        yield from _text_rows(path)
+
+
+def text_lines(path: Path) -> Iterator[tuple[int, bytes, bool]]:
+    """(number from 1, bytes without a byte order mark, whether it is whole) for each line of a text file.
+
+    Unpacks gzip and zstd. A line longer than MAX_LINE comes in pieces that share one number, and is not whole.
+    """
+    number = 0
+    with _unpacked(path, lambda: f"{path}:{number + 1}") as stream:
+        while raw := stream.readline(MAX_LINE):
+            number += 1
+            whole = raw.endswith(b"\n") or len(raw) < MAX_LINE
+            yield number, raw.removeprefix(BOM), whole
+            while not whole and not raw.endswith(b"\n") and (raw := stream.readline(MAX_LINE)):
+                yield number, raw, False
+
+
+def plain_name(name: str) -> str:
+    """A file's name without what tells that it is packed."""
+    return name.removesuffix(".gz").removesuffix(".zst")
+
+
+def _head(path: Path) -> bytes:
+    if path.is_dir():
+        raise DataError(f"{path} is a folder, and one file is expected here")
+    if not path.exists():
+        raise NotFoundError(f"{path} does not exist")
+    with path.open("rb") as file:
+        head = file.read(16)
+    for start, what in _OTHER.items():
+        if head.startswith(start):
+            raise DataError(f"{path} is {what}")
+    return head
+
+
+@contextmanager
+def _unpacked(path: Path, where: Callable[[], str] | None = None) -> Iterator[BinaryIO]:
+    """The bytes of a text file. DataError where they are packed and damaged: nobody knows how much of it is lost."""
+    head = _head(path)
+    kind = "gzip" if head.startswith(b"\x1f\x8b") else "zstd" if head.startswith(b"\x28\xb5\x2f\xfd") else ""
+    with path.open("rb") as file:
+        if not kind:
+            yield file
+            return
+        stream: Any = gzip.GzipFile(fileobj=file) if kind == "gzip" else pa.CompressedInputStream(file, kind)
+        try:
+            yield stream if kind == "gzip" else io.BufferedReader(stream)
+        except (EOFError, zlib.error, OSError) as error:
+            raise DataError(f"{where() if where else path}: broken {kind} stream: {error}") from error
+
+
+# ---------------------------------------------------------------------------------------------------- text
+
+
+def _text_rows(path: Path) -> Rows:
+    name = plain_name(path.name).lower()
+    if name.endswith((".csv", ".tsv")):
+        yield from _csv_rows(path)
+        return
+    lines = text_lines(path)
+    for number, raw, whole in lines:
+        if whole and raw.isspace():
+            continue
+        if raw.lstrip().startswith(b"[") and (text := _array(path)) is not None:
+            yield from _array_rows(path, text)
+            return
+        if whole and raw.strip() == b"{":
+            raise DataError(f"{path}: one JSON object over several lines: write a row a line, or one array of rows")
+        yield _row(number, raw, whole)
+        break
+    for number, raw, whole in lines:
+        if not whole or not raw.isspace():
+            yield _row(number, raw, whole)
+
+
+def _row(number: int, raw: bytes, whole: bool) -> tuple[int, bytes, Row]:
+    return number, raw, _decode(raw) if whole else DataError(f"longer than {MAX_LINE >> 20} MiB")
+
+
+def _decode(raw: bytes) -> Row:
+    if b"\0" in raw:
+        return DataError("holds a NUL byte")
+    try:
+        row = _DECODER.decode(raw.decode("utf-8"))
+    except DataError as error:
+        return error
+    except UnicodeDecodeError as error:
+        return DataError(f"not UTF-8 at byte {error.start}")
+    except json.JSONDecodeError as error:
+        return DataError(f"not JSON: {error.msg} (column {error.colno})")
+    except RecursionError:
+        return DataError("nested too deep")
+    except ValueError as error:  # a number of more digits than Python converts
+        return DataError(f"not JSON: {error}")
+    return _as_row(row)
+
+
+def _as_row(value: Any) -> Row:
+    return value if isinstance(value, dict) else DataError(f"expected an object, not {type(value).__name__}")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):  # json would keep the last one, silently
+        (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise DataError(f"key {twice[:60]!r} twice")
+    return row
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise DataError(f"not JSON: {constant}")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse)
+
+
+def _array(path: Path) -> str | None:
+    """The text of a file that is one JSON array; None where it is lines of which the first is a list."""
+    with _unpacked(path) as stream:
+        text = stream.read().removeprefix(BOM).strip()
+    if not text.endswith(b"]"):
+        return None
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError:
+        return None  # its lines say which of them is bad
+
+
+def _array_rows(path: Path, text: str) -> Rows:
+    number, place = 0, _skip(text, 1)
+    try:
+        while text[place : place + 1] != "]" or not number:
+            number += 1
+            value, end = _DECODER.raw_decode(text, place)
+            yield number, json.dumps(value, ensure_ascii=False).encode() + b"\n", _as_row(value)
+            place = _skip(text, end)
+            if text[place : place + 1] == ",":
+                place = _skip(text, place + 1)
+            elif text[place : place + 1] != "]":
+                raise DataError(f"not JSON: no comma at character {place}")
+        if place != len(text) - 1:
+            raise DataError(f"text follows the end of the array, at character {place + 1}")
+    except (DataError, ValueError, RecursionError) as error:
+        if number == 1 and text[_skip(text, 1) :] == "]":
+            return  # an empty array
+        raise DataError(f"{path}: row {number} of the JSON array: {error}") from None
+
+
+def _skip(text: str, place: int) -> int:
+    while text[place : place + 1].isspace():
+        place += 1
+    return place
+
+
+def _csv_rows(path: Path) -> Rows:
+    """Commas, semicolons or tabs stand between the columns, as in the header. An empty cell is absent.
+
+    A number in `score` or `label` is read as one: all cells are texts in CSV.
+    """
+    with _unpacked(path) as stream:
+        lines = io.TextIOWrapper(stream, "utf-8-sig", newline="")
+        reader = csv.DictReader(lines)
+        try:
+            header = lines.readline()
+            delimiter = max(",;\t", key=header.count)  # a comma where there is one column
+            reader = csv.DictReader(itertools.chain([header] if header else [], lines), delimiter=delimiter)
+            if twice := [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]:
+                raise DataError(f"{path}:1: column {twice[0]!r} twice")
+            for cells in reader:
+                raw = json.dumps(cells, ensure_ascii=False, default=str).encode() + b"\n"
+                row: Row = {key: _cell(key, value) for key, value in cells.items() if key is not None and value}
+                if None in cells:
+                    row = DataError(f"more cells than the {len(reader.fieldnames or ())} columns of the header")
+                yield reader.line_num, raw, row
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}:{reader.line_num + 1}: not UTF-8: {error.reason}") from None
+        except csv.Error as error:
+            raise DataError(f"{path}:{reader.line_num + 1}: not CSV: {error}; use JSON Lines or Parquet") from None
+
+
+def _cell(key: str, value: str) -> Any:
+    if key not in ("score", "label"):
+        return value
+    for number in (int, float):
+        try:
+            read = number(value)
+        except ValueError:
+            continue
+        return read if math.isfinite(read) and (number is float or str(read) == value) else value
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------- tables
+
+
+@contextmanager
+def _broken(path: Path, kind: str) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path}: broken {kind} file: {error}") from error
+
+
+def _table_rows(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> Rows:
+    if len(set(schema.names)) < len(schema.names):
+        raise DataError(f"{path}: a column name occurs twice")
+    number = 0
+    for batch in batches:
+        for i in range(batch.num_rows):
+            number += 1
+            row: Row
+            try:  # one by one: to_pylist of the batch would fail as a whole
+                row = kept = batch.slice(i, 1).to_pylist()[0]
+            except UnicodeDecodeError as error:
+                row, kept = DataError("not UTF-8"), {"row": number, "error": str(error)}
+            yield number, json.dumps(kept, default=repr).encode() + b"\n", row
