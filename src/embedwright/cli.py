@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from embedwright.cli_data import TaskOption, data_app, mine, synth
+from embedwright.cli_data import TaskOption, data_app, mine, synth, to_write
 from embedwright.display import counter, say, training
 from embedwright.errors import InputError
+from embedwright.files import check_file, check_folder, check_new_folder, write_text
 
 if TYPE_CHECKING:
     from embedwright.model.embedder import Embedder
@@ -42,7 +43,10 @@ def train(
     recipe: Annotated[Path | None, typer.Argument(help="A recipe file (see recipes/).")] = None,
     data: Annotated[Path | None, typer.Option(help="Instead of a recipe: a file of your own pairs.")] = None,
     base: Annotated[str, typer.Option(help="With --data: packaged name, folder, hub id or .gguf.")] = "smollm2-135m",
-    out: Annotated[Path | None, typer.Option(help="Where the run is kept (default: the recipe's run.out).")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Where the run is kept (default: the recipe's run.out).", callback=to_write(check_folder)),
+    ] = None,
     layers: Annotated[int | None, typer.Option(help="With --data: keep the base's first so many layers.")] = None,
     instruction: Annotated[str | None, typer.Option(help="With --data: the instruction of your queries.")] = None,
     teacher: Annotated[str, typer.Option(help="With --data: the model that mines hard negatives.")] = "minilm",
@@ -111,7 +115,7 @@ def _before_and_after(file: Path) -> None:
 def evaluate(
     model: Annotated[str, typer.Argument(help="A model folder, `minilm`, or a sentence-transformers id.")],
     suite: Annotated[str, typer.Argument(help="A suite file, a folder of data sets, or `dev`.")],
-    out: Annotated[Path | None, typer.Option(help="Write the results as JSON.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the results as JSON.", callback=to_write(check_file))] = None,
 ) -> None:
     """Score a model on a suite of local data sets."""
     from embedwright.evaluation.report import render, table
@@ -120,8 +124,7 @@ def evaluate(
 
     results = run(open_encoder(model), suite, progress=say)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(results.to_json() + "\n")
+        write_text(out, results.to_json() + "\n")
     say(render(table({model: results})))
 
 
@@ -131,7 +134,7 @@ def merge(
         list[str],
         typer.Argument(metavar="MODEL...", help="One adapter folder, ours or peft's; or several models of one base."),
     ],
-    out: Annotated[Path, typer.Argument(help="Folder for the merged model.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the merged model.", callback=to_write(check_new_folder))],
     how: Annotated[
         Literal["average", "slerp"], typer.Option(help="Of several: the average of all, or slerp between two.")
     ] = "average",
@@ -187,7 +190,9 @@ def _side_by_side(models: list[str], suite: str) -> None:
 def encode(
     model: Annotated[str, typer.Argument(help="A model folder.")],
     source: Annotated[Path, typer.Argument(help="JSONL or Parquet with `text`, or plain .txt.")],
-    out: Annotated[Path, typer.Argument(help="Folder for the vectors (Parquet shards).")],
+    out: Annotated[
+        Path, typer.Argument(help="Folder for the vectors (Parquet shards).", callback=to_write(check_folder))
+    ],
     task: TaskOption = None,
 ) -> None:
     """Encode a file of texts into Parquet shards. Resumes by itself."""
@@ -201,7 +206,7 @@ def encode(
 def index(
     model: Annotated[str, typer.Argument(help="A model folder.")],
     source: Annotated[Path, typer.Argument(help="JSONL or Parquet with `text`, or plain .txt.")],
-    out: Annotated[Path, typer.Argument(help="Folder for vectors and index.")],
+    out: Annotated[Path, typer.Argument(help="Folder for vectors and index.", callback=to_write(check_folder))],
 ) -> None:
     """Encode a corpus and build an exact index over it."""
     from embedwright.search.index import build_index
@@ -231,7 +236,7 @@ def search(
 @app.command()
 def export(
     model: Annotated[str, typer.Argument(help="A model folder, opened from or tuned on a released NV-Embed.")],
-    out: Annotated[Path, typer.Argument(help="A new folder.")],
+    out: Annotated[Path, typer.Argument(help="A new folder.", callback=to_write(check_new_folder))],
     layout: Annotated[Literal["nvembed"], typer.Option("--format", help="The released folders' layout.")] = "nvembed",
 ) -> None:
     """Write a model in the layout of the released NV-Embed folders, weights in the type they were stored in."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,8 +14,22 @@ from embedwright.data.ensemble import Ensemble
 from embedwright.data.llm import Client, Server
 from embedwright.display import counter, say
 from embedwright.errors import InputError
+from embedwright.files import check_file, check_folder, check_new_folder
 
-Out = Annotated[Path, typer.Option("--out", help="Where to write.")]
+
+def to_write(check: Callable[[Path], Path]) -> Callable[[Path | None], Path | None]:
+    """A callback of options: a place that cannot be written is refused before any work. `~` is expanded."""
+
+    def checked(value: Path | None) -> Path | None:
+        if value is None:
+            return None
+        check(value)
+        return value.expanduser()
+
+    return checked
+
+
+Out = Annotated[Path, typer.Option("--out", help="Where to write.", callback=to_write(check_file))]
 TaskOption = Annotated[str | None, typer.Option("--task", help="Instruction for these texts, if they are queries.")]
 By = Literal["both", "query", "positive", "none"]
 FamilyOption = Annotated[Literal["retrieval", "classification", "clustering", "sts"] | None, typer.Option()]
@@ -61,8 +76,13 @@ def mine(
     sampled: Annotated[bool, typer.Option("--sampled", help="Draw by softmax over scores, not the best.")] = False,
     seed: Annotated[int, typer.Option(help="Of all draws.")] = 0,
     ensemble: Annotated[Ensemble, typer.Option(help="How several teachers share the work.")] = "cross-sample",
-    vectors: Annotated[Path | None, typer.Option(help="Folder to keep the vectors of the documents in.")] = None,
-    report: Annotated[Path | None, typer.Option(help="Folder for report.json and histogram.png.")] = None,
+    vectors: Annotated[
+        Path | None,
+        typer.Option(help="Folder to keep the vectors of the documents in.", callback=to_write(check_folder)),
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Folder for report.json and histogram.png.", callback=to_write(check_folder))
+    ] = None,
     query_template: Annotated[str | None, typer.Option(help="For HTTP: what is sent of {task} and {text}.")] = None,
     document_template: Annotated[str | None, typer.Option(help="For HTTP: what is sent of {text}.")] = None,
     api_key_env: Annotated[
@@ -116,7 +136,14 @@ def mine(
 
 
 def synth(
-    out: Annotated[Path, typer.Option("--out", help="Examples; tasks and answers are kept in files beside it.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            help="Examples; tasks and answers are kept in files beside it.",
+            callback=to_write(check_file),
+        ),
+    ],
     base_url: Annotated[str, typer.Option(help="Of an OpenAI-compatible server: http://127.0.0.1:8000/v1")],
     model: Annotated[list[str], typer.Option(help="As the server names it; several take turns at random.")],
     count: Annotated[int, typer.Option(min=1, help="Examples of all types together.")],
@@ -183,12 +210,14 @@ def data_build(
     if name == "docstrings":
         from embedwright.data import docstrings
 
+        check_new_folder(out)
         docstrings.build(out)
         say((out / "report.json").read_text())
         return
     from embedwright.data.build import build
     from embedwright.data.catalog import find_entry
 
+    check_file(out)
     counts = build(
         find_entry(name),
         out,

@@ -499,6 +499,47 @@ def test_bad_input_exits_2_and_says_what_is_wrong(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("place", ["a file below a file", "a folder that cannot be written", "what is there already"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["eval", "./absent", "./absent", "--out"],
+        ["merge", "./absent"],
+        ["export", "./absent"],
+        ["encode", "./absent", "./absent"],
+        ["index", "./absent", "./absent"],
+        ["mine", "./absent", "--out"],
+        ["data", "labels", "./absent", "--out"],
+        ["data", "clean", "./absent", "--out"],
+        ["data", "export", "./absent", "--out"],
+        ["data", "relabel", "./absent", "--out"],
+        ["data", "build", "./absent", "--out"],
+        ["data", "build", "docstrings", "--out"],
+        ["train", "./absent", "--out"],
+        ["synth", "--base-url", "http://127.0.0.1:1/v1", "--model", "m", "--count", "1", "--out"],
+    ],
+    ids=lambda arguments: " ".join(arguments[:2]),
+)
+def test_where_it_cannot_write_a_command_does_no_work(
+    command: Command, place: str, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing else that is given exists, so an answer about the place came first."""
+    files = arguments[-1] == "--out" and arguments[:1] != ["train"] and "docstrings" not in arguments
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "note").write_text("mine")
+    out = tmp_path / "file" / "out"
+    if place == "a folder that cannot be written":
+        out = tmp_path / "new" / "out"
+        monkeypatch.setattr("os.access", lambda path, mode: False)  # the tests may run as root, who may
+    elif place == "what is there already":
+        out = tmp_path / ("full" if files else "file")
+    answer = command(*arguments, out)
+    assert answer.code == 2 and str(out) in answer.err
+    assert any(word in answer.err for word in ("cannot be written", "is a folder", "not an empty folder"))
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "full", "note"]
+
+
 def test_a_wrong_rule_is_refused_with_the_known_ones(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
