@@ -47,3 +47,13 @@ def blaming(where: object, what: str = "cannot be opened") -> Iterator[None]:
             raise
         kind = NotFoundError if isinstance(error, FileNotFoundError) else InputError
         raise kind(f"{where} {what}: {error or type(error).__name__}") from error
+
+
+@contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Puts `where`, a key or file, in front of what an InputError within it says."""
+    try:
+        yield
+    except InputError as error:
+        kind = NotFoundError if isinstance(error, NotFoundError) else InputError
+        raise kind(f"{where}: {error}") from error

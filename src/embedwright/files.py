@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from embedwright.errors import InputError, OutputExistsError
+
+_TEMP = re.compile(r"\..*\.[0-9a-f]{12}(\.\w+){0,2}")  # as `_temp_sibling` names it
 
 
 @contextmanager
@@ -186,6 +189,15 @@ def _fill(final: Path, temp: Path) -> None:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
         raise
     temp.rmdir()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what writers that were killed have left anywhere below `folder`. No other process may write there."""
+    for left in [path for path in folder.rglob(".*") if _TEMP.fullmatch(path.name)]:
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

@@ -12,6 +12,7 @@ from embedwright.files import (
     check_file,
     check_folder,
     check_new_folder,
+    remove_leftovers,
     whole_file,
     whole_folder,
     whole_lines,
@@ -178,3 +179,21 @@ def test_a_file_that_grows_has_whole_lines_only(tmp_path: Path) -> None:
         assert whole_lines(file) == ["one", "zwölf \u2028 parts", ""] and file.read_bytes() == whole + torn
         append_line(file, "three")
         assert file.read_bytes() == whole + b"three\n"
+
+
+def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    kept = [".hidden", ".gitignore", ".cache.json", "a.0123456789ab", "deep/.x"]
+    (tmp_path / "deep").mkdir()
+    for name in kept:
+        (tmp_path / name).write_text("")
+    with pytest.raises(ZeroDivisionError), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda *_, **__: None)  # a kill cleans up nothing
+        patch.setattr("shutil.rmtree", lambda *_, **__: None)
+        with whole_file(tmp_path / "deep" / "a.tar.gz") as temp, whole_folder(tmp_path / "b") as folder:
+            temp.write_text("x")
+            (folder / "inside").write_text("x")
+            raise ZeroDivisionError
+    assert temp.exists() and folder.exists()
+    remove_leftovers(tmp_path)
+    assert not temp.exists() and not folder.exists()
+    assert all((tmp_path / name).exists() for name in kept)

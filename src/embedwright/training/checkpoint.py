@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from embedwright.files import whole_folder
+from embedwright.files import remove_leftovers, whole_folder
 from embedwright.training.processes import ALONE, Processes, full, like
 
 logger = logging.getLogger(__name__)
@@ -67,10 +67,15 @@ def save_checkpoint(
                 _write(temp, state, trained, tensors, numbers, processes.count)
         except Exception as error:  # safetensors has errors of its own for a disk that is full
             raise OSError(f"checkpoint {final} could not be written ({error}); the one before is intact") from error
-        for old in _complete(folder)[:-keep]:
-            shutil.rmtree(old)
+        keep_newest(folder, keep)
     processes.wait()
     return final
+
+
+def keep_newest(folder: Path, keep: int) -> None:
+    """Removes all checkpoints but so many."""
+    for old in _complete(folder)[:-keep]:
+        shutil.rmtree(old)
 
 
 def _write(
@@ -100,8 +105,7 @@ def newest(folder: Path) -> Path | None:
 
     For one process alone: it removes what a killed one left.
     """
-    for left in folder.glob(".*"):
-        shutil.rmtree(left)
+    remove_leftovers(folder)
     for candidate in reversed(_complete(folder)):
         problem = _problem(candidate)
         if problem is None:

@@ -17,9 +17,9 @@ from torch import Tensor
 from embedwright.evaluation.suite import evaluate
 from embedwright.files import whole_file
 from embedwright.model.embedder import Embedder
+from embedwright.training.checks import suite_of
 from embedwright.training.parts import START, EvalPart
 from embedwright.training.processes import Processes, whole
-from embedwright.training.recipe import expand
 from embedwright.training.track import Tracker, read_records, write_records
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class Judge:
         have = {record["suite"] for record in self.records if (record["stage"], record["step"]) == (stage, step)}
         missing = [suite for suite in self.part.suites if suite not in have]
         for suite in missing:
-            results = evaluate(self.model, suite if suite.isidentifier() else expand(suite), progress=self.progress)
+            results = evaluate(self.model, suite_of(suite), progress=self.progress)
             found = {"stage": stage, "step": step, "suite": suite, "results": json.loads(results.to_json())}
             self.records.append(found)
         if not missing:

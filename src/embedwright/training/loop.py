@@ -17,7 +17,7 @@ import torch
 
 from embedwright import threads
 from embedwright.config import ConfigError
-from embedwright.files import write_text
+from embedwright.files import remove_leftovers, write_text
 from embedwright.model import fourbit, memory, probe
 from embedwright.model.card import facts, model_card
 from embedwright.model.embedder import Embedder
@@ -26,18 +26,19 @@ from embedwright.training.batch import make_batch
 from embedwright.training.blend import Source, rows_at
 from embedwright.training.checkpoint import (
     RunState,
+    keep_newest,
     newest,
     read_state,
     read_weights,
     restore_optimizer,
     save_checkpoint,
 )
+from embedwright.training.checks import check_names, check_reading
 from embedwright.training.curves import write_curves
 from embedwright.training.distill import Teacher, teacher_of
 from embedwright.training.folder import card_facts, describe_run
 from embedwright.training.interrupt import Asked, Interrupted, stop_when_asked
 from embedwright.training.judge import Judge
-from embedwright.training.objective import check_widths
 from embedwright.training.parts import START, StagePart
 from embedwright.training.processes import Processes, Replica
 from embedwright.training.recipe import Recipe, leaves
@@ -77,6 +78,7 @@ def train(recipe: Recipe, *, on_step: OnStep | None = None, on_evaluation: OnEva
     processes = many.start()
     out = Path(recipe.run.out)
     sources = open_sources(recipe)
+    check_names(recipe)
     with naming_the_model(recipe):
         origin = origin_fingerprint(recipe.model)
     facts_of = {"recipe": recipe.decisive(), "data": source_fingerprints(recipe, sources), "model": {"files": origin}}
@@ -85,9 +87,14 @@ def train(recipe: Recipe, *, on_step: OnStep | None = None, on_evaluation: OnEva
     if checkpoint is not None:
         state = _continue(checkpoint, state, out)
     model = start_model(recipe, processes)
+    check_reading(recipe, sources, model)
     out.mkdir(parents=True, exist_ok=True)
+    if processes.first:
+        remove_leftovers(out)
     if checkpoint is not None:
         load_trained(model, read_weights(checkpoint))
+        if processes.first:  # a run that was killed after its newest checkpoint had no time to
+            keep_newest(out / "checkpoints", recipe.run.keep)
     activity = HeadActivity(model.network.head)
     replica = processes.wrap(model.network, recipe.run.parallel)
     names = [stage.name for stage in recipe.stages]
@@ -141,7 +148,6 @@ class _Run:
             restore_optimizer(resumed, optimizer)
         moved = MovedWeights(network, optimizer, self.processes)
         width = network.config.hidden_size
-        check_widths(stage, width)
         teacher = teacher_of(stage, sources, self.model.contract, width)
         records: list[dict[str, Any]] = []
         every, last = recipe.eval.every, stage.optim.steps

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from embedwright.errors import InputError, NotFoundError
+from embedwright.errors import InputError, naming
 from embedwright.model import probe
 from embedwright.model.adapter import has_lora, idle_adapters
 from embedwright.model.backbone import decoder_config
@@ -48,15 +47,9 @@ def start_model(recipe: Recipe, processes: Processes = many.ALONE) -> Embedder:
     return model
 
 
-@contextmanager
-def naming_the_model(recipe: Recipe) -> Iterator[None]:
+def naming_the_model(recipe: Recipe) -> AbstractContextManager[None]:
     """Puts the recipe's key in front of what is wrong with its model."""
-    try:
-        yield
-    except InputError as error:
-        kind = NotFoundError if isinstance(error, NotFoundError) else InputError
-        key = "from" if recipe.model.from_ else "base"
-        raise kind(f"recipe {recipe.name}: model.{key}: {error}") from error
+    return naming(f"recipe {recipe.name}: model.{'from' if recipe.model.from_ else 'base'}")
 
 
 def _from_decoder(recipe: Recipe, dtype: torch.dtype, device: str | None) -> Embedder:

@@ -22,7 +22,7 @@ from embedwright.config import ConfigError
 from embedwright.evaluation.report import Result, Results
 from embedwright.model import probe
 from embedwright.model.embedder import Embedder
-from embedwright.training import folder, judge, loop
+from embedwright.training import checks, folder, judge, loop
 from embedwright.training.loop import train
 from embedwright.training.recipe import Recipe
 
@@ -281,6 +281,7 @@ def outcome(
         patch.setattr(probe, "check", lambda network: None)
         patch.setattr("os.fsync", lambda handle: None)
         patch.setattr(judge, "evaluate", falling)
+        patch.setattr(checks, "load_suite", lambda name: None)
         yield lambda changes: run(json.dumps(changes))
 
 

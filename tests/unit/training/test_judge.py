@@ -11,7 +11,7 @@ import pytest
 
 from embedwright.config import ConfigError
 from embedwright.evaluation.report import Result, Results
-from embedwright.training import judge
+from embedwright.training import checks, judge
 from embedwright.training.checkpoint import read_weights
 from embedwright.training.loop import train
 from embedwright.training.recipe import Recipe
@@ -51,6 +51,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, scores: list[float]) -> list[str]:
         return Results(suite, (Result("t", "sts", "spearman", value),), 0.0)
 
     monkeypatch.setattr(judge, "evaluate", fake)
+    monkeypatch.setattr(checks, "load_suite", lambda name: None)
     return asked
 
 
