@@ -14,11 +14,13 @@ from embedwright.model.backbone import decoder_config, set_attention, stock_conf
 from embedwright.model.families import Family, contract_of, said
 from embedwright.model.formats.base import resolve_base
 from embedwright.model.formats.folder import ADAPTER, read_object
-from embedwright.model.locate import fetch_weights, find, local
+from embedwright.model.locate import fetch_weights, find
 from embedwright.model.nvembed import read_nvembed
 from embedwright.model.pooling import PoolingConfig
 from embedwright.model.storage import STOCK_SETTINGS, look, setting
 from embedwright.text import Contract, load_tokenizer
+
+_CONTENT = (".json", ".safetensors", ".model")  # suffixes of what a model is made of
 
 
 class Outline(NamedTuple):
@@ -73,17 +75,24 @@ def _of_adapter(folder: Path) -> Outline:
     )
 
 
-def content_fingerprint(name: str) -> str:
-    """Of the files of an embedder, and of an adapter's base: another one where what it reads or computes may differ."""
-    folder = fetch_weights(find(said(name)[1]))
-    found = hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors", ".model")):
+def content_fingerprint(name: str, revision: str | None = None) -> str:
+    """Of the files of a model, and of an adapter's base: another one where what it reads or computes may differ.
+
+    The files are hashed before anything is loaded, so neither device nor version of a library plays a part. A hub id is
+    known by its commit.
+    """
+    place = find(said(name)[1], revision)
+    path, found = place.path, hashlib.sha256()
+    if place.hub_id is not None:
+        found.update(path.name.encode())
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in _CONTENT)
+    for file in [] if place.hub_id is not None else files:
         with file.open("rb") as stream:
-            found.update(f"{file.relative_to(folder)} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
-    if (folder / ADAPTER).is_file():
-        base = str(read_object(folder / ADAPTER).get("base_model_name_or_path"))
-        if (path := local(base)) is not None and path.is_dir():
-            found.update(content_fingerprint(base).encode())
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        found.update(f"{file.relative_to(path)} {digest}\n".encode())
+    if (path / ADAPTER).is_file():
+        stored = read_object(path / ADAPTER)
+        found.update(content_fingerprint(str(stored.get("base_model_name_or_path")), stored.get("revision")).encode())
     return found.hexdigest()[:16]
 
 

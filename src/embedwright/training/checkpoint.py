@@ -27,8 +27,8 @@ _WEIGHTS, _OPTIMIZER, _STATE, _MANIFEST = "weights.safetensors", "optimizer.safe
 class RunState:
     """Where a run stands: `step` steps of stage number `stage` are done. Dropout and order need no more than this.
 
-    At step 0 the stage before it has ended, on these weights. `recipe`, `data` and `model` (of an embedder that trains
-    on) are fingerprints, and `facts` what each is of, to say what is another when a run cannot go on.
+    At step 0 the stage before it has ended, on these weights. `recipe`, `data` and `model` (of the files that the
+    run began with) are fingerprints, and `facts` what each is of, to say what is another when a run cannot go on.
     """
 
     stage: int

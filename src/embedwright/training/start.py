@@ -98,10 +98,8 @@ def _shortened(spec: ModelPart, contract: Contract) -> Contract:
 
 
 def origin_fingerprint(spec: ModelPart) -> str:
-    """Of the embedder of `from`; empty for a base."""
-    if not spec.from_:
-        return ""
-    check_embedder(spec.name)
+    """Of the files of the decoder or embedder that the run begins with."""
+    (check_embedder if spec.from_ else check_decoder)(spec.name)
     return content_fingerprint(spec.name)
 
 

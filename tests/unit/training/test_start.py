@@ -266,3 +266,15 @@ def test_another_embedder_in_its_place_is_another_run(
     save_file(changed, weights, metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=r"holds a run of another model \(files: \w+ -> \w+\): choose another"):
         train(recipe)
+
+
+def test_another_base_in_its_place_is_another_run(
+    content: dict[str, Any], tiny_decoder: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(tiny_decoder("llama"), tmp_path / "base"))
+    content["model"]["base"] = str(base)
+    train(Recipe.parse(content))
+    shutil.rmtree(base)
+    shutil.copytree(tiny_decoder("qwen3"), base)
+    with pytest.raises(ConfigError, match=r"holds a run of another model \(files: \w+ -> \w+\): choose another"):
+        train(Recipe.parse(content))
