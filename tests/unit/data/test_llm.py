@@ -82,7 +82,7 @@ def ask(tmp_path: Path) -> Ask:
 
 
 def test_answers_come_in_order_and_what_is_asked_is_said(serve: Any, ask: Ask) -> None:
-    fake = serve(lambda body, n: Reply(echo(body, n).text, stall_s=0.05 if n % 3 == 0 else 0))
+    fake = serve(lambda body, n: Reply(echo(body, n).text, stall_s=0.3 if n == 0 else 0))  # the first comes last
     answers, counts = ask(fake, [question(f"c{i}", seed=str(i)) for i in range(20)], concurrency=4)
     assert [answer["name"] for answer in answers] == [f"c{i}" for i in range(20)]
     assert counts == {"requests": 20, "answers": 20, "tokens": 200}

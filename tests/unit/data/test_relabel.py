@@ -167,6 +167,66 @@ def test_a_language_model(fake: FakeLLM, tmp_path: Path) -> None:
     assert "The task" not in fake.prompts[-1] and len(fake.requests) == 13
 
 
+def test_a_draft_does_not_flip_a_verdict(tmp_path: Path) -> None:
+    """A reasoning model drafts the opposite first, and once never comes to its end."""
+
+    def reasoning(body: Body, n: int) -> Reply:
+        said = verdict(body, n).text
+        opposite = json.dumps({"verdict": "negative" if "positive" in said else "positive"})
+        return Reply(f"<think>Perhaps {opposite}?" + (f" No.</think>\n{said}" if n else ""))
+
+    with FakeLLM(reasoning) as fake:
+        server = Server(base_url=fake.url, attempts=2, concurrency=1)
+        with Client(server, tmp_path / "a.sqlite") as client:
+            found, report = relabel(EXAMPLES, judge_by_model(client, "m"))
+    assert (found, report) == relabel(EXAMPLES, oracle) and client.counts["only_reasoning"] == 1
+
+
+def test_no_command_shows_a_key(
+    fake: FakeLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither a password in an address nor a key, in any file or line that the commands write."""
+    fake.reply = lambda body, n: verdict(body, n) if "messages" in body else Reply(status=400)
+    monkeypatch.setenv("OWN_KEY", "own-secret")
+    monkeypatch.setenv("OPENAI_API_KEY", "openai-secret")
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    path = tmp_path / "in" / "mined.jsonl"
+    path.parent.mkdir()
+    write_examples(path, EXAMPLES)
+    with_password = fake.url.replace("//", "//me:pass-secret@")
+    nowhere = "http://me:pass-secret@127.0.0.1:1/v1"
+    said = ""
+
+    def run(code: int, *arguments: object) -> None:
+        nonlocal said
+        assert command(monkeypatch, *arguments) == code
+        output = capsys.readouterr()
+        said += output.out + output.err
+
+    def judge(url: str, *options: str) -> tuple[object, ...]:
+        return ("data", "relabel", path, "--out", tmp_path / "out.jsonl", "--base-url", url, "--model", "m", *options)
+
+    run(0, *judge(fake.url, "--api-key-env", "OWN_KEY"))
+    assert {headers["authorization"] for headers in fake.headers} == {"Bearer own-secret"}
+    (tmp_path / "out.jsonl.answers.sqlite").unlink()
+    run(0, *judge(with_password))
+    run(2, *judge(with_password, "--api-key-env", "OWN_KEY"))
+    run(2, *judge(f"{fake.url}?api_key=query-secret"))
+    run(2, *judge(fake.url, "--api-key-env", "UNSET"))
+    made = ("synth", "--out", tmp_path / "made.jsonl", "--model", "m", "--count", 3, "--base-url")
+    run(2, *made, f"{with_password}?key=query-secret")
+    mined = ("mine", path, "--out", tmp_path / "mined.jsonl", "--teacher")
+    run(1, *mined, f"{fake.url}#m", "--task", "t", "--api-key-env", "OWN_KEY")  # it speaks no /embeddings
+    assert fake.headers[-1]["authorization"] == "Bearer own-secret"
+    run(2, *mined, nowhere)
+    run(2, *mined, f"{nowhere}#m", "--teacher", f"{with_password}#m", "--task", "t", "--api-key-env", "OWN_KEY")
+    run(2, "train", "--data", path, "--out", tmp_path / "run", "--teacher", f"{nowhere}#m")
+    run(2, "eval", f"{nowhere}#m", "dev")
+    kept = b"".join(file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+    assert "secret" not in said and b"secret" not in kept
+    assert "127.0.0.1:1" in said and "$UNSET" in said
+
+
 def test_the_command(
     fake: FakeLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -183,8 +243,9 @@ def test_the_command(
     judges: dict[float, Any] = {}
 
     class Loaded(WordOverlap):
-        def __init__(self, name: str) -> None:
+        def __init__(self, name: str, trust_remote_code: bool) -> None:
             super().__init__()
+            assert not trust_remote_code
             judges[0] = name
 
     monkeypatch.setattr("sentence_transformers.CrossEncoder", Loaded)
