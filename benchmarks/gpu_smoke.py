@@ -31,6 +31,7 @@ from encode import least_cosine  # noqa: E402
 from texts import counter, source, text_set  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from embedwright.cpu.accelerate import stock  # noqa: E402
 from embedwright.model.attention import attend  # noqa: E402
 from embedwright.model.embedder import Embedder  # noqa: E402
 from embedwright.packing import pack  # noqa: E402
@@ -150,12 +151,9 @@ def packed_to_single(model: Embedder) -> float:
 def gradients(model: Embedder) -> float:
     """Difference to the stock sdpa path's gradients of all weights, relative."""
     texts, _ = text_set("mixed", CHECK_TOKENS, counter(model))
-    implementation = model.network.implementation
     ours = _gradients(model, texts)
-    model.network.implementation = "sdpa"
-    stock = _gradients(model, texts)
-    model.network.implementation = implementation
-    return relative(ours, stock)
+    with stock(model.network) as twin:
+        return relative(ours, _gradients(Embedder(twin, model.tokenizer), texts))
 
 
 def _gradients(model: Embedder, texts: list[str]) -> list[Tensor]:

@@ -1,34 +1,42 @@
-"""Norms and rotary positions of stock blocks in one pass, for inference on CPUs: a change of class, as in `linears`.
+"""Norms, rotary positions and attention of stock blocks through our kernels, for inference on CPUs: a change of class,
+as in `linears`, and an attention function that transformers finds by its name.
 
 T packed tokens, H query heads, K key heads, d head dim, D hidden.
 """
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from embedwright.cpu import kernels
-from embedwright.cpu.linears import change, faster, listened_to
-from embedwright.model.attention import PACKED
+from embedwright.cpu.guards import faster, listened_to, originals, unchanged, usable
+from embedwright.model.attention import packed_attention
 
-# transformers' norms: of the second kind the weight is one more than what is stored, and epsilon has another name
-_NORMS = dict.fromkeys(("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm"), False)
-_NORMS |= dict.fromkeys(("GemmaRMSNorm", "Gemma3RMSNorm"), True)
-# Attention blocks that are q, k, v = products, then norms where there are any, then rotary positions in full; and where
-# they have their window.
-_ATTENTION = {
-    "LlamaAttention": None,
-    "MistralAttention": "config",
-    "Qwen2Attention": "self",
-    "Qwen3Attention": "self",
-    "GemmaAttention": None,
-    "Gemma3Attention": "self",
-}
+FAST = "embedwright_packed_cpu"  # packed attention, through our kernel where it takes what it is given
+
+
+def fast_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    """`packed_attention` with our kernel for inference."""
+    return packed_attention(*args, **{**kwargs, "kernel": _kernel})
+
+
+def _kernel(
+    q_HTd: Tensor, k_KTd: Tensor, v_KTd: Tensor, ends: Tensor, scale: float, window: tuple[int, int]
+) -> Tensor | None:
+    """(T, H, d), None for what our kernel does not take."""
+    if not usable(q_HTd, k_KTd, v_KTd, ends) or not kernels.can_attend(q_HTd, k_KTd, v_KTd):
+        return None
+    return kernels.attention(q_HTd, k_KTd, v_KTd, ends, scale, window)
+
+
+AttentionInterface.register(FAST, fast_attention)
 
 
 def _plain(module: nn.Module, *tensors: Tensor) -> bool:
@@ -36,68 +44,88 @@ def _plain(module: nn.Module, *tensors: Tensor) -> bool:
     return (
         not module.training  # GradCache's first pass has no gradient, and needs the numbers of the second
         and not torch.is_grad_enabled()
-        and all(x.device.type == "cpu" and x.dtype == tensors[0].dtype for x in tensors)
+        and usable(*tensors)
+        and all(x.dtype == tensors[0].dtype for x in tensors)
         and tensors[0].dtype in (torch.float32, torch.bfloat16)
         and tensors[0].numel() > 0
-        and not torch.is_autocast_enabled("cpu")
         and kernels.available()
     )
 
 
 @cache
-def _norm(stock: Any) -> Any:
-    plus_one = _NORMS[stock.__name__]
+def norm(stock: Any, plus_one: bool) -> Any:
+    """The class of an RMS norm in one pass, None for a patched one. `plus_one`: the weight is one more than what is
+    stored, and epsilon has another name (Gemma's)."""
+    known = originals(*((stock, name) for name in ("forward", "_norm") if hasattr(stock, name)))
+    if known is None:
+        return None
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        if x.shape[-1] % 16 or not x.is_contiguous() or not _plain(self, x, self.weight):
+        fits = _plain(self, x, self.weight) and x.shape[-1] % 16 == 0 and x.shape[-1:] == self.weight.shape
+        if not fits or not x.is_contiguous() or not unchanged(known):
             out: Tensor = stock.forward(self, x)
             return out
         return kernels.norm(x, self.weight, self.eps if plus_one else self.variance_epsilon, plus_one)
 
-    return faster(_norm, stock, forward)
+    return faster(norm, stock, forward, known, plus_one)
 
 
 @cache
-def _attention(stock: Any) -> Any:
-    windowed = _ATTENTION[stock.__name__]
+def attention(stock: Any, windowed: str | None) -> Any:
+    """The class of an attention block that is q, k, v = products, then norms where there are any, then rotary positions
+    in full; None for a patched one. `windowed`: where the block has its window."""
+    home = sys.modules[stock.__module__]
+    known = originals((stock, "forward"), (home, "apply_rotary_pos_emb"), (home, "rotate_half"))
+    if known is None:
+        return None
 
     def forward(
         self: Any, hidden_states: Tensor, position_embeddings: Any = None, attention_mask: Any = None, **others: Any
     ) -> tuple[Tensor, Tensor | None]:
         def as_stock() -> tuple[Tensor, Tensor | None]:
-            out: tuple[Tensor, Tensor | None] = stock.forward(
-                self, hidden_states, position_embeddings, attention_mask, **others
-            )
+            named = {"position_embeddings": position_embeddings, "attention_mask": attention_mask, **others}
+            out: tuple[Tensor, Tensor | None] = stock.forward(self, hidden_states=hidden_states, **named)
             return out
 
-        cosine, sine = position_embeddings
-        fits = self.head_dim % 32 == 0 and cosine.shape[-1] == self.head_dim and others.get("packed") is not None
-        if not fits or others.get("past_key_values") is not None or not _plain(self, hidden_states, cosine, sine):
-            return as_stock()
-        normed = (self.q_norm, self.k_norm) if hasattr(self, "q_norm") else ()
-        if listened_to(self.q_proj, self.k_proj, *normed):  # `rotate` writes over what they give
+        if not _fits(self, hidden_states, position_embeddings, others) or not unchanged(known):
             return as_stock()
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         q, k, v = (product(hidden_states).view(shape) for product in (self.q_proj, self.k_proj, self.v_proj))
-        if normed:
+        if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        cosine, sine = position_embeddings
         if not q.dtype == k.dtype == cosine.dtype:
             return as_stock()
         kernels.rotate(q[0], k[0], cosine[0], sine[0])
         owner = {"self": self, "config": self.config, None: None}[windowed]
         window = getattr(owner, "sliding_window", None)
-        attention = ALL_ATTENTION_FUNCTIONS[PACKED]  # looked up as the stock block does: the probe listens there
-        mixed, _ = attention(self, q, k, v, None, scaling=self.scaling, sliding_window=window, **others)
+        attend = ALL_ATTENTION_FUNCTIONS[FAST]
+        mixed, _ = attend(self, q, k, v, attention_mask, scaling=self.scaling, sliding_window=window, **others)
         return self.o_proj(mixed.flatten(2)), None
 
-    return faster(_attention, stock, forward)
+    return faster(attention, stock, forward, known, windowed)
 
 
-def speed_up(network: nn.Module) -> None:
-    """Give the network's stock norms and attention blocks their faster forms, in place, where this machine has them."""
-    if not kernels.available():
-        return
-    for module in network.modules():
-        change(module, _NORMS, _norm)
-        change(module, _ATTENTION, _attention)
+def _fits(self: Any, hidden_states: Tensor, position_embeddings: Any, others: dict[str, Any]) -> bool:
+    """Whether the kernels may take this call of an attention block."""
+    if position_embeddings is None:
+        return False
+    cosine, sine = position_embeddings
+    normed = (self.q_norm, self.k_norm) if hasattr(self, "q_norm") else ()
+    products = self.q_proj, self.k_proj, self.v_proj
+    return (
+        _plain(self, hidden_states, cosine, sine)
+        and self.config._attn_implementation == FAST
+        and others.get("packed") is not None
+        and others.get("past_key_values") is None
+        and self.head_dim % 32 == 0
+        and cosine.shape[-1] == self.head_dim
+        and len(hidden_states) == len(cosine) == 1
+        and cosine.is_contiguous()
+        and sine.is_contiguous()
+        # `rotate` writes over what these give, which a module of another kind may have kept; norms go row by row
+        and all(type(part) is nn.Linear or "stock_class" in vars(type(part)) for part in products)
+        and all("known" in vars(type(part)) and unchanged(vars(type(part))["known"]) for part in normed)
+        and not listened_to(*products, *normed)
+    )

@@ -9,7 +9,7 @@ T tokens, I inputs, O outputs, R rank.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from embedwright.cpu import onednn
-from embedwright.cpu.linears import OneDnnLinear, listened_to
+from embedwright.cpu.guards import computed_now, listened_to, usable
+from embedwright.cpu.linears import OneDnnLinear
 
 _STEPS = 2**16  # a probability of dropout is a multiple of 1/_STEPS
 
@@ -38,6 +39,8 @@ class LeanLinear(Linear):
     float32 adapters. Everything else goes to peft's own forward.
     """
 
+    stock_class: ClassVar[Any] = Linear
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or not self._plain(x):
             output: Tensor = super().forward(x, *args, **kwargs)
@@ -45,7 +48,7 @@ class LeanLinear(Linear):
         [name] = self.active_adapters
         base, dropout, scale = self.base_layer, self.lora_dropout[name], float(self.scaling[name])
         steps = _drop_steps(dropout)
-        onednn_runs = type(base) is OneDnnLinear and x.dtype == torch.float32 and x.device.type == "cpu"
+        onednn_runs = type(base) is OneDnnLinear and x.dtype == torch.float32 and usable(x, base.weight)
         product = onednn.linear if onednn_runs else F.linear
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
         function: Any = _LoraProduct  # torch leaves `apply` untyped
@@ -61,7 +64,8 @@ class LeanLinear(Linear):
         autocast = torch.is_autocast_enabled(device)
         computed_in = torch.get_autocast_dtype(device) if autocast else a.weight.dtype
         return (
-            name not in self.lora_variant
+            computed_now(x, *base.parameters(), *a.parameters(), *b.parameters())
+            and name not in self.lora_variant
             and not self.lora_bias[name]
             and type(base) in (nn.Linear, OneDnnLinear)
             and not any(parameter.requires_grad for parameter in base.parameters())

@@ -6,29 +6,39 @@ checkpoint see the `nn.Linear` that they know.
 
 from __future__ import annotations
 
-from collections.abc import Container
-from functools import cache
-from typing import Any, cast
+from functools import cache, partial
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers import activations
 
 from embedwright.cpu import onednn
+from embedwright.cpu.guards import Original, faster, listened_to, originals, unchanged, usable
+
+_LINEAR = originals((nn.Linear, "forward"))
 
 
 class OneDnnLinear(nn.Linear):
     """`nn.Linear` whose float32 products on a CPU run in oneDNN, forward and backward; all else is as it was."""
 
+    stock_class: ClassVar[Any] = nn.Linear
+
     def forward(self, input: Tensor) -> Tensor:
         weight = self.weight
-        plain = input.dtype == weight.dtype == torch.float32 and input.device.type == "cpu"
-        if not plain or torch.is_autocast_enabled("cpu") or input.numel() == 0:
-            return F.linear(input, weight, self.bias)
+        plain = usable(input, weight) and input.dtype == weight.dtype == torch.float32 and input.numel() > 0
+        if not plain or not stays_plain(self):
+            return super().forward(input)
         function: Any = _Product  # torch leaves `apply` untyped
         product: Tensor = function.apply(input, weight, self.bias)
         return product
+
+
+def stays_plain(linear: nn.Module) -> bool:
+    """Whether this is a linear layer of torch's own code."""
+    return type(linear) in (nn.Linear, OneDnnLinear) and _LINEAR is not None and unchanged(_LINEAR)
 
 
 class _Product(torch.autograd.Function):
@@ -54,23 +64,22 @@ class _Product(torch.autograd.Function):
         )
 
 
-# transformers' blocks that are down(activation(gate(x)) * up(x)), and their activations as oneDNN has them.
-_GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "GemmaMLP", "Gemma3MLP")
-_ACTIVATIONS = {"SiLU": onednn.SWISH, "SiLUActivation": onednn.SWISH, "GELUTanh": onednn.GELU_TANH}
-
 _GATED_ROWS = 512  # at a time in float32: what lies between the products stays in the caches
 
 
 @cache
-def _gated(stock: Any) -> Any:
-    """A stock block's class for inference on a CPU. In bfloat16 activation and product are part of the matrix products,
-    which spares two rounds through memory and two roundings; in float32 rows go in slices, and what lies between the
-    products is written over. All else is as it was.
+def gated(stock: Any) -> Any:
+    """A stock block's class, for down(activation(gate(x)) * up(x)), for inference on a CPU. In bfloat16 activation and
+    product are part of the matrix products, which spares two rounds through memory and two roundings; in float32 rows
+    go in slices, and what lies between the products is written over. All else is as it was. None for a patched block.
     """
+    known = originals((stock, "forward"))
+    if known is None:
+        return None
 
     def written_over(self: Any, rows_SD: Tensor) -> Tensor:
         gate_SI = self.gate_proj(rows_SD)
-        silu = _ACTIVATIONS.get(type(self.act_fn).__name__) == ("swish", "")
+        silu = _activation(self.act_fn) == onednn.SWISH
         gate_SI = F.silu(gate_SI, inplace=True) if silu else self.act_fn(gate_SI)
         return cast(Tensor, self.down_proj(gate_SI.mul_(self.up_proj(rows_SD))))
 
@@ -78,60 +87,48 @@ def _gated(stock: Any) -> Any:
         parts = self.gate_proj, self.up_proj
         # never in training: dropout must be the same with a gradient and without (GradCache)
         plain = (
-            x.device.type == "cpu"
-            and x.numel() > 0
-            and not self.training
+            not self.training
             and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled("cpu")
-            and all(part.weight.dtype == x.dtype and type(part) is OneDnnLinear for part in parts)
+            and all(type(part) is OneDnnLinear for part in parts)
+            and usable(x, *(part.weight for part in parts))
+            and unchanged(known)
+            and all(stays_plain(part) for part in parts)
+            and x.numel() > 0
+            and all(part.weight.dtype == x.dtype for part in parts)
             and not listened_to(*parts, self.act_fn, self.down_proj)
         )
-        if plain and x.dtype == torch.float32:
+        activation = _activation(self.act_fn) if plain else None
+        if activation is not None and x.dtype == torch.float32:
             made = [written_over(self, rows_SD) for rows_SD in x.reshape(-1, x.shape[-1]).split(_GATED_ROWS)]
             return (made[0] if len(made) == 1 else torch.cat(made)).view(x.shape)
-        activation = _ACTIVATIONS.get(type(self.act_fn).__name__)
-        fused = plain and x.dtype == torch.bfloat16 and onednn.gated_available()
+        fused = activation is not None and x.dtype == torch.bfloat16 and onednn.gated_available()
         if not fused or activation is None or any(part.bias is not None for part in parts):
             return cast(Tensor, stock.forward(self, x))
         gate, up = (part.weight for part in parts)
         return cast(Tensor, self.down_proj(onednn.gated(x, gate, up, *activation)))
 
-    return faster(_gated, stock, forward)
+    return faster(gated, stock, forward, known)
 
 
-def listened_to(*modules: nn.Module) -> bool:
-    """Whether there are hooks on these. What a hook hears of must be called, and what it is handed not written over."""
-    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+# transformers' and torch's activations as oneDNN has them, by class
+_ACTIVATIONS: dict[Any, tuple[tuple[Original, ...], tuple[str, str]]] = {
+    owner: (known, name)
+    for owner, name in (
+        (nn.SiLU, onednn.SWISH),
+        (getattr(activations, "SiLUActivation", None), onednn.SWISH),
+        (getattr(activations, "GELUTanh", None), onednn.GELU_TANH),
+    )
+    if owner is not None and (known := originals((owner, "forward"))) is not None
+}
 
 
-def faster(make: Any, stock: Any, forward: Any) -> Any:
-    """A class like `stock` with another forward, which `make(stock)` gives: how another process finds it, to which a
-    model is sent (sentence-transformers' pools)."""
-
-    def reduced(self: nn.Module, protocol: Any) -> Any:
-        return _instance, (make, stock), self.__dict__
-
-    return type(stock.__name__, (stock,), {"forward": forward, "faster": True, "__reduce_ex__": reduced})
-
-
-def change(module: nn.Module, names: Container[str], make: Any) -> None:
-    """Give a module whose class has one of these names the class that `make` makes of it, in place; once."""
-    kind: Any = type(module)
-    if kind.__name__ in names and not hasattr(module, "faster"):
-        module.__class__ = make(kind)
-
-
-def _instance(make: Any, stock: Any) -> nn.Module:
-    kind = make(stock)
-    empty: nn.Module = kind.__new__(kind)
-    return empty
-
-
-def speed_up(network: nn.Module) -> None:
-    """Give the network's plain `nn.Linear` and gated blocks faster products, in place, where this machine has them."""
-    if not onednn.available():
-        return
-    for module in network.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = OneDnnLinear
-        change(module, _GATED, _gated)
+def _activation(module: Any) -> tuple[str, str] | None:
+    """oneDNN's name of an activation, None for one that it has not, or that somebody changed."""
+    known, name = _ACTIVATIONS.get(type(module), ((), None))
+    if name is None or "forward" in vars(module) or not unchanged(known):
+        return None
+    if name == onednn.GELU_TANH:
+        act = getattr(module, "act", None)
+        if not isinstance(act, partial) or act.func is not F.gelu or act.keywords != {"approximate": "tanh"}:
+            return None
+    return name if not getattr(module, "inplace", False) else None

@@ -6,6 +6,7 @@ T packed tokens, H query heads, K key/value heads, R = H/K query heads that shar
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -16,11 +17,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
-from embedwright.cpu import kernels
 from embedwright.errors import InputError
 from embedwright.packing import PackedTexts
 
 PACKED = "embedwright_packed"  # a name that transformers knows as attention but not as mask: no mask is built for it
+
+# (q, k, v, ends of texts, scale, window as flash attention counts it) -> (T, H, d), or None for what it does not take
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, float, tuple[int, int]], Tensor | None]
 
 # What blocks pass on and packed attention does not depend on. `is_causal` is the model's config again: the layer's own
 # counts, and the probe holds it to the model's.
@@ -42,11 +45,13 @@ def packed_attention(
     sliding_window: int | None = None,
     packed: PackedTexts | None = None,
     dropout: float = 0.0,
+    kernel: Kernel | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention within each text of a packed row; query (1, H, T, d), key and value (1, K, T, d) -> (1, T, H, d).
 
-    Causal or not is the config's word (`config.is_causal`), the window is the layer's (None: whole text).
+    Causal or not is the config's word (`config.is_causal`), the window is the layer's (None: whole text). `kernel`: see
+    `attend`.
     """
     causal = bool(getattr(module.config, "is_causal", True))
     if packed is None:
@@ -62,10 +67,12 @@ def packed_attention(
         kind = getattr(module.config, "model_type", "these")
         raise InputError(f"{kind!r} models need {unknown[0]!r}, which packed attention has not")
     if packed.calls is not None:
-        packed.calls.append((module, {"scaling": scaling, "sliding_window": sliding_window, **others}))
+        named = {"scaling": scaling, "sliding_window": sliding_window, "kernel": kernel}
+        packed.calls.append((module, named | others))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     training = getattr(module, "training", True)
-    return attend(query[0], key[0], value[0], packed, causal, scale, sliding_window, training)[None], None
+    q, k, v = query[0], key[0], value[0]
+    return attend(q, k, v, packed, causal, scale, sliding_window, training, kernel)[None], None
 
 
 def attend(
@@ -77,18 +84,21 @@ def attend(
     scale: float,
     window: int | None,
     training: bool = True,
+    kernel: Kernel | None = None,
 ) -> Tensor:
     """(T, H, d). The one place where a kernel is chosen, by device, type and length.
 
-    On a GPU in 16 bits, torch's kernel for texts of any length; on a CPU, for inference, ours. Elsewhere each run of
-    equally long texts is one batch. `training`: also without a gradient, as in GradCache's first pass, whose numbers
-    must be those of the second.
+    On a GPU in 16 bits, torch's kernel for texts of any length; for inference, the one that the caller brings, where it
+    takes these. Elsewhere each run of equally long texts is one batch. `training`: also without a gradient, as in
+    GradCache's first pass, whose numbers must be those of the second.
     """
     training = training or torch.is_grad_enabled()
     if q_HTd.dtype in (torch.float16, torch.bfloat16) and _has_flash(q_HTd.device):
         return _any_lengths(q_HTd, k_KTd, v_KTd, packed, causal, scale, window)
-    if not training and kernels.can_attend(q_HTd, k_KTd, v_KTd):
-        return kernels.attention(q_HTd, k_KTd, v_KTd, packed.cu_seqlens, scale, flash_window(causal, window))
+    if not training and kernel is not None:
+        out_THd = kernel(q_HTd, k_KTd, v_KTd, packed.cu_seqlens, scale, flash_window(causal, window))
+        if out_THd is not None:
+            return out_THd
     sizes = [n * length for n, length in packed.runs]
     outputs = []
     # One split and one concatenation: slicing inside the loop would make backward fill a full-size tensor per run.

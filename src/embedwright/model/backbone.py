@@ -212,12 +212,8 @@ def _equal_but_for_type(a: Tensor, b: Tensor) -> bool:
     return bool(torch.allclose(a.double(), b.double(), rtol=relative, atol=smallest))
 
 
-def stock_hidden(backbone: Any, ids_T: Tensor, implementation: str) -> Tensor:
-    """(L, D) of one text through the stock mask of `sdpa` or `eager`: the reference for packed attention."""
-    backbone.set_attn_implementation(implementation)
-    try:
-        ones = torch.ones_like(ids_T)[None]
-        hidden: Tensor = backbone(input_ids=ids_T[None], attention_mask=ones, use_cache=False).last_hidden_state[0]
-    finally:
-        backbone.set_attn_implementation(PACKED)
+def text_hidden(backbone: Any, ids_T: Tensor) -> Tensor:
+    """(L, D) of one text, by a backbone whose attention is transformers' own."""
+    ones = torch.ones_like(ids_T)[None]
+    hidden: Tensor = backbone(input_ids=ids_T[None], attention_mask=ones, use_cache=False).last_hidden_state[0]
     return hidden

@@ -23,10 +23,11 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from embedwright import threads
+from embedwright.cpu import accelerate as cpu
 from embedwright.cpu import kernels
 from embedwright.model import selftest
 from embedwright.model.adapter import has_lora, idle_adapters, lora_faults
-from embedwright.model.backbone import stock_hidden
+from embedwright.model.backbone import text_hidden
 from embedwright.model.embedder import Embedder
 from embedwright.model.network import EmbedwrightConfig
 from embedwright.model.opening import open_model
@@ -47,6 +48,7 @@ TEXTS = (
 _FAR = 1024  # tokens at which masks are read
 _WHOLE = 1024  # max_tokens under which no text is cut, whatever the model's own
 _SHORT = 16  # max_tokens under which the longest text is cut
+_FAST_LENGTHS = (1, 40, 150)  # tokens of the texts on which the fast path is proven: more than a block of keys
 _NEEDS_BOS = ("gemma",)  # families that were never trained without one
 
 
@@ -219,17 +221,27 @@ def _contract(model: Embedder, _: Path | None) -> Result:
 
 @torch.inference_mode()
 def _stock(model: Embedder, _: Path | None) -> Result:
-    """One text at a time through transformers' own mask, pooled and normalised by hand."""
+    """One text at a time through transformers' own code and mask, pooled and normalised by hand."""
     expected, texts = [], _readable(model)
-    for text in texts:
-        ids, pooled = _by_hand(model, text, TASK)
-        hidden_TD = stock_hidden(model.network.backbone, torch.tensor(ids, device=model.device), "sdpa")
-        one = pack([TokenizedText(np.array(ids), np.array(pooled))]).to(model.device)
-        weight = next(model.network.head.parameters(), hidden_TD)
-        states_TD = model.network.head(hidden_TD.to(weight.dtype), one).double().cpu().numpy()
-        vector = states_TD[-1] if model.network.pooling.kind == "last" else states_TD[pooled].mean(0)
-        expected.append(vector / np.linalg.norm(vector))
+    with cpu.stock(model.network) as twin:
+        twin.eval()
+        for text in texts:
+            ids, pooled = _by_hand(model, text, TASK)
+            hidden_TD = text_hidden(twin.backbone, torch.tensor(ids, device=model.device))
+            one = pack([TokenizedText(np.array(ids), np.array(pooled))]).to(model.device)
+            weight = next(twin.head.parameters(), hidden_TD)
+            states_TD = twin.head(hidden_TD.to(weight.dtype), one).double().cpu().numpy()
+            vector = states_TD[-1] if model.network.pooling.kind == "last" else states_TD[pooled].mean(0)
+            expected.append(vector / np.linalg.norm(vector))
     return _equal(model, model.encode(texts, task=TASK, max_tokens=min(_WHOLE, model.longest)), np.stack(expected))
+
+
+def _fast(model: Embedder, _: Path | None) -> Result:
+    """Each faster block, and packed attention, against transformers' own on the same input."""
+    if model.device.type != "cpu":
+        return None
+    fault = cpu.fault(model.network, _FAST_LENGTHS)
+    return fault is None, fault or f"{len(cpu.changed(model.network))} modules have a faster form"
 
 
 def _ends(model: Embedder, _: Path | None) -> Result:
@@ -409,6 +421,7 @@ _OF_OURS: dict[str, Callable[..., Result]] = {
     "pads change nothing": _pads,
     "tokens and pool mask as the contract": _contract,
     "packed = one by one, stock masks": _stock,
+    "fast path = transformers' own, block by block": _fast,
     "EOS ends every text": _ends,
     "BOS as the tokenizer has it": _begins,
     "tokenizer round trip": _round_trip,

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from embedwright import threads
+from embedwright.cpu import accelerate as cpu
 from embedwright.errors import InputError
 from embedwright.fingerprint import Digest, Facts, config_facts, dtypes, facts, tokenizer_fact
 from embedwright.model import bridges, probe, selftest, storage
@@ -225,7 +226,9 @@ class Embedder:
         self.network.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
         probe.check(self.network)
         if backend != "packed":
-            self.network.implementation = backend
+            self.network.attend_by(backend)
+        elif self.device.type == "cpu":
+            cpu.accelerate(self.network)
         return self
 
     # -- facts

@@ -13,11 +13,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from embedwright.cpu import attention as fused
-from embedwright.cpu import linears
 from embedwright.errors import InputError, blaming
 from embedwright.model.attention import PACKED
-from embedwright.model.backbone import Origin, check_report, longest_alike, stock_hidden
+from embedwright.model.backbone import Origin, check_report, longest_alike, text_hidden
 from embedwright.model.pooling import Kind, PoolingConfig, make_head, reduce
 from embedwright.packing import PackedTexts, pack
 from embedwright.text import Contract, TokenizedText
@@ -74,15 +72,14 @@ class EmbedwrightModel(PreTrainedModel):
         self.backbone = backbone
         self.origin: Origin | None = None  # of the backbone's weights, for adapters that are saved without them
         self.head = make_head(self.pooling, backbone.config.hidden_size)
-        self.implementation = PACKED  # "sdpa" and "eager" exist for tests alone
+        self.implementation = PACKED  # see attend_by
+        self.cpu_fault: str | None = None  # why the fast path on CPUs is off for this model: `cpu.accelerate`
         if config.head_dtype == "float32":
             self._keep_in_fp32_modules_strict = {"head"}  # when loaded, whatever type the backbone is asked for in
         self.mixed = False  # training in bf16: the backbone's products in bf16, whatever its adapters are stored in
         self.sharded = False  # by FSDP, which goes on using what a forward in inference mode would leave it
         self.longest = longest_alike(backbone.config)  # tokens of a text
         self.post_init()
-        linears.speed_up(self)
-        fused.speed_up(self)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: a new head is reset by its maker, and weights that a checkpoint lacks are an error."""
@@ -101,6 +98,11 @@ class EmbedwrightModel(PreTrainedModel):
             raise InputError(f"{where}: weights do not fit the config: there is no place for {', '.join(odd[:3])}")
         return (model, info) if output_loading_info else model
 
+    def attend_by(self, implementation: str) -> None:
+        """By transformers' own attention, `sdpa` or `eager`, one text at a time: for references."""
+        self.backbone.set_attn_implementation(implementation)
+        self.implementation = implementation
+
     def hidden(self, packed: PackedTexts) -> Tensor:
         """(T, D): the decoder's last hidden states, after its final norm. InputError for a text that is too long."""
         if packed.longest > self.longest:
@@ -109,8 +111,8 @@ class EmbedwrightModel(PreTrainedModel):
                 "the longest text in a batch"
             )
         if self.implementation != PACKED:
-            texts = packed.ids_T.split(packed.lengths_N.tolist())
-            return torch.cat([stock_hidden(self.backbone, ids, self.implementation) for ids in texts])
+            lengths = [length for count, length in packed.runs for _ in range(count)]
+            return torch.cat([text_hidden(self.backbone, ids) for ids in packed.ids_T.split(lengths)])
         with torch.autocast(packed.ids_T.device.type, torch.bfloat16, enabled=self.mixed):
             output = self.backbone(
                 input_ids=packed.ids_T[None], position_ids=packed.position_T[None], packed=packed, use_cache=False

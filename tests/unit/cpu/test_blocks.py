@@ -19,8 +19,8 @@ from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from embedwright.cpu import attention as fused
 from embedwright.cpu import kernels
+from embedwright.cpu.accelerate import change
 from embedwright.model import attention
 from embedwright.model.embedder import Embedder
 from embedwright.model.probe import ProbeError, check
@@ -57,7 +57,7 @@ def norm(kind: Any, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
     nn.init.normal_(stock.weight)
     stock = stock.to(dtype).eval()
     fast = copy.deepcopy(stock)
-    fused.speed_up(fast)
+    change(fast)
     return stock, fast
 
 

@@ -22,7 +22,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from embedwright.cpu import onednn
-from embedwright.cpu.linears import OneDnnLinear, speed_up
+from embedwright.cpu.accelerate import change
+from embedwright.cpu.linears import OneDnnLinear
 from embedwright.cpu.onednn import available, gated_available
 from embedwright.model.embedder import Embedder
 
@@ -35,7 +36,7 @@ def needs_onednn() -> None:
 
 def made(bias: bool) -> OneDnnLinear:
     layer = nn.Linear(24, 40, bias=bias)
-    speed_up(layer)
+    change(layer)
     assert isinstance(layer, OneDnnLinear)
     return layer
 
@@ -118,7 +119,7 @@ def test_only_plain_linears_change_and_nothing_is_stored(needs_onednn: None) -> 
 
     network = nn.Sequential(nn.Linear(3, 4), Own(4, 5), nn.LayerNorm(5))
     before = {name: tensor.data_ptr() for name, tensor in network.state_dict().items()}
-    speed_up(network)
+    change(network)
     assert [type(m) for m in network] == [OneDnnLinear, Own, nn.LayerNorm]
     assert {name: tensor.data_ptr() for name, tensor in network.state_dict().items()} == before
 
@@ -126,7 +127,7 @@ def test_only_plain_linears_change_and_nothing_is_stored(needs_onednn: None) -> 
 def test_a_machine_without_it_stays_stock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onednn, "available", lambda: False)
     layer = nn.Linear(3, 4)
-    speed_up(layer)
+    change(layer)
     assert type(layer) is nn.Linear
 
 
@@ -171,7 +172,7 @@ def block(family: str) -> tuple[nn.Module, nn.Module]:
         nn.init.normal_(parameter, std=0.2)
     stock = stock.bfloat16().eval()
     fast = copy.deepcopy(stock)
-    speed_up(fast)
+    change(fast)
     return stock, fast
 
 
@@ -257,5 +258,5 @@ def test_a_gated_block_saves_what_the_stock_one_does(needs_gated: None) -> None:
     assert type(fast).__name__ == "LlamaMLP" and type(fast) is not LlamaMLP
     assert fast.state_dict().keys() == stock.state_dict().keys()
     before = type(fast)
-    speed_up(fast)  # again: nothing more
+    change(fast)  # again: nothing more
     assert type(fast) is before

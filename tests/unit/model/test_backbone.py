@@ -28,12 +28,12 @@ from transformers import (
     T5Model,
 )
 
+from embedwright.cpu.accelerate import stock_hidden
 from embedwright.model.backbone import (
     decoder_config,
     load_backbone,
     origin_of,
     same_samples,
-    stock_hidden,
     weight_samples,
 )
 from embedwright.model.formats.base import resolve_base

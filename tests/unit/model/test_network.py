@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModel
 
+from embedwright.cpu.accelerate import stock
 from embedwright.model.embedder import Embedder
 from embedwright.model.network import EmbedwrightModel
 from embedwright.model.pooling import reduce
@@ -120,7 +121,9 @@ def test_stock_attention_gives_the_same_states(
     model = tiny_embedder("mean", family)
     packed = model.tokenize(TEXTS)
     expected = model.network.hidden(packed)
-    model.network.implementation = implementation
+    with stock(model.network, implementation) as twin:
+        torch.testing.assert_close(twin.hidden(packed), expected, rtol=1e-5, atol=1e-5)
+    model.network.attend_by(implementation)
     torch.testing.assert_close(model.network.hidden(packed), expected, rtol=1e-5, atol=1e-5)
 
 

@@ -81,7 +81,8 @@ def test_an_override_on_the_lora_wrapper_leaves_the_model_causal(
 ) -> None:
     wrapped = get_peft_model(causal, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
     network.backbone = with_claim(wrapped, is_causal=False)
-    network.implementation = implementation
+    if implementation != attention.PACKED:
+        network.attend_by(implementation)
     with pytest.raises(ProbeError, match="attention is causal"):
         check(network)
 
