@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -58,7 +58,7 @@ def accelerate(network: EmbedwrightModel) -> None:
     logger.warning("the fast path on this CPU is off for this model: %s", network.cpu_fault)
 
 
-def fault(network: EmbedwrightModel, lengths: tuple[int, ...] = proof.LENGTHS) -> str | None:
+def fault(network: EmbedwrightModel, lengths: Sequence[int] = proof.LONGER) -> str | None:
     """What `accelerate` found, or what a proof of the network as it stands finds now; None where all is right."""
     if network.cpu_fault is not None:
         return f"off: {network.cpu_fault}"
@@ -76,10 +76,10 @@ def stock(network: N, implementation: str = "sdpa") -> Iterator[N]:
     """The network as transformers' own code runs it: a twin of the same weights, which is what to call.
 
     Every module is of its stock class, attention is transformers' own (`sdpa`, `eager`), one text at a time. The twin
-    has a config, modes and hooks of its own, so that the network itself may go on encoding in other threads. References
-    run on it, and exports: nothing in it is a step that a tracer cannot see.
+    has a config, modes (evaluation) and hooks of its own, so that the network itself may go on encoding in other
+    threads. References run on it, and exports: nothing in it is a step that a tracer cannot see.
     """
-    twin = _twin(network)
+    twin = _twin(network).eval()
     _stock_classes(twin)
     if isinstance(twin, EmbedwrightModel):
         twin.attend_by(implementation)
