@@ -5,8 +5,7 @@ N texts, E embedding, T packed tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -15,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from embedwright import threads
 from embedwright.cpu import accelerate as cpu
 from embedwright.errors import InputError
 from embedwright.fingerprint import Digest, Facts, config_facts, dtypes, facts, tokenizer_fact
@@ -23,7 +21,7 @@ from embedwright.model import bridges, probe, selftest, storage
 from embedwright.model.adapter import add_lora, has_lora, merge_lora
 from embedwright.model.backbone import AttentionKind, decoder_config, load_backbone, origin_of, positions
 from embedwright.model.formats.base import resolve_base
-from embedwright.model.gpu_queue import queued
+from embedwright.model.gpu_queue import ahead, queued
 from embedwright.model.modes import evaluating
 from embedwright.model.network import EmbedwrightConfig, EmbedwrightModel
 from embedwright.model.pooling import FOLDED, FoldedLatent, Kind, LatentPooling, PoolingConfig
@@ -336,7 +334,7 @@ class Embedder:
                 raise NoTokenError(error.prefix, error.limit, index) from None
 
         with evaluating(self.network):
-            for start, chunk in _ahead(tokenized, range(0, len(unique), size)):
+            for start, chunk in ahead(tokenized, range(0, len(unique), size)):
                 for batch, embedded in self._embedded(chunk, batch_tokens):
                     rows = [start + i for i in batch]
                     vectors[rows] = embedded
@@ -422,22 +420,6 @@ def new_contract(tokenizer: Any, pooling: Kind, max_tokens: int) -> Contract:
         mask_rule="boundary" if stock else "offsets",
     )
     return contract.model_copy(update={"max_tokens": check_limit(contract, max_tokens)})
-
-
-def _ahead(
-    make: Callable[[int], list[TokenizedText]], starts: Sequence[int]
-) -> Iterator[tuple[int, list[TokenizedText]]]:
-    """(start, make(start)) in turn, the next one made in a thread meanwhile: tokenizers lets go of the interpreter."""
-    if len(starts) < 2:
-        yield from ((start, make(start)) for start in starts)
-        return
-    with ThreadPoolExecutor(1, initializer=threads.free) as pool:
-        waiting = pool.submit(make, starts[0])
-        for start, following in zip(starts, [*starts[1:], None], strict=True):
-            chunk = waiting.result()
-            if following is not None:
-                waiting = pool.submit(make, following)
-            yield start, chunk
 
 
 def _dtype(name: str) -> torch.dtype:
