@@ -380,6 +380,7 @@ def test_the_command(
         *("made.parquet", "made.parquet.tasks.jsonl", "made.parquet.answers.sqlite", "cache"),
         "made.parquet.brainstorm.jsonl",
     }
+    assert len(list(open_examples(out.parent, cache=tmp_path / "cache"))) == 12  # what lies beside is no data
     assert command(monkeypatch, "synth", *options, "--types", "short-long,long") == 2
     assert "no kind of task 'long'" in capsys.readouterr().err
     useless = serve(lambda body, n: Reply("no"))

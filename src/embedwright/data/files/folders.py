@@ -18,7 +18,7 @@ from embedwright.errors import NotFoundError
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
-_BESIDE = (".tasks.jsonl", ".quarantine.jsonl", ".leaks.jsonl")
+_BESIDE = (".tasks.jsonl", ".quarantine.jsonl", ".leaks.jsonl", ".brainstorm.jsonl")
 _NO_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "report.json"}
 _NO_DATA |= {"manifest.json", "config.json"}
 _SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}(-[0-9a-f]+)?")
