@@ -13,7 +13,6 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from email.utils import formatdate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,12 +24,9 @@ from embedwright.data.llm import (
     FORMATS,
     Client,
     Failure,
-    Pace,
     Question,
     Server,
     ServerError,
-    Turn,
-    retry_after_s,
 )
 
 
@@ -181,15 +177,6 @@ def test_a_pause_of_hours_is_a_no(serve: Any, ask: Ask) -> None:
     assert len(fake.requests) == 1
 
 
-def test_retry_after_in_both_spellings() -> None:
-    now = 1_700_000_000.0
-    assert retry_after_s(None, now) == 0
-    assert retry_after_s("17", now) == 17
-    assert retry_after_s(formatdate(now + 90, usegmt=True), now) == 90
-    assert retry_after_s(formatdate(now - 90, usegmt=True), now) == 0
-    assert retry_after_s("soon", now) == 0
-
-
 def test_one_question_is_given_up_and_asked_again_another_time(serve: Any, ask: Ask) -> None:
     ill = True
     fake = serve(lambda body, n: Reply(status=500) if ill and "bad" in body["messages"][0]["content"] else red(body, n))
@@ -280,29 +267,6 @@ def test_tokens_are_estimated_where_the_server_does_not_tell(serve: Any, ask: As
     fake = serve(lambda body, n: Reply(body=json.dumps({"id": "x", "choices": [content]}).encode()))
     answers, counts = ask(fake, [question("x" * 385)])
     assert answers == [RED] and counts["tokens"] == (385 + len('{"name": "red"}')) // 4 + 1
-
-
-def test_pace_by_requests() -> None:
-    pace = Pace(requests=2, tokens=None)
-    assert pace.wait_s(0, 1) == 0
-    pace._turns.extend([Turn(0, 1), Turn(10, 1)])
-    assert pace.wait_s(10, 1) == 50
-    assert pace.wait_s(59.5, 1) == 0.5
-    assert pace.wait_s(60, 1) == 0  # the first has left the window
-    pace._turns.append(Turn(60, 1))
-    assert pace.wait_s(60, 1) == 10
-
-
-def test_pace_by_tokens() -> None:
-    pace = Pace(requests=None, tokens=100)
-    pace._turns.extend([Turn(0, 40), Turn(10, 30), Turn(20, 20)])
-    assert pace.wait_s(20, 10) == 0
-    assert pace.wait_s(20, 11) == 40
-    assert pace.wait_s(20, 50) == 40
-    assert pace.wait_s(20, 51) == 50
-    assert pace.wait_s(20, 500) == 60  # beyond the limit by itself: alone
-    pace._turns[0].tokens = 10  # told by the server
-    assert pace.wait_s(20, 40) == 0
 
 
 def test_the_pace_holds_every_request_up(serve: Any, tmp_path: Path) -> None:
