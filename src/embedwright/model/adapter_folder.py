@@ -27,6 +27,7 @@ from embedwright.model.backbone import (
     same_samples,
     weight_samples,
 )
+from embedwright.model.families import said
 from embedwright.model.formats.base import resolve_base
 from embedwright.model.formats.folder import ADAPTER, check_floats, read_object, tensors_of
 from embedwright.model.network import EmbedwrightConfig, EmbedwrightModel
@@ -129,6 +130,9 @@ def read_settings(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """What peft wrote, and what `write` wrote beside it (None: an adapter of peft alone). InputError as in `read`."""
     stored = read_object(folder / ADAPTER)
     _check_settings(folder / ADAPTER, stored)
+    base = Path(said(stored["base_model_name_or_path"])[1]).expanduser()
+    if (base / ADAPTER).exists():  # which may be this folder itself
+        raise InputError(f"{folder}: its base, {base}, is an adapter itself: merge that first")
     return stored, _read_ours(folder / _OURS) if (folder / _OURS).is_file() else None
 
 

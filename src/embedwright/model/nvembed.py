@@ -18,7 +18,7 @@ from transformers import AutoModel, MistralConfig, PreTrainedTokenizerFast
 from embedwright.errors import InputError, blaming
 from embedwright.model.attention import PACKED
 from embedwright.model.backbone import set_attention
-from embedwright.model.formats.folder import Stored, read_json, weights_in
+from embedwright.model.formats.folder import Stored, check_layers, read_json, weights_in
 from embedwright.model.network import EmbedwrightConfig, EmbedwrightModel
 from embedwright.model.pooling import PoolingConfig
 from embedwright.text import INSTRUCTION_TEMPLATE, Contract, leading_ids
@@ -103,6 +103,7 @@ def read_nvembed(folder: Path) -> Released:
     with blaming(folder / "config.json"):
         _check_settings(folder, small["config.json"])
     tensors, stored = _headers(folder)
+    check_layers(tensors, small["config.json"].get("text_config") or {}, folder / "config.json")
     with blaming(folder, "has no tokenizer that can be opened"):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if tokenizer.eos_token_id is None:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from embedwright.errors import InputError, blaming
 from embedwright.model.modes import evaluating
 from embedwright.model.network import EmbedwrightModel
 from embedwright.model.probe import ProbeError
@@ -71,20 +72,21 @@ def compare(network: EmbedwrightModel, tokenizer: TextTokenizer, folder: Path) -
     file = folder / FILE
     if not file.is_file():
         return None
-    stored = json.loads(file.read_text(encoding="utf-8"))
+    with blaming(file, "is no record of a model"):
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        dtype, rows = stored["dtype"], [(row["text"], row["ids"], row["pooled"]) for row in stored["texts"]]
+        expected = np.array([row["vector"] for row in stored["texts"]], dtype=np.float32)
+        if expected.ndim != 2 or len(expected) != len(TEXTS) or expected.shape[1] > network.backbone.config.hidden_size:
+            raise InputError(f"{file} has vectors of the shape {expected.shape}, not those of {len(TEXTS)} texts")
     texts, vectors = _computed(network, tokenizer)
-    rows = stored["texts"]
     other = tuple(
-        row["text"]
-        for row, tokens in zip(rows, texts, strict=True)
-        if row["ids"] != tokens.ids.tolist() or row["pooled"] != int(tokens.pool.sum())
+        text
+        for (text, ids, pooled), tokens in zip(rows, texts, strict=True)
+        if ids != tokens.ids.tolist() or pooled != int(tokens.pool.sum())
     )
-    expected = np.array([row["vector"] for row in rows], dtype=np.float32)
     got = vectors[:, : expected.shape[1]]
     cosines = (got * expected).sum(1) / np.maximum(np.linalg.norm(got, axis=1) * np.linalg.norm(expected, axis=1), 1e-9)
-    return Comparison(
-        other, float(np.abs(got - expected).max()), float(cosines.min()), stored["dtype"] == _type(network)
-    )
+    return Comparison(other, float(np.abs(got - expected).max()), float(cosines.min()), dtype == _type(network))
 
 
 def check(network: EmbedwrightModel, tokenizer: TextTokenizer, folder: Path) -> None:

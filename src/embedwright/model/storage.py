@@ -22,7 +22,7 @@ from embedwright.model.adapter import has_lora
 from embedwright.model.backbone import load_backbone, origin_of, set_attention, stock_config
 from embedwright.model.families import FAMILIES, Family, load_family, recognised, said
 from embedwright.model.formats.base import check_weights
-from embedwright.model.formats.folder import ADAPTER, check_floats, check_folder, read_object, weights_in
+from embedwright.model.formats.folder import ADAPTER, check_floats, check_folder, check_layers, read_object, weights_in
 from embedwright.model.fourbit import ONLY_TRAINED, in_four_bits
 from embedwright.model.locate import Place, fetch_weights, find
 from embedwright.model.network import EmbedwrightConfig, EmbedwrightModel
@@ -183,7 +183,9 @@ def _load_ours(folder: Path, dtype: torch.dtype | None) -> EmbedwrightModel:
     settings = read_object(folder / "config.json")
     for part, kind in (("contract", Contract), ("pooling", PoolingConfig)):
         setting(folder / "config.json", settings, part, kind)
-    check_floats(weights_in(folder))
+    check_floats(stored := weights_in(folder))
+    backbone = settings.get("backbone")
+    check_layers(stored, backbone if isinstance(backbone, dict) else {}, folder / "config.json")
     with blaming(folder):
         network: EmbedwrightModel = EmbedwrightModel.from_pretrained(
             folder, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False

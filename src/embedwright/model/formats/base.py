@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from embedwright.errors import InputError, NotFoundError
-from embedwright.model.formats.folder import ADAPTER, check_floats, check_folder, weights_in
+from embedwright.model.formats.folder import ADAPTER, check_floats, check_folder, check_layers, read_object, weights_in
 from embedwright.model.formats.gguf import convert_gguf
 from embedwright.model.locate import fetch_weights, find
 
@@ -36,4 +36,5 @@ def resolve_base(base: str | Path, revision: str | None = None, *, weights: bool
 def check_weights(folder: Path) -> None:
     """InputError where the weights of a stock folder are not whole, or its matrices and norms are no real numbers."""
     stored = weights_in(folder)
+    check_layers(stored, read_object(folder / "config.json"), folder / "config.json")
     check_floats(stored, [name for name in stored if name.endswith(".weight")])

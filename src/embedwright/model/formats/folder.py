@@ -21,6 +21,7 @@ from embedwright.errors import InputError, NotFoundError
 SINGLE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks)\.(\d{1,9})\.")
 _READ = {
     ".json",
     ".safetensors",
@@ -139,6 +140,16 @@ def check_floats(stored: dict[str, Stored], names: Iterable[str] | None = None) 
         if stored[name].dtype not in _FLOATS:
             kinds = ", ".join(sorted(_FLOATS))
             raise InputError(f"{stored[name].file}: {name} is stored as {stored[name].dtype}, not as one of {kinds}")
+
+
+def check_layers(stored: dict[str, Stored], config: dict[str, Any], where: Path) -> None:
+    """InputError where a config asks for layers that no tensor is of, before a model of so many is built."""
+    asked = config.get("num_hidden_layers")
+    held = {int(found[1]) for name in stored if (found := _LAYER.search(name))}
+    if isinstance(asked, int) and held and asked > max(held) + 1:
+        raise InputError(
+            f"{where} says num_hidden_layers={asked}, and lacks weights: those of {max(held) + 1} are there"
+        )
 
 
 def tensors_of(file: Path, *, within: Path) -> dict[str, Stored]:

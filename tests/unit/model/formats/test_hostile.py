@@ -208,6 +208,30 @@ ATTACKS: dict[str, tuple[Callable[[Path], Any], set[str]]] = {
         lambda f: edit(f / "adapter_config.json", base_model_name_or_path="../../../etc"),
         set(FORMATS) - ADAPTERS,
     ),
+    "adapter of itself": (
+        lambda f: edit(f / "adapter_config.json", base_model_name_or_path=str(f)),
+        set(FORMATS) - ADAPTERS,
+    ),
+    "a thousand million layers": (
+        lambda f: edit(
+            f / "config.json",
+            num_hidden_layers=10**9,
+            backbone=json.loads((f / "config.json").read_text()).get("backbone", {}) | {"num_hidden_layers": 10**9},
+            text_config={"num_hidden_layers": 10**9},
+        ),
+        ADAPTERS,
+    ),
+    "a record that is broken": (
+        lambda f: (f / "selftest.json").write_text('{"texts": [{"text": 3}]}'),
+        {"peft", "nvembed", "qwen3-embedding", *NO_FAMILY_OF_OURS},
+    ),
+    "a record of wider vectors": (
+        lambda f: write_json(
+            f / "selftest.json",
+            {"dtype": "float32", "texts": [{"text": "a", "ids": [1], "pooled": 1, "vector": [0.0] * 99}] * 4},
+        ),
+        {"peft", "nvembed", "qwen3-embedding", *NO_FAMILY_OF_OURS},
+    ),
     "adapter of a rank that is none": (lambda f: edit(f / "adapter_config.json", r=-1), set(FORMATS) - ADAPTERS),
     "adapter of modules that are none": (
         lambda f: edit(f / "adapter_config.json", target_modules=3),
