@@ -161,13 +161,13 @@ class Case:
 
     def tokens(self, change: Callable[[TokenizedText], TokenizedText], prefixed: bool = False) -> None:
         """Tokenised text by text as before, then changed; `prefixed`: only where there is an instruction."""
-        right = embedder.tokenize
+        right = embedder.read
 
-        def wrong(backend: Any, contract: Any, texts: Any, prefix: str = "", max_tokens: Any = None) -> Any:
-            rows = right(backend, contract, texts, prefix, max_tokens)
+        def wrong(tokenizer: Any, contract: Any, texts: Any, prefix: str = "", max_tokens: Any = None) -> Any:
+            rows = right(tokenizer, contract, texts, prefix, max_tokens)
             return rows if prefixed and not prefix else [change(row) for row in rows]
 
-        self.patch.setattr(embedder, "tokenize", wrong)
+        self.patch.setattr(embedder, "read", wrong)
 
     def backbone(self) -> Any:
         return self.model.network.backbone
@@ -315,8 +315,8 @@ def _sorted_results(case: Case) -> None:
 
 
 def _task_ignored(case: Case) -> None:
-    right = Embedder._tokenize
-    case.patch.setattr(Embedder, "_tokenize", lambda self, texts, task, *rest: right(self, texts, None, *rest))
+    right = Embedder._frame
+    case.patch.setattr(Embedder, "_frame", lambda self, task, *rest: right(self, None, *rest))
 
 
 def _half_rotary(case: Case) -> None:
@@ -374,29 +374,32 @@ def _merged_still_there(case: Case) -> None:
 
 
 def _cut_loses_eos(case: Case) -> None:
-    right = embedder.tokenize
+    right = embedder.read
 
-    def wrong(backend: Any, contract: Any, texts: Any, prefix: str = "", max_tokens: Any = None) -> Any:
-        rows = right(backend, contract, texts, prefix)
+    def wrong(tokenizer: Any, contract: Any, texts: Any, prefix: str = "", max_tokens: Any = None) -> Any:
+        rows = right(tokenizer, contract, texts, prefix, None)
         return [TokenizedText(r.ids[:max_tokens], r.pool[:max_tokens]) for r in rows]
 
-    case.patch.setattr(embedder, "tokenize", wrong)
+    case.patch.setattr(embedder, "read", wrong)
 
 
 def _special_text(case: Case) -> None:
     """`</s>` in a text becomes the special token."""
-    right = embedder.tokenize
+    right = embedder.read
 
-    def wrong(backend: Any, contract: Any, texts: Any, *rest: Any) -> Any:
-        rows = right(backend, contract, texts, *rest)
-        backend.encode_special_tokens = False
+    def wrong(tokenizer: Any, contract: Any, texts: Any, *rest: Any) -> Any:
+        rows = right(tokenizer, contract, texts, *rest)
         for i, text in enumerate(texts):
             if "</s>" in text:
-                ids = [*contract.bos_ids, *backend.encode(text, add_special_tokens=False).ids, contract.eos_id]
+                ids = [
+                    *contract.bos_ids,
+                    *tokenizer.special.encode(text, add_special_tokens=False).ids,
+                    contract.eos_id,
+                ]
                 rows[i] = TokenizedText(np.array(ids), np.ones(len(ids), dtype=bool))
         return rows
 
-    case.patch.setattr(embedder, "tokenize", wrong)
+    case.patch.setattr(embedder, "read", wrong)
 
 
 IN_MODEL: dict[str, tuple[str, Callable[[Case], None]]] = {

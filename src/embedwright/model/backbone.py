@@ -28,6 +28,10 @@ OriginKind = Literal["decoder", "stock", "whole"]
 # Families whose local layers were trained with their windows and keep them, seen in both directions.
 KEEPS_WINDOWS = {"gemma3_text"}
 
+# Of these, text-embeddings-inference reads `use_bidirectional_attention` and not `is_causal`. It would read it of
+# Gemma 3 too, where transformers halves the windows for it: there it cannot be written.
+READ_BY_FLAG = {"llama", "mistral", "qwen3"}
+
 NEEDS_CODE = (
     "its config.json (auto_map) wants Python code of this folder to be run, and Embedwright never runs code of a "
     "model: only models whose architecture transformers itself knows can be opened"
@@ -91,6 +95,8 @@ def longest_alike(config: Any) -> int:
 
 def set_attention(config: Any, attention: AttentionKind) -> None:
     """Set mask and windows on a config, before the model is made: modules copy their window when they are built."""
+    if config.model_type in READ_BY_FLAG and hasattr(config, "use_bidirectional_attention"):
+        del config.use_bidirectional_attention  # of the folder, for others: `storage` writes it anew
     config.is_causal = attention == "causal"
     config.use_cache = False
     if attention == "bidirectional" and config.model_type not in KEEPS_WINDOWS:

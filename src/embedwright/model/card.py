@@ -120,7 +120,8 @@ print(queries @ passages.T)"""
 def _reading(contract: Contract, pooling: str, attention: str) -> list[Row]:
     """What text.py does with a text, in words."""
     by_count = contract.mask_rule == "count"
-    last = "the last token" if pooling == "last" else "all tokens but those of the instruction"
+    mean = "all tokens, the instruction's too" if contract.mask_rule == "all" else "all tokens but the instruction's"
+    last = "the last token" if pooling == "last" else mean
     rows = {
         "in front of a query": _code(contract.query_template),
         "behind a query": _code(contract.query_suffix) if contract.query_suffix else None,

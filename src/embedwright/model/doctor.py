@@ -31,6 +31,7 @@ from embedwright.model.backbone import text_hidden
 from embedwright.model.embedder import Embedder
 from embedwright.model.network import EmbedwrightConfig
 from embedwright.model.opening import open_model
+from embedwright.model.others import others_read
 from embedwright.model.probe import ProbeError, probe
 from embedwright.packing import pack
 from embedwright.sentence_transformer import SentenceTransformerEncoder
@@ -195,13 +196,14 @@ def _by_hand(model: Embedder, text: str, task: str | None) -> tuple[list[int], l
         ids = backend.encode(prefix + text + eos_text).ids
         front = len(backend.encode(prefix, add_special_tokens=False).ids) if prefix else 0
         return ids, [i >= front for i in range(len(ids))]
+    everything = contract.mask_rule == "all"
     # special tokens in a text are plain text, unless the templates have some
     backend.encode_special_tokens = not contract.template_specials
     encoding = backend.encode(prefix + text + suffix, add_special_tokens=False)
     end = len(prefix) + len(text) if suffix else len(prefix) + len(text) + 1
-    inside = [stop > len(prefix) and start < end for start, stop in encoding.offsets]
+    inside = [everything or (stop > len(prefix) and start < end) for start, stop in encoding.offsets]
     eos = [] if contract.eos_id is None else [contract.eos_id]
-    return [*contract.bos_ids, *encoding.ids, *eos], [False] * len(contract.bos_ids) + inside + [True] * len(eos)
+    return [*contract.bos_ids, *encoding.ids, *eos], [everything] * len(contract.bos_ids) + inside + [True] * len(eos)
 
 
 def _contract(model: Embedder, _: Path | None) -> Result:
@@ -381,6 +383,10 @@ def _sentence_transformers(model: Embedder, folder: Path | None) -> Result:
     return _equal(model, got, np.stack([model.encode(TEXTS, task=TASK), model.encode(TEXTS)]))
 
 
+def _others(_: Embedder, folder: Path | None) -> Result:
+    return None if folder is None else others_read(folder)
+
+
 def _is_ours(folder: Path) -> bool:
     config = folder / "config.json"
     return config.is_file() and bool(json.loads(config.read_text()).get("model_type") == EmbedwrightConfig.model_type)
@@ -429,6 +435,7 @@ _OF_OURS: dict[str, Callable[..., Result]] = {
     "through AutoModel": _auto_model,
     "through sentence-transformers": _sentence_transformers,
     "adapter active": _adapter,
+    "other programs": _others,
 }
 
 

@@ -23,7 +23,7 @@ from embedwright.model.backbone import AttentionKind, decoder_config, load_backb
 from embedwright.model.formats.base import resolve_base
 from embedwright.model.gpu_queue import ahead, queued
 from embedwright.model.modes import evaluating
-from embedwright.model.network import EmbedwrightConfig, EmbedwrightModel
+from embedwright.model.network import EmbedwrightConfig, EmbedwrightModel, check_fit
 from embedwright.model.pooling import FOLDED, FoldedLatent, Kind, LatentPooling, PoolingConfig
 from embedwright.model.precision import Precision, check_precision, first_not_finite, quantize, shortened
 from embedwright.packing import PackedTexts, batches, pack
@@ -63,7 +63,7 @@ class Embedder:
         self.tokenizer = tokenizer
         self.contract: Contract = network.contract
         self._digests, self._unfolded = (Digest(), Digest()), dict[str, str]()
-        _check_fit(network, tokenizer)
+        check_fit(network, tokenizer)
         self.own_tokenizer = private_copy(tokenizer)
         self.text_tokenizer = TextTokenizer(self.own_tokenizer.backend_tokenizer)
 
@@ -79,6 +79,7 @@ class Embedder:
         attention: AttentionKind = "bidirectional",
         layers: int | None = None,
         max_tokens: int | None = None,
+        pool_prompt: bool = False,
         dtype: str = "float32",
         four_bit: bool = False,
         device: str | None = None,
@@ -90,8 +91,9 @@ class Embedder:
 
         `revision` is a branch, tag or commit of a hub id (also written `org/name@revision`); config, weights and
         tokenizer are all read from the one commit that it names.
-        `layers` keeps the first so many. `max_tokens`: 512, or fewer where the decoder has fewer positions. `sizes` are
-        those of `PoolingConfig` (latents, heads, head_dim, multiple).
+        `layers` keeps the first so many. `max_tokens`: 512, or fewer where the decoder has fewer positions.
+        `pool_prompt` pools the tokens of the instruction, BOS and EOS too: for servers that pool every token.
+        `sizes` are those of `PoolingConfig` (latents, heads, head_dim, multiple).
         `four_bit` holds the weights of the linear layers in 4 bits and computes in `dtype`, to train adapters on: such
         a model can be neither merged nor saved (ImportError without the extra [qlora]).
         A fresh pooling block is the identity, so the new model is its decoder with mean pooling. Raises ValueError
@@ -106,7 +108,7 @@ class Embedder:
             raise InputError(f"the tokenizer of {base} has no EOS token")
         if max_tokens is None:
             max_tokens = min(512, positions(decoder))
-        contract = new_contract(tokenizer, pooling, max_tokens)
+        contract = new_contract(tokenizer, pooling, max_tokens, pool_prompt)
         if contract.max_tokens > positions(decoder):
             raise InputError(f"max_tokens={max_tokens}: {base} has positions for {positions(decoder)} tokens")
         backbone = load_backbone(folder, decoder, _dtype(dtype), four_bit)
@@ -390,34 +392,16 @@ class Embedder:
         return self.network.embed(packed.to(self.device))
 
 
-def _check_fit(network: EmbedwrightModel, tokenizer: Any) -> None:
-    """InputError where the tokenizer has tokens that the model has not, or a text may be longer than it can read."""
-    rows = network.backbone.get_input_embeddings().weight.shape[0]
-    largest = {"tokens": max(tokenizer.get_vocab().values(), default=-1), "pad token": tokenizer.pad_token_id}
-    for what, id in largest.items():
-        if id is not None and id >= rows:
-            raise InputError(
-                f"the tokenizer's {what} go up to id {id}, the model has embeddings for {rows}: {id + 1 - rows} are "
-                "missing. Take the model's own tokenizer, or resize the model's embeddings and train them"
-            )
-    if network.contract.max_tokens > network.longest:
-        raise InputError(
-            f"max_tokens={network.contract.max_tokens}: beyond {network.longest} tokens the rotary frequencies of this "
-            "model go by the longest text of a batch, so that a text's vector would depend on others. Give "
-            f"max_tokens={network.longest} or less"
-        )
-
-
-def new_contract(tokenizer: Any, pooling: Kind, max_tokens: int) -> Contract:
+def new_contract(tokenizer: Any, pooling: Kind, max_tokens: int, pool_prompt: bool = False) -> Contract:
     """The text contract of an embedder that is made from the decoder with this tokenizer."""
     bos_ids = leading_ids(tokenizer.backend_tokenizer)
     # mean and last are saved as stock sentence-transformers folders, whose prompts end where a token ends
-    stock = pooling in ("mean", "last") and not bos_ids
+    stock = pooling in ("mean", "last") and not bos_ids and not pool_prompt
     contract = Contract(
         query_template=BOUNDARY_TEMPLATE if stock else INSTRUCTION_TEMPLATE,
         eos_id=tokenizer.eos_token_id,
         bos_ids=bos_ids,
-        mask_rule="boundary" if stock else "offsets",
+        mask_rule="all" if pool_prompt else "boundary" if stock else "offsets",
     )
     return contract.model_copy(update={"max_tokens": check_limit(contract, max_tokens)})
 

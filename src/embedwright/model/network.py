@@ -168,6 +168,24 @@ class EmbedwrightModel(PreTrainedModel):
         return attended_NL & ~(in_front_NL & torch.isin(input_ids, input_ids.new_tensor(self.contract.bos_ids)))
 
 
+def check_fit(network: EmbedwrightModel, tokenizer: Any) -> None:
+    """InputError where the tokenizer has tokens that the model has not, or a text may be longer than it can read."""
+    rows = network.backbone.get_input_embeddings().weight.shape[0]
+    largest = {"tokens": max(tokenizer.get_vocab().values(), default=-1), "pad token": tokenizer.pad_token_id}
+    for what, id in largest.items():
+        if id is not None and id >= rows:
+            raise InputError(
+                f"the tokenizer's {what} go up to id {id}, the model has embeddings for {rows}: {id + 1 - rows} are "
+                "missing. Take the model's own tokenizer, or resize the model's embeddings and train them"
+            )
+    if network.contract.max_tokens > network.longest:
+        raise InputError(
+            f"max_tokens={network.contract.max_tokens}: beyond {network.longest} tokens the rotary frequencies of this "
+            "model go by the longest text of a batch, so that a text's vector would depend on others. Give "
+            f"max_tokens={network.longest} or less"
+        )
+
+
 def _refuse_empty_rows(attended_NL: Tensor, pool_NL: Tensor) -> None:
     for mask_NL, name, verb in ((attended_NL, "attention_mask", "attend to"), (pool_NL, "pool_mask", "pool")):
         if not mask_NL.any(1).all():

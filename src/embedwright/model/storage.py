@@ -19,7 +19,7 @@ from embedwright.errors import InputError, NotFoundError, blaming
 from embedwright.files import check_new_folder, whole_folder, write_json
 from embedwright.model import adapter_folder, door, probe, selftest
 from embedwright.model.adapter import has_lora
-from embedwright.model.backbone import load_backbone, origin_of, set_attention, stock_config
+from embedwright.model.backbone import READ_BY_FLAG, load_backbone, origin_of, set_attention, stock_config
 from embedwright.model.families import FAMILIES, Family, load_family, recognised, said
 from embedwright.model.formats.base import check_weights
 from embedwright.model.formats.folder import ADAPTER, check_floats, check_folder, check_layers, read_object, weights_in
@@ -137,6 +137,9 @@ def opens_as_stock(network: EmbedwrightModel, tokenizer: TextTokenizer) -> bool:
 def _save_stock(network: EmbedwrightModel, tokenizer: Any, folder: Path) -> None:
     contract, kind = network.contract, network.pooling.kind
     network.backbone.save_pretrained(folder)
+    config = network.backbone.config
+    if config.model_type in READ_BY_FLAG and not config.is_causal:
+        _edit_json(folder / "config.json", {"use_bidirectional_attention": True})
     tokenizer = private_copy(tokenizer)
     tokenizer.chat_template = None
     # BOS and EOS come from the tokenizer's own pipeline here, which keeps EOS after a text that is cut

@@ -65,6 +65,7 @@ class ModelPart(Part):
     head_dim: Positive | None = None
     multiple: Positive = 4
     max_tokens: Annotated[Positive, Field(ge=8)] = 512
+    pool_prompt: Flag = False  # every token is pooled, the instruction's too, as servers do that know no prompts
 
     @property
     def name(self) -> str:
@@ -89,7 +90,7 @@ class ModelPart(Part):
         """Without what the embedder of `from` decides, so that what is written is a recipe again."""
         values = dump(self)
         if self.from_ is None:
-            return {key: value for key, value in values.items() if key != "from"}
+            return {key: value for key, value in values.items() if key != "from" and (value or key != "pool_prompt")}
         return {"from": self.from_} | ({} if self.shortened is None else {"max_tokens": self.max_tokens})
 
 

@@ -60,6 +60,7 @@ def _from_decoder(recipe: Recipe, dtype: torch.dtype, device: str | None) -> Emb
         attention=spec.attention,
         layers=spec.layers,
         max_tokens=spec.max_tokens,
+        pool_prompt=spec.pool_prompt,
         dtype=str(dtype).removeprefix("torch."),
         four_bit=recipe.tune.method == "qlora",
         device=device,
@@ -120,7 +121,7 @@ def reading_of(spec: ModelPart) -> tuple[Any, Contract]:
         found = outline(spec.name)
         return found.tokenizer, _shortened(spec, found.contract)
     tokenizer = load_tokenizer(resolve_base(_decoder(spec), weights=False))
-    return tokenizer, new_contract(tokenizer, spec.pooling, spec.max_tokens)
+    return tokenizer, new_contract(tokenizer, spec.pooling, spec.max_tokens, spec.pool_prompt)
 
 
 def longest_of(spec: ModelPart) -> int:

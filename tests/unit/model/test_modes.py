@@ -42,7 +42,7 @@ DONE: dict[str, Callable[[Embedder, Path], Any]] = {
     "encode": lambda model, _: model.encode(["tides"]),
     "encode, the root in evaluation": _in_evaluation,
     "probe": lambda model, _: probe(model.network),
-    "selftest": lambda model, folder: selftest.write(model.network, model.tokenizer, folder),
+    "selftest": lambda model, folder: selftest.write(model.network, model.text_tokenizer, folder),
     "save": lambda model, folder: model.save(folder / "model"),
 }
 

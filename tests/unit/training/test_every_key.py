@@ -70,6 +70,7 @@ CHANGES: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "model.head_dim": ("weights", 8, {}),
     "model.multiple": ("weights", 2, {}),
     "model.max_tokens": ("loss", 20, {}),
+    "model.pool_prompt": ("loss", True, WITH_TASK),
     "tune.method": ("weights", "full", {}),
     "tune.rank": ("weights", 3, {}),
     "tune.alpha": ("weights", 7, {}),
