@@ -7,9 +7,10 @@ import logging
 import os
 import shutil
 import sys
+import traceback
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -259,7 +260,7 @@ def doctor(model: Annotated[str | None, typer.Argument(help="A model folder to e
         for finding in findings:
             say(f"{'ok ' if finding.ok else 'BAD'} {finding.name:<40} {finding.detail}")
         if not all(finding.ok for finding in findings):
-            raise RuntimeError(f"{model}: not healthy")
+            _stop(f"{model}: not healthy", FAILED)
 
 
 @app.command()
@@ -284,18 +285,20 @@ def main() -> None:
         sys.exit(stop.exit_code)
     except (KeyboardInterrupt, typer.Abort):  # Abort: what older typers make of an interrupt
         _stop("interrupted: run the same command again to go on", INTERRUPTED)
-    except (ValueError, FileNotFoundError, FileExistsError, ImportError, TypeError) as error:
+    except InputError as error:
+        if os.environ.get("EMBEDWRIGHT_DEBUG"):
+            raise
         _stop(error, BAD_INPUT)
     except Exception as error:
-        refused = getattr(error, "format_message", None)  # an option or argument that the parser refuses
-        _stop(refused() if refused else error, BAD_INPUT if refused else FAILED)
+        if refused := getattr(error, "format_message", None):  # an option or argument that the parser refuses
+            _stop(refused(), BAD_INPUT)
+        traceback.print_exc()
+        sys.exit(FAILED)
 
 
-def _stop(error: Any, code: int) -> None:
-    if os.environ.get("EMBEDWRIGHT_DEBUG"):
-        raise error if isinstance(error, BaseException) else SystemExit(code)
-    if str(error):  # nothing behind the help of a bare `embedwright`
-        sys.stderr.write(f"embedwright: {error}\n")
+def _stop(message: object, code: int) -> None:
+    if str(message):  # a bare `embedwright` has shown its help, and has nothing to add
+        sys.stderr.write(f"embedwright: {message}\n")
     sys.exit(code)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -13,7 +15,7 @@ from embedwright.data.candidates import Positives, Rule
 from embedwright.data.ensemble import Ensemble
 from embedwright.data.llm import Client, Server
 from embedwright.display import counter, say
-from embedwright.errors import InputError
+from embedwright.errors import InputError, blaming
 from embedwright.files import check_file, check_folder, check_new_folder
 
 
@@ -40,7 +42,7 @@ FormOption = Annotated[
 ]
 Closed = Annotated[list[str] | None, typer.Option("--label", help="Only rows of these; may be given again.")]
 Seed = Annotated[int, typer.Option(help="Of all draws.")]
-PerExample = Annotated[int, typer.Option(help="Per example made of labels.")]
+PerExample = Annotated[int, typer.Option(min=1, help="Per example made of labels.")]
 Against = Annotated[
     list[Path] | None,
     typer.Option(help="Evaluation data: a file, a BEIR folder, a folder of such; may be given again."),
@@ -172,7 +174,8 @@ def synth(
         report = synthesize(out, client, plan, licence=licence, progress=counter("examples"))
     say(json.dumps(report.to_json(), indent=2))
     if not report.written:
-        raise RuntimeError(f"{out}: no usable example came out, nothing written")
+        sys.stderr.write(f"embedwright: {out}: no usable example came out, nothing written\n")
+        raise typer.Exit(1)
 
 
 @data_app.command("list")
@@ -238,7 +241,9 @@ def data_check(
     against: Against = None,
     corpus: WithCorpus = False,
     bm25: Bm25Fraction = 0.9,
-    leaks: Annotated[Path | None, typer.Option(help="Leakage report to write (JSONL).")] = None,
+    leaks: Annotated[
+        Path | None, typer.Option(help="Leakage report to write (JSONL).", callback=to_write(check_file))
+    ] = None,
 ) -> None:
     """Read a whole data set; report what is in it, repeats, leaks. Exits 2 if a line was bad, 1 if a text leaks."""
     from embedwright.data.clean import clean_file
@@ -250,7 +255,8 @@ def data_check(
     if report["quarantined"]:
         raise InputError(f"{path}: {report['quarantined']} bad lines, named above")
     if report["leaks"]:
-        raise RuntimeError(f"{path}: texts of {', '.join(report['leaks'])} are in it")
+        sys.stderr.write(f"embedwright: {path}: texts of {', '.join(report['leaks'])} are in it\n")
+        raise typer.Exit(1)
 
 
 @data_app.command("clean")
@@ -263,10 +269,10 @@ def data_clean(
     leaks: Annotated[Path | None, typer.Option(help="Leakage report; default: OUT.leaks.jsonl.")] = None,
     repeats: Annotated[By, typer.Option(help="The sides of two rows that must repeat to make one go.")] = "both",
     language: Annotated[list[str] | None, typer.Option(help="Keep these (en, de, ...); may be given again.")] = None,
-    min_chars: Annotated[int, typer.Option(help="Of each text.")] = 0,
-    max_chars: Annotated[int | None, typer.Option(help="Of each text.")] = None,
-    min_words: Annotated[int, typer.Option(help="Of each text.")] = 0,
-    max_words: Annotated[int | None, typer.Option(help="Of each text.")] = None,
+    min_chars: Annotated[int, typer.Option(min=0, help="Of each text.")] = 0,
+    max_chars: Annotated[int | None, typer.Option(min=1, help="Of each text.")] = None,
+    min_words: Annotated[int, typer.Option(min=0, help="Of each text.")] = 0,
+    max_words: Annotated[int | None, typer.Option(min=1, help="Of each text.")] = None,
     licence: Annotated[list[str] | None, typer.Option(help="Keep tasks of these, as `CC-BY*`.")] = None,
     not_licence: Annotated[list[str] | None, typer.Option(help="Drop tasks of these, as `*-NC*`.")] = None,
     licences: Annotated[Path | None, typer.Option(help="YAML: task name to licence, besides the catalogue's.")] = None,
@@ -358,9 +364,7 @@ def data_relabel(
 
     described = merge_tasks([(tasks_file(path), tasks_beside(path)), *([(tasks, read_tasks(tasks))] if tasks else [])])
     if cross_encoder is not None and threshold is not None and base_url is None and model is None:
-        from sentence_transformers import CrossEncoder
-
-        by_scores = judge_by_scores(CrossEncoder(cross_encoder, trust_remote_code=False), threshold)
+        by_scores = judge_by_scores(_cross_encoder(cross_encoder), threshold)
         report = relabel_file(path, out, by_scores, action, tasks=described, progress=counter("examples"))
         say(json.dumps(report, indent=2))
         return
@@ -371,6 +375,15 @@ def data_relabel(
         by_model = judge_by_model(client, model, described)
         report = relabel_file(path, out, by_model, action, tasks=described, progress=counter("examples"))
         say(json.dumps(report | {"client": dict(client.counts)}, indent=2))
+
+
+def _cross_encoder(name: str) -> Any:
+    if not name:
+        raise InputError("--cross-encoder is empty: give a folder or a hub id")
+    from sentence_transformers import CrossEncoder
+
+    with blaming(name, "cannot be opened as a cross-encoder"):
+        return CrossEncoder(name, trust_remote_code=False)
 
 
 def _client(
@@ -385,6 +398,8 @@ def _client(
     token_budget: int | None,
 ) -> Client:
     """Of a server; what it answers is kept beside `out`."""
+    if not (timeout > 0 and math.isfinite(timeout)):
+        raise InputError(f"--timeout {timeout}: a number of seconds above 0")
     server = Server(
         base_url=base_url,
         api_key_env=api_key_env,

@@ -26,6 +26,10 @@ class OutputExistsError(InputError, FileExistsError):
     """A place to write to that already holds something."""
 
 
+class OutOfReachError(InputError, ConnectionError):
+    """A name on the hub that cannot be reached from here."""
+
+
 class MissingPackageError(InputError, ImportError):
     """An optional package that this needs is not installed."""
 

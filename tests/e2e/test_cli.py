@@ -576,7 +576,144 @@ def test_what_fails_in_a_run_exits_1(command: Command, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(loop, "train", fail)
     answer = command("train", recipe)
-    assert answer.code == 1 and answer.err == "embedwright: stage retrieval, step 3: loss is nan\n"
+    assert answer.code == 1 and "Traceback" in answer.err
+    assert answer.err.endswith("FloatingPointError: stage retrieval, step 3: loss is nan\n")
+
+
+@pytest.mark.parametrize("fault", [TypeError, ValueError, KeyError, FileNotFoundError, ImportError, RuntimeError])
+def test_a_fault_of_ours_does_not_look_like_bad_input(
+    fault: type[Exception], command: Command, monkeypatch: pytest.MonkeyPatch, recipe: Path
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise fault("a mistake of the program")
+
+    monkeypatch.setattr(loop, "train", fail)
+    answer = command("train", recipe)
+    assert answer.code == 1 and "Traceback" in answer.err and "a mistake of the program" in answer.err
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with inputs of every wrong kind, and good ones."""
+    folder = tmp_path_factory.mktemp("odd")
+    (folder / "folder").mkdir()
+    (folder / "folder" / "x.bin").write_bytes(bytes(range(256)))
+    (folder / "empty.jsonl").write_text("")
+    (folder / "binary.jsonl").write_bytes(bytes(range(1, 256)))
+    (folder / "binary.yaml").write_bytes(bytes(range(1, 256)))
+    (folder / "cut.parquet").write_bytes(b"PAR1....PAR1")
+    write(folder / "pairs.jsonl", own_pairs(40))
+    write(folder / "examples.jsonl", [{"query": "q", "positives": ["p"], "negatives": ["n"]}])
+    write(folder / "labels.jsonl", [{"text": f"text {i}", "label": f"l{i % 3}"} for i in range(9)])
+    return folder
+
+
+# Commands that read a file, which is `{}`; `OUT` is a new place.
+READERS = [
+    "train {}",
+    "train --data {} --out OUT",
+    "demo --recipe {}",
+    "eval minilm {}",
+    "encode minilm {} OUT",
+    "mine {} --out OUT",
+    "mine pairs.jsonl --corpus {} --out OUT",
+    "data build {} --out OUT",
+    "data build emotion --source {} --out OUT",
+    "data check {}",
+    "data check pairs.jsonl --against {}",
+    "data clean {} --out OUT",
+    "data clean pairs.jsonl --licences {} --out OUT",
+    "data export {} --out OUT.parquet",
+    "data labels {} --out OUT",
+    "data labels labels.jsonl --words {} --out OUT",
+    "data relabel {} --out OUT --base-url http://127.0.0.1:1/v1 --model m",
+    "synth --out OUT --base-url http://127.0.0.1:1/v1 --model m --count 6 --prompts {}",
+]
+# Commands that open a model, which is `{}`.
+OPENERS = [
+    "eval {} labels.jsonl",
+    "encode {} pairs.jsonl OUT",
+    "index {} pairs.jsonl OUT",
+    "search {} folder query",
+    "export {} OUT",
+    "merge {} OUT",
+    "merge {} {} OUT",
+    "doctor {}",
+    "mine pairs.jsonl --teacher {} --out OUT",
+    "train --data pairs.jsonl --base {} --out OUT",
+    "train --data pairs.jsonl --teacher {} --out OUT",
+    "data relabel examples.jsonl --cross-encoder {} --threshold 0.5 --out OUT",
+]
+VALUES = [
+    "nosuch",
+    "train",
+    "train --data pairs.jsonl",
+    "train --data pairs.jsonl --out empty.jsonl",
+    "train --data pairs.jsonl --out OUT --layers 0",
+    "mine pairs.jsonl",
+    "mine pairs.jsonl --out folder",
+    "mine pairs.jsonl --out empty.jsonl/x",
+    "mine pairs.jsonl --out OUT --rule x",
+    "mine pairs.jsonl --out OUT --margin nan",
+    "mine pairs.jsonl --out OUT --negatives 0",
+    "mine pairs.jsonl --out OUT --depth 0",
+    "mine pairs.jsonl --out OUT --vectors empty.jsonl",
+    "mine pairs.jsonl --out OUT --teacher ftp://x#m",
+    "synth --out OUT --base-url nourl --model m --count 2",
+    "synth --out OUT --base-url http://127.0.0.1:1/v1 --model m --count 0",
+    "synth --out OUT --base-url http://127.0.0.1:1/v1 --model m --count 2 --types x",
+    "synth --out OUT --base-url http://127.0.0.1:1/v1 --model m --count 2 --timeout 0",
+    "synth --out OUT --base-url http://127.0.0.1:1/v1 --model m --count 2 --timeout nan",
+    "data list --family x",
+    "data build nosuch --out OUT",
+    "data build emotion --out OUT",  # no network
+    "data build emotion --source labels.jsonl --out folder",
+    "data build emotion --source labels.jsonl --out OUT --negatives -1",
+    "data check pairs.jsonl --leaks folder",
+    "data check pairs.jsonl --against pairs.jsonl --bm25 nan",
+    "data clean pairs.jsonl --out folder",
+    "data clean pairs.jsonl --out OUT --min-chars -1",
+    "data clean pairs.jsonl --out OUT --language klingon",
+    "data export examples.jsonl --out OUT --negatives -1",
+    "data export examples.jsonl --out OUT --task nosuch",
+    "data labels labels.jsonl --out OUT --negatives 0",
+    "data relabel examples.jsonl --out OUT",
+    "data relabel examples.jsonl --out OUT --base-url http://127.0.0.1:1/v1 --model m --timeout 0",
+    "eval minilm nosuch",
+    "encode minilm pairs.jsonl empty.jsonl",
+    "search minilm nosuch query",
+    "merge a b OUT --weights x,y",
+    "merge minilm OUT --suite nosuch",
+    "export minilm OUT",
+]
+
+
+@pytest.mark.parametrize("given", ["nosuch", "folder", "empty.jsonl", "binary.jsonl", "binary.yaml", "cut.parquet"])
+def test_a_file_that_cannot_be_read_is_bad_input(given: str, command: Command, odd: Path) -> None:
+    refused(command, odd, [line.replace("{}", given) for line in READERS], given)
+
+
+@pytest.mark.parametrize("given", ["no/such", "./nosuch", "folder", "empty.jsonl"])
+def test_a_model_that_cannot_be_opened_is_bad_input(given: str, command: Command, odd: Path) -> None:
+    refused(command, odd, [line.replace("{}", given) for line in OPENERS], given)
+
+
+def test_a_value_that_cannot_be_is_bad_input(command: Command, odd: Path) -> None:
+    refused(command, odd, VALUES)
+
+
+def refused(command: Command, folder: Path, lines: Sequence[str], named: str = "") -> None:
+    """Each of these ends with 2 and one line of ours; this or a warning names what was given."""
+    wrong = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for line in lines:
+            answer = command(*(word.replace("OUT", str(folder / "new" / "out")) for word in line.split()))
+            ours = [said for said in answer.err.splitlines() if said.startswith("embedwright: ")]
+            if answer.code != 2 or "Traceback" in answer.err or len(ours) != 1 or Path(named).stem not in answer.err:
+                wrong.append((line, answer.code, ours or answer.err[-200:]))
+            shutil.rmtree(folder / "new", ignore_errors=True)
+    assert not wrong, "\n".join(map(str, wrong))
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["data", "--help"], ["train", "--help"], []])

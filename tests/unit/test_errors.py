@@ -2,7 +2,14 @@
 
 import pytest
 
-from embedwright.errors import InputError, InputTypeError, MissingPackageError, NotFoundError, OutputExistsError
+from embedwright.errors import (
+    InputError,
+    InputTypeError,
+    MissingPackageError,
+    NotFoundError,
+    OutOfReachError,
+    OutputExistsError,
+)
 
 
 @pytest.mark.parametrize(
@@ -13,6 +20,7 @@ from embedwright.errors import InputError, InputTypeError, MissingPackageError, 
         (NotFoundError, FileNotFoundError),
         (OutputExistsError, FileExistsError),
         (MissingPackageError, ImportError),
+        (OutOfReachError, ConnectionError),
     ],
 )
 def test_an_input_error_is_also_the_built_in_one(error: type[InputError], built_in: type[Exception]) -> None:

@@ -19,7 +19,7 @@ from embedwright.data.labels import Form
 from embedwright.data.readers import Quarantine, detect_kind
 from embedwright.data.table import write_examples
 from embedwright.data.tasks import tasks_beside
-from embedwright.errors import NotFoundError
+from embedwright.errors import NotFoundError, OutOfReachError
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,10 @@ def build(
             bad=bad,
         )
         rows = partial(open_table, source=source, streaming=limit is not None)
-        written = write_examples(out, _some(convert(job, rows), job, quarantine), job.tasks)
+        try:
+            written = write_examples(out, _some(convert(job, rows), job, quarantine), job.tasks)
+        except DataError as error:
+            raise error if source is None or str(source) in str(error) else DataError(f"{source}: {error}") from None
     counts = {key: count for key, count in job.report.items() if count or key == "rows"}
     return counts | {"examples": written, "quarantined": quarantine.count}
 
@@ -170,7 +173,7 @@ def _naming(where: str) -> Iterator[None]:
     try:
         yield
     except ConnectionError as error:
-        raise ConnectionError(f"{where}: {error} (a local copy can be given as source)") from error
+        raise OutOfReachError(f"{where}: {error} (a local copy can be given as source)") from error
     except (DatasetsError, FileNotFoundError, ValueError) as error:
         raise DataError(f"{where}: {error}") from error
 
