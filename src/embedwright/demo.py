@@ -6,7 +6,6 @@ Every step leaves a file behind and is skipped where that file is whole, so a de
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from embedwright.data.table import open_examples, write_examples
 from embedwright.display import counter, say, training
 from embedwright.evaluation.report import Results, render, table
 from embedwright.evaluation.suite import evaluate
+from embedwright.files import write_text
 from embedwright.model.embedder import Embedder
 from embedwright.model.opening import RawMean, open_encoder
 from embedwright.search.index import top_k
@@ -112,9 +112,7 @@ def _mine(data: Path, instruction: str) -> None:
 def _baseline(file: Path, suite: Path, make: Any) -> Results:
     if not file.exists():
         text = evaluate(make(), suite, progress=lambda line: say(f"  {file.stem} {line}")).to_json()
-        aside = file.with_suffix(f".{os.getpid()}")
-        aside.write_text(text)
-        aside.rename(file)
+        write_text(file, text)
     return Results.from_json(file.read_text())
 
 

@@ -12,7 +12,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from embedwright.cache import cache_folder
-from embedwright.errors import InputError, NotFoundError
+from embedwright.errors import InputError, NotFoundError, blaming
 
 # Real weights that install from a package index: name -> (package, file or folder in it)
 PACKAGED = {
@@ -50,10 +50,11 @@ def packaged(name: str) -> Path | None:
 
 def local(name: str | Path) -> Path | None:
     """The file or folder of this name, `~` expanded; None for a hub id. NotFoundError for a path to nothing."""
-    path = Path(name).expanduser()
-    if path.exists():
-        return path
     written = str(name)
+    with blaming(f"model {written[:100]!r}", "is no name of a file or folder"):
+        path = Path(name).expanduser()
+        if path.exists():
+            return path
     if written.startswith((".", "/", "~")) or written.partition("@")[0].count("/") > 1 or path.suffix == ".gguf":
         raise NotFoundError(f"model file or folder {written} does not exist")
     return None
@@ -101,6 +102,8 @@ def text_of(folder: Path, file: str) -> str | None:
 def _snapshot(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
     if not _HUB_ID.fullmatch(hub_id):
         raise NotFoundError(f"{hub_id} is no file or folder here, and no hub id, which is written owner/name")
+    if ".." in (revision or "").split("/"):  # it names a file in the hub's cache
+        raise InputError(f"{hub_id}: {revision!r} is no revision")
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
     except (FileNotFoundError, ConnectionError, HfHubHTTPError, HFValidationError) as error:
