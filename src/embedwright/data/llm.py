@@ -314,8 +314,9 @@ def _read_completion(answer: Any, request: dict[str, Any]) -> Completion | None:
         cut_at = request["max_tokens"] if choice.finish_reason == "length" else 0
     except (AttributeError, IndexError, TypeError):
         return None
-    if isinstance(content, list):  # parts, as Mistral's servers send them: those of type `thinking` have no text
-        content = "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
+    if isinstance(content, list):  # parts, as Mistral's servers send them, those of `thinking` among them
+        said = [part for part in content if isinstance(part, dict) and part.get("type") in ("text", "output_text")]
+        content = "".join(str(part.get("text") or "") for part in said)
     # half a surrogate pair, which JSON can spell, goes into no file
     text = str(content or "").encode(errors="replace").decode()
     told = getattr(answer.usage, "total_tokens", None)

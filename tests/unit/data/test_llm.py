@@ -309,6 +309,7 @@ def said(**message: Any) -> Reply:
             content=[
                 {"type": "thinking", "thinking": [{"type": "text", "text": '{"name": "blue"}'}]},
                 {"type": "text", "text": '{"name": "red"}'},
+                {"type": "reasoning", "text": '{"name": "blue"}'},
             ]
         ),
     ],
