@@ -41,7 +41,9 @@ BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 75
 
 @app.command()
 def train(
-    recipe: Annotated[Path | None, typer.Argument(help="A recipe file (see recipes/).")] = None,
+    recipe: Annotated[
+        Path | None, typer.Argument(help="A recipe file, or a packaged recipe: laptop, offline, nv-embed-v2.")
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="Instead of a recipe: a file of your own pairs.")] = None,
     base: Annotated[str, typer.Option(help="With --data: packaged name, folder, hub id or .gguf.")] = "smollm2-135m",
     out: Annotated[
@@ -265,7 +267,7 @@ def doctor(model: Annotated[str | None, typer.Argument(help="A model folder to e
 
 @app.command()
 def demo(
-    recipe: Annotated[Path, typer.Option(help="What to train.")] = Path("recipes/laptop.yaml"),
+    recipe: Annotated[Path, typer.Option(help="What to train.")] = Path("laptop"),
 ) -> None:
     """Build data, mine, train in two stages, evaluate, save and search: everything, in minutes on two cores."""
     from embedwright import demo as whole

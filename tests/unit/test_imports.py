@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,6 +70,42 @@ def test_our_folders_open_in_transformers_that_is_imported_later(
 ) -> None:
     tiny_embedder("latent").save(tmp_path / "model")
     assert python(OURS_FIRST, str(tmp_path / "model")) == "EmbedwrightModel EmbedwrightTokenizer\n"
+
+
+def test_the_wheel_works_in_any_folder(tmp_path: Path) -> None:
+    """Built and unpacked into a folder of its own: the recipes come with it, and nothing is read from the sources."""
+    pytest.importorskip("hatchling")
+    root = Path(__file__).parents[2]
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path],
+        cwd=root,
+        check=True,
+        capture_output=True,
+    )
+    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    zipfile.ZipFile(next(tmp_path.glob("*.whl"))).extractall(site)
+    names = sorted(file.name for file in (root / "recipes").glob("*.yaml"))
+    assert sorted(file.name for file in (site / "embedwright" / "recipes").glob("*.yaml")) == names
+
+    def installed(*arguments: str) -> str:
+        environment = {**os.environ, "PYTHONPATH": str(site)}
+        command = [sys.executable, "-m", "embedwright", *arguments]
+        done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    assert "Usage" in installed("--help")
+    assert installed("data", "list").count("\n") > 40
+    code = "from embedwright import Recipe; import embedwright; print(Recipe.load('laptop').name, embedwright.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=elsewhere,
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == ["laptop", str(site / "embedwright" / "__init__.py")]
 
 
 def test_every_public_name_is_there() -> None:

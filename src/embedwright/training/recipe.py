@@ -13,9 +13,10 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from embedwright.config import ConfigError, did_you_mean, load_yaml, validate
-from embedwright.errors import InputError
+from embedwright.errors import InputError, NotFoundError
 from embedwright.training.parts import EvalPart, Flag, ModelPart, NotNegative, Part, RunPart, StagePart, Text, TunePart
 
+PACKAGED = Path(__file__).parents[1] / "recipes"
 SOURCES = ("paper", "released code", "sister model", "guess")  # of a recipe's values, the surest first
 
 
@@ -71,8 +72,17 @@ class Recipe(Part):
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
-        """Read a YAML file. FileNotFoundError, or ConfigError that names the file, the key and the nearest key."""
-        return _parsed(load_yaml(Path(path)), str(path))
+        """Read a YAML file, or a packaged recipe by its name: `laptop`.
+
+        FileNotFoundError, or ConfigError that names the file, the key and the nearest key.
+        """
+        file = Path(path).expanduser()
+        if not file.exists():
+            names = sorted(packaged.stem for packaged in PACKAGED.glob("*.yaml"))
+            if str(path) not in names:
+                raise NotFoundError(f"{path}: no such recipe file; packaged are: {', '.join(names)}")
+            file = PACKAGED / f"{path}.yaml"
+        return _parsed(load_yaml(file), str(path))
 
     @classmethod
     def parse(cls, content: dict[str, Any]) -> Recipe:

@@ -319,3 +319,15 @@ def test_a_variable_that_is_not_set_is_named(monkeypatch: pytest.MonkeyPatch, va
         monkeypatch.setenv("EMBEDWRIGHT_TEST_B", value)
     with pytest.raises(ConfigError, match=r"^\$\{EMBEDWRIGHT_TEST_B\}/x: set the environment variable EMBEDWRIGHT_TES"):
         expand("${EMBEDWRIGHT_TEST_B}/x")
+
+
+def test_a_packaged_recipe_is_opened_by_its_name_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Recipe.load("laptop").name == "laptop"
+    with pytest.raises(FileNotFoundError, match=r"lapptop.*laptop"):
+        Recipe.load("lapptop")
+    (tmp_path / "laptop").write_text("name: own\n")
+    with pytest.raises(ValueError, match="laptop"):  # what is in the folder comes first
+        Recipe.load("laptop")
