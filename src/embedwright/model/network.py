@@ -147,7 +147,7 @@ class EmbedwrightModel(PreTrainedModel):
         tokens is the embedding before normalisation, so that whoever pools by attention_mask alone, as
         sentence-transformers does, is right. Tokens that are not pooled are zero in it; `tokens` gives them unscaled.
         Without a pool_mask every attended token is pooled, except BOS under the `offsets` rule. ValueError for a row
-        without a token to attend to or to pool.
+        without a token to attend to or to pool and, in evaluation without gradients, for one without a finite vector.
         """
         attended_NL = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         pool_NL = self._default_pool(input_ids, attended_NL) if pool_mask is None else pool_mask.bool() & attended_NL
@@ -159,6 +159,8 @@ class EmbedwrightModel(PreTrainedModel):
         padded_NLD = tokens_TD.new_zeros(*input_ids.shape, tokens_TD.shape[-1], dtype=torch.float32)
         padded_NLD[attended_NL] = tokens_TD * _counts_for(packed, self.pooling.kind)[:, None]
         embedding_NE = F.normalize(reduce(tokens_TD, packed, self.pooling.kind), dim=-1)
+        if not (self.training or torch.is_grad_enabled()):
+            _refuse_overflow(embedding_NE)
         return BaseModelOutputWithPooling(last_hidden_state=padded_NLD, pooler_output=embedding_NE)
 
     def _default_pool(self, input_ids: Tensor, attended_NL: Tensor) -> Tensor:
@@ -184,6 +186,13 @@ def check_fit(network: EmbedwrightModel, tokenizer: Any) -> None:
             "model go by the longest text of a batch, so that a text's vector would depend on others. Give "
             f"max_tokens={network.longest} or less"
         )
+
+
+def _refuse_overflow(embedding_NE: Tensor) -> None:
+    finite_N = embedding_NE.isfinite().all(1)
+    if not finite_N.all():
+        row = int(finite_N.logical_not().nonzero()[0])
+        raise InputError(f"row {row} has no finite vector: in float16 states overflow, load in float32 or bfloat16")
 
 
 def _refuse_empty_rows(attended_NL: Tensor, pool_NL: Tensor) -> None:
