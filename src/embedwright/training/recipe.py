@@ -109,11 +109,15 @@ class Recipe(Part):
 
     def decisive(self) -> dict[str, Any]:
         """The values that decide rows and loss: not how a step is fitted into memory and shared out, nor where the run
-        is kept, tracked, checkpointed or evaluated. These may change when a run goes on."""
-        content = self.model_dump(mode="json", exclude={"name": True, "eval": True, "provenance": True})
+        is kept, tracked, checkpointed or evaluated. These may change when a run goes on. Nor is it
+        decisive where data and model lie: a run knows them by their content."""
+        content = self.model_dump(mode="json", exclude={"name", "strict", "eval", "provenance"})
+        for key in ("base", "from"):
+            content["model"].pop(key, None)
         for stage in content["stages"]:
             for entry in stage["data"]:
-                del entry["rows"]
+                for key in ("path", "corpus", "rows"):
+                    del entry[key]
             if stage["mine"]:
                 del stage["mine"]["name"]
         content["run"] = {"precision": self.run.precision}

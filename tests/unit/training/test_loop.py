@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -509,6 +510,9 @@ def test_what_changes_no_row_may_change_when_a_run_goes_on(content: dict[str, An
     tree["run"] |= {"batch_tokens": 60, "workers": 0, "checkpoint_every": 1, "keep": 1, "tracker": "tensorboard"}
     tree["tune"]["gradient_checkpointing"] = True
     tree["eval"]["every"] = 2
+    [entry] = tree["stages"][0]["data"]  # and on another machine
+    tree["model"]["base"] = str(shutil.copytree(tree["model"]["base"], tmp_path / "base"))
+    entry["path"] = str(shutil.copy(expand(entry["path"]), tmp_path))
     assert len(losses(Recipe.parse(tree))) == 4  # from the step after its checkpoint
     after = metrics(tmp_path / "changed")
     assert [record["loss"] for record in after] == pytest.approx(plain, rel=1e-4)

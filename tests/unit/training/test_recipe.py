@@ -246,6 +246,10 @@ def test_the_hash_follows_all_that_decides_the_weights_and_nothing_else() -> Non
     may_change = {"tracker", "checkpoint_every", "keep", "batch_tokens", "workers", "parallel", "out"}
     assert same == {
         "name",
+        "model.base",
+        "stages.0.data.0.path",
+        "stages.0.data.1.path",
+        "stages.1.data.0.path",
         "tune.gradient_checkpointing",
         "eval.every",
         "eval.suites.0",
