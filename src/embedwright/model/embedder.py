@@ -22,6 +22,7 @@ from embedwright.model.adapter import add_lora, has_lora, merge_lora
 from embedwright.model.backbone import AttentionKind, decoder_config, load_backbone, origin_of, positions
 from embedwright.model.formats.base import resolve_base
 from embedwright.model.gpu_queue import ahead, queued
+from embedwright.model.host import loading
 from embedwright.model.modes import evaluating
 from embedwright.model.network import EmbedwrightConfig, EmbedwrightModel, check_fit
 from embedwright.model.pooling import FOLDED, FoldedLatent, Kind, LatentPooling, PoolingConfig
@@ -70,6 +71,7 @@ class Embedder:
     # -- made, loaded, saved
 
     @classmethod
+    @loading()
     def from_decoder(
         cls,
         base: str | Path,
@@ -119,12 +121,12 @@ class Embedder:
             backbone=backbone,
         )
         network.origin = origin_of(base, backbone, "decoder", revision)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            network.head.reset()
+        torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds GPUs too
+        network.head.reset()
         return cls(network, tokenizer)._ready(device, backend)
 
     @classmethod
+    @loading()
     def load(
         cls,
         path: str | Path,
@@ -185,6 +187,7 @@ class Embedder:
         """
         return bridges.push_to_hub(self.network, self.own_tokenizer, repo_id, private=private, token=token, card=card)
 
+    @loading()
     def add_lora(self, rank: int = 16, alpha: int = 32, dropout: float = 0.0) -> Embedder:
         """LoRA on every linear layer of the backbone, in place. Vectors stay as they are until it is trained.
 

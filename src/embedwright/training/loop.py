@@ -21,6 +21,7 @@ from embedwright.files import remove_leftovers, write_text
 from embedwright.model import fourbit, memory, probe
 from embedwright.model.card import facts, model_card
 from embedwright.model.embedder import Embedder
+from embedwright.model.host import own_random_numbers
 from embedwright.training import processes as many
 from embedwright.training.batch import make_batch
 from embedwright.training.blend import Source, rows_at
@@ -64,6 +65,7 @@ OnEvaluation = Callable[[str], None]
 _LOOK_EVERY = 10  # steps between two looks at what the pooling block does
 
 
+@own_random_numbers()
 def train(recipe: Recipe, *, on_step: OnStep | None = None, on_evaluation: OnEvaluation | None = None) -> Embedder:
     """Run every stage that is not done yet and return the embedder, adapters merged, in float32 (of qlora on the CPU).
 
