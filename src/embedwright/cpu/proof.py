@@ -87,7 +87,10 @@ def first_fault(blocks: Sequence[Block], network: EmbedwrightModel) -> str | Non
         module = network.get_submodule(block.name)
         kind = (type(block.module), *(p.shape for p in module.parameters()), *(p.dtype for p in module.parameters()))
         try:
-            fault = _forward_fault(block, module) or (_gradient_fault(block, module) if kind not in proven else None)
+            fault = _forward_fault(block, module)
+            # a model that is made in inference mode can never be trained
+            if fault is None and kind not in proven and not torch.is_inference_mode_enabled():
+                fault = _gradient_fault(block, module)
         except Exception as error:  # whatever a private operator of torch, or a kernel, does on this machine
             fault = f"fails: {type(error).__name__}: {error}"
         if fault is not None:
