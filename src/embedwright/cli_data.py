@@ -73,9 +73,15 @@ def mine(
     margin: Annotated[float | None, typer.Option(help="Default: 0.95 for perc, the paper's best for others.")] = None,
     negatives: Annotated[int, typer.Option(help="Per query.")] = 7,
     depth: Annotated[int, typer.Option(help="Candidates looked at per query.")] = 100,
-    task: Annotated[str, typer.Option(help="Instruction for the queries; default: the teacher's own.")] = "",
+    task: Annotated[
+        str, typer.Option(help="Instruction for all queries; default: of each row's task, else the teacher's own.")
+    ] = "",
     positives: Annotated[Positives, typer.Option(help="Which of several sets the threshold.")] = "lowest",
     sampled: Annotated[bool, typer.Option("--sampled", help="Draw by softmax over scores, not the best.")] = False,
+    sample_from: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --sampled: draw from the first so many that the rule lets pass [10]."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of all draws.")] = 0,
     ensemble: Annotated[Ensemble, typer.Option(help="How several teachers share the work.")] = "cross-sample",
     vectors: Annotated[
@@ -124,8 +130,10 @@ def mine(
         negatives=negatives,
         depth=depth,
         task=task,
+        tasks=table.tasks,
         positives=positives,
         sampled=sampled,
+        sample_from=sample_from,
         seed=seed,
         ensemble=ensemble,
         vectors=vectors,

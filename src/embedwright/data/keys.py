@@ -96,3 +96,9 @@ def jaccard(a: set[str], b: set[str]) -> float:
     """|a and b| / |a or b|; 0 if either set is empty."""
     shared = len(a & b)
     return shared / (len(a) + len(b) - shared) if shared else 0.0
+
+
+def are_near(a: set[str], b: set[str]) -> bool:
+    """Whether texts of these shingles are near-duplicates."""
+    few, many = (len(a), len(b)) if len(a) < len(b) else (len(b), len(a))
+    return few >= NEAR * many > 0 and jaccard(a, b) >= NEAR

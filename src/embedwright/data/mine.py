@@ -19,14 +19,26 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from embedwright.data.candidates import BEST_MARGIN, Barred, Positives, Rule, check_settings, drawn, eligible
+from embedwright.data.answers import Answers, marks_of, question_of, text_mark
+from embedwright.data.candidates import (
+    BEST_MARGIN,
+    Barred,
+    Positives,
+    Rule,
+    check_sampling,
+    check_settings,
+    drawn,
+    eligible,
+)
+from embedwright.data.catalog import find_task
 from embedwright.data.ensemble import ENSEMBLES, Ensemble, drawn_teacher, in_turn
-from embedwright.data.example import DataError, Example, Passage, text_of
-from embedwright.data.keys import NEAR, exact_key, jaccard, shingles, word_key
+from embedwright.data.example import DataError, Example, Passage, Task, text_of
+from embedwright.data.keys import are_near, shingles, word_key
 from embedwright.data.mining_report import Histogram, MiningReport
+from embedwright.data.pool import Pool, make_pool, positives_of
 from embedwright.data.teacher import Encoder, as_encoder, encode_finite
 from embedwright.data.topk import pair_scores, top_k
-from embedwright.data.vectors import Vectors, encode_texts
+from embedwright.data.vectors import Vectors
 from embedwright.errors import InputError
 
 __all__ = ["BEST_MARGIN", "Ensemble", "MiningReport", "Rule", "mine", "positives_of"]
@@ -34,6 +46,7 @@ __all__ = ["BEST_MARGIN", "Ensemble", "MiningReport", "Rule", "mine", "positives
 logger = logging.getLogger(__name__)
 
 _TILE = 2048  # queries encoded and searched at once
+SEARCHED_PER_SAMPLED = 10  # candidates looked at for each that may be drawn: the rule takes most away
 
 
 def mine(
@@ -46,18 +59,22 @@ def mine(
     negatives: int = 7,
     depth: int = 100,
     task: str | None = "",
+    tasks: Mapping[str, Task] | None = None,
     sampled: bool = False,
+    sample_from: int | None = None,
     seed: int = 0,
     ensemble: Ensemble = "cross-sample",
     positives: Positives = "lowest",
+    answers: Answers | None = None,
     vectors: Path | str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[Example], MiningReport]:
     """Fill each example up to `negatives` hard negatives from the exact top `depth` of `corpus` (id -> text).
 
-    `teacher` is anything `as_encoder` takes; a score is the inner product of two of its vectors. `task` is the
-    instruction for the queries, empty the teacher's own, None for queries that are read as documents are; documents get
-    none. Of a query's ranked candidates, its positives taken away,
+    `teacher` is anything `as_encoder` takes; a score is the inner product of two of its vectors. Queries get the
+    instruction of their row's task, where `tasks` (by name) or the catalogue has one, else the teacher's own; documents
+    get none. `task` is the instruction for all queries instead, None for queries that are read as documents are. Of a
+    query's ranked candidates, its answers taken away,
     - `naive` keeps all,
     - `shift` ignores the first `margin` (10),
     - `abs` keeps score <= `margin` (0.7),
@@ -70,22 +87,23 @@ def mine(
     has one positive per query, with its own threshold and negatives, and the id `<id>:p<number>`; the others are not
     its negatives either, but a trainer that mixes such examples in a batch no longer knows that.
 
-    Never a negative, under any rule: a document with the id or the text of a positive, or with the text of the query
-    (whitespace collapsed, case folded), or without text; nor a near-duplicate of a positive (Jaccard of word 3-shingles
-    of at least 0.8, as in `clean`; negatives that an example came with are not put to that test). Documents of the same
-    text count once. Equal scores rank in the order of the corpus.
+    Never a negative, under any rule: a document without text; one with the id or the exact key (`keys`) of an answer;
+    one with the exact key of the query; nor a near-duplicate of an answer, of the query, of a negative that the example
+    came with or of one taken before. The answers to a question are those of all its rows (`answers`; default: those of
+    `examples`), and ids are compared within a task only. Equal scores rank in the order of the corpus.
 
-    The best are taken, in rank order. `sampled` draws them instead, by softmax over the eligible scores without
-    replacement, seeded per example id; they stay in the order drawn, so that a trainer which uses the first few has a
-    fair draw too. (The paper draws from the top 10 and finds that more hurts: `depth`.)
+    The best are taken, in rank order. `sampled` draws them instead, by softmax over the scores without replacement,
+    seeded per example id, from the first `sample_from` candidates that may be negatives (10, from which the paper draws
+    and finds that more hurts; `negatives` where that is more). At least ten times as many are looked at, whatever
+    `depth`. They stay in the order drawn, so that a trainer which uses the first few has a fair draw too.
 
     Of a list of teachers, by `ensemble`: `cross-sample` draws one per example, seeded by its id; `intra-sample` has
     each rank for every query, by its own threshold, and takes the best of each in turn, no text twice;
     `intra-sample-duplicates` takes a text as often as teachers propose it.
 
-    Negatives that an example came with stay in front; those that repeat a positive or the query are removed. Returned
-    in the order given, with the teacher's `positive_scores` and `negative_scores`; without them where several ranked
-    for one query. `progress(done, total)` counts encoded texts.
+    Negatives that an example came with stay in front; those that are equal to an answer or to the query are removed.
+    Returned in the order given, with the teacher's `positive_scores` and `negative_scores`; without them where several
+    ranked for one query. `progress(done, total)` counts encoded texts.
 
     Memory: the examples, for each document its id and 9 bytes, and per teacher the vectors of corpus and positives;
     with `vectors`, a folder, those are kept there (`encode_texts`) and memory holds a few blocks of them. A run that
@@ -97,6 +115,7 @@ def mine(
     """
     started = time.perf_counter()
     margin = check_settings(rule, margin, negatives, depth)
+    sample_from = check_sampling(sampled, sample_from, negatives)
     teachers = [as_encoder(one) for one in (teacher if isinstance(teacher, list | tuple) else [teacher])]
     if not teachers:
         raise InputError("no teacher")
@@ -104,8 +123,10 @@ def mine(
         raise InputError(f"ensemble must be one of {', '.join(ENSEMBLES)}, not {ensemble!r}")
     if positives not in ("lowest", "each"):
         raise InputError(f"positives must be lowest or each, not {positives!r}")
-    asked = [one for example in examples for one in _ask(example, positives)]
-    pool = _make_pool(corpus, [one.example for one in asked])
+    rows = list(map(_checked, examples))
+    answers, instructions = answers or Answers(rows), _instructions(rows, task, tasks or {})
+    asked = [one for row in rows for one in _ask(row, answers.of(row), positives, instructions[row.task])]
+    pool = make_pool(corpus, [one.example for one in asked], (p for one in asked for p in one.answers))
     if not pool.ids:
         raise DataError("the corpus holds no text: nothing to mine from")
     crossed = len(teachers) > 1 and ensemble == "cross-sample"
@@ -120,7 +141,8 @@ def mine(
 
     folder = None if vectors is None else Path(vectors)
     sides = [_Side(encoder, *pool.encoded(encoder, folder, advance)) for encoder in teachers]
-    run = _Run(pool, sides, rule, margin, negatives, depth, task, sampled, seed, ensemble, advance)
+    searched = max(depth, SEARCHED_PER_SAMPLED * sample_from) if sampled else depth
+    run = _Run(pool, sides, rule, margin, negatives, searched, sample_from, seed, ensemble, advance)
     mined = [example for start in range(0, len(asked), _TILE) for example in run.fill(asked[start : start + _TILE])]
 
     report = MiningReport(
@@ -138,110 +160,46 @@ def mine(
     return mined, report
 
 
-def positives_of(examples: Iterable[Example]) -> dict[str, str]:
-    """The examples' own positives as a corpus: document id (a number where it has none) -> text, each text once."""
-    passages = {passage.text: passage.id for example in examples for passage in example.positives}
-    return {id or f"p{number}": text for number, (text, id) in enumerate(passages.items())}
-
-
 # ---- what is asked
 
 
 class _Asked(NamedTuple):
-    """An example to fill, without the negatives that are answers, and all positives of its query."""
+    """An example to fill, without the negatives that are answers, and all answers to its question."""
 
     example: Example
     answers: tuple[Passage, ...]
     removed: int  # of its negatives
+    instruction: str | None
 
 
-def _ask(example: Example, positives: Positives) -> Iterator[_Asked]:
+def _checked(example: Example) -> Example:
     """Raises DataError where query or positives are missing."""
     text_of(example.query, f"example {example.id!r}: query")
-    answers = example.positives
-    if not answers:
+    if not example.positives:
         raise DataError(f"example {example.id!r}: no positive, so that its answers cannot be told from negatives")
+    return example
+
+
+def _ask(
+    example: Example, answers: tuple[Passage, ...], positives: Positives, instruction: str | None
+) -> Iterator[_Asked]:
     left = example.negatives
     if left:
-        ids = {p.id for p in answers if p.id is not None}
-        keys = {_key(text) for text in (example.query, *(p.text for p in answers))}
-        left = tuple(p for p in left if p.id not in ids and _key(p.text) not in keys)
+        barred = marks_of(example.task, answers) | {text_mark(example.query)}
+        left = tuple(p for p in left if barred.isdisjoint(marks_of(example.task, [p])))
     removed = len(example.negatives) - len(left)
-    if positives == "lowest" or len(answers) == 1:
-        yield _Asked(replace(example, negatives=left) if removed else example, answers, removed)
+    if positives == "lowest" or len(example.positives) == 1:
+        yield _Asked(replace(example, negatives=left) if removed else example, answers, removed, instruction)
         return
-    for number, positive in enumerate(answers):
+    for number, positive in enumerate(example.positives):
         own = replace(example, id=f"{example.id}:p{number}", positives=(positive,), negatives=left)
-        yield _Asked(own, answers, removed if number == 0 else 0)
+        yield _Asked(own, answers, removed if number == 0 else 0, instruction)
 
 
-# ---- all texts
-
-
-@dataclass(frozen=True, slots=True)
-class _Pool:
-    """All texts to be encoded: the documents of the corpus, then, each once, the passages that it lacks."""
-
-    corpus: Mapping[str, str]
-    ids: list[str]  # (C) of the documents that have text
-    lacking: list[str]  # (P - C)
-    keys: NDArray[np.int64]  # (P), of the rows that are `known`
-    known: NDArray[np.bool_]  # (P)
-    row_of_id: dict[str, int]  # of the documents that the examples name
-    row_of_text: dict[str, int]  # of the passages of the examples
-
-    def text(self, row: int) -> str:
-        return self.corpus[self.ids[row]] if row < len(self.ids) else self.lacking[row - len(self.ids)]
-
-    def keys_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The `_key` of each row, made when it is first asked for: of a large corpus most are no one's candidates."""
-        asked = np.unique(rows[~self.known[rows]])
-        self.known[asked] = True
-        self.keys[asked] = np.fromiter((_key(self.text(row)) for row in asked.tolist()), np.int64, len(asked))
-        return self.keys[rows]
-
-    def rows_with_id(self, passages: Iterable[Passage]) -> list[int]:
-        return [self.row_of_id[p.id] for p in passages if p.id in self.row_of_id]
-
-    def rows_of_texts(self, passages: Iterable[Passage]) -> list[int]:
-        return [self.row_of_text[p.text] for p in passages]
-
-    def encoded(self, encoder: Encoder, folder: Path | None, advance: Callable[[int], None]) -> tuple[Vectors, Vectors]:
-        """The vectors of the corpus, and of all rows."""
-        documents = encode_texts(
-            encoder, lambda: _with_text(self.corpus.values()), len(self.ids), folder=folder, advance=advance
-        )
-        lacking = encode_texts(encoder, lambda: self.lacking, len(self.lacking), folder=folder, advance=advance)
-        return documents, documents + lacking
-
-
-def _make_pool(corpus: Mapping[str, str], examples: Sequence[Example]) -> _Pool:
-    passages = [p for example in examples for p in (*example.positives, *example.negatives)]
-    wanted_ids, row_of_text = {p.id for p in passages}, dict.fromkeys((p.text for p in passages), -1)
-    ids: list[str] = []
-    row_of_id: dict[str, int] = {}
-    for id_, text in corpus.items():
-        if not text or text.isspace():
-            continue
-        if row_of_text.get(text) == -1:
-            row_of_text[text] = len(ids)
-        if id_ in wanted_ids:
-            row_of_id[id_] = len(ids)
-        ids.append(id_)
-    lacking = [text for text, row in row_of_text.items() if row == -1]
-    row_of_text.update(zip(lacking, range(len(ids), len(ids) + len(lacking)), strict=True))
-    rows = len(ids) + len(lacking)
-    return _Pool(corpus, ids, lacking, np.empty(rows, np.int64), np.zeros(rows, bool), row_of_id, row_of_text)
-
-
-def _with_text(texts: Iterable[str]) -> Iterator[str]:
-    return (text for text in texts if text and not text.isspace())
-
-
-def _key(text: str) -> int:
-    """Equal for texts of one exact key. Others share one of the 2^64 keys with a chance of 3e-8 in a corpus of a
-    million, and one of the two is then no negative."""
-    return hash(exact_key(text))
+def _instructions(rows: Iterable[Example], task: str | None, tasks: Mapping[str, Task]) -> dict[str, str | None]:
+    """Of each task that rows name: `task` for all, or else its own, which is empty where it is not known."""
+    own = {name: tasks.get(name) or find_task(name) for name in {row.task for row in rows}}
+    return {name: task if task != "" else known.instruction if known else "" for name, known in own.items()}
 
 
 # ---- the work
@@ -255,35 +213,47 @@ class _Side(NamedTuple):
     all: Vectors
 
 
-class _Proposed(NamedTuple):
-    """What one teacher proposes for one query, in the order to take it, and its scores of the passages there are."""
+_Ranked = tuple[int, float]  # a row of the pool and its score
 
-    rows: list[int]
-    scores: list[float]
+
+class _Proposed(NamedTuple):
+    """What one teacher proposes for one query, in the order to take it, what it passed over as a near copy, and its
+    scores of the passages there are."""
+
+    ranked: list[_Ranked]
+    passed: set[int]
     positive_scores: tuple[float, ...]
     given_scores: tuple[float, ...]
+
+
+class _Answered(NamedTuple):
+    """The question and its answers, word key -> shingles, and which rows of the pool nearly repeat one of them."""
+
+    words: dict[str, set[str]]
+    near: dict[int, bool]
 
 
 @dataclass(slots=True)
 class _Run:
     """The settings of `mine`, and what it counts."""
 
-    pool: _Pool
+    pool: Pool
     sides: list[_Side]
     rule: Rule
     margin: float | None
     negatives: int
     depth: int
-    task: str | None
-    sampled: bool
+    sample_from: int  # 0: the best are taken
     seed: int
     ensemble: Ensemble
     advance: Callable[[int], None]
     count: Counter[str] = field(default_factory=Counter)
     histogram: Histogram = field(default_factory=Histogram)
+    copies: dict[int, _Answered] = field(default_factory=dict)  # of the questions of a tile
 
     def fill(self, asked: Sequence[_Asked]) -> Iterator[Example]:
         """The examples with their negatives."""
+        self.copies.clear()
         proposed: list[list[_Proposed]] = [[] for _ in asked]
         for number in range(len(self.sides)):
             some = [q for q, one in enumerate(asked) if self._is_asked(number, one.example.id)]
@@ -291,9 +261,9 @@ class _Run:
                 proposed[q].append(proposal)
         taken: list[float] = []
         short = 0
-        for (example, answers, _), lists in zip(asked, proposed, strict=True):
-            pairs = self._take(example, answers, lists)
-            found = [Passage(self.pool.text(row), self.pool.ids[row]) for row, _ in pairs]
+        for one, lists in zip(asked, proposed, strict=True):
+            example, pairs = one.example, self._take(one, lists)
+            found = [self.pool.passage(example.task, row) for row, _ in pairs]
             scores = [score for _, score in pairs]
             known = lists[0] if len(lists) == 1 else None
             filled = replace(
@@ -319,22 +289,20 @@ class _Run:
         if not asked:
             return
         side, pool = self.sides[number], self.pool
-        queries_QE = encode_finite(side.encoder, [one.example.query for one in asked], self.task)
+        queries_QE = _encoded(side.encoder, asked)
         self.advance(len(asked))
         scores_QK, rows_QK = top_k(queries_QE, side.documents, self.depth)
         positive_rows = [pool.rows_of_texts(one.example.positives) for one in asked]
         given_rows = [pool.rows_of_texts(one.example.negatives) for one in asked]
-        answer_rows = [pool.rows_of_texts(one.answers) for one in asked]
         positive_scores, given_scores = (_scores(queries_QE, side.all, rows) for rows in (positive_rows, given_rows))
-        answer_keys, given_keys = (_split(pool.keys_of(_joined(rows)), rows) for rows in (answer_rows, given_rows))
         barred = [
             Barred(
-                pool.rows_with_id(one.answers),
-                [_key(one.example.query), *answers],
-                pool.rows_with_id(one.example.negatives),
-                given,
+                pool.rows_with_id(one.example.task, one.answers),
+                [text_mark(text) for text in (one.example.query, *(p.text for p in one.answers))],
+                pool.rows_with_id(one.example.task, one.example.negatives),
+                [text_mark(p.text) for p in one.example.negatives],
             )
-            for one, answers, given in zip(asked, answer_keys, given_keys, strict=True)
+            for one in asked
         ]
         lowest_Q = np.array([min(scores) for scores in positive_scores], dtype=np.float32)
         masks = eligible(rows_QK, pool.keys_of(rows_QK), scores_QK, lowest_Q, barred, self.rule, self.margin)
@@ -343,42 +311,86 @@ class _Run:
         self.histogram.add("positives", _joined(positive_scores, np.float32))
         self.histogram.add("removed_by_rule", scores_QK[masks.by_rule])
         for q, one in enumerate(asked):
-            rows, scores = rows_QK[q, masks.eligible[q]], scores_QK[q, masks.eligible[q]]
-            if self.sampled:
-                order = drawn(scores.astype(np.float64), self.seed, one.example.id, number)
-                rows, scores = rows[order], scores[order]
-            yield _Proposed(rows.tolist(), scores.tolist(), tuple(positive_scores[q]), tuple(given_scores[q]))
+            rows, scores = rows_QK[q, masks.eligible[q]].tolist(), scores_QK[q, masks.eligible[q]].tolist()
+            ranked = list(zip(rows, scores, strict=True))
+            passed: set[int] = set()
+            if self.sample_from:
+                first = list(islice(self._distinct(one, ranked, passed), self.sample_from))
+                order = drawn(np.array([score for _, score in first]), self.seed, one.example.id, number)
+                ranked = [first[place] for place in order]
+            yield _Proposed(ranked, passed, tuple(positive_scores[q]), tuple(given_scores[q]))
 
-    def _take(
-        self, example: Example, answers: Sequence[Passage], proposed: Sequence[_Proposed]
-    ) -> list[tuple[int, float]]:
+    def _distinct(self, one: _Asked, ranked: Iterable[_Ranked], passed: set[int]) -> Iterator[_Ranked]:
+        """Those of the ranked rows that nearly repeat nothing of the question, and none before them; `passed` gets the
+        others."""
+        answered, before = self._answered(one), self._given(one)
+        for row, score in ranked:
+            own = self._words(row)
+            if row not in answered.near:
+                answered.near[row] = _repeats(own, answered.words)
+            if answered.near[row] or _repeats(own, before):
+                passed.add(row)
+                continue
+            before[own[0]] = own[1]
+            yield row, score
+
+    def _take(self, one: _Asked, proposed: Sequence[_Proposed]) -> list[_Ranked]:
         """Row and score of the negatives to add, the best of each teacher in turn."""
-        missing = self.negatives - len(example.negatives)
+        missing = self.negatives - len(one.example.negatives)
         if missing <= 0:
             return []
-        words = [word_key(passage.text) for passage in answers]
-        answered = list(map(shingles, words))
-        near: dict[int, bool] = {}
-
-        def is_near(row: int) -> bool:
-            if row not in near:
-                key = word_key(self.pool.text(row))
-                own = shingles(key)
-                near[row] = key in words or any(jaccard(own, answer) >= NEAR for answer in answered)
-            return near[row]
-
-        lists = [zip(each.rows, each.scores, strict=True) for each in proposed]
-        taken: list[tuple[int, float]] = []
+        passed = set().union(*(each.passed for each in proposed))
+        taken: list[_Ranked] = []
+        before: dict[str, set[str]] = {}
         keys: set[int] = set()
-        for row, score in in_turn([((row, score) for row, score in pairs if not is_near(row)) for pairs in lists]):
+        for row, score in in_turn([self._distinct(one, each.ranked, passed) for each in proposed]):
             key = int(self.pool.keys[row])
-            if key not in keys or self.ensemble != "intra-sample":
+            if key in keys:
+                if self.ensemble != "intra-sample-duplicates":
+                    continue
+            elif _repeats(own := self._words(row), before):  # what another teacher proposed
+                passed.add(row)
+                continue
+            else:
                 keys.add(key)
-                taken.append((row, score))
+                before[own[0]] = own[1]
+            taken.append((row, score))
             if len(taken) == missing:
                 break
-        self.count["removed_near_duplicate"] += sum(near.values())
+        self.count["removed_near_duplicate"] += len(passed)
         return taken
+
+    def _answered(self, one: _Asked) -> _Answered:
+        question = question_of(one.example.task, one.example.query)
+        if question not in self.copies:
+            texts = (one.example.query, *(p.text for p in one.answers))
+            self.copies[question] = _Answered({key: shingles(key) for key in map(word_key, texts)}, {})
+        return self.copies[question]
+
+    def _given(self, one: _Asked) -> dict[str, set[str]]:
+        return {key: shingles(key) for key in (word_key(p.text) for p in one.example.negatives)}
+
+    def _words(self, row: int) -> tuple[str, set[str]]:
+        key = word_key(self.pool.text(row))
+        return key, shingles(key)
+
+
+def _repeats(own: tuple[str, set[str]], others: Mapping[str, set[str]]) -> bool:
+    return own[0] in others or any(are_near(own[1], other) for other in others.values())
+
+
+def _encoded(encoder: Encoder, asked: Sequence[_Asked]) -> NDArray[np.float32]:
+    """The queries, each under its instruction."""
+    by_instruction: dict[str | None, list[int]] = {}
+    for q, one in enumerate(asked):
+        by_instruction.setdefault(one.instruction, []).append(q)
+    parts = [
+        encode_finite(encoder, [asked[q].example.query for q in some], instruction)
+        for instruction, some in by_instruction.items()
+    ]
+    order = np.argsort(_joined(list(by_instruction.values())))
+    vectors_QE: NDArray[np.float32] = np.concatenate(parts)[order] if len(parts) > 1 else parts[0]
+    return vectors_QE
 
 
 def _scores(queries_QE: NDArray[np.float32], vectors: Vectors, rows: Sequence[list[int]]) -> list[list[float]]:

@@ -102,6 +102,12 @@ class ExampleTable:
         for i in range(self._stream.num_record_batches):
             yield from map(_example, self._stream.get_batch(i).to_pylist())
 
+    def without_negatives(self) -> Iterator[Example]:
+        """The examples with their id, task, query and positives alone; the other columns are not read."""
+        for i in range(self._stream.num_record_batches):
+            batch = self._stream.get_batch(i).select(["id", "task", "query", "positives"])
+            yield from (_example(row | {"negatives": ()}) for row in batch.to_pylist())
+
     def rows_by_task(self) -> dict[str, NDArray[np.int64]]:
         """Task name -> its row numbers, ascending; tasks in the order of their first row."""
         batches = (self._reader.get_batch(i) for i in range(self._reader.num_record_batches))
@@ -399,5 +405,5 @@ def _example(row: Mapping[str, Any]) -> Example:
     for key in ("positives", "negatives"):
         values[key] = tuple(Passage(**passage) for passage in values[key])
     for key in ("positive_scores", "negative_scores"):
-        values[key] = None if values[key] is None else tuple(values[key])
+        values[key] = None if values.get(key) is None else tuple(values[key])
     return Example(**values)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -35,6 +35,17 @@ class Source:
     def row(self, number: int) -> Row:
         example = self.table[int(self.rows[number])]
         return Row(example, self.tasks.get(example.task, self.task))
+
+
+class Rows:
+    """All rows of these sources' tables, as often as they are read, without their negatives; each table once."""
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self._tables = list({source.table.fingerprint: source.table for source in sources}.values())
+
+    def __iter__(self) -> Iterator[Example]:
+        for table in self._tables:
+            yield from table.without_negatives()
 
 
 def share(weight: float, rows: int, alpha: float, of: int | None = None) -> float:

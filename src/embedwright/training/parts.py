@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from embedwright.data.candidates import Rule, check_settings
+from embedwright.data.candidates import Rule, check_sampling, check_settings
 from embedwright.data.example import InBatch, Task
 from embedwright.errors import InputError
 
@@ -195,6 +195,7 @@ class MinePart(Part):
     """Hard negatives mined anew for a stage: before its first step, and again after `every` so many of its steps.
 
     `teacher`: `previous` is the model as it then is; else a packaged name, folder or hub id. The rest as `mine` has it.
+    `every` is for `previous` alone: another teacher would find the same again.
     """
 
     name: Text = "mine"
@@ -204,11 +205,18 @@ class MinePart(Part):
     negatives: Positive = 7
     depth: Positive = 100
     sampled: Flag = False
+    sample_from: Positive | None = None
     every: Positive | None = None
 
     @model_validator(mode="after")
     def _settings_fit(self) -> MinePart:
         check_settings(self.rule, self.margin, self.negatives, self.depth)
+        check_sampling(self.sampled, self.sample_from, self.negatives)
+        if self.every is not None and self.teacher != PREVIOUS:
+            raise InputError(
+                f"every: {self.teacher} does not change in the run and would mine the same again: "
+                f"leave every out, or mine with teacher: {PREVIOUS}"
+            )
         return self
 
 

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from embedwright.config import ConfigError
+from embedwright.data.answers import Answers
 from embedwright.data.mine import mine, positives_of
 from embedwright.data.readers import beir_files, read_corpus
 from embedwright.data.table import open_examples, write_examples
@@ -25,7 +26,7 @@ from embedwright.data.teacher import Encoder, as_encoder
 from embedwright.files import whole_folder, write_json
 from embedwright.model.embedder import Embedder
 from embedwright.model.opening import open_encoder
-from embedwright.training.blend import Source
+from embedwright.training.blend import Rows, Source
 from embedwright.training.checkpoint import RunState
 from embedwright.training.parts import PREVIOUS, StagePart
 from embedwright.training.processes import Processes
@@ -75,9 +76,10 @@ def refreshed(
         if processes.first:
             shutil.rmtree(folder, ignore_errors=True)  # of another run
         with whole_folder(folder) if processes.first else nullcontext(folder) as temp:
+            answers = Answers(Rows(sources))
             for number in mined:
                 shared, out = Shared(teacher, processes), temp / f"{number:02d}"
-                _mine(recipe, stage, sources[number], shared, out, processes, say)
+                _mine(recipe, stage, sources[number], answers, shared, out, processes, say)
             if processes.first:
                 write_json(temp / _WHOLE, run)
         processes.wait()
@@ -94,6 +96,7 @@ def _mine(
     recipe: Recipe,
     stage: StagePart,
     source: Source,
+    answers: Answers,
     teacher: Encoder,
     out: Path,
     processes: Processes,
@@ -113,6 +116,8 @@ def _mine(
         depth=asked.depth,
         task=source.task.instruction,
         sampled=asked.sampled,
+        sample_from=asked.sample_from,
+        answers=answers,
         seed=recipe.seed,
     )
     if processes.first:

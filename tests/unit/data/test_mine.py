@@ -5,6 +5,7 @@ import logging
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ import numpy as np
 import pytest
 
 from embedwright.data.ensemble import ENSEMBLES, Ensemble, drawn_teacher
-from embedwright.data.example import DataError, Example, Passage
-from embedwright.data.mine import BEST_MARGIN, Rule, mine
+from embedwright.data.example import DataError, Example, Passage, Task
+from embedwright.data.mine import BEST_MARGIN, Rule, mine, positives_of
 from embedwright.data.mining_report import KINDS
 from embedwright.model.embedder import Embedder
 
@@ -67,14 +68,22 @@ def ranked(
     passed = [id_ for rank, id_ in enumerate(others) if keep(rank, score[id_])]
     first = {same(corpus[id_]): id_ for id_ in reversed(passed)}
     passed = [id_ for id_ in passed if first[same(corpus[id_])] == id_]
+    near, eligible = [words(t) for t in (row.query, *(p.text for p in row.positives))], []
+    for id_ in passed:
+        if words(corpus[id_]) not in near:
+            near.append(words(corpus[id_]))
+            eligible.append(id_)
     if number is not None:
-        noise = np.random.default_rng([3, zlib.crc32(row.id.encode()), number]).gumbel(size=len(passed))
-        drawn = {id_: score[id_] + n for id_, n in zip(passed, noise, strict=True)}
-        passed.sort(key=lambda id_: -drawn[id_])
-    near = [
-        set(re.findall(r"\w+", p.text)) for p in row.positives
-    ]  # texts of two words: near means equal but for signs
-    return [id_ for id_ in passed if set(re.findall(r"\w+", corpus[id_])) not in near]
+        eligible = eligible[:10]
+        noise = np.random.default_rng([3, zlib.crc32(row.id.encode()), number]).gumbel(size=len(eligible))
+        drawn = {id_: score[id_] + n for id_, n in zip(eligible, noise, strict=True)}
+        eligible.sort(key=lambda id_: -drawn[id_])
+    return eligible
+
+
+def words(text: str) -> set[str]:
+    """Of texts of two words: near means equal but for signs."""
+    return set(re.findall(r"\w+", text.casefold()))
 
 
 def same(text: str) -> str:
@@ -114,11 +123,12 @@ def test_equals_brute_force(rule: Rule, margin: float | None, sampled: bool) -> 
     settings: dict[str, Any] = {"rule": rule, "margin": margin, "depth": 30, "negatives": 6, "sampled": sampled}
     mined, report = mine(rows, corpus, Lookup(vectors), seed=3, **settings)
     margin = BEST_MARGIN[rule] if margin is None else margin
-    expected = [ranked(row, corpus, vectors, rule, margin, 30, 0 if sampled else None)[:6] for row in rows]
+    depth = 100 if sampled else 30
+    expected = [ranked(row, corpus, vectors, rule, margin, depth, 0 if sampled else None)[:6] for row in rows]
     assert [[p.id for p in row.negatives] for row in mined] == expected
     assert report.negatives == sum(map(len, expected)) > 0
     assert report.queries_short == sum(len(ids) < 6 for ids in expected)
-    assert report.candidates == 40 * 30 and (rule != "naive" or report.removed_near_duplicate > 0)
+    assert report.candidates == 40 * depth and (rule != "naive" or report.removed_near_duplicate > 0)
     for row in mined:
         query = vectors[row.query]
         assert row.positive_scores == tuple(float(query @ vectors[p.text]) for p in row.positives)
@@ -132,23 +142,26 @@ def test_an_ensemble_equals_brute_force(ensemble: Ensemble, rule: Rule, margin: 
     corpus, rows, teachers = whole_numbers()
     settings: dict[str, Any] = {"rule": rule, "margin": margin, "depth": 30, "negatives": 6, "sampled": sampled}
     mined, report = mine(rows, corpus, list(map(Lookup, teachers)), seed=3, ensemble=ensemble, **settings)
-    expected = []
+    expected, depth = [], 100 if sampled else 30
     for row in rows:
         lists = [
-            ranked(row, corpus, vectors, rule, margin, 30, number if sampled else None)
+            ranked(row, corpus, vectors, rule, margin, depth, number if sampled else None)
             for number, vectors in enumerate(teachers)
         ]
         if ensemble == "cross-sample":
             expected.append(lists[drawn_teacher(row.id, 3, seed=3)][:6])
             continue
         turns = [id_ for rank in zip_longest(*lists) for id_ in rank if id_ is not None]
-        if ensemble == "intra-sample":
-            first = {same(corpus[id_]): id_ for id_ in reversed(turns)}
-            turns = [id_ for i, id_ in enumerate(turns) if first[same(corpus[id_])] == id_ and id_ not in turns[:i]]
-        expected.append(turns[:6])
+        kept: list[str] = []
+        for id_ in turns:
+            again = any(same(corpus[id_]) == same(corpus[k]) for k in kept)
+            near = any(words(corpus[id_]) == words(corpus[k]) for k in kept)
+            if not near or (again and ensemble == "intra-sample-duplicates"):
+                kept.append(id_)
+        expected.append(kept[:6])
     assert [[p.id for p in row.negatives] for row in mined] == expected
     crossed = ensemble == "cross-sample"
-    assert report.candidates == 40 * 30 * (1 if crossed else 3) and report.negatives == sum(map(len, expected))
+    assert report.candidates == 40 * depth * (1 if crossed else 3) and report.negatives == sum(map(len, expected))
     assert (report.teachers, report.ensemble) == (3, ensemble)
     for row in mined:
         query = teachers[drawn_teacher(row.id, 3, seed=3)]
@@ -225,7 +238,8 @@ def test_sampling_is_seeded_by_example_and_follows_the_scores() -> None:
 
     def draw(rows: Sequence[Example], seed: int = 0) -> list[list[str]]:
         teacher = on_a_line(texts | {"p": 9.0})
-        return negative_texts(mine(rows, corpus, teacher, rule="naive", sampled=True, negatives=2, seed=seed)[0])
+        settings: dict[str, Any] = {"rule": "naive", "sampled": True, "sample_from": 20, "negatives": 2, "seed": seed}
+        return negative_texts(mine(rows, corpus, teacher, **settings)[0])
 
     drawn = draw(rows)
     assert draw(rows[::-1]) == drawn[::-1] and draw(rows, seed=1) != drawn
@@ -247,9 +261,9 @@ def test_each_positive_may_set_its_own_threshold() -> None:
     assert negative_texts(mined) == [
         ["old", "near", "hard", "easy"],
         ["old", "hard", "easy"],
-        ["fair", "near", "hard", "easy"],
+        ["near", "hard", "easy"],  # the other row has the same question
     ]
-    assert (report.queries, report.removed_given, report.removed_same_text) == (3, 1, 2 + 2 + 1)
+    assert (report.queries, report.removed_given, report.removed_same_text) == (3, 1, 2 + 2 + 2)
 
 
 def test_no_positive_of_a_query_is_a_negative_of_another() -> None:
@@ -291,6 +305,142 @@ def test_the_report_has_the_scores() -> None:
     }
     assert bins == {"positives": [0.72], "removed_by_rule": [0.71], "negatives": [0.12, 0.13]}
     assert json.loads(json.dumps(report.to_json()))["scores"] == scores and "scores" not in report.counts()
+
+
+# ---- answers of all rows
+
+
+def rows_of(*pairs: tuple[str, str], task: str = "t") -> list[Example]:
+    return [
+        Example(f"e{i}", task, query, tuple(Passage(*p.split("@")) for p in positive.split("|")))
+        for i, (query, positive) in enumerate(pairs)
+    ]
+
+
+def mined_texts(rows: Sequence[Example], corpus: Mapping[str, str] | None = None, **settings: Any) -> list[set[str]]:
+    """All that naive mining finds, by a teacher to whom all texts are alike."""
+    corpus = positives_of(rows) if corpus is None else corpus
+    texts = {
+        *corpus.values(),
+        *(row.query for row in rows),
+        *(p.text for r in rows for p in (*r.positives, *r.negatives)),
+    }
+    teacher = Lookup(dict.fromkeys(texts, (1.0,)))
+    mined, _ = mine(rows, corpus, teacher, rule="naive", negatives=90, **settings)
+    return [{p.text for p in row.negatives} for row in mined]
+
+
+def test_an_answer_in_another_row_of_the_question_is_never_a_negative() -> None:
+    rows = rows_of(
+        ("Why tides?", "moon"), ("why  TIDES?", "sun"), ("what barks?", "dog"), ("Why\u200b tides?", "earth")
+    )
+    assert mined_texts(rows) == [{"dog"}, {"dog"}, {"moon", "sun", "earth"}, {"dog"}]
+    other = [rows[0], replace(rows[1], task="another")]
+    assert mined_texts(other) == [{"sun"}, {"moon"}]  # another task asks something else of the same text
+
+
+def test_a_judged_pair_counts_in_both_directions() -> None:
+    rows = rows_of(("how to boil eggs", "boiling an egg"), ("Boiling an EGG", "eggs in hot water"), ("cats", "felines"))
+    corpus = {"1": "How to boil eggs", "2": "eggs in hot water", "3": "felines", "4": "boiling an egg"}
+    assert mined_texts(rows, corpus) == [
+        {"eggs in hot water", "felines"},
+        {"felines"},
+        set(corpus.values()) - {"felines"},
+    ]
+
+
+def test_given_negatives_that_answer_the_question_elsewhere_go() -> None:
+    rows = rows_of(("q", "moon@1"), ("q", "sun@2"))
+    rows[0] = replace(rows[0], negatives=(Passage("Sun"), Passage("other words", "2"), Passage("dog")))
+    assert mined_texts(rows) == [{"dog"}, set()]
+
+
+@pytest.mark.parametrize(
+    ("query", "copies"),
+    [
+        ("how do tides work?", ["How do tides work", "how do tides, work!"]),
+        (LONG + "?", [LONG.upper(), LONG + " indeed", f"({LONG})"]),
+    ],
+)
+def test_no_negative_is_nearly_the_query_or_another_negative(query: str, copies: list[str]) -> None:
+    rows = rows_of((query, "an answer"))
+    assert mined_texts(rows, dict(enumerate([*copies, "boats"]))) == [{"boats"}]  # type: ignore[arg-type]
+    for settings in ({}, {"sampled": True, "sample_from": 90}):
+        found = mined_texts(rows_of(("q", "an answer")), dict(enumerate([*copies, "boats"])), **settings)  # type: ignore[arg-type]
+        assert len(found[0]) == 2 and "boats" in found[0]
+    given = [replace(rows_of(("q", "an answer"))[0], negatives=(Passage(copies[0]),))]
+    assert mined_texts(given, dict(enumerate([*copies, "boats"]))) == [{copies[0], "boats"}]  # type: ignore[arg-type]
+
+
+# ---- document ids
+
+
+def test_ids_mean_something_within_a_task_alone() -> None:
+    rows = [*rows_of(("qa", "text of a@42"), task="a"), *rows_of(("qb", "text of b@42"), task="b")]
+    corpus = positives_of(rows)
+    assert sorted(corpus.values()) == ["text of a", "text of b"]
+    assert mined_texts(rows) == [{"text of b"}, {"text of a"}]
+    mined, _ = mine(rows, corpus, Lookup(dict.fromkeys(["qa", "qb", *corpus.values()], (1.0,))), rule="naive")
+    assert all(p.id != "42" for row in mined for p in row.negatives)  # in its task that is the positive
+    as_given = {"42": "text of a", "7": "else"}
+    assert mined_texts(rows, as_given) == [{"else"}, {"text of a", "else"}]
+
+
+def test_no_document_is_lost_where_several_have_one_id() -> None:
+    chunks = rows_of(*((f"q{i}", f"chunk {i}@doc{i % 4}") for i in range(40)), ("q", "no id"), ("r", "taken@p40"))
+    corpus = positives_of(chunks)
+    assert len(corpus) == 42 and set(corpus.values()) == {p.text for row in chunks for p in row.positives}
+    assert {"doc0", "doc0#2", "doc3#10", "p40"} <= corpus.keys()
+    found = mined_texts(chunks)
+    assert found[0] == set(corpus.values()) - {f"chunk {i}" for i in range(0, 40, 4)}  # a document is never both
+    mined, _ = mine(
+        chunks[-1:], corpus, Lookup(dict.fromkeys(["r", *corpus.values()], (1.0,))), rule="naive", negatives=90
+    )
+    assert sum(p.id == "doc0" for p in mined[0].negatives) == 10  # as its rows know it
+
+
+# ---- how many are drawn from, and under which instruction
+
+
+def test_sampling_draws_from_so_many_that_may_be_negatives() -> None:
+    """The best 20 are too near the positive. Ten candidates looked at would leave none, as `depth=10` once did."""
+    scores = {f"n{i}": 1.0 - 0.01 * i for i in range(60)}
+    for settings, allowed in (({"depth": 10}, 10), ({"depth": 100, "sample_from": 8}, 8), ({"sample_from": 30}, 30)):
+        rows = [Example(f"e{i}", "t", "q", (Passage("p"),)) for i in range(40)]
+        mined, _ = mine(
+            rows,
+            {t: t for t in scores},
+            on_a_line(scores | {"p": 1.0}),
+            rule="abs",
+            margin=0.805,
+            sampled=True,
+            **settings,
+        )
+        drawn = {text for texts in negative_texts(mined) for text in texts}
+        assert all(len(row.negatives) == 7 for row in mined)
+        assert drawn == {f"n{i}" for i in range(20, 20 + allowed)}
+
+
+def test_each_row_is_mined_under_the_instruction_of_its_task() -> None:
+    teacher = on_a_line({"p": 1.0, "n": 0.1} | dict.fromkeys(["a0", "b1", "c2", "squad3"], 1.0))
+    named = [("a0", "a"), ("b1", "b"), ("c2", "c"), ("squad3", "squad")]
+    rows = [Example(query, task, query, (Passage("p"),)) for query, task in named]
+    tasks = {"a": Task(name="a", instruction="do a"), "b": Task(name="b", instruction="do b"), "d": Task(name="d")}
+    mine(rows, {"1": "n"}, teacher, tasks=tasks)
+    answers = "Given a question, retrieve passages that answer the question"  # the catalogue's
+    assert dict(teacher.asked[2:]) == {"a0": "do a", "b1": "do b", "c2": "", "squad3": answers}
+    for override in ("one for all", None):
+        teacher.asked.clear()
+        mine(rows, {"1": "n"}, teacher, tasks=tasks, task=override)
+        assert {task for _, task in teacher.asked[2:]} == {override}
+
+
+def test_vectors_stay_with_their_query_under_several_instructions() -> None:
+    corpus, rows, (vectors, *_) = whole_numbers()
+    mixed = [replace(row, task="ab"[i % 2]) for i, row in enumerate(rows)]
+    tasks = {name: Task(name=name, instruction=name) for name in "ab"}
+    plain, _ = mine(mixed, corpus, Lookup(vectors), depth=30)
+    assert mine(mixed, corpus, Lookup(vectors), depth=30, tasks=tasks)[0] == plain
 
 
 # ---- teachers
@@ -367,6 +517,8 @@ def test_a_corpus_may_be_a_view_that_is_read_one_by_one() -> None:
         ({"rule": "shift", "depth": 16}, "needs: 17"),
         ({"negatives": 0}, "at least 1"),
         ({"positives": "all"}, "must be lowest or each"),
+        ({"sample_from": 10}, "sampled is off"),
+        ({"sampled": True, "sample_from": 6}, "too few to draw 7"),
         ({"ensemble": "mean"}, "must be one of cross-sample, intra-sample"),
         ({"teacher": []}, "no teacher"),
     ],

@@ -110,6 +110,7 @@ CHANGES: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "stages.mine.negatives": ("loss", 1, MINED),
     "stages.mine.depth": ("loss", 4, MINED),
     "stages.mine.sampled": ("loss", True, MINED),
+    "stages.mine.sample_from": ("loss", 1, MINED | {"stages.mine.sampled": True, "stages.mine.negatives": 1}),
     "stages.mine.every": ("loss", 2, MINED),
     "stages.optim.lr": ("weights", 1e-3, {}),
     "stages.optim.steps": ("rows", 3, {}),

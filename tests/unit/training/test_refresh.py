@@ -105,7 +105,8 @@ def test_another_teacher_and_a_corpus_of_its_own(
     (tmp_path / "corpus.jsonl").write_text(
         "".join(json.dumps({"id": f"d{i}", "text": f"d{i} moon"}) + "\n" for i in range(9))
     )
-    content["stages"][0]["teacher"] = "somebody"
+    content["stages"][0] = {**content["stages"][0], "teacher": "somebody"}
+    content["stages"][0].pop("every", None)
     content["stages"][1]["data"][0]["corpus"] = str(tmp_path / "corpus.jsonl")
     recipe = Recipe.parse(content)
     monkeypatch.setattr(refresh, "open_encoder", lambda name: {"somebody": tiny_embedder("mean", seed=3)}[name])
