@@ -93,7 +93,7 @@ def test_it_says_what_the_model_reads(tiny_embedder: Make) -> None:
         "end of a text": "EOS (id 1), also behind a text that is cut",
         "longest text": "77 tokens, every one counted; cut on the right",
         "attention": "bidirectional",
-        "pooling": "latent, all tokens but those of the instruction",
+        "pooling": "latent, all tokens but the instruction's",
     }
     contract = model.contract.model_copy(
         update={
