@@ -38,8 +38,13 @@ def recipe_for(
     if not (prepared / "report.json").exists():
         _prepare(data, prepared, instruction, teacher)
     report = json.loads((prepared / "report.json").read_text())
-    if report.get("source") != _source(data, teacher):
-        raise ConfigError(f"{out} holds a run on other data or of another teacher: choose another --out")
+    before, now = report.pop("source", None), _source(data, teacher, instruction)
+    if not isinstance(before, dict):
+        raise ConfigError(f"{out} was prepared by another version: choose another --out")
+    if changed := [key for key in now if before.get(key) != now[key]]:
+        key = changed[0]
+        change = f"{before.get(key)!r}, now {now[key]!r}"
+        raise ConfigError(f"{out} holds a run of another {key} ({change}): choose another --out")
     say("  " + ", ".join(f"{key} {value}" for key, value in report.items()))
     # about one pass over the data in stage 1 and half of one in stage 2, within what a laptop does in an hour
     queries = min(32, report["train"])
@@ -112,13 +117,16 @@ def _prepare(data: Path, out: Path, instruction: str, teacher: str) -> None:
         "likely_positives_removed": report.removed_by_rule,
         "without_negatives": len(mined) - len(with_negatives),
         "train": len(with_negatives),
-        "source": _source(data, teacher),
+        "source": _source(data, teacher, instruction),
     }
     (out / "report.json").write_text(json.dumps(counts, indent=2) + "\n")  # last: it marks the folder as whole
 
 
-def _source(data: Path, teacher: str) -> str:
-    return f"{open_examples(data, task='own').fingerprint[:16]}, negatives of {teacher}"
+def _source(data: Path, teacher: str, instruction: str) -> dict[str, str]:
+    """All that the prepared data depends on."""
+    table = open_examples(data, task="own")
+    described = json.dumps({name: task.model_dump() for name, task in table.tasks.items()})
+    return {"data": table.fingerprint[:16], "teacher": teacher, "instruction": instruction, "tasks": described}
 
 
 def _refuse_few(data: Path, count: int, which: str) -> None:

@@ -15,9 +15,10 @@ import yaml
 from fake_llm import Body, FakeLLM, Reply
 from typer.testing import CliRunner
 
-from embedwright import cli
+from embedwright import cli, quickstart
 from embedwright.data.example import Task
 from embedwright.data.tasks import read_tasks, tasks_file
+from embedwright.model import opening
 from embedwright.training.blend import Row
 from embedwright.training.recipe import Recipe
 from embedwright.training.sources import open_sources
@@ -208,3 +209,18 @@ def test_two_descriptions_of_one_name_are_refused(tmp_path: Path, server: FakeLL
     api = ("--base-url", server.url, "--model", "m")
     with pytest.raises(ValueError, match=r"'t' is another in .*other\.jsonl than in .*'one' and 'two'"):
         run("data", "relabel", rows, "--out", tmp_path / "out.jsonl", "--tasks", other, *api)
+
+
+def test_a_prepared_run_is_refused_under_another_instruction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would train under the new one, and mine and judge under the old."""
+    monkeypatch.setattr(quickstart, "open_encoder", lambda name: opening.open_encoder(name))
+    words = random.Random(0)
+    texts = [" ".join(words.choices(WORDS, k=6)) for _ in range(80)]
+    pairs = [{"query": texts[i], "positive": texts[40 + i]} for i in range(40)]
+    data, out = write(tmp_path / "pairs.jsonl", *pairs), tmp_path / "run"
+    first = quickstart.recipe_for(data, "b", out, instruction="Find one")
+    assert quickstart.recipe_for(data, "b", out, instruction="Find one") == first
+    asked = "another instruction .*'Find one', now 'Find two'"
+    for change, message in (({"instruction": "Find two"}, asked), ({"teacher": "t"}, "another teacher")):
+        with pytest.raises(ValueError, match=message):
+            quickstart.recipe_for(data, "b", out, **{"instruction": "Find one"} | change)

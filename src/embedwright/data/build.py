@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections.abc import Collection, Iterator, Mapping
@@ -13,7 +14,8 @@ from typing import Any
 from embedwright.data.catalog import BeirRows, Entry, EvidenceRows, LabelledRows, Marks, find_task
 from embedwright.data.convert import Job, Numbered, Row, Table, convert
 from embedwright.data.example import DataError, Example, Task
-from embedwright.data.files.folders import stem_of
+from embedwright.data.files.class_names import class_names, names_of
+from embedwright.data.files.folders import data_files, is_beside, is_data, is_one_set, stem_of
 from embedwright.data.files.rows import read_rows
 from embedwright.data.labels import Form
 from embedwright.data.readers import Quarantine, detect_kind
@@ -57,6 +59,7 @@ def build(
         def bad(number: int, raw: bytes | None, row: Row | DataError, error: DataError) -> None:
             quarantine.add(number, raw or json.dumps(row, default=repr).encode() + b"\n", error)
 
+        names: dict[str, Mapping[str, str]] = {}  # filled when the rows are opened
         job = Job(
             entry=entry,
             seed=seed,
@@ -65,8 +68,9 @@ def build(
             negatives=negatives,
             known=None if known is None else frozenset(known),
             bad=bad,
+            names=names,
         )
-        rows = partial(open_table, source=source, streaming=limit is not None)
+        rows = partial(open_table, source=source, streaming=limit is not None, names=names)
         try:
             written = write_examples(out, _some(convert(job, rows), job, quarantine), job.tasks)
         except DataError as error:
@@ -109,15 +113,17 @@ def label_file(
     return build(entry, out, source=path, form=form, known=known, negatives=negatives, seed=seed)
 
 
-def open_table(table: Table, *, source: Path | None, streaming: bool) -> Iterator[Numbered]:
+def open_table(
+    table: Table, *, source: Path | None, streaming: bool, names: dict[str, Mapping[str, str]] | None = None
+) -> Iterator[Numbered]:
     """The rows of `table`, numbered from 1: of its repository, or of `source`, as `build` says.
 
-    Holds one batch of rows in memory. A local folder is read as it is, without a copy in the cache of `datasets`.
+    `names` gets the names of classes by column, where the set says them. Holds one batch of rows in memory. A local
+    folder is read as it is, without a copy in the cache of `datasets`.
     """
-    if source is not None and source.is_file():
-        named = {"_file": stem_of(source)} if table.files else {}
-        for number, raw, row in read_rows(source):
-            yield number, raw, row if isinstance(row, DataError) else row | named
+    names = {} if names is None else names
+    if source is not None and (source.is_file() or _is_plain(table, source)):
+        yield from _local_rows(table, source, names)
         return
     if source is None and table.hub is None:
         raise DataError("it is on no hub: give a local copy as source")
@@ -125,9 +131,33 @@ def open_table(table: Table, *, source: Path | None, streaming: bool) -> Iterato
     parts = _files(table, source) if table.files else [("", _repository(table, source))]
     number = 0
     for label, arguments in parts:
-        for row in _load(arguments | {"streaming": streaming}):
+        for row in _load(arguments | {"streaming": streaming}, names):
             number += 1
             yield number, None, row | {"_file": label} if label else row
+
+
+def _is_plain(table: Table, folder: Path) -> bool:
+    """Whether a folder is not a copy of a repository with configs, but files of rows, or what `datasets` saved."""
+    if table.config is not None or table.files is not None or not folder.is_dir():
+        return False
+    return is_one_set(folder) or any(map(is_data, folder.iterdir()))
+
+
+def _local_rows(table: Table, source: Path, names: dict[str, Mapping[str, str]]) -> Iterator[Numbered]:
+    files = data_files(source, table.split)
+    columns: set[str] = set()
+    count = itertools.count(1)
+    for file in files:
+        named = {"_file": stem_of(file)} if table.files else {}
+        for number, raw, row in read_rows(file):
+            place = number if len(files) == 1 else next(count)
+            if isinstance(row, DataError):
+                yield place, raw, row
+                continue
+            for column in row.keys() - columns:
+                columns.add(column)
+                names |= {column: found} if (found := class_names(source, column)) else {}
+            yield place, raw, row | named
 
 
 def _repository(table: Table, source: Path | None) -> dict[str, Any]:
@@ -139,7 +169,7 @@ def _repository(table: Table, source: Path | None) -> dict[str, Any]:
 def _files(table: Table, source: Path | None) -> list[tuple[str, dict[str, Any]]]:
     """(name of the file, what `load_dataset` is told) for each file of a table, in the order of their names."""
     if source is not None:
-        found = [str(path) for path in sorted(source.glob(str(table.files)))]
+        found = [str(path) for path in sorted(source.glob(str(table.files))) if not is_beside(path)]
     else:
         from huggingface_hub import HfFileSystem
 
@@ -157,12 +187,15 @@ def _files(table: Table, source: Path | None) -> list[tuple[str, dict[str, Any]]
     return parts
 
 
-def _load(arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The rows that `load_dataset` gives, with errors that name the set."""
+def _load(arguments: dict[str, Any], names: dict[str, Mapping[str, str]]) -> Iterator[dict[str, Any]]:
+    """The rows that `load_dataset` gives, with errors that name the set; `names` gets those of its classes."""
     import datasets
 
     with _naming(arguments.get("data_files", arguments["path"])):
-        yield from datasets.load_dataset(**arguments, trust_remote_code=False)
+        rows = datasets.load_dataset(**arguments, trust_remote_code=False)
+        features = rows.features.to_dict() if rows.features else {}
+        names |= {column: found for column, feature in features.items() if (found := names_of(feature))}
+        yield from rows
 
 
 @contextmanager

@@ -6,7 +6,6 @@ Of a corpus that is looked up, a bad row is an error, as everywhere: without its
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from embedwright.data.catalog import (
     PairRows,
     ScoredRows,
 )
-from embedwright.data.example import DataError, Example, Passage, Task, id_of, number_of, text_of
+from embedwright.data.example import DataError, Example, Passage, Task, id_of, label_of, number_of, text_of
 from embedwright.data.labels import Form, label_triples
 
 Row = Mapping[str, Any]
@@ -56,6 +55,7 @@ class Job:
     known: frozenset[str] | None = None  # the closed list of labels
     bad: Callable[[int, bytes | None, Row | DataError, DataError], None] = lambda *_: None
     report: Counter[str] = field(default_factory=Counter)
+    names: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # of classes, by column
     tasks: dict[str, Task] = field(default_factory=dict)  # of the examples, by name, under the form that they have
 
     def describe(self, form: str | None = None) -> None:
@@ -65,9 +65,10 @@ class Job:
 def convert(job: Job, open_table: Callable[[Table], Iterable[Numbered]]) -> Iterator[Example]:
     """The examples of `job.entry`, in the order of its rows.
 
-    `job.limit` takes the first so many rows (of a BEIR set: queries); of labelled rows, whose files are often sorted by
-    label, a uniform sample that `job.seed` decides. Memory: one row of pairs and scored pairs; of labelled rows and NLI
-    those that are used; of a BEIR set and of claims the queries and the documents that are judged for them.
+    `job.limit` takes a uniform sample of so many rows (of a BEIR set: queries) that `job.seed` decides, from all files:
+    files are often sorted, and the first of several is one part of the set. Memory, besides the sample: one row of
+    pairs and scored pairs; of labelled rows and NLI those that are used; of a BEIR set and of claims the queries and
+    the documents that are judged for them.
     Raises DataError for a corpus with a bad row, and where the first HOPELESS rows are all bad.
     """
     entry, rows = job.entry, job.entry.rows
@@ -119,10 +120,10 @@ def _labels_at(row: Row, column: str, separator: str | None) -> str | list[str]:
     if isinstance(value, str) and separator is not None:
         value = [part for part in value.split(separator) if part]
     if not isinstance(value, list | tuple):
-        return id_of(value, column)
+        return label_of(value, column)
     if not value:
         raise DataError(f"{column}: no label")
-    return [id_of(label, f"{column}[{i}]") for i, label in enumerate(value)]
+    return [label_of(label, f"{column}[{i}]") for i, label in enumerate(value)]
 
 
 def _good(rows: Iterable[Numbered], parse: Callable[[int, Row], T], job: Job) -> Iterator[T]:
@@ -143,8 +144,13 @@ def _good(rows: Iterable[Numbered], parse: Callable[[int, Row], T], job: Job) ->
             yield value
 
 
-def _first(rows: Iterable[Numbered], job: Job) -> Iterable[Numbered]:
-    return rows if job.limit is None else itertools.islice(rows, job.limit)
+def _drawn(items: Iterable[T], limit: int | None, job: Job) -> Iterable[T]:
+    """All items, or a uniform sample of `limit` in their order, the same for the same seed; the rest is counted."""
+    if limit is None:
+        return items
+    kept, left_out = _sample(items, limit, random.Random(f"{job.seed}:rows"))
+    job.report["not_drawn"] += left_out
+    return kept
 
 
 def _row_id(row: Row, column: str | None, number: int, job: Job) -> str:
@@ -170,7 +176,7 @@ def _from_pairs(spec: PairRows, rows: Iterable[Numbered], job: Job) -> Iterator[
         negatives = [text_at(row, columns) for columns in spec.negatives]
         return _example(job, _row_id(row, spec.id, number, job), query, [Passage(positive)], negatives)
 
-    return _good(_first(rows, job), parse, job)
+    return iter(_drawn(_good(rows, parse, job), job.limit, job))
 
 
 def _from_scored(spec: ScoredRows, rows: Iterable[Numbered], job: Job) -> Iterator[Example]:
@@ -184,7 +190,7 @@ def _from_scored(spec: ScoredRows, rows: Iterable[Numbered], job: Job) -> Iterat
         texts = text_at(row, (spec.text1,)), text_at(row, (spec.text2,))
         return _row_id(row, spec.id, number, job), *texts, score
 
-    for row_id, text1, text2, score in _good(_first(rows, job), parse, job):
+    for row_id, text1, text2, score in _drawn(_good(rows, parse, job), job.limit, job):
         if score < spec.threshold:
             job.report["below_threshold"] += 1
             continue
@@ -197,10 +203,10 @@ def _from_nli(spec: NliRows, rows: Iterable[Numbered], job: Job) -> Iterator[Exa
 
     def parse(number: int, row: Row) -> tuple[int, str, str, str]:
         premise, hypothesis = text_at(row, (spec.premise,)), text_at(row, (spec.hypothesis,))
-        return number, premise, hypothesis, id_of(value_at(row, spec.label), spec.label)
+        return number, premise, hypothesis, label_of(value_at(row, spec.label), spec.label)
 
     premises: dict[str, tuple[list[int], list[str], list[str]]] = {}  # row numbers, entailed, hard negatives
-    for number, premise, hypothesis, label in _good(_first(rows, job), parse, job):
+    for number, premise, hypothesis, label in _drawn(_good(rows, parse, job), job.limit, job):
         if label not in spec.entailment + spec.hard_negative:
             job.report["other_label"] += 1
             continue
@@ -223,8 +229,7 @@ def _from_labelled(spec: LabelledRows, rows: Iterable[Numbered], job: Job) -> It
         return row_id, text_at(row, spec.text), _labels_at(row, column, spec.separator)
 
     limit = spec.at_most if job.limit is None else job.limit
-    kept, left_out = _sample(_good(rows, parse, job), limit, random.Random(f"{job.seed}:rows"))
-    job.report["not_drawn"] += left_out
+    kept = list(_drawn(_good(rows, parse, job), limit, job))
     examples, skipped = label_triples(
         [(text, labels) for _, text, labels in kept],
         task=job.entry.name,
@@ -233,7 +238,7 @@ def _from_labelled(spec: LabelledRows, rows: Iterable[Numbered], job: Job) -> It
         form=job.form,
         ids=[row_id for row_id, _, _ in kept],
         known=job.known,
-        words=spec.words,
+        words=spec.words or job.names.get(column),
         on_form=job.describe,
     )
     job.report.update(skipped)
@@ -271,10 +276,9 @@ def _from_beir(
         job.report["rows"] += 1
         if score <= 0:
             job.report["not_relevant"] += 1
-        elif query in relevant or job.limit is None or len(relevant) < job.limit:
-            relevant.setdefault(query, {})[document] = None
         else:
-            job.report["beyond_limit"] += 1
+            relevant.setdefault(query, {})[document] = None
+    relevant = dict(_drawn(relevant.items(), job.limit, job))
     asked = open_table(replace(qrels, config=spec.queries, split=spec.queries_split))
     queries = _look_up(asked, spec.id, ("text",), relevant, spec.queries)
     wanted = {document for documents in relevant.values() for document in documents}
@@ -301,7 +305,7 @@ def _from_evidence(
         titles = [text_of(value_at(fact, spec.title), f"{spec.evidence}.{spec.title}") for fact in facts]
         return _row_id(row, spec.id, number, job), text_at(row, spec.query), list(dict.fromkeys(titles))
 
-    rows = list(_good(_first(open_table(claims), job), parse, job))
+    rows = list(_drawn(_good(open_table(claims), parse, job), job.limit, job))
     wanted = {title for _, _, titles in rows for title in titles}
     pages = Table(spec.pages.hub, spec.pages.revision, spec.pages.config, spec.pages.split)
     texts = _look_up(open_table(pages), spec.pages.title, spec.pages.text, wanted, pages.config or "corpus")

@@ -8,6 +8,7 @@ A text with several labels: the positive shares at least one of them, a negative
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal
@@ -19,6 +20,7 @@ Labels = str | Sequence[str]  # of one text
 LabelRow = tuple[str, Labels]
 Classes = dict[str, list[str]]  # label -> its texts, each once, in the order of the rows
 
+_WORDLESS = re.compile(r"[-+]?\d+([.,]\d+)?|true|false", re.IGNORECASE)
 TRIES = 50  # draws for one negative, before the texts that are left are listed instead
 
 
@@ -44,7 +46,7 @@ def label_triples(
     `singleton` (example form): rows whose text is the only one of its classes, which still serves as a negative;
     `fewer_negatives`: examples with fewer than `negatives` where there are no more texts, or (label form) without any.
     Raises DataError where fewer than two labels are left, where a row has none, and where `words` lacks a label or says
-    the same for two.
+    the same for two; without `words` also where labels that stand for themselves are numbers, true or false.
     """
     closed = None if known is None else set(known)
     report = Counter({"unseen": 0} if closed is not None else {})
@@ -114,6 +116,12 @@ def _label_sets(
 def _spoken(task: str, labels: Sequence[str], words: Mapping[str, str] | None) -> dict[str, str]:
     """What stands for each label. Two labels of the same words would make a negative of a positive."""
     if words is None:
+        if wordless := [label for label in labels if _WORDLESS.fullmatch(label)]:
+            raise DataError(
+                f"task {task}: rows would train towards the labels {', '.join(labels[:5])} as texts; {wordless[0]!r} "
+                "says nothing: name the classes (`data labels --words FILE`; `words` or `label_text` of a set's YAML), "
+                "or choose the form `example`"
+            )
         return {label: label for label in labels}
     if missing := [label for label in labels if label not in words]:
         raise DataError(f"task {task}: no words for label {missing[0]!r}; there are words for {', '.join(words)}")

@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from embedwright.data.example import DataError, Example, Passage, parse_example, to_row
+from embedwright.data.files.class_names import class_names
 from embedwright.data.files.folders import data_files, is_beir, stem_of
 from embedwright.data.labels import label_triples
 from embedwright.data.readers import (
@@ -241,7 +242,8 @@ def _fingerprint(job: _Job) -> str:
         with file.open("rb") as stream:
             digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
     names = [stem_of(file) for file in files] if job.path.is_dir() else []  # ids of rows are made of them
-    parts = [FORMAT, job.stem, job.task, job.seed, job.negatives, job.corpus is not None, digests, names]
+    words = None if _is_beir(job.path) else class_names(job.path, "label")  # may stand beside the files
+    parts = [FORMAT, job.stem, job.task, job.seed, job.negatives, job.corpus is not None, digests, names, words]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -339,7 +341,11 @@ def _from_raw(kind: Kind, rows: Iterator[Fields], job: _Job, report: Counter[str
         labelled = [(row["id"], row["text"], row["label"]) for row in rows]
         ids, texts = [id for id, _, _ in labelled], [(text, label) for _, text, label in labelled]
         try:
-            examples, skipped = label_triples(texts, task=job.task, negatives=job.negatives, seed=job.seed, ids=ids)
+            words = class_names(job.path, "label")
+            words = words if words and words.keys() >= {label for _, label in texts} else None
+            examples, skipped = label_triples(
+                texts, task=job.task, negatives=job.negatives, seed=job.seed, ids=ids, words=words
+            )
         except DataError as error:
             raise DataError(f"{job.path}: {error}") from None
         report.update(skipped)

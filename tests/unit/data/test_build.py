@@ -102,8 +102,10 @@ def test_a_set_of_three_tables(tmp_path: Path, limit: int | None) -> None:
     made = limit or 5
     assert (counts["rows"], counts["examples"]) == (5, made)
     examples = read(tmp_path / "out.jsonl")
+    drawn = [int(e.query.split()[1]) for e in examples]
+    assert drawn == sorted(set(drawn)) and len(drawn) == made
     assert [(e.query, e.positives[0].text, e.positives[0].id) for e in examples] == [
-        (f"question {i}", f"Title {i} body", f"d{i}") for i in range(made)
+        (f"question {i}", f"Title {i} body", f"d{i}") for i in drawn
     ]
 
 
@@ -146,7 +148,7 @@ def test_the_name_of_a_json_file_is_a_label(tmp_path: Path) -> None:
 def test_the_hub_is_asked_for_config_split_and_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The hub itself is out of reach of the tests: what `load_dataset` is told, and what becomes of its refusal."""
     asked = []
-    monkeypatch.setattr(module, "_load", lambda arguments: iter(asked.append(arguments) or [{"a": 1}]))
+    monkeypatch.setattr(module, "_load", lambda arguments, names: iter(asked.append(arguments) or [{"a": 1}]))
     entry = load_catalog()["amazon_counterfactual"]
     table = Table(entry.hub, entry.revision, entry.config, entry.split)
     assert list(open_table(table, source=None, streaming=True)) == [(1, None, {"a": 1})]
@@ -157,7 +159,8 @@ def test_the_hub_is_asked_for_config_split_and_commit(tmp_path: Path, monkeypatc
 def test_rows_are_the_same_streamed_or_not(tmp_path: Path) -> None:
     told = {"path": "json", "data_files": str(write(tmp_path / "in.jsonl.gz", TEXTS)), "split": "train"}
     told["cache_dir"] = str(tmp_path / "hub")
-    assert list(module._load({**told, "streaming": False})) == list(module._load({**told, "streaming": True})) == TEXTS
+    whole, streamed = (list(module._load({**told, "streaming": streaming}, {})) for streaming in (False, True))
+    assert whole == streamed == TEXTS
 
 
 @pytest.mark.parametrize("name", ["banking77", "hover"])

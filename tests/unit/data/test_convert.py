@@ -98,16 +98,30 @@ def test_other_columns_than_expected_stop_the_conversion() -> None:
     assert len(examples) == 2 and len(bad) == HOPELESS
 
 
-def test_a_limit_takes_the_first_rows() -> None:
-    rows = [{"query": f"q{i}", "answer": "a"} for i in range(9)]
-    examples, report, _ = run("nq", rows, limit=4)
-    assert [e.query for e in examples] == ["q0", "q1", "q2", "q3"] and report == {"rows": 4}
+@pytest.mark.parametrize("name", ["nq", "stsb", "nli"])
+def test_a_limit_is_a_sample_of_all_rows_in_their_order(name: str) -> None:
+    rows = [
+        {"query": f"q{i:03}", "answer": "a"}
+        | {"sentence1": f"q{i:03}", "sentence2": "b", "score": 5.0}
+        | {"premise": f"q{i:03}", "hypothesis": "h", "label": 0}
+        for i in range(400)
+    ]
+    found = []
+    for seed in (0, 0, 1):
+        examples, report, _ = run(name, rows, limit=100, seed=seed)
+        queries = [q for q in (e.query for e in examples) if q != "b"]
+        assert report == {"rows": 400, "not_drawn": 300} and len(queries) == 100 and queries == sorted(queries)
+        assert 20 <= sum(q < "q200" for q in queries) <= 80  # a fair coin is outside once in 10^9
+        found.append(queries)
+    assert found[0] == found[1] != found[2]
 
 
 def test_wordings_are_spread_by_id_and_seed() -> None:
     rows = [{"query": f"q{i}", "answer": "a"} for i in range(50)]
     drawn = [e.task for e in run("paq", rows)[0]]
-    assert set(drawn) == {"paq", "paq.2"} and [e.task for e in run("paq", rows, limit=30)[0]] == drawn[:30]
+    assert set(drawn) == {"paq", "paq.2"}
+    named = {e.query: e.task for e in run("paq", rows)[0]}
+    assert all(named[e.query] == e.task for e in run("paq", rows, limit=30)[0])
     assert [e.task for e in run("paq", rows, seed=1)[0]] != drawn
 
 
@@ -264,7 +278,11 @@ def test_bad_labels_are_named() -> None:
     rows += [{"text": "x", "label": None}, {"text": "y", "label": []}, {"text": "z", "label": [1, 1.5]}]
     examples, _, bad = run("imdb", rows)
     assert len(examples) == 4
-    assert bad == [(5, "no label"), (6, "label: no label"), (7, "label[1]: expected a text, not float")]
+    assert bad == [
+        (5, "no label"),
+        (6, "label: no label"),
+        (7, "label[1]: 1.5 names no class: expected a text, a whole number, true or false"),
+    ]
 
 
 def test_labels_can_be_closed_and_negatives_counted() -> None:
@@ -336,8 +354,13 @@ def test_a_query_has_all_its_documents(name: str) -> None:
 
 def test_a_limit_takes_queries_with_all_their_documents() -> None:
     examples, report, _ = run("scifact", tables=tables(**BEIR), limit=1)
-    assert [len(e.positives) for e in examples] == [2]
-    assert report == {"rows": 7, "not_relevant": 1, "beyond_limit": 4}
+    whole = {e.query: e.positives for e in run("scifact", tables=tables(**BEIR))[0]}
+    kept = set()
+    for seed in range(20):
+        examples, report, _ = run("scifact", tables=tables(**BEIR), limit=1, seed=seed)
+        assert report["not_drawn"] == 4 and [e.positives for e in examples] == [whole[e.query] for e in examples]
+        kept |= {e.query for e in examples}
+    assert kept == set(whole)  # each query comes up, not the first alone
 
 
 def test_a_corpus_may_have_no_titles_but_no_bad_row() -> None:

@@ -18,7 +18,7 @@ from embedwright.errors import NotFoundError
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
-_BESIDE = (".tasks.jsonl", ".quarantine.jsonl", ".leaks.jsonl", ".brainstorm.jsonl")
+_BESIDE = (".tasks.jsonl", ".quarantine.jsonl", ".leaks.jsonl", ".brainstorm.jsonl", ".report.json")
 _NO_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "report.json"}
 _NO_DATA |= {"manifest.json", "config.json"}
 _SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}(-[0-9a-f]+)?")
@@ -27,14 +27,13 @@ _SPLITS = {"train", "training", "validation", "valid", "val", "dev", "test", "te
 
 def is_data(path: Path) -> bool:
     """Whether a file has the name of a data file, and not that of a left-over or of what stands beside data."""
+    return plain_name(path.name).endswith(SUFFIXES) and not is_beside(path)
+
+
+def is_beside(path: Path) -> bool:
+    """Whether a file is a left-over, or stands beside data."""
     name = path.name
-    return (
-        not name.startswith((".", "_", "cache-"))
-        and not name.endswith(_BESIDE)
-        and name not in _NO_DATA
-        and not name.endswith(".report.json")
-        and plain_name(name).endswith(SUFFIXES)
-    )
+    return name.startswith((".", "_", "cache-")) or name in _NO_DATA or name.endswith(_BESIDE)
 
 
 def stem_of(path: Path) -> str:
