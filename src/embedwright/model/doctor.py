@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 from embedwright import threads
 from embedwright.cpu import accelerate as cpu
 from embedwright.cpu import kernels
-from embedwright.model import selftest
+from embedwright.model import selftest, storage
 from embedwright.model.adapter import has_lora, idle_adapters, lora_faults
 from embedwright.model.backbone import text_hidden
 from embedwright.model.embedder import Embedder
@@ -350,7 +350,10 @@ def _head(model: Embedder, _: Path | None) -> Result:
 
 
 def _recorded(model: Embedder, folder: Path | None) -> Result:
-    found = None if folder is None else selftest.compare(model.network, model.text_tokenizer, folder)
+    if folder is None:
+        return None
+    reload = lambda kept: storage.load(folder, dtype=kept)[0]  # noqa: E731
+    found = selftest.compare(model.network, model.text_tokenizer, folder, reload)
     return None if found is None else (found.ok, found.describe())
 
 

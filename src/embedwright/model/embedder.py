@@ -144,7 +144,9 @@ class Embedder:
         """
         network, tokenizer = storage.load(path, dtype=None if dtype is None else _dtype(dtype), revision=revision)
         model = cls(network, tokenizer)._ready(device, backend)
-        selftest.check(network, model.text_tokenizer, Path(network.config.name_or_path))
+        folder = Path(network.config.name_or_path)
+        reload = lambda kept: storage.load(path, dtype=kept, revision=revision)[0]  # noqa: E731
+        selftest.check(network, model.text_tokenizer, folder, reload)
         return model
 
     def save(self, path: str | Path) -> None:

@@ -3,12 +3,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from embedwright.model import selftest
+from embedwright.model import selftest, storage
 from embedwright.model.embedder import Embedder
 from embedwright.model.probe import ProbeError
 
@@ -24,8 +26,21 @@ def folder(model: Embedder, tmp_path: Path) -> Path:
     return tmp_path
 
 
+def no_reload(dtype: torch.dtype) -> Any:
+    raise AssertionError(f"loaded again in {dtype}")
+
+
+def loaded_compared(model: Embedder, folder: Path) -> selftest.Comparison:
+    def reload(dtype: torch.dtype) -> Any:
+        return storage.load(folder, dtype=dtype)[0]
+
+    found = selftest.compare(model.network, model.text_tokenizer, folder, reload)
+    assert found is not None
+    return found
+
+
 def compared(model: Embedder, folder: Path) -> selftest.Comparison:
-    found = selftest.compare(model.network, model.text_tokenizer, folder)
+    found = selftest.compare(model.network, model.text_tokenizer, folder, no_reload)
     assert found is not None
     return found
 
@@ -42,14 +57,73 @@ def test_what_is_recorded_is_what_encode_gives(model: Embedder, folder: Path) ->
 
 def test_the_same_model_is_the_same(model: Embedder, folder: Path) -> None:
     found = compared(model, folder)
-    assert found.ok and found.same_type and found.difference < 1e-6 and found.cosine > 0.999999
-    selftest.check(model.network, model.text_tokenizer, folder)
+    assert found.ok and found.exact and found.difference < 1e-6 and found.cosine > 0.999999
+    selftest.check(model.network, model.text_tokenizer, folder, no_reload)
 
 
-def test_half_precision_is_close_and_told_apart(model: Embedder, folder: Path) -> None:
-    model.network.bfloat16()
-    found = compared(model, folder)
-    assert found.ok and not found.same_type and found.difference > 1e-4
+TYPES = [
+    ("latent", "float32", "bfloat16"),
+    ("mean", "float32", "float16"),
+    ("latent", "bfloat16", "bfloat16"),
+    ("mean", "bfloat16", "float32"),
+    ("latent", "float16", "bfloat16"),
+]
+
+
+@pytest.mark.parametrize(("pooling", "stored", "asked"), TYPES)
+def test_in_another_type_a_wrong_weight_is_found(
+    pooling: str, stored: str, asked: str, tiny_embedder: Callable[..., Embedder], tmp_path: Path
+) -> None:
+    tiny_embedder(pooling, dtype=stored).save(tmp_path / "model")
+    model = Embedder.load(tmp_path / "model", dtype=asked)
+    found = loaded_compared(model, tmp_path / "model")
+    assert found.ok and found.exact and found.difference < 1e-5
+    file = tmp_path / "model" / "model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in weights if name.endswith("layers.1.mlp.up_proj.weight"))
+    weights[name][3] *= 1.5  # one row of one weight
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ProbeError, match="saved with"):
+        Embedder.load(tmp_path / "model", dtype=asked)
+
+
+def test_a_weight_that_changed_on_its_way_to_another_type_is_named(
+    tiny_embedder: Callable[..., Embedder], tmp_path: Path
+) -> None:
+    tiny_embedder("latent").save(tmp_path / "model")
+    model = Embedder.load(tmp_path / "model", dtype="bfloat16")
+    with torch.no_grad():
+        model.network.backbone.layers[1].mlp.up_proj.weight[3, 5] *= 1.01
+    found = loaded_compared(model, tmp_path / "model")
+    assert not found.ok and "layers.1.mlp.up_proj.weight is not what is stored" in found.describe()
+
+
+def test_a_record_of_an_older_version_in_16_bits_is_compared_loosely(
+    tiny_embedder: Callable[..., Embedder], tmp_path: Path
+) -> None:
+    made = tiny_embedder("mean", dtype="bfloat16")
+    made.save(tmp_path / "model")
+    file = tmp_path / "model" / selftest.FILE
+    stored = json.loads(file.read_text())
+    del stored["computed_in"]
+    for row, (text, is_query) in zip(stored["texts"], selftest.TEXTS, strict=True):
+        row["vector"] = made.encode([text], selftest.TASK if is_query else None)[0].tolist()
+    file.write_text(json.dumps(stored))
+    assert not loaded_compared(Embedder.load(tmp_path / "model"), tmp_path / "model").exact
+
+
+def test_the_record_is_not_of_the_machine(tiny_embedder: Callable[..., Embedder], tmp_path: Path) -> None:
+    """Computed in float32 from weights in 16 bits: as a float32 model of the same weights gives it."""
+    model = tiny_embedder("latent", dtype="bfloat16")
+    selftest.write(model.network, model.text_tokenizer, tmp_path)
+    before = (tmp_path / selftest.FILE).read_text()
+    assert {p.dtype for p in model.network.backbone.parameters()} == {torch.bfloat16}  # as it was
+    for parameter in model.network.parameters():
+        parameter.data = parameter.data.float()
+    rows = json.loads(before)["texts"]
+    for row, (text, is_query) in zip(rows, selftest.TEXTS, strict=True):
+        vector = model.encode([text], selftest.TASK if is_query else None)[0, : len(row["vector"])]
+        np.testing.assert_allclose(row["vector"], vector, atol=1e-5)
 
 
 @pytest.mark.parametrize("delta", [3e-3, float("nan")])
@@ -57,7 +131,7 @@ def test_other_weights_are_refused(model: Embedder, folder: Path, delta: float) 
     with torch.no_grad():
         model.network.backbone.layers[0].mlp.down_proj.weight += delta
     with pytest.raises(ProbeError, match="does not give the vectors that it was saved with"):
-        selftest.check(model.network, model.text_tokenizer, folder)
+        selftest.check(model.network, model.text_tokenizer, folder, no_reload)
 
 
 def test_other_ids_are_named(model: Embedder, folder: Path) -> None:
@@ -74,7 +148,7 @@ def test_other_pool_masks_are_found(model: Embedder, folder: Path) -> None:
 
 
 def test_nothing_recorded_nothing_compared(model: Embedder, tmp_path: Path) -> None:
-    assert selftest.compare(model.network, model.text_tokenizer, tmp_path) is None
+    assert selftest.compare(model.network, model.text_tokenizer, tmp_path, no_reload) is None
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -102,6 +176,6 @@ def test_a_deep_model_saved_in_float32_opens_in_16_bits(smollm2_folder: Path, tm
     """Thirty untrained layers, where rounding alone turns short texts."""
     Embedder.from_decoder(smollm2_folder, pooling="mean").save(tmp_path / "model")
     for dtype in ("bfloat16", "float16"):
-        found = compared(Embedder.load(tmp_path / "model", dtype=dtype), tmp_path / "model")
+        found = loaded_compared(Embedder.load(tmp_path / "model", dtype=dtype), tmp_path / "model")
         print(dtype, found)
-        assert found.ok and not found.same_type
+        assert found.ok and found.exact
