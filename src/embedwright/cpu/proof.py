@@ -102,7 +102,7 @@ def first_fault(blocks: Sequence[Block], network: EmbedwrightModel) -> str | Non
 @torch.no_grad()
 def _forward_fault(block: Block, module: nn.Module) -> str | None:
     found, expected = _run(block, module, _states(block)), torch.cat([_rows(x) for x in block.outputs])
-    off = _off(found, expected, expected.dtype)
+    off = _off(found, expected, _coarsest(block))
     return None if off is None else f"is {off:.0f} units in the last place off transformers' own"
 
 
@@ -122,10 +122,16 @@ def _gradient_fault(block: Block, module: nn.Module) -> str | None:
                 gradients.append(torch.autograd.grad(out, [*leaves, *trains], upstream))
         for found, expected in zip(*gradients, strict=True):
             # as one row: those of some rows are nothing but rounding
-            off = _off(found.flatten(), expected.flatten(), torch.bfloat16 if autocast else expected.dtype)
+            off = _off(found.flatten(), expected.flatten(), torch.bfloat16 if autocast else _coarsest(block))
             if off is not None:
                 return f"has a gradient that is {off:.0f} units in the last place off transformers' own"
     return None
+
+
+def _coarsest(block: Block) -> torch.dtype:
+    """Of the types that the block computes in: adapters in float32 stand on weights in 16 bits."""
+    types = {x.dtype for x in (*block.outputs, *block.module.parameters()) if x.dtype in _LIMITS}
+    return max(types, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def _states(block: Block) -> list[Tensor]:

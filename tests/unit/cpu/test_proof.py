@@ -316,3 +316,17 @@ def test_a_deep_real_model_raises_no_alarm(smollm2_folder: Path, dtype: str) -> 
     model = Embedder.from_decoder(smollm2_folder, pooling="mean", dtype=dtype)
     assert model.network.cpu_fault is None
     assert fault(model.network, (1, 40, 300)) is None
+
+
+@pytest.mark.parametrize("dtype", BOTH)
+def test_adapters_in_float32_on_weights_in_16_bits_raise_no_alarm(
+    dtype: str, tiny_decoder: Callable[..., Path], tmp_path: Path
+) -> None:
+    Embedder.from_decoder(tiny_decoder("llama", **SIZES), pooling="mean", dtype=dtype).save(tmp_path / "base")
+    model = Embedder.load(tmp_path / "base").add_lora(rank=2, alpha=4)
+    for name, parameter in model.network.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save(tmp_path / "adapter")
+    loaded = Embedder.load(tmp_path / "adapter")
+    assert loaded.network.cpu_fault is None and fault(loaded.network) is None
