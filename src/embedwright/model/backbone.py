@@ -207,10 +207,10 @@ def weight_samples(backbone: nn.Module) -> dict[str, Tensor]:
 
 def same_samples(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     """Whether both may be of the same weights, each rounded to its own type."""
-    return a.keys() == b.keys() and all(_equal_but_for_type(a[name], b[name]) for name in a)
+    return a.keys() == b.keys() and all(equal_but_for_type(a[name], b[name]) for name in a)
 
 
-def _equal_but_for_type(a: Tensor, b: Tensor) -> bool:
+def equal_but_for_type(a: Tensor, b: Tensor) -> bool:
     if a.dtype == b.dtype:
         return torch.equal(a, b)
     relative = (torch.finfo(a.dtype).eps + torch.finfo(b.dtype).eps) / 2

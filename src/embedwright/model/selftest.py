@@ -24,6 +24,7 @@ from torch import nn
 
 from embedwright.cpu.accelerate import stock
 from embedwright.errors import InputError, blaming
+from embedwright.model.backbone import equal_but_for_type
 from embedwright.model.modes import evaluating
 from embedwright.model.network import EmbedwrightModel
 from embedwright.model.pooling import reduce
@@ -85,8 +86,8 @@ def write(network: EmbedwrightModel, tokenizer: TextTokenizer, folder: Path) -> 
 def compare(network: EmbedwrightModel, tokenizer: TextTokenizer, folder: Path, reload: Reload) -> Comparison | None:
     """Against what `write` recorded in `folder`; None where nothing was recorded.
 
-    A network in a type that does not hold what is stored exactly is compared through one that does: that one with the
-    record, and each weight of the network with its weight, rounded.
+    A network in another type than the recorded one is compared through one in that: this one with the record, and each
+    weight of the network with its weight, up to rounding.
     """
     file = folder / FILE
     if not file.is_file():
@@ -118,7 +119,7 @@ def _other_weight(network: EmbedwrightModel, stored: EmbedwrightModel) -> str | 
     expected = dict(stored.named_parameters())
     for name, weight in network.named_parameters():
         there = expected.pop(name, None)
-        if there is None or not torch.equal(weight.cpu(), there.to(weight.dtype).cpu()):
+        if there is None or not equal_but_for_type(weight.cpu(), there.cpu()):
             return str(name)
     return next((str(name) for name in expected), None)
 
