@@ -153,7 +153,7 @@ def test_the_stage_of_the_docs_has_every_key_of_a_loss() -> None:
 def mining(**change: Any) -> dict[str, Any]:
     """A recipe whose second of three stages mines for the third."""
     tree = content()
-    tree["stages"].insert(1, {"kind": "mine", "name": "refresh", "teacher": "minilm", "every": 20} | change)
+    tree["stages"].insert(1, {"kind": "mine", "name": "refresh", "every": 20} | change)
     return tree
 
 
@@ -162,11 +162,11 @@ def test_a_stage_that_mines_is_part_of_the_one_behind_it(tmp_path: Path) -> None
     assert [stage.name for stage in recipe.stages] == ["retrieval", "generalist"]
     first, second = recipe.stages
     assert first.mine is None and second.mine is not None
-    assert (second.mine.teacher, second.mine.every, second.mine.rule) == ("minilm", 20, "perc")
+    assert (second.mine.teacher, second.mine.every, second.mine.rule) == ("previous", 20, "perc")
     assert Recipe.parse(put(content(), "stages.0.kind", "train")) == Recipe.parse(content())
     # as a run's folder has it
     assert load(tmp_path, yaml.safe_dump(recipe.model_dump(mode="json"))).hash() == recipe.hash()
-    hashes = {Recipe.parse(mining(**change)).hash() for change in ({}, {"teacher": "previous"}, {"margin": 0.9})}
+    hashes = {Recipe.parse(mining(**change)).hash() for change in ({}, {"every": None}, {"margin": 0.9})}
     assert len({*hashes, Recipe.parse(content()).hash()}) == 4
 
 
@@ -176,6 +176,9 @@ def test_a_stage_that_mines_is_part_of_the_one_behind_it(tmp_path: Path) -> None
         ({"margn": 0.9}, r"recipe: stages\.1\.margn: unknown key; did you mean 'margin'\?"),
         ({"negatives": 2}, r"recipe: stages\.2: .*hard_negatives=3 of 2 that are mined"),
         ({"rule": "perc", "margin": 7}, r"recipe: stages\.1: .*the margin of rule 'perc' must be"),
+        ({"teacher": "minilm"}, r"recipe: stages\.1: .*minilm does not change .* leave every out"),
+        ({"sampled": True, "sample_from": 3}, r"recipe: stages\.1: .*sample_from 3 is too few"),
+        ({"sample_from": 30}, r"recipe: stages\.1: .*sampled is off"),
         ({"kind": "mien"}, r"recipe: stages\.1\.kind: 'mien' is neither train nor mine"),
     ],
 )

@@ -114,6 +114,28 @@ def test_another_teacher_and_a_corpus_of_its_own(
     assert all(p.id is not None and p.id.startswith("d") for e in examples(after[0]) for p in e.negatives)
 
 
+def test_an_answer_in_another_file_of_the_stage_is_no_negative(content: dict[str, Any], tmp_path: Path) -> None:
+    """Two files of one task: every question of the first has further answers in the second, which are its corpus."""
+    entry = content["stages"][1]["data"][0]
+    first = [{"query": f"Question {i % 3}", "positives": [f"first {i}"], "negatives": ["x"]} for i in range(9)]
+    second = [{"query": f"question  {i % 3}", "positives": [f"second {i}"], "negatives": ["x"]} for i in range(9)]
+    for name, rows in (("first.jsonl", first), ("second.jsonl", second)):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = [text for row in (*first, *second) for text in row["positives"]]
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps({"id": t, "text": t}) + "\n" for t in texts))
+    content["stages"][1]["data"] = [
+        entry | {"path": str(tmp_path / name), "corpus": str(tmp_path / "all.jsonl")}
+        for name in ("first.jsonl", "second.jsonl")
+    ]
+    content["stages"][0]["negatives"] = 20
+    recipe = Recipe.parse(content)
+    after = refreshed(recipe, recipe.stages[0], opened(recipe), STATE, 0, start_model(recipe), ALONE)
+    for source in after:
+        for row in examples(source):
+            others = {t for t in texts if int(t.split()[1]) % 3 != int(row.query.split()[1])}
+            assert {p.text for p in row.negatives} == others
+
+
 def test_each_refresh_is_by_the_model_of_its_step(content: dict[str, Any]) -> None:
     recipe = Recipe.parse(content)
     train(recipe)
