@@ -19,6 +19,7 @@ from embedwright.data.example import Example, Passage
 from embedwright.data.keys import exact_key
 
 _CHUNK = 4096  # rows
+_AND = "\x1f"  # ASCII's separator of units: no id has it
 
 
 def question_of(task: str, query: str) -> int:
@@ -36,9 +37,20 @@ def marks_of(task: str, passages: Iterable[Passage]) -> set[int]:
     marks = set()
     for passage in passages:
         marks.add(text_mark(passage.text))
-        if passage.id is not None:
-            marks.add(id_mark(task, passage.id))
+        marks.update(document_marks(task, passage))
     return marks
+
+
+def document_marks(task: str, passage: Passage) -> list[int]:
+    """That of the document, if the passage has an id; of a text with classes in its place (`class_id`) one for each."""
+    if passage.id is None:
+        return []
+    return [id_mark(task, part) for part in passage.id.split(_AND)]
+
+
+def class_id(labels: Iterable[str]) -> str:
+    """What stands for a document's id at a text with these labels: texts that share a label answer each other."""
+    return _AND.join(f"class {label}" for label in labels)
 
 
 def id_mark(task: str, document: str) -> int:

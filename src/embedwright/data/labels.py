@@ -2,7 +2,8 @@
 
 Several classes, or clusters: the positive is another text of the class, the negatives are texts of other classes; drawn
 at random, not mined, for coverage. Two classes: the positive is the label's text, the negative the other label's text.
-A text with several labels: the positive shares at least one of them, a negative shares none.
+A text with several labels: the positive shares at least one of them, a negative shares none. A text of a class carries
+the class as its id, so that no text of a row's class stands against it in a batch.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal
 
+from embedwright.data.answers import class_id
 from embedwright.data.example import DataError, Example, Passage
 
 Form = Literal["auto", "example", "label"]
@@ -80,16 +82,16 @@ def label_triples(
             continue
         rng = random.Random(f"{seed}:{i}")  # a str is hashed with SHA-512, not with Python's salted hash
         if form == "example":
-            right = [draw.other(shared, text, rng)]
-            wrong = draw.of_other_classes(own, rng)
+            right = [draw.passage(draw.other(shared, text, rng), own)]
+            wrong = [draw.passage(other) for other in draw.of_other_classes(own, rng)]
             report["fewer_negatives"] += len(wrong) < negatives
         else:
-            right = [spoken[label] for label in own]
+            right = [Passage(spoken[label]) for label in own]
             others = [label for label in classes if label not in own]
-            wrong = [spoken[label] for label in rng.sample(others, min(negatives, len(others)))]
+            wrong = [Passage(spoken[label]) for label in rng.sample(others, min(negatives, len(others)))]
             report["fewer_negatives"] += not others
         row_id = f"{task}:{i}" if ids is None else ids[i]
-        examples.append(Example(row_id, task, text, tuple(map(Passage, right)), tuple(map(Passage, wrong))))
+        examples.append(Example(row_id, task, text, tuple(right), tuple(wrong)))
     return examples, dict(report)
 
 
@@ -140,6 +142,10 @@ class _Draw:
         self.labels = list(classes)
         self.rank = {label: i for i, label in enumerate(self.labels)}
         self.single = all(len(labels) == 1 for labels in label_sets.values())
+
+    def passage(self, text: str, beside: Sequence[str] = ()) -> Passage:
+        """A text under its labels and those `beside`: what the row itself has, at its positive."""
+        return Passage(text, class_id(dict.fromkeys([*beside, *self.label_sets[text]])))
 
     def other(self, labels: Sequence[str], text: str, rng: random.Random) -> str:
         """A text other than `text` of one of its `labels`, each of which has at least two texts."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
+from embedwright.data.answers import document_marks, text_mark
 from embedwright.data.example import Example, InBatch, Passage
 from embedwright.text import Contract
 from embedwright.training.blend import Row
@@ -82,13 +84,12 @@ def make_batch(
 ) -> Batch:
     """Draws one positive and up to `hard_negatives` negatives a row; equal candidate texts become one column.
 
-    A candidate that shares a document id or its text with any positive of the query, or is the query's own text, is
-    never its negative. A row whose task says `none` neither uses nor gives in-batch candidates. `loss` (the stage's)
+    A candidate that answers the query by any row of the batch, by its text or its document, or is the query's own text,
+    is never its negative. A row whose task says `none` neither uses nor gives in-batch candidates. `loss` (the stage's)
     says what else it needs; a row that CoSENT takes brings its positive alone.
     """
     loss = loss or LossPart()
     columns: dict[Text, int] = {}
-    known_as: dict[str, set[int]] = defaultdict(set)  # document id -> columns
     queries, picked, positives, own = [], [], [], []
     for row in rows:
         example, task = row.example, row.task
@@ -99,22 +100,21 @@ def make_batch(
         order = rng.permutation(len(example.negatives))
         picks = [] if _by_cosent(example, loss) else sorted(order[:hard_negatives].tolist())
         picked.append((pick, picks))
-        positives.append(_column(columns, known_as, behind, example.positives[pick]))
-        own.append([_column(columns, known_as, behind, example.negatives[j]) for j in picks])
+        positives.append(_column(columns, behind, example.positives[pick]))
+        own.append([_column(columns, behind, example.negatives[j]) for j in picks])
 
     sharing_QQ = _sharing(rows, in_batch)
     own_QC = np.zeros((len(rows), len(columns)), dtype=bool)
     for i, mine in enumerate(own):
         own_QC[i, mine] = True
     allowed_QC = own_QC | _from_others(sharing_QQ, positives, own_QC)
-    at: dict[str, list[int]] = defaultdict(list)  # text -> columns: it may be there behind several prefixes
+    mark = cache(text_mark)
+    answers = _answers(rows, [picks for _, picks in picked], mark)
+    columns_of: dict[int, list[int]] = defaultdict(list)  # of a text: in several looks, and behind several prefixes
     for (_, text), column in columns.items():
-        at[text].append(column)
-    for i, row in enumerate(rows):
-        texts = {p.text for p in row.example.positives} | {row.example.query}
-        ids = {p.id for p in row.example.positives if p.id is not None}
-        allowed_QC[i, [c for text in texts for c in at.get(text, ())]] = False
-        allowed_QC[i, [c for document in ids for c in known_as.get(document, ())]] = False
+        columns_of[mark(text)].append(column)
+    for i, marks in enumerate(answers):
+        allowed_QC[i, [c for known in marks for c in columns_of.get(known, ())]] = False
 
     group_Q = _cosent_groups(rows, loss)
     allowed_QC[group_Q >= 0] = False
@@ -122,7 +122,7 @@ def make_batch(
     positive_Q = np.array(positives, dtype=np.int64)
     queries_QQ = teacher_QC = score_Q = None
     if loss.same_tower != "none":
-        queries_QQ = _other_queries(rows, queries, sharing_QQ)
+        queries_QQ = _other_queries(queries, answers, sharing_QQ)
         queries_QQ[group_Q >= 0] = False
     if loss.distill is not None and loss.distill.score_weight:
         teacher_QC = _teacher_scores(rows, picked, positive_Q, own, own_QC)
@@ -142,11 +142,34 @@ def make_batch(
     )
 
 
-def _column(columns: dict[Text, int], known_as: dict[str, set[int]], prefix: str, passage: Passage) -> int:
-    column = columns.setdefault((prefix, passage.text), len(columns))
-    if passage.id is not None:
-        known_as[passage.id].add(column)
-    return column
+def _column(columns: dict[Text, int], prefix: str, passage: Passage) -> int:
+    return columns.setdefault((prefix, passage.text), len(columns))
+
+
+def _answers(rows: Sequence[Row], picked: Sequence[Sequence[int]], mark: Callable[[str], int]) -> list[set[int]]:
+    """For each row the marks (`data.answers`) of its own query and of all that answers it by any row of the batch.
+
+    A text of the batch that is known there as a document that answers does so, too. `picked`: each row's negatives.
+    """
+    marks_of: dict[tuple[str, int], set[int]] = defaultdict(set)  # task, query
+    texts_of: dict[int, set[int]] = defaultdict(set)  # document
+    questions = [(row.example.task, mark(row.example.query)) for row in rows]
+    for row, question, picks in zip(rows, questions, picked, strict=True):
+        task, query = question
+        answers = marks_of[question]
+        answers.add(query)
+        for passage in row.example.positives:
+            text, documents = mark(passage.text), document_marks(task, passage)
+            answers |= {text, *documents}
+            marks_of[task, text].add(query)  # a judged pair holds in both directions
+            for document in documents:
+                texts_of[document].add(text)
+        for passage in (row.example.negatives[j] for j in picks):
+            for document in document_marks(task, passage):
+                texts_of[document].add(mark(passage.text))
+    for answers in marks_of.values():
+        answers.update(*(texts_of[document] for document in answers & texts_of.keys()))
+    return [marks_of[question] for question in questions]
 
 
 def _sharing(rows: Sequence[Row], in_batch: InBatch) -> Bools:
@@ -174,34 +197,24 @@ def _any_product(a: Bools, b: Bools) -> Bools:
     return found
 
 
-def _other_queries(rows: Sequence[Row], queries: Sequence[Text], sharing_QQ: Bools) -> Bools:
+def _other_queries(queries: Sequence[Text], answers: Sequence[set[int]], sharing_QQ: Bools) -> Bools:
     """Queries of others as negatives, under the rules of candidates; equal ones are one column, that of the first.
 
     Never one of the query's own text, one that answers it or that it answers, or one that shares an answer with it, by
-    document id or text.
+    document or text.
     """
     first: dict[Text, int] = {}
     column_Q = [first.setdefault(query, i) for i, query in enumerate(queries)]
     asks_QQ = np.zeros_like(sharing_QQ)
-    asks_QQ[np.arange(len(rows)), column_Q] = True
+    asks_QQ[np.arange(len(queries)), column_Q] = True
     stands_QQ = _any_product(sharing_QQ, asks_QQ)
-    asked: dict[str, set[int]] = defaultdict(set)
-    answered: dict[tuple[str, str], set[int]] = defaultdict(set)
-    for row, column in zip(rows, column_Q, strict=True):
-        asked[row.example.query].add(column)
-        for answer in _answers(row.example):
-            answered[answer].add(column)
-    for i, row in enumerate(rows):
-        answers = _answers(row.example)
-        related = set().union(*(answered[answer] for answer in answers), asked[row.example.query])
-        related |= answered.get(("text", row.example.query), set())
-        related |= set().union(*(asked.get(value, set()) for kind, value in answers if kind == "text"))
-        stands_QQ[i, list(related)] = False
+    answered: dict[int, set[int]] = defaultdict(set)  # columns
+    for marks, column in zip(answers, column_Q, strict=True):
+        for mark in marks:
+            answered[mark].add(column)
+    for i, marks in enumerate(answers):
+        stands_QQ[i, list(set().union(*(answered[mark] for mark in marks)))] = False
     return stands_QQ
-
-
-def _answers(example: Example) -> set[tuple[str, str]]:
-    return {("text", p.text) for p in example.positives} | {("id", p.id) for p in example.positives if p.id is not None}
 
 
 def _teacher_scores(
