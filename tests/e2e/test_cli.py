@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from embedwright import cli
 from embedwright.data import docstrings
@@ -360,7 +362,9 @@ def test_a_set_is_built_by_name_or_from_a_file_of_ones_own(command: Command, tmp
     counts = json.loads(answer.out)
     assert (counts["rows"], counts["not_drawn"], counts["examples"]) == (30, 6, 24 - counts["unseen"])
     made = [json.loads(line) for line in out.read_text().splitlines()]
-    assert {len(row["negatives"]) for row in made} == {3} and {row["positives"][0][:4] for row in made} == {"text"}
+    assert {len(row["negatives"]) for row in made} == {3} and {row["positives"][0]["text"][:4] for row in made} == {
+        "text"
+    }
     assert command(*build, "--form", "label").code == 0
     assert "joy" in out.read_text() and "not_drawn" in answer.out
 
@@ -464,7 +468,8 @@ def test_mine_with_two_teachers_keeps_vectors_and_draws_scores(
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert (report["teachers"], report["ensemble"], sum(report["scores"]["positives"])) == (2, "intra-sample", 24)
     assert (tmp_path / "report" / "histogram.png").stat().st_size > 5000
-    assert list(open_examples(tmp_path / "first.jsonl")) == list(open_examples(tmp_path / "second.parquet"))
+    first, second = (list(open_examples(tmp_path / out, task="own")) for out in ("first.jsonl", "second.parquet"))
+    assert first == second
     nowhere = command("mine", pairs, "--out", tmp_path / "x.jsonl", "--teacher", "http://127.0.0.1:9/v1")
     assert nowhere.code == 2 and "say which model of that server" in nowhere.err
 
@@ -475,7 +480,7 @@ def test_mine_with_two_teachers_keeps_vectors_and_draws_scores(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["train", "absent.yaml"], "absent.yaml does not exist"),
+        (["train", "absent.yaml"], "absent.yaml: no such recipe file"),
         (["train"], "give a recipe file, or --data"),
         (["train", "--data", "pairs.jsonl"], "--data needs --out"),
         (["trian"], "No such command 'trian'"),
@@ -562,6 +567,7 @@ def test_a_base_that_is_no_decoder_is_refused(command: Command, recipe: Path, tm
     encoder = tmp_path / "encoder"
     encoder.mkdir()
     (encoder / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    save_file({"embeddings.word_embeddings.weight": torch.ones(3, 4)}, encoder / "model.safetensors")
     tree = yaml.safe_load(recipe.read_text())
     tree["model"]["base"] = str(encoder)
     recipe.write_text(yaml.safe_dump(tree))

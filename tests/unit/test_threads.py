@@ -136,7 +136,7 @@ torch.randn(600, 600) @ torch.randn(600, 600)  # a bound OpenMP puts its main th
 before, kept = cores_of_threads(), os.sched_getaffinity(0)
 assert kept != all_cores, kept
 words = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, "[UNK]"))
-text.tokenize(words, text.Contract(eos_id=None), ["a"] * 1000)
+text.tokenize(text.TextTokenizer(words), text.Contract(eos_id=None), ["a"] * 1000)
 started = [cores for task, cores in cores_of_threads().items() if task not in before]
 assert started and os.sched_getaffinity(0) == kept
 print(all(cores == all_cores for cores in started))

@@ -56,13 +56,16 @@ def _all_features(file: Path) -> Iterator[Mapping[str, Any]]:
 def _metadata(file: Path) -> Mapping[str, Any] | None:
     with file.open("rb") as stream:
         head = stream.read(6)
-    if head.startswith(b"PAR1"):
-        schema = pq.read_schema(file)
-    elif head.startswith(b"ARROW1"):
-        schema = pa.ipc.open_file(pa.memory_map(str(file))).schema
-    elif head.startswith(b"\xff\xff\xff\xff"):
-        schema = pa.ipc.open_stream(pa.memory_map(str(file))).schema
-    else:
+    try:
+        if head.startswith(b"PAR1"):
+            schema = pq.read_schema(file)
+        elif head.startswith(b"ARROW1"):
+            schema = pa.ipc.open_file(pa.memory_map(str(file))).schema
+        elif head.startswith(b"\xff\xff\xff\xff"):
+            schema = pa.ipc.open_stream(pa.memory_map(str(file))).schema
+        else:
+            return None
+    except pa.ArrowInvalid:  # the reader of its rows says what is broken
         return None
     written = (schema.metadata or {}).get(b"huggingface")
     try:
