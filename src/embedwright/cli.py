@@ -71,6 +71,7 @@ def train(
             raise InputError("--data mines first, which is for one process: start many of them with a recipe file")
         if out is None:
             raise InputError("--data needs --out, the folder that the run is kept in")
+        _refuse_older_model(out)
         plan = quickstart.recipe_for(
             data, base, out, layers=layers, instruction=instruction or quickstart.INSTRUCTION, teacher=teacher
         )
@@ -83,10 +84,22 @@ def train(
 
         say(report(plan, processes=processes))
         return
+    _refuse_older_model(Path(plan.run.out))
     model = run(plan, on_step=training(plan), on_evaluation=lambda line: say(f"  {line}"))
     with together() as first:
         if first:
             _keep(plan, model)
+
+
+def _refuse_older_model(out: Path) -> None:
+    """A model without its run's checkpoints is of an older run, and would be named as this one's result.
+
+    With checkpoints, `train` itself refuses another recipe, other data and another base.
+    """
+    if (out / "model").exists() and not any((out / "checkpoints").glob("[!.]*")):
+        raise InputError(
+            f"{out / 'model'} is of an older run, whose checkpoints are gone: move it, or choose another --out"
+        )
 
 
 def _keep(plan: Recipe, model: Embedder) -> None:

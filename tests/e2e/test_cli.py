@@ -195,6 +195,18 @@ def test_an_interrupted_run_exits_75_says_so_and_goes_on(
     assert len(calls) == 5  # four steps, one of them twice
 
 
+def test_a_model_of_an_older_run_is_never_named_as_the_result(command: Command, recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert command("train", recipe, "--out", out).code == 0
+    weights = {file.name: file.read_bytes() for file in (out / "model").glob("*.safetensors")}
+    assert command("train", recipe, "--out", out).code == 0  # the same run, finished again
+    assert {file.name: file.read_bytes() for file in (out / "model").glob("*.safetensors")} == weights != {}
+    shutil.rmtree(out / "checkpoints")
+    for arguments in ((recipe,), ("--data", tmp_path / "examples.jsonl")):
+        answer = command("train", *arguments, "--out", out)
+        assert answer.code == 2 and "is of an older run" in answer.err and not (out / "checkpoints").exists()
+
+
 def test_the_table_has_the_tasks_of_every_suite(command: Command, recipe: Path, tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "suite", tmp_path / "second")
     (tmp_path / "second" / "sts.jsonl").rename(tmp_path / "second" / "another.jsonl")

@@ -96,7 +96,9 @@ def clean_file(
     table, report = open_as_named(path), Report()
     filters = filters or Filters()
     licences = {task.name: task.licence for task in table.tasks.values() if task.licence}
-    filters = replace(filters, licences=licences | dict(filters.licences))
+    licences |= filters.licences
+    licences.setdefault("", licences.get(stem_of(path), ""))  # of rows that name no task: that of the file's name
+    filters = replace(filters, licences=licences)
     with _leak_lines(path, leaks_to) as on_leak:
         cleaned = clean(table, report, filters=filters, by=by, held_out=held_out, on_leak=on_leak)
         if out is None:
