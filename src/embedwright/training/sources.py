@@ -156,9 +156,11 @@ def _check(recipe: Recipe, stage: StagePart, source: Source, where: str) -> Sour
 def is_mined(source: Source) -> bool:
     """Whether hard negatives can be mined for these rows: any other document is one that does not answer the query.
 
-    That is not so of rows that share a label, or of pairs that are alike; synthetic rows have a task each.
+    That is not so of rows that share a label, or of pairs that are alike. Synthetic rows keep the negatives that were
+    written for them.
     """
-    return source.task.family in ("retrieval", "reranking") and not source.task.symmetric and not source.tasks
+    synthetic = any(task.source.startswith("synthetic") for task in source.tasks.values())
+    return source.task.family in ("retrieval", "reranking") and not source.task.symmetric and not synthetic
 
 
 def trainable(stage: StagePart, source: Source, where: str) -> Source:

@@ -207,3 +207,37 @@ def test_data_that_cannot_be_mined_is_refused(content: dict[str, Any]) -> None:
     content["stages"][1]["data"] = content["stages"][1]["data"][1:]
     with pytest.raises(ConfigError, match=r"stages\.retrieval: none of its data can be mined"):
         opened(Recipe.parse(content))
+
+
+def test_wordings_of_one_set_are_mined_each_under_its_own(
+    content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`data build` describes a set of two wordings in a file beside its rows. Synthetic rows are not mined."""
+    path = Path(content["stages"][1]["data"][0]["path"])
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row | {"task": f"own.{i % 2}"}) + "\n" for i, row in enumerate(rows)))
+    del content["stages"][1]["data"][0]["task"]
+
+    def describe(source: str) -> None:
+        tasks = [{"name": f"own.{i}", "instruction": f"Wording {i}", "source": source} for i in range(2)]
+        path.with_name(f"{path.name}.tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
+
+    describe("someone/own")
+    recipe = Recipe.parse(content)
+    asked: dict[str, str | None] = {}
+
+    class Teacher:
+        def encode(self, texts: list[str], task: str | None = None) -> np.ndarray:
+            asked.update(dict.fromkeys(texts, task))
+            return np.random.default_rng(0).normal(size=(len(texts), 8)).astype(np.float32)
+
+    model, before = start_model(recipe), opened(recipe)
+    monkeypatch.setattr(refresh, "Shared", lambda teacher, processes: Teacher())
+    after = refreshed(recipe, recipe.stages[0], before, STATE, 0, model, ALONE)
+    assert all(len(row.negatives) == 3 for row in examples(after[0]))
+    assert {asked[row["query"]] for row in rows[::2]} == {"Wording 0"}
+    assert {asked[row["query"]] for row in rows[1::2]} == {"Wording 1"}
+    assert after[0].row(1).task.instruction == "Wording 1"
+    describe("synthetic: m")
+    with pytest.raises(ConfigError, match="none of its data can be mined"):
+        opened(recipe)
