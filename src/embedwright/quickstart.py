@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from embedwright.config import ConfigError
+from embedwright.data.answers import Answers, marks_of, text_mark
 from embedwright.data.example import Example
 from embedwright.data.mine import mine, positives_of
-from embedwright.data.repeats import drop_duplicates, leaks
+from embedwright.data.repeats import Known, drop_duplicates
 from embedwright.data.table import open_examples, write_examples
 from embedwright.display import counter, say
+from embedwright.files import whole_folder, write_json, write_text
 from embedwright.model.opening import open_encoder
 from embedwright.training.blend import permuted
 from embedwright.training.recipe import Recipe
@@ -31,8 +36,8 @@ def recipe_for(
 ) -> Recipe:
     """Prepare the user's pairs below `out/data` (once) and return the recipe that trains on them.
 
-    A tenth of the queries, 500 at most, is held out, and what repeats it is taken out of training; hard negatives are
-    mined with `teacher`. ConfigError where too little is left, or `out` is of other data.
+    A tenth of the queries, 500 at most, is held out; what repeats them or their answers is not trained on. Hard
+    negatives are mined with `teacher`. ConfigError where too little is left, or `out` is of other data.
     """
     prepared = out / "data"
     if not (prepared / "report.json").exists():
@@ -81,18 +86,13 @@ def recipe_for(
 def _prepare(data: Path, out: Path, instruction: str, teacher: str) -> None:
     table = open_examples(data, task="own")
     read, described = list(table), table.tasks
-    kept, duplicates = drop_duplicates([f"{e.query}\n{e.positives[0].text}" for e in read])
-    examples = [read[i] for i in kept]
-    held = min(max(len(examples) // 10, 1), 500)
-    order = [permuted(i, len(examples), "held out") for i in range(len(examples))]
-    heldout, train = [examples[i] for i in order[:held]], [examples[i] for i in order[held:]]
-    leaked, _ = leaks([e.query for e in train], [e.query for e in heldout])
-    leaked_set = set(leaked) | set(
-        leaks([e.positives[0].text for e in train], [e.positives[0].text for e in heldout])[0]
-    )
-    train = [e for i, e in enumerate(train) if i not in leaked_set]
+    answers = Answers(read)
+    kept, duplicates = drop_duplicates(["\n".join([e.query, *(p.text for p in e.positives)]) for e in read])
+    heldout, rest = _hold_out([read[i] for i in kept], answers)
+    if not heldout:
+        raise ConfigError(f"{data}: no query has an answer besides its own text: nothing to judge by")
+    train, leaked_negatives = _without(rest, [text for asked in heldout for text in asked.texts])
     _refuse_few(data, len(train), "after cleaning")
-    passages = list(dict.fromkeys(p.text for e in examples for p in e.positives))
     pool = positives_of(train)
     mined, report = mine(
         train,
@@ -101,25 +101,75 @@ def _prepare(data: Path, out: Path, instruction: str, teacher: str) -> None:
         task=instruction,
         negatives=4,
         depth=min(100, len(pool)),
+        answers=answers,
         progress=counter("texts"),
     )
     with_negatives = [e for e in mined if e.negatives]
     _refuse_few(data, len(with_negatives), "with a hard negative")
-    out.mkdir(parents=True, exist_ok=True)
-    write_examples(out / "train.jsonl", with_negatives, described)
-    _write_suite(out / "heldout", heldout, passages, instruction)
     counts = {
         "read": len(read),
         "exact_duplicates": duplicates.exact,
         "near_duplicates": duplicates.near,
-        "leaks": len(leaked_set),
         "heldout": len(heldout),
+        "heldout_rows": len(kept) - len(rest),
+        "leaks": len(rest) - len(train),
+        "leaked_negatives": leaked_negatives,
         "likely_positives_removed": report.removed_by_rule,
         "without_negatives": len(mined) - len(with_negatives),
         "train": len(with_negatives),
         "source": _source(data, teacher, instruction),
     }
-    (out / "report.json").write_text(json.dumps(counts, indent=2) + "\n")  # last: it marks the folder as whole
+    with whole_folder(out) as temp:
+        write_examples(temp / "train.jsonl", with_negatives, described)
+        _write_suite(temp / "heldout", heldout, read, instruction)
+        write_json(temp / "report.json", counts)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A query that is held out, and what answers it in any row: marks (`data.answers`) and the texts, its own too."""
+
+    query: str
+    marks: set[int]
+    texts: list[str]
+
+
+def _hold_out(rows: Sequence[Example], answers: Answers) -> tuple[list[_Asked], list[Example]]:
+    """A tenth of the queries, 500 at most, and the rows of the others. One that only its own text answers is not held
+    out: no search result could be right."""
+    rows_of: dict[int, list[Example]] = {}
+    for row in rows:
+        rows_of.setdefault(text_mark(row.query), []).append(row)
+    questions = list(rows_of)
+    count = min(max(len(questions) // 10, 1), 500)
+    heldout: dict[int, _Asked] = {}
+    for question in (questions[permuted(i, len(questions), "held out")] for i in range(len(questions))):
+        right = [(row.task, p) for row in rows_of[question] for p in answers.of(row)]
+        marks = set().union(*(marks_of(task, [p]) for task, p in right)) - {question}
+        if len(heldout) < count and any(text_mark(p.text) != question for _, p in right):
+            query = rows_of[question][0].query
+            heldout[question] = _Asked(query, marks, [query, *(p.text for _, p in right)])
+    return list(heldout.values()), [row for row in rows if text_mark(row.query) not in heldout]
+
+
+def _without(rows: Sequence[Example], heldout: Sequence[str]) -> tuple[list[Example], int]:
+    """The rows whose query and positives repeat none of these texts; negatives that do are left out, and counted."""
+    found = Known(heldout).find(
+        text for row in rows for text in (row.query, *(p.text for p in (*row.positives, *row.negatives)))
+    )
+    apart, left_out = [], 0
+    for row in rows:
+        leaks = [match is not None for match in islice(found, 1 + len(row.positives))]
+        negatives = tuple(
+            p for p, match in zip(row.negatives, islice(found, len(row.negatives)), strict=True) if not match
+        )
+        if any(leaks):
+            continue
+        left_out += len(row.negatives) - len(negatives)
+        if len(negatives) < len(row.negatives):
+            row = replace(row, negatives=negatives, positive_scores=None, negative_scores=None)
+        apart.append(row)
+    return apart, left_out
 
 
 def _source(data: Path, teacher: str, instruction: str) -> dict[str, str]:
@@ -134,18 +184,33 @@ def _refuse_few(data: Path, count: int, which: str) -> None:
         raise ConfigError(f"{data}: {count} pairs are left to train on {which}; 20 is the least")
 
 
-def _write_suite(folder: Path, heldout: Sequence[Example], passages: Sequence[str], instruction: str) -> None:
-    """The held-out queries against all passages, as a BEIR folder in a suite."""
+def _write_suite(folder: Path, heldout: Sequence[_Asked], rows: Sequence[Example], instruction: str) -> None:
+    """The held-out queries against all positives, as a BEIR folder in a suite.
+
+    Each text is there once, whatever its look. A document that is a query's own text has the query's id: it is no hit.
+    """
     beir = folder / "own"
-    (beir / "qrels").mkdir(parents=True, exist_ok=True)
-    place = {text: f"d{i}" for i, text in enumerate(passages)}
-    _write_lines(beir / "corpus.jsonl", [{"_id": id, "text": text} for text, id in place.items()])
-    _write_lines(beir / "queries.jsonl", [{"_id": f"q{i}", "text": e.query} for i, e in enumerate(heldout)])
-    judged = [f"q{i}\t{place[p.text]}\t1\n" for i, e in enumerate(heldout) for p in e.positives]
-    (beir / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(judged))
-    task = {"name": "own", "kind": "retrieval", "path": "own", "instruction": instruction}
-    (folder / "suite.yaml").write_text(json.dumps({"name": "heldout", "tasks": [task]}) + "\n")  # JSON is YAML
+    own = {text_mark(asked.query): f"q{i}" for i, asked in enumerate(heldout)}
+    texts: dict[str, str] = {}
+    documents_of: dict[int, dict[str, None]] = defaultdict(dict)  # mark -> the documents under it
+    for task, passage in ((row.task, p) for row in rows for p in row.positives):
+        text = text_mark(passage.text)
+        known = next(iter(documents_of[text]), None) or own.get(text) or f"d{len(texts)}"
+        texts.setdefault(known, passage.text)
+        for mark in marks_of(task, [passage]):
+            documents_of[mark][known] = None
+    judged = [
+        f"{query}\t{document}\t1\n"
+        for query, asked in zip(own.values(), heldout, strict=True)
+        for document in dict.fromkeys(d for mark in sorted(asked.marks) for d in documents_of.get(mark, ()))
+        if document != query
+    ]
+    _write_lines(beir / "corpus.jsonl", [{"_id": id, "text": text} for id, text in texts.items()])
+    _write_lines(beir / "queries.jsonl", [{"_id": f"q{i}", "text": asked.query} for i, asked in enumerate(heldout)])
+    write_text(beir / "qrels" / "test.tsv", "query-id\tcorpus-id\tscore\n" + "".join(judged))
+    judged_by = {"kind": "retrieval", "path": "own", "instruction": instruction, "ignore_identical_ids": True}
+    write_json(folder / "suite.yaml", {"name": "heldout", "tasks": [{"name": "own", **judged_by}]})  # JSON is YAML
 
 
 def _write_lines(file: Path, rows: Sequence[dict[str, Any]]) -> None:
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
