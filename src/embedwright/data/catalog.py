@@ -41,12 +41,16 @@ class _Frozen(BaseModel):
 
 
 class PairRows(_Frozen):
-    """A query and what answers it, and perhaps hard negatives, in one row."""
+    """A query and what answers it, and perhaps hard negatives, in one row.
+
+    `grouped`: a query has several rows, each with one of its answers. They become one example; all rows are in memory.
+    """
 
     kind: Literal["pairs"]
     query: Columns
     positive: Columns
     negatives: tuple[Columns, ...] = ()
+    grouped: bool = False
     id: str | None = None
 
 

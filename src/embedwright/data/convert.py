@@ -23,10 +23,12 @@ from embedwright.data.catalog import (
     ScoredRows,
 )
 from embedwright.data.example import DataError, Example, Passage, Task, id_of, label_of, number_of, text_of
+from embedwright.data.keys import exact_key
 from embedwright.data.labels import Form, label_triples
 
 Row = Mapping[str, Any]
 Numbered = tuple[int, bytes | None, Row | DataError]  # number from 1, its bytes if it is a line, the row or why not
+_Asked = tuple[str, str, list[str], list[str]]  # row id, query, positives, negatives
 T = TypeVar("T")
 
 HOPELESS = 1000  # so many bad rows before the first good one: the columns are other ones, and all rows would be bad
@@ -65,10 +67,10 @@ class Job:
 def convert(job: Job, open_table: Callable[[Table], Iterable[Numbered]]) -> Iterator[Example]:
     """The examples of `job.entry`, in the order of its rows.
 
-    `job.limit` takes a uniform sample of so many rows (of a BEIR set: queries) that `job.seed` decides, from all files:
-    files are often sorted, and the first of several is one part of the set. Memory, besides the sample: one row of
-    pairs and scored pairs; of labelled rows and NLI those that are used; of a BEIR set and of claims the queries and
-    the documents that are judged for them.
+    `job.limit` takes a uniform sample of so many rows (of a BEIR set and of grouped pairs: queries) that `job.seed`
+    decides, from all files: files are often sorted, and the first of several is one part of the set. Memory, besides
+    the sample: one row of pairs and scored pairs, all of grouped pairs; of labelled rows and NLI those that are used;
+    of a BEIR set and of claims the queries and the documents that are judged for them.
     Raises DataError for a corpus with a bad row, and where the first HOPELESS rows are all bad.
     """
     entry, rows = job.entry, job.entry.rows
@@ -160,23 +162,43 @@ def _row_id(row: Row, column: str | None, number: int, job: Job) -> str:
 
 def _example(job: Job, row_id: str, query: str, positives: Sequence[Passage], negatives: Iterable[str] = ()) -> Example:
     """A negative that is also a positive is counted and left out."""
-    right = {passage.text for passage in positives}
-    wrong = list(dict.fromkeys(negatives))
-    kept = tuple(Passage(text) for text in wrong if text not in right)
+    wrong = _each_once(negatives)
+    right = {exact_key(passage.text) for passage in positives} if wrong else set()
+    kept = tuple(Passage(text) for key, text in wrong.items() if key not in right)
     job.report["conflicting"] += len(wrong) - len(kept)
     return Example(row_id, job.entry.task_of(row_id, job.seed), query, tuple(positives), kept)
+
+
+def _each_once(texts: Iterable[str]) -> dict[str, str]:
+    """By its exact key, each text in its first look."""
+    found: dict[str, str] = {}
+    for text in texts:
+        found.setdefault(exact_key(text), text)
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------- one table
 
 
 def _from_pairs(spec: PairRows, rows: Iterable[Numbered], job: Job) -> Iterator[Example]:
-    def parse(number: int, row: Row) -> Example:
+    def parse(number: int, row: Row) -> _Asked:
         query, positive = text_at(row, spec.query), text_at(row, spec.positive)
         negatives = [text_at(row, columns) for columns in spec.negatives]
-        return _example(job, _row_id(row, spec.id, number, job), query, [Passage(positive)], negatives)
+        return _row_id(row, spec.id, number, job), query, [positive], negatives
 
-    return iter(_drawn(_good(rows, parse, job), job.limit, job))
+    asked = _good(rows, parse, job)
+    for row_id, query, positives, negatives in _drawn(_by_query(asked) if spec.grouped else asked, job.limit, job):
+        yield _example(job, row_id, query, list(map(Passage, positives)), negatives)
+
+
+def _by_query(asked: Iterable[_Asked]) -> Iterable[_Asked]:
+    """The rows of each query as one, under the id and the words of the first; each positive once."""
+    found: dict[str, _Asked] = {}
+    for row_id, query, positives, negatives in asked:
+        _, _, right, wrong = found.setdefault(exact_key(query), (row_id, query, [], []))
+        right += positives
+        wrong += negatives
+    return [(row_id, query, [*_each_once(right).values()], wrong) for row_id, query, right, wrong in found.values()]
 
 
 def _from_scored(spec: ScoredRows, rows: Iterable[Numbered], job: Job) -> Iterator[Example]:

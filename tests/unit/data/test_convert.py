@@ -146,6 +146,24 @@ def test_columns_are_joined_and_empty_ones_left_out() -> None:
         text_at(row, ("title", "number"))
 
 
+@pytest.mark.parametrize("name", ["miracl", "mrtydi"])
+def test_triples_of_a_query_become_one_example(name: str) -> None:
+    rows = [
+        {"anchor": "who?", "positive": "she", "negative": "he"},
+        {"anchor": "when?", "positive": "then", "negative": "she"},
+        {"anchor": "Who? ", "positive": "her name", "negative": "SHE"},  # an answer by another row
+        {"anchor": "who?", "positive": "She", "negative": "it"},
+        {"anchor": "who?", "positive": "she", "negative": "He"},
+    ]
+    examples, report, _ = run(name, rows)
+    assert sides(examples) == [("who?", ["she", "her name"], ["he", "it"]), ("when?", ["then"], ["she"])]
+    assert [example.id for example in examples] == [f"{name}:1", f"{name}:2"]
+    assert report == {"rows": 5, "conflicting": 1}
+    for seed in range(5):
+        drawn, report, _ = run(name, rows, limit=1, seed=seed)
+        assert drawn == [example for example in examples if example.id == drawn[0].id] and report["not_drawn"] == 1
+
+
 # ---- NLI and scored pairs
 
 
