@@ -361,3 +361,26 @@ def test_sums_are_float32_whatever_comes_in(kind: Any, packed: PackedTexts, stat
     reduced = reduce(halved_TD, packed, kind)
     assert reduced.dtype == torch.float32
     torch.testing.assert_close(reduced, reduce(halved_TD.float(), packed, kind))
+
+
+def test_a_fold_that_moves_vectors_is_taken_back(
+    tiny_embedder: Callable[..., Embedder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_embedder("latent")
+    with torch.no_grad():
+        for parameter in model.network.head.parameters():
+            parameter.normal_(std=0.3)
+    head, before = model.network.head, model.encode(["how do tides work?"])
+    made = FoldedLatent.__init__
+
+    def faulty(self: FoldedLatent, latent: LatentPooling) -> None:
+        made(self, latent)
+        self.to_out.weight[:, 0] *= 4
+
+    monkeypatch.setattr(FoldedLatent, "__init__", faulty)
+    with pytest.raises(RuntimeError, match="folding"):
+        model.fold()
+    assert model.network.head is head
+    np.testing.assert_array_equal(model.encode(["how do tides work?"]), before)
+    monkeypatch.undo()
+    np.testing.assert_allclose(model.fold().encode(["how do tides work?"]), before, atol=1e-5)
