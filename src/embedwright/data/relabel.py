@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from embedwright.data.answers import AnswerMarks, marks_of, text_mark
 from embedwright.data.catalog import find_task
 from embedwright.data.example import Example, Passage, Task
 from embedwright.data.llm import Client, Failure, Question
@@ -71,6 +72,8 @@ class _Verdict(BaseModel):
 class Report:
     """`negatives` = `kept` + those dropped or promoted (`positive`). `undecided` of the kept had no verdict.
 
+    `known`: of the positive, those that answer the question in some row; nobody was asked about them.
+
     `without_negatives`: examples that had some before and have none now. `scores_removed`: examples whose score lists
     no longer fit, as a promoted passage had none.
     """
@@ -79,6 +82,7 @@ class Report:
     examples: int = 0
     negatives: int = 0
     positive: int = 0
+    known: int = 0
     kept: int = 0
     undecided: int = 0
     without_negatives: int = 0
@@ -91,10 +95,12 @@ class Report:
 def relabel(examples: Iterable[Example], judge: Judge, action: Action = "drop") -> tuple[list[Example], Report]:
     """`examples`, in order, without the negatives that `judge` calls positives; `promote` makes them positives.
 
-    No example is left out, one without a negative left neither. A negative without a verdict stays one.
+    No example is left out, one without a negative left neither. A negative without a verdict stays one. What answers
+    the question in any of the examples (`data.answers`) is a positive without a judge.
     """
     count: Counter[str] = Counter()
-    relabelled = list(relabel_stream(examples, judge, action, count))
+    rows = list(examples)
+    relabelled = list(relabel_stream(rows, AnswerMarks(rows), judge, action, count))
     return relabelled, Report(action, **count)
 
 
@@ -115,7 +121,7 @@ def relabel_file(
     count: Counter[str] = Counter()
 
     def relabelled() -> Iterator[Example]:
-        for example in relabel_stream(table, judge, action, count):
+        for example in relabel_stream(table, AnswerMarks(table), judge, action, count):
             if progress is not None:
                 progress(count["examples"], len(table))
             yield example
@@ -124,16 +130,27 @@ def relabel_file(
     return {"read": table.report, **Report(action, **count).to_json()}
 
 
-def relabel_stream(examples: Iterable[Example], judge: Judge, action: Action, count: Counter[str]) -> Iterator[Example]:
+def relabel_stream(
+    examples: Iterable[Example], answers: AnswerMarks, judge: Judge, action: Action, count: Counter[str]
+) -> Iterator[Example]:
     """The same for data of any size: 256 examples in memory, `count` filled on the way with what Report has."""
     if action not in ("drop", "promote"):
         raise InputError(f"action must be drop or promote, not {action!r}")
     rows = iter(examples)
     while chunk := list(islice(rows, _CHUNK)):
-        asked = list(dict.fromkeys(candidate for example in chunk for candidate in _candidates(example)))
+        known = [_answering(example, answers) for example in chunk]
+        pairs = [list(zip(_candidates(example), own, strict=True)) for example, own in zip(chunk, known, strict=True)]
+        asked = list(dict.fromkeys(candidate for own in pairs for candidate, answers_it in own if not answers_it))
         verdicts = dict(zip(asked, judge(asked) if asked else [], strict=True))
-        for example in chunk:
-            yield _relabelled(example, [verdicts[c] for c in _candidates(example)], action, count)
+        for example, own in zip(chunk, pairs, strict=True):
+            count["known"] += sum(answers_it for _, answers_it in own)
+            yield _relabelled(example, [answers_it or verdicts[c] for c, answers_it in own], action, count)
+
+
+def _answering(example: Example, answers: AnswerMarks) -> list[bool]:
+    """Which negatives answer the question in some row."""
+    marks = answers.of(example) if example.negatives else set()
+    return [not marks.isdisjoint(marks_of(example.task, [passage])) for passage in example.negatives]
 
 
 def judge_by_scores(model: CrossEncoder, threshold: float) -> Judge:
@@ -190,11 +207,13 @@ def _relabelled(example: Example, verdicts: Sequence[bool | None], action: Actio
     changed = replace(example, negatives=_pick(example.negatives, right), negative_scores=negative_scores)
     if action == "drop":
         return changed
+    own = {text_mark(passage.text) for passage in example.positives}
+    new = [i for i in wrong if text_mark(example.negatives[i].text) not in own]
     positive_scores = example.positive_scores
-    if positive_scores is not None:
-        positive_scores = None if scores is None else (*positive_scores, *(scores[i] for i in wrong))
+    if positive_scores is not None and new:
+        positive_scores = None if scores is None else (*positive_scores, *(scores[i] for i in new))
         count["scores_removed"] += positive_scores is None
-    promoted = (*example.positives, *_pick(example.negatives, wrong))
+    promoted = (*example.positives, *_pick(example.negatives, new))
     return replace(changed, positives=promoted, positive_scores=positive_scores)
 
 

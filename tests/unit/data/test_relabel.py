@@ -55,6 +55,34 @@ def test_drop() -> None:
     assert found[1] is EXAMPLES[1] and found[3] is EXAMPLES[3]
 
 
+def test_what_answers_the_question_in_another_row_is_known_without_asking() -> None:
+    """By text in any look, by document, and of a judged pair read the other way; of its own task alone."""
+    q, looks = "how do tides work", "How do  Tides work"
+    wrong = ("The MOON ", "other words of document 7", "who asks", "no relation", "a film", "gravity")
+    passages = tuple(Passage(text, "7" if "7" in text else None) for text in wrong)
+    rows = [
+        Example("1", "t", q, (Passage("gravity"),), passages, (0.9,), tuple(0.1 * n for n in range(6))),
+        Example("2", "t", looks, (Passage("the moon"),)),
+        Example("3", "t", q, (Passage("document 7", "7"),)),
+        Example("4", "t", "who asks", (Passage(looks),)),
+        Example("5", "u", q, (Passage("a film"),)),
+    ]
+    asked: list[str] = []
+
+    def judge(candidates: Sequence[Candidate]) -> list[bool | None]:
+        asked.extend(c.passage for c in candidates)
+        return [False] * len(candidates)
+
+    found, report = relabel(iter(rows), judge)
+    assert asked == ["no relation", "a film"] and found[1:] == rows[1:]
+    assert report == Report("drop", examples=5, negatives=6, positive=4, known=4, kept=2)
+    assert [p.text for p in found[0].negatives] == asked
+    assert found[0].negative_scores == pytest.approx((0.3, 0.4))
+    promoted = relabel(rows, judge, "promote")[0][0]
+    assert [p.text for p in promoted.positives] == ["gravity", *wrong[:3]]  # what it has already comes once
+    assert promoted.positive_scores == pytest.approx((0.9, 0.0, 0.1, 0.2))
+
+
 def test_promote() -> None:
     found, report = relabel(EXAMPLES, oracle, "promote")
     assert (report.action, report.positive, report.kept, report.scores_removed) == ("promote", 4, 5, 0)
