@@ -85,7 +85,7 @@ def mine(
     Of several positives, `positives="lowest"`: the lowest score sets the threshold, the safe side (as in
     sentence-transformers' `mine_hard_negatives` and in NeMo). `"each"`: an example for each of them, as NV-Retriever
     has one positive per query, with its own threshold and negatives, and the id `<id>:p<number>`; the others are not
-    its negatives either, but a trainer that mixes such examples in a batch no longer knows that.
+    its negatives either, nor in a batch that holds their examples.
 
     Never a negative, under any rule: a document without text; one with the id or the exact key (`keys`) of an answer;
     one with the exact key of the query; nor a near-duplicate of an answer, of the query, of a negative that the example
