@@ -12,9 +12,10 @@ from typing import Any
 
 from embedwright.config import ConfigError
 from embedwright.data.answers import Answers, marks_of, text_mark
+from embedwright.data.clean import Report, clean
 from embedwright.data.example import Example
 from embedwright.data.mine import mine, positives_of
-from embedwright.data.repeats import Known, drop_duplicates
+from embedwright.data.repeats import Known
 from embedwright.data.table import open_examples, write_examples
 from embedwright.display import counter, say
 from embedwright.files import whole_folder, write_json, write_text
@@ -87,8 +88,9 @@ def _prepare(data: Path, out: Path, instruction: str, teacher: str) -> None:
     table = open_examples(data, task="own")
     read, described = list(table), table.tasks
     answers = Answers(read)
-    kept, duplicates = drop_duplicates(["\n".join([e.query, *(p.text for p in e.positives)]) for e in read])
-    heldout, rest = _hold_out([read[i] for i in kept], answers)
+    duplicates = Report()
+    kept = list(clean(read, duplicates))
+    heldout, rest = _hold_out(kept, answers)
     if not heldout:
         raise ConfigError(f"{data}: no query has an answer besides its own text: nothing to judge by")
     train, leaked_negatives = _without(rest, [text for asked in heldout for text in asked.texts])
@@ -108,8 +110,8 @@ def _prepare(data: Path, out: Path, instruction: str, teacher: str) -> None:
     _refuse_few(data, len(with_negatives), "with a hard negative")
     counts = {
         "read": len(read),
-        "exact_duplicates": duplicates.exact,
-        "near_duplicates": duplicates.near,
+        "exact_duplicates": duplicates.removed["repeated_exact"],
+        "near_duplicates": duplicates.removed["repeated_near"],
         "heldout": len(heldout),
         "heldout_rows": len(kept) - len(rest),
         "leaks": len(rest) - len(train),

@@ -122,3 +122,12 @@ def test_rows_that_answer_themselves_alone_cannot_be_judged(tmp_path: Path, monk
     rows = [{"query": text, "positives": [text.upper()]} for text in (words(rng, 6) for _ in range(40))]
     with pytest.raises(ValueError, match="no query has an answer besides its own text"):
         prepared(tmp_path, rows, monkeypatch)
+
+
+def test_questions_on_one_long_passage_are_no_duplicates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(6)
+    passages = [words(rng, 80) for _ in range(40)]
+    rows = [{"query": words(rng, 4), "positives": [passages[i // 2]]} for i in range(80)]
+    _, report = prepared(tmp_path, [*rows, rows[0]], monkeypatch)
+    assert (report["read"], report["exact_duplicates"], report["near_duplicates"]) == (81, 1, 0)
+    assert report["heldout"] == 8
