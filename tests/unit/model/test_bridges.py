@@ -122,7 +122,8 @@ def test_what_it_saves_is_a_whole_model_with_adapters_merged(
         assert torch.equal(plain.network.state_dict()[name], parameter), name
     if dtype == "float32":
         np.testing.assert_allclose(plain.encode(TEXTS), vectors, rtol=0, atol=1e-5)
-    assert difference(plain, SentenceTransformer(str(saved), device="cpu")) < 1e-5
+    # there the blocks are transformers' own, which round otherwise in bfloat16
+    assert difference(plain, SentenceTransformer(str(saved), device="cpu")) < (1e-5 if dtype == "float32" else 2e-2)
 
 
 def test_its_trainer_goes_on_from_its_checkpoint(tiny_embedder: Make, tmp_path: Path) -> None:
