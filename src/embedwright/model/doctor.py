@@ -427,7 +427,7 @@ _OF_OURS: dict[str, Callable[..., Result]] = {
     "pads change nothing": _pads,
     "tokens and pool mask as the contract": _contract,
     "packed = one by one, stock masks": _stock,
-    "fast path = transformers' own, block by block": _fast,
+    "fast path = stock blocks": _fast,
     "EOS ends every text": _ends,
     "BOS as the tokenizer has it": _begins,
     "tokenizer round trip": _round_trip,
