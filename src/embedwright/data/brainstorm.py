@@ -126,7 +126,7 @@ def _line(subject: Subject, number: int, answer: object, known: set[str]) -> _Li
         assert isinstance(answer, dict)
         for said in answer["tasks"]:
             task = " ".join(said.split())
-            if not _is_text(task) or len(near_key(task).split()) not in _TASK_WORDS:
+            if not is_text(task) or len(near_key(task).split()) not in _TASK_WORDS:
                 left_out["unusable"] += 1
             elif (key := word_key(task)) in known:
                 left_out["repeated"] += 1
@@ -153,7 +153,8 @@ def _read(file: Path, subject: Subject) -> list[_Line]:
     return lines
 
 
-def _is_text(value: str) -> bool:
+def is_text(value: str) -> bool:
+    """Whether a model's word for a task or a text is one that a row may hold."""
     try:
         text_of(value, "")
     except DataError:

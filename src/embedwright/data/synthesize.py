@@ -20,9 +20,9 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 from embedwright.config import load_yaml, validate
-from embedwright.data.brainstorm import Subject, brainstorm
+from embedwright.data.brainstorm import Subject, brainstorm, is_text
 from embedwright.data.diversity import Diversity
-from embedwright.data.example import DataError, Example, Family, Passage, Task, parse_example, text_of, to_row
+from embedwright.data.example import Example, Family, Passage, Task, parse_example, to_row
 from embedwright.data.keys import word_key
 from embedwright.data.llm import Client, Failure, Question
 from embedwright.data.repeats import Spool, repeats
@@ -285,7 +285,7 @@ def _example(plan: Plan, kind: Kind, number: int, task: Task, answer: Mapping[st
     """The example, or why it is of no use."""
     part = plan.prompts.kinds[kind]
     query, positive, *negatives = (answer[name].strip() for name in part.answer.names())
-    if not all(map(_is_text, (query, positive, *negatives))):
+    if not all(map(is_text, (query, positive, *negatives))):
         return "empty_or_not_text"
     same_query, same_positive, *same_negatives = map(word_key, (query, positive, *negatives))
     if same_query == same_positive:
@@ -310,14 +310,6 @@ def _read(spool: Spool) -> Iterator[tuple[Kind, int, Example]]:
     for index in range(len(spool)):
         kind, number, row = json.loads(spool[index])
         yield kind, number, parse_example(row, default_task="")
-
-
-def _is_text(value: str) -> bool:
-    try:
-        text_of(value, "")
-    except DataError:
-        return False
-    return True
 
 
 def _answer_schema(part: KindPrompts) -> type[BaseModel]:
