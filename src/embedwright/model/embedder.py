@@ -226,9 +226,11 @@ class Embedder:
         if isinstance(head, LatentPooling):
             before = Digest().of(dict(head.named_parameters()))
             texts = self.tokenize([text for text, _ in selftest.TEXTS])
+            folded = FoldedLatent(head)  # in the mode of the block, before it is switched
             with evaluating(self.network), torch.no_grad():
                 unfolded_NE = self.embed(texts).float()
-                self.network.head = FoldedLatent(head)
+            self.network.head = folded
+            with evaluating(self.network), torch.no_grad():
                 moved = float((self.embed(texts).float() - unfolded_NE).norm(dim=-1).max())
             if not moved <= (_FOLDED_FLOAT32 if head.latents.dtype == torch.float32 else _FOLDED_16_BITS):
                 self.network.head = head
