@@ -22,9 +22,9 @@ from embedwright.data.example import DataError, Example
 from embedwright.data.files.folders import stem_of
 from embedwright.data.filters import Filters, length_fault, row_fault
 from embedwright.data.keys import NEAR, both_keys, jaccard, shingles
-from embedwright.data.readers import aside
 from embedwright.data.repeats import repeats
 from embedwright.data.table import open_as_named, write_examples
+from embedwright.files import whole_file
 
 By = Literal["query", "positive", "both", "none"]
 Leaked = dict[str, Any]  # a line of the leakage report
@@ -273,15 +273,9 @@ def _leak_lines(source: Path, file: Path | None) -> Iterator[Callable[[Leaked], 
     if file is None:
         yield None
         return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = aside(file)
-    try:
-        with part.open("w", encoding="utf-8") as stream:
+    with whole_file(file) as part, part.open("w", encoding="utf-8") as stream:
 
-            def note(leaked: Leaked) -> None:
-                stream.write(json.dumps({"file": str(source), **leaked}, ensure_ascii=False) + "\n")
+        def note(leaked: Leaked) -> None:
+            stream.write(json.dumps({"file": str(source), **leaked}, ensure_ascii=False) + "\n")
 
-            yield note
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
+        yield note

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -13,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embedwright.data.readers import aside
 from embedwright.errors import MissingPackageError
+from embedwright.files import whole_file, write_json
 
 _STEPS = 100  # of the histogram between 0 and the power of ten above the largest score
 KINDS = ("positives", "removed_by_rule", "negatives")
@@ -93,13 +92,9 @@ def check_drawing() -> None:
 def write_report(report: MiningReport, folder: Path) -> None:
     """`folder/report.json` and `folder/histogram.png`, written anew where they are there. Raises as `check_drawing`."""
     check_drawing()
-    folder.mkdir(parents=True, exist_ok=True)
-    text = aside(folder / "report.json")
-    text.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
-    text.replace(folder / "report.json")
-    picture = aside(folder / "histogram.png")
-    _draw(report, picture)
-    picture.replace(folder / "histogram.png")
+    write_json(folder / "report.json", report.to_json())
+    with whole_file(folder / "histogram.png") as picture:
+        _draw(report, picture)
 
 
 def _draw(report: MiningReport, path: Path) -> None:
