@@ -40,9 +40,9 @@ from numpy.typing import NDArray  # noqa: E402
 from sentence_transformers.util import dot_score, mine_hard_negatives, pairwise_dot_score  # noqa: E402
 
 from embedwright.cpu import kernels, onednn  # noqa: E402
-from embedwright.data import mine as mining  # noqa: E402
-from embedwright.data import topk  # noqa: E402
-from embedwright.data.example import Example, Passage  # noqa: E402
+from embedwright.data.schema import Example, Passage  # noqa: E402
+from embedwright.mining import mine as mining  # noqa: E402
+from embedwright.vectors import search as topk  # noqa: E402
 
 DEPTH = 100
 SHARE = 0.95

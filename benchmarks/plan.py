@@ -30,9 +30,9 @@ import torch  # noqa: E402
 from texts import source, text_set  # noqa: E402
 
 from embedwright.training.cost import GPUS, Device, seconds_of, sizes_of, this_cpu  # noqa: E402
-from embedwright.training.loop import train  # noqa: E402
 from embedwright.training.plan import estimate, plan, step_flops, with_tokens  # noqa: E402
 from embedwright.training.recipe import Recipe  # noqa: E402
+from embedwright.training.train import train  # noqa: E402
 
 MODEL = "smollm2-135m"
 QUERIES, STEPS, TOKENS = 24, 5, 60_000

@@ -65,7 +65,7 @@ def _origins() -> Iterator[Iterator[tuple[str, str]]]:
     if files := _files():
         yield from map(_read, files)
         return
-    from embedwright.data.docstrings import harvest
+    from embedwright.demo.docstrings import harvest
 
     for library in _LIBRARIES:
         yield ((doc.summary, doc.body) for doc in harvest([library]))

@@ -46,10 +46,10 @@ from texts import counter, source, text_set  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from embedwright.model.embedder import Embedder  # noqa: E402
-from embedwright.training.batch import Batch  # noqa: E402
+from embedwright.training.batches.batch import Batch  # noqa: E402
+from embedwright.training.engine.parallel import ALONE  # noqa: E402
+from embedwright.training.engine.step import accumulate, make_optimizer, share_of, update  # noqa: E402
 from embedwright.training.parts import DataPart, OptimPart, StagePart, TunePart  # noqa: E402
-from embedwright.training.processes import ALONE  # noqa: E402
-from embedwright.training.step import accumulate, make_optimizer, share_of, update  # noqa: E402
 
 MODEL = "smollm2-135m"
 QUERIES, RANK, TEMPERATURE, CLIP = 32, 16, 0.05, 1.0

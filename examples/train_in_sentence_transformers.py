@@ -22,10 +22,10 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from sentence_transformers.sentence_transformer.training_args import BatchSamplers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from embedwright.data.clean import Report, clean
-from embedwright.data.columns import export
+from embedwright.data.clean.clean import Report, clean
+from embedwright.data.export import export
+from embedwright.data.files.table import write_examples
 from embedwright.data.labels import label_triples
-from embedwright.data.table import write_examples
 
 MODULES = ["argparse", "datetime", "logging", "pathlib", "shutil", "statistics", "tarfile", "threading", "zipfile"]
 NEGATIVES = 3

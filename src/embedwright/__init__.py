@@ -13,24 +13,24 @@ from embedwright import threads
 from embedwright.registration import register_with_transformers
 
 if TYPE_CHECKING:
-    from embedwright.data.example import Example, Task
-    from embedwright.data.mine import mine
+    from embedwright.data.schema import Example, Task
     from embedwright.evaluation.suite import evaluate
+    from embedwright.mining.mine import mine
     from embedwright.model.embedder import Embedder
-    from embedwright.training.loop import train
     from embedwright.training.recipe import Recipe
+    from embedwright.training.train import train
 
 __version__ = "0.1.0"
 __all__ = ["Embedder", "Example", "Recipe", "Task", "evaluate", "mine", "train"]
 
 _HOMES = {
     "Embedder": "model.embedder",
-    "Example": "data.example",
+    "Example": "data.schema",
     "Recipe": "training.recipe",
-    "Task": "data.example",
+    "Task": "data.schema",
     "evaluate": "evaluation.suite",
-    "mine": "data.mine",
-    "train": "training.loop",
+    "mine": "mining.mine",
+    "train": "training.train",
 }
 
 threads.prepare_command()

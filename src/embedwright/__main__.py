@@ -1,5 +1,5 @@
 """`python -m embedwright`: the command, for starters of many processes (`torchrun -m embedwright train RECIPE`)."""
 
-from embedwright.cli import main
+from embedwright.cli.main import main
 
 main()

@@ -43,7 +43,7 @@ _PROBE_TEXTS = (
 class Contract(BaseModel):
     """What a model was trained to read. Lengths are in tokens, every token counted: BOS, prefix, suffix, EOS.
 
-    The fields behind `max_tokens` are for models of others (`embedwright.model.families`); new models leave them alone.
+    The fields behind `max_tokens` are for models of others (`model.formats.families`); new models leave them alone.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

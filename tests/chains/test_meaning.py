@@ -15,13 +15,14 @@ import yaml
 from fake_llm import Body, FakeLLM, Reply
 from typer.testing import CliRunner
 
-from embedwright import cli, quickstart
-from embedwright.data.example import Task
-from embedwright.data.tasks import read_tasks, tasks_file
-from embedwright.model import opening
-from embedwright.training.blend import Row
+from embedwright.cli import main as cli
+from embedwright.data.files.tasks import read_tasks, tasks_file
+from embedwright.data.schema import Task
+from embedwright.demo import quickstart
+from embedwright.encoders import open as opening
+from embedwright.training.batches.blend import Row
+from embedwright.training.batches.sources import open_sources
 from embedwright.training.recipe import Recipe
-from embedwright.training.sources import open_sources
 
 WORDS = [a + b + c for a in "bdfgklmnprst" for b in "aeiou" for c in ("ra", "ne", "lo")]
 
@@ -47,7 +48,7 @@ def teacher(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
                     vectors[row, random.Random(word).randrange(64)] += 1
             return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
-    monkeypatch.setattr("embedwright.model.opening.open_encoder", lambda name: Words())
+    monkeypatch.setattr("embedwright.encoders.open.open_encoder", lambda name: Words())
     return told
 
 

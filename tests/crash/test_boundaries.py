@@ -100,7 +100,8 @@ def count_operations(before: Callable[[int], None]) -> None:
     import builtins
     import io
 
-    from embedwright.training import checkpoint, judge
+    from embedwright.training.run import checkpoint
+    from embedwright.training.run import scores as judge
 
     calls = 0
 
@@ -131,9 +132,9 @@ def main(folder: Path) -> None:
     import scipy.stats  # noqa: F401  evaluation imports it when it is called
     from transformers.utils import logging as transformers_logging
 
-    from embedwright.training import loop
-    from embedwright.training.loop import train
+    from embedwright.training import train as loop
     from embedwright.training.recipe import Recipe
+    from embedwright.training.train import train
 
     transformers_logging.disable_progress_bar()
     loop.write_curves = lambda out: None  # a picture of files that are looked at here

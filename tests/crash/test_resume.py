@@ -139,10 +139,10 @@ def main(folder: Path) -> None:
     from kills import die_in
     from transformers.utils import logging as transformers_logging
 
-    from embedwright.training.loop import train
+    from embedwright.training.engine.step import make_optimizer
     from embedwright.training.recipe import Recipe
-    from embedwright.training.start import start_model
-    from embedwright.training.step import make_optimizer
+    from embedwright.training.run.start import start_model
+    from embedwright.training.train import train
 
     transformers_logging.disable_progress_bar()
     owners: dict[str, Any] = {"fsync": os, "rename": Path, "replace": Path, "rmtree": shutil}

@@ -40,7 +40,7 @@ def main(folder: Path) -> None:
     import torch
     from kills import die_in
 
-    from embedwright.training import checkpoint
+    from embedwright.training.run import checkpoint
 
     def weights(step: int) -> dict[str, torch.Tensor]:
         return {"a": torch.full((300, 50), float(step)), "b": torch.arange(step + 3.0)}

@@ -84,10 +84,10 @@ def main(folder: Path, url: str, plan: dict[str, list[int]]) -> None:
     from kills import die_in
 
     from embedwright import files
-    from embedwright.data import brainstorm
-    from embedwright.data.llm import Client, Server
-    from embedwright.data.synthesize import Plan, Prompts, synthesize
     from embedwright.llm.answers import AnswerFile
+    from embedwright.llm.client import Client, Server
+    from embedwright.synth import brainstorm
+    from embedwright.synth.synthesize import Plan, Prompts, synthesize
 
     owners = {"put": AnswerFile, "append_line": brainstorm, "fsync": files.os, "replace": Path}
     prompts = Prompts.load().model_copy(update={"tasks_per_prompt": 2})

@@ -17,11 +17,11 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from embedwright import cli
-from embedwright.data import docstrings
-from embedwright.data.table import open_examples
+from embedwright.cli import main as cli
+from embedwright.data.files.table import open_examples
+from embedwright.demo import docstrings
 from embedwright.model.embedder import Embedder
-from embedwright.training import loop
+from embedwright.training import train as loop
 from embedwright.training.recipe import Recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -232,7 +232,7 @@ def test_own_pairs_are_prepared_trained_and_resumed(
         opened.append(name)
         return WordTeacher()
 
-    monkeypatch.setattr("embedwright.quickstart.open_encoder", teacher)
+    monkeypatch.setattr("embedwright.demo.quickstart.open_encoder", teacher)
     data, out = write(tmp_path / "pairs.jsonl", own_pairs(66)), tmp_path / "run"
     arguments = ["train", "--data", data, "--base", tiny_decoder("llama"), "--out", out, "--teacher", "small"]
     answer = command(*arguments)
@@ -265,7 +265,7 @@ def test_own_pairs_that_are_too_few_or_have_no_negatives_are_refused(
         def encode(self, texts: Sequence[str], task: str | None = None) -> np.ndarray:
             return np.ones((len(texts), 4), np.float32)
 
-    monkeypatch.setattr("embedwright.quickstart.open_encoder", lambda _: Constant())
+    monkeypatch.setattr("embedwright.demo.quickstart.open_encoder", lambda _: Constant())
     few = write(tmp_path / "few.jsonl", own_pairs(15))
     answer = command("train", "--data", few, "--out", tmp_path / "few")
     assert answer.code == 2 and "few.jsonl: 14 pairs" in answer.err
@@ -560,7 +560,7 @@ def test_where_it_cannot_write_a_command_does_no_work(
 def test_a_wrong_rule_is_refused_with_the_known_ones(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("embedwright.model.opening.open_encoder", lambda _: WordTeacher())
+    monkeypatch.setattr("embedwright.encoders.open.open_encoder", lambda _: WordTeacher())
     pairs = write(tmp_path / "pairs.jsonl", own_pairs(3))
     answer = command("mine", pairs, "--out", tmp_path / "x.jsonl", "--rule", "percent")
     assert answer.code == 2

@@ -20,8 +20,8 @@ from typing import Any
 
 import pytest
 
-from embedwright.data.table import open_examples
-from embedwright.data.tasks import read_tasks, tasks_file
+from embedwright.data.files.table import open_examples
+from embedwright.data.files.tasks import read_tasks, tasks_file
 
 PYTHON = os.environ.get("LLAMA_CPP_PYTHON", sys.executable)
 THREADS = {"OMP_NUM_THREADS": "1"}
@@ -75,7 +75,7 @@ def test_a_small_model_serves(server: tuple[str, subprocess.Popen[bytes]], tmp_p
         "--types",
         "short-short,sts",
     ]
-    call = [sys.executable, "-c", "from embedwright.cli import main; main()", "synth"]
+    call = [sys.executable, "-c", "from embedwright.cli.main import main; main()", "synth"]
     command = [*call, *options, "--types", "short-short,sts", "--max-tokens", "400", "--concurrency", "1"]
 
     def synth() -> tuple[dict[str, Any], bytes]:

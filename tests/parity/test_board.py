@@ -19,7 +19,7 @@ import yaml
 from numpy.typing import NDArray
 
 from embedwright import evaluate
-from embedwright.model.opening import open_encoder
+from embedwright.encoders.open import open_encoder
 
 mteb = pytest.importorskip("mteb")
 

@@ -21,11 +21,12 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from embedwright.model import attention, doctor, embedder, network
-from embedwright.model.adapter import add_lora
+from embedwright.model import attention, embedder, network
+from embedwright.model.adapters.lora import add_lora
 from embedwright.model.embedder import Embedder
 from embedwright.model.network import EmbedwrightModel
-from embedwright.model.probe import ProbeError
+from embedwright.model.verify import doctor
+from embedwright.model.verify.probe import ProbeError
 from embedwright.text import TokenizedText
 
 DOCS = Path(__file__).parents[2] / "docs" / "doctor.md"

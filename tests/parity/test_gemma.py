@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from embedwright.cpu.accelerate import stock
-from embedwright.model.adapter import idle_adapters
-from embedwright.model.doctor import examine
+from embedwright.model.adapters.lora import idle_adapters
 from embedwright.model.embedder import Embedder
-from embedwright.model.probe import check
+from embedwright.model.verify.doctor import examine
+from embedwright.model.verify.probe import check
 
 pytestmark = [
     pytest.mark.long,

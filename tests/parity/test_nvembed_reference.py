@@ -18,8 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from embedwright.encoders.open import open_encoder
 from embedwright.model.embedder import Embedder
-from embedwright.model.opening import open_encoder
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FOLDERS = {version: FIXTURES / f"nvembed-tiny-{version}" for version in ("v1", "v2")}

@@ -134,7 +134,7 @@ def test_several_servers_have_a_key_each() -> None:
 
 
 def test_a_server_is_no_model_and_its_password_is_not_shown() -> None:
-    from embedwright.model.opening import open_model
+    from embedwright.encoders.open import open_model
 
     with pytest.raises(ValueError, match=r"http://host/v1 is a server") as caught:
         open_model("http://me:secret@host/v1#model")

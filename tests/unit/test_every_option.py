@@ -24,14 +24,15 @@ import typer.main
 import yaml
 from fake_llm import Body, FakeLLM, Reply
 
-from embedwright import cli, cli_data
-from embedwright.data.llm import Server
-from embedwright.data.synthesize import PROMPTS
+from embedwright.cli import data as cli_data
+from embedwright.cli import main as cli
+from embedwright.llm.client import Server
 from embedwright.llm.pace import Pace
 from embedwright.model.embedder import Embedder
-from embedwright.search.corpus import encode_corpus
-from embedwright.search.index import build_index
+from embedwright.synth.synthesize import PROMPTS
 from embedwright.training import cost
+from embedwright.vectors.corpus import encode_corpus
+from embedwright.vectors.index import build_index
 
 TESTS = Path(__file__).parents[1]
 Words = dict[str, str]  # of a command line, by the parameter that they are for

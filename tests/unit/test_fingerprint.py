@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from embedwright.encoders.open import open_encoder
 from embedwright.fingerprint import Digest, differences, fingerprint_of
 from embedwright.model.embedder import Embedder
-from embedwright.model.opening import open_encoder
 
 TEXTS = ["how do tides work?", "the moon", "a longer text that a short limit cuts"]
 

@@ -18,9 +18,9 @@ from embedwright.cpu.guards import originals
 from embedwright.cpu.linears import OneDnnLinear, gated
 from embedwright.model.attention import PACKED
 from embedwright.model.backbone import text_hidden
-from embedwright.model.modes import evaluating
 from embedwright.model.network import EmbedwrightModel
-from embedwright.model.probe import ProbeError
+from embedwright.model.verify.modes import evaluating
+from embedwright.model.verify.probe import ProbeError
 
 logger = logging.getLogger(__name__)
 

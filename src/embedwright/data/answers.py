@@ -15,8 +15,8 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
-from embedwright.data.example import Example, Passage
 from embedwright.data.keys import exact_key
+from embedwright.data.schema import Example, Passage
 
 _CHUNK = 4096  # rows
 _AND = "\x1f"  # ASCII's separator of units: no id has it

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal
 
 from embedwright.data.answers import class_id
-from embedwright.data.example import DataError, Example, Passage
+from embedwright.data.schema import DataError, Example, Passage
 
 Form = Literal["auto", "example", "label"]
 Labels = str | Sequence[str]  # of one text

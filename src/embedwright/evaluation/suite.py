@@ -29,16 +29,16 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StrictBool, model_validator
 
 from embedwright.config import load_yaml, validate
-from embedwright.data.example import DataError, binary_of, label_of, number_of, text_of
 from embedwright.data.files.folders import data_files, is_beir, is_data, is_one_set, stem_of
+from embedwright.data.files.kinds import beir_files, read_beir
 from embedwright.data.files.rows import read_rows
-from embedwright.data.readers import beir_files, read_beir
-from embedwright.data.teacher import Encoder, as_encoder
+from embedwright.data.schema import DataError, binary_of, label_of, number_of, text_of
+from embedwright.encoders.protocol import Encoder, as_encoder
 from embedwright.errors import InputError, MissingPackageError, NotFoundError
 from embedwright.evaluation import metrics
 from embedwright.evaluation.metrics import MAIN, Embeddings, Kind
-from embedwright.evaluation.report import Result as Result
-from embedwright.evaluation.report import Results as Results
+from embedwright.evaluation.results import Result as Result
+from embedwright.evaluation.results import Results as Results
 
 PACKAGED = Path(__file__).parent / "suites"
 

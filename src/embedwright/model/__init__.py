@@ -4,4 +4,4 @@ Importing this package makes our model type known to transformers, so that `Auto
 our folders.
 """
 
-from embedwright.model import door as door
+from embedwright.model.interop import tokenizer as tokenizer

@@ -17,9 +17,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from embedwright.errors import InputError, blaming
+from embedwright.locate import split_revision
 from embedwright.model import fourbit
 from embedwright.model.attention import PACKED
-from embedwright.model.locate import split_revision
 
 AttentionKind = Literal["bidirectional", "causal"]
 # A decoder; or an embedder that AutoModel opens as its backbone alone, or as backbone and pooling block

@@ -17,16 +17,18 @@ from torch import Tensor
 from embedwright.cpu import accelerate as cpu
 from embedwright.errors import InputError
 from embedwright.fingerprint import Digest, Facts, config_facts, dtypes, facts, tokenizer_fact
-from embedwright.model import bridges, probe, selftest, storage
-from embedwright.model.adapter import add_lora, has_lora, merge_lora
+from embedwright.host import loading
+from embedwright.model.adapters.lora import add_lora, has_lora, merge_lora
 from embedwright.model.backbone import AttentionKind, decoder_config, load_backbone, origin_of, positions
+from embedwright.model.encode import ahead, queued
+from embedwright.model.formats import storage
 from embedwright.model.formats.base import resolve_base
-from embedwright.model.gpu_queue import ahead, queued
-from embedwright.model.host import loading
-from embedwright.model.modes import evaluating
+from embedwright.model.interop import hub as bridges
 from embedwright.model.network import EmbedwrightConfig, EmbedwrightModel, check_fit
 from embedwright.model.pooling import FOLDED, FoldedLatent, Kind, LatentPooling, PoolingConfig
 from embedwright.model.precision import Precision, check_precision, first_not_finite, quantize, shortened
+from embedwright.model.verify import probe, selftest
+from embedwright.model.verify.modes import evaluating
 from embedwright.packing import PackedTexts, batches, pack
 from embedwright.text import (
     BOUNDARY_TEMPLATE,
@@ -184,7 +186,7 @@ class Embedder:
         """Upload what `save` writes, with a model card, to the Hugging Face hub; gives the repository's address.
 
         The repository is made if it is not there (`private` then says which kind). `token`: None for the one that
-        `hf auth login` keeps. `card`: arguments of `embedwright.model.card.model_card` beside those that the model
+        `hf auth login` keeps. `card`: arguments of `model.interop.card.model_card` beside those that the model
         knows, such as `base`, `license`, `data` and `scores`; or a whole text. ValueError as in `save`, and for
         adapters whose base others cannot open.
         """

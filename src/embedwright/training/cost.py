@@ -21,7 +21,7 @@ from embedwright.cpu import onednn
 from embedwright.errors import InputError
 from embedwright.model.pooling import GatedBlock, LatentPooling, SelfPooling, make_head
 from embedwright.training.recipe import Recipe
-from embedwright.training.start import naming_the_model, shape_of
+from embedwright.training.run.start import naming_the_model, shape_of
 
 GB = 10**9
 Precision = Literal["fp32", "bf16"]

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from embedwright.text import Contract, TextTokenizer
-from embedwright.training.batch import make_batch
-from embedwright.training.blend import Source, rows_at
+from embedwright.training.batches.batch import make_batch
+from embedwright.training.batches.blend import Source, rows_at
+from embedwright.training.batches.sources import open_sources
+from embedwright.training.engine.step import tokenize_texts
 from embedwright.training.recipe import Recipe
-from embedwright.training.sources import open_sources
-from embedwright.training.start import longest_of, naming_the_model, reading_of
-from embedwright.training.step import tokenize_texts
+from embedwright.training.run.start import longest_of, naming_the_model, reading_of
 
 SAMPLED_ROWS = 512  # of a stage: enough for a mean within a few percent
 

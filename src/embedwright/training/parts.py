@@ -21,9 +21,9 @@ from pydantic import (
     model_validator,
 )
 
-from embedwright.data.candidates import Rule, check_sampling, check_settings
-from embedwright.data.example import InBatch, Task
+from embedwright.data.schema import InBatch, Task
 from embedwright.errors import InputError
+from embedwright.mining.rules import Rule, check_sampling, check_settings
 
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from embedwright.data.catalog import find_entry, load_catalog
+from embedwright.data.sources.catalog import find_entry, load_catalog
 from embedwright.errors import InputError
-from embedwright.training.blend import share
+from embedwright.training.batches.blend import share
+from embedwright.training.batches.sources import drawable_rows
 from embedwright.training.cost import (
     GB,
     GPUS,
@@ -25,7 +26,6 @@ from embedwright.training.cost import (
 from embedwright.training.lengths import Tokens, tokens_of
 from embedwright.training.parts import StagePart
 from embedwright.training.recipe import Recipe, expand
-from embedwright.training.sources import drawable_rows
 
 
 @dataclass(frozen=True, slots=True)

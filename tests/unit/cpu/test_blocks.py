@@ -23,7 +23,7 @@ from embedwright.cpu import kernels
 from embedwright.cpu.accelerate import change
 from embedwright.model import attention
 from embedwright.model.embedder import Embedder
-from embedwright.model.probe import ProbeError, check
+from embedwright.model.verify.probe import ProbeError, check
 
 NORMS = (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm, Phi3RMSNorm, GemmaRMSNorm, Gemma3RMSNorm)
 DIM = 32  # of a head: what the kernels take

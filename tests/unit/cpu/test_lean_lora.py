@@ -17,7 +17,7 @@ from embedwright.cpu import lean_lora as lora
 from embedwright.cpu import onednn
 from embedwright.cpu.accelerate import change
 from embedwright.cpu.lean_lora import LeanLinear
-from embedwright.model.adapter import inject_lora
+from embedwright.model.adapters.lora import inject_lora
 from embedwright.model.embedder import Embedder
 
 IN, OUT, RANK = 24, 40, 4

@@ -21,9 +21,10 @@ from torch import Tensor
 from embedwright.cpu import attention as blocks
 from embedwright.cpu import kernels, linears, onednn, proof
 from embedwright.cpu.accelerate import accelerate, changed, fault, stock
-from embedwright.model import attention, doctor
+from embedwright.model import attention
 from embedwright.model.embedder import Embedder
-from embedwright.model.probe import ProbeError
+from embedwright.model.verify import doctor
+from embedwright.model.verify.probe import ProbeError
 
 Patch = pytest.MonkeyPatch
 SIZES = {"head_dim": 32, "hidden_size": 64, "intermediate_size": 96}  # what the kernels take, and more than 32 columns

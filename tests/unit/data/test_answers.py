@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 
 from embedwright.data.answers import AnswerMarks, Answers, id_mark, marks_of, question_of, text_mark
-from embedwright.data.example import Example, Passage
 from embedwright.data.keys import exact_key
+from embedwright.data.schema import Example, Passage
 
 LOOKS = [str, str.upper, lambda t: f" {t}\u200b ", lambda t: t.replace(" ", "  ").replace("é", "e\u0301")]
 

@@ -7,8 +7,8 @@ from collections import Counter
 
 import pytest
 
-from embedwright.data.example import DataError
 from embedwright.data.labels import label_triples
+from embedwright.data.schema import DataError
 
 DRAWN = [("t8", "t6", "t10", "t7"), ("t9", "t6", "t8", "t11"), ("t6", "t4", "t9", "t3")]
 ROWS = [(f"text {i} of class {c}", f"class {c}") for i in range(20) for c in range(6)]

@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from embedwright.cpu.accelerate import stock_hidden
+from embedwright.locate import PACKAGED
 from embedwright.model.backbone import (
     decoder_config,
     load_backbone,
@@ -37,7 +38,6 @@ from embedwright.model.backbone import (
     weight_samples,
 )
 from embedwright.model.formats.base import resolve_base
-from embedwright.model.locate import PACKAGED
 from embedwright.packing import PackedTexts, pack
 from embedwright.text import TokenizedText
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from embedwright.model import network as network_module
-from embedwright.model.adapter import add_lora
+from embedwright.model.adapters.lora import add_lora
 from embedwright.model.embedder import Embedder
 from embedwright.model.pooling import FoldedLatent, LatentPooling, MlpPooling, PoolingConfig, make_head, reduce
 from embedwright.packing import PackedTexts, pack

@@ -287,7 +287,7 @@ def test_so_is_one_whose_layers_have_ropes_of_their_own(of_rope: Callable[..., P
 
 def test_the_probe_finds_frequencies_that_go_by_the_batch(of_rope: Callable[..., Path]) -> None:
     """As of a kind that nobody knows: the limit is taken off, and the contract reads beyond it."""
-    from embedwright.model import probe
+    from embedwright.model.verify import probe
 
     network = Embedder.from_decoder(of_rope("longrope"), pooling="mean", max_tokens=32).network
     probe.check(network)
@@ -301,7 +301,7 @@ def test_the_probe_finds_frequencies_that_go_by_the_batch(of_rope: Callable[...,
 
 
 def test_experts_that_get_no_adapter_are_said(caplog: pytest.LogCaptureFixture) -> None:
-    from embedwright.model.adapter import add_lora
+    from embedwright.model.adapters.lora import add_lora
 
     config = transformers.Qwen3MoeConfig(
         vocab_size=50, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,

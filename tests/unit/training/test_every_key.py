@@ -19,12 +19,14 @@ import pytest
 from pydantic import BaseModel
 
 from embedwright.config import ConfigError
-from embedwright.evaluation.report import Result, Results
-from embedwright.model import probe
+from embedwright.evaluation.results import Result, Results
 from embedwright.model.embedder import Embedder
-from embedwright.training import checks, folder, judge, loop
-from embedwright.training.loop import train
+from embedwright.model.verify import probe
+from embedwright.training import train as loop
 from embedwright.training.recipe import Recipe
+from embedwright.training.run import checks, folder
+from embedwright.training.run import scores as judge
+from embedwright.training.train import train
 
 TESTS = Path(__file__).parents[2]
 TEXTS = ["how do tides work?", "the moon", "a dog that does not mind, and a longer text after it"]

@@ -11,8 +11,8 @@ from embedwright.config import ConfigError
 from embedwright.model.embedder import Embedder, new_contract
 from embedwright.text import load_tokenizer
 from embedwright.training.lengths import Lengths, summary, tokens_of
-from embedwright.training.loop import train
 from embedwright.training.recipe import Recipe
+from embedwright.training.train import train
 
 TASK = {"name": "own", "instruction": "Answer the question"}
 ROWS = 6

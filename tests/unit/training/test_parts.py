@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel
 
 from embedwright.config import ConfigError
-from embedwright.data.example import Task
+from embedwright.data.schema import Task
 from embedwright.training.recipe import Recipe
 
 

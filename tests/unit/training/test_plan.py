@@ -11,12 +11,12 @@ import pytest
 import yaml
 
 from embedwright.config import ConfigError
-from embedwright.data.catalog import find_entry
-from embedwright.training.blend import rows_at
+from embedwright.data.sources.catalog import find_entry
+from embedwright.training.batches.blend import rows_at
+from embedwright.training.batches.sources import data_fingerprint, open_sources
 from embedwright.training.cost import GB, GPUS, Device, Memory, flops_of, memory_of, sizes_of
 from embedwright.training.plan import Estimate, estimate, plan, render, render_cost, report, with_tokens
 from embedwright.training.recipe import Recipe
-from embedwright.training.sources import data_fingerprint, open_sources
 
 OPTIM = {"lr": 1e-3, "steps": 50, "batch_queries": 4}
 CONTENT: dict[str, Any] = {

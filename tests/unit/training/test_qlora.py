@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from embedwright.config import ConfigError
-from embedwright.model.adapter import has_lora
+from embedwright.model.adapters.lora import has_lora
 from embedwright.model.embedder import Embedder
 from embedwright.model.fourbit import in_four_bits
-from embedwright.training.checkpoint import newest, read_weights
-from embedwright.training.loop import train
 from embedwright.training.recipe import Recipe
-from embedwright.training.start import finish, load_trained, start_model
+from embedwright.training.run.checkpoint import newest, read_weights
+from embedwright.training.run.start import finish, load_trained, start_model
+from embedwright.training.train import train
 
 TEXTS = ["how do tides work?", "the moon", "a dog that does not mind, and a longer text behind it"]
 WORDS = ["tide", "moon", "sea", "rise", "fall", "gravity", "sun", "level", "dog", "fox", "lazy", "quick", "brown"]

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from embedwright.config import ConfigError
-from embedwright.data.example import Task
+from embedwright.data.schema import Task
 from embedwright.training.parts import DistillPart, LossPart
 from embedwright.training.recipe import Recipe, expand
 

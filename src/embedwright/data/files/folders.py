@@ -11,8 +11,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from embedwright.data.example import DataError
 from embedwright.data.files.rows import plain_name
+from embedwright.data.schema import DataError
 from embedwright.errors import NotFoundError
 
 log = logging.getLogger(__name__)

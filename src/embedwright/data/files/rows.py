@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, NoReturn
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embedwright.data.example import DataError
+from embedwright.data.schema import DataError
 from embedwright.errors import NotFoundError
 
 MAX_LINE = 64 << 20  # bytes; a line beyond it is never held in memory as a whole

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from embedwright.errors import InputError, NotFoundError
+from embedwright.locate import fetch_weights, find
 from embedwright.model.formats.folder import ADAPTER, check_floats, check_folder, check_layers, read_object, weights_in
 from embedwright.model.formats.gguf import convert_gguf
-from embedwright.model.locate import fetch_weights, find
 
 
 def resolve_base(base: str | Path, revision: str | None = None, *, weights: bool = True) -> str:

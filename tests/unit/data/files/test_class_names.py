@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from embedwright.data.build import label_file
-from embedwright.data.example import DataError
 from embedwright.data.files.class_names import class_names
-from embedwright.data.table import open_examples
+from embedwright.data.files.table import open_examples
+from embedwright.data.schema import DataError
+from embedwright.data.sources.build import label_file
 
 ROWS = [{"text": f"text {i}", "label": i % 2} for i in range(4)]
 NAMES = {"0": "bad", "1": "good"}

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, DatasetDict
 
-from embedwright.data.example import DataError
 from embedwright.data.files.folders import data_files, stem_of
-from embedwright.data.readers import read_corpus
-from embedwright.data.table import ExampleTable, open_examples
+from embedwright.data.files.kinds import read_corpus
+from embedwright.data.files.table import ExampleTable, open_examples
+from embedwright.data.schema import DataError
 
 
 def rows(start: int, count: int = 2) -> list[dict[str, str]]:

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from embedwright.data.example import DataError
 from embedwright.data.files.rows import read_rows
+from embedwright.data.schema import DataError
 
 ROWS: list[dict[str, Any]] = [{"text": 'a, "b"\nnew line; é', "label": "x"}, {"text": "[second]", "label": "y"}]
 BOM = b"\xef\xbb\xbf"

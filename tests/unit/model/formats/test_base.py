@@ -15,10 +15,10 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from embedwright.encoders.open import open_encoder
 from embedwright.errors import InputError
 from embedwright.model.embedder import Embedder
 from embedwright.model.formats.base import resolve_base
-from embedwright.model.opening import open_encoder
 
 TEXTS = ["how do tides work?", "the moon"]
 

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from embedwright.compress.export import export_nvembed
 from embedwright.errors import InputError
 from embedwright.model.embedder import Embedder
 from embedwright.model.formats import gguf
-from embedwright.model.soup import soup
+from embedwright.model.formats.nvembed_export import export_nvembed
+from embedwright.model.formats.soup import soup
 
 FIXTURES = Path(__file__).parents[3] / "parity" / "fixtures"
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT

@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
+from embedwright.encoders.open import open_encoder
 from embedwright.errors import InputError
 from embedwright.model.embedder import Embedder
-from embedwright.model.opening import open_encoder
-from embedwright.model.outline import outline
+from embedwright.model.formats.outline import outline
 
 FIXTURES = Path(__file__).parents[3] / "parity" / "fixtures"
 TEXTS = ["how do tides work?", "the moon"]

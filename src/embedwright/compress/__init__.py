@@ -1,1 +1,0 @@
-"""Models in other forms: for other programs, or smaller."""

@@ -1,0 +1,1 @@
+"""What leaves a training set: unwanted rows, duplicates, leaks from evaluation data."""

@@ -1,0 +1,237 @@
+"""Which training texts leak from evaluation data: equal, nearly equal, or told apart by little in BM25.
+
+NV-Embed filtered Emotion and AmazonCounterfactual by BM25 similarity to the MTEB test sets, and removed clustering
+texts that match them (arXiv 2405.17428, section on data; no thresholds given). Here all sets go through all rules, in
+the order exact, near, bm25, and the first that holds names the leak.
+
+    N evaluation texts, E entries (different words of a text), V different words
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import bm25s
+import numpy as np
+
+from embedwright.data.clean.repeats import Known, Spool
+from embedwright.data.files.folders import data_files, is_beir, is_data
+from embedwright.data.files.kinds import (
+    Kind,
+    beir_files,
+    beir_splits,
+    detect_kind,
+    parse_fields,
+    read_corpus,
+    read_judgements,
+)
+from embedwright.data.files.rows import read_rows
+from embedwright.data.keys import near_key
+from embedwright.data.schema import DataError, parse_example, text_of
+from embedwright.errors import InputError, NotFoundError
+
+log = logging.getLogger(__name__)
+logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG
+
+Rule = Literal["exact", "near", "bm25"]
+SHOWN = 200  # characters of a text in a report
+BM25 = 0.9  # default fraction of the self-score
+_ROUNDING = 1e-7  # of a fraction: the same weights are added up in different orders
+LONGER = 1.5  # a text of more words than so many times the evaluation text's may hold all of its words by mere chance
+_SIDES: dict[Kind, tuple[str, ...]] = {
+    "pairs": ("query", "positive"),
+    "labelled": ("text",),
+    "scored": ("text1", "text2"),
+    "pair-labelled": ("text1", "text2"),
+}
+
+
+# ---------------------------------------------------------------------------------------------------- evaluation data
+
+
+@dataclass(frozen=True, slots=True)
+class HeldText:
+    """A text of evaluation data, its file, and the id of its row (`file:line` where it has none)."""
+
+    file: str
+    row: str
+    text: str
+
+
+def read_held_out(paths: Iterable[Path], corpus: bool = False) -> Iterator[HeldText]:
+    """The texts that a model is tested on: queries and texts always, the documents of BEIR folders if `corpus`.
+
+    A path is a data file of any kind (design, section 9), a BEIR folder, or a folder of such, at any depth. Of a BEIR
+    folder the queries judged in any split but `train` count. Training on the corpus that is searched later is usual
+    and allowed, so it is left out unless asked for. A corpus and its queries are in memory while they are read.
+    Raises FileNotFoundError, and DataError on a bad line: a test text that is not read would not be protected.
+    """
+    for path in paths:
+        if not path.exists():
+            raise NotFoundError(f"{path} does not exist")
+        files = sorted(_data_sets(path))
+        if not files:
+            raise DataError(f"{path}: no data file and no BEIR folder in it")
+        for file in files:
+            yield from _of_beir(file, corpus) if file.is_dir() else _of_file(file)
+
+
+def _data_sets(path: Path) -> Iterator[Path]:
+    if path.is_file() or is_beir(path):
+        yield path
+        return
+    if (path / "state.json").is_file():
+        yield from data_files(path)
+        return
+    for child in path.iterdir():
+        if child.is_dir() and not child.name.startswith("."):
+            yield from _data_sets(child)
+        elif child.is_file() and is_data(child):
+            yield child
+        else:
+            log.info("%s: not read, no data file by its name", child)
+
+
+def _of_file(path: Path) -> Iterator[HeldText]:
+    kind = detect_kind(path)
+    for number, _, row in read_rows(path):
+        line = f"{path.name}:{number}"
+        try:
+            if isinstance(row, DataError):
+                raise row
+            if kind == "example":
+                example = parse_example(row, default_task="", default_id=line)
+                name, texts = example.id, [example.query, *(passage.text for passage in example.positives)]
+            else:
+                fields = parse_fields(row, kind, default_id=line)
+                name, texts = fields["id"], [fields[key] for key in _SIDES[kind]]
+        except DataError as error:
+            raise DataError(f"{path}:{number}: {error}") from None
+        yield from (HeldText(str(path), name, text) for text in texts)
+
+
+def _of_beir(folder: Path, corpus: bool) -> Iterator[HeldText]:
+    judged: set[str] = set()
+    for split in sorted(beir_splits(folder).keys() - {"train"}):
+        _, queries, qrels = beir_files(folder, split)
+        judged.update(query for _, query, _, _ in read_judgements(qrels))
+    if not judged:
+        raise DataError(f"{folder}: no split but train")
+    texts = read_corpus(queries)
+    if missing := judged - texts.keys():
+        raise DataError(f"{queries}: query {min(missing)[:60]!r} is judged but not there")
+    yield from (HeldText(str(queries), query, text) for query, text in texts.items() if query in judged and text)
+    if corpus:
+        documents = beir_files(folder, split)[0]
+        yield from (HeldText(str(documents), name, text) for name, text in read_corpus(documents).items() if text)
+
+
+# ---------------------------------------------------------------------------------------------------- leaks
+
+
+@dataclass(frozen=True, slots=True)
+class Leak:
+    """The evaluation text that a training text repeats. `score`: Jaccard, or the fraction of the BM25 self-score."""
+
+    rule: Rule
+    score: float
+    held: HeldText  # text cut to SHOWN characters
+
+
+class HeldOut:
+    """Evaluation texts, and which of them a training text repeats.
+
+    `bm25`: fraction of an evaluation text's BM25 score with itself from which a training text leaks; None leaves the
+    rule out. Memory: about 700 bytes an evaluation text, and 100 for each of its words under bm25.
+    """
+
+    def __init__(self, paths: Sequence[Path], *, corpus: bool = False, bm25: float | None = BM25) -> None:
+        self._files: list[str] = []
+        self._file_of: list[int] = []
+        self._rows, self._shown = Spool(), Spool()
+        self._known = Known(map(self._noted, read_held_out(paths, corpus)))
+        self._bm25 = None if bm25 is None else Bm25((self._known.texts[i] for i in range(len(self))), bm25)
+
+    def __len__(self) -> int:
+        return len(self._file_of)
+
+    def find(self, texts: Sequence[str]) -> Iterator[Leak | None]:
+        """For each of `texts`, in order: its leak by the first rule that holds, or None."""
+        for text, match in zip(texts, self._known.find(texts), strict=True):
+            if match is not None:
+                yield Leak("exact" if match.exact else "near", match.jaccard, self._held(match.first))
+            elif self._bm25 is not None and (best := self._bm25.best(near_key(text))) is not None:
+                yield Leak("bm25", best[1], self._held(best[0]))
+            else:
+                yield None
+
+    def _noted(self, held: HeldText) -> str:
+        if not self._files or self._files[-1] != held.file:
+            self._files.append(held.file)
+        self._file_of.append(len(self._files) - 1)
+        self._rows.add(held.row)
+        self._shown.add(held.text[:SHOWN])
+        return text_of(held.text, "text")
+
+    def _held(self, index: int) -> HeldText:
+        return HeldText(self._files[self._file_of[index]], self._rows[index], self._shown[index])
+
+
+class Bm25:
+    """Which of N texts another one covers best: its BM25 score with the text by that text's score with itself.
+
+    Both scores count each different word of the query once, so the fraction is the share of the text's BM25 weight that
+    lies on words of the other, from 0 to 1; word order does not matter. Weights are bm25s's (Lucene, k1 1.5, b 0.75),
+    words those of the near key. A text that keeps `threshold` must share one of the heaviest words, those that
+    make up the rest of the weight; only texts found by these are scored, and none is missed.
+    """
+
+    def __init__(self, near_keys: Iterable[str], threshold: float) -> None:
+        if not 0 < threshold <= 1:
+            raise InputError(f"the BM25 threshold is {threshold:g}, not above 0 and at most 1")
+        self.threshold = threshold
+        self._id_of: dict[str, int] = {}
+        words = [[self._id_of.setdefault(word, len(self._id_of)) for word in text.split()] for text in near_keys]
+        index = bm25s.BM25(dtype="float64")
+        index.index((words, self._id_of), create_empty_token=False, show_progress=False)
+        self.lengths_N = np.array([len(text) for text in words])
+        word_E = np.repeat(np.arange(len(index.scores["indptr"]) - 1), np.diff(index.scores["indptr"]))
+        text_E, weight_E = index.scores["indices"], index.scores["data"]
+        order_E = np.lexsort((-weight_E, text_E))  # text by text, the heaviest word first
+        text_E, self._word_E, self._weight_E = text_E[order_E], word_E[order_E], weight_E[order_E]
+        self._start_N = np.searchsorted(text_E, np.arange(len(words) + 1))
+        self.self_score_N = np.bincount(text_E, self._weight_E, minlength=len(words))
+        before_E = np.cumsum(self._weight_E) - self._weight_E
+        before_E -= before_E[self._start_N[text_E]]
+        needed_E = self.self_score_N[text_E] - before_E >= (threshold - _ROUNDING) * self.self_score_N[text_E]
+        by_word = np.argsort(self._word_E[needed_E], kind="stable")
+        self._texts = text_E[needed_E][by_word]
+        self._texts_of = np.searchsorted(self._word_E[needed_E][by_word], np.arange(len(self._id_of) + 1))
+        self._has_V = np.zeros(len(self._id_of), dtype=bool)
+
+    def best(self, key: str) -> tuple[int, float] | None:
+        """The text of the highest fraction, if it reaches the threshold, and that fraction; the first of equals.
+
+        A text of more than LONGER times its words is not counted: a long passage holds the words of a short question.
+        """
+        words = key.split()
+        ids = [self._id_of[word] for word in set(words) if word in self._id_of]
+        lists = [self._texts[self._texts_of[i] : self._texts_of[i + 1]] for i in ids]
+        candidates = np.unique(np.concatenate(lists)) if lists else np.zeros(0, dtype=np.int64)
+        candidates = candidates[self.lengths_N[candidates] * LONGER >= len(words)]
+        self._has_V[ids] = True
+        fractions = [self._fraction(text) for text in candidates.tolist()]
+        self._has_V[ids] = False
+        if not fractions or max(fractions) < self.threshold - _ROUNDING:
+            return None
+        top = fractions.index(max(fractions))
+        return int(candidates[top]), fractions[top]
+
+    def _fraction(self, text: int) -> float:
+        entries = slice(self._start_N[text], self._start_N[text + 1])
+        covered = self._weight_E[entries][self._has_V[self._word_E[entries]]].sum()
+        return min(1.0, float(covered / self.self_score_N[text]))

@@ -1,0 +1,69 @@
+"""What rows mean: the tasks of a file of examples, in a file beside it.
+
+Every command that writes examples writes the tasks of its rows there, and every reader takes them from there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from embedwright.config import validate
+from embedwright.data.files.rows import read_rows
+from embedwright.data.schema import DataError, Task
+from embedwright.files import write_text
+
+Tasks = Mapping[str, Task]  # by name
+
+
+def tasks_file(examples: Path) -> Path:
+    """Where the tasks of the examples in this file or folder are: one `Task` a line."""
+    examples = examples if examples.name else examples.absolute()
+    return examples.with_name(f"{examples.name}.tasks.jsonl")
+
+
+def tasks_beside(examples: Path) -> dict[str, Task]:
+    """The tasks in the file beside these examples; none where there is no such file."""
+    file = tasks_file(examples)
+    return read_tasks(file) if file.is_file() else {}
+
+
+def read_tasks(path: Path) -> dict[str, Task]:
+    """Name -> Task, from one JSON object a line. FileNotFoundError, DataError or ConfigError name file and line."""
+    tasks: dict[str, Task] = {}
+    for number, _, row in read_rows(path):
+        if isinstance(row, DataError):
+            raise DataError(f"{path}:{number}: {row}")
+        task = validate(Task, row, f"{path}:{number}")
+        if tasks.setdefault(task.name, task) != task:
+            raise DataError(f"{path}:{number}: another task {task.name!r} is above")
+    return tasks
+
+
+def merge_tasks(described: Iterable[tuple[Path, Tasks]]) -> dict[str, Task]:
+    """The tasks of several files as one. DataError, naming both files, where two describe one name differently."""
+    merged: dict[str, Task] = {}
+    first: dict[str, Path] = {}
+    for path, tasks in described:
+        for name, task in tasks.items():
+            if merged.setdefault(name, task) != task:
+                change = _change(merged[name], task)
+                raise DataError(f"task {name!r} is another in {path} than in {first[name]} ({change}): rename one")
+            first.setdefault(name, path)
+    return merged
+
+
+def write_tasks(path: Path, tasks: Iterable[Task]) -> None:
+    """One JSON object a line, without what a Task has by default. Without a task there is no file: an old one goes."""
+    lines = [json.dumps(task.model_dump(exclude_defaults=True), ensure_ascii=False) + "\n" for task in tasks]
+    if lines:
+        write_text(path, "".join(lines))
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _change(a: Task, b: Task) -> str:
+    before, after = a.model_dump(), b.model_dump()
+    key = next(key for key in before if before[key] != after[key])
+    return f"{key} {before[key]!r} and {after[key]!r}"

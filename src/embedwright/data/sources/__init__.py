@@ -1,0 +1,1 @@
+"""Public training sets, and how their rows become examples."""

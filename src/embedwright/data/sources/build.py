@@ -1,0 +1,245 @@
+"""`data build` and `data labels`: a public set, or a local copy of it, written as examples."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from embedwright.data.files.class_names import class_names, names_of
+from embedwright.data.files.folders import data_files, is_beside, is_data, is_one_set, stem_of
+from embedwright.data.files.kinds import Quarantine, detect_kind
+from embedwright.data.files.rows import read_rows
+from embedwright.data.files.table import write_examples
+from embedwright.data.files.tasks import tasks_beside
+from embedwright.data.labels import Form
+from embedwright.data.schema import DataError, Example, Task
+from embedwright.data.sources.catalog import BeirRows, Entry, EvidenceRows, LabelledRows, Marks, find_task
+from embedwright.data.sources.convert import Job, Numbered, Row, Table, convert
+from embedwright.errors import NotFoundError, OutOfReachError
+
+log = logging.getLogger(__name__)
+
+BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}  # what `datasets` calls them
+
+
+def build(
+    entry: Entry,
+    out: Path,
+    *,
+    source: Path | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    form: Form | None = None,
+    negatives: int = 7,
+    known: Collection[str] | None = None,
+    strict: bool = False,
+) -> dict[str, int]:
+    """Write the examples of `entry` to `out` (.jsonl, .jsonl.gz or .parquet), whole or not at all; returns the counts.
+
+    Their tasks are written beside it.
+
+    Rows come from the hub, streamed where `limit` is given, or from `source`: a file (JSONL, .gz, Parquet) or a folder
+    (the configs of a repository, or the files that `entry.files` names). `limit`: see `convert`. `form` says how labels
+    become examples (default: `entry.form`); `known` closes their list; `negatives` is their number per example.
+    Bad rows are logged, counted and kept in `<out>.quarantine.jsonl`. Memory: see `convert`.
+    A set that is not pinned to a commit is a warning, or under `strict` a DataError. Raises FileNotFoundError,
+    ConnectionError where the hub is out of reach, and DataError where no example comes out.
+    """
+    quarantine_path = out.with_name(f"{out.name}.quarantine.jsonl")
+    _check(entry, source, form, strict)
+    quarantine_path.unlink(missing_ok=True)
+    with Quarantine(source or Path(entry.hub or entry.name), quarantine_path) as quarantine:
+
+        def bad(number: int, raw: bytes | None, row: Row | DataError, error: DataError) -> None:
+            quarantine.add(number, raw or json.dumps(row, default=repr).encode() + b"\n", error)
+
+        names: dict[str, Mapping[str, str]] = {}  # filled when the rows are opened
+        job = Job(
+            entry=entry,
+            seed=seed,
+            limit=limit,
+            form=form or entry.form or "auto",
+            negatives=negatives,
+            known=None if known is None else frozenset(known),
+            bad=bad,
+            names=names,
+        )
+        rows = partial(open_table, source=source, streaming=limit is not None, names=names)
+        try:
+            written = write_examples(out, _some(convert(job, rows), job, quarantine), job.tasks)
+        except DataError as error:
+            raise error if source is None or str(source) in str(error) else DataError(f"{source}: {error}") from None
+    counts = {key: count for key, count in job.report.items() if count or key == "rows"}
+    return counts | {"examples": written, "quarantined": quarantine.count}
+
+
+def label_file(
+    path: Path,
+    out: Path,
+    *,
+    task: str | None = None,
+    form: Form = "auto",
+    words: Mapping[str, str] | None = None,
+    known: Collection[str] | None = None,
+    negatives: int = 7,
+    seed: int = 0,
+) -> dict[str, int]:
+    """`build` for rows {"text", "label"} in the file `path`, where a label may be a list, and `id` may be there.
+
+    `task` is the name of the task (default: the file's); the file beside `path`, or the catalogue, may describe it.
+    `words`, `known`, `form`: see `labels.label_triples`.
+    """
+    if detect_kind(path) != "labelled":
+        raise DataError(f'{path}: rows are not {{"text", "label"}}')
+    rows = LabelledRows(kind="labelled", text=("text",), label="label", words=dict(words) if words else None, id="id")
+    name = task or stem_of(path)
+    described = tasks_beside(path).get(name) or find_task(name) or Task(name=name, family="classification")
+    entry = Entry(
+        name=name,
+        rows=rows,
+        family=described.family,
+        instructions=(described.instruction,),  # may be empty: the recipe that reads the examples can give it
+        url=described.source or None,
+        licence=described.licence or "unknown",
+        target={"v2": "example"},
+        marks=Marks(columns="guess", source="guess", instructions="guess", samples="guess", target="guess"),
+    )
+    return build(entry, out, source=path, form=form, known=known, negatives=negatives, seed=seed)
+
+
+def open_table(
+    table: Table, *, source: Path | None, streaming: bool, names: dict[str, Mapping[str, str]] | None = None
+) -> Iterator[Numbered]:
+    """The rows of `table`, numbered from 1: of its repository, or of `source`, as `build` says.
+
+    `names` gets the names of classes by column, where the set says them. Holds one batch of rows in memory. A local
+    folder is read as it is, without a copy in the cache of `datasets`.
+    """
+    names = {} if names is None else names
+    if source is not None and (source.is_file() or _is_plain(table, source)):
+        yield from _local_rows(table, source, names)
+        return
+    if source is None and table.hub is None:
+        raise DataError("it is on no hub: give a local copy as source")
+    streaming = streaming or source is not None
+    parts = _files(table, source) if table.files else [("", _repository(table, source))]
+    number = 0
+    for label, arguments in parts:
+        for row in _load(arguments | {"streaming": streaming}, names):
+            number += 1
+            yield number, None, row | {"_file": label} if label else row
+
+
+def _is_plain(table: Table, folder: Path) -> bool:
+    """Whether a folder is not a copy of a repository with configs, but files of rows, or what `datasets` saved."""
+    if table.config is not None or table.files is not None or not folder.is_dir():
+        return False
+    return is_one_set(folder) or any(map(is_data, folder.iterdir()))
+
+
+def _local_rows(table: Table, source: Path, names: dict[str, Mapping[str, str]]) -> Iterator[Numbered]:
+    files = data_files(source, table.split)
+    columns: set[str] = set()
+    count = itertools.count(1)
+    for file in files:
+        named = {"_file": stem_of(file)} if table.files else {}
+        for number, raw, row in read_rows(file):
+            place = number if len(files) == 1 else next(count)
+            if isinstance(row, DataError):
+                yield place, raw, row
+                continue
+            for column in row.keys() - columns:
+                columns.add(column)
+                names |= {column: found} if (found := class_names(source, column)) else {}
+            yield place, raw, row | named
+
+
+def _repository(table: Table, source: Path | None) -> dict[str, Any]:
+    """What `load_dataset` is told about a repository, or a folder that is laid out like one."""
+    where = {"path": str(source)} if source else {"path": table.hub, "revision": table.revision}
+    return where | {"name": table.config, "split": table.split}
+
+
+def _files(table: Table, source: Path | None) -> list[tuple[str, dict[str, Any]]]:
+    """(name of the file, what `load_dataset` is told) for each file of a table, in the order of their names."""
+    if source is not None:
+        found = [str(path) for path in sorted(source.glob(str(table.files))) if not is_beside(path)]
+    else:
+        from huggingface_hub import HfFileSystem
+
+        pattern = f"datasets/{table.hub}@{table.revision or 'main'}/{table.files}"
+        with _naming(str(table.hub)):
+            found = [f"hf://{path}" for path in sorted(map(str, HfFileSystem().glob(pattern)))]
+    if not found:
+        raise NotFoundError(f"{source or table.hub}: no file {table.files}")
+    parts = []
+    for path in found:
+        builder = BUILDERS.get(Path(path.removesuffix(".gz")).suffix)
+        if builder is None:
+            raise DataError(f"{path}: expected a file of {', '.join(BUILDERS)}")
+        parts.append((stem_of(Path(path)), {"path": builder, "data_files": path, "split": "train"}))
+    return parts
+
+
+def _load(arguments: dict[str, Any], names: dict[str, Mapping[str, str]]) -> Iterator[dict[str, Any]]:
+    """The rows that `load_dataset` gives, with errors that name the set; `names` gets those of its classes."""
+    import datasets
+
+    with _naming(arguments.get("data_files", arguments["path"])):
+        rows = datasets.load_dataset(**arguments, trust_remote_code=False)
+        features = rows.features.to_dict() if rows.features else {}
+        names |= {column: found for column, feature in features.items() if (found := names_of(feature))}
+        yield from rows
+
+
+@contextmanager
+def _naming(where: str) -> Iterator[None]:
+    """Errors of `datasets` and of the hub, naming the set, as those that `build` promises."""
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield
+    except ConnectionError as error:
+        raise OutOfReachError(f"{where}: {error} (a local copy can be given as source)") from error
+    except (DatasetsError, FileNotFoundError, ValueError) as error:
+        raise DataError(f"{where}: {error}") from error
+
+
+def _check(entry: Entry, source: Path | None, form: Form | None, strict: bool) -> None:
+    """Raise for what cannot work, before anything is read; warn of a set that is not pinned."""
+    labelled = isinstance(entry.rows, LabelledRows)
+    if form is not None and not labelled:
+        raise DataError(f"{entry.name}: its rows have no labels, so no form")
+    if source is not None:
+        if not source.exists():
+            raise NotFoundError(f"{source} does not exist")
+        if source.is_file() and isinstance(entry.rows, BeirRows | EvidenceRows):
+            raise DataError(f"{source}: {entry.name} is made of several tables: give a folder with a config for each")
+        return
+    if entry.hub is None:
+        raise DataError(
+            f"{entry.name} is on no hub: give a local copy as source{f', from {entry.url}' if entry.url else ''}"
+        )
+    pages = [entry.rows.pages] if isinstance(entry.rows, EvidenceRows) else []
+    for hub, revision in ((entry.hub, entry.revision), *((page.hub, page.revision) for page in pages)):
+        if revision is None:
+            message = f"{entry.name}: {hub} is not pinned to a commit (`revision`): its content may change"
+            if strict:
+                raise DataError(message)
+            log.warning("%s", message)
+
+
+def _some(examples: Iterator[Example], job: Job, quarantine: Quarantine) -> Iterator[Example]:
+    """`examples`. Raises DataError at the end where there was none, so that no file is written."""
+    first = next(examples, None)
+    if first is None:
+        counts = {key: n for key, n in job.report.items() if n}
+        raise DataError(f"{job.entry.name}: no example ({quarantine.first_reason or counts or 'no row'})")
+    yield first
+    yield from examples

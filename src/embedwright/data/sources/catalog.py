@@ -1,0 +1,287 @@
+"""The public training sets of NV-Embed (arXiv 2405.17428, sections 3 and 4), and those a user adds: where each is, what
+its rows are, and what is asked of them. The entries are in `catalog.yaml`, or in one YAML file of the user's own.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from embedwright.config import did_you_mean, load_yaml, validate
+from embedwright.data.schema import Family, Task
+from embedwright.errors import InputError
+
+Version = Literal["v1", "v2"]
+Target = Literal["passage", "label", "example"]  # label: the text of the label
+# Where a value comes from: `confirmed` (a source that was read), `sister` (a confirmed value of a sister model or mix),
+# `recalled` (from memory of the paper, not confirmed), `derived` (follows from other values), `guess` (our choice).
+Mark = Literal["confirmed", "sister", "recalled", "derived", "guess"]
+
+
+def _listed(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _keyed_by_text(value: object) -> object:
+    return {str(key): text for key, text in value.items()} if isinstance(value, dict) else value
+
+
+# One column, or several that are joined by a space; `texts.0` is the first item of the list in `texts`.
+Columns = Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)]
+LabelNames = Annotated[tuple[str, ...], BeforeValidator(lambda v: [str(x) for x in v] if isinstance(v, list) else v)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PairRows(_Frozen):
+    """A query and what answers it, and perhaps hard negatives, in one row.
+
+    `grouped`: a query has several rows, each with one of its answers. They become one example; all rows are in memory.
+    """
+
+    kind: Literal["pairs"]
+    query: Columns
+    positive: Columns
+    negatives: tuple[Columns, ...] = ()
+    grouped: bool = False
+    id: str | None = None
+
+
+class BeirRows(_Frozen):
+    """Corpus, queries and judgements as three configs of one repository (the layout of mteb's retrieval sets).
+
+    The judgements have `query-id`, `corpus-id` and `score`; the entry's `split` is theirs.
+    """
+
+    kind: Literal["beir"]
+    corpus: str = "corpus"
+    queries: str = "queries"
+    qrels: str = "default"
+    corpus_split: str = "corpus"
+    queries_split: str = "queries"
+    text: Columns = ("title", "text")
+    id: str = "_id"
+
+
+class Pages(_Frozen):
+    """A corpus whose documents are named by title."""
+
+    hub: str
+    revision: str | None = Field(default=None, pattern="^[0-9a-f]{40}$")
+    config: str = "corpus"
+    split: str = "corpus"
+    title: str = "title"
+    text: Columns = ("title", "text")
+
+
+class EvidenceRows(_Frozen):
+    """A claim and the titles of the pages that decide it; the texts are in another set."""
+
+    kind: Literal["evidence"]
+    query: Columns
+    evidence: str  # a list of objects
+    title: str  # the key of the title in each
+    pages: Pages
+    id: str | None = None
+
+
+class LabelledRows(_Frozen):
+    """A text and its label, or labels: a list, or one text that `separator` splits."""
+
+    kind: Literal["labelled"]
+    text: Columns
+    label: str
+    label_text: str | None = None  # the column of what stands for the label in the label form
+    words: Annotated[dict[str, str], BeforeValidator(_keyed_by_text)] | None = None  # or label -> what stands for it
+    separator: str | None = None
+    at_most: int | None = Field(default=None, gt=0)  # rows drawn unless `limit` is given: they are held in memory
+    id: str | None = None
+
+
+class ScoredRows(_Frozen):
+    """Two texts and how alike they are. `scale` and `threshold` are in the units of `score`."""
+
+    kind: Literal["scored"]
+    text1: str
+    text2: str
+    score: str
+    scale: tuple[float, float] = (0.0, 5.0)
+    threshold: float = 4.0
+    id: str | None = None
+
+
+class NliRows(_Frozen):
+    """Premise, hypothesis, label. Rows of other labels are counted and left out."""
+
+    kind: Literal["nli"]
+    premise: str
+    hypothesis: str
+    label: str
+    entailment: LabelNames = ("0",)
+    hard_negative: LabelNames = ("1", "2")  # neutral, contradiction
+
+
+Rows = Annotated[PairRows | BeirRows | EvidenceRows | LabelledRows | ScoredRows | NliRows, Field(discriminator="kind")]
+
+
+class Marks(_Frozen):
+    """How well each fact of an entry is known."""
+
+    columns: Mark  # the schema
+    source: Mark  # that NV-Embed took it from this repository
+    instructions: Mark
+    samples: Mark
+    target: Mark
+
+
+class Entry(_Frozen):
+    """One public training set."""
+
+    name: str = Field(min_length=1)
+    hub: str | None = None  # owner/name; None: it is on no hub, see `url`, and is built from a local copy
+    url: str | None = None
+    revision: str | None = Field(default=None, pattern="^[0-9a-f]{40}$")  # None: not pinned
+    branch: str | None = None  # read while there is no revision (`refs/convert/parquet`, where the set is a script)
+    config: str | None = None
+    split: str = "train"
+    files: str | None = None  # a pattern of files to read one by one; each row then has its file's name as `_file`
+    rows: Rows
+    family: Family
+    instructions: Annotated[tuple[str, ...], Field(min_length=1)]
+    symmetric: bool = False
+    target: dict[Version, Target] = Field(min_length=1)  # by version of NV-Embed that has the set
+    samples: int | None = Field(default=None, gt=0)  # of NV-Embed v2
+    licence: str = "unknown"
+    marks: Marks
+    note: str = ""
+
+    @model_validator(mode="after")
+    def _targets_fit(self) -> Entry:
+        labelled = self.rows.kind == "labelled"
+        for version, target in self.target.items():
+            if labelled == (target == "passage"):
+                raise InputError(f"target {target!r} of {version} does not fit rows of kind {self.rows.kind!r}")
+        return self
+
+    @property
+    def form(self) -> Literal["label", "example"] | None:
+        """How its labels become examples: as in the newest version that has it. None: it has no labels."""
+        target = self.target[max(self.target)]
+        return None if target == "passage" else target
+
+    def tasks(self, form: str | None = None) -> list[Task]:
+        """One Task for each wording of the instruction: `name`, `name.2`, ...
+
+        Texts compared with texts of their own kind (STS, and the example form) bear the instruction on both sides.
+        """
+        symmetric = self.symmetric or (form or self.form) == "example"
+        source = self.hub or self.url or ""
+        return [
+            Task(
+                name=self.name if i == 0 else f"{self.name}.{i + 1}",
+                family=self.family,
+                instruction=wording,
+                symmetric=symmetric,
+                licence="" if self.licence == "unknown" else self.licence,
+                source=source,
+            )
+            for i, wording in enumerate(self.instructions)
+        ]
+
+    def task_of(self, row_id: str, seed: int) -> str:
+        """The name of the task, so the wording, of the example `row_id`: it depends on `seed` and the id alone."""
+        pick = random.Random(f"{seed}:wording:{row_id}").randrange(len(self.instructions))
+        return self.name if pick == 0 else f"{self.name}.{pick + 1}"
+
+
+class Catalog(_Frozen):
+    """A list of entries, each name once."""
+
+    sets: tuple[Entry, ...]
+
+    @model_validator(mode="after")
+    def _names_once(self) -> Catalog:
+        names = [entry.name for entry in self.sets]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise InputError(f"two sets are called {twice[0]!r}")
+        return self
+
+
+@cache
+def load_catalog() -> dict[str, Entry]:
+    """The packaged sets by name, in the order of the file."""
+    path = Path(__file__).with_name("catalog.yaml")
+    return {entry.name: entry for entry in validate(Catalog, load_yaml(path), str(path)).sets}
+
+
+def find_entry(name: str) -> Entry:
+    """The packaged set `name`, or the one that the YAML file `name` describes.
+
+    Raises FileNotFoundError or ConfigError for a file that is missing or wrong, ValueError for an unknown name.
+    """
+    if name.endswith((".yaml", ".yml")):
+        return validate(Entry, load_yaml(Path(name)), name)
+    sets = load_catalog()
+    if name not in sets:
+        raise InputError(f"no data set {name!r}; known: docstrings, {', '.join(sets)}{did_you_mean(name, sets)}")
+    return sets[name]
+
+
+def find_task(name: str) -> Task | None:
+    """The task of the packaged sets that rows call `name`, or None."""
+    entry = load_catalog().get(name.partition(".")[0])
+    return next((task for task in entry.tasks() if task.name == name), None) if entry else None
+
+
+HEADER = ("name", "family", "in", "target", "rows", "source", "pinned", "samples", "licence", "columns")
+
+
+def table_rows(entries: Iterable[Entry]) -> list[tuple[str, ...]]:
+    """A row of texts, as HEADER names them, for each entry."""
+    return [
+        (
+            entry.name,
+            entry.family,
+            ", ".join(sorted(entry.target)),
+            ", ".join(dict.fromkeys(entry.target[version] for version in sorted(entry.target))),
+            entry.rows.kind,
+            "/".join(part for part in (entry.hub or entry.url or "a local copy", entry.config) if part),
+            entry.revision[:7] if entry.revision else "no",
+            f"{entry.samples:,} ({entry.marks.samples})" if entry.samples else "unknown",
+            entry.licence,
+            entry.marks.columns,
+        )
+        for entry in entries
+    ]
+
+
+def plain(entries: Iterable[Entry]) -> str:
+    """The table of the terminal: columns aligned, without those that only the documentation has room for."""
+    lines = [(*line[:5], line[5][:56], *line[6:8]) for line in (HEADER, *table_rows(entries))]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() + "\n" for line in lines
+    )
+
+
+def markdown(entries: Iterable[Entry]) -> str:
+    """The two tables of the documentation: the sets, and their instructions and notes."""
+    entries = list(entries)
+    sets = _markdown_table(HEADER, table_rows(entries))
+    asked = [
+        (entry.name, f"{' / '.join(entry.instructions)} ({entry.marks.instructions})", entry.note or " ")
+        for entry in entries
+    ]
+    return f"{sets}\n{_markdown_table(('name', 'instruction', 'note'), asked)}"
+
+
+def _markdown_table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [header, ("---",) * len(header), *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)

@@ -1,0 +1,1 @@
+"""The demo, and training on a user's own pairs with defaults."""

@@ -1,0 +1,218 @@
+"""`embedwright train --data my_pairs.jsonl`: the two-stage defaults on a user's own pairs, with before and after."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from embedwright.cli.display import counter, say
+from embedwright.config import ConfigError
+from embedwright.data.answers import Answers, marks_of, text_mark
+from embedwright.data.clean.clean import Report, clean
+from embedwright.data.clean.repeats import Known
+from embedwright.data.files.table import open_examples, write_examples
+from embedwright.data.schema import Example
+from embedwright.encoders.open import open_encoder
+from embedwright.files import whole_folder, write_json, write_text
+from embedwright.mining.mine import mine, positives_of
+from embedwright.training.batches.blend import permuted
+from embedwright.training.recipe import Recipe
+
+INSTRUCTION = "Given a query, retrieve the passage that answers it"
+
+
+def recipe_for(
+    data: Path,
+    base: str,
+    out: Path,
+    *,
+    layers: int | None = None,
+    instruction: str = INSTRUCTION,
+    teacher: str = "minilm",
+) -> Recipe:
+    """Prepare the user's pairs below `out/data` (once) and return the recipe that trains on them.
+
+    A tenth of the queries, 500 at most, is held out; what repeats them or their answers is not trained on. Hard
+    negatives are mined with `teacher`. ConfigError where too little is left, or `out` is of other data.
+    """
+    prepared = out / "data"
+    if not (prepared / "report.json").exists():
+        _prepare(data, prepared, instruction, teacher)
+    report = json.loads((prepared / "report.json").read_text())
+    before, now = report.pop("source", None), _source(data, teacher, instruction)
+    if not isinstance(before, dict):
+        raise ConfigError(f"{out} was prepared by another version: choose another --out")
+    if changed := [key for key in now if before.get(key) != now[key]]:
+        key = changed[0]
+        change = f"{before.get(key)!r}, now {now[key]!r}"
+        raise ConfigError(f"{out} holds a run of another {key} ({change}): choose another --out")
+    say("  " + ", ".join(f"{key} {value}" for key, value in report.items()))
+    # about one pass over the data in stage 1 and half of one in stage 2, within what a laptop does in an hour
+    queries = min(32, report["train"])
+    steps = max(10, min(report["train"] // queries, 1000))
+    task = {"name": "own", "family": "retrieval", "instruction": instruction}
+    entry = {"path": str(prepared / "train.jsonl"), "task": task}
+    return Recipe.parse(
+        {
+            "name": out.name or "own",
+            "model": {"base": base, "layers": layers, "pooling": "latent", "latents": 128, "max_tokens": 256},
+            "tune": {"method": "lora", "rank": 16, "alpha": 32, "dropout": 0.0},
+            "stages": [
+                {
+                    "name": "retrieval",
+                    "data": [entry],
+                    "in_batch_negatives": "all",
+                    "hard_negatives": 1,
+                    "optim": {"lr": 3e-4, "warmup_steps": steps // 10, "steps": steps, "batch_queries": queries},
+                },
+                {
+                    "name": "generalist",
+                    "data": [entry],
+                    "in_batch_negatives": "none",
+                    "hard_negatives": 4,
+                    "optim": {"lr": 1e-4, "steps": max(5, steps // 2), "batch_queries": max(1, queries // 2)},
+                },
+            ],
+            "run": {"out": str(out), "precision": "bf16", "checkpoint_every": 50},
+            "eval": {"suites": [str(prepared / "heldout" / "suite.yaml")]},
+        }
+    )
+
+
+def _prepare(data: Path, out: Path, instruction: str, teacher: str) -> None:
+    table = open_examples(data, task="own")
+    read, described = list(table), table.tasks
+    answers = Answers(read)
+    duplicates = Report()
+    kept = list(clean(read, duplicates))
+    heldout, rest = _hold_out(kept, answers)
+    if not heldout:
+        raise ConfigError(f"{data}: no query has an answer besides its own text: nothing to judge by")
+    train, leaked_negatives = _without(rest, [text for asked in heldout for text in asked.texts])
+    _refuse_few(data, len(train), "after cleaning")
+    pool = positives_of(train)
+    mined, report = mine(
+        train,
+        pool,
+        open_encoder(teacher),
+        task=instruction,
+        negatives=4,
+        depth=min(100, len(pool)),
+        answers=answers,
+        progress=counter("texts"),
+    )
+    with_negatives = [e for e in mined if e.negatives]
+    _refuse_few(data, len(with_negatives), "with a hard negative")
+    counts = {
+        "read": len(read),
+        "exact_duplicates": duplicates.removed["repeated_exact"],
+        "near_duplicates": duplicates.removed["repeated_near"],
+        "heldout": len(heldout),
+        "heldout_rows": len(kept) - len(rest),
+        "leaks": len(rest) - len(train),
+        "leaked_negatives": leaked_negatives,
+        "likely_positives_removed": report.removed_by_rule,
+        "without_negatives": len(mined) - len(with_negatives),
+        "train": len(with_negatives),
+        "source": _source(data, teacher, instruction),
+    }
+    with whole_folder(out) as temp:
+        write_examples(temp / "train.jsonl", with_negatives, described)
+        _write_suite(temp / "heldout", heldout, read, instruction)
+        write_json(temp / "report.json", counts)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A query that is held out, and what answers it in any row: marks (`data.answers`) and the texts, its own too."""
+
+    query: str
+    marks: set[int]
+    texts: list[str]
+
+
+def _hold_out(rows: Sequence[Example], answers: Answers) -> tuple[list[_Asked], list[Example]]:
+    """A tenth of the queries, 500 at most, and the rows of the others. One that only its own text answers is not held
+    out: no search result could be right."""
+    rows_of: dict[int, list[Example]] = {}
+    for row in rows:
+        rows_of.setdefault(text_mark(row.query), []).append(row)
+    questions = list(rows_of)
+    count = min(max(len(questions) // 10, 1), 500)
+    heldout: dict[int, _Asked] = {}
+    for question in (questions[permuted(i, len(questions), "held out")] for i in range(len(questions))):
+        right = [(row.task, p) for row in rows_of[question] for p in answers.of(row)]
+        marks = set().union(*(marks_of(task, [p]) for task, p in right)) - {question}
+        if len(heldout) < count and any(text_mark(p.text) != question for _, p in right):
+            query = rows_of[question][0].query
+            heldout[question] = _Asked(query, marks, [query, *(p.text for _, p in right)])
+    return list(heldout.values()), [row for row in rows if text_mark(row.query) not in heldout]
+
+
+def _without(rows: Sequence[Example], heldout: Sequence[str]) -> tuple[list[Example], int]:
+    """The rows whose query and positives repeat none of these texts; negatives that do are left out, and counted."""
+    found = Known(heldout).find(
+        text for row in rows for text in (row.query, *(p.text for p in (*row.positives, *row.negatives)))
+    )
+    apart, left_out = [], 0
+    for row in rows:
+        leaks = [match is not None for match in islice(found, 1 + len(row.positives))]
+        negatives = tuple(
+            p for p, match in zip(row.negatives, islice(found, len(row.negatives)), strict=True) if not match
+        )
+        if any(leaks):
+            continue
+        left_out += len(row.negatives) - len(negatives)
+        if len(negatives) < len(row.negatives):
+            row = replace(row, negatives=negatives, positive_scores=None, negative_scores=None)
+        apart.append(row)
+    return apart, left_out
+
+
+def _source(data: Path, teacher: str, instruction: str) -> dict[str, str]:
+    """All that the prepared data depends on."""
+    table = open_examples(data, task="own")
+    described = json.dumps({name: task.model_dump() for name, task in table.tasks.items()})
+    return {"data": table.fingerprint[:16], "teacher": teacher, "instruction": instruction, "tasks": described}
+
+
+def _refuse_few(data: Path, count: int, which: str) -> None:
+    if count < 20:
+        raise ConfigError(f"{data}: {count} pairs are left to train on {which}; 20 is the least")
+
+
+def _write_suite(folder: Path, heldout: Sequence[_Asked], rows: Sequence[Example], instruction: str) -> None:
+    """The held-out queries against all positives, as a BEIR folder in a suite.
+
+    Each text is there once, whatever its look. A document that is a query's own text has the query's id: it is no hit.
+    """
+    beir = folder / "own"
+    own = {text_mark(asked.query): f"q{i}" for i, asked in enumerate(heldout)}
+    texts: dict[str, str] = {}
+    documents_of: dict[int, dict[str, None]] = defaultdict(dict)  # mark -> the documents under it
+    for task, passage in ((row.task, p) for row in rows for p in row.positives):
+        text = text_mark(passage.text)
+        known = next(iter(documents_of[text]), None) or own.get(text) or f"d{len(texts)}"
+        texts.setdefault(known, passage.text)
+        for mark in marks_of(task, [passage]):
+            documents_of[mark][known] = None
+    judged = [
+        f"{query}\t{document}\t1\n"
+        for query, asked in zip(own.values(), heldout, strict=True)
+        for document in dict.fromkeys(d for mark in sorted(asked.marks) for d in documents_of.get(mark, ()))
+        if document != query
+    ]
+    _write_lines(beir / "corpus.jsonl", [{"_id": id, "text": text} for id, text in texts.items()])
+    _write_lines(beir / "queries.jsonl", [{"_id": f"q{i}", "text": asked.query} for i, asked in enumerate(heldout)])
+    write_text(beir / "qrels" / "test.tsv", "query-id\tcorpus-id\tscore\n" + "".join(judged))
+    judged_by = {"kind": "retrieval", "path": "own", "instruction": instruction, "ignore_identical_ids": True}
+    write_json(folder / "suite.yaml", {"name": "heldout", "tasks": [{"name": "own", **judged_by}]})  # JSON is YAML
+
+
+def _write_lines(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

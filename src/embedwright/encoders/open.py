@@ -1,0 +1,109 @@
+"""Open by name anything that encodes: our models, packaged MiniLM, embedders of others. Teachers and baselines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedwright.encoders.sentence_transformers import SentenceTransformerEncoder
+from embedwright.endpoint import shown
+from embedwright.errors import InputError, blaming
+from embedwright.locate import local, packaged, split_revision, text_of
+from embedwright.model.backbone import check_report
+from embedwright.model.embedder import Embedder
+from embedwright.model.formats.base import check_weights
+from embedwright.model.formats.families import FAMILIES, said
+from embedwright.model.formats.folder import INDEX, SINGLE, weights_in
+from embedwright.model.formats.storage import look
+from embedwright.model.verify.probe import ProbeError
+
+
+def open_encoder(name: str, revision: str | None = None) -> Embedder | SentenceTransformerEncoder:
+    """What `open_model` opens, for inference alone: a latent block is folded."""
+    model = open_model(name, revision)
+    return model.fold() if isinstance(model, Embedder) else model
+
+
+def open_model(name: str, revision: str | None = None) -> Embedder | SentenceTransformerEncoder:
+    """`minilm`, a folder or a hub id, as an object with `encode(texts, task=None)`.
+
+    Models of ours, released NV-Embed and the families of `model.formats.families` (also said: `e5-mistral:folder`)
+    open as an `Embedder`; everything else through sentence-transformers, under its own prompts. FileNotFoundError where
+    the packaged weights or the folder are not there, ValueError for a file, ProbeError for a model that is not what it
+    says, such as one whose tokenizer leaves out the EOS that it asks for.
+    """
+    if "://" in name:
+        raise InputError(f"{shown(name)} is a server: `embedwright mine --teacher` asks those, here give a model")
+    _, where = said(name)
+    if "/" not in where and local(where) is None and packaged(where) is None:
+        # a hub id without an owner is a name that only sentence-transformers knows
+        return SentenceTransformerEncoder(_sentence_transformer(*split_revision(where, revision)))
+    place, form = look(name, revision)
+    if form is not None:
+        return Embedder.load(name, revision=revision)
+    if place.hub_id is None:
+        return SentenceTransformerEncoder(_sentence_transformer(str(place.path), None, place.path))
+    return SentenceTransformerEncoder(_sentence_transformer(place.hub_id, place.path.name, place.path))
+
+
+class RawMean:
+    """A decoder as released: causal, mean over all its tokens, instructions ignored. The baseline of the demo."""
+
+    def __init__(self, base: str, max_tokens: int, dtype: str = "float32") -> None:
+        self.model = Embedder.from_decoder(base, pooling="mean", attention="causal", max_tokens=max_tokens, dtype=dtype)
+
+    def encode(self, texts: Sequence[str], task: str | None = None) -> NDArray[np.float32]:
+        vectors: NDArray[np.float32] = self.model.encode(texts)
+        return vectors
+
+
+def _sentence_transformer(where: str, revision: str | None, folder: Path | None = None) -> Any:
+    """`where` is a folder or a hub id, `folder` that folder or the snapshot whose commit is `revision`."""
+    from sentence_transformers import SentenceTransformer
+
+    part = None if folder is None else _weights_folder(folder)
+    if part is not None:
+        check_weights(part)
+    with blaming(where, "cannot be opened by sentence-transformers"):
+        model = SentenceTransformer(where, revision=revision, trust_remote_code=False)
+    if folder is None:
+        return model
+    if part is not None:
+        _check_complete(part, model)
+    wants_eos = json.loads(text_of(folder, "tokenizer_config.json") or "{}").get("add_eos_token")
+    if wants_eos and model.tokenizer("a")["input_ids"][-1] != model.tokenizer.eos_token_id:
+        raise ProbeError(
+            f"{where}: its tokenizer_config.json asks for EOS behind every text, its tokenizer adds none: its vectors "
+            f"would be wrong. Say whose format it has, one of {', '.join(f'{family}:{where}' for family in FAMILIES)}"
+        )
+    return model
+
+
+def _weights_folder(folder: Path) -> Path | None:
+    """Where the safetensors of the first module lie; None for weights of another kind, and of a hub id as yet."""
+    modules = json.loads(text_of(folder, "modules.json") or "[]")
+    part = folder / (modules[0]["path"] if modules else "")
+    return part if any((part / name).exists() for name in (SINGLE, INDEX)) else None
+
+
+def _check_complete(part: Path, model: Any) -> None:
+    """InputError where sentence-transformers, which only logs it, has made up weights that the folder lacks."""
+    network = getattr(model[0], "auto_model", None)
+    if network is None:
+        return
+    stored = {known for name in weights_in(part) for known in (name, name.partition(".")[2])}
+    own = {name for name, _ in network.named_parameters()}
+    if all(name in stored or name.partition(".")[2] in stored for name in own):
+        return
+    # transformers renames some weights on the way: its own report decides, which costs a second look at the files
+    _, info = type(network).from_pretrained(
+        part, output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True, trust_remote_code=False
+    )
+    # BERT's pooler is in few checkpoints, and sentence-transformers does not use it
+    info["missing_keys"] = {name for name in info["missing_keys"] if not name.startswith("pooler.")}
+    check_report(part, info)

@@ -1,0 +1,48 @@
+"""Anything that encodes texts, as one protocol: our Embedder, sentence-transformers, a server, a user's own object.
+
+Mining and evaluation take any object with `encode`, so that any model can be teacher or baseline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedwright.encoders.sentence_transformers import SentenceTransformerEncoder
+from embedwright.errors import InputError, InputTypeError
+
+
+class Encoder(Protocol):
+    """`encode(texts, task=None)` gives float32 (N, E).
+
+    `task` is an instruction for these texts, None for documents; empty: queries, under the model's own instruction.
+    An encoder may have `fingerprint() -> dict[str, str]`, which is equal for two models exactly when they give the same
+    vectors: stored vectors are known by it. One without is known by the vectors of a few texts, encoded anew.
+    """
+
+    def encode(self, texts: Sequence[str], task: str | None = None) -> NDArray[np.float32]: ...
+
+
+def as_encoder(model: Any) -> Encoder:
+    """`model` as an `Encoder`. Raises TypeError where it has no `encode`."""
+    if not callable(getattr(model, "encode", None)):
+        raise InputTypeError(f"{type(model).__name__} has no encode(texts, task=None)")
+    if any(base.__module__.startswith("sentence_transformers.") for base in type(model).__mro__):
+        return SentenceTransformerEncoder(model)
+    encoder: Encoder = model
+    return encoder
+
+
+def encode_finite(encoder: Encoder, texts: Sequence[str], task: str | None = None) -> NDArray[np.float32]:
+    """`encoder`'s vectors as float32 (N, E). Raises ValueError for another shape, or naming a text that gave NaN."""
+    vectors_NE = np.ascontiguousarray(encoder.encode(texts, task=task), dtype=np.float32)
+    if vectors_NE.ndim != 2 or len(vectors_NE) != len(texts):
+        raise InputError(f"the model gave {vectors_NE.shape} for {len(texts)} texts")
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = vectors_NE.sum()  # one pass; what is not finite makes it so too, and it is then looked for
+    if not np.isfinite(total) and not (finite_N := np.isfinite(vectors_NE).all(axis=1)).all():
+        raise InputError(f"the model's vector is not finite for {texts[int(finite_N.argmin())][:100]!r}")
+    return vectors_NE

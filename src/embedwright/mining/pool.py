@@ -1,0 +1,156 @@
+"""The texts that mining encodes and compares: the documents of a corpus, and the passages of the examples.
+
+`C` documents of the corpus, `P` rows of the pool (the documents, then the passages that the corpus lacks).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, count
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedwright.data.answers import text_mark
+from embedwright.data.schema import Example, Passage
+from embedwright.encoders.protocol import Encoder
+from embedwright.vectors.store import Vectors, encode_texts
+
+
+class Documents(dict[str, str]):
+    """Positives as a corpus: id -> text.
+
+    Ids of two tasks, or of two chunks of one document, may be the same for different texts, so a document's id here is
+    not always the one that rows give it. `named`: (task, id in its rows) -> ids here. `given`: id here -> task -> id in
+    its rows.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.named: dict[tuple[str, str], list[str]] = defaultdict(list)
+        self.given: dict[str, dict[str, str]] = defaultdict(dict)
+
+
+def positives_of(examples: Iterable[Example]) -> Documents:
+    """The examples' own positives as a corpus: document id (a number where it has none) -> text, each text once.
+
+    Of several texts under one id the first keeps it; the others get `<id>#2` and so on.
+    """
+    names: dict[str, dict[tuple[str, str], None]] = {}
+    for example in examples:
+        for passage in example.positives:
+            own = names.setdefault(passage.text, {})
+            if passage.id is not None:
+                own[example.task, passage.id] = None
+    reserved = {id for own in names.values() for _, id in own}
+    documents = Documents()
+    for number, (text, own) in enumerate(names.items()):
+        first = next(iter(own))[1] if own else f"p{number}"
+        free = (name for n in count(2) if (name := f"{first}#{n}") not in reserved and name not in documents)
+        key = next(free) if first in documents or (not own and first in reserved) else first
+        documents[key] = text
+        for task, id in own:
+            documents.named[task, id].append(key)
+            documents.given[key].setdefault(task, id)
+    return documents
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """All texts to be encoded: the documents of the corpus, then, each once, the passages that it lacks."""
+
+    corpus: Mapping[str, str]
+    ids: list[str]  # (C) of the documents that have text
+    lacking: list[str]  # (P - C)
+    keys: NDArray[np.int64]  # (P), of the rows that are `known`
+    known: NDArray[np.bool_]  # (P)
+    row_of_id: dict[str, int]  # of the documents that the examples name
+    row_of_text: dict[str, int]  # of the passages of the examples
+    foreign: set[tuple[str, str]]  # (task, id) that name another document in that task than in the corpus
+
+    def text(self, row: int) -> str:
+        return self.corpus[self.ids[row]] if row < len(self.ids) else self.lacking[row - len(self.ids)]
+
+    def keys_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The `text_mark` of each row, made when it is first asked for: most of a large corpus are no candidates."""
+        asked = np.unique(rows[~self.known[rows]])
+        self.known[asked] = True
+        self.keys[asked] = np.fromiter((text_mark(self.text(row)) for row in asked.tolist()), np.int64, len(asked))
+        return self.keys[rows]
+
+    def rows_with_id(self, task: str, passages: Iterable[Passage]) -> list[int]:
+        """The documents that a row of `task` means by the ids of these passages."""
+        ids = [p.id for p in passages if p.id is not None and (task, p.id) not in self.foreign]
+        if isinstance(self.corpus, Documents):
+            ids = [key for id in ids for key in self.corpus.named.get((task, id), ())]
+        return [self.row_of_id[id] for id in ids if id in self.row_of_id]
+
+    def rows_of_texts(self, passages: Iterable[Passage]) -> list[int]:
+        return [self.row_of_text[p.text] for p in passages]
+
+    def passage(self, task: str, row: int) -> Passage:
+        """A document, under the id by which rows of `task` know it; without one where that means another document."""
+        id, text = self.ids[row], self.text(row)
+        if not isinstance(self.corpus, Documents):
+            return Passage(text, None if (task, id) in self.foreign else id)
+        own = self.corpus.given.get(id, {}).get(task)
+        return Passage(text, own or (None if (task, id) in self.corpus.named else id))
+
+    def encoded(self, encoder: Encoder, folder: Path | None, advance: Callable[[int], None]) -> tuple[Vectors, Vectors]:
+        """The vectors of the corpus, and of all rows."""
+        documents = encode_texts(
+            encoder, lambda: _with_text(self.corpus.values()), len(self.ids), folder=folder, advance=advance
+        )
+        lacking = encode_texts(encoder, lambda: self.lacking, len(self.lacking), folder=folder, advance=advance)
+        return documents, documents + lacking
+
+
+def make_pool(corpus: Mapping[str, str], examples: Sequence[Example], answers: Iterable[Passage]) -> Pool:
+    """`answers`: those of other rows, which are compared but not encoded."""
+    passages = [p for example in examples for p in (*example.positives, *example.negatives)]
+    wanted_ids = {p.id for p in chain(passages, answers)}
+    row_of_text = dict.fromkeys((p.text for p in passages), -1)
+    made_here = isinstance(corpus, Documents)
+    ids: list[str] = []
+    row_of_id: dict[str, int] = {}
+    for id_, text in corpus.items():
+        if not text or text.isspace():
+            continue
+        if row_of_text.get(text) == -1:
+            row_of_text[text] = len(ids)
+        if made_here or id_ in wanted_ids:
+            row_of_id[id_] = len(ids)
+        ids.append(id_)
+    lacking = [text for text, row in row_of_text.items() if row == -1]
+    row_of_text.update(zip(lacking, range(len(ids), len(ids) + len(lacking)), strict=True))
+    rows = len(ids) + len(lacking)
+    foreign = set() if made_here else _foreign(corpus, examples, row_of_id)
+    return Pool(corpus, ids, lacking, np.empty(rows, np.int64), np.zeros(rows, bool), row_of_id, row_of_text, foreign)
+
+
+def _foreign(
+    corpus: Mapping[str, str], examples: Sequence[Example], row_of_id: Mapping[str, int]
+) -> set[tuple[str, str]]:
+    """The ids that are known to name another document in a task than in the corpus: its text is that of another task's
+    passage of this id, and of none of the task's own."""
+    if len({example.task for example in examples}) < 2:
+        return set()
+    texts: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for example in examples:
+        for passage in (*example.positives, *example.negatives):
+            if passage.id is not None and passage.id in row_of_id:
+                texts[passage.id][example.task].add(passage.text)
+    foreign = set()
+    for id, by_task in texts.items():
+        if len(by_task) > 1:
+            there = text_mark(corpus[id])
+            own = {task for task, some in by_task.items() if there in set(map(text_mark, some))}
+            foreign |= {(task, id) for task in by_task.keys() - own} if own else set()
+    return foreign
+
+
+def _with_text(texts: Iterable[str]) -> Iterator[str]:
+    return (text for text in texts if text and not text.isspace())

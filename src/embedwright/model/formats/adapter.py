@@ -1,0 +1,248 @@
+"""Adapters on disk: LoRA and the pooling block in peft's own format, and what finds and proves the base below them.
+
+`adapter_config.json` and `adapter_model.safetensors` are peft's. Beside them: `embedwright.json` (contract, pooling,
+how to open a decoder) and `base_samples.safetensors` (values of the base's weights). A folder of peft alone has
+neither: its base is an embedder, and is taken at its word.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from embedwright.config import validate
+from embedwright.errors import InputError, NotFoundError, blaming
+from embedwright.files import write_json
+from embedwright.model.adapters.lora import has_lora, inject_lora, warn_of_idle
+from embedwright.model.backbone import (
+    decoder_config,
+    load_backbone,
+    origin_of,
+    same_samples,
+    weight_samples,
+)
+from embedwright.model.formats.base import resolve_base
+from embedwright.model.formats.families import said
+from embedwright.model.formats.folder import ADAPTER, check_floats, read_object, tensors_of
+from embedwright.model.network import EmbedwrightConfig, EmbedwrightModel
+from embedwright.model.pooling import PoolingConfig
+from embedwright.text import Contract, load_tokenizer
+
+_WEIGHTS, _OURS, _SAMPLES = "adapter_model.safetensors", "embedwright.json", "base_samples.safetensors"
+_PREFIX = "base_model.model."  # of every name in peft's format
+
+# What of a LoraConfig is followed; anything else has to stand at its default.
+_FOLLOWED = {
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "exclude_modules",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+    "layers_to_transform",
+    "layers_pattern",
+}
+_NOTES = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_type",
+    "peft_version",
+    "revision",
+    "task_type",
+}
+_HARMLESS = {"modules_to_save": ["head"], "init_lora_weights": "gaussian"}  # beside the defaults
+
+OpenEmbedder = Callable[..., tuple[EmbedwrightModel, Any]]
+
+
+def write(network: EmbedwrightModel, folder: Path) -> None:
+    """Fills an empty folder with the adapters and the pooling block of `network`.
+
+    ValueError where the weights below the adapters are not those that were read from disk.
+    """
+    backbone, origin = network.backbone, network.origin
+    if origin is None or not same_samples(origin.samples, weight_samples(backbone)):
+        where = "are on no disk" if origin is None else f"are not those of {origin.name} any more"
+        raise InputError(
+            f"the weights below the adapters {where}, so the adapters alone would be of no use: "
+            "save the model without adapters, load that and add them to it, or merge them"
+        )
+    if not hasattr(backbone, "peft_config"):
+        raise InputError("the adapters are not ours: save them with peft, and open that folder with Embedder.load")
+    warn_of_idle(backbone)
+    head = {f"{_PREFIX}head.{name}": tensor for name, tensor in network.head.state_dict().items()}
+    within = "" if origin.kind != "whole" and not head else "backbone."
+    lora = {f"{_PREFIX}{within}{_stored(n)}": p.detach() for n, p in backbone.named_parameters() if "lora_" in n}
+    config = copy.copy(backbone.peft_config["default"])
+    config.base_model_name_or_path, config.revision = origin.name, origin.revision
+    config.modules_to_save = ["head"] if head else None
+    config.task_type, config.inference_mode = "FEATURE_EXTRACTION", True
+    config.save_pretrained(folder)
+    for file, tensors in ((_WEIGHTS, lora | head), (_SAMPLES, origin.samples)):
+        save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, folder / file, metadata={"format": "pt"})
+    decoder = {
+        "layers": backbone.config.num_hidden_layers,
+        "attention": "causal" if backbone.config.is_causal else "bidirectional",
+    }
+    ours = {
+        "contract": network.contract.model_dump(mode="json"),
+        "pooling": network.pooling.model_dump(mode="json"),
+        "decoder": decoder if origin.kind == "decoder" else None,
+    }
+    write_json(folder / _OURS, ours)
+
+
+def read(folder: Path, dtype: torch.dtype | None, open_embedder: OpenEmbedder) -> tuple[EmbedwrightModel, Any]:
+    """Base and adapters, and the tokenizer of the base. `dtype`: of the base; what trains is float32.
+
+    FileNotFoundError where the base or a file is missing; ValueError where the base is another one, the adapter is of a
+    kind that is not supported, or its tensors do not fit.
+    """
+    from peft import LoraConfig
+
+    stored, ours = read_settings(folder)
+    tensors = _read_tensors(folder / _WEIGHTS)
+    base = stored["base_model_name_or_path"], stored.get("revision")
+    network, tokenizer = _open_base(folder, base, ours, dtype, open_embedder)
+    backbone: Any = network.backbone
+    bare = not any(name.startswith(f"{_PREFIX}backbone.") for name in tensors)  # names as in AutoModel's stock model
+    root = backbone if bare else network
+    with blaming(folder / ADAPTER, "asks for adapters that its base cannot have"):
+        inject_lora(root, LoraConfig(**{key: stored[key] for key in _FOLLOWED & stored.keys()}))
+    backbone.peft_config = root.peft_config
+    whole_head = ours is not None and ours["decoder"] is not None
+    network.head.float().requires_grad_(True)
+    _fill(folder / _WEIGHTS, network, tensors, bare=bare, whole_head=whole_head)
+    warn_of_idle(backbone)
+    return network, tokenizer
+
+
+def read_settings(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """What peft wrote, and what `write` wrote beside it (None: an adapter of peft alone). InputError as in `read`."""
+    stored = read_object(folder / ADAPTER)
+    _check_settings(folder / ADAPTER, stored)
+    base = Path(said(stored["base_model_name_or_path"])[1]).expanduser()
+    if (base / ADAPTER).exists():  # which may be this folder itself
+        raise InputError(f"{folder}: its base, {base}, is an adapter itself: merge that first")
+    return stored, _read_ours(folder / _OURS) if (folder / _OURS).is_file() else None
+
+
+def _check_settings(file: Path, stored: dict[str, Any]) -> None:
+    from peft import LoraConfig
+
+    if stored.get("peft_type") != "LORA":
+        raise InputError(f"{file}: peft_type is {stored.get('peft_type')!r}, and only LORA is supported")
+    if not isinstance(stored.get("base_model_name_or_path"), str):
+        raise InputError(f"{file}: base_model_name_or_path does not say where the base is")
+    if not isinstance(stored.get("revision"), str | None):
+        raise InputError(f"{file}: revision={stored['revision']!r} is no revision of a base")
+    default = vars(LoraConfig())
+    for key in sorted(stored.keys() - _FOLLOWED - _NOTES):
+        if stored[key] and stored[key] not in (default.get(key), _HARMLESS.get(key)):
+            raise InputError(f"{file}: {key}={stored[key]!r} is not supported")
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    check_floats(stored := tensors_of(file, within=file.parent))
+    if not stored:
+        raise InputError(f"{file} holds no tensors")
+    tensors: dict[str, Tensor] = load_file(file)
+    return tensors
+
+
+def _read_ours(file: Path) -> dict[str, Any]:
+    """What `write` says about contract, pooling and decoder. InputError for the file of another kind of folder."""
+    ours = read_object(file)
+    if ours.keys() != {"contract", "pooling", "decoder"}:
+        raise InputError(f"{file} does not belong to this adapter: it has the keys {sorted(ours)}; move it away")
+    for part, kind in (("contract", Contract), ("pooling", PoolingConfig)):
+        validate(kind, ours[part], f"{file}: {part}")
+    decoder = ours["decoder"]
+    if decoder is not None and (not isinstance(decoder, dict) or decoder.keys() != {"layers", "attention"}):
+        raise InputError(f"{file}: decoder must say layers and attention, not {decoder!r}")
+    return ours
+
+
+def _open_base(
+    folder: Path,
+    base: tuple[str, str | None],
+    ours: dict[str, Any] | None,
+    dtype: torch.dtype | None,
+    open_embedder: OpenEmbedder,
+) -> tuple[EmbedwrightModel, Any]:
+    """The base, proved to be the one that the adapters were trained on where that is known (`ours`)."""
+    name, revision = base
+    samples = _read_tensors(folder / _SAMPLES) if ours else {}
+    if ours and dtype is None:
+        dtype = next(iter(samples.values())).dtype
+    try:
+        if ours and ours["decoder"]:
+            network, tokenizer = _open_decoder(name, revision, ours, dtype)
+        else:
+            network, tokenizer = open_embedder(name, dtype=dtype, revision=revision)
+    except NotFoundError as error:
+        raise NotFoundError(
+            f"{folder}: the base of this adapter, {name}, cannot be opened ({error}): "
+            f"write where it is as base_model_name_or_path into {folder / ADAPTER}"
+        ) from None
+    if has_lora(network.backbone):
+        raise InputError(f"{folder}: its base, {name}, is an adapter itself: merge that first")
+    if ours:
+        if not same_samples(samples, weight_samples(network.backbone)):
+            raise InputError(f"{folder}: {name} has other weights than the base that this adapter was trained on")
+        for part in ("contract", "pooling"):
+            if getattr(network, part).model_dump(mode="json") != ours[part]:
+                raise InputError(f"{folder}: {name} has another {part} than the base that this adapter was trained on")
+    return network, tokenizer
+
+
+def _open_decoder(
+    name: str, revision: str | None, ours: dict[str, Any], dtype: torch.dtype | None
+) -> tuple[EmbedwrightModel, Any]:
+    """A decoder with the adapter's own contract; its pooling block is still to be filled."""
+    base = resolve_base(name, revision)
+    config = decoder_config(base, **ours["decoder"])
+    backbone = load_backbone(base, config, dtype or torch.float32)
+    parts = {"contract": ours["contract"], "pooling": ours["pooling"]}
+    network = EmbedwrightModel(EmbedwrightConfig(backbone=backbone.config.to_dict(), **parts), backbone=backbone)
+    network.origin = origin_of(name, backbone, "decoder", revision)
+    return network, load_tokenizer(base)
+
+
+@torch.no_grad()
+def _fill(file: Path, network: EmbedwrightModel, tensors: dict[str, Tensor], *, bare: bool, whole_head: bool) -> None:
+    """Every adapter from its tensor, exactly one each; and the pooling block, all of it or (not `whole_head`) none."""
+    if on_head := [name for name, _ in network.head.named_parameters() if "lora_" in name]:
+        raise InputError(f"{file}: LoRA on the pooling block ({on_head[0]}) is not supported: it trains in full")
+    left_out = "backbone." if bare else ""
+    own = {
+        f"{_PREFIX}{_stored(name).removeprefix(left_out)}": parameter
+        for name, parameter in network.named_parameters()
+        if "lora_" in name
+    }
+    head = {f"{_PREFIX}head.{name}": parameter for name, parameter in network.head.named_parameters()}
+    if whole_head or head.keys() & tensors.keys():
+        own |= head
+    for what, names in (
+        ("missing", own.keys() - tensors.keys()),
+        ("unexpected", tensors.keys() - own.keys()),
+        ("not of the base's shape", {n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape}),
+    ):
+        if names:
+            raise InputError(f"{file}: {len(names)} tensors are {what}, e.g. {min(names)}")
+    for name, parameter in own.items():
+        parameter.copy_(tensors[name])
+
+
+def _stored(name: str) -> str:
+    """A parameter's name without that of the adapter, as peft stores it."""
+    return name.replace(".default", "")

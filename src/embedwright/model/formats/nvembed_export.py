@@ -1,0 +1,110 @@
+"""A model in the layout of the released NV-Embed folders, for programs that read that one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor
+
+from embedwright.errors import InputError
+from embedwright.files import check_new_folder, whole_folder, write_json
+from embedwright.model.adapters.lora import has_lora
+from embedwright.model.embedder import Embedder
+from embedwright.model.formats.nvembed import LENGTHS, check_released, released_contract, released_name, sizes
+from embedwright.model.pooling import FOLDED, FoldedLatent
+from embedwright.model.verify import probe
+
+_WEIGHTS, _SHARD = "model{suffix}.safetensors", "5GB"
+# What transformers writes into every config, or sets itself: no property of the weights.
+_NOT_COMPARED = {"_name_or_path", "architectures", "dtype", "transformers_version"}
+
+
+def export_nvembed(model: Embedder, path: str | Path) -> None:
+    """Write a new folder in the released layout, weights in the type that the released ones were stored in.
+
+    For a model that was opened from such a folder, tuned or not. The small JSON files are those of the release; its two
+    Python files are not ours to write: copy them, where remote code is to open the folder. Needs memory for one shard
+    (5 GB) beside the model. FileExistsError where the folder is not empty; ValueError for what the layout cannot
+    express, and for a weight that overflows the stored type, naming it; ProbeError for a model that is not sound.
+    """
+    check_new_folder(path)
+    released = _check_expressible(model)
+    probe.check(model.network)
+    with whole_folder(path) as temp:
+        _write_weights(model, getattr(torch, released["dtype"]), temp)
+        _write_tokenizer(model.own_tokenizer, temp)
+        lengths = {**released["files"].get(LENGTHS, {}), "max_seq_length": model.max_tokens}
+        for name, content in {**released["files"], LENGTHS: lengths}.items():
+            write_json(temp / name, content)
+
+
+def _check_expressible(model: Embedder) -> dict[str, Any]:
+    """The model's `released` part, or ValueError: a reader of the layout would build another model."""
+    network = model.network
+    if isinstance(network.head, FoldedLatent):
+        raise InputError(FOLDED)
+    if has_lora(network.backbone):
+        raise InputError("LoRA adapters are not merged, and the layout has no place for them: merge them first")
+    if network.pooling.kind != "latent":
+        raise InputError(f"pooling is {network.pooling.kind!r}: the layout knows 'latent' alone")
+    if network.backbone.config.model_type != "mistral":
+        raise InputError(
+            f"the decoder is a {network.backbone.config.model_type!r} model: the layout knows Mistral alone"
+        )
+    _same(
+        "the text contract",
+        model.contract.model_dump(),
+        released_contract(model.own_tokenizer, model.max_tokens).model_dump(),
+    )
+    released = check_released(network.config.released)
+    shapes = {released_name(name): tuple(p.shape) for name, p in network.named_parameters()}
+    decoder, pooling = sizes(released["files"]["config.json"], shapes)
+    _same("the decoder", network.backbone.config.to_dict(), decoder.to_dict())
+    _same("the pooling block", network.pooling.model_dump(), pooling.model_dump())
+    return released
+
+
+def _same(what: str, own: dict[str, Any], read: dict[str, Any]) -> None:
+    for key in sorted((own.keys() | read.keys()) - _NOT_COMPARED):
+        if own.get(key) != read.get(key):
+            raise InputError(
+                f"the layout cannot express {what}: {key} is {own.get(key)!r}, and would be read as {read.get(key)!r}"
+            )
+
+
+def _write_weights(model: Embedder, dtype: torch.dtype, folder: Path) -> None:
+    weights = {released_name(name): parameter.detach() for name, parameter in model.network.named_parameters()}
+    # planned without memory, written a shard at a time
+    plan = split_torch_state_dict_into_shards(
+        {name: torch.empty_like(weight, dtype=dtype, device="meta") for name, weight in weights.items()},
+        filename_pattern=_WEIGHTS,
+        max_shard_size=_SHARD,
+    )
+    for file, names in plan.filename_to_tensors.items():
+        shard = {name: _cast(name, weights[name], dtype) for name in names}
+        save_file(shard, folder / file, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        write_json(folder / f"{_WEIGHTS.format(suffix='')}.index.json", index)
+
+
+def _cast(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    cast = weight.to("cpu", dtype).contiguous()
+    if not cast.isfinite().all():
+        largest = float(weight.abs().max())
+        raise InputError(f"{name} does not fit {dtype}: its largest value is {largest:.4g}")
+    return cast
+
+
+def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """tokenizer.json with its merges as strings, as the release has them: tokenizers before 0.20 read nothing else."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    merges = content["model"].get("merges", [])
+    if not any(" " in piece for pair in merges for piece in pair):
+        content["model"]["merges"] = [" ".join(pair) for pair in merges]
+    write_json(folder / "tokenizer.json", content)

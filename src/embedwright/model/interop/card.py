@@ -1,0 +1,165 @@
+"""The model card of an embedder: a README.md whose front matter the Hugging Face hub reads.
+
+Plain values come in, since data, stages and scores are known to training alone; `facts` gives what a model says itself.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import ModelCardData
+
+from embedwright.model.adapters.lora import has_lora
+from embedwright.model.formats.storage import opens_as_stock
+from embedwright.model.network import EmbedwrightModel
+from embedwright.model.verify.selftest import TASK
+from embedwright.text import Contract, TextTokenizer
+
+Row = Mapping[str, str | float | None]
+Form = Literal["stock", "ours", "adapter"]
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_DATASET = re.compile(r"(?:https://(?:huggingface\.co|hf\.co)/datasets/)?([\w.-]+/[\w.-]+)/?")
+_QUERY = "how do tides work?"
+_PASSAGE = "Tides are the rise and fall of sea levels, caused by the gravity of the moon and the sun."
+
+
+def facts(network: EmbedwrightModel, tokenizer: TextTokenizer) -> dict[str, Any]:
+    """The arguments of `model_card` that the model knows: contract, form, pooling, attention, sizes, base."""
+    backbone, origin = network.backbone, network.origin
+    stock = opens_as_stock(network, tokenizer)
+    base = origin.name if origin is not None and origin.kind == "decoder" else None
+    return {
+        "contract": network.contract,
+        "form": "adapter" if has_lora(backbone) else "stock" if stock else "ours",
+        "pooling": network.pooling.kind,
+        "attention": "causal" if backbone.config.is_causal else "bidirectional",
+        "dimensions": int(backbone.config.hidden_size),
+        "base": None if base is None or Path(base).is_absolute() else base,
+    }
+
+
+def model_card(
+    name: str,
+    *,
+    contract: Contract,
+    form: Form,
+    pooling: str,
+    attention: str,
+    dimensions: int,
+    base: str | None = None,
+    license: str | None = None,
+    language: Sequence[str] = (),
+    stages: Sequence[Row] = (),
+    data: Sequence[Row] = (),
+    scores: Sequence[Row] = (),
+    path: str | None = None,
+) -> str:
+    """The text of README.md.
+
+    `form`: what the folder is, as `facts` says it. `base`, `license`: as the hub calls them; a base that is no hub id
+    stands in the text alone. `stages`, `data`, `scores`: rows of three tables, in the order given, under the keys of
+    their rows: any for stages (`name`, `steps`, `lr`, ...); `task`, `rows`, `licence` and `source` for data, where a
+    source that is a data set on the hub goes into the front matter; those of `evaluation.report.table` for scores.
+    `path`: what a reader loads, where that is not `name`.
+    """
+    from_hub = base if base and _HUB_ID.fullmatch(base) and not Path(base).exists() else None
+    sources = [_DATASET.fullmatch(str(row.get("source") or "")) for row in data]
+    front = ModelCardData(
+        base_model=from_hub,
+        datasets=list(dict.fromkeys(found[1] for found in sources if found)) or None,
+        language=list(language) or None,
+        # the library whose own call opens the folder, without an import of another one
+        library_name="sentence-transformers" if form == "stock" else "embedwright",
+        license=license,
+        pipeline_tag="feature-extraction",
+        tags=["embedwright", "text-embeddings", *(["sentence-transformers"] if form != "adapter" else [])],
+    )
+    made = f", made from {base}" if base else ""
+    sections = [
+        f"---\n{front.to_yaml()}\n---",
+        f"# {name}",
+        f"A text-embedding model{made}: {dimensions} dimensions, unit length, compared by cosine. Trained and run with "
+        "Embedwright.",
+        "## Use",
+        _use(path or name, contract, form),
+        "## What it reads",
+        _table(_reading(contract, pooling, attention)),
+    ]
+    for title, rows in (("Training", stages), ("Data", _with_licence(data)), ("Scores", scores)):
+        if rows:
+            sections += [f"## {title}", _table(rows)]
+    return "\n\n".join(sections) + "\n"
+
+
+def _use(path: str, contract: Contract, form: Form) -> str:
+    where, task = _quoted(path), _quoted(TASK)
+    queries, passages = f"[{_quoted(_QUERY)}]", f"[{_quoted(_PASSAGE)}]"
+    ours = f"""from embedwright import Embedder
+
+model = Embedder.load({where})
+queries = model.encode({queries}, task={task})
+passages = model.encode({passages})
+print(queries @ passages.T)"""
+    if form == "adapter":
+        return f"These are LoRA adapters; the base that they belong to is opened with them.\n\n```python\n{ours}\n```"
+    first = "" if form == "stock" else "import embedwright  # registers the model's type\n"
+    theirs = f"""{first}from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer({where})
+queries = model.encode({queries}, prompt={_quoted(contract.prefix(TASK))})
+passages = model.encode({passages})
+print(queries @ passages.T)"""
+    return f"```python\n{ours}\n```\n\nThe same vectors in sentence-transformers:\n\n```python\n{theirs}\n```"
+
+
+def _reading(contract: Contract, pooling: str, attention: str) -> list[Row]:
+    """What text.py does with a text, in words."""
+    by_count = contract.mask_rule == "count"
+    mean = "all tokens, the instruction's too" if contract.mask_rule == "all" else "all tokens but the instruction's"
+    last = "the last token" if pooling == "last" else mean
+    rows = {
+        "in front of a query": _code(contract.query_template),
+        "behind a query": _code(contract.query_suffix) if contract.query_suffix else None,
+        "in front of a document": _code(contract.document_template) if contract.document_template else "nothing",
+        "end of a text": "nothing"
+        if contract.eos_id is None
+        else f"EOS (id {contract.eos_id}), {'cut off with the rest' if by_count else 'also behind a text that is cut'}",
+        "longest text": f"{contract.max_tokens} tokens, every one counted; cut on the right",
+        "attention": attention,
+        "pooling": f"{pooling}, {last}",
+        "instruction of a query without one": contract.default_task or None,
+    }
+    return [{"part": part, "value": value} for part, value in rows.items() if value is not None]
+
+
+def _with_licence(data: Sequence[Row]) -> list[Row]:
+    return [{**row, "licence": row.get("licence") or "not stated"} for row in data]
+
+
+def _table(rows: Sequence[Row]) -> str:
+    """Markdown, under the keys of all rows, in the order in which they come; an empty cell where a row lacks one."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [keys, ["---"] * len(keys), *([_cell(row.get(key)) for key in keys] for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _cell(value: str | float | None) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4f}" if abs(value) >= 1e-3 or value == 0 else f"{value:.1e}"
+    return " ".join(str(value).split()).replace("|", "\\|")
+
+
+def _quoted(text: str) -> str:
+    """As a Python string in double quotes."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _code(text: str) -> str:
+    return f"`{_quoted(text)}`"

@@ -1,0 +1,131 @@
+"""Out to others with the weights at hand: a SentenceTransformer around this network, a repository on the hub.
+
+`door` is what other libraries meet in a saved folder; here nothing is copied, and what they train is this model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from torch import Tensor
+
+from embedwright.errors import InputError, MissingPackageError
+from embedwright.files import write_text
+from embedwright.model.adapters.lora import has_lora, lora_faults
+from embedwright.model.formats import storage
+from embedwright.model.interop import tokenizer as door
+from embedwright.model.interop.card import facts, model_card
+from embedwright.model.network import EmbedwrightModel
+from embedwright.model.pooling import FOLDED, FoldedLatent
+from embedwright.text import TextTokenizer
+
+
+def sentence_transformer(network: EmbedwrightModel, tokenizer: Any) -> Any:
+    """See `Embedder.to_sentence_transformer`."""
+    if isinstance(network.head, FoldedLatent):
+        raise InputError(FOLDED)
+    try:
+        from sentence_transformers import SentenceTransformer
+        from sentence_transformers.base.modules.normalize import Normalize
+        from sentence_transformers.sentence_transformer.modules.pooling import Pooling
+    except ImportError:
+        raise MissingPackageError("needs sentence-transformers 6: pip install 'sentence-transformers>=6,<7'") from None
+    hidden = network.backbone.config.hidden_size
+    # the network's token outputs are scaled so that their mean is its own pooling, whichever that is
+    files = door.sentence_transformers_files(network.contract, "mean", hidden, door.OUR_TRANSFORMER)
+    with TemporaryDirectory() as folder:  # its constructor reads config and tokenizer from disk
+        network.config.save_pretrained(folder)
+        door.tokenizer_for(tokenizer, network.contract).save_pretrained(folder)
+        first = _transformer()(folder, model_kwargs={"at_hand": network}, **files["sentence_bert_config.json"])
+    return SentenceTransformer(
+        modules=[first, Pooling(**files["1_Pooling/config.json"]), Normalize()],
+        device=str(network.device),
+        trust_remote_code=False,
+        **files["config_sentence_transformers.json"],
+    )
+
+
+@cache
+def _transformer() -> Any:
+    """sentence-transformers' own Transformer, for a network that is there already, and saved as a plain model."""
+    from sentence_transformers.base.modules.transformer import Transformer
+
+    def load_model(self: Any, *args: Any, at_hand: EmbedwrightModel | None = None, **kwargs: Any) -> Any:
+        return Transformer._load_model(self, *args, **kwargs) if at_hand is None else at_hand
+
+    def save(self: Any, output_path: str, *_: Any, **__: Any) -> None:
+        _write_merged(self.model, output_path)
+        self.processor.save_pretrained(output_path)
+        self.save_config(output_path)
+
+    # Under its parent's name, which goes into modules.json: the saved folder then asks for no class of ours.
+    methods = {"_load_model": load_model, "save": save, "__module__": Transformer.__module__}
+    return type(Transformer.__name__, (Transformer,), methods)
+
+
+def _write_merged(network: EmbedwrightModel, folder: str) -> None:
+    """Config and weights as of a model whose adapters are merged; what is trained stays as it is."""
+    config, backbone = network.config, network.backbone
+    config.backbone = {key: value for key, value in backbone.config.to_dict().items() if key != "_name_or_path"}
+    types = {parameter.dtype for parameter in network.head.parameters()}
+    config.head_dtype = "float32" if types == {torch.float32} and backbone.dtype != torch.float32 else None
+    network.save_pretrained(folder, state_dict=merged_weights(network))
+
+
+@torch.no_grad()
+def merged_weights(network: EmbedwrightModel) -> dict[str, Tensor]:
+    """The network's tensors as `Embedder.merge` would leave them, under the names of a plain one, with nothing changed.
+
+    Sums in float32, rounded once. ValueError for adapters that are not at work, or not ours.
+    """
+    tensors: dict[str, Tensor] = dict(network.state_dict())
+    if not has_lora(network):
+        return tensors
+    from peft.tuners.lora import LoraLayer
+
+    if not hasattr(network.backbone, "peft_config"):
+        raise InputError("the adapters are not ours: merge them with peft first")
+    if faults := lora_faults(network.backbone):
+        raise InputError(faults[0])
+    for name, module in network.named_modules():
+        if isinstance(module, LoraLayer):
+            layer: Any = module
+            base = layer.get_base_layer().weight
+            delta = layer.get_delta_weight(layer.active_adapters[0]).float()
+            tensors[f"{name}.base_layer.weight"] = (base.float() + delta).to(base.dtype)
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in tensors.items() if "lora_" not in name}
+
+
+def push_to_hub(
+    network: EmbedwrightModel,
+    tokenizer: Any,
+    repo_id: str,
+    *,
+    private: bool,
+    token: str | None,
+    card: str | Mapping[str, Any] | None,
+) -> str:
+    """See `Embedder.push_to_hub`."""
+    if isinstance(network.head, FoldedLatent):
+        raise InputError(FOLDED)
+    if has_lora(network.backbone) and network.origin is not None and Path(network.origin.name).is_absolute():
+        raise InputError(
+            f"the adapters belong to a base on this machine, {network.origin.name}, which others cannot open: "
+            "merge them, or push that base and add them to it"
+        )
+    known = facts(network, TextTokenizer(tokenizer.backend_tokenizer))
+    text = card if isinstance(card, str) else model_card(repo_id, **{**known, **(card or {})})
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "model"
+        storage.save(network, tokenizer, folder)
+        write_text(folder / "README.md", text)
+        api = HfApi(token=token)
+        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="Upload an Embedwright model")
+    return str(url)

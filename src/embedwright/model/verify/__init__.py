@@ -1,0 +1,1 @@
+"""Proofs that a model is what it says."""

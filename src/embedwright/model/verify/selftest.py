@@ -1,0 +1,174 @@
+"""A saved model carries proof of what it is: token ids and vectors of a few texts, checked whenever it is loaded.
+
+What only another machine or another library version can break — a tokenizer that is rebuilt with other rules, weights
+that were merged twice, a template or a pooling that was edited — shows here, and nowhere else from the inside.
+
+Vectors are computed in float32 with the weights in the type in which they are stored: in 16 bits another processor
+alone may turn those of a deep model by a third.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import nn
+
+from embedwright.cpu.accelerate import stock
+from embedwright.errors import InputError, blaming
+from embedwright.model.backbone import equal_but_for_type
+from embedwright.model.network import EmbedwrightModel
+from embedwright.model.pooling import reduce
+from embedwright.model.verify.modes import evaluating
+from embedwright.model.verify.probe import ProbeError
+from embedwright.packing import pack
+from embedwright.text import TextTokenizer, TokenizedText, tokenize
+
+FILE = "selftest.json"
+TASK = "Given a question, retrieve passages that answer it"
+# (text, whether it is a query): capitals, spaces, accents, other scripts, digits, a special token as text
+TEXTS = (
+    ("How do tides work?", True),
+    ("  The Moon's gravity, 1,234 km away,\n\tpulls the oceans.", False),
+    ("naïve café 漢字 🙂 </s>", False),
+    ("x", True),
+)
+_DIMS = 64  # of each vector, the first: enough to tell models apart, small enough to read
+# Largest difference; lowest cosine to a record that an older version computed in 16 bits, whose rounding alone turns
+# short texts of an untrained model of thirty layers by that much (0.85 was seen).
+_TIGHT, _LOOSE = 1e-4, 0.7
+
+Reload = Callable[[torch.dtype], EmbedwrightModel]  # the same folder, in this type
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The stored ids and vectors against those that this installation gives."""
+
+    other_ids: tuple[str, ...]  # texts whose token ids or pool masks differ
+    difference: float  # largest, of components
+    cosine: float  # lowest, over the dimensions kept
+    exact: bool  # whether the record was computed in float32
+    other_weight: str | None = None  # one that is not what is stored, rounded to the type that was asked for
+
+    @property
+    def ok(self) -> bool:
+        close = self.difference <= _TIGHT if self.exact else self.cosine >= _LOOSE
+        return not self.other_ids and self.other_weight is None and close
+
+    def describe(self) -> str:
+        if self.other_ids:
+            return f"other token ids than when saved, for {self.other_ids[0]!r}"
+        if self.other_weight is not None:
+            return f"{self.other_weight} is not what is stored, rounded"
+        return f"largest difference {self.difference:.1e}, lowest cosine {self.cosine:.6f}"
+
+
+def write(network: EmbedwrightModel, tokenizer: TextTokenizer, folder: Path) -> None:
+    """Record the model's ids and vectors in `folder`."""
+    rows = []
+    for (text, _), tokens, vector in zip(TEXTS, *_computed(network, tokenizer), strict=True):
+        kept = [round(float(x), 7) for x in vector[:_DIMS]]
+        rows.append({"text": text, "ids": tokens.ids.tolist(), "pooled": int(tokens.pool.sum()), "vector": kept})
+    lines = ",\n  ".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    head = f'"dtype": "{_type(network)}", "computed_in": "float32", "task": {json.dumps(TASK)}'
+    (folder / FILE).write_text(f'{{{head}, "texts": [\n  {lines}\n]}}\n', encoding="utf-8")
+
+
+def compare(network: EmbedwrightModel, tokenizer: TextTokenizer, folder: Path, reload: Reload) -> Comparison | None:
+    """Against what `write` recorded in `folder`; None where nothing was recorded.
+
+    A network in another type than the recorded one is compared through one in that: this one with the record, and each
+    weight of the network with its weight, up to rounding.
+    """
+    file = folder / FILE
+    if not file.is_file():
+        return None
+    with blaming(file, "is no record of a model"):
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[stored["dtype"]]
+        rows = [(row["text"], row["ids"], row["pooled"]) for row in stored["texts"]]
+        expected = np.array([row["vector"] for row in stored["texts"]], dtype=np.float32)
+        if expected.ndim != 2 or len(expected) != len(TEXTS) or expected.shape[1] > network.backbone.config.hidden_size:
+            raise InputError(f"{file} has vectors of the shape {expected.shape}, not those of {len(TEXTS)} texts")
+    other_weight, held = None, network
+    if next(network.backbone.parameters()).dtype != dtype:
+        held = reload(dtype)
+        other_weight = _other_weight(network, held)
+    texts, vectors = _computed(held, tokenizer)
+    other = tuple(
+        text
+        for (text, ids, pooled), tokens in zip(rows, texts, strict=True)
+        if ids != tokens.ids.tolist() or pooled != int(tokens.pool.sum())
+    )
+    got = vectors[:, : expected.shape[1]]
+    cosines = (got * expected).sum(1) / np.maximum(np.linalg.norm(got, axis=1) * np.linalg.norm(expected, axis=1), 1e-9)
+    exact = dtype == torch.float32 or stored.get("computed_in") == "float32"
+    return Comparison(other, float(np.abs(got - expected).max()), float(cosines.min()), exact, other_weight)
+
+
+def _other_weight(network: EmbedwrightModel, stored: EmbedwrightModel) -> str | None:
+    expected = dict(stored.named_parameters())
+    for name, weight in network.named_parameters():
+        there = expected.pop(name, None)
+        if there is None or not equal_but_for_type(weight.cpu(), there.cpu()):
+            return str(name)
+    return next((str(name) for name in expected), None)
+
+
+def check(network: EmbedwrightModel, tokenizer: TextTokenizer, folder: Path, reload: Reload) -> None:
+    """ProbeError where ids or vectors are not the recorded ones; nothing where none were recorded."""
+    found = compare(network, tokenizer, folder, reload)
+    if found is not None and not found.ok:
+        raise ProbeError(f"{folder} does not give the vectors that it was saved with: {found.describe()}")
+
+
+@torch.inference_mode()
+def _computed(network: EmbedwrightModel, tokenizer: TextTokenizer) -> tuple[list[TokenizedText], NDArray[np.float32]]:
+    contract = network.contract
+    # short enough for any model, and never cut: a test of lengths is not what this is
+    limit = min(max(contract.max_tokens, 256), network.longest)
+    texts = [tokenize(tokenizer, contract, [t], contract.prefix(TASK if q else None), limit)[0] for t, q in TEXTS]
+    packed = pack(texts).to(network.device)
+    if {parameter.dtype for parameter in network.parameters()} == {torch.float32} and not network.mixed:
+        with evaluating(network):
+            return texts, network.embed(packed).cpu().numpy()
+    with stock(network) as twin, _in_float32(twin):
+        states_TD = twin.head(twin.hidden(packed).float(), packed)
+        vectors_NE = F.normalize(reduce(states_TD, packed, twin.pooling.kind), dim=-1)
+    return texts, vectors_NE.cpu().numpy()
+
+
+@contextmanager
+def _in_float32(twin: EmbedwrightModel) -> Iterator[None]:
+    """Each module computes in float32: its own weights are cast when it is called, and put back after it."""
+
+    def cast(module: nn.Module, _: Any) -> None:
+        kept.append(dict(module._parameters))
+        for name, weight in module._parameters.items():
+            if weight is not None and weight.is_floating_point():
+                module._parameters[name] = nn.Parameter(weight.detach().float(), requires_grad=False)
+
+    def put_back(module: nn.Module, *_: Any) -> None:
+        module._parameters.update(kept.pop())
+
+    kept: list[dict[str, Any]] = []
+    hooks = [module.register_forward_pre_hook(cast) for module in twin.modules()]
+    hooks += [module.register_forward_hook(put_back, always_call=True) for module in twin.modules()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _type(network: EmbedwrightModel) -> str:
+    return str(next(network.backbone.parameters()).dtype).removeprefix("torch.")

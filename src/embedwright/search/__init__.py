@@ -1,1 +1,0 @@
-"""Encoding a corpus and searching it."""

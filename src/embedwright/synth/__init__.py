@@ -1,0 +1,1 @@
+"""Training data that a language model writes or judges."""

@@ -1,0 +1,182 @@
+"""The data of a recipe's stages, opened and checked against the recipe before the first step."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from embedwright.config import ConfigError
+from embedwright.data.files.table import ExampleTable, open_examples
+from embedwright.data.schema import Task
+from embedwright.data.sources.catalog import find_task
+from embedwright.errors import NotFoundError
+from embedwright.training.batches.blend import Source, share
+from embedwright.training.parts import DataPart, StagePart
+from embedwright.training.recipe import Recipe, expand
+
+logger = logging.getLogger(__name__)
+
+
+def open_sources(recipe: Recipe) -> list[list[Source]]:
+    """The sources of each stage. FileNotFoundError or ConfigError names the recipe key that is wrong.
+
+    A task that rows name is described by the recipe, by the file of tasks that lies beside its rows, or by
+    the catalogue, the first that has it.
+    """
+    known = _described(recipe)
+    return [_stage_sources(recipe, stage, known) for stage in recipe.stages]
+
+
+def drawable_rows(recipe: Recipe, stage: StagePart, number: int) -> int:
+    """The rows of entry `number` of the stage's data that training would draw. Errors as in `open_sources`."""
+    return sum(len(source.rows) for source in _checked_sources(recipe, stage, number, _described(recipe)))
+
+
+def _described(recipe: Recipe) -> dict[str, Task]:
+    entries = [entry for stage in recipe.stages for entry in stage.data]
+    return {entry.task.name: entry.task for entry in entries if isinstance(entry.task, Task)}
+
+
+def source_fingerprints(recipe: Recipe, stages: list[list[Source]]) -> dict[str, str]:
+    """That of every source by its stage and name, to say which one is another."""
+    pairs = zip(recipe.stages, stages, strict=True)
+    return {f"{stage.name}/{source.name}": data_fingerprint([[source]]) for stage, own in pairs for source in own}
+
+
+def data_fingerprint(stages: list[list[Source]]) -> str:
+    """Of every row that can be drawn, and its task: a resumed run refuses to go on with other data."""
+    parts = []
+    for source in (source for sources in stages for source in sources):
+        asked = [task.model_dump_json() for task in (source.task, *source.tasks.values())]
+        parts += [f"{source.name} {source.table.fingerprint}", *asked]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def entry_of(stage: StagePart, source: Source) -> DataPart:
+    """The entry of the stage's data that a source is of: its number stands in front of the source's name."""
+    return stage.data[int(_number_of(source))]
+
+
+def _number_of(source: Source) -> str:
+    return source.name.partition("#")[0]
+
+
+def open_table(recipe: Recipe, stage: StagePart, entry: DataPart) -> ExampleTable:
+    """The rows of one entry. FileNotFoundError, ConfigError or DataError where it cannot be read."""
+    return open_examples(
+        expand(entry.path),
+        task=entry.task.name if isinstance(entry.task, Task) else entry.task,
+        corpus=expand(entry.corpus) if entry.corpus else None,
+        seed=recipe.seed,
+        negatives=max(stage.hard_negatives, 1),
+    )
+
+
+def _stage_sources(recipe: Recipe, stage: StagePart, known: dict[str, Task]) -> list[Source]:
+    sources = [source for number in range(len(stage.data)) for source in _checked_sources(recipe, stage, number, known)]
+    if stage.mine is not None and not any(map(is_mined, sources)):
+        raise ConfigError(f"recipe {recipe.name}: stages.{stage.name}: none of its data can be mined (docs/mining.md)")
+    return with_shares(stage, sources)
+
+
+def with_shares(stage: StagePart, sources: Sequence[Source]) -> list[Source]:
+    """The sources of a stage, each with its share of the draws, by the rows that it can draw.
+
+    An entry of `data` has one share by all its rows, which its tasks part by their rows.
+    """
+    rows: Counter[str] = Counter()
+    for source in sources:
+        rows[_number_of(source)] += len(source.rows)
+    return [
+        replace(
+            source,
+            share=share(
+                entry_of(stage, source).weight, len(source.rows), stage.sampling_alpha, of=rows[_number_of(source)]
+            ),
+        )
+        for source in sources
+    ]
+
+
+def _checked_sources(recipe: Recipe, stage: StagePart, number: int, known: dict[str, Task]) -> list[Source]:
+    where = f"recipe {recipe.name}: stages.{stage.name}.data.{number}"
+    return [_check(recipe, stage, source, where) for source in _entry_sources(recipe, stage, number, known, where)]
+
+
+def _entry_sources(recipe: Recipe, stage: StagePart, number: int, known: dict[str, Task], where: str) -> list[Source]:
+    entry = stage.data[number]
+    try:
+        table = open_table(recipe, stage, entry)
+    except FileNotFoundError as error:
+        raise NotFoundError(f"{where}: {error}") from error
+    own = table.tasks
+    by_task = table.rows_by_task()
+    sources = []
+    for kind, tasks in _kinds(own[name] for name in by_task if name in own and name not in known).items():
+        rows = np.sort(np.concatenate([by_task.pop(task.name) for task in tasks]))
+        named = {task.name: task for task in tasks} if len(tasks) > 1 else {}
+        kind = kind if named else tasks[0].name
+        sources.append(Source(f"{number}#{kind}", table, rows, tasks[0], tasks=named))
+    for name, rows in by_task.items():
+        if name not in known and (found := find_task(name)):
+            known[name] = found
+        if name not in known:
+            logger.warning("%s: task %r is not described: taken as retrieval without an instruction", where, name)
+            known[name] = Task(name=name)
+        # an entry's own description is for its own rows: another stage may describe the task otherwise
+        task = entry.task if isinstance(entry.task, Task) and entry.task.name == name else known[name]
+        # the name keys the order of rows, which must not change when the data is moved
+        sources.append(Source(f"{number}#{name}", table, rows, task))
+    return sources
+
+
+def _kinds(tasks: Iterable[Task]) -> dict[str, list[Task]]:
+    """Tasks that differ in name and instruction alone, together: synthetic rows have thousands of them."""
+    kinds: dict[str, list[Task]] = {}
+    for task in tasks:
+        kinds.setdefault(f"{task.family}/{task.symmetric}/{task.in_batch_negatives}", []).append(task)
+    return kinds
+
+
+def _check(recipe: Recipe, stage: StagePart, source: Source, where: str) -> Source:
+    """The source, with the rows that can train something once its negatives are there. ConfigError where there is none,
+    or strict asks for more."""
+    for task in (source.task, *source.tasks.values()):
+        if recipe.strict and not (task.instruction and task.licence):
+            missing = "instruction" if not task.instruction else "licence"
+            raise ConfigError(f"{where}: task {task.name!r} has no {missing}, and the recipe is strict")
+    return source if stage.mine is not None and is_mined(source) else trainable(stage, source, where)
+
+
+def is_mined(source: Source) -> bool:
+    """Whether hard negatives can be mined for these rows: any other document is one that does not answer the query.
+
+    That is not so of rows that share a label, or of pairs that are alike. Synthetic rows keep the negatives that were
+    written for them.
+    """
+    synthetic = any(task.source.startswith("synthetic") for task in source.tasks.values())
+    return source.task.family in ("retrieval", "reranking") and not source.task.symmetric and not synthetic
+
+
+def trainable(stage: StagePart, source: Source, where: str) -> Source:
+    """The source with the rows that have what the stage compares. ConfigError where there is none."""
+    task = source.task
+    if (task.in_batch_negatives or stage.in_batch_negatives) != "none":
+        return source
+    usable = source.rows[source.table.negatives_per_row()[source.rows] > 0]
+    without = len(source.rows) - len(usable)
+    if stage.hard_negatives == 0 or not len(usable):
+        raise ConfigError(
+            f"{where}: task {task.name!r} takes no in-batch negatives, and "
+            + ("hard_negatives is 0" if len(usable) else f"none of its {without} rows has negatives of its own")
+            + ": it would train nothing (mine negatives, or allow in-batch ones)"
+        )
+    if without:
+        total = len(source.rows)
+        logger.warning("%s: %d of %d rows of task %r have no negatives: left out", where, without, total, task.name)
+    return replace(source, rows=usable)

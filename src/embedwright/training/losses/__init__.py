@@ -1,0 +1,1 @@
+"""From vectors to the loss of a batch."""

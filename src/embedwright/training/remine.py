@@ -1,0 +1,167 @@
+"""Hard negatives mined anew inside a run: by the model as it then is, or by another teacher.
+
+What was mined lies in `<run.out>/mined/<stage>/<step>/` and is read from there by a run that goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from embedwright.config import ConfigError
+from embedwright.data.answers import Answers
+from embedwright.data.files.kinds import beir_files, read_corpus
+from embedwright.data.files.table import open_examples, write_examples
+from embedwright.encoders.open import open_encoder
+from embedwright.encoders.protocol import Encoder, as_encoder
+from embedwright.files import whole_folder, write_json
+from embedwright.mining.mine import mine, positives_of
+from embedwright.model.embedder import Embedder
+from embedwright.training.batches.blend import Rows, Source
+from embedwright.training.batches.sources import entry_of, is_mined, trainable, with_shares
+from embedwright.training.engine.parallel import Processes
+from embedwright.training.parts import PREVIOUS, StagePart
+from embedwright.training.recipe import Recipe, expand
+from embedwright.training.run.checkpoint import RunState
+
+logger = logging.getLogger(__name__)
+
+_WHOLE = "run.json"  # written last: of which run this is
+
+
+def refresh_every(stage: StagePart) -> int:
+    """The steps of a stage that share their negatives: all of them, unless they are mined again on the way."""
+    every = None if stage.mine is None else stage.mine.every
+    return every or stage.optim.steps
+
+
+def refreshed(
+    recipe: Recipe,
+    stage: StagePart,
+    sources: Sequence[Source],
+    state: RunState,
+    begin: int,
+    model: Embedder,
+    processes: Processes,
+    say: Callable[[str], None] | None = None,
+) -> list[Source]:
+    """The stage's sources with the negatives that hold from step `begin` on; the run stands at `state`.
+
+    Rows keep their order and number: the draw goes on as it was. Negatives that rows came with are replaced. All
+    processes encode a part of the texts each and mine alike; the first one writes. ConfigError where the model that
+    mined is gone, and with it what it mined, or where no row of a source has got a negative that it needs.
+    """
+    asked = stage.mine
+    assert asked is not None
+    folder = Path(recipe.run.out) / "mined" / stage.name / f"{begin:07d}"
+    run = {"recipe": state.recipe, "data": state.data, "model": state.model}
+    there = (folder / _WHOLE).is_file() and json.loads((folder / _WHOLE).read_text()) == run
+    processes.wait()  # all have looked before the first one writes
+    mined = [number for number, source in enumerate(sources) if is_mined(source)]
+    if not there:
+        if asked.teacher == PREVIOUS and begin < state.step:
+            raise ConfigError(
+                f"{folder} is gone, and the weights of step {begin} that mined it are too: start in a new run.out"
+            )
+        teacher = model if asked.teacher == PREVIOUS else as_encoder(open_encoder(asked.teacher))
+        if processes.first:
+            shutil.rmtree(folder, ignore_errors=True)  # of another run
+        with whole_folder(folder) if processes.first else nullcontext(folder) as temp:
+            answers = Answers(Rows(sources))
+            for number in mined:
+                shared, out = Shared(teacher, processes), temp / f"{number:02d}"
+                _mine(recipe, stage, sources[number], answers, shared, out, processes, say)
+            if processes.first:
+                write_json(temp / _WHOLE, run)
+        processes.wait()
+    fresh = list(sources)
+    for number in mined:
+        source = sources[number]
+        table = open_examples(folder / f"{number:02d}.parquet", seed=recipe.seed)
+        own = replace(source, table=table, rows=np.arange(len(table)))
+        fresh[number] = trainable(stage, own, f"stages.{stage.name}, mined after step {begin}: {source.name}")
+    return with_shares(stage, fresh)
+
+
+def _mine(
+    recipe: Recipe,
+    stage: StagePart,
+    source: Source,
+    answers: Answers,
+    teacher: Encoder,
+    out: Path,
+    processes: Processes,
+    say: Callable[[str], None] | None,
+) -> None:
+    asked = stage.mine
+    assert asked is not None
+    rows = (source.table[int(row)] for row in source.rows)
+    bare = [replace(row, negatives=(), positive_scores=None, negative_scores=None) for row in rows]
+    found, report = mine(
+        bare,
+        _corpus(stage, source),
+        teacher,
+        rule=asked.rule,
+        margin=asked.margin,
+        negatives=asked.negatives,
+        depth=asked.depth,
+        task="" if source.tasks else source.task.instruction,
+        tasks=source.tasks,
+        sampled=asked.sampled,
+        sample_from=asked.sample_from,
+        answers=answers,
+        seed=recipe.seed,
+    )
+    if processes.first:
+        tasks = source.tasks or {source.task.name: source.task}
+        write_examples(out.with_suffix(".parquet"), found, tasks)
+        write_json(out.with_suffix(".json"), report.to_json())
+        counts = report.counts()
+        found_what = f"{counts['negatives']} negatives for {counts['queries']} rows of {source.task.name}"
+        line = f"{stage.name}: {asked.name} found {found_what}"
+        logger.info("%s", line)
+        if say is not None:
+            say(line)
+
+
+def _corpus(stage: StagePart, source: Source) -> dict[str, str]:
+    """The documents that an entry names, or those that answer its queries."""
+    entry = entry_of(stage, source)
+    path = expand(entry.path)
+    if entry.corpus:
+        return read_corpus(expand(entry.corpus))
+    if path.is_dir():
+        return read_corpus(beir_files(path)[0])
+    return positives_of(source.table)
+
+
+class Shared:
+    """A teacher that is asked in every process alike, for the same texts: each encodes its part, and has all.
+
+    Of a model that is cut, every process takes part in every forward: there each encodes all.
+    """
+
+    def __init__(self, teacher: Encoder, processes: Processes) -> None:
+        self.teacher, self.processes = teacher, processes
+        network = getattr(teacher, "network", None)
+        self.alone = processes.count == 1 or bool(getattr(network, "sharded", False))
+
+    def encode(self, texts: Sequence[str], task: str | None = None) -> NDArray[np.float32]:
+        if self.alone:
+            return self.teacher.encode(texts, task=task)
+        parts = self.processes.share([len(text) for text in texts])
+        own = parts[self.processes.rank]
+        # a process without a text still has to know how wide a vector is
+        vectors_NE = self.teacher.encode([texts[i] for i in own] or list(texts[:1]), task=task)[: len(own)]
+        own_NE = torch.from_numpy(np.ascontiguousarray(vectors_NE)).to(self.processes.device)
+        gathered_NE = self.processes.gather(own_NE, [len(part) for part in parts]).cpu().numpy()
+        return np.ascontiguousarray(gathered_NE[np.argsort([i for part in parts for i in part])])

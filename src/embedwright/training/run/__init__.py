@@ -1,0 +1,1 @@
+"""What surrounds a step: checkpoints, records, evaluations, signals."""

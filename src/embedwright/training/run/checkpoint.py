@@ -1,0 +1,164 @@
+"""Checkpoints that are whole or not there, with the digest of each file in a manifest. No pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import uuid
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from embedwright.files import remove_leftovers, whole_folder
+from embedwright.training.engine.parallel import ALONE, Processes, full, like
+
+logger = logging.getLogger(__name__)
+
+_WEIGHTS, _OPTIMIZER, _STATE, _MANIFEST = "weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run stands: `step` steps of stage number `stage` are done. Dropout and order need no more than this.
+
+    At step 0 the stage before it has ended, on these weights. `recipe`, `data` and `model` (of the files that the
+    run began with) are fingerprints, and `facts` what each is of, to say what is another when a run cannot go on.
+    """
+
+    stage: int
+    step: int
+    recipe: str
+    data: str
+    model: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> str:
+        return f"{self.stage:02d}-{self.step:07d}"
+
+
+def save_checkpoint(
+    folder: Path,
+    state: RunState,
+    weights: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer | None,
+    keep: int,
+    processes: Processes = ALONE,
+) -> Path:
+    """Write one checkpoint below `folder`, then remove all but the newest `keep`. `optimizer`: None between stages.
+
+    All processes call it, and the first one writes, tensors whole, so that any number of them can go on from it.
+    OSError where it cannot be written: what is there already stays as it is.
+    """
+    trained = {name: _whole(tensor, processes) for name, tensor in weights.items()}
+    tensors, numbers = ({}, []) if optimizer is None else _flatten(optimizer.state_dict(), processes)
+    final = folder / state.folder
+    if processes.first:
+        if final.exists():  # the same step again, after a resume from an older one
+            shutil.rmtree(final)
+        try:
+            with whole_folder(final) as temp:
+                _write(temp, state, trained, tensors, numbers, processes.count)
+        except Exception as error:  # safetensors has errors of its own for a disk that is full
+            raise OSError(f"checkpoint {final} could not be written ({error}); the one before is intact") from error
+        keep_newest(folder, keep)
+    processes.wait()
+    return final
+
+
+def keep_newest(folder: Path, keep: int) -> None:
+    """Removes all checkpoints but so many."""
+    for old in _complete(folder)[:-keep]:
+        shutil.rmtree(old)
+
+
+def _write(
+    folder: Path,
+    state: RunState,
+    weights: dict[str, Tensor],
+    tensors: dict[str, Tensor],
+    numbers: list[dict[str, Any]],
+    processes: int,
+) -> None:
+    save_file(weights, folder / _WEIGHTS)
+    save_file(tensors, folder / _OPTIMIZER)
+    (folder / _STATE).write_text(json.dumps({"run": asdict(state), "optimizer": numbers}))
+    files = {name: _digest(folder / name) for name in (_WEIGHTS, _OPTIMIZER, _STATE)}
+    manifest = {"files": files, "recipe": state.recipe, "processes": processes}
+    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2))
+
+
+def _whole(tensor: Tensor, processes: Processes) -> Tensor:
+    """On a CPU, in the process that writes; elsewhere nothing is kept."""
+    whole = full(tensor.detach())
+    return whole.cpu().contiguous() if processes.first else whole.new_empty(0)
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint that verifies. A damaged one is set aside as `*.damaged` and named in the log.
+
+    For one process alone: it removes what a killed one left.
+    """
+    remove_leftovers(folder)
+    for candidate in reversed(_complete(folder)):
+        problem = _problem(candidate)
+        if problem is None:
+            return candidate
+        logger.warning("checkpoint %s is damaged (%s): set aside, the one before is used", candidate, problem)
+        candidate.rename(candidate.with_name(f"{candidate.name}.damaged-{uuid.uuid4().hex[:6]}"))
+    return None
+
+
+def read_state(checkpoint: Path) -> RunState:
+    return RunState(**json.loads((checkpoint / _STATE).read_text())["run"])
+
+
+def read_weights(checkpoint: Path) -> dict[str, Tensor]:
+    weights: dict[str, Tensor] = load_file(checkpoint / _WEIGHTS)
+    return weights
+
+
+def restore_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Put the optimizer's moments and step counts back. ValueError where its groups are others."""
+    numbers = json.loads((checkpoint / _STATE).read_text())["optimizer"]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state: dict[int, dict[str, Any]] = {}
+    for key, tensor in load_file(checkpoint / _OPTIMIZER).items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = like(tensor, parameters[int(index)])
+    optimizer.load_state_dict({"state": state, "param_groups": numbers})
+
+
+def _flatten(state: dict[str, Any], processes: Processes) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    tensors = {
+        f"{index}.{name}": _whole(value, processes)
+        for index, values in state["state"].items()
+        for name, value in values.items()
+    }
+    return tensors, state["param_groups"]
+
+
+def _complete(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("??-???????") if p.is_dir())
+
+
+def _problem(checkpoint: Path) -> str | None:
+    try:
+        files = json.loads((checkpoint / _MANIFEST).read_text())["files"]
+        for name, expected in files.items():
+            if _digest(checkpoint / name) != expected:
+                return f"{name} has other content than its manifest says"
+    except (OSError, ValueError, KeyError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    with path.open("rb") as stream:
+        return {"sha256": hashlib.file_digest(stream, "sha256").hexdigest(), "bytes": path.stat().st_size}

@@ -1,0 +1,55 @@
+"""What would stop a run at a later step is found before the first one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from embedwright.errors import InputError, naming
+from embedwright.evaluation.suite import load_suite
+from embedwright.locate import local, packaged
+from embedwright.model.embedder import Embedder
+from embedwright.model.formats.families import said
+from embedwright.training.batches.blend import Source
+from embedwright.training.losses.total import check_widths
+from embedwright.training.parts import PREVIOUS
+from embedwright.training.recipe import Recipe, expand
+
+
+def suite_of(name: str) -> str | Path:
+    """A suite as a recipe has it: a packaged name, or a path with variables."""
+    return name if name.isidentifier() else expand(name)
+
+
+def check_names(recipe: Recipe) -> None:
+    """InputError names the key of a suite or teacher that is not there. Hub ids are not looked up."""
+    for number, suite in enumerate(recipe.eval.suites):
+        with naming(f"recipe {recipe.name}: eval.suites.{number}"):
+            load_suite(suite_of(suite))
+    for stage in recipe.stages:
+        mine, distill = stage.mine, stage.loss.distill
+        teachers = {
+            "mine.teacher": mine.teacher if mine else None,
+            "loss.distill.teacher": distill.teacher if distill else None,
+        }
+        for key, name in teachers.items():
+            if name and name != PREVIOUS:
+                with naming(f"recipe {recipe.name}: stages.{stage.name}.{key}"):
+                    _check_encoder(name)
+
+
+def check_reading(recipe: Recipe, stages: Sequence[Sequence[Source]], model: Embedder) -> None:
+    """InputError names what this model cannot do: a width of a loss, an instruction that leaves no room for a text."""
+    for stage, sources in zip(recipe.stages, stages, strict=True):
+        check_widths(stage, model.embedding_dim)
+        for source in sources:
+            for task in (source.task, *source.tasks.values()):
+                with naming(f"recipe {recipe.name}: stages.{stage.name}: task {task.name!r}"):
+                    model.tokenize(["a"], task=task.instruction or None)
+
+
+def _check_encoder(name: str) -> None:
+    where = said(name)[1]
+    path = packaged(where) or local(where)
+    if path is not None and not path.is_dir():
+        raise InputError(f"{name} is a file of weights, not an embedder")

@@ -1,0 +1,224 @@
+"""What a run folder says of its run: the recipe, what it ran on and with, the data, and the facts of a model card."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from embedwright.files import write_text
+from embedwright.training.batches.blend import Source
+from embedwright.training.batches.sources import data_fingerprint, entry_of
+from embedwright.training.parts import StagePart
+from embedwright.training.recipe import Recipe, leaves
+from embedwright.training.run.scores import mean_scores
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = (
+    "embedwright",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "safetensors",
+    "numpy",
+)
+_RECIPE_HEADER = "# The recipe of this run, every default filled in: `embedwright train` takes it as it is.\n"
+
+
+def describe_run(out: Path, recipe: Recipe, sources: Sequence[Sequence[Source]]) -> None:
+    """Write `recipe.yaml`, `environment.json` and `data.json` into `out`, which is there.
+
+    Each time that the run starts or goes on. A file whose content has changed since is kept as `<name>.1.<suffix>`, and
+    the log says what changed. `sources`: those of each stage (`open_sources`).
+    """
+    # a recipe as Recipe.load reads it: the same hash, so a run can go on from its own folder
+    values = recipe.model_dump(mode="json")
+    _write(out / "recipe.yaml", _RECIPE_HEADER + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120))
+    _write(out / "environment.json", _json(environment()))
+    _write(out / "data.json", _json(data(recipe, sources)))
+
+
+def environment() -> dict[str, Any]:
+    """Versions, hardware and threads, without names of users, hosts and folders.
+
+    `commit`: of a checkout, with `-dirty` behind it where tracked files differ from it; None for an installed package.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "commit": _commit(Path(__file__).resolve().parents[4]),
+        "device": torch.cuda.get_device_name() if gpus else _cpu(),
+        "gpus": gpus,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+
+
+def data(recipe: Recipe, sources: Sequence[Sequence[Source]]) -> dict[str, Any]:
+    """Every source of every stage: its file as the recipe names it, its task, the rows that can be drawn, their share.
+
+    `fingerprint` of a source is its table's (content of the files, task, seed); that of all is in each checkpoint.
+    """
+    stages = [
+        {"stage": stage.name, "sources": [_source(stage, source, own) for source in own]}
+        for stage, own in zip(recipe.stages, sources, strict=True)
+    ]
+    return {"fingerprint": data_fingerprint([list(own) for own in sources]), "stages": stages}
+
+
+def card_facts(
+    recipe: Recipe, sources: Sequence[Sequence[Source]], evaluations: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What a model card says of the run: arguments of `embedwright.model.interop.card.model_card`, without folders.
+
+    `name`, `base`; `stages`: name, steps (as planned), batch (queries a step), lr, losses (its negatives, batching and
+    temperature, and what it chose of the rest); `data`: path (last part), task, licence, source, rows; `scores`: suite,
+    task, metric, before (of the untrained model; None: not known), after. `evaluations`: the records of
+    `evaluations.jsonl`; `after` is of the weights that the run ends on: no scores where these were not evaluated.
+    """
+    listed = [_source(stage, source, own) for stage, own in zip(recipe.stages, sources, strict=True) for source in own]
+    entries = [
+        {"path": Path(entry["path"]).name} | {key: entry[key] for key in ("task", "licence", "source", "rows")}
+        for entry in listed
+    ]
+    return {
+        "name": recipe.name,
+        "base": _without_folder(recipe.model.name),
+        "stages": [
+            {
+                "name": stage.name,
+                "steps": stage.optim.steps,
+                "batch": stage.optim.batch_queries,
+                "lr": stage.optim.lr,
+                "losses": ", ".join(f"{key} {_without_folder(value)}" for key, value in _losses(stage)),
+            }
+            for stage in recipe.stages
+        ],
+        "data": [entry for place, entry in enumerate(entries) if entry not in entries[:place]],
+        "scores": _scores(recipe, evaluations),
+    }
+
+
+def _source(stage: StagePart, source: Source, all_of_stage: Sequence[Source]) -> dict[str, Any]:
+    entry = entry_of(stage, source)
+    tasks = list(source.tasks.values()) or [source.task]
+    return {
+        "path": entry.path,
+        "corpus": entry.corpus,
+        "task": source.task.name if len(tasks) == 1 else f"{len(tasks)} tasks, {source.task.name} the first",
+        "family": source.task.family,
+        "licence": ", ".join(sorted({task.licence for task in tasks} - {""})),
+        "source": ", ".join(sorted({task.source for task in tasks} - {""})),
+        "rows": len(source.rows),
+        "rows_in_file": len(source.table),
+        "fingerprint": source.table.fingerprint,
+        "share": round(source.share / sum(each.share for each in all_of_stage), 6),
+    }
+
+
+def _losses(stage: StagePart) -> Iterator[tuple[str, Any]]:
+    keys = {"in_batch_negatives", "hard_negatives", "batching", "temperature"}
+    return leaves(stage.model_dump(include=keys) | stage.chosen())
+
+
+def _without_folder(value: Any) -> Any:
+    """A path of this machine (a base, a teacher) by its last part; anything else as it is."""
+    if isinstance(value, str) and (path := Path(value).expanduser()).exists():
+        return path.name
+    return value
+
+
+def _scores(recipe: Recipe, evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    stage = recipe.stages[-1].name
+    means = mean_scores(evaluations, stage)
+    if not means:
+        return []
+    last = max(means, key=lambda step: (means[step], step)) if recipe.eval.best else max(means)
+    before = {
+        (suite, row["task"]): row["value"] for suite, row in _rows(e for e in evaluations if e["stage"] == "start")
+    }
+    return [
+        {"suite": suite, "task": row["task"], "metric": row["metric"]}
+        | {"before": before.get((suite, row["task"])), "after": row["value"]}
+        for suite, row in _rows(e for e in evaluations if (e["stage"], e["step"]) == (stage, last))
+    ]
+
+
+def _rows(evaluations: Iterator[Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for record in evaluations:
+        for row in record["results"]["rows"]:
+            yield record["results"]["suite"], row
+
+
+# ---------------------------------------------------------------------------------------------------- environment
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit(root: Path) -> str | None:
+    if not (root / ".git").exists():  # an installed package may lie within somebody else's repository
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+# ---------------------------------------------------------------------------------------------------- files
+
+
+def _json(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+
+
+def _write(file: Path, text: str) -> None:
+    """Nothing where it is there with this content; other content is moved away, and named in the log, first."""
+    if file.exists():
+        old = file.read_text(encoding="utf-8", errors="replace")
+        if old == text:
+            return
+        kept = next(free for n in count(1) if not (free := file.with_name(f"{file.stem}.{n}{file.suffix}")).exists())
+        file.replace(kept)
+        logger.warning("%s is not as before (%s): what it said is kept in %s", file, _changes(old, text), kept.name)
+    write_text(file, text)
+
+
+def _changes(old: str, new: str) -> str:
+    try:
+        before, after = (dict(leaves(yaml.safe_load(text))) for text in (old, new))  # JSON is YAML
+    except yaml.YAMLError:
+        return "it was damaged"
+    keys = [key for key in before | after if before.get(key) != after.get(key)]
+    shown = [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys[:5]]
+    return ", ".join([*shown, *([f"and {len(keys) - 5} more"] if len(keys) > 5 else [])])

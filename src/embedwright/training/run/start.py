@@ -1,0 +1,181 @@
+"""The model of a run: before its first step, with a checkpoint's weights, and after its last step."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from embedwright.errors import InputError, naming
+from embedwright.model.adapters.lora import has_lora, idle_adapters
+from embedwright.model.backbone import decoder_config
+from embedwright.model.embedder import Embedder, new_contract
+from embedwright.model.formats.base import resolve_base
+from embedwright.model.formats.outline import check_decoder, check_embedder, content_fingerprint, outline
+from embedwright.model.pooling import PoolingConfig
+from embedwright.model.verify import probe
+from embedwright.text import Contract, load_tokenizer
+from embedwright.training.engine import parallel as many
+from embedwright.training.engine.parallel import Processes
+from embedwright.training.parts import ModelPart
+from embedwright.training.recipe import Recipe
+
+
+def start_model(recipe: Recipe, processes: Processes = many.ALONE) -> Embedder:
+    """The model before its first step, with fresh adapters; probed.
+
+    A decoder with an identity head, or the embedder of `model.from` with the vectors that it had: adapters that it came
+    with are merged, in float32, and those of the recipe begin at zero. InputError names the recipe's key.
+    """
+    tune, bf16 = recipe.tune, recipe.run.precision == "bf16"
+    device = None if processes.device is None else str(processes.device)
+    with naming_the_model(recipe):
+        open_model = _continued if recipe.model.from_ else _from_decoder
+        model = open_model(recipe, torch.bfloat16 if bf16 and tune.method != "full" else torch.float32, device)
+    network = model.network
+    network.mixed = bf16
+    if tune.method != "full":
+        torch.manual_seed(recipe.seed)
+        model.add_lora(tune.rank, tune.alpha, tune.dropout)
+    if tune.gradient_checkpointing:
+        network.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    probe.check(network)
+    network.train()
+    return model
+
+
+def naming_the_model(recipe: Recipe) -> AbstractContextManager[None]:
+    """Puts the recipe's key in front of what is wrong with its model."""
+    return naming(f"recipe {recipe.name}: model.{'from' if recipe.model.from_ else 'base'}")
+
+
+def _from_decoder(recipe: Recipe, dtype: torch.dtype, device: str | None) -> Embedder:
+    spec = recipe.model
+    return Embedder.from_decoder(
+        _decoder(spec),
+        pooling=spec.pooling,
+        attention=spec.attention,
+        layers=spec.layers,
+        max_tokens=spec.max_tokens,
+        pool_prompt=spec.pool_prompt,
+        dtype=str(dtype).removeprefix("torch."),
+        four_bit=recipe.tune.method == "qlora",
+        device=device,
+        seed=recipe.seed,
+        **({} if spec.pooling in ("mean", "last") else _sizes(spec)),
+    )
+
+
+def _continued(recipe: Recipe, dtype: torch.dtype, device: str | None) -> Embedder:
+    check_embedder(recipe.model.name)
+    model = Embedder.load(recipe.model.name, device=device)
+    network = model.network
+    if has_lora(network.backbone):
+        network.float()  # so that merged weights are rounded once, if at all
+        model.merge()
+    for parameter in network.backbone.parameters():  # not the buffers: rotary frequencies stay in float32
+        parameter.data = parameter.data.to(dtype)
+    network.head.float()
+    network.requires_grad_(True)
+    network.contract = _shortened(recipe.model, network.contract)
+    network.config.contract = network.contract.model_dump()
+    return Embedder(network, model.own_tokenizer)
+
+
+def _shortened(spec: ModelPart, contract: Contract) -> Contract:
+    if spec.shortened is None:
+        return contract
+    if spec.shortened > contract.max_tokens:
+        raise InputError(
+            f"max_tokens={spec.shortened}: {spec.name} reads {contract.max_tokens} tokens, and can only be shortened"
+        )
+    return contract.model_copy(update={"max_tokens": spec.shortened})
+
+
+# ---- what is known without weights
+
+
+def origin_fingerprint(spec: ModelPart) -> str:
+    """Of the files of the decoder or embedder that the run begins with."""
+    (check_embedder if spec.from_ else check_decoder)(spec.name)
+    return content_fingerprint(spec.name)
+
+
+def shape_of(spec: ModelPart) -> tuple[Any, PoolingConfig]:
+    """The decoder's config and the pooling of the model that this part of a recipe makes. OSError without config."""
+    if spec.from_:
+        check_embedder(spec.name)
+        found = outline(spec.name)
+        return found.decoder, found.pooling
+    decoder = decoder_config(resolve_base(_decoder(spec), weights=False), attention=spec.attention, layers=spec.layers)
+    return decoder, PoolingConfig(kind=spec.pooling, **_sizes(spec))
+
+
+def reading_of(spec: ModelPart) -> tuple[Any, Contract]:
+    """Its tokenizer and text contract. OSError where the tokenizer cannot be had."""
+    if spec.from_:
+        check_embedder(spec.name)
+        found = outline(spec.name)
+        return found.tokenizer, _shortened(spec, found.contract)
+    tokenizer = load_tokenizer(resolve_base(_decoder(spec), weights=False))
+    return tokenizer, new_contract(tokenizer, spec.pooling, spec.max_tokens, spec.pool_prompt)
+
+
+def longest_of(spec: ModelPart) -> int:
+    """The most tokens of a text."""
+    return reading_of(spec)[1].max_tokens if spec.from_ else spec.max_tokens
+
+
+def _sizes(spec: ModelPart) -> dict[str, Any]:
+    return {"latents": spec.latents, "heads": spec.heads, "head_dim": spec.head_dim, "multiple": spec.multiple}
+
+
+def _decoder(spec: ModelPart) -> str:
+    """The name of the base. InputError where it is an embedder."""
+    check_decoder(spec.name)
+    return spec.name
+
+
+def finish(model: Embedder) -> Embedder:
+    """Merge the adapters in float32, prove that the merge changed nothing, and probe. RuntimeError if it did."""
+    network = model.network
+    network.float().eval()
+    network.mixed = False
+    if has_lora(network.backbone):
+        if idle := idle_adapters(network.backbone):
+            raise RuntimeError(f"{len(idle)} LoRA adapters are still zero after training, e.g. {idle[0]}")
+        model.merge()
+    network.requires_grad_(False)
+    probe.check(network)
+    return model
+
+
+def load_trained(model: Embedder, weights: dict[str, Tensor]) -> None:
+    """Put whole weights into what trains, also where it is cut. ValueError where the names differ."""
+    own = many.trained(model.network)
+    if own.keys() != weights.keys():
+        raise InputError(f"checkpoint and model differ in {sorted(own.keys() ^ weights.keys())[:3]}")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(many.like(weights[name], parameter))
+
+
+def whole_model(recipe: Recipe, model: Embedder, processes: Processes) -> Embedder:
+    """The model as one that was never cut, nor read in 4 bits: neither can be merged or saved.
+
+    What trained on 4 bits goes onto the base in float32, on the CPU: the GPU may have room for the 4 bits alone.
+    """
+    four_bit = recipe.tune.method == "qlora"
+    if not four_bit and (processes.count == 1 or recipe.run.parallel == "ddp"):
+        return model
+    trained = many.whole(model.network)
+    if four_bit:
+        plain = {"tune": recipe.tune.model_copy(update={"method": "lora"})}
+        recipe = recipe.model_copy(update=plain | {"run": recipe.run.model_copy(update={"precision": "fp32"})})
+        processes = replace(processes, device=torch.device("cpu"))
+    whole = start_model(recipe, processes)
+    load_trained(whole, trained)
+    return whole

@@ -1,0 +1,160 @@
+"""What would be wrong without a word: weights that never move, a loss that says nothing, a head that does nothing."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from embedwright.model.pooling import LatentPooling
+from embedwright.training.batches.batch import Batch
+from embedwright.training.engine.parallel import Processes, trained
+
+logger = logging.getLogger(__name__)
+
+UPDATES = 10  # over which the optimizer must have moved every trained tensor
+_SHIELDED = 2  # updates in which tensors that start at zero keep the gradient from their partners
+TRIES = 3  # steps in a row without a finite loss and gradient
+_STUCK_OVER, _STUCK_WITHIN = 50, 0.02  # steps; share of the loss that knowing nothing has
+_INERT = 1e-3  # of a state's length
+_TOKENS = 32  # whose way through the head is looked at
+
+
+class MovedWeights:
+    """Listens to an optimizer's first updates. RuntimeError, on the last of them or in `check`, names what stood still.
+
+    A tensor moves when a gradient reaches it, and the optimizer keeps a moment of it that is not zero and has a
+    learning rate. Its numbers themselves say nothing: early in a warm-up an update may be below their last bit.
+    """
+
+    def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer, processes: Processes) -> None:
+        self.trained = trained(network)
+        self.reached: set[str] = set()
+        self.moved: set[str] = set()
+        self.updates, self.processes = 0, processes
+        self.optimizer = optimizer
+        self.hooks = [
+            optimizer.register_step_pre_hook(lambda *_: self._look()),
+            optimizer.register_step_post_hook(lambda *_: self._updated()),
+        ]
+
+    def _look(self) -> None:
+        for name in self.trained.keys() - self.reached:
+            gradient = self.trained[name].grad
+            if gradient is not None and _own(gradient).any():
+                self.reached.add(name)
+
+    def _updated(self) -> None:
+        rates = {id(p): float(group["lr"]) for group in self.optimizer.param_groups for p in group["params"]}
+        for name in self.reached - self.moved:
+            moment = self.optimizer.state.get(self.trained[name], {}).get("exp_avg")
+            if moment is not None and rates.get(id(self.trained[name]), 0.0) > 0 and _own(moment).any():
+                self.moved.add(name)
+        self.updates += 1
+        if self.updates == UPDATES:
+            self.check()
+
+    def check(self) -> None:
+        """Once, at the latest at the end of a stage; too few updates say nothing."""
+        if not self.hooks:
+            return
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = []
+        if self.updates <= _SHIELDED:
+            return
+        for what, seen in (("had no gradient", self.reached), ("were not moved by the optimizer", self.moved)):
+            # of a tensor that is cut, another process may have the part that moves
+            still = [name for name in self.trained if not self.processes.most(name in seen)]
+            if still:
+                raise RuntimeError(
+                    f"{len(still)} of {len(self.trained)} trained tensors {what} in {self.updates} updates, "
+                    f"e.g. {still[0]}: the run would train nothing there"
+                )
+
+
+def _own(tensor: Tensor) -> Tensor:
+    local = getattr(tensor, "to_local", None)
+    return tensor.detach() if local is None else local().detach()
+
+
+class HeadActivity:
+    """How much the pooling block changes what it gets, seen on some tokens of a forward when it is asked to look.
+
+    `change`: mean |head(h) - h| / |h|. `entropy`: of a latent block's attention, mean over heads and tokens, as a share
+    of log R: at 1 it looks at all latents alike.
+    """
+
+    def __init__(self, head: nn.Module) -> None:
+        self.looks, self.found = False, dict[str, float]()
+        if any(True for _ in head.parameters()):
+            head.register_forward_hook(self._see)
+
+    def _see(self, head: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        if not self.looks:
+            return
+        self.looks = False
+        with torch.no_grad():
+            h_TD, out_TD = (x[:_TOKENS].detach() for x in (inputs[0], output))
+            self.found["head_change"] = float(((out_TD - h_TD).norm(dim=-1) / h_TD.norm(dim=-1)).mean())
+            if isinstance(head, LatentPooling):
+                weights_HTR = head.attention_weights(h_TD).float()
+                entropy = -(weights_HTR * weights_HTR.clamp_min(1e-12).log()).sum(-1).mean()
+                self.found["head_entropy"] = float(entropy) / math.log(max(weights_HTR.shape[-1], 2))
+
+    def take(self) -> dict[str, float]:
+        """What was seen since it was asked for the last time."""
+        found, self.found = self.found, {}
+        return found
+
+
+def warn_if_inert(records: Sequence[dict[str, Any]]) -> None:
+    """Of the records of a stage: say so where its pooling block ended as the identity that it started as."""
+    changes = [record["head_change"] for record in records if "head_change" in record]
+    if changes and changes[-1] < _INERT:
+        logger.warning("the pooling block stayed inert: it changes states by %.1e of their length", changes[-1])
+
+
+def chance(batch: Batch) -> float:
+    """The contrastive loss of a model that cannot tell the candidates apart: the mean of log(candidates)."""
+    stands_Q = batch.allowed_QC.sum(axis=1) + 1
+    return float(np.log(stands_Q).mean())
+
+
+def stuck(records: Sequence[dict[str, Any]]) -> bool:
+    """Whether the loss of a stage's last steps is that of knowing nothing."""
+    last = [record for record in records[-_STUCK_OVER:] if record["loss"] is not None]
+    if len(last) < _STUCK_OVER:
+        return False
+    loss, known = (sum(record[key] for record in last) for key in ("loss", "chance"))
+    return bool(known > 0 and abs(loss / known - 1) < _STUCK_WITHIN)
+
+
+class NonFinite:
+    """Steps without a finite loss and gradient: no update, their ids kept, and after TRIES in a row the run stops."""
+
+    def __init__(self, file: Path, processes: Processes) -> None:
+        self.file, self.processes, self.tries = file, processes, 0
+
+    def fine(self) -> None:
+        self.tries = 0
+
+    def note(self, stage: str, step: int, what: str, ids: list[str]) -> None:
+        """FloatingPointError at the last try."""
+        self.tries += 1
+        if self.processes.first:
+            with self.file.open("a") as stream:
+                stream.write(json.dumps({"stage": stage, "step": step, "what": what, "ids": ids}) + "\n")
+        logger.warning("stage %s, step %d: %s, no update (the rows are in %s)", stage, step, what, self.file)
+        if self.tries == TRIES:
+            raise FloatingPointError(
+                f"stage {stage}, step {step}: {what}, for the third step in a row. The weights are those of "
+                f"before them, the last checkpoint is good, the rows are in {self.file}"
+            )

@@ -1,0 +1,133 @@
+"""`train --data`: what is held out, judged and trained on, against a plain reading of the user's rows."""
+
+from __future__ import annotations
+
+import json
+import random
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from embedwright.demo import quickstart
+from embedwright.evaluation.suite import evaluate, load_suite
+
+SYLLABLES = ["ba", "be", "bi", "da", "de", "di", "fa", "fe", "fi", "ga", "ge", "gi", "ka", "ke", "ki", "la", "le", "li"]
+
+
+class Teacher:
+    """A random vector for each text: whatever the rules leave is mined."""
+
+    def encode(self, texts: Sequence[str], task: str | None = None) -> np.ndarray:
+        vectors = np.stack([np.random.default_rng(list(text.encode())).normal(size=64) for text in texts])
+        return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+class Perfect:
+    """All that answers a question lies on the question."""
+
+    def __init__(self, question_of: dict[str, str]) -> None:
+        self.question_of = {same(text): same(question) for text, question in question_of.items()}
+
+    def encode(self, texts: Sequence[str], task: str | None = None) -> np.ndarray:
+        return Teacher().encode([self.question_of.get(same(text), same(text)) for text in texts])
+
+
+def same(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def words(rng: random.Random, count: int) -> str:
+    return " ".join("".join(rng.choices(SYLLABLES, k=3)) for _ in range(count))
+
+
+def prepared(
+    folder: Path, rows: Sequence[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> tuple[Path, dict[str, Any]]:
+    data = folder / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(quickstart, "open_encoder", lambda _: Teacher())
+    quickstart.recipe_for(data, "base", folder / "run")
+    return folder / "run" / "data", json.loads((folder / "run/data/report.json").read_text())
+
+
+def texts_of(row: dict[str, Any]) -> list[str]:
+    """All texts of a row, in whichever form its passages are."""
+    passages = (*row["positives"], *row["negatives"])
+    return [row["query"], *(p if isinstance(p, str) else p["text"] for p in passages)]
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_answers_of_a_held_out_question_are_judged_and_never_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """60 questions of 3 answers, in rows of their own and together; some answers are shared, some are negatives."""
+    rng = random.Random(3)
+    answers_of = {words(rng, 6): [words(rng, 8) for _ in range(3)] for _ in range(60)}
+    questions = list(answers_of)
+    for i in range(0, 60, 2):  # an answer to every second question is one to the next, too, in another look
+        answers_of[questions[i + 1]][2] = answers_of[questions[i]][0].upper()
+    rows: list[dict[str, Any]] = []
+    for i, (question, right) in enumerate(answers_of.items()):
+        wrong = {"negatives": [answers_of[questions[i - 7]][1], words(rng, 8)]}
+        if i % 3:
+            rows += [
+                {"query": look, "positives": [text]} | wrong
+                for look, text in zip((question, question.upper(), f" {question}"), right, strict=True)
+            ]
+        else:
+            rows.append({"query": question, "positives": right} | wrong)
+    folder, report = prepared(tmp_path, rows, monkeypatch)
+
+    heldout = {same(row["text"]) for row in read(folder / "heldout/own/queries.jsonl")}
+    assert len(heldout) == len(read(folder / "heldout/own/queries.jsonl")) == report["heldout"] == 6
+    question_of = {
+        text: question for question in questions if same(question) in heldout for text in answers_of[question]
+    }
+    barred = heldout | set(map(same, question_of))
+    train = read(folder / "train.jsonl")
+    assert not barred & {same(text) for row in train for text in texts_of(row)}
+    asked = [row for row in rows if same(row["query"]) in heldout]
+    others = [row for row in rows if row not in asked]
+    leaking = [row for row in others if barred & set(map(same, [row["query"], *row["positives"]]))]
+    told = {key: report[key] for key in ("read", "heldout_rows", "leaks", "without_negatives", "train")}
+    expected = {"read": len(rows), "heldout_rows": len(asked), "leaks": len(leaking), "without_negatives": 0}
+    assert told == expected | {"train": len(others) - len(leaking)} and leaking
+    lost = [text for row in others if row not in leaking for text in row["negatives"] if same(text) in barred]
+    assert report["leaked_negatives"] == len(lost) > 0
+    found = evaluate(Perfect(question_of), load_suite(folder / "heldout/suite.yaml"))
+    assert found.rows[0].value == pytest.approx(1.0)
+
+
+def test_a_query_that_is_a_document_too_is_no_hit_and_pairs_hold_in_both_directions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(4)
+    pairs = [(words(rng, 6), words(rng, 6)) for _ in range(60)]
+    rows = [{"query": q, "positives": [p]} for a, b in pairs for q, p in ((a, b), (b, a))]
+    folder, report = prepared(tmp_path, rows, monkeypatch)
+    assert report["heldout"] == 12 and report["leaks"] > 0
+    found = evaluate(Perfect(dict(pairs)), load_suite(folder / "heldout/suite.yaml"))
+    assert found.rows[0].value == pytest.approx(1.0)
+
+
+def test_rows_that_answer_themselves_alone_cannot_be_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(5)
+    rows = [{"query": text, "positives": [text.upper()]} for text in (words(rng, 6) for _ in range(40))]
+    with pytest.raises(ValueError, match="no query has an answer besides its own text"):
+        prepared(tmp_path, rows, monkeypatch)
+
+
+def test_questions_on_one_long_passage_are_no_duplicates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(6)
+    passages = [words(rng, 80) for _ in range(40)]
+    rows = [{"query": words(rng, 4), "positives": [passages[i // 2]]} for i in range(80)]
+    _, report = prepared(tmp_path, [*rows, rows[0]], monkeypatch)
+    assert (report["read"], report["exact_duplicates"], report["near_duplicates"]) == (81, 1, 0)
+    assert report["heldout"] == 8

@@ -1,0 +1,55 @@
+"""Documents made of positives: none is lost, none has another one's id. `test_mine` has what is mined from them."""
+
+from __future__ import annotations
+
+import random
+
+from embedwright.data.schema import Example, Passage
+from embedwright.mining.pool import make_pool, positives_of
+
+
+def test_every_text_is_a_document_and_ids_lead_to_their_texts() -> None:
+    rng = random.Random(1)
+    for _ in range(100):
+        rows = [
+            Example(
+                f"e{i}",
+                rng.choice("ab"),
+                "q",
+                tuple(
+                    Passage(f"text {rng.randrange(9)}", rng.choice([None, "1", "2", "1#2", "p0", "p3"]))
+                    for _ in range(rng.randrange(1, 3))
+                ),
+            )
+            for i in range(rng.randrange(1, 9))
+        ]
+        corpus = positives_of(rows)
+        assert sorted(corpus.values()) == sorted({p.text for row in rows for p in row.positives})
+        pool = make_pool(corpus, rows, ())
+        for row in rows:
+            for p in row.positives:
+                same_id = {o.text for r in rows if r.task == row.task for o in r.positives if p.id and o.id == p.id}
+                assert {pool.text(place) for place in pool.rows_with_id(row.task, [p])} == same_id
+            for place in range(len(pool.ids)):
+                known = pool.passage(row.task, place)
+                meant = {o.text for r in rows if r.task == row.task for o in r.positives if o.id == known.id}
+                assert known.text == pool.text(place) and (not known.id or not meant or known.text in meant)
+
+
+def test_the_first_text_keeps_the_id_and_numbers_take_no_ids_place() -> None:
+    rows = [
+        Example(f"e{i}", "t", "q", (Passage(*p),)) for i, p in enumerate([("a",), ("b", "p0"), ("c", "p0"), ("b",)])
+    ]
+    assert positives_of(rows) == {"p0#2": "a", "p0": "b", "p0#3": "c"}
+
+
+def test_an_id_of_a_corpus_is_that_of_the_task_whose_text_it_has() -> None:
+    rows = [
+        Example("e0", "a", "q", (Passage("text of a", "42"),)),
+        Example("e1", "b", "q", (Passage("text of b", "42"),)),
+    ]
+    pool = make_pool({"42": "TEXT of a", "7": "else"}, rows, ())
+    assert pool.rows_with_id("a", rows[0].positives) == [0] and pool.rows_with_id("b", rows[1].positives) == []
+    assert pool.passage("b", 0).id is None and pool.passage("a", 0).id == "42" and pool.passage("b", 1).id == "7"
+    unknown = make_pool({"42": "a third text"}, rows, ())  # no row's own: the safe side
+    assert unknown.rows_with_id("a", rows[0].positives) == unknown.rows_with_id("b", rows[1].positives) == [0]

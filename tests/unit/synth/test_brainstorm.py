@@ -1,0 +1,147 @@
+"""Tasks stay where they are, whatever fails, grows or changes between two runs; and only what is missing is asked."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_llm import Body, FakeLLM, Reply
+
+from embedwright.data.schema import DataError
+from embedwright.llm.client import Client, Server
+from embedwright.synth.brainstorm import Subject, brainstorm
+
+PROMPT = "Think of two tasks."
+Serve = Callable[[Callable[[Body, int], Reply]], FakeLLM]
+Run = Callable[..., tuple[list[str], dict[str, int]]]
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    running: list[FakeLLM] = []
+
+    def start(reply: Callable[[Body, int], Reply]) -> FakeLLM:
+        running.append(FakeLLM(reply).__enter__())
+        return running[-1]
+
+    yield start
+    for server in running:
+        server.__exit__(None, None, None)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    def call(fake: FakeLLM, needed: int, answers: str = "a", **changed: Any) -> tuple[list[str], dict[str, int]]:
+        """`answers`: the file of answers; another one knows nothing of what was answered."""
+        subject = Subject(**{"kind": "k", "prompt": PROMPT, "per_prompt": 2, "models": ("m",), "seed": 0, **changed})
+        server = Server(base_url=fake.url, backoff_s=0.0, retries=0, attempts=2)
+        with Client(server, tmp_path / f"{answers}.sqlite") as client:
+            return brainstorm(client, tmp_path / "tasks.jsonl", subject, needed)
+
+    return call
+
+
+def two(body: Body, n: int) -> Reply:
+    return Reply(json.dumps({"tasks": [f"Find text {body['seed']} {side} for it" for side in ("left", "right")]}))
+
+
+def failing(*numbers: int) -> tuple[Callable[[Body, int], Reply], set[int]]:
+    """`two`, but 500 for the seeds in the set, which holds the ones that came as these numbers."""
+    seeds: set[int] = set()
+
+    def reply(body: Body, n: int) -> Reply:
+        if n in numbers:
+            seeds.add(body["seed"])
+        return Reply(status=500) if body["seed"] in seeds else two(body, n)
+
+    return reply, seeds
+
+
+def test_a_prompt_that_failed_moves_no_task(serve: Serve, run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    reply, seeds = failing(0)
+    fake = serve(reply)
+    first, count = run(fake, 20)
+    assert count["tasks"] == 20 and count["brainstorm_server_error"] >= 1  # another prompt made up for it
+    seeds.clear()
+    asked = len(fake.requests)
+    again, _ = run(fake, 20)
+    assert again == first and len(fake.requests) == asked
+    more, count = run(fake, 24)
+    assert more[:20] == first and len(set(more)) == 24 and count["prompts"] == 12
+    assert not caplog.records or "got no answer" not in caplog.text
+
+
+def test_what_is_lacking_is_asked_again_and_comes_last(
+    serve: Serve, run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    down = True
+    fake = serve(lambda body, n: Reply(status=500) if down and n % 8 != 3 else two(body, n))
+    few, count = run(fake, 6)
+    assert 0 < len(few) < 6 and count["brainstorm_server_error"] > 0
+    assert "run the same again" in caplog.text
+    down = False
+    whole, count = run(fake, 6)
+    assert whole[: len(few)] == few and len(set(whole)) == 6 and "brainstorm_server_error" not in count
+
+
+def test_tasks_that_serve_again_keep_their_places(serve: Serve, run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    fake = serve(lambda body, n: Reply(json.dumps({"tasks": ["Find the one.", "Find the other.", "find the ONE"]})))
+    first, count = run(fake, 5)
+    assert first == ["Find the one.", "Find the other."] * 2 + ["Find the one."]
+    assert count["tasks"] == 2 and count["repeated"] == 3 * count["prompts"] - 2
+    assert "each serves more examples" in caplog.text
+    asked = len(fake.requests)
+    assert run(fake, 5)[0] == first and len(fake.requests) == asked
+    fake.reply = two
+    more, _ = run(fake, 30)
+    assert more[:5] == first and len(set(more[5:])) == 25
+
+
+def test_tasks_do_not_depend_on_the_answers_once_they_are_written(serve: Serve, run: Run) -> None:
+    """Such as an answer that a later version reads in another way."""
+    fake = serve(two)
+    first, count = run(fake, 6)
+    other = serve(lambda body, n: Reply("nothing"))
+    assert run(other, 6, answers="b") == (first, count) and not other.requests
+    assert run(fake, 3) == (first[:3], count | {"tasks": 3})
+
+
+@pytest.mark.parametrize("changed", [{"prompt": "Other tasks."}, {"models": ("n",)}, {"seed": 1}, {"kind": "l"}])
+def test_what_is_asked_for_now_counts(serve: Serve, run: Run, changed: dict[str, Any]) -> None:
+    fake = serve(two)
+    run(fake, 4)
+    asked = len(fake.requests)
+    run(fake, 4, **changed)
+    assert len(fake.requests) == 2 * asked == 4
+    run(fake, 4)
+    assert len(fake.requests) == 4
+
+
+def test_a_torn_line_is_asked_again(serve: Serve, run: Run, tmp_path: Path) -> None:
+    fake = serve(two)
+    first, _ = run(fake, 6)
+    file = tmp_path / "tasks.jsonl"
+    whole = file.read_bytes()
+    for cut in (1, 30, len(whole.splitlines()[-1])):
+        file.write_bytes(whole[:-cut])
+        assert run(fake, 6)[0] == first and file.read_bytes() == whole
+    assert len(fake.requests) == 3
+
+
+def test_a_file_of_something_else_is_refused(serve: Serve, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "tasks.jsonl").write_text('{"query": "why?"}\n')
+    with pytest.raises(DataError, match=r"tasks\.jsonl:1: no line of a brainstorm"):
+        run(serve(two), 2)
+
+
+def test_useless_answers_are_not_asked_for_again(serve: Serve, run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.ERROR)
+    fake = serve(lambda body, n: Reply("I cannot."))
+    assert run(fake, 2) == ([], {"prompts": 4, "tasks": 0, "brainstorm_no_valid_answer": 4})
+    asked = len(fake.requests)
+    run(fake, 2, answers="b")
+    assert asked == 8 == len(fake.requests)

@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from embedwright.config import ConfigError
+from embedwright.data.schema import Task
+from embedwright.training.batches.blend import Source, rows_at
+from embedwright.training.batches.sources import data_fingerprint, open_sources
+from embedwright.training.plan import plan
+from embedwright.training.recipe import Recipe
+from embedwright.training.run.folder import data
+
+ONE = {"name": "one", "instruction": "Find one", "licence": "MIT"}
+
+
+def write(path: Path, *rows: Any) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def rows(n: int, *, negatives: int = 1, **more: Any) -> list[dict[str, Any]]:
+    made = (
+        {"query": f"q{i}", "positives": [f"p{i}"], "negatives": [f"n{i}.{k}" for k in range(negatives)]}
+        for i in range(n)
+    )
+    return [row | more for row in made]
+
+
+def stage(*data: dict[str, Any], name: str = "first", **change: Any) -> dict[str, Any]:
+    optim = {"lr": 1e-3, "steps": 2, "batch_queries": 2}
+    return {"name": name, "data": data, "in_batch_negatives": "all", "hard_negatives": 1, "optim": optim} | change
+
+
+def recipe(*stages: dict[str, Any], **change: Any) -> Recipe:
+    return Recipe.parse({"name": "r", "model": {"base": "b"}, "run": {"out": "o"}, "stages": list(stages)} | change)
+
+
+def open_one(*data: dict[str, Any], **change: Any) -> list[Source]:
+    (sources,) = open_sources(recipe(stage(*data, **change)))
+    return sources
+
+
+def test_a_file_becomes_a_source_for_each_of_its_tasks(tmp_path: Path) -> None:
+    mixed = [*rows(3, task="one"), *rows(2, task="two"), *rows(1, task="one"), *rows(4)]
+    path = write(tmp_path / "mixed.jsonl", *mixed)
+    sources = open_one({"path": path, "weight": 2.5, "task": ONE})
+    one = Task(**ONE)
+    assert [s.name for s in sources] == ["0#one", "0#two"]  # no path: it keys the order of rows
+    assert [s.task for s in sources] == [one, Task(name="two")]
+    assert [s.rows.tolist() for s in sources] == [[0, 1, 2, 5, 6, 7, 8, 9], [3, 4]]  # rows without a task are `one`
+    assert [s.share for s in sources] == [2.5 * 8, 2.5 * 2]
+    assert sources[1].table[3].query == "q0"
+
+
+def test_paths_take_variables_and_a_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMBEDWRIGHT_TEST_DATA", str(tmp_path))
+    write(tmp_path / "x.jsonl", {"query": "q", "positives": [{"id": "d1"}]})
+    write(tmp_path / "corpus.jsonl", {"_id": "d1", "text": "from the corpus"})
+    entry = {"path": "${EMBEDWRIGHT_TEST_DATA}/x.jsonl", "corpus": "${EMBEDWRIGHT_TEST_DATA}/corpus.jsonl"}
+    (source,) = open_one(entry)
+    assert source.table[0].positives[0].text == "from the corpus"
+    assert source.name == "0#x"  # order of rows does not depend on where data lies
+    monkeypatch.delenv("EMBEDWRIGHT_TEST_DATA")
+    with pytest.raises(ConfigError, match="EMBEDWRIGHT_TEST_DATA"):
+        open_one(entry)
+
+
+def test_labelled_rows_get_the_negatives_that_the_stage_asks_for(tmp_path: Path) -> None:
+    path = write(tmp_path / "labels.jsonl", *({"text": f"t{i}", "label": f"l{i % 6}"} for i in range(30)))
+    for asked in (0, 1, 4):
+        (source,) = open_one({"path": path}, hard_negatives=asked)
+        assert set(source.table.negatives_per_row()) == {max(asked, 1)}
+
+
+def test_a_task_that_nobody_describes_is_warned_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    a, b = write(tmp_path / "a.jsonl", *rows(2, task="odd")), write(tmp_path / "b.jsonl", *rows(2, task="odd"))
+    c = write(tmp_path / "c.jsonl", *rows(2))
+    with caplog.at_level(logging.WARNING):
+        first, second = open_sources(
+            recipe(stage({"path": a}, {"path": b}), stage({"path": a}, {"path": c, "task": ONE}, name="second"))
+        )
+    assert [s.task for s in first] == [Task(name="odd")] * 2 and second[1].task == Task(**ONE)
+    (record,) = caplog.records
+    assert "'odd' is not described" in record.message and "stages.first.data.0" in record.message
+
+
+def test_a_bare_name_is_looked_up_in_the_recipe(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write(tmp_path / "a.jsonl", *rows(2))
+    other = write(tmp_path / "b.jsonl", *rows(2))
+    with caplog.at_level(logging.WARNING):
+        first, second = open_sources(
+            recipe(stage({"path": path, "task": "one"}), stage({"path": other, "task": ONE}, name="second"))
+        )
+    assert first[0].task == second[0].task == Task(**ONE) and not caplog.records
+
+
+def test_each_stage_has_its_own_description_of_a_task(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", *rows(2))
+    off = ONE | {"in_batch_negatives": "none"}
+    first, second = open_sources(
+        recipe(stage({"path": path, "task": ONE}), stage({"path": path, "task": off}, name="second"))
+    )
+    assert first[0].task.in_batch_negatives is None and second[0].task.in_batch_negatives == "none"
+
+
+# ---- shares
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_the_draws_follow_the_sampling(tmp_path: Path, alpha: float) -> None:
+    """990 rows and 10, for 400 draws: exact to one, since each source gets its share of every prefix of slots."""
+    many, few = write(tmp_path / "many.jsonl", *rows(990)), write(tmp_path / "few.jsonl", *rows(10))
+    asked = recipe(stage({"path": many}, {"path": few}, sampling_alpha=alpha))
+    [sources] = open_sources(asked)
+    drawn = Counter(
+        row.task.name
+        for step in range(50)
+        for row in rows_at(sources, step, batch_queries=8, batching="blended", seed=0, stage="first")
+    )
+    expected = 400 * 10**alpha / (10**alpha + 990**alpha)
+    assert drawn["few"] == pytest.approx(expected, abs=1) and sum(drawn.values()) == 400
+    [planned] = plan(asked)
+    [told] = data(asked, [sources])["stages"]
+    for shares in ([part.share for part in planned.shares], [part["share"] for part in told["sources"]]):
+        assert shares == pytest.approx([1 - expected / 400, expected / 400], abs=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_rows_that_are_left_out_count_for_no_share(tmp_path: Path, alpha: float) -> None:
+    """`half` has 200 rows of two tasks, of which 100 can be drawn: 75 of one, 25 of the other."""
+    two = [*rows(75, task="one"), *rows(25, task="two"), *rows(100, negatives=0, task="one")]
+    half, whole = write(tmp_path / "half.jsonl", *two), write(tmp_path / "whole.jsonl", *rows(16))
+    asked = recipe(
+        stage({"path": half, "weight": 2.0}, {"path": whole}, in_batch_negatives="none", sampling_alpha=alpha)
+    )
+    [sources] = open_sources(asked)
+    shares = np.array([source.share for source in sources])
+    sizes = np.array([2 * 100.0**alpha * 0.75, 2 * 100.0**alpha * 0.25, 16.0**alpha])
+    np.testing.assert_allclose(shares / shares.sum(), sizes / sizes.sum(), rtol=1e-12)
+    [planned] = plan(asked)
+    assert [part.rows for part in planned.shares] == [100, 16]
+    np.testing.assert_allclose(
+        [p.share for p in planned.shares], [(shares[0] + shares[1]) / shares.sum(), shares[2] / shares.sum()]
+    )
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize("lacks", ["instruction", "licence"])
+def test_strict_wants_instruction_and_licence(tmp_path: Path, lacks: str) -> None:
+    path = write(tmp_path / "a.jsonl", *rows(2))
+    task = {key: value for key, value in ONE.items() if key != lacks}
+    entries = stage({"path": path, "task": ONE}, {"path": path, "task": task | {"name": "two"}})
+    open_sources(recipe(entries))
+    with pytest.raises(ConfigError, match=rf"stages\.first\.data\.1: task 'two' has no {lacks}, and the recipe is str"):
+        open_sources(recipe(entries, strict=True))
+    open_sources(recipe(stage({"path": path, "task": ONE}), strict=True))
+
+
+def test_rows_that_would_train_nothing_are_left_out_with_their_number(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(tmp_path / "a.jsonl", *rows(5), *rows(3, negatives=0))
+    (whole,) = open_one({"path": path, "task": ONE})
+    assert len(whole.rows) == 8 and not caplog.text
+    (alone,) = open_one({"path": path, "task": ONE}, in_batch_negatives="none")
+    assert alone.rows.tolist() == [0, 1, 2, 3, 4] and alone.share == pytest.approx(5)
+    assert "stages.first.data.0: 3 of 8 rows of task 'one' have no negatives: left out" in caplog.text
+    (alone,) = open_one({"path": path, "task": ONE | {"in_batch_negatives": "none"}})  # the task goes before the stage
+    assert len(alone.rows) == 5
+
+
+def test_a_task_that_would_train_nothing_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", *rows(3, negatives=0))
+    with pytest.raises(ConfigError, match=r"stages\.first\.data\.0: task 'one' .* none of its 3 rows has negatives"):
+        open_one({"path": path, "task": ONE}, in_batch_negatives="none")
+    whole = write(tmp_path / "b.jsonl", *rows(5))
+    open_one({"path": whole, "task": ONE}, in_batch_negatives="none")
+    with pytest.raises(ConfigError, match="hard_negatives is 0"):
+        open_one({"path": whole, "task": ONE}, in_batch_negatives="none", hard_negatives=0)
+    on = ONE | {"in_batch_negatives": "same_task"}
+    open_one({"path": whole, "task": on}, in_batch_negatives="none", hard_negatives=0)
+
+
+def test_a_missing_file_names_the_key(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", *rows(2))
+    first = stage({"path": path})
+    for entry in ({"path": str(tmp_path / "absent.jsonl")}, {"path": path, "corpus": str(tmp_path / "absent.jsonl")}):
+        second = stage({"path": path}, entry, name="second")
+        with pytest.raises(FileNotFoundError, match=r"recipe r: stages\.second\.data\.1: .*absent\.jsonl"):
+            open_sources(recipe(first, second))
+
+
+# ---- fingerprint
+
+
+def test_the_fingerprint_follows_the_rows_that_can_be_drawn(tmp_path: Path) -> None:
+    def fingerprint(*entries: dict[str, Any]) -> str:
+        return data_fingerprint([open_one(*entries)])
+
+    a, b = write(tmp_path / "a.jsonl", *rows(4)), write(tmp_path / "b.jsonl", *rows(4))
+    prints = {fingerprint({"path": a}), fingerprint({"path": a}, {"path": b}), fingerprint({"path": b}, {"path": a})}
+    prints.add(fingerprint({"path": a, "task": ONE}))
+    before = fingerprint({"path": a})
+    assert len(prints) == 4 and before in prints
+    write(tmp_path / "a.jsonl", *rows(3), {"query": "q3", "positives": ["p3!"], "negatives": ["n3.0"]})
+    assert fingerprint({"path": a}) not in prints
+    write(tmp_path / "a.jsonl", *rows(4))
+    assert fingerprint({"path": a}) == before

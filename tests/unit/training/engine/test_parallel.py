@@ -1,0 +1,233 @@
+"""The same batch on one, two and four processes, through DDP and FSDP2: one loss, one gradient.
+
+Run as a script, this file forks the processes of a group (so that torch is imported once); gloo, on a CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from embedwright.training.engine.parallel import Processes
+
+COUNTS = (1, 2, 4)
+# in-batch negatives, batch_tokens, gradient checkpointing, queries
+CASES = {
+    "one forward": ("all", 8192, False, 9),
+    "gradcache": ("all", 60, False, 9),
+    "gradcache, checkpointing": ("all", 60, True, 9),
+    "by queries": ("none", 130, False, 9),
+    "one query beyond the budget": ("none", 40, False, 9),
+    "fewer queries than processes": ("all", 60, False, 1),
+    "fewer queries than processes, by queries": ("none", 60, False, 1),
+}
+
+
+def test_shares_are_of_about_equal_cost_and_leave_nothing_out() -> None:
+    costs = np.random.default_rng(0).integers(1, 100, 57).tolist()
+    for count in (1, 2, 3, 8):
+        shares = Processes(0, count).share(costs)
+        assert sorted(i for share in shares for i in share) == list(range(57))
+        loads = [sum(costs[i] for i in share) for share in shares]
+        assert max(loads) - min(loads) <= max(costs)
+        assert shares == [Processes(rank, count).share(costs) for rank in range(count)][-1]
+    assert Processes(0, 4).share([5]) == [[0], [], [], []]
+
+
+def test_one_process_asks_nobody() -> None:
+    alone = Processes()
+    assert (alone.most(3), alone.total(2.5), alone.first) == (3, 2.5, True)
+    alone.wait()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory, tiny_decoder: Callable[..., Path]) -> dict[str, Any]:
+    """{kind: {count: {case: (losses of the processes, the first one's gradients, and weights after an update)}}}."""
+    folder = tmp_path_factory.mktemp("processes")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
+    environment |= {"OMP_NUM_THREADS": "1", "EMBEDWRIGHT_CACHE": str(folder / "cache")}
+    command = [sys.executable, __file__, str(folder), str(tiny_decoder("llama"))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-4000:]
+    results: dict[str, Any] = {}
+    for kind in ("ddp", "fsdp"):
+        for count in COUNTS if kind == "ddp" else COUNTS[1:]:
+            for number, case in enumerate(CASES):
+                parts = [np.load(folder / f"{kind}-{count}-{rank}-{number}.npz") for rank in range(count)]
+                tensors = {name: parts[0][name] for name in parts[0].files if name != "loss"}
+                losses = [float(part["loss"]) for part in parts]
+                results.setdefault(kind, {}).setdefault(count, {})[case] = losses, tensors
+    shared = {n: [np.load(folder / f"shared-{n}-{rank}.npz") for rank in range(n)] for n in COUNTS}
+    results["shared"] = {n: [part["vectors"] for part in parts] for n, parts in shared.items()}
+    results["encoded"] = {n: [int(part["encoded"]) for part in parts] for n, parts in shared.items()}
+    return results
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("kind", "count"), [("ddp", 2), ("ddp", 4), ("fsdp", 2), ("fsdp", 4)])
+def test_many_processes_give_the_loss_and_gradient_of_one(
+    found: dict[str, Any], kind: str, count: int, case: str
+) -> None:
+    [loss], ours = found["ddp"][1][case]
+    losses, theirs = found[kind][count][case]
+    assert losses == pytest.approx([loss] * count, rel=1e-6)
+    gradients = [name for name in ours if name != "norm" and not name.startswith("after ")]
+    assert ours.keys() == theirs.keys() and len(gradients) > 40
+    largest = max(float(np.linalg.norm(ours[name])) for name in gradients)
+    for name in gradients:
+        distance = float(np.linalg.norm(theirs[name] - ours[name]))
+        assert distance <= 1e-6 * max(largest, 1.0), name
+        assert distance <= 1e-4 * float(np.linalg.norm(ours[name])), name
+    # and the update: the norm that clips is that of the whole gradient
+    assert float(theirs["norm"]) == pytest.approx(float(ours["norm"]), rel=1e-6) and float(ours["norm"]) > 0.5
+    for name in gradients:
+        np.testing.assert_allclose(theirs[f"after {name}"], ours[f"after {name}"], atol=2e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_teacher_is_shared_and_each_process_has_all(found: dict[str, Any], count: int) -> None:
+    [alone], many = found["shared"][1], found["shared"][count]
+    assert alone.shape == (5, 32)
+    assert all(np.array_equal(vectors, many[0]) for vectors in many)  # so that all mine the same
+    np.testing.assert_allclose(many[0], alone, atol=1e-5)
+    assert max(found["encoded"][count]) < 5  # and none has encoded all of them
+
+
+def test_the_cases_differ_from_each_other(found: dict[str, Any]) -> None:
+    """Else the test above would compare one thing with itself."""
+    losses = {case: found["ddp"][1][case][0][0] for case in CASES}
+    assert losses["one forward"] == pytest.approx(losses["gradcache"], rel=1e-5)
+    assert losses["by queries"] == pytest.approx(losses["one query beyond the budget"], rel=1e-5)
+    assert losses["one forward"] > losses["by queries"] + 0.1
+
+
+# ---- in the processes
+
+
+def gradients_of(kind: str, case: str, decoder: str, processes: Processes) -> dict[str, Any]:
+    import torch
+
+    from embedwright.data.schema import Example, Passage, Task
+    from embedwright.model.adapters.lora import add_lora
+    from embedwright.model.embedder import Embedder
+    from embedwright.training.batches.batch import make_batch
+    from embedwright.training.batches.blend import Row
+    from embedwright.training.engine.parallel import full
+    from embedwright.training.engine.step import accumulate, make_optimizer, share_of, update
+    from embedwright.training.parts import DataPart, OptimPart, StagePart, TunePart
+
+    in_batch, budget, checkpointing, queries = CASES[case]
+    model = Embedder.from_decoder(decoder, pooling="latent", latents=8, heads=4, multiple=1)
+    torch.manual_seed(0)
+    add_lora(model.network.backbone, rank=4, alpha=8, dropout=0.0)
+    for parameter in model.network.parameters():  # nothing stays at the zero that it starts from
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    if checkpointing:
+        model.network.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    model.network.train()
+    random = np.random.default_rng(5)
+
+    def text(tag: str) -> Passage:
+        return Passage(" ".join([tag, *random.choice(["tide", "moon", "sea", "rise", "fall"], random.integers(1, 14))]))
+
+    task = Task(name="t", instruction="Find what answers it")
+    rows = [
+        Row(
+            Example(f"{i}", "t", text(f"q{i}").text, (text(f"p{i}"),), tuple(text(f"n{i}") for _ in range(i % 3 + 1))),
+            task,
+        )
+        for i in range(queries)
+    ]
+    batch = make_batch(rows, model.contract, hard_negatives=3, in_batch=in_batch, rng=random)  # type: ignore[arg-type]
+    optim = OptimPart(lr=1e-3, steps=2, batch_queries=queries)
+    stage = StagePart(
+        name="s",
+        data=(DataPart(path="none"),),
+        in_batch_negatives=in_batch,  # type: ignore[arg-type]
+        hard_negatives=3,
+        temperature=0.1,
+        optim=optim,
+    )
+    replica = processes.wrap(model.network, kind)  # type: ignore[arg-type]
+    model.encode(["a tide"])  # as a run evaluates: what trains is looked up behind it
+    optimizer = make_optimizer(model.network, TunePart(), optim)
+    loss, _ = accumulate(replica, share_of(model, batch, processes), stage, batch_tokens=budget, seed=1)
+    trained = {name: p for name, p in model.network.named_parameters() if p.requires_grad}
+    assert all(p.grad is not None for p in trained.values())
+    found = {name: full(p.grad).numpy().copy() for name, p in trained.items() if p.grad is not None}
+    norm = update(model.network, optimizer, 1e-2, clip=0.5)
+    return (
+        {"loss": loss, "norm": norm}
+        | found
+        | {f"after {name}": full(p.detach()).numpy() for name, p in trained.items()}
+    )
+
+
+def shared(decoder: str, processes: Processes) -> dict[str, Any]:
+    """Five texts of very different lengths, asked of a teacher in every process alike."""
+    from embedwright.model.embedder import Embedder
+    from embedwright.training.remine import Shared
+
+    model, encoded = Embedder.from_decoder(decoder, pooling="mean"), 0
+
+    class Counted:
+        def encode(self, texts: list[str], task: str | None = None) -> Any:
+            nonlocal encoded
+            encoded += len(texts)
+            return model.encode(texts, task=task)
+
+    vectors = Shared(Counted(), processes).encode([f"{'a tide ' * n}moon" for n in (1, 30, 2, 9, 0)], task="Find it")
+    return {"vectors": vectors, "encoded": encoded}
+
+
+def main(folder: Path, decoder: str) -> None:
+    from embedwright.training.engine import parallel as many
+
+    def work(rank: int, count: int, port: int) -> None:
+        group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
+        os.environ |= {name: str(value) for name, value in group.items()} | {"MASTER_ADDR": "127.0.0.1"}
+        processes = many.start()
+        assert (processes.rank, processes.count) == (rank, count)
+        for kind in ("ddp", "fsdp") if count > 1 else ("ddp",):
+            for number, case in enumerate(CASES):
+                np.savez(folder / f"{kind}-{count}-{rank}-{number}.npz", **gradients_of(kind, case, decoder, processes))
+        np.savez(folder / f"shared-{count}-{rank}.npz", **shared(decoder, processes))
+        processes.wait()
+
+    gradients_of("ddp", next(iter(CASES)), decoder, many.ALONE)  # imports the rest, once for all children
+    for count in COUNTS:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        children = []
+        for rank in range(count):
+            child = os.fork()
+            if child == 0:
+                status = 1
+                try:
+                    work(rank, count, port)
+                    status = 0
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    os._exit(status)
+            children.append(child)
+        ends = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        if any(ends):
+            print(json.dumps(ends), file=sys.stderr)
+            sys.exit(1)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,279 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from embedwright.config import ConfigError
+from embedwright.model.embedder import Embedder
+from embedwright.model.formats.families import FAMILIES
+from embedwright.training.cost import sizes_of
+from embedwright.training.lengths import tokens_of
+from embedwright.training.plan import report
+from embedwright.training.recipe import Recipe
+from embedwright.training.run.start import finish, longest_of, reading_of, shape_of, start_model
+from embedwright.training.train import train
+
+NVEMBED = Path(__file__).parents[3] / "parity" / "fixtures" / "nvembed-tiny-v2"
+TEXTS = ["how do tides work?", "the moon", "a dog that does not mind, and a longer text after it " * 3]
+
+
+@pytest.fixture
+def content(tmp_path: Path, tiny_decoder: Callable[..., Path]) -> dict[str, Any]:
+    pairs = [{"query": f"q{i} tide", "positives": [f"p{i} the moon and {i}"]} for i in range(20)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    stage = {
+        "name": "first",
+        "data": [{"path": str(tmp_path / "pairs.jsonl")}],
+        "in_batch_negatives": "all",
+        "hard_negatives": 0,
+        "temperature": 0.1,
+        "optim": {"lr": 1e-2, "steps": 2, "batch_queries": 4},
+    }
+    return {
+        "name": "started",
+        "seed": 7,
+        "model": {"base": str(tiny_decoder("llama")), "latents": 8, "heads": 4, "multiple": 1, "max_tokens": 40},
+        "tune": {"rank": 4, "alpha": 8, "dropout": 0.0},
+        "stages": [stage],
+        "run": {"out": str(tmp_path / "run"), "tracker": "none"},
+    }
+
+
+def test_the_start_follows_the_seed_alone(content: dict[str, Any]) -> None:
+    tree = content
+
+    def weights() -> dict[str, nn.Parameter]:
+        torch.rand(np.random.default_rng().integers(1, 9))
+        return dict(start_model(Recipe.parse(tree)).network.named_parameters())
+
+    first, again = weights(), weights()
+    assert all(torch.equal(first[n], again[n]) for n in first)
+    tree["seed"] = 8
+    other = weights()
+    differ = {n for n in first if not torch.equal(first[n], other[n])}
+    assert any("lora_A" in n for n in differ) and any(n.startswith("head.") for n in differ)
+    assert all("lora_A" in n or n.startswith("head.") for n in differ)
+
+
+def test_adapters_that_nothing_reached_are_refused(content: dict[str, Any]) -> None:
+    with pytest.raises(RuntimeError, match="21 LoRA adapters are still zero after training"):
+        finish(start_model(Recipe.parse(content)))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_adapters_are_those_of_the_recipe(content: dict[str, Any], precision: str) -> None:
+    tree = content | {"tune": {"rank": 3, "alpha": 12, "dropout": 0.25}}
+    tree["run"]["precision"] = precision
+    network = start_model(Recipe.parse(tree)).network
+    layer = network.backbone.layers[1].mlp.up_proj
+    assert (layer.r["default"], layer.scaling["default"], layer.lora_dropout.default.p) == (3, 4, 0.25)
+    # under autocast the small adapters are cast, not every input
+    assert network.mixed == (precision == "bf16") and layer.cast_input_dtype_enabled != network.mixed
+
+
+# ---- an embedder that trains on
+
+
+def going_on(content: dict[str, Any], folder: Path | str, **more: Any) -> dict[str, Any]:
+    return content | {"model": {"from": str(folder)} | more}
+
+
+def vectors(model: Embedder) -> list[Any]:
+    return [model.encode(TEXTS, task=task) for task in (None, "Find its answer")]
+
+
+@pytest.fixture(scope="module")
+def published(
+    tmp_path_factory: pytest.TempPathFactory, tiny_embedder: Callable[..., Embedder], family_folder: Callable[..., Path]
+) -> Callable[[str], str]:
+    """The folder of an embedder of each form, as it is said in a recipe."""
+    folder = tmp_path_factory.mktemp("published")
+
+    @cache
+    def make(form: str) -> str:
+        if form == "nvembed":
+            return str(NVEMBED)
+        if form in FAMILIES:
+            return f"{form}:{family_folder(form)}"
+        pooling, _, adapter = form.partition("-")
+        model = tiny_embedder(pooling, attention="causal" if pooling == "last" else "bidirectional", max_tokens=64)
+        if adapter:
+            model.add_lora(2)
+            for name, parameter in model.network.named_parameters():
+                if "lora_B" in name:
+                    torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
+        model.save(folder / form)
+        return str(folder / form)
+
+    return make
+
+
+FORMS = ["latent", "mean", "last", "self", "mlp", "latent-adapter", "mean-adapter", "nvembed", *FAMILIES]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_it_begins_with_its_own_vectors_and_contract(
+    content: dict[str, Any], published: Callable[[str], str], form: str
+) -> None:
+    name = published(form)
+    stored = Embedder.load(name, dtype="float32")  # as the run computes
+    wanted = vectors(stored)
+    recipe = Recipe.parse(going_on(content, name))
+    model = start_model(recipe)
+    for ours, theirs in zip(vectors(model), wanted, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5 if "adapter" in form else 1e-6)
+    network = model.network
+    assert model.contract == network.contract == stored.contract and network.pooling == stored.network.pooling
+    assert network.backbone.config.is_causal == stored.network.backbone.config.is_causal
+    trained = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+    assert all("lora_" in name or name.startswith("head.") for name in trained)
+    assert any("lora_" in name for name in trained)
+    # and all that is said of it without its weights is so
+    found, contract = reading_of(recipe.model)
+    decoder, pooling = shape_of(recipe.model)
+    assert contract == stored.contract and pooling == stored.network.pooling
+    assert found.backend_tokenizer.encode("tides").ids == model.tokenizer.backend_tokenizer.encode("tides").ids
+    sizes = sizes_of(recipe)
+    backbone = sum(p.numel() for name, p in network.backbone.named_parameters() if "lora_" not in name)
+    assert sizes.decoder == backbone and sizes.head == sum(p.numel() for p in network.head.parameters())
+    assert bool(decoder.is_causal) == sizes.causal == network.backbone.config.is_causal
+
+
+@pytest.mark.parametrize("form", ["latent-adapter", "mean"])
+@pytest.mark.parametrize(("method", "precision"), [("full", "fp32"), ("full", "bf16"), ("lora", "bf16")])
+def test_every_way_to_tune_begins_with_its_vectors(
+    content: dict[str, Any], published: Callable[[str], str], form: str, method: str, precision: str
+) -> None:
+    tree = going_on(content, published(form))
+    tree["tune"], tree["run"]["precision"] = {"method": method}, precision
+    network = start_model(Recipe.parse(tree)).network
+    for name, parameter in network.named_parameters():
+        free = method == "full" or "lora_" in name or name.startswith("head.")
+        assert parameter.requires_grad == free
+        assert parameter.dtype == (torch.float32 if free else torch.bfloat16)
+    network.mixed = False
+    found = vectors(Embedder(network.float(), Embedder.load(published(form)).tokenizer))
+    for ours, theirs in zip(found, vectors(Embedder.load(published(form))), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5 if method == "full" else 0.02)  # 8 bits of each weight
+
+
+@pytest.mark.parametrize("form", ["latent-adapter", "mean", "qwen3-embedding", "nvembed"])
+def test_it_trains_on_and_on_under_its_contract(
+    content: dict[str, Any], published: Callable[[str], str], tmp_path: Path, form: str
+) -> None:
+    """A run that goes on from a model, one from what that run made, saved and loaded."""
+    stored = Embedder.load(published(form))
+    name, before = published(form), vectors(stored)
+    for turn in ("first", "second"):
+        content["run"]["out"] = str(tmp_path / turn)
+        train(Recipe.parse(going_on(content, name))).save(tmp_path / f"{turn}-model")
+        name = str(tmp_path / f"{turn}-model")
+        model = Embedder.load(name)
+        assert model.contract == stored.contract and model.network.pooling == stored.network.pooling
+        after = vectors(model)
+        assert all(np.abs(a - b).max() > 1e-3 for a, b in zip(after, before, strict=True))
+        before = after
+    card = (tmp_path / "second" / "README.md").read_text()
+    assert "made from first-model" in card and str(tmp_path) not in card
+    again = Recipe.load(tmp_path / "second" / "recipe.yaml")
+    assert again == Recipe.parse(going_on(content, tmp_path / "first-model"))
+
+
+def test_its_texts_may_be_cut_shorter(content: dict[str, Any], published: Callable[[str], str], tmp_path: Path) -> None:
+    recipe = Recipe.parse(going_on(content, published("mean"), max_tokens=16))
+    model = train(recipe)
+    model.save(tmp_path / "short")
+    assert Embedder.load(tmp_path / "short").max_tokens == model.max_tokens == 16
+    assert len(model.tokenize([TEXTS[2]]).ids_T) == 16 and longest_of(recipe.model) == 16
+    assert Recipe.load(tmp_path / "run" / "recipe.yaml") == recipe
+    for say in (start_model, lambda recipe: tokens_of(recipe, [[True]])):
+        with pytest.raises(ValueError, match=r"max_tokens=65: .*mean reads 64 tokens, and can only be shortened"):
+            say(Recipe.parse(going_on(content, published("mean"), max_tokens=65)))
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ({}, "needs base, a decoder, or from, an embedder"),
+        ({"base": "a", "from": "b"}, "and not both"),
+        ({"from": "b", "layers": 2, "pooling": "mean"}, "layers, pooling: an embedder of `from` keeps its own"),
+        ({"from": "b", "attention": "bidirectional"}, "attention: an embedder of `from` keeps its own"),
+        ({"from": ""}, "from"),
+        ({"form": "b"}, "unknown key; did you mean 'from'?"),
+    ],
+)
+def test_a_model_is_said_in_one_way(content: dict[str, Any], model: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        Recipe.parse(content | {"model": model})
+    assert str(error.value).startswith("recipe: model") and says in str(error.value)
+
+
+def test_four_bits_are_of_a_decoder(content: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"tune\.method: qlora .* use lora for model\.from"):
+        Recipe.parse(content | {"model": {"from": "b"}, "tune": {"method": "qlora"}})
+
+
+@pytest.mark.parametrize("form", ["latent", "mean", "mean-adapter", "nvembed", "qwen3-embedding"])
+def test_an_embedder_is_no_base(content: dict[str, Any], published: Callable[[str], str], form: str) -> None:
+    recipe = Recipe.parse(content | {"model": {"base": published(form).partition(":")[2] or published(form)}})
+    for say in (start_model, train, report):
+        with pytest.raises(ValueError, match=r"is an embedder, and .* write model: \{from: "):
+            say(recipe)
+    assert not Path(recipe.run.out).exists()
+
+
+def test_what_cannot_train_on_is_named(
+    content: dict[str, Any], tiny_decoder: Callable[..., Path], family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    dense = Path(shutil.copytree(family_folder("embeddinggemma"), tmp_path / "embeddinggemma"))
+    (dense / "modules.json").write_text(json.dumps([{"idx": 0, "name": "0", "path": "2_Dense", "type": "st.Dense"}]))
+    refused = {
+        str(tiny_decoder("llama")): "is no embedder: to make one from a decoder, write model: {base: ",
+        str(dense): "has modules that only sentence-transformers runs",
+        str(tmp_path / "absent"): "does not exist",
+    }
+    for name, says in refused.items():
+        for say in (start_model, train, *([] if "absent" in name else [report])):  # a plan waits for its model
+            with pytest.raises(ValueError) as error:
+                say(Recipe.parse(going_on(content, name)))
+            assert str(error.value).startswith("recipe started: model.from: ") and says in str(error.value)
+    with pytest.raises(ValueError, match=r"recipe started: model\.base: .* name the decoder that it was made from"):
+        start_model(Recipe.parse(content | {"model": {"base": str(dense)}}))
+
+
+@pytest.mark.parametrize("form", ["mean", "mean-adapter"])
+def test_another_embedder_in_its_place_is_another_run(
+    content: dict[str, Any], published: Callable[[str], str], tmp_path: Path, form: str
+) -> None:
+    folder = Path(shutil.copytree(published(form), tmp_path / "model"))
+    recipe = Recipe.parse(going_on(content, folder))
+    train(recipe)
+    train(recipe)
+    weights = folder / ("adapter_model.safetensors" if "adapter" in form else "model.safetensors")
+    changed = load_file(weights)
+    next(iter(changed.values())).view(-1)[0] += 1
+    save_file(changed, weights, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"holds a run of another model \(files: \w+ -> \w+\): choose another"):
+        train(recipe)
+
+
+def test_another_base_in_its_place_is_another_run(
+    content: dict[str, Any], tiny_decoder: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(tiny_decoder("llama"), tmp_path / "base"))
+    content["model"]["base"] = str(base)
+    train(Recipe.parse(content))
+    shutil.rmtree(base)
+    shutil.copytree(tiny_decoder("qwen3"), base)
+    with pytest.raises(ConfigError, match=r"holds a run of another model \(files: \w+ -> \w+\): choose another"):
+        train(Recipe.parse(content))
