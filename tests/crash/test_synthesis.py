@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "data"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "llm"))
 
 PLACES = ("put", "append_line", "fsync", "replace")
 SOME = {"put": (9,), "append_line": (2,)}  # calls
@@ -97,7 +97,7 @@ def main(folder: Path, url: str, plan: dict[str, list[int]]) -> None:
         if (pid := os.fork()) == 0:
             if kill:
                 die_in(owners[kill[0]], *kill)
-            server = Server(base_url=url, backoff_s=0.0, concurrency=1, attempts=2)
+            server = Server(base_url=url, concurrency=1, attempts=2)
             made = Plan({"short-long": 7, "sts": 2}, (name,), per_task=1, prompts=prompts)
             out = folder / name / "made.jsonl"
             with Client(server, out.with_name("made.jsonl.answers.sqlite")) as client:

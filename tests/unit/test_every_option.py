@@ -27,7 +27,6 @@ from fake_llm import Body, FakeLLM, Reply
 from embedwright.cli import data as cli_data
 from embedwright.cli import main as cli
 from embedwright.llm.client import Server
-from embedwright.llm.pace import Pace
 from embedwright.model.embedder import Embedder
 from embedwright.synth.synthesize import PROMPTS
 from embedwright.training import cost
@@ -87,8 +86,6 @@ EXAMPLES = {"form": "--form example"}
 SCORED = {"base_url": "", "model": "", "cross_encoder": "--cross-encoder a", "threshold": "--threshold 0.5"}
 LIMITS: dict[str, tuple[str, str, Words]] = {
     "concurrency": ("at once", "--concurrency 1", {}),
-    "requests_per_minute": ("waits", "--requests-per-minute 1", {}),
-    "tokens_per_minute": ("waits", "--tokens-per-minute 1", {}),
     "token_budget": ("asked", "--token-budget 1", {}),
     "max_tokens": ("asked", "--max-tokens 77", {}),
     "timeout": ("error", "--timeout 0.000001", {}),
@@ -448,7 +445,6 @@ class Outcome(NamedTuple):
     files: dict[str, bytes]
     asked: list[str]
     at_once: bool
-    waits: bool
 
 
 Run = Callable[[str, Words], Outcome]
@@ -478,20 +474,12 @@ def asked(servers: dict[str, FakeLLM]) -> list[str]:
 @pytest.fixture(scope="module")
 def run(places: Words, servers: dict[str, FakeLLM], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     """`run(command, words)`: all that a call says, asks and leaves in the folder that it is called in."""
-    waits: list[float] = []
-    wait_s = Pace.wait_s
-
-    def counted(pace: Pace, now: float, tokens: int) -> float:
-        if (wait := wait_s(pace, now, tokens)) > 0:
-            waits.append(wait)
-        return 0.0
 
     def call(command: str, words: Words) -> Outcome:
         folder = tmp_path_factory.mktemp("run")
         line = f"{command} {' '.join(words.values())}"
         for name, place in places.items():
             line = line.replace(f"{{{name}}}", place)
-        waits.clear()
         for server in servers.values():
             server.requests.clear()
             server.headers.clear()
@@ -508,15 +496,14 @@ def run(places: Words, servers: dict[str, FakeLLM], tmp_path_factory: pytest.Tem
         shutil.rmtree(folder)
         most = max(server.most_at_once for server in servers.values())
         printed = plain_text(said.getvalue().replace(str(folder), ""))
-        return Outcome(printed, error.getvalue(), list(files), files, asked(servers), most > 1, bool(waits))
+        return Outcome(printed, error.getvalue(), list(files), files, asked(servers), most > 1)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SOME_KEY", "some-key")
         for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS"):
             patch.setenv(name, "error" if name == "TRANSFORMERS_VERBOSITY" else "1")  # so that main leaves none
         patch.setattr("sentence_transformers.CrossEncoder", Overlap)
-        patch.setattr(cli_data, "Server", partial(Server, backoff_s=0.0, retries=0))
-        patch.setattr(Pace, "wait_s", counted)  # a minute is long
+        patch.setattr(cli_data, "Server", partial(Server, retries=0))
         patch.setattr(cost, "product_speed", lambda *_: 1e10)  # which is measured
         patch.setattr("os.fsync", lambda handle: None)
         known = cache(lambda command, words: call(command, dict(words)))

@@ -51,8 +51,6 @@ WithCorpus = Annotated[bool, typer.Option("--corpus", help="Documents of evaluat
 Bm25Fraction = Annotated[float, typer.Option(help="Of an evaluation text's BM25 self-score; 0: no BM25 rule.")]
 
 Concurrency = Annotated[int, typer.Option(min=1, help="Requests under way at once.")]
-PerMinute = Annotated[int | None, typer.Option(min=1, help="At most so many requests, retries too.")]
-TokensPerMinute = Annotated[int | None, typer.Option(min=1, help="At most so many, of prompts and answers.")]
 TokenBudget = Annotated[int | None, typer.Option(min=1, help="Stop before so many are paid for, over all runs.")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Of one answer.")]
 KeyVariable = Annotated[str | None, typer.Option(help="Environment variable with the server's API key.")]
@@ -165,8 +163,6 @@ def synth(
     licence: Annotated[str, typer.Option(help="Of what comes out, as the model's terms have it.")] = "",
     prompts: Annotated[Path | None, typer.Option(help="YAML with prompts and values of your own.")] = None,
     concurrency: Concurrency = 8,
-    requests_per_minute: PerMinute = None,
-    tokens_per_minute: TokensPerMinute = None,
     token_budget: TokenBudget = None,
     max_tokens: MaxTokens = 2048,
     timeout: Timeout = 300.0,
@@ -177,7 +173,7 @@ def synth(
 
     kinds = split_evenly(count, types.lower().split(","))
     plan = Plan(kinds, tuple(model), per_task=per_task, seed=seed, prompts=Prompts.load(prompts or PROMPTS))
-    limits = (api_key_env, timeout, concurrency, max_tokens, requests_per_minute, tokens_per_minute, token_budget)
+    limits = (api_key_env, timeout, concurrency, max_tokens, token_budget)
     with _client(out, base_url, *limits) as client:
         report = synthesize(out, client, plan, licence=licence, progress=counter("examples"))
     say(json.dumps(report.to_json(), indent=2))
@@ -359,8 +355,6 @@ def data_relabel(
     action: Annotated[Literal["drop", "promote"], typer.Option(help="Of what is judged a positive.")] = "drop",
     tasks: Annotated[Path | None, typer.Option(help="Of the rows, besides the file beside them.")] = None,
     concurrency: Concurrency = 8,
-    requests_per_minute: PerMinute = None,
-    tokens_per_minute: TokensPerMinute = None,
     token_budget: TokenBudget = None,
     max_tokens: MaxTokens = 512,
     timeout: Timeout = 300.0,
@@ -378,7 +372,7 @@ def data_relabel(
         return
     if base_url is None or model is None or cross_encoder is not None or threshold is not None:
         raise InputError("name the judge: --base-url and --model, or --cross-encoder and --threshold")
-    limits = (api_key_env, timeout, concurrency, max_tokens, requests_per_minute, tokens_per_minute, token_budget)
+    limits = (api_key_env, timeout, concurrency, max_tokens, token_budget)
     with _client(out, base_url, *limits) as client:
         by_model = judge_by_model(client, model, described)
         report = relabel_file(path, out, by_model, action, tasks=described, progress=counter("examples"))
@@ -401,8 +395,6 @@ def _client(
     timeout: float,
     concurrency: int,
     max_tokens: int,
-    requests_per_minute: int | None,
-    tokens_per_minute: int | None,
     token_budget: int | None,
 ) -> Client:
     """Of a server; what it answers is kept beside `out`."""
@@ -414,8 +406,6 @@ def _client(
         timeout_s=timeout,
         concurrency=concurrency,
         max_tokens=max_tokens,
-        requests_per_minute=requests_per_minute,
-        tokens_per_minute=tokens_per_minute,
         token_budget=token_budget,
     )
     return Client(server, out.with_name(f"{out.name}.answers.sqlite"))

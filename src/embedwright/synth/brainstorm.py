@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from embedwright.data.keys import near_key, word_key
 from embedwright.data.schema import DataError, text_of
 from embedwright.files import append_line, whole_lines
-from embedwright.llm.client import Client, Failure, Question
+from embedwright.llm.client import Answer, Client, Failure, Question
 
 log = logging.getLogger(__name__)
 
@@ -49,10 +49,9 @@ class Subject:
         return hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16]
 
 
-class _Tasks(BaseModel):
+class _Tasks(Answer):
     """The answer to a brainstorm."""
 
-    model_config = ConfigDict(json_schema_extra={"additionalProperties": False})
     tasks: list[str]
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
 from embedwright.data.answers import AnswerMarks, marks_of, text_mark
 from embedwright.data.files.table import open_as_named, write_examples
@@ -22,7 +21,7 @@ from embedwright.data.files.tasks import Tasks
 from embedwright.data.schema import Example, Passage, Task
 from embedwright.data.sources.catalog import find_task
 from embedwright.errors import InputError
-from embedwright.llm.client import Client, Failure, Question
+from embedwright.llm.client import Answer, Client, Failure, Question
 
 Action = Literal["drop", "promote"]
 _CHUNK = 256  # examples in memory at a time
@@ -63,8 +62,7 @@ class CrossEncoder(Protocol):
     def predict(self, sentences: list[tuple[str, str]], /) -> Any: ...
 
 
-class _Verdict(BaseModel):
-    model_config = ConfigDict(json_schema_extra={"additionalProperties": False})
+class _Verdict(Answer):
     verdict: Literal["positive", "negative"]
 
 

@@ -25,7 +25,7 @@ from embedwright.data.files.table import write_examples
 from embedwright.data.keys import word_key
 from embedwright.data.schema import Example, Family, Passage, Task, parse_example, to_row
 from embedwright.errors import InputError
-from embedwright.llm.client import Client, Failure, Question
+from embedwright.llm.client import Answer, Client, Failure, Question
 from embedwright.synth.brainstorm import Subject, brainstorm, is_text
 from embedwright.synth.diversity import Diversity
 
@@ -313,10 +313,8 @@ def _read(spool: Spool) -> Iterator[tuple[Kind, int, Example]]:
 
 
 def _answer_schema(part: KindPrompts) -> type[BaseModel]:
-    """`additionalProperties`: strict JSON schemas ask for it; an answer with a key too many is taken all the same."""
-    closed = ConfigDict(json_schema_extra={"additionalProperties": False})
     fields: dict[str, Any] = {name: (str, ...) for name in part.answer.names()}
-    return create_model("Answer", __config__=closed, **fields)
+    return create_model("Answer", __base__=Answer, **fields)
 
 
 def _placeholders(template: str) -> set[str]:

@@ -79,7 +79,8 @@ class FakeLLM:
                         return
                     time.sleep(reply.stall_s)
                     self.send_response(reply.status)
-                    for name, value in {"content-type": "application/json", **reply.headers}.items():
+                    soon = {"retry-after-ms": "1"} if reply.status >= 400 else {}
+                    for name, value in {"content-type": "application/json", **(reply.headers or soon)}.items():
                         self.send_header(name, value)
                     self.send_header("content-length", str(len(content)))
                     self.end_headers()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -18,13 +17,12 @@ from typing import Any, Literal
 
 import pytest
 from fake_llm import Body, FakeLLM, Reply, faulty_first
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
-from embedwright.llm.client import FORMATS, Client, Failure, Question, Server, ServerError
+from embedwright.llm.client import Answer, Client, Failure, Question, Server, ServerError
 
 
-class Colour(BaseModel):
-    model_config = ConfigDict(json_schema_extra={"additionalProperties": False})
+class Colour(Answer):
     name: str
     kind: Literal["warm", "cold"] = "warm"
 
@@ -47,6 +45,11 @@ def question(prompt: str = "a colour", seed: str = "0", model: str = "m", temper
 Ask = Callable[..., tuple[list[dict[str, Any] | Failure], Counter[str]]]
 
 
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+
+
 @pytest.fixture
 def serve() -> Iterator[Callable[[Callable[[Body, int], Reply]], FakeLLM]]:
     running: list[FakeLLM] = []
@@ -63,7 +66,7 @@ def serve() -> Iterator[Callable[[Callable[[Body, int], Reply]], FakeLLM]]:
 @pytest.fixture
 def ask(tmp_path: Path) -> Ask:
     def run(fake: FakeLLM, questions: list[Question], **settings: Any) -> tuple[Any, Counter[str]]:
-        server = Server(**{"base_url": fake.url, "backoff_s": 0.01, "timeout_s": 20.0, **settings})
+        server = Server(**{"base_url": fake.url, "timeout_s": 20.0, **settings})
         with Client(server, tmp_path / "answers.sqlite") as client:
             return list(client.ask(questions)), client.counts
 
@@ -128,33 +131,46 @@ def test_the_attempts_are_bounded(serve: Any, ask: Ask) -> None:
 @pytest.mark.parametrize(
     ("fault", "counted"),
     [
-        (Reply(status=500), "http_500"),
-        (Reply(status=503), "http_503"),
-        (Reply(status=429), "http_429"),
-        (Reply(status=408), "http_408"),
+        (Reply(status=500), {"http_500": 2}),
+        (Reply(status=503), {"http_503": 2}),
+        (Reply(status=429), {"http_429": 2}),
+        (Reply(status=408), {"http_408": 2}),
+        (Reply(status=0), {}),
+        (Reply(stall_s=1.5), {}),
+    ],
+    ids=["500", "503", "429", "408", "connection", "timeout"],
+)
+def test_a_fault_of_the_server_is_tried_again(serve: Any, ask: Ask, fault: Reply, counted: dict[str, int]) -> None:
+    fake = serve(faulty_first([fault, fault], red))
+    answers, counts = ask(fake, [question()], timeout_s=0.5 if fault.stall_s else 20.0)
+    assert answers == [RED]
+    assert counts == {"requests": 3, "answers": 1, "tokens": 10, **counted}
+    assert len({json.dumps(body) for body in fake.requests}) == 1  # the same question, not a fresh one
+
+
+@pytest.mark.parametrize(
+    ("fault", "counted"),
+    [
         (Reply(status=0), "connection"),
-        (Reply(stall_s=5.0), "timeout"),
+        (Reply(stall_s=1.5), "timeout"),
         (Reply(stall_s=5.0, drip=True), "timeout"),
         (Reply(body=b"<html>"), "bad_body"),
         (Reply(body=b"<html>", headers={"content-type": "text/html"}), "bad_body"),
         (Reply(body=b'{"choices": []}'), "bad_body"),
+        (Reply(body=b'{"choices": [{}]}'), "bad_body"),
+        (Reply(body=b'{"choices": [{"message": null}]}'), "bad_body"),
+        (Reply(body=b"[1]"), "bad_body"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_fault_of_the_server_is_tried_again(serve: Any, ask: Ask, fault: Reply, counted: str) -> None:
-    fake = serve(faulty_first([fault, fault], red))
-    timeout = 1.0 if counted == "timeout" else 20.0
-    answers, counts = ask(fake, [question()], timeout_s=timeout)
-    assert answers == [RED]
-    assert counts == {"requests": 3, "answers": 1, "tokens": 10, counted: 2}
-    assert len({json.dumps(body) for body in fake.requests}) == 1  # the same question, not a fresh one
-
-
-def test_the_wait_doubles(serve: Any, ask: Ask) -> None:
-    fake = serve(faulty_first([Reply(status=500)] * 4, red))
-    ask(fake, [question()], backoff_s=0.04)
-    waits = [after - before for before, after in zip(fake.times, fake.times[1:], strict=False)]
-    assert all(wait >= 0.02 * 2**n for n, wait in enumerate(waits)) and len(waits) == 4
+def test_a_question_without_an_answer_is_asked_again_another_time(
+    serve: Any, ask: Ask, fault: Reply, counted: str
+) -> None:
+    fake = serve(faulty_first([fault], red))
+    timeout = 0.5 if counted == "timeout" else 20.0
+    answers, counts = ask(fake, [question()], timeout_s=timeout, retries=0)
+    assert answers == [Failure("server_error")] and counts == {"requests": 1, counted: 1}
+    assert ask(fake, [question()])[0] == [RED]
 
 
 def test_retry_after_is_kept_to(serve: Any, ask: Ask) -> None:
@@ -206,39 +222,19 @@ def test_a_server_that_does_not_let_us_in_ends_it(serve: Any, ask: Ask, status: 
 
 
 @pytest.mark.parametrize("status", [400, 422, 500])
-@pytest.mark.parametrize("taken", FORMATS[1:])
-def test_a_refused_format_falls_back(
-    serve: Any, ask: Ask, caplog: pytest.LogCaptureFixture, status: int, taken: str
-) -> None:
-    def reply(body: Body, n: int) -> Reply:
-        if named(body) == taken:
-            return Reply('Here it is:\n```json\n{"name": "red"}\n```')
-        said = "response_format.type: expected 'text'" if status == 500 else "no"
-        return Reply(status=status, body=json.dumps({"error": {"message": said}}).encode())
-
-    fake = serve(reply)
-    with caplog.at_level(logging.WARNING, logger="embedwright"):
-        answers, counts = ask(fake, [question(seed=str(i)) for i in range(6)], concurrency=1)
-    refused = FORMATS.index(taken)
-    assert answers == [RED] * 6
-    assert counts["refused_format"] == refused and len(fake.requests) == 6 + refused  # found out once
-    assert [record.getMessage() for record in caplog.records if "json_schema" in record.getMessage()] == [
-        f"{fake.url}: m takes no json_schema here, asked for {taken}"
-    ]
+def test_a_server_without_json_schemas_ends_it_and_says_what_to_do(serve: Any, ask: Ask, status: int) -> None:
+    said = json.dumps({"error": {"message": "response_format.type: expected 'text'"}}).encode()
+    fake = serve(lambda body, n: Reply(status=status, body=said))
+    with pytest.raises(ServerError, match=r"expected 'text'.*use one that does, such as vLLM"):
+        ask(fake, [question(seed=str(i)) for i in range(50)], concurrency=1, retries=1)
+    assert len(fake.requests) == (2 if status == 500 else 1)
 
 
-def named(body: Body) -> str:
-    asked = body.get("response_format", {"type": "text"})
-    assert asked.get("schema", Colour.model_json_schema()) == Colour.model_json_schema()
-    return asked["type"] + (" with schema" if "schema" in asked else "")
-
-
-def test_a_bad_request_does_not_lower_the_format(serve: Any, ask: Ask) -> None:
+def test_a_bad_request_is_of_its_question_alone(serve: Any, ask: Ask) -> None:
     long = "too long"
     fake = serve(lambda body, n: Reply(status=400) if body["messages"][0]["content"] == long else red(body, n))
     answers, _ = ask(fake, [question(long), question(seed="1"), question(seed="2")], concurrency=1)
-    assert answers == [Failure("refused"), RED, RED]
-    assert list(map(named, fake.requests)) == [*FORMATS, "json_schema", "json_schema"]
+    assert answers == [Failure("refused"), RED, RED] and len(fake.requests) == 3
 
 
 def test_the_budget_is_not_passed(serve: Any, ask: Ask) -> None:
@@ -260,25 +256,6 @@ def test_tokens_are_estimated_where_the_server_does_not_tell(serve: Any, ask: As
     fake = serve(lambda body, n: Reply(body=json.dumps({"id": "x", "choices": [content]}).encode()))
     answers, counts = ask(fake, [question("x" * 385)])
     assert answers == [RED] and counts["tokens"] == (385 + len('{"name": "red"}')) // 4 + 1
-
-
-def test_the_pace_holds_every_request_up(serve: Any, tmp_path: Path) -> None:
-    fake = serve(faulty_first([Reply(status=500)], red))
-    server = Server(base_url=fake.url, backoff_s=0.0, requests_per_minute=2)
-    with Client(server, tmp_path / "answers.sqlite") as client:
-        client._pace.window_s = 0.3
-        assert list(client.ask(question(seed=str(i)) for i in range(4))) == [RED] * 4
-    assert len(fake.times) == 5  # the retry is a request, too
-    assert fake.times[4] - fake.times[0] >= 0.5
-
-
-def test_the_pace_goes_by_the_tokens_that_were_used(serve: Any, tmp_path: Path) -> None:
-    fake = serve(red)
-    server = Server(base_url=fake.url, concurrency=1, max_tokens=900, tokens_per_minute=1000)
-    with Client(server, tmp_path / "answers.sqlite") as client:
-        client._pace.window_s = 20.0
-        assert list(client.ask(question(seed=str(i)) for i in range(5))) == [RED] * 5
-    assert fake.times[4] - fake.times[0] < 20.0  # 10 tokens each, where up to 903 were feared
 
 
 def test_half_a_surrogate_pair_does_not_end_it(serve: Any, ask: Ask) -> None:
@@ -321,13 +298,7 @@ def test_reasoning_alone_is_asked_for_again(serve: Any, ask: Ask, reply: Reply) 
     assert answers == [RED] and counts["only_reasoning"] + counts["bad_json"] == 1
 
 
-def test_a_body_without_a_message_is_tried_again(serve: Any, ask: Ask) -> None:
-    odd = [Reply(body=body) for body in (b'{"choices": [{}]}', b'{"choices": [{"message": null}]}', b"[1]")]
-    answers, counts = ask(serve(faulty_first(odd, red)), [question()])
-    assert answers == [RED] and counts["bad_body"] == 3
-
-
-def test_limits_formats_and_addresses_are_no_part_of_an_answers_key(serve: Any, ask: Ask) -> None:
+def test_limits_schemas_and_addresses_are_no_part_of_an_answers_key(serve: Any, ask: Ask) -> None:
     class Wider(BaseModel):
         """Another spelling of the schema."""
 
@@ -370,14 +341,14 @@ def test_a_killed_run_pays_only_for_what_is_missing(serve: Any, ask: Ask, tmp_pa
         import sys
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         from pathlib import Path
-        from test_llm import question
-        from embedwright.data.llm import Client, Server
+        from test_client import question
+        from embedwright.llm.client import Client, Server
         with Client(Server(base_url={fake.url!r}, concurrency=2), Path({str(tmp_path / "answers.sqlite")!r})) as client:
             list(client.ask(question(f"c{{i}}", seed=str(i)) for i in range(2000)))
     """
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], env=os.environ)
     deadline = time.monotonic() + 60
-    while len(fake.requests) < 40 and time.monotonic() < deadline:
+    while len(fake.requests) < 40 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()

@@ -38,7 +38,7 @@ def run(tmp_path: Path) -> Run:
     def call(fake: FakeLLM, needed: int, answers: str = "a", **changed: Any) -> tuple[list[str], dict[str, int]]:
         """`answers`: the file of answers; another one knows nothing of what was answered."""
         subject = Subject(**{"kind": "k", "prompt": PROMPT, "per_prompt": 2, "models": ("m",), "seed": 0, **changed})
-        server = Server(base_url=fake.url, backoff_s=0.0, retries=0, attempts=2)
+        server = Server(base_url=fake.url, retries=0, attempts=2)
         with Client(server, tmp_path / f"{answers}.sqlite") as client:
             return brainstorm(client, tmp_path / "tasks.jsonl", subject, needed)
 

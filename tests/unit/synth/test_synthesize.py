@@ -73,7 +73,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
     def call(fake: FakeLLM, counts: dict[Kind, int], name: str = "out.jsonl", **settings: Any) -> Any:
         plan = {key: settings.pop(key) for key in ("models", "per_task", "seed", "prompts") if key in settings}
-        server = Server(base_url=fake.url, backoff_s=0.0, **{"attempts": 2, "concurrency": 4, **settings})
+        server = Server(base_url=fake.url, **{"attempts": 2, "concurrency": 4, **settings})
         with Client(server, tmp_path / f"{name}.answers.sqlite") as client:
             report = synthesize(
                 tmp_path / name, client, Plan(counts, plan.pop("models", ("m",)), **plan), licence="mit"
