@@ -18,7 +18,6 @@ from transformers.utils import logging as transformers_logging
 
 from embedwright.errors import InputError, blaming
 from embedwright.locate import split_revision
-from embedwright.model import fourbit
 from embedwright.model.attention import PACKED
 
 AttentionKind = Literal["bidirectional", "causal"]
@@ -116,8 +115,8 @@ def set_attention(config: Any, attention: AttentionKind) -> None:
             config.layer_types = ["full_attention"] * config.num_hidden_layers
 
 
-def load_backbone(base: str, config: Any, dtype: torch.dtype, four_bit: bool = False) -> Any:
-    """The stock base model (no LM head) with packed attention; `four_bit`: its linear layers in 4 bits, for adapters.
+def load_backbone(base: str, config: Any, dtype: torch.dtype, quantization: Any = None) -> Any:
+    """The stock base model (no LM head) with packed attention. `quantization` is a quantization config of transformers.
 
     `base` is a local folder. InputError where weights are missing, of another shape or without a place in the model,
     other than the LM head and the layers that `config` leaves out; and where the model's code takes no other attention
@@ -137,7 +136,7 @@ def load_backbone(base: str, config: Any, dtype: torch.dtype, four_bit: bool = F
                 ignore_mismatched_sizes=True,  # reported, then refused by name
                 local_files_only=True,
                 trust_remote_code=False,
-                quantization_config=fourbit.config(dtype) if four_bit else None,
+                quantization_config=quantization,
             )
     finally:
         transformers_logging.set_verbosity(verbosity)
@@ -146,8 +145,6 @@ def load_backbone(base: str, config: Any, dtype: torch.dtype, four_bit: bool = F
         _check_unexpected(base, config, info["unexpected_keys"])
     if not model._supports_attention_backend:
         raise InputError(f"{config.model_type!r} models take no other attention function, so cannot run packed")
-    if four_bit:
-        fourbit.keep_trainable(model)
     return model
 
 

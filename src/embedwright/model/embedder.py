@@ -18,6 +18,7 @@ from embedwright.cpu import accelerate as cpu
 from embedwright.errors import InputError
 from embedwright.fingerprint import Digest, Facts, config_facts, dtypes, facts, tokenizer_fact
 from embedwright.host import loading
+from embedwright.model.adapters import fourbit
 from embedwright.model.adapters.lora import add_lora, has_lora, merge_lora
 from embedwright.model.backbone import AttentionKind, decoder_config, load_backbone, origin_of, positions
 from embedwright.model.encode import ahead, queued
@@ -116,7 +117,10 @@ class Embedder:
         contract = new_contract(tokenizer, pooling, max_tokens, pool_prompt)
         if contract.max_tokens > positions(decoder):
             raise InputError(f"max_tokens={max_tokens}: {base} has positions for {positions(decoder)} tokens")
-        backbone = load_backbone(folder, decoder, _dtype(dtype), four_bit)
+        quantization = fourbit.config(_dtype(dtype)) if four_bit else None
+        backbone = load_backbone(folder, decoder, _dtype(dtype), quantization)
+        if four_bit:
+            fourbit.keep_trainable(backbone)
         network = EmbedwrightModel(
             EmbedwrightConfig(
                 backbone=backbone.config.to_dict(), pooling=config.model_dump(), contract=contract.model_dump()

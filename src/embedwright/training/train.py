@@ -19,7 +19,7 @@ from embedwright import threads
 from embedwright.config import ConfigError
 from embedwright.files import remove_leftovers, write_text
 from embedwright.host import own_random_numbers
-from embedwright.model import fourbit
+from embedwright.model.adapters import fourbit
 from embedwright.model.embedder import Embedder
 from embedwright.model.interop.card import facts, model_card
 from embedwright.model.verify import probe

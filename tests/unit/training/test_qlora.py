@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from embedwright.config import ConfigError
+from embedwright.model.adapters.fourbit import in_four_bits
 from embedwright.model.adapters.lora import has_lora
 from embedwright.model.embedder import Embedder
-from embedwright.model.fourbit import in_four_bits
 from embedwright.training.recipe import Recipe
 from embedwright.training.run.checkpoint import newest, read_weights
 from embedwright.training.run.start import finish, load_trained, start_model

@@ -1,7 +1,7 @@
 """LoRA on a backbone: added, checked for being at work, merged into the weights. On disk: `adapter_folder`.
 
 peft builds the layers. An adapter that is switched off, or merged and still there, gives other vectors than its
-weights say, without a word: `lora_faults` names it, and `probe.check` refuses it.
+weights say, without a word: `probe.check` refuses it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from embedwright.errors import InputError
-from embedwright.model.fourbit import ONLY_TRAINED, in_four_bits
+from embedwright.model.adapters.fourbit import ONLY_TRAINED, in_four_bits
 from embedwright.model.network import EmbedwrightModel
 from embedwright.model.verify.modes import evaluating
+from embedwright.model.verify.probe import lora_faults
 from embedwright.packing import PackedTexts
 
 logger = logging.getLogger(__name__)
@@ -97,21 +98,6 @@ def warn_of_idle(backbone: nn.Module) -> None:
     if idle := idle_adapters(backbone):
         total = sum("lora_B" in name for name, _ in backbone.named_parameters())
         logger.warning("%d of %d LoRA adapters are zero and change nothing, e.g. %s", len(idle), total, idle[0])
-
-
-def lora_faults(backbone: nn.Module) -> list[str]:
-    """A line for each adapter that is there and not at work: switched off, not chosen, or merged and not taken off."""
-    return [f"the LoRA adapter of {name} is {fault}" for name, fault in _faults(backbone)]
-
-
-def _faults(backbone: nn.Module) -> Iterator[tuple[str, str]]:
-    for name, layer in _lora_layers(backbone) if has_lora(backbone) else ():
-        if layer.merged:
-            yield name, "merged into the weights already, and still there"
-        elif layer.disable_adapters:
-            yield name, "switched off"
-        elif idle := layer.r.keys() - set(layer.active_adapters):
-            yield name, f"not chosen ({', '.join(sorted(idle))})"
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from embedwright.config import Model, validate
 from embedwright.errors import InputError, NotFoundError, blaming
 from embedwright.files import check_new_folder, whole_folder, write_json
 from embedwright.locate import Place, fetch_weights, find
+from embedwright.model.adapters.fourbit import ONLY_TRAINED, in_four_bits
 from embedwright.model.adapters.lora import has_lora
 from embedwright.model.backbone import READ_BY_FLAG, load_backbone, origin_of, set_attention, stock_config
 from embedwright.model.formats import adapter as adapter_folder
@@ -25,7 +26,6 @@ from embedwright.model.formats.base import check_weights
 from embedwright.model.formats.families import FAMILIES, Family, load_family, recognised, said
 from embedwright.model.formats.folder import ADAPTER, check_floats, check_folder, check_layers, read_object, weights_in
 from embedwright.model.formats.nvembed import is_nvembed, load_nvembed
-from embedwright.model.fourbit import ONLY_TRAINED, in_four_bits
 from embedwright.model.interop import tokenizer as door
 from embedwright.model.network import EmbedwrightConfig, EmbedwrightModel
 from embedwright.model.pooling import PoolingConfig

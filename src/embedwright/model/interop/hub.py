@@ -17,12 +17,13 @@ from torch import Tensor
 
 from embedwright.errors import InputError, MissingPackageError
 from embedwright.files import write_text
-from embedwright.model.adapters.lora import has_lora, lora_faults
+from embedwright.model.adapters.lora import has_lora
 from embedwright.model.formats import storage
 from embedwright.model.interop import tokenizer as door
 from embedwright.model.interop.card import facts, model_card
 from embedwright.model.network import EmbedwrightModel
 from embedwright.model.pooling import FOLDED, FoldedLatent
+from embedwright.model.verify.probe import lora_faults
 from embedwright.text import TextTokenizer
 
 

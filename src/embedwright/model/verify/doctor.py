@@ -27,14 +27,14 @@ from embedwright.cpu import accelerate as cpu
 from embedwright.cpu import kernels
 from embedwright.encoders.open import open_model
 from embedwright.encoders.sentence_transformers import SentenceTransformerEncoder
-from embedwright.model.adapters.lora import has_lora, idle_adapters, lora_faults
+from embedwright.model.adapters.lora import has_lora, idle_adapters
 from embedwright.model.backbone import text_hidden
 from embedwright.model.embedder import Embedder
 from embedwright.model.formats import storage
 from embedwright.model.interop.readers import others_read
 from embedwright.model.network import EmbedwrightConfig
 from embedwright.model.verify import selftest
-from embedwright.model.verify.probe import ProbeError, probe
+from embedwright.model.verify.probe import ProbeError, lora_faults, probe
 from embedwright.packing import pack
 from embedwright.text import TokenizedText, leading_ids
 

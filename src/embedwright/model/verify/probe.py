@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from embedwright.model.adapters.lora import lora_faults
 from embedwright.model.attention import packed_attention
 from embedwright.model.backbone import KEEPS_WINDOWS, positions
 from embedwright.model.network import EmbedwrightModel
@@ -93,6 +92,25 @@ def check(network: EmbedwrightModel) -> Probe:
     result = probe(network)
     result.check(bidirectional=not network.backbone.config.is_causal)
     return result
+
+
+def lora_faults(backbone: nn.Module) -> list[str]:
+    """Names each LoRA adapter that is not at work: switched off, not chosen, or merged and still there."""
+    if not any("lora_" in name for name, _ in backbone.named_parameters()):
+        return []
+    from peft.tuners.lora import LoraLayer
+
+    faults = []
+    for name, layer in backbone.named_modules():
+        if isinstance(layer, LoraLayer):
+            idle = layer.r.keys() - set(layer.active_adapters)
+            if layer.merged:
+                faults.append(f"the LoRA adapter of {name} is merged into the weights already, and still there")
+            elif layer.disable_adapters:
+                faults.append(f"the LoRA adapter of {name} is switched off")
+            elif idle:
+                faults.append(f"the LoRA adapter of {name} is not chosen ({', '.join(sorted(idle))})")
+    return faults
 
 
 def _states(

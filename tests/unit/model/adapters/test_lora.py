@@ -15,10 +15,10 @@ from peft.tuners.lora import layer as lora_layer
 from torch import Tensor
 
 from embedwright.model.adapters import lora as adapter
-from embedwright.model.adapters.lora import has_lora, idle_adapters, lora_faults
+from embedwright.model.adapters.lora import has_lora, idle_adapters
 from embedwright.model.embedder import Embedder
 from embedwright.model.verify import probe
-from embedwright.model.verify.probe import ProbeError, check
+from embedwright.model.verify.probe import ProbeError, check, lora_faults
 
 TEXTS = ["how do tides work?", "the moon", "a dog that does not mind, and a longer text behind it"]
 Make = Callable[..., Embedder]

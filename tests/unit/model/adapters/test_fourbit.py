@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from embedwright.cpu.lean_lora import LeanLinear
-from embedwright.model import fourbit
+from embedwright.model.adapters import fourbit
 from embedwright.model.embedder import Embedder
 
 TEXTS = ["how do tides work?", "the moon", "a dog that does not mind, and a longer text behind it"]
