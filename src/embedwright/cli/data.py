@@ -251,9 +251,9 @@ def data_check(
 ) -> None:
     """Read a whole data set; report what is in it, repeats, leaks. Exits 2 if a line was bad, 1 if a text leaks."""
     from embedwright.data.clean.clean import clean_file
-    from embedwright.data.clean.leaks import HeldOut
+    from embedwright.data.clean.leaks import EvalTexts
 
-    held_out = HeldOut(against, corpus=corpus, bm25=bm25 or None) if against else None
+    held_out = EvalTexts(against, corpus=corpus, bm25=bm25 or None) if against else None
     report = clean_file(path, None, leaks_to=leaks, held_out=held_out)
     say(json.dumps(report, indent=2))
     if report["quarantined"]:
@@ -285,7 +285,7 @@ def data_clean(
     from embedwright.config import load_texts
     from embedwright.data.clean.clean import clean_file
     from embedwright.data.clean.filters import Filters
-    from embedwright.data.clean.leaks import HeldOut
+    from embedwright.data.clean.leaks import EvalTexts
 
     filters = Filters(
         licences=load_texts(licences) if licences else {},
@@ -297,7 +297,7 @@ def data_clean(
         min_words=min_words,
         max_words=max_words,
     )
-    held_out = HeldOut(against, corpus=corpus, bm25=bm25 or None) if against else None
+    held_out = EvalTexts(against, corpus=corpus, bm25=bm25 or None) if against else None
     leaks = (leaks or out.with_name(f"{out.name}.leaks.jsonl")) if held_out else None
     say(json.dumps(clean_file(path, out, leaks_to=leaks, filters=filters, by=repeats, held_out=held_out), indent=2))
 

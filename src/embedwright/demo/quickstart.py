@@ -14,7 +14,7 @@ from embedwright.cli.display import counter, say
 from embedwright.config import ConfigError
 from embedwright.data.answers import Answers, marks_of, text_mark
 from embedwright.data.clean.clean import Report, clean
-from embedwright.data.clean.repeats import Known
+from embedwright.data.clean.repeats import DuplicateIndex
 from embedwright.data.files.table import open_examples, write_examples
 from embedwright.data.schema import Example
 from embedwright.encoders.open import open_encoder
@@ -156,7 +156,7 @@ def _hold_out(rows: Sequence[Example], answers: Answers) -> tuple[list[_Asked], 
 
 def _without(rows: Sequence[Example], heldout: Sequence[str]) -> tuple[list[Example], int]:
     """The rows whose query and positives repeat none of these texts; negatives that do are left out, and counted."""
-    found = Known(heldout).find(
+    found = DuplicateIndex(heldout).find(
         text for row in rows for text in (row.query, *(p.text for p in (*row.positives, *row.negatives)))
     )
     apart, left_out = [], 0

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 from embedwright.config import load_yaml, validate
-from embedwright.data.clean.repeats import Spool, repeats
+from embedwright.data.clean.repeats import DiskList, repeats
 from embedwright.data.files.table import write_examples
 from embedwright.data.keys import word_key
 from embedwright.data.schema import Example, Family, Passage, Task, parse_example, to_row
@@ -195,7 +195,7 @@ def synthesize(
             client, plan, kind, -(-count // plan.per_task), licence, brainstorm_file(out)
         )
     dropped: dict[str, Counter[str]] = {kind: Counter() for kind in plan.counts}
-    spool = Spool()
+    spool = DiskList()
     for kind, number, made in _made(client, plan, tasks, progress):
         if isinstance(made, str):
             dropped[kind][made] += 1
@@ -306,7 +306,7 @@ def _example(plan: Plan, kind: Kind, number: int, task: Task, answer: Mapping[st
     )
 
 
-def _read(spool: Spool) -> Iterator[tuple[Kind, int, Example]]:
+def _read(spool: DiskList) -> Iterator[tuple[Kind, int, Example]]:
     for index in range(len(spool)):
         kind, number, row = json.loads(spool[index])
         yield kind, number, parse_example(row, default_task="")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from embedwright.data.clean.filters import Filters, length_fault, row_fault
-from embedwright.data.clean.leaks import SHOWN, HeldOut, Leak
+from embedwright.data.clean.leaks import SHOWN, EvalTexts, Leak
 from embedwright.data.clean.repeats import repeats
 from embedwright.data.files.folders import stem_of
 from embedwright.data.files.table import open_as_named, write_examples
@@ -54,7 +54,7 @@ def clean(
     *,
     filters: Filters | None = None,
     by: By = "both",
-    held_out: HeldOut | None = None,
+    held_out: EvalTexts | None = None,
     on_leak: Callable[[Leaked], None] | None = None,
 ) -> Iterator[Example]:
     """Those of `examples` that break no rule, in order, without their passages that break one; counts go to `report`.
@@ -85,7 +85,7 @@ def clean_file(
     leaks_to: Path | None = None,
     filters: Filters | None = None,
     by: By = "both",
-    held_out: HeldOut | None = None,
+    held_out: EvalTexts | None = None,
 ) -> dict[str, Any]:
     """`clean` of the training data at `path` (any kind), written to `out`; None only counts. Returns all counts: those
     of the table, its rows by task, and those of `clean`.
@@ -104,7 +104,7 @@ def clean_file(
         if out is None:
             deque(cleaned, maxlen=0)
         else:
-            write_examples(out, _some(cleaned, path, report), table.tasks)
+            write_examples(out, _require_any(cleaned, path, report), table.tasks)
     tasks = {task or stem_of(path): len(rows) for task, rows in table.rows_by_task().items()}
     return {**table.report, "tasks": tasks, **report.to_json()}
 
@@ -165,7 +165,7 @@ def _unrepetitive(rows: Iterable[tuple[int, Example]], report: Report) -> Iterat
 
 def _unleaked(
     rows: Iterator[tuple[int, Example]],
-    held_out: HeldOut,
+    held_out: EvalTexts,
     report: Report,
     on_leak: Callable[[Leaked], None] | None,
 ) -> Iterator[tuple[int, Example]]:
@@ -262,7 +262,7 @@ def _repeats_inside(example: Example) -> set[int]:
 # ---------------------------------------------------------------------------------------------------- files
 
 
-def _some(cleaned: Iterator[Example], path: Path, report: Report) -> Iterator[Example]:
+def _require_any(cleaned: Iterator[Example], path: Path, report: Report) -> Iterator[Example]:
     yield from cleaned
     if not report.kept:
         raise DataError(f"{path}: no row is left ({', '.join(f'{k} {n}' for k, n in report.removed.items())})")

@@ -18,7 +18,7 @@ from typing import Literal
 import bm25s
 import numpy as np
 
-from embedwright.data.clean.repeats import Known, Spool
+from embedwright.data.clean.repeats import DiskList, DuplicateIndex
 from embedwright.data.files.folders import data_files, is_beir, is_data
 from embedwright.data.files.kinds import (
     Kind,
@@ -54,7 +54,7 @@ _SIDES: dict[Kind, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class HeldText:
+class EvalText:
     """A text of evaluation data, its file, and the id of its row (`file:line` where it has none)."""
 
     file: str
@@ -62,7 +62,7 @@ class HeldText:
     text: str
 
 
-def read_held_out(paths: Iterable[Path], corpus: bool = False) -> Iterator[HeldText]:
+def read_eval_texts(paths: Iterable[Path], corpus: bool = False) -> Iterator[EvalText]:
     """The texts that a model is tested on: queries and texts always, the documents of BEIR folders if `corpus`.
 
     A path is a data file of any kind (design, section 9), a BEIR folder, or a folder of such, at any depth. Of a BEIR
@@ -96,7 +96,7 @@ def _data_sets(path: Path) -> Iterator[Path]:
             log.info("%s: not read, no data file by its name", child)
 
 
-def _of_file(path: Path) -> Iterator[HeldText]:
+def _of_file(path: Path) -> Iterator[EvalText]:
     kind = detect_kind(path)
     for number, _, row in read_rows(path):
         line = f"{path.name}:{number}"
@@ -111,10 +111,10 @@ def _of_file(path: Path) -> Iterator[HeldText]:
                 name, texts = fields["id"], [fields[key] for key in _SIDES[kind]]
         except DataError as error:
             raise DataError(f"{path}:{number}: {error}") from None
-        yield from (HeldText(str(path), name, text) for text in texts)
+        yield from (EvalText(str(path), name, text) for text in texts)
 
 
-def _of_beir(folder: Path, corpus: bool) -> Iterator[HeldText]:
+def _of_beir(folder: Path, corpus: bool) -> Iterator[EvalText]:
     judged: set[str] = set()
     for split in sorted(beir_splits(folder).keys() - {"train"}):
         _, queries, qrels = beir_files(folder, split)
@@ -124,10 +124,10 @@ def _of_beir(folder: Path, corpus: bool) -> Iterator[HeldText]:
     texts = read_corpus(queries)
     if missing := judged - texts.keys():
         raise DataError(f"{queries}: query {min(missing)[:60]!r} is judged but not there")
-    yield from (HeldText(str(queries), query, text) for query, text in texts.items() if query in judged and text)
+    yield from (EvalText(str(queries), query, text) for query, text in texts.items() if query in judged and text)
     if corpus:
         documents = beir_files(folder, split)[0]
-        yield from (HeldText(str(documents), name, text) for name, text in read_corpus(documents).items() if text)
+        yield from (EvalText(str(documents), name, text) for name, text in read_corpus(documents).items() if text)
 
 
 # ---------------------------------------------------------------------------------------------------- leaks
@@ -139,10 +139,10 @@ class Leak:
 
     rule: Rule
     score: float
-    held: HeldText  # text cut to SHOWN characters
+    held: EvalText  # text cut to SHOWN characters
 
 
-class HeldOut:
+class EvalTexts:
     """Evaluation texts, and which of them a training text repeats.
 
     `bm25`: fraction of an evaluation text's BM25 score with itself from which a training text leaks; None leaves the
@@ -152,8 +152,8 @@ class HeldOut:
     def __init__(self, paths: Sequence[Path], *, corpus: bool = False, bm25: float | None = BM25) -> None:
         self._files: list[str] = []
         self._file_of: list[int] = []
-        self._rows, self._shown = Spool(), Spool()
-        self._known = Known(map(self._noted, read_held_out(paths, corpus)))
+        self._rows, self._shown = DiskList(), DiskList()
+        self._known = DuplicateIndex(map(self._noted, read_eval_texts(paths, corpus)))
         self._bm25 = None if bm25 is None else Bm25((self._known.texts[i] for i in range(len(self))), bm25)
 
     def __len__(self) -> int:
@@ -169,7 +169,7 @@ class HeldOut:
             else:
                 yield None
 
-    def _noted(self, held: HeldText) -> str:
+    def _noted(self, held: EvalText) -> str:
         if not self._files or self._files[-1] != held.file:
             self._files.append(held.file)
         self._file_of.append(len(self._files) - 1)
@@ -177,8 +177,8 @@ class HeldOut:
         self._shown.add(held.text[:SHOWN])
         return text_of(held.text, "text")
 
-    def _held(self, index: int) -> HeldText:
-        return HeldText(self._files[self._file_of[index]], self._rows[index], self._shown[index])
+    def _held(self, index: int) -> EvalText:
+        return EvalText(self._files[self._file_of[index]], self._rows[index], self._shown[index])
 
 
 class Bm25:

@@ -56,7 +56,7 @@ def repeats(texts: Iterable[str]) -> dict[int, Match]:
     answer; their near keys lie in a temporary file ($TMPDIR). Time grows with the square of the number of texts
     that share half of their words with all others without being near. No text that is kept repeats another.
     """
-    spool, digests, blocks, shingled = Spool(), array("Q"), [], array("b")
+    spool, digests, blocks, shingled = DiskList(), array("Q"), [], array("b")
     for batch in _batched(map(both_keys, texts)):
         sets = [shingles(near) for _, near in batch]
         for (exact, near), own in zip(batch, sets, strict=True):
@@ -86,19 +86,19 @@ def drop_duplicates(texts: Sequence[str]) -> tuple[list[int], Counts]:
 
 def leaks(train_texts: Iterable[str], eval_texts: Iterable[str]) -> tuple[list[int], Counts]:
     """Indices of the training texts that equal or nearly equal an evaluation text, in order, and their counts."""
-    matches = Known(eval_texts).find(train_texts)
+    matches = DuplicateIndex(eval_texts).find(train_texts)
     found = {index: match for index, match in enumerate(matches) if match}
     return list(found), _count(found)
 
 
-class Known:
+class DuplicateIndex:
     """Texts that others are held against. Memory: about 600 bytes a text, whatever its length.
 
     A text of the same words as one of these is near it, however short: a leak differs in punctuation alone, too.
     """
 
     def __init__(self, texts: Iterable[str]) -> None:
-        self.texts = Spool()  # their near keys
+        self.texts = DiskList()  # their near keys
         self._index_of: dict[bytes, int] = {}
         self._index_of_words: dict[bytes, int] = {}  # of texts too short for shingles
         blocks, numbers = [], array("i")
@@ -143,7 +143,7 @@ class Known:
         return Match(best, exact=False, jaccard=scores[best]) if best >= 0 and scores[best] >= NEAR else None
 
 
-class Spool:
+class DiskList:
     """Texts in a temporary file, written in order and read by number: 8 bytes of memory a text."""
 
     def __init__(self) -> None:
@@ -195,7 +195,7 @@ def _first_equal(digests_N2: NDArray[np.uint64]) -> NDArray[np.int64]:
     return first_N
 
 
-def _near_repeats(spool: Spool, blocks: list[NDArray[np.uint64]], unique_U: NDArray[np.int64]) -> dict[int, Match]:
+def _near_repeats(spool: DiskList, blocks: list[NDArray[np.uint64]], unique_U: NDArray[np.int64]) -> dict[int, Match]:
     """Those of the texts `unique_U` (ascending, no two equal) that nearly repeat an earlier one which is kept."""
     group_UB, sizes = _groups(blocks, unique_U)
     # The kept members of group g, ascending: member[start[g] : start[g] + kept[g]]. There is room for all of them.

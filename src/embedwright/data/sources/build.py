@@ -72,7 +72,7 @@ def build(
         )
         rows = partial(open_table, source=source, streaming=limit is not None, names=names)
         try:
-            written = write_examples(out, _some(convert(job, rows), job, quarantine), job.tasks)
+            written = write_examples(out, _require_any(convert(job, rows), job, quarantine), job.tasks)
         except DataError as error:
             raise error if source is None or str(source) in str(error) else DataError(f"{source}: {error}") from None
     counts = {key: count for key, count in job.report.items() if count or key == "rows"}
@@ -235,7 +235,7 @@ def _check(entry: Entry, source: Path | None, form: Form | None, strict: bool) -
             log.warning("%s", message)
 
 
-def _some(examples: Iterator[Example], job: Job, quarantine: Quarantine) -> Iterator[Example]:
+def _require_any(examples: Iterator[Example], job: Job, quarantine: Quarantine) -> Iterator[Example]:
     """`examples`. Raises DataError at the end where there was none, so that no file is written."""
     first = next(examples, None)
     if first is None:

@@ -15,7 +15,7 @@ import pytest
 
 from embedwright.data.clean.clean import By, Report, clean, clean_file
 from embedwright.data.clean.filters import Filters
-from embedwright.data.clean.leaks import HeldOut
+from embedwright.data.clean.leaks import EvalTexts
 from embedwright.data.clean.repeats import repeats
 from embedwright.data.files.table import open_examples, write_examples
 from embedwright.data.schema import DataError, Example, Passage
@@ -159,14 +159,14 @@ def test_a_row_that_a_filter_removes_hides_no_later_one() -> None:
 
 
 @pytest.fixture
-def held_out(tmp_path: Path) -> HeldOut:
+def held_out(tmp_path: Path) -> EvalTexts:
     file = tmp_path / "test.jsonl"
     rows = [{"text": text, "label": "x", "id": f"h{i}"} for i, text in enumerate(["how do tides work", TEXT, "é 漢字"])]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return HeldOut([file])
+    return EvalTexts([file])
 
 
-def test_a_leaking_query_removes_the_row_and_a_passage_is_cut(held_out: HeldOut, tmp_path: Path) -> None:
+def test_a_leaking_query_removes_the_row_and_a_passage_is_cut(held_out: EvalTexts, tmp_path: Path) -> None:
     rows = [
         example("query", "How do  TIDES work", "the moon"),
         example("fine", "waves", "the wind", negatives=("rain",)),
@@ -194,7 +194,7 @@ def test_a_leaking_query_removes_the_row_and_a_passage_is_cut(held_out: HeldOut,
     )
 
 
-def test_texts_that_come_again_are_judged_alike(held_out: HeldOut, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_that_come_again_are_judged_alike(held_out: EvalTexts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("embedwright.data.clean.clean._BATCH", 4)
     monkeypatch.setattr("embedwright.data.clean.clean._REMEMBERED", 10)
     rows = [
@@ -212,7 +212,7 @@ def test_texts_that_come_again_are_judged_alike(held_out: HeldOut, monkeypatch: 
 
 
 @pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.gz", "out.parquet"])
-def test_a_file_is_cleaned_with_a_report_of_what_leaks(name: str, held_out: HeldOut, tmp_path: Path) -> None:
+def test_a_file_is_cleaned_with_a_report_of_what_leaks(name: str, held_out: EvalTexts, tmp_path: Path) -> None:
     source, out, leaks = tmp_path / "in.jsonl", tmp_path / "new" / name, tmp_path / "new" / "leaks.jsonl"
     lines = [{"query": f"q{i} {i}", "positive": f"p{i}"} for i in range(5)]
     lines += [{"query": "how do tides work", "positive": "x"}, lines[2]]
@@ -234,7 +234,7 @@ def test_only_counting_writes_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
-def test_nothing_left_is_an_error_and_leaves_the_old_files(held_out: HeldOut, tmp_path: Path) -> None:
+def test_nothing_left_is_an_error_and_leaves_the_old_files(held_out: EvalTexts, tmp_path: Path) -> None:
     source, out, leaks = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "leaks.jsonl"
     write_examples(source, [example("a", "how do tides work", "p")])
     out.write_text("old")
@@ -290,7 +290,7 @@ REAL = os.environ.get("EMBEDWRIGHT_DATA")
 
 @pytest.mark.skipif(not REAL, reason="EMBEDWRIGHT_DATA is not set")
 def test_real_training_data_against_real_evaluation_data(tmp_path: Path) -> None:
-    held_out = HeldOut([Path(str(REAL)) / "dev"])
+    held_out = EvalTexts([Path(str(REAL)) / "dev"])
     report = clean_file(Path(str(REAL)) / "train" / "sts12-13.scored.jsonl.gz", tmp_path / "o.jsonl", held_out=held_out)
     assert report["leaks"] == {}  # its authors took the sentences of sts14 out
     assert (

@@ -16,7 +16,7 @@ import bm25s
 import numpy as np
 import pytest
 
-from embedwright.data.clean.leaks import LONGER, SHOWN, Bm25, HeldOut, read_held_out
+from embedwright.data.clean.leaks import LONGER, SHOWN, Bm25, EvalTexts, read_eval_texts
 from embedwright.data.files.table import write_examples
 from embedwright.data.keys import NEAR, exact_key, jaccard, near_key, shingles
 from embedwright.data.schema import DataError
@@ -164,7 +164,7 @@ def test_every_injected_leak_is_found_and_nothing_else(seed: int, tmp_path: Path
     file = write(
         tmp_path / "test.jsonl", *({"text": text, "label": i % 5, "id": f"h{i}"} for i, text in enumerate(held))
     )
-    leaks = {i: leak for i, leak in enumerate(HeldOut([file]).find(train)) if leak}
+    leaks = {i: leak for i, leak in enumerate(EvalTexts([file]).find(train)) if leak}
 
     assert {i: (leak.rule, leak.held.row) for i, leak in leaks.items()} == {
         i: (rule, f"h{target}") for i, (rule, target) in known.items()
@@ -196,7 +196,7 @@ def test_every_injected_leak_is_found_and_nothing_else(seed: int, tmp_path: Path
 )
 def test_texts_that_differ_in_a_sign_are_no_leaks(train: str, held: str, tmp_path: Path) -> None:
     file = write(tmp_path / "t.jsonl", {"text": held, "label": 0}, {"text": "something else", "label": 1})
-    assert list(HeldOut([file]).find([train])) == [None]
+    assert list(EvalTexts([file]).find([train])) == [None]
 
 
 @pytest.mark.parametrize(
@@ -210,20 +210,20 @@ def test_texts_that_differ_in_a_sign_are_no_leaks(train: str, held: str, tmp_pat
 )
 def test_invisible_characters_hide_no_leak(train: str, rule: str, tmp_path: Path) -> None:
     file = write(tmp_path / "t.jsonl", {"text": "how do tides work in the bay of Fundy", "label": 0})
-    (leak,) = HeldOut([file], bm25=None).find([train])
+    (leak,) = EvalTexts([file], bm25=None).find([train])
     assert leak is not None and leak.rule == rule
 
 
 def test_the_same_few_words_with_other_punctuation_leak(tmp_path: Path) -> None:
     file = write(tmp_path / "t.jsonl", {"text": "How do tides work?", "label": 0})
-    found = HeldOut([file], bm25=None).find(["how do tides work", "how do tides not work"])
+    found = EvalTexts([file], bm25=None).find(["how do tides work", "how do tides not work"])
     assert [leak and leak.rule for leak in found] == ["near", None]
 
 
 def test_bm25_can_be_left_out(tmp_path: Path) -> None:
     train, held, known = injected(random.Random(5))
     file = write(tmp_path / "test.jsonl", *({"text": text, "label": "x"} for text in held))
-    rules = Counter(leak.rule for leak in HeldOut([file], bm25=None).find(train) if leak)
+    rules = Counter(leak.rule for leak in EvalTexts([file], bm25=None).find(train) if leak)
     assert rules == Counter(rule for rule, _ in known.values() if rule != "bm25")
 
 
@@ -232,7 +232,7 @@ def test_exact_goes_before_near_and_near_before_bm25(tmp_path: Path) -> None:
     file = write(
         tmp_path / "t.jsonl", {"text": " ".join([*words[:-1], "x"]), "label": 0}, {"text": " ".join(words), "label": 0}
     )
-    held_out = HeldOut([file])
+    held_out = EvalTexts([file])
     exact, near, bm25 = held_out.find([" ".join(words), " ".join([*words, "y"]), " ".join(words[::-1])])
     assert exact and near and bm25
     assert (exact.rule, exact.held.row) == ("exact", "t.jsonl:2")
@@ -255,7 +255,7 @@ def beir(folder: Path, *splits: str, end: str = "") -> Path:
 
 
 def texts(*paths: Path, corpus: bool = False) -> list[tuple[str, str, str]]:
-    return [(Path(held.file).name, held.row, held.text) for held in read_held_out(paths, corpus)]
+    return [(Path(held.file).name, held.row, held.text) for held in read_eval_texts(paths, corpus)]
 
 
 @pytest.mark.parametrize("end", ["", ".gz"])
@@ -319,4 +319,4 @@ def test_what_stands_beside_evaluation_data_is_not_read(tmp_path: Path) -> None:
     write(tmp_path / "x.jsonl.quarantine.jsonl", "broken")
     write(tmp_path / ".x.0f1e.jsonl", {"text": "half written", "label": "a"})
     write(tmp_path / "y.csv", "text,label", "two,b")
-    assert sorted(held.text for held in read_held_out([tmp_path])) == ["one", "two"]
+    assert sorted(held.text for held in read_eval_texts([tmp_path])) == ["one", "two"]

@@ -8,7 +8,7 @@ from itertools import combinations
 
 import pytest
 
-from embedwright.data.clean.repeats import Counts, Known, Spool, drop_duplicates, leaks, repeats
+from embedwright.data.clean.repeats import Counts, DiskList, DuplicateIndex, drop_duplicates, leaks, repeats
 from embedwright.data.keys import NEAR, exact_key, near_key, shingles
 
 WELL_OVER = NEAR + 0.05  # LSH proposes a pair of this Jaccard with probability 0.9999
@@ -80,15 +80,15 @@ def test_a_family_of_near_copies_keeps_its_first_and_what_is_far_from_all_that_i
 def test_known_finds_the_nearest_and_prefers_an_equal_one() -> None:
     words = [f"w{i}" for i in range(80)]
     texts = [" ".join([*words[:-k], *(f"{k}x{i}" for i in range(k))]) for k in (6, 3, 1)]
-    known = Known([*texts, "Tides  again", "tides again"])
+    known = DuplicateIndex([*texts, "Tides  again", "tides again"])
     found = list(known.find([" ".join(words), "TIDES again", "something else", texts[1]]))
     assert [match and (match.first, match.exact) for match in found] == [(2, False), (3, True), None, (1, True)]
     assert found[0] is not None and found[0].jaccard == jaccard(" ".join(words), texts[2])
-    assert list(known.find([])) == [] and list(Known([]).find(["a"])) == [None]
+    assert list(known.find([])) == [] and list(DuplicateIndex([]).find(["a"])) == [None]
 
 
 def test_a_spool_gives_back_what_was_added() -> None:
-    spool, texts = Spool(), ["", "a", "漢字 né 🙂", "b" * 100_000, ""]
+    spool, texts = DiskList(), ["", "a", "漢字 né 🙂", "b" * 100_000, ""]
     for i, text in enumerate(texts):
         spool.add(text)
         assert spool[i] == text
