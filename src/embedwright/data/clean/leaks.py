@@ -9,6 +9,7 @@ the order exact, near, bm25, and the first that holds names the leak.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -146,18 +147,16 @@ class EvalTexts:
     """Evaluation texts, and which of them a training text repeats.
 
     `bm25`: fraction of an evaluation text's BM25 score with itself from which a training text leaks; None leaves the
-    rule out. Memory: about 700 bytes an evaluation text, and 100 for each of its words under bm25.
+    rule out. Memory: about 2 KB an evaluation text, and under bm25 100 bytes for each of its words.
     """
 
     def __init__(self, paths: Sequence[Path], *, corpus: bool = False, bm25: float | None = BM25) -> None:
-        self._files: list[str] = []
-        self._file_of: list[int] = []
-        self._rows, self._shown = DiskList(), DiskList()
+        self._shown = DiskList()  # what a report says of each
         self._known = DuplicateIndex(map(self._noted, read_eval_texts(paths, corpus)))
-        self._bm25 = None if bm25 is None else Bm25((self._known.texts[i] for i in range(len(self))), bm25)
+        self._bm25 = None if bm25 is None else Bm25((self._known.near_keys[i] for i in range(len(self))), bm25)
 
     def __len__(self) -> int:
-        return len(self._file_of)
+        return len(self._shown)
 
     def find(self, texts: Sequence[str]) -> Iterator[Leak | None]:
         """For each of `texts`, in order: its leak by the first rule that holds, or None."""
@@ -170,68 +169,43 @@ class EvalTexts:
                 yield None
 
     def _noted(self, held: EvalText) -> str:
-        if not self._files or self._files[-1] != held.file:
-            self._files.append(held.file)
-        self._file_of.append(len(self._files) - 1)
-        self._rows.add(held.row)
-        self._shown.add(held.text[:SHOWN])
+        self._shown.add(json.dumps([held.file, held.row, held.text[:SHOWN]]))
         return text_of(held.text, "text")
 
     def _held(self, index: int) -> EvalText:
-        return EvalText(self._files[self._file_of[index]], self._rows[index], self._shown[index])
+        return EvalText(*json.loads(self._shown[index]))
 
 
 class Bm25:
-    """Which of N texts another one covers best: its BM25 score with the text by that text's score with itself.
+    """Which of N texts another one covers best: its BM25 score with the text, divided by that text's own score.
 
     Both scores count each different word of the query once, so the fraction is the share of the text's BM25 weight that
     lies on words of the other, from 0 to 1; word order does not matter. Weights are bm25s's (Lucene, k1 1.5, b 0.75),
-    words those of the near key. A text that keeps `threshold` must share one of the heaviest words, those that
-    make up the rest of the weight; only texts found by these are scored, and none is missed.
+    words those of the near key.
     """
 
     def __init__(self, near_keys: Iterable[str], threshold: float) -> None:
         if not 0 < threshold <= 1:
             raise InputError(f"the BM25 threshold is {threshold:g}, not above 0 and at most 1")
         self.threshold = threshold
-        self._id_of: dict[str, int] = {}
-        words = [[self._id_of.setdefault(word, len(self._id_of)) for word in text.split()] for text in near_keys]
-        index = bm25s.BM25(dtype="float64")
-        index.index((words, self._id_of), create_empty_token=False, show_progress=False)
-        self.lengths_N = np.array([len(text) for text in words])
-        word_E = np.repeat(np.arange(len(index.scores["indptr"]) - 1), np.diff(index.scores["indptr"]))
-        text_E, weight_E = index.scores["indices"], index.scores["data"]
-        order_E = np.lexsort((-weight_E, text_E))  # text by text, the heaviest word first
-        text_E, self._word_E, self._weight_E = text_E[order_E], word_E[order_E], weight_E[order_E]
-        self._start_N = np.searchsorted(text_E, np.arange(len(words) + 1))
-        self.self_score_N = np.bincount(text_E, self._weight_E, minlength=len(words))
-        before_E = np.cumsum(self._weight_E) - self._weight_E
-        before_E -= before_E[self._start_N[text_E]]
-        needed_E = self.self_score_N[text_E] - before_E >= (threshold - _ROUNDING) * self.self_score_N[text_E]
-        by_word = np.argsort(self._word_E[needed_E], kind="stable")
-        self._texts = text_E[needed_E][by_word]
-        self._texts_of = np.searchsorted(self._word_E[needed_E][by_word], np.arange(len(self._id_of) + 1))
-        self._has_V = np.zeros(len(self._id_of), dtype=bool)
+        words = [near.split() for near in near_keys]
+        self._index = bm25s.BM25(dtype="float64")
+        self._index.index(words, create_empty_token=False, show_progress=False)
+        self.lengths_N = np.array([len(own) for own in words])
+        scores = self._index.scores  # of each text and each of its different words
+        self.self_score_N = np.bincount(scores["indices"], scores["data"], minlength=len(words))
 
-    def best(self, key: str) -> tuple[int, float] | None:
-        """The text of the highest fraction, if it reaches the threshold, and that fraction; the first of equals.
+    def best(self, near_key: str) -> tuple[int, float] | None:
+        """The text of the highest fraction, the first of equals, and that fraction; None below the threshold.
 
         A text of more than LONGER times its words is not counted: a long passage holds the words of a short question.
         """
-        words = key.split()
-        ids = [self._id_of[word] for word in set(words) if word in self._id_of]
-        lists = [self._texts[self._texts_of[i] : self._texts_of[i + 1]] for i in ids]
-        candidates = np.unique(np.concatenate(lists)) if lists else np.zeros(0, dtype=np.int64)
-        candidates = candidates[self.lengths_N[candidates] * LONGER >= len(words)]
-        self._has_V[ids] = True
-        fractions = [self._fraction(text) for text in candidates.tolist()]
-        self._has_V[ids] = False
-        if not fractions or max(fractions) < self.threshold - _ROUNDING:
+        words = near_key.split()
+        known = [word for word in dict.fromkeys(words) if word in self._index.vocab_dict]
+        if not known or len(words) > LONGER * self.lengths_N.max():
             return None
-        top = fractions.index(max(fractions))
-        return int(candidates[top]), fractions[top]
-
-    def _fraction(self, text: int) -> float:
-        entries = slice(self._start_N[text], self._start_N[text + 1])
-        covered = self._weight_E[entries][self._has_V[self._word_E[entries]]].sum()
-        return min(1.0, float(covered / self.self_score_N[text]))
+        score_N = self._index.get_scores(known)
+        score_N[self.lengths_N * LONGER < len(words)] = 0
+        fraction_N = np.divide(score_N, self.self_score_N, where=score_N > 0, out=np.zeros_like(score_N))
+        top = int(fraction_N.argmax())
+        return (top, min(1.0, float(fraction_N[top]))) if fraction_N[top] >= self.threshold - _ROUNDING else None

@@ -250,7 +250,7 @@ def test_nothing_left_is_an_error_and_leaves_the_old_files(held_out: EvalTexts, 
 MILLION = """
 import json, random, sys, time
 from pathlib import Path
-from embedwright.data.clean import clean_file
+from embedwright.data.clean.clean import clean_file
 
 source, out = Path(sys.argv[1]), Path(sys.argv[2])
 rng = random.Random(0)
