@@ -33,7 +33,7 @@ print(json.dumps([name for name in {HEAVY} if name in sys.modules]))
 HELP = f"""
 import io, json, sys
 from contextlib import redirect_stdout
-from embedwright import cli
+from embedwright.cli import main as cli
 sys.argv = ["embedwright", *sys.argv[1:]]
 try:
     with redirect_stdout(io.StringIO()) as shown:

@@ -332,7 +332,7 @@ def test_the_checker_wants_a_docstring() -> None:
         ("evaluation.suite", "from embedwright.model.embedder import Embedder"),
         ("training.train", "from embedwright.evaluation.suite import evaluate"),
         ("demo.demo", "from embedwright import Embedder\nprint(1)"),
-        ("cli", "from embedwright import demo, quickstart\nfrom embedwright.demo.demo import run"),
+        ("cli.main", "from embedwright.demo import demo, quickstart\nfrom embedwright.demo.demo import run"),
         ("model.formats.storage", "A.from_pretrained(x, trust_remote_code=False)\nsuper().from_pretrained(x)"),
         (TOP, "from embedwright.training.train import train"),
         ("text", "import torch\nmodel.print(1)\n'torch.load is never called'"),

@@ -206,8 +206,8 @@ from pathlib import Path
 
 import numpy as np
 
-from embedwright.data.example import Example, Passage
-from embedwright.data.mine import mine
+from embedwright.data.schema import Example, Passage
+from embedwright.mining.mine import mine
 
 folder, rule, documents, width = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 

@@ -13,7 +13,7 @@ from embedwright.training.run.signals import stop_when_asked
 
 SECOND = """
 import os, signal, time
-from embedwright.training.interrupt import stop_when_asked
+from embedwright.training.run.signals import stop_when_asked
 with stop_when_asked() as asked:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(0.01)
