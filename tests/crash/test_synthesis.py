@@ -87,7 +87,8 @@ def main(folder: Path, url: str, plan: dict[str, list[int]]) -> None:
     from embedwright.llm.answers import AnswerFile
     from embedwright.llm.client import Client, Server
     from embedwright.synth import brainstorm
-    from embedwright.synth.synthesize import Plan, Prompts, synthesize
+    from embedwright.synth.plan import Plan, Prompts
+    from embedwright.synth.synthesize import synthesize
 
     owners = {"put": AnswerFile, "append_line": brainstorm, "fsync": files.os, "replace": Path}
     prompts = Prompts.load().model_copy(update={"tasks_per_prompt": 2})

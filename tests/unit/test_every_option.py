@@ -28,7 +28,7 @@ from embedwright.cli import data as cli_data
 from embedwright.cli import main as cli
 from embedwright.llm.client import Server
 from embedwright.model.embedder import Embedder
-from embedwright.synth.synthesize import PROMPTS
+from embedwright.synth.plan import PROMPTS
 from embedwright.training import cost
 from embedwright.vectors.corpus import encode_corpus
 from embedwright.vectors.index import build_index

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -169,14 +170,15 @@ def synth(
     api_key_env: KeyVariable = None,
 ) -> None:
     """Make synthetic training examples with a language model: brainstorm tasks, then write examples of each."""
-    from embedwright.synth.synthesize import PROMPTS, Plan, Prompts, split_evenly, synthesize
+    from embedwright.synth.plan import PROMPTS, Plan, Prompts, split_evenly
+    from embedwright.synth.synthesize import synthesize
 
     kinds = split_evenly(count, types.lower().split(","))
     plan = Plan(kinds, tuple(model), per_task=per_task, seed=seed, prompts=Prompts.load(prompts or PROMPTS))
     limits = (api_key_env, timeout, concurrency, max_tokens, token_budget)
     with _client(out, base_url, *limits) as client:
         report = synthesize(out, client, plan, licence=licence, progress=counter("examples"))
-    say(json.dumps(report.to_json(), indent=2))
+    say(json.dumps(asdict(report), indent=2))
     if not report.written:
         sys.stderr.write(f"embedwright: {out}: no usable example came out, nothing written\n")
         raise typer.Exit(1)

@@ -13,7 +13,6 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -22,31 +21,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from embedwright.data.keys import near_key, word_key
 from embedwright.data.schema import DataError, text_of
 from embedwright.files import append_line, whole_lines
-from embedwright.llm.client import Answer, Client, Failure, Question
+from embedwright.llm.client import Answer, Client, Question
+from embedwright.synth.plan import Kind, Plan
 
 log = logging.getLogger(__name__)
 
 _TASK_WORDS = range(3, 101)  # what is shorter or longer is no instruction
 _ROUNDS = 4  # of brainstorming: models repeat themselves, and past this it is no use to ask on
-
-
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """What tasks are asked for: `prompt` wants `per_prompt` of them from one of `models`, drawn by `seed`."""
-
-    kind: str
-    prompt: str
-    per_prompt: int
-    models: tuple[str, ...]
-    seed: int
-
-    def question(self, number: int) -> Question:
-        seed = f"{self.seed}:{self.kind}:tasks:{number}"
-        return Question(random.Random(seed).choice(self.models), self.prompt, _Tasks, seed)
-
-    def key(self) -> str:
-        named = [self.kind, self.prompt, self.models, self.seed]
-        return hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16]
 
 
 class _Tasks(Answer):
@@ -60,82 +41,94 @@ class _Line(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    subject: str
+    subject: str  # what was asked for: kind, prompt, models and seed
     kind: str
     prompt: int | None
     tasks: list[str]
     left_out: dict[str, int] = {}
 
 
-def brainstorm(client: Client, file: Path, subject: Subject, needed: int) -> tuple[list[str], dict[str, int]]:
-    """Up to `needed` tasks, in the order of `file`, and what became of the model's suggestions.
+def brainstorm(client: Client, file: Path, plan: Plan, kind: Kind) -> tuple[list[str], dict[str, int]]:
+    """The tasks of a kind for the plan's examples, in the order of `file`, and what became of the model's suggestions.
 
-    Prompts that got no answer are not in the file, and are asked again in the next run; until then tasks are lacking.
-    Where all were answered and the tasks are still too few, these serve again, in turn.
+    A kind that is not brainstormed has one task, its instruction. Prompts that got no answer are not in the file, and
+    are asked again in the next run; until then tasks are lacking. Where all were answered and the tasks are still too
+    few, these serve again, in turn.
     """
+    part, per_prompt = plan.prompts.kinds[kind], plan.prompts.tasks_per_prompt
+    if part.brainstorm is None:
+        return [part.instruction], {"prompts": 0, "tasks": 1}
+    prompt = part.brainstorm.format(number=per_prompt)
+    named = [kind, prompt, plan.models, plan.seed]
+    subject = hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16]
+
+    def question(number: int) -> Question:
+        seed = f"{plan.seed}:{kind}:tasks:{number}"
+        return Question(random.Random(seed).choice(plan.models), prompt, _Tasks, seed)
+
+    def keep(number: int | None, tasks: list[str], left_out: dict[str, int]) -> None:
+        lines.append(_Line(subject=subject, kind=kind, prompt=number, tasks=tasks, left_out=left_out))
+        append_line(file, lines[-1].model_dump_json())
+
+    needed = -(-plan.counts[kind] // plan.per_task)
     lines = _read(file, subject)
-    found = {line.prompt: line for line in lines if line.prompt is not None}
     failed = Counter[str]()
     known = {word_key(task) for line in lines for task in line.tasks}
     asked = 0
-    most = -(-needed // subject.per_prompt)
-    while _count(found.values()) < needed and asked < _ROUNDS * most:
+    most = -(-needed // per_prompt)
+    while asked < _ROUNDS * most and _count(found := _by_prompt(lines), found) < needed:
         # by what earlier rounds gave: the same rounds for a run that goes on as for one in one go
-        before = _count(found[number] for number in range(asked) if number in found)
-        round_ = range(asked, asked + -(-(needed - before) // subject.per_prompt))
+        before = _count(found, range(asked))
+        round_ = range(asked, asked + -(-(needed - before) // per_prompt))
         new = [number for number in round_ if number not in found]
-        for number, answer in zip(new, client.ask(map(subject.question, new)), strict=True):
-            if isinstance(answer, Failure) and answer.reason != "no_valid_answer":
+        for number, answer in zip(new, client.ask(map(question, new)), strict=True):
+            if isinstance(answer, dict):
+                keep(number, *_usable(answer["tasks"], known))
+            elif answer.reason == "no_valid_answer":
+                keep(number, [], {"brainstorm_no_valid_answer": 1})
+            else:
                 failed[f"brainstorm_{answer.reason}"] += 1
-                continue
-            found[number] = _line(subject, number, answer, known)
-            lines.append(found[number])
-            append_line(file, found[number].model_dump_json())
         asked = round_.stop
+    found = _by_prompt(lines)
     tasks = [task for line in lines for task in line.tasks]
     own = list(dict.fromkeys(tasks))
     if len(own) < needed:
-        log.warning("%s: %d tasks where %d were wanted: %s", subject.kind, len(own), needed, _what_now(failed))
+        again = f"{failed.total()} prompts got no answer; run the same again to ask for the rest"
+        what_now = again if failed else "each serves more examples"
+        log.warning("%s: %d tasks where %d were wanted: %s", kind, len(own), needed, what_now)
     if own and not failed and len(tasks) < needed:
-        again = list(islice(cycle(own), len(tasks), needed))
-        append_line(file, _Line(subject=subject.key(), kind=subject.kind, prompt=None, tasks=again).model_dump_json())
-        tasks += again
-    left_out = sum((Counter(line.left_out) for line in found.values()), failed)
+        keep(None, list(islice(cycle(own), len(tasks), needed)), {})
+        tasks += lines[-1].tasks
+    left_out = sum((Counter(line.left_out) for line in lines), failed)
     prompts = len(found) + failed.total()
     return tasks[:needed], {"prompts": prompts, "tasks": len(set(tasks[:needed])), **left_out}
 
 
-def _count(lines: Iterable[_Line]) -> int:
-    return sum(len(line.tasks) for line in lines)
+def _by_prompt(lines: list[_Line]) -> dict[int, _Line]:
+    return {line.prompt: line for line in lines if line.prompt is not None}
 
 
-def _what_now(failed: Counter[str]) -> str:
-    if failed:
-        return f"{failed.total()} prompts got no answer; run the same again to ask for the rest"
-    return "each serves more examples"
+def _count(found: dict[int, _Line], numbers: Iterable[int]) -> int:
+    """The tasks of these prompts."""
+    return sum(len(found[number].tasks) for number in numbers if number in found)
 
 
-def _line(subject: Subject, number: int, answer: object, known: set[str]) -> _Line:
-    """The answer's usable tasks; `known` takes them in."""
+def _usable(said: list[str], known: set[str]) -> tuple[list[str], dict[str, int]]:
+    """The usable tasks of an answer, which `known` takes in, and how many others there are, by reason."""
     tasks: list[str] = []
     left_out = Counter[str]()
-    if isinstance(answer, Failure):
-        left_out[f"brainstorm_{answer.reason}"] += 1
-    else:
-        assert isinstance(answer, dict)
-        for said in answer["tasks"]:
-            task = " ".join(said.split())
-            if not is_text(task) or len(near_key(task).split()) not in _TASK_WORDS:
-                left_out["unusable"] += 1
-            elif (key := word_key(task)) in known:
-                left_out["repeated"] += 1
-            else:
-                known.add(key)
-                tasks.append(task)
-    return _Line(subject=subject.key(), kind=subject.kind, prompt=number, tasks=tasks, left_out=left_out)
+    for task in (" ".join(words.split()) for words in said):
+        if not is_text(task) or len(near_key(task).split()) not in _TASK_WORDS:
+            left_out["unusable"] += 1
+        elif (key := word_key(task)) in known:
+            left_out["repeated"] += 1
+        else:
+            known.add(key)
+            tasks.append(task)
+    return tasks, left_out
 
 
-def _read(file: Path, subject: Subject) -> list[_Line]:
+def _read(file: Path, subject: str) -> list[_Line]:
     """The lines of this subject, the first one of each prompt. DataError names file and line."""
     lines: list[_Line] = []
     for number, raw in enumerate(whole_lines(file), 1):
@@ -147,7 +140,7 @@ def _read(file: Path, subject: Subject) -> list[_Line]:
                 f"{file}:{number}: no line of a brainstorm ({problem}): delete the file to ask anew"
             ) from None
         seen = line.prompt is not None and any(other.prompt == line.prompt for other in lines)
-        if line.subject == subject.key() and not seen:
+        if line.subject == subject and not seen:
             lines.append(line)
     return lines
 

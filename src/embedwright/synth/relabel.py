@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -56,50 +56,14 @@ Judge = Callable[[Sequence[Candidate]], Sequence[bool | None]]
 """For each candidate whether it is a positive; None where there is no verdict. Equal candidates come once a chunk."""
 
 
-class CrossEncoder(Protocol):
-    """Such as sentence-transformers' CrossEncoder: one score for each (query, passage)."""
-
-    def predict(self, sentences: list[tuple[str, str]], /) -> Any: ...
-
-
 class _Verdict(Answer):
     verdict: Literal["positive", "negative"]
 
 
-@dataclass(frozen=True)
-class Report:
-    """`negatives` = `kept` + those dropped or promoted (`positive`). `undecided` of the kept had no verdict.
-
-    `known`: of the positive, those that answer the question in some row; nobody was asked about them.
-
-    `without_negatives`: examples that had some before and have none now. `scores_removed`: examples whose score lists
-    no longer fit, as a promoted passage had none.
-    """
-
-    action: Action
-    examples: int = 0
-    negatives: int = 0
-    positive: int = 0
-    known: int = 0
-    kept: int = 0
-    undecided: int = 0
-    without_negatives: int = 0
-    scores_removed: int = 0
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def relabel(examples: Iterable[Example], judge: Judge, action: Action = "drop") -> tuple[list[Example], Report]:
-    """`examples`, in order, without the negatives that `judge` calls positives; `promote` makes them positives.
-
-    No example is left out, one without a negative left neither. A negative without a verdict stays one. What answers
-    the question in any of the examples (`data.answers`) is a positive without a judge.
-    """
-    count: Counter[str] = Counter()
-    rows = list(examples)
-    relabelled = list(relabel_stream(rows, AnswerMarks(rows), judge, action, count))
-    return relabelled, Report(action, **count)
+COUNTED = (
+    *("examples", "negatives", "positive", "known", "kept", "undecided"),
+    *("without_negatives", "scores_removed"),
+)
 
 
 def relabel_file(
@@ -111,30 +75,37 @@ def relabel_file(
     tasks: Tasks | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """The same from file to file (any that `open_examples` reads), for data of any size; the counts as JSON.
+    """`relabel` from file to file (any that `open_examples` reads), for data of any size; its counts as JSON.
 
     `tasks` of the rows, to be written with them, besides those that are described beside `path`.
     """
     table = open_as_named(path)
-    count: Counter[str] = Counter()
+    count = Counter(dict.fromkeys(COUNTED, 0))
 
     def relabelled() -> Iterator[Example]:
-        for example in relabel_stream(table, AnswerMarks(table), judge, action, count):
+        for example in relabel(table, judge, action, count):
             if progress is not None:
                 progress(count["examples"], len(table))
             yield example
 
     write_examples(out, relabelled(), {**table.tasks, **(tasks or {})})
-    return {"read": table.report, **Report(action, **count).to_json()}
+    return {"read": table.report, "action": action, **count}
 
 
-def relabel_stream(
-    examples: Iterable[Example], answers: AnswerMarks, judge: Judge, action: Action, count: Counter[str]
-) -> Iterator[Example]:
-    """The same for data of any size: 256 examples in memory, `count` filled on the way with what Report has."""
+def relabel(examples: Iterable[Example], judge: Judge, action: Action, count: Counter[str]) -> Iterator[Example]:
+    """Yields `examples` in order, without the negatives that `judge` calls positives; `promote` makes them positives.
+
+    No example is left out, one without a negative left neither. A negative without a verdict stays one. What answers
+    the question in any of the examples (`data.answers`) is a positive without a judge. `examples`, a list or a table,
+    are read three times, 256 in memory.
+
+    `count` gets `negatives` = `kept` + those dropped or promoted (`positive`). Of the positive, `known` are those that
+    answer the question in some row; of the kept, `undecided` had no verdict. `without_negatives`: examples that had
+    some and have none now. `scores_removed`: examples whose scores no longer fit, as a promoted passage had none.
+    """
     if action not in ("drop", "promote"):
         raise InputError(f"action must be drop or promote, not {action!r}")
-    rows = iter(examples)
+    answers, rows = AnswerMarks(examples), iter(examples)
     while chunk := list(islice(rows, _CHUNK)):
         known = [_answering(example, answers) for example in chunk]
         pairs = [list(zip(_candidates(example), own, strict=True)) for example, own in zip(chunk, known, strict=True)]
@@ -151,8 +122,8 @@ def _answering(example: Example, answers: AnswerMarks) -> list[bool]:
     return [not marks.isdisjoint(marks_of(example.task, [passage])) for passage in example.negatives]
 
 
-def judge_by_scores(model: CrossEncoder, threshold: float) -> Judge:
-    """A passage is a positive from this score on, on the model's own scale."""
+def judge_by_scores(model: Any, threshold: float) -> Judge:
+    """Calls a passage a positive from this score of `model` on, such as a CrossEncoder of sentence-transformers."""
 
     def judge(candidates: Sequence[Candidate]) -> list[bool | None]:
         scores = np.asarray(model.predict([(c.query, c.passage) for c in candidates]), dtype=np.float64)

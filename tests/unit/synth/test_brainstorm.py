@@ -13,9 +13,10 @@ from fake_llm import Body, FakeLLM, Reply
 
 from embedwright.data.schema import DataError
 from embedwright.llm.client import Client, Server
-from embedwright.synth.brainstorm import Subject, brainstorm
+from embedwright.synth.brainstorm import brainstorm
+from embedwright.synth.plan import Plan, Prompts
 
-PROMPT = "Think of two tasks."
+PROMPT = "Think of {number} tasks."
 Serve = Callable[[Callable[[Body, int], Reply]], FakeLLM]
 Run = Callable[..., tuple[list[str], dict[str, int]]]
 
@@ -37,10 +38,14 @@ def serve() -> Iterator[Serve]:
 def run(tmp_path: Path) -> Run:
     def call(fake: FakeLLM, needed: int, answers: str = "a", **changed: Any) -> tuple[list[str], dict[str, int]]:
         """`answers`: the file of answers; another one knows nothing of what was answered."""
-        subject = Subject(**{"kind": "k", "prompt": PROMPT, "per_prompt": 2, "models": ("m",), "seed": 0, **changed})
+        kind = changed.get("kind", "short-long")
+        part = Prompts.load().kinds[kind].model_copy(update={"brainstorm": changed.get("prompt", PROMPT)})
+        prompts = Prompts(languages={"en": "English"}, tasks_per_prompt=2, kinds={kind: part})
+        models, seed = changed.get("models", ("m",)), changed.get("seed", 0)
+        plan = Plan({kind: needed}, models, per_task=1, seed=seed, prompts=prompts)
         server = Server(base_url=fake.url, retries=0, attempts=2)
         with Client(server, tmp_path / f"{answers}.sqlite") as client:
-            return brainstorm(client, tmp_path / "tasks.jsonl", subject, needed)
+            return brainstorm(client, tmp_path / "tasks.jsonl", plan, kind)
 
     return call
 
@@ -110,7 +115,9 @@ def test_tasks_do_not_depend_on_the_answers_once_they_are_written(serve: Serve, 
     assert run(fake, 3) == (first[:3], count | {"tasks": 3})
 
 
-@pytest.mark.parametrize("changed", [{"prompt": "Other tasks."}, {"models": ("n",)}, {"seed": 1}, {"kind": "l"}])
+@pytest.mark.parametrize(
+    "changed", [{"prompt": "{number} other tasks."}, {"models": ("n",)}, {"seed": 1}, {"kind": "short-short"}]
+)
 def test_what_is_asked_for_now_counts(serve: Serve, run: Run, changed: dict[str, Any]) -> None:
     fake = serve(two)
     run(fake, 4)

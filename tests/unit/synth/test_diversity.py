@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 
 from embedwright.data.schema import Example, Passage
-from embedwright.synth.diversity import SAMPLE, Diversity, distinct, self_similarity
+from embedwright.synth.diversity import SAMPLE, Diversity, distinct_2, self_similarity
 
 
-def test_distinct_n_grams() -> None:
-    assert distinct(["a b c", "a b d"], 1) == 4 / 6
-    assert distinct(["a b c", "a b d"], 2) == 3 / 4
-    assert distinct(["a"], 2) == 0.0
+def test_distinct_word_pairs() -> None:
+    assert distinct_2(["a b c", "a b d"]) == 3 / 4
+    assert distinct_2(["a"]) == 0.0
 
 
 def test_self_similarity() -> None:
@@ -35,7 +34,7 @@ def test_the_report() -> None:
     assert report["k"]["examples"] == 3 and report["k"]["tasks"] == 2
     assert report["k"]["drawn"] == {"clarity": {"clear": 2, "ambiguous": 1}}
     query = {"words_shortest": 1, "words_mean": 2.3, "words_longest": 4, "sample": 3}
-    query |= {"distinct_1": round(5 / 7, 4), "distinct_2": round(3 / 4, 4), "self_similarity": round(0.5 / 3, 4)}
+    query |= {"distinct_2": round(3 / 4, 4), "self_similarity": round(0.5 / 3, 4)}
     assert report["k"]["query"] == query
     assert report["k"]["negative"]["sample"] == 1 and "negative" not in report["other"]
 
@@ -44,7 +43,7 @@ def test_the_sample_is_bounded_and_even() -> None:
     diversity = Diversity()
     for i in range(20 * SAMPLE):
         diversity.add("k", example(i, f"query{i}", "p"), {})
-    side = diversity._sides["k"]["query"]
-    assert side.count == 20 * SAMPLE and len(side.sample) == len(set(side.sample)) == SAMPLE
-    from_first_half = sum(int(text.removeprefix("query")) < 10 * SAMPLE for text in side.sample)
+    sample = diversity._samples["k"]["query"]
+    assert len(sample) == len(set(sample)) == SAMPLE
+    from_first_half = sum(int(text.removeprefix("query")) < 10 * SAMPLE for text in sample)
     assert 0.35 * SAMPLE < from_first_half < 0.65 * SAMPLE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from fake_llm import Body, FakeLLM, Reply, command
 from embedwright.data.files.table import open_examples, write_examples
 from embedwright.data.schema import Example, Passage, Task
 from embedwright.llm.client import Client, Server
-from embedwright.synth.relabel import Candidate, Report, judge_by_model, judge_by_scores, relabel
+from embedwright.synth.relabel import Action, Candidate, Judge, judge_by_model, judge_by_scores
+from embedwright.synth.relabel import relabel as stream
 
 
 def example(i: int, negatives: str, scored: bool = True, **other: Any) -> Example:
@@ -28,6 +30,11 @@ def example(i: int, negatives: str, scored: bool = True, **other: Any) -> Exampl
 def oracle(candidates: Sequence[Candidate]) -> list[bool | None]:
     verdicts: dict[str, bool | None] = {"yes": True, "no": False, "huh": None}
     return [verdicts[c.passage.split()[0].rstrip("0123456789")] for c in candidates]
+
+
+def relabel(rows: list[Example], judge: Judge, action: Action = "drop") -> tuple[list[Example], Counter[str]]:
+    count: Counter[str] = Counter()
+    return list(stream(rows, judge, action, count)), count
 
 
 EXAMPLES = [
@@ -45,7 +52,7 @@ def texts(passages: Sequence[Passage]) -> list[str]:
 
 def test_drop() -> None:
     found, report = relabel(EXAMPLES, oracle)
-    assert report == Report("drop", examples=5, negatives=9, positive=4, kept=5, undecided=1, without_negatives=1)
+    assert report == Counter(examples=5, negatives=9, positive=4, kept=5, undecided=1, without_negatives=1)
     assert [texts(e.negatives) for e in found] == [["no1", "huh", "no2"], [], [], ["no"], ["no"]]
     assert found[0].negative_scores == pytest.approx((0.1, 0.3, 0.4)) and found[0].positive_scores == (0.9,)
     assert found[2].negative_scores == () and found[4].negative_scores is None
@@ -73,9 +80,9 @@ def test_what_answers_the_question_in_another_row_is_known_without_asking() -> N
         asked.extend(c.passage for c in candidates)
         return [False] * len(candidates)
 
-    found, report = relabel(iter(rows), judge)
+    found, report = relabel(rows, judge)
     assert asked == ["no relation", "a film"] and found[1:] == rows[1:]
-    assert report == Report("drop", examples=5, negatives=6, positive=4, known=4, kept=2)
+    assert report == Counter(examples=5, negatives=6, positive=4, known=4, kept=2)
     assert [p.text for p in found[0].negatives] == asked
     assert found[0].negative_scores == pytest.approx((0.3, 0.4))
     promoted = relabel(rows, judge, "promote")[0][0]
@@ -85,7 +92,7 @@ def test_what_answers_the_question_in_another_row_is_known_without_asking() -> N
 
 def test_promote() -> None:
     found, report = relabel(EXAMPLES, oracle, "promote")
-    assert (report.action, report.positive, report.kept, report.scores_removed) == ("promote", 4, 5, 0)
+    assert (report["positive"], report["kept"], report["scores_removed"]) == (4, 5, 0)
     assert texts(found[0].positives) == ["gold", "yes1", "yes2"] and texts(found[0].negatives) == ["no1", "huh", "no2"]
     assert found[0].positive_scores == pytest.approx((0.9, 0.2, 0.5))
     assert found[0].negative_scores == pytest.approx((0.1, 0.3, 0.4))
@@ -94,7 +101,7 @@ def test_promote() -> None:
 
     odd = Example("5", "t", "q", (Passage("p"),), (Passage("yes x"),), positive_scores=(0.9,))
     found, report = relabel([odd], oracle, "promote")
-    assert found[0].positive_scores is None and report.scores_removed == 1
+    assert found[0].positive_scores is None and report["scores_removed"] == 1
 
 
 def test_another_action_is_refused() -> None:
@@ -110,9 +117,9 @@ def test_order_and_chunks() -> None:
         asked.append(len(candidates))
         return oracle(candidates)
 
-    found, report = relabel(iter(many), judge)
+    found, report = relabel(many, judge)
     assert [e.id for e in found] == [e.id for e in many] and all(texts(e.negatives) == ["no"] for e in found)
-    assert asked == [512, 512, 176] and report.negatives == 1200
+    assert asked == [512, 512, 176] and report["negatives"] == 1200
 
 
 def test_an_equal_candidate_is_asked_about_once() -> None:
@@ -188,7 +195,7 @@ def test_a_language_model(fake: FakeLLM, tmp_path: Path) -> None:
     assert verdicts["enum"] == ["positive", "negative"]
 
     with Client(server, tmp_path / "a.sqlite") as client:  # a restart
-        assert relabel([*EXAMPLES, example(6, "no yes")], judge_by_model(client, "m", tasks))[1].positive == 5
+        assert relabel([*EXAMPLES, example(6, "no yes")], judge_by_model(client, "m", tasks))[1]["positive"] == 5
     assert len(fake.requests) == 12
     with Client(server, tmp_path / "a.sqlite") as client:  # told nothing of a task
         relabel(EXAMPLES[3:4], judge_by_model(client, "m"))
@@ -266,7 +273,7 @@ def test_the_command(
     printed = capsys.readouterr().out
     report = json.loads(printed[printed.index("\n{") :])
     assert report["positive"] == 4 and report["read"]["examples"] == 5 and report["client"]["requests"] == 11
-    assert list(open_examples(out)) == relabel(open_examples(path), oracle, "promote")[0]
+    assert list(open_examples(out)) == relabel(list(open_examples(path)), oracle, "promote")[0]
 
     judges: dict[float, Any] = {}
 
