@@ -132,12 +132,10 @@ def main(folder: Path) -> None:
     import scipy.stats  # noqa: F401  evaluation imports it when it is called
     from transformers.utils import logging as transformers_logging
 
-    from embedwright.training import train as loop
     from embedwright.training.recipe import Recipe
     from embedwright.training.train import train
 
     transformers_logging.disable_progress_bar()
-    loop.write_curves = lambda out: None  # a picture of files that are looked at here
     os.fsync = lambda handle: None  # type: ignore[assignment]  what is killed is the process, not the machine
     job = json.loads((folder / "job.json").read_text())
     run = Recipe.parse(job["recipe"])

@@ -43,7 +43,6 @@ from embedwright.training.run.checkpoint import (
     save_checkpoint,
 )
 from embedwright.training.run.checks import check_names, check_reading
-from embedwright.training.run.curves import write_curves
 from embedwright.training.run.distill import Teacher, teacher_of
 from embedwright.training.run.folder import card_facts, describe_run
 from embedwright.training.run.scores import Judge
@@ -170,7 +169,6 @@ class _Run:
                 if stops or done == stage.optim.steps or done % recipe.run.checkpoint_every == 0:
                     self.save(replace(state, step=done), optimizer)
                 if stops:
-                    self.draw()
                     raise Interrupted(f"{self.asked.signal or 'signal'} after stage {stage.name}, step {done}")
         moved.check()
         warn_if_inert(records)
@@ -181,11 +179,6 @@ class _Run:
             probe.check(network)
         if recipe.eval.decides:  # the stage ended on other weights than those of its last checkpoint
             self.save(replace(state, stage=state.stage + 1, step=0), None)
-        self.draw()
-
-    def draw(self) -> None:
-        if self.processes.first:
-            write_curves(self.out)
 
     def shares(
         self, stage: StagePart, sources: list[Source], state: RunState, teacher: Teacher | None

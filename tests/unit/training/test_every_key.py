@@ -22,7 +22,6 @@ from embedwright.config import ConfigError
 from embedwright.evaluation.results import Result, Results
 from embedwright.model.embedder import Embedder
 from embedwright.model.verify import probe
-from embedwright.training import train as loop
 from embedwright.training.recipe import Recipe
 from embedwright.training.run import checks, folder
 from embedwright.training.run import scores as judge
@@ -280,7 +279,6 @@ def outcome(
         }
 
     with pytest.MonkeyPatch.context() as patch:  # what takes time and changes nothing
-        patch.setattr(loop, "write_curves", lambda out: None)
         patch.setattr(folder, "_commit", lambda root: None)
         patch.setattr(probe, "check", lambda network: None)
         patch.setattr("os.fsync", lambda handle: None)

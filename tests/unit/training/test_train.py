@@ -170,7 +170,6 @@ def test_the_log_has_one_record_a_step(run: Run) -> None:
 
 def test_the_folder_says_what_the_run_was(run: Run) -> None:
     assert Recipe.load(run.out / "recipe.yaml").hash() == run.recipe.hash()
-    assert (run.out / "curves.png").read_bytes().startswith(b"\x89PNG")
     described = json.loads((run.out / "data.json").read_text())
     assert [stage["stage"] for stage in described["stages"]] == ["retrieval", "generalist"]
     assert json.loads((run.out / "environment.json").read_text())["packages"]["torch"] == torch.__version__
