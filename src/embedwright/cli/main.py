@@ -110,20 +110,20 @@ def _keep(plan: Recipe, model: Embedder) -> None:
     else:
         model.save(folder)
         shutil.copyfile(Path(plan.run.out) / "README.md", folder / "README.md")
-    _before_and_after(Path(plan.run.out) / "evaluations.jsonl")
+    _before_and_after(Path(plan.run.out))
     say(f'model: {folder}   (Embedder.load("{folder}"))')
 
 
-def _before_and_after(file: Path) -> None:
+def _before_and_after(out: Path) -> None:
     from embedwright.evaluation.results import Results, render, table
+    from embedwright.training.run.scores import read_evaluations
 
-    if file.exists():
-        records = [json.loads(line) for line in file.read_text().splitlines()]
-        columns: dict[str, Results] = {}
-        for record in records:  # one a suite
-            name, found = f"{record['stage']} {record['step']}", Results.from_json(json.dumps(record["results"]))
-            before = columns.get(name)
-            columns[name] = replace(found, rows=before.rows + found.rows) if before else found
+    columns: dict[str, Results] = {}
+    for record in read_evaluations(out):  # one a suite
+        name, found = f"{record['stage']} {record['step']}", Results.from_json(json.dumps(record["results"]))
+        before = columns.get(name)
+        columns[name] = replace(found, rows=before.rows + found.rows) if before else found
+    if columns:
         say(render(table(columns)))
 
 

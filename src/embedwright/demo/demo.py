@@ -24,6 +24,7 @@ from embedwright.files import write_text
 from embedwright.mining.mine import mine, positives_of
 from embedwright.model.embedder import Embedder
 from embedwright.training.recipe import Recipe, expand
+from embedwright.training.run.scores import read_evaluations
 from embedwright.training.train import train
 from embedwright.vectors.index import top_k
 
@@ -118,10 +119,9 @@ def _baseline(file: Path, suite: Path, make: Any) -> Results:
 
 def _stage_results(out: Path, recipe: Recipe) -> dict[str, Results]:
     """`before`, `stage1`, `stage2`, ...: the run's own evaluations, at its start and at the end of each stage."""
-    records = [json.loads(line) for line in (out / "evaluations.jsonl").read_text().splitlines()]
     ends = {("start", 0): "before"}
     ends |= {(stage.name, stage.optim.steps): f"stage{i}" for i, stage in enumerate(recipe.stages, start=1)}
-    found = {ends[r["stage"], r["step"]]: r for r in records if (r["stage"], r["step"]) in ends}
+    found = {ends[r["stage"], r["step"]]: r for r in read_evaluations(out) if (r["stage"], r["step"]) in ends}
     return {name: Results.from_json(json.dumps(found[name]["results"])) for name in ends.values()}
 
 

@@ -45,8 +45,8 @@ from embedwright.training.run.checkpoint import (
 from embedwright.training.run.checks import check_names, check_reading
 from embedwright.training.run.distill import Teacher, teacher_of
 from embedwright.training.run.folder import card_facts, describe_run
-from embedwright.training.run.scores import Judge
-from embedwright.training.run.signals import Asked, Interrupted, stop_when_asked
+from embedwright.training.run.scores import Scores
+from embedwright.training.run.signals import Interrupted, StopRequest, stop_on_signal
 from embedwright.training.run.start import (
     finish,
     load_trained,
@@ -104,19 +104,20 @@ def train(recipe: Recipe, *, on_step: OnStep | None = None, on_evaluation: OnEva
     log: AbstractContextManager[Tracker | None] = nullcontext()
     if processes.first:
         describe_run(out, recipe, sources)
-        settings = recipe.model_dump(mode="json")
-        log = Tracker(out, recipe.run.tracker, names, state.stage, state.step, settings)
-    with stop_when_asked() as asked, log as tracker:
-        judge = Judge(recipe.eval, out, model, processes, on_evaluation, tracker, fresh=checkpoint is None)
-        run = _Run(recipe, model, replica, tracker, judge, activity, asked, on_step, on_evaluation)
+        at = (state.stage, state.step)
+        log = Tracker(out, recipe.run.tracker, names, at, recipe.model_dump(mode="json"))
+    with stop_on_signal() as stop_requested, log as tracker:
+        scores = Scores(recipe.eval, out, model, processes)
+        run = _Run(recipe, model, replica, tracker, scores, activity, stop_requested, on_step, on_evaluation)
         if checkpoint is None:
-            judge.evaluate(START, 0)
+            scores.forget()
+            run.evaluate(START, 0)
         for number in range(state.stage, len(recipe.stages)):
             begin = replace(state, stage=number, step=state.step if number == state.stage else 0)
             run.stage(recipe.stages[number], sources[number], begin, checkpoint if begin.step else None)
     model = finish(whole_model(recipe, model, processes))
     if processes.first:
-        known = facts(model.network, model.text_tokenizer) | card_facts(recipe, sources, judge.records)
+        known = facts(model.network, model.text_tokenizer) | card_facts(recipe, sources, scores.records)
         write_text(out / "README.md", model_card(known.pop("name"), path="model", **known))
     return model
 
@@ -130,22 +131,22 @@ class _Run:
         model: Embedder,
         replica: Replica,
         tracker: Tracker | None,
-        judge: Judge,
+        scores: Scores,
         activity: HeadActivity,
-        asked: Asked,
+        stop_requested: StopRequest,
         on_step: OnStep | None,
         say: OnEvaluation | None,
     ) -> None:
         self.recipe, self.model, self.replica, self.tracker = recipe, model, replica, tracker
         self.processes = processes = replica.processes
-        self.judge, self.activity, self.asked = judge, activity, asked
+        self.scores, self.activity, self.stop_requested = scores, activity, stop_requested
         self.on_step = on_step if processes.first else None
         self.say = say if processes.first else None
         self.out = Path(recipe.run.out)
         self.nonfinite = NonFinite(self.out / "nonfinite.jsonl", processes)
 
     def stage(self, stage: StagePart, sources: list[Source], state: RunState, resumed: Path | None) -> None:
-        recipe, network, judge = self.recipe, self.model.network, self.judge
+        recipe, network, scores = self.recipe, self.model.network, self.scores
         optimizer = make_optimizer(network, recipe.tune, stage.optim)
         if resumed is not None:
             restore_optimizer(resumed, optimizer)
@@ -157,28 +158,33 @@ class _Run:
         with closing(self.shares(stage, sources, state, teacher)) as shares:
             for step, share, waited in _with_waits(shares):
                 if step and every and step % every == 0:  # here, so that a resumed run does it too
-                    judge.evaluate(stage.name, step)
-                    if judge.gave_up(stage.name, step):
+                    self.evaluate(stage.name, step)
+                    if scores.gave_up(stage.name, step):
                         last = step
                         break
                 record = self.step(stage, share, state.stage, step, optimizer) | {"waited": waited}
                 records.append(record)
                 self.report(stage, records)
                 done = step + 1
-                stops = bool(self.processes.most(self.asked.signal is not None))
+                stops = bool(self.processes.most(self.stop_requested.signal is not None))
                 if stops or done == stage.optim.steps or done % recipe.run.checkpoint_every == 0:
                     self.save(replace(state, step=done), optimizer)
                 if stops:
-                    raise Interrupted(f"{self.asked.signal or 'signal'} after stage {stage.name}, step {done}")
+                    raise Interrupted(f"{self.stop_requested.signal or 'signal'} after stage {stage.name}, step {done}")
         moved.check()
         warn_if_inert(records)
         probe.check(network)
-        judge.evaluate(stage.name, last)
+        self.evaluate(stage.name, last)
         if recipe.eval.best:
-            load_trained(self.model, judge.best_weights(stage.name))
+            load_trained(self.model, scores.best_weights(stage.name))
             probe.check(network)
         if recipe.eval.decides:  # the stage ended on other weights than those of its last checkpoint
             self.save(replace(state, stage=state.stage + 1, step=0), None)
+
+    def evaluate(self, stage: str, step: int) -> None:
+        for record in self.scores.evaluate(stage, step, self.say):
+            if self.tracker is not None:
+                self.tracker.evaluation(record)
 
     def shares(
         self, stage: StagePart, sources: list[Source], state: RunState, teacher: Teacher | None

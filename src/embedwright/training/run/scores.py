@@ -1,4 +1,7 @@
-"""A run's evaluations: every suite, once at each point of the run, and what their scores decide."""
+"""A run's evaluations: every suite once at each point of the run, and what their scores decide.
+
+`evaluations.jsonl` has one record for each suite and point: stage, step, suite, and `results` (evaluation/results.py).
+"""
 
 from __future__ import annotations
 
@@ -20,55 +23,53 @@ from embedwright.model.embedder import Embedder
 from embedwright.training.engine.parallel import Processes, whole
 from embedwright.training.parts import START, EvalPart
 from embedwright.training.run.checks import suite_of
-from embedwright.training.run.track import Tracker, read_records, write_records
+from embedwright.training.run.track import read_records, write_records
 
 logger = logging.getLogger(__name__)
 
+Record = dict[str, Any]
 
-class Judge:
-    """Runs the suites in every process alike (of a cut model, all have to), and writes in the first."""
 
-    def __init__(
-        self,
-        part: EvalPart,
-        out: Path,
-        model: Embedder,
-        processes: Processes,
-        progress: Callable[[str], None] | None,
-        tracker: Tracker | None,
-        *,
-        fresh: bool,
-    ) -> None:
-        self.part, self.model, self.processes, self.tracker = part, model, processes, tracker
-        self.progress = progress if processes.first else None
-        self.file, self.best = out / "evaluations.jsonl", out / "best"
-        if fresh and processes.first:  # of a run that ended before its first checkpoint
-            self.file.unlink(missing_ok=True)
-            shutil.rmtree(self.best, ignore_errors=True)
-        processes.wait()
-        self.records = read_records(self.file)
+def read_evaluations(out: Path) -> list[Record]:
+    """Reads the records of a run folder's `evaluations.jsonl`; there are none where there is no file."""
+    return read_records(out / "evaluations.jsonl")
 
-    def evaluate(self, stage: str, step: int) -> None:
-        """Every suite of the recipe, unless this run has the result already; the best weights so far are kept."""
+
+class Scores:
+    """The evaluations of one run. Every process runs the suites (those of a cut model must); rank 0 writes."""
+
+    def __init__(self, part: EvalPart, out: Path, model: Embedder, processes: Processes) -> None:
+        self.part, self.out, self.model, self.processes = part, out, model, processes
+        self.records = read_evaluations(out)
+        processes.wait()  # all have read it before one of them writes
+
+    def forget(self) -> None:
+        """Removes what a run left that ended before its first checkpoint."""
+        self.records = []
+        if self.processes.first:
+            (self.out / "evaluations.jsonl").unlink(missing_ok=True)
+            shutil.rmtree(self.out / "best", ignore_errors=True)
+
+    def evaluate(self, stage: str, step: int, progress: Callable[[str], None] | None = None) -> list[Record]:
+        """Runs the suites without a result at this point, keeps the best weights, and returns the new records."""
         have = {record["suite"] for record in self.records if (record["stage"], record["step"]) == (stage, step)}
-        missing = [suite for suite in self.part.suites if suite not in have]
-        for suite in missing:
-            results = evaluate(self.model, suite_of(suite), progress=self.progress)
-            found = {"stage": stage, "step": step, "suite": suite, "results": json.loads(results.to_json())}
-            self.records.append(found)
-        if not missing:
-            return
+        fresh: list[Record] = []
+        for suite in self.part.suites:
+            if suite not in have:
+                results = evaluate(self.model, suite_of(suite), progress=progress)
+                fresh.append({"stage": stage, "step": step, "suite": suite, "results": json.loads(results.to_json())})
+        if not fresh:
+            return []
+        self.records += fresh
         scores = self._scores(stage, step)
         if self.part.best and stage != START and scores[-1] == max(scores):
-            self._keep(stage, step)
+            self._keep_weights(stage, step)
         if self.processes.first:  # after the weights: a run that is killed between the two evaluates again
-            write_records(self.file, self.records)
-        for record in self.records[-len(missing) :]:
-            if self.tracker is not None:
-                self.tracker.evaluation(record)
+            write_records(self.out / "evaluations.jsonl", self.records)
+        return fresh
 
     def gave_up(self, stage: str, step: int) -> bool:
-        """Whether the last `patience` evaluations of this stage, up to this step, were none better than before."""
+        """Says whether the last `patience` evaluations of this stage, up to this step, brought no better score."""
         scores, patience = self._scores(stage, step), self.part.patience
         if patience is None or len(scores) <= patience:
             return False
@@ -78,23 +79,23 @@ class Judge:
         return over
 
     def best_weights(self, stage: str) -> dict[str, Tensor]:
-        """What trained, as it was at the best evaluation of this stage."""
-        with safe_open(self._best_of(stage), "pt") as stored:
+        """Reads the trained tensors as they were at the best evaluation of this stage."""
+        with safe_open(self._best_file(stage), "pt") as stored:
             step = stored.metadata()["step"]
             logger.info("stage %s ends on the weights of its step %s, the best evaluated", stage, step)
             return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  no mapping
 
-    def _keep(self, stage: str, step: int) -> None:
+    def _keep_weights(self, stage: str, step: int) -> None:
         trained = whole(self.model.network)
         if self.processes.first:
             tensors = {name: tensor.cpu().contiguous() for name, tensor in trained.items()}
-            with whole_file(self._best_of(stage)) as temp:
+            with whole_file(self._best_file(stage)) as temp:
                 save_file(tensors, temp, metadata={"step": str(step)})
         self.processes.wait()
 
-    def _best_of(self, stage: str) -> Path:
-        """A file for each stage: the next one evaluates before its first checkpoint."""
-        return self.best / f"{stage}.safetensors"
+    def _best_file(self, stage: str) -> Path:
+        """Each stage has a file of its own, because the next stage evaluates before its first checkpoint."""
+        return self.out / "best" / f"{stage}.safetensors"
 
     def _scores(self, stage: str, step: int) -> list[float]:
         """The mean main score of each evaluation of the stage up to this step, in order."""
@@ -102,7 +103,7 @@ class Judge:
 
 
 def mean_scores(records: Iterable[Mapping[str, Any]], stage: str) -> dict[int, float]:
-    """The mean main score of all tasks at each evaluated step of a stage, in order: what decides about its weights."""
+    """The mean main score of all tasks, by evaluated step of a stage. It decides which weights are the best."""
     by_step: dict[int, list[float]] = {}
     for record in records:
         if record["stage"] == stage:

@@ -10,34 +10,36 @@ from types import FrameType
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run stopped because it was asked to, behind a checkpoint: the same command goes on from there."""
+    """The run stopped at a checkpoint because a signal asked it to: the same command goes on from there."""
 
 
-class Asked:
-    """`signal` is the name of the signal that asked to stop, None so far."""
+class StopRequest:
+    """`signal` is the name of the signal that asks the run to stop; None while none has come."""
 
     signal: str | None = None
 
 
 @contextmanager
-def stop_when_asked() -> Iterator[Asked]:
-    """Within it, a first signal is noted and a second one does what it does outside. In the main thread alone: others
-    cannot take signals, and there nothing is ever asked."""
-    asked = Asked()
+def stop_on_signal() -> Iterator[StopRequest]:
+    """Notes the first signal; a second one does what it does outside of this block.
+
+    Only the main thread can take signals: in another thread nothing is ever noted.
+    """
+    stop_requested = StopRequest()
     if threading.current_thread() is not threading.main_thread():
-        yield asked
+        yield stop_requested
         return
 
     def note(number: int, _: FrameType | None) -> None:
-        if asked.signal is None:
-            asked.signal = signal.Signals(number).name
+        if stop_requested.signal is None:
+            stop_requested.signal = signal.Signals(number).name
         else:
             signal.signal(number, before[number])
             signal.raise_signal(number)
 
     before = {int(number): signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield asked
+        yield stop_requested
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

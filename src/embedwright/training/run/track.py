@@ -5,7 +5,6 @@ The files are the record; a tracker only shows it. One that fails is dropped wit
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
 import os
@@ -14,54 +13,37 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from embedwright.config import ConfigError
-from embedwright.files import write_text
+from embedwright.files import whole_lines, write_text
 
 logger = logging.getLogger(__name__)
 
-_EVALUATION = "evaluation/"  # in front of the names of scores
 _NOT_SHOWN = ("step", "tokens", "seconds")  # of a step's record: the x axis, and what tokens_per_second is made of
 
 
-class Sink(Protocol):
-    """A tracker: shows numbers by name at `total`, the steps done in all stages together."""
-
-    def log(self, values: Mapping[str, float], total: int) -> None: ...
-
-    def close(self, failed: bool) -> None: ...
-
-
 class Tracker:
-    """Opens the log of a run that stands at (stage, step); what lies behind that, a torn line included, is cut off.
+    """The log of a run, and the trackers that show it. Only rank 0 has one.
 
-    `trackers`: any of `tensorboard`, `wandb`, `trackio`; `config` is what the last two show of the run. ConfigError
-    where one of them is not installed. In a run of many processes, the first one alone has a Tracker.
+    `at`: the stage and the step that the run stands at; what the log has after that, a torn line included, is cut off.
+    `trackers`: any of `tensorboard`, `wandb`, `trackio`, the last two with the run's `settings`. ConfigError where one
+    of them is not installed.
     """
 
     def __init__(
-        self,
-        out: Path,
-        trackers: Sequence[str],
-        stages: list[str],
-        stage: int,
-        step: int,
-        config: Mapping[str, Any] | None = None,
+        self, out: Path, trackers: Sequence[str], stages: list[str], at: tuple[int, int], settings: Mapping[str, Any]
     ) -> None:
         self.file = out / "metrics.jsonl"
-        found = [r for r in read_records(self.file) if r["stage"] in stages]
-        kept = [r for r in found if (stages.index(r["stage"]), r["step"]) <= (stage, step)]
+        found = [record for record in read_records(self.file) if record["stage"] in stages]
+        kept = [record for record in found if (stages.index(record["stage"]), record["step"]) <= at]
         write_records(self.file, kept)
-        self.total = len(kept)
-        begins = (stage, step) == (0, 0)
-        self.sinks: dict[str, Sink] = {}
+        self.total = len(kept)  # steps done in all stages together
+        if at == (0, 0):  # this is another run to the trackers, too
+            (out / "tracker.json").unlink(missing_ok=True)
+        self.trackers: dict[str, Any] = {}
         for name in dict.fromkeys(trackers):
-            if name == "tensorboard":
-                self.sinks[name] = _TensorBoard(out / name, self.total)
-            else:
-                self.sinks[name] = _HOSTED[name](out, _run_id(out, begins), dict(config or {}))
-                begins = False  # one id for both
+            self.trackers |= _start(name, out, self.total, settings)
 
     def __enter__(self) -> Tracker:
         return self
@@ -69,10 +51,16 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._show(lambda sink: sink.close(kind is not None))
+        def finish(name: str, tracker: Any) -> None:
+            if name == "wandb":
+                tracker.tracker.finish(exit_code=int(kind is not None))
+            else:
+                tracker.finish()
+
+        self._each(finish)
 
     def step(self, record: dict[str, Any]) -> None:
-        """One line, flushed: a run that is killed loses no step that was done. Trackers get its numbers."""
+        """Adds the record of a step and flushes it: a run that is killed loses no step that was done."""
         with self.file.open("a") as stream:
             stream.write(json.dumps(record) + "\n")
         self.total += 1
@@ -80,128 +68,85 @@ class Tracker:
             name: value for name, value in record.items() if isinstance(value, int | float) and name not in _NOT_SHOWN
         }
         values["tokens_per_second"] = record["tokens"] / max(record["seconds"], 1e-4)  # seconds are rounded to that
-        self._show(lambda sink: sink.log(values, self.total))
+        self._show(values, "tensorboard")
 
     def evaluation(self, record: dict[str, Any]) -> None:
-        """The main score of every task of one line of `evaluations.jsonl`, which the caller writes: trackers alone."""
+        """Shows the main score of each task of one record of `evaluations.jsonl`."""
         results = record["results"]
-        values = {f"{_EVALUATION}{results['suite']}/{row['task']}": row["value"] for row in results["rows"]}
-        self._show(lambda sink: sink.log(values, self.total))
+        values = {f"evaluation/{results['suite']}/{row['task']}": row["value"] for row in results["rows"]}
+        self._show(values, "tensorboard/evaluations")
 
-    def _show(self, do: Callable[[Sink], None]) -> None:
-        for name, sink in list(self.sinks.items()):
+    def _show(self, values: Mapping[str, float], tensorboard: str) -> None:
+        def log(name: str, tracker: Any) -> None:
+            if name == "wandb":
+                tracker.log({**values, "total_step": self.total})
+            elif name in (tensorboard, "trackio"):
+                tracker.log(dict(values), step=self.total)
+
+        self._each(log)
+
+    def _each(self, do: Callable[[str, Any], None]) -> None:
+        for name, tracker in list(self.trackers.items()):
             try:
-                do(sink)
+                do(name, tracker)
             except Exception as error:  # of any kind: days of training do not end with a chart
                 logger.warning(
                     "the tracker %s failed (%s: %s): left out from here on", name, type(error).__name__, error
                 )
-                del self.sinks[name]
+                del self.trackers[name]
 
 
-# ---------------------------------------------------------------------------------------------------- trackers
+def _start(name: str, out: Path, total: int, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Starts a tracker of accelerate. TensorBoard has two: one for steps, one for evaluations.
+
+    TensorBoard drops the steps after `total`, which are done again. Evaluations are not done again, so they are a run
+    of their own there. W&B takes no step that goes back, and a run goes back to its checkpoint: `total_step` is its x
+    axis. Trackio knows a run by its name.
+    """
+    run, config = out.resolve().name, dict(settings)
+    try:
+        from accelerate import PartialState, tracking
+
+        PartialState()  # accelerate's trackers want it
+        started: dict[str, Any]
+        if name == "tensorboard":
+            if not total:  # of a run that ended before its first checkpoint
+                shutil.rmtree(out / name / "evaluations", ignore_errors=True)
+            started = {
+                name: tracking.TensorBoardTracker(name, out, purge_step=total + 1),
+                f"{name}/evaluations": tracking.TensorBoardTracker("evaluations", out / name),
+            }
+        elif name == "wandb":
+            project = os.environ.get("WANDB_PROJECT", "embedwright")
+            more = {"name": run, "id": _run_id(out), "dir": str(out), "config": config}
+            # a run may go on with another `eval` or `out`
+            started = {name: tracking.WandBTracker(project, resume="allow", allow_val_change=True, **more)}
+        else:
+            named = f"{run}-{_run_id(out)}"
+            started = {name: tracking.TrackioTracker("embedwright", name=named, resume="allow", config=config)}
+        for tracker in started.values():
+            tracker.start()
+    except ImportError as error:
+        packages = "'embedwright[train]'" + ("" if name == "tensorboard" else f" {name}")
+        message = f"run.tracker: {name} is not installed: pip install {packages}, or choose another tracker"
+        raise ConfigError(message) from error
+    if name == "wandb":
+        started[name].tracker.define_metric("total_step")
+        started[name].tracker.define_metric("*", step_metric="total_step")
+    return started
 
 
-class _TensorBoard:
-    """Steps that are done again replace those before them. Evaluations are not done again, and may lie behind the
-    checkpoint that a run goes on from: in a folder of their own, they are not purged with the steps."""
-
-    def __init__(self, folder: Path, total: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise _missing("tensorboard", "'embedwright[train]'") from error
-        self.open, self.folder = SummaryWriter, folder / "evaluations"
-        if not total:
-            shutil.rmtree(self.folder, ignore_errors=True)  # of a run that ended before its first checkpoint
-        self.steps = SummaryWriter(str(folder), purge_step=total + 1)
-        self.evaluations: Any = None
-
-    def log(self, values: Mapping[str, float], total: int) -> None:
-        for name, value in values.items():
-            writer = self.steps
-            if name.startswith(_EVALUATION):
-                writer = self.evaluations = self.evaluations or self.open(str(self.folder))
-            writer.add_scalar(name, value, total)
-
-    def close(self, failed: bool) -> None:
-        for writer in (self.steps, self.evaluations):
-            if writer is not None:
-                writer.close()
-
-
-class _WandB:
-    """Weights & Biases: `<out>/wandb`. Its variables (WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY) hold."""
-
-    def __init__(self, out: Path, run_id: str, config: dict[str, Any]) -> None:
-        self.run = _module("wandb").init(
-            project=os.environ.get("WANDB_PROJECT", "embedwright"),
-            name=out.resolve().name,
-            id=run_id,
-            resume="allow",
-            dir=str(out),
-            config=config,
-            allow_val_change=True,  # a run may go on with another `eval` or `out`
-        )
-        # its own step never goes back, and a run goes back to its checkpoint
-        self.run.define_metric("total_step")
-        self.run.define_metric("*", step_metric="total_step")
-
-    def log(self, values: Mapping[str, float], total: int) -> None:
-        self.run.log({**values, "total_step": total})
-
-    def close(self, failed: bool) -> None:
-        self.run.finish(exit_code=int(failed))
-
-
-class _Trackio:
-    """Trackio: in its own folder (TRACKIO_DIR), or wherever its variables say. It knows a run by its name."""
-
-    def __init__(self, out: Path, run_id: str, config: dict[str, Any]) -> None:
-        name = f"{out.resolve().name}-{run_id}"
-        self.run = _module("trackio").init(project="embedwright", name=name, resume="allow", config=config)
-
-    def log(self, values: Mapping[str, float], total: int) -> None:
-        self.run.log(dict(values), step=total)
-
-    def close(self, failed: bool) -> None:
-        self.run.finish()
-
-
-_HOSTED: dict[str, Callable[[Path, str, dict[str, Any]], Sink]] = {"wandb": _WandB, "trackio": _Trackio}
-
-
-def _run_id(out: Path, begins: bool) -> str:
-    """By which trackers know this run when it goes on. One that begins at its first step is another run to them."""
+def _run_id(out: Path) -> str:
+    """The name of this run to trackers. A run that goes on keeps it."""
     file = out / "tracker.json"
-    if begins or not file.exists():
+    if not file.exists():
         write_text(file, json.dumps({"id": uuid.uuid4().hex[:8]}) + "\n")
     return str(json.loads(file.read_text())["id"])
 
 
-def _module(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise _missing(name, name) from error
-
-
-def _missing(name: str, package: str) -> ConfigError:
-    return ConfigError(f"run.tracker: {name} is not installed: pip install {package}, or choose another tracker")
-
-
-# ---------------------------------------------------------------------------------------------------- files
-
-
 def read_records(file: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file, as far as they are whole; none where there is no file."""
-    records: list[dict[str, Any]] = []
-    for line in file.read_text(errors="replace").splitlines() if file.exists() else ():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break  # torn by a kill in the middle of a line: nothing whole comes behind it
-    return records
+    """Reads the objects of a JSONL file, without a torn last line; there are none where there is no file."""
+    return [json.loads(line) for line in whole_lines(file)]
 
 
 def write_records(file: Path, records: list[dict[str, Any]]) -> None:

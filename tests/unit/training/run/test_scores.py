@@ -13,12 +13,18 @@ from embedwright.config import ConfigError
 from embedwright.evaluation.results import Result, Results
 from embedwright.training.recipe import Recipe
 from embedwright.training.run import checks
-from embedwright.training.run import scores as judge
+from embedwright.training.run import scores as module
 from embedwright.training.run.checkpoint import read_weights
 from embedwright.training.run.start import finish, load_trained, start_model
 from embedwright.training.train import train
 
 TEXTS = ["how do tides work?", "the moon", "a dog that does not mind"]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waiting for the disk, after each of many checkpoints, is most of a tiny run."""
+    monkeypatch.setattr("os.fsync", lambda handle: None)
 
 
 @pytest.fixture
@@ -51,7 +57,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, scores: list[float]) -> list[str]:
         value = scores[(len(asked) - 1) // 2] + (0.25 if suite == "one" else -0.25)
         return Results(suite, (Result("t", "sts", "spearman", value),), 0.0)
 
-    monkeypatch.setattr(judge, "evaluate", fake)
+    monkeypatch.setattr(module, "evaluate", fake)
     monkeypatch.setattr(checks, "load_suite", lambda name: None)
     return asked
 

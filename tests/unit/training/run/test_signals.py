@@ -9,15 +9,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from embedwright.training.run.signals import stop_when_asked
+from embedwright.training.run.signals import stop_on_signal
 
 SECOND = """
 import os, signal, time
-from embedwright.training.run.signals import stop_when_asked
-with stop_when_asked() as asked:
+from embedwright.training.run.signals import stop_on_signal
+with stop_on_signal() as stop_requested:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(0.01)
-    print(asked.signal, flush=True)
+    print(stop_requested.signal, flush=True)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(5)
 print("still here")
@@ -36,14 +36,14 @@ def handlers() -> Iterator[None]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_first_signal_is_noted(handlers: None, number: signal.Signals) -> None:
-    with stop_when_asked() as asked:
-        assert asked.signal is None
+    with stop_on_signal() as stop_requested:
+        assert stop_requested.signal is None
         os.kill(os.getpid(), number)
-        assert asked.signal == number.name
+        assert stop_requested.signal == number.name
 
 
 def test_a_second_interrupt_is_one(handlers: None) -> None:
-    with pytest.raises(KeyboardInterrupt), stop_when_asked():
+    with pytest.raises(KeyboardInterrupt), stop_on_signal():
         signal.raise_signal(signal.SIGINT)  # to this thread: two that another thread takes may be seen as one
         signal.raise_signal(signal.SIGINT)
 
@@ -57,8 +57,8 @@ def test_another_thread_takes_no_signals(handlers: None) -> None:
     seen: list[str | None] = []
 
     def run() -> None:
-        with stop_when_asked() as asked:
-            seen.append(asked.signal)
+        with stop_on_signal() as stop_requested:
+            seen.append(stop_requested.signal)
 
     thread = threading.Thread(target=run)
     thread.start()
