@@ -135,9 +135,9 @@ CHANGES: dict[str, tuple[str, Any, dict[str, Any]]] = {
 EXCEPTIONS = {
     "provenance": ("printed by --plan", "unit/training/test_plan.py::test_provenance_is_printed_with_the_values"),
     "stages.data.rows": ("for --plan, where the file is absent", "unit/training/test_plan.py::test_rows_are_counted"),
-    "tune.gradient_checkpointing": ("less memory", "unit/training/test_loop.py::test_gradient_checkpointing_gives"),
-    "run.workers": ("less waiting", "unit/training/test_loop.py::test_the_order_of_rows_is_the_same_from_any_step_and"),
-    "run.parallel": ("for many processes", "unit/training/test_processes.py::test_"),
+    "tune.gradient_checkpointing": ("less memory", "unit/training/test_train.py::test_gradient_checkpointing_gives"),
+    "run.workers": ("less waiting", "unit/training/test_train.py::test_the_order_of_rows_is_the_same_from_any_step"),
+    "run.parallel": ("for many processes", "unit/training/engine/test_parallel.py::test_"),
 }
 
 
