@@ -56,10 +56,12 @@ THEIRS = ("peer, torch", "peer, faiss")
 # What is timed within one run of ours.
 PARTS = (
     (onednn, "whole", "products in int8"),
-    (kernels, "rank", "ranking, scores in float64"),
+    (kernels, "reaches", "which may be of the best"),
+    (kernels, "dots", "scores in float64"),
+    (topk, "_merged", "ranking"),
     (kernels, "quantised", "quantising"),
     (mining, "top_k", "rest of the search"),
-    (mining._Pool, "keys_of", "same texts"),
+    (mining.Pool, "keys_of", "same texts"),
     (mining._Run, "_take", "near-duplicates, choice"),
 )
 

@@ -74,17 +74,17 @@ class _Rotary(ctypes.Structure):
 
 
 class _Quantise(ctypes.Structure):
-    _fields_ = (*_fields("vectors mean out scale square moved lost", _Pointer), *_fields("rows width next", _Long))
+    _fields_ = (*_fields("vectors mean out scale moved lost", _Pointer), *_fields("rows width next", _Long))
 
 
 class _Dots(ctypes.Structure):
     _fields_ = (*_fields("queries documents query document out", _Pointer), *_fields("pairs width next", _Long))
 
 
-class _Rank(ctypes.Structure):
+class _Reach(ctypes.Structure):
     _fields_ = (
-        *_fields("products scale length lost factor off size shift queries documents scores rows", _Pointer),
-        *_fields("count columns width best first whole next vain", _Long),
+        *_fields("products scale length lost factor off size limit reaches", _Pointer),
+        *_fields("count columns next", _Long),
     )
 
 
@@ -159,18 +159,30 @@ def rotate(q_HTd: Tensor, k_KTd: Tensor, cosine_Td: Tensor, sine_Td: Tensor) -> 
     )
 
 
-def quantised(vectors_NE: Tensor, mean_E: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Vectors less their mean in whole numbers: int8 (N, E), and of each, float32 (N,), its scale, the length of the
-    vector itself, its length less the mean, and that of what rounding took from this. Squares are in float32.
+def quantised(vectors_NE: Tensor, mean_E: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rounds vectors less their mean to int8 (N, E).
 
-    Float32, contiguous. Only where `available()`.
+    Also returns, float32 (N,) each: the scale of a row, the length of the row less the mean, and the length of what
+    rounding took from it. Squares are summed in float32. Vectors are float32 and contiguous. Only where `available()`.
     """
     out_NE = vectors_NE.new_empty(vectors_NE.shape, dtype=torch.int8)
-    scale_N, *squares = vectors_NE.new_empty(4, len(vectors_NE)).unbind()
+    scale_N, *squares = vectors_NE.new_empty(3, len(vectors_NE)).unbind()
     pointers = (x.data_ptr() for x in (vectors_NE, mean_E, out_NE, scale_N, *squares))
     _run("quantise", _Quantise(*pointers, *vectors_NE.shape, 0))
-    length_N, moved_N, lost_N = (square_N.sqrt_() for square_N in squares)
-    return out_NE, scale_N, length_N, moved_N, lost_N
+    moved_N, lost_N = (square_N.sqrt_() for square_N in squares)
+    return out_NE, scale_N, moved_N, lost_N
+
+
+def reaches(product_QN: Tensor, columns: tuple[Tensor, ...], bounds: tuple[Tensor, ...]) -> Tensor:
+    """Bool (Q, N): where product x factor x scale + off x length + size x lost reaches `limit`, or is not a number.
+
+    `columns` are scale, length and lost of the documents; `bounds` are factor, off, size and limit of the queries, all
+    float32. Products are int32. All are contiguous. Only where `available()`.
+    """
+    out_QN = product_QN.new_empty(product_QN.shape, dtype=torch.bool)
+    pointers = (x.data_ptr() for x in (product_QN, *columns, *bounds, out_QN))
+    _run("reach", _Reach(*pointers, *product_QN.shape, 0))
+    return out_QN
 
 
 def dots(query_QE: Tensor, document_NE: Tensor, query_F: Tensor, document_F: Tensor) -> Tensor:
@@ -182,34 +194,6 @@ def dots(query_QE: Tensor, document_NE: Tensor, query_F: Tensor, document_F: Ten
     pointers = (x.data_ptr() for x in (query_QE, document_NE, query_F, document_F, out_F))
     _run("dots", _Dots(*pointers, len(query_F), query_QE.shape[1], 0))
     return out_F
-
-
-def rank(
-    product_QN: Tensor,
-    columns: tuple[Tensor, ...],
-    bounds: tuple[Tensor, ...],
-    query_QE: Tensor,
-    document_NE: Tensor,
-    first: int,
-    scores_QK: Tensor,
-    rows_QK: Tensor,
-) -> int:
-    """Take into each query's best, in place, what is of the best of these documents, whose first is row `first`.
-
-    Only what may be is scored, as `dots` scores: what has
-
-        product x factor x scale + off x length + size x lost + shift
-
-    at its worst score or above, where `columns` are scale, length and lost of the documents, `bounds` factor, off, size
-    and shift of the queries, all float32. Products are int32 or float32. Scores float32 and rows int64 are a heap: no
-    element i is better than 2 i + 1 and 2 i + 2; of equal scores the lower row is the better. Returns how many were
-    scored and are not of the best. All contiguous. Only where `available()`.
-    """
-    tensors = (product_QN, *columns, *bounds, query_QE, document_NE, scores_QK, rows_QK)
-    sizes = (*product_QN.shape, query_QE.shape[1], rows_QK.shape[1], first, product_QN.dtype == torch.int32)
-    job = _Rank(*(x.data_ptr() for x in tensors), *sizes, 0, 0)
-    _run("rank", job)
-    return int(job.vain)
 
 
 def _run(name: str, job: ctypes.Structure) -> None:
@@ -284,20 +268,15 @@ def _search_examples(query_QE: Tensor, document_NE: Tensor) -> Iterator[tuple[st
     whole_NE, scale_N, *found = quantised(document_NE, mean_E)
     moved_NE = document_NE - mean_E
     lost_NE = moved_NE - scale_N[:, None] * whole_NE
-    yield "quantise", torch.stack(found), torch.stack([x.norm(dim=1) for x in (document_NE, moved_NE, lost_NE)])
+    yield "quantise", torch.stack(found), torch.stack([x.norm(dim=1) for x in (moved_NE, lost_NE)])
     yield "quantise", (lost_NE.abs().amax(1) > 0.51 * moved_NE.abs().amax(1) / 127).sum(), scale_N.new_zeros(())
     exact_QN = query_QE.double() @ document_NE.double().t()
     pair = torch.tensor([[3, 0, 3], [1, 2, 4]], device="cpu")
     yield "dots", dots(query_QE.double(), document_NE, *pair), exact_QN[tuple(pair)]
-    values_QK, rows_QK = (x[:, :7] for x in exact_QN.float().sort(dim=1, descending=True, stable=True))
-    for scale in (1.0, 2.0**-10):
-        product_QN = exact_QN.float() if scale == 1 else (exact_QN / scale).round().int()
-        bounds = query_QE.new_tensor([1, 0, scale, 0])[:, None].repeat(1, 5).unbind()
-        columns = query_QE.new_tensor([scale, 0, 1])[:, None].repeat(1, len(document_NE)).unbind()
-        best = torch.full_like(values_QK, -torch.inf).contiguous(), torch.full_like(rows_QK, 2**32 - 1).contiguous()
-        rank(product_QN, columns, bounds, query_QE.double(), document_NE, 5, *best)
-        yield "rank", best[0].sort(descending=True).values, values_QK
-        yield "rank", best[1].sort().values, rows_QK.sort().values + 5
+    bounds = query_QE.new_tensor([2.0**-10, 0, 0, 1.5])[:, None].repeat(1, 5).unbind()
+    columns = query_QE.new_ones(3, len(document_NE)).unbind()
+    product_QN = (exact_QN * 2**10).round().int()
+    yield "reach", reaches(product_QN, columns, bounds), product_QN >= 1.5 * 2**10
 
 
 def _plain_attention(qkv: list[Tensor], lengths: list[int], scale: float, window: tuple[int, int]) -> Tensor:
@@ -323,7 +302,7 @@ def _library() -> ctypes.CDLL:
     check_private(path)
     library = ctypes.CDLL(str(path))
     library.attention_scratch.argtypes, library.attention_scratch.restype = [_Long], _Long
-    for name in ("attention", "norm", "rotary", "quantise", "dots", "rank"):
+    for name in ("attention", "norm", "rotary", "quantise", "reach", "dots"):
         getattr(library, name).argtypes = [_Pointer, _Pointer, _Long]
     return library
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 import torch
 
 from embedwright.cpu import kernels, onednn
-from embedwright.vectors import search as topk
+from embedwright.vectors import int8, search
+from embedwright.vectors.int8 import Int8Nominator
 from embedwright.vectors.search import pair_scores, top_k
 from embedwright.vectors.store import Vectors, as_vectors
 
@@ -40,15 +42,12 @@ def whole(queries: int, documents: int, width: int = 4) -> tuple[np.ndarray, np.
     return tuple(random.integers(-2, 3, (n, width)).astype(np.float32) for n in (queries, documents))
 
 
-@pytest.fixture(params=["int8", "float32", "float32, faiss", "float32, torch"])
+@pytest.fixture(params=["int8", "float32", "float32, no kernels"])
 def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What tiles are multiplied in, and ranked by."""
+    """What nominates: products of int8 or float32."""
     dtype, _, without = request.param.partition(", ")
     if without:
         monkeypatch.setattr(kernels, "available", lambda: False)
-        if without == "torch":  # for all queries, not for those alone that faiss is not sure of
-            found = topk._by_faiss
-            monkeypatch.setattr(topk, "_by_faiss", lambda *given: (*found(*given)[:2], np.zeros(len(given[0]), bool)))
     elif not kernels.available():
         pytest.skip(f"kernels {kernels.described()}")
     if dtype == "float32":
@@ -60,58 +59,44 @@ def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
-def small_tiles(product: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles so small that a few hundred vectors cross many of them. What is scored in vain is never too much."""
-    sizes = {"_QUERIES": 8, "_DOCUMENTS": 80, "_ROWS": 16, "_VAIN": 1, "_FAISS_DOCUMENTS": 90, "_SPARE": 3}
-    for name, size in sizes.items():
-        monkeypatch.setattr(topk, name, size)
+def small_blocks(product: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks so small that a few hundred vectors cross many of them. No nomination is too much."""
+    for name, size in {"_QUERIES": 8, "_DOCUMENTS": 80, "_ROWS": 16, "_WASTED": 1}.items():
+        monkeypatch.setattr(search, name, size)
 
 
 @pytest.mark.parametrize("make", [real, whole])
 @pytest.mark.parametrize("k", [1, 7, 100])
 @pytest.mark.parametrize("documents", [1, 79, 80, 81, 1003])
-def test_equals_brute_force_over_small_tiles(small_tiles: None, make: Any, k: int, documents: int) -> None:
+def test_equals_brute_force_over_small_blocks(small_blocks: None, make: Any, k: int, documents: int) -> None:
     queries, corpus = make(19, documents)
     assert_same(top_k(queries, corpus, k), brute_force(queries, corpus, k))
 
 
-@pytest.mark.parametrize(("make", "some"), [(real, range(19, 20)), (whole, range(1, 19))])
-def test_faiss_is_believed_where_nothing_that_it_leaves_out_may_be_as_good(make: Any, some: range) -> None:
-    queries, corpus = make(19, 1003)
-    scores, rows, sure_Q = topk._by_faiss(queries, as_vectors(corpus), 20)
-    assert sure_Q.sum() in some
-    assert_same((scores[sure_Q], rows[sure_Q]), brute_force(queries[sure_Q], corpus, 20))
-    many = np.repeat(corpus[:1], 500, axis=0)  # whichever it takes of equal ones
-    assert not topk._by_faiss(queries, as_vectors(many), 20)[2].any()
-
-
 @pytest.mark.parametrize("queries", [1, 513])
 def test_equals_brute_force_over_tiles_of_the_real_size(product: str, queries: int) -> None:
-    query_vectors, corpus = real(queries, 3 * topk._DOCUMENTS + 5, seed=2)
+    query_vectors, corpus = real(queries, 3 * search._DOCUMENTS + 5, seed=2)
     corpus /= np.linalg.norm(corpus, axis=1, keepdims=True)
     assert_same(top_k(query_vectors, corpus, 100), brute_force(query_vectors, corpus, 100))
 
 
 @pytest.mark.parametrize("precision", ["medium", "high"])
-def test_products_are_never_those_that_torch_may_round(
-    product: str, precision: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Processors with AMX round them; others keep float32, whatever is set."""
-    queries, corpus = whole(19, 300)  # faiss is not sure of equal scores
-    seen: list[str] = []
-    multiplied = topk._product
-    backend: Any = torch.backends.mkldnn
-    monkeypatch.setattr(
-        topk, "_product", lambda q, d: (seen.append(backend.matmul.fp32_precision), multiplied(q, d))[1]
-    )
+def test_torchs_own_rounding_of_products_is_no_matter(small_blocks: None, precision: str) -> None:
+    """Processors with AMX round them where the host allows it; what the host has set is left alone."""
+    queries, corpus = whole(19, 300)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
         assert_same(top_k(queries, corpus, 20), brute_force(queries, corpus, 20))
-        assert torch.get_float32_matmul_precision() == precision  # as it was set
+        assert torch.get_float32_matmul_precision() == precision
     finally:
         torch.set_float32_matmul_precision(before)
-    assert set(seen) == {"ieee"}
+
+
+def test_the_search_multiplies_by_none_of_torchs_float32_products() -> None:
+    """They may be bfloat16, whatever the library wants, and to set that would change the host."""
+    source = Path(search.__file__).read_text() + Path(int8.__file__).read_text()
+    assert not re.search(r"fp32_precision|F\.linear|onednn\.linear|torch\.(mm|matmul)", source)
 
 
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, "meta"])
@@ -131,13 +116,13 @@ def test_torchs_defaults_are_no_matter(product: str, default: Any) -> None:
 
 
 @pytest.mark.parametrize("order", ["rising", "falling"])
-def test_the_order_of_the_corpus_does_not_matter(small_tiles: None, order: str) -> None:
+def test_the_order_of_the_corpus_does_not_matter(small_blocks: None, order: str) -> None:
     queries, corpus = np.abs(real(5, 600)[0]), np.abs(real(5, 600)[1])
     corpus *= np.linspace(0.1, 9, 600, dtype=np.float32)[:: 1 if order == "rising" else -1, None]
     assert_same(top_k(queries, corpus, 20), brute_force(queries, corpus, 20))
 
 
-def test_copies_come_in_the_order_of_the_corpus(small_tiles: None) -> None:
+def test_copies_come_in_the_order_of_the_corpus(small_blocks: None) -> None:
     queries, corpus = real(5, 2000)
     corpus[200:] = corpus[200:201]
     queries[0] = corpus[200]  # its best are all copies
@@ -146,7 +131,7 @@ def test_copies_come_in_the_order_of_the_corpus(small_tiles: None) -> None:
     assert got[1][0].tolist() == list(range(200, 210))
 
 
-def test_what_rounding_to_float32_confuses_is_told_apart(small_tiles: None) -> None:
+def test_what_rounding_to_float32_confuses_is_told_apart(small_blocks: None) -> None:
     """Large parts that cancel: the float32 sum is off by more than the scores differ."""
     random = np.random.default_rng(3)
     queries, corpus = np.ones((4, 9), np.float32), np.zeros((900, 9), np.float32)
@@ -159,7 +144,7 @@ def test_what_rounding_to_float32_confuses_is_told_apart(small_tiles: None) -> N
 
 
 @pytest.mark.parametrize("width", [3, 16, 17, 200])
-def test_what_rounding_to_int8_confuses_is_told_apart(small_tiles: None, width: int) -> None:
+def test_what_rounding_to_int8_confuses_is_told_apart(small_blocks: None, width: int) -> None:
     """Large parts that cancel and are rounded by far more than the scores differ by; queries are rounded too."""
     random = np.random.default_rng(3)
     queries, corpus = random.standard_normal((4, width)).astype(np.float32), np.zeros((900, width), np.float32)
@@ -172,7 +157,7 @@ def test_what_rounding_to_int8_confuses_is_told_apart(small_tiles: None, width: 
 
 
 @pytest.mark.parametrize("rounded", ["queries", "documents"])
-def test_what_rounding_loses_may_point_one_way(small_tiles: None, rounded: str) -> None:
+def test_what_rounding_loses_may_point_one_way(small_blocks: None, rounded: str) -> None:
     """127 and many of 0.49, which become zeros: no product sees what they add up to, the most that the bound allows."""
     coarse, flat = np.full(100, 0.49, np.float32), np.ones(100, np.float32)
     coarse[0], flat[0] = 127, 0
@@ -188,42 +173,42 @@ def test_what_rounding_loses_may_point_one_way(small_tiles: None, rounded: str) 
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_rows_with_one_huge_number(small_tiles: None, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_with_one_huge_number(small_blocks: None, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is left of all the others is nothing: some rows or all, queries too, in one place or anywhere."""
     random = np.random.default_rng(seed)
     queries, corpus = real(9, 700, 40, seed)
     some = np.flatnonzero(random.random(700) < (0.02, 0.5, 1)[seed % 3])
     corpus[some, random.integers(0, 40, len(some)) if seed < 3 else 7] *= 1e4
     queries[::2, 7] *= 1e4
-    for vain in (1, 0.2):
-        monkeypatch.setattr(topk, "_VAIN", vain)
+    for wasted in (1, 0.2):
+        monkeypatch.setattr(search, "_WASTED", wasted)
         assert_same(top_k(queries, corpus, 20), brute_force(queries, corpus, 20))
 
 
-def test_where_int8_tells_too_little_apart_most_is_multiplied_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not (kernels.available() and onednn.whole_available()):
+def test_where_int8_tells_too_little_apart_float32_nominates(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not int8.available(64):
         pytest.skip("no products of int8 here")
-    monkeypatch.setattr(topk, "_DOCUMENTS", 200)
-    types: list[Any] = []
-    multiply = topk._product
+    monkeypatch.setattr(search, "_DOCUMENTS", 200)
+    nominated: list[str] = []
+    for kind in (Int8Nominator, search._Float32Nominator):
 
-    def noted(*sides: Any) -> Any:
-        types.append(sides[0].dtype)
-        return multiply(*sides)
+        def noted(self: Any, *given: Any, real: Any = kind.nominate) -> Any:
+            nominated.append(type(self).__name__)
+            return real(self, *given)
 
-    monkeypatch.setattr(topk, "_product", noted)
+        monkeypatch.setattr(kind, "nominate", noted)
     queries, corpus = real(50, 2000, 64)
     assert_same(top_k(queries, corpus, 10), brute_force(queries, corpus, 10))
-    assert set(types) == {torch.int8}
-    types.clear()
+    assert nominated == ["Int8Nominator"] * 10
+    nominated.clear()
     corpus[:, 0] = 1e3 * np.random.default_rng(0).standard_normal(2000)
     queries[:, 0] = 0
     assert_same(top_k(queries, corpus, 10), brute_force(queries, corpus, 10))
-    assert [i for i, dtype in enumerate(types) if dtype == torch.int8] == [0, 2, 6]  # of ten tiles
+    assert nominated == ["Int8Nominator"] + ["_Float32Nominator"] * 9
 
 
-@pytest.mark.parametrize("seed", range(25))
-def test_any_shape_with_ties(small_tiles: None, seed: int) -> None:
+@pytest.mark.parametrize("seed", range(12))
+def test_any_shape_with_ties(small_blocks: None, seed: int) -> None:
     random = np.random.default_rng(seed)
     queries, documents, width, k = (int(random.integers(1, n)) for n in (20, 700, 70, 60))
     query_vectors, corpus = (whole if seed % 2 else real)(queries, documents, width)
@@ -233,24 +218,22 @@ def test_any_shape_with_ties(small_tiles: None, seed: int) -> None:
     assert_same(top_k(query_vectors, corpus, k), brute_force(query_vectors, corpus, k))
 
 
-def off_by_its_bound(tile_QE: Any, tile_NE: Any) -> Any:
+def off_by_its_bound(query_QE: Any, document_NE: Any) -> Any:
     """As bad a product of float32 as is allowed: E units in the last place of |q| |c| up or down."""
-    q, c = tile_QE.double(), tile_NE.double()
-    if tile_QE.dtype == torch.int8:
-        return (q @ c.t()).int()
+    q, c = query_QE.double(), document_NE.double()
     bound = q.shape[1] * 2.0**-24 * np.outer(q.norm(dim=1), c.norm(dim=1))
     signs = np.random.default_rng(len(c) + int(c[0].abs().sum())).choice([-1, 1], bound.shape)
-    return (q @ c.t() + bound * signs).to(tile_QE.dtype)
+    return (q @ c.t() + bound * signs).float()
 
 
-def test_a_product_that_is_off_by_its_bound_is_put_right(small_tiles: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_product_that_is_off_by_its_bound_is_put_right(small_blocks: None, monkeypatch: pytest.MonkeyPatch) -> None:
     queries, corpus = real(11, 700)
     corpus[::2] = corpus[1::2] + 1e-7 * real(1, 350, seed=4)[1]  # twins, and the cut goes between two
-    monkeypatch.setattr(topk, "_product", off_by_its_bound)
+    monkeypatch.setattr(search, "_product", off_by_its_bound)
     assert_same(top_k(queries, corpus, 31), brute_force(queries, corpus, 31))
 
 
-def test_later_documents_may_be_longer_than_all_before(small_tiles: None) -> None:
+def test_later_documents_may_be_longer_than_all_before(small_blocks: None) -> None:
     random = np.random.default_rng(7)
     queries, corpus = np.ones((3, 6), np.float32), random.integers(-1000, 1000, (900, 6)).astype(np.float32)
     corpus *= 2.0 ** (np.arange(900) // 100)[:, None]
@@ -259,28 +242,13 @@ def test_later_documents_may_be_longer_than_all_before(small_tiles: None) -> Non
 
 
 @pytest.mark.parametrize("scale", [1e-22, 1e-12, 1e12])
-def test_vectors_of_any_length_are_searched(small_tiles: None, scale: float) -> None:
+def test_vectors_of_any_length_are_searched(small_blocks: None, scale: float) -> None:
     queries, corpus = real(9, 400)
     scaled = (corpus * scale).astype(np.float32)
     assert_same(top_k(queries, scaled, 12), brute_force(queries, scaled, 12))
 
 
-def test_few_are_scored_in_vain_where_all_texts_point_one_way(
-    product: str, small_tiles: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Embeddings often do: without the mean taken away, int8 could tell none of these apart."""
-    if product != "int8":
-        pytest.skip("float32 is near enough")
-    vain: list[int] = []
-    add = topk._Best.add
-    monkeypatch.setattr(topk._Best, "add", lambda *given: vain.append(add(*given)) or vain[-1])
-    queries, corpus = real(8, 4000)
-    corpus += 100
-    assert_same(top_k(queries, corpus, 10), brute_force(queries, corpus, 10))
-    assert sum(vain) < 0.02 * 8 * 4000
-
-
-def test_pairs_are_scored_as_the_search_does(small_tiles: None) -> None:
+def test_pairs_are_scored_as_the_search_does(small_blocks: None) -> None:
     queries, corpus = real(19, 300)
     random = np.random.default_rng(6)
     query_F, row_F = random.integers(0, 19, 700), random.integers(0, 300, 700)
@@ -291,15 +259,8 @@ def test_pairs_are_scored_as_the_search_does(small_tiles: None) -> None:
     assert pair_scores(queries, as_vectors(corpus), query_F[:0], row_F[:0]).shape == (0,)
 
 
-def test_a_machine_without_onednn_gives_the_same(small_tiles: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    queries, corpus = real(19, 1003)
-    monkeypatch.setattr(onednn, "available", lambda: False)
-    monkeypatch.delattr(onednn, "linear")
-    assert_same(top_k(queries, corpus, 30), brute_force(queries, corpus, 30))
-
-
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64])
-def test_a_memory_map_is_read_tile_by_tile(small_tiles: None, tmp_path: Path, dtype: Any) -> None:
+def test_a_memory_map_is_read_tile_by_tile(small_blocks: None, tmp_path: Path, dtype: Any) -> None:
     queries, corpus = real(19, 500)
     path = tmp_path / "corpus.npy"
     np.save(path, corpus.astype(dtype))
@@ -309,7 +270,7 @@ def test_a_memory_map_is_read_tile_by_tile(small_tiles: None, tmp_path: Path, dt
     assert_same(got, brute_force(queries, corpus.astype(dtype).astype(np.float32), 30))
 
 
-def test_vectors_in_blocks_are_one_corpus(small_tiles: None, tmp_path: Path) -> None:
+def test_vectors_in_blocks_are_one_corpus(small_blocks: None, tmp_path: Path) -> None:
     queries, corpus = real(19, 500)
     parts = np.split(corpus, [7, 30, 31, 300])
     np.save(tmp_path / "part.npy", parts[3])
@@ -317,9 +278,15 @@ def test_vectors_in_blocks_are_one_corpus(small_tiles: None, tmp_path: Path) -> 
     assert_same(top_k(queries, blocks, 30), brute_force(queries, corpus, 30))
 
 
-def test_a_view_of_a_corpus(small_tiles: None) -> None:
+def test_a_view_of_a_corpus(small_blocks: None) -> None:
     queries, corpus = real(19, 1003)
     assert_same(top_k(queries[::2], corpus[::-1, :48], 30), brute_force(queries[::2], corpus[::-1], 30))
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_vectors_of_one_number(small_blocks: None, width: int) -> None:
+    queries, corpus = real(9, 400, width)
+    assert_same(top_k(queries, corpus, 12), brute_force(queries, corpus, 12))
 
 
 def test_edges() -> None:
@@ -329,7 +296,7 @@ def test_edges() -> None:
     assert top_k(one[:0], one, 5)[0].shape == (0, 1) and top_k(one, one[:0], 5)[1].shape == (1, 0)
 
 
-def test_vectors_of_length_zero(small_tiles: None) -> None:
+def test_vectors_of_length_zero(small_blocks: None) -> None:
     """Nothing is rounded, so that there is no slack: what equals the floor must stay."""
     queries, corpus = real(19, 400)
     queries[3] = 0
@@ -338,7 +305,7 @@ def test_vectors_of_length_zero(small_tiles: None) -> None:
         assert_same(top_k(queries, 0 * corpus, k), brute_force(queries, 0 * corpus, k))
 
 
-def test_what_cannot_be_searched(small_tiles: None) -> None:
+def test_what_cannot_be_searched(small_blocks: None) -> None:
     queries, corpus = real(19, 200)
     with pytest.raises(ValueError, match="k must be"):
         top_k(queries, corpus, 0)

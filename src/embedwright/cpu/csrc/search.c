@@ -1,4 +1,4 @@
-/* Search: vectors in whole numbers, inner products in float64, and the best of what a coarse product lets through. */
+/* Search: vectors in whole numbers, which of their products may reach a score, and inner products in float64. */
 
 #include "vectors.h"
 
@@ -24,7 +24,7 @@ INLINE vb narrow(vi x) { /* the lowest bits of each */
 typedef struct {
     const float *vectors, *mean; /* rows of `width`; what is taken from every row */
     int8_t *out;                 /* times `scale` about a row less the mean */
-    float *scale, *square, *moved, *lost; /* of a row; squared lengths: its own, less the mean, what rounding lost */
+    float *scale, *moved, *lost; /* of a row; squared lengths: less the mean, and of what rounding lost */
     long rows, width, next;
 } Quantise;
 
@@ -39,11 +39,10 @@ static void quantise_row(const Quantise *z, long row) {
     const long width = z->width;
     int8_t *out = z->out + row * width;
     const vf nearest = (vf){0} + 0x1.8p23f; /* added and taken away, it leaves the nearest whole number */
-    vf largest = {0}, own = {0}, moved = {0}, lost = {0};
+    vf largest = {0}, moved = {0}, lost = {0};
     for (long c = 0; c < width; c += LANES) {
-        vf a = part(x, c, width - c), y = a - part(mean, c, width - c), size = (vf)((vi)y & 0x7fffffff);
+        vf y = part(x, c, width - c) - part(mean, c, width - c), size = (vf)((vi)y & 0x7fffffff);
         largest = choose(size > largest, size, largest);
-        own += a * a;
         moved += y * y;
     }
     float most = 0;
@@ -60,7 +59,6 @@ static void quantise_row(const Quantise *z, long row) {
             memcpy(out + c, &whole, (size_t)left);
     }
     z->scale[row] = scale;
-    z->square[row] = total(own);
     z->moved[row] = total(moved);
     z->lost[row] = total(lost);
 }
@@ -72,6 +70,36 @@ static void quantise_work(void *job) {
 }
 
 void quantise(Quantise *z, Run run, long threads) { parallel(run, threads, quantise_work, z); }
+
+/* ---- what may reach a score */
+
+typedef struct {
+    const int32_t *products;                  /* queries x columns */
+    const float *scale, *length, *lost;       /* of a column */
+    const float *factor, *off, *size, *limit; /* of a query */
+    int8_t *reaches; /* queries x columns, 0 where product x factor x scale + off x length + size x lost < limit, else 1 */
+    long count, columns, next;
+} Reach;
+
+static void reach_work(void *job) {
+    Reach *r = job;
+    for (long q; (q = take(&r->next, 1)) < r->count;) {
+        const float factor = r->factor[q], off = r->off[q], size = r->size[q], limit = r->limit[q];
+        for (long c = 0; c < r->columns; c += LANES) {
+            const long left = r->columns - c, at = q * r->columns + c;
+            vf product = __builtin_convertvector((vi)part(r->products, at, left), vf);
+            vf most = product * factor * part(r->scale, c, left) + off * part(r->length, c, left) +
+                      size * part(r->lost, c, left);
+            vb hit = narrow(~(vi)(most < limit) & 1); /* what is not a number is one, too */
+            if (left >= LANES)
+                memcpy(r->reaches + at, &hit, LANES);
+            else
+                memcpy(r->reaches + at, &hit, (size_t)left);
+        }
+    }
+}
+
+void reach(Reach *r, Run run, long threads) { parallel(run, threads, reach_work, r); }
 
 /* ---- inner products */
 
@@ -117,100 +145,3 @@ static void dots_work(void *job) {
 }
 
 void dots(Dots *p, Run run, long threads) { parallel(run, threads, dots_work, p); }
-
-/* ---- the best */
-
-typedef struct {
-    const void *products;                 /* queries x columns, int32 where `whole`, else float32 */
-    const float *scale, *length, *lost;   /* of a column */
-    const float *factor, *off, *size, *shift; /* of a query: a score is at most product x factor x scale
-                                                 + off x length + size x lost + shift */
-    const double *queries;
-    const float *documents; /* rows of `width`, of all columns */
-    float *scores;          /* of a query: a heap of its `best`, no row below it worse than the one above it */
-    int64_t *rows;
-    long count, columns, width, best, first, whole, next, vain;
-} Rank;
-
-INLINE int worse(float score, int64_t row, float than, int64_t than_row) {
-    return score < than || (score == than && row > than_row);
-}
-
-static void put(float *scores, int64_t *rows, long best, float score, int64_t row) { /* in the place of the worst */
-    long at = 0;
-    for (long child; (child = 2 * at + 1) < best; at = child) {
-        if (child + 1 < best && worse(scores[child + 1], rows[child + 1], scores[child], rows[child])) child++;
-        if (!worse(scores[child], rows[child], score, row)) break;
-        scores[at] = scores[child];
-        rows[at] = rows[child];
-    }
-    scores[at] = score;
-    rows[at] = row;
-}
-
-#define PIECE 2048 /* columns that are passed before those that may be of the best are scored */
-
-static float likely(const float *most, long found, long best) { /* what about `best` of them reach */
-    float low = most[0], high = most[0];
-    for (long i = 1; i < found; i++) {
-        low = most[i] < low ? most[i] : low;
-        high = most[i] > high ? most[i] : high;
-    }
-    for (int halved = 0; halved < 8; halved++) {
-        const float middle = low + (high - low) / 2;
-        int32_t reached = 0;
-        for (long i = 0; i < found; i++) reached += most[i] >= middle;
-        if (reached < best)
-            high = middle;
-        else
-            low = middle;
-    }
-    return low;
-}
-
-INLINE long rank_row(const Rank *r, long q, int whole) {
-    const double *query = r->queries + q * r->width;
-    const float factor = r->factor[q], off = r->off[q], size = r->size[q], shift = r->shift[q];
-    float *scores = r->scores + q * r->best, most_of[PIECE];
-    int64_t *rows = r->rows + q * r->best;
-    long noted[PIECE], vain = 0;
-    for (long begin = 0; begin < r->columns; begin += PIECE) {
-        const long end = begin + PIECE < r->columns ? begin + PIECE : r->columns;
-        const float limit = scores[0] - shift;
-        long found = 0;
-        for (long c = begin; c < end; c += LANES) {
-            long left = end - c;
-            vf product = part(r->products, q * r->columns + c, left);
-            if (whole) product = __builtin_convertvector((vi)product, vf);
-            vf most = product * factor * part(r->scale, c, left) + off * part(r->length, c, left) +
-                      size * part(r->lost, c, left);
-            uint32_t hits = ~lanes_of((vi)(most < limit)); /* what is not a number is one, too */
-            for (hits &= left < LANES ? (1u << left) - 1 : (1u << LANES) - 1; hits; hits &= hits - 1, found++) {
-                noted[found] = c + __builtin_ctz(hits);
-                most_of[found] = most[__builtin_ctz(hits)];
-            }
-        }
-        for (int all = found <= 2 * r->best; all < 2; all++) { /* most of the others are worse than the likely ones */
-            const float from = all ? limit : likely(most_of, found, r->best);
-            for (long i = 0; i < found; i++) {
-                if (noted[i] < 0 || most_of[i] < from || most_of[i] < scores[0] - shift) continue;
-                float score = inner(query, r->documents + noted[i] * r->width, r->width);
-                if (worse(scores[0], rows[0], score, r->first + noted[i]))
-                    put(scores, rows, r->best, score, r->first + noted[i]);
-                else
-                    vain++;
-                noted[i] = -1;
-            }
-        }
-    }
-    return vain;
-}
-
-static void rank_work(void *job) {
-    Rank *r = job;
-    long vain = 0;
-    for (long q; (q = take(&r->next, 1)) < r->count;) vain += r->whole ? rank_row(r, q, 1) : rank_row(r, q, 0);
-    __atomic_fetch_add(&r->vain, vain, __ATOMIC_RELAXED);
-}
-
-void rank(Rank *r, Run run, long threads) { parallel(run, threads, rank_work, r); }
