@@ -12,11 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,19 +53,14 @@ def checked_out(commit: str | None, folder: Path) -> Iterator[Path]:
         subprocess.run([*git, "remove", "--force", str(folder)], check=True)
 
 
-def run_parts(parts: list[str], source: Path, work: Path, fixtures: Path | None) -> dict[str, str]:
-    """Runs each part in its folder below `work`, with the code of `source`. Returns the last error line of those that
-    failed, by part."""
+def run_part(part: str, source: Path, work: Path, fixtures: Path | None) -> str | None:
+    """Runs a part in its folder below `work`, with the code of `source`. Returns the error's last line if it failed."""
     environment = os.environ | FIXED | {"PYTHONPATH": str(source), "EMBEDWRIGHT_CACHE": str(work / "cache")}
+    (work / part).mkdir()
+    words = [sys.executable, str(PROGRAM), part]
     environment |= {"FIXTURES": str(fixtures)}
-    failed = {}
-    for part in parts:
-        (work / part).mkdir(parents=True)
-        words = [sys.executable, str(PROGRAM), part]
-        done = subprocess.run(words, cwd=work / part, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            failed[part] = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    return failed
+    done = subprocess.run(words, cwd=work / part, env=environment, capture_output=True, text=True)
+    return (done.stderr.strip().splitlines() or ["no message"])[-1] if done.returncode else None
 
 
 # ---- comparing
@@ -162,24 +158,27 @@ def main() -> int:
             f"fixtures: skipped, {fixtures or '--fixtures'} is {'no folder' if fixtures else 'not given'}", flush=True
         )
     different = 0
-    with tempfile.TemporaryDirectory(prefix="compare-") as made:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the worktrees are removed then, too
+    with tempfile.TemporaryDirectory(prefix="compare-") as made, ExitStack() as worktrees:
         folder = Path(made)
         run = folder / "run"
         (run / "inputs").mkdir(parents=True)
         subprocess.run([sys.executable, str(PROGRAM), "inputs"], cwd=run / "inputs", env=os.environ | FIXED, check=True)
-        failed = {}
+        sources = {}
         for side, commit in (("OLD", options.old), ("NEW", options.new)):
-            with checked_out(commit, folder / f"{side}-code") as source:
-                failed[side] = run_parts(parts, source, run / "work", fixtures)
-            (run / "work").rename(folder / side)
+            (folder / side).mkdir()
+            sources[side] = worktrees.enter_context(checked_out(commit, folder / f"{side}-code"))
         for part in parts:
-            for side in ("OLD", "NEW"):
-                if part in failed[side]:
+            for side, source in sources.items():
+                (folder / side).rename(run / "work")  # both sides run in a folder of this name
+                error = run_part(part, source, run / "work", fixtures)
+                (run / "work").rename(folder / side)
+                if error:
                     different += 1
-                    print(f"{part}: FAILED in {side}: {failed[side][part]}")
+                    print(f"{part}: FAILED in {side}: {error}", flush=True)
             for name, how in compare(folder / "OLD" / part / "results", folder / "NEW" / part / "results"):
                 different += how is not None
-                print(f"{part}/{name}: {how or 'equal'}")
+                print(f"{part}/{name}: {how or 'equal'}", flush=True)
     print(f"{different} differences" if different else "all equal")
     return 1 if different else 0
 

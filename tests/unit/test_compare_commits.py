@@ -85,8 +85,8 @@ def test_another_text_key_shape_or_file_is_found(script: Any, folders: tuple[Pat
 def test_a_part_that_fails_is_named_with_its_error(script: Any, tmp_path: Path) -> None:
     (tmp_path / "src" / "embedwright").mkdir(parents=True)
     (tmp_path / "src" / "embedwright" / "__init__.py").write_text("")
-    failed = script.run_parts(["smollm2"], tmp_path / "src", tmp_path / "work", None)
-    assert list(failed) == ["smollm2"] and "cannot import name 'Embedder'" in failed["smollm2"]
+    (tmp_path / "work").mkdir()
+    assert "cannot import name 'Embedder'" in script.run_part("smollm2", tmp_path / "src", tmp_path / "work", None)
 
 
 @pytest.mark.long
