@@ -47,7 +47,6 @@ def retrieval(
     corpus_CE: Embeddings,
     corpus_ids: Sequence[str],
     qrels: Mapping[str, Mapping[str, int]],
-    *,
     ignore_identical_ids: bool = False,
 ) -> dict[str, float]:
     """nDCG@10, Recall@10, MRR@10 and Recall@100 of exact cosine search, averaged over the queries.
@@ -57,11 +56,15 @@ def retrieval(
     """
     import pytrec_eval
 
+    faiss = threads.load_faiss()
+    count = min(DEPTH, len(corpus_ids))
+    score_QK, place_QK = faiss.knn(_unit(query_QE), _unit(corpus_CE), count, metric=faiss.METRIC_INNER_PRODUCT)
+    run: dict[str, dict[str, float]] = {}
+    for query, score_K, place_K in zip(query_ids, score_QK.tolist(), place_QK.tolist(), strict=True):
+        # best first; ties by descending id, which is how trec_eval ranks a run
+        hits = sorted(zip(score_K, (corpus_ids[place] for place in place_K), strict=True), reverse=True)
+        run[query] = {doc: score for score, doc in hits if not (ignore_identical_ids and doc == query)}
     judged = {query: dict(qrels[query]) for query in query_ids}
-    run = {
-        query: _ranked(hits, without=query if ignore_identical_ids else None)
-        for query, hits in zip(query_ids, _search(query_QE, corpus_CE, corpus_ids), strict=True)
-    }
     scores = pytrec_eval.RelevanceEvaluator(judged, {"ndcg_cut.10", "recall.10,100"}).evaluate(run)
     # trec_eval's reciprocal rank knows no cut, so it gets the first ten hits alone.
     first_ten = {query: dict(islice(hits.items(), 10)) for query, hits in run.items()}
@@ -76,22 +79,6 @@ def retrieval(
         "MRR@10": mean(reciprocal, "recip_rank"),
         "Recall@100": mean(scores, "recall_100"),
     }
-
-
-def _search(query_QE: Embeddings, corpus_CE: Embeddings, corpus_ids: Sequence[str]) -> list[list[tuple[float, str]]]:
-    """The (score, document id) of each query's `DEPTH` nearest documents."""
-    faiss = threads.load_faiss()
-    count = min(DEPTH, len(corpus_ids))
-    score_QK, place_QK = faiss.knn(_unit(query_QE), _unit(corpus_CE), count, metric=faiss.METRIC_INNER_PRODUCT)
-    return [
-        [(float(score), corpus_ids[place]) for score, place in zip(score_K, place_K, strict=True)]
-        for score_K, place_K in zip(score_QK, place_QK, strict=True)
-    ]
-
-
-def _ranked(hits: list[tuple[float, str]], without: str | None) -> dict[str, float]:
-    """Document id -> score, best first; ties by descending id, which is how trec_eval ranks a run."""
-    return {document: score for score, document in sorted(hits, reverse=True) if document != without}
 
 
 def _unit(vectors_NE: Embeddings) -> Embeddings:
@@ -153,8 +140,7 @@ def classification(
     accuracy, f1 = [], []
     for draw in draws:
         classifier = LogisticRegression(max_iter=100, random_state=SEED)
-        with warnings.catch_warnings():  # mteb stops at 100 steps too
-            warnings.simplefilter("ignore", ConvergenceWarning)
+        with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):  # mteb stops at 100 steps too
             classifier.fit(train_NE[draw], [train_labels[row] for row in draw])
         predicted = classifier.predict(test_NE)
         accuracy.append(accuracy_score(test_labels, predicted))

@@ -8,19 +8,18 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from mteb.abstasks.task_metadata import TaskMetadata
+from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta, ScoringFunction
-from mteb.similarity_functions import cos_sim, pairwise_cos_sim
 from mteb.types import PromptType
 from numpy.typing import NDArray
-from torch import Tensor
 
 from embedwright.config import load_yaml
 from embedwright.errors import InputError
@@ -29,7 +28,7 @@ from embedwright.model.embedder import Embedder
 TABLE = Path(__file__).with_name("instructions.yaml")
 
 
-class MtebEncoder:
+class MtebEncoder(AbsEncoder):
     """An `Embedder` as mteb's EncoderProtocol.
 
     `instructions` (task name -> instruction, "" for none) goes before the packaged ones. `max_tokens` cuts texts as
@@ -45,9 +44,22 @@ class MtebEncoder:
         batch_tokens: int | None = None,
         name: str = "embedwright/model",
     ) -> None:
-        self.model, self.name = model, name
-        self.instructions = dict(instructions or {})
+        self.model, self.instructions = model, dict(instructions or {})
         self.max_tokens, self.batch_tokens = max_tokens, batch_tokens
+        # mteb looks up cached results by name and revision: under a fixed one it would give those of another model
+        decides = [model.fingerprint(), self.instructions, max_tokens, TABLE.read_text(encoding="utf-8")]
+        self.mteb_model_meta = ModelMeta.create_empty(
+            {
+                "name": name,
+                "revision": hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16],
+                "n_parameters": sum(p.numel() for p in model.network.parameters()),
+                "max_tokens": max_tokens or model.max_tokens,
+                "embed_dim": model.embedding_dim,
+                "similarity_fn_name": ScoringFunction.COSINE,
+                "use_instructions": True,
+                "framework": ["PyTorch"],
+            }
+        )
 
     def instruction(self, task: TaskMetadata, prompt_type: PromptType | None) -> str | None:
         """What is asked of a text of this task: nothing of a document, and of all other texts the same."""
@@ -68,7 +80,7 @@ class MtebEncoder:
         batch_size: int | None = None,
     ) -> NDArray[Any]:
         """(N, E) of the texts in the batches of `inputs`. `batch_size` is not used: batches are counted in tokens."""
-        return self.model.encode(
+        vectors: NDArray[Any] = self.model.encode(
             [text for batch in inputs for text in batch["text"]],
             task=self.instruction(task_metadata, prompt_type),
             max_tokens=self.max_tokens,
@@ -76,43 +88,7 @@ class MtebEncoder:
             precision=precision,
             progress=show_progress_bar,
         )
-
-    def similarity(self, embeddings1: Any, embeddings2: Any) -> Tensor:
-        """Cosines of all with all."""
-        return torch.as_tensor(cos_sim(embeddings1, embeddings2))
-
-    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Tensor:
-        """Cosines, row by row."""
-        return torch.as_tensor(pairwise_cos_sim(embeddings1, embeddings2))
-
-    @cached_property
-    def mteb_model_meta(self) -> ModelMeta:
-        """Name, sizes, and as revision a hash of all that decides the vectors, weights too.
-
-        mteb looks up cached results by name and revision: under a fixed one it would give those of another model.
-        """
-        return ModelMeta.create_empty(
-            {
-                "name": self.name,
-                "revision": self._fingerprint(),
-                "n_parameters": sum(p.numel() for p in self.model.network.parameters()),
-                "max_tokens": self.max_tokens or self.model.max_tokens,
-                "embed_dim": self.model.embedding_dim,
-                "similarity_fn_name": ScoringFunction.COSINE,
-                "use_instructions": True,
-                "framework": ["PyTorch"],
-            }
-        )
-
-    def _fingerprint(self) -> str:
-        network = self.model.network
-        made = hashlib.sha256(TABLE.read_bytes())
-        for setting in (self.instructions, self.max_tokens, network.contract, network.pooling, network.backbone.config):
-            made.update(repr(setting).encode())
-        for name, parameter in network.named_parameters():
-            made.update(f"{name} {parameter.dtype}".encode())
-            made.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        return made.hexdigest()[:16]
+        return vectors
 
 
 def instruction_of(task: TaskMetadata) -> str:

@@ -1,7 +1,4 @@
-"""Results of `evaluate`, saved, set side by side, and as text.
-
-`table` and `compare` give plain rows, `render` makes a string of them; printing is the CLI's.
-"""
+"""Results of `evaluate`: as JSON, side by side (`table`) and as text (`render`). The command line prints them."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
-from embedwright.errors import InputError
 from embedwright.evaluation.metrics import Kind
 
 Row = dict[str, str | float | None]
@@ -60,25 +56,11 @@ def table(columns: Mapping[str, Results]) -> list[Row]:
     return list(rows.values())
 
 
-def compare(a: Results, b: Results) -> list[Row]:
-    """`table` of the columns `a` and `b` with a `change`, b - a: above zero where `b` is better.
-
-    Raises ValueError where they share no task.
-    """
-    rows = table({"a": a, "b": b})
-    for row in rows:
-        before, after = row["a"], row["b"]
-        row["change"] = after - before if isinstance(before, float) and isinstance(after, float) else None
-    if all(row["change"] is None for row in rows):
-        raise InputError(f"the suites {a.suite!r} and {b.suite!r} share no task: there is nothing to compare")
-    return rows
-
-
 def render(rows: Sequence[Row]) -> str:
-    """`rows` under their keys as aligned plain text: four decimals, a sign on a change, `-` where there is no value."""
+    """`rows` under their keys as aligned plain text: four decimals, `-` where there is no value."""
     if not rows:
         return ""
-    lines = [list(rows[0]), *([_cell(key, value) for key, value in row.items()] for row in rows)]
+    lines = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
 
     def aligned(cells: Sequence[str]) -> str:  # task and metric are words and stand left, numbers stand right
@@ -90,9 +72,5 @@ def render(rows: Sequence[Row]) -> str:
     return "\n".join(map(aligned, lines))
 
 
-def _cell(key: str, value: str | float | None) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, str):
-        return value
-    return f"{value:+.4f}" if key == "change" else f"{value:.4f}"
+def _cell(value: str | float | None) -> str:
+    return "-" if value is None else value if isinstance(value, str) else f"{value:.4f}"

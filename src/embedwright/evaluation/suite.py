@@ -33,12 +33,11 @@ from embedwright.data.files.folders import data_files, is_beir, is_data, is_one_
 from embedwright.data.files.kinds import beir_files, read_beir
 from embedwright.data.files.rows import read_rows
 from embedwright.data.schema import DataError, binary_of, label_of, number_of, text_of
-from embedwright.encoders.protocol import Encoder, as_encoder
+from embedwright.encoders.protocol import Encoder, as_encoder, encode_finite
 from embedwright.errors import InputError, MissingPackageError, NotFoundError
 from embedwright.evaluation import metrics
 from embedwright.evaluation.metrics import MAIN, Embeddings, Kind
-from embedwright.evaluation.results import Result as Result
-from embedwright.evaluation.results import Results as Results
+from embedwright.evaluation.results import Result, Results
 
 PACKAGED = Path(__file__).parent / "suites"
 
@@ -217,14 +216,8 @@ def _retrieval(encoder: Encoder, task: SuiteTask) -> dict[str, float]:
             "for ArguAna, Quora and some others, and so does ignore_identical_ids: true in a suite file",
             *(task.path, own),
         )
-    return metrics.retrieval(
-        query_QE,
-        list(queries),
-        corpus_CE,
-        list(beir.corpus),
-        beir.qrels,
-        ignore_identical_ids=task.ignore_identical_ids,
-    )
+    ids, corpus_ids = list(queries), list(beir.corpus)
+    return metrics.retrieval(query_QE, ids, corpus_CE, corpus_ids, beir.qrels, task.ignore_identical_ids)
 
 
 def _classification(encoder: Encoder, task: SuiteTask) -> dict[str, float]:
@@ -240,13 +233,9 @@ def _classification(encoder: Encoder, task: SuiteTask) -> dict[str, float]:
     drawn = sorted(set().union(*draws))  # no other training row is looked at, so none is encoded
     place = {row: number for number, row in enumerate(drawn)}
     vectors_NE = _encode(encoder, [train_texts[row] for row in drawn] + texts, task.instruction or None)
-    return metrics.classification(
-        vectors_NE[: len(drawn)],
-        [train_labels[row] for row in drawn],
-        vectors_NE[len(drawn) :],
-        labels,
-        [[place[row] for row in draw] for draw in draws],
-    )
+    train_NE, test_NE = np.split(vectors_NE, [len(drawn)])
+    places = [[place[row] for row in draw] for draw in draws]
+    return metrics.classification(train_NE, [train_labels[row] for row in drawn], test_NE, labels, places)
 
 
 # Other keys are not read, and do no harm here. A folder's file is of the first kind whose keys it has.
@@ -286,9 +275,5 @@ def _refuse_one_label(gold: Sequence[Any], file: Path) -> None:
 def _encode(encoder: Encoder, texts: Sequence[str], task: str | None = None) -> Embeddings:
     """Float32 (N, E) of `texts`; each different text goes to the encoder once."""
     place = {text: number for number, text in enumerate(dict.fromkeys(texts))}
-    vectors_NE = np.asarray(encoder.encode(list(place), task=task), dtype=np.float32)
-    if vectors_NE.ndim != 2 or len(vectors_NE) != len(place):
-        raise InputError(f"the model gave an array of shape {vectors_NE.shape} for {len(place)} texts")
-    if not np.isfinite(vectors_NE).all():
-        raise InputError("the model gave embeddings that are not finite")
+    vectors_NE = encode_finite(encoder, list(place), task)
     return vectors_NE if len(place) == len(texts) else vectors_NE[[place[text] for text in texts]]

@@ -37,6 +37,7 @@ class Recorder:
     def __init__(self, model: Embedder) -> None:
         self.model, self.calls = model, []
         self.network, self.max_tokens, self.embedding_dim = model.network, model.max_tokens, model.embedding_dim
+        self.fingerprint = model.fingerprint
 
     def encode(self, texts: Sequence[str], task: str | None = None, **options: Any) -> NDArray[Any]:
         self.calls.append((list(texts), task))

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from embedwright.evaluation.results import Result, Results, compare, render, table
+from embedwright.evaluation.results import Result, Results, render, table
 
 BASE = Results(
     "heldout",
@@ -44,19 +44,12 @@ def test_table_has_a_row_a_task_and_recall_below_retrieval() -> None:
     assert table({}) == []
 
 
-def test_compare_gives_the_change_where_both_have_the_task() -> None:
-    changes = [row["change"] for row in compare(BASE, TUNED)]
-    assert changes == [0.125, pytest.approx(-0.05), None, None]
-    with pytest.raises(ValueError, match="share no task"):
-        compare(BASE, Results("other", (Result("pair", "pair", "cosine_ap", 0.5),), 1.0))
-
-
 def test_render_aligns() -> None:
-    assert render(compare(BASE, TUNED)).splitlines() == [
-        "task    metric                a       b   change",
-        "docs    nDCG@10          0.5000  0.6250  +0.1250",
-        "docs    Recall@10        0.7500  0.7000  -0.0500",
-        "sts     cosine_spearman  0.8125       -        -",
-        "topics  v_measure             -  0.2500        -",
+    assert render(table({"a": BASE, "b": TUNED})).splitlines() == [
+        "task    metric                a       b",
+        "docs    nDCG@10          0.5000  0.6250",
+        "docs    Recall@10        0.7500  0.7000",
+        "sts     cosine_spearman  0.8125       -",
+        "topics  v_measure             -  0.2500",
     ]
     assert render([]) == ""

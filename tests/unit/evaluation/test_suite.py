@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from embedwright.evaluation import suite as suite_module
 from embedwright.evaluation.metrics import few_shot, halves
-from embedwright.evaluation.suite import Results, Suite, evaluate, load_suite
+from embedwright.evaluation.results import Results
+from embedwright.evaluation.suite import Suite, evaluate, load_suite
 
 
 class Words:
@@ -266,7 +267,7 @@ def test_embeddings_that_are_not_finite_or_too_few_are_refused(heldout: Path) ->
 
     with pytest.raises(ValueError, match=r"task 'docs': .*not finite"):
         evaluate(Broken(), heldout)
-    with pytest.raises(ValueError, match=r"shape \(3, 24\) for 4 texts"):
+    with pytest.raises(ValueError, match=r"\(3, 24\) for 4 texts"):
         evaluate(Short(), heldout)
 
 
