@@ -56,6 +56,7 @@ TRAINING = [
     "training.losses",
     "training.engine",
     "training.run",
+    "training.steps",
     "training.cost",
     "training.lengths",
     "training.plan",

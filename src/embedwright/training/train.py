@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from embedwright import threads
@@ -23,16 +21,14 @@ from embedwright.model.adapters import fourbit
 from embedwright.model.embedder import Embedder
 from embedwright.model.interop.card import facts, model_card
 from embedwright.model.verify import probe
-from embedwright.training.batches.batch import make_batch
-from embedwright.training.batches.blend import Source, rows_at
+from embedwright.training.batches.blend import Source
 from embedwright.training.batches.sources import data_fingerprint, open_sources, source_fingerprints
 from embedwright.training.engine import parallel as many
-from embedwright.training.engine.parallel import Processes, Replica
-from embedwright.training.engine.step import Share, accumulate, learning_rate, make_optimizer, share_of, update
+from embedwright.training.engine.parallel import Processes
+from embedwright.training.engine.step import Share, make_optimizer
 from embedwright.training.parts import START, StagePart
 from embedwright.training.recipe import Recipe, leaves
 from embedwright.training.remine import refresh_every, refreshed
-from embedwright.training.run import memory
 from embedwright.training.run.checkpoint import (
     RunState,
     keep_newest,
@@ -56,14 +52,13 @@ from embedwright.training.run.start import (
     whole_model,
 )
 from embedwright.training.run.track import Tracker
-from embedwright.training.run.watch import HeadActivity, MovedWeights, NonFinite, chance, stuck, warn_if_inert
+from embedwright.training.run.watch import MovedWeights, NonFinite, stuck, warn_if_inert
+from embedwright.training.steps import Steps
 
 logger = logging.getLogger(__name__)
 
 OnStep = Callable[[dict[str, Any]], None]
 OnEvaluation = Callable[[str], None]
-
-_LOOK_EVERY = 10  # steps between two looks at what the pooling block does
 
 
 @own_random_numbers()
@@ -98,8 +93,7 @@ def train(recipe: Recipe, *, on_step: OnStep | None = None, on_evaluation: OnEva
         load_trained(model, read_weights(checkpoint))
         if processes.first:  # a run that was killed after its newest checkpoint had no time to
             keep_newest(out / "checkpoints", recipe.run.keep)
-    activity = HeadActivity(model.network.head)
-    replica = processes.wrap(model.network, recipe.run.parallel)
+    steps = Steps(recipe, model, processes)
     names = [stage.name for stage in recipe.stages]
     log: AbstractContextManager[Tracker | None] = nullcontext()
     if processes.first:
@@ -108,7 +102,7 @@ def train(recipe: Recipe, *, on_step: OnStep | None = None, on_evaluation: OnEva
         log = Tracker(out, recipe.run.tracker, names, at, recipe.model_dump(mode="json"))
     with stop_on_signal() as stop_requested, log as tracker:
         scores = Scores(recipe.eval, out, model, processes)
-        run = _Run(recipe, model, replica, tracker, scores, activity, stop_requested, on_step, on_evaluation)
+        run = _Run(steps, tracker, scores, stop_requested, on_step, on_evaluation)
         if checkpoint is None:
             scores.forget()
             run.evaluate(START, 0)
@@ -127,23 +121,19 @@ class _Run:
 
     def __init__(
         self,
-        recipe: Recipe,
-        model: Embedder,
-        replica: Replica,
+        steps: Steps,
         tracker: Tracker | None,
         scores: Scores,
-        activity: HeadActivity,
         stop_requested: StopRequest,
         on_step: OnStep | None,
         say: OnEvaluation | None,
     ) -> None:
-        self.recipe, self.model, self.replica, self.tracker = recipe, model, replica, tracker
-        self.processes = processes = replica.processes
-        self.scores, self.activity, self.stop_requested = scores, activity, stop_requested
-        self.on_step = on_step if processes.first else None
-        self.say = say if processes.first else None
-        self.out = Path(recipe.run.out)
-        self.nonfinite = NonFinite(self.out / "nonfinite.jsonl", processes)
+        self.steps, self.tracker, self.scores, self.stop_requested = steps, tracker, scores, stop_requested
+        self.recipe, self.model, self.processes = steps.recipe, steps.model, steps.processes
+        self.on_step = on_step if self.processes.first else None
+        self.say = say if self.processes.first else None
+        self.out = Path(self.recipe.run.out)
+        self.nonfinite = NonFinite(self.out / "nonfinite.jsonl", self.processes)
 
     def stage(self, stage: StagePart, sources: list[Source], state: RunState, resumed: Path | None) -> None:
         recipe, network, scores = self.recipe, self.model.network, self.scores
@@ -207,37 +197,20 @@ class _Run:
     def drawn(
         self, stage: StagePart, sources: list[Source], number: int, steps: range, teacher: Teacher | None
     ) -> Generator[tuple[int, Share], None, None]:
-        recipe = self.recipe
+        workers = self.recipe.run.workers
 
         def share(step: int) -> Share:
-            optim = stage.optim
-            rows = rows_at(
-                sources,
-                step,
-                batch_queries=optim.batch_queries,
-                batching=stage.batching,
-                seed=recipe.seed,
-                stage=stage.name,
-            )
-            batch = make_batch(
-                rows,
-                self.model.contract,
-                hard_negatives=stage.hard_negatives,
-                in_batch=stage.in_batch_negatives,
-                rng=np.random.default_rng([recipe.seed, number, step]),
-                loss=stage.loss,
-            )
-            return share_of(self.model, batch, self.processes, teacher)
+            return self.steps.share(number, sources, step, teacher)
 
-        if recipe.run.workers == 0:
+        if workers == 0:
             yield from ((step, share(step)) for step in steps)
             return
-        with ThreadPoolExecutor(recipe.run.workers, initializer=threads.free) as pool:
+        with ThreadPoolExecutor(workers, initializer=threads.free) as pool:
             waiting: list[tuple[int, Future[Share]]] = []
             try:
                 for step in steps:
                     waiting.append((step, pool.submit(share, step)))
-                    if len(waiting) > recipe.run.workers:
+                    if len(waiting) > workers:
                         first, future = waiting.pop(0)
                         yield first, future.result()
                 for first, future in waiting:
@@ -248,36 +221,12 @@ class _Run:
     def step(
         self, stage: StagePart, share: Share, number: int, step: int, optimizer: torch.optim.Optimizer
     ) -> dict[str, Any]:
-        recipe, optim, device = self.recipe, stage.optim, self.model.device
-        started = time.perf_counter()
-        memory.forget_peak(device)
-        self.activity.looks = step % _LOOK_EVERY == 0 or step == optim.steps - 1
-        seed = int(np.random.default_rng([recipe.seed, number, step, 1]).integers(2**62))
-        loss, tokens = accumulate(self.replica, share, stage, batch_tokens=recipe.run.batch_tokens, seed=seed)
-        lr = learning_rate(optim, step)
-        norm = math.nan
-        try:
-            if not math.isfinite(loss):
-                optimizer.zero_grad(set_to_none=True)
-                raise FloatingPointError(f"the loss is {loss}")
-            norm = update(self.model.network, optimizer, lr, optim.clip)
+        record, problem = self.steps.take(number, step, share, optimizer)
+        if problem is None:
             self.nonfinite.fine()
-        except FloatingPointError as error:
-            self.nonfinite.note(stage.name, step + 1, str(error), share.batch.ids)
-        peak = memory.peak(device)
-        return {
-            "stage": stage.name,
-            "step": step + 1,
-            "loss": loss if math.isfinite(loss) else None,
-            "chance": chance(share.batch),
-            "lr": lr,
-            "grad_norm": norm if math.isfinite(norm) else None,
-            "tokens": tokens,
-            "seconds": round(time.perf_counter() - started, 4),
-            "peak_mb": None if peak is None else round(peak / 2**20),
-            "ids": share.batch.ids_hash(),
-            **self.activity.take(),
-        }
+        else:
+            self.nonfinite.note(stage.name, step + 1, problem, share.batch.ids)
+        return record
 
     def report(self, stage: StagePart, records: list[dict[str, Any]]) -> None:
         if self.tracker is not None:

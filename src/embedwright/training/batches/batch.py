@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from embedwright.data.answers import document_marks, text_mark
 from embedwright.data.schema import Example, InBatch, Passage
 from embedwright.text import Contract
-from embedwright.training.batches.blend import Row
+from embedwright.training.batches.blend import Row, Source, rows_at
 from embedwright.training.parts import LossPart
+from embedwright.training.recipe import Recipe
 
 Text = tuple[str, str]  # prefix, text
 Bools = NDArray[np.bool_]
@@ -71,6 +72,27 @@ class Batch:
             group_Q=None if self.group_Q is None else self.group_Q[chosen],
             score_Q=None if self.score_Q is None else self.score_Q[chosen],
         )
+
+
+def batch_of_step(recipe: Recipe, number: int, sources: Sequence[Source], contract: Contract, step: int) -> Batch:
+    """The batch of a step (from 0) of stage `number`: the same whenever it is asked for."""
+    stage = recipe.stages[number]
+    rows = rows_at(
+        sources,
+        step,
+        batch_queries=stage.optim.batch_queries,
+        batching=stage.batching,
+        seed=recipe.seed,
+        stage=stage.name,
+    )
+    return make_batch(
+        rows,
+        contract,
+        hard_negatives=stage.hard_negatives,
+        in_batch=stage.in_batch_negatives,
+        rng=np.random.default_rng([recipe.seed, number, step]),
+        loss=stage.loss,
+    )
 
 
 def make_batch(
