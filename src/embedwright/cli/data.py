@@ -98,7 +98,7 @@ def mine(
     ] = None,
 ) -> None:
     """Find hard negatives with one or more teacher models, leaving out what is likely a positive."""
-    from embedwright.data.files.kinds import read_corpus
+    from embedwright.data.files.beir import read_corpus
     from embedwright.data.files.table import open_as_named, write_examples
     from embedwright.encoders.http import HttpEncoder
     from embedwright.encoders.open import open_encoder

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from embedwright.cli.display import counter, say, training
-from embedwright.data.files.kinds import read_corpus
+from embedwright.data.files.beir import read_corpus
 from embedwright.data.files.table import open_examples, write_examples
 from embedwright.demo import docstrings
 from embedwright.encoders.open import RawMean, open_encoder

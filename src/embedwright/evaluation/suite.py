@@ -29,8 +29,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StrictBool, model_validator
 
 from embedwright.config import load_yaml, validate
+from embedwright.data.files.beir import beir_files, read_beir
 from embedwright.data.files.folders import data_files, is_beir, is_data, is_one_set, stem_of
-from embedwright.data.files.kinds import beir_files, read_beir
 from embedwright.data.files.rows import read_rows
 from embedwright.data.schema import DataError, binary_of, label_of, number_of, text_of
 from embedwright.encoders.protocol import Encoder, as_encoder, encode_finite

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from embedwright.config import ConfigError
 from embedwright.data.answers import Answers
-from embedwright.data.files.kinds import beir_files, read_corpus
+from embedwright.data.files.beir import beir_files, read_corpus
 from embedwright.data.files.table import open_examples, write_examples
 from embedwright.encoders.open import open_encoder
 from embedwright.encoders.protocol import Encoder, as_encoder

@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from embedwright.data.files.beir import corpus_rows
 from embedwright.data.files.folders import stem_of
-from embedwright.data.files.kinds import corpus_rows
 from embedwright.data.files.rows import MAX_LINE, plain_name, text_lines
 from embedwright.data.schema import DataError, id_of, text_of
 from embedwright.encoders.protocol import as_encoder, encode_finite

@@ -20,16 +20,9 @@ import bm25s
 import numpy as np
 
 from embedwright.data.clean.repeats import DiskList, DuplicateIndex
+from embedwright.data.files.beir import beir_files, beir_splits, read_corpus, read_judgements
 from embedwright.data.files.folders import data_files, is_beir, is_data
-from embedwright.data.files.kinds import (
-    Kind,
-    beir_files,
-    beir_splits,
-    detect_kind,
-    parse_fields,
-    read_corpus,
-    read_judgements,
-)
+from embedwright.data.files.kinds import KINDS, Kind, Row, detect_kind, parse_fields
 from embedwright.data.files.rows import read_rows
 from embedwright.data.keys import near_key
 from embedwright.data.schema import DataError, parse_example, text_of
@@ -43,12 +36,6 @@ SHOWN = 200  # characters of a text in a report
 BM25 = 0.9  # default fraction of the self-score
 _ROUNDING = 1e-7  # of a fraction: the same weights are added up in different orders
 LONGER = 1.5  # a text of more words than so many times the evaluation text's may hold all of its words by mere chance
-_SIDES: dict[Kind, tuple[str, ...]] = {
-    "pairs": ("query", "positive"),
-    "labelled": ("text",),
-    "scored": ("text1", "text2"),
-    "pair-labelled": ("text1", "text2"),
-}
 
 
 # ---------------------------------------------------------------------------------------------------- evaluation data
@@ -100,19 +87,21 @@ def _data_sets(path: Path) -> Iterator[Path]:
 def _of_file(path: Path) -> Iterator[EvalText]:
     kind = detect_kind(path)
     for number, _, row in read_rows(path):
-        line = f"{path.name}:{number}"
         try:
             if isinstance(row, DataError):
                 raise row
-            if kind == "example":
-                example = parse_example(row, default_task="", default_id=line)
-                name, texts = example.id, [example.query, *(passage.text for passage in example.positives)]
-            else:
-                fields = parse_fields(row, kind, default_id=line)
-                name, texts = fields["id"], [fields[key] for key in _SIDES[kind]]
+            name, texts = _tested(row, kind, f"{path.name}:{number}")
         except DataError as error:
             raise DataError(f"{path}:{number}: {error}") from None
         yield from (EvalText(str(path), name, text) for text in texts)
+
+
+def _tested(row: Row, kind: Kind, default_id: str) -> tuple[str, list[str]]:
+    """The id of a row of evaluation data, and its texts; of an example the query and the positives."""
+    if kind == "example":
+        example = parse_example(row, default_task="", default_id=default_id)
+        return example.id, [example.query, *(passage.text for passage in example.positives)]
+    return parse_fields(kind, row, default_id)["id"], [row[key] for key in KINDS[kind].texts]
 
 
 def _of_beir(folder: Path, corpus: bool) -> Iterator[EvalText]:

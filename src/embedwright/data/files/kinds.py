@@ -1,25 +1,28 @@
-"""Rows by their kind, bad lines, and BEIR folders.
+"""The kinds of rows, one class each: their columns, the checks of these, and how rows become examples.
 
-A training file goes on behind a bad line, which `Quarantine` reports, counts and keeps. A corpus or qrels file does
-not: a document that is silently missing changes every score computed on it.
+Data files have the columns of `KINDS`, which tell the kind of a file. A public set (`sources.catalog`) names its own.
 """
 
 from __future__ import annotations
 
-import logging
-import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, Literal, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple
 
-from embedwright.data.files.folders import data_files, is_beir
-from embedwright.data.files.rows import read_rows, text_lines
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from embedwright.data.files.conversion import Conversion, each_once
+from embedwright.data.files.folders import data_files
+from embedwright.data.files.rows import read_rows
+from embedwright.data.keys import exact_key
+from embedwright.data.labels import label_triples
 from embedwright.data.schema import (
     EXAMPLE_KEYS,
     DataError,
+    Example,
+    Passage,
     binary_of,
     check_keys,
     id_of,
@@ -27,109 +30,222 @@ from embedwright.data.schema import (
     number_of,
     text_of,
 )
-from embedwright.errors import NotFoundError
-from embedwright.files import whole_file
-
-log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 Kind = Literal["example", "pairs", "labelled", "scored", "pair-labelled"]
+Row = Mapping[str, Any]
+Fields = dict[str, Any]  # the checked values of a row
 
-LOGGED = 5  # bad lines that are logged one by one
+# One column, or several that are joined by a space; `texts.0` is the first item of the list in `texts`.
+Columns = Annotated[tuple[str, ...], BeforeValidator(lambda v: [v] if isinstance(v, str) else v), Field(min_length=1)]
+LabelNames = Annotated[tuple[str, ...], BeforeValidator(lambda v: [str(x) for x in v] if isinstance(v, list) else v)]
+Words = Annotated[
+    dict[str, str], BeforeValidator(lambda v: {str(k): text for k, text in v.items()} if isinstance(v, dict) else v)
+]
 
 
-# ---------------------------------------------------------------------------------------------------- bad lines
+class RowKind(BaseModel):
+    """A kind of row with the names of its columns."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    id: str | None = None
+
+    def fields(self, row: Row, default_id: str) -> Fields:
+        """The checked values of a row, always with an `id`. Raises DataError, naming the column."""
+        value = row.get(self.id) if self.id else None
+        return {"id": default_id if value is None else id_of(value, str(self.id))} | self._parse(row)
+
+    @abstractmethod
+    def _parse(self, row: Row) -> Fields: ...
+
+    @abstractmethod
+    def examples(self, rows: Iterable[Fields], job: Conversion) -> Iterator[Example]:
+        """What rows of such fields become."""
 
 
-def aside(path: Path) -> Path:
-    """A name next to `path` that nobody else uses: what is written there and then moved is never seen half made."""
-    return path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}")
+class PairRows(RowKind):
+    """A query and what answers it, and perhaps hard negatives, in one row.
 
-
-class Quarantine:
-    """The bad lines of a data set: unchanged into the file `path`, the first few and their number into the log.
-
-    A context; `path` is there, complete, when it ends, if there was a bad line, and is not touched if there was none.
+    `grouped`: a query has several rows, each with one of its answers. They become one example; all rows are in memory.
     """
 
-    def __init__(self, source: Path, path: Path) -> None:
-        self.source, self.path = source, path
-        self.count = 0
-        self.reasons: list[str] = []  # "file:line: reason" of the first few
-        self._last: tuple[Path, int] | None = None
-        self._open = ExitStack()
-        self._file: BinaryIO | None = None
+    kind: Literal["pairs"] = "pairs"
+    query: Columns
+    positive: Columns
+    positive_id: str | None = None
+    negatives: tuple[Columns, ...] = ()
+    grouped: bool = False
 
-    def add(self, number: int, raw: bytes, error: DataError, file: Path | None = None) -> None:
-        """Keep one bad line of `file` (default: the source), or the next piece of the line that came last."""
-        if self._file is None:
-            self._file = self._open.enter_context(self._open.enter_context(whole_file(self.path)).open("wb"))
-        self._file.write(raw)
-        place = (file or self.source, number)
-        if place == self._last:
-            return
-        self._last = place
-        self.count += 1
-        if self.count <= LOGGED:
-            self.reasons.append(f"{place[0]}:{number}: {error}")
-            log.warning("%s", self.reasons[-1])
+    def _parse(self, row: Row) -> Fields:
+        document = row.get(self.positive_id) if self.positive_id else None
+        answer = None if document is None else id_of(document, str(self.positive_id))
+        return {
+            "query": text_at(row, self.query),
+            "positives": [Passage(text_at(row, self.positive), answer)],
+            "negatives": [Passage(text_at(row, columns)) for columns in self.negatives],
+        }
+
+    def examples(self, rows: Iterable[Fields], job: Conversion) -> Iterator[Example]:
+        for row in rows:
+            yield job.example(row["id"], row["query"], row["positives"], row["negatives"])
+
+
+def by_query(rows: Iterable[Fields]) -> Iterable[Fields]:
+    """Pairs of one query as one row, under the id and the words of the first; each positive once."""
+    found: dict[str, Fields] = {}
+    for row in rows:
+        first = found.setdefault(exact_key(row["query"]), row)
+        if first is not row:
+            first["positives"] += row["positives"]
+            first["negatives"] += row["negatives"]
+    return [row | {"positives": each_once(row["positives"]).values()} for row in found.values()]
+
+
+class LabelledRows(RowKind):
+    """A text and its label, or labels: a list, or one text that `separator` splits. See `label_triples`.
+
+    All rows are held in memory: a negative may come from any of them.
+    """
+
+    kind: Literal["labelled"] = "labelled"
+    text: Columns
+    label: str
+    label_text: str | None = None  # the column of what stands for the label in the label form
+    words: Words | None = None  # or label -> what stands for it; default: the names that the data has for its classes
+    separator: str | None = None
+    at_most: int | None = Field(default=None, gt=0)  # rows drawn unless `limit` is given
+
+    def _parse(self, row: Row) -> Fields:
+        value = value_at(row, self.label)
+        if isinstance(value, str) and self.separator is not None:
+            value = [part for part in value.split(self.separator) if part]
+        values = value if isinstance(value, list | tuple) else [value]
+        if not values:
+            raise DataError(f"{self.label}: no label")
+        names = [f"{self.label}[{i}]" if values is value else self.label for i in range(len(values))]
+        return {"text": text_at(row, self.text), "labels": list(map(label_of, values, names))}
+
+    def examples(self, rows: Iterable[Fields], job: Conversion) -> Iterator[Example]:
+        rows = list(rows)
+        names = job.names.get(self.label) or {}
+        labels = {label for row in rows for label in row["labels"] if job.known is None or label in job.known}
+        examples, counts = label_triples(
+            [(row["text"], row["labels"]) for row in rows],
+            task=job.task,
+            negatives=job.negatives,
+            seed=job.seed,
+            form=job.form,
+            ids=[row["id"] for row in rows],
+            known=job.known,
+            words=self.words or (names if names and names.keys() >= labels else None),
+            on_form=job.on_form,
+        )
+        job.report.update(counts)
+        for example in examples:
+            yield replace(example, task=job.task_of(example.id))
+
+
+class ScoredRows(RowKind):
+    """Two texts and how alike they are. `scale` and `threshold` are in the units of `score`.
+
+    Pairs that reach the threshold become an example in each direction (NV-Embed, section 3.3).
+    """
+
+    kind: Literal["scored"] = "scored"
+    text1: str
+    text2: str
+    score: str
+    scale: tuple[float, float] = (0.0, 5.0)
+    threshold: float = 4.0
+
+    def _parse(self, row: Row) -> Fields:
+        score = number_of(value_at(row, self.score), self.score)
+        if not self.scale[0] <= score <= self.scale[1]:
+            low, high = self.scale
+            raise DataError(f"{self.score} {score:g} is not on the scale from {low:g} to {high:g}")
+        return {"text1": text_at(row, (self.text1,)), "text2": text_at(row, (self.text2,)), "score": score}
+
+    def examples(self, rows: Iterable[Fields], job: Conversion) -> Iterator[Example]:
+        for row in rows:
+            if row["score"] < self.threshold:
+                job.report["below_threshold"] += 1
+                continue
+            for end, query, positive in (("ab", row["text1"], row["text2"]), ("ba", row["text2"], row["text1"])):
+                yield replace(job.example(f"{row['id']}:{end}", query, [Passage(positive)]), score=row["score"])
+
+
+class NliRows(RowKind):
+    """Premise, hypothesis, label. Rows of other labels are counted and left out; if `binary`, they are errors.
+
+    One example for each premise that entails something: what is neutral or contradicts it is a hard negative.
+    """
+
+    kind: Literal["nli"] = "nli"
+    premise: str
+    hypothesis: str
+    label: str
+    entailment: LabelNames = ("0",)
+    hard_negative: LabelNames = ("1", "2")  # neutral, contradiction
+    binary: bool = False  # labels are 0 and 1, or false and true
+
+    def _parse(self, row: Row) -> Fields:
+        label = value_at(row, self.label)
+        return {
+            "premise": text_at(row, (self.premise,)),
+            "hypothesis": text_at(row, (self.hypothesis,)),
+            "label": str(binary_of(label, self.label)) if self.binary else label_of(label, self.label),
+        }
+
+    def examples(self, rows: Iterable[Fields], job: Conversion) -> Iterator[Example]:
+        premises: dict[str, tuple[list[str], list[str], list[str]]] = {}  # ids, entailed, hard negatives
+        for row in rows:
+            if row["label"] not in self.entailment + self.hard_negative:
+                job.report["other_label"] += 1
+                continue
+            ids, entailed, hard = premises.setdefault(row["premise"], ([], [], []))
+            ids.append(row["id"])
+            (entailed if row["label"] in self.entailment else hard).append(row["hypothesis"])
+        for premise, (ids, entailed, hard) in premises.items():
+            if entailed:
+                yield job.example(ids[0], premise, each_once(map(Passage, entailed)).values(), map(Passage, hard))
+            else:
+                job.report["no_positive"] += len(ids)
+
+
+# ---------------------------------------------------------------------------------------------------- data files
+
+
+class FileKind(NamedTuple):
+    """`texts` and `others` are the keys that a row must have; `texts` are protected where rows are evaluation data."""
+
+    rows: RowKind | None
+    texts: tuple[str, ...]
+    others: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ("id",)
 
     @property
-    def first_reason(self) -> str:
-        return self.reasons[0] if self.reasons else ""
-
-    def __enter__(self) -> Quarantine:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._open.close()  # kept, too, where the data as a whole is refused
-        if self.count:
-            log.warning("%s: %d bad lines, kept unchanged in %s", self.source, self.count, self.path)
+    def needs(self) -> tuple[str, ...]:
+        return self.texts + self.others
 
 
-def good_rows(path: Path, parse: Callable[[int, dict[str, Any]], T], quarantine: Quarantine) -> Iterator[T]:
-    """`parse(line number, row)` of each row of `path`; a line without a row, or a DataError, goes to `quarantine`."""
-    for number, raw, row in read_rows(path):
-        try:
-            if isinstance(row, DataError):
-                raise row
-            value = parse(number, row)
-        except DataError as error:
-            quarantine.add(number, raw, error, path)
-        else:
-            yield value
-
-
-# ---------------------------------------------------------------------------------------------------- kinds
-
-
-def _score(value: object, key: str) -> float:
-    score = number_of(value, key)
-    if not 0 <= score <= 5:
-        raise DataError(f"{key} {score:g} is not on the scale from 0 to 5")
-    return score
-
-
-# What each kind must have. `example` is checked by parse_example: its two keys here only tell the kind.
-_FIELDS: dict[Kind, dict[str, Callable[[object, str], Any]]] = {
-    "example": {"query": text_of, "positives": text_of},
-    "pairs": {"query": text_of, "positive": text_of},
-    "labelled": {"text": text_of, "label": label_of},
-    "scored": {"text1": text_of, "text2": text_of, "score": _score},
-    "pair-labelled": {"text1": text_of, "text2": text_of, "label": binary_of},
+_PAIRS = PairRows(query=("query",), positive=("positive",), positive_id="positive_id", id="id")
+_LABELLED = LabelledRows(text=("text",), label="label", id="id")
+_SCORED = ScoredRows(text1="text1", text2="text2", score="score", id="id")
+_PAIR_LABELLED = NliRows(
+    premise="text1", hypothesis="text2", label="label", entailment=("1",), hard_negative=("0",), binary=True, id="id"
+)
+# No two kinds need the same keys. `example` is read by `schema.parse_example`.
+KINDS: dict[Kind, FileKind] = {
+    "example": FileKind(None, ("query",), ("positives",), EXAMPLE_KEYS),
+    "pairs": FileKind(_PAIRS, ("query", "positive"), optional=("id", "positive_id")),
+    "labelled": FileKind(_LABELLED, ("text",), ("label",)),
+    "scored": FileKind(_SCORED, ("text1", "text2"), ("score",)),
+    "pair-labelled": FileKind(_PAIR_LABELLED, ("text1", "text2"), ("label",)),
 }
-_OPTIONAL: dict[Kind, tuple[str, ...]] = {"example": EXAMPLE_KEYS, "pairs": ("id", "positive_id")}  # others: id
-
-
-def check_kind(row: Mapping[str, Any], kind: Kind) -> None:
-    """Raise DataError unless `row` has every key that `kind` needs and no key that it does not know."""
-    check_keys(row, (*_FIELDS[kind], *_OPTIONAL.get(kind, ("id",))))
-    if missing := [key for key in _FIELDS[kind] if row.get(key) is None]:
-        raise DataError(f"no {missing[0]}")
+_EXPECTED = "A row has the keys " + ", or ".join(" and ".join(kind.needs) for kind in KINDS.values())
 
 
 def detect_kind(path: Path) -> Kind:
-    """The kind of a data file or folder, from the keys of the first row that are those of a kind (design, section 9).
+    """The kind of a data file or folder, from the first row whose keys are those of a kind.
 
     Raises FileNotFoundError, and DataError where no row has such keys.
     """
@@ -139,9 +255,8 @@ def detect_kind(path: Path) -> Kind:
             try:
                 if isinstance(row, DataError):
                     raise row
-                keys = row.keys()
-                kind = max(_FIELDS, key=lambda kind: len(_FIELDS[kind].keys() & keys))
-                check_kind(row, kind)
+                kind = max(KINDS, key=lambda kind: len(row.keys() & KINDS[kind].needs))
+                _check_kind(row, kind)
             except DataError as error:
                 where = f"line {number}" if file == path else f"{file.name}:{number}"
                 first_reason = first_reason or f"{where}: {error}"
@@ -150,130 +265,43 @@ def detect_kind(path: Path) -> Kind:
     raise DataError(f"{path}: no good row ({first_reason or 'it is empty'}). {_EXPECTED}")
 
 
-_EXPECTED = "A row has the keys " + ", or ".join(" and ".join(keys) for keys in _FIELDS.values())
+def parse_fields(kind: Kind, row: Row, default_id: str) -> Fields:
+    """The checked values of a data file's row of any kind but `example`, always with an `id`. Raises DataError."""
+    spec = KINDS[kind].rows
+    assert spec is not None
+    _check_kind(row, kind)
+    return spec.fields(row, default_id)
 
 
-def parse_fields(row: Mapping[str, Any], kind: Kind, *, default_id: str) -> dict[str, Any]:
-    """The checked values of a row of a raw kind (any but `example`), always with an `id`. Raises DataError."""
-    check_kind(row, kind)
-    fields = {key: check(row[key], key) for key, check in _FIELDS[kind].items()}
-    ids = {key: id_of(row[key], key) for key in _OPTIONAL.get(kind, ("id",)) if row.get(key) is not None}
-    return {"id": default_id} | fields | ids
+def _check_kind(row: Row, kind: Kind) -> None:
+    """Raises DataError unless the row has every key that `kind` needs and none that it does not know."""
+    check_keys(row, (*KINDS[kind].needs, *KINDS[kind].optional))
+    if missing := [key for key in KINDS[kind].needs if row.get(key) is None]:
+        raise DataError(f"no {missing[0]}")
 
 
-# ---------------------------------------------------------------------------------------------------- BEIR
+# ---------------------------------------------------------------------------------------------------- values
 
 
-@dataclass(frozen=True, slots=True)
-class Beir:
-    """A retrieval set in the layout of BEIR (arXiv 2104.08663)."""
-
-    corpus: dict[str, str]  # document id -> title and text
-    queries: dict[str, str]  # query id -> text
-    qrels: dict[str, dict[str, int]]  # query id -> document id -> relevance
-
-
-def read_beir(folder: Path, split: str | None = None) -> Beir:
-    """`corpus.jsonl[.gz]`, `queries.jsonl[.gz]` and `qrels/<split>.tsv[.gz]` of `folder`.
-
-    `split` may be left out where there is one. A document's text is title, space, text. Raises FileNotFoundError, and
-    DataError naming file and line: on a bad line, an id that occurs twice, a judgement of an unknown query or document.
-    """
-    corpus_path, queries_path, qrels_path = beir_files(folder, split)
-    corpus, queries = read_corpus(corpus_path), read_corpus(queries_path)
-    return Beir(corpus, queries, _read_qrels(qrels_path, corpus, queries))
+def value_at(row: Row, path: str) -> Any:
+    """The value of column `path`, where `a.b` is the key, and `a.0` the item, of what is in `a`. Raises DataError."""
+    if path in row:
+        return row[path]
+    value: Any = row
+    for part in path.split("."):
+        if isinstance(value, Mapping) and part in value:
+            value = value[part]
+        elif isinstance(value, list | tuple) and part.isdecimal() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            raise DataError(f"no column {path!r}; the row has {', '.join(map(str, row))[:200]}")
+    return value
 
 
-def beir_files(folder: Path, split: str | None = None) -> tuple[Path, Path, Path]:
-    """The corpus, queries and qrels files of a BEIR folder."""
-    splits = beir_splits(folder)
-    if split is None:
-        if len(splits) > 1:
-            raise DataError(f"{folder / 'qrels'}: several splits ({', '.join(splits)}), name one")
-        split = next(iter(splits), "test")
-    if split not in splits:
-        raise NotFoundError(f"{folder / 'qrels' / split}.tsv")
-    return _plain_or_gz(folder / "corpus.jsonl"), _plain_or_gz(folder / "queries.jsonl"), splits[split]
-
-
-def beir_splits(folder: Path) -> dict[str, Path]:
-    """The judgements of a BEIR folder by split."""
-    found = sorted((*(folder / "qrels").glob("[!.]*.tsv"), *(folder / "qrels").glob("[!.]*.tsv.gz")))
-    return {path.name.removesuffix(".gz").removesuffix(".tsv"): path for path in found}
-
-
-def _plain_or_gz(path: Path) -> Path:
-    for candidate in (path, path.with_name(f"{path.name}.gz")):
-        if candidate.is_file():
-            return candidate
-    raise NotFoundError(f"{path}[.gz]")
-
-
-def read_corpus(path: Path) -> dict[str, str]:
-    """Document id -> title, space, text, from rows `{"_id" or "id", "text", "title"?}`; other keys are not read.
-
-    `path` is a file, a folder of files, or a BEIR folder. A document may be empty, as some of BEIR's are. Raises
-    FileNotFoundError, and DataError naming file and line.
-    """
-    corpus: dict[str, str] = {}
-    for file, number, row in corpus_rows(path):
-        try:
-            if isinstance(row, DataError):
-                raise row
-            key = "_id" if row.get("_id") is not None else "id"
-            document = id_of(row.get(key), key)
-            if document in corpus:
-                raise DataError(f"{key} {document[:60]!r} twice")
-            if row.get("text") is None:
-                raise DataError("no text")
-            title, text = (_text_or_empty(row.get(key), key) for key in ("title", "text"))
-        except DataError as error:
-            raise DataError(f"{file}:{number}: {error}") from None
-        corpus[document] = f"{title} {text}".strip() if title else text
-    if not corpus:
-        raise DataError(f"{path}: no document")
-    return corpus
-
-
-def corpus_rows(path: Path) -> Iterator[tuple[Path, int, dict[str, Any] | DataError]]:
-    """(file, number, row) of each document of a file, a folder of files, or a BEIR folder."""
-    files = [_plain_or_gz(path / "corpus.jsonl")] if path.is_dir() and is_beir(path) else data_files(path, "corpus")
-    for file in files:
-        yield from ((file, number, row) for number, _, row in read_rows(file))
-
-
-def _text_or_empty(value: object, key: str) -> str:
-    return "" if value is None or (isinstance(value, str) and not value.strip()) else text_of(value, key)
-
-
-def _read_qrels(path: Path, corpus: Mapping[str, str], queries: Mapping[str, str]) -> dict[str, dict[str, int]]:
-    qrels: dict[str, dict[str, int]] = {}
-    for where, query, document, score in read_judgements(path):
-        if query not in queries:
-            raise DataError(f"{where}: query {query[:60]!r} is not among the queries")
-        if document not in corpus:
-            raise DataError(f"{where}: document {document[:60]!r} is not in the corpus")
-        if qrels.setdefault(query, {}).setdefault(document, score) != score:
-            raise DataError(f"{where}: another score of query {query[:60]!r} and document {document[:60]!r} is above")
-    if not qrels:
-        raise DataError(f"{path}: no judgement")
-    return qrels
-
-
-def read_judgements(path: Path) -> Iterator[tuple[str, str, str, int]]:
-    """(file:line, query id, document id, relevance) of each line of a qrels file. Raises DataError naming the line."""
-    for number, raw, _ in text_lines(path):
-        if raw.isspace():
-            continue
-        where = f"{path}:{number}"
-        try:
-            fields = raw.decode("utf-8").rstrip("\r\n").split("\t")
-        except UnicodeDecodeError:
-            raise DataError(f"{where}: not UTF-8") from None
-        if number == 1:
-            if fields != ["query-id", "corpus-id", "score"]:
-                raise DataError(f"{where}: expected the header query-id, corpus-id, score, separated by tabs")
-            continue
-        if len(fields) != 3 or not fields[2].removeprefix("-").isdecimal():
-            raise DataError(f"{where}: expected query id, document id and a whole number, separated by tabs")
-        yield where, fields[0], fields[1], int(fields[2])
+def text_at(row: Row, columns: Columns) -> str:
+    """The text of one column, or of several, joined by a space, of which not all may be empty. Raises DataError."""
+    if len(columns) == 1:
+        return text_of(value_at(row, columns[0]), columns[0])
+    values = [(value_at(row, column), column) for column in columns]
+    texts = [text_of(value, column) for value, column in values if value is not None and value != ""]
+    return text_of(" ".join(texts), " and ".join(columns))

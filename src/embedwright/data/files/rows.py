@@ -46,12 +46,12 @@ _OTHER = {
 
 
 def read_rows(path: Path) -> Rows:
-    """(number from 1, the row's bytes, the row or why there is none) for each row of a data file.
+    """(number from 1, the bytes of its line, the row or why there is none) for each row of a data file.
 
-    The number is that of the line, or of the row where the format has no lines. Blank lines hold no row and are passed
-    over. A line longer than MAX_LINE comes in pieces that share one number. The bytes of a row that is no line are its
-    JSON. Holds one line or one batch in memory; of a JSON array its text. Raises FileNotFoundError, and DataError where
-    the file as a whole cannot be read.
+    The number is that of the line, or of the row where the format has no lines; then the bytes are empty if there is a
+    row, and else say what is there. Blank lines are passed over. A line longer than MAX_LINE comes in pieces that share
+    one number. Holds one line or one batch in memory; of a JSON array its text. Raises FileNotFoundError, and DataError
+    where the file as a whole cannot be read.
     """
     head = _head(path)
     if head.startswith(b"PAR1"):
@@ -200,7 +200,8 @@ def _array_rows(path: Path, text: str) -> Rows:
         while text[place : place + 1] != "]" or not number:
             number += 1
             value, end = _DECODER.raw_decode(text, place)
-            yield number, json.dumps(value, ensure_ascii=False).encode() + b"\n", _as_row(value)
+            line = b"" if isinstance(value, dict) else json.dumps(value, ensure_ascii=False).encode() + b"\n"
+            yield number, line, _as_row(value)
             place = _skip(text, end)
             if text[place : place + 1] == ",":
                 place = _skip(text, place + 1)
@@ -235,11 +236,10 @@ def _csv_rows(path: Path) -> Rows:
             if twice := [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]:
                 raise DataError(f"{path}:1: column {twice[0]!r} twice")
             for cells in reader:
-                raw = json.dumps(cells, ensure_ascii=False, default=str).encode() + b"\n"
                 row: Row = {key: _cell(key, value) for key, value in cells.items() if key is not None and value}
                 if None in cells:
                     row = DataError(f"more cells than the {len(reader.fieldnames or ())} columns of the header")
-                yield reader.line_num, raw, row
+                yield reader.line_num, json.dumps(cells, ensure_ascii=False, default=str).encode() + b"\n", row
         except UnicodeDecodeError as error:
             raise DataError(f"{path}:{reader.line_num + 1}: not UTF-8: {error.reason}") from None
         except csv.Error as error:
@@ -276,9 +276,7 @@ def _table_rows(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]
     for batch in batches:
         for i in range(batch.num_rows):
             number += 1
-            row: Row
             try:  # one by one: to_pylist of the batch would fail as a whole
-                row = kept = batch.slice(i, 1).to_pylist()[0]
+                yield number, b"", batch.slice(i, 1).to_pylist()[0]
             except UnicodeDecodeError as error:
-                row, kept = DataError("not UTF-8"), {"row": number, "error": str(error)}
-            yield number, json.dumps(kept, default=repr).encode() + b"\n", row
+                yield number, json.dumps({"row": number, "error": str(error)}).encode() + b"\n", DataError("not UTF-8")

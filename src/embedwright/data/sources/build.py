@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,14 +12,15 @@ from typing import Any
 
 from embedwright.data.files.class_names import class_names, names_of
 from embedwright.data.files.folders import data_files, is_beside, is_data, is_one_set, stem_of
-from embedwright.data.files.kinds import Quarantine, detect_kind
-from embedwright.data.files.rows import read_rows
+from embedwright.data.files.kinds import LabelledRows, detect_kind
+from embedwright.data.files.quarantine import Quarantine
+from embedwright.data.files.rows import Rows, read_rows
 from embedwright.data.files.table import write_examples
 from embedwright.data.files.tasks import tasks_beside
 from embedwright.data.labels import Form
 from embedwright.data.schema import DataError, Example, Task
-from embedwright.data.sources.catalog import BeirRows, Entry, EvidenceRows, LabelledRows, Marks, find_task
-from embedwright.data.sources.convert import Job, Numbered, Row, Table, convert
+from embedwright.data.sources.catalog import BeirRows, Entry, EvidenceRows, Marks, find_task
+from embedwright.data.sources.convert import Job, Table, convert
 from embedwright.errors import NotFoundError, OutOfReachError
 
 log = logging.getLogger(__name__)
@@ -55,24 +55,19 @@ def build(
     _check(entry, source, form, strict)
     quarantine_path.unlink(missing_ok=True)
     with Quarantine(source or Path(entry.hub or entry.name), quarantine_path) as quarantine:
-
-        def bad(number: int, raw: bytes | None, row: Row | DataError, error: DataError) -> None:
-            quarantine.add(number, raw or json.dumps(row, default=repr).encode() + b"\n", error)
-
-        names: dict[str, Mapping[str, str]] = {}  # filled when the rows are opened
         job = Job(
+            task=entry.name,
             entry=entry,
             seed=seed,
             limit=limit,
             form=form or entry.form or "auto",
             negatives=negatives,
-            known=None if known is None else frozenset(known),
-            bad=bad,
-            names=names,
+            known=known,
+            quarantine=quarantine,
         )
-        rows = partial(open_table, source=source, streaming=limit is not None, names=names)
+        rows = partial(open_table, source=source, streaming=limit is not None, names=job.names)
         try:
-            written = write_examples(out, _require_any(convert(job, rows), job, quarantine), job.tasks)
+            written = write_examples(out, _require_any(convert(job, rows), job), job.tasks)
         except DataError as error:
             raise error if source is None or str(source) in str(error) else DataError(f"{source}: {error}") from None
     counts = {key: count for key, count in job.report.items() if count or key == "rows"}
@@ -97,7 +92,7 @@ def label_file(
     """
     if detect_kind(path) != "labelled":
         raise DataError(f'{path}: rows are not {{"text", "label"}}')
-    rows = LabelledRows(kind="labelled", text=("text",), label="label", words=dict(words) if words else None, id="id")
+    rows = LabelledRows(text=("text",), label="label", words=dict(words) if words else None, id="id")
     name = task or stem_of(path)
     described = tasks_beside(path).get(name) or find_task(name) or Task(name=name, family="classification")
     entry = Entry(
@@ -115,7 +110,7 @@ def label_file(
 
 def open_table(
     table: Table, *, source: Path | None, streaming: bool, names: dict[str, Mapping[str, str]] | None = None
-) -> Iterator[Numbered]:
+) -> Rows:
     """The rows of `table`, numbered from 1: of its repository, or of `source`, as `build` says.
 
     `names` gets the names of classes by column, where the set says them. Holds one batch of rows in memory. A local
@@ -133,7 +128,7 @@ def open_table(
     for label, arguments in parts:
         for row in _load(arguments | {"streaming": streaming}, names):
             number += 1
-            yield number, None, row | {"_file": label} if label else row
+            yield number, b"", row | {"_file": label} if label else row
 
 
 def _is_plain(table: Table, folder: Path) -> bool:
@@ -143,7 +138,7 @@ def _is_plain(table: Table, folder: Path) -> bool:
     return is_one_set(folder) or any(map(is_data, folder.iterdir()))
 
 
-def _local_rows(table: Table, source: Path, names: dict[str, Mapping[str, str]]) -> Iterator[Numbered]:
+def _local_rows(table: Table, source: Path, names: dict[str, Mapping[str, str]]) -> Rows:
     files = data_files(source, table.split)
     columns: set[str] = set()
     count = itertools.count(1)
@@ -235,11 +230,11 @@ def _check(entry: Entry, source: Path | None, form: Form | None, strict: bool) -
             log.warning("%s", message)
 
 
-def _require_any(examples: Iterator[Example], job: Job, quarantine: Quarantine) -> Iterator[Example]:
+def _require_any(examples: Iterator[Example], job: Job) -> Iterator[Example]:
     """`examples`. Raises DataError at the end where there was none, so that no file is written."""
     first = next(examples, None)
     if first is None:
         counts = {key: n for key, n in job.report.items() if n}
-        raise DataError(f"{job.entry.name}: no example ({quarantine.first_reason or counts or 'no row'})")
+        raise DataError(f"{job.entry.name}: no example ({[*job.quarantine.reasons, counts or 'no row'][0]})")
     yield first
     yield from examples

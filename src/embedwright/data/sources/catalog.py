@@ -10,9 +10,10 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from embedwright.config import did_you_mean, load_yaml, validate
+from embedwright.data.files.kinds import Columns, LabelledRows, NliRows, PairRows, ScoredRows
 from embedwright.data.schema import Family, Task
 from embedwright.errors import InputError
 
@@ -23,35 +24,8 @@ Target = Literal["passage", "label", "example"]  # label: the text of the label
 Mark = Literal["confirmed", "sister", "recalled", "derived", "guess"]
 
 
-def _listed(value: object) -> object:
-    return [value] if isinstance(value, str) else value
-
-
-def _keyed_by_text(value: object) -> object:
-    return {str(key): text for key, text in value.items()} if isinstance(value, dict) else value
-
-
-# One column, or several that are joined by a space; `texts.0` is the first item of the list in `texts`.
-Columns = Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)]
-LabelNames = Annotated[tuple[str, ...], BeforeValidator(lambda v: [str(x) for x in v] if isinstance(v, list) else v)]
-
-
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class PairRows(_Frozen):
-    """A query and what answers it, and perhaps hard negatives, in one row.
-
-    `grouped`: a query has several rows, each with one of its answers. They become one example; all rows are in memory.
-    """
-
-    kind: Literal["pairs"]
-    query: Columns
-    positive: Columns
-    negatives: tuple[Columns, ...] = ()
-    grouped: bool = False
-    id: str | None = None
 
 
 class BeirRows(_Frozen):
@@ -90,42 +64,6 @@ class EvidenceRows(_Frozen):
     title: str  # the key of the title in each
     pages: Pages
     id: str | None = None
-
-
-class LabelledRows(_Frozen):
-    """A text and its label, or labels: a list, or one text that `separator` splits."""
-
-    kind: Literal["labelled"]
-    text: Columns
-    label: str
-    label_text: str | None = None  # the column of what stands for the label in the label form
-    words: Annotated[dict[str, str], BeforeValidator(_keyed_by_text)] | None = None  # or label -> what stands for it
-    separator: str | None = None
-    at_most: int | None = Field(default=None, gt=0)  # rows drawn unless `limit` is given: they are held in memory
-    id: str | None = None
-
-
-class ScoredRows(_Frozen):
-    """Two texts and how alike they are. `scale` and `threshold` are in the units of `score`."""
-
-    kind: Literal["scored"]
-    text1: str
-    text2: str
-    score: str
-    scale: tuple[float, float] = (0.0, 5.0)
-    threshold: float = 4.0
-    id: str | None = None
-
-
-class NliRows(_Frozen):
-    """Premise, hypothesis, label. Rows of other labels are counted and left out."""
-
-    kind: Literal["nli"]
-    premise: str
-    hypothesis: str
-    label: str
-    entailment: LabelNames = ("0",)
-    hard_negative: LabelNames = ("1", "2")  # neutral, contradiction
 
 
 Rows = Annotated[PairRows | BeirRows | EvidenceRows | LabelledRows | ScoredRows | NliRows, Field(discriminator="kind")]

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, DatasetDict
 
+from embedwright.data.files.beir import read_corpus
 from embedwright.data.files.folders import data_files, stem_of
-from embedwright.data.files.kinds import read_corpus
 from embedwright.data.files.table import ExampleTable, open_examples
 from embedwright.data.schema import DataError
 

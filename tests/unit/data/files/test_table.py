@@ -106,7 +106,7 @@ def test_scored_pairs_of_4_and_more_in_both_directions(tmp_path: Path, cache: Pa
         ("sts:4:ab", "a5", "b5", 5.0),
         ("sts:4:ba", "b5", "a5", 5.0),
     ]
-    assert table.report == {"rows": 4, "examples": 4, "score_below_4": 2, "quarantined": 0}
+    assert table.report == {"rows": 4, "examples": 4, "below_threshold": 2, "quarantined": 0}
 
 
 def test_pair_labelled_rows_of_one_text_become_one_example(tmp_path: Path, cache: Path) -> None:
@@ -125,7 +125,7 @@ def test_pair_labelled_rows_of_one_text_become_one_example(tmp_path: Path, cache
         Example("nli:1", "nli", "q", (Passage("p1"), Passage("p2")), (Passage("n1"), Passage("n2"))),
         Example("nli:7", "nli", "r", (Passage("p1"),)),
     ]
-    assert table.report == {"rows": 7, "examples": 2, "no_positive_partner": 1, "conflicting": 1, "quarantined": 0}
+    assert table.report == {"rows": 7, "examples": 2, "no_positive": 1, "conflicting": 1, "quarantined": 0}
 
 
 def test_labelled_rows(tmp_path: Path, cache: Path) -> None:
@@ -153,7 +153,7 @@ def test_a_beir_folder_is_trained_on_its_train_split(tmp_path: Path, cache: Path
     write(folder / "qrels" / "train.tsv", header, "q1\td1\t1", "q1\td2\t2", "q2\td1\t0", "q0\td0\t1")
     table = open_examples(folder, cache=cache)
     assert list(table) == [Example("q1", "beir", "query 1", (Passage("T one", "d1"), Passage("two", "d2")))]
-    assert table.report == {"rows": 3, "examples": 1, "empty_positive": 1, "no_positive": 2, "quarantined": 0}
+    assert table.report == {"rows": 3, "examples": 1, "document_without_text": 1, "no_positive": 2, "quarantined": 0}
     (folder / "qrels" / "train.tsv").write_text(f"{header}\nq1\td7\t1\n")
     with pytest.raises(DataError, match=r"train\.tsv:2: document 'd7'"):
         open_examples(folder, cache=cache)
@@ -234,7 +234,7 @@ def test_what_cannot_be_opened(tmp_path: Path, cache: Path) -> None:
         open_examples(write(tmp_path / "bad.jsonl", "nonsense", "[]"), cache=cache)
     with pytest.raises(DataError, match=r"no example \(.*empty\.jsonl:1: query is empty"):
         open_examples(write(tmp_path / "empty.jsonl", {"query": "", "positive": "p"}), cache=cache)
-    with pytest.raises(DataError, match="score_below_4"):
+    with pytest.raises(DataError, match="below_threshold"):
         open_examples(write(tmp_path / "low.jsonl", {"text1": "a", "text2": "b", "score": 0.9}), cache=cache)
     assert not list(cache.rglob("*.arrow*"))
 

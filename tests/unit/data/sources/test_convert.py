@@ -9,41 +9,45 @@ from typing import Any
 
 import pytest
 
+from embedwright.data.files.kinds import Row
+from embedwright.data.files.quarantine import Quarantine
 from embedwright.data.schema import DataError, Example
 from embedwright.data.sources.catalog import Entry, load_catalog
-from embedwright.data.sources.convert import (
-    HOPELESS,
-    Job,
-    Numbered,
-    Row,
-    Table,
-    convert,
-    text_at,
-    value_at,
-)
+from embedwright.data.sources.convert import HOPELESS, Job, Table, convert
 
 Rows = list[dict[str, Any]]
 Bad = list[tuple[int, str]]
 
 
+class InMemory(Quarantine):
+    def __init__(self) -> None:
+        super().__init__(Path("rows"), Path("none"))
+        self.bad: Bad = []
+
+    def add(self, number: int, line: bytes, error: DataError, file: Path | None = None) -> None:
+        self.count += 1
+        self.reasons.append(str(error))
+        self.bad.append((number, str(error)))
+
+
 def tables(**rows: Rows) -> Any:
     """`open_table` for tables by config; `main` is the one without a config of its own."""
 
-    def open_table(table: Table) -> Iterator[Numbered]:
+    def open_table(table: Table) -> Iterator[tuple[int, bytes, Row]]:
         for number, row in enumerate(rows.get(table.config or "main", rows.get("main", [])), 1):
-            yield number, None, row
+            yield number, b"", row
 
     return open_table
 
 
 def run(name: str | Entry, rows: Rows | None = None, **options: Any) -> tuple[list[Example], dict[str, int], Bad]:
     several = options.pop("tables", None)
-    bad: Bad = []
     entry = load_catalog()[name] if isinstance(name, str) else name
     options.setdefault("form", entry.form or "auto")
-    job = Job(entry=entry, bad=lambda number, raw, row, error: bad.append((number, str(error))), **options)
+    quarantine = InMemory()
+    job = Job(task=entry.name, entry=entry, quarantine=quarantine, **options)
     examples = list(convert(job, several or tables(main=rows or [])))
-    return examples, {key: count for key, count in job.report.items() if count}, bad
+    return examples, {key: count for key, count in job.report.items() if count}, quarantine.bad
 
 
 def sides(examples: Iterable[Example]) -> list[tuple[str, list[str], list[str]]]:
@@ -134,27 +138,6 @@ def test_wordings_are_spread_by_id_and_seed() -> None:
     assert [e.task for e in run("paq", rows, seed=1)[0]] != drawn
 
 
-# ---- values
-
-
-def test_values_below_a_column_are_found() -> None:
-    row = {"texts": ["a", "b"], "answers": {"text": ["x"]}, "a.b": "dotted"}
-    assert [value_at(row, path) for path in ("texts.1", "answers.text.0", "a.b")] == ["b", "x", "dotted"]
-    for path in ("texts.2", "texts.x", "answers.start", "absent"):
-        with pytest.raises(DataError, match=f"no column '{path}'"):
-            value_at(row, path)
-
-
-def test_columns_are_joined_and_empty_ones_left_out() -> None:
-    row = {"title": "T", "text": "x", "none": None, "empty": "", "number": 3}
-    assert text_at(row, ("title", "text")) == "T x"
-    assert text_at(row, ("none", "text")) == text_at(row, ("empty", "text")) == "x"
-    with pytest.raises(DataError, match="none and empty is empty"):
-        text_at(row, ("none", "empty"))
-    with pytest.raises(DataError, match="number: expected a text"):
-        text_at(row, ("title", "number"))
-
-
 @pytest.mark.parametrize("name", ["miracl", "mrtydi"])
 def test_triples_of_a_query_become_one_example(name: str) -> None:
     rows = [
@@ -191,7 +174,7 @@ def test_entailment_is_positive_and_the_rest_a_hard_negative() -> None:
     examples, report, bad = run("nli", rows)
     expected = ("A man sleeps.", ["Someone rests.", "A person is asleep."], ["He dreams of tea.", "He dances."])
     assert sides(examples) == [expected] and examples[0].id == "nli:1"
-    assert report == {"rows": 9, "other_label": 1, "nothing_entailed": 2, "conflicting": 1}
+    assert report == {"rows": 9, "other_label": 1, "no_positive": 2, "conflicting": 1}
     assert bad == [(9, "hypothesis is empty")]
 
 

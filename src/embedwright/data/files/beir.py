@@ -1,0 +1,131 @@
+"""Retrieval sets in the layout of BEIR (arXiv 2104.08663), and corpora: rows `{"_id" or "id", "text", "title"?}`.
+
+A bad line is an error here: a document that is silently missing would change every score computed on the corpus.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from embedwright.data.files.folders import data_files, is_beir
+from embedwright.data.files.rows import read_rows, text_lines
+from embedwright.data.schema import DataError, id_of, text_of
+from embedwright.errors import NotFoundError
+
+
+@dataclass(frozen=True, slots=True)
+class Beir:
+    """A retrieval set in the layout of BEIR (arXiv 2104.08663)."""
+
+    corpus: dict[str, str]  # document id -> title and text
+    queries: dict[str, str]  # query id -> text
+    qrels: dict[str, dict[str, int]]  # query id -> document id -> relevance
+
+
+def read_beir(folder: Path, split: str | None = None) -> Beir:
+    """`corpus.jsonl[.gz]`, `queries.jsonl[.gz]` and `qrels/<split>.tsv[.gz]` of `folder`.
+
+    `split` may be left out where there is one. A document's text is title, space, text. Raises FileNotFoundError, and
+    DataError naming file and line: on a bad line, an id that occurs twice, a judgement of an unknown query or document.
+    """
+    corpus_path, queries_path, qrels_path = beir_files(folder, split)
+    corpus, queries = read_corpus(corpus_path), read_corpus(queries_path)
+    return Beir(corpus, queries, _read_qrels(qrels_path, corpus, queries))
+
+
+def beir_files(folder: Path, split: str | None = None) -> tuple[Path, Path, Path]:
+    """The corpus, queries and qrels files of a BEIR folder."""
+    splits = beir_splits(folder)
+    if split is None:
+        if len(splits) > 1:
+            raise DataError(f"{folder / 'qrels'}: several splits ({', '.join(splits)}), name one")
+        split = next(iter(splits), "test")
+    if split not in splits:
+        raise NotFoundError(f"{folder / 'qrels' / split}.tsv")
+    return _plain_or_gz(folder / "corpus.jsonl"), _plain_or_gz(folder / "queries.jsonl"), splits[split]
+
+
+def beir_splits(folder: Path) -> dict[str, Path]:
+    """The judgements of a BEIR folder by split."""
+    found = sorted((*(folder / "qrels").glob("[!.]*.tsv"), *(folder / "qrels").glob("[!.]*.tsv.gz")))
+    return {path.name.removesuffix(".gz").removesuffix(".tsv"): path for path in found}
+
+
+def _plain_or_gz(path: Path) -> Path:
+    for candidate in (path, path.with_name(f"{path.name}.gz")):
+        if candidate.is_file():
+            return candidate
+    raise NotFoundError(f"{path}[.gz]")
+
+
+def read_corpus(path: Path) -> dict[str, str]:
+    """Document id -> title, space, text, from rows `{"_id" or "id", "text", "title"?}`; other keys are not read.
+
+    `path` is a file, a folder of files, or a BEIR folder. A document may be empty, as some of BEIR's are. Raises
+    FileNotFoundError, and DataError naming file and line.
+    """
+    corpus: dict[str, str] = {}
+    for file, number, row in corpus_rows(path):
+        try:
+            if isinstance(row, DataError):
+                raise row
+            key = "_id" if row.get("_id") is not None else "id"
+            document = id_of(row.get(key), key)
+            if document in corpus:
+                raise DataError(f"{key} {document[:60]!r} twice")
+            if row.get("text") is None:
+                raise DataError("no text")
+            title, text = (_text_or_empty(row.get(key), key) for key in ("title", "text"))
+        except DataError as error:
+            raise DataError(f"{file}:{number}: {error}") from None
+        corpus[document] = f"{title} {text}".strip() if title else text
+    if not corpus:
+        raise DataError(f"{path}: no document")
+    return corpus
+
+
+def corpus_rows(path: Path) -> Iterator[tuple[Path, int, dict[str, Any] | DataError]]:
+    """(file, number, row) of each document of a file, a folder of files, or a BEIR folder."""
+    files = [_plain_or_gz(path / "corpus.jsonl")] if path.is_dir() and is_beir(path) else data_files(path, "corpus")
+    for file in files:
+        yield from ((file, number, row) for number, _, row in read_rows(file))
+
+
+def _text_or_empty(value: object, key: str) -> str:
+    return "" if value is None or (isinstance(value, str) and not value.strip()) else text_of(value, key)
+
+
+def _read_qrels(path: Path, corpus: Mapping[str, str], queries: Mapping[str, str]) -> dict[str, dict[str, int]]:
+    qrels: dict[str, dict[str, int]] = {}
+    for where, query, document, score in read_judgements(path):
+        if query not in queries:
+            raise DataError(f"{where}: query {query[:60]!r} is not among the queries")
+        if document not in corpus:
+            raise DataError(f"{where}: document {document[:60]!r} is not in the corpus")
+        if qrels.setdefault(query, {}).setdefault(document, score) != score:
+            raise DataError(f"{where}: another score of query {query[:60]!r} and document {document[:60]!r} is above")
+    if not qrels:
+        raise DataError(f"{path}: no judgement")
+    return qrels
+
+
+def read_judgements(path: Path) -> Iterator[tuple[str, str, str, int]]:
+    """(file:line, query id, document id, relevance) of each line of a qrels file. Raises DataError naming the line."""
+    for number, raw, _ in text_lines(path):
+        if raw.isspace():
+            continue
+        where = f"{path}:{number}"
+        try:
+            fields = raw.decode("utf-8").rstrip("\r\n").split("\t")
+        except UnicodeDecodeError:
+            raise DataError(f"{where}: not UTF-8") from None
+        if number == 1:
+            if fields != ["query-id", "corpus-id", "score"]:
+                raise DataError(f"{where}: expected the header query-id, corpus-id, score, separated by tabs")
+            continue
+        if len(fields) != 3 or not fields[2].removeprefix("-").isdecimal():
+            raise DataError(f"{where}: expected query id, document id and a whole number, separated by tabs")
+        yield where, fields[0], fields[1], int(fields[2])

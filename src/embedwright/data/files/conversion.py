@@ -1,0 +1,72 @@
+"""What rows need to become examples, whatever their kind: settings, names of tasks, counts of what is left out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from embedwright.data.keys import exact_key
+from embedwright.data.labels import Form
+from embedwright.data.schema import Example, Passage
+
+
+@dataclass(kw_only=True)
+class Conversion:
+    """The settings of one conversion. It counts what it leaves out in `report`, by reason.
+
+    `form`, `known`, `negatives` and `seed` are those of `label_triples`. `names`: names of classes by column, where the
+    data says them.
+    """
+
+    task: str
+    seed: int = 0
+    negatives: int = 7
+    form: Form = "auto"
+    known: Collection[str] | None = None
+    names: dict[str, Mapping[str, str]] = field(default_factory=dict)
+    report: Counter[str] = field(default_factory=Counter)
+
+    def task_of(self, row_id: str) -> str:
+        """The name of a row's task."""
+        return self.task
+
+    def on_form(self, form: str | None) -> None:
+        """Called with the form that the examples of labelled rows have."""
+
+    def example(
+        self, row_id: str, query: str, positives: Iterable[Passage], negatives: Iterable[Passage] = ()
+    ) -> Example:
+        """One example. A negative that is also a positive is counted and left out."""
+        right, wrong = tuple(positives), each_once(negatives)
+        answers = each_once(right) if wrong else {}
+        kept = tuple(passage for key, passage in wrong.items() if key not in answers)
+        self.report["conflicting"] += len(wrong) - len(kept)
+        return Example(row_id, self.task_of(row_id), query, right, kept)
+
+    def judged(
+        self,
+        relevant: Mapping[str, Collection[str]],
+        queries: Mapping[str, str],
+        corpus: Mapping[str, str],
+        prefix: str = "",
+    ) -> Iterator[Example]:
+        """One example for each query id of `relevant`, with all its documents that have a text.
+
+        Its id is `prefix` and the query's.
+        """
+        for query, documents in relevant.items():
+            positives = [Passage(corpus[document], document) for document in documents if corpus.get(document)]
+            self.report["document_without_text"] += len(documents) - len(positives)
+            if positives and queries.get(query):
+                yield self.example(prefix + query, queries[query], positives)
+            else:
+                self.report["no_positive" if queries.get(query) else "query_without_text"] += 1
+
+
+def each_once(passages: Iterable[Passage]) -> dict[str, Passage]:
+    """Exact key -> the first passage that has it."""
+    found: dict[str, Passage] = {}
+    for passage in passages:
+        found.setdefault(exact_key(passage.text), passage)
+    return found

@@ -1,0 +1,72 @@
+"""Bad lines of training data: the reader reports, counts and keeps them, and goes on with the next line."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, TypeVar
+
+from embedwright.data.files.rows import Rows
+from embedwright.data.schema import DataError
+from embedwright.files import whole_file
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+LOGGED = 5  # bad lines that are logged one by one
+
+
+class Quarantine:
+    """Copies the bad lines of a data set to the file `path`, and logs the first few and their number.
+
+    A context. At its end `path` is complete if there was a bad line, and untouched if there was none.
+    """
+
+    def __init__(self, source: Path, path: Path) -> None:
+        self.source, self.path = source, path
+        self.count = 0
+        self.reasons: list[str] = []  # "file:line: reason" of the first few
+        self._last: tuple[Path, int] | None = None
+        self._open = ExitStack()
+        self._file: BinaryIO | None = None
+
+    def add(self, number: int, line: bytes, error: DataError, file: Path | None = None) -> None:
+        """Keeps one bad line of `file` (default: the source), or the next piece of the line that came last."""
+        if self._file is None:
+            self._file = self._open.enter_context(self._open.enter_context(whole_file(self.path)).open("wb"))
+        self._file.write(line)
+        place = (file or self.source, number)
+        if place == self._last:
+            return
+        self._last = place
+        self.count += 1
+        if self.count <= LOGGED:
+            self.reasons.append(f"{place[0]}:{number}: {error}")
+            log.warning("%s", self.reasons[-1])
+
+    def __enter__(self) -> Quarantine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._open.close()  # the file is kept, too, where the data as a whole is refused
+        if self.count:
+            log.warning("%s: %d bad lines, kept unchanged in %s", self.source, self.count, self.path)
+
+
+def good_rows(
+    rows: Rows, parse: Callable[[dict[str, Any], str], T], name: str, quarantine: Quarantine, file: Path | None = None
+) -> Iterator[T]:
+    """`parse(row, "name:number")` of each row of `file`; what is no row, or is refused, goes to `quarantine`."""
+    for number, line, row in rows:
+        try:
+            if isinstance(row, DataError):
+                raise row
+            value = parse(row, f"{name}:{number}")
+        except DataError as error:
+            quarantine.add(number, line or json.dumps(row, default=repr).encode() + b"\n", error, file)
+        else:
+            yield value
