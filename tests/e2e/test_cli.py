@@ -162,7 +162,7 @@ def test_a_recipe_is_trained_evaluated_searched_and_examined(command: Command, r
     corpus = write(tmp_path / "corpus.jsonl", [{"_id": f"d{i}", "text": t} for i, t in enumerate(documents)])
     answer = command("encode", model, corpus, tmp_path / "vectors")
     assert answer.code == 0, answer.err
-    assert "12/12 texts" in answer.out and list((tmp_path / "vectors").glob("shard-*.parquet"))
+    assert "12/12 texts" in answer.out and list((tmp_path / "vectors").glob("shard-*.arrow"))
 
     assert command("index", model, corpus, tmp_path / "index").code == 0
     answer = command("search", model, tmp_path / "index", documents[7], documents[2], "--k", "2")

@@ -207,11 +207,11 @@ def encode(
     model: Annotated[str, typer.Argument(help="A model folder.")],
     source: Annotated[Path, typer.Argument(help="JSONL or Parquet with `text`, or plain .txt.")],
     out: Annotated[
-        Path, typer.Argument(help="Folder for the vectors (Parquet shards).", callback=to_write(check_folder))
+        Path, typer.Argument(help="Folder for the vectors (Arrow shards).", callback=to_write(check_folder))
     ],
     task: TaskOption = None,
 ) -> None:
-    """Encode a file of texts into Parquet shards. Resumes by itself."""
+    """Encode a file of texts into Arrow shards. Resumes by itself."""
     from embedwright.encoders.open import open_encoder
     from embedwright.vectors.corpus import encode_corpus
 

@@ -26,7 +26,7 @@ from embedwright.model.embedder import Embedder
 from embedwright.training.recipe import Recipe, expand
 from embedwright.training.run.scores import read_evaluations
 from embedwright.training.train import train
-from embedwright.vectors.index import top_k
+from embedwright.vectors.search import top_k
 
 QUESTIONS = (
     "multiply two matrices",

@@ -39,7 +39,7 @@ from embedwright.mining.rules import (
     eligible,
 )
 from embedwright.vectors.search import pair_scores, top_k
-from embedwright.vectors.store import Vectors
+from embedwright.vectors.shards import Vectors
 
 __all__ = ["BEST_MARGIN", "Ensemble", "MiningReport", "Rule", "mine", "positives_of"]
 

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from embedwright.data.answers import text_mark
 from embedwright.data.schema import Example, Passage
 from embedwright.encoders.protocol import Encoder
-from embedwright.vectors.store import Vectors, encode_texts
+from embedwright.vectors.shards import Vectors
+from embedwright.vectors.store import encode_texts
 
 
 class Documents(dict[str, str]):

@@ -22,7 +22,7 @@ from embedwright.cpu import kernels
 from embedwright.errors import InputError
 from embedwright.vectors import int8
 from embedwright.vectors.int8 import TINY, Int8Nominator, slack
-from embedwright.vectors.store import Vectors, as_tensor, as_vectors
+from embedwright.vectors.shards import Vectors, as_tensor, as_vectors
 
 _QUERIES = 512  # queries and documents of one product: 4 MB, which a processor's last cache holds
 _DOCUMENTS = 2048

@@ -1,8 +1,8 @@
-"""The vectors of many texts, in blocks: in memory, or as files of a folder that a run which was stopped goes on with.
+"""Vectors of many texts in shards: in memory, or in a folder where a run that was stopped goes on.
 
-A folder of vectors holds one folder for each set of texts and each model that met there, `<SHA-256 of the texts,
-shortened>-<digest of the model>`, with `manifest.json` (the model's fingerprint, too), `probes.npy` (the vectors of a
-few of the texts) and `block-00000.npy` ...: float32, whole or not there.
+A folder holds `manifest.json` (what is encoded, how, and by which model), `probes.arrow` (a few of the texts with their
+vectors) and `shard-00000.arrow` and so on: Arrow files with a column `vector` (fixed-size list of float32) and, for a
+corpus, `id` and `text`. Each is whole or absent.
 
 `C` texts, `N` texts of a tile, `E` embedding.
 """
@@ -13,87 +13,88 @@ import hashlib
 import json
 import logging
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache, partial
+from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
+import pyarrow as pa
 from numpy.typing import NDArray
-from torch import Tensor
 
+from embedwright.data.schema import DataError
 from embedwright.encoders.protocol import Encoder, encode_finite
 from embedwright.errors import InputError
-from embedwright.files import whole_file, whole_folder, write_json
+from embedwright.files import write_json
 from embedwright.fingerprint import Facts, differences, fingerprint_of
+from embedwright.vectors.shards import Vectors, read_shard, vectors_of, write_shard
 
 logger = logging.getLogger(__name__)
 
-_BLOCK, _LARGEST_BLOCK, _BLOCKS = 512, 65_536, 256  # texts of a block, at least and at most; blocks, where that allows
-_TILE = 4096  # rows read at once where some of them are wanted
-_PROBES = 2  # of the longest texts, which tell how they are cut, and of the first
+Row = tuple[str, ...]  # of a text: the columns that are stored beside its vector; the text comes last
+
+_FORMAT = 2  # 1: Parquet shards of a corpus, .npy blocks of mining
+_OWNER = b"embedwright.manifest"  # in each shard's metadata: the digest of the manifest that it was written under
+_SHARD, _LARGEST_SHARD, _SHARDS = 512, 65_536, 256  # texts of a shard, at least and at most; shards, where that allows
+_PROBES = 2  # of the first texts, and of the longest, which tell how they are cut
 _SAME = 5e-3  # relative distance of two vectors of one text by one model: bfloat16 in other batches stays below 2e-3
 
 
-class Vectors:
-    """Float32 (C, E). A block is an array, or a .npy file, which is mapped into memory only while it is read."""
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a folder holds: `count` texts, encoded under `task` into `dimension` numbers each."""
 
-    def __init__(self, blocks: Sequence[NDArray[Any] | Path], rows: Sequence[int], width: int) -> None:
-        """`rows` of each block."""
-        self.blocks, self.rows = blocks, rows
-        self.shape = sum(rows), width
+    format: int
+    source_sha256: str  # of the rows, so that a file may be renamed or compressed in between
+    count: int
+    task: str | None
+    shard_rows: int
+    dimension: int
+    model: Facts | None  # the fingerprint of the model; None where it has none
 
-    def __len__(self) -> int:
-        return self.shape[0]
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """The manifest of `folder`. Raises FileNotFoundError, and DataError where it is not one of this format."""
+        path = folder / "manifest.json"
+        try:
+            manifest = cls(**json.loads(path.read_text(encoding="utf-8")))
+            if manifest.format != _FORMAT:
+                raise ValueError(f"format {manifest.format}")
+        except (ValueError, TypeError) as error:
+            raise DataError(
+                f"{path}: not the manifest of vectors of this version ({error}): take a new folder"
+            ) from None
+        return manifest
 
-    def __add__(self, other: Vectors) -> Vectors:
-        """The rows of both, those of `other` behind."""
-        return Vectors([*self.blocks, *other.blocks], [*self.rows, *other.rows], self.shape[1])
+    def digest(self) -> bytes:
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest().encode()
 
-    def tiles(self, size: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """All rows in order, up to `size` at a time, each time with the number of the first: small blocks joined."""
-        parts: list[NDArray[np.float32]] = []
-        for row, part in self._parts(size):
-            if parts and (held := sum(map(len, parts))) + len(part) > size:
-                yield row - held, np.concatenate(parts) if len(parts) > 1 else parts[0]
-                parts = []
-            parts.append(part)
-        if parts:
-            yield len(self) - sum(map(len, parts)), np.concatenate(parts) if len(parts) > 1 else parts[0]
-
-    def tiles_with(self, rows_F: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """As `tiles`, but only what holds one of `rows_F`, which ascend; nothing else is read."""
-        yield from self._parts(_TILE, rows_F)
-
-    def _parts(self, size: int, rows_F: NDArray[np.int64] | None = None) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        start = 0
-        for block, rows in zip(self.blocks, self.rows, strict=True):
-            for first in range(0, rows, size):
-                end = min(first + size, rows)
-                if rows_F is None or np.diff(np.searchsorted(rows_F, (start + first, start + end))):
-                    array = np.load(block, mmap_mode="r") if isinstance(block, Path) else block
-                    yield start + first, np.ascontiguousarray(array[first:end], dtype=np.float32)
-            start += rows
+    def shards(self, folder: Path) -> Iterator[tuple[Path, int]]:
+        """Each shard's path and its number of texts."""
+        for start in range(0, self.count, self.shard_rows):
+            yield shard_path(folder, start // self.shard_rows), min(self.shard_rows, self.count - start)
 
 
-def as_vectors(vectors: NDArray[Any] | Vectors) -> Vectors:
-    """An array (C, E), a memory map also, as one block."""
-    if isinstance(vectors, Vectors):
-        return vectors
-    array_CE = np.asanyarray(vectors)
-    if array_CE.ndim != 2:
-        raise InputError(f"vectors {array_CE.shape} must be (C, E)")
-    return Vectors([array_CE], [len(array_CE)], array_CE.shape[1])
+class Survey(NamedTuple):
+    """What one pass over rows finds."""
+
+    texts: int
+    digests: list[str]  # of all rows up to the end of each shard
+    probes: list[str]  # the texts that tell two models apart
 
 
-def as_tensor(vectors_NE: NDArray[Any]) -> Tensor:
-    """A view, never to be written to; torch warns of arrays, such as memory maps, that must not be."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        return torch.from_numpy(vectors_NE)
+def survey(rows: Iterable[Row], shard_rows: int) -> Survey:
+    """Counts and digests rows, and picks the probes: the first texts, and the longest, which show where it cuts."""
+    given, digest = iter(rows), hashlib.sha256()
+    count, digests, probes = 0, list[str](), list[str]()
+    while chunk := list(islice(given, shard_rows)):
+        count += len(chunk)
+        digests.append(_digested(digest, chunk))
+        texts = [*probes, *(row[-1] for row in chunk)]
+        probes = [*texts[:_PROBES], *sorted(texts[_PROBES:], key=len)[-_PROBES:]]
+    return Survey(count, digests, probes)
 
 
 def encode_texts(
@@ -104,121 +105,156 @@ def encode_texts(
     folder: Path | None = None,
     advance: Callable[[int], None] = lambda encoded: None,
 ) -> Vectors:
-    """The vectors of `total` texts as documents; `texts()` gives the texts anew each time it is called, in one order.
+    """Encodes `total` texts as documents; `texts()` gives the texts anew each time it is called, in one order.
 
-    Without a `folder` they are held in memory, else written there, and memory holds one block (1/256 of the texts, at
-    least 512, at most 65,536). What the folder has already, of the same texts by the same model, is not encoded again.
-    A model is known by its fingerprint, or without one by the vectors of a few texts that it encodes anew.
-    `advance(n)` is told of n more texts.
+    Without a `folder` the vectors are held in memory. Else they are written to a folder below it, one for each set of
+    texts and each model, and memory holds one shard (1/256 of the texts, at least 512, at most 65,536). What is there
+    already, of the same texts by the same model, is not encoded again. `advance(n)` is told of n more texts.
 
     Raises ValueError where the model gives a vector that is not finite, or `texts()` gives other texts than before.
     """
-    size = min(_LARGEST_BLOCK, max(_BLOCK, total // _BLOCKS))
+    size = min(_LARGEST_SHARD, max(_SHARD, total // _SHARDS))
+    if folder is not None and total:
+        seen = survey(((text,) for text in texts()), size)
+        if seen.texts != total:
+            raise InputError(f"of {total} texts, the corpus gave {seen.texts} when it was read again")
+        home = _home(folder, encoder, seen, size)
+        return fill(home, encoder, ((text,) for text in texts()), seen, advance=advance)
     rows = [min(size, total - start) for start in range(0, total, size)]
-    home, width, digests = (None, 0, []) if folder is None or not total else _home(folder, encoder, texts(), rows)
-    given, digest = iter(texts()), hashlib.sha256()
-    blocks: list[NDArray[Any] | Path] = []
-    for number, wanted in enumerate(rows):
+    given, blocks = iter(texts()), list[NDArray[np.float32]]()
+    for wanted in rows:
         chunk = list(islice(given, wanted))
         if len(chunk) != wanted:
             raise InputError(f"of {total} texts, the corpus gave fewer when it was read again")
-        path = home and home / f"block-{number:05d}.npy"
-        if path is None:
-            vectors_NE = encode_finite(encoder, chunk)
-            width = vectors_NE.shape[1]
-            blocks.append(vectors_NE)
-        else:
-            blocks.append(path)
-            _add(digest, chunk)
-            if digest.hexdigest() != digests[number]:
-                raise InputError(f"of {total} texts, the corpus gave others when it was read again")
-            if not _complete(path, (wanted, width)):
-                with whole_file(path) as temp:
-                    np.save(temp, encode_finite(encoder, chunk))
+        blocks.append(encode_finite(encoder, chunk))
         advance(wanted)
-    return Vectors(blocks, rows, width)
+    return Vectors(blocks, rows, blocks[0].shape[1] if blocks else 0)
 
 
-def _home(folder: Path, encoder: Encoder, texts: Iterable[str], rows: Sequence[int]) -> tuple[Path, int, list[str]]:
-    """The folder below `folder` of these texts by this model, made where there is none; the vectors' width; and a
-    digest of the texts up to the end of each block of so many `rows`."""
-    given, digest = iter(texts), hashlib.sha256()
-    digests: list[str] = []
-    probes: list[str] = []
-    for wanted in rows:
-        chunk = list(islice(given, wanted))
-        _add(digest, chunk)
-        digests.append(digest.hexdigest())
-        probes = probe_texts([*probes, *chunk])
-    model, about = fingerprint_of(encoder), digests[-1]
-    probed = cache(lambda: encode_finite(encoder, probes))
+def _home(folder: Path, encoder: Encoder, seen: Survey, shard_rows: int) -> Path:
+    """The folder below `folder` of these texts by this model, made where there is none."""
+    probe = cache(lambda texts: encode_finite(encoder, texts))
     others = []
-    for home in sorted(folder.glob(f"{about[:16]}-*")):
-        manifest = json.loads((home / "manifest.json").read_text())
-        then_NE = np.load(home / "probes.npy")
-        drift = partial(lambda then_NE: moved(then_NE, probed()), then_NE)
-        if (other := differs(model, manifest.get("model"), drift, home)) is None:
+    for home in sorted(path.parent for path in folder.glob(f"{seen.digests[-1][:16]}-*/manifest.json")):
+        if (other := other_model(home, encoder, probe)) is None:
             logger.info("%s: vectors of these texts by this model", home)
-            return home, manifest["dimension"], digests
+            return home
         others.append(other)
     if others:
         logger.warning("%s: vectors of these texts are by another model (%s): encoded again", folder, "; ".join(others))
-    probes_NE = probed()
-    known = probes_NE.tobytes() if model is None else json.dumps(model, sort_keys=True).encode()
-    home = folder / f"{about[:16]}-{hashlib.sha256(known).hexdigest()[:8]}"
-    manifest = {"texts": sum(rows), "sha256": about, "dimension": probes_NE.shape[1], "model": model}
+    known = json.dumps(fingerprint_of(encoder), sort_keys=True).encode() + probe(tuple(seen.probes)).tobytes()
+    home = folder / f"{seen.digests[-1][:16]}-{hashlib.sha256(known).hexdigest()[:8]}"
+    claim(home, encoder, seen, shard_rows, probe=probe)
+    return home
+
+
+def claim(
+    folder: Path,
+    encoder: Encoder,
+    seen: Survey,
+    shard_rows: int,
+    task: str | None = None,
+    probe: Callable[[tuple[str, ...]], NDArray[np.float32]] | None = None,
+) -> None:
+    """Makes `folder` the place of these rows by this model: writes the probes, then the manifest."""
+    probes = tuple(seen.probes)
+    probes_NE = probe(probes) if probe else encode_finite(encoder, probes, task)
+    model, width = fingerprint_of(encoder), probes_NE.shape[1]
+    manifest = Manifest(_FORMAT, seen.digests[-1], seen.texts, task, shard_rows, width, model)
+    write_shard(folder / "probes.arrow", probes_NE, {"text": probes}, {_OWNER: manifest.digest()})
+    write_json(folder / "manifest.json", asdict(manifest))
+
+
+def fill(
+    folder: Path,
+    encoder: Encoder,
+    rows: Iterable[Row],
+    seen: Survey,
+    *,
+    columns: Sequence[str] = (),
+    advance: Callable[[int], None],
+) -> Vectors:
+    """Encodes the shards that a claimed folder lacks, and returns all vectors. `columns`: the names of stored columns.
+
+    Raises ValueError where the rows are not those of the survey.
+    """
+    manifest, given, digest = Manifest.read(folder), iter(rows), hashlib.sha256()
+    for (path, wanted), expected in zip(manifest.shards(folder), seen.digests, strict=True):
+        chunk = list(islice(given, wanted))
+        if _digested(digest, chunk) != expected:
+            raise InputError(f"of {seen.texts} texts, the corpus gave others when it was read again")
+        if not _complete(path, wanted, manifest):
+            vectors_NE = encode_finite(encoder, [row[-1] for row in chunk], manifest.task)
+            stored = zip(columns, zip(*chunk, strict=True), strict=False)
+            write_shard(path, vectors_NE, dict(stored), {_OWNER: manifest.digest()})
+        advance(wanted)
+    return open_vectors(folder)
+
+
+def open_vectors(folder: Path) -> Vectors:
+    """The vectors of a folder. Raises FileNotFoundError without a manifest, ValueError where a shard is missing."""
+    manifest = Manifest.read(folder)
+    shards = list(manifest.shards(folder))
+    if missing := [path for path, rows in shards if not _complete(path, rows, manifest)]:
+        raise InputError(f"{folder} is unfinished, {len(missing)} of {len(shards)} shards are missing: encode it again")
+    return Vectors([path for path, _ in shards], [rows for _, rows in shards], manifest.dimension)
+
+
+def check_model(folder: Path, encoder: Encoder) -> None:
+    """Raises ValueError, naming what differs, unless `encoder` is the model that encoded `folder`."""
+    task = Manifest.read(folder).task
+    if other := other_model(folder, encoder, lambda texts: encode_finite(encoder, texts, task)):
+        raise InputError(f"{folder} was encoded by another model ({other}): take that one, or a new or empty folder")
+
+
+def other_model(folder: Path, encoder: Encoder, probe: Callable[[tuple[str, ...]], NDArray[np.float32]]) -> str | None:
+    """None where the vectors of `folder` are those of `encoder`; else what differs.
+
+    Fingerprints decide. Where the model has none, the vectors of the probes do, which `probe` encodes anew. Where it
+    has one without weights, as a server has, another model may have its name: probes that have moved are warned of.
+    """
+    model, stored = fingerprint_of(encoder), Manifest.read(folder).model
+    if model != stored:
+        return differences(stored or {}, model or {})
+    if "weights" in (model or {}):
+        return None
+    probes = read_shard(folder / "probes.arrow")
+    distance = _moved(vectors_of(probes), probe(tuple(probes["text"].to_pylist())))
+    if distance <= _SAME:
+        return None
+    if model is None:
+        return f"its vectors of the same texts are {distance:.2g} away (relative)"
+    logger.warning(
+        "%s: a few texts, encoded again, have moved by %.2g: if another model has this name now, take a new folder",
+        folder,
+        distance,
+    )
+    return None
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    return folder / f"shard-{shard:05d}.arrow"
+
+
+def _complete(path: Path, rows: int, manifest: Manifest) -> bool:
+    """Whether the shard is whole, and was written for this folder and by its model."""
     try:
-        with whole_folder(home) as new:
-            np.save(new / "probes.npy", probes_NE)
-            write_json(new / "manifest.json", manifest)
-    except OSError:
-        if not home.exists():  # or another run has made it in the meantime
-            raise
-    return home, probes_NE.shape[1], digests
+        found = read_shard(path)
+    except (OSError, pa.ArrowInvalid):  # Arrow's footer comes last: a cut file has none
+        return False
+    return found.num_rows == rows and (found.schema.metadata or {}).get(_OWNER) == manifest.digest()
 
 
-def probe_texts(texts: Sequence[str]) -> list[str]:
-    """The texts that tell two models apart: the first ones, and the longest of the rest, which show where it cuts."""
-    rest = sorted(texts[_PROBES:], key=len)
-    return [*texts[:_PROBES], *rest[-_PROBES:]]
+def _digested(digest: Any, rows: Iterable[Row]) -> str:
+    """The digest of all rows so far, after these."""
+    for row in rows:
+        digest.update(json.dumps(row).encode() + b"\n")
+    return str(digest.hexdigest())
 
 
-def _add(digest: Any, texts: Iterable[str]) -> None:
-    for text in texts:
-        raw = text.encode(errors="surrogatepass")
-        digest.update(len(raw).to_bytes(8, "little") + raw)
-
-
-def moved(then_NE: NDArray[np.float32], now_NE: NDArray[np.float32]) -> float:
+def _moved(then_NE: NDArray[np.float32], now_NE: NDArray[np.float32]) -> float:
     """The largest distance between two vectors of one text, relative to their length; infinite for other shapes."""
     if then_NE.shape != now_NE.shape:
         return math.inf
     length_N = np.maximum(np.linalg.norm(then_NE, axis=1), np.finfo(np.float32).tiny)
     return float(np.max(np.linalg.norm(now_NE - then_NE, axis=1) / length_N, initial=0.0))
-
-
-def differs(model: Facts | None, stored: Facts | None, drift: Callable[[], float], where: Path) -> str | None:
-    """None where the vectors at `where`, stored by a model of the facts `stored`, are those of `model`; else why not.
-
-    `drift()` encodes a few of the texts anew and gives what `moved` says. It decides where the model has no
-    fingerprint. Where the facts hold no weights, as those of a server, it only warns: another model may have its name.
-    """
-    if model is None and stored is None:
-        distance = drift()
-        return None if distance <= _SAME else f"its vectors of the same texts are {distance:.2g} away (relative)"
-    if model != stored:
-        return differences(stored or {}, model or {})
-    if "weights" not in (model or {}) and (distance := drift()) > _SAME:
-        logger.warning(
-            "%s: a few texts, encoded again, have moved by %.2g: if another model has this name now, take a new folder",
-            where,
-            distance,
-        )
-    return None
-
-
-def _complete(path: Path, shape: tuple[int, int]) -> bool:
-    try:
-        return bool(np.load(path, mmap_mode="r").shape == shape)
-    except (FileNotFoundError, ValueError):  # a file cut short is smaller than its header says
-        return False

@@ -13,9 +13,10 @@ import pytest
 
 from embedwright.data.schema import DataError
 from embedwright.model.embedder import Embedder
-from embedwright.vectors.corpus import encode_corpus, read_vectors
+from embedwright.vectors.corpus import encode_corpus
 from embedwright.vectors.index import build_index, search
-from embedwright.vectors.store import encode_texts
+from embedwright.vectors.shards import read_shard, vectors_of, write_shard
+from embedwright.vectors.store import encode_texts, open_vectors
 
 
 class Hashed:
@@ -37,6 +38,13 @@ class Hashed:
         return (vector / np.linalg.norm(vector)).astype(np.float32)
 
 
+def read_vectors(folder: Path) -> tuple[list[str], list[str], np.ndarray]:
+    """Ids, texts and vectors of an encoded corpus, as its files have them."""
+    shards = [read_shard(path) for path in open_vectors(folder).blocks if isinstance(path, Path)]
+    ids, texts = ([text for shard in shards for text in shard[name].to_pylist()] for name in ("id", "text"))
+    return ids, texts, np.concatenate([vectors_of(shard) for shard in shards])
+
+
 def write_source(path: Path, texts: Sequence[str]) -> Path:
     path.write_text("".join(json.dumps({"_id": f"d{i}", "text": text}) + "\n" for i, text in enumerate(texts)))
     return path
@@ -53,10 +61,11 @@ def test_shards_hold_ids_texts_and_vectors_in_order(tmp_path: Path) -> None:
     )
     assert sorted(path.name for path in out.iterdir()) == [
         "manifest.json",
-        *(f"shard-0000{i}.parquet" for i in range(3)),
+        "probes.arrow",
+        *(f"shard-0000{i}.arrow" for i in range(3)),
     ]
     assert seen == [(10, 25), (20, 25), (25, 25)]
-    schema = pq.read_schema(out / "shard-00002.parquet")
+    schema = pa.ipc.open_file(out / "shard-00002.arrow").schema
     assert schema.names == ["id", "text", "vector"] and schema.field("vector").type == pa.list_(pa.float32(), 8)
     ids, texts, vectors = read_vectors(out)
     assert ids == [f"d{i}" for i in range(25)] and texts == TEXTS and vectors.dtype == np.float32
@@ -71,12 +80,12 @@ def test_a_run_that_stopped_encodes_only_what_is_missing(tmp_path: Path) -> None
         encode_corpus(Hashed(fail_at="text 21"), source, out, shard_rows=5)
     with pytest.raises(ValueError, match="unfinished, 1 of 5 shards"):
         read_vectors(out)
-    cut, short = out / "shard-00001.parquet", out / "shard-00002.parquet"
+    cut, short = out / "shard-00001.arrow", out / "shard-00002.arrow"
     cut.write_bytes(cut.read_bytes()[:-100])
-    pq.write_table(pq.read_table(short).slice(1), short)
+    write_shard(short, vectors_of(read_shard(short))[1:], {}, dict(read_shard(short).schema.metadata))
     model = Hashed()
     encode_corpus(model, source, out, shard_rows=5)
-    probes = [*TEXTS[:2], *TEXTS[3:5]]  # of the first shard: the first and the longest
+    probes = [*TEXTS[:2], *TEXTS[-2:]]  # the first and the longest
     assert [text for text in model.asked if text in TEXTS] == [*probes, *TEXTS[5:15], *TEXTS[20:]]
     assert read_vectors(out)[1] == TEXTS
     np.testing.assert_array_equal(read_vectors(out)[2], np.stack([model.vector(text) for text in TEXTS]))
@@ -87,7 +96,7 @@ def test_what_changed_in_between_is_refused(tmp_path: Path) -> None:
     encode_corpus(Hashed(), source, out, shard_rows=10)
     with pytest.raises(ValueError, match="another model"):
         encode_corpus(Hashed(salt="trained"), source, out, shard_rows=10)
-    with pytest.raises(ValueError, match="with dimension 8, this is 9"):
+    with pytest.raises(ValueError, match="another model"):
         encode_corpus(Hashed(9), source, out, shard_rows=10)
     with pytest.raises(ValueError, match="with task None, this is 't'"):
         encode_corpus(Hashed(), source, out, shard_rows=10, task="t")
@@ -163,7 +172,7 @@ def test_a_shard_of_another_folder_is_not_taken_over(tmp_path: Path) -> None:
     source = write_source(tmp_path / "corpus.jsonl", TEXTS)
     encode_corpus(Named(), source, tmp_path / "a", shard_rows=10)
     encode_corpus(Named(salt="other"), source, tmp_path / "b", shard_rows=10)
-    (tmp_path / "b" / "shard-00001.parquet").replace(tmp_path / "a" / "shard-00001.parquet")
+    (tmp_path / "b" / "shard-00001.arrow").replace(tmp_path / "a" / "shard-00001.arrow")
     with pytest.raises(ValueError, match="unfinished, 1 of 3 shards"):
         read_vectors(tmp_path / "a")
 
@@ -209,9 +218,11 @@ def test_a_bad_byte_in_a_plain_text(tmp_path: Path) -> None:
 
 
 def test_a_manifest_that_is_none(tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text('{"count": 3}')
-    with pytest.raises(DataError, match="not the manifest"):
-        read_vectors(tmp_path)
+    old = {"source_sha256": "", "count": 3, "task": None, "shard_rows": 10, "dimension": 8, "model": None}
+    for content in ("{", '{"count": 3}', json.dumps(old), json.dumps({"format": 1, **old})):
+        (tmp_path / "manifest.json").write_text(content)
+        with pytest.raises(DataError, match=r"not the manifest.*take a new folder"):
+            read_vectors(tmp_path)
 
 
 def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: Path) -> None:

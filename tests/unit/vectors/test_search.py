@@ -15,7 +15,7 @@ from embedwright.cpu import kernels, onednn
 from embedwright.vectors import int8, search
 from embedwright.vectors.int8 import Int8Nominator
 from embedwright.vectors.search import pair_scores, top_k
-from embedwright.vectors.store import Vectors, as_vectors
+from embedwright.vectors.shards import Vectors, as_vectors, write_shard
 
 
 def brute_force(queries: np.ndarray, corpus: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -273,8 +273,8 @@ def test_a_memory_map_is_read_tile_by_tile(small_blocks: None, tmp_path: Path, d
 def test_vectors_in_blocks_are_one_corpus(small_blocks: None, tmp_path: Path) -> None:
     queries, corpus = real(19, 500)
     parts = np.split(corpus, [7, 30, 31, 300])
-    np.save(tmp_path / "part.npy", parts[3])
-    blocks = Vectors([*parts[:3], tmp_path / "part.npy", parts[4]], [len(part) for part in parts], 48)
+    write_shard(tmp_path / "part.arrow", parts[3], {}, {})
+    blocks = Vectors([*parts[:3], tmp_path / "part.arrow", parts[4]], [len(part) for part in parts], 48)
     assert_same(top_k(queries, blocks, 30), brute_force(queries, corpus, 30))
 
 

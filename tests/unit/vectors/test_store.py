@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from embedwright import files
-from embedwright.vectors import store as vectors
-from embedwright.vectors.store import Vectors, as_vectors, encode_texts
+from embedwright.vectors import store
+from embedwright.vectors.shards import Vectors
+from embedwright.vectors.store import encode_texts
 
 TEXTS = [f"text {i}" for i in range(23)]
 
@@ -33,7 +34,7 @@ class Teacher:
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vectors, "_BLOCK", 5)
+    monkeypatch.setattr(store, "_SHARD", 5)
 
 
 def rows_of(found: Vectors) -> np.ndarray:
@@ -50,16 +51,17 @@ def test_in_memory_and_on_disk_are_the_same(tmp_path: Path) -> None:
     assert held.shape == kept.shape == (23, 3) and held.rows == [5, 5, 5, 5, 3]
     assert np.array_equal(rows_of(held), expected) and np.array_equal(rows_of(kept), expected)
     (home,) = tmp_path.iterdir()
-    assert json.loads((home / "manifest.json").read_text()).items() >= {"texts": 23, "dimension": 3}.items()
-    assert sorted(path.name for path in home.glob("*.npy")) == [*(f"block-0000{i}.npy" for i in range(5)), "probes.npy"]
+    assert json.loads((home / "manifest.json").read_text()).items() >= {"count": 23, "dimension": 3}.items()
+    files = sorted(path.name for path in home.glob("*.arrow"))
+    assert files == ["probes.arrow", *(f"shard-0000{i}.arrow" for i in range(5))]
 
 
 def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         encode(Teacher(after=4 + 10), tmp_path)
     (home,) = tmp_path.iterdir()
-    assert len(list(home.glob("block-*"))) == 2
-    whole = home / "block-00001.npy"
+    assert len(list(home.glob("shard-*"))) == 2
+    whole = home / "shard-00001.arrow"
     whole.write_bytes(whole.read_bytes()[:-1])  # as a machine that lost power may leave it
     steps: list[int] = []
     teacher = Teacher()
@@ -96,11 +98,13 @@ def test_texts_that_change_while_they_are_read(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="of 23 texts, the corpus gave fewer"):
         encode_texts(Teacher(), fewer, 23)
+    with pytest.raises(ValueError, match="of 23 texts, the corpus gave 20"):
+        encode_texts(Teacher(), fewer, 23, folder=tmp_path)
     times = iter([TEXTS, [*TEXTS[:7], "text 99", *TEXTS[8:]], TEXTS, TEXTS])
     with pytest.raises(ValueError, match="of 23 texts, the corpus gave others"):
         encode_texts(Teacher(), lambda: next(times), 23, folder=tmp_path)
     (home,) = tmp_path.iterdir()
-    assert [path.name for path in home.glob("block-*")] == ["block-00000.npy"]  # no vector of another text is kept
+    assert [path.name for path in home.glob("shard-*")] == ["shard-00000.arrow"]  # no vector of another text is kept
     found = encode_texts(Teacher(), lambda: next(times), 23, folder=tmp_path)
     assert np.array_equal(rows_of(found), rows_of(encode(Teacher())))
 
@@ -168,31 +172,15 @@ def test_a_model_without_a_fingerprint_may_round(tmp_path: Path) -> None:
     assert rounded.asked == 4 and trained.asked > 23
 
 
-def test_tiles_join_small_blocks_and_part_large_ones() -> None:
-    array = np.arange(40, dtype=np.float64).reshape(20, 2)
-    found = Vectors(np.split(array, [1, 3, 4, 16]), [1, 2, 1, 12, 4], 2)
-    assert [(first, len(tile)) for first, tile in found.tiles(5)] == [(0, 4), (4, 5), (9, 5), (14, 2), (16, 4)]
-    assert np.array_equal(np.concatenate([tile for _, tile in found.tiles(5)]), array)
-    assert all(tile.dtype == np.float32 for _, tile in found.tiles(5))
-    wanted = [(first, len(tile)) for first, tile in found.tiles_with(np.array([1, 2, 17]))]
-    assert wanted == [(1, 2), (16, 4)]
-    assert list(found.tiles_with(np.array([], np.int64))) == [] and list(Vectors([], [], 0).tiles(5)) == []
-    both = found + as_vectors(array[:3])
-    assert both.shape == (23, 2) and np.array_equal(np.concatenate([t for _, t in both.tiles(9)])[20:], array[:3])
-
-
 def test_blocks_grow_with_the_texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vectors, "_BLOCKS", 2)
+    monkeypatch.setattr(store, "_SHARDS", 2)
     assert encode(Teacher()).rows == [11, 11, 1]
-    monkeypatch.setattr(vectors, "_LARGEST_BLOCK", 8)
+    monkeypatch.setattr(store, "_LARGEST_SHARD", 8)
     assert encode(Teacher()).rows == [8, 8, 7]
 
 
-def test_what_is_no_corpus() -> None:
-    with pytest.raises(ValueError, match=r"must be \(C, E\)"):
-        as_vectors(np.zeros(3))
-    nothing = encode(Teacher(), None, [])
-    assert len(nothing) == 0
+def test_no_text_has_no_vector() -> None:
+    assert len(encode(Teacher(), None, [])) == 0
 
 
 # ---- a million

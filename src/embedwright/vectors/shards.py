@@ -1,0 +1,102 @@
+"""Vectors as blocks: arrays in memory, or shards, which are Arrow files, mapped into memory while they are read.
+
+`C` texts, `N` texts of a tile, `E` embedding.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from embedwright.errors import InputError
+from embedwright.files import whole_file
+
+_TILE = 4096  # rows read at once where some of them are wanted
+
+
+class Vectors:
+    """Float32 (C, E), as blocks: arrays, or paths of shards."""
+
+    def __init__(self, blocks: Sequence[NDArray[Any] | Path], rows: Sequence[int], width: int) -> None:
+        """`rows` of each block."""
+        self.blocks, self.rows = blocks, rows
+        self.shape = sum(rows), width
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __add__(self, other: Vectors) -> Vectors:
+        """The rows of both, those of `other` after the own ones."""
+        return Vectors([*self.blocks, *other.blocks], [*self.rows, *other.rows], self.shape[1])
+
+    def tiles(self, size: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """Gives all rows in order, up to `size` at a time, with the number of the first. Small blocks are joined."""
+        parts: list[NDArray[np.float32]] = []
+        for row, part in self._parts(size):
+            if parts and (held := sum(map(len, parts))) + len(part) > size:
+                yield row - held, np.concatenate(parts) if len(parts) > 1 else parts[0]
+                parts = []
+            parts.append(part)
+        if parts:
+            yield len(self) - sum(map(len, parts)), np.concatenate(parts) if len(parts) > 1 else parts[0]
+
+    def tiles_with(self, rows_F: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """As `tiles`, but gives only tiles with one of `rows_F`, which ascend; nothing else is read."""
+        yield from self._parts(_TILE, rows_F)
+
+    def _parts(self, size: int, rows_F: NDArray[np.int64] | None = None) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        start = 0
+        for block, rows in zip(self.blocks, self.rows, strict=True):
+            for first in range(0, rows, size):
+                end = min(first + size, rows)
+                if rows_F is None or np.diff(np.searchsorted(rows_F, (start + first, start + end))):
+                    array = vectors_of(read_shard(block)) if isinstance(block, Path) else block
+                    yield start + first, np.ascontiguousarray(array[first:end], dtype=np.float32)
+            start += rows
+
+
+def as_vectors(vectors: NDArray[Any] | Vectors) -> Vectors:
+    """An array (C, E), a memory map also, as one block."""
+    if isinstance(vectors, Vectors):
+        return vectors
+    array_CE = np.asanyarray(vectors)
+    if array_CE.ndim != 2:
+        raise InputError(f"vectors {array_CE.shape} must be (C, E)")
+    return Vectors([array_CE], [len(array_CE)], array_CE.shape[1])
+
+
+def as_tensor(array: NDArray[Any]) -> Tensor:
+    """A view, never to be written to; torch warns of arrays, such as memory maps, that must not be."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(array)
+
+
+def read_shard(path: Path) -> pa.RecordBatch:
+    """The rows of a shard: a view of the file."""
+    return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+
+
+def vectors_of(shard: pa.RecordBatch) -> NDArray[np.float32]:
+    """The vectors (N, E) of a shard: a view of the file."""
+    flat: NDArray[np.float32] = shard["vector"].flatten().to_numpy()
+    return flat.reshape(shard.num_rows, -1)
+
+
+def write_shard(
+    path: Path, vectors_NE: NDArray[np.float32], columns: Mapping[str, Sequence[str]], metadata: dict[bytes, bytes]
+) -> None:
+    """Writes vectors and columns of texts, whole or not at all."""
+    vector = pa.FixedSizeListArray.from_arrays(pa.array(vectors_NE.ravel()), vectors_NE.shape[1])
+    texts = {name: pa.array(values, pa.large_string()) for name, values in columns.items()}
+    batch = pa.RecordBatch.from_pydict({**texts, "vector": vector}).replace_schema_metadata(metadata)
+    with whole_file(path) as temp, pa.ipc.new_file(str(temp), batch.schema) as writer:
+        writer.write_batch(batch)
