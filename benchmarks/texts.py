@@ -68,7 +68,7 @@ def _origins() -> Iterator[Iterator[tuple[str, str]]]:
     from embedwright.demo.docstrings import harvest
 
     for library in _LIBRARIES:
-        yield ((doc.summary, doc.body) for doc in harvest([library]))
+        yield ((row.query, row.positives[0].text) for row in harvest([library]))
 
 
 def _files() -> list[Path]:

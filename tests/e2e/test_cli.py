@@ -238,7 +238,7 @@ def test_own_pairs_are_prepared_trained_and_resumed(
     answer = command(*arguments)
     assert answer.code == 0, answer.err
     assert opened == ["small"]
-    assert "read 66" in answer.out and "heldout 6" in answer.out and "15/15 steps" in answer.out
+    assert "66 rows read" in answer.out and "6 queries (6 rows) held out" in answer.out and "15/15 steps" in answer.out
     header = next(line for line in answer.out.splitlines() if "start 0" in line)
     assert header.index("start 0") < header.index("retrieval 10") < header.index("generalist 5")
     assert Embedder.load(out / "model").encode(["a text"]).shape == (1, 32)
@@ -757,7 +757,7 @@ def test_a_packaged_recipe_loads(file: Path) -> None:
 
 def test_the_laptop_recipe_trains_on_the_instructions_that_its_suite_asks_with() -> None:
     recipe = Recipe.load(next(file for file in RECIPES if file.stem == "laptop"))
-    asked = {task["name"]: task["instruction"] for task in yaml.safe_load(docstrings._SUITE)["tasks"]}
+    asked = {task["name"]: task["instruction"] for task in docstrings.SUITE}
     for stage in recipe.stages:
         for entry in stage.data:
             assert not isinstance(entry.task, str | None)

@@ -31,7 +31,7 @@ def counter(unit: str) -> Callable[..., None]:
             return
         shown = now
         rate = (done - first) / max(now - started, 1e-9)
-        left = f", {_clock((total - done) / rate)} left" if rate and done < total else ""
+        left = f", {clock((total - done) / rate)} left" if rate and done < total else ""
         pace = f", {rate:,.1f} {unit}/s" if rate else ""
         say(f"  {done:,}/{total:,} {unit}{pace}{left}{'  ' + note if note else ''}")
 
@@ -54,5 +54,6 @@ def training(recipe: Recipe) -> Callable[[dict[str, Any]], None]:
     return on_step
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Returns minutes and seconds, as 1:05."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -111,7 +111,12 @@ def _keep(plan: Recipe, model: Embedder) -> None:
         model.save(folder)
         shutil.copyfile(Path(plan.run.out) / "README.md", folder / "README.md")
     _before_and_after(Path(plan.run.out))
-    say(f'model: {folder}   (Embedder.load("{folder}"))')
+    say(
+        f'model: {folder}   (in Python: Embedder.load("{folder}"))\n'
+        "search with it, in a file of texts (.txt, or JSONL with `text`):\n"
+        f"  embedwright index {folder} texts.jsonl {folder.with_name('index')}\n"
+        f'  embedwright search {folder} {folder.with_name("index")} "your query"'
+    )
 
 
 def _before_and_after(out: Path) -> None:
@@ -124,6 +129,7 @@ def _before_and_after(out: Path) -> None:
         before = columns.get(name)
         columns[name] = replace(found, rows=before.rows + found.rows) if before else found
     if columns:
+        say("\nscores on what was held out, before training and after so many steps of each stage (higher is better):")
         say(render(table(columns)))
 
 
@@ -321,3 +327,4 @@ def _quiet_libraries() -> None:
     """Set before they are imported, which `--help` does not."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # a bar that transformers draws while it reads a GGUF file

@@ -1,26 +1,27 @@
 """What `embedwright demo` runs: the whole system on real weights and real text, in minutes on two cores.
 
-Every step leaves a file behind and is skipped where that file is whole, so a demo that was killed goes on.
+Every part leaves a file and is skipped where that file is whole, so a demo that was killed goes on.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from embedwright.cli.display import counter, say, training
+from embedwright.cli.display import clock, counter, say, training
 from embedwright.data.files.beir import read_corpus
 from embedwright.data.files.table import open_examples, write_examples
 from embedwright.demo import docstrings
-from embedwright.encoders.open import RawMean, open_encoder
-from embedwright.evaluation.results import Results, render, table
-from embedwright.evaluation.suite import evaluate
-from embedwright.files import write_text
+from embedwright.encoders.open import open_encoder
+from embedwright.evaluation.results import Results, Row, render, table
+from embedwright.evaluation.suite import evaluate, load_suite
+from embedwright.files import write_json, write_text
 from embedwright.mining.mine import mine, positives_of
 from embedwright.model.embedder import Embedder
 from embedwright.training.recipe import Recipe, expand
@@ -33,96 +34,137 @@ QUESTIONS = (
     "split a data set into a training and a test part",
     "find the shortest way between two nodes of a graph",
 )
+# Seconds of each part on two cores of an AMD EPYC (family 26): the first guess of how long the whole takes.
+SECONDS = (15, 25, 110, 20, 5, 5)
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
-    """The demo of this recipe. Returns what it also writes to `<run.out>/demo.json`: table rows and seconds.
+    """Runs the demo of this recipe. Returns what `<run.out>/demo.json` has too: the rows of the table and the seconds.
 
-    RuntimeError where a row is not better after the last stage than before the first, or the saved model gives
-    other vectors than the trained one.
+    RuntimeError where a row is not better after the last stage than before the first, or the saved model gives other
+    vectors than the trained one.
     """
     started = time.perf_counter()
     out = Path(recipe.run.out)
     data = out / "data"
-    suite = expand(recipe.eval.suites[0])
     task = recipe.stages[0].data[0].task
     instruction = "" if task is None or isinstance(task, str) else task.instruction
+    part = _parts()
 
-    say("1/6  data from the docstrings of the installed libraries")
+    part("data: the docstrings of the installed libraries, whole modules of them held out")
     _build_data(data)
-    say("2/6  hard negatives, mined with MiniLM, positive-aware: score < 95 % of the positive's")
-    _mine(data, instruction)
-    say(f"3/6  training {recipe.model.name}, first {recipe.model.layers} layers, in {len(recipe.stages)} stages")
-    model = train(recipe, on_step=training(recipe), on_evaluation=lambda line: say(f"  {line}"))
-    say("4/6  baselines on the same held-out part: the decoder as released, and the teacher")
-    baselines = {
-        "raw_mean": _baseline(
-            out / "raw_mean.json", suite, lambda: RawMean(recipe.model.name, recipe.model.max_tokens, "bfloat16")
-        ),
-        "teacher": _baseline(out / "teacher.json", suite, lambda: open_encoder("minilm")),
-    }
-    rows = table({**_stage_results(out, recipe), **baselines})
-    say()
-    say(render(rows))
-    say()
-    say(f"5/6  the model, saved to {out / 'model'}, opened again")
+    part("hard negatives: texts that look like the answer and are none, found by a small finished model (MiniLM)")
+    _mine(data / "train", instruction)
+    part(f"training {recipe.model.layers} layers of {recipe.model.name}, with scores before it and after each stage")
+    model = train(recipe, on_step=training(recipe), on_evaluation=_score)
+    part("the same scores for two others: these layers as they were released, and MiniLM")
+    rows = table({**_stage_results(out, recipe), **_others(recipe, out)})
+    say(f"\n{render(rows)}\n")
+    stages = [f"stage{i + 1}" for i in range(len(recipe.stages))]
+    for before, after in pairwise(["raw", "before", *stages]):
+        say(f"  {after}: {len(_higher(rows, before, after))} of {len(rows)} scores are higher than those of {before}")
+    part(f"the model, saved to {out / 'model'} and opened again")
     opened = _save_and_open(model, out / "model")
-    say("6/6  search over the held-out documentation")
-    _search(opened, data / "heldout" / "retrieval" / "corpus.jsonl", instruction)
-    result = {"rows": rows, "seconds": round(time.perf_counter() - started, 1)}
-    (out / "demo.json").write_text(json.dumps(result, indent=2) + "\n")
-    last = f"stage{len(recipe.stages)}"
-    worse = [f"{row['task']} {row['metric']}" for row in rows if not float(row[last] or 0) > float(row["before"] or 0)]
-    if worse:
+    part("search in the documentation that was held out")
+    corpus = data / "heldout" / "retrieval" / "corpus.jsonl"
+    _search(opened, corpus, instruction)
+    seconds = round(time.perf_counter() - started, 1)
+    result = {"rows": rows, "seconds": seconds}
+    write_json(out / "demo.json", result)
+    better = _higher(rows, "before", stages[-1])
+    if worse := [f"{row['task']} {row['metric']}" for row in rows if row not in better]:
         raise RuntimeError(f"not better than before training: {', '.join(worse)}")
-    say(f"\ndone in {result['seconds']} s: every row is better after {last} than before; {out / 'demo.json'}")
+    say(
+        f"\nDone in {clock(seconds)}. Now search with the model:\n"
+        f"  embedwright index {out / 'model'} {corpus} {out / 'index'}\n"
+        f'  embedwright search {out / "model"} {out / "index"} "{QUESTIONS[0]}" --task "{instruction}"\n'
+        "Or train on pairs of your own, each a line of the form "
+        '{"query": "how do tides work", "positive": "The moon ..."}:\n'
+        "  embedwright train --data my_pairs.jsonl --out runs/mine"
+    )
     return result
+
+
+def _parts() -> Callable[[str], None]:
+    """Returns a function that says which part begins, and about how long it and those that follow take.
+
+    The guess is `SECONDS`, corrected by how long the parts so far took; those that were done before do not count.
+    """
+    begun: list[float] = []
+
+    def part(title: str) -> None:
+        begun.append(time.perf_counter())
+        took = [(b - a, expected) for (a, b), expected in zip(pairwise(begun), SECONDS, strict=False) if b - a > 1]
+        pace = sum(a for a, _ in took) / sum(b for _, b in took) if took else 1.0
+        left = clock(pace * sum(SECONDS[len(begun) - 1 :]))
+        say(f"\n{len(begun)}/{len(SECONDS)}  {title} (about {left} to the end of the demo)")
+
+    return part
 
 
 def _build_data(data: Path) -> None:
     if not (data / "report.json").exists():
         docstrings.build(data)
     report = json.loads((data / "report.json").read_text())
-    for key, value in report.items():
-        say(f"  {key}: {value}")
-
-
-def _mine(data: Path, instruction: str) -> None:
-    mined, counts = data / "train" / "mined.jsonl", data / "train" / "mined.report.json"
-    if not mined.exists():
-        table = open_examples(data / "train" / "pairs.jsonl")
-        examples = list(table)
-        found, report = mine(
-            examples,
-            positives_of(examples),
-            open_encoder("minilm"),
-            task=instruction,
-            negatives=4,
-            progress=counter("texts"),
+    say(
+        "  {docstrings:,} docstrings, {duplicates:,} duplicates and {leaks:,} near held-out ones removed".format(
+            **report
         )
-        counts.write_text(json.dumps(report.to_json(), indent=2) + "\n")
-        write_examples(mined, found, table.tasks)
+    )
+    say("  training: {pairs:,} pairs of a summary and the text below it; {topics} parts of libraries".format(**report))
+    say("  held out: {heldout_queries:,} summaries to find among {heldout_documents:,} texts".format(**report))
+
+
+def _mine(folder: Path, instruction: str) -> None:
+    mined, counts = folder / "mined.jsonl", folder / "mined.report.json"
+    if not mined.exists():
+        table = open_examples(folder / "pairs.jsonl")
+        examples, teacher = list(table), open_encoder("minilm")
+        corpus = positives_of(examples)
+        found, report = mine(examples, corpus, teacher, task=instruction, negatives=4, progress=counter("texts"))
+        usable = [example for example in found if example.negatives]
+        write_json(counts, report.to_json() | {"usable": len(usable)})
+        write_examples(mined, usable, table.tasks)
     report = json.loads(counts.read_text())
     say(
-        f"  {report['queries']} queries: the rule removed {report['removed_by_rule']} of {report['candidates']} "
-        f"candidates as likely positives, {report['removed_same_text']} had the positive's text; "
-        f"{report['negatives']} negatives kept, {report['queries_short']} queries short of 4"
+        "  {negatives:,} hard negatives for {usable:,} of {queries:,} summaries\n"
+        "  {removed_by_rule:,} of {candidates:,} candidates were not taken, since they may be right as well:\n"
+        "  they score at least 95 % of what the right text scores".format(**report)
     )
 
 
-def _baseline(file: Path, suite: Path, make: Any) -> Results:
-    if not file.exists():
-        text = evaluate(make(), suite, progress=lambda line: say(f"  {file.stem} {line}")).to_json()
-        write_text(file, text)
-    return Results.from_json(file.read_text())
+def _score(line: str) -> None:
+    if ": " in line:  # of the two lines of each task, the one with the score
+        say(f"  {line}")
+
+
+def _others(recipe: Recipe, out: Path) -> dict[str, Results]:
+    """Scores the decoder as released, so many layers as are trained (causal, mean, no instruction), and MiniLM."""
+    suite = load_suite(expand(recipe.eval.suites[0]))
+    plain = tuple(task.model_copy(update={"instruction": ""}) for task in suite.tasks)
+    raw: dict[str, Any] = {"layers": recipe.model.layers, "max_tokens": recipe.model.max_tokens, "dtype": "bfloat16"}
+    raw |= {"pooling": "mean", "attention": "causal"}
+    found = {}
+    for name, asked in {"raw": suite.model_copy(update={"tasks": plain}), "minilm": suite}.items():
+        file = out / f"{name}.json"
+        if not file.exists():
+            model = open_encoder(name) if name == "minilm" else Embedder.from_decoder(recipe.model.name, **raw)
+            say(f"  {name}")
+            write_text(file, evaluate(model, asked, progress=_score).to_json())
+        found[name] = Results.from_json(file.read_text())
+    return found
 
 
 def _stage_results(out: Path, recipe: Recipe) -> dict[str, Results]:
-    """`before`, `stage1`, `stage2`, ...: the run's own evaluations, at its start and at the end of each stage."""
+    """Returns the run's own scores, at its start and at the end of each stage: `before`, `stage1`, `stage2`, ..."""
     ends = {("start", 0): "before"}
     ends |= {(stage.name, stage.optim.steps): f"stage{i}" for i, stage in enumerate(recipe.stages, start=1)}
     found = {ends[r["stage"], r["step"]]: r for r in read_evaluations(out) if (r["stage"], r["step"]) in ends}
     return {name: Results.from_json(json.dumps(found[name]["results"])) for name in ends.values()}
+
+
+def _higher(rows: list[Row], before: str, after: str) -> list[Row]:
+    return [row for row in rows if float(row[after] or 0) > float(row[before] or 0)]
 
 
 def _save_and_open(model: Embedder, folder: Path) -> Embedder:
@@ -133,13 +175,13 @@ def _save_and_open(model: Embedder, folder: Path) -> Embedder:
     difference = float(np.abs(opened.encode(texts) - model.encode(texts)).max())
     if difference > 1e-5:
         raise RuntimeError(f"{folder} gives other vectors than the model that was trained ({difference:.1e})")
-    say(f"  Embedder.load gives the same vectors (largest difference {difference:.1e})")
+    say(f"  it gives the same vectors as before (largest difference {difference:.1e})")
     return opened
 
 
 def _search(model: Embedder, corpus_file: Path, instruction: str) -> None:
     corpus = read_corpus(corpus_file)
-    ids: Sequence[str] = list(corpus)
+    ids = list(corpus)
     scores, indices = top_k(model.encode(QUESTIONS, task=instruction), model.encode(list(corpus.values())), k=2)
     for question, row_scores, row in zip(QUESTIONS, scores, indices, strict=True):
         say(f"  {question}")

@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from embedwright.cli.display import counter, say
 from embedwright.config import ConfigError
 from embedwright.data.answers import Answers, marks_of, text_mark
 from embedwright.data.clean.clean import Report, clean
-from embedwright.data.clean.repeats import DuplicateIndex
 from embedwright.data.files.table import open_examples, write_examples
 from embedwright.data.schema import Example
+from embedwright.demo.heldout import without_leaks, write_beir, write_suite
 from embedwright.encoders.open import open_encoder
-from embedwright.files import whole_folder, write_json, write_text
+from embedwright.files import whole_folder, write_json
 from embedwright.mining.mine import mine, positives_of
 from embedwright.training.batches.blend import permuted
 from embedwright.training.recipe import Recipe
@@ -35,10 +33,10 @@ def recipe_for(
     instruction: str = INSTRUCTION,
     teacher: str = "minilm",
 ) -> Recipe:
-    """Prepare the user's pairs below `out/data` (once) and return the recipe that trains on them.
+    """Prepares the user's pairs below `out/data`, once, and returns the recipe that trains on them.
 
-    A tenth of the queries, 500 at most, is held out; what repeats them or their answers is not trained on. Hard
-    negatives are mined with `teacher`. ConfigError where too little is left, or `out` is of other data.
+    A tenth of the queries, 500 at most, is held out. What repeats them or their answers is not trained on. `teacher`
+    mines the hard negatives. Raises ConfigError where too little is left, and where `out` holds a run of other data.
     """
     prepared = out / "data"
     if not (prepared / "report.json").exists():
@@ -51,7 +49,14 @@ def recipe_for(
         key = changed[0]
         change = f"{before.get(key)!r}, now {now[key]!r}"
         raise ConfigError(f"{out} holds a run of another {key} ({change}): choose another --out")
-    say("  " + ", ".join(f"{key} {value}" for key, value in report.items()))
+    say(
+        "  {read:,} rows read, of them {exact_duplicates:,} exact and {near_duplicates:,} near duplicates left out\n"
+        "  {heldout:,} queries ({heldout_rows:,} rows) held out, to score the model before and after\n"
+        "  {leaks:,} rows and {leaked_negatives:,} negatives left out, since they repeat a held-out text\n"
+        "  {likely_positives_removed:,} candidates are no hard negatives, since they may be right as well\n"
+        "  {without_negatives:,} rows left out, since no hard negative was found for them\n"
+        "  {train:,} rows to train on".format(**report)
+    )
     # about one pass over the data in stage 1 and half of one in stage 2, within what a laptop does in an hour
     queries = min(32, report["train"])
     steps = max(10, min(report["train"] // queries, 1000))
@@ -85,6 +90,7 @@ def recipe_for(
 
 
 def _prepare(data: Path, out: Path, instruction: str, teacher: str) -> None:
+    say(f"your pairs: {data}")
     table = open_examples(data, task="own")
     read, described = list(table), table.tasks
     answers = Answers(read)
@@ -93,8 +99,9 @@ def _prepare(data: Path, out: Path, instruction: str, teacher: str) -> None:
     heldout, rest = _hold_out(kept, answers)
     if not heldout:
         raise ConfigError(f"{data}: no query has an answer besides its own text: nothing to judge by")
-    train, leaked_negatives = _without(rest, [text for asked in heldout for text in asked.texts])
+    train, leaked_negatives = without_leaks(rest, [text for asked in heldout for text in asked.texts])
     _refuse_few(data, len(train), "after cleaning")
+    say(f"hard negatives, found by {teacher} among all answers")
     pool = positives_of(train)
     mined, report = mine(
         train,
@@ -123,13 +130,13 @@ def _prepare(data: Path, out: Path, instruction: str, teacher: str) -> None:
     }
     with whole_folder(out) as temp:
         write_examples(temp / "train.jsonl", with_negatives, described)
-        _write_suite(temp / "heldout", heldout, read, instruction)
+        _write_heldout(temp / "heldout", heldout, read, instruction)
         write_json(temp / "report.json", counts)
 
 
 @dataclass(frozen=True)
 class _Asked:
-    """A query that is held out, and what answers it in any row: marks (`data.answers`) and the texts, its own too."""
+    """A held-out query and all its answers: as marks (`data.answers`) and as texts, its own text among them."""
 
     query: str
     marks: set[int]
@@ -137,8 +144,10 @@ class _Asked:
 
 
 def _hold_out(rows: Sequence[Example], answers: Answers) -> tuple[list[_Asked], list[Example]]:
-    """A tenth of the queries, 500 at most, and the rows of the others. One that only its own text answers is not held
-    out: no search result could be right."""
+    """Returns a tenth of the queries, 500 at most, and the rows of the others.
+
+    A query that only its own text answers is not held out: no search result could be right.
+    """
     rows_of: dict[int, list[Example]] = {}
     for row in rows:
         rows_of.setdefault(text_mark(row.query), []).append(row)
@@ -154,28 +163,8 @@ def _hold_out(rows: Sequence[Example], answers: Answers) -> tuple[list[_Asked], 
     return list(heldout.values()), [row for row in rows if text_mark(row.query) not in heldout]
 
 
-def _without(rows: Sequence[Example], heldout: Sequence[str]) -> tuple[list[Example], int]:
-    """The rows whose query and positives repeat none of these texts; negatives that do are left out, and counted."""
-    found = DuplicateIndex(heldout).find(
-        text for row in rows for text in (row.query, *(p.text for p in (*row.positives, *row.negatives)))
-    )
-    apart, left_out = [], 0
-    for row in rows:
-        leaks = [match is not None for match in islice(found, 1 + len(row.positives))]
-        negatives = tuple(
-            p for p, match in zip(row.negatives, islice(found, len(row.negatives)), strict=True) if not match
-        )
-        if any(leaks):
-            continue
-        left_out += len(row.negatives) - len(negatives)
-        if len(negatives) < len(row.negatives):
-            row = replace(row, negatives=negatives, positive_scores=None, negative_scores=None)
-        apart.append(row)
-    return apart, left_out
-
-
 def _source(data: Path, teacher: str, instruction: str) -> dict[str, str]:
-    """All that the prepared data depends on."""
+    """Returns all that the prepared data depends on."""
     table = open_examples(data, task="own")
     described = json.dumps({name: task.model_dump() for name, task in table.tasks.items()})
     return {"data": table.fingerprint[:16], "teacher": teacher, "instruction": instruction, "tasks": described}
@@ -186,12 +175,11 @@ def _refuse_few(data: Path, count: int, which: str) -> None:
         raise ConfigError(f"{data}: {count} pairs are left to train on {which}; 20 is the least")
 
 
-def _write_suite(folder: Path, heldout: Sequence[_Asked], rows: Sequence[Example], instruction: str) -> None:
-    """The held-out queries against all positives, as a BEIR folder in a suite.
+def _write_heldout(folder: Path, heldout: Sequence[_Asked], rows: Sequence[Example], instruction: str) -> None:
+    """Writes a suite of the held-out queries against all positives of `rows`.
 
     Each text is there once, whatever its look. A document that is a query's own text has the query's id: it is no hit.
     """
-    beir = folder / "own"
     own = {text_mark(asked.query): f"q{i}" for i, asked in enumerate(heldout)}
     texts: dict[str, str] = {}
     documents_of: dict[int, dict[str, None]] = defaultdict(dict)  # mark -> the documents under it
@@ -202,17 +190,11 @@ def _write_suite(folder: Path, heldout: Sequence[_Asked], rows: Sequence[Example
         for mark in marks_of(task, [passage]):
             documents_of[mark][known] = None
     judged = [
-        f"{query}\t{document}\t1\n"
+        (query, document)
         for query, asked in zip(own.values(), heldout, strict=True)
         for document in dict.fromkeys(d for mark in sorted(asked.marks) for d in documents_of.get(mark, ()))
         if document != query
     ]
-    _write_lines(beir / "corpus.jsonl", [{"_id": id, "text": text} for id, text in texts.items()])
-    _write_lines(beir / "queries.jsonl", [{"_id": f"q{i}", "text": asked.query} for i, asked in enumerate(heldout)])
-    write_text(beir / "qrels" / "test.tsv", "query-id\tcorpus-id\tscore\n" + "".join(judged))
-    judged_by = {"kind": "retrieval", "path": "own", "instruction": instruction, "ignore_identical_ids": True}
-    write_json(folder / "suite.yaml", {"name": "heldout", "tasks": [{"name": "own", **judged_by}]})  # JSON is YAML
-
-
-def _write_lines(file: Path, rows: Sequence[dict[str, Any]]) -> None:
-    write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_beir(folder / "own", texts, {f"q{i}": asked.query for i, asked in enumerate(heldout)}, judged)
+    how = {"kind": "retrieval", "path": "own", "instruction": instruction, "ignore_identical_ids": True}
+    write_suite(folder, "heldout", [{"name": "own", **how}])

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from embedwright.encoders.sentence_transformers import SentenceTransformerEncoder
 from embedwright.endpoint import shown
@@ -49,17 +45,6 @@ def open_model(name: str, revision: str | None = None) -> Embedder | SentenceTra
     if place.hub_id is None:
         return SentenceTransformerEncoder(_sentence_transformer(str(place.path), None, place.path))
     return SentenceTransformerEncoder(_sentence_transformer(place.hub_id, place.path.name, place.path))
-
-
-class RawMean:
-    """A decoder as released: causal, mean over all its tokens, instructions ignored. The baseline of the demo."""
-
-    def __init__(self, base: str, max_tokens: int, dtype: str = "float32") -> None:
-        self.model = Embedder.from_decoder(base, pooling="mean", attention="causal", max_tokens=max_tokens, dtype=dtype)
-
-    def encode(self, texts: Sequence[str], task: str | None = None) -> NDArray[np.float32]:
-        vectors: NDArray[np.float32] = self.model.encode(texts)
-        return vectors
 
 
 def _sentence_transformer(where: str, revision: str | None, folder: Path | None = None) -> Any:

@@ -12,7 +12,7 @@ import torch
 
 from embedwright.data.schema import Example, Passage
 from embedwright.encoders import open as opening
-from embedwright.encoders.open import RawMean, open_encoder
+from embedwright.encoders.open import open_encoder
 from embedwright.encoders.sentence_transformers import SentenceTransformerEncoder
 from embedwright.evaluation.suite import Suite, SuiteTask, evaluate
 from embedwright.locate import PACKAGED
@@ -229,11 +229,3 @@ def test_a_file_is_no_embedder(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").touch()
     with pytest.raises(ValueError, match=r"model\.gguf is a file of weights, not an embedder"):
         open_encoder(str(tmp_path / "model.gguf"))
-
-
-def test_raw_mean_is_causal_and_ignores_instructions(tiny_decoder: Callable[..., Path]) -> None:
-    raw = RawMean(str(tiny_decoder("llama")), 32)
-    assert raw.model.network.backbone.config.is_causal
-    assert np.array_equal(raw.encode(TEXTS, task=TASK), raw.encode(TEXTS))
-    expected = Embedder.from_decoder(tiny_decoder("llama"), pooling="mean", attention="causal", max_tokens=32)
-    assert np.array_equal(raw.encode(TEXTS), expected.encode(TEXTS))
