@@ -24,8 +24,8 @@ import typer.main
 import yaml
 from fake_llm import Body, FakeLLM, Reply
 
-from embedwright.cli import data as cli_data
 from embedwright.cli import main as cli
+from embedwright.cli import mining
 from embedwright.llm.client import Server
 from embedwright.model.embedder import Embedder
 from embedwright.synth.plan import PROMPTS
@@ -503,7 +503,7 @@ def run(places: Words, servers: dict[str, FakeLLM], tmp_path_factory: pytest.Tem
         for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS"):
             patch.setenv(name, "error" if name == "TRANSFORMERS_VERBOSITY" else "1")  # so that main leaves none
         patch.setattr("sentence_transformers.CrossEncoder", Overlap)
-        patch.setattr(cli_data, "Server", partial(Server, retries=0))
+        patch.setattr(mining, "Server", partial(Server, retries=0))
         patch.setattr(cost, "product_speed", lambda *_: 1e10)  # which is measured
         patch.setattr("os.fsync", lambda handle: None)
         known = cache(lambda command, words: call(command, dict(words)))

@@ -1,0 +1,189 @@
+"""The commands that ask other models for training data: `mine`, `synth` and `data relabel`."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from embedwright.cli import options
+from embedwright.cli.display import counter
+from embedwright.cli.options import arg, opt, say_json
+from embedwright.errors import InputError, blaming
+from embedwright.llm.client import Client, Server
+from embedwright.mining.ensemble import Ensemble
+from embedwright.mining.rules import Positives, Rule
+
+
+def mine(
+    examples: Annotated[Path, arg("Training examples or pairs.")],
+    out: options.Out,
+    corpus: Annotated[Path | None, opt('Documents to mine from, rows {"_id", "text"}. Default: all positives.')] = None,
+    teacher: Annotated[
+        list[str] | None, opt("Model: folder, hub id or http://HOST/v1#MODEL. Repeatable. Default: minilm.")
+    ] = None,
+    rule: Annotated[Rule, opt("Rule that says which documents may be negatives.")] = "perc",
+    margin: Annotated[float | None, opt("Margin of the rule. Default: the paper's best, 0.95 for perc.")] = None,
+    negatives: Annotated[int, opt("Number of negatives of a query.")] = 7,
+    depth: Annotated[int, opt("Number of candidates of a query.")] = 100,
+    task: Annotated[str, opt("Instruction of all queries. Default: each row's own, else the teacher's.")] = "",
+    positives: Annotated[Positives, opt("Which of several positives sets the threshold of the rule.")] = "lowest",
+    sampled: Annotated[bool, opt("Draw by a softmax over scores, instead of the best.", "--sampled")] = False,
+    sample_from: Annotated[
+        int | None, opt("Number of candidates that --sampled draws from. Default: 10.", min=1)
+    ] = None,
+    seed: options.Seed = 0,
+    ensemble: Annotated[Ensemble, opt("How several teachers share the work.")] = "cross-sample",
+    vectors: Annotated[
+        Path | None, opt("Folder that keeps vectors of documents.", callback=options.folder_to_write)
+    ] = None,
+    report: Annotated[
+        Path | None, opt("Folder for report.json and histogram.png.", callback=options.folder_to_write)
+    ] = None,
+    query_template: Annotated[str | None, opt("What an HTTP teacher gets of {task} and {text}.")] = None,
+    document_template: Annotated[str | None, opt("What an HTTP teacher gets of a document's {text}.")] = None,
+    api_key_env: Annotated[
+        list[str] | None,
+        opt("Environment variable with an HTTP teacher's API key; for several, HOST=NAME. Repeatable."),
+    ] = None,
+) -> None:
+    """Find hard negatives with one or more teacher models, and leave out those that are probably positives."""
+    from embedwright.data.files.beir import read_corpus
+    from embedwright.data.files.table import open_as_named, write_examples
+    from embedwright.encoders.http import HttpEncoder
+    from embedwright.encoders.open import open_encoder
+    from embedwright.endpoint import key_variables
+    from embedwright.mining.mine import mine as run
+    from embedwright.mining.mine import positives_of
+    from embedwright.mining.report import check_drawing, write_report
+
+    if report:
+        check_drawing()
+    table = open_as_named(examples)
+    rows = list(table)
+    pool = read_corpus(corpus) if corpus else positives_of(rows)
+    given = {"query_template": query_template, "document_template": document_template}
+    templates = {key: template for key, template in given.items() if template is not None}
+    names = teacher or ["minilm"]
+    keys = key_variables(api_key_env or [], [name for name in names if "://" in name])
+    teachers = [
+        HttpEncoder.from_url(name, api_key_env=keys.get(name), **templates) if "://" in name else open_encoder(name)
+        for name in names
+    ]
+    found, counts = run(
+        rows,
+        pool,
+        teachers,
+        rule=rule,
+        margin=margin,
+        negatives=negatives,
+        depth=depth,
+        task=task,
+        tasks=table.tasks,
+        positives=positives,
+        sampled=sampled,
+        sample_from=sample_from,
+        seed=seed,
+        ensemble=ensemble,
+        vectors=vectors,
+        progress=counter("texts"),
+    )
+    write_examples(out, found, table.tasks)
+    if report:
+        write_report(counts, report)
+    say_json(counts.counts())
+
+
+def synth(
+    out: options.Out,
+    base_url: Annotated[str, opt("Address of an OpenAI-compatible server: http://127.0.0.1:8000/v1.")],
+    model: Annotated[list[str], opt("Model, as the server names it. Repeatable: each example draws one of them.")],
+    count: Annotated[int, opt("Number of examples, of all types together.", min=1)],
+    types: Annotated[
+        str, opt("Of short-long, long-short, short-short, long-long, sts, bitext; with commas.")
+    ] = "short-long,long-short,short-short",
+    per_task: Annotated[int, opt("Number of examples of one brainstormed task.", min=1)] = 2,
+    seed: options.Seed = 0,
+    licence: Annotated[str, opt("Licence of the examples, by the model's terms.")] = "",
+    prompts: Annotated[Path | None, opt("YAML file with other prompts and values. Default: the packaged ones.")] = None,
+    concurrency: options.Concurrency = 8,
+    token_budget: options.TokenBudget = None,
+    max_tokens: options.MaxTokens = 2048,
+    timeout: options.Timeout = 300.0,
+    api_key_env: options.KeyVariable = None,
+) -> None:
+    """Write training examples with a language model: brainstorm tasks, then write examples of each task.
+
+    The tasks and the model's answers are kept in files beside OUT. Run the same command again to go on.
+    """
+    from embedwright.synth.plan import PROMPTS, Plan, Prompts, split_evenly
+    from embedwright.synth.synthesize import synthesize
+
+    kinds = split_evenly(count, types.lower().split(","))
+    plan = Plan(kinds, tuple(model), per_task=per_task, seed=seed, prompts=Prompts.load(prompts or PROMPTS))
+    limits = {"concurrency": concurrency, "max_tokens": max_tokens, "token_budget": token_budget}
+    with _client(out, timeout, base_url=base_url, api_key_env=api_key_env, **limits) as client:
+        report = synthesize(out, client, plan, licence=licence, progress=counter("examples"))
+    say_json(asdict(report))
+    if not report.written:
+        sys.stderr.write(f"embedwright: {out}: no usable example came out, nothing written\n")
+        raise typer.Exit(1)
+
+
+def relabel(
+    path: Annotated[Path, arg("Examples with mined negatives.")],
+    out: options.Out,
+    base_url: Annotated[str | None, opt("Address of an OpenAI-compatible server.")] = None,
+    model: Annotated[str | None, opt("Model that judges, as the server names it.")] = None,
+    cross_encoder: Annotated[str | None, opt("Folder or hub id of a cross-encoder.")] = None,
+    threshold: Annotated[float | None, opt("Lowest score of a positive, for --cross-encoder.")] = None,
+    action: Annotated[
+        Literal["drop", "promote"], opt("What happens to a negative that is judged a positive.")
+    ] = "drop",
+    tasks: Annotated[Path | None, opt("File of the rows' tasks (JSONL), besides that of the examples.")] = None,
+    concurrency: options.Concurrency = 8,
+    token_budget: options.TokenBudget = None,
+    max_tokens: options.MaxTokens = 512,
+    timeout: options.Timeout = 300.0,
+    api_key_env: options.KeyVariable = None,
+) -> None:
+    """Find negatives that are in truth positives, by a language model or a cross-encoder.
+
+    A language model's answers are kept in a file beside OUT. Run the same command again to go on.
+    """
+    from embedwright.data.files.tasks import merge_tasks, read_tasks, tasks_beside, tasks_file
+    from embedwright.synth.relabel import Judge, judge_by_model, judge_by_scores, relabel_file
+
+    described = merge_tasks([(tasks_file(path), tasks_beside(path)), *([(tasks, read_tasks(tasks))] if tasks else [])])
+
+    def run(judge: Judge) -> dict[str, Any]:
+        return relabel_file(path, out, judge, action, tasks=described, progress=counter("examples"))
+
+    if cross_encoder is not None and threshold is not None and base_url is None and model is None:
+        say_json(run(judge_by_scores(_cross_encoder(cross_encoder), threshold)))
+        return
+    if base_url is None or model is None or cross_encoder is not None or threshold is not None:
+        raise InputError("name the judge: --base-url and --model, or --cross-encoder and --threshold")
+    limits = {"concurrency": concurrency, "max_tokens": max_tokens, "token_budget": token_budget}
+    with _client(out, timeout, base_url=base_url, api_key_env=api_key_env, **limits) as client:
+        say_json(run(judge_by_model(client, model, described)) | {"client": dict(client.counts)})
+
+
+def _cross_encoder(name: str) -> Any:
+    if not name:
+        raise InputError("--cross-encoder is empty: give a folder or a hub id")
+    from sentence_transformers import CrossEncoder
+
+    with blaming(name, "cannot be opened as a cross-encoder"):
+        return CrossEncoder(name, trust_remote_code=False)
+
+
+def _client(out: Path, timeout: float, **settings: Any) -> Client:
+    """A client of the server with these settings. What the server answers is kept beside `out`."""
+    if not (timeout > 0 and math.isfinite(timeout)):
+        raise InputError(f"--timeout {timeout}: a number of seconds above 0")
+    return Client(Server(timeout_s=timeout, **settings), out.with_name(f"{out.name}.answers.sqlite"))

@@ -1,0 +1,219 @@
+"""The commands that make a model and use it: `train`, `merge`, `encode`, `index`, `search`, `export`, `doctor`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from embedwright.cli import options
+from embedwright.cli.display import counter, say, training
+from embedwright.cli.evaluation import score, show_run
+from embedwright.cli.options import arg, opt
+from embedwright.errors import InputError
+
+if TYPE_CHECKING:
+    from embedwright.model.embedder import Embedder
+
+
+def train(
+    recipe: Annotated[Path | None, arg("Recipe: a YAML file, or laptop, offline or nv-embed-v2.")] = None,
+    data: Annotated[Path | None, opt("File of your own pairs, instead of a recipe.")] = None,
+    base: Annotated[str, opt("With --data: decoder to start from, a name, folder, hub id or .gguf.")] = "smollm2-135m",
+    out: Annotated[
+        Path | None, opt("Folder of the run. Default: the recipe's run.out.", callback=options.folder_to_write)
+    ] = None,
+    layers: Annotated[int | None, opt("With --data: number of the base's layers to keep. Default: all.")] = None,
+    instruction: Annotated[str | None, opt("With --data: instruction of your queries. Default: a general one.")] = None,
+    teacher: Annotated[str, opt("With --data: model that mines hard negatives.")] = "minilm",
+    plan_only: Annotated[bool, opt("Print steps, tokens, memory and time, and run nothing.", "--plan")] = False,
+    processes: Annotated[int, opt("With --plan: number of GPUs.", min=1)] = 1,
+) -> None:
+    """Train all stages of a recipe, or the two default stages on your own pairs. Run it again to go on after a stop."""
+    from embedwright.demo import quickstart
+    from embedwright.training.engine.parallel import together
+    from embedwright.training.recipe import Recipe
+    from embedwright.training.train import train as run
+
+    if (recipe is None) == (data is None):
+        raise InputError("give a recipe file, or --data with your own pairs")
+    if data is not None:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise InputError("--data mines first, which is for one process: start many of them with a recipe file")
+        if out is None:
+            raise InputError("--data needs --out, the folder that the run is kept in")
+        _refuse_older_model(out)
+        plan = quickstart.recipe_for(
+            data, base, out, layers=layers, instruction=instruction or quickstart.INSTRUCTION, teacher=teacher
+        )
+    else:
+        assert recipe is not None
+        plan = Recipe.load(recipe)
+        plan = plan if out is None else plan.with_out(out)
+    if plan_only:
+        from embedwright.training.plan import report
+
+        say(report(plan, processes=processes))
+        return
+    folder = Path(plan.run.out)
+    _refuse_older_model(folder)
+    model = run(plan, on_step=training(plan), on_evaluation=lambda line: say(f"  {line}"))
+    with together() as first:
+        if first:
+            _keep(folder, model)
+
+
+def _refuse_older_model(out: Path) -> None:
+    """A model without its run's checkpoints is of an older run, and would be named as this one's result.
+
+    With checkpoints, `train` itself refuses another recipe, other data and another base.
+    """
+    if (out / "model").exists() and not any((out / "checkpoints").glob("[!.]*")):
+        raise InputError(
+            f"{out / 'model'} is of an older run, whose checkpoints are gone: move it, or choose another --out"
+        )
+
+
+def _keep(run: Path, model: Embedder) -> None:
+    """Saves the trained model into the run's folder, and shows its scores."""
+    folder = run / "model"
+    if folder.exists():
+        say(f"{folder} is there already: left as it is")
+    else:
+        model.save(folder)
+        shutil.copyfile(run / "README.md", folder / "README.md")
+    show_run(run)
+    say(
+        f'model: {folder}   (in Python: Embedder.load("{folder}"))\n'
+        "search with it, in a file of texts (.txt, or JSONL with `text`):\n"
+        f"  embedwright index {folder} texts.jsonl {folder.with_name('index')}\n"
+        f'  embedwright search {folder} {folder.with_name("index")} "your query"'
+    )
+
+
+def merge(
+    models: Annotated[
+        list[str], arg("One adapter folder, ours or peft's; or several models of one base.", metavar="MODEL...")
+    ],
+    out: Annotated[Path, arg("New folder for the merged model.", callback=options.new_folder)],
+    how: Annotated[Literal["average", "slerp"], opt("How several models are joined; slerp joins two.")] = "average",
+    weights: Annotated[str | None, opt("Weights of several models, as 0.7,0.3. Default: equal ones.")] = None,
+    suite: Annotated[str | None, opt("Suite on which all models and the result are scored.")] = None,
+) -> None:
+    """Make one model of an adapter and its base, checked against the adapter; or of several models, as a soup."""
+    from embedwright.evaluation.suite import load_suite
+    from embedwright.model.formats.soup import soup
+
+    if suite is not None:
+        load_suite(suite)  # a mistake in it shows before the work is done
+    if len(models) > 1:
+        soup(models, out, how=how, weights=None if weights is None else _numbers(weights))
+        say(f"{out}: {how} of {len(models)} models")
+    elif weights is not None:
+        raise InputError("--weights are for several models: one adapter is added to its base as it is")
+    else:
+        _fold_in(models[0], out)
+    if suite is not None:
+        score([*models, str(out)], suite)
+
+
+def _numbers(written: str) -> list[float]:
+    try:
+        return [float(number) for number in written.split(",")]
+    except ValueError:
+        raise InputError(f"--weights {written}: numbers with commas between them, as 0.7,0.3") from None
+
+
+def _fold_in(adapter: str, out: Path) -> None:
+    from embedwright.model.embedder import Embedder
+    from embedwright.model.verify.selftest import TEXTS
+
+    texts = [text for text, _ in TEXTS]
+    model = Embedder.load(adapter)
+    before = model.encode(texts)
+    model.merge().save(out)
+    del model  # of a large one there is room for one
+    difference = abs(Embedder.load(out).encode(texts) - before).max()
+    say(f"{out}: largest difference from the adapter's vectors {difference:.1e}")
+
+
+def encode(
+    model: options.Model,
+    source: options.Texts,
+    out: Annotated[Path, arg("Folder for the vectors (Arrow shards).", callback=options.folder_to_write)],
+    task: options.TaskOption = None,
+) -> None:
+    """Encode a file of texts into Arrow shards. Run it again to go on after a stop."""
+    from embedwright.encoders.open import open_encoder
+    from embedwright.vectors.corpus import encode_corpus
+
+    say(f"{encode_corpus(open_encoder(model), source, out, task=task, progress=counter('texts'))}")
+
+
+def index(
+    model: options.Model,
+    source: options.Texts,
+    out: Annotated[Path, arg("Folder for vectors and index.", callback=options.folder_to_write)],
+) -> None:
+    """Encode a corpus and build an exact index over it."""
+    from embedwright.vectors.index import build_index
+
+    encode(model, source, out)
+    say(f"{build_index(out)}")
+
+
+def search(
+    model: Annotated[str, arg("Model that made the index.")],
+    folder: Annotated[Path, arg("Folder that `index` wrote.")],
+    queries: Annotated[list[str], arg("One or more queries, each in quotes.")],
+    k: Annotated[int, opt("Number of hits of a query.")] = 5,
+    task: options.TaskOption = None,
+) -> None:
+    """Search an index."""
+    from embedwright.encoders.open import open_encoder
+    from embedwright.vectors.index import search as run
+
+    for query, hits in zip(queries, run(folder, open_encoder(model), queries, k=k, task=task), strict=True):
+        say(query)
+        for hit in hits:
+            say(f"  {hit.score:.4f}  {hit.id}  {' '.join(hit.text.split())[:100]}")
+
+
+def export(
+    model: Annotated[str, arg("Folder of a model, opened from or tuned on a released NV-Embed.")],
+    out: Annotated[Path, arg("New folder.", callback=options.new_folder)],
+    layout: Annotated[Literal["nvembed"], opt("Layout of the folder.", "--format")] = "nvembed",
+) -> None:
+    """Write a model in the layout of the released NV-Embed folders, with weights in the type they were stored in."""
+    from embedwright.model.embedder import Embedder
+    from embedwright.model.formats.nvembed_export import export_nvembed
+
+    export_nvembed(Embedder.load(model), out)
+    say(f"{out}: {layout} layout")
+
+
+def doctor(model: Annotated[str | None, arg("Folder of a model to examine.")] = None) -> None:
+    """Show versions, device and threads; with a model, prove that it is what it says it is."""
+    from embedwright.model.verify.doctor import environment, examine_name
+
+    for name, value in environment().items():
+        say(f"{name:<22} {value}")
+    if model is not None:
+        findings = examine_name(model)
+        for finding in findings:
+            say(f"{'ok ' if finding.ok else 'BAD'} {finding.name:<40} {finding.detail}")
+        if not all(finding.ok for finding in findings):
+            sys.stderr.write(f"embedwright: {model}: not healthy\n")
+            raise typer.Exit(1)
+
+
+def demo(recipe: Annotated[Path, opt("Recipe to train.")] = Path("laptop")) -> None:
+    """Build data, mine, train in two stages, evaluate, save and search: everything, in minutes on two cores."""
+    from embedwright.demo import demo as whole
+    from embedwright.training.recipe import Recipe
+
+    whole.run(Recipe.load(recipe))

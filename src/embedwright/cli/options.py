@@ -1,0 +1,78 @@
+"""Options that several commands share, and the check of places to write to, which comes before any work."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from embedwright.cli.display import say
+from embedwright.files import check_file, check_folder, check_new_folder
+
+
+def opt(help: str, *names: str, **settings: Any) -> Any:
+    return typer.Option(*names, help=help, **settings)
+
+
+def arg(help: str, **settings: Any) -> Any:
+    return typer.Argument(help=help, **settings)
+
+
+def say_json(report: Any) -> None:
+    say(json.dumps(report, indent=2))
+
+
+def to_write(check: Callable[[Path], Path]) -> Callable[[Path | None], Path | None]:
+    """Makes a callback of an option: it refuses a place that cannot be written, and expands `~`."""
+
+    def checked(value: Path | None) -> Path | None:
+        if value is None:
+            return None
+        check(value)
+        return value.expanduser()
+
+    return checked
+
+
+file_to_write, folder_to_write, new_folder = map(to_write, (check_file, check_folder, check_new_folder))
+
+Out = Annotated[Path, opt("File to write: .jsonl, .jsonl.gz or .parquet.", "--out", callback=file_to_write)]
+Model = Annotated[str, arg("Model: a folder, a hub id, or `minilm`.")]
+Texts = Annotated[Path, arg("JSONL or Parquet with `text`, or plain .txt with a text a line.")]
+TaskOption = Annotated[str | None, opt("Instruction for these texts, if they are queries.", "--task")]
+DataPath = Annotated[Path, arg("Data file, or BEIR folder.")]
+Family = Annotated[
+    Literal["retrieval", "classification", "clustering", "sts"] | None,
+    opt("Show sets of this family only. Default: all."),
+]
+Form = Annotated[
+    Literal["example", "label"] | None,
+    opt(
+        "What a text's positive is: `example`, another text of its class; `label`, the label's own text. "
+        "Default: as in the catalogue, else `label` for two classes and `example` for more."
+    ),
+]
+OnlyLabels = Annotated[
+    list[str] | None, opt("Keep rows of this label only. Repeatable. Default: all labels.", "--label")
+]
+Seed = Annotated[int, opt("Seed of all random draws.")]
+PerExample = Annotated[int, opt("Number of negatives of an example that is made of labels.", min=1)]
+Against = Annotated[
+    list[Path] | None,
+    opt(
+        "Evaluation data whose texts must not occur: a file, a BEIR folder, or a folder of these. Repeatable. "
+        "Default: no such check."
+    ),
+]
+WithCorpus = Annotated[bool, opt("Count the documents of evaluation data as leaks, too.", "--corpus")]
+Bm25 = Annotated[float, opt("Lowest BM25 score of a leak, over that of the evaluation text itself; 0 for no rule.")]
+KeyVariable = Annotated[str | None, opt("Environment variable with the server's API key.")]
+Concurrency = Annotated[int, opt("Number of requests that are under way at once.", min=1)]
+MaxTokens = Annotated[int, opt("Largest number of tokens of one answer.", min=1)]
+Timeout = Annotated[float, opt("Time limit of one request, in seconds.")]
+TokenBudget = Annotated[
+    int | None, opt("Stop before all runs together have paid for so many tokens. Default: no limit.", min=1)
+]
