@@ -41,7 +41,8 @@ from sentence_transformers.util import dot_score, mine_hard_negatives, pairwise_
 
 from embedwright.cpu import kernels, onednn  # noqa: E402
 from embedwright.data.schema import Example, Passage  # noqa: E402
-from embedwright.mining import mine as mining  # noqa: E402
+from embedwright.mining import choose  # noqa: E402
+from embedwright.mining.mine import mine  # noqa: E402
 from embedwright.vectors import search as topk  # noqa: E402
 
 DEPTH = 100
@@ -60,9 +61,9 @@ PARTS = (
     (kernels, "dots", "scores in float64"),
     (topk, "_merged", "ranking"),
     (kernels, "quantised", "quantising"),
-    (mining, "top_k", "rest of the search"),
-    (mining.Pool, "keys_of", "same texts"),
-    (mining._Run, "_take", "near-duplicates, choice"),
+    (choose, "top_k", "rest of the search"),
+    (choose.Pool, "keys_of", "same texts"),
+    (choose.Miner, "_take", "near-duplicates, choice"),
 )
 
 Negatives = list[tuple[list[str], list[float]]]  # by query: texts and their scores, best first
@@ -190,7 +191,7 @@ def ours(
     examples = [Example(q, "", q, (Passage(documents[NEAR * i]),)) for i, q in enumerate(queries)]
     teacher = Teacher(document_CE, query_QE)
     # One more than the peer's range_max: it looks one rank deeper for each positive.
-    mined, _ = mining.mine(
+    mined, _ = mine(
         examples, dict(zip(documents, documents, strict=True)), teacher,
         rule="perc", margin=SHARE, negatives=wanted, depth=DEPTH + 1, task="find",
     )  # fmt: skip

@@ -465,10 +465,9 @@ def test_mine_writes_examples_with_negatives(command: Command, saved: Path, tmp_
     assert all(row["negatives"][0] not in row["positives"] for row in rows)
 
 
-def test_mine_with_two_teachers_keeps_vectors_and_draws_scores(
+def test_mine_with_two_teachers_keeps_vectors_and_counts_scores(
     command: Command, saved: Path, tmp_path: Path, tiny_embedder: Callable[..., Embedder]
 ) -> None:
-    pytest.importorskip("matplotlib")
     tiny_embedder("mean").save(tmp_path / "other")
     pairs, kept = write(tmp_path / "pairs.jsonl", own_pairs(12)), tmp_path / "vectors"
     options = ["--teacher", saved, "--teacher", tmp_path / "other", "--ensemble", "intra-sample", "--depth", 9]
@@ -479,7 +478,6 @@ def test_mine_with_two_teachers_keeps_vectors_and_draws_scores(
     assert len(list(kept.iterdir())) == 2
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert (report["teachers"], report["ensemble"], sum(report["scores"]["positives"])) == (2, "intra-sample", 24)
-    assert (tmp_path / "report" / "histogram.png").stat().st_size > 5000
     first, second = (list(open_examples(tmp_path / out, task="own")) for out in ("first.jsonl", "second.parquet"))
     assert first == second
     nowhere = command("mine", pairs, "--out", tmp_path / "x.jsonl", "--teacher", "http://127.0.0.1:9/v1")

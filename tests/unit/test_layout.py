@@ -114,6 +114,7 @@ LEFT = {("model.formats.storage", "model.interop")}
 # Modules without a test file of their own, and the file that tests them.
 TESTED_ELSEWHERE = {
     "encoders.protocol": "mining/test_mine.py",
+    "mining.choose": "mining/test_mine.py",
     "cpu.attention": "cpu/test_blocks.py",
     "registration": "test_imports.py",
 }

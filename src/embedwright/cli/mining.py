@@ -14,9 +14,9 @@ from embedwright.cli import options
 from embedwright.cli.display import counter
 from embedwright.cli.options import arg, opt, say_json
 from embedwright.errors import InputError, blaming
+from embedwright.files import write_json
 from embedwright.llm.client import Client, Server
-from embedwright.mining.ensemble import Ensemble
-from embedwright.mining.rules import Positives, Rule
+from embedwright.mining.rules import Ensemble, Positives, Rule
 
 
 def mine(
@@ -41,9 +41,7 @@ def mine(
     vectors: Annotated[
         Path | None, opt("Folder that keeps vectors of documents.", callback=options.folder_to_write)
     ] = None,
-    report: Annotated[
-        Path | None, opt("Folder for report.json and histogram.png.", callback=options.folder_to_write)
-    ] = None,
+    report: Annotated[Path | None, opt("Folder for report.json.", callback=options.folder_to_write)] = None,
     query_template: Annotated[str | None, opt("What an HTTP teacher gets of {task} and {text}.")] = None,
     document_template: Annotated[str | None, opt("What an HTTP teacher gets of a document's {text}.")] = None,
     api_key_env: Annotated[
@@ -58,11 +56,8 @@ def mine(
     from embedwright.encoders.open import open_encoder
     from embedwright.endpoint import key_variables
     from embedwright.mining.mine import mine as run
-    from embedwright.mining.mine import positives_of
-    from embedwright.mining.report import check_drawing, write_report
+    from embedwright.mining.pool import positives_of
 
-    if report:
-        check_drawing()
     table = open_as_named(examples)
     rows = list(table)
     pool = read_corpus(corpus) if corpus else positives_of(rows)
@@ -94,7 +89,7 @@ def mine(
     )
     write_examples(out, found, table.tasks)
     if report:
-        write_report(counts, report)
+        write_json(report / "report.json", counts.to_json())
     say_json(counts.counts())
 
 

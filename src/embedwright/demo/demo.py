@@ -22,7 +22,8 @@ from embedwright.encoders.open import open_encoder
 from embedwright.evaluation.results import Results, Row, render, table
 from embedwright.evaluation.suite import evaluate, load_suite
 from embedwright.files import write_json, write_text
-from embedwright.mining.mine import mine, positives_of
+from embedwright.mining.mine import mine
+from embedwright.mining.pool import positives_of
 from embedwright.model.embedder import Embedder
 from embedwright.training.recipe import Recipe, expand
 from embedwright.training.run.scores import read_evaluations

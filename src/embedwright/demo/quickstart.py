@@ -17,7 +17,8 @@ from embedwright.data.schema import Example
 from embedwright.demo.heldout import without_leaks, write_beir, write_suite
 from embedwright.encoders.open import open_encoder
 from embedwright.files import whole_folder, write_json
-from embedwright.mining.mine import mine, positives_of
+from embedwright.mining.mine import mine
+from embedwright.mining.pool import positives_of
 from embedwright.training.batches.blend import permuted
 from embedwright.training.recipe import Recipe
 

@@ -1,19 +1,14 @@
-"""What mining counted, as JSON and as a picture of the scores."""
+"""What mining counted, and a histogram of the scores."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from embedwright.errors import MissingPackageError
-from embedwright.files import whole_file, write_json
 
 _STEPS = 100  # of the histogram between 0 and the power of ten above the largest score
 KINDS = ("positives", "removed_by_rule", "negatives")
@@ -81,39 +76,3 @@ class MiningReport:
     def counts(self) -> dict[str, Any]:
         """The same without the histogram of the scores."""
         return {key: value for key, value in self.to_json().items() if key != "scores"}
-
-
-def check_drawing() -> None:
-    """Raise ImportError, saying what to install, where no picture can be drawn."""
-    if find_spec("matplotlib") is None:
-        raise MissingPackageError("the mining report's picture needs matplotlib: pip install 'embedwright[data]'")
-
-
-def write_report(report: MiningReport, folder: Path) -> None:
-    """`folder/report.json` and `folder/histogram.png`, written anew where they are there. Raises as `check_drawing`."""
-    check_drawing()
-    write_json(folder / "report.json", report.to_json())
-    with whole_file(folder / "histogram.png") as picture:
-        _draw(report, picture)
-
-
-def _draw(report: MiningReport, path: Path) -> None:
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
-
-    start, step = report.scores["start"], report.scores["step"]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for kind, colour in zip(KINDS, ("tab:green", "tab:red", "tab:blue"), strict=True):
-        counts = report.scores[kind]
-        total = sum(counts)  # shares: the many negatives would dwarf the rest
-        edges = [start + step * i for i in range(len(counts) + 1)]
-        label = f"{kind.replace('_', ' ')} ({total:,})"
-        axes.stairs([n / max(total, 1) for n in counts], edges, fill=True, alpha=0.45, color=colour, label=label)
-    margin = "" if report.margin is None else f" {report.margin:g}"
-    axes.set_title(f"{report.queries:,} queries, {report.documents:,} documents, rule {report.rule}{margin}")
-    axes.set_xlabel("score of query and passage")
-    axes.set_ylabel("share of its kind")
-    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    axes.legend()
-    figure.savefig(path, format="png", dpi=120)

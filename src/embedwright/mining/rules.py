@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import zip_longest
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,8 @@ _SHORT = 32  # answers that are compared for all queries of a tile at once
 
 Rule = Literal["naive", "shift", "abs", "margin", "perc"]
 Positives = Literal["lowest", "each"]  # of several positives: which sets the threshold
+Ensemble = Literal["cross-sample", "intra-sample", "intra-sample-duplicates"]  # of several teachers
+T = TypeVar("T")
 
 BEST_MARGIN: dict[Rule, float | None] = {"naive": None, "shift": 10, "abs": 0.7, "margin": 0.05, "perc": 0.95}
 """The best setting of each rule in NV-Retriever's ablation: what `margin=None` stands for."""
@@ -27,7 +29,7 @@ BEST_MARGIN: dict[Rule, float | None] = {"naive": None, "shift": 10, "abs": 0.7,
 SAMPLE_FROM = 10  # NV-Retriever draws from the top 10, and finds that more hurts
 
 
-class Barred(NamedTuple):
+class Exclusions(NamedTuple):
     """What may not be a negative of one query, as rows (of documents) and keys (of texts, see `mine`)."""
 
     positive_rows: Collection[int]
@@ -55,13 +57,13 @@ def eligible(
     keys_QK: NDArray[np.int64],
     scores_QK: NDArray[np.float32],
     lowest_Q: NDArray[np.float32],
-    barred: Sequence[Barred],
+    excluded: Sequence[Exclusions],
     rule: Rule,
     margin: float | None,
 ) -> Eligible:
     """Rows, text keys and scores of the ranked candidates, the score of the positive that sets the threshold, and what
-    is barred, for each of the queries -> what the rule, whose `margin` is checked, lets pass and what it does not."""
-    positive_rows, positive_keys, negative_rows, negative_keys = zip(*barred, strict=True) if barred else ((),) * 4
+    is excluded, for each of the queries -> what the rule, whose `margin` is checked, lets pass and what it does not."""
+    positive_rows, positive_keys, negative_rows, negative_keys = zip(*excluded, strict=True) if excluded else ((),) * 4
     same_document = _among(rows_QK, positive_rows)
     same_text = ~same_document & _among(keys_QK, positive_keys)
     others = ~same_document & ~same_text
@@ -75,10 +77,25 @@ def eligible(
     return Eligible(passed & ~duplicates, same_document, same_text, by_rule, duplicates)
 
 
-def drawn(scores: NDArray[np.float64], seed: int, example_id: str, teacher: int) -> NDArray[np.int64]:
+def sample_order(scores: NDArray[np.float64], seed: int, example_id: str, teacher: int) -> NDArray[np.int64]:
     """An order drawn by softmax over `scores` without replacement (the Gumbel trick gives exactly that)."""
     random = np.random.default_rng([seed, zlib.crc32(example_id.encode()), teacher])
     return np.argsort(-(scores + random.gumbel(size=len(scores))), kind="stable")
+
+
+def teacher_of(example_id: str, teachers: int, seed: int) -> int:
+    """The number of the teacher that an example gets (`cross-sample`), the same in every run."""
+    # the word in front keeps this apart from the draw of negatives, which is seeded by the same two
+    return int(np.random.default_rng([*b"teacher", seed, zlib.crc32(example_id.encode())]).integers(teachers))
+
+
+def in_turn(ranked: Sequence[Iterable[T]]) -> Iterator[T]:
+    """The best of each list, then the second best of each, and so on. No item is None."""
+    if len(ranked) == 1:
+        yield from ranked[0]
+        return
+    for rank in zip_longest(*ranked):
+        yield from (item for item in rank if item is not None)
 
 
 def check_settings(rule: Rule, margin: float | None, negatives: int, depth: int) -> float | None:

@@ -24,7 +24,8 @@ from embedwright.data.files.table import open_examples, write_examples
 from embedwright.encoders.open import open_encoder
 from embedwright.encoders.protocol import Encoder, as_encoder
 from embedwright.files import whole_folder, write_json
-from embedwright.mining.mine import mine, positives_of
+from embedwright.mining.mine import mine
+from embedwright.mining.pool import positives_of
 from embedwright.model.embedder import Embedder
 from embedwright.training.batches.blend import Rows, Source
 from embedwright.training.batches.sources import entry_of, is_mined, trainable, with_shares

@@ -8,15 +8,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 
 from embedwright.data.schema import DataError, Example, Passage, Task
-from embedwright.mining.ensemble import ENSEMBLES, Ensemble, drawn_teacher
-from embedwright.mining.mine import BEST_MARGIN, Rule, mine, positives_of
+from embedwright.mining.mine import mine
+from embedwright.mining.pool import positives_of
 from embedwright.mining.report import KINDS
+from embedwright.mining.rules import BEST_MARGIN, Ensemble, Rule, teacher_of
 from embedwright.model.embedder import Embedder
 
 
@@ -137,7 +138,7 @@ def test_equals_brute_force(rule: Rule, margin: float | None, sampled: bool) -> 
 
 @pytest.mark.parametrize("sampled", [False, True])
 @pytest.mark.parametrize(("rule", "margin"), RULES[:5])
-@pytest.mark.parametrize("ensemble", ENSEMBLES)
+@pytest.mark.parametrize("ensemble", get_args(Ensemble))
 def test_an_ensemble_equals_brute_force(ensemble: Ensemble, rule: Rule, margin: float | None, sampled: bool) -> None:
     corpus, rows, teachers = whole_numbers()
     settings: dict[str, Any] = {"rule": rule, "margin": margin, "depth": 30, "negatives": 6, "sampled": sampled}
@@ -149,7 +150,7 @@ def test_an_ensemble_equals_brute_force(ensemble: Ensemble, rule: Rule, margin: 
             for number, vectors in enumerate(teachers)
         ]
         if ensemble == "cross-sample":
-            expected.append(lists[drawn_teacher(row.id, 3, seed=3)][:6])
+            expected.append(lists[teacher_of(row.id, 3, seed=3)][:6])
             continue
         turns = [id_ for rank in zip_longest(*lists) for id_ in rank if id_ is not None]
         kept: list[str] = []
@@ -164,7 +165,7 @@ def test_an_ensemble_equals_brute_force(ensemble: Ensemble, rule: Rule, margin: 
     assert report.candidates == 40 * depth * (1 if crossed else 3) and report.negatives == sum(map(len, expected))
     assert (report.teachers, report.ensemble) == (3, ensemble)
     for row in mined:
-        query = teachers[drawn_teacher(row.id, 3, seed=3)]
+        query = teachers[teacher_of(row.id, 3, seed=3)]
         scores = tuple(float(query[row.query] @ query[p.text]) for p in row.negatives)
         assert row.negative_scores == (scores if crossed else None)
         assert (row.positive_scores is None) != crossed

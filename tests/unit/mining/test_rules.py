@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
-from embedwright.mining.rules import Barred, Rule, drawn, eligible
+from embedwright.mining.rules import Exclusions, Rule, eligible, in_turn, sample_order, teacher_of
 
-NOTHING = Barred((), (), (), ())
+NOTHING = Exclusions((), (), (), ())
 
 
 def one_query(rule: Rule, margin: float | None, scores: list[float], positive: float = 0.5) -> list[bool]:
@@ -36,14 +38,14 @@ def test_the_first_reason_counts_and_queries_do_not_mix() -> None:
     rows = np.array([[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]])
     keys = np.array([[70, 71, 72, 72, 74, 75], [70, 71, 72, 72, 74, 75]])
     scores = np.float32([[9, 8, 7, 6, 5, 4]] * 2)
-    barred = [Barred([0], [70, 71], [4], []), Barred([], [74], [], [75])]
-    found = eligible(rows, keys, scores, np.float32([7.5, 99]), barred, "perc", 1)
+    excluded = [Exclusions([0], [70, 71], [4], []), Exclusions([], [74], [], [75])]
+    found = eligible(rows, keys, scores, np.float32([7.5, 99]), excluded, "perc", 1)
     assert found.same_document.tolist() == [[True] + 5 * [False], 6 * [False]]
     assert np.flatnonzero(found.same_text).tolist() == [1, 6 + 4]
     assert not found.by_rule.any()
     assert np.flatnonzero(found.duplicates).tolist() == [3, 4, 6 + 3, 6 + 5]
     assert np.flatnonzero(found.eligible).tolist() == [2, 5, 6, 6 + 1, 6 + 2]
-    stricter = eligible(rows, keys, scores, np.float32([6.5, 99]), barred, "perc", 1)
+    stricter = eligible(rows, keys, scores, np.float32([6.5, 99]), excluded, "perc", 1)
     assert np.flatnonzero(stricter.by_rule).tolist() == [2]  # so that its copy is the first that passes
     assert np.flatnonzero(stricter.eligible[0]).tolist() == [3, 5]
     assert set(found.removed()) == {"same_document", "same_text", "by_rule", "duplicates"}
@@ -57,7 +59,21 @@ def test_no_queries() -> None:
 
 def test_a_draw_is_by_softmax_and_of_its_own_for_each_teacher() -> None:
     scores = np.array([0.0, np.log(2.0), 0.0])
-    first = [int(drawn(scores, 0, f"e{i}", 0)[0]) for i in range(2000)]
+    first = [int(sample_order(scores, 0, f"e{i}", 0)[0]) for i in range(2000)]
     assert abs(np.mean(np.array(first) == 1) - 0.5) < 0.045  # 4 standard errors
-    assert [drawn(scores, 0, f"e{i}", 1)[0] for i in range(50)] != first[:50]
-    assert sorted(drawn(scores, 0, "e", 0).tolist()) == [0, 1, 2]
+    assert [sample_order(scores, 0, f"e{i}", 1)[0] for i in range(50)] != first[:50]
+    assert sorted(sample_order(scores, 0, "e", 0).tolist()) == [0, 1, 2]
+
+
+def test_a_teacher_is_numbers_evenly_and_the_same_in_every_run() -> None:
+    numbers = [teacher_of(f"e{i}", 3, seed=0) for i in range(900)]
+    assert numbers == [teacher_of(f"e{i}", 3, seed=0) for i in range(900)]
+    assert (
+        set(Counter(numbers)) == {0, 1, 2} and max(Counter(numbers).values()) < 300 + 4 * 200**0.5
+    )  # 4 standard deviations
+    assert numbers != [teacher_of(f"e{i}", 3, seed=1) for i in range(900)]
+
+
+def test_lists_are_taken_from_in_turn() -> None:
+    assert list(in_turn([[1, 2, 3], iter([4]), [], [5, 6]])) == [1, 4, 5, 2, 6, 3]
+    assert list(in_turn([])) == []

@@ -12,7 +12,8 @@ import pytest
 from embedwright.config import ConfigError
 from embedwright.data.files.table import open_examples
 from embedwright.data.schema import Example
-from embedwright.mining.mine import mine, positives_of
+from embedwright.mining.mine import mine
+from embedwright.mining.pool import positives_of
 from embedwright.model.embedder import Embedder
 from embedwright.training import remine as refresh
 from embedwright.training.batches.blend import Source

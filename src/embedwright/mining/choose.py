@@ -1,0 +1,235 @@
+"""Choosing negatives: each teacher ranks and proposes documents for each query, and the best proposals are taken.
+
+`Q` queries, `K` candidates of one query, `F` pairs of a query and a passage, `E` embedding.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedwright.data.answers import question_of, text_mark
+from embedwright.data.keys import are_near, shingles, word_key
+from embedwright.data.schema import Example, Passage
+from embedwright.encoders.protocol import Encoder, encode_finite
+from embedwright.mining.pool import Pool
+from embedwright.mining.report import Histogram
+from embedwright.mining.rules import Ensemble, Exclusions, Rule, eligible, in_turn, sample_order, teacher_of
+from embedwright.vectors.search import pair_scores, top_k
+from embedwright.vectors.shards import Vectors
+
+Ranked = tuple[int, float]  # a row of the pool and its score
+Words = tuple[str, set[str]]  # a text's word key and its shingles
+
+
+class MiningQuery(NamedTuple):
+    """An example to fill, without the negatives that are answers, and all answers to its question."""
+
+    example: Example
+    answers: tuple[Passage, ...]
+    removed: int  # of its negatives
+    instruction: str | None
+
+
+class MiningSettings(NamedTuple):
+    """What is chosen, as `mine` describes and has checked it."""
+
+    rule: Rule
+    margin: float | None
+    negatives: int
+    depth: int
+    sample_from: int  # 0: the best are taken
+    seed: int
+    ensemble: Ensemble
+
+
+class TeacherVectors(NamedTuple):
+    """One teacher, and its vectors of the corpus and of all rows of the pool."""
+
+    encoder: Encoder
+    documents: Vectors
+    all: Vectors
+
+
+class Proposal(NamedTuple):
+    """What one teacher proposes for one query, in the order to take it."""
+
+    ranked: list[Ranked]
+    near_copies: set[int]  # rows that were passed over
+    positive_scores: tuple[float, ...]
+    given_scores: tuple[float, ...]  # of the negatives that the example came with
+
+
+class _Question(NamedTuple):
+    """The words of a question and of its answers, and which rows of the pool nearly repeat one of them."""
+
+    words: dict[str, set[str]]
+    near: dict[int, bool]
+
+
+@dataclass(slots=True)
+class Miner:
+    """Fills queries with negatives, and counts what it finds. `advance(n)` is told of n more encoded queries."""
+
+    pool: Pool
+    teachers: Sequence[TeacherVectors]
+    settings: MiningSettings
+    advance: Callable[[int], None]
+    count: Counter[str] = field(default_factory=Counter, init=False)
+    histogram: Histogram = field(default_factory=Histogram, init=False)
+    questions: dict[int, _Question] = field(default_factory=dict, init=False)  # of the queries at work
+
+    def fill(self, queries: Sequence[MiningQuery]) -> Iterator[Example]:
+        """Gives the examples with their negatives. All queries given are held in memory at once."""
+        self.questions.clear()
+        proposals: list[list[Proposal]] = [[] for _ in queries]
+        for number in range(len(self.teachers)):
+            own = [q for q, query in enumerate(queries) if self._asks(number, query)]
+            for q, proposal in zip(own, self._propose(number, [queries[q] for q in own]), strict=True):
+                proposals[q].append(proposal)
+        for query, proposed in zip(queries, proposals, strict=True):
+            taken = self._take(query, proposed)
+            only = proposed[0] if len(proposed) == 1 else None
+            scores = [score for _, score in taken]
+            filled = replace(
+                query.example,
+                negatives=(*query.example.negatives, *(self.pool.passage(query.example.task, row) for row, _ in taken)),
+                positive_scores=only and only.positive_scores,
+                negative_scores=only and (*only.given_scores, *scores),
+            )
+            short = len(filled.negatives) < self.settings.negatives
+            self.count.update(negatives=len(taken), removed_given=query.removed, queries_short=short)
+            self.histogram.add("negatives", np.array(scores))
+            yield filled
+
+    def _asks(self, number: int, query: MiningQuery) -> bool:
+        teachers, settings = len(self.teachers), self.settings
+        crossed = teachers > 1 and settings.ensemble == "cross-sample"
+        return not crossed or teacher_of(query.example.id, teachers, settings.seed) == number
+
+    def _propose(self, number: int, queries: Sequence[MiningQuery]) -> Iterator[Proposal]:
+        """What teacher `number` proposes for each query."""
+        if not queries:
+            return
+        teacher, pool, settings = self.teachers[number], self.pool, self.settings
+        queries_QE = _encoded(teacher.encoder, queries)
+        self.advance(len(queries))
+        scores_QK, rows_QK = top_k(queries_QE, teacher.documents, settings.depth)
+        own = _own_scores(queries_QE, teacher.all, pool, queries)
+        positives = [some[: len(query.example.positives)] for some, query in zip(own, queries, strict=True)]
+        lowest_Q = np.array([min(some) for some in positives], dtype=np.float32)
+        excluded = [self._exclusions(query) for query in queries]
+        masks = eligible(rows_QK, pool.keys_of(rows_QK), scores_QK, lowest_Q, excluded, settings.rule, settings.margin)
+        self.count["candidates"] += rows_QK.size
+        self.count.update({f"removed_{reason}": int(mask.sum()) for reason, mask in masks.removed().items()})
+        self.histogram.add("positives", np.concatenate(positives))
+        self.histogram.add("removed_by_rule", scores_QK[masks.by_rule])
+        for q, query in enumerate(queries):
+            rows, scores = rows_QK[q, masks.eligible[q]].tolist(), scores_QK[q, masks.eligible[q]].tolist()
+            ranked = list(zip(rows, scores, strict=True))
+            near_copies: set[int] = set()
+            if settings.sample_from:
+                first = list(islice(self._distinct(query, ranked, near_copies), settings.sample_from))
+                order = sample_order(np.array([s for _, s in first]), settings.seed, query.example.id, number)
+                ranked = [first[place] for place in order]
+            given = own[q][len(positives[q]) :]
+            yield Proposal(ranked, near_copies, tuple(positives[q].tolist()), tuple(given.tolist()))
+
+    def _exclusions(self, query: MiningQuery) -> Exclusions:
+        example, answers = query.example, query.answers
+        return Exclusions(
+            self.pool.rows_with_id(example.task, answers),
+            [text_mark(text) for text in (example.query, *(p.text for p in answers))],
+            self.pool.rows_with_id(example.task, example.negatives),
+            [text_mark(p.text) for p in example.negatives],
+        )
+
+    def _distinct(self, query: MiningQuery, ranked: Iterable[Ranked], near_copies: set[int]) -> Iterator[Ranked]:
+        """Gives the rows that nearly repeat neither the question, an answer, a given negative nor a row before them.
+
+        `near_copies` gets the others.
+        """
+        question = self._question(query)
+        before = dict(_words(p.text) for p in query.example.negatives)
+        for row, score in ranked:
+            own = _words(self.pool.text(row))
+            if row not in question.near:
+                question.near[row] = _repeats(own, question.words)
+            if question.near[row] or _repeats(own, before):
+                near_copies.add(row)
+                continue
+            before[own[0]] = own[1]
+            yield row, score
+
+    def _take(self, query: MiningQuery, proposed: Sequence[Proposal]) -> list[Ranked]:
+        """Row and score of the negatives to add, the best of each teacher in turn."""
+        missing = self.settings.negatives - len(query.example.negatives)
+        if missing <= 0:
+            return []
+        near_copies = set().union(*(each.near_copies for each in proposed))
+        taken: list[Ranked] = []
+        before: dict[str, set[str]] = {}
+        keys: set[int] = set()
+        for row, score in in_turn([self._distinct(query, each.ranked, near_copies) for each in proposed]):
+            key = int(self.pool.keys[row])
+            if key in keys:
+                if self.settings.ensemble != "intra-sample-duplicates":
+                    continue
+            elif _repeats(own := _words(self.pool.text(row)), before):  # what another teacher proposed
+                near_copies.add(row)
+                continue
+            else:
+                keys.add(key)
+                before[own[0]] = own[1]
+            taken.append((row, score))
+            if len(taken) == missing:
+                break
+        self.count["removed_near_duplicate"] += len(near_copies)
+        return taken
+
+    def _question(self, query: MiningQuery) -> _Question:
+        question = question_of(query.example.task, query.example.query)
+        if question not in self.questions:
+            texts = (query.example.query, *(p.text for p in query.answers))
+            self.questions[question] = _Question(dict(map(_words, texts)), {})
+        return self.questions[question]
+
+
+def _words(text: str) -> Words:
+    key = word_key(text)
+    return key, shingles(key)
+
+
+def _repeats(own: Words, others: Mapping[str, set[str]]) -> bool:
+    return own[0] in others or any(are_near(own[1], other) for other in others.values())
+
+
+def _encoded(encoder: Encoder, queries: Sequence[MiningQuery]) -> NDArray[np.float32]:
+    """The vectors of the queries, each under its instruction."""
+    by_instruction: dict[str | None, list[int]] = {}
+    for q, query in enumerate(queries):
+        by_instruction.setdefault(query.instruction, []).append(q)
+    parts = [
+        encode_finite(encoder, [queries[q].example.query for q in some], instruction)
+        for instruction, some in by_instruction.items()
+    ]
+    vectors_QE: NDArray[np.float32] = np.concatenate(parts)[np.argsort(list(chain(*by_instruction.values())))]
+    return vectors_QE
+
+
+def _own_scores(
+    queries_QE: NDArray[np.float32], vectors: Vectors, pool: Pool, queries: Sequence[MiningQuery]
+) -> list[NDArray[np.float32]]:
+    """For each query, the scores of its positives, then of the negatives that it came with."""
+    rows = [pool.rows_of_texts((*query.example.positives, *query.example.negatives)) for query in queries]
+    lengths = [len(some) for some in rows]
+    row_F = np.fromiter(chain.from_iterable(rows), np.int64)
+    return np.split(
+        pair_scores(queries_QE, vectors, np.arange(len(rows)).repeat(lengths), row_F), np.cumsum(lengths)[:-1]
+    )
