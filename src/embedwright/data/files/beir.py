@@ -76,12 +76,9 @@ def read_corpus(path: Path) -> dict[str, str]:
             document = id_of(row.get(key), key)
             if document in corpus:
                 raise DataError(f"{key} {document[:60]!r} twice")
-            if row.get("text") is None:
-                raise DataError("no text")
-            title, text = (_text_or_empty(row.get(key), key) for key in ("title", "text"))
+            corpus[document] = document_text(row)
         except DataError as error:
             raise DataError(f"{file}:{number}: {error}") from None
-        corpus[document] = f"{title} {text}".strip() if title else text
     if not corpus:
         raise DataError(f"{path}: no document")
     return corpus
@@ -94,8 +91,15 @@ def corpus_rows(path: Path) -> Iterator[tuple[Path, int, dict[str, Any] | DataEr
         yield from ((file, number, row) for number, _, row in read_rows(file))
 
 
-def _text_or_empty(value: object, key: str) -> str:
-    return "" if value is None or (isinstance(value, str) and not value.strip()) else text_of(value, key)
+def document_text(row: Mapping[str, Any]) -> str:
+    """Title, space, text; either may be empty, as some of BEIR's are. Raises DataError where there is no text."""
+    if row.get("text") is None:
+        raise DataError("no text")
+    title, text = (
+        "" if (value := row.get(key)) is None or (isinstance(value, str) and not value.strip()) else text_of(value, key)
+        for key in ("title", "text")
+    )
+    return f"{title} {text}".strip() if title else text
 
 
 def _read_qrels(path: Path, corpus: Mapping[str, str], queries: Mapping[str, str]) -> dict[str, dict[str, int]]:

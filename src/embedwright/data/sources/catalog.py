@@ -29,30 +29,16 @@ class _Frozen(BaseModel):
 
 
 class BeirRows(_Frozen):
-    """Corpus, queries and judgements as three configs of one repository (the layout of mteb's retrieval sets).
-
-    The judgements have `query-id`, `corpus-id` and `score`; the entry's `split` is theirs.
-    """
+    """Corpus, queries and judgements as three configs of one repository, as mteb's retrieval sets have them."""
 
     kind: Literal["beir"]
-    corpus: str = "corpus"
-    queries: str = "queries"
-    qrels: str = "default"
-    corpus_split: str = "corpus"
-    queries_split: str = "queries"
-    text: Columns = ("title", "text")
-    id: str = "_id"
 
 
 class Pages(_Frozen):
-    """A corpus whose documents are named by title."""
+    """A repository with a corpus, whose documents are named by title."""
 
     hub: str
     revision: str | None = Field(default=None, pattern="^[0-9a-f]{40}$")
-    config: str = "corpus"
-    split: str = "corpus"
-    title: str = "title"
-    text: Columns = ("title", "text")
 
 
 class EvidenceRows(_Frozen):
@@ -119,18 +105,16 @@ class Entry(_Frozen):
 
         Texts compared with texts of their own kind (STS, and the example form) bear the instruction on both sides.
         """
-        symmetric = self.symmetric or (form or self.form) == "example"
-        source = self.hub or self.url or ""
+        shared = {
+            "family": self.family,
+            "symmetric": self.symmetric or (form or self.form) == "example",
+            "licence": "" if self.licence == "unknown" else self.licence,
+            "source": self.hub or self.url or "",
+        }
+        names = [self.name, *(f"{self.name}.{i}" for i in range(2, len(self.instructions) + 1))]
         return [
-            Task(
-                name=self.name if i == 0 else f"{self.name}.{i + 1}",
-                family=self.family,
-                instruction=wording,
-                symmetric=symmetric,
-                licence="" if self.licence == "unknown" else self.licence,
-                source=source,
-            )
-            for i, wording in enumerate(self.instructions)
+            Task.model_validate(shared | {"name": name, "instruction": wording})
+            for name, wording in zip(names, self.instructions, strict=True)
         ]
 
     def task_of(self, row_id: str, seed: int) -> str:
@@ -139,24 +123,16 @@ class Entry(_Frozen):
         return self.name if pick == 0 else f"{self.name}.{pick + 1}"
 
 
-class Catalog(_Frozen):
-    """A list of entries, each name once."""
-
-    sets: tuple[Entry, ...]
-
-    @model_validator(mode="after")
-    def _names_once(self) -> Catalog:
-        names = [entry.name for entry in self.sets]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise InputError(f"two sets are called {twice[0]!r}")
-        return self
-
-
 @cache
 def load_catalog() -> dict[str, Entry]:
     """The packaged sets by name, in the order of the file."""
     path = Path(__file__).with_name("catalog.yaml")
-    return {entry.name: entry for entry in validate(Catalog, load_yaml(path), str(path)).sets}
+    sets = {}
+    for group in load_yaml(path)["groups"]:
+        for own in group.pop("sets"):
+            content = group | own | {"marks": group["marks"] | own.get("marks", {})}
+            sets[own["name"]] = validate(Entry, content, f"{path}: {own['name']}")
+    return sets
 
 
 def find_entry(name: str) -> Entry:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
+from embedwright.data.files.beir import document_text
 from embedwright.data.files.conversion import Conversion
 from embedwright.data.files.kinds import (
-    Columns,
     Fields,
     LabelledRows,
     PairRows,
@@ -76,7 +77,7 @@ def convert(job: Job, open_table: OpenTable) -> Iterator[Example]:
     if not isinstance(spec, LabelledRows):
         job.on_form(None)
     if isinstance(spec, BeirRows):
-        return _from_beir(spec, table, open_table, job)
+        return _from_beir(table, open_table, job)
     if isinstance(spec, EvidenceRows):
         return _from_evidence(spec, table, open_table, job)
     limit = job.limit
@@ -124,26 +125,23 @@ def _sampled(items: Iterable[T], limit: int | None, job: Job) -> Iterable[T]:
 # ---------------------------------------------------------------------------------------------------- several tables
 
 
-def _from_beir(spec: BeirRows, qrels: Table, open_table: OpenTable, job: Job) -> Iterator[Example]:
+def _from_beir(qrels: Table, open_table: OpenTable, job: Job) -> Iterator[Example]:
     """One example for each query with a judgement above 0, with all its documents."""
-
-    def parse(row: Row) -> tuple[str, str, float]:
-        query, document = (id_of(value_at(row, key), key) for key in ("query-id", "corpus-id"))
-        return query, document, number_of(value_at(row, "score"), "score")
-
     relevant: dict[str, dict[str, None]] = {}  # query id -> the ids of its documents
-    for query, document, score in _sound(open_table(replace(qrels, config=spec.qrels)), parse, spec.qrels):
+    for number, _, row in open_table(replace(qrels, config="default")):
+        with _row_of("default", number, row) as sound:
+            query, document = (id_of(value_at(sound, key), key) for key in ("query-id", "corpus-id"))
+            score = number_of(value_at(sound, "score"), "score")
         job.report["rows"] += 1
-        if score <= 0:
-            job.report["not_relevant"] += 1
-        else:
+        job.report["not_relevant"] += score <= 0
+        if score > 0:
             relevant.setdefault(query, {})[document] = None
     relevant = dict(_sampled(relevant.items(), job.limit, job))
-    asked = open_table(replace(qrels, config=spec.queries, split=spec.queries_split))
-    queries = _look_up(asked, spec.id, ("text",), relevant, spec.queries)
     wanted = {document for documents in relevant.values() for document in documents}
-    documents = open_table(replace(qrels, config=spec.corpus, split=spec.corpus_split))
-    corpus = _look_up(documents, spec.id, spec.text, wanted, spec.corpus)
+    queries, corpus = (
+        _look_up(open_table(replace(qrels, config=config, split=config)), "_id", ids, config)
+        for config, ids in (("queries", relevant), ("corpus", wanted))
+    )
     yield from job.judged(relevant, queries, corpus, prefix=f"{job.entry.name}:")
 
 
@@ -160,8 +158,8 @@ def _from_evidence(spec: EvidenceRows, claims: Table, open_table: OpenTable, job
 
     rows = list(_sampled(_fields(open_table(claims), parse, job), job.limit, job))
     wanted = {title for row in rows for title in row["titles"]}
-    pages = Table(spec.pages.hub, spec.pages.revision, spec.pages.config, spec.pages.split)
-    texts = _look_up(open_table(pages), spec.pages.title, spec.pages.text, wanted, spec.pages.config)
+    pages = Table(spec.pages.hub, spec.pages.revision, "corpus", "corpus")
+    texts = _look_up(open_table(pages), "title", wanted, "corpus")
     for row in rows:
         positives = [Passage(texts[title]) for title in row["titles"] if title in texts]
         job.report["page_without_text"] += len(row["titles"]) - len(positives)
@@ -171,35 +169,24 @@ def _from_evidence(spec: EvidenceRows, claims: Table, open_table: OpenTable, job
             job.report["no_positive"] += 1
 
 
-def _look_up(rows: Rows, key: str, text: Columns, wanted: Container[str], where: str) -> dict[str, str]:
-    """Key -> text of the rows whose key is `wanted`, the first of several; one without text (some of BEIR) is left out.
-
-    Of `text` only the last column must be there: many a corpus has no titles.
-    """
-
-    def parse(row: Row) -> tuple[str, str]:
-        value = value_at(row, key)
-        name = value if isinstance(value, str) else id_of(value, key)  # a title may be anything
-        if name not in wanted:
-            return name, ""
-        columns = (*[column for column in text[:-1] if column in row], text[-1])
-        blank = all(value_at(row, column) is None or not str(value_at(row, column)).strip() for column in columns)
-        return name, "" if blank else text_at(row, columns)
-
+def _look_up(rows: Rows, key: str, wanted: Container[str], config: str) -> dict[str, str]:
+    """Key -> text of the rows whose key is `wanted`, the first of several. Rows without a text are left out."""
     found: dict[str, str] = {}
-    for name, content in _sound(rows, parse, where):
-        if content:
-            found.setdefault(name, content)
+    for number, _, row in rows:
+        with _row_of(config, number, row) as sound:
+            value = value_at(sound, key)
+            name = value if isinstance(value, str) else id_of(value, key)  # a title may be anything
+            if name in wanted and (text := document_text(sound)):
+                found.setdefault(name, text)
     return found
 
 
-def _sound(rows: Rows, parse: Callable[[Row], T], where: str) -> Iterator[T]:
-    """`parse(row)` of each row of a table that is looked up. Raises DataError, naming table and row."""
-    for number, _, row in rows:
-        try:
-            if isinstance(row, DataError):
-                raise row
-            value = parse(row)
-        except DataError as error:
-            raise DataError(f"{where}, row {number}: {error}") from None
-        yield value
+@contextmanager
+def _row_of(config: str, number: int, row: Row | DataError) -> Iterator[Row]:
+    """A row of a table that is looked up. A DataError names table and row."""
+    try:
+        if isinstance(row, DataError):
+            raise row
+        yield row
+    except DataError as error:
+        raise DataError(f"{config}, row {number}: {error}") from None

@@ -378,7 +378,7 @@ def test_a_corpus_may_have_no_titles_but_no_bad_row() -> None:
     examples, _, _ = run("fiqa", tables=tables(**BEIR | {"corpus": plain}))
     assert [p.text for p in examples[0].positives] == ["first", "third"]
     for change, said in (
-        ({"corpus": [{"_id": "d1", "title": "x"}]}, "corpus, row 1: no column 'text'"),
+        ({"corpus": [{"_id": "d1", "title": "x"}]}, "corpus, row 1: no text"),
         ({"queries": [*BEIR["queries"], {"id": "q9"}]}, "queries, row 6: no column '_id'"),
         (
             {"default": [{"query-id": "q1", "corpus-id": "d1", "score": "1"}]},
