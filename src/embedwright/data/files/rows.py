@@ -53,19 +53,32 @@ def read_rows(path: Path) -> Rows:
     one number. Holds one line or one batch in memory; of a JSON array its text. Raises FileNotFoundError, and DataError
     where the file as a whole cannot be read.
     """
+    with opened_table(path) as table:
+        if table is not None:
+            yield from _table_rows(path, *table)
+            return
+    yield from _text_rows(path)
+
+
+@contextmanager
+def opened_table(path: Path) -> Iterator[tuple[pa.Schema, Iterable[pa.RecordBatch]] | None]:
+    """Schema and batches of a Parquet or Arrow file; None for text. DataError names a broken file."""
     head = _head(path)
-    if head.startswith(b"PAR1"):
-        with _broken(path, "Parquet"), pq.ParquetFile(path, memory_map=True) as file:
-            yield from _table_rows(path, file.schema_arrow, file.iter_batches(batch_size=256))
-    elif head.startswith(b"ARROW1"):
-        with _broken(path, "Arrow"), pa.ipc.open_file(pa.memory_map(str(path))) as file:
-            batches = (file.get_batch(i) for i in range(file.num_record_batches))
-            yield from _table_rows(path, file.schema, batches)
-    elif head.startswith(b"\xff\xff\xff\xff"):  # Arrow's stream, which `datasets` saves
-        with _broken(path, "Arrow"), pa.ipc.open_stream(pa.memory_map(str(path))) as stream:
-            yield from _table_rows(path, stream.schema, stream)
-    else:
-        yield from _text_rows(path)
+    kind = "Parquet" if head.startswith(b"PAR1") else "Arrow"
+    try:
+        if kind == "Parquet":
+            with pq.ParquetFile(path, memory_map=True) as file:
+                yield file.schema_arrow, file.iter_batches(batch_size=256)
+        elif head.startswith(b"ARROW1"):
+            with pa.ipc.open_file(pa.memory_map(str(path))) as file:
+                yield file.schema, (file.get_batch(i) for i in range(file.num_record_batches))
+        elif head.startswith(b"\xff\xff\xff\xff"):  # Arrow's stream, which `datasets` saves
+            with pa.ipc.open_stream(pa.memory_map(str(path))) as stream:
+                yield stream.schema, stream
+        else:
+            yield None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path}: broken {kind} file: {error}") from error
 
 
 def text_lines(path: Path) -> Iterator[tuple[int, bytes, bool]]:
@@ -259,14 +272,6 @@ def _cell(key: str, value: str) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------------- tables
-
-
-@contextmanager
-def _broken(path: Path, kind: str) -> Iterator[None]:
-    try:
-        yield
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: broken {kind} file: {error}") from error
 
 
 def _table_rows(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> Rows:
