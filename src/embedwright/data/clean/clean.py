@@ -1,8 +1,7 @@
 """Training examples without what does harm: unwanted rows, repeats, leaks from evaluation data.
 
 The rules, in this order: licence, language, length, repeats of an earlier row, repeats within a row, leaks. A query
-that breaks one takes its row along; a passage that does is cut out of its row, and the row goes where no positive is
-left.
+that breaks a rule removes its row. A passage that breaks one is cut out of its row; a row without a positive goes.
 """
 
 from __future__ import annotations
@@ -11,18 +10,18 @@ import json
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from embedwright.data.clean.filters import Filters, length_fault, row_fault
+from embedwright.data.clean.filters import Filters, fits, row_fault
 from embedwright.data.clean.leaks import SHOWN, EvalTexts, Leak
 from embedwright.data.clean.repeats import repeats
 from embedwright.data.files.folders import stem_of
 from embedwright.data.files.table import open_as_named, write_examples
-from embedwright.data.keys import NEAR, both_keys, jaccard, shingles
+from embedwright.data.keys import are_near, both_keys, shingles
 from embedwright.data.schema import DataError, Example
 from embedwright.files import whole_file
 
@@ -57,20 +56,19 @@ def clean(
     held_out: EvalTexts | None = None,
     on_leak: Callable[[Leaked], None] | None = None,
 ) -> Iterator[Example]:
-    """Those of `examples` that break no rule, in order, without their passages that break one; counts go to `report`.
+    """Yields the examples that break no rule, in order, without the passages that break one; `report` gets the counts.
 
     `examples` are read twice, so they are a table or a list. A row repeats an earlier one of its task if their queries
     repeat the same text and so does one positive of each (`by="both"`); `query` and `positive` look at that side alone,
-    `none` leaves the rule out. What texts repeat is said in `repeats`. Within a row, a positive goes that repeats an
-    earlier one, and a negative that repeats the query, a positive or an earlier negative.
+    `none` leaves the rule out. `repeats` says what texts repeat. Within a row, a positive goes that repeats an earlier
+    one, and a negative that repeats the query, a positive or an earlier negative.
 
     `on_leak` gets every text that leaks: `row` (from 1) and `id` of its example, side, rule, score, the evaluation file
     and its row, both texts cut to 200 characters. Memory: what `repeats` takes for the queries and positives, 200 bytes
     a row, and `held_out`.
     """
     filters = filters or Filters()
-    faults = _row_faults(examples, filters, by)
-    rows = _unrepetitive(_faultless(examples, faults, filters, report), report)
+    rows = _kept(examples, _row_faults(examples, filters, by), filters, report)
     if held_out is not None:
         rows = _unleaked(rows, held_out, report, on_leak)
     for _, example in rows:
@@ -87,11 +85,10 @@ def clean_file(
     by: By = "both",
     held_out: EvalTexts | None = None,
 ) -> dict[str, Any]:
-    """`clean` of the training data at `path` (any kind), written to `out`; None only counts. Returns all counts: those
-    of the table, its rows by task, and those of `clean`.
+    """Cleans the training data at `path` (any kind) into `out`; None only counts. Returns all counts.
 
-    `leaks_to` gets the leakage report (JSONL). Both files are written whole or not at all. Raises what `open_examples`
-    raises, and DataError where no row is left to write.
+    These are the table's counts, its rows by task, and those of `clean`. `leaks_to` gets the leakage report (JSONL).
+    Both files are written whole or not at all. Raises what `open_examples` raises, and DataError where no row is left.
     """
     table, report = open_as_named(path), Report()
     filters = filters or Filters()
@@ -99,12 +96,22 @@ def clean_file(
     licences |= filters.licences
     licences.setdefault("", licences.get(stem_of(path), ""))  # of rows that name no task: that of the file's name
     filters = replace(filters, licences=licences)
-    with _leak_lines(path, leaks_to) as on_leak:
-        cleaned = clean(table, report, filters=filters, by=by, held_out=held_out, on_leak=on_leak)
+    with ExitStack() as stack:
+        lines = stack.enter_context(stack.enter_context(whole_file(leaks_to)).open("wb")) if leaks_to else None
+
+        def note(leaked: Leaked) -> None:
+            if lines is not None:
+                lines.write(json.dumps({"file": str(path), **leaked}, ensure_ascii=False).encode() + b"\n")
+
+        def cleaned() -> Iterator[Example]:
+            yield from clean(table, report, filters=filters, by=by, held_out=held_out, on_leak=note)
+            if not report.kept and out is not None:
+                raise DataError(f"{path}: no row is left ({', '.join(f'{k} {n}' for k, n in report.removed.items())})")
+
         if out is None:
-            deque(cleaned, maxlen=0)
+            deque(cleaned(), maxlen=0)
         else:
-            write_examples(out, _require_any(cleaned, path, report), table.tasks)
+            write_examples(out, cleaned(), table.tasks)
     tasks = {task or stem_of(path): len(rows) for task, rows in table.rows_by_task().items()}
     return {**table.report, "tasks": tasks, **report.to_json()}
 
@@ -119,7 +126,7 @@ def _row_faults(examples: Iterable[Example], filters: Filters, by: By) -> bytear
     def texts() -> Iterator[str]:
         for example in examples:
             fault = row_fault(example, filters)
-            left = None if fault else _judged(example, _too_short_or_long(example, filters))
+            left = None if fault else _without(example, _misfits(example, filters))
             faults.append(_FAULTS.index(fault or ("" if left else "length")))
             if left is None:
                 continue
@@ -146,20 +153,16 @@ def _row_faults(examples: Iterable[Example], filters: Filters, by: By) -> bytear
     return faults
 
 
-def _faultless(
+def _kept(
     examples: Iterable[Example], faults: bytearray, filters: Filters, report: Report
 ) -> Iterator[tuple[int, Example]]:
-    """(number from 1, example) of the rows without a fault."""
+    """(number from 1, example) of the rows without a fault, without passages of a wrong length and repeats."""
     for number, (example, fault) in enumerate(zip(examples, faults, strict=True), start=1):
         if fault:
             report.removed[_FAULTS[fault]] += 1
-        elif left := _judged(example, _too_short_or_long(example, filters), "length", report):
-            yield number, left
-
-
-def _unrepetitive(rows: Iterable[tuple[int, Example]], report: Report) -> Iterator[tuple[int, Example]]:
-    for number, example in rows:
-        if left := _judged(example, _repeats_inside(example), "repeated", report):
+            continue
+        left = _judged(example, _misfits(example, filters), "length", report)
+        if left and (left := _judged(left, _repeats_inside(left), "repeated", report)):
             yield number, left
 
 
@@ -178,23 +181,14 @@ def _unleaked(
         for number, example in batch:
             leaks = {place: leak for place, text in enumerate(_texts(example)) if (leak := leak_of[text])}
             for place, leak in leaks.items():
-                side = _side(example, place)
+                side = "query" if place == 0 else "positive" if place <= len(example.positives) else "negative"
                 report.leaks.setdefault(leak.held.file, Counter())[f"{side} {leak.rule}"] += 1
                 if on_leak is not None:
-                    on_leak({"row": number, "id": example.id, "side": side, **_line(leak, _texts(example)[place])})
+                    line = {"row": number, "id": example.id, "side": side, "rule": leak.rule, "score": leak.score}
+                    line |= {"evaluation_file": leak.held.file, "evaluation_row": leak.held.row}
+                    on_leak(line | {"text": _texts(example)[place][:SHOWN], "evaluation_text": leak.held.text})
             if left := _judged(example, leaks.keys(), "leaked", report):
                 yield number, left
-
-
-def _line(leak: Leak, text: str) -> Leaked:
-    held = {"evaluation_file": leak.held.file, "evaluation_row": leak.held.row}
-    return {
-        "rule": leak.rule,
-        "score": leak.score,
-        **held,
-        "text": text[:SHOWN],
-        "evaluation_text": leak.held.text,
-    }
 
 
 # ---------------------------------------------------------------------------------------------------- one row
@@ -205,28 +199,23 @@ def _texts(example: Example) -> list[str]:
     return [example.query, *(passage.text for passage in (*example.positives, *example.negatives))]
 
 
-def _side(example: Example, place: int) -> str:
-    return "query" if place == 0 else "positive" if place <= len(example.positives) else "negative"
-
-
-def _judged(
-    example: Example, faulty: Collection[int], reason: str = "", report: Report | None = None
-) -> Example | None:
-    """`example` without the passages at the `faulty` places; None if the query is, or all positives are, among them."""
-    if not faulty:
-        return example
-    left = cut(example, faulty)
-    if report is not None:
-        if left is None:
-            report.removed[reason] += 1
-        else:
-            report.cut[reason] += len(faulty)
+def _judged(example: Example, faulty: Collection[int], reason: str, report: Report) -> Example | None:
+    """`_without`, counted under `reason`."""
+    left = _without(example, faulty)
+    if left is None:
+        report.removed[reason] += 1
+    elif faulty:
+        report.cut[reason] += len(faulty)
     return left
 
 
-def cut(example: Example, faulty: Collection[int]) -> Example | None:
-    """`example` without the passages, and their scores, at the `faulty` places: 0 is the query, then positives and
-    negatives go on. None where the query is faulty or no positive is left."""
+def _without(example: Example, faulty: Collection[int]) -> Example | None:
+    """`example` without the passages at the `faulty` places, and their scores.
+
+    None if the query is among them, or no positive is left.
+    """
+    if not faulty:
+        return example
     changes: dict[str, Any] = {}
     start = 1
     for side in ("positive", "negative"):
@@ -238,13 +227,13 @@ def cut(example: Example, faulty: Collection[int]) -> Example | None:
     return None if 0 in faulty or not changes["positives"] else replace(example, **changes)
 
 
-def _too_short_or_long(example: Example, filters: Filters) -> set[int]:
-    return {place for place, text in enumerate(_texts(example)) if length_fault(text, filters)}
+def _misfits(example: Example, filters: Filters) -> set[int]:
+    """Places of texts that are too short or too long."""
+    return {place for place, text in enumerate(_texts(example)) if not fits(text, filters)}
 
 
 def _repeats_inside(example: Example) -> set[int]:
-    """Places of positives that repeat an earlier one, of negatives that repeat the query, a positive or an earlier
-    negative."""
+    """Places of positives that repeat an earlier one, of negatives that repeat any text before them."""
     faulty: set[int] = set()
     seen: dict[str, set[str]] = {}
     query, *passages = map(both_keys, _texts(example))
@@ -252,30 +241,8 @@ def _repeats_inside(example: Example) -> set[int]:
         if place == len(example.positives) + 1:
             seen[query[0]] = shingles(query[1])
         own = shingles(near)
-        if exact in seen or any(jaccard(own, other) >= NEAR for other in seen.values()):
+        if exact in seen or any(are_near(own, other) for other in seen.values()):
             faulty.add(place)
         else:
             seen[exact] = own
     return faulty
-
-
-# ---------------------------------------------------------------------------------------------------- files
-
-
-def _require_any(cleaned: Iterator[Example], path: Path, report: Report) -> Iterator[Example]:
-    yield from cleaned
-    if not report.kept:
-        raise DataError(f"{path}: no row is left ({', '.join(f'{k} {n}' for k, n in report.removed.items())})")
-
-
-@contextmanager
-def _leak_lines(source: Path, file: Path | None) -> Iterator[Callable[[Leaked], None] | None]:
-    if file is None:
-        yield None
-        return
-    with whole_file(file) as part, part.open("w", encoding="utf-8") as stream:
-
-        def note(leaked: Leaked) -> None:
-            stream.write(json.dumps({"file": str(source), **leaked}, ensure_ascii=False) + "\n")
-
-        yield note

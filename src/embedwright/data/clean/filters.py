@@ -52,12 +52,11 @@ def row_fault(example: Example, filters: Filters) -> str | None:
     return _licence_fault(example.task, filters) or _language_fault(example, filters.languages)
 
 
-def length_fault(text: str, filters: Filters) -> str | None:
-    """`length` where a text is too short or too long."""
+def fits(text: str, filters: Filters) -> bool:
+    """Whether a text is neither too short nor too long."""
     chars = (len(text), filters.min_chars, filters.max_chars)
     words = (len(text.split()), filters.min_words, filters.max_words)
-    fits = all(least <= size and (most is None or size <= most) for size, least, most in (chars, words))
-    return None if fits else "length"
+    return all(least <= size and (most is None or size <= most) for size, least, most in (chars, words))
 
 
 def _licence_fault(task: str, filters: Filters) -> str | None:

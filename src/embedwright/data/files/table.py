@@ -14,6 +14,7 @@ import logging
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -104,8 +105,7 @@ class ExampleTable:
 
     def rows_by_task(self) -> dict[str, NDArray[np.int64]]:
         """Task name -> its row numbers, ascending; tasks in the order of their first row."""
-        batches = (self._reader.get_batch(i) for i in range(self._reader.num_record_batches))
-        tasks = pa.chunked_array([batch.column("task") for batch in batches]).combine_chunks().dictionary_encode()
+        tasks = self._column("task").combine_chunks().dictionary_encode()
         codes = tasks.indices.to_numpy()
         order = np.argsort(codes, kind="stable").astype(np.int64)
         ends = np.cumsum(np.bincount(codes, minlength=len(tasks.dictionary)))
@@ -113,9 +113,12 @@ class ExampleTable:
 
     def negatives_per_row(self) -> NDArray[np.int64]:
         """int64 (rows,): how many negatives each example brings."""
+        counts: NDArray[Any] = pc.list_value_length(self._column("negatives")).fill_null(0).to_numpy()
+        return counts.astype(np.int64)
+
+    def _column(self, name: str) -> pa.ChunkedArray:
         batches = (self._reader.get_batch(i) for i in range(self._reader.num_record_batches))
-        counts = [pc.list_value_length(batch.column("negatives")).fill_null(0) for batch in batches]
-        return np.concatenate([count.to_numpy(zero_copy_only=False) for count in counts]).astype(np.int64)
+        return pa.chunked_array([batch.column(name) for batch in batches])
 
 
 def open_examples(
@@ -141,8 +144,11 @@ def open_examples(
     fingerprint = _fingerprint(job, stem)
     folder = (Path(cache) if cache else cache_folder()) / "data"
     arrow = folder / f"{stem[:80]}-{fingerprint[:16]}.arrow"
-    table = _open(path, arrow)
-    if table is None:
+    try:
+        table = ExampleTable(path, arrow)
+    except (pa.ArrowInvalid, OSError, ValueError, KeyError, TypeError) as error:
+        if not isinstance(error, FileNotFoundError):
+            log.warning("%s: damaged (%s), made again", arrow, error)
         _convert(job, arrow, fingerprint)
         return ExampleTable(path, arrow)
     for line in table.bad_lines:
@@ -187,14 +193,12 @@ def _write(path: Path, examples: Iterable[Example]) -> None:
             for batch in _batches(examples, 4096):
                 writer.write_batch(batch)
         return
-    with path.open("wb") as file:
-        # No name and no time in the gzip header: the same examples give the same bytes.
-        zipped = gzip.GzipFile("", "wb", fileobj=file, mtime=0) if path.suffix == ".gz" else None
+    with ExitStack() as stack:
+        out: Any = stack.enter_context(path.open("wb"))
+        if path.suffix == ".gz":  # no name and no time in its header: the same examples give the same bytes
+            out = stack.enter_context(gzip.GzipFile("", "wb", fileobj=out, mtime=0))
         for example in examples:
-            line = json.dumps(to_row(example), ensure_ascii=False, allow_nan=False)
-            (zipped or file).write(line.encode() + b"\n")
-        if zipped is not None:
-            zipped.close()
+            out.write(json.dumps(to_row(example), ensure_ascii=False, allow_nan=False).encode() + b"\n")
 
 
 # ---------------------------------------------------------------------------------------------------- conversion
@@ -237,17 +241,6 @@ def _fingerprint(job: _Job, stem: str) -> str:
 
 def _quarantine_path(arrow: Path) -> Path:
     return arrow.with_suffix(".quarantine.jsonl")
-
-
-def _open(path: Path, arrow: Path) -> ExampleTable | None:
-    """The table in the cache, or None where it is not there or is damaged."""
-    try:
-        return ExampleTable(path, arrow)
-    except FileNotFoundError:
-        return None
-    except (pa.ArrowInvalid, OSError, ValueError, KeyError, TypeError) as error:
-        log.warning("%s: damaged (%s), made again", arrow, error)
-        return None
 
 
 def _convert(job: _Job, arrow: Path, fingerprint: str) -> None:

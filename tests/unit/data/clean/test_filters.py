@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from embedwright.data.clean.filters import Filters, length_fault, row_fault
+from embedwright.data.clean.filters import Filters, fits, row_fault
 from embedwright.data.schema import Example, Passage
 from embedwright.data.sources.catalog import load_catalog
 
@@ -20,7 +20,7 @@ JAPANESE = example("潮汐はどのように起こりますか", "潮汐は月�
 def test_without_options_everything_passes() -> None:
     for row in (ENGLISH, GERMAN, HINDI, JAPANESE, example("?", "x" * 100_000)):
         assert row_fault(row, Filters()) is None
-        assert length_fault(row.positives[0].text, Filters()) is None
+        assert fits(row.positives[0].text, Filters())
 
 
 @pytest.mark.parametrize("kept", ["en", "de", "hi", "ja"])
@@ -68,7 +68,7 @@ def test_an_unknown_language_is_refused() -> None:
 )
 def test_lengths_are_inclusive(limits: Filters, kept: list[str]) -> None:
     texts = ["ab", "abc", "abcd", "a b c d"]
-    assert [text for text in texts if length_fault(text, limits) is None] == kept
+    assert [text for text in texts if fits(text, limits)] == kept
 
 
 def test_limits_that_nothing_passes_are_refused() -> None:
