@@ -13,9 +13,9 @@ from embedwright.locate import local, packaged, split_revision, text_of
 from embedwright.model.backbone import check_report
 from embedwright.model.embedder import Embedder
 from embedwright.model.formats.base import check_weights
-from embedwright.model.formats.families import FAMILIES, said
+from embedwright.model.formats.detect import detect
+from embedwright.model.formats.families import FAMILIES, split_family
 from embedwright.model.formats.folder import INDEX, SINGLE, weights_in
-from embedwright.model.formats.storage import look
 from embedwright.model.verify.probe import ProbeError
 
 
@@ -35,11 +35,11 @@ def open_model(name: str, revision: str | None = None) -> Embedder | SentenceTra
     """
     if "://" in name:
         raise InputError(f"{shown(name)} is a server: `embedwright mine --teacher` asks those, here give a model")
-    _, where = said(name)
+    _, where = split_family(name)
     if "/" not in where and local(where) is None and packaged(where) is None:
         # a hub id without an owner is a name that only sentence-transformers knows
         return SentenceTransformerEncoder(_sentence_transformer(*split_revision(where, revision)))
-    place, form = look(name, revision)
+    place, form = detect(name, revision)
     if form is not None:
         return Embedder.load(name, revision=revision)
     if place.hub_id is None:

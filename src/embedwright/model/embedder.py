@@ -22,10 +22,11 @@ from embedwright.model.adapters import fourbit
 from embedwright.model.adapters.lora import add_lora, has_lora, merge_lora
 from embedwright.model.backbone import AttentionKind, decoder_config, load_backbone, origin_of, positions
 from embedwright.model.encode import ahead, queued
-from embedwright.model.formats import storage
-from embedwright.model.formats.base import resolve_base
-from embedwright.model.interop import hub as bridges
-from embedwright.model.network import EmbedwrightConfig, EmbedwrightModel, check_fit
+from embedwright.model.formats.base import build_network, resolve_base
+from embedwright.model.formats.open import open_embedder
+from embedwright.model.interop import hub
+from embedwright.model.interop.save import opens_as_stock, save_network
+from embedwright.model.network import EmbedwrightModel, check_fit
 from embedwright.model.pooling import FOLDED, FoldedLatent, Kind, LatentPooling, PoolingConfig
 from embedwright.model.precision import Precision, check_precision, first_not_finite, quantize, shortened
 from embedwright.model.verify import probe, selftest
@@ -121,12 +122,7 @@ class Embedder:
         backbone = load_backbone(folder, decoder, _dtype(dtype), quantization)
         if four_bit:
             fourbit.keep_trainable(backbone)
-        network = EmbedwrightModel(
-            EmbedwrightConfig(
-                backbone=backbone.config.to_dict(), pooling=config.model_dump(), contract=contract.model_dump()
-            ),
-            backbone=backbone,
-        )
+        network = build_network(backbone, config, contract)
         network.origin = origin_of(base, backbone, "decoder", revision)
         torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds GPUs too
         network.head.reset()
@@ -149,10 +145,10 @@ class Embedder:
         Of an adapter folder, ours or peft's, the base is opened where `adapter_config.json` says. `dtype` is then the
         base's; what trains is float32. FileNotFoundError without the base, ValueError where it is another one.
         """
-        network, tokenizer = storage.load(path, dtype=None if dtype is None else _dtype(dtype), revision=revision)
+        network, tokenizer = open_embedder(path, dtype=None if dtype is None else _dtype(dtype), revision=revision)
         model = cls(network, tokenizer)._ready(device, backend)
         folder = Path(network.config.name_or_path)
-        reload = lambda kept: storage.load(path, dtype=kept, revision=revision)[0]  # noqa: E731
+        reload = lambda kept: open_embedder(path, dtype=kept, revision=revision)[0]  # noqa: E731
         selftest.check(network, model.text_tokenizer, folder, reload)
         return model
 
@@ -165,9 +161,9 @@ class Embedder:
         """
         if isinstance(self.network.head, FoldedLatent):
             raise InputError(FOLDED)
-        storage.save(self.network, self.own_tokenizer, Path(path))
+        save_network(self.network, self.own_tokenizer, Path(path))
         if not has_lora(self.network.backbone):
-            stock = storage.opens_as_stock(self.network, self.text_tokenizer)
+            stock = opens_as_stock(self.network, self.text_tokenizer)
             self.network.origin = origin_of(path, self.network.backbone, "stock" if stock else "whole")
 
     def to_sentence_transformer(self) -> Any:
@@ -177,7 +173,7 @@ class Embedder:
         What it saves is a whole model of our format, adapters merged; `save` writes the rest of what this one can be.
         ImportError without sentence-transformers, ValueError for a folded model.
         """
-        return bridges.sentence_transformer(self.network, self.own_tokenizer)
+        return hub.sentence_transformer(self.network, self.own_tokenizer)
 
     def push_to_hub(
         self,
@@ -194,7 +190,7 @@ class Embedder:
         knows, such as `base`, `license`, `data` and `scores`; or a whole text. ValueError as in `save`, and for
         adapters whose base others cannot open.
         """
-        return bridges.push_to_hub(self.network, self.own_tokenizer, repo_id, private=private, token=token, card=card)
+        return hub.push_to_hub(self.network, self.own_tokenizer, repo_id, private=private, token=token, card=card)
 
     @loading()
     def add_lora(self, rank: int = 16, alpha: int = 32, dropout: float = 0.0) -> Embedder:

@@ -10,27 +10,29 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from embedwright.config import validate
 from embedwright.errors import InputError, NotFoundError, blaming
 from embedwright.files import write_json
 from embedwright.model.adapters.lora import has_lora, inject_lora, warn_of_idle
-from embedwright.model.backbone import (
-    decoder_config,
-    load_backbone,
-    origin_of,
-    same_samples,
-    weight_samples,
+from embedwright.model.backbone import decoder_config, load_backbone, origin_of, same_samples, weight_samples
+from embedwright.model.formats.base import build_network, resolve_base
+from embedwright.model.formats.families import split_family
+from embedwright.model.formats.folder import (
+    ADAPTER,
+    check_floats,
+    check_places,
+    is_adapter,
+    read_object,
+    read_tensors,
+    tensors_of,
 )
-from embedwright.model.formats.base import resolve_base
-from embedwright.model.formats.families import said
-from embedwright.model.formats.folder import ADAPTER, check_floats, read_object, tensors_of
-from embedwright.model.network import EmbedwrightConfig, EmbedwrightModel
+from embedwright.model.network import EmbedwrightModel
 from embedwright.model.pooling import PoolingConfig
 from embedwright.text import Contract, load_tokenizer
 
@@ -38,33 +40,16 @@ _WEIGHTS, _OURS, _SAMPLES = "adapter_model.safetensors", "embedwright.json", "ba
 _PREFIX = "base_model.model."  # of every name in peft's format
 
 # What of a LoraConfig is followed; anything else has to stand at its default.
-_FOLLOWED = {
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "target_modules",
-    "exclude_modules",
-    "use_rslora",
-    "rank_pattern",
-    "alpha_pattern",
-    "layers_to_transform",
-    "layers_pattern",
-}
-_NOTES = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "inference_mode",
-    "peft_type",
-    "peft_version",
-    "revision",
-    "task_type",
-}
+_FOLLOWED = {"r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora"}
+_FOLLOWED |= {"rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern"}
+_NOTES = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision"}
+_NOTES |= {"task_type"}
 _HARMLESS = {"modules_to_save": ["head"], "init_lora_weights": "gaussian"}  # beside the defaults
 
 OpenEmbedder = Callable[..., tuple[EmbedwrightModel, Any]]
 
 
-def write(network: EmbedwrightModel, folder: Path) -> None:
+def write_adapter(network: EmbedwrightModel, folder: Path) -> None:
     """Fills an empty folder with the adapters and the pooling block of `network`.
 
     ValueError where the weights below the adapters are not those that were read from disk.
@@ -101,91 +86,99 @@ def write(network: EmbedwrightModel, folder: Path) -> None:
     write_json(folder / _OURS, ours)
 
 
-def read(folder: Path, dtype: torch.dtype | None, open_embedder: OpenEmbedder) -> tuple[EmbedwrightModel, Any]:
-    """Base and adapters, and the tokenizer of the base. `dtype`: of the base; what trains is float32.
+class Ours(NamedTuple):
+    """What `write_adapter` adds to peft's settings. `decoder`: layers and attention, where the base is a decoder."""
 
-    FileNotFoundError where the base or a file is missing; ValueError where the base is another one, the adapter is of a
+    contract: Contract
+    pooling: PoolingConfig
+    decoder: dict[str, Any] | None
+
+
+class Settings(NamedTuple):
+    """`lora` is peft's adapter_config.json. `ours` is None for an adapter of peft alone, whose base is an embedder."""
+
+    base: str
+    revision: str | None
+    lora: dict[str, Any]
+    ours: Ours | None
+
+
+def read_adapter(folder: Path, dtype: torch.dtype | None, open_embedder: OpenEmbedder) -> tuple[EmbedwrightModel, Any]:
+    """The base with its adapters, and the tokenizer of the base. `dtype` is the base's; what trains is float32.
+
+    NotFoundError where the base or a file is missing. InputError where the base is another one, the adapter is of a
     kind that is not supported, or its tensors do not fit.
     """
     from peft import LoraConfig
 
-    stored, ours = read_settings(folder)
+    settings = read_settings(folder)
     tensors = _read_tensors(folder / _WEIGHTS)
-    base = stored["base_model_name_or_path"], stored.get("revision")
-    network, tokenizer = _open_base(folder, base, ours, dtype, open_embedder)
+    network, tokenizer = _open_base(folder, settings, dtype, open_embedder)
     backbone: Any = network.backbone
     bare = not any(name.startswith(f"{_PREFIX}backbone.") for name in tensors)  # names as in AutoModel's stock model
     root = backbone if bare else network
     with blaming(folder / ADAPTER, "asks for adapters that its base cannot have"):
-        inject_lora(root, LoraConfig(**{key: stored[key] for key in _FOLLOWED & stored.keys()}))
+        inject_lora(root, LoraConfig(**{key: settings.lora[key] for key in _FOLLOWED & settings.lora.keys()}))
     backbone.peft_config = root.peft_config
-    whole_head = ours is not None and ours["decoder"] is not None
     network.head.float().requires_grad_(True)
+    whole_head = settings.ours is not None and settings.ours.decoder is not None
     _fill(folder / _WEIGHTS, network, tensors, bare=bare, whole_head=whole_head)
     warn_of_idle(backbone)
     return network, tokenizer
 
 
-def read_settings(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """What peft wrote, and what `write` wrote beside it (None: an adapter of peft alone). InputError as in `read`."""
-    stored = read_object(folder / ADAPTER)
-    _check_settings(folder / ADAPTER, stored)
-    base = Path(said(stored["base_model_name_or_path"])[1]).expanduser()
-    if (base / ADAPTER).exists():  # which may be this folder itself
-        raise InputError(f"{folder}: its base, {base}, is an adapter itself: merge that first")
-    return stored, _read_ours(folder / _OURS) if (folder / _OURS).is_file() else None
-
-
-def _check_settings(file: Path, stored: dict[str, Any]) -> None:
+def read_settings(folder: Path) -> Settings:
+    """The settings of an adapter folder, checked. InputError as in `read_adapter`."""
     from peft import LoraConfig
 
+    file = folder / ADAPTER
+    stored = read_object(file)
+    base, revision = stored.get("base_model_name_or_path"), stored.get("revision")
     if stored.get("peft_type") != "LORA":
         raise InputError(f"{file}: peft_type is {stored.get('peft_type')!r}, and only LORA is supported")
-    if not isinstance(stored.get("base_model_name_or_path"), str):
+    if not isinstance(base, str):
         raise InputError(f"{file}: base_model_name_or_path does not say where the base is")
-    if not isinstance(stored.get("revision"), str | None):
-        raise InputError(f"{file}: revision={stored['revision']!r} is no revision of a base")
+    if not isinstance(revision, str | None):
+        raise InputError(f"{file}: revision={revision!r} is no revision of a base")
     default = vars(LoraConfig())
     for key in sorted(stored.keys() - _FOLLOWED - _NOTES):
         if stored[key] and stored[key] not in (default.get(key), _HARMLESS.get(key)):
             raise InputError(f"{file}: {key}={stored[key]!r} is not supported")
+    where = Path(split_family(base)[1]).expanduser()
+    if is_adapter(where):  # which may be this folder itself
+        raise InputError(f"{folder}: its base, {where}, is an adapter itself: merge that first")
+    return Settings(base, revision, stored, _read_ours(folder / _OURS) if (folder / _OURS).is_file() else None)
+
+
+def _read_ours(file: Path) -> Ours:
+    """InputError for the embedwright.json of another kind of folder."""
+    ours = read_object(file)
+    if ours.keys() != {"contract", "pooling", "decoder"}:
+        raise InputError(f"{file} does not belong to this adapter: it has the keys {sorted(ours)}; move it away")
+    decoder = ours["decoder"]
+    if decoder is not None and (not isinstance(decoder, dict) or decoder.keys() != {"layers", "attention"}):
+        raise InputError(f"{file}: decoder must say layers and attention, not {decoder!r}")
+    contract = validate(Contract, ours["contract"], f"{file}: contract")
+    return Ours(contract, validate(PoolingConfig, ours["pooling"], f"{file}: pooling"), decoder)
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
     check_floats(stored := tensors_of(file, within=file.parent))
     if not stored:
         raise InputError(f"{file} holds no tensors")
-    tensors: dict[str, Tensor] = load_file(file)
-    return tensors
-
-
-def _read_ours(file: Path) -> dict[str, Any]:
-    """What `write` says about contract, pooling and decoder. InputError for the file of another kind of folder."""
-    ours = read_object(file)
-    if ours.keys() != {"contract", "pooling", "decoder"}:
-        raise InputError(f"{file} does not belong to this adapter: it has the keys {sorted(ours)}; move it away")
-    for part, kind in (("contract", Contract), ("pooling", PoolingConfig)):
-        validate(kind, ours[part], f"{file}: {part}")
-    decoder = ours["decoder"]
-    if decoder is not None and (not isinstance(decoder, dict) or decoder.keys() != {"layers", "attention"}):
-        raise InputError(f"{file}: decoder must say layers and attention, not {decoder!r}")
-    return ours
+    return dict(read_tensors(stored))
 
 
 def _open_base(
-    folder: Path,
-    base: tuple[str, str | None],
-    ours: dict[str, Any] | None,
-    dtype: torch.dtype | None,
-    open_embedder: OpenEmbedder,
+    folder: Path, settings: Settings, dtype: torch.dtype | None, open_embedder: OpenEmbedder
 ) -> tuple[EmbedwrightModel, Any]:
-    """The base, proved to be the one that the adapters were trained on where that is known (`ours`)."""
-    name, revision = base
+    """The base, proved to be the one that the adapters were trained on where our own files say which that is."""
+    name, revision, _, ours = settings
     samples = _read_tensors(folder / _SAMPLES) if ours else {}
     if ours and dtype is None:
         dtype = next(iter(samples.values())).dtype
     try:
-        if ours and ours["decoder"]:
+        if ours and ours.decoder:
             network, tokenizer = _open_decoder(name, revision, ours, dtype)
         else:
             network, tokenizer = open_embedder(name, dtype=dtype, revision=revision)
@@ -200,20 +193,18 @@ def _open_base(
         if not same_samples(samples, weight_samples(network.backbone)):
             raise InputError(f"{folder}: {name} has other weights than the base that this adapter was trained on")
         for part in ("contract", "pooling"):
-            if getattr(network, part).model_dump(mode="json") != ours[part]:
+            if getattr(network, part) != getattr(ours, part):
                 raise InputError(f"{folder}: {name} has another {part} than the base that this adapter was trained on")
     return network, tokenizer
 
 
 def _open_decoder(
-    name: str, revision: str | None, ours: dict[str, Any], dtype: torch.dtype | None
+    name: str, revision: str | None, ours: Ours, dtype: torch.dtype | None
 ) -> tuple[EmbedwrightModel, Any]:
     """A decoder with the adapter's own contract; its pooling block is still to be filled."""
     base = resolve_base(name, revision)
-    config = decoder_config(base, **ours["decoder"])
-    backbone = load_backbone(base, config, dtype or torch.float32)
-    parts = {"contract": ours["contract"], "pooling": ours["pooling"]}
-    network = EmbedwrightModel(EmbedwrightConfig(backbone=backbone.config.to_dict(), **parts), backbone=backbone)
+    backbone = load_backbone(base, decoder_config(base, **(ours.decoder or {})), dtype or torch.float32)
+    network = build_network(backbone, ours.pooling, ours.contract)
     network.origin = origin_of(name, backbone, "decoder", revision)
     return network, load_tokenizer(base)
 
@@ -232,13 +223,7 @@ def _fill(file: Path, network: EmbedwrightModel, tensors: dict[str, Tensor], *, 
     head = {f"{_PREFIX}head.{name}": parameter for name, parameter in network.head.named_parameters()}
     if whole_head or head.keys() & tensors.keys():
         own |= head
-    for what, names in (
-        ("missing", own.keys() - tensors.keys()),
-        ("unexpected", tensors.keys() - own.keys()),
-        ("not of the base's shape", {n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape}),
-    ):
-        if names:
-            raise InputError(f"{file}: {len(names)} tensors are {what}, e.g. {min(names)}")
+    check_places(file, own, tensors)
     for name, parameter in own.items():
         parameter.copy_(tensors[name])
 

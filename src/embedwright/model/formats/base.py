@@ -1,27 +1,48 @@
-"""What a new embedder is made from: a decoder on disk, whatever it is called and however it is stored."""
+"""What all formats share: the decoder below an embedder, the check of its weights, and the network around it."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from embedwright.errors import InputError, NotFoundError
 from embedwright.locate import fetch_weights, find
-from embedwright.model.formats.folder import ADAPTER, check_floats, check_folder, check_layers, read_object, weights_in
+from embedwright.model.formats.folder import (
+    ADAPTER,
+    check_floats,
+    check_folder,
+    check_layers,
+    is_adapter,
+    read_object,
+    weights_in,
+)
 from embedwright.model.formats.gguf import convert_gguf
+from embedwright.model.network import EmbedwrightConfig, EmbedwrightModel
+from embedwright.model.pooling import PoolingConfig
+from embedwright.text import Contract
+
+
+class Outline(NamedTuple):
+    """What an embedder is, without its weights."""
+
+    decoder: Any  # its config, attention included
+    pooling: PoolingConfig
+    contract: Contract
+    tokenizer: Any
 
 
 def resolve_base(base: str | Path, revision: str | None = None, *, weights: bool = True) -> str:
-    """A folder on disk, a .gguf file, a packaged name or a hub id, in this order -> a folder in Hugging Face format.
+    """Finds a decoder by its name and returns its folder, in Hugging Face format and checked.
 
-    A .gguf file is converted once and cached; a hub id is read from the snapshot of one commit. What the folder holds
-    is checked. `weights` False: config and tokenizer are enough. NotFoundError where there is none, InputError where it
-    holds something else.
+    `base` is a folder on disk, a .gguf file, a packaged name or a hub id, looked for in this order. A .gguf file is
+    converted once and cached; a hub id is read from the snapshot of one commit. Without `weights`, config and tokenizer
+    are enough. NotFoundError where nothing is there, InputError where the folder holds something else.
     """
     place = find(base, revision)
-    if place.path.suffix == ".gguf" and place.path.is_file():
-        return str(convert_gguf(place.path))
     folder = place.path
-    if (folder / ADAPTER).exists():
+    if folder.suffix == ".gguf" and folder.is_file():
+        return str(convert_gguf(folder))
+    if is_adapter(folder):
         raise InputError(f"{base} holds {ADAPTER}, so it is an adapter, not a decoder: merge it into its base first")
     if not (folder / "config.json").is_file():
         raise NotFoundError(f"base model folder {base} has no config.json")
@@ -34,7 +55,16 @@ def resolve_base(base: str | Path, revision: str | None = None, *, weights: bool
 
 
 def check_weights(folder: Path) -> None:
-    """InputError where the weights of a stock folder are not whole, or its matrices and norms are no real numbers."""
-    stored = weights_in(folder)
-    check_layers(stored, read_object(folder / "config.json"), folder / "config.json")
-    check_floats(stored, [name for name in stored if name.endswith(".weight")])
+    """InputError where a folder's weights are not whole, or not of its config, or its matrices are no real numbers."""
+    stored, config = weights_in(folder), read_object(folder / "config.json")
+    ours = isinstance(config.get("backbone"), dict)
+    check_layers(stored, config["backbone"] if ours else config, folder / "config.json")
+    check_floats(stored, [name for name in stored if ours or name.endswith(".weight")])
+
+
+def build_network(backbone: Any, pooling: PoolingConfig, contract: Contract, **kept: Any) -> EmbedwrightModel:
+    """The network of a backbone that is loaded; the weights of its pooling block are still to be set."""
+    config = EmbedwrightConfig(
+        backbone=backbone.config.to_dict(), pooling=pooling.model_dump(), contract=contract.model_dump(), **kept
+    )
+    return EmbedwrightModel(config, backbone=backbone)

@@ -10,14 +10,10 @@ import json
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torch
-from tokenizers import Tokenizer
-
 from embedwright.errors import InputError, blaming
 from embedwright.locate import text_of
-from embedwright.model.backbone import AttentionKind, decoder_config, load_backbone
-from embedwright.model.formats.base import check_weights
-from embedwright.model.network import EmbedwrightConfig, EmbedwrightModel
+from embedwright.model.backbone import AttentionKind, decoder_config
+from embedwright.model.formats.base import Outline
 from embedwright.model.pooling import PoolingConfig
 from embedwright.text import Contract, load_tokenizer
 
@@ -111,13 +107,13 @@ FAMILIES = {
 }
 
 
-def said(name: str) -> tuple[Family | None, str]:
-    """`e5-mistral:models/mine` -> that family and `models/mine`; without a family in front -> None and the name."""
+def split_family(name: str) -> tuple[Family | None, str]:
+    """Splits `e5-mistral:models/mine` into that family and `models/mine`; None and the whole name without a family."""
     front, colon, rest = name.partition(":")
     return (FAMILIES[front], rest) if colon and rest and front in FAMILIES else (None, name)
 
 
-def recognised(folder: Path, name: str, config: dict[str, Any]) -> Family | None:
+def family_of(folder: Path, name: str, config: dict[str, Any]) -> Family | None:
     """The family of a folder that is called `name` and has this config.json, by name or by mark."""
     for family in FAMILIES.values():
         if config.get("model_type") in family.model_types and _modules_fit(folder, family):
@@ -127,55 +123,34 @@ def recognised(folder: Path, name: str, config: dict[str, Any]) -> Family | None
     return None
 
 
-def load_family(folder: Path, family: Family, dtype: torch.dtype | None) -> tuple[EmbedwrightModel, Any]:
-    """Model and tokenizer of a local folder; `dtype` None keeps the stored one.
-
-    ValueError where its backbone, its sentence-transformers modules or its tokens are not the family's.
-    """
-    check_weights(folder)
+def read_family(folder: Path, family: Family) -> Outline:
+    """The outline of a folder. InputError where its decoder, its modules or its tokens are not the family's."""
     decoder = decoder_config(str(folder), attention=family.attention)
     if decoder.model_type not in family.model_types:
         raise InputError(f"{folder} is a {decoder.model_type!r} model, not one of {family.name}")
     if not _modules_fit(folder, family):
         raise InputError(f"{folder}: modules.json has modules or a pooling that {family.name} has not")
     tokenizer = load_tokenizer(folder)
-    with blaming(folder, "has no sound text contract"):
-        contract = contract_of(folder, family, tokenizer.backend_tokenizer)
-    backbone = load_backbone(str(folder), decoder, dtype or decoder.dtype or torch.float32)
-    config = EmbedwrightConfig(
-        backbone=backbone.config.to_dict(),
-        pooling=PoolingConfig(kind=family.pooling).model_dump(),
-        contract=contract.model_dump(),
-    )
-    return EmbedwrightModel(config, backbone=backbone), tokenizer
 
-
-def drops_eos(tokenizer: Any, contract: Contract) -> bool:
-    """Whether a text through this transformers tokenizer alone lacks the EOS that the contract appends by id.
-
-    Then libraries that leave EOS to the tokenizer pool another token than the model was trained for.
-    """
-    return contract.eos_id is not None and tokenizer("a")["input_ids"][-1:] != [contract.eos_id]
-
-
-def contract_of(folder: Path, family: Family, tokenizer: Tokenizer) -> Contract:
     def id_of(token: str) -> int:
-        id = tokenizer.token_to_id(token)
+        id: int | None = tokenizer.backend_tokenizer.token_to_id(token)
         if id is None:
             raise InputError(f"{folder}: the tokenizer has no {token!r}, which {family.name} needs")
         return id
 
-    lengths = json.loads(text_of(folder, "sentence_bert_config.json") or "{}")
-    return Contract(
-        query_template=family.query,
-        document_template=family.document,
-        eos_id=id_of(family.eos) if family.eos else None,
-        bos_ids=(id_of(family.bos),) if family.bos else (),
-        max_tokens=lengths.get("max_seq_length") or family.max_tokens,
-        query_suffix=family.suffix,
-        template_specials=family.specials,
-        default_task=family.task,
-    )
+    with blaming(folder, "has no sound text contract"):
+        lengths = json.loads(text_of(folder, "sentence_bert_config.json") or "{}")
+        contract = Contract(
+            query_template=family.query,
+            document_template=family.document,
+            eos_id=id_of(family.eos) if family.eos else None,
+            bos_ids=(id_of(family.bos),) if family.bos else (),
+            max_tokens=lengths.get("max_seq_length") or family.max_tokens,
+            query_suffix=family.suffix,
+            template_specials=family.specials,
+            default_task=family.task,
+        )
+    return Outline(decoder, PoolingConfig(kind=family.pooling), contract, tokenizer)
 
 
 def _modules_fit(folder: Path, family: Family) -> bool:

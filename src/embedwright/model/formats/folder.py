@@ -1,7 +1,7 @@
 """The one checked reader of model folders. A folder may come from anyone: what it names must lie in it, and fit.
 
-Every format that we open goes through `check_folder` and `weights_in` before a model is built. No weight is read here:
-a safetensors header says names, shapes and types.
+Every format that we open goes through `check_folder` and `weights_in` before a model is built; these read the headers
+of safetensors files, which hold names, shapes and types. Weights are read and written one file at a time.
 """
 
 from __future__ import annotations
@@ -10,26 +10,24 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from embedwright.errors import InputError, NotFoundError
+from embedwright.files import write_json
 
 SINGLE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks)\.(\d{1,9})\.")
-_READ = {
-    ".json",
-    ".safetensors",
-    ".model",
-    ".txt",
-    ".jinja",
-    ".tiktoken",
-}  # suffixes of files that a model is read from
+# Suffixes of the files that a model is read from
+_READ = {".json", ".safetensors", ".model", ".txt", ".jinja", ".tiktoken"}
 _OBJECTS = (  # JSON files that must hold an object, wherever they are
     "config.json",
     "tokenizer_config.json",
@@ -48,8 +46,15 @@ class Stored(NamedTuple):
     """One tensor of a safetensors file; `dtype` as safetensors writes it, such as `BF16`."""
 
     file: Path
+    name: str
     shape: tuple[int, ...]
     dtype: str
+
+    def read(self, rows: int | None = None) -> Tensor:
+        """The tensor, or its first so many rows."""
+        with safe_open(self.file, framework="pt") as opened:
+            tensor: Tensor = opened.get_tensor(self.name) if rows is None else opened.get_slice(self.name)[:rows]
+        return tensor
 
 
 def read_json(file: Path) -> Any:
@@ -68,6 +73,11 @@ def read_object(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{file} must hold a JSON object, not {type(content).__name__}")
     return content
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether the folder holds adapters in peft's format, not a whole model."""
+    return (folder / ADAPTER).is_file()
 
 
 def check_folder(folder: Path) -> None:
@@ -121,17 +131,52 @@ def weights_in(folder: Path) -> dict[str, Stored]:
     found: dict[str, Stored] = {}
     for name in files:
         for tensor, stored in tensors_of(folder / name, within=folder).items():
-            if tensor in found:
-                raise InputError(f"{folder}: {tensor} is in both {found[tensor].file.name} and {name}")
             if places is not None and places.get(tensor) != name:
-                said = f"puts it into {places[tensor]}" if tensor in places else "does not name it"
-                raise InputError(f"{folder}: {tensor} is in {name}, but {INDEX} {said}")
+                other = f"puts it into {places[tensor]}" if tensor in places else "does not name it"
+                raise InputError(f"{folder}: {tensor} is in {name}, but {INDEX} {other}")
             found[tensor] = stored
     if lost := sorted((places or {}).keys() - found.keys()):
         raise InputError(f"{folder}: {INDEX} puts {lost[0]} into {(places or {})[lost[0]]}, which does not hold it")
     if not found:
         raise InputError(f"{folder}: there are no tensors in {', '.join(files)}")
     return found
+
+
+def read_tensors(stored: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:
+    """Yields (name, tensor) for each of these tensors. Opens each file once."""
+    for file in sorted({tensor.file for tensor in stored.values()}):
+        with safe_open(file, framework="pt") as opened:
+            for name in sorted(name for name in stored if stored[name].file == file):
+                yield name, opened.get_tensor(name)
+
+
+def write_weights(folder: Path, planned: dict[str, Tensor], make: Callable[[str], Tensor], shard_size: str) -> None:
+    """Writes `model.safetensors`, or shards of at most `shard_size` such as "5GB" with their index.
+
+    `planned` holds each tensor's shape and type on the meta device. `make(name)` computes a tensor when its file is
+    written, so that memory holds one file at a time.
+    """
+    plan = split_torch_state_dict_into_shards(
+        planned, filename_pattern="model{suffix}.safetensors", max_shard_size=shard_size
+    )
+    for file, names in plan.filename_to_tensors.items():
+        save_file({name: make(name) for name in names}, folder / file, metadata={"format": "pt"})
+    if plan.is_sharded:
+        write_json(folder / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
+
+
+def check_places(where: Path, own: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """InputError where `found` has other names or shapes than `own`, the parameters of the model."""
+    for what, names in (
+        ("missing", own.keys() - found.keys()),
+        ("unexpected", found.keys() - own.keys()),
+        (
+            "of another shape than the model's",
+            {name for name in own.keys() & found.keys() if tuple(own[name].shape) != tuple(found[name].shape)},
+        ),
+    ):
+        if names:
+            raise InputError(f"{where}: {len(names)} tensors are {what}, e.g. {', '.join(sorted(names)[:3])}")
 
 
 def check_floats(stored: dict[str, Stored], names: Iterable[str] | None = None) -> None:
@@ -160,7 +205,7 @@ def tensors_of(file: Path, *, within: Path) -> dict[str, Stored]:
     try:
         with safe_open(file, framework="pt") as opened:
             pieces = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  (not a dict)
-            return {name: Stored(file, tuple(p.get_shape()), str(p.get_dtype())) for name, p in pieces.items()}
+            return {name: Stored(file, name, tuple(p.get_shape()), str(p.get_dtype())) for name, p in pieces.items()}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file} is not a whole safetensors file: {error}") from None
 

@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import shutil
-import uuid
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -41,7 +40,7 @@ def convert_gguf(file: Path) -> Path:
         if _is_whole(out):
             return out
         logger.warning("%s is damaged: it is made again", out)
-        _discard(out)
+        shutil.rmtree(out, ignore_errors=True) if out.is_dir() else out.unlink()
     logger.info("converting %s to %s (once)", file.name, out)
     model, tokenizer = _read(file)
     try:
@@ -112,7 +111,7 @@ def _is_whole(folder: Path) -> bool:
         made = json.loads((folder / _MADE).read_text(encoding="utf-8"))
         return {path.name for path in folder.iterdir()} == {_MADE, *made} and all(
             _state(folder / name) == {key: state[key] for key in ("bytes", "changed")}
-            or (_state(folder / name)["bytes"] == state["bytes"] and _digest(folder / name) == state["sha256"])
+            or _digest(folder / name) == state["sha256"]
             for name, state in made.items()
         )
     except (OSError, ValueError, AttributeError, KeyError, TypeError):
@@ -127,9 +126,3 @@ def _state(file: Path) -> dict[str, int]:
 def _digest(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _discard(folder: Path) -> None:
-    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}")
-    folder.rename(aside)
-    shutil.rmtree(aside) if aside.is_dir() else aside.unlink()

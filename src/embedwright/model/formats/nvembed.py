@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import AutoModel, MistralConfig, PreTrainedTokenizerFast
 
 from embedwright.errors import InputError, blaming
 from embedwright.model.attention import PACKED
 from embedwright.model.backbone import set_attention
-from embedwright.model.formats.folder import Stored, check_layers, read_json, weights_in
-from embedwright.model.network import EmbedwrightConfig, EmbedwrightModel
+from embedwright.model.formats.base import Outline, build_network
+from embedwright.model.formats.folder import Stored, check_layers, check_places, read_json, read_tensors, weights_in
+from embedwright.model.network import EmbedwrightModel
 from embedwright.model.pooling import PoolingConfig
 from embedwright.text import INSTRUCTION_TEMPLATE, Contract, leading_ids
 
@@ -55,21 +55,13 @@ _DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in _STORED_AS.values
 Shapes = dict[str, tuple[int, ...]]
 
 
-def is_nvembed(config: dict[str, Any]) -> bool:
-    """Whether this config.json is a released NV-Embed's."""
-    return config.get("model_type") == "nvembed"
-
-
 class Released(NamedTuple):
-    """What a released folder says without its weights."""
+    """What a released folder says, without its weights."""
 
-    decoder: Any
-    pooling: PoolingConfig
-    contract: Contract
-    tokenizer: Any
-    files: dict[str, Any]  # the small ones, by name
+    outline: Outline
+    files: dict[str, Any]  # the small JSON files, by name
     tensors: dict[str, Stored]
-    stored: torch.dtype
+    dtype: torch.dtype  # as stored
 
 
 def load_nvembed(folder: Path, dtype: torch.dtype | None) -> tuple[EmbedwrightModel, Any]:
@@ -79,22 +71,16 @@ def load_nvembed(folder: Path, dtype: torch.dtype | None) -> tuple[EmbedwrightMo
     for tensors that are missing, unexpected or of another shape, naming them; FileNotFoundError without safetensors.
     """
     found = read_nvembed(folder)
-    asked = dtype or found.stored
+    decoder, pooling, contract, tokenizer = found.outline
+    asked = dtype or found.dtype
+    kept = {"dtype": str(found.dtype).removeprefix("torch."), "files": found.files}
     with torch.device("meta"):
-        backbone = AutoModel.from_config(
-            found.decoder, attn_implementation=PACKED, dtype=asked, trust_remote_code=False
-        )
-        config = EmbedwrightConfig(
-            backbone=backbone.config.to_dict(),
-            pooling=found.pooling.model_dump(),
-            contract=found.contract.model_dump(),
-            released={"dtype": str(found.stored).removeprefix("torch."), "files": found.files},
-        )
-        network = EmbedwrightModel(config, backbone=backbone)
+        backbone = AutoModel.from_config(decoder, attn_implementation=PACKED, dtype=asked, trust_remote_code=False)
+        network = build_network(backbone, pooling, contract, released=kept)
     _fill(network, folder, found.tensors, asked)
     # computed, not stored: made anew, in float32, where memory is real
     backbone.rotary_emb = type(backbone.rotary_emb)(config=backbone.config)
-    return network, found.tokenizer
+    return network, tokenizer
 
 
 def read_nvembed(folder: Path) -> Released:
@@ -117,7 +103,7 @@ def read_nvembed(folder: Path) -> Released:
             decoder, pooling = sizes(small["config.json"], {name: tensor.shape for name, tensor in tensors.items()})
         except ValueError as error:
             raise InputError(f"{folder}: {error}") from None
-    return Released(decoder, pooling, contract, tokenizer, small, tensors, stored)
+    return Released(Outline(decoder, pooling, contract, tokenizer), small, tensors, stored)
 
 
 def released_contract(tokenizer: Any, max_tokens: int) -> Contract:
@@ -181,7 +167,8 @@ def _headers(folder: Path) -> tuple[dict[str, Stored], torch.dtype]:
     # old checkpoints store rotary positions, which are computed
     tensors = {name: found for name, found in weights_in(folder).items() if not name.endswith("rotary_emb.inv_freq")}
     stored: torch.dtype | None = None
-    for name, (_, _, kind) in tensors.items():
+    for name, tensor in tensors.items():
+        kind = tensor.dtype
         if kind not in _STORED_AS:
             raise InputError(f"{folder}: {name} is stored as {kind}, not as one of {', '.join(_STORED_AS)}")
         stored = torch.promote_types(stored or _STORED_AS[kind], _STORED_AS[kind])
@@ -251,18 +238,8 @@ def _agree(where: str, given: dict[str, Any], found: dict[str, int]) -> None:
 
 def _fill(network: nn.Module, folder: Path, tensors: dict[str, Stored], dtype: torch.dtype) -> None:
     """Every parameter from its released tensor, exactly one each."""
-    ours = {released_name(name): (name, tuple(p.shape)) for name, p in network.named_parameters()}
-    found = tensors.keys()
-    for what, names in (
-        ("missing", ours.keys() - found),
-        ("unexpected", found - ours.keys()),
-        ("not of the shape that the config says", {n for n in ours.keys() & found if ours[n][1] != tensors[n].shape}),
-    ):
-        if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            raise InputError(f"{folder}: tensors {what}: {', '.join(sorted(names)[:5])}{more}")
-    for file in sorted({tensor.file for tensor in tensors.values()}):
-        with safe_open(file, framework="pt") as weights:
-            for name in sorted(name for name in found if tensors[name].file == file):
-                module, _, leaf = ours[name][0].rpartition(".")
-                setattr(network.get_submodule(module), leaf, nn.Parameter(weights.get_tensor(name).to(dtype)))
+    names = {released_name(name): name for name, _ in network.named_parameters()}
+    check_places(folder, {name: network.get_parameter(ours) for name, ours in names.items()}, tensors)
+    for name, tensor in read_tensors(tensors):
+        module, _, leaf = names[name].rpartition(".")
+        setattr(network.get_submodule(module), leaf, nn.Parameter(tensor.to(dtype)))

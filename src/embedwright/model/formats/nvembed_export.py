@@ -7,19 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
 from torch import Tensor
 
 from embedwright.errors import InputError
 from embedwright.files import check_new_folder, whole_folder, write_json
 from embedwright.model.adapters.lora import has_lora
 from embedwright.model.embedder import Embedder
+from embedwright.model.formats.folder import write_weights
 from embedwright.model.formats.nvembed import LENGTHS, check_released, released_contract, released_name, sizes
 from embedwright.model.pooling import FOLDED, FoldedLatent
 from embedwright.model.verify import probe
 
-_WEIGHTS, _SHARD = "model{suffix}.safetensors", "5GB"
+_SHARD = "5GB"
 # What transformers writes into every config, or sets itself: no property of the weights.
 _NOT_COMPARED = {"_name_or_path", "architectures", "dtype", "transformers_version"}
 
@@ -79,18 +78,8 @@ def _same(what: str, own: dict[str, Any], read: dict[str, Any]) -> None:
 
 def _write_weights(model: Embedder, dtype: torch.dtype, folder: Path) -> None:
     weights = {released_name(name): parameter.detach() for name, parameter in model.network.named_parameters()}
-    # planned without memory, written a shard at a time
-    plan = split_torch_state_dict_into_shards(
-        {name: torch.empty_like(weight, dtype=dtype, device="meta") for name, weight in weights.items()},
-        filename_pattern=_WEIGHTS,
-        max_shard_size=_SHARD,
-    )
-    for file, names in plan.filename_to_tensors.items():
-        shard = {name: _cast(name, weights[name], dtype) for name in names}
-        save_file(shard, folder / file, metadata={"format": "pt"})
-    if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        write_json(folder / f"{_WEIGHTS.format(suffix='')}.index.json", index)
+    planned = {name: torch.empty_like(weight, dtype=dtype, device="meta") for name, weight in weights.items()}
+    write_weights(folder, planned, lambda name: _cast(name, weights[name], dtype), _SHARD)
 
 
 def _cast(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:

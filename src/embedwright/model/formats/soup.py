@@ -1,41 +1,37 @@
-"""Model soups: several fine-tunes of one base as one model, tensor by tensor, by an average or by slerp.
+"""Model soups: merges several fine-tunes of one base, tensor by tensor, by an average or by slerp.
 
-Averages: Wortsman et al. 2022 (arXiv 2203.05482). Slerp, the arc between two directions (Shoemake 1985), once a tensor
-as mergekit does it and as Qwen3-Embedding was merged (arXiv 2506.05176). Weights are read and written a piece at a
-time, so that memory holds one file of the result, whatever the number of models.
+Averages: Wortsman et al. 2022 (arXiv 2203.05482). Slerp is the arc between two directions (Shoemake 1985), taken for
+each tensor as mergekit does it and as Qwen3-Embedding was merged (arXiv 2506.05176). Memory holds one file of the
+result, whatever the number of models.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from embedwright.errors import InputError, NotFoundError
-from embedwright.files import check_new_folder, whole_folder, write_json
+from embedwright.files import check_new_folder, whole_folder
 from embedwright.locate import local
 from embedwright.model.embedder import Embedder
-from embedwright.model.formats.folder import Stored, check_folder, weights_in
-from embedwright.model.formats.storage import form_of
+from embedwright.model.formats.detect import format_of
+from embedwright.model.formats.folder import INDEX, Stored, check_folder, read_object, weights_in, write_weights
 from embedwright.model.verify import selftest
 
 How = Literal["average", "slerp"]
-Files = Mapping[str, Stored]  # by the tensor's name
+Weights = dict[str, Stored]  # by the tensor's name
 
-_WEIGHTS, _SHARD = "model{suffix}.safetensors", "1GB"
+_SHARD = "1GB"
 _PIECE = 2**22  # numbers of a tensor at a time
 _COPIED = {".json", ".model", ".jinja"}  # of the first model: config, contract, tokenizer, sentence-transformers' files
-_NOT_COPIED = {"model.safetensors.index.json", selftest.FILE}
+_NOT_COPIED = {INDEX, selftest.FILE}
 _NOT_COMPARED = {"_name_or_path", "architectures", "dtype", "transformers_version"}  # no property of the weights
 _STRAIGHT = 0.9995  # cosine from which an arc is a line, as in mergekit
 # Fine-tunes of one base keep nearly all of its direction; weights that began from other random numbers share none.
@@ -45,9 +41,9 @@ _KIN, _KIN_ROWS = 0.5, 64
 def soup(
     models: Sequence[str | Path], out: str | Path, *, how: How = "average", weights: Sequence[float] | None = None
 ) -> None:
-    """Write a new model folder whose every weight is the average of those of `models`, or lies between two by slerp.
+    """Writes a new model folder with a mean of the weights of two or more models.
 
-    `models`: two or more folders that `save` wrote; adapters are merged first. `weights`: what each counts (their sum
+    `models` are folders that `save` wrote; adapters are merged first. `weights` says what each model counts (their sum
     is made 1); None: all the same. Slerp of two goes `weights[1]` of the way from the first. Sums are made in float32
     of 16-bit weights, in float64 of others, and rounded once, to the type of the first model. The result is opened,
     probed and given its own `selftest.json`.
@@ -57,22 +53,31 @@ def soup(
     `out` is not empty.
     """
     names = [str(model) for model in models]
-    shares = _shares(len(names), how, weights)
+    factors = _factors(len(names), how, weights)
     check_new_folder(out)
     with whole_folder(out) as temp:
         with TemporaryDirectory(prefix=".merged-", dir=temp) as scratch:
             folders = [_plain(name, Path(scratch) / str(i)) for i, name in enumerate(names)]
             parts = [weights_in(folder) for folder in folders]
-            for name, folder, files in zip(names[1:], folders[1:], parts[1:], strict=True):
-                _check_settings(names[0], folders[0], name, folder)
-                _check_weights(names[0], parts[0], name, files)
-            _copy_settings(folders[0], temp)
-            _write_weights(parts, shares, how, temp)
+            for name, folder, part in zip(names[1:], folders[1:], parts[1:], strict=True):
+                both = f"{names[0]} and {name} do not go together"
+                _check_settings(both, folders[0], folder)
+                _check_weights(both, parts[0], part)
+            for file in (*folders[0].glob("*"), *folders[0].glob("[12]_*/*")):  # all that `save` writes
+                if file.suffix in _COPIED and file.name not in _NOT_COPIED:
+                    target = temp / file.relative_to(folders[0])
+                    target.parent.mkdir(exist_ok=True)
+                    shutil.copyfile(file, target)
+            planned = {name: torch.empty_like(parts[0][name].read(), device="meta") for name in sorted(parts[0])}
+            write_weights(
+                temp, planned, lambda name: _mixed(name, [part[name].read() for part in parts], factors, how), _SHARD
+            )
         model = Embedder.load(temp, device="cpu")
         selftest.write(model.network, model.text_tokenizer, temp)
 
 
-def _shares(models: int, how: How, weights: Sequence[float] | None) -> list[float]:
+def _factors(models: int, how: How, weights: Sequence[float] | None) -> list[float]:
+    """What each model counts; the sum is 1."""
     if how not in ("average", "slerp"):
         raise InputError(f"how={how!r} is none of average, slerp")
     if models < 2:
@@ -87,16 +92,13 @@ def _shares(models: int, how: How, weights: Sequence[float] | None) -> list[floa
     return [weight / sum(given) for weight in given]
 
 
-# ---- what goes in
-
-
 def _plain(name: str, scratch: Path) -> Path:
     """The folder of a whole model: that of this name, or `scratch` with its adapters merged."""
     folder = local(name)
     if folder is None:
         raise NotFoundError(f"model folder {name} does not exist")
     check_folder(folder)
-    form = form_of(folder, name)
+    form = format_of(folder, name)
     if form == "adapter":
         Embedder.load(folder).merge().save(scratch)
         return scratch
@@ -105,32 +107,21 @@ def _plain(name: str, scratch: Path) -> Path:
     return folder
 
 
-def _read(files: Files, name: str, rows: int | None = None) -> Tensor:
-    with safe_open(files[name].file, "pt") as opened:
-        tensor: Tensor = opened.get_tensor(name) if rows is None else opened.get_slice(name)[:rows]
-    return tensor
+# ---- whether the models go together
 
 
-def _shape(files: Files, name: str) -> list[int]:
-    return list(files[name].shape)
-
-
-# ---- whether it goes together
-
-
-def _check_settings(first: str, first_folder: Path, name: str, folder: Path) -> None:
-    a, b = _settings(first_folder), _settings(folder)
+def _check_settings(both: str, first: Path, other: Path) -> None:
+    """InputError where config, contract, pooling or tokenizer differ, naming the key."""
+    a, b = _settings(first), _settings(other)
     for key in sorted(a.keys() | b.keys()):
         if a.get(key) != b.get(key):
-            raise InputError(
-                f"{first} and {name} do not go together: {key} is {_short(a.get(key))}, and {_short(b.get(key))}"
-            )
+            raise InputError(f"{both}: {key} is {_short(a.get(key))}, and {_short(b.get(key))}")
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """Dotted key -> value of config, contract, pooling and tokenizer."""
+    """Maps dotted keys to values, of all settings files."""
     files = {"config.json": "", "embedwright.json": "", "tokenizer.json": "tokenizer."}
-    read = {file: json.loads((folder / file).read_text()) for file in files if (folder / file).is_file()}
+    read = {file: read_object(folder / file) for file in files if (folder / file).is_file()}
     for key in ("truncation", "padding"):  # how the last batch was made
         read.get("tokenizer.json", {}).pop(key, None)
     return {key: value for file, content in read.items() for key, value in _flat(content, files[file])}
@@ -149,78 +140,38 @@ def _short(value: Any) -> str:
     return written if len(written) <= 60 else f"{written[:57]}..."
 
 
-def _check_weights(first: str, a: Files, name: str, b: Files) -> None:
-    """The same names and shapes; and numbers that come from the same start, without which a sum of them is noise."""
+def _check_weights(both: str, a: Weights, b: Weights) -> None:
+    """InputError where names or shapes differ, or the numbers do not come from the same start: their sum is noise."""
     if odd := sorted(a.keys() ^ b.keys()):
-        raise InputError(f"{first} and {name} do not go together: only one of them has {odd[0]}")
-    for tensor in sorted(a):
-        if _shape(a, tensor) != _shape(b, tensor):
-            raise InputError(
-                f"{first} and {name} do not go together: {tensor} is {_shape(a, tensor)}, and {_shape(b, tensor)}"
-            )
-    matrices = [tensor for tensor in sorted(a) if len(_shape(a, tensor)) > 1]
-    head = [tensor for tensor in matrices if tensor.startswith("head.")]
-    for what, tensors, needs in (
-        ("backbone", [tensor for tensor in matrices if tensor not in head], "the same base"),
-        ("pooling block", head, "the same seed, or one stage that both went on from"),
+        raise InputError(f"{both}: only one of them has {odd[0]}")
+    for name in sorted(a):
+        if a[name].shape != b[name].shape:
+            raise InputError(f"{both}: {name} is {list(a[name].shape)}, and {list(b[name].shape)}")
+    matrices = [name for name in sorted(a) if len(a[name].shape) > 1]
+    for what, needs in (
+        ("backbone", "the same base"),
+        ("pooling block", "the same seed, or one stage that both went on from"),
     ):
-        sums = [_products(*(_read(files, tensor, _KIN_ROWS) for files in (a, b))) for tensor in tensors]
-        if sums and (cosine := _cosine(*map(sum, zip(*sums, strict=True)))) < _KIN:
+        names = [name for name in matrices if name.startswith("head.") == (what == "pooling block")]
+        products = [_products(a[name].read(_KIN_ROWS), b[name].read(_KIN_ROWS)) for name in names]
+        if products and (cosine := _cosine(torch.stack(products).sum(0))) < _KIN:
             raise InputError(
-                f"{first} and {name} do not go together: the weights of the {what} have little in common "
-                f"(cosine {cosine:.2f}), so no sum of them is a model. They need {needs}"
+                f"{both}: the weights of the {what} have little in common (cosine {cosine:.2f}), so no sum of them is "
+                f"a model. They need {needs}"
             )
 
 
-def _products(a: Tensor, b: Tensor) -> tuple[float, float, float]:
-    """a.b, a.a and b.b, in float64."""
-    total = [0.0, 0.0, 0.0]
-    for x, y in zip(a.reshape(-1).split(_PIECE), b.reshape(-1).split(_PIECE), strict=True):
-        x, y = x.double(), y.double()
-        for i, product in enumerate((x @ y, x @ x, y @ y)):
-            total[i] += float(product)
-    return total[0], total[1], total[2]
+# ---- sums
 
 
-def _cosine(ab: float, aa: float, bb: float) -> float:
-    """1.0 where one of them is zero: it has no direction to differ in."""
-    lengths = math.sqrt(aa) * math.sqrt(bb)
-    return max(-1.0, min(1.0, ab / lengths)) if lengths else 1.0
-
-
-# ---- what comes out
-
-
-def _copy_settings(folder: Path, out: Path) -> None:
-    for file in (*folder.glob("*"), *folder.glob("[12]_*/*")):  # all that `save` writes
-        if file.suffix in _COPIED and file.name not in _NOT_COPIED:
-            target = out / file.relative_to(folder)
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, target)
-
-
-def _write_weights(parts: list[dict[str, Stored]], shares: list[float], how: How, out: Path) -> None:
-    # planned without memory, written a shard at a time
-    plan = split_torch_state_dict_into_shards(
-        {name: torch.empty_like(_read(parts[0], name), device="meta") for name in sorted(parts[0])},
-        filename_pattern=_WEIGHTS,
-        max_shard_size=_SHARD,
-    )
-    for file, names in plan.filename_to_tensors.items():
-        shard = {name: _mixed(name, [_read(files, name) for files in parts], shares, how) for name in names}
-        save_file(shard, out / file, metadata={"format": "pt"})
-    if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        write_json(out / "model.safetensors.index.json", index)
-
-
-def _mixed(name: str, tensors: list[Tensor], shares: list[float], how: How) -> Tensor:
+def _mixed(name: str, tensors: list[Tensor], factors: Sequence[float], how: How) -> Tensor:
     first = tensors[0]
     if all(torch.equal(first, other) for other in tensors[1:]):  # frozen while they were trained
         return first.clone()
     if not first.is_floating_point():
         raise InputError(f"{name} holds whole numbers that differ between the models: they have no average")
-    factors = _arc(first, tensors[1], shares[1]) if how == "slerp" else shares
+    if how == "slerp":
+        factors = _arc(first, tensors[1], factors[1])
     wide = torch.float32 if first.element_size() == 2 else torch.float64
     result = torch.empty_like(first, memory_format=torch.contiguous_format)
     pieces = zip(result.view(-1).split(_PIECE), *(t.reshape(-1).split(_PIECE) for t in tensors), strict=True)
@@ -235,9 +186,25 @@ def _mixed(name: str, tensors: list[Tensor], shares: list[float], how: How) -> T
 
 
 def _arc(a: Tensor, b: Tensor, way: float) -> tuple[float, float]:
-    """What a and b are multiplied with: their sum stands `way` of the angle from a to b."""
-    cosine = _cosine(*_products(a, b))
+    """The factors of a and b whose sum lies `way` of the angle from a to b."""
+    cosine = _cosine(_products(a, b))
     if abs(cosine) > _STRAIGHT:
         return 1 - way, way
     angle = math.acos(cosine)
     return math.sin((1 - way) * angle) / math.sin(angle), math.sin(way * angle) / math.sin(angle)
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """(3,) float64: a.b, a.a and b.b."""
+    total = torch.zeros(3, dtype=torch.float64)
+    for x, y in zip(a.reshape(-1).split(_PIECE), b.reshape(-1).split(_PIECE), strict=True):
+        x, y = x.double(), y.double()
+        total += torch.stack((x @ y, x @ x, y @ y))
+    return total
+
+
+def _cosine(products: Tensor) -> float:
+    """1.0 where one of the two tensors is zero: it has no direction to differ in."""
+    ab, aa, bb = products.tolist()
+    lengths = math.sqrt(aa) * math.sqrt(bb)
+    return max(-1.0, min(1.0, ab / lengths)) if lengths else 1.0

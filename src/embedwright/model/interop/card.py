@@ -14,7 +14,7 @@ from typing import Any, Literal
 from huggingface_hub import ModelCardData
 
 from embedwright.model.adapters.lora import has_lora
-from embedwright.model.formats.storage import opens_as_stock
+from embedwright.model.interop.save import opens_as_stock
 from embedwright.model.network import EmbedwrightModel
 from embedwright.model.verify.selftest import TASK
 from embedwright.text import Contract, TextTokenizer

@@ -1,6 +1,6 @@
 """Out to others with the weights at hand: a SentenceTransformer around this network, a repository on the hub.
 
-`door` is what other libraries meet in a saved folder; here nothing is copied, and what they train is this model.
+Here no weight is copied, and what a SentenceTransformer trains is this model.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch import Tensor
 from embedwright.errors import InputError, MissingPackageError
 from embedwright.files import write_text
 from embedwright.model.adapters.lora import has_lora
-from embedwright.model.formats import storage
-from embedwright.model.interop import tokenizer as door
 from embedwright.model.interop.card import facts, model_card
+from embedwright.model.interop.save import save_network, write_ours
+from embedwright.model.interop.tokenizer import OUR_TRANSFORMER, sentence_transformers_files, tokenizer_for
 from embedwright.model.network import EmbedwrightModel
 from embedwright.model.pooling import FOLDED, FoldedLatent
 from embedwright.model.verify.probe import lora_faults
@@ -39,10 +39,10 @@ def sentence_transformer(network: EmbedwrightModel, tokenizer: Any) -> Any:
         raise MissingPackageError("needs sentence-transformers 6: pip install 'sentence-transformers>=6,<7'") from None
     hidden = network.backbone.config.hidden_size
     # the network's token outputs are scaled so that their mean is its own pooling, whichever that is
-    files = door.sentence_transformers_files(network.contract, "mean", hidden, door.OUR_TRANSFORMER)
+    files = sentence_transformers_files(network.contract, "mean", hidden, OUR_TRANSFORMER)
     with TemporaryDirectory() as folder:  # its constructor reads config and tokenizer from disk
         network.config.save_pretrained(folder)
-        door.tokenizer_for(tokenizer, network.contract).save_pretrained(folder)
+        tokenizer_for(tokenizer, network.contract).save_pretrained(folder)
         first = _transformer()(folder, model_kwargs={"at_hand": network}, **files["sentence_bert_config.json"])
     return SentenceTransformer(
         modules=[first, Pooling(**files["1_Pooling/config.json"]), Normalize()],
@@ -61,22 +61,13 @@ def _transformer() -> Any:
         return Transformer._load_model(self, *args, **kwargs) if at_hand is None else at_hand
 
     def save(self: Any, output_path: str, *_: Any, **__: Any) -> None:
-        _write_merged(self.model, output_path)
+        write_ours(self.model, output_path, merged_weights(self.model))
         self.processor.save_pretrained(output_path)
         self.save_config(output_path)
 
     # Under its parent's name, which goes into modules.json: the saved folder then asks for no class of ours.
     methods = {"_load_model": load_model, "save": save, "__module__": Transformer.__module__}
     return type(Transformer.__name__, (Transformer,), methods)
-
-
-def _write_merged(network: EmbedwrightModel, folder: str) -> None:
-    """Config and weights as of a model whose adapters are merged; what is trained stays as it is."""
-    config, backbone = network.config, network.backbone
-    config.backbone = {key: value for key, value in backbone.config.to_dict().items() if key != "_name_or_path"}
-    types = {parameter.dtype for parameter in network.head.parameters()}
-    config.head_dtype = "float32" if types == {torch.float32} and backbone.dtype != torch.float32 else None
-    network.save_pretrained(folder, state_dict=merged_weights(network))
 
 
 @torch.no_grad()
@@ -124,7 +115,7 @@ def push_to_hub(
     text = card if isinstance(card, str) else model_card(repo_id, **{**known, **(card or {})})
     with TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
-        storage.save(network, tokenizer, folder)
+        save_network(network, tokenizer, folder)
         write_text(folder / "README.md", text)
         api = HfApi(token=token)
         url = api.create_repo(repo_id, private=private, exist_ok=True)

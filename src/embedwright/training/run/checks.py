@@ -9,7 +9,7 @@ from embedwright.errors import InputError, naming
 from embedwright.evaluation.suite import load_suite
 from embedwright.locate import local, packaged
 from embedwright.model.embedder import Embedder
-from embedwright.model.formats.families import said
+from embedwright.model.formats.families import split_family
 from embedwright.training.batches.blend import Source
 from embedwright.training.losses.total import check_widths
 from embedwright.training.parts import PREVIOUS
@@ -49,7 +49,7 @@ def check_reading(recipe: Recipe, stages: Sequence[Sequence[Source]], model: Emb
 
 
 def _check_encoder(name: str) -> None:
-    where = said(name)[1]
+    where = split_family(name)[1]
     path = packaged(where) or local(where)
     if path is not None and not path.is_dir():
         raise InputError(f"{name} is a file of weights, not an embedder")

@@ -14,7 +14,8 @@ from embedwright.model.adapters.lora import has_lora, idle_adapters
 from embedwright.model.backbone import decoder_config
 from embedwright.model.embedder import Embedder, new_contract
 from embedwright.model.formats.base import resolve_base
-from embedwright.model.formats.outline import check_decoder, check_embedder, content_fingerprint, outline
+from embedwright.model.formats.detect import check_decoder, check_embedder, content_fingerprint
+from embedwright.model.formats.open import outline
 from embedwright.model.pooling import PoolingConfig
 from embedwright.model.verify import probe
 from embedwright.text import Contract, load_tokenizer

@@ -383,7 +383,10 @@ LORA_A = "base_model.model.backbone.layers.0.self_attn.q_proj.lora_A.weight"
         (lambda t: t.pop(LORA_A), f"1 tensors are missing, e.g. {LORA_A}"),
         (lambda t: t.pop(LATENTS), f"1 tensors are missing, e.g. {LATENTS}"),
         (lambda t: t.update({"more": t[LORA_A].clone()}), "1 tensors are unexpected, e.g. more"),
-        (lambda t: t.update({LORA_A: t[LORA_A][:2].clone()}), f"1 tensors are not of the base's shape, e.g. {LORA_A}"),
+        (
+            lambda t: t.update({LORA_A: t[LORA_A][:2].clone()}),
+            f"1 tensors are of another shape than the model's, e.g. {LORA_A}",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(

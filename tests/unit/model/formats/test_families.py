@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from transformers import AutoModel, AutoTokenizer
 
 from embedwright.model.embedder import Embedder
-from embedwright.model.formats.families import FAMILIES, drops_eos, load_family, recognised, said
-from embedwright.model.formats.storage import form_of
+from embedwright.model.formats.detect import format_of
+from embedwright.model.formats.families import FAMILIES, family_of, read_family, split_family
 
 TASK = "Find it"
 TEXTS = [
@@ -170,7 +170,7 @@ def test_e5_mistral_through_sentence_transformers_alone_loses_its_eos(family_fol
     transformer = pytest.importorskip("sentence_transformers").SentenceTransformer
     folder = family_folder("e5-mistral")
     model, other = Embedder.load(folder, device="cpu"), transformer(str(folder), device="cpu")
-    assert other.tokenizer("tides")["input_ids"][-1] != 2 and drops_eos(model.tokenizer, model.contract)
+    assert other.tokenizer("tides")["input_ids"][-1] != 2
     assert np.abs(model.encode(TEXTS) - other.encode(TEXTS)).max() > 0.05
     assert all(packed.ids_T[-1] == 2 for packed in (model.tokenize([text]) for text in TEXTS))
 
@@ -183,7 +183,6 @@ def test_gritlm_is_a_mean_behind_the_instruction_that_sees_all(family_folder: Ca
         count = len(tokenizer(prefix)["input_ids"])
         expected = authors_states(folder, rows, lambda states_LD, _, n=count: states_LD[n:].mean(0), full=True)
         assert np.abs(model.encode(TEXTS, task=task, max_tokens=2 * LIMIT) - expected).max() < 1e-5
-    assert not drops_eos(model.tokenizer, model.contract)
 
 
 def test_gritlm_has_no_vector_for_a_text_of_nothing(opened: Callable[[str], Embedder]) -> None:
@@ -200,7 +199,6 @@ def test_bge_en_icl_is_the_last_token_of_the_whole_string(family_folder: Callabl
     assert np.abs(model.encode(texts, task=TASK, max_tokens=2048) - last_token(folder, rows)).max() < 1e-5
     rows = tokenizer(texts, max_length=LIMIT, truncation=True)["input_ids"]
     assert np.abs(model.encode(texts, max_tokens=LIMIT) - last_token(folder, rows)).max() < 1e-5
-    assert not drops_eos(model.tokenizer, model.contract)
 
 
 # ---- recognising
@@ -209,19 +207,19 @@ def test_bge_en_icl_is_the_last_token_of_the_whole_string(family_folder: Callabl
 def test_a_folder_is_known_by_its_files_and_by_its_name(family_folder: Callable[[str], Path], tmp_path: Path) -> None:
     for name, family in FAMILIES.items():
         folder = family_folder(name)
-        assert folder.name == "model" and form_of(folder, str(folder)) == family
+        assert folder.name == "model" and format_of(folder, str(folder)) == family
         config = json.loads((folder / "config.json").read_text())
         (tmp_path / name).mkdir()
-        assert recognised(tmp_path / name, "elsewhere/model", config) is None  # no file that says so
+        assert family_of(tmp_path / name, "elsewhere/model", config) is None  # no file that says so
         for known in (f"models/{name}", f"Org/{name.upper()}-7B-v2"):
-            assert recognised(tmp_path / name, known, config) == family
-        assert recognised(tmp_path / name, f"my-{name}", config) is None
-        assert recognised(tmp_path / name, name, {**config, "model_type": "bert"}) is None
+            assert family_of(tmp_path / name, known, config) == family
+        assert family_of(tmp_path / name, f"my-{name}", config) is None
+        assert family_of(tmp_path / name, name, {**config, "model_type": "bert"}) is None
 
 
 def test_a_family_can_be_said(family_folder: Callable[[str], Path], tmp_path: Path) -> None:
-    assert said("e5-mistral:a/b") == (FAMILIES["e5-mistral"], "a/b")
-    assert said("other:a/b") == (None, "other:a/b") and said("e5-mistral") == (None, "e5-mistral")
+    assert split_family("e5-mistral:a/b") == (FAMILIES["e5-mistral"], "a/b")
+    assert split_family("other:a/b") == (None, "other:a/b") and split_family("e5-mistral") == (None, "e5-mistral")
     folder = tmp_path / "mine"
     shutil.copytree(family_folder("e5-mistral"), folder)
     (folder / "config_sentence_transformers.json").unlink()
@@ -244,7 +242,7 @@ def test_a_folder_that_does_more_than_its_family_is_refused(
             (folder / "modules.json").write_text(json.dumps(modules))
         else:
             (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": "mean"}))
-        assert form_of(folder, str(folder)) is None
+        assert format_of(folder, str(folder)) is None
         with pytest.raises(ValueError, match=r"modules\.json has modules or a pooling that qwen3-embedding has not"):
             Embedder.load(f"qwen3-embedding:{folder}")
 
@@ -253,7 +251,7 @@ def test_what_does_not_fit_is_named(family_folder: Callable[[str], Path]) -> Non
     with pytest.raises(ValueError, match="is a 'qwen3' model, not one of e5-mistral"):
         Embedder.load(f"e5-mistral:{family_folder('qwen3-embedding')}")
     with pytest.raises(ValueError, match=r"the tokenizer has no '<\|endoftext\|>', which e5-mistral needs"):
-        load_family(family_folder("gritlm"), FAMILIES["e5-mistral"]._replace(eos="<|endoftext|>"), None)
+        read_family(family_folder("gritlm"), FAMILIES["e5-mistral"]._replace(eos="<|endoftext|>"))
 
 
 # ---- what else is done with one

@@ -20,7 +20,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from embedwright.encoders.open import open_encoder
 from embedwright.errors import InputError
 from embedwright.model.embedder import Embedder
-from embedwright.model.formats.outline import outline
+from embedwright.model.formats.open import outline
 
 FIXTURES = Path(__file__).parents[3] / "parity" / "fixtures"
 TEXTS = ["how do tides work?", "the moon"]

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from embedwright.model.embedder import Embedder
-from embedwright.model.formats.nvembed import is_nvembed, load_nvembed
+from embedwright.model.formats.nvembed import load_nvembed
 
 FIXTURES = Path(__file__).parents[3] / "parity" / "fixtures"
 INDEX = "model.safetensors.index.json"
@@ -46,11 +46,6 @@ def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any])
     weights = load_file(folder / "model.safetensors")
     change(weights)
     save_file(weights, folder / "model.safetensors")
-
-
-def test_it_is_known_by_its_model_type() -> None:
-    assert is_nvembed({"model_type": "nvembed"})
-    assert not is_nvembed({"model_type": "mistral"}) and not is_nvembed({})
 
 
 # ---- settings
@@ -170,7 +165,7 @@ def test_almost_nothing_is_said(one_file: Path) -> None:
             of("latent_attention_config", lambda a: a.update(num_latents_value=512)),
             "num_latents_value=512, but .* is 16",
         ),
-        (of("latent_attention_config", lambda a: a.update(num_cross_heads=3)), "not of the shape.*to_"),
+        (of("latent_attention_config", lambda a: a.update(num_cross_heads=3)), "of another shape.*to_"),
     ],
 )
 def test_sizes_that_contradict_the_tensors_are_refused(change: Any, reason: str, one_file: Path) -> None:
@@ -222,13 +217,13 @@ def test_shards_and_one_file_are_the_same(shards: Path) -> None:
 def test_missing_and_unexpected_tensors_are_named(one_file: Path) -> None:
     norm = "embedding_model.norm.weight"
     edit_weights(one_file, lambda w: w.pop(norm))
-    with pytest.raises(ValueError, match=f"missing: {norm}"):
+    with pytest.raises(ValueError, match=f"1 tensors are missing, e.g. {norm}"):
         Embedder.load(one_file)
     edit_weights(one_file, lambda w: w.update({norm: torch.ones(64), "lm_head.weight": torch.ones(2)}))
-    with pytest.raises(ValueError, match=r"unexpected: lm_head\.weight"):
+    with pytest.raises(ValueError, match=r"1 tensors are unexpected, e\.g\. lm_head\.weight"):
         Embedder.load(one_file)
     edit_weights(one_file, lambda w: (w.pop("lm_head.weight"), w.update({norm: torch.ones(63)})))
-    with pytest.raises(ValueError, match=f"not of the shape that the config says: {norm}"):
+    with pytest.raises(ValueError, match=f"1 tensors are of another shape than the model's, e.g. {norm}"):
         Embedder.load(one_file)
     edit_weights(one_file, lambda w: w.pop(LATENTS))
     with pytest.raises(ValueError, match=f"{LATENTS} is missing"):
@@ -237,7 +232,7 @@ def test_missing_and_unexpected_tensors_are_named(one_file: Path) -> None:
 
 def test_a_layer_more_than_the_config_says_is_unexpected(one_file: Path) -> None:
     edit(one_file / "config.json", lambda c: c["text_config"].update(num_hidden_layers=2))
-    with pytest.raises(ValueError, match=r"unexpected: embedding_model\.layers\.2\..* more"):
+    with pytest.raises(ValueError, match=r"9 tensors are unexpected, e\.g\. embedding_model\.layers\.2\."):
         Embedder.load(one_file)
 
 

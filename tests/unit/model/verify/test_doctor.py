@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from embedwright.model.embedder import Embedder
-from embedwright.model.verify import doctor
+from embedwright.model.verify import by_hand, doctor
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_a_proof_that_cannot_be_carried_out_is_no_pass(
 ) -> None:
     path = folder("latent")
     model = Embedder.load(path)
-    monkeypatch.setattr(doctor, "text_hidden", lambda *_: torch.zeros(3)[7])
+    monkeypatch.setattr(by_hand, "text_hidden", lambda *_: torch.zeros(3)[7])
     assert bad(doctor.examine(model, path)) == {
         "packed = one by one, stock masks": "IndexError: index 7 is out of bounds for dimension 0 with size 3"
     }

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from embedwright.model.embedder import Embedder
-from embedwright.model.formats import storage
+from embedwright.model.formats.open import open_embedder
 from embedwright.model.verify import selftest
 from embedwright.model.verify.probe import ProbeError
 
@@ -33,7 +33,7 @@ def no_reload(dtype: torch.dtype) -> Any:
 
 def loaded_compared(model: Embedder, folder: Path) -> selftest.Comparison:
     def reload(dtype: torch.dtype) -> Any:
-        return storage.load(folder, dtype=dtype)[0]
+        return open_embedder(folder, dtype=dtype)[0]
 
     found = selftest.compare(model.network, model.text_tokenizer, folder, reload)
     assert found is not None
@@ -58,7 +58,7 @@ def test_what_is_recorded_is_what_encode_gives(model: Embedder, folder: Path) ->
 
 def test_the_same_model_is_the_same(model: Embedder, folder: Path) -> None:
     found = compared(model, folder)
-    assert found.ok and found.exact and found.difference < 1e-6 and found.cosine > 0.999999
+    assert found.ok and found.difference < 1e-6
     selftest.check(model.network, model.text_tokenizer, folder, no_reload)
 
 
@@ -78,7 +78,7 @@ def test_in_another_type_a_wrong_weight_is_found(
     tiny_embedder(pooling, dtype=stored).save(tmp_path / "model")
     model = Embedder.load(tmp_path / "model", dtype=asked)
     found = loaded_compared(model, tmp_path / "model")
-    assert found.ok and found.exact and found.difference < 1e-5
+    assert found.ok and found.difference < 1e-5
     file = tmp_path / "model" / "model.safetensors"
     weights = load_file(file)
     name = next(name for name in weights if name.endswith("layers.1.mlp.up_proj.weight"))
@@ -97,20 +97,6 @@ def test_a_weight_that_changed_on_its_way_to_another_type_is_named(
         model.network.backbone.layers[1].mlp.up_proj.weight[3, 5] *= 1.1
     found = loaded_compared(model, tmp_path / "model")
     assert not found.ok and "layers.1.mlp.up_proj.weight is not what is stored" in found.describe()
-
-
-def test_a_record_of_an_older_version_in_16_bits_is_compared_loosely(
-    tiny_embedder: Callable[..., Embedder], tmp_path: Path
-) -> None:
-    made = tiny_embedder("mean", dtype="bfloat16")
-    made.save(tmp_path / "model")
-    file = tmp_path / "model" / selftest.FILE
-    stored = json.loads(file.read_text())
-    del stored["computed_in"]
-    for row, (text, is_query) in zip(stored["texts"], selftest.TEXTS, strict=True):
-        row["vector"] = made.encode([text], selftest.TASK if is_query else None)[0].tolist()
-    file.write_text(json.dumps(stored))
-    assert not loaded_compared(Embedder.load(tmp_path / "model"), tmp_path / "model").exact
 
 
 def test_the_record_is_not_of_the_machine(tiny_embedder: Callable[..., Embedder], tmp_path: Path) -> None:
@@ -179,4 +165,4 @@ def test_a_deep_model_saved_in_float32_opens_in_16_bits(smollm2_folder: Path, tm
     for dtype in ("bfloat16", "float16"):
         found = loaded_compared(Embedder.load(tmp_path / "model", dtype=dtype), tmp_path / "model")
         print(dtype, found)
-        assert found.ok and found.exact
+        assert found.ok

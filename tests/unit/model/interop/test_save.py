@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
 from embedwright.model.embedder import Embedder
-from embedwright.model.formats import storage
+from embedwright.model.interop.save import opens_as_stock
 from embedwright.text import BOUNDARY_TEMPLATE
 
 POOLINGS = ["latent", "mean", "last", "self", "mlp"]
@@ -179,7 +178,7 @@ def test_the_format_is_stock_where_it_can_be(
     model = tiny_embedder(pooling, bos=bos)
     model.save(tmp_path / "saved")
     stock = pooling in ("mean", "last") and not bos
-    assert storage.opens_as_stock(model.network, model.text_tokenizer) == stock
+    assert opens_as_stock(model.network, model.text_tokenizer) == stock
     files = files_of(tmp_path / "saved")
     assert ("embedwright.json" in files) == stock
     assert {"modules.json", "sentence_bert_config.json", "1_Pooling/config.json", "2_Normalize/config.json"} <= files
@@ -195,7 +194,7 @@ def test_a_template_that_melts_into_the_text_is_not_saved_as_stock(
     network = model.network
     network.contract = network.contract.model_copy(update={"query_template": "Instruct: {task}\nQuery: "})
     network.config.contract = network.contract.model_dump()
-    assert not storage.opens_as_stock(network, model.text_tokenizer)
+    assert not opens_as_stock(network, model.text_tokenizer)
     melted = Embedder(network, model.tokenizer)
     melted.save(tmp_path / "saved")
     np.testing.assert_allclose(
@@ -211,31 +210,6 @@ def test_automodel_opens_our_own_format(tiny_embedder: Callable[..., Embedder], 
     packed = model.tokenize(TEXTS[:3], TASK)
     with torch.no_grad():
         np.testing.assert_allclose(opened.embed(packed).numpy(), model.encode(TEXTS[:3], TASK), atol=1e-5)
-
-
-# ---- what cannot be loaded
-
-
-def test_what_is_no_embedder_says_so(tmp_path: Path, tiny_decoder: Callable[..., Path]) -> None:
-    with pytest.raises(FileNotFoundError, match="does not exist"):
-        Embedder.load(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
-        Embedder.load(tmp_path)
-    with pytest.raises(ValueError, match=r"is not an embedder that we know: use Embedder\.from_decoder"):
-        Embedder.load(tiny_decoder("llama"))
-
-
-@pytest.mark.parametrize(("pooling", "name"), [("latent", "head.latents"), ("mean", "layers.1.mlp.up_proj.weight")])
-def test_a_lost_weight_is_an_error(
-    pooling: Any, name: str, tiny_embedder: Callable[..., Embedder], tmp_path: Path
-) -> None:
-    tiny_embedder(pooling).save(tmp_path / "saved")
-    file = tmp_path / "saved" / "model.safetensors"
-    weights = load_file(file)
-    del weights[name]
-    save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=name):
-        Embedder.load(tmp_path / "saved")
 
 
 # ---- plain sentence-transformers

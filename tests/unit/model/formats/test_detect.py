@@ -1,4 +1,4 @@
-"""What it tells of each form and family is held to the loaded model in tests/unit/training/test_start.py."""
+"""An embedder is told from a decoder. The outline of each format: tests/unit/training/run/test_start.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from embedwright.model.embedder import Embedder
-from embedwright.model.formats.outline import check_decoder, check_embedder, content_fingerprint
+from embedwright.model.formats.detect import check_decoder, check_embedder, content_fingerprint
 
 
 @pytest.fixture

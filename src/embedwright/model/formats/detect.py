@@ -1,0 +1,98 @@
+"""What lies under a model's name: where its folder is, and which of the formats that we read it has."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Literal
+
+from embedwright.errors import InputError
+from embedwright.locate import Place, find
+from embedwright.model.formats.families import Family, family_of, split_family
+from embedwright.model.formats.folder import ADAPTER, check_folder, is_adapter, read_object
+from embedwright.model.network import EmbedwrightConfig
+
+Format = Literal["adapter", "nvembed", "ours", "stock"]
+
+STOCK_SETTINGS = "embedwright.json"  # contract and pooling, in a folder of the stock format
+_CONTENT = (".json", ".safetensors", ".model")  # suffixes of the files that a model is made of
+
+
+def detect(name: str, revision: str | None = None) -> tuple[Place, Format | Family | None]:
+    """Finds a model's folder, checks its settings and tells its format; None where `Embedder` does not open it.
+
+    The weights of a hub id are not fetched. InputError for a file.
+    """
+    family, where = split_family(name)
+    place = find(where, revision)
+    if not place.path.is_dir():
+        raise InputError(f"{name} is a file of weights, not an embedder: use Embedder.from_decoder")
+    check_folder(place.path)
+    return place, family or format_of(place.path, place.hub_id or where)
+
+
+def format_of(folder: Path, name: str) -> Format | Family | None:
+    """The format of a folder that is called `name`; None where `Embedder` does not open it."""
+    if is_adapter(folder):
+        return "adapter"
+    config = read_object(folder / "config.json") if (folder / "config.json").is_file() else {}
+    kind = config.get("model_type")
+    if kind in ("nvembed", EmbedwrightConfig.model_type):
+        return "nvembed" if kind == "nvembed" else "ours"
+    if (folder / STOCK_SETTINGS).is_file():
+        return "stock"
+    return family_of(folder, name, config)
+
+
+def content_fingerprint(name: str, revision: str | None = None) -> str:
+    """A hash of a model's files, with those of an adapter's base: it changes where the vectors may change.
+
+    Nothing is loaded, so neither the device nor the version of a library plays a part. A hub id is known by its commit.
+    """
+    place = find(split_family(name)[1], revision)
+    path, found = place.path, hashlib.sha256()
+    if place.hub_id is not None:
+        found.update(path.name.encode())
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in _CONTENT)
+    for file in [] if place.hub_id is not None else files:
+        with file.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        found.update(f"{file.relative_to(path)} {digest}\n".encode())
+    if is_adapter(path):
+        stored = read_object(path / ADAPTER)
+        found.update(content_fingerprint(str(stored.get("base_model_name_or_path")), stored.get("revision")).encode())
+    return found.hexdigest()[:16]
+
+
+def check_decoder(name: str) -> None:
+    """InputError where `name` is an embedder: read as a bare decoder it would lose its contract and pooling."""
+    kind = _embedder_kind(name)
+    if kind == "known":
+        raise InputError(
+            f"{name} is an embedder, and as a bare decoder it would lose its text contract and pooling: "
+            f"to train it on, write model: {{from: {name}}}"
+        )
+    if kind == "other":
+        raise InputError(
+            f"{name} is an embedder of sentence-transformers (modules.json), whose prompts and modules would be lost, "
+            "and none that model: {from: ...} can train on: name the decoder that it was made from"
+        )
+
+
+def check_embedder(name: str) -> None:
+    """InputError where `Embedder.load` does not open `name`."""
+    kind = _embedder_kind(name)
+    if kind == "other":
+        raise InputError(f"{name} has modules that only sentence-transformers runs: train it there")
+    if kind is None:
+        raise InputError(f"{name} is no embedder: to make one from a decoder, write model: {{base: {name}}}")
+
+
+def _embedder_kind(name: str) -> Literal["known", "other"] | None:
+    """`known` opens as an `Embedder`, `other` in sentence-transformers alone; None is no embedder."""
+    if find(split_family(name)[1]).path.is_file():
+        return None
+    place, form = detect(name)
+    if form is not None:
+        return "known"
+    return "other" if (place.path / "modules.json").is_file() else None

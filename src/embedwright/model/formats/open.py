@@ -1,0 +1,111 @@
+"""Opens an embedder of any format that we read: its outline from the settings, or all of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from embedwright.config import Model, validate
+from embedwright.errors import InputError, NotFoundError, blaming
+from embedwright.locate import fetch_weights
+from embedwright.model.backbone import decoder_config, load_backbone, origin_of, set_attention, stock_config
+from embedwright.model.formats.adapter import read_adapter, read_settings
+from embedwright.model.formats.base import Outline, build_network, check_weights, resolve_base
+from embedwright.model.formats.detect import STOCK_SETTINGS, Format, detect
+from embedwright.model.formats.families import FAMILIES, Family, read_family, split_family
+from embedwright.model.formats.folder import check_folder, read_object
+from embedwright.model.formats.nvembed import load_nvembed, read_nvembed
+from embedwright.model.network import EmbedwrightModel
+from embedwright.model.pooling import PoolingConfig
+from embedwright.text import Contract, load_tokenizer
+
+
+def outline(name: str, revision: str | None = None) -> Outline:
+    """What the embedder of this name is, from its settings. Of an adapter, the settings of its base are read too."""
+    place, form = detect(name, revision)
+    if form == "nvembed":
+        return read_nvembed(fetch_weights(place)).outline
+    if form == "adapter":
+        return _outline_of_adapter(place.path)
+    return _outline(place.path, form)
+
+
+def open_embedder(
+    path: str | Path, *, dtype: torch.dtype | None, revision: str | None = None
+) -> tuple[EmbedwrightModel, Any]:
+    """The network and tokenizer of an embedder; `dtype` None keeps the stored type. See `Embedder.load`.
+
+    The network's `config.name_or_path` is the local folder that was read. InputError where the folder is not an
+    embedder, lacks weights, or holds files that do not belong together.
+    """
+    place, form = detect(str(path), revision)
+    folder = place.path
+    if form is not None and place.hub_id is not None:
+        check_folder(fetch_weights(place))
+    if form == "adapter":
+        network, tokenizer = read_adapter(folder, dtype, open_embedder)
+    elif form == "nvembed":
+        network, tokenizer = load_nvembed(folder, dtype)
+    else:
+        seen = _outline(folder, form)
+        check_weights(folder)
+        network, tokenizer = _with_weights(folder, form, seen, dtype), seen.tokenizer
+    network.config.name_or_path = str(folder)
+    if network.origin is None:  # that of an adapter is its base's
+        base = str(path).removesuffix(split_family(str(path))[1]) + (place.hub_id or str(folder.resolve()))
+        kind: Any = "whole" if form in ("ours", "nvembed") else "stock"
+        network.origin = origin_of(base, network.backbone, kind, place.revision)
+    return network, tokenizer
+
+
+def _outline(folder: Path, form: Format | Family | None) -> Outline:
+    """Of a folder in our own format, the stock format or that of a family. An error for None, which is no embedder."""
+    if isinstance(form, Family):
+        return read_family(folder, form)
+    if form is None:
+        if not (folder / "config.json").is_file():
+            raise NotFoundError(f"{folder} has no config.json: not a model folder")
+        raise InputError(
+            f"{folder} is not an embedder that we know: use Embedder.from_decoder for a base model, and write one of "
+            f"{', '.join(f'{family}:' for family in FAMILIES)} in front of the name of an embedder of that family"
+        )
+    file = folder / ("config.json" if form == "ours" else STOCK_SETTINGS)
+    stored = read_object(file)
+    pooling = _setting(file, stored, "pooling", PoolingConfig)
+    contract = _setting(file, stored, "contract", Contract)
+    if form == "ours":
+        with blaming(f"{file}: backbone", "is no config of a decoder"):
+            decoder = AutoConfig.for_model(**stored["backbone"])
+    else:
+        decoder = stock_config(folder)
+        set_attention(decoder, "causal" if getattr(decoder, "is_causal", True) else "bidirectional")
+    return Outline(decoder, pooling, contract, load_tokenizer(folder))
+
+
+def _outline_of_adapter(folder: Path) -> Outline:
+    settings = read_settings(folder)
+    ours = settings.ours
+    if ours is None or ours.decoder is None:
+        return outline(settings.base, settings.revision)
+    base = resolve_base(settings.base, settings.revision, weights=False)
+    return Outline(decoder_config(base, **ours.decoder), ours.pooling, ours.contract, load_tokenizer(base))
+
+
+def _with_weights(folder: Path, form: Any, seen: Outline, dtype: torch.dtype | None) -> EmbedwrightModel:
+    if form == "ours":
+        with blaming(folder):
+            network: EmbedwrightModel = EmbedwrightModel.from_pretrained(
+                folder, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False
+            )
+        return network
+    backbone = load_backbone(str(folder), seen.decoder, dtype or seen.decoder.dtype or torch.float32)
+    return build_network(backbone, seen.pooling, seen.contract)
+
+
+def _setting(file: Path, settings: dict[str, Any], part: str, kind: type[Model]) -> Model:
+    if not isinstance(settings.get(part), dict):
+        raise InputError(f"{file}: {part} is missing")
+    return validate(kind, settings[part], f"{file}: {part}")

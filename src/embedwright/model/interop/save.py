@@ -1,0 +1,117 @@
+"""Saves a model so that other libraries open it too: safetensors and JSON only, written whole or not at all.
+
+`mean` and `last`: a stock Hugging Face backbone with sentence-transformers' own modules, which opens without this
+package. Others: one `EmbedwrightModel` folder, which sentence-transformers and AutoModel open once this package is
+imported (design, section 7). `embedwright.json` holds the contract in the first.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import processors
+
+from embedwright.errors import InputError
+from embedwright.files import check_new_folder, whole_folder, write_json
+from embedwright.model.adapters.fourbit import ONLY_TRAINED, in_four_bits
+from embedwright.model.adapters.lora import has_lora
+from embedwright.model.backbone import READ_BY_FLAG
+from embedwright.model.formats.adapter import write_adapter
+from embedwright.model.formats.detect import STOCK_SETTINGS
+from embedwright.model.interop.tokenizer import (
+    OUR_TRANSFORMER,
+    STOCK_TRANSFORMER,
+    sentence_transformers_files,
+    tokenizer_for,
+)
+from embedwright.model.network import EmbedwrightModel
+from embedwright.model.verify import probe, selftest
+from embedwright.text import TextTokenizer, private_copy, tokenize
+
+_BOUNDARY_PROBES = ("word", "Word", "2 words", "(x)", "été", "漢字", "_name", "-1", "a\nb")
+
+
+def save_network(network: EmbedwrightModel, tokenizer: Any, path: Path) -> None:
+    """See `Embedder.save`."""
+    check_new_folder(path)
+    if in_four_bits(network.backbone):
+        raise InputError(f"cannot save: {ONLY_TRAINED}")
+    probe.check(network)
+    text_tokenizer = TextTokenizer(tokenizer.backend_tokenizer)
+    with whole_folder(path) as temp:
+        if has_lora(network.backbone):
+            write_adapter(network, temp)
+        elif opens_as_stock(network, text_tokenizer):
+            _save_stock(network, tokenizer, temp)
+        else:
+            write_ours(network, temp)
+            tokenizer_for(tokenizer, network.contract).save_pretrained(temp)
+            # the network's token outputs are scaled so that their mean is its own pooling, whichever that is
+            hidden = network.backbone.config.hidden_size
+            _write_json(temp, sentence_transformers_files(network.contract, "mean", hidden, OUR_TRANSFORMER))
+        selftest.write(network, text_tokenizer, temp)
+
+
+def opens_as_stock(network: EmbedwrightModel, tokenizer: TextTokenizer) -> bool:
+    """Whether sentence-transformers' own modules would give this model's vectors.
+
+    They pool every token, or leave out a count of prompt tokens: then the prefix must end where a token ends, and there
+    may be no BOS.
+    """
+    contract = network.contract
+    if contract.mask_rule == "all":
+        return network.pooling.kind in ("mean", "last")
+    if contract.mask_rule != "boundary":
+        return False
+    prefix = contract.prefix("a task")
+    count = len(tokenizer.plain.encode(prefix, add_special_tokens=False).ids)
+    texts = tokenize(tokenizer, contract, _BOUNDARY_PROBES, prefix)
+    return all(int((~t.pool).sum()) == count for t in texts)
+
+
+def write_ours(network: EmbedwrightModel, folder: str | Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+    """Writes config and weights in our own format; `weights` None stands for the network's."""
+    config, backbone = network.config, network.backbone
+    # where the base lay is nobody's business
+    config.backbone = {key: value for key, value in backbone.config.to_dict().items() if key != "_name_or_path"}
+    types = {parameter.dtype for parameter in network.head.parameters()}
+    config.head_dtype = "float32" if types == {torch.float32} and backbone.dtype != torch.float32 else None
+    network.save_pretrained(folder, state_dict=weights)
+
+
+def _save_stock(network: EmbedwrightModel, tokenizer: Any, folder: Path) -> None:
+    contract, kind = network.contract, network.pooling.kind
+    network.backbone.save_pretrained(folder)
+    config = network.backbone.config
+    if config.model_type in READ_BY_FLAG and not config.is_causal:
+        _edit_json(folder / "config.json", {"use_bidirectional_attention": True})
+    tokenizer = private_copy(tokenizer)
+    tokenizer.chat_template = None
+    # BOS and EOS come from the tokenizer's own pipeline here, which keeps EOS after a text that is cut
+    ids = [*contract.bos_ids, contract.eos_id]
+    *bos, eos = names = tokenizer.convert_ids_to_tokens(ids)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=[*bos, "$A", eos], pair=[*bos, "$A", eos, "$B", eos], special_tokens=list(zip(names, ids, strict=True))
+    )
+    tokenizer.save_pretrained(folder)
+    _edit_json(
+        folder / "tokenizer_config.json",
+        # special tokens written inside a user's text are plain text
+        {"split_special_tokens": True, "padding_side": "right", "model_max_length": contract.max_tokens},
+    )
+    pooling_mode = {"mean": "mean", "last": "lasttoken"}[kind]
+    files = sentence_transformers_files(contract, pooling_mode, config.hidden_size, STOCK_TRANSFORMER)
+    files[STOCK_SETTINGS] = {"contract": contract.model_dump(), "pooling": network.pooling.model_dump()}
+    _write_json(folder, files)
+
+
+def _write_json(folder: Path, files: dict[str, Any]) -> None:
+    for name, content in files.items():
+        write_json(folder / name, content)
+
+
+def _edit_json(file: Path, values: dict[str, Any]) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}, indent=2) + "\n")
