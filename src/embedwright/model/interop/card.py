@@ -31,11 +31,10 @@ _PASSAGE = "Tides are the rise and fall of sea levels, caused by the gravity of 
 def facts(network: EmbedwrightModel, tokenizer: TextTokenizer) -> dict[str, Any]:
     """The arguments of `model_card` that the model knows: contract, form, pooling, attention, sizes, base."""
     backbone, origin = network.backbone, network.origin
-    stock = opens_as_stock(network, tokenizer)
     base = origin.name if origin is not None and origin.kind == "decoder" else None
     return {
         "contract": network.contract,
-        "form": "adapter" if has_lora(backbone) else "stock" if stock else "ours",
+        "form": "adapter" if has_lora(backbone) else "stock" if opens_as_stock(network, tokenizer) else "ours",
         "pooling": network.pooling.kind,
         "attention": "causal" if backbone.config.is_causal else "bidirectional",
         "dimensions": int(backbone.config.hidden_size),
@@ -90,7 +89,8 @@ def model_card(
         "## What it reads",
         _table(_reading(contract, pooling, attention)),
     ]
-    for title, rows in (("Training", stages), ("Data", _with_licence(data)), ("Scores", scores)):
+    licensed = [{**row, "licence": row.get("licence") or "not stated"} for row in data]
+    for title, rows in (("Training", stages), ("Data", licensed), ("Scores", scores)):
         if rows:
             sections += [f"## {title}", _table(rows)]
     return "\n\n".join(sections) + "\n"
@@ -119,26 +119,21 @@ print(queries @ passages.T)"""
 
 def _reading(contract: Contract, pooling: str, attention: str) -> list[Row]:
     """What text.py does with a text, in words."""
-    by_count = contract.mask_rule == "count"
     mean = "all tokens, the instruction's too" if contract.mask_rule == "all" else "all tokens but the instruction's"
-    last = "the last token" if pooling == "last" else mean
+    cut = "cut off with the rest" if contract.mask_rule == "count" else "also behind a text that is cut"
     rows = {
-        "in front of a query": _code(contract.query_template),
-        "behind a query": _code(contract.query_suffix) if contract.query_suffix else None,
-        "in front of a document": _code(contract.document_template) if contract.document_template else "nothing",
-        "end of a text": "nothing"
-        if contract.eos_id is None
-        else f"EOS (id {contract.eos_id}), {'cut off with the rest' if by_count else 'also behind a text that is cut'}",
+        "in front of a query": f"`{_quoted(contract.query_template)}`",
+        "behind a query": f"`{_quoted(contract.query_suffix)}`" if contract.query_suffix else None,
+        "in front of a document": f"`{_quoted(contract.document_template)}`"
+        if contract.document_template
+        else "nothing",
+        "end of a text": "nothing" if contract.eos_id is None else f"EOS (id {contract.eos_id}), {cut}",
         "longest text": f"{contract.max_tokens} tokens, every one counted; cut on the right",
         "attention": attention,
-        "pooling": f"{pooling}, {last}",
+        "pooling": f"{pooling}, {'the last token' if pooling == 'last' else mean}",
         "instruction of a query without one": contract.default_task or None,
     }
     return [{"part": part, "value": value} for part, value in rows.items() if value is not None]
-
-
-def _with_licence(data: Sequence[Row]) -> list[Row]:
-    return [{**row, "licence": row.get("licence") or "not stated"} for row in data]
 
 
 def _table(rows: Sequence[Row]) -> str:
@@ -159,7 +154,3 @@ def _cell(value: str | float | None) -> str:
 def _quoted(text: str) -> str:
     """As a Python string in double quotes."""
     return json.dumps(text, ensure_ascii=False)
-
-
-def _code(text: str) -> str:
-    return f"`{_quoted(text)}`"

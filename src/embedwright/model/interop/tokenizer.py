@@ -192,16 +192,16 @@ def sentence_transformers_files(
     Prompts: a document's is its template, and the default; a query's is that of the default task, as the user gives any
     other one as `prompt`.
     """
-    modules = {
-        "0": ("", "sentence_transformers.base.modules.transformer.Transformer"),
-        "1": ("1_Pooling", "sentence_transformers.sentence_transformer.modules.pooling.Pooling"),
-        "2": ("2_Normalize", "sentence_transformers.base.modules.normalize.Normalize"),
-    }
+    modules = (
+        ("", "sentence_transformers.base.modules.transformer.Transformer"),
+        ("1_Pooling", "sentence_transformers.sentence_transformer.modules.pooling.Pooling"),
+        ("2_Normalize", "sentence_transformers.base.modules.normalize.Normalize"),
+    )
     query, document = contract.query_template, contract.document_template
     query = contract.prefix("") if "{task}" in query else query
     return {
         "modules.json": [
-            {"idx": int(name), "name": name, "path": path, "type": kind} for name, (path, kind) in modules.items()
+            {"idx": i, "name": str(i), "path": path, "type": kind} for i, (path, kind) in enumerate(modules)
         ],
         "sentence_bert_config.json": {
             "transformer_task": "feature-extraction",

@@ -17,7 +17,7 @@ from embedwright.cpu.accelerate import stock
 from embedwright.encoders.sentence_transformers import SentenceTransformerEncoder
 from embedwright.model.backbone import text_hidden
 from embedwright.model.embedder import Embedder
-from embedwright.model.verify.selftest import TASK
+from embedwright.model.verify.selftest import TASK, Result
 from embedwright.packing import pack
 from embedwright.text import TokenizedText, leading_ids
 
@@ -34,17 +34,11 @@ _SHORT = 16  # max_tokens under which the longest text is cut
 _NEEDS_BOS = ("gemma",)  # families that were never trained without one
 
 Encoder = Embedder | SentenceTransformerEncoder
-Result = tuple[bool, str] | None  # None: does not apply to this model
-
-
-def dtype_of(model: Embedder) -> torch.dtype:
-    dtype: torch.dtype = next(model.network.backbone.parameters()).dtype
-    return dtype
 
 
 def equal(model: Encoder, got: NDArray[Any], expected: NDArray[Any]) -> tuple[bool, str]:
     """Whether vectors are equal that were computed in another order."""
-    half = isinstance(model, Embedder) and dtype_of(model) != torch.float32
+    half = isinstance(model, Embedder) and model.network.dtype != torch.float32
     difference = float(np.abs(got - expected).max())
     return difference <= (3e-2 if half else 1e-4), f"largest difference {difference:.1e}"
 

@@ -34,18 +34,16 @@ from embedwright.model.verify import selftest
 from embedwright.model.verify.by_hand import (
     TEXTS,
     Encoder,
-    Result,
     as_stock,
     as_the_contract,
     begins_with_bos,
-    dtype_of,
     ends_with_eos,
     equal,
     round_trip,
     tokens_of,
 )
 from embedwright.model.verify.probe import ProbeError, lora_faults, probe
-from embedwright.model.verify.selftest import TASK
+from embedwright.model.verify.selftest import TASK, Result
 
 _FAR = 1024  # tokens at which masks are read
 _PACKAGES = ("torch", "transformers", "tokenizers", "peft", "sentence-transformers", "faiss-cpu")
@@ -235,8 +233,7 @@ def _recorded(model: Embedder, folder: Path | None) -> Result:
     if folder is None:
         return None
     reload = lambda kept: open_embedder(folder, dtype=kept)[0]  # noqa: E731
-    found = selftest.compare(model.network, model.text_tokenizer, folder, reload)
-    return None if found is None else (found.ok, found.describe())
+    return selftest.compare(model.network, model.text_tokenizer, folder, reload)
 
 
 def _auto_model(model: Embedder, folder: Path | None) -> Result:
@@ -246,7 +243,7 @@ def _auto_model(model: Embedder, folder: Path | None) -> Result:
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    network = AutoModel.from_pretrained(folder, dtype=dtype_of(model), trust_remote_code=False).to(model.device)
+    network = AutoModel.from_pretrained(folder, dtype=model.network.dtype, trust_remote_code=False).to(model.device)
     batch = tokenizer(list(TEXTS), prefix=model.contract.prefix(TASK), padding=True, return_tensors="pt")
     with torch.inference_mode():
         vectors: Tensor = network(**batch.to(model.device)).pooler_output
@@ -260,7 +257,7 @@ def _sentence_transformers(model: Embedder, folder: Path | None) -> Result:
         return None
     from sentence_transformers import SentenceTransformer
 
-    options = {"dtype": dtype_of(model)}
+    options = {"dtype": model.network.dtype}
     other = SentenceTransformer(str(folder), device=str(model.device), trust_remote_code=False, model_kwargs=options)
     got = np.stack([other.encode(list(TEXTS), prompt=model.contract.prefix(TASK)), other.encode(list(TEXTS))])
     return equal(model, got, np.stack([model.encode(TEXTS, task=TASK), model.encode(TEXTS)]))

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,26 +45,7 @@ _TOLERANCE = 1e-4
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Reload = Callable[[torch.dtype], EmbedwrightModel]  # the same folder, in this type
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The stored ids and vectors against those that this installation gives."""
-
-    other_ids: tuple[str, ...]  # texts whose token ids or pool masks differ
-    difference: float  # largest, of components
-    other_weight: str | None = None  # one that is not what is stored, rounded to the type that was asked for
-
-    @property
-    def ok(self) -> bool:
-        return not self.other_ids and self.other_weight is None and self.difference <= _TOLERANCE
-
-    def describe(self) -> str:
-        if self.other_ids:
-            return f"other token ids than when saved, for {self.other_ids[0]!r}"
-        if self.other_weight is not None:
-            return f"{self.other_weight} is not what is stored, rounded"
-        return f"largest difference {self.difference:.1e}"
+Result = tuple[bool, str] | None  # whether a proof holds, and the number that says so; None: does not apply
 
 
 def write(network: EmbedwrightModel, tokenizer: TextTokenizer, folder: Path) -> None:
@@ -80,11 +60,11 @@ def write(network: EmbedwrightModel, tokenizer: TextTokenizer, folder: Path) -> 
     (folder / FILE).write_text(f'{{{head}, "texts": [\n  {lines}\n]}}\n', encoding="utf-8")
 
 
-def compare(network: EmbedwrightModel, tokenizer: TextTokenizer, folder: Path, reload: Reload) -> Comparison | None:
-    """Against what `write` recorded in `folder`; None where nothing was recorded.
+def compare(network: EmbedwrightModel, tokenizer: TextTokenizer, folder: Path, reload: Reload) -> Result:
+    """Compares the model with what `write` recorded in `folder`; None where nothing was recorded.
 
-    A network in another type than the recorded one is compared through one in that: this one with the record, and each
-    weight of the network with its weight, up to rounding.
+    A network in another type than the recorded one is reloaded in that: the reloaded one is held to the record, and
+    each weight of the network to its weight, up to rounding.
     """
     file = folder / FILE
     if not file.is_file():
@@ -96,17 +76,17 @@ def compare(network: EmbedwrightModel, tokenizer: TextTokenizer, folder: Path, r
         expected = np.array([row["vector"] for row in stored["texts"]], dtype=np.float32)
         if expected.ndim != 2 or len(expected) != len(TEXTS) or expected.shape[1] > network.backbone.config.hidden_size:
             raise InputError(f"{file} has vectors of the shape {expected.shape}, not those of {len(TEXTS)} texts")
-    other_weight, held = None, network
+    held = network
     if next(network.backbone.parameters()).dtype != dtype:
         held = reload(dtype)
-        other_weight = _other_weight(network, held)
+        if (weight := _other_weight(network, held)) is not None:
+            return False, f"{weight} is not what is stored, rounded"
     texts, vectors = _computed(held, tokenizer)
-    other = tuple(
-        text
-        for (text, ids, pooled), tokens in zip(rows, texts, strict=True)
-        if ids != tokens.ids.tolist() or pooled != int(tokens.pool.sum())
-    )
-    return Comparison(other, float(np.abs(vectors[:, : expected.shape[1]] - expected).max()), other_weight)
+    for (text, ids, pooled), tokens in zip(rows, texts, strict=True):
+        if ids != tokens.ids.tolist() or pooled != int(tokens.pool.sum()):
+            return False, f"other token ids than when saved, for {text!r}"
+    difference = float(np.abs(vectors[:, : expected.shape[1]] - expected).max())
+    return difference <= _TOLERANCE, f"largest difference {difference:.1e}"
 
 
 def _other_weight(network: EmbedwrightModel, stored: EmbedwrightModel) -> str | None:
@@ -117,9 +97,9 @@ def _other_weight(network: EmbedwrightModel, stored: EmbedwrightModel) -> str | 
 
 def check(network: EmbedwrightModel, tokenizer: TextTokenizer, folder: Path, reload: Reload) -> None:
     """ProbeError where ids or vectors are not the recorded ones; nothing where none were recorded."""
-    found = compare(network, tokenizer, folder, reload)
-    if found is not None and not found.ok:
-        raise ProbeError(f"{folder} does not give the vectors that it was saved with: {found.describe()}")
+    ok, detail = compare(network, tokenizer, folder, reload) or (True, "")
+    if not ok:
+        raise ProbeError(f"{folder} does not give the vectors that it was saved with: {detail}")
 
 
 @torch.inference_mode()
