@@ -1,4 +1,4 @@
-"""What belongs to the whole process and is set for a moment by other libraries: put back, whichever thread loads."""
+"""Restores the settings of the process that other libraries change while they load a model."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _LOADING = threading.RLock()
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """The default generator of the CPU and transformers' verbosity are after the block what they were before it.
+    """Restores the CPU's default generator and transformers' verbosity after the block.
 
-    One thread at a time: of two that put these back, the later one would put back what the earlier one had set.
+    Only one thread at a time is in the block: of two, the later one would restore what the earlier one had set.
     """
     with _LOADING, torch.random.fork_rng(devices=[]):
         verbosity = transformers_logging.get_verbosity()
@@ -28,6 +28,6 @@ def loading() -> Iterator[None]:
 
 @contextmanager
 def own_random_numbers() -> Iterator[None]:
-    """The default generators, of the GPU in use too, are after the block what they were before it."""
+    """Restores the default generators after the block, that of the GPU in use too."""
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
         yield

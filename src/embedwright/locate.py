@@ -1,4 +1,4 @@
-"""Where a model lies: a local path, weights that install as Python packages, or a hub id. Always ends in a folder."""
+"""Finds a model on this disk: a local path, weights that install as Python packages, or a hub id."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 class Place(NamedTuple):
-    """A file or folder on this disk; for a hub id, the snapshot of one commit, and how it was asked for."""
+    """A file or folder on this disk. For a hub id: the snapshot of one commit, the id, and the revision asked for."""
 
     path: Path
     hub_id: str | None = None
@@ -34,7 +34,7 @@ class Place(NamedTuple):
 
 
 def packaged(name: str) -> Path | None:
-    """The weights of this packaged name; None where it is no such name. NotFoundError: not installed."""
+    """The weights of a packaged name; None for any other name. NotFoundError if the package is not installed."""
     if name not in PACKAGED:
         return None
     package, inner = PACKAGED[name]
@@ -61,10 +61,10 @@ def local(name: str | Path) -> Path | None:
 
 
 def find(name: str | Path, revision: str | None = None) -> Place:
-    """Finds a model: what is on disk under this name, else packaged weights, else a snapshot of a hub id.
+    """Finds a model: a file or folder of this name, else packaged weights, else the snapshot of a hub id.
 
-    A hub id may carry its revision: `org/name@v1.0`. Of a snapshot only the settings are there; `fetch_weights` brings
-    the rest of the same commit. NotFoundError where there is nothing, InputError for a revision of a local model.
+    A hub id may carry its revision: `org/name@v1.0`. A snapshot holds only the settings; `fetch_weights` adds the
+    weights of the same commit. NotFoundError if nothing is found, InputError for a revision of a local model.
     """
     written = str(name)
     here = local(written) or packaged(written)
@@ -77,7 +77,7 @@ def find(name: str | Path, revision: str | None = None) -> Place:
 
 
 def split_revision(name: str, revision: str | None = None) -> tuple[str, str | None]:
-    """`org/name@v1.0` -> `org/name` and `v1.0`. InputError where `revision` names another one."""
+    """Splits `org/name@v1.0` into `org/name` and `v1.0`. InputError where `revision` names another one."""
     hub_id, mark, written = name.partition("@")
     if not mark:
         return name, revision
@@ -87,14 +87,14 @@ def split_revision(name: str, revision: str | None = None) -> tuple[str, str | N
 
 
 def fetch_weights(place: Place) -> Path:
-    """The folder with its safetensors files; those of a hub id come from the commit that `place` is of."""
+    """Returns the folder of `place` with its safetensors files; those of a hub id are fetched from the same commit."""
     if place.hub_id is not None:
         _snapshot(place.hub_id, place.path.name, [*_SETTINGS, "*.safetensors"])
     return place.path
 
 
 def text_of(folder: Path, file: str) -> str | None:
-    """The content of one file of a model folder; None where it has no such file."""
+    """The content of one file of a folder; None if it is missing."""
     found = folder / file
     return found.read_text(encoding="utf-8") if found.is_file() else None
 

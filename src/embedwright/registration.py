@@ -1,7 +1,6 @@
-"""Makes our model type known to transformers once transformers is loaded, and never loads transformers itself.
+"""Registers our model type with transformers once transformers is loaded, and never loads transformers itself.
 
-`import embedwright` is enough for `AutoModel` and sentence-transformers to open our folders, in whichever order the two
-are imported: sorted imports have ours first.
+So after `import embedwright`, `AutoModel` and sentence-transformers open our folders, whichever is imported first.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ def register_with_transformers() -> None:
 
 
 class _WhenLoaded(MetaPathFinder):
-    """Finds transformers and nothing else, and leaves `sys.meta_path` once that is loaded."""
+    """An import hook for transformers alone. It leaves `sys.meta_path` once transformers is loaded."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

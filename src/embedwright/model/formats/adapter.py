@@ -1,8 +1,8 @@
-"""Adapters on disk: LoRA and the pooling block in peft's own format, and what finds and proves the base below them.
+"""Reads and writes adapter folders: LoRA and the pooling block in peft's own format, without the base.
 
-`adapter_config.json` and `adapter_model.safetensors` are peft's. Beside them: `embedwright.json` (contract, pooling,
-how to open a decoder) and `base_samples.safetensors` (values of the base's weights). A folder of peft alone has
-neither: its base is an embedder, and is taken at its word.
+`adapter_config.json` and `adapter_model.safetensors` are peft's. Beside them lie `embedwright.json` (contract, pooling,
+how to open a decoder) and `base_samples.safetensors` (values of the base's weights, which prove the base). A folder of
+peft alone has neither: its base is an embedder, and is not proved.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from embedwright.text import Contract, load_tokenizer
 _WEIGHTS, _OURS, _SAMPLES = "adapter_model.safetensors", "embedwright.json", "base_samples.safetensors"
 _PREFIX = "base_model.model."  # of every name in peft's format
 
-# What of a LoraConfig is followed; anything else has to stand at its default.
+# The keys of a LoraConfig that are followed; any other must have its default value.
 _FOLLOWED = {"r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora"}
 _FOLLOWED |= {"rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern"}
 _NOTES = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision"}
@@ -50,9 +50,9 @@ OpenEmbedder = Callable[..., tuple[EmbedwrightModel, Any]]
 
 
 def write_adapter(network: EmbedwrightModel, folder: Path) -> None:
-    """Fills an empty folder with the adapters and the pooling block of `network`.
+    """Writes the adapters and the pooling block of `network` into an empty folder.
 
-    ValueError where the weights below the adapters are not those that were read from disk.
+    InputError where the weights below the adapters are not those that were read from disk.
     """
     backbone, origin = network.backbone, network.origin
     if origin is None or not same_samples(origin.samples, weight_samples(backbone)):
@@ -104,7 +104,7 @@ class Settings(NamedTuple):
 
 
 def read_adapter(folder: Path, dtype: torch.dtype | None, open_embedder: OpenEmbedder) -> tuple[EmbedwrightModel, Any]:
-    """The base with its adapters, and the tokenizer of the base. `dtype` is the base's; what trains is float32.
+    """Opens the base with its adapters, and its tokenizer. `dtype` is the base's; the adapters are float32.
 
     NotFoundError where the base or a file is missing. InputError where the base is another one, the adapter is of a
     kind that is not supported, or its tensors do not fit.
@@ -128,7 +128,7 @@ def read_adapter(folder: Path, dtype: torch.dtype | None, open_embedder: OpenEmb
 
 
 def read_settings(folder: Path) -> Settings:
-    """The settings of an adapter folder, checked. InputError as in `read_adapter`."""
+    """Reads and checks the settings of an adapter folder. InputError as in `read_adapter`."""
     from peft import LoraConfig
 
     file = folder / ADAPTER
@@ -151,7 +151,7 @@ def read_settings(folder: Path) -> Settings:
 
 
 def _read_ours(file: Path) -> Ours:
-    """InputError for the embedwright.json of another kind of folder."""
+    """Reads our embedwright.json. InputError for that of another kind of folder."""
     ours = read_object(file)
     if ours.keys() != {"contract", "pooling", "decoder"}:
         raise InputError(f"{file} does not belong to this adapter: it has the keys {sorted(ours)}; move it away")
@@ -172,7 +172,7 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
 def _open_base(
     folder: Path, settings: Settings, dtype: torch.dtype | None, open_embedder: OpenEmbedder
 ) -> tuple[EmbedwrightModel, Any]:
-    """The base, proved to be the one that the adapters were trained on where our own files say which that is."""
+    """Opens the base. InputError where our files say that the adapters were trained on other weights."""
     name, revision, _, ours = settings
     samples = _read_tensors(folder / _SAMPLES) if ours else {}
     if ours and dtype is None:
@@ -201,7 +201,7 @@ def _open_base(
 def _open_decoder(
     name: str, revision: str | None, ours: Ours, dtype: torch.dtype | None
 ) -> tuple[EmbedwrightModel, Any]:
-    """A decoder with the adapter's own contract; its pooling block is still to be filled."""
+    """Opens a decoder under the adapter's own contract, with a pooling block that is still to be filled."""
     base = resolve_base(name, revision)
     backbone = load_backbone(base, decoder_config(base, **(ours.decoder or {})), dtype or torch.float32)
     network = build_network(backbone, ours.pooling, ours.contract)
@@ -211,7 +211,7 @@ def _open_decoder(
 
 @torch.no_grad()
 def _fill(file: Path, network: EmbedwrightModel, tensors: dict[str, Tensor], *, bare: bool, whole_head: bool) -> None:
-    """Every adapter from its tensor, exactly one each; and the pooling block, all of it or (not `whole_head`) none."""
+    """Sets every adapter from its tensor, and the pooling block: all of it or, if not `whole_head`, none of it."""
     if on_head := [name for name, _ in network.head.named_parameters() if "lora_" in name]:
         raise InputError(f"{file}: LoRA on the pooling block ({on_head[0]}) is not supported: it trains in full")
     left_out = "backbone." if bare else ""
@@ -229,5 +229,5 @@ def _fill(file: Path, network: EmbedwrightModel, tensors: dict[str, Tensor], *, 
 
 
 def _stored(name: str) -> str:
-    """A parameter's name without that of the adapter, as peft stores it."""
+    """The name under which peft stores a parameter, without the name of the adapter."""
     return name.replace(".default", "")

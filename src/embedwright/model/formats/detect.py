@@ -1,4 +1,4 @@
-"""What lies under a model's name: where its folder is, and which of the formats that we read it has."""
+"""Finds a model by its name and tells the format of its folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CONTENT = (".json", ".safetensors", ".model")  # suffixes of the files that a m
 
 
 def detect(name: str, revision: str | None = None) -> tuple[Place, Format | Family | None]:
-    """Finds a model's folder, checks its settings and tells its format; None where `Embedder` does not open it.
+    """Finds a model's folder, checks its settings and tells its format; None if `Embedder` cannot open it.
 
     The weights of a hub id are not fetched. InputError for a file.
     """
@@ -32,7 +32,7 @@ def detect(name: str, revision: str | None = None) -> tuple[Place, Format | Fami
 
 
 def format_of(folder: Path, name: str) -> Format | Family | None:
-    """The format of a folder that is called `name`; None where `Embedder` does not open it."""
+    """The format of a folder that is called `name`; None if `Embedder` cannot open it."""
     if is_adapter(folder):
         return "adapter"
     config = read_object(folder / "config.json") if (folder / "config.json").is_file() else {}
@@ -45,7 +45,7 @@ def format_of(folder: Path, name: str) -> Format | Family | None:
 
 
 def content_fingerprint(name: str, revision: str | None = None) -> str:
-    """A hash of a model's files, with those of an adapter's base: it changes where the vectors may change.
+    """Hashes a model's files, and those of an adapter's base. The hash changes whenever the vectors may change.
 
     Nothing is loaded, so neither the device nor the version of a library plays a part. A hub id is known by its commit.
     """
@@ -65,7 +65,7 @@ def content_fingerprint(name: str, revision: str | None = None) -> str:
 
 
 def check_decoder(name: str) -> None:
-    """InputError where `name` is an embedder: read as a bare decoder it would lose its contract and pooling."""
+    """InputError if `name` is an embedder: read as a bare decoder it would lose its contract and pooling."""
     kind = _embedder_kind(name)
     if kind == "known":
         raise InputError(
@@ -80,7 +80,7 @@ def check_decoder(name: str) -> None:
 
 
 def check_embedder(name: str) -> None:
-    """InputError where `Embedder.load` does not open `name`."""
+    """InputError if `Embedder.load` cannot open `name`."""
     kind = _embedder_kind(name)
     if kind == "other":
         raise InputError(f"{name} has modules that only sentence-transformers runs: train it there")
@@ -89,7 +89,7 @@ def check_embedder(name: str) -> None:
 
 
 def _embedder_kind(name: str) -> Literal["known", "other"] | None:
-    """`known` opens as an `Embedder`, `other` in sentence-transformers alone; None is no embedder."""
+    """`known` opens as an `Embedder`, `other` only in sentence-transformers; None is no embedder."""
     if find(split_family(name)[1]).path.is_file():
         return None
     place, form = detect(name)

@@ -1,4 +1,4 @@
-"""Embedders of others that are decoders: what each reads, as data, so that it opens as an `Embedder`.
+"""How published decoder embedders read a text, as data, so that each opens as an `Embedder`.
 
 Encoders, and EmbeddingGemma with its dense layers, open through sentence-transformers under the prompts of their own
 folder (`embedwright.encoders.sentence_transformers`). No remote code: the backbones are stock.
@@ -19,16 +19,16 @@ from embedwright.text import Contract, load_tokenizer
 
 
 class Family(NamedTuple):
-    """How one family of embedders reads a text. `bos` and `eos` are put there by id, whatever a tokenizer adds."""
+    """How one family of embedders reads a text. `bos` and `eos` are added by id, whatever the tokenizer adds."""
 
-    name: str  # a folder or hub id whose last part begins with it is of the family
-    mark: tuple[str, str]  # so is a folder in which this file holds this text
-    model_types: tuple[str, ...]  # and only where config.json says one of these
+    name: str  # the last part of a folder or hub id of this family begins with it
+    mark: tuple[str, str]  # or else this file of the folder holds this text
+    model_types: tuple[str, ...]  # and config.json says one of these
     attention: AttentionKind
     pooling: Literal["last", "mean"]
     query: str
     task: str  # the authors' own instruction, for a query that comes without one
-    max_tokens: int  # where the folder's sentence_bert_config.json says no other
+    max_tokens: int  # unless the folder's sentence_bert_config.json says another
     document: str = ""
     suffix: str = ""  # of a query
     bos: str | None = None
@@ -41,7 +41,7 @@ _WEB = "Given a web search query, retrieve relevant passages that answer the que
 FAMILIES = {
     family.name: family
     for family in (
-        # Model card of Qwen/Qwen3-Embedding-0.6B: last_token_pool, max_length 8192, no space behind "Query:". Its
+        # Model card of Qwen/Qwen3-Embedding-0.6B: last_token_pool, max_length 8192, no space after "Query:". Its
         # config_sentence_transformers.json has the default task. Its tokenizer.json appends <|endoftext|>, not the
         # <|im_end|> that tokenizer_config.json calls EOS (QwenLM/Qwen3-Embedding#54, #122; ggml-org/llama.cpp#14314).
         Family(
@@ -70,7 +70,7 @@ FAMILIES = {
             bos="<s>",
             eos="</s>",
         ),
-        # ContextualAI/gritlm, gritlm/gritlm.py: attn "bbcc" (bidirectional for embeddings), mean behind the instruction
+        # ContextualAI/gritlm, gritlm/gritlm.py: attn "bbcc" (bidirectional for embeddings), mean after the instruction
         # (BOS is left out with it), embed_eos "", max_length 512. README: gritlm_instruction, "<|embed|>\n" alone for
         # documents; the marks are plain text to its tokenizer, which has Mistral's 32,000 tokens.
         Family(
@@ -114,7 +114,7 @@ def split_family(name: str) -> tuple[Family | None, str]:
 
 
 def family_of(folder: Path, name: str, config: dict[str, Any]) -> Family | None:
-    """The family of a folder that is called `name` and has this config.json, by name or by mark."""
+    """The family of a folder that is called `name` and has this config.json; None if it is of none."""
     for family in FAMILIES.values():
         if config.get("model_type") in family.model_types and _modules_fit(folder, family):
             file, mark = family.mark
@@ -124,7 +124,7 @@ def family_of(folder: Path, name: str, config: dict[str, Any]) -> Family | None:
 
 
 def read_family(folder: Path, family: Family) -> Outline:
-    """The outline of a folder. InputError where its decoder, its modules or its tokens are not the family's."""
+    """Reads the settings of a folder. InputError where decoder, modules or tokens are not those of the family."""
     decoder = decoder_config(str(folder), attention=family.attention)
     if decoder.model_type not in family.model_types:
         raise InputError(f"{folder} is a {decoder.model_type!r} model, not one of {family.name}")
@@ -154,7 +154,7 @@ def read_family(folder: Path, family: Family) -> Outline:
 
 
 def _modules_fit(folder: Path, family: Family) -> bool:
-    """Whether the folder's sentence-transformers modules, if it has any, are what we run: this pooling, and no more."""
+    """Whether the folder's sentence-transformers modules, if any, are a transformer and this pooling alone."""
     modules = json.loads(text_of(folder, "modules.json") or "[]")
     kinds = {module["type"].rpartition(".")[2]: module["path"] for module in modules}
     if "Pooling" not in kinds:

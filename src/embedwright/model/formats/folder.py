@@ -1,7 +1,7 @@
-"""The one checked reader of model folders. A folder may come from anyone: what it names must lie in it, and fit.
+"""Reads and writes the files of model folders, checked: a folder may come from anyone.
 
-Every format that we open goes through `check_folder` and `weights_in` before a model is built; these read the headers
-of safetensors files, which hold names, shapes and types. Weights are read and written one file at a time.
+Every format goes through `check_folder` and `weights_in` before a model is built. They read only the headers of
+safetensors files, which hold names, shapes and types. Weights are read and written one file at a time.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Stored(NamedTuple):
 
 
 def read_json(file: Path) -> Any:
-    """The content of a JSON file. InputError where it is broken, NotFoundError where it is not there."""
+    """Reads a JSON file. InputError where it is broken, NotFoundError where it is missing."""
     if not file.is_file():
         raise NotFoundError(f"{file} does not exist")
     try:
@@ -68,7 +68,7 @@ def read_json(file: Path) -> Any:
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """The object in a JSON file. InputError where it holds something else."""
+    """Reads the object in a JSON file. InputError where the file holds something else."""
     content = read_json(file)
     if not isinstance(content, dict):
         raise InputError(f"{file} must hold a JSON object, not {type(content).__name__}")
@@ -81,10 +81,10 @@ def is_adapter(folder: Path) -> bool:
 
 
 def check_folder(folder: Path) -> None:
-    """InputError where a file that a model is read from is a link out of the folder, no regular file, or broken JSON;
-    where the folder names files elsewhere; and where an adapter lies beside a whole model.
+    """Checks all files from which a model is read, but no weights.
 
-    The hub's cache keeps the files of a snapshot as links into its own `blobs`: these are allowed.
+    InputError where a file is a link out of the folder, no regular file or broken JSON, where a setting names files
+    elsewhere, and where an adapter lies beside a whole model. Links of the hub's cache into its `blobs` are allowed.
     """
     for part in [folder, *_modules(folder / "modules.json")]:
         for file in sorted(part.iterdir()) if part.is_dir() else ():
@@ -107,12 +107,11 @@ def check_folder(folder: Path) -> None:
 
 
 def weights_in(folder: Path) -> dict[str, Stored]:
-    """Name -> place, shape and type of every tensor of the model in a folder.
+    """Maps the name of each tensor in a model folder to its file, shape and type.
 
     The weights are `model.safetensors`, or the files that `model.safetensors.index.json` names: exactly one of the two.
-    InputError for names that leave the folder, for shards that the index does not name, for tensors that are not where
-    the index says or that are in two files, and for a file that is not whole. NotFoundError for a file that is missing.
-    Safetensors files of other names belong to no model that we read, and are left alone.
+    InputError where the index names files outside of the folder, where shards and index disagree, and where a file is
+    not whole. NotFoundError where a file is missing. Safetensors files of other names are ignored.
     """
     single, index = folder / SINGLE, folder / INDEX
     if single.exists() and index.exists():
@@ -188,7 +187,7 @@ def check_floats(stored: dict[str, Stored], names: Iterable[str] | None = None) 
 
 
 def check_layers(stored: dict[str, Stored], config: dict[str, Any], where: Path) -> None:
-    """InputError where a config asks for layers that no tensor is of, before a model of so many is built."""
+    """InputError where a config asks for more layers than the tensors have, before a model of that size is built."""
     asked = config.get("num_hidden_layers")
     held = {int(found[1]) for name in stored if (found := _LAYER.search(name))}
     if isinstance(asked, int) and held and asked > max(held) + 1:
@@ -198,7 +197,7 @@ def check_layers(stored: dict[str, Stored], config: dict[str, Any], where: Path)
 
 
 def tensors_of(file: Path, *, within: Path) -> dict[str, Stored]:
-    """Name -> place, shape and type of every tensor of one safetensors file. InputError where it is not whole."""
+    """As `weights_in`, for one safetensors file. InputError where it is not whole or lies outside of `within`."""
     if not file.exists():
         raise NotFoundError(f"{file} does not exist")
     _check_file(within, file)
@@ -211,7 +210,7 @@ def tensors_of(file: Path, *, within: Path) -> dict[str, Stored]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Tensor -> name of a file that lies directly in the folder of the index."""
+    """Maps each tensor to the name of a file beside the index."""
     places = read_object(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise InputError(f"{index}: weight_map must name the file of every tensor")
@@ -235,7 +234,7 @@ def _check_file(folder: Path, file: Path) -> None:
 
 
 def _modules(file: Path) -> list[Path]:
-    """The folders that sentence-transformers' list of modules names. InputError where one of them lies elsewhere."""
+    """The folders that sentence-transformers' modules.json names. InputError where one of them lies elsewhere."""
     if not file.exists():
         return []
     _check_file(file.parent, file)

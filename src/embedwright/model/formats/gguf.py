@@ -1,7 +1,7 @@
-"""GGUF files of llama.cpp, converted once to a Hugging Face folder in the cache.
+"""Converts GGUF files of llama.cpp, once each, to a Hugging Face folder in the cache.
 
-transformers reads them, but leaves out a tensor that it cannot place and makes up one that is missing, and may take
-settings from whatever lies beside the file. So the file is opened alone, and its numbers are counted.
+transformers reads them, but drops a tensor that it cannot place, makes up one that is missing, and may take settings
+from files beside it. So the file is opened in a folder of its own, and its numbers are counted.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _HEAD = ("output.weight", "output.bias")  # the LM head, which an embedder does 
 
 
 def convert_gguf(file: Path) -> Path:
-    """The GGUF file as a Hugging Face folder in the cache, float32, made on first use.
+    """Returns the cached Hugging Face folder (float32) of a GGUF file, and converts the file on first use.
 
-    A conversion that is damaged is made again. InputError where the file lacks weights or holds some without a place.
+    A damaged conversion is made again. InputError where the file lacks weights or holds weights that have no place.
     """
     out = cache_folder("gguf", f"{file.stem}-{_digest(file)[:16]}")
     if out.exists():
@@ -55,7 +55,7 @@ def convert_gguf(file: Path) -> Path:
 
 
 def _read(file: Path) -> tuple[Any, Any]:
-    """Model and tokenizer of a GGUF file, which holds every weight of the model and no others."""
+    """Reads model and tokenizer. InputError unless the file holds every weight of the model and no others."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # its report is read below
     try:
@@ -91,7 +91,7 @@ def _read(file: Path) -> tuple[Any, Any]:
 
 
 def _tensors(file: Path) -> dict[str, int]:
-    """Name -> how many numbers, of every tensor in the file."""
+    """Maps the name of each tensor in the file to its number of elements."""
     try:
         from gguf import GGUFReader
     except ImportError:
@@ -100,13 +100,13 @@ def _tensors(file: Path) -> dict[str, int]:
 
 
 def _odd(names: dict[str, int]) -> str:
-    """Tensors outside of the usual layers, which are those that have no place, as a rule."""
+    """Names up to three tensors outside of the usual layers: as a rule, these have no place."""
     usual = ("blk.", "token_embd.", "output_norm.")
     return ", ".join(sorted(name for name in names if not name.startswith(usual))[:3]) or "more layers than it says"
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether every file is as it was written, by size and time or else by its content, and no other is there."""
+    """Whether the folder holds exactly the files that were written, equal by size and time or else by content."""
     try:
         made = json.loads((folder / _MADE).read_text(encoding="utf-8"))
         return {path.name for path in folder.iterdir()} == {_MADE, *made} and all(

@@ -1,8 +1,8 @@
-"""Released NV-Embed folders (v1, v2), read natively: no remote code, no hub, the reference's vectors.
+"""Reads released NV-Embed folders (v1, v2) natively: no remote code, no hub, the reference's vectors.
 
-What is dead in its config, and what stands in for a missing field, follows the reference: see design, section 7.
-Tensors go one by one from safetensors into a model made without memory, so there is never a second copy of it. What
-`nvembed_export` needs to write the folder again is here too: it must read what this module reads.
+Which settings are ignored, and what replaces a missing one, follows the reference: see design, section 7. The model is
+built without memory and filled tensor by tensor, so that there is never a second copy of it. The names and sizes that
+`nvembed_export` writes are here too, since they must be those that are read.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ class Released(NamedTuple):
 
 
 def load_nvembed(folder: Path, dtype: torch.dtype | None) -> tuple[EmbedwrightModel, Any]:
-    """Model and tokenizer of a local folder; `dtype` None keeps the stored one (of several, the widest).
+    """Reads network and tokenizer from a local folder; `dtype` None keeps the stored type (of several, the widest).
 
-    ValueError for settings that the reference reads and we do not follow, for sizes that contradict the tensors, and
-    for tensors that are missing, unexpected or of another shape, naming them; FileNotFoundError without safetensors.
+    InputError for settings that the reference follows and we do not, for sizes that contradict the tensors, and for
+    tensors that are missing, unexpected or of another shape, naming them. NotFoundError without safetensors.
     """
     found = read_nvembed(folder)
     decoder, pooling, contract, tokenizer = found.outline
@@ -84,7 +84,7 @@ def load_nvembed(folder: Path, dtype: torch.dtype | None) -> tuple[EmbedwrightMo
 
 
 def read_nvembed(folder: Path) -> Released:
-    """Config, tokenizer and the headers of the weights. Errors as in `load_nvembed`."""
+    """Reads the settings, the tokenizer and the headers of the weights. Errors as in `load_nvembed`."""
     small = {name: read_json(folder / name) for name in SMALL_FILES if (folder / name).is_file()}
     with blaming(folder / "config.json"):
         _check_settings(folder, small["config.json"])
@@ -118,9 +118,9 @@ def released_contract(tokenizer: Any, max_tokens: int) -> Contract:
 
 
 def sizes(released: dict[str, Any], shapes: Shapes) -> tuple[Any, PoolingConfig]:
-    """The decoder's config and the pooling block's, from a released config.json and the shapes of released tensors.
+    """The configs of the decoder and the pooling block, from a released config.json and the shapes of its tensors.
 
-    A size that the config lacks comes from the shapes. ValueError where the two contradict each other.
+    A size that config.json lacks comes from the shapes. InputError where the two contradict each other.
     """
     return (
         _decoder_config(released.get("text_config") or {}, shapes),
@@ -129,7 +129,7 @@ def sizes(released: dict[str, Any], shapes: Shapes) -> tuple[Any, PoolingConfig]
 
 
 def check_released(released: dict[str, Any] | None) -> dict[str, Any]:
-    """What our config keeps of a release, for its export. InputError where it names other files or types than ours."""
+    """Checks what our config keeps of a release, for its export. InputError for other files or types than ours."""
     if released is None:
         raise InputError("the model does not come from a released NV-Embed folder: it keeps no files of one to write")
     files = released.get("files")
@@ -146,7 +146,7 @@ def check_released(released: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def released_name(ours: str) -> str:
-    """The released name of a parameter of ours. StopIteration where the release has no such part."""
+    """The released name of our parameter. StopIteration where a release has no such part."""
     start = next(start for start in _PREFIXES if ours.startswith(start))
     return _PREFIXES[start] + ours.removeprefix(start)
 
@@ -163,7 +163,7 @@ def _check_settings(folder: Path, released: dict[str, Any]) -> None:
 
 
 def _headers(folder: Path) -> tuple[dict[str, Stored], torch.dtype]:
-    """All tensors that count, and the widest of their types; reads no weights."""
+    """All tensors but rotary positions, and the widest of their types. Reads no weights."""
     # old checkpoints store rotary positions, which are computed
     tensors = {name: found for name, found in weights_in(folder).items() if not name.endswith("rotary_emb.inv_freq")}
     stored: torch.dtype | None = None
@@ -184,7 +184,7 @@ def _size(shapes: Shapes, name: str, axis: int) -> int:
 
 
 def _decoder_config(text: dict[str, Any], shapes: Shapes) -> Any:
-    """A stock Mistral config: known fields of text_config, sizes from the weights, no window, full attention."""
+    """A stock Mistral config from known fields of text_config and the shapes: no window, bidirectional."""
     layer = "embedding_model.layers.0."
     queries, keys = (_size(shapes, f"{layer}self_attn.{name}_proj.weight", 0) for name in ("q", "k"))
     default = MistralConfig()
@@ -237,7 +237,7 @@ def _agree(where: str, given: dict[str, Any], found: dict[str, int]) -> None:
 
 
 def _fill(network: nn.Module, folder: Path, tensors: dict[str, Stored], dtype: torch.dtype) -> None:
-    """Every parameter from its released tensor, exactly one each."""
+    """Sets every parameter from its released tensor. InputError where names or shapes do not match one to one."""
     names = {released_name(name): name for name, _ in network.named_parameters()}
     check_places(folder, {name: network.get_parameter(ours) for name, ours in names.items()}, tensors)
     for name, tensor in read_tensors(tensors):

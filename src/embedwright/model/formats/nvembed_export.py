@@ -1,4 +1,4 @@
-"""A model in the layout of the released NV-Embed folders, for programs that read that one."""
+"""Writes a model in the layout of the released NV-Embed folders, for programs that read this layout."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _NOT_COMPARED = {"_name_or_path", "architectures", "dtype", "transformers_versio
 
 
 def export_nvembed(model: Embedder, path: str | Path) -> None:
-    """Write a new folder in the released layout, weights in the type that the released ones were stored in.
+    """Writes a new folder in the released layout, with the weights in the type of the release.
 
-    For a model that was opened from such a folder, tuned or not. The small JSON files are those of the release; its two
-    Python files are not ours to write: copy them, where remote code is to open the folder. Needs memory for one shard
-    (5 GB) beside the model. FileExistsError where the folder is not empty; ValueError for what the layout cannot
-    express, and for a weight that overflows the stored type, naming it; ProbeError for a model that is not sound.
+    `model` was opened from such a folder, and may have been tuned. The small JSON files are those of the release. Its
+    two Python files are not written: copy them if remote code shall open the folder. Needs memory for one shard (5 GB)
+    beside the model. OutputExistsError if the folder is not empty. InputError for what the layout cannot express, and
+    for a weight that overflows the stored type, naming it. ProbeError for a model that is not sound.
     """
     check_new_folder(path)
     released = _check_expressible(model)
@@ -43,7 +43,7 @@ def export_nvembed(model: Embedder, path: str | Path) -> None:
 
 
 def _check_expressible(model: Embedder) -> dict[str, Any]:
-    """The model's `released` part, or ValueError: a reader of the layout would build another model."""
+    """Returns the `released` part of the config. InputError where a reader of the layout would build another model."""
     network = model.network
     if isinstance(network.head, FoldedLatent):
         raise InputError(FOLDED)
@@ -91,7 +91,7 @@ def _cast(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """tokenizer.json with its merges as strings, as the release has them: tokenizers before 0.20 read nothing else."""
+    """Writes tokenizer.json with merges as strings, as in the release: tokenizers before 0.20 read nothing else."""
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     merges = content["model"].get("merges", [])
     if not any(" " in piece for pair in merges for piece in pair):

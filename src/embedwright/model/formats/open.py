@@ -24,7 +24,7 @@ from embedwright.text import Contract, load_tokenizer
 
 
 def outline(name: str, revision: str | None = None) -> Outline:
-    """What the embedder of this name is, from its settings. Of an adapter, the settings of its base are read too."""
+    """Reads the settings of an embedder, and of an adapter's base, without weights."""
     place, form = detect(name, revision)
     if form == "nvembed":
         return read_nvembed(fetch_weights(place)).outline
@@ -36,7 +36,7 @@ def outline(name: str, revision: str | None = None) -> Outline:
 def open_embedder(
     path: str | Path, *, dtype: torch.dtype | None, revision: str | None = None
 ) -> tuple[EmbedwrightModel, Any]:
-    """The network and tokenizer of an embedder; `dtype` None keeps the stored type. See `Embedder.load`.
+    """Reads the network and the tokenizer of an embedder; `dtype` None keeps the stored type. See `Embedder.load`.
 
     The network's `config.name_or_path` is the local folder that was read. InputError where the folder is not an
     embedder, lacks weights, or holds files that do not belong together.
@@ -62,7 +62,7 @@ def open_embedder(
 
 
 def _outline(folder: Path, form: Format | Family | None) -> Outline:
-    """Of a folder in our own format, the stock format or that of a family. An error for None, which is no embedder."""
+    """Reads a folder in our own format, the stock format or that of a family. None, no embedder, is an error."""
     if isinstance(form, Family):
         return read_family(folder, form)
     if form is None:

@@ -1,6 +1,6 @@
-"""The model card of an embedder: a README.md whose front matter the Hugging Face hub reads.
+"""Writes the model card of an embedder: a README.md whose front matter the Hugging Face hub reads.
 
-Plain values come in, since data, stages and scores are known to training alone; `facts` gives what a model says itself.
+`model_card` takes plain values, since only training knows data, stages and scores; `facts` gives those of the model.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PASSAGE = "Tides are the rise and fall of sea levels, caused by the gravity of 
 
 
 def facts(network: EmbedwrightModel, tokenizer: TextTokenizer) -> dict[str, Any]:
-    """The arguments of `model_card` that the model knows: contract, form, pooling, attention, sizes, base."""
+    """Returns the arguments of `model_card` that the model itself knows."""
     backbone, origin = network.backbone, network.origin
     base = origin.name if origin is not None and origin.kind == "decoder" else None
     return {
@@ -58,13 +58,14 @@ def model_card(
     scores: Sequence[Row] = (),
     path: str | None = None,
 ) -> str:
-    """The text of README.md.
+    """Returns the text of README.md.
 
-    `form`: what the folder is, as `facts` says it. `base`, `license`: as the hub calls them; a base that is no hub id
-    stands in the text alone. `stages`, `data`, `scores`: rows of three tables, in the order given, under the keys of
-    their rows: any for stages (`name`, `steps`, `lr`, ...); `task`, `rows`, `licence` and `source` for data, where a
-    source that is a data set on the hub goes into the front matter; those of `evaluation.report.table` for scores.
-    `path`: what a reader loads, where that is not `name`.
+    Args:
+        form: The format of the folder, as `facts` says it.
+        base, license: Names as on the hub. A base that is no hub id is named in the text alone.
+        stages, data, scores: The rows of three tables; the keys of the rows are the columns. Data rows have `task`,
+            `rows`, `licence` and `source`; a source that is a data set on the hub goes into the front matter.
+        path: What a reader loads, if that is not `name`.
     """
     from_hub = base if base and _HUB_ID.fullmatch(base) and not Path(base).exists() else None
     sources = [_DATASET.fullmatch(str(row.get("source") or "")) for row in data]
@@ -118,7 +119,7 @@ print(queries @ passages.T)"""
 
 
 def _reading(contract: Contract, pooling: str, attention: str) -> list[Row]:
-    """What text.py does with a text, in words."""
+    """Describes the text contract in words."""
     mean = "all tokens, the instruction's too" if contract.mask_rule == "all" else "all tokens but the instruction's"
     cut = "cut off with the rest" if contract.mask_rule == "count" else "also behind a text that is cut"
     rows = {
@@ -137,7 +138,7 @@ def _reading(contract: Contract, pooling: str, attention: str) -> list[Row]:
 
 
 def _table(rows: Sequence[Row]) -> str:
-    """Markdown, under the keys of all rows, in the order in which they come; an empty cell where a row lacks one."""
+    """A Markdown table. Its columns are the keys of all rows, in order; a key that a row lacks is an empty cell."""
     keys = list(dict.fromkeys(key for row in rows for key in row))
     lines = [keys, ["---"] * len(keys), *([_cell(row.get(key)) for key in keys] for row in rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
@@ -152,5 +153,5 @@ def _cell(value: str | float | None) -> str:
 
 
 def _quoted(text: str) -> str:
-    """As a Python string in double quotes."""
+    """The text as a Python string in double quotes."""
     return json.dumps(text, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""Out to others with the weights at hand: a SentenceTransformer around this network, a repository on the hub.
+"""Gives a model to other libraries: as a SentenceTransformer around this network, or as a repository on the hub.
 
 Here no weight is copied, and what a SentenceTransformer trains is this model.
 """
@@ -54,7 +54,7 @@ def sentence_transformer(network: EmbedwrightModel, tokenizer: Any) -> Any:
 
 @cache
 def _transformer() -> Any:
-    """sentence-transformers' own Transformer, for a network that is there already, and saved as a plain model."""
+    """A Transformer of sentence-transformers that takes a network as it is, and saves it with merged adapters."""
     from sentence_transformers.base.modules.transformer import Transformer
 
     def load_model(self: Any, *args: Any, at_hand: EmbedwrightModel | None = None, **kwargs: Any) -> Any:
@@ -72,9 +72,9 @@ def _transformer() -> Any:
 
 @torch.no_grad()
 def merged_weights(network: EmbedwrightModel) -> dict[str, Tensor]:
-    """The network's tensors as `Embedder.merge` would leave them, under the names of a plain one, with nothing changed.
+    """The tensors that the network would have after `Embedder.merge`; the network itself stays as it is.
 
-    Sums in float32, rounded once. ValueError for adapters that are not at work, or not ours.
+    Sums are made in float32 and rounded once. InputError for adapters that are not at work, or not ours.
     """
     tensors: dict[str, Tensor] = dict(network.state_dict())
     if not has_lora(network):

@@ -1,7 +1,7 @@
-"""Which other programs give the vectors of a saved folder, by what stands in it; and for queries, documents or both.
+"""Tells which other programs give the right vectors for a saved folder, and for queries, documents or both.
 
-What servers read is by their sources: text-embeddings-inference 1.9 takes the pooling of `1_Pooling`, pools every token
-of a text, its prompt included, and decides on attention by `use_bidirectional_attention`, of Qwen2 by `is_causal`.
+The facts are from the source of the server: text-embeddings-inference 1.9 takes the pooling of `1_Pooling`, pools every
+token including the prompt's, and decides on attention by `use_bidirectional_attention`, for Qwen2 by `is_causal`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ _BOTH = "queries and documents"
 
 
 def others_read(folder: Path) -> tuple[bool, str] | None:
-    """Whether nothing in the folder misleads a program that is known to read it, and a line that names who is right.
+    """Whether no known program is misled by the folder, and a line that names the programs that are right.
 
-    None for folders of other authors.
+    None for a folder that this package did not write.
     """
     form = format_of(folder, "")
     if form == "adapter":
@@ -36,7 +36,7 @@ def others_read(folder: Path) -> tuple[bool, str] | None:
 
 
 def _server(folder: Path) -> tuple[str, bool]:
-    """What text-embeddings-inference makes of a stock folder; and whether a key is missing that it would read."""
+    """What text-embeddings-inference makes of a stock folder, and whether a key misleads it."""
     config = read_object(folder / "config.json")
     name, kind = "text-embeddings-inference", config.get("model_type")
     flag = config.get("use_bidirectional_attention") is True

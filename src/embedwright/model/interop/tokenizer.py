@@ -1,7 +1,7 @@
-"""How other libraries open a saved model: its tokenizer as a transformers class, and sentence-transformers' files.
+"""A transformers tokenizer that follows the text contract, and the files that sentence-transformers reads.
 
-They prepare token ids themselves, and a count of prompt tokens is all that they know of a text contract. So the
-tokenizer carries the contract, and gives its ids and pool mask under the calls that they make (design, section 7).
+Other libraries make token ids themselves, and all they know of a contract is a count of prompt tokens. So the tokenizer
+carries the contract, and its calls return the ids and the pool mask of the contract (design, section 7).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NO_LIMIT = 10**9  # tokens
 
 
 class EmbedwrightTokenizer(PreTrainedTokenizerFast):
-    """Texts in, `input_ids`, `attention_mask` and `pool_mask` out, exactly as `Embedder.encode` reads them.
+    """Turns texts into `input_ids`, `attention_mask` and `pool_mask`, exactly as `Embedder.encode` reads them.
 
     `model(**tokenizer(texts)).pooler_output` are the vectors of documents; `prefix`, or a system message in
     `apply_chat_template`, is the string in front of a query. Made by `tokenizer_for`; AutoTokenizer loads it.
@@ -32,14 +32,14 @@ class EmbedwrightTokenizer(PreTrainedTokenizerFast):
 
     @property
     def text_tokenizer(self) -> TextTokenizer:
-        """What reads the texts: this tokenizer with the tokens that it has now, whatever it was set to cut or pad."""
+        """The tokenizer that reads the texts: a copy with the tokens of now, without truncation or padding."""
         if self._reads_with is None or self._reads_with[0] != len(self):
             self._reads_with = len(self), TextTokenizer(self.backend_tokenizer)
         return self._reads_with[1]
 
     @property
     def text_contract(self) -> Contract:
-        """The contract that was saved with this tokenizer. ValueError where there is none."""
+        """The contract that was saved with this tokenizer. InputError if there is none."""
         if "contract" not in self.init_kwargs:
             raise InputError("this tokenizer holds no text contract: make it with tokenizer_for")
         return Contract.model_validate(self.init_kwargs["contract"])
@@ -58,11 +58,11 @@ class EmbedwrightTokenizer(PreTrainedTokenizerFast):
         return_tensors: str | None = "pt",
         **others: Any,
     ) -> Any:
-        """A BatchEncoding of the texts, with `prefix` (None: the document template) in front of each.
+        """Returns a BatchEncoding of the texts, with `prefix` (None: the document template) in front of each.
 
-        Cut to `max_length`, or else to `model_max_length`, every token counted; `truncation=False` cuts nothing. One
-        text without tensors comes without a batch dimension. ValueError for text pairs, for any option that would
-        change the ids, and for a prefix that leaves no token to pool; TypeError for what is no text.
+        Texts are cut to `max_length`, or else to `model_max_length`, all tokens counted; `truncation=False` cuts
+        nothing. A single text without tensors has no batch dimension. InputError for text pairs, for any option that
+        would change the ids, and for a prefix that leaves no token to pool; InputTypeError for an item that is no text.
         """
         _refuse(others, text_pair)
         texts = check_texts([text] if isinstance(text, str) else text)
@@ -72,7 +72,7 @@ class EmbedwrightTokenizer(PreTrainedTokenizerFast):
         return self._padded(rows, single, padding, max_length, pad_to_multiple_of, padding_side, return_tensors)
 
     def encode(self, text: str, text_pair: Any = None, *, return_tensors: str | None = None, **options: Any) -> Any:
-        """The `input_ids` of one text."""
+        """Returns the `input_ids` of one text."""
         return self(text, text_pair, return_tensors=return_tensors, **options)["input_ids"]
 
     def apply_chat_template(
@@ -89,10 +89,10 @@ class EmbedwrightTokenizer(PreTrainedTokenizerFast):
         common_kwargs: Mapping[str, Any] | None = None,
         **others: Any,
     ) -> Any:
-        """What sentence-transformers calls: the system message is the string in front, the user message the text.
+        """Reads conversations, as sentence-transformers makes them: the system message is the prefix of the text.
 
-        A conversation is one user message with at most one system message before it; without one, nothing is in front.
-        Otherwise as a call. `tokenize=False` gives the strings. ValueError for other conversations and options.
+        A conversation is one user message, the text, after at most one system message. The rest is as in a call.
+        `tokenize=False` returns the strings. InputError for other conversations and options.
         """
         batched = not conversation or not isinstance(conversation[0], Mapping)
         conversations: Any = conversation if batched else [conversation]
@@ -109,7 +109,7 @@ class EmbedwrightTokenizer(PreTrainedTokenizerFast):
         return encoded if return_dict else encoded["input_ids"]
 
     def _limit(self, truncation: bool | str | None, max_length: int | None) -> int:
-        """Checked where the texts are read."""
+        """The number of tokens to which texts are cut; checked when they are read."""
         if truncation is False or truncation == "do_not_truncate":
             return NO_LIMIT
         if truncation not in (True, None, "longest_first", "only_first"):
@@ -119,7 +119,7 @@ class EmbedwrightTokenizer(PreTrainedTokenizerFast):
         return self.model_max_length or self.text_contract.max_tokens  # None: sentence-transformers' user unset it
 
     def _tokenized(self, pairs: Sequence[tuple[str, str]], limit: int) -> list[TokenizedText]:
-        """Rows of (prefix, text); those with the same prefix at a time."""
+        """Reads (prefix, text) pairs, all of one prefix at a time."""
         contract, tokenizer = self.text_contract, self.text_tokenizer
         rows: dict[int, TokenizedText] = {}
         for prefix in dict.fromkeys(prefix for prefix, _ in pairs):
@@ -156,7 +156,7 @@ class EmbedwrightTokenizer(PreTrainedTokenizerFast):
         )
 
     def _pad(self, encoded_inputs: Any, *args: Any, padding_side: str | None = None, **kwargs: Any) -> Any:
-        """As the base class pads, with the pool mask: data collators come here."""
+        """Pads the pool mask too. Data collators call this."""
         padded = super()._pad(encoded_inputs, *args, padding_side=padding_side, **kwargs)
         if "pool_mask" in padded:
             missing = [0] * (len(padded["input_ids"]) - len(padded["pool_mask"]))
@@ -169,7 +169,7 @@ AutoTokenizer.register(EmbedwrightConfig, fast_tokenizer_class=EmbedwrightTokeni
 
 
 def tokenizer_for(tokenizer: Any, contract: Contract) -> EmbedwrightTokenizer:
-    """A copy of a transformers tokenizer, with the same ids, that carries the contract and has no chat template."""
+    """Makes a tokenizer with the same ids that carries the contract and has no chat template."""
     tokens = dict(tokenizer.special_tokens_map)
     tokens.setdefault("pad_token", tokenizer.convert_ids_to_tokens(contract.eos_id or 0))  # any will do: none is read
     made = EmbedwrightTokenizer(
@@ -187,10 +187,10 @@ def tokenizer_for(tokenizer: Any, contract: Contract) -> EmbedwrightTokenizer:
 def sentence_transformers_files(
     contract: Contract, pooling_mode: str, hidden: int, transformer: dict[str, Any]
 ) -> dict[str, Any]:
-    """Path in the folder -> JSON content, of Transformer -> Pooling -> Normalize; `transformer`: more of its config.
+    """Maps paths in the folder to JSON content, for the modules Transformer, Pooling and Normalize.
 
-    Prompts: a document's is its template, and the default; a query's is that of the default task, as the user gives any
-    other one as `prompt`.
+    `transformer` is added to the config of the first. The default prompt is the document template. The query prompt is
+    that of the default task; for another task, users pass `prompt`.
     """
     modules = (
         ("", "sentence_transformers.base.modules.transformer.Transformer"),
@@ -230,12 +230,12 @@ STOCK_TRANSFORMER = {"modality_config": {"text": _FORWARD}}
 # EmbedwrightTokenizer: texts become messages, since in text form the prompt and the text arrive as one string.
 OUR_TRANSFORMER = {
     "modality_config": {"text": _FORWARD, "message": {**_FORWARD, "format": "flat"}},
-    "processing_kwargs": {"chat_template": {"restore_suffix": False}},  # the contract says what is behind a cut text
+    "processing_kwargs": {"chat_template": {"restore_suffix": False}},  # the contract says what follows a cut text
 }
 
 
 def _refuse(options: Mapping[str, Any], text_pair: Any = None) -> None:
-    """ValueError where an option is asked for that this tokenizer has not, or that would change the ids."""
+    """InputError where a caller asks for an option that this tokenizer lacks, or that would change the ids."""
     if text_pair is not None:
         raise InputError("an embedding model reads one text at a time: text pairs are not supported")
     asked = {name: value for name, value in options.items() if value is not None and value is not False}

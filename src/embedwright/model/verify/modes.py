@@ -1,4 +1,4 @@
-"""Dropout off for a while: every module's own mode is put back as it was."""
+"""Switches a network to evaluation mode for a while, and restores the mode of every module."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 @dataclass
 class _Entered:
-    """How many are inside for one network, and which of its modules were in training before the first came."""
+    """The number of blocks that are open for a network, and its modules that were in training before the first."""
 
     count: int
     training: list[nn.Module]
@@ -25,10 +25,10 @@ _lock = threading.Lock()
 
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
-    """The network is in evaluation mode meanwhile. Afterwards each module is in the mode that it was in.
+    """Within the block the network is in evaluation mode; after it each module has its own mode again.
 
-    `train(mode)` on the whole tree would also switch the parts that a trainer keeps in evaluation. Several threads may
-    be inside at once: the first one switches, and the last one puts the modes back.
+    `network.train()` after the block would also switch parts that a trainer keeps in evaluation. Several threads may be
+    in the block at once: the first one switches, and the last one restores the modes.
     """
     with _lock:
         entered = _entered.get(network)

@@ -1,7 +1,7 @@
-"""Proof, by running it, that a model attends as it says and that texts in a batch do not meet.
+"""Proves, by running it, that a model attends as its config says and that texts of a batch do not see each other.
 
-Cheap enough to run whenever a model is made, loaded with an adapter, merged or exported: four texts of a few tokens,
-and each layer's attention mask read out of the attention function itself.
+Cheap enough for every time that a model is made, loaded, merged or exported: it runs four texts of a few tokens, and
+reads each layer's attention mask out of the attention function itself.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _MATE = 3  # tokens of the text beside the one whose mask is read
 
 
 class ProbeError(RuntimeError):
-    """The model does not do what its config says; nothing it computes can be trusted."""
+    """The model does not do what its config says, so none of its vectors can be trusted."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Relative changes of hidden states, and masks that are not as configured."""
+    """What the probe has measured: relative changes of hidden states, and masks that are not as configured."""
 
     later_token: float  # largest of an earlier token, when the last token changes: 0 if causal
     # Mean over a text's tokens, when other texts stand beside it: 0 up to rounding, which in 16 bits can move a single
@@ -63,9 +63,9 @@ class Probe:
 
 @torch.no_grad()
 def probe(network: EmbedwrightModel, mask_length: int = _MASK_LENGTH) -> Probe:
-    """Runs the network as it stands (adapters included) on random tokens; each module's mode is put back.
+    """Runs the network, adapters included, on random tokens, and restores the mode of each module.
 
-    `mask_length`: tokens at which every layer's mask is read; a window wider than that, named nowhere, stays unseen.
+    Every layer's mask is read at `mask_length` tokens: a wider window that is named nowhere stays unseen.
     """
     with evaluating(network):
         vocabulary, length = network.backbone.config.vocab_size, min(LENGTH, network.longest)
@@ -86,7 +86,7 @@ def probe(network: EmbedwrightModel, mask_length: int = _MASK_LENGTH) -> Probe:
 
 
 def check(network: EmbedwrightModel) -> Probe:
-    """The probe, and ProbeError if the network is not what its config says, or has adapters that are not at work."""
+    """Runs the probe. ProbeError if the network is not what its config says, or has adapters that are not at work."""
     if faults := lora_faults(network.backbone):
         raise ProbeError(faults[0])
     result = probe(network)
@@ -134,7 +134,7 @@ def _packed(texts: list[Any]) -> PackedTexts:
 
 
 def _changes(a_LD: Tensor, b_LD: Tensor) -> Tensor:
-    """(L,): how far each token's state moved, in units of the states' mean length."""
+    """(L,): how far each token's state moved, relative to the mean length of the states."""
     moved_L, length_L = (torch.linalg.vector_norm(x_LD.float(), dim=-1) for x_LD in (a_LD - b_LD, b_LD))
     in_units_L: Tensor = moved_L / length_L.mean()
     return in_units_L
@@ -147,7 +147,7 @@ Call = tuple[Any, dict[str, Any]]  # of packed attention: the layer's module, it
 
 
 def _wrong_masks(network: EmbedwrightModel, calls: list[Call], length: int) -> Iterator[str]:
-    """Each layer's mask at its first and last token, against what the config asks for."""
+    """Compares each layer's mask at the first and last token with the config; yields a line for each fault."""
     config = network.backbone.config
     if len(calls) != config.num_hidden_layers:
         yield f"{len(calls)} of {config.num_hidden_layers} layers run through the packed attention"
@@ -166,9 +166,9 @@ def _wrong_masks(network: EmbedwrightModel, calls: list[Call], length: int) -> I
 
 
 def expected_mask(config: Any, layer: int, length: int) -> Tensor:
-    """Bool (L, 2): whether each token of a text should see its first and its last token, by the config alone.
+    """Bool (L, 2): whether each token of a text should see the first and the last token, by the config alone.
 
-    Windows as transformers' own sdpa masks have them: |i-j| <= w in both directions, i-j < w when causal.
+    Windows are those of transformers' sdpa masks: |i-j| <= w in both directions, i-j < w when causal.
     """
     types = getattr(config, "layer_types", None)
     window = None if types and types[layer] == "full_attention" else getattr(config, "sliding_window", None)
@@ -184,9 +184,9 @@ def expected_mask(config: Any, layer: int, length: int) -> Tensor:
 
 
 def _read_mask(module: Any, kwargs: dict[str, Any], length: int, like: Tensor) -> tuple[Tensor, bool]:
-    """Bool (L, 2), which tokens see the first and the last; and whether the text beside it is seen.
+    """Returns bool (L, 2), which tokens see the first and the last; and whether they see the text beside theirs.
 
-    With queries of zero every visible token gets the same weight, so values that mark one token each show the mask.
+    With queries of zero every visible token gets the same weight, so values that mark single tokens show the mask.
     """
     width = 16
     packed = _packed([np.zeros(length, dtype=np.int64), np.zeros(_MATE, dtype=np.int64)]).to(like.device)

@@ -1,10 +1,10 @@
-"""A saved model carries proof of what it is: token ids and vectors of a few texts, checked whenever it is loaded.
+"""Records token ids and vectors of a few texts beside a saved model, and checks them whenever it is loaded.
 
-What only another machine or another library version can break — a tokenizer that is rebuilt with other rules, weights
-that were merged twice, a template or a pooling that was edited — shows here, and nowhere else from the inside.
+This finds what breaks only on another machine or with another version of a library: a tokenizer that is rebuilt with
+other rules, weights that were merged twice, a template or a pooling that was edited.
 
-Vectors are computed in float32 with the weights in the type in which they are stored: in 16 bits another processor
-alone may turn those of a deep model by a third.
+Vectors are computed in float32 from the weights as stored: in 16 bits the vectors of a deep model may turn by a third
+on another processor.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Result = tuple[bool, str] | None  # whether a proof holds, and the number that s
 
 
 def write(network: EmbedwrightModel, tokenizer: TextTokenizer, folder: Path) -> None:
-    """Record the model's ids and vectors in `folder`."""
+    """Records the model's ids and vectors in `folder`."""
     rows = []
     for (text, _), tokens, vector in zip(TEXTS, *_computed(network, tokenizer), strict=True):
         kept = [round(float(x), 7) for x in vector[:_DIMS]]
@@ -96,7 +96,7 @@ def _other_weight(network: EmbedwrightModel, stored: EmbedwrightModel) -> str | 
 
 
 def check(network: EmbedwrightModel, tokenizer: TextTokenizer, folder: Path, reload: Reload) -> None:
-    """ProbeError where ids or vectors are not the recorded ones; nothing where none were recorded."""
+    """Raises ProbeError where ids or vectors differ from the recorded ones, if there are any."""
     ok, detail = compare(network, tokenizer, folder, reload) or (True, "")
     if not ok:
         raise ProbeError(f"{folder} does not give the vectors that it was saved with: {detail}")
@@ -120,7 +120,7 @@ def _computed(network: EmbedwrightModel, tokenizer: TextTokenizer) -> tuple[list
 
 @contextmanager
 def _in_float32(twin: EmbedwrightModel) -> Iterator[None]:
-    """Each module computes in float32: its own weights are cast when it is called, and put back after it."""
+    """Within the block each module casts its weights to float32 when it is called, and puts them back after."""
 
     def cast(module: nn.Module, _: Any) -> None:
         kept.append(dict(module._parameters))
