@@ -15,7 +15,7 @@ from embedwright.model.formats.folder import read_object
 _BOTH = "queries and documents"
 
 
-def others_read(folder: Path) -> tuple[bool, str] | None:
+def check_readers(folder: Path) -> tuple[bool, str] | None:
     """Whether no known program is misled by the folder, and a line that names the programs that are right.
 
     None for a folder that this package did not write.

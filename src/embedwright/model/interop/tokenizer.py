@@ -56,7 +56,7 @@ class EmbedwrightTokenizer(PreTrainedTokenizerFast):
         pad_to_multiple_of: int | None = None,
         padding_side: str | None = None,
         return_tensors: str | None = "pt",
-        **others: Any,
+        **unknown: Any,
     ) -> Any:
         """Returns a BatchEncoding of the texts, with `prefix` (None: the document template) in front of each.
 
@@ -64,7 +64,7 @@ class EmbedwrightTokenizer(PreTrainedTokenizerFast):
         nothing. A single text without tensors has no batch dimension. InputError for text pairs, for any option that
         would change the ids, and for a prefix that leaves no token to pool; InputTypeError for an item that is no text.
         """
-        _refuse(others, text_pair)
+        _refuse(unknown, text_pair)
         texts = check_texts([text] if isinstance(text, str) else text)
         in_front = self.text_contract.prefix(None) if prefix is None else prefix
         rows = self._tokenized([(in_front, one) for one in texts], self._limit(truncation, max_length))
@@ -87,7 +87,7 @@ class EmbedwrightTokenizer(PreTrainedTokenizerFast):
         return_dict: bool = True,
         tokenizer_kwargs: Mapping[str, Any] | None = None,
         common_kwargs: Mapping[str, Any] | None = None,
-        **others: Any,
+        **unknown: Any,
     ) -> Any:
         """Reads conversations, as sentence-transformers makes them: the system message is the prefix of the text.
 
@@ -102,7 +102,7 @@ class EmbedwrightTokenizer(PreTrainedTokenizerFast):
             return strings if batched else strings[0]
         options = {**(tokenizer_kwargs or {}), **(common_kwargs or {})}
         layout = {name: options.pop(name, None) for name in ("pad_to_multiple_of", "padding_side")}
-        _refuse({**others, **options})
+        _refuse({**unknown, **options})
         rows = self._tokenized(pairs, self._limit(truncation, max_length))
         single = not batched and return_tensors is None
         encoded = self._padded(rows, single, padding, max_length, return_tensors=return_tensors, **layout)

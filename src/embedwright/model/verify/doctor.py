@@ -29,7 +29,7 @@ from embedwright.model.adapters.lora import has_lora, idle_adapters
 from embedwright.model.embedder import Embedder
 from embedwright.model.formats.detect import format_of
 from embedwright.model.formats.open import open_embedder
-from embedwright.model.interop.readers import others_read
+from embedwright.model.interop.readers import check_readers
 from embedwright.model.verify import selftest
 from embedwright.model.verify.by_hand import (
     TEXTS,
@@ -263,8 +263,8 @@ def _sentence_transformers(model: Embedder, folder: Path | None) -> Result:
     return equal(model, got, np.stack([model.encode(TEXTS, task=TASK), model.encode(TEXTS)]))
 
 
-def _others(_: Embedder, folder: Path | None) -> Result:
-    return None if folder is None else others_read(folder)
+def _readers(_: Embedder, folder: Path | None) -> Result:
+    return None if folder is None else check_readers(folder)
 
 
 _OF_ANY: dict[str, Callable[..., Result]] = {
@@ -289,5 +289,5 @@ _OF_OURS: dict[str, Callable[..., Result]] = {
     "through AutoModel": _auto_model,
     "through sentence-transformers": _sentence_transformers,
     "adapter active": _adapter,
-    "other programs": _others,
+    "other programs": _readers,
 }

@@ -15,7 +15,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer
 
 from embedwright.model.embedder import Embedder
-from embedwright.model.interop.readers import others_read
+from embedwright.model.interop.readers import check_readers
 from embedwright.model.verify.doctor import examine_name
 
 TEXTS = ["how do tides work?", "a", "  spaces and\na new line ", "漢字 🙂", "</s> inside", "far too long " * 40]
@@ -60,7 +60,7 @@ def test_a_server_that_pools_every_token_gives_our_vectors(
         np.testing.assert_allclose(Embedder.load(folder).encode(TEXTS, task), expected, atol=1e-5)
         np.testing.assert_allclose(other.encode(TEXTS, prompt=prompt or None), expected, atol=1e-5)
     assert model.tokenize(TEXTS, TASK).pool_mask_T.all()
-    ok, line = others_read(folder) or (False, "")
+    ok, line = check_readers(folder) or (False, "")
     assert ok and "text-embeddings-inference: queries and documents" in line
 
 
@@ -78,7 +78,7 @@ def test_it_goes_for_our_own_format_too(tiny_embedder: Make, tmp_path: Path) -> 
         del rows["pool_mask"]  # as another tokenizer would give them
         np.testing.assert_allclose(network(**rows).pooler_output, model.encode(TEXTS, TASK), atol=1e-5)
     np.testing.assert_allclose(other.encode(TEXTS, prompt=prompt), model.encode(TEXTS, TASK), atol=1e-5)
-    ok, line = others_read(folder) or (False, "")
+    ok, line = check_readers(folder) or (False, "")
     assert ok and "do not know this format" in line
 
 
@@ -110,7 +110,7 @@ def test_a_stock_folder_says_it_in_each_readers_key(
     assert bool(config.get("use_bidirectional_attention")) is by_flag
     texts = [text for text in TEXTS if "</s>" not in text][:4]
     np.testing.assert_allclose(model.encode(texts), as_a_server(folder, texts, "", 512), atol=2e-5)
-    ok, line = others_read(folder) or (False, "")
+    ok, line = check_readers(folder) or (False, "")
     served = by_flag or family == "qwen2" or not bidirectional
     assert ok and ("text-embeddings-inference: documents alone" in line) is served
 
@@ -138,4 +138,4 @@ def test_the_doctor_names_who_reads_a_folder_wrong(tiny_embedder: Make, tmp_path
     config = config_of(folder)
     (folder / "config.json").write_text(json.dumps({**config, "use_bidirectional_attention": False}))
     assert not found()[0] and "read as causal" in found()[1]
-    assert others_read(Path(__file__).parents[3] / "parity" / "fixtures" / "nvembed-tiny-v2") is None
+    assert check_readers(Path(__file__).parents[3] / "parity" / "fixtures" / "nvembed-tiny-v2") is None
