@@ -163,7 +163,7 @@ def _read_ours(file: Path) -> Ours:
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
-    check_floats(stored := tensors_of(file, within=file.parent))
+    check_floats(stored := tensors_of(file))
     if not stored:
         raise InputError(f"{file} holds no tensors")
     return dict(read_tensors(stored))

@@ -129,7 +129,7 @@ def weights_in(folder: Path) -> dict[str, Stored]:
         raise InputError(f"{folder} holds {stray[0]}, which is no part of the model in {told}: move it away")
     found: dict[str, Stored] = {}
     for name in files:
-        for tensor, stored in tensors_of(folder / name, within=folder).items():
+        for tensor, stored in tensors_of(folder / name).items():
             if places is not None and places.get(tensor) != name:
                 other = f"puts it into {places[tensor]}" if tensor in places else "does not name it"
                 raise InputError(f"{folder}: {tensor} is in {name}, but {INDEX} {other}")
@@ -196,11 +196,11 @@ def check_layers(stored: dict[str, Stored], config: dict[str, Any], where: Path)
         )
 
 
-def tensors_of(file: Path, *, within: Path) -> dict[str, Stored]:
-    """As `weights_in`, for one safetensors file. InputError where it is not whole or lies outside of `within`."""
+def tensors_of(file: Path) -> dict[str, Stored]:
+    """As `weights_in`, for one safetensors file. InputError where it is not whole, or a link out of its folder."""
     if not file.exists():
         raise NotFoundError(f"{file} does not exist")
-    _check_file(within, file)
+    _check_file(file.parent, file)
     try:
         with safe_open(file, framework="pt") as opened:
             pieces = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  (not a dict)

@@ -50,9 +50,16 @@ def open_embedder(
     elif form == "nvembed":
         network, tokenizer = load_nvembed(folder, dtype)
     else:
-        seen = _outline(folder, form)
+        decoder, pooling, contract, tokenizer = _outline(folder, form)
         check_weights(folder)
-        network, tokenizer = _with_weights(folder, form, seen, dtype), seen.tokenizer
+        if form == "ours":
+            with blaming(folder):
+                network = EmbedwrightModel.from_pretrained(
+                    folder, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False
+                )
+        else:
+            backbone = load_backbone(str(folder), decoder, dtype or decoder.dtype or torch.float32)
+            network = build_network(backbone, pooling, contract)
     network.config.name_or_path = str(folder)
     if network.origin is None:  # that of an adapter is its base's
         base = str(path).removesuffix(split_family(str(path))[1]) + (place.hub_id or str(folder.resolve()))
@@ -92,17 +99,6 @@ def _outline_of_adapter(folder: Path) -> Outline:
         return outline(settings.base, settings.revision)
     base = resolve_base(settings.base, settings.revision, weights=False)
     return Outline(decoder_config(base, **ours.decoder), ours.pooling, ours.contract, load_tokenizer(base))
-
-
-def _with_weights(folder: Path, form: Any, seen: Outline, dtype: torch.dtype | None) -> EmbedwrightModel:
-    if form == "ours":
-        with blaming(folder):
-            network: EmbedwrightModel = EmbedwrightModel.from_pretrained(
-                folder, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False
-            )
-        return network
-    backbone = load_backbone(str(folder), seen.decoder, dtype or seen.decoder.dtype or torch.float32)
-    return build_network(backbone, seen.pooling, seen.contract)
 
 
 def _setting(file: Path, settings: dict[str, Any], part: str, kind: type[Model]) -> Model:
