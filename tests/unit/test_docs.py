@@ -1,9 +1,11 @@
-"""Numbers of the docs that can be computed, computed."""
+"""The docs: pages that the program makes are up to date, figures that can be computed are right, links lead on."""
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +13,47 @@ from transformers import AutoModel, MistralConfig
 
 from embedwright.model.pooling import FoldedLatent, LatentPooling, PoolingConfig
 
-DOCS = Path(__file__).parents[2] / "docs"
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = [*ROOT.glob("*.md"), *DOCS.glob("*.md"), *ROOT.glob("skills/*/*.md")]
+
+
+def make_docs() -> Any:
+    spec = importlib.util.spec_from_file_location("make_docs", ROOT / "scripts" / "make_docs.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
+def test_the_made_pages_are_what_the_program_makes() -> None:
+    stale = [path.name for path, text in make_docs().pages().items() if path.read_text(encoding="utf-8") != text]
+    assert stale == [], "run python scripts/make_docs.py"
+
+
+def test_every_link_leads_to_a_file_and_a_heading() -> None:
+    broken = []
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            name, _, heading = target.partition("#")
+            file = (page.parent / name).resolve() if name else page
+            if not file.exists() or (heading and heading not in headings(file)):
+                broken.append(f"{page.name}: {target}")
+    assert broken == []
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors that GitHub gives a page's headings."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_the_docs_stay_short() -> None:
+    made = {path.name for path in make_docs().pages()} - {"data.md"}
+    prose = [page for page in DOCS.glob("*.md") if page.name not in made]
+    words = {page.name: len(re.sub(r"(?m)^\|.*$", "", page.read_text(encoding="utf-8")).split()) for page in prose}
+    assert sum(words.values()) <= 11_000, words
+    assert words["concepts.md"] <= 1_200 and len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 820
 
 
 def count(module: nn.Module) -> int:

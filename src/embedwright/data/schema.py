@@ -21,22 +21,24 @@ class DataError(InputError):
 
 
 class Task(BaseModel):
-    """What a row asks for: its instruction and how its batch mates may be used (design, section 4).
-
-    `in_batch_negatives` is None where the stage of the recipe decides.
-    """
+    """What a row asks for: its instruction, and how other rows of its batch may be used."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: Annotated[str, Field(pattern=r"\S")]  # not empty
+    name: Annotated[str, Field(pattern=r"\S")]
+    """Of the task: rows, `in_batch_negatives: same_task` and the model card go by it."""
     family: Family = "retrieval"
+    """What kind of task it is: decides what mining does with its rows."""
     instruction: str = ""
-    symmetric: Annotated[bool, Field(strict=True)] = (
-        False  # the instruction goes on both sides (STS, clustering by example)
-    )
+    """Put before queries. Source: paper, 3.3."""
+    symmetric: Annotated[bool, Field(strict=True)] = False
+    """The instruction goes on documents too. Source: paper, 4.2: STS."""
     in_batch_negatives: InBatch | None = None
+    """Without it, the stage's."""
     licence: str = ""
+    """For the model card and for `data clean --licence`."""
     source: str = ""
+    """Where the rows come from, for the model card."""
 
 
 @dataclass(frozen=True, slots=True)

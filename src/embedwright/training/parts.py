@@ -1,6 +1,7 @@
 """The parts of a recipe: frozen, checked one by one. Unknown keys are refused, and values of another type too.
 
 YAML has its own numbers and truth values, so nothing is converted: `"3"`, `3.0` and `true` are no whole numbers.
+The text under a key is its row in docs/recipe.md (`scripts/make_docs.py`): meaning, `Unit:`, `Source:`.
 """
 
 from __future__ import annotations
@@ -50,22 +51,31 @@ class Part(BaseModel):
 class ModelPart(Part):
     """What is trained: `base`, a decoder that becomes an embedder, or `from`, an embedder that trains on.
 
-    `base`: packaged name, folder, hub id or .gguf; `layers`: keep the first so many. `from`: whatever `Embedder.load`
-    opens. It keeps its contract, pooling and attention, so of the other keys `max_tokens` alone goes with it, to
-    shorten.
+    An embedder of `from` keeps its text contract, pooling and attention: only `max_tokens` goes with it.
     """
 
     base: Text | None = None
+    """The decoder: a packaged name, a folder, a hub id or a .gguf file. Source: paper: Mistral-7B-v0.1."""
     from_: Annotated[Text | None, Field(alias="from")] = None
+    """The embedder: whatever `Embedder.load` opens."""
     layers: Positive | None = None
+    """Keep the first so many layers; without it, all. Unit: layers."""
     attention: Literal["bidirectional", "causal"] = "bidirectional"
+    """Whether a token sees the tokens after it. Source: paper, 3.1."""
     pooling: Literal["latent", "mean", "last", "self", "mlp"] = "latent"
+    """How token states become one vector (docs/concepts.md). Source: paper, 3.2."""
     latents: Positive = 512
+    """Size of the trained array that tokens attend to; for `latent`. Unit: vectors. Source: paper, 3.2."""
     heads: Positive = 8
+    """Attention heads of the pooling block; for `latent` and `self`. Source: paper, 3.2."""
     head_dim: Positive | None = None
+    """Width of such a head; without it, the model's width / `heads`. Source: released code: 4096."""
     multiple: Positive = 4
+    """Width of the pooling block's MLP, as a multiple of the model's. Source: released code."""
     max_tokens: Annotated[Positive, Field(ge=8)] = 512
-    pool_prompt: Flag = False  # every token is pooled, the instruction's too, as servers do that know no prompts
+    """Longer texts are cut here; instruction, BOS and EOS count. Unit: tokens. Source: sister models train at 512."""
+    pool_prompt: Flag = False
+    """Pool every token, the instruction's too, for servers that know no prompts (docs/models.md)."""
 
     @property
     def name(self) -> str:
@@ -95,17 +105,20 @@ class ModelPart(Part):
 
 
 class TunePart(Part):
-    """Which weights move. The pooling block always trains in full, in an optimizer group of its own.
-
-    `qlora` is `lora` on a base that is held in 4 bits meanwhile (docs/qlora.md).
-    """
+    """Which weights move. The pooling block always trains in full, in an optimizer group of its own."""
 
     method: Literal["lora", "full", "qlora"] = "lora"
+    """Adapters on all linear layers, all weights, or adapters on a base in 4 bits. Source: paper, v1: lora."""
     rank: Positive = 16
+    """Rank of the adapters. Source: paper, v1."""
     alpha: Positive = 32
+    """The adapters' output is scaled by alpha / rank. Source: paper, v1."""
     dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.1
+    """Dropout on the adapters' input. Unit: probability. Source: paper, v1."""
     pooling_lr_ratio: PositiveNumber = 1.0
+    """The pooling block's learning rate, as a multiple of `optim.lr`."""
     gradient_checkpointing: Flag = False
+    """Compute activations again in the backward pass: less memory, more time, same result."""
 
 
 def _form_of(task: Any) -> str:
@@ -117,27 +130,35 @@ NameOrTask = Annotated[Annotated[Task, Tag("Task")] | Annotated[Text, Tag("bare"
 
 
 class DataPart(Part):
-    """One file of examples (or a raw kind, or a BEIR folder). `weight` multiplies its share by number of rows.
-
-    `rows` is how many there will be: for `plan` alone, while the file is not there.
-    """
+    """One source of training data."""
 
     path: Text
+    """A file or folder (docs/data.md); may hold `${VARIABLE}`."""
     corpus: Text | None = None
+    """The documents that the rows name by id, and that a stage of `kind: mine` searches."""
     task: NameOrTask | None = None
+    """The task of rows that name none: a name, or a description with the keys below."""
     weight: PositiveNumber = 1.0
+    """Multiplies the share of the draws that the number of rows gives."""
     rows: Positive | None = None
+    """How many rows there will be; `--plan` uses it while the file is missing. Unit: rows."""
 
 
 class OptimPart(Part):
     """AdamW with linear warm-up and linear decay to zero; `clip` bounds the gradient's norm."""
 
     lr: PositiveNumber
+    """Highest learning rate. Source: recalled from the paper's appendix: 2e-5, then 1.5e-5."""
     steps: Positive
+    """Length of the stage. Unit: steps. Source: recalled: 20,000, then 18,000."""
     batch_queries: Positive
+    """Queries of a step, over all processes. Unit: queries. Source: recalled: 128."""
     warmup_steps: NotNegative = 0
+    """The learning rate rises linearly over these steps. Unit: steps. Source: recalled: 500."""
     clip: PositiveNumber = 1.0
+    """Upper bound of the gradient's norm. Source: the usual value."""
     weight_decay: Weight = 0.0
+    """AdamW's; latents, norms and biases have none. Source: recalled: 0.03."""
 
     @model_validator(mode="after")
     def _warm_up_ends(self) -> OptimPart:
@@ -147,16 +168,16 @@ class OptimPart(Part):
 
 
 class DistillPart(Part):
-    """Terms beside the stage's loss that follow a teacher (docs/losses.md).
-
-    `score_weight`: KL of the model's softmax over a row's positive and own negatives to that of the scores the row
-    carries, at `temperature` (the model's is the stage's). `vector_weight`: distance to the vectors of `teacher`.
-    """
+    """Terms beside the stage's loss that follow a teacher."""
 
     score_weight: Weight = 0.0
-    temperature: PositiveNumber | None = None  # None: the stage's
+    """Weight of the KL term between the model's softmax and that of the row's scores. Source: arXiv 2010.11386."""
+    temperature: PositiveNumber | None = None
+    """Of the row's scores; without it, the stage's."""
     vector_weight: Weight = 0.0
+    """Weight of the distance to the teacher's vectors. Source: EmbedDistill, arXiv 2301.12005."""
     teacher: Text | None = None
+    """The model whose vectors `vector_weight` follows; of the same width."""
 
     @model_validator(mode="after")
     def _says_what_to_follow(self) -> DistillPart:
@@ -170,14 +191,20 @@ class DistillPart(Part):
 
 
 class LossPart(Part):
-    """What a stage adds to InfoNCE; nothing by default. Formulas and sources: docs/losses.md."""
+    """What a stage adds to InfoNCE; nothing by default. Formulas: docs/losses.md."""
 
-    mask_above: Annotated[Number, Field(ge=-2, le=2)] | None = None  # no negative: cosine above the positive's + this
-    hardness: Weight = 0.0  # a hard negative of the row weighs exp(hardness * cosine)
-    focal: Weight = 0.0  # a query weighs (1 - p of its positive) ** focal
-    same_tower: Literal["none", "queries", "both"] = "none"  # more in-batch negatives: query-query, document-document
-    dims: tuple[Positive, ...] = ()  # Matryoshka: also on the first so many numbers of each vector
-    scored: Literal["info_nce", "cosent"] = "info_nce"  # rows that carry a score
+    mask_above: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    """Leave out negatives whose cosine is above the positive's + this. Unit: cosine. Source: Qwen3-Embedding: 0.1."""
+    hardness: Weight = 0.0
+    """A hard negative of the row weighs exp(hardness * cosine). Source: EmbeddingGemma: 5."""
+    focal: Weight = 0.0
+    """A query weighs (1 - p of its positive) ** focal. Source: KaLM-Embedding-V2."""
+    same_tower: Literal["none", "queries", "both"] = "none"
+    """More in-batch negatives: other queries; `both`: also documents against the positive. Source: GTE."""
+    dims: tuple[Positive, ...] = ()
+    """Matryoshka: take the loss also on the first so many numbers of each vector. Source: arXiv 2205.13147."""
+    scored: Literal["info_nce", "cosent"] = "info_nce"
+    """The loss of rows with a score. Source: CoSENT."""
     distill: DistillPart | None = None
 
     @model_validator(mode="after")
@@ -192,21 +219,26 @@ START = "start"  # what evaluations before the first stage are called
 
 
 class MinePart(Part):
-    """Hard negatives mined anew for a stage: before its first step, and again after `every` so many of its steps.
-
-    `teacher`: `previous` is the model as it then is; else a packaged name, folder or hub id. The rest as `mine` has it.
-    `every` is for `previous` alone: another teacher would find the same again.
-    """
+    """Hard negatives mined for the next stage before its first step: in a recipe, a stage of `kind: mine`."""
 
     name: Text = "mine"
+    """Names the stage in messages and folders."""
     teacher: Text = PREVIOUS
+    """`previous` (the model as it then is), a packaged name, a folder or a hub id. Source: paper, 4.1: E5-Mistral."""
     rule: Rule = "perc"
+    """Which candidates are left out (docs/mining.md). Source: paper, 4.1."""
     margin: Number | None = None
+    """Of the rule; without it, NV-Retriever's best. Source: paper, 4.1: 0.95."""
     negatives: Positive = 7
+    """Taken for each query. Unit: negatives. Source: recalled from the paper's appendix."""
     depth: Positive = 100
+    """Candidates looked at for each query. Unit: documents."""
     sampled: Flag = False
+    """Draw negatives by softmax over the scores, instead of taking the best. Source: NV-Retriever, arXiv 2407.15831."""
     sample_from: Positive | None = None
+    """With `sampled`: draw from the first so many that the rule lets pass; without it, 10. Unit: documents."""
     every: Positive | None = None
+    """Mine again after so many steps of the stage; for `previous` alone. Unit: steps."""
 
     @model_validator(mode="after")
     def _settings_fit(self) -> MinePart:
@@ -227,20 +259,22 @@ def _folder_name(name: str) -> str:
 
 
 class StagePart(Part):
-    """One pass of contrastive training over a blend of data, with an optimizer of its own.
-
-    `sampling_alpha`: an entry of `data` is drawn in proportion to weight * rows ** alpha; 1 is by size, 0 alike. `mine`
-    is what a stage of `kind: mine` in front of it becomes.
-    """
+    """One pass of contrastive training over a blend of data, with an optimizer of its own."""
 
     name: Annotated[Text, AfterValidator(_folder_name)]
+    """Names the stage in messages, files and scores."""
     data: Annotated[tuple[DataPart, ...], Field(min_length=1)]
     in_batch_negatives: InBatch
+    """Whose texts are negatives too: none, those of the query's task, or all. Source: paper, 3.3: all, then none."""
     hard_negatives: NotNegative
+    """Negatives of the row that a step uses. Unit: negatives. Source: recalled from the paper's appendix: 7."""
     batching: Literal["blended", "homogeneous"] = "blended"
+    """Tasks mixed in each batch, or one task a batch. Source: paper, 2.2: blended."""
     temperature: PositiveNumber = 0.02
+    """Divides the cosines in the softmax. Source: E5-Mistral; the paper names none."""
     loss: LossPart = LossPart()
     sampling_alpha: Share = 1.0
+    """Draw an entry of `data` in proportion to weight * rows ** alpha: 1 by size, 0 equally. Source: mT5: 0.3."""
     mine: MinePart | None = None
     optim: OptimPart
 
@@ -285,33 +319,37 @@ def _listed(trackers: Any) -> Any:
 
 
 class RunPart(Part):
-    """Where and how: `batch_tokens` bounds one forward pass of one process; larger batches are accumulated exactly.
-
-    `workers` batches are tokenised ahead (0: none). `parallel`: how many processes share the work, where torchrun or
-    accelerate started many.
-    """
+    """Where the run is kept, and how a step fits the machine."""
 
     out: Text
+    """The run's folder (docs/runs.md)."""
     checkpoint_every: Positive = 100
+    """Between two checkpoints. Unit: steps."""
     keep: Positive = 2
+    """How many checkpoints stay. Unit: checkpoints."""
     precision: Literal["fp32", "bf16"] = "fp32"
+    """Type of the frozen weights and of the products. Source: recalled from the paper's appendix: bf16."""
     batch_tokens: Positive = 8192
+    """Bound of one forward pass of one process; a larger batch is accumulated exactly. Unit: tokens."""
     workers: NotNegative = 1
+    """Batches that are tokenised ahead. Unit: batches."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
+    """How many processes share the work (docs/distributed.md)."""
     tracker: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ("tensorboard",)
+    """`tensorboard`, `wandb`, `trackio`, `none`, or a list (docs/runs.md)."""
 
 
 class EvalPart(Part):
-    """Suites run before the first stage, at the end of each stage, and `every` so many steps.
-
-    `best`: each stage ends on the weights with the best mean of the suites' main scores. `patience`: a stage ends
-    after so many evaluations in a row without a better one.
-    """
+    """Suites run before the first stage, at the end of each stage, and `every` so many steps."""
 
     suites: tuple[Text, ...] = ()
+    """Suite files, folders of data sets, or `dev` (docs/evaluation.md)."""
     every: Positive | None = None
+    """Evaluate also after so many steps. Unit: steps."""
     best: Flag = False
+    """Each stage ends on the weights with the best mean of the suites' main scores."""
     patience: Positive | None = None
+    """A stage ends after so many evaluations in a row without a better one. Unit: evaluations."""
 
     @model_validator(mode="after")
     def _has_something_to_go_by(self) -> EvalPart:

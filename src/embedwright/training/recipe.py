@@ -21,21 +21,21 @@ SOURCES = ("paper", "released code", "sister model", "guess")  # of a recipe's v
 
 
 class Recipe(Part):
-    """One run, all stages in it (design, section 8).
-
-    `provenance` says of each value that makes the model where it comes from: its dotted key (a stage by its name) to
-    one of SOURCES, and a note after a colon. Where it is given, it is complete.
-    """
+    """One run, with all of its stages."""
 
     name: Text
+    """Names the run in logs and in the model card."""
     seed: Annotated[NotNegative, Field(lt=2**63)] = 0
-    strict: Flag = False  # a missing instruction or licence is an error
+    """Of the order of rows, of fresh weights and of dropout."""
+    strict: Flag = False
+    """A missing instruction or licence is an error."""
     model: ModelPart
     tune: TunePart = TunePart()
     stages: Annotated[tuple[StagePart, ...], Field(min_length=1)]
     run: RunPart
     eval: EvalPart = EvalPart()
     provenance: dict[str, str] | None = None
+    """Where each value comes from: dotted key to `paper`, `released code`, `sister model` or `guess`, and a note."""
 
     @model_validator(mode="after")
     def _provenance_is_complete(self) -> Recipe:

@@ -101,11 +101,6 @@ def test_revisions_and_licences_are_those_of_mteb() -> None:
         assert entry.licence == "unknown" or entry.licence in licences, hub
 
 
-def test_the_page_shows_the_catalogue() -> None:
-    between = PAGE.read_text().split("<!-- embedwright data list --markdown -->\n")[1]
-    assert between.split("<!-- end -->")[0].strip() == markdown(load_catalog().values()).strip()
-
-
 def test_the_set_of_the_page_is_a_set(tmp_path: Path) -> None:
     path = tmp_path / "my_set.yaml"
     path.write_text(PAGE.read_text().split("```yaml\n")[1].split("```")[0])

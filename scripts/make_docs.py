@@ -1,0 +1,174 @@
+"""Write the pages that are made from the program: docs/recipe.md, docs/cli.md and the tables of docs/data.md.
+
+python scripts/make_docs.py            # writes them
+python scripts/make_docs.py --check    # exits 1, with their names, where they differ
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import inspect
+import re
+import sys
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+import typer.cli
+import typer.main
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from embedwright.cli.main import app
+from embedwright.data.schema import Task
+from embedwright.data.sources.catalog import load_catalog, markdown
+from embedwright.training import parts
+from embedwright.training.recipe import Recipe
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+CATALOGUE = "<!-- embedwright data list --markdown -->\n", "<!-- end -->"
+SECTIONS: dict[str, type[BaseModel]] = {  # by the place of the part in the file
+    "The recipe": Recipe,
+    "model": parts.ModelPart,
+    "tune": parts.TunePart,
+    "stages": parts.StagePart,
+    "stages.data": parts.DataPart,
+    "stages.data.task": Task,
+    "stages.loss": parts.LossPart,
+    "stages.loss.distill": parts.DistillPart,
+    "stages.optim": parts.OptimPart,
+    "stages, of kind: mine": parts.MinePart,
+    "run": parts.RunPart,
+    "eval": parts.EvalPart,
+}
+TYPES = {"integer": "whole number", "number": "number", "boolean": "true or false", "string": "text"}
+TYPES |= {"object": "mapping", "null": ""}
+BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+HEAD = """# Recipe keys
+
+Every key of a recipe, made from the program by `scripts/make_docs.py`. A recipe is one YAML file, such as
+[laptop.yaml](../recipes/laptop.yaml). Unknown keys are refused, and so are values of another type. A key without a
+default must be given; `-` means that the key has no value by default. `paper` is NV-Embed, arXiv 2405.17428, with the
+number of its section; `recalled` is from memory of its appendix, not confirmed. Defaults need not be the paper's.
+[losses.md](losses.md) has the formulas, [runs.md](runs.md) what may change when a run goes on.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing, compare")
+    check = parser.parse_args().check
+    stale = [path for path, text in pages().items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    if check:
+        sys.exit(f"run scripts/make_docs.py: {', '.join(path.name for path in stale)}" if stale else 0)
+    for path in stale:
+        path.write_text(pages()[path], encoding="utf-8")
+        print(f"wrote {path.name}")
+
+
+def pages() -> dict[Path, str]:
+    """Each page that is made from the program, as it should be."""
+    before, _, rest = (DOCS / "data.md").read_text(encoding="utf-8").partition(CATALOGUE[0])
+    after = rest.partition(CATALOGUE[1])[2]
+    tables = markdown(load_catalog().values()).strip()
+    return {
+        DOCS / "recipe.md": recipe(),
+        DOCS / "cli.md": commands(),
+        DOCS / "data.md": f"{before}{CATALOGUE[0]}{tables}\n{CATALOGUE[1]}{after}",
+    }
+
+
+# ---- the command line
+
+
+def commands() -> str:
+    """The `--help` of every command, as typer writes it, with summaries that are not cut."""
+    command = typer.main.get_command(app)
+    context = typer.Context(command, info_name="embedwright")
+    for inner in _commands(command):
+        inner.short_help = (inner.help or "").partition("\n\n")[0]
+    text = typer.cli.get_docs_for_click(obj=command, ctx=context, name="embedwright", title="Commands")
+    return text.rstrip() + "\n"
+
+
+def _commands(group: Any) -> Iterator[Any]:
+    for command in getattr(group, "commands", {}).values():
+        yield command
+        yield from _commands(command)
+
+
+# ---- the recipe
+
+
+def recipe() -> str:
+    lines = [HEAD]
+    for place, part in SECTIONS.items():
+        meanings = _texts_under_keys(part)
+        lines += [f"## {place}\n", " ".join((part.__doc__ or "").split()) + "\n"]
+        lines += ["| key | type | default | unit | meaning | source |", "|---|---|---|---|---|---|"]
+        for name, field in part.model_fields.items():
+            if name in meanings or not _parts_in(field.annotation):  # else it is a section of its own
+                meaning, unit, source = _split(meanings[name])
+                row = (f"`{field.alias or name}`", _type(part, name), _default(field.default), unit, meaning, source)
+                lines.append(f"| {' | '.join(row)} |")
+        lines.append("")
+    return re.sub(r"docs/(\w+\.md)", r"[\1](\1)", re.sub(" +", " ", "\n".join(lines)))
+
+
+def _texts_under_keys(part: type[BaseModel]) -> dict[str, str]:
+    """Key -> the text that stands under it in the source of the class."""
+    (tree,) = ast.parse(inspect.getsource(part)).body
+    assert isinstance(tree, ast.ClassDef)
+    return {
+        key.target.id: " ".join(inspect.cleandoc(text.value.value).split())
+        for key, text in zip(tree.body, tree.body[1:], strict=False)
+        if isinstance(key, ast.AnnAssign) and isinstance(key.target, ast.Name)
+        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str)
+    }
+
+
+def _split(text: str) -> tuple[str, str, str]:
+    """`Meaning. Unit: steps. Source: where.` in its three parts."""
+    found = re.fullmatch(r"(.*?)(?: Unit: (.*?)\.)?(?: Source: (.*)\.)?", text)
+    assert found, text
+    return found[1], found[2] or "", found[3] or ""
+
+
+def _parts_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [part for inside in typing.get_args(annotation) for part in _parts_in(inside)]
+
+
+def _type(part: type[BaseModel], name: str) -> str:
+    """What the key takes, in words, from the JSON schema of its part."""
+    return _words(part.model_json_schema(by_alias=False)["properties"][name])
+
+
+def _words(schema: dict[str, Any]) -> str:
+    if branches := schema.get("anyOf", schema.get("oneOf")):
+        return " or ".join(filter(None, map(_words, branches)))
+    if "enum" in schema:
+        return ", ".join(f"`{value}`" for value in schema["enum"])
+    kind = schema.get("type", "object")
+    if kind == "array":
+        return f"list of {_words(schema['items'])}"
+    bounds = [f"{sign} {schema[key]:g}" for key, sign in BOUNDS.items() if abs(schema.get(key, 2**63)) < 2**63]
+    return " ".join([TYPES[kind], ", ".join(bounds)]).strip()
+
+
+def _default(value: Any) -> str:
+    if value is PydanticUndefined:
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(str, value))}]"
+    return "-" if value in (None, "") else str(value)
+
+
+if __name__ == "__main__":
+    main()
