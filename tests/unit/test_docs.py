@@ -15,7 +15,11 @@ from embedwright.model.pooling import FoldedLatent, LatentPooling, PoolingConfig
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PAGES = [*ROOT.glob("*.md"), *DOCS.glob("*.md"), *ROOT.glob("skills/*/*.md")]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
+    *DOCS.glob("*.md"),
+    *ROOT.glob("skills/*/*.md"),
+]
 
 
 def make_docs() -> Any:
@@ -49,11 +53,14 @@ def headings(page: Path) -> set[str]:
 
 
 def test_the_docs_stay_short() -> None:
-    made = {path.name for path in make_docs().pages()} - {"data.md"}
-    prose = [page for page in DOCS.glob("*.md") if page.name not in made]
-    words = {page.name: len(re.sub(r"(?m)^\|.*$", "", page.read_text(encoding="utf-8")).split()) for page in prose}
-    assert sum(words.values()) <= 11_000, words
-    assert words["concepts.md"] <= 1_200 and len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 820
+    """Words that somebody wrote: not what the program or the benchmarks make."""
+    made = {"recipe.md", "cli.md", "performance.md"}
+    texts = {page.name: page.read_text(encoding="utf-8") for page in DOCS.glob("*.md") if page.name not in made}
+    between = r"(?s)<!-- (?:embedwright data list --markdown|runs) -->.*?<!-- end"
+    words = {name: len(re.sub(between, "", text).split()) for name, text in texts.items()}
+    assert sum(words.values()) <= 13_300, words
+    assert words["concepts.md"] <= 1_200
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 820
 
 
 def count(module: nn.Module) -> int:
