@@ -1,4 +1,4 @@
-"""The one folder where conversions are kept (weights, training rows, kernels), and which files are trusted."""
+"""The cache folder for conversions (weights, training rows, kernels), and the check of files others could write."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from embedwright.errors import InputError
 
 
 def cache_folder(*parts: str) -> Path:
-    """`$EMBEDWRIGHT_CACHE` or `~/.cache/embedwright`, with these parts below it. Not created here."""
+    """Returns a path in `$EMBEDWRIGHT_CACHE` or `~/.cache/embedwright`. Does not create it."""
     root = os.environ.get("EMBEDWRIGHT_CACHE")
     return (Path(root) if root else Path.home() / ".cache" / "embedwright").joinpath(*parts)
 
 
 def check_private(path: Path) -> None:
-    """InputError unless this user owns the file or folder, and nobody else may write to it. No link is trusted.
+    """Raises InputError unless this user owns the file or folder and nobody else may write to it. Links are refused.
 
-    Call it before a file is trusted that others could have put there. Systems without owners and modes pass.
+    Call it before you trust a file that others could have placed there. Does nothing on systems without owners.
     """
     if not hasattr(os, "geteuid"):
         return

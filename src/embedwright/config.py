@@ -1,4 +1,4 @@
-"""YAML files into frozen pydantic models, with errors that name the file, the key and the nearest known key."""
+"""Reads YAML files into frozen pydantic models. Errors name the file, the key and the nearest known key."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class ConfigError(InputError):
-    """A file that cannot be used as it is; the message names the file and the key."""
+    """A file with bad content. The message names the file and the key."""
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML keeps the last of two equal keys in silence; here the second one is an error."""
+    """Raises an error for a key that appears twice. Plain YAML silently keeps the last one."""
 
 
 def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[str, Any]:
-    """Keys are the texts that are written: YAML 1.1 would read `no` as false and `01` as 1."""
+    """Builds a mapping whose keys are the written texts. YAML 1.1 would read `no` as false and `01` as 1."""
     seen: set[str] = set()
     for key_node, _ in node.value:
-        if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *other`: a key beside it may replace one of the other's
+        if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *other`: other keys may override its keys
             continue
         if not isinstance(key_node, yaml.ScalarNode):
             raise ConfigError(f"line {key_node.start_mark.line + 1}: a list or mapping cannot be a key")
@@ -39,7 +39,7 @@ def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[str, Any]:
 
 
 class _TextLoader(_StrictLoader):
-    """Values, too, are the texts that are written."""
+    """Keeps values, too, as the written texts."""
 
 
 _TextLoader.yaml_implicit_resolvers = {}
@@ -48,7 +48,7 @@ _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _m
 
 
 def load_texts(path: Path) -> dict[str, str]:
-    """The mapping of texts to texts in a YAML file: `yes`, `no` and `1` stay what they are. Errors as `load_yaml`."""
+    """Reads a mapping of texts to texts, in which `yes`, `no` and `1` stay texts. Errors as in `load_yaml`."""
     content = load_yaml(path, _TextLoader)
     for key, value in content.items():
         if not isinstance(value, str) or not value:
@@ -57,7 +57,7 @@ def load_texts(path: Path) -> dict[str, str]:
 
 
 def load_yaml(path: Path, loader: type[_StrictLoader] = _StrictLoader) -> dict[str, Any]:
-    """The mapping in a YAML file. FileNotFoundError, or ConfigError for bad YAML and doubled keys, naming the file."""
+    """Reads the mapping in a YAML file. FileNotFoundError, or ConfigError for bad YAML and repeated keys."""
     if not path.is_file():
         raise NotFoundError(f"{path} does not exist")
     try:
@@ -69,15 +69,15 @@ def load_yaml(path: Path, loader: type[_StrictLoader] = _StrictLoader) -> dict[s
     return content
 
 
-Loc = tuple[int | str, ...]  # of a value, as pydantic gives it
+Loc = tuple[int | str, ...]  # path of a value, as in pydantic's errors
 
 
 def validate(
     model: type[Model], content: dict[str, Any], where: str, in_file: Callable[[Loc], Loc] = lambda loc: loc
 ) -> Model:
-    """`content` as `model`. ConfigError lists every wrong key; an unknown one comes with the nearest known one.
+    """Makes a `model` of `content`. ConfigError lists every wrong key, an unknown one with the nearest known key.
 
-    `in_file`: where a value stands in the file, if `content` is not quite what the file says.
+    `in_file` maps the path of a value in `content` to its path in the file, if they differ.
     """
     try:
         return model.model_validate(content)
@@ -87,7 +87,7 @@ def validate(
         for problem in problems:
             loc = problem["loc"]
             if problem["type"] == "too_short" and any(p["loc"] != loc == p["loc"][: len(loc)] for p in problems):
-                continue  # pydantic counts the valid items alone, and the wrong ones have lines of their own
+                continue  # pydantic counts valid items only, and the wrong ones have their own lines
             message = problem["msg"]
             if problem["type"] == "extra_forbidden":
                 known = _known_keys(model, loc[:-1])
@@ -98,7 +98,7 @@ def validate(
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """` (did you mean 'x'?)`, x being the nearest known word; empty where none is near."""
+    """Returns ` (did you mean 'x'?)` with the nearest known word x, or an empty text if none is near."""
     near = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
@@ -109,7 +109,7 @@ def _known_keys(model: type[BaseModel], loc: Loc) -> list[str]:
         below = [m.model_fields[part].annotation for m in models if isinstance(part, str) and part in m.model_fields]
         if below:
             models = [m for annotation in below for m in _models_in(annotation)]
-        else:  # a position in a list, a key of a dict, or the name of a union's branch
+        else:  # an index of a list, a key of a dict, or the name of a union's branch
             models = [m for m in models if part in _branch_names(m)] or models
     return sorted({field.alias or key for m in models for key, field in m.model_fields.items()})
 
@@ -121,5 +121,5 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _branch_names(model: type[BaseModel]) -> set[Any]:
-    """What pydantic calls this branch of a union: the class's name, or the value of its discriminator."""
+    """Returns pydantic's names for this branch of a union: the class name, or the value of its discriminator."""
     return {model.__name__, *(value for field in model.model_fields.values() for value in get_args(field.annotation))}

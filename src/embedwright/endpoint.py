@@ -1,4 +1,4 @@
-"""The address of an OpenAI-compatible server, and its key: sent to that server alone, and shown nowhere."""
+"""The address of an OpenAI-compatible server, and its API key. The key goes to that server only and is never shown."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _PORTS = {"http": 80, "https": 443}
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """`url` is without user and password, for requests and messages alike."""
+    """A server. `url` has no user and password; requests and messages both use it."""
 
     url: str
-    client: dict[str, Any] = field(repr=False)  # arguments of openai's clients
+    client: dict[str, Any] = field(repr=False)  # arguments for openai's clients
     secrets: tuple[str, ...] = field(repr=False)
 
     def hide(self, said: object) -> str:
-        """`said` as text without the key and the password, which some servers repeat in their errors."""
+        """Returns `said` as text without the key and the password, which some servers repeat in their errors."""
         text = str(said)
         for secret in self.secrets:
             text = text.replace(secret, "***")
@@ -33,11 +33,11 @@ class Endpoint:
 
 
 def endpoint(base_url: str, api_key_env: str | None = None) -> Endpoint:
-    """The server at `base_url`, with the key in the environment variable `api_key_env`.
+    """Returns the server at `base_url`, with the key in the environment variable `api_key_env`.
 
-    Without `api_key_env`, `$OPENAI_API_KEY` is sent to the server that it belongs to: `$OPENAI_BASE_URL`, or OpenAI's.
-    User and password in the address are sent as HTTP's basic authentication. Raises InputError for an address that is
-    none or has a query, and for a variable that is not set.
+    Without `api_key_env`, `$OPENAI_API_KEY` is sent to its own server only: `$OPENAI_BASE_URL`, or OpenAI's. A user and
+    password in the address are sent as HTTP basic authentication. Raises InputError for a bad address, one with a
+    query, or a variable that is not set.
     """
     parts = _split(base_url)
     host = parts.netloc.rpartition("@")[2]
@@ -56,7 +56,7 @@ def endpoint(base_url: str, api_key_env: str | None = None) -> Endpoint:
 
 
 def refusal(error: Any) -> str:
-    """What openai's `APIStatusError` says, and what to do where the key or the address is the reason."""
+    """Returns the text of openai's `APIStatusError`, with advice if the key or the address is the reason."""
     if error.status_code in (401, 403):
         return (
             f"{error} (its key goes by --api-key-env NAME; $OPENAI_API_KEY is sent to $OPENAI_BASE_URL or OpenAI alone)"
@@ -68,7 +68,7 @@ def refusal(error: Any) -> str:
 
 
 def shown(address: str) -> str:
-    """An address without user, password, query and fragment, whether or not it is a good one."""
+    """Returns an address, valid or not, without user, password, query and fragment."""
     scheme, found, rest = address.partition("://")
     if not found:
         scheme, rest = "", address
@@ -77,9 +77,9 @@ def shown(address: str) -> str:
 
 
 def key_variables(given: Sequence[str], servers: Sequence[str]) -> dict[str, str]:
-    """Server address -> the variable of its key, of options `NAME` (one server) or `HOST=NAME` (one for each server).
+    """Maps each server's address to the variable of its key, from options `NAME` (one server) or `HOST=NAME`.
 
-    Raises InputError for a host that is none of the servers', and for a `NAME` that several servers would get.
+    Raises InputError for a host without a server, and for a plain `NAME` that several servers would get.
     """
     hosts = {server: _split(server.rpartition("#")[0] or server).netloc.rpartition("@")[2] for server in servers}
     known = sorted(set(hosts.values()))
@@ -111,7 +111,7 @@ def _split(base_url: str) -> SplitResult:
 
 
 def _is_openai(parts: SplitResult) -> bool:
-    """Whether the environment's `OPENAI_...` variables are meant for this server."""
+    """Says whether the environment's `OPENAI_...` variables are for this server."""
     home = urlsplit(os.environ.get("OPENAI_BASE_URL") or _OPENAI)
     return _origin(parts) == _origin(home)
 
@@ -128,13 +128,13 @@ def _named_key(name: str, url: str) -> str:
     key = os.environ.get(name, "").strip()
     if key and key.isascii() and key.isprintable():
         return key
-    if not re.fullmatch(r"[A-Z][A-Z0-9_]*", name):  # it may be the key itself
+    if not re.fullmatch(r"[A-Z][A-Z0-9_]*", name):  # the user may have given the key itself
         raise InputError(f"{url}: the API key goes by the NAME of the environment variable that holds it")
     raise InputError(f"{url}: ${name}, which is to hold its API key, is {'no key' if key else 'not set'}")
 
 
 def _not_sent() -> dict[str, Any]:
-    """Headers that openai's clients take from the environment, left out for a server that is not meant."""
+    """Returns headers that openai's clients take from the environment, each left out: they are for another server."""
     from openai import Omit
 
     lines = os.environ.get("OPENAI_CUSTOM_HEADERS", "").split("\n")

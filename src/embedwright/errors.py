@@ -1,4 +1,4 @@
-"""Errors about what the user gave. The command ends with exit code 2 on these and on nothing else."""
+"""Errors about the user's input. The command ends with exit code 2 for these only."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# What the system says about a name that the user gave; any other trouble with a disk is no bad input.
+# Errors of the system about a name that the user gave. Any other error of a disk is not bad input.
 _ABOUT_A_NAME = {None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EACCES}
 
 
 class InputError(ValueError):
-    """Bad input: a file, row, key, option or argument. The message names it, says what was given and what to do."""
+    """A bad file, row, key, option or argument. The message names it, quotes it and says what to do."""
 
 
 class InputTypeError(InputError, TypeError):
@@ -19,25 +19,27 @@ class InputTypeError(InputError, TypeError):
 
 
 class NotFoundError(InputError, FileNotFoundError):
-    """A file, folder or model that is not there."""
+    """A file, folder or model that does not exist."""
 
 
 class OutputExistsError(InputError, FileExistsError):
-    """A place to write to that already holds something."""
+    """An output path that already holds something."""
 
 
 class OutOfReachError(InputError, ConnectionError):
-    """A name on the hub that cannot be reached from here."""
+    """A name on the hub that cannot be reached."""
 
 
 class MissingPackageError(InputError, ImportError):
-    """An optional package that this needs is not installed."""
+    """An optional package that is needed is not installed."""
 
 
 @contextmanager
 def blaming(where: object, what: str = "cannot be opened") -> Iterator[None]:
-    """Turns any error of the block into an InputError that names `where`: for calls of other libraries on files from
-    anywhere, which fail in every way there is. A lack of memory and a failing disk stay what they are.
+    """Turns any error of the block into an InputError that names `where`.
+
+    For calls of other libraries on unknown files, which may raise any error. A lack of memory and a failing disk keep
+    their own errors.
     """
     try:
         yield
@@ -55,7 +57,7 @@ def blaming(where: object, what: str = "cannot be opened") -> Iterator[None]:
 
 @contextmanager
 def naming(where: str) -> Iterator[None]:
-    """Puts `where`, a key or file, in front of what an InputError within it says."""
+    """Puts `where`, a key or a file, in front of the message of an InputError in the block."""
     try:
         yield
     except InputError as error:

@@ -1,7 +1,7 @@
-"""The one way to write a file or a folder: whole or not there.
+"""Writes files and folders whole or not at all. All writing goes through here.
 
-Content goes to a hidden sibling with a unique name, is synced to disk, and takes its final name in one rename. A write
-that fails removes what it has made. A killed process leaves at most a hidden file or folder, which nothing reads.
+Content goes to a hidden sibling with a unique name, is synced to disk, and gets its final name in one rename. A failed
+write removes what it has made. A killed process leaves at most a hidden file or folder, which nothing reads.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from typing import Any
 
 from embedwright.errors import InputError, OutputExistsError
 
-_TEMP = re.compile(r"\..*\.[0-9a-f]{12}(\.\w+){0,2}")  # as `_temp_sibling` names it
+_TEMP = re.compile(r"\..*\.[0-9a-f]{12}(\.\w+){0,2}")  # the names that `_temp_sibling` gives
 
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """Gives a temporary path to write to; when the block ends, the file has its final name.
+    """Yields a temporary path to write to, and renames it to `path` when the block ends.
 
-    `~` is expanded, a link is followed, missing parent folders are made. A file that is replaced keeps its mode. If the
-    block raises, the file that was there stays as it was. The temporary name keeps the suffixes of `path`.
+    Expands `~`, follows a link and makes missing parent folders. A replaced file keeps its mode. If the block raises,
+    the old file stays as it was. The temporary name has the suffixes of `path`.
     """
     final = _real(path)
     parents = _make_parents(final)
@@ -58,11 +58,11 @@ def write_json(path: str | Path, content: Any) -> None:
 
 @contextmanager
 def whole_folder(path: str | Path, mode: int = 0o777) -> Iterator[Path]:
-    """Gives a temporary folder to fill; when the block ends, it is the folder `path`, with `mode` less the umask.
+    """Yields a temporary folder to fill, and renames it to `path` when the block ends. `mode` is less the umask.
 
-    `path` must be new or an empty folder (OutputExistsError, before anything is written). An empty folder keeps its
-    mode. An empty mount point, or a folder whose parent is read-only, is filled in place: its entries are moved into it
-    one by one, `config.json` and other top-level JSON files last, since a reader starts with them.
+    `path` must be new or an empty folder, else OutputExistsError is raised before anything is written. An empty folder
+    keeps its mode. An empty mount point, or a folder whose parent is read-only, is filled in place: entries move one by
+    one, and `config.json` and other top-level JSON files come last, since readers start with them.
     """
     final = check_new_folder(path)
     parents = _make_parents(final)
@@ -86,7 +86,7 @@ def whole_folder(path: str | Path, mode: int = 0o777) -> Iterator[Path]:
 
 
 def append_line(path: str | Path, line: str) -> None:
-    """Adds a line of UTF-8 text to a file that only grows. First cuts off what a killed process left of a line."""
+    """Adds a line of UTF-8 text to a file that only grows. First removes a half line that a killed process left."""
     final = _real(path)
     final.parent.mkdir(parents=True, exist_ok=True)
     with final.open("a+b") as file:
@@ -100,17 +100,17 @@ def append_line(path: str | Path, line: str) -> None:
 
 
 def whole_lines(path: str | Path) -> list[str]:
-    """The lines that `append_line` has added, without a torn end; none where there is no file."""
+    """Returns the lines that `append_line` has added, without a half line at the end. Empty without a file."""
     final = _real(path)
     content = final.read_bytes() if final.exists() else b""
     return content[: content.rfind(b"\n") + 1].decode().split("\n")[:-1]
 
 
 def check_new_folder(path: str | Path) -> Path:
-    """Returns the real path of a folder that may be written: `~` expanded, links followed.
+    """Checks that a new folder can be written, and returns its real path: `~` expanded, links followed.
 
-    Call it before long work. OutputExistsError if `path` is a file or a folder that is not empty, InputError if nothing
-    can be written there.
+    Call it before long work. OutputExistsError if `path` is a file or a folder with content, InputError if nothing can
+    be written there.
     """
     final = check_folder(path)
     if final.exists() and any(final.iterdir()):
@@ -119,7 +119,7 @@ def check_new_folder(path: str | Path) -> Path:
 
 
 def check_folder(path: str | Path) -> Path:
-    """As `check_new_folder`, for a folder that may hold something already, such as the parts of work that goes on."""
+    """Does the same as `check_new_folder` for a folder that may have content, such as the parts of a resumed work."""
     final = _real(path)
     if final.exists() and not final.is_dir():
         raise OutputExistsError(f"{path} exists and is not an empty folder: it is a file")
@@ -128,7 +128,7 @@ def check_folder(path: str | Path) -> Path:
 
 
 def check_file(path: str | Path) -> Path:
-    """Returns the real path of a file that may be written. Call it before long work.
+    """Checks that a file can be written, and returns its real path. Call it before long work.
 
     OutputExistsError if `path` is a folder, InputError if nothing can be written there.
     """
@@ -140,7 +140,7 @@ def check_file(path: str | Path) -> Path:
 
 
 def _check_writable(path: str | Path, folder: Path) -> None:
-    """InputError unless files can be made in `folder`, or in the nearest of its parents that exists."""
+    """Raises InputError unless files can be made in `folder`, or in its nearest parent that exists."""
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not there.is_dir():
         raise InputError(f"{path} cannot be written: {there} is a file, not a folder")
@@ -149,7 +149,7 @@ def _check_writable(path: str | Path, folder: Path) -> None:
 
 
 def _make_parents(final: Path) -> list[Path]:
-    """Makes the parent folders that are missing; returns those, the innermost first."""
+    """Makes the missing parent folders, and returns them, the innermost first."""
     missing = [parent for parent in final.parents if not parent.exists()]
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -163,14 +163,14 @@ def _remove_empty(folders: list[Path]) -> None:
     for folder in folders:
         try:
             folder.rmdir()
-        except OSError:  # another process uses it by now
+        except OSError:  # another process uses it
             return
 
 
 def _put(temp: Path, final: Path) -> None:
-    """Gives `temp` its name. OutputExistsError where that is not free any more."""
+    """Renames `temp` to `final`. OutputExistsError if that name is no longer free."""
     try:
-        temp.rename(final)  # an empty folder gives way in the same step
+        temp.rename(final)  # replaces an empty folder in the same step
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise
@@ -178,7 +178,7 @@ def _put(temp: Path, final: Path) -> None:
 
 
 def _fill(final: Path, temp: Path) -> None:
-    """Moves what is in `temp` into the folder `final`: all of it, or nothing where one move fails."""
+    """Moves the entries of `temp` into the folder `final`: all of them, or none if one move fails."""
     moved = []
     try:
         for entry in sorted(temp.iterdir(), key=lambda entry: (entry.suffix == ".json", entry.name)):
@@ -192,7 +192,7 @@ def _fill(final: Path, temp: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what writers that were killed have left anywhere below `folder`. No other process may write there."""
+    """Removes leftovers of killed writers anywhere below `folder`. No other process may write there."""
     for left in [path for path in folder.rglob(".*") if _TEMP.fullmatch(path.name)]:
         if left.is_dir():
             shutil.rmtree(left)
@@ -210,7 +210,7 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """`sync` for a folder and all that is below it."""
+    """Syncs a folder and everything below it."""
     for path in (*folder.rglob("*"), folder):
         sync(path)
 
@@ -223,6 +223,6 @@ def _real(path: str | Path) -> Path:
 
 
 def _temp_sibling(final: Path) -> Path:
-    """A new hidden name beside `final`, with the same suffixes, which decide how some writers write."""
+    """Returns a new hidden name beside `final`, with the same suffixes, since some writers go by them."""
     suffixes = "".join(final.suffixes[-2:])
     return final.with_name(f".{final.name.removesuffix(suffixes)[:100]}.{uuid.uuid4().hex[:12]}{suffixes}")

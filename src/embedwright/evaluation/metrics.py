@@ -1,11 +1,11 @@
-"""Embeddings and gold labels in, numbers out: what mteb 2.26 computes, by its sklearn, scipy and pytrec_eval calls.
+"""Computes the metrics of mteb 2.26 from embeddings and gold labels, by the same calls of sklearn and pytrec_eval.
 
-mteb's own evaluators want a `Dataset`, a `TaskMetadata`, a timer and a model fed by a dataloader, none of which comes
-with a user's file, and importing them takes five seconds. So the calls are made here, and test_metrics.py holds them
-equal to mteb's tasks on the same embeddings. The `[eval]` extra is imported where it is used.
+mteb's own evaluators want a `Dataset`, a `TaskMetadata`, a timer and a model with a dataloader. A user's file has none
+of these, and importing the evaluators takes five seconds. test_metrics.py compares these functions with mteb's tasks on
+the same embeddings. The `[eval]` extra is imported where it is used.
 
-Shapes: `N` texts, `E` embedding, `Q` queries, `C` corpus, `K` hits of a query. Every metric is better when higher; each
-function gives the main metric of its kind (`MAIN`) and some more.
+Shapes: `N` texts, `E` embedding, `Q` queries, `C` corpus, `K` hits of a query. For every metric, higher is better. Each
+function returns the main metric of its kind (`MAIN`) and some more.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ MAIN: dict[Kind, str] = {
     "sts": "cosine_spearman",
     "pair": "cosine_ap",
 }
-SEED = 42  # mteb's default seed: its few-shot draws and its clusters are ours
-DEPTH = 1000  # hits of a query that are ranked, as in mteb: of equal scores, more than the 100 that count may matter
+SEED = 42  # mteb's default seed, so the few-shot draws and clusters are the same
+DEPTH = 1000  # hits of a query that are ranked, as in mteb; with equal scores, hits after the first 100 may matter
 EXPERIMENTS, SAMPLES_PER_LABEL = 10, 8  # mteb's AbsTaskClassification
-CLUSTERINGS = 3  # mteb runs k-means once; its result moves by about a point with the seed, so we average over three
+CLUSTERINGS = 3  # mteb runs k-means once; the result moves by about a point with the seed, so three are averaged
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +49,10 @@ def retrieval(
     qrels: Mapping[str, Mapping[str, int]],
     ignore_identical_ids: bool = False,
 ) -> dict[str, float]:
-    """nDCG@10, Recall@10, MRR@10 and Recall@100 of exact cosine search, averaged over the queries.
+    """Returns nDCG@10, Recall@10, MRR@10 and Recall@100 of exact cosine search, averaged over the queries.
 
-    Each of `query_ids` has its judgements in `qrels`. `ignore_identical_ids`: a document with the query's own id is the
-    query itself and no hit, as mteb has it for ArguAna, Quora and some others; by default it is a hit, there and here.
+    `qrels` has the judgements of every query. With `ignore_identical_ids`, a document with the query's own id is no
+    hit, as mteb does for ArguAna, Quora and some others. By default it is a hit, as in mteb.
     """
     import pytrec_eval
 
@@ -61,12 +61,12 @@ def retrieval(
     score_QK, place_QK = faiss.knn(_unit(query_QE), _unit(corpus_CE), count, metric=faiss.METRIC_INNER_PRODUCT)
     run: dict[str, dict[str, float]] = {}
     for query, score_K, place_K in zip(query_ids, score_QK.tolist(), place_QK.tolist(), strict=True):
-        # best first; ties by descending id, which is how trec_eval ranks a run
+        # best first; equal scores by descending id, as trec_eval ranks them
         hits = sorted(zip(score_K, (corpus_ids[place] for place in place_K), strict=True), reverse=True)
         run[query] = {doc: score for score, doc in hits if not (ignore_identical_ids and doc == query)}
     judged = {query: dict(qrels[query]) for query in query_ids}
     scores = pytrec_eval.RelevanceEvaluator(judged, {"ndcg_cut.10", "recall.10,100"}).evaluate(run)
-    # trec_eval's reciprocal rank knows no cut, so it gets the first ten hits alone.
+    # trec_eval's reciprocal rank has no cutoff, so it gets the first ten hits only.
     first_ten = {query: dict(islice(hits.items(), 10)) for query, hits in run.items()}
     reciprocal = pytrec_eval.RelevanceEvaluator(judged, {"recip_rank"}).evaluate(first_ten)
 
@@ -88,11 +88,11 @@ def _unit(vectors_NE: Embeddings) -> Embeddings:
 
 
 def few_shot(labels: Sequence[str]) -> list[list[int]]:
-    """Rows of each experiment's training set: up to 8 rows of every label, ten times, drawn as mteb draws them."""
+    """Returns the training rows of each of ten experiments: up to 8 rows of every label, drawn as mteb draws them."""
     order = list(range(len(labels)))
     draws = []
     for _ in range(EXPERIMENTS):
-        # mteb seeds anew for each experiment, but shuffles on from the order that the last one left.
+        # mteb seeds anew for each experiment, but continues from the order of the last one
         np.random.RandomState(SEED).shuffle(order)
         seen: Counter[str] = Counter()
         draw = []
@@ -105,9 +105,9 @@ def few_shot(labels: Sequence[str]) -> list[list[int]]:
 
 
 def halves(labels: Sequence[str]) -> tuple[list[int], list[int]]:
-    """Rows of a seeded, stratified 50/50 split into train and test; the odd row of a label is for training.
+    """Splits the rows into train and test, half of each label, by a seed; the odd row of a label is for training.
 
-    Raises ValueError where nothing is left to test on.
+    Raises ValueError if no row is left to test on.
     """
     rows_of: defaultdict[str, list[int]] = defaultdict(list)
     for row, label in enumerate(labels):
@@ -132,7 +132,7 @@ def classification(
     test_labels: Sequence[str],
     draws: Sequence[Sequence[int]],
 ) -> dict[str, float]:
-    """Accuracy and macro F1 of a logistic regression, averaged over a fit on each of `draws` (rows of `train_NE`)."""
+    """Returns accuracy and macro F1 of a logistic regression, averaged over a fit on each of `draws` (rows)."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import accuracy_score, f1_score
@@ -149,7 +149,7 @@ def classification(
 
 
 def clustering(vectors_NE: Embeddings, labels: Sequence[str]) -> dict[str, float]:
-    """v-measure of mini-batch k-means with as many clusters as there are labels, averaged over three seeds."""
+    """Returns the v-measure of mini-batch k-means with one cluster a label, averaged over three seeds."""
     from sklearn.cluster import MiniBatchKMeans
     from sklearn.metrics import v_measure_score
 
@@ -161,11 +161,11 @@ def clustering(vectors_NE: Embeddings, labels: Sequence[str]) -> dict[str, float
 
 
 def sts(left_NE: Embeddings, right_NE: Embeddings, scores: Sequence[float]) -> dict[str, float]:
-    """Spearman's and Pearson's correlation of the pairs' cosines with the human scores."""
+    """Returns Spearman's and Pearson's correlation of the pairs' cosines with the human scores."""
     from scipy.stats import pearsonr, spearmanr
 
     cosine_N = _paired_cosine(left_NE, right_NE)
-    if np.ptp(cosine_N) == 0:  # the correlation is 0/0, and nan would spoil every average that it enters
+    if np.ptp(cosine_N) == 0:  # the correlation is 0/0, and a nan would spoil every average
         logger.warning("every pair has the same cosine: the model has collapsed, and its correlation counts as 0")
         return {"cosine_spearman": 0.0, "cosine_pearson": 0.0}
     return {
@@ -175,7 +175,7 @@ def sts(left_NE: Embeddings, right_NE: Embeddings, scores: Sequence[float]) -> d
 
 
 def pair(left_NE: Embeddings, right_NE: Embeddings, labels: Sequence[int]) -> dict[str, float]:
-    """Average precision of the pairs' cosines for `labels` of 0 and 1."""
+    """Returns the average precision of the pairs' cosines for `labels` of 0 and 1."""
     from sklearn.metrics import average_precision_score
 
     return {"cosine_ap": float(average_precision_score(labels, _paired_cosine(left_NE, right_NE)))}

@@ -1,4 +1,4 @@
-"""An embedder for `mteb.evaluate`: every MTEB task gets its instruction, symmetric tasks on all texts.
+"""Runs an embedder in `mteb.evaluate`: every MTEB task gets its instruction, symmetric tasks on all texts.
 
     mteb.evaluate(MtebEncoder(Embedder.load("my-embedder")), mteb.get_tasks(["SciFact", "STS12"]))
 
@@ -31,8 +31,8 @@ TABLE = Path(__file__).with_name("instructions.yaml")
 class MtebEncoder(AbsEncoder):
     """An `Embedder` as mteb's EncoderProtocol.
 
-    `instructions` (task name -> instruction, "" for none) goes before the packaged ones. `max_tokens` cuts texts as
-    `Embedder.encode` does. `name` is that of the results.
+    `instructions` (task name -> instruction, "" for none) override the packaged ones. `max_tokens` cuts texts as in
+    `Embedder.encode`. mteb files the results under `name`.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class MtebEncoder(AbsEncoder):
     ) -> None:
         self.model, self.instructions = model, dict(instructions or {})
         self.max_tokens, self.batch_tokens = max_tokens, batch_tokens
-        # mteb looks up cached results by name and revision: under a fixed one it would give those of another model
+        # mteb caches results by name and revision: with a fixed revision it would return those of another model
         decides = [model.fingerprint(), self.instructions, max_tokens, TABLE.read_text(encoding="utf-8")]
         self.mteb_model_meta = ModelMeta.create_empty(
             {
@@ -62,7 +62,7 @@ class MtebEncoder(AbsEncoder):
         )
 
     def instruction(self, task: TaskMetadata, prompt_type: PromptType | None) -> str | None:
-        """What is asked of a text of this task: nothing of a document, and of all other texts the same."""
+        """Returns the instruction for a text of this task; None for a document."""
         if prompt_type == PromptType.document:
             return None
         return self.instructions.get(task.name, instruction_of(task)) or None
@@ -79,7 +79,7 @@ class MtebEncoder(AbsEncoder):
         precision: Any = "float32",
         batch_size: int | None = None,
     ) -> NDArray[Any]:
-        """(N, E) of the texts in the batches of `inputs`. `batch_size` is not used: batches are counted in tokens."""
+        """Encodes the texts in `inputs` to (N, E). `batch_size` is ignored, since batches are counted in tokens."""
         vectors: NDArray[Any] = self.model.encode(
             [text for batch in inputs for text in batch["text"]],
             task=self.instruction(task_metadata, prompt_type),
@@ -92,9 +92,9 @@ class MtebEncoder(AbsEncoder):
 
 
 def instruction_of(task: TaskMetadata) -> str:
-    """The packaged instruction of a task, else its own prompt in mteb, else that of its type.
+    """Returns the packaged instruction of a task, else its own prompt in mteb, else the instruction of its type.
 
-    ValueError for a task of a type that has none: those are not of text.
+    ValueError if the type has none, since such tasks are not about text.
     """
     table = _table()
     for pattern, instruction in table["tasks"].items():

@@ -13,7 +13,7 @@ Row = dict[str, str | float | None]
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One task's main metric (`metrics.MAIN`) and its others; higher is better."""
+    """The main metric of one task (`metrics.MAIN`) and its other metrics. Higher is better."""
 
     task: str
     kind: Kind
@@ -24,7 +24,7 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """What `evaluate` gives: one row a task, in the suite's order, and the wall-clock seconds of all."""
+    """The result of `evaluate`: one row a task, in the suite's order, and the wall-clock seconds in total."""
 
     suite: str
     rows: tuple[Result, ...]
@@ -40,9 +40,9 @@ class Results:
 
 
 def table(columns: Mapping[str, Results]) -> list[Row]:
-    """Rows `{"task", "metric", <column>: value, ...}`: each task's main metric, and below retrieval's its Recall@10.
+    """Returns rows `{"task", "metric", <column>: value, ...}`: each task's main metric, and Recall@10 for retrieval.
 
-    Tasks stand in the order in which the columns bring them; a column that lacks one has None there.
+    Tasks keep the order of the columns. The value is None where a column lacks the task.
     """
     rows: dict[tuple[str, str], Row] = {}
     for name, results in columns.items():
@@ -57,13 +57,13 @@ def table(columns: Mapping[str, Results]) -> list[Row]:
 
 
 def render(rows: Sequence[Row]) -> str:
-    """`rows` under their keys as aligned plain text: four decimals, `-` where there is no value."""
+    """Returns `rows` as aligned plain text with a header, four decimals, and `-` for a missing value."""
     if not rows:
         return ""
     lines = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
 
-    def aligned(cells: Sequence[str]) -> str:  # task and metric are words and stand left, numbers stand right
+    def aligned(cells: Sequence[str]) -> str:  # the first two columns are words and align left, numbers align right
         return "  ".join(
             cell.ljust(width) if place < 2 else cell.rjust(width)
             for place, (cell, width) in enumerate(zip(cells, widths, strict=True))

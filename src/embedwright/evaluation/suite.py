@@ -1,4 +1,4 @@
-"""Offline evaluation: a suite of tasks in local files, any model with `encode`, one number a task.
+"""Evaluates any model with `encode` on a suite of tasks in local files, with one main number a task.
 
 A suite is a YAML file, a packaged one by its name (`dev`), or a folder of data files:
 
@@ -9,8 +9,8 @@ A suite is a YAML file, a packaged one by its name (`dev`), or a folder of data 
 
 Paths are relative to the YAML file and may begin with `${VARIABLE}`. `retrieval` reads a BEIR folder, `classification`
 and `clustering` read rows of `{"text", "label"}`, `sts` of `{"text1", "text2", "score"}`, and `pair` of
-`{"text1", "text2", "label"}` with a label of 0 or 1. `ignore_identical_ids: true` leaves out a document of the query's
-own id from its hits, as mteb does for ArguAna, Quora, FiQA, FEVER, MS MARCO and their translations, and for no others.
+`{"text1", "text2", "label"}` with a label of 0 or 1. `ignore_identical_ids: true` drops the document with the query's
+own id from the hits, as mteb does for ArguAna, Quora, FiQA, FEVER, MS MARCO and their translations, and for no others.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ class _Strict(BaseModel):
 
 
 class SuiteTask(_Strict):
-    """One data file or BEIR folder and how to score it."""
+    """One data file or BEIR folder, and how to score it."""
 
     name: str
     kind: Kind
     path: Path
     train: Path | None = None  # classification only; without it, the file is split 50/50
     instruction: str = ""
-    limit: PositiveInt | None = None  # the first rows alone; in retrieval the first queries, and the whole corpus
-    ignore_identical_ids: StrictBool = False  # retrieval only: a document of the query's own id is no hit
+    limit: PositiveInt | None = None  # takes the first rows only; in retrieval the first queries, with the whole corpus
+    ignore_identical_ids: StrictBool = False  # retrieval only: the document with the query's own id is no hit
 
     @model_validator(mode="after")
     def _keys_fit_the_kind(self) -> SuiteTask:
@@ -69,7 +69,7 @@ class SuiteTask(_Strict):
 
 
 class Suite(_Strict):
-    """Tasks of different names, and the name of them all."""
+    """A named set of tasks, whose names differ."""
 
     name: str
     tasks: tuple[SuiteTask, ...] = Field(min_length=1)
@@ -83,14 +83,24 @@ class Suite(_Strict):
 
 
 def evaluate(model: Any, suite: Suite | Path | str, *, progress: Callable[[str], None] | None = None) -> Results:
-    """Scores of `model` (anything that `as_encoder` accepts) on every task of `suite` (see `load_suite`).
+    """Scores a model on every task of a suite.
 
-    Retrieval puts a task's instruction on the queries alone, the other kinds put it on every text, as mteb does. Within
-    a task, identical texts are encoded once. The same embeddings give the same numbers. `progress` gets a line before
-    and after each task.
+    Retrieval puts a task's instruction on the queries only; the other kinds put it on every text, as mteb does. Within
+    a task, equal texts are encoded once. The same embeddings give the same numbers.
 
-    Raises FileNotFoundError and ValueError (naming suite, task and file) for a suite or data file that does not hold
-    what it should, ImportError without the `[eval]` extra, TypeError for a model without `encode`.
+    Args:
+        model: An Embedder, a SentenceTransformer, or any object with `encode(texts, task=None)`.
+        suite: A suite, the path of its YAML file or of a folder of data sets, or the packaged `dev`.
+        progress: A function that gets a line before and after each task.
+
+    Returns:
+        One row a task, in the suite's order.
+
+    Raises:
+        FileNotFoundError: A file of the suite is missing.
+        ValueError: A file has other content than its task needs. The message names suite, task and file.
+        ImportError: The `[eval]` extra is not installed.
+        TypeError: The model has no `encode`.
     """
     if missing := [name for name in ("sklearn", "scipy", "pytrec_eval") if find_spec(name) is None]:
         raise MissingPackageError(f"evaluation needs {', '.join(missing)}: pip install 'embedwright[eval]'")
@@ -116,11 +126,11 @@ def evaluate(model: Any, suite: Suite | Path | str, *, progress: Callable[[str],
 
 
 def load_suite(suite: Path | str) -> Suite:
-    """The suite of a YAML file, of a folder, or of a packaged name, with absolute paths that exist.
+    """Opens the suite of a YAML file, of a folder, or of a packaged name, and checks all its paths.
 
     In a folder, every BEIR folder and every labelled, scored or pair-labelled file is a task without an instruction.
-    The keys of the first row say the kind; labelled rows mean classification (clustering has the same keys: ask for it
-    in a YAML file). Raises FileNotFoundError and ValueError, before anything is encoded.
+    The keys of the first row decide the kind. Labelled rows mean classification; clustering has the same keys and needs
+    a YAML file. Raises FileNotFoundError and ValueError before anything is encoded.
     """
     packaged = sorted(file.stem for file in PACKAGED.glob("*.yaml"))
     path = PACKAGED / f"{suite}.yaml" if isinstance(suite, str) and suite in packaged else Path(suite).absolute()
@@ -137,13 +147,13 @@ def _from_yaml(file: Path) -> Suite:
 
 
 def _resolved(task: SuiteTask, suite_file: Path) -> SuiteTask:
-    """`task` with absolute paths, each of them checked to hold what its kind reads."""
+    """Returns the task with absolute paths, and checks that each holds data of the task's kind."""
     where = f"{suite_file}: task {task.name!r}"
 
     def variable(match: re.Match[str]) -> str:
         if not os.environ.get(match[1]):
             raise InputError(f"{where}: set the environment variable {match[1]}")
-        return str(Path(os.environ[match[1]]).absolute())  # relative to where the user stands, not to the suite file
+        return str(Path(os.environ[match[1]]).absolute())  # relative to the working folder, not to the suite file
 
     def resolve(written: Path) -> Path:
         path = suite_file.parent / re.sub(r"^\$\{(\w+)\}", variable, str(written))
@@ -171,9 +181,9 @@ def _from_folder(folder: Path) -> Suite:
 
 
 def _kinds(path: Path) -> list[Kind]:
-    """The kinds of task that can read what lies at `path`: for a file, those whose keys its first row has."""
+    """Returns the kinds of task that can read `path`: for a file, those whose keys its first row has."""
     if path.is_dir() and is_beir(path):
-        beir_files(path, _split(path))  # raises, naming it, where another part is missing
+        beir_files(path, _split(path))  # raises if another part is missing
         return ["retrieval"]
     for file, number, row in _rows(path, "test"):
         if isinstance(row, DataError):
@@ -183,7 +193,7 @@ def _kinds(path: Path) -> list[Kind]:
 
 
 def _split(folder: Path) -> str | None:
-    """Of a BEIR folder's several qrels, `test` is the one to evaluate on."""
+    """Returns the split of a BEIR folder to evaluate on: `test`, if it has one."""
     return "test" if any(folder.glob("qrels/test.tsv*")) else None
 
 
@@ -230,7 +240,7 @@ def _classification(encoder: Encoder, task: SuiteTask) -> dict[str, float]:
         texts, labels = [texts[row] for row in test], [labels[row] for row in test]
     _refuse_one_label(train_labels, task.train or task.path)
     draws = metrics.few_shot(train_labels)
-    drawn = sorted(set().union(*draws))  # no other training row is looked at, so none is encoded
+    drawn = sorted(set().union(*draws))  # the other training rows are not used, so they are not encoded
     place = {row: number for number, row in enumerate(drawn)}
     vectors_NE = _encode(encoder, [train_texts[row] for row in drawn] + texts, task.instruction or None)
     train_NE, test_NE = np.split(vectors_NE, [len(drawn)])
@@ -238,7 +248,7 @@ def _classification(encoder: Encoder, task: SuiteTask) -> dict[str, float]:
     return metrics.classification(train_NE, [train_labels[row] for row in drawn], test_NE, labels, places)
 
 
-# Other keys are not read, and do no harm here. A folder's file is of the first kind whose keys it has.
+# Rows may have other keys. A file of a folder is of the first kind whose keys it has.
 _COLUMNS: dict[Kind, dict[str, Callable[[object, str], Any]]] = {
     "sts": {"text1": text_of, "text2": text_of, "score": number_of},
     "pair": {"text1": text_of, "text2": text_of, "label": binary_of},
@@ -248,7 +258,7 @@ _COLUMNS: dict[Kind, dict[str, Callable[[object, str], Any]]] = {
 
 
 def _read(path: Path, kind: Kind, limit: int | None = None, split: str = "test") -> list[list[Any]]:
-    """The columns of `kind` in the first `limit` rows. A bad row is an error: without it, this is another test set."""
+    """Reads the columns of `kind` in the first `limit` rows. A bad row is an error: without it, the test changes."""
     columns: dict[str, list[Any]] = {key: [] for key in _COLUMNS[kind]}
     for file, number, row in islice(_rows(path, split), limit):
         try:
@@ -267,13 +277,13 @@ def _rows(path: Path, split: str) -> Iterator[tuple[Path, int, dict[str, Any] | 
 
 
 def _refuse_one_label(gold: Sequence[Any], file: Path) -> None:
-    """With one label or score, every metric is 0, 1 or undefined, whatever the model does."""
+    """Raises DataError if there is one label only: every metric would be 0, 1 or undefined for any model."""
     if len(set(gold)) < 2:
         raise DataError(f"{file}: {len(gold)} rows, all of one label or score (a `limit` on a sorted file does that)")
 
 
 def _encode(encoder: Encoder, texts: Sequence[str], task: str | None = None) -> Embeddings:
-    """Float32 (N, E) of `texts`; each different text goes to the encoder once."""
+    """Encodes texts to float32 (N, E), each distinct text once."""
     place = {text: number for number, text in enumerate(dict.fromkeys(texts))}
     vectors_NE = encode_finite(encoder, list(place), task)
     return vectors_NE if len(place) == len(texts) else vectors_NE[[place[text] for text in texts]]

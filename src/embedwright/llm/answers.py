@@ -1,4 +1,4 @@
-"""A language model's answers: reading the JSON in them, and the file on disk that keeps what was paid for."""
+"""Reads the JSON in a language model's answers, and keeps every answer that was paid for in a file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from embedwright.errors import InputError
 
 _JSON = json.JSONDecoder(strict=False)  # models write line breaks into JSON strings
 
-# Marks around the reasoning that some servers leave in the text: DeepSeek, Qwen and most others; Seed-OSS; Kimi;
+# Some servers leave the reasoning in the text. These marks surround it: DeepSeek, Qwen and most others; Seed-OSS; Kimi;
 # Magistral; Sky-T1; Command A; gpt-oss, whose answer comes in the channel `final`.
 _WORDS = "think|thinking|thoughts?|reasoning|reflection|analysis|scratchpad"
 _OPENED = re.compile(
@@ -34,11 +34,11 @@ _CLOSED = re.compile(
 
 
 class BadAnswerError(InputError):
-    """An answer that is not what was asked for: `bad_json`, `wrong_schema` or `only_reasoning`."""
+    """The answer has another form than was asked for: `bad_json`, `wrong_schema` or `only_reasoning`."""
 
 
 class Completion(NamedTuple):
-    """A model's text, and what it cost. `cut_at`: the token limit that cut it off; 0 where it ended by itself."""
+    """A model's text and its cost. `cut_at` is the token limit that cut it off, or 0 if it ended by itself."""
 
     text: str
     cut_at: int
@@ -46,11 +46,11 @@ class Completion(NamedTuple):
 
 
 def read_answer(text: str, schema: type[BaseModel]) -> dict[str, Any]:
-    """Returns the fields of the answer in `text`: of the last JSON object after any reasoning that fits `schema`.
+    """Returns the fields of the answer in `text`: the last JSON object that fits `schema` and follows any reasoning.
 
-    Drafts, fences and prose around it are skipped. Marks of reasoning inside a JSON string are part of that string.
-    Raises BadAnswerError: `only_reasoning` where the reasoning does not end, `wrong_schema` where there are objects but
-    none fits, else `bad_json`.
+    Drafts, fences and prose are skipped. Marks of reasoning inside a JSON string belong to that string. Raises
+    BadAnswerError: `only_reasoning` if the reasoning does not end, `wrong_schema` if there are objects but none fits,
+    else `bad_json`.
     """
     objects = list(_objects(text))
     begin = max((mark.end() for mark in _outside(_CLOSED, text, objects)), default=0)
@@ -66,7 +66,7 @@ def read_answer(text: str, schema: type[BaseModel]) -> dict[str, Any]:
 
 
 def _objects(text: str) -> Iterator[tuple[int, int, Any]]:
-    """(start, end, value) of each JSON object that is not inside of another one."""
+    """Yields (start, end, value) of each JSON object, without those inside other objects."""
     at = text.find("{")
     while at >= 0:
         try:
@@ -79,30 +79,30 @@ def _objects(text: str) -> Iterator[tuple[int, int, Any]]:
 
 
 def _outside(mark: re.Pattern[str], text: str, objects: list[tuple[int, int, Any]]) -> Iterator[re.Match[str]]:
-    """The marks that are not inside of a JSON object."""
+    """Yields the marks that are not inside a JSON object."""
     for found in mark.finditer(text):
         if not any(start < found.start() < end for start, end, _ in objects):
             yield found
 
 
 def answer_key(model: str, prompt: str, temperature: float, seed: str, attempt: int) -> str:
-    """What an answer is kept under. Any change here has every user pay for all answers again.
+    """Returns the key under which an answer is kept. With another key, every user pays for all answers again.
 
-    The server's address, its limits and the form in which JSON was asked for are no part of it: the answer to the same
-    prompt, drawn by the same seed, stays of use when they change.
+    The server's address, its limits and the schema are not in it: an answer to the same prompt and seed stays useful
+    when they change.
     """
     named = [model, prompt, float(temperature), seed, attempt]
     return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
 
 class AnswerFile:
-    """Answers by `answer_key`, in an SQLite file of this user alone: whole rows, whenever the process is killed."""
+    """Keeps answers by `answer_key` in an SQLite file that only this user can write. A kill never leaves half a row."""
 
     def __init__(self, path: Path) -> None:
-        """InputError where somebody else owns the file or may write to it, or where it holds no answers."""
+        """Opens the file. InputError if another user owns it or may write to it, or if it holds no answers."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        for part in ("", "-wal", "-shm", "-journal"):  # SQLite takes rows from the files beside it, too
+        for part in ("", "-wal", "-shm", "-journal"):  # SQLite also reads rows from these files
             if os.path.lexists(file := path.with_name(path.name + part)):
                 check_private(file)
         os.close(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o600))  # the other files take its mode
@@ -121,7 +121,7 @@ class AnswerFile:
         return None if row is None else Completion(*row)
 
     def put(self, key: str, completion: Completion) -> None:
-        """Keeps an answer in place of an earlier one; the tokens of both have been paid for."""
+        """Replaces an earlier answer of this key. The tokens add up, since both answers were paid for."""
         self._base.execute(
             "INSERT INTO answers VALUES (?, ?, ?, ?) ON CONFLICT (key) DO UPDATE SET "
             "text = excluded.text, cut = excluded.cut, tokens = tokens + excluded.tokens",
@@ -129,7 +129,7 @@ class AnswerFile:
         )
 
     def tokens(self) -> int:
-        """The tokens paid for, over all runs."""
+        """Returns the tokens paid for in all runs."""
         return int(self._base.execute("SELECT COALESCE(SUM(tokens), 0) FROM answers").fetchone()[0])
 
     def close(self) -> None:

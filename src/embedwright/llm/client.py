@@ -36,15 +36,15 @@ _NO_SCHEMA = (
 
 
 class Answer(BaseModel):
-    """Base of the schemas that answers are asked for in. Strict schemas forbid other keys; an answer may have them."""
+    """The base of answer schemas. They forbid other keys, as strict servers want; an answer with others is taken."""
 
     model_config = ConfigDict(json_schema_extra={"additionalProperties": False})
 
 
 class Server(BaseModel):
-    """Where to ask, and how hard.
+    """Says where to ask, and how hard.
 
-    `token_budget` counts all answers in the cache file, those of earlier runs too: run again, it is not spent again.
+    `token_budget` counts all answers in the cache file, with those of earlier runs.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
@@ -53,7 +53,7 @@ class Server(BaseModel):
     api_key_env: str | None = None  # the environment variable that holds this server's key
     timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 300.0  # seconds without a byte; see `_request`
     retries: Annotated[int, Field(ge=0)] = 6  # of a request that got no answer
-    attempts: Positive = 3  # at a valid answer, each with a seed of its own
+    attempts: Positive = 3  # to get a valid answer, each with another seed
     concurrency: Positive = 8
     max_tokens: Positive = 2048  # of one answer
     token_budget: Positive | None = None  # prompts and answers together
@@ -61,7 +61,7 @@ class Server(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One prompt in a session of its own. `seed` names the draw: equal questions with equal seeds are the same one."""
+    """One prompt, asked in a new session. Equal questions with equal seeds are one question, and are paid for once."""
 
     model: str
     prompt: str
@@ -72,13 +72,13 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a question has no answer: `no_valid_answer`, `server_error`, `refused` or `budget`."""
+    """Says why a question has no answer: `no_valid_answer`, `server_error`, `refused` or `budget`."""
 
     reason: str
 
 
 class ServerError(RuntimeError):
-    """The server does not answer at all, or refuses us. The message names it and its last word."""
+    """The server does not answer, or refuses every question. The message names it and quotes its last error."""
 
 
 class _NoAnswerError(Exception):
@@ -86,11 +86,11 @@ class _NoAnswerError(Exception):
 
 
 class Client:
-    """Asks one server, and keeps what it says. A context; not for use inside a running event loop.
+    """Asks one server and keeps its answers. Use it in a `with` statement, outside a running event loop.
 
-    `counts`: `requests` sent, `answers` received, `cached` ones, `tokens` of both; requests that failed, by kind
-    (`http_429`, ..., `timeout`, `connection`, `bad_body`); useless answers, by kind (`bad_json`, `wrong_schema`,
-    `only_reasoning`, `truncated`). The API key is that of `endpoint`.
+    `counts` has the `requests` sent, the `answers` received, the `cached` ones, and the `tokens` paid for; failed
+    requests by kind (`http_429`, ..., `timeout`, `connection`, `bad_body`); and useless answers by kind (`bad_json`,
+    `wrong_schema`, `only_reasoning`, `truncated`).
     """
 
     def __init__(self, server: Server, cache: Path) -> None:
@@ -127,10 +127,10 @@ class Client:
         self._cache.close()
 
     def ask(self, questions: Iterable[Question]) -> Iterator[dict[str, Any] | Failure]:
-        """Yields the answer to each question, in order, as the fields of its schema; or why there is none.
+        """Yields the answer to each question, in order, as the fields of its schema; or a Failure.
 
-        Holds `4 * concurrency` questions in memory. Raises ServerError where the server refuses every question
-        (401, 403, 404, no JSON schemas), or has let down `concurrency + 3` in a row, with all their retries.
+        Holds `4 * concurrency` questions in memory. Raises ServerError if the server refuses every question (401, 403,
+        404, no JSON schemas), or if `concurrency + 3` questions in a row have failed after all their retries.
         """
         waiting = iter(questions)
         begun: deque[asyncio.Task[dict[str, Any] | Failure]] = deque()
@@ -145,7 +145,7 @@ class Client:
                 begun.popleft()
                 yield answer
         finally:
-            if not loop.is_closed():  # or the answers were left unread until the client was closed
+            if not loop.is_closed():  # it is if the caller reads no further, and the client was closed meanwhile
                 for task in begun:
                     task.cancel()
                 self._runner.run(_all_ended(begun))
@@ -155,7 +155,7 @@ class Client:
             kept = [self._cache.get(_key(question, attempt)) for attempt in range(self.server.attempts)]
             answered = any(_fits(known, question.schema) for known in kept)
             for attempt, known in enumerate(kept):
-                # an answer that was cut off may be whole under today's limit
+                # an answer that was cut off may be whole under a larger limit
                 if known is None or (not answered and 0 < known.cut_at < self.server.max_tokens):
                     try:
                         known = await self._completion(question, attempt)
@@ -170,14 +170,14 @@ class Client:
             return Failure("no_valid_answer")
 
     async def _completion(self, question: Question, attempt: int) -> Completion:
-        """Asks within the token budget, and keeps what comes back."""
+        """Asks once, within the token budget, and keeps the answer."""
         schema = {"name": "answer", "strict": True, "schema": question.schema.model_json_schema()}
         request = {
             "model": question.model,
             "messages": [{"role": "user", "content": question.prompt}],
-            # at temperature 0 another seed would bring the same answer again
+            # at temperature 0, another seed would give the same answer again
             "temperature": max(question.temperature, 0.5) if attempt else question.temperature,
-            "top_p": 1.0,  # some servers take another one from the model's own files
+            "top_p": 1.0,  # else some servers take the value in the model's own files
             "max_tokens": self.server.max_tokens,
             "seed": int(_digest([question.seed, attempt])[:7], 16),
             "response_format": {"type": "json_schema", "json_schema": schema},
@@ -205,9 +205,10 @@ class Client:
         return budget is None or self._spent + self._reserved + tokens <= budget
 
     async def _request(self, request: dict[str, Any]) -> Completion:
-        """Sends one request, with openai's retries. Raises _NoAnswerError, or ServerError where all requests fail.
+        """Sends one request; openai retries it. Raises _NoAnswerError, or ServerError if all questions would fail.
 
-        The timeout of openai starts again with each byte that a stalled server drips, so all tries have a limit, too.
+        openai's timeout starts again with each byte, and some servers send a byte now and then while they stall. So the
+        tries together have a time limit as well.
         """
         from openai import APIConnectionError, APIStatusError, APITimeoutError
 
@@ -237,7 +238,7 @@ class Client:
         raise self._given_up("server_error", said)
 
     def _given_up(self, reason: str, said: str, fatal: bool = False) -> Exception:
-        """Returns what to raise for a question without an answer: ServerError where all questions fail like this."""
+        """Returns the exception for a question without an answer: ServerError if it ends the whole run."""
         self._unanswered += 1
         said = self.endpoint.hide(said)
         if self._fatal is None and (fatal or self._unanswered >= self.server.concurrency + 3):
@@ -267,17 +268,17 @@ def _fits(known: Completion | None, schema: type[BaseModel]) -> bool:
 
 
 def _read_completion(answer: Any, request: dict[str, Any]) -> Completion | None:
-    """None where it is no chat completion. Reasoning that comes in a field or part of its own is left out."""
+    """Reads a chat completion, without reasoning in separate fields or parts. None if `answer` is something else."""
     try:
         choice = answer.choices[0]
         content = choice.message.content
         cut_at = request["max_tokens"] if choice.finish_reason == "length" else 0
     except (AttributeError, IndexError, TypeError):
         return None
-    if isinstance(content, list):  # parts, as Mistral's servers send them, those of `thinking` among them
+    if isinstance(content, list):  # Mistral's servers send parts, and `thinking` is one of them
         said = [part for part in content if isinstance(part, dict) and part.get("type") in ("text", "output_text")]
         content = "".join(str(part.get("text") or "") for part in said)
-    # half a surrogate pair, which JSON can spell, goes into no file
+    # JSON can spell half a surrogate pair, but no file can hold it
     text = str(content or "").encode(errors="replace").decode()
     told = getattr(answer.usage, "total_tokens", None)
     tokens = told if isinstance(told, int) else _tokens_of(request["messages"][0]["content"] + text)
@@ -285,7 +286,7 @@ def _read_completion(answer: Any, request: dict[str, Any]) -> Completion | None:
 
 
 def _tokens_of(text: str) -> int:
-    """About: four characters a token, the usual estimate for English."""
+    """Estimates the tokens of a text by four characters each, which is usual for English."""
     return len(text) // 4 + 1
 
 

@@ -1,8 +1,8 @@
-"""Step 1 of synthesis: tasks that a language model thinks of, frozen in a file that only grows.
+"""Step 1 of synthesis: a language model thinks of tasks, and a file that only grows keeps them.
 
-Examples are asked for by task, so tasks that moved to other examples would have all of these paid for again. So the
-tasks of an answered prompt are read from the file from then on, in its order, whatever a later run, server or version
-makes of the answers.
+The prompt of an example holds its task. If a task moved to another example, that example would be paid for again. So
+once a prompt is answered, its tasks always come from the file, in its order, whatever a later run, server or version
+reads in the answer.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from embedwright.synth.plan import Kind, Plan
 
 log = logging.getLogger(__name__)
 
-_TASK_WORDS = range(3, 101)  # what is shorter or longer is no instruction
-_ROUNDS = 4  # of brainstorming: models repeat themselves, and past this it is no use to ask on
+_TASK_WORDS = range(3, 101)  # a shorter or longer text is no instruction
+_ROUNDS = 4  # models repeat themselves, and more rounds bring no new tasks
 
 
 class _Tasks(Answer):
-    """The answer to a brainstorm."""
+    """The schema of an answer."""
 
     tasks: list[str]
 
 
 class _Line(BaseModel):
-    """What became of one prompt's answer. `prompt` None: tasks that serve again, as there were no more."""
+    """The tasks of one prompt's answer. With `prompt` None, they are earlier tasks that are used again."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -49,11 +49,11 @@ class _Line(BaseModel):
 
 
 def brainstorm(client: Client, file: Path, plan: Plan, kind: Kind) -> tuple[list[str], dict[str, int]]:
-    """The tasks of a kind for the plan's examples, in the order of `file`, and what became of the model's suggestions.
+    """Returns the tasks of a kind, in the order of `file`, and counts of prompts, tasks and suggestions left out.
 
-    A kind that is not brainstormed has one task, its instruction. Prompts that got no answer are not in the file, and
-    are asked again in the next run; until then tasks are lacking. Where all were answered and the tasks are still too
-    few, these serve again, in turn.
+    A kind without a `brainstorm` prompt has one task, its instruction. A prompt without an answer is not in the file,
+    and the next run asks it again; until then tasks are missing. If all prompts have an answer and the tasks are still
+    too few, they are used again, in turn.
     """
     part, per_prompt = plan.prompts.kinds[kind], plan.prompts.tasks_per_prompt
     if part.brainstorm is None:
@@ -77,7 +77,7 @@ def brainstorm(client: Client, file: Path, plan: Plan, kind: Kind) -> tuple[list
     asked = 0
     most = -(-needed // per_prompt)
     while asked < _ROUNDS * most and _count(found := _by_prompt(lines), found) < needed:
-        # by what earlier rounds gave: the same rounds for a run that goes on as for one in one go
+        # counts earlier rounds only, so that a resumed run has the same rounds as an uninterrupted one
         before = _count(found, range(asked))
         round_ = range(asked, asked + -(-(needed - before) // per_prompt))
         new = [number for number in round_ if number not in found]
@@ -109,12 +109,12 @@ def _by_prompt(lines: list[_Line]) -> dict[int, _Line]:
 
 
 def _count(found: dict[int, _Line], numbers: Iterable[int]) -> int:
-    """The tasks of these prompts."""
+    """Counts the tasks of these prompts."""
     return sum(len(found[number].tasks) for number in numbers if number in found)
 
 
 def _usable(said: list[str], known: set[str]) -> tuple[list[str], dict[str, int]]:
-    """The usable tasks of an answer, which `known` takes in, and how many others there are, by reason."""
+    """Returns the usable tasks of an answer, and counts the others by reason. Adds the tasks to `known`."""
     tasks: list[str] = []
     left_out = Counter[str]()
     for task in (" ".join(words.split()) for words in said):
@@ -129,7 +129,7 @@ def _usable(said: list[str], known: set[str]) -> tuple[list[str], dict[str, int]
 
 
 def _read(file: Path, subject: str) -> list[_Line]:
-    """The lines of this subject, the first one of each prompt. DataError names file and line."""
+    """Reads the lines of this subject, and of several with one prompt the first. DataError names file and line."""
     lines: list[_Line] = []
     for number, raw in enumerate(whole_lines(file), 1):
         try:
@@ -146,7 +146,7 @@ def _read(file: Path, subject: str) -> list[_Line]:
 
 
 def is_text(value: str) -> bool:
-    """Whether a model's word for a task or a text is one that a row may hold."""
+    """Says whether a row may hold this text."""
     try:
         text_of(value, "")
     except DataError:

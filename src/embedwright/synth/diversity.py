@@ -1,4 +1,4 @@
-"""How varied synthetic examples are: tasks, lengths, words, and what was drawn for them."""
+"""Measures how varied synthetic examples are: tasks, lengths, words, and the values drawn for them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 from embedwright.data.keys import jaccard, near_key
 from embedwright.data.schema import Example
 
-SAMPLE = 200  # texts of each kind and side that are held against each other: 19,900 pairs
+SAMPLE = 200  # texts of each kind and side that are compared with each other: 19,900 pairs
 
 
 class Diversity:
-    """Counts over all examples, and even samples of their texts, drawn by a seed. In memory: these and task names."""
+    """Counts all examples, and keeps a seeded, uniform sample of their texts."""
 
     def __init__(self) -> None:
         self._random = random.Random(0)
@@ -26,7 +26,7 @@ class Diversity:
         self._seen: Counter[tuple[str, str]] = Counter()
 
     def add(self, kind: str, example: Example, draws: Mapping[str, str]) -> None:
-        """`draws`: the value of each placeholder."""
+        """Adds an example. `draws` has the value of each placeholder."""
         self._tasks[kind][example.task] += 1
         for name, value in draws.items():
             self._draws[kind][name][value] += 1
@@ -45,7 +45,7 @@ class Diversity:
             sample[place] = near_key(text)
 
     def to_json(self) -> dict[str, Any]:
-        """By kind: examples, distinct tasks, each side's words and variety, and how often each value was drawn."""
+        """Returns by kind: examples, distinct tasks, each side's lengths and variety, and counts of drawn values."""
         return {
             kind: {
                 "examples": tasks.total(),
@@ -70,15 +70,15 @@ def _variety(sample: list[str]) -> dict[str, float]:
 
 
 def distinct_2(texts: Iterable[str]) -> float:
-    """Different word pairs per word pair (Li et al. 2016, arXiv 1510.03055); 0 where no text has two words.
+    """Returns distinct word pairs over all word pairs (Li et al. 2016, arXiv 1510.03055); 0 if there are none.
 
-    Falls with the number of texts: compare equal samples only.
+    It falls with the number of texts, so compare samples of one size only.
     """
     pairs = [pair for text in texts for pair in pairwise(text.split())]
     return len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
 def self_similarity(texts: Iterable[str]) -> float:
-    """Mean Jaccard of the words of two different texts: 0, nothing in common, to 1, all the same; 0 for one text."""
+    """Returns the mean Jaccard index of the words of two texts: 0 for none in common, 1 for all; 0 for one text."""
     words = [set(text.split()) or {text} for text in texts]
     return fmean(jaccard(a, b) for a, b in combinations(words, 2)) if len(words) > 1 else 0.0

@@ -1,6 +1,6 @@
-"""What to synthesize: the prompts of each kind of task (`synthesis.yaml`), and what is drawn for each example.
+"""Plans what to synthesize: the prompts of each kind of task (`synthesis.yaml`), and the random draws of each example.
 
-All draws are seeded per example: a longer run has the rows of a shorter one, and pays for the others alone.
+Each example has its own seed. So a longer run has the rows of a shorter one, and pays only for the new ones.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class _Part(BaseModel):
 
 
 class AnswerKeys(_Part):
-    """Which key of the JSON object is what."""
+    """Names the keys of the JSON object that hold the query, the positive and the negative."""
 
     query: str
     positive: str
@@ -40,7 +40,7 @@ class AnswerKeys(_Part):
 
 
 class KindPrompts(_Part):
-    """One kind of task: `brainstorm` for its tasks, or the one `instruction`; `generate` for an example."""
+    """The prompts of one kind: `brainstorm` asks for tasks, or `instruction` is the task; `generate` for examples."""
 
     family: Family
     symmetric: bool = False
@@ -66,7 +66,7 @@ class KindPrompts(_Part):
 
 
 class Prompts(_Part):
-    """What `synthesis.yaml` holds."""
+    """The content of `synthesis.yaml`."""
 
     languages: Annotated[dict[str, str], Field(min_length=1)]
     tasks_per_prompt: Annotated[int, Field(ge=1)]
@@ -74,12 +74,12 @@ class Prompts(_Part):
 
     @classmethod
     def load(cls, path: Path = PROMPTS) -> Prompts:
-        """FileNotFoundError, or ConfigError that names the file and the key."""
+        """Reads a prompts file. FileNotFoundError, or ConfigError that names the file and the key."""
         return validate(cls, load_yaml(path), str(path))
 
 
 class Draw(NamedTuple):
-    """What is drawn for one example."""
+    """The random draws of one example."""
 
     placeholders: dict[str, str]
     language: str | None  # code
@@ -88,7 +88,7 @@ class Draw(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What to make: `counts` examples of each kind, `per_task` of each task, by one of `models` each."""
+    """Asks for `counts` examples of each kind, `per_task` of each task. Each is written by one of `models`."""
 
     counts: dict[Kind, int]
     models: tuple[str, ...]
@@ -103,7 +103,7 @@ class Plan:
             raise InputError(f"no prompts of kind {unknown[0]!r}; there are {', '.join(self.prompts.kinds)}")
 
     def draw(self, kind: Kind, number: int) -> Draw:
-        """Of example `number`. Each placeholder has a draw of its own: a new one leaves the others as they were."""
+        """Draws for example `number`. Each placeholder has its own draw, so a new one does not change the others."""
 
         def choose(name: str, values: Sequence[Any]) -> Any:
             return random.Random(f"{self.seed}:{kind}:{number}:{name}").choice(values)
@@ -124,13 +124,13 @@ class Plan:
         return Question(draw.model, prompt, schema, f"{self.seed}:{kind}:{number}")
 
     def rows(self) -> Iterator[tuple[Kind, int]]:
-        """(kind, number) of each example, the kinds in turn: a run that ends early has some of each."""
+        """Yields (kind, number) of each example, the kinds in turn, so that a run that ends early has some of each."""
         for number in range(max(self.counts.values())):
             yield from ((kind, number) for kind, count in self.counts.items() if number < count)
 
 
 def split_evenly(count: int, kinds: Sequence[str]) -> dict[Kind, int]:
-    """`count` examples over `kinds`, the first ones taking the remainder. ValueError on an unknown or repeated kind."""
+    """Splits `count` examples over `kinds`; the first ones take the rest. ValueError: an unknown or repeated kind."""
     if wrong := [kind for kind in kinds if kind not in KINDS]:
         raise InputError(f"no kind of task {wrong[0]!r}; known: {', '.join(KINDS)}")
     if len(set(kinds)) < len(kinds) or not 1 <= len(kinds) <= count:

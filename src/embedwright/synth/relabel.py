@@ -1,7 +1,7 @@
-"""Mined negatives that are in truth positives, found by a judge: a language model, or a cross-encoder.
+"""Finds mined negatives that are in truth positives, by a judge: a language model or a cross-encoder.
 
-Of what naive mining calls negative, 39 % (Natural Questions) and 47 % (StackExchange) answer the query by the word of a
-language model, and the best rule leaves about half of those (NV-Retriever, arXiv 2407.15831).
+Of the negatives of naive mining, 39 % (Natural Questions) and 47 % (StackExchange) answer the query, as a language
+model judges it. The best mining rule leaves about half of them (NV-Retriever, arXiv 2407.15831).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ and nothing else."""
 
 
 class Candidate(NamedTuple):
-    """A negative that is in question: of an example's task and query, beside its first positive."""
+    """A negative that may be a positive, with the task, the query and the first positive of its example."""
 
     task: str
     query: str
@@ -75,9 +75,9 @@ def relabel_file(
     tasks: Tasks | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """`relabel` from file to file (any that `open_examples` reads), for data of any size; its counts as JSON.
+    """Runs `relabel` from file to file, for data of any size, and returns its counts as JSON.
 
-    `tasks` of the rows, to be written with them, besides those that are described beside `path`.
+    `tasks` are written beside `out`, together with those that lie beside `path`.
     """
     table = open_as_named(path)
     count = Counter(dict.fromkeys(COUNTED, 0))
@@ -95,13 +95,13 @@ def relabel_file(
 def relabel(examples: Iterable[Example], judge: Judge, action: Action, count: Counter[str]) -> Iterator[Example]:
     """Yields `examples` in order, without the negatives that `judge` calls positives; `promote` makes them positives.
 
-    No example is left out, one without a negative left neither. A negative without a verdict stays one. What answers
-    the question in any of the examples (`data.answers`) is a positive without a judge. `examples`, a list or a table,
-    are read three times, 256 in memory.
+    All examples stay, even one that has no negative left. A negative without a verdict stays a negative. A passage that
+    answers the question in any of the examples (`data.answers`) is a positive, and the judge is not asked about it.
+    `examples` is a list or a table; it is read three times, with 256 examples in memory.
 
-    `count` gets `negatives` = `kept` + those dropped or promoted (`positive`). Of the positive, `known` are those that
-    answer the question in some row; of the kept, `undecided` had no verdict. `without_negatives`: examples that had
-    some and have none now. `scores_removed`: examples whose scores no longer fit, as a promoted passage had none.
+    `count` gets `negatives` = `kept` + `positive`. `known` of the positive answer the question in some row, and
+    `undecided` of the kept have no verdict. `without_negatives` counts examples that lost all negatives, and
+    `scores_removed` those whose scores no longer fit, because a promoted passage had none.
     """
     if action not in ("drop", "promote"):
         raise InputError(f"action must be drop or promote, not {action!r}")
@@ -117,13 +117,13 @@ def relabel(examples: Iterable[Example], judge: Judge, action: Action, count: Co
 
 
 def _answering(example: Example, answers: AnswerMarks) -> list[bool]:
-    """Which negatives answer the question in some row."""
+    """Says for each negative whether it answers the question in some row."""
     marks = answers.of(example) if example.negatives else set()
     return [not marks.isdisjoint(marks_of(example.task, [passage])) for passage in example.negatives]
 
 
 def judge_by_scores(model: Any, threshold: float) -> Judge:
-    """Calls a passage a positive from this score of `model` on, such as a CrossEncoder of sentence-transformers."""
+    """Returns a judge by `model`, such as a CrossEncoder: a passage with this score or more is a positive."""
 
     def judge(candidates: Sequence[Candidate]) -> list[bool | None]:
         scores = np.asarray(model.predict([(c.query, c.passage) for c in candidates]), dtype=np.float64)
@@ -137,7 +137,7 @@ def judge_by_scores(model: Any, threshold: float) -> Judge:
 
 
 def judge_by_model(client: Client, model: str, tasks: Mapping[str, Task] | None = None) -> Judge:
-    """A language model is asked. It is told the instruction of the row's task, from `tasks` or the catalogue."""
+    """Returns a judge that asks a language model, with the instruction of the row's task (`tasks` or the catalogue)."""
 
     def judge(candidates: Sequence[Candidate]) -> list[bool | None]:
         answers = client.ask(_question(candidate, model, tasks or {}) for candidate in candidates)

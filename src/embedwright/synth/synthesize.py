@@ -1,6 +1,7 @@
-"""Synthetic examples from a language model, in the two steps of E5-Mistral (arXiv 2401.00368) as NV-Embed takes them.
+"""Writes synthetic examples with a language model, in the two steps of E5-Mistral (arXiv 2401.00368).
 
-Step 1 brainstorms tasks; step 2 makes an example of a task, in a new session (NV-Embed, arXiv 2405.17428, section 4.3).
+Step 1 brainstorms tasks; step 2 asks for an example of a task, in a new session. NV-Embed does the same (arXiv
+2405.17428, section 4.3).
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from embedwright.synth.plan import Kind, Plan
 
 @dataclass(frozen=True)
 class Report:
-    """`asked` rows = `written` + the sum of `dropped`, which is by kind and reason. `tasks`: of step 1, by kind.
+    """Counts of a run. `asked` rows = `written` + the sum of `dropped`, which is by kind and reason.
 
-    `client`: what the server was asked and what came back (`Client.counts`). `diversity`: of the rows written.
+    `tasks` has the counts of step 1 by kind, `client` those of `Client.counts`, `diversity` measures the rows written.
     """
 
     asked: int
@@ -41,12 +42,11 @@ class Report:
 def synthesize(
     out: Path, client: Client, plan: Plan, *, licence: str = "", progress: Callable[[int, int], None] | None = None
 ) -> Report:
-    """Make the plan's examples and write those that are usable to `out`, in the plan's order; their tasks beside it.
+    """Asks for the plan's examples, and writes the usable ones to `out` in the plan's order, with their tasks beside.
 
-    An example's task is a name; `tasks_file(out)` holds the `Task` of each, with the brainstormed instruction. `out`
-    is written whole or not at all, and not where nothing usable came. Rows wait in a temporary file; memory is bounded
-    by the tasks, about 1 KB each, and by `repeats`, about 250 bytes a row. Raises ServerError where the server is gone:
-    what was paid for is in the client's cache, and the tasks are in `OUT.brainstorm.jsonl`, for a run that goes on.
+    `out` is written whole or not at all, and not without a usable example. Rows wait in a temporary file. Memory holds
+    the tasks, about 1 KB each, and the keys of `repeats`, about 250 bytes a row. Raises ServerError if the server does
+    not answer; the client's cache and `OUT.brainstorm.jsonl` keep everything, and the same call goes on from there.
     """
     tasks: dict[Kind, list[Task]] = {}
     brainstormed: dict[str, dict[str, int]] = {}
@@ -95,11 +95,11 @@ def _task(plan: Plan, kind: Kind, wording: str, licence: str) -> Task:
 def _made(
     client: Client, plan: Plan, tasks: Mapping[Kind, Sequence[Task]], progress: Callable[[int, int], None] | None
 ) -> Iterator[tuple[Kind, int, Example | str]]:
-    """Step 2: (kind, number, the example or why there is none) for each row of the plan, in order."""
+    """Does step 2: yields (kind, number, the example or why there is none) for each row of the plan, in order."""
 
     def rows() -> Iterator[tuple[Kind, int, Task | None]]:
         for kind, number in plan.rows():
-            # neighbours share a task, so that a longer run keeps the tasks of a shorter one
+            # neighbours share a task, so that a longer run gives these rows the same tasks
             place = number // plan.per_task if plan.prompts.kinds[kind].brainstorm else 0
             yield kind, number, tasks[kind][place] if place < len(tasks[kind]) else None
 
@@ -116,7 +116,7 @@ def _made(
 
 
 def _example(plan: Plan, kind: Kind, number: int, task: Task, answer: Mapping[str, str]) -> Example | str:
-    """The example, or why it is of no use."""
+    """Returns the example, or why the answer is not usable."""
     part = plan.prompts.kinds[kind]
     query, positive, *negatives = (answer[name].strip() for name in part.answer.names())
     if not all(map(is_text, (query, positive, *negatives))):
