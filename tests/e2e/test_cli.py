@@ -21,6 +21,7 @@ from embedwright.cli import main as cli
 from embedwright.data.files.table import open_examples
 from embedwright.demo import docstrings
 from embedwright.model.embedder import Embedder
+from embedwright.training import steps
 from embedwright.training import train as loop
 from embedwright.training.recipe import Recipe
 
@@ -179,7 +180,7 @@ def test_a_recipe_is_trained_evaluated_searched_and_examined(command: Command, r
 def test_an_interrupted_run_exits_75_says_so_and_goes_on(
     command: Command, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    accumulate, calls = loop.accumulate, []
+    accumulate, calls = steps.accumulate, []
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
@@ -187,7 +188,7 @@ def test_an_interrupted_run_exits_75_says_so_and_goes_on(
             raise KeyboardInterrupt
         return accumulate(*args, **kwargs)
 
-    monkeypatch.setattr(loop, "accumulate", interrupted)
+    monkeypatch.setattr(steps, "accumulate", interrupted)
     answer = command("train", recipe, "--out", tmp_path / "run")
     assert answer.code == 75
     assert "run the same command again" in answer.err

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from embedwright.data.schema import DataError
 from embedwright.encoders.protocol import Encoder, encode_finite
-from embedwright.errors import InputError
+from embedwright.errors import InputError, NotFoundError
 from embedwright.files import write_json
 from embedwright.fingerprint import Facts, differences, fingerprint_of
 from embedwright.vectors.shards import Vectors, read_shard, vectors_of, write_shard
@@ -58,6 +58,8 @@ class Manifest:
     def read(cls, folder: Path) -> Manifest:
         """The manifest of `folder`. Raises FileNotFoundError, and DataError where it is not one of this format."""
         path = folder / "manifest.json"
+        if not path.is_file():
+            raise NotFoundError(f"{folder} holds no vectors: there is no {path.name} in it")
         try:
             manifest = cls(**json.loads(path.read_text(encoding="utf-8")))
             if manifest.format != _FORMAT:
