@@ -46,9 +46,12 @@ from texts import counter, source, text_set  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from embedwright.model.embedder import Embedder  # noqa: E402
-from embedwright.training.batches.batch import Batch  # noqa: E402
-from embedwright.training.engine.parallel import ALONE  # noqa: E402
-from embedwright.training.engine.step import accumulate, make_optimizer, share_of, update  # noqa: E402
+from embedwright.processes import ALONE  # noqa: E402
+from embedwright.training.batches.batch import Batch, Masks  # noqa: E402
+from embedwright.training.batches.feed import local_batch  # noqa: E402
+from embedwright.training.engine.optim import make_optimizer, update  # noqa: E402
+from embedwright.training.engine.parallel import replicate  # noqa: E402
+from embedwright.training.engine.step import accumulate  # noqa: E402
 from embedwright.training.parts import DataPart, OptimPart, StagePart, TunePart  # noqa: E402
 
 MODEL = "smollm2-135m"
@@ -206,7 +209,7 @@ class Ours:
         self.backbone = network.backbone
         fill_adapters(adapters(self.backbone))
         self.optimizer = make_optimizer(network, TunePart(), STAGE.optim)
-        self.replica = ALONE.wrap(network)
+        self.replica = replicate(ALONE, network)
         self.tokens = 0
 
     def backward(self, texts: tuple[list[str], ...], batch_tokens: int) -> float:
@@ -215,9 +218,9 @@ class Ours:
         allowed_QC = np.ones((len(queries), len(candidates)), dtype=bool)
         rows = np.arange(len(queries))
         allowed_QC[rows, rows] = False
-        batch = Batch([("", text) for text in queries], candidates, rows, allowed_QC, [])
-        share = share_of(self.model, batch, ALONE)
-        loss, self.tokens = accumulate(self.replica, share, STAGE, batch_tokens=batch_tokens, seed=0)
+        batch = Batch([("", text) for text in queries], candidates, [], Masks(rows, allowed_QC, allowed_QC))
+        local = local_batch(batch, self.model.text_tokenizer, self.model.contract, ALONE)
+        loss, self.tokens = accumulate(self.replica, local, STAGE, batch_tokens=batch_tokens, seed=0)
         return loss
 
     def step(self, texts: tuple[list[str], ...], batch_tokens: int) -> None:

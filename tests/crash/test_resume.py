@@ -139,7 +139,7 @@ def main(folder: Path) -> None:
     from kills import die_in
     from transformers.utils import logging as transformers_logging
 
-    from embedwright.training.engine.step import make_optimizer
+    from embedwright.training.engine.optim import make_optimizer
     from embedwright.training.recipe import Recipe
     from embedwright.training.run.start import start_model
     from embedwright.training.train import train

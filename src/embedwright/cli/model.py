@@ -35,7 +35,7 @@ def train(
 ) -> None:
     """Train all stages of a recipe, or the two default stages on your own pairs. Run it again to go on after a stop."""
     from embedwright.demo import quickstart
-    from embedwright.training.engine.parallel import together
+    from embedwright.processes import joined
     from embedwright.training.recipe import Recipe
     from embedwright.training.train import train as run
 
@@ -62,7 +62,7 @@ def train(
     folder = Path(plan.run.out)
     _refuse_older_model(folder)
     model = run(plan, on_step=training(plan), on_evaluation=lambda line: say(f"  {line}"))
-    with together() as first:
+    with joined() as first:
         if first:
             _keep(folder, model)
 

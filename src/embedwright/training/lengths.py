@@ -10,10 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from embedwright.text import Contract, TextTokenizer
-from embedwright.training.batches.batch import make_batch
-from embedwright.training.batches.blend import Source, rows_at
+from embedwright.training.batches.blend import Source
+from embedwright.training.batches.feed import batch_of_step, tokenize_texts
 from embedwright.training.batches.sources import open_sources
-from embedwright.training.engine.step import tokenize_texts
 from embedwright.training.recipe import Recipe
 from embedwright.training.run.start import longest_of, naming_the_model, reading_of
 
@@ -82,25 +81,17 @@ def _sampled(
     kinds: dict[str, list[int]] = {"queries": [], "positives": [], "negatives": []}
     sizes, squares, padded, shared = [], [], [], False
     for step in (i * steps // count for i in range(count)):
-        rows = rows_at(sources, step, batch_queries=queries, batching=part.batching, seed=recipe.seed, stage=part.name)
-        batch = make_batch(
-            rows,
-            contract,
-            hard_negatives=part.hard_negatives,
-            in_batch=part.in_batch_negatives,
-            rng=np.random.default_rng([recipe.seed, number, step]),
-            loss=part.loss,
-        )
+        batch = batch_of_step(recipe, number, sources, contract, step)
         tokens = tokenize_texts(tokenizer, contract, [*batch.queries, *batch.candidates])
         length = {text: len(read.ids) for text, read in tokens.items()}
-        positive = set(batch.positive_Q.tolist())
+        positive = set(batch.masks.positive_Q.tolist())
         kinds["queries"] += (of_queries := [length[text] for text in batch.queries])
         for column, text in enumerate(batch.candidates):
             kinds["positives" if column in positive else "negatives"].append(length[text])
         sizes.append(sum(length.values()))
         squares.append(sum(n * n for n in length.values()))
         padded.append(sum(len(side) * max(side) for side in (of_queries, [length[t] for t in batch.candidates])))
-        shared |= not batch.alone()
+        shared |= not batch.separable()
     return Tokens(
         rows=count * queries,
         kinds={kind: summary(lengths) for kind, lengths in kinds.items() if lengths},

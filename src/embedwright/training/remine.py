@@ -27,9 +27,9 @@ from embedwright.files import whole_folder, write_json
 from embedwright.mining.mine import mine
 from embedwright.mining.pool import positives_of
 from embedwright.model.embedder import Embedder
+from embedwright.processes import Processes
 from embedwright.training.batches.blend import Rows, Source
 from embedwright.training.batches.sources import entry_of, is_mined, trainable, with_shares
-from embedwright.training.engine.parallel import Processes
 from embedwright.training.parts import PREVIOUS, StagePart
 from embedwright.training.recipe import Recipe, expand
 from embedwright.training.run.checkpoint import RunState
@@ -159,7 +159,7 @@ class Shared:
     def encode(self, texts: Sequence[str], task: str | None = None) -> NDArray[np.float32]:
         if self.alone:
             return self.teacher.encode(texts, task=task)
-        parts = self.processes.share([len(text) for text in texts])
+        parts = self.processes.split([len(text) for text in texts])
         own = parts[self.processes.rank]
         # a process without a text still has to know how wide a vector is
         vectors_NE = self.teacher.encode([texts[i] for i in own] or list(texts[:1]), task=task)[: len(own)]

@@ -11,10 +11,12 @@ import numpy as np
 import torch
 
 from embedwright.model.embedder import Embedder
-from embedwright.training.batches.batch import batch_of_step
+from embedwright.processes import Processes
 from embedwright.training.batches.blend import Source
-from embedwright.training.engine.parallel import Processes
-from embedwright.training.engine.step import Share, Teach, accumulate, learning_rate, share_of, update
+from embedwright.training.batches.feed import LocalBatch, Teach, batch_of_step, local_batch
+from embedwright.training.engine.optim import learning_rate, update
+from embedwright.training.engine.parallel import replicate
+from embedwright.training.engine.step import accumulate
 from embedwright.training.recipe import Recipe
 from embedwright.training.run import memory
 from embedwright.training.run.watch import HeadActivity, chance
@@ -27,16 +29,17 @@ class Steps:
 
     def __init__(self, recipe: Recipe, model: Embedder, processes: Processes) -> None:
         self.recipe, self.model, self.processes = recipe, model, processes
-        self.activity = HeadActivity(model.network.head)
-        self.replica = processes.wrap(model.network, recipe.run.parallel)
+        self.activity = HeadActivity(model.network.head)  # before FSDP cuts the head
+        self.replica = replicate(processes, model.network, recipe.run.parallel)
 
-    def share(self, number: int, sources: Sequence[Source], step: int, teach: Teach | None) -> Share:
-        """This process's part of the batch, tokenised. It asks no other process: it may be made ahead of its step."""
-        batch = batch_of_step(self.recipe, number, sources, self.model.contract, step)
-        return share_of(self.model, batch, self.processes, teach)
+    def batch(self, number: int, sources: Sequence[Source], step: int, teach: Teach | None) -> LocalBatch:
+        """Makes this process's part of a step's batch. It asks no other process, so it may run ahead of its step."""
+        model = self.model
+        batch = batch_of_step(self.recipe, number, sources, model.contract, step)
+        return local_batch(batch, model.text_tokenizer, model.contract, self.processes, teach)
 
     def take(
-        self, number: int, step: int, share: Share, optimizer: torch.optim.Optimizer
+        self, number: int, step: int, local: LocalBatch, optimizer: torch.optim.Optimizer
     ) -> tuple[dict[str, Any], str | None]:
         """Updates the weights. Returns the step's record, and what is not finite: then nothing was updated."""
         recipe, stage, device = self.recipe, self.recipe.stages[number], self.model.device
@@ -45,7 +48,7 @@ class Steps:
         memory.forget_peak(device)
         self.activity.looks = step % _LOOK_EVERY == 0 or step == optim.steps - 1
         seed = int(np.random.default_rng([recipe.seed, number, step, 1]).integers(2**62))
-        loss, tokens = accumulate(self.replica, share, stage, batch_tokens=recipe.run.batch_tokens, seed=seed)
+        loss, tokens = accumulate(self.replica, local, stage, batch_tokens=recipe.run.batch_tokens, seed=seed)
         lr = learning_rate(optim, step)
         norm, problem = math.nan, None
         try:
@@ -60,13 +63,13 @@ class Steps:
             "stage": stage.name,
             "step": step + 1,
             "loss": loss if math.isfinite(loss) else None,
-            "chance": chance(share.batch),
+            "chance": chance(local.batch),
             "lr": lr,
             "grad_norm": norm if math.isfinite(norm) else None,
             "tokens": tokens,
             "seconds": round(time.perf_counter() - started, 4),
             "peak_mb": None if peak is None else round(peak / 2**20),
-            "ids": share.batch.ids_hash(),
+            "ids": local.batch.ids_hash(),
             **self.activity.take(),
         }
         return record, problem

@@ -5,15 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from embedwright import threads
 from embedwright.config import ConfigError
 from embedwright.files import remove_leftovers, write_text
 from embedwright.host import own_random_numbers
@@ -21,11 +19,12 @@ from embedwright.model.adapters import fourbit
 from embedwright.model.embedder import Embedder
 from embedwright.model.interop.card import facts, model_card
 from embedwright.model.verify import probe
+from embedwright.processes import Processes, start
 from embedwright.training.batches.blend import Source
+from embedwright.training.batches.feed import LocalBatch, ahead
 from embedwright.training.batches.sources import data_fingerprint, open_sources, source_fingerprints
-from embedwright.training.engine import parallel as many
-from embedwright.training.engine.parallel import Processes
-from embedwright.training.engine.step import Share, make_optimizer
+from embedwright.training.engine.optim import make_optimizer
+from embedwright.training.engine.parallel import trained
 from embedwright.training.parts import START, StagePart
 from embedwright.training.recipe import Recipe, leaves
 from embedwright.training.remine import refresh_every, refreshed
@@ -39,7 +38,7 @@ from embedwright.training.run.checkpoint import (
     save_checkpoint,
 )
 from embedwright.training.run.checks import check_names, check_reading
-from embedwright.training.run.distill import Teacher, teacher_of
+from embedwright.training.run.distill import teacher_of
 from embedwright.training.run.folder import card_facts, describe_run
 from embedwright.training.run.scores import Scores
 from embedwright.training.run.signals import Interrupted, StopRequest, stop_on_signal
@@ -63,17 +62,26 @@ OnEvaluation = Callable[[str], None]
 
 @own_random_numbers()
 def train(recipe: Recipe, *, on_step: OnStep | None = None, on_evaluation: OnEvaluation | None = None) -> Embedder:
-    """Run every stage that is not done yet and return the embedder, adapters merged, in float32 (of qlora on the CPU).
+    """Trains an embedder: runs every stage of a recipe that is not done yet. Resumes from the newest checkpoint.
 
-    Below `run.out` it leaves what docs/runs.md lists. `on_step` gets each step's record, `on_evaluation` a line of
-    progress; of many processes, in the first one. ConfigError where the run in that folder is of another recipe or of
-    other data, or where a package that `tune.method` needs is missing. Interrupted (a KeyboardInterrupt) on SIGTERM or
-    SIGINT, FloatingPointError where three steps in a row are not finite, RuntimeError where weights stand still: each
-    after a good checkpoint.
+    Args:
+        recipe: What to run. `run.out` is the folder that the run fills; docs/runs.md lists its files.
+        on_step: Called with the record of each step. With several processes, in rank 0 alone.
+        on_evaluation: Called with lines of progress. With several processes, in rank 0 alone.
+
+    Returns:
+        The embedder in float32, adapters merged. With `tune.method: qlora` it is on the CPU.
+
+    Raises:
+        ConfigError: The folder holds a run of another recipe, or of other data; or a package is missing that
+            `tune.method` needs.
+        Interrupted: SIGTERM or SIGINT stopped the run, after a checkpoint. It is a KeyboardInterrupt.
+        FloatingPointError: Three steps in a row were not finite. A checkpoint from before them is kept.
+        RuntimeError: Some weights did not move.
     """
     if recipe.tune.method == "qlora" and (lacks := fourbit.missing()):
         raise ConfigError(f"recipe {recipe.name}: tune.method is qlora, and {lacks}")
-    processes = many.start()
+    processes = start()
     out = Path(recipe.run.out)
     sources = open_sources(recipe)
     check_names(recipe)
@@ -94,21 +102,21 @@ def train(recipe: Recipe, *, on_step: OnStep | None = None, on_evaluation: OnEva
         if processes.first:  # a run that was killed after its newest checkpoint had no time to
             keep_newest(out / "checkpoints", recipe.run.keep)
     steps = Steps(recipe, model, processes)
-    names = [stage.name for stage in recipe.stages]
     log: AbstractContextManager[Tracker | None] = nullcontext()
     if processes.first:
         describe_run(out, recipe, sources)
-        at = (state.stage, state.step)
+        names, at = [stage.name for stage in recipe.stages], (state.stage, state.step)
         log = Tracker(out, recipe.run.tracker, names, at, recipe.model_dump(mode="json"))
     with stop_on_signal() as stop_requested, log as tracker:
         scores = Scores(recipe.eval, out, model, processes)
-        run = _Run(steps, tracker, scores, stop_requested, on_step, on_evaluation)
+        listeners = _Listeners(tracker, on_step, on_evaluation) if processes.first else _Listeners()
+        run = _Run(steps, scores, listeners, stop_requested)
         if checkpoint is None:
             scores.forget()
             run.evaluate(START, 0)
         for number in range(state.stage, len(recipe.stages)):
             begin = replace(state, stage=number, step=state.step if number == state.stage else 0)
-            run.stage(recipe.stages[number], sources[number], begin, checkpoint if begin.step else None)
+            run.stage(sources[number], begin, checkpoint if begin.step else None)
     model = finish(whole_model(recipe, model, processes))
     if processes.first:
         known = facts(model.network, model.text_tokenizer) | card_facts(recipe, sources, scores.records)
@@ -116,44 +124,41 @@ def train(recipe: Recipe, *, on_step: OnStep | None = None, on_evaluation: OnEva
     return model
 
 
+@dataclass(frozen=True)
+class _Listeners:
+    """Who hears of a run's progress. Only rank 0 has any."""
+
+    tracker: Tracker | None = None
+    on_step: OnStep | None = None
+    on_evaluation: OnEvaluation | None = None
+
+
 class _Run:
     """What stays the same from step to step."""
 
-    def __init__(
-        self,
-        steps: Steps,
-        tracker: Tracker | None,
-        scores: Scores,
-        stop_requested: StopRequest,
-        on_step: OnStep | None,
-        say: OnEvaluation | None,
-    ) -> None:
-        self.steps, self.tracker, self.scores, self.stop_requested = steps, tracker, scores, stop_requested
+    def __init__(self, steps: Steps, scores: Scores, listeners: _Listeners, stop_requested: StopRequest) -> None:
+        self.steps, self.scores, self.listeners, self.stop_requested = steps, scores, listeners, stop_requested
         self.recipe, self.model, self.processes = steps.recipe, steps.model, steps.processes
-        self.on_step = on_step if self.processes.first else None
-        self.say = say if self.processes.first else None
         self.out = Path(self.recipe.run.out)
         self.nonfinite = NonFinite(self.out / "nonfinite.jsonl", self.processes)
 
-    def stage(self, stage: StagePart, sources: list[Source], state: RunState, resumed: Path | None) -> None:
-        recipe, network, scores = self.recipe, self.model.network, self.scores
+    def stage(self, sources: list[Source], state: RunState, resumed: Path | None) -> None:
+        """Runs a stage from `state` to its end. `resumed` has the optimizer of one that began."""
+        recipe, network, scores, stage = self.recipe, self.model.network, self.scores, self.recipe.stages[state.stage]
         optimizer = make_optimizer(network, recipe.tune, stage.optim)
         if resumed is not None:
             restore_optimizer(resumed, optimizer)
         moved = MovedWeights(network, optimizer, self.processes)
-        width = network.config.hidden_size
-        teacher = teacher_of(stage, sources, self.model.contract, width)
         records: list[dict[str, Any]] = []
         every, last = recipe.eval.every, stage.optim.steps
-        with closing(self.shares(stage, sources, state, teacher)) as shares:
-            for step, share, waited in _with_waits(shares):
+        with closing(self.batches(sources, state)) as batches:
+            for step, local, waited in _with_waits(batches):
                 if step and every and step % every == 0:  # here, so that a resumed run does it too
                     self.evaluate(stage.name, step)
                     if scores.gave_up(stage.name, step):
                         last = step
                         break
-                record = self.step(stage, share, state.stage, step, optimizer) | {"waited": waited}
-                records.append(record)
+                records.append(self.step(local, state.stage, step, optimizer) | {"waited": waited})
                 self.report(stage, records)
                 done = step + 1
                 stops = bool(self.processes.most(self.stop_requested.signal is not None))
@@ -172,67 +177,45 @@ class _Run:
             self.save(replace(state, stage=state.stage + 1, step=0), None)
 
     def evaluate(self, stage: str, step: int) -> None:
-        for record in self.scores.evaluate(stage, step, self.say):
-            if self.tracker is not None:
-                self.tracker.evaluation(record)
+        for record in self.scores.evaluate(stage, step, self.listeners.on_evaluation):
+            if self.listeners.tracker is not None:
+                self.listeners.tracker.evaluation(record)
 
-    def shares(
-        self, stage: StagePart, sources: list[Source], state: RunState, teacher: Teacher | None
-    ) -> Generator[tuple[int, Share], None, None]:
-        """(step, its share of texts) in order, `run.workers` steps ahead of their use, tokenised in threads; but never
-        ahead of a step after which negatives are mined."""
+    def batches(self, sources: list[Source], state: RunState) -> Generator[tuple[int, LocalBatch], None, None]:
+        """Yields each step of a stage with its local batch, in order, made `run.workers` steps ahead of their use.
+
+        Where a stage mines again, no batch is made ahead of the step after which it mines.
+        """
+        recipe, model, stage = self.recipe, self.model, self.recipe.stages[state.stage]
+        teacher = teacher_of(stage, sources, model.contract, model.network.config.hidden_size)
+        now = sources
+
+        def make(step: int) -> LocalBatch:
+            return self.steps.batch(state.stage, now, step, teacher)
+
         for begin in range(0, stage.optim.steps, every := refresh_every(stage)):
             steps = range(max(begin, state.step), min(begin + every, stage.optim.steps))
             if not steps:
                 continue
-            # called after the last step before it has finished: the weights of that step do the mining
-            now = self.mined(stage, sources, state, begin)
-            yield from self.drawn(stage, now, state.stage, steps, teacher)
+            if stage.mine is not None:  # the step before has finished, so the current weights do the mining
+                say = self.listeners.on_evaluation
+                now = refreshed(recipe, stage, sources, state, begin, model, self.processes, say)
+            yield from ahead(make, steps, recipe.run.workers)
 
-    def mined(self, stage: StagePart, sources: list[Source], state: RunState, begin: int) -> list[Source]:
-        if stage.mine is None:
-            return sources
-        return refreshed(self.recipe, stage, sources, state, begin, self.model, self.processes, self.say)
-
-    def drawn(
-        self, stage: StagePart, sources: list[Source], number: int, steps: range, teacher: Teacher | None
-    ) -> Generator[tuple[int, Share], None, None]:
-        workers = self.recipe.run.workers
-
-        def share(step: int) -> Share:
-            return self.steps.share(number, sources, step, teacher)
-
-        if workers == 0:
-            yield from ((step, share(step)) for step in steps)
-            return
-        with ThreadPoolExecutor(workers, initializer=threads.free) as pool:
-            waiting: list[tuple[int, Future[Share]]] = []
-            try:
-                for step in steps:
-                    waiting.append((step, pool.submit(share, step)))
-                    if len(waiting) > workers:
-                        first, future = waiting.pop(0)
-                        yield first, future.result()
-                for first, future in waiting:
-                    yield first, future.result()
-            finally:
-                pool.shutdown(cancel_futures=True)
-
-    def step(
-        self, stage: StagePart, share: Share, number: int, step: int, optimizer: torch.optim.Optimizer
-    ) -> dict[str, Any]:
-        record, problem = self.steps.take(number, step, share, optimizer)
+    def step(self, local: LocalBatch, number: int, step: int, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Takes a step and returns its record; counts steps that are not finite."""
+        record, problem = self.steps.take(number, step, local, optimizer)
         if problem is None:
             self.nonfinite.fine()
         else:
-            self.nonfinite.note(stage.name, step + 1, problem, share.batch.ids)
+            self.nonfinite.note(record["stage"], step + 1, problem, local.batch.ids)
         return record
 
     def report(self, stage: StagePart, records: list[dict[str, Any]]) -> None:
-        if self.tracker is not None:
-            self.tracker.step(records[-1])
-        if self.on_step is not None:
-            self.on_step(records[-1])
+        if self.listeners.tracker is not None:
+            self.listeners.tracker.step(records[-1])
+        if self.listeners.on_step is not None:
+            self.listeners.on_step(records[-1])
         if stuck(records) and not stuck(records[:-1]):
             logger.warning(
                 "stage %s, step %d: the loss is that of telling nothing apart, log(candidates)",
@@ -241,15 +224,15 @@ class _Run:
             )
 
     def save(self, state: RunState, optimizer: torch.optim.Optimizer | None) -> None:
-        moved, keep = many.trained(self.model.network), self.recipe.run.keep
+        moved, keep = trained(self.model.network), self.recipe.run.keep
         save_checkpoint(self.out / "checkpoints", state, moved, optimizer, keep, self.processes)
 
 
-def _with_waits(shares: Iterator[tuple[int, Share]]) -> Iterator[tuple[int, Share, float]]:
-    """With the seconds that each was waited for: about zero where tokenisation keeps ahead."""
+def _with_waits(batches: Iterator[tuple[int, LocalBatch]]) -> Iterator[tuple[int, LocalBatch, float]]:
+    """Adds the seconds that each batch was waited for: about zero where tokenisation keeps ahead."""
     asked = time.perf_counter()
-    for step, share in shares:
-        yield step, share, round(time.perf_counter() - asked, 4)
+    for step, local in batches:
+        yield step, local, round(time.perf_counter() - asked, 4)
         asked = time.perf_counter()
 
 

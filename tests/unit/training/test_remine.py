@@ -15,10 +15,10 @@ from embedwright.data.schema import Example
 from embedwright.mining.mine import mine
 from embedwright.mining.pool import positives_of
 from embedwright.model.embedder import Embedder
+from embedwright.processes import ALONE
 from embedwright.training import remine as refresh
 from embedwright.training.batches.blend import Source
 from embedwright.training.batches.sources import open_sources
-from embedwright.training.engine.parallel import ALONE
 from embedwright.training.recipe import Recipe
 from embedwright.training.remine import refreshed
 from embedwright.training.run.checkpoint import RunState, read_weights

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from embedwright.processes import ALONE
 from embedwright.training.batches.sources import open_sources
-from embedwright.training.engine.parallel import ALONE, trained
-from embedwright.training.engine.step import make_optimizer
+from embedwright.training.engine.optim import make_optimizer
+from embedwright.training.engine.parallel import trained
 from embedwright.training.recipe import Recipe
 from embedwright.training.run.start import start_model
 from embedwright.training.steps import Steps
@@ -36,7 +37,7 @@ def after_one_step(recipe: Recipe, step: int) -> tuple[dict[str, Any], dict[str,
     model = start_model(recipe)
     steps = Steps(recipe, model, ALONE)
     optimizer = make_optimizer(model.network, recipe.tune, recipe.stages[0].optim)
-    record, problem = steps.take(0, step, steps.share(0, open_sources(recipe)[0], step, None), optimizer)
+    record, problem = steps.take(0, step, steps.batch(0, open_sources(recipe)[0], step, None), optimizer)
     assert problem is None
     return record, {name: tensor.detach().clone() for name, tensor in trained(model.network).items()}
 
@@ -53,12 +54,12 @@ def test_a_loss_that_is_not_finite_updates_nothing(recipe: Recipe) -> None:
     model = start_model(recipe)
     steps = Steps(recipe, model, ALONE)
     optimizer = make_optimizer(model.network, recipe.tune, recipe.stages[0].optim)
-    share = steps.share(0, open_sources(recipe)[0], 0, None)
+    local = steps.batch(0, open_sources(recipe)[0], 0, None)
     with torch.no_grad():
         for tensor in trained(model.network).values():
             tensor.fill_(float("nan"))
     before = {name: tensor.detach().clone() for name, tensor in trained(model.network).items()}
-    record, problem = steps.take(0, 0, share, optimizer)
+    record, problem = steps.take(0, 0, local, optimizer)
     assert record["loss"] is None and record["grad_norm"] is None and problem == "the loss is nan"
     for name, tensor in trained(model.network).items():
         assert torch.equal(tensor.nan_to_num(7), before[name].nan_to_num(7)) and tensor.grad is None

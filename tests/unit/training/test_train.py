@@ -22,10 +22,10 @@ from embedwright.evaluation.suite import evaluate
 from embedwright.model.adapters.lora import has_lora
 from embedwright.model.embedder import Embedder
 from embedwright.training import train as loop
-from embedwright.training.batches.batch import make_batch
 from embedwright.training.batches.blend import rows_at
+from embedwright.training.batches.make import make_batch
 from embedwright.training.batches.sources import open_sources
-from embedwright.training.engine.step import learning_rate
+from embedwright.training.engine.optim import learning_rate
 from embedwright.training.recipe import Recipe, expand
 from embedwright.training.run import distill
 from embedwright.training.run import scores as judge

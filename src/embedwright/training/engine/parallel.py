@@ -1,26 +1,24 @@
-"""Many processes, one step: who encodes which texts, and how their parts become one gradient.
+"""A network that several processes train: how its copies or parts give the gradient of one process.
 
-torchrun or accelerate starts the processes. Each draws the whole batch and encodes its share of the texts; the vectors
-of all are gathered, each computes the loss of the whole batch, and each sends back what its own texts owe. So loss and
-gradient are those of one process, whatever the number, and no text counts twice or not at all.
+Each process draws the whole batch and encodes its part of the texts. The vectors of all are gathered, each process
+computes the loss of the whole batch, and each sends back the gradient of its own texts. So loss and gradient are those
+of one process, whatever their number, and no text counts twice or not at all.
 
 N texts of a batch, E embedding.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from embedwright.errors import InputError
 from embedwright.packing import PackedTexts
+from embedwright.processes import Processes
 
 Kind = Literal["ddp", "fsdp"]
 
@@ -36,109 +34,28 @@ class Replica:
     device: torch.device
 
 
-@dataclass(frozen=True)
-class Processes:
-    """This process among `count`. One alone asks nobody and needs no process group."""
+def replicate(processes: Processes, network: Any, kind: Kind = "ddp") -> Replica:
+    """Makes a network trainable by all processes, in place.
 
-    rank: int = 0
-    count: int = 1
-    device: torch.device | None = None  # None: wherever the model goes by itself
-
-    @property
-    def first(self) -> bool:
-        """Whether this is the process that writes."""
-        return self.rank == 0
-
-    def wrap(self, network: Any, kind: Kind = "ddp") -> Replica:
-        """`ddp` keeps the whole network in each process; `fsdp` (FSDP2) cuts every decoder layer, the rest of the
-        backbone and the head into `count` parts, in place."""
-        device = next(network.parameters()).device
-        if self.count == 1:
-            return Replica(self, network.embed, lambda _: nullcontext(), device)
-        if kind == "ddp":
-            copy = nn.parallel.DistributedDataParallel(
-                _Embed(network), broadcast_buffers=False, gradient_as_bucket_view=True
-            )
-            return Replica(self, copy, lambda last: nullcontext() if last else copy.no_sync(), device)
-        roots = shard(network)
-
-        def syncing(last: bool) -> AbstractContextManager[Any]:
-            for root in roots:
-                root.set_requires_gradient_sync(last)
-            return nullcontext()
-
-        return Replica(self, network.embed, syncing, device)
-
-    def share(self, costs: Sequence[int]) -> list[list[int]]:
-        """Indices of what each process takes, of about equal cost: the same answer in every process."""
-        shares: list[list[int]] = [[] for _ in range(self.count)]
-        loads = [0] * self.count
-        for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-            least = min(range(self.count), key=loads.__getitem__)
-            shares[least].append(i)
-            loads[least] += costs[i]
-        return [sorted(share) for share in shares]
-
-    def gather(self, own_NE: Tensor, sizes: Sequence[int]) -> Tensor:
-        """The vectors of all processes, the first one's first; `sizes` says how many each has. Gradient for own ones.
-
-        That is the whole gradient of them where every process computes the same loss from the result.
-        """
-        if self.count == 1:
-            return own_NE
-        padded = own_NE.new_zeros(max(sizes), own_NE.shape[1])
-        padded[: len(own_NE)] = own_NE.detach()
-        parts = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(parts, padded)
-        each = [part[:size] for part, size in zip(parts, sizes, strict=True)]
-        each[self.rank] = own_NE
-        return torch.cat(each)
-
-    def most(self, value: int) -> int:
-        """The largest of all processes' values."""
-        return int(self._reduced(value, dist.ReduceOp.MAX)) if self.count > 1 else value
-
-    def total(self, value: float) -> float:
-        """The sum of all processes' values, in float64."""
-        return self._reduced(value, dist.ReduceOp.SUM) if self.count > 1 else value
-
-    def wait(self) -> None:
-        """Until all processes are here."""
-        self.most(0)
-
-    def _reduced(self, value: float, how: Any) -> float:
-        found = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(found, how)
-        return float(found.item())
-
-
-ALONE = Processes()
-
-
-def start() -> Processes:
-    """This process as torchrun or accelerate started it; alone where none of them did.
-
-    ValueError where the group is of another size than the environment says.
+    `ddp` keeps the whole network in each process. `fsdp` (FSDP2) cuts every decoder layer, the rest of the backbone and
+    the head into one part a process.
     """
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
-    if asked == 1:
-        return Processes()
-    from accelerate import PartialState
+    device = next(network.parameters()).device
+    if processes.count == 1:
+        return Replica(processes, network.embed, lambda _: nullcontext(), device)
+    if kind == "ddp":
+        copy = nn.parallel.DistributedDataParallel(
+            _Embed(network), broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+        return Replica(processes, copy, lambda last: nullcontext() if last else copy.no_sync(), device)
+    roots = shard(network)
 
-    state = PartialState(cpu=not torch.cuda.is_available())
-    if state.num_processes != asked:
-        raise InputError(f"{asked} processes were started and {state.num_processes} are in the group")
-    return Processes(state.process_index, state.num_processes, state.device)
+    def syncing(last: bool) -> AbstractContextManager[Any]:
+        for root in roots:
+            root.set_requires_gradient_sync(last)
+        return nullcontext()
 
-
-@contextmanager
-def together() -> Iterator[bool]:
-    """Whether this process is the first one: the others wait behind it, then the group is closed."""
-    processes = start()
-    yield processes.first
-    processes.wait()
-    if processes.count > 1:
-        dist.destroy_process_group()
+    return Replica(processes, network.embed, syncing, device)
 
 
 class _Embed(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from embedwright.config import ConfigError
 from embedwright.errors import InputError
-from embedwright.training.batches.batch import Batch
+from embedwright.training.batches.batch import Masks, Targets
 from embedwright.training.losses.info_nce import (
     cosent,
     cut,
@@ -28,37 +28,37 @@ Value = TypeVar("Value")
 def batch_loss(
     q_QE: Tensor,
     c_CE: Tensor,
-    batch: Batch,
+    masks: Masks,
+    targets: Targets,
     stage: StagePart,
-    total: int,
     *,
-    teacher_QE: Tensor | None = None,
-    teacher_CE: Tensor | None = None,
+    total: int,
+    teacher: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """The sum over the batch's queries of what each one loses, over `total`: the queries of the whole step.
+    """Returns the summed loss of these queries, divided by `total`: the number of queries of the whole step.
 
-    `q_QE`, `c_CE` unit-length float32, a row for each of `batch.queries` and `batch.candidates`; `teacher_QE` and
-    `teacher_CE` the same of `stage.loss.distill.teacher`, where there is one. A part of a step that has no more than
-    some of its queries gives that part of its loss: the parts add up, where `batch.alone()`.
+    `q_QE` and `c_CE` are the unit-length float32 vectors of the queries and candidates; `teacher` holds the same two of
+    `stage.loss.distill.teacher`. The parts of a separable batch add up to the loss of the whole.
 
-    InfoNCE, or CoSENT over the scored rows of a task (its value counts once for each of them), and KL to the teacher's
-    scores; with `dims`, the mean of that over the widths, the full one among them. The distance to the teacher's
-    vectors is added at the full width. ValueError where the batch or the teacher's vectors are not made for the
-    stage's loss; ConfigError as in `check_widths`.
+    The loss is InfoNCE, or CoSENT over the scored rows of a task (its value counts once for each of them), plus the KL
+    divergence from the teacher's scores. With `dims` it is the mean over these widths and the full one. The distance to
+    the teacher's vectors is added at the full width.
+
+    Raises:
+        InputError: The batch or the teacher's vectors are not made for the stage's loss.
+        ConfigError: See `check_widths`.
     """
-    loss, width = stage.loss, q_QE.shape[1]
-    check_widths(stage, width, None if teacher_QE is None else teacher_QE.shape[1])
-    values = [_at_one_width(q_QE, c_CE, batch, stage, total)]
-    values += [_at_one_width(cut(q_QE, dim), cut(c_CE, dim), batch, stage, total) for dim in loss.dims]
+    loss, weight = stage.loss, len(q_QE) / total
+    check_widths(stage, q_QE.shape[1], None if teacher is None else teacher[0].shape[1])
+    values = [_at_one_width(q_QE, c_CE, masks, targets, stage, total)]
+    values += [_at_one_width(cut(q_QE, dim), cut(c_CE, dim), masks, targets, stage, total) for dim in loss.dims]
     value = torch.stack(values).mean()
     if loss.distill is not None and loss.distill.vector_weight:
-        if teacher_QE is None or teacher_CE is None:
+        if teacher is None:
             raise InputError(f"stages.{stage.name}.loss.distill: vectors of {loss.distill.teacher} are missing")
-        distance_Q = vector_distance(q_QE, teacher_QE)
-        distance_C = vector_distance(c_CE, teacher_CE)
-        texts_QC = _on(q_QE, _needed(batch.own_QC, "own_QC")).scatter(1, _on(q_QE, batch.positive_Q)[:, None], True)
-        share = len(batch.queries) / total
-        value = value + loss.distill.vector_weight * share * vector_distillation(distance_Q, distance_C, texts_QC)
+        distance_Q, distance_C = vector_distance(q_QE, teacher[0]), vector_distance(c_CE, teacher[1])
+        texts_QC = _on(q_QE, masks.own_QC).scatter(1, _on(q_QE, masks.positive_Q)[:, None], True)
+        value = value + loss.distill.vector_weight * weight * vector_distillation(distance_Q, distance_C, texts_QC)
     return value
 
 
@@ -77,21 +77,21 @@ def check_widths(stage: StagePart, width: int, teacher_width: int | None = None)
         )
 
 
-def _at_one_width(q_QE: Tensor, c_CE: Tensor, batch: Batch, stage: StagePart, total: int) -> Tensor:
-    loss, weight = stage.loss, len(batch.queries) / total
-    positive_Q, allowed_QC = _on(q_QE, batch.positive_Q), _on(q_QE, batch.allowed_QC)
+def _at_one_width(q_QE: Tensor, c_CE: Tensor, masks: Masks, targets: Targets, stage: StagePart, total: int) -> Tensor:
+    loss, weight = stage.loss, len(q_QE) / total
+    positive_Q, negative_QC = _on(q_QE, masks.positive_Q), _on(q_QE, masks.negative_QC)
     queries_QQ = documents_QC = hard_QC = None
     if loss.same_tower != "none":
-        queries_QQ = _on(q_QE, _needed(batch.queries_QQ, "queries_QQ"))
+        queries_QQ = _on(q_QE, _needed(masks.queries_QQ, "queries_QQ"))
     if loss.same_tower == "both":  # documents of other rows stand against the positive as against the query
-        documents_QC = allowed_QC & ~_on(q_QE, _needed(batch.own_QC, "own_QC"))
+        documents_QC = negative_QC & ~_on(q_QE, masks.own_QC)
     if loss.hardness:
-        hard_QC = _on(q_QE, _needed(batch.own_QC, "own_QC"))
+        hard_QC = _on(q_QE, masks.own_QC)
     value = weight * info_nce(
         q_QE,
         c_CE,
         positive_Q,
-        allowed_QC,
+        negative_QC,
         stage.temperature,
         queries_QQ=queries_QQ,
         documents_QC=documents_QC,
@@ -101,13 +101,13 @@ def _at_one_width(q_QE: Tensor, c_CE: Tensor, batch: Batch, stage: StagePart, to
         focal=loss.focal,
     )
     if loss.scored == "cosent":  # such rows have no negatives: InfoNCE gave 0 for them
-        group_Q, score_Q = _needed(batch.group_Q, "group_Q"), _needed(batch.score_Q, "score_Q")
+        group_Q, score_Q = _needed(targets.group_Q, "group_Q"), _needed(targets.score_Q, "score_Q")
         for group in np.unique(group_Q[group_Q >= 0]):
             rows = _on(q_QE, np.flatnonzero(group_Q == group))
             score_S = _on(q_QE, score_Q)[rows]
             value = value + len(rows) / total * cosent(q_QE[rows], c_CE[positive_Q[rows]], score_S, stage.temperature)
     if loss.distill is not None and loss.distill.score_weight:
-        teacher_QC = _on(q_QE, _needed(batch.teacher_QC, "teacher_QC"))
+        teacher_QC = _on(q_QE, _needed(targets.teacher_QC, "teacher_QC"))
         temperature = loss.distill.temperature or stage.temperature
         value = value + loss.distill.score_weight * weight * score_distillation(
             q_QE, c_CE, teacher_QC, stage.temperature, temperature

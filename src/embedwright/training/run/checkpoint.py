@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from embedwright.files import remove_leftovers, whole_folder
-from embedwright.training.engine.parallel import ALONE, Processes, full, like
+from embedwright.processes import ALONE, Processes
+from embedwright.training.engine.parallel import full, like
 
 logger = logging.getLogger(__name__)
 

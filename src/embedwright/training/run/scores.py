@@ -20,7 +20,8 @@ from torch import Tensor
 from embedwright.evaluation.suite import evaluate
 from embedwright.files import whole_file
 from embedwright.model.embedder import Embedder
-from embedwright.training.engine.parallel import Processes, whole
+from embedwright.processes import Processes
+from embedwright.training.engine.parallel import whole
 from embedwright.training.parts import START, EvalPart
 from embedwright.training.run.checks import suite_of
 from embedwright.training.run.track import read_records, write_records

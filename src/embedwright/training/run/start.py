@@ -18,14 +18,14 @@ from embedwright.model.formats.detect import check_decoder, check_embedder, cont
 from embedwright.model.formats.open import outline
 from embedwright.model.pooling import PoolingConfig
 from embedwright.model.verify import probe
+from embedwright.processes import ALONE, Processes
 from embedwright.text import Contract, load_tokenizer
-from embedwright.training.engine import parallel as many
-from embedwright.training.engine.parallel import Processes
+from embedwright.training.engine.parallel import like, trained, whole
 from embedwright.training.parts import ModelPart
 from embedwright.training.recipe import Recipe
 
 
-def start_model(recipe: Recipe, processes: Processes = many.ALONE) -> Embedder:
+def start_model(recipe: Recipe, processes: Processes = ALONE) -> Embedder:
     """The model before its first step, with fresh adapters; probed.
 
     A decoder with an identity head, or the embedder of `model.from` with the vectors that it had: adapters that it came
@@ -156,12 +156,12 @@ def finish(model: Embedder) -> Embedder:
 
 def load_trained(model: Embedder, weights: dict[str, Tensor]) -> None:
     """Put whole weights into what trains, also where it is cut. ValueError where the names differ."""
-    own = many.trained(model.network)
+    own = trained(model.network)
     if own.keys() != weights.keys():
         raise InputError(f"checkpoint and model differ in {sorted(own.keys() ^ weights.keys())[:3]}")
     with torch.no_grad():
         for name, parameter in own.items():
-            parameter.copy_(many.like(weights[name], parameter))
+            parameter.copy_(like(weights[name], parameter))
 
 
 def whole_model(recipe: Recipe, model: Embedder, processes: Processes) -> Embedder:
@@ -172,11 +172,11 @@ def whole_model(recipe: Recipe, model: Embedder, processes: Processes) -> Embedd
     four_bit = recipe.tune.method == "qlora"
     if not four_bit and (processes.count == 1 or recipe.run.parallel == "ddp"):
         return model
-    trained = many.whole(model.network)
+    kept = whole(model.network)
     if four_bit:
         plain = {"tune": recipe.tune.model_copy(update={"method": "lora"})}
         recipe = recipe.model_copy(update=plain | {"run": recipe.run.model_copy(update={"precision": "fp32"})})
         processes = replace(processes, device=torch.device("cpu"))
-    whole = start_model(recipe, processes)
-    load_trained(whole, trained)
-    return whole
+    uncut = start_model(recipe, processes)
+    load_trained(uncut, kept)
+    return uncut

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from embedwright.model.pooling import LatentPooling
+from embedwright.processes import Processes
 from embedwright.training.batches.batch import Batch
-from embedwright.training.engine.parallel import Processes, trained
+from embedwright.training.engine.parallel import trained
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +125,7 @@ def warn_if_inert(records: Sequence[dict[str, Any]]) -> None:
 
 def chance(batch: Batch) -> float:
     """The contrastive loss of a model that cannot tell the candidates apart: the mean of log(candidates)."""
-    stands_Q = batch.allowed_QC.sum(axis=1) + 1
+    stands_Q = batch.masks.negative_QC.sum(axis=1) + 1
     return float(np.log(stands_Q).mean())
 
 

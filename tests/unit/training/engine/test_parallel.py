@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from embedwright.training.engine.parallel import Processes
+from embedwright.processes import Processes
 
 COUNTS = (1, 2, 4)
 # in-batch negatives, batch_tokens, gradient checkpointing, queries
@@ -31,23 +31,6 @@ CASES = {
     "fewer queries than processes": ("all", 60, False, 1),
     "fewer queries than processes, by queries": ("none", 60, False, 1),
 }
-
-
-def test_shares_are_of_about_equal_cost_and_leave_nothing_out() -> None:
-    costs = np.random.default_rng(0).integers(1, 100, 57).tolist()
-    for count in (1, 2, 3, 8):
-        shares = Processes(0, count).share(costs)
-        assert sorted(i for share in shares for i in share) == list(range(57))
-        loads = [sum(costs[i] for i in share) for share in shares]
-        assert max(loads) - min(loads) <= max(costs)
-        assert shares == [Processes(rank, count).share(costs) for rank in range(count)][-1]
-    assert Processes(0, 4).share([5]) == [[0], [], [], []]
-
-
-def test_one_process_asks_nobody() -> None:
-    alone = Processes()
-    assert (alone.most(3), alone.total(2.5), alone.first) == (3, 2.5, True)
-    alone.wait()
 
 
 @pytest.fixture(scope="module")
@@ -120,10 +103,12 @@ def gradients_of(kind: str, case: str, decoder: str, processes: Processes) -> di
     from embedwright.data.schema import Example, Passage, Task
     from embedwright.model.adapters.lora import add_lora
     from embedwright.model.embedder import Embedder
-    from embedwright.training.batches.batch import make_batch
     from embedwright.training.batches.blend import Row
-    from embedwright.training.engine.parallel import full
-    from embedwright.training.engine.step import accumulate, make_optimizer, share_of, update
+    from embedwright.training.batches.feed import local_batch
+    from embedwright.training.batches.make import make_batch
+    from embedwright.training.engine.optim import make_optimizer, update
+    from embedwright.training.engine.parallel import full, replicate
+    from embedwright.training.engine.step import accumulate
     from embedwright.training.parts import DataPart, OptimPart, StagePart, TunePart
 
     in_batch, budget, checkpointing, queries = CASES[case]
@@ -159,10 +144,11 @@ def gradients_of(kind: str, case: str, decoder: str, processes: Processes) -> di
         temperature=0.1,
         optim=optim,
     )
-    replica = processes.wrap(model.network, kind)  # type: ignore[arg-type]
+    replica = replicate(processes, model.network, kind)  # type: ignore[arg-type]
     model.encode(["a tide"])  # as a run evaluates: what trains is looked up behind it
     optimizer = make_optimizer(model.network, TunePart(), optim)
-    loss, _ = accumulate(replica, share_of(model, batch, processes), stage, batch_tokens=budget, seed=1)
+    local = local_batch(batch, model.text_tokenizer, model.contract, processes)
+    loss, _ = accumulate(replica, local, stage, batch_tokens=budget, seed=1)
     trained = {name: p for name, p in model.network.named_parameters() if p.requires_grad}
     assert all(p.grad is not None for p in trained.values())
     found = {name: full(p.grad).numpy().copy() for name, p in trained.items() if p.grad is not None}
@@ -192,12 +178,12 @@ def shared(decoder: str, processes: Processes) -> dict[str, Any]:
 
 
 def main(folder: Path, decoder: str) -> None:
-    from embedwright.training.engine import parallel as many
+    from embedwright.processes import ALONE, start
 
     def work(rank: int, count: int, port: int) -> None:
         group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
         os.environ |= {name: str(value) for name, value in group.items()} | {"MASTER_ADDR": "127.0.0.1"}
-        processes = many.start()
+        processes = start()
         assert (processes.rank, processes.count) == (rank, count)
         for kind in ("ddp", "fsdp") if count > 1 else ("ddp",):
             for number, case in enumerate(CASES):
@@ -205,7 +191,7 @@ def main(folder: Path, decoder: str) -> None:
         np.savez(folder / f"shared-{count}-{rank}.npz", **shared(decoder, processes))
         processes.wait()
 
-    gradients_of("ddp", next(iter(CASES)), decoder, many.ALONE)  # imports the rest, once for all children
+    gradients_of("ddp", next(iter(CASES)), decoder, ALONE)  # imports the rest, once for all children
     for count in COUNTS:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

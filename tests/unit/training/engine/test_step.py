@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,13 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from embedwright.data.schema import Example, Passage, Task
-from embedwright.model.adapters.lora import add_lora
 from embedwright.model.embedder import Embedder
 from embedwright.packing import PackedTexts
-from embedwright.training.batches.batch import Batch, make_batch
+from embedwright.processes import ALONE
+from embedwright.training.batches.batch import Batch
 from embedwright.training.batches.blend import Row
-from embedwright.training.engine.parallel import ALONE
-from embedwright.training.engine.step import accumulate, learning_rate, make_optimizer, share_of, update
+from embedwright.training.batches.feed import LocalBatch, local_batch
+from embedwright.training.batches.make import make_batch
+from embedwright.training.engine.optim import learning_rate, make_optimizer, update
+from embedwright.training.engine.parallel import replicate
+from embedwright.training.engine.step import accumulate
 from embedwright.training.parts import DataPart, OptimPart, StagePart, TunePart
 
 Grads = dict[str, Tensor]
@@ -32,24 +34,12 @@ STAGE = StagePart(
 
 
 def step(model: Embedder, batch: Batch, *, batch_tokens: int, seed: int) -> tuple[float, int]:
-    replica = ALONE.wrap(model.network)
-    return accumulate(replica, share_of(model, batch, ALONE), STAGE, batch_tokens=batch_tokens, seed=seed)
+    replica, local = replicate(ALONE, model.network), local_of(model, batch)
+    return accumulate(replica, local, STAGE, batch_tokens=batch_tokens, seed=seed)
 
 
-@pytest.fixture
-def make(tiny_decoder: Callable[..., Path]) -> Callable[..., Embedder]:
-    def make(pooling: Any = "latent", *, dropout: float = 0.0, shaken: bool = False) -> Embedder:
-        sizes = {} if pooling in ("mean", "last") else {"latents": 8, "heads": 4, "multiple": 1}
-        model = Embedder.from_decoder(tiny_decoder("qwen3"), pooling=pooling, **sizes)
-        torch.manual_seed(0)
-        add_lora(model.network.backbone, rank=4, alpha=8, dropout=dropout)
-        for parameter in model.network.parameters():
-            if shaken and parameter.requires_grad:
-                parameter.data += 0.1 * torch.randn_like(parameter)
-        model.network.train()
-        return model
-
-    return make
+def local_of(model: Embedder, batch: Batch) -> LocalBatch:
+    return local_batch(batch, model.text_tokenizer, model.contract, ALONE)
 
 
 def batch_of(model: Embedder, in_batch: Any, queries: int = 8, *, seed: int = 0, shared: bool = False) -> Batch:
@@ -88,8 +78,8 @@ def reference(model: Embedder, batch: Batch, temperature: float) -> tuple[float,
     vectors = torch.cat([model.embed(model.tokenize([text], prefix=prefix)) for prefix, text in pairs])
     q, c = vectors.split([len(batch.queries), len(batch.candidates)])
     losses = []
-    for i, positive in enumerate(batch.positive_Q):
-        rivals = [positive, *(j for j in range(len(c)) if batch.allowed_QC[i, j])]
+    for i, positive in enumerate(batch.masks.positive_Q):
+        rivals = [positive, *(j for j in range(len(c)) if batch.masks.negative_QC[i, j])]
         losses.append(-((q[i] @ c[rivals].T) / temperature).log_softmax(-1)[0])
     loss = torch.stack(losses).mean()
     loss.backward()
@@ -102,9 +92,9 @@ def test_a_batch_beyond_the_budget_gives_the_gradient_of_the_whole(
 ) -> None:
     model = make(shaken=True)
     batch = batch_of(model, in_batch, shared=shared)
-    assert batch.alone() == (in_batch == "none" and not shared)
+    assert batch.separable() == (in_batch == "none" and not shared)
     loss, plain = reference(model, batch, 0.05)
-    tokens = sum(len(t.ids) for t in share_of(model, batch, ALONE).tokens.values())
+    tokens = sum(len(t.ids) for t in local_of(model, batch).tokens.values())
     forwards: list[tuple[int, bool]] = []
     embed = model.network.embed
 
@@ -124,9 +114,9 @@ def test_a_batch_beyond_the_budget_gives_the_gradient_of_the_whole(
             assert len(forwards) == 1
             continue
         assert len(forwards) >= forward_passes and max(size for size, _ in forwards) <= max(budget, 60)
-        if batch.alone() and budget >= 200:  # split by queries: nothing is computed twice
+        if batch.separable() and budget >= 200:  # split by queries: nothing is computed twice
             assert all(with_graph for _, with_graph in forwards)
-        elif not batch.alone():
+        elif not batch.separable():
             assert [with_graph for _, with_graph in forwards].count(False) == (len(forwards) - 1) / 2
 
 
@@ -134,7 +124,7 @@ def test_each_distinct_text_is_embedded_once(make: Callable[..., Embedder]) -> N
     model = make()
     batch = batch_of(model, "all", shared=True)
     assert len(batch.candidates) == 8 * 3 - 7
-    tokens = share_of(model, batch, ALONE).tokens
+    tokens = local_of(model, batch).tokens
     assert list(tokens) and set(tokens) == {*batch.queries, *batch.candidates}
     for (prefix, text), found in tokens.items():
         packed = model.tokenize([text], prefix=prefix)
@@ -155,93 +145,6 @@ def test_dropout_follows_the_seed_alone(make: Callable[..., Embedder]) -> None:
 
 
 # ---- the schedule
-
-
-def test_the_learning_rate_warms_up_and_decays_linearly() -> None:
-    optim = OptimPart(lr=1.0, steps=10, batch_queries=1, warmup_steps=4)
-    rates = [learning_rate(optim, step) for step in range(10)]
-    assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 6 / 6, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
-    assert learning_rate(optim, 10) == 0
-    plain = OptimPart(lr=2.0, steps=4, batch_queries=1)
-    assert [learning_rate(plain, step) for step in range(4)] == [2.0, 1.5, 1.0, 0.5]
-
-
-# ---- the optimizer
-
-
-@pytest.mark.parametrize("pooling", ["latent", "self", "mlp", "mean"])
-def test_groups_of_the_optimizer(make: Callable[..., Embedder], pooling: str) -> None:
-    network = make(pooling).network
-    optimizer = make_optimizer(network, TunePart(pooling_lr_ratio=3.0), OPTIM)
-    name_of = {id(p): n for n, p in network.named_parameters()}
-    seen = [name_of[id(p)] for group in optimizer.param_groups for p in group["params"]]
-    assert sorted(seen) == sorted(n for n, p in network.named_parameters() if p.requires_grad)
-    for group in optimizer.param_groups:
-        names = {name_of[id(p)] for p in group["params"]}
-        in_head = {n.startswith("head.") for n in names}
-        assert in_head == {group["lr_ratio"] == 3.0}
-        without = {n.endswith(("bias", "latents")) or ".norm" in n for n in names}
-        assert without == {group["weight_decay"] == 0.0}
-        assert group["weight_decay"] in (0.0, 0.1)
-    assert len(optimizer.param_groups) == (1 if pooling == "mean" else 3)
-
-
-def test_full_tuning_decays_no_norm_of_the_backbone(tiny_decoder: Callable[..., Path]) -> None:
-    network = Embedder.from_decoder(tiny_decoder("qwen2"), pooling="mean").network
-    optimizer = make_optimizer(network, TunePart(method="full"), OPTIM)
-    name_of = {id(p): n for n, p in network.named_parameters()}
-    groups = {g["weight_decay"]: {name_of[id(p)] for p in g["params"]} for g in optimizer.param_groups}
-    assert all("norm" in n or n.endswith(".bias") for n in groups[0.0])
-    assert not any("norm" in n or n.endswith(".bias") for n in groups[0.1])
-    assert groups[0.0] | groups[0.1] == set(dict(network.named_parameters()))
-
-
-def test_update_clips_and_scales_the_learning_rate_by_group() -> None:
-    def run(scale: float) -> tuple[nn.Linear, float]:
-        linear = nn.Linear(3, 2)
-        nn.init.ones_(linear.weight)
-        nn.init.ones_(linear.bias)
-        groups = [
-            {"params": [linear.weight], "lr": 0.0, "lr_ratio": 1.0},
-            {"params": [linear.bias], "lr": 0.0, "lr_ratio": 0.5},
-        ]
-        optimizer = torch.optim.SGD(groups)
-        linear.weight.grad, linear.bias.grad = torch.full((2, 3), scale), torch.full((2,), scale)
-        norm = update(linear, optimizer, lr=0.1, clip=1.0)
-        assert linear.weight.grad is None and linear.bias.grad is None
-        return linear, norm
-
-    linear, norm = run(0.1)  # below the clip
-    assert norm == pytest.approx(0.1 * 8**0.5)
-    assert torch.allclose(linear.weight, torch.tensor(0.99)) and torch.allclose(linear.bias, torch.tensor(0.995))
-    linear, norm = run(10.0)
-    assert norm == pytest.approx(10 * 8**0.5)
-    assert torch.allclose(linear.weight, torch.tensor(1 - 0.1 / 8**0.5))
-    assert torch.allclose(linear.bias, torch.tensor(1 - 0.05 / 8**0.5))
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_update_refuses_what_is_not_finite_and_moves_nothing(make: Callable[..., Embedder], value: float) -> None:
-    model = make()
-    network = model.network
-    optimizer = make_optimizer(network, TunePart(), OPTIM)
-    for _ in range(2):  # with moments that a step would apply even without a gradient
-        step(model, batch_of(model, "all"), batch_tokens=8192, seed=1)
-        update(network, optimizer, 1e-2, 1.0)
-    before = {n: p.clone() for n, p in network.named_parameters()}
-    moments = [{k: v.clone() for k, v in state.items()} for state in optimizer.state.values()]
-    step(model, batch_of(model, "all"), batch_tokens=8192, seed=1)
-    last = [p for p in network.parameters() if p.requires_grad][-1]
-    assert last.grad is not None
-    last.grad.view(-1)[-1] = value
-    with pytest.raises(FloatingPointError, match="gradient norm is"):
-        update(network, optimizer, 1e-2, 1.0)
-    assert all(torch.equal(before[n], p) for n, p in network.named_parameters())
-    assert all(torch.equal(a[k], b[k]) for a, b in zip(moments, optimizer.state.values(), strict=True) for k in a)
-    assert all(p.grad is None for p in network.parameters())
-
-
-# ---- what trains
 
 
 @pytest.mark.parametrize("pooling", ["latent", "self", "mlp", "mean", "last"])
@@ -267,3 +170,27 @@ def test_ten_updates_reach_every_adapter_and_the_pooling_block_and_nothing_else(
     assert reached == trained
     moved = {n for n, p in network.named_parameters() if not torch.equal(p, before[n])}
     assert moved == trained
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_update_refuses_what_is_not_finite_and_moves_nothing(make: Callable[..., Embedder], value: float) -> None:
+    model = make()
+    network = model.network
+    optimizer = make_optimizer(network, TunePart(), OPTIM)
+    for _ in range(2):  # with moments that a step would apply even without a gradient
+        step(model, batch_of(model, "all"), batch_tokens=8192, seed=1)
+        update(network, optimizer, 1e-2, 1.0)
+    before = {n: p.clone() for n, p in network.named_parameters()}
+    moments = [{k: v.clone() for k, v in state.items()} for state in optimizer.state.values()]
+    step(model, batch_of(model, "all"), batch_tokens=8192, seed=1)
+    last = [p for p in network.parameters() if p.requires_grad][-1]
+    assert last.grad is not None
+    last.grad.view(-1)[-1] = value
+    with pytest.raises(FloatingPointError, match="gradient norm is"):
+        update(network, optimizer, 1e-2, 1.0)
+    assert all(torch.equal(before[n], p) for n, p in network.named_parameters())
+    assert all(torch.equal(a[k], b[k]) for a, b in zip(moments, optimizer.state.values(), strict=True) for k in a)
+    assert all(p.grad is None for p in network.parameters())
+
+
+# ---- what trains

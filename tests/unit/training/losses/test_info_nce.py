@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from embedwright.data.schema import Example, Passage, Task
 from embedwright.text import Contract
-from embedwright.training.batches.batch import make_batch
 from embedwright.training.batches.blend import Row
+from embedwright.training.batches.make import make_batch
 from embedwright.training.losses.info_nce import (
     cosent,
     cut,
@@ -105,7 +105,7 @@ def test_equals_sentence_transformers_on_a_retrieval_batch() -> None:
 
     ours = embedded()
     q_QE, c_CE = F.normalize(ours, dim=-1).split([len(batch.queries), len(batch.candidates)])
-    positive, allowed = torch.from_numpy(batch.positive_Q), torch.from_numpy(batch.allowed_QC)
+    positive, allowed = torch.from_numpy(batch.masks.positive_Q), torch.from_numpy(batch.masks.negative_QC)
     loss = info_nce(q_QE, c_CE, positive, allowed, temperature)
     loss.backward()
 

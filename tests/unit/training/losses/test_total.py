@@ -15,12 +15,16 @@ from torch import Tensor, nn
 from embedwright.config import ConfigError
 from embedwright.data.schema import Example, Passage, Task
 from embedwright.model.embedder import Embedder
+from embedwright.processes import ALONE
 from embedwright.text import Contract
-from embedwright.training.batches.batch import Batch, make_batch
+from embedwright.training.batches.batch import Batch
 from embedwright.training.batches.blend import Row
-from embedwright.training.engine.parallel import ALONE
-from embedwright.training.engine.step import accumulate, share_of
-from embedwright.training.losses.total import batch_loss, check_widths
+from embedwright.training.batches.feed import local_batch
+from embedwright.training.batches.make import make_batch
+from embedwright.training.engine.parallel import replicate
+from embedwright.training.engine.step import accumulate
+from embedwright.training.losses import total as losses
+from embedwright.training.losses.total import check_widths
 from embedwright.training.parts import DataPart, LossPart, OptimPart, StagePart
 
 E = 16
@@ -59,6 +63,20 @@ def batch_of(some: Sequence[Row], asked: StagePart, loss: LossPart | None = None
         rng=np.random.default_rng(0),
         loss=loss or asked.loss,
     )
+
+
+def batch_loss(
+    q_QE: Tensor,
+    c_CE: Tensor,
+    batch: Batch,
+    asked: StagePart,
+    total: int,
+    *,
+    teacher_QE: Tensor | None = None,
+    teacher_CE: Tensor | None = None,
+) -> Tensor:
+    teacher = None if teacher_QE is None or teacher_CE is None else (teacher_QE, teacher_CE)
+    return losses.batch_loss(q_QE, c_CE, batch.masks, batch.targets, asked, total=total, teacher=teacher)
 
 
 def raw(n: int, kinds: str = "qpn", seed: int = 0) -> Tensor:
@@ -107,8 +125,8 @@ def test_nothing_chosen_is_the_plain_loss_bit_for_bit() -> None:
         batch, leaf = batch_of(rows(n), asked), raw(n)
         q_QE, c_CE = vectors(leaf, batch)
         loss = batch_loss(q_QE, c_CE, batch, asked, total)
-        positive_Q = torch.from_numpy(batch.positive_Q)
-        stands_QC = torch.from_numpy(batch.allowed_QC).scatter(1, positive_Q[:, None], True)
+        positive_Q = torch.from_numpy(batch.masks.positive_Q)
+        stands_QC = torch.from_numpy(batch.masks.negative_QC).scatter(1, positive_Q[:, None], True)
         scores_QC = (q_QE @ c_CE.T / 0.05).masked_fill(~stands_QC, float("-inf"))
         plain = n / total * F.cross_entropy(scores_QC, positive_Q)
         assert torch.equal(loss, plain) and torch.equal(gradient(loss, leaf), gradient(plain, leaf))
@@ -244,7 +262,7 @@ def test_parts_of_a_batch_that_shares_nothing_add_up() -> None:
         own = vectors(leaf, part, kinds)
         return batch_loss(*own, part, asked, 9, teacher_QE=teacher_QE, teacher_CE=teacher_CE)
 
-    assert batch.alone()
+    assert batch.separable()
     whole = loss_of(batch)
     parts = sum((loss_of(batch.take(some)) for some in ([4, 0], [1, 2, 3, 8], [5], [7, 6])), torch.zeros(()))
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)
@@ -260,11 +278,11 @@ def test_a_budget_of_tokens_changes_no_gradient(tiny_decoder: Callable[..., Path
     model = Embedder.from_decoder(tiny_decoder("qwen3"), pooling="mean")
     model.network.train()
     batch = batch_of(scored_rows(), asked)
-    assert batch.alone() == (chosen == "alone")
+    assert batch.separable() == (chosen == "alone")
     found = []
     for budget in (10_000, 30):
-        share = share_of(model, batch, ALONE)
-        value, _ = accumulate(ALONE.wrap(model.network), share, asked, batch_tokens=budget, seed=0)
+        local = local_batch(batch, model.text_tokenizer, model.contract, ALONE)
+        value, _ = accumulate(replicate(ALONE, model.network), local, asked, batch_tokens=budget, seed=0)
         gradients = [p.grad for p in model.network.parameters() if p.grad is not None]
         found.append((value, torch.cat([g.flatten() for g in gradients])))
         model.network.zero_grad(set_to_none=True)

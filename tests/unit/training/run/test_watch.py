@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from embedwright.model.embedder import Embedder
-from embedwright.training.batches.batch import Batch
-from embedwright.training.engine.parallel import ALONE
+from embedwright.processes import ALONE
+from embedwright.training.batches.batch import Batch, Masks
 from embedwright.training.run.watch import (
     TRIES,
     UPDATES,
@@ -150,9 +150,9 @@ def test_an_inert_head_is_reported(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def batch(allowed_QC: list[list[bool]]) -> Batch:
-    return Batch(
-        [("", "a")] * len(allowed_QC), [("", "b")] * 4, np.zeros(len(allowed_QC), int), np.array(allowed_QC), []
-    )
+    negative_QC = np.array(allowed_QC)
+    masks = Masks(np.zeros(len(allowed_QC), np.int64), negative_QC, negative_QC)
+    return Batch([("", "a")] * len(allowed_QC), [("", "b")] * 4, [], masks)
 
 
 def test_chance_is_the_loss_of_equal_scores() -> None:

@@ -10,8 +10,9 @@ import pytest
 from embedwright.data.labels import label_triples
 from embedwright.data.schema import Example, Passage, Task
 from embedwright.text import Contract
-from embedwright.training.batches.batch import Batch, make_batch
+from embedwright.training.batches.batch import Batch, Targets
 from embedwright.training.batches.blend import Row
+from embedwright.training.batches.make import make_batch
 from embedwright.training.parts import LossPart
 
 CONTRACT = Contract(eos_id=1)
@@ -36,7 +37,7 @@ def batch_of(*rows: Row, in_batch: Any = "all", hard_negatives: int = 99, seed: 
 
 def negatives(batch: Batch) -> list[set[str]]:
     """The texts that stand against each query."""
-    return [{batch.candidates[c][1] for c in np.flatnonzero(allowed)} for allowed in batch.allowed_QC]
+    return [{batch.candidates[c][1] for c in np.flatnonzero(allowed)} for allowed in batch.masks.negative_QC]
 
 
 # ---- against a brute-force reference
@@ -77,7 +78,7 @@ def reference(rows: list[Row], batch: Batch, in_batch: str) -> list[list[bool]]:
 
     brought = [{p.text for p in r.example.negatives} for r in rows]
     for i in range(len(rows)):
-        brought[i].add(batch.candidates[batch.positive_Q[i]][1])
+        brought[i].add(batch.candidates[batch.masks.positive_Q[i]][1])
     answers = [answers_of(rows, i)[0] for i in range(len(rows))]
 
     def stands(i: int, prefix: str, text: str) -> bool:
@@ -119,17 +120,17 @@ def test_equals_brute_force(in_batch: str) -> None:
     for trial in range(300):
         rows = random_rows(random)
         batch = batch_of(*rows, in_batch=in_batch, seed=trial)
-        assert batch.allowed_QC.tolist() == reference(rows, batch, in_batch)
+        assert batch.masks.negative_QC.tolist() == reference(rows, batch, in_batch)
         assert len(set(batch.candidates)) == len(batch.candidates)
         for i, r in enumerate(rows):
             instruction = f"Instruct: {r.task.instruction}\nQuery: " if r.task.instruction else ""
             assert batch.queries[i] == (instruction, r.example.query)
-            prefix, text = batch.candidates[batch.positive_Q[i]]
+            prefix, text = batch.candidates[batch.masks.positive_Q[i]]
             assert prefix == (instruction if r.task.symmetric else "")
             assert text in {p.text for p in r.example.positives}
-            assert not batch.allowed_QC[i, batch.positive_Q[i]]
+            assert not batch.masks.negative_QC[i, batch.masks.positive_Q[i]]
             others += len(answers_of(rows, i)[0] - answers_of([r], 0)[0])
-        seen += int(batch.allowed_QC.sum())
+        seen += int(batch.masks.negative_QC.sum())
     assert seen > 1000 and others > 100
 
 
@@ -214,10 +215,10 @@ def test_no_text_of_a_rows_class_stands_against_it() -> None:
         for i, (_, query) in enumerate(batch.queries):
             for c, (_, text) in enumerate(batch.candidates):
                 if {*label_of[query]} & {*label_of[text]}:
-                    assert not batch.allowed_QC[i, c]
+                    assert not batch.masks.negative_QC[i, c]
                 else:
                     valid += 1
-                    stands += int(batch.allowed_QC[i, c])
+                    stands += int(batch.masks.negative_QC[i, c])
         assert stands >= least * valid > 200
 
 
@@ -248,7 +249,7 @@ def test_symmetric_tasks_have_their_instruction_on_both_sides() -> None:
     assert batch.queries == [(sts, "q1"), (qa, "q2"), ("", "q3")]
     assert batch.candidates == [(sts, "p1"), (sts, "n1"), ("", "p1"), ("", "n1"), ("", "p3")]
     # each stands against the other's negative, in either form, and never against the text of its positive
-    assert batch.allowed_QC.astype(int).tolist() == [[0, 1, 0, 1, 1], [0, 1, 0, 1, 1], [1, 1, 1, 1, 0]]
+    assert batch.masks.negative_QC.astype(int).tolist() == [[0, 1, 0, 1, 1], [0, 1, 0, 1, 1], [1, 1, 1, 1, 0]]
 
 
 # ---- what is drawn
@@ -274,7 +275,7 @@ def test_every_positive_is_drawn_now_and_then() -> None:
 def test_the_same_random_state_draws_the_same() -> None:
     rows = [row(f"q{i}", [f"p{i}", f"r{i}"], [f"n{i}.{k}" for k in range(5)]) for i in range(6)]
     once, again = (batch_of(*rows, hard_negatives=2, seed=5) for _ in range(2))
-    assert once.candidates == again.candidates and (once.positive_Q == again.positive_Q).all()
+    assert once.candidates == again.candidates and (once.masks.positive_Q == again.masks.positive_Q).all()
     assert once.candidates != batch_of(*rows, hard_negatives=2, seed=6).candidates
 
 
@@ -290,10 +291,10 @@ def test_take_keeps_each_query_its_positive_and_its_negatives() -> None:
         assert part.queries == [batch.queries[i] for i in rows] and part.ids == [batch.ids[i] for i in rows]
         used = set()
         for k, i in enumerate(rows):
-            against = {batch.candidates[c] for c in np.flatnonzero(batch.allowed_QC[i])}
-            positive = batch.candidates[batch.positive_Q[i]]
-            assert {part.candidates[c] for c in np.flatnonzero(part.allowed_QC[k])} == against
-            assert part.candidates[part.positive_Q[k]] == positive
+            against = {batch.candidates[c] for c in np.flatnonzero(batch.masks.negative_QC[i])}
+            positive = batch.candidates[batch.masks.positive_Q[i]]
+            assert {part.candidates[c] for c in np.flatnonzero(part.masks.negative_QC[k])} == against
+            assert part.candidates[part.masks.positive_Q[k]] == positive
             used |= against | {positive}
         assert sorted(part.candidates) == sorted(used)
 
@@ -306,10 +307,10 @@ def test_alone_is_true_where_no_candidate_serves_two_queries() -> None:
         batch = batch_of(*rows, in_batch=["none", "all"][trial % 2], hard_negatives=trial % 3, seed=trial)
         users: dict[int, set[int]] = {}
         for i in range(len(rows)):
-            for c in {*np.flatnonzero(batch.allowed_QC[i]), batch.positive_Q[i]}:
+            for c in {*np.flatnonzero(batch.masks.negative_QC[i]), batch.masks.positive_Q[i]}:
                 users.setdefault(int(c), set()).add(i)
-        outcomes.append(batch.alone())
-        assert batch.alone() == all(len(who) == 1 for who in users.values())
+        outcomes.append(batch.separable())
+        assert batch.separable() == all(len(who) == 1 for who in users.values())
     assert 30 < sum(outcomes) < 270
 
 
@@ -339,14 +340,14 @@ def test_own_negatives_are_those_of_the_row_that_stand() -> None:
     rows = [row("q1", ["p1@d1"], ["n1", "p1", "q1", "twin@d1", "p2"]), row("q2", "p2", ["n2", "n1"])]
     for in_batch in ("all", "none"):
         batch = batch_of(*rows, in_batch=in_batch)
-        own = [{batch.candidates[c][1] for c in np.flatnonzero(mine)} for mine in batch.own_QC]  # type: ignore[union-attr]
+        own = [{batch.candidates[c][1] for c in np.flatnonzero(mine)} for mine in batch.masks.own_QC]  # type: ignore[union-attr]
         assert own == [{"n1", "p2"}, {"n2", "n1"}]
 
 
 def other_queries(*rows: Row, **options: Any) -> list[set[str]]:
     batch = batch_of(*rows, same_tower="queries", **options)
-    assert batch.queries_QQ is not None
-    return [{batch.queries[j][1] for j in np.flatnonzero(against)} for against in batch.queries_QQ]
+    assert batch.masks.queries_QQ is not None
+    return [{batch.queries[j][1] for j in np.flatnonzero(against)} for against in batch.masks.queries_QQ]
 
 
 def test_other_queries_stand_under_the_rules_of_candidates() -> None:
@@ -355,7 +356,7 @@ def test_other_queries_stand_under_the_rules_of_candidates() -> None:
     rows = [row("q1", "p1"), row("q2", "p2", (), off), row("q3", "p3"), row("q4", "p4", (), a), row("q5", "p5", (), a)]
     assert other_queries(*rows) == [{"q3"}, set(), {"q1"}, {"q5"}, {"q4"}]
     assert other_queries(*rows, in_batch="none") == [set(), set(), set(), {"q5"}, {"q4"}]
-    assert batch_of(*rows).queries_QQ is None and batch_of(*rows, focal=1.0).queries_QQ is None
+    assert batch_of(*rows).masks.queries_QQ is None and batch_of(*rows, focal=1.0).masks.queries_QQ is None
 
 
 def test_a_query_that_is_related_is_no_negative() -> None:
@@ -388,13 +389,13 @@ def test_other_queries_equal_brute_force(in_batch: str) -> None:
         batch = batch_of(*rows, in_batch=in_batch, seed=trial, same_tower="both")
         answers = [answers_of(rows, i) for i in range(len(rows))]
 
-        assert batch.queries_QQ is not None
+        assert batch.masks.queries_QQ is not None
         for i in range(len(rows)):
             for c, query in enumerate(batch.queries):
                 equal = [j for j in range(len(rows)) if batch.queries[j] == query]
                 related = any(a & b for j in equal for a, b in zip(answers[i], answers[j], strict=True))
                 stands = c == equal[0] and not related and any(lends(rows, in_batch, i, j) for j in equal)
-                assert batch.queries_QQ[i, c] == stands
+                assert batch.masks.queries_QQ[i, c] == stands
                 seen += stands
     assert seen > 500
 
@@ -402,8 +403,8 @@ def test_other_queries_equal_brute_force(in_batch: str) -> None:
 def test_equal_queries_of_others_count_once() -> None:
     rows = [row("q1", "p1"), row("twice", "p2", id="a"), row("twice", "p3", id="b"), row("q4", "p4")]
     batch = batch_of(*rows, same_tower="queries")
-    assert batch.queries_QQ is not None
-    assert batch.queries_QQ.astype(int).tolist() == [[0, 1, 0, 1], [1, 0, 0, 1], [1, 0, 0, 1], [1, 1, 0, 0]]
+    assert batch.masks.queries_QQ is not None
+    assert batch.masks.queries_QQ.astype(int).tolist() == [[0, 1, 0, 1], [1, 0, 0, 1], [1, 0, 0, 1], [1, 1, 0, 0]]
 
 
 def test_teacher_scores_are_at_the_columns_of_their_texts() -> None:
@@ -416,15 +417,14 @@ def test_teacher_scores_are_at_the_columns_of_their_texts() -> None:
     seen = set()
     for seed in range(8):
         batch = batch_of(*rows, seed=seed, hard_negatives=3, distill={"score_weight": 1.0})
-        assert batch.teacher_QC is not None and np.isnan(batch.teacher_QC[1:]).all()
-        known = np.flatnonzero(~np.isnan(batch.teacher_QC[0]))
+        assert batch.targets.teacher_QC is not None and np.isnan(batch.targets.teacher_QC[1:]).all()
+        known = np.flatnonzero(~np.isnan(batch.targets.teacher_QC[0]))
         texts = [batch.candidates[c][1] for c in known]
-        assert batch.teacher_QC[0, known].tolist() == pytest.approx([float(t.split()[1]) for t in texts])
-        assert batch.own_QC is not None
-        assert {*known} == {*np.flatnonzero(batch.own_QC[0]), batch.positive_Q[0]} and len(known) > 2
+        assert batch.targets.teacher_QC[0, known].tolist() == pytest.approx([float(t.split()[1]) for t in texts])
+        assert {*known} == {*np.flatnonzero(batch.masks.own_QC[0]), batch.masks.positive_Q[0]} and len(known) > 2
         seen |= {*texts}
     assert seen == {"p .9", "r .8", "n .1", "m .2", "o .3"}
-    assert batch_of(*rows).teacher_QC is None
+    assert batch_of(*rows).targets.teacher_QC is None
 
 
 def test_rows_of_cosent_have_no_negatives_and_still_give() -> None:
@@ -436,14 +436,16 @@ def test_rows_of_cosent_have_no_negatives_and_still_give() -> None:
         with_scores(row("q3", "p 3", ["n 3"]), 2.5),
     ]
     batch = batch_of(*rows, scored="cosent", same_tower="queries")
-    assert batch.group_Q is not None and batch.score_Q is not None and batch.queries_QQ is not None
-    assert batch.group_Q.tolist() == [0, -1, 1, 0]
-    assert batch.score_Q[[0, 2, 3]].tolist() == [4.0, 1.0, 2.5] and np.isnan(batch.score_Q[1])
+    assert (
+        batch.targets.group_Q is not None and batch.targets.score_Q is not None and batch.masks.queries_QQ is not None
+    )
+    assert batch.targets.group_Q.tolist() == [0, -1, 1, 0]
+    assert batch.targets.score_Q[[0, 2, 3]].tolist() == [4.0, 1.0, 2.5] and np.isnan(batch.targets.score_Q[1])
     assert {text for _, text in batch.candidates} == {"p 0", "p 1", "n 1", "p 2", "p 3"}
     assert negatives(batch) == [set(), {"p 0", "n 1", "p 2", "p 3"}, set(), set()]
-    assert batch.queries_QQ.sum(axis=1).tolist() == [0, 3, 0, 0]
+    assert batch.masks.queries_QQ.sum(axis=1).tolist() == [0, 3, 0, 0]
     as_before = batch_of(*rows)
-    assert as_before.group_Q is None and negatives(as_before)[0] == {
+    assert as_before.targets.group_Q is None and negatives(as_before)[0] == {
         "n 0",
         *negatives(batch)[1],
         "p 1",
@@ -463,17 +465,18 @@ def test_queries_that_a_loss_joins_are_not_alone() -> None:
     plain = [row(f"q{i}", f"p {i}", [f"n {i}"]) for i in range(3)]
     scored = [with_scores(some, float(i)) for i, some in enumerate(plain)]
     off = {"in_batch": "none", "hard_negatives": 1}
-    assert batch_of(*plain, **off, focal=1.0, mask_above=0.1).alone()
-    assert not batch_of(*plain, same_tower="queries", hard_negatives=0).alone()
-    assert batch_of(*plain, **off, same_tower="both").alone()  # nobody shares: there are no other queries
-    assert batch_of(*scored, **off).alone() and not batch_of(*scored, **off, scored="cosent").alone()
-    assert batch_of(scored[0], *plain[1:], **off, scored="cosent").alone()  # one has nothing to be ordered with
+    assert batch_of(*plain, **off, focal=1.0, mask_above=0.1).separable()
+    assert not batch_of(*plain, same_tower="queries", hard_negatives=0).separable()
+    assert batch_of(*plain, **off, same_tower="both").separable()  # nobody shares: there are no other queries
+    assert batch_of(*scored, **off).separable() and not batch_of(*scored, **off, scored="cosent").separable()
+    assert batch_of(scored[0], *plain[1:], **off, scored="cosent").separable()  # one has nothing to be ordered with
     elsewhere = Row(scored[1].example, Task(name="elsewhere"))
-    assert batch_of(scored[0], elsewhere, plain[2], **off, scored="cosent").alone()
+    assert batch_of(scored[0], elsewhere, plain[2], **off, scored="cosent").separable()
     q_only = [row("q1", "p"), row("q2", "p 2")]
     batch = batch_of(*q_only, same_tower="queries")
-    only_queries = replace(batch, allowed_QC=np.zeros_like(batch.allowed_QC))
-    assert not only_queries.alone()
+    none_QC = np.zeros_like(batch.masks.negative_QC)
+    only_queries = replace(batch, masks=replace(batch.masks, negative_QC=none_QC))
+    assert not only_queries.separable()
 
 
 def test_take_keeps_what_the_loss_needs() -> None:
@@ -482,10 +485,11 @@ def test_take_keeps_what_the_loss_needs() -> None:
     chosen = [4, 1, 2]
     part = batch.take(chosen)
     columns = [batch.candidates.index(c) for c in part.candidates]
-    for name in ("own_QC", "teacher_QC"):
-        np.testing.assert_array_equal(getattr(part, name), getattr(batch, name)[np.ix_(chosen, columns)])
-    np.testing.assert_array_equal(part.queries_QQ, batch.queries_QQ[np.ix_(chosen, chosen)])  # type: ignore[index]
+    both = np.ix_(chosen, columns)
+    np.testing.assert_array_equal(part.masks.own_QC, batch.masks.own_QC[both])
+    np.testing.assert_array_equal(part.targets.teacher_QC, batch.targets.teacher_QC[both])  # type: ignore[index,arg-type]
+    np.testing.assert_array_equal(part.masks.queries_QQ, batch.masks.queries_QQ[np.ix_(chosen, chosen)])  # type: ignore[index]
     for name in ("group_Q", "score_Q"):
-        np.testing.assert_array_equal(getattr(part, name), getattr(batch, name)[chosen])
+        np.testing.assert_array_equal(getattr(part.targets, name), getattr(batch.targets, name)[chosen])
     bare = batch_of(*rows).take(chosen)
-    assert bare.own_QC is not None and (bare.queries_QQ, bare.teacher_QC, bare.group_Q, bare.score_Q) == (None,) * 4
+    assert bare.masks.queries_QQ is None and bare.targets == Targets()

@@ -1,0 +1,123 @@
+"""What one process encodes at step s, tokenised and some steps ahead of its use.
+
+N texts of this process, E embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from embedwright import threads
+from embedwright.processes import Processes
+from embedwright.text import Contract, TextTokenizer, TokenizedText, tokenize
+from embedwright.training.batches.batch import Batch, Text
+from embedwright.training.batches.blend import Source, rows_at
+from embedwright.training.batches.make import make_batch
+from embedwright.training.recipe import Recipe
+
+Teach = Callable[[Sequence[Text]], Tensor]  # what a teacher makes of texts: (N, E) float32
+
+
+@dataclass(frozen=True)
+class LocalBatch:
+    """One process's part of a batch. `texts`: the distinct texts of each process. `tokens`: those of this one's texts.
+
+    `rows`: this process's queries where the batch is separable, so that each process, and each micro-batch, needs its
+    own texts alone; else None. `teacher_NE`: the vectors that the stage's teacher gives this process's texts, in their
+    order.
+    """
+
+    batch: Batch
+    texts: list[list[Text]]
+    rows: list[int] | None
+    tokens: Mapping[Text, TokenizedText]
+    teacher_NE: Tensor | None = None
+
+    @property
+    def filler(self) -> TokenizedText:
+        """Some text, for a process that has fewer micro-batches than others, or none."""
+        return next(iter(self.tokens.values()))
+
+
+def batch_of_step(recipe: Recipe, number: int, sources: Sequence[Source], contract: Contract, step: int) -> Batch:
+    """Returns the batch of a step of stage `number`, both from 0. It depends on its arguments alone."""
+    stage = recipe.stages[number]
+    rows = rows_at(
+        sources,
+        step,
+        batch_queries=stage.optim.batch_queries,
+        batching=stage.batching,
+        seed=recipe.seed,
+        stage=stage.name,
+    )
+    return make_batch(
+        rows,
+        contract,
+        hard_negatives=stage.hard_negatives,
+        in_batch=stage.in_batch_negatives,
+        rng=np.random.default_rng([recipe.seed, number, step]),
+        loss=stage.loss,
+    )
+
+
+def local_batch(
+    batch: Batch, tokenizer: TextTokenizer, contract: Contract, processes: Processes, teach: Teach | None = None
+) -> LocalBatch:
+    """Takes this process's part of a batch, tokenises it and, with `teach`, has the stage's teacher encode it.
+
+    It asks no other process, so that it can be made ahead of its step.
+    """
+    rows: list[int] | None = None
+    if batch.separable():
+        columns = [batch.masks.columns(i) for i in range(len(batch.queries))]
+        needed = [[query, *(batch.candidates[c] for c in columns[i])] for i, query in enumerate(batch.queries)]
+        parts = processes.split([sum(len(text) for _, text in texts) for texts in needed])
+        texts = [list(dict.fromkeys(text for i in part for text in needed[i])) for part in parts]
+        rows = parts[processes.rank]
+    else:
+        distinct = list(dict.fromkeys([*batch.queries, *batch.candidates]))
+        parts = processes.split([len(prefix) + len(text) for prefix, text in distinct])
+        texts = [[distinct[i] for i in part] for part in parts]
+    own = texts[processes.rank]
+    some = own or batch.queries[:1]
+    # a process without texts has an empty part of what all gather
+    teacher_NE = None if teach is None else teach(some)[: len(own)]
+    return LocalBatch(batch, texts, rows, tokenize_texts(tokenizer, contract, some), teacher_NE)
+
+
+def tokenize_texts(tokenizer: TextTokenizer, contract: Contract, texts: Sequence[Text]) -> dict[Text, TokenizedText]:
+    """Tokenises each distinct text once."""
+    by_prefix: dict[str, list[str]] = {}
+    for prefix, text in dict.fromkeys(texts):
+        by_prefix.setdefault(prefix, []).append(text)
+    return {
+        (prefix, text): tokens
+        for prefix, some in by_prefix.items()
+        for text, tokens in zip(some, tokenize(tokenizer, contract, some, prefix), strict=True)
+    }
+
+
+def ahead(
+    make: Callable[[int], LocalBatch], steps: Iterable[int], workers: int
+) -> Generator[tuple[int, LocalBatch], None, None]:
+    """Yields each step with its local batch, in order. `workers` threads make as many batches ahead of use."""
+    if workers == 0:
+        yield from ((step, make(step)) for step in steps)
+        return
+    with ThreadPoolExecutor(workers, initializer=threads.free) as pool:
+        waiting: list[tuple[int, Future[LocalBatch]]] = []
+        try:
+            for step in steps:
+                waiting.append((step, pool.submit(make, step)))
+                if len(waiting) > workers:
+                    first, future = waiting.pop(0)
+                    yield first, future.result()
+            for first, future in waiting:
+                yield first, future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)

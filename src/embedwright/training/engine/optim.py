@@ -1,0 +1,56 @@
+"""AdamW, its learning rate, and one update of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from embedwright.training.engine.parallel import full
+from embedwright.training.parts import OptimPart, TunePart
+
+
+def make_optimizer(network: nn.Module, tune: TunePart, optim: OptimPart) -> torch.optim.Optimizer:
+    """AdamW over what trains: backbone and pooling block apart, no decay on latents, norms and biases."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim >= 2 and "norm" not in name and not name.endswith("latents")
+            groups.setdefault((name.startswith("head."), decays), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {
+                "params": parameters,
+                "lr": optim.lr,
+                "lr_ratio": tune.pooling_lr_ratio if in_head else 1.0,
+                "weight_decay": optim.weight_decay if decays else 0.0,
+            }
+            for (in_head, decays), parameters in groups.items()
+        ]
+    )
+
+
+def learning_rate(optim: OptimPart, step: int) -> float:
+    """Of the step numbered from 0: linear warm-up, then linear decay that would reach zero one step after the last."""
+    if step < optim.warmup_steps:
+        return optim.lr * (step + 1) / optim.warmup_steps
+    return optim.lr * (optim.steps - step) / (optim.steps - optim.warmup_steps)
+
+
+def update(network: nn.Module, optimizer: torch.optim.Optimizer, lr: float, clip: float) -> float:
+    """Clip, step, zero. Returns the gradient's norm before clipping; FloatingPointError, and no step, if not finite."""
+    trained: Sequence[nn.Parameter] = [p for p in network.parameters() if p.requires_grad]
+    # whole before it is compared: of gradients that are cut, each process has a part of the norm
+    whole = full(torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
+    torch.nn.utils.clip_grads_with_norm_(trained, clip, whole)
+    norm = float(whole)
+    if not np.isfinite(norm):
+        optimizer.zero_grad(set_to_none=True)
+        raise FloatingPointError(f"gradient norm is {norm}")
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_ratio"]
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from embedwright.model.embedder import Embedder
+from embedwright.training.engine.optim import learning_rate, make_optimizer, update
+from embedwright.training.parts import OptimPart, TunePart
+
+OPTIM = OptimPart(lr=1e-2, steps=20, batch_queries=8, weight_decay=0.1)
+
+
+def test_the_learning_rate_warms_up_and_decays_linearly() -> None:
+    optim = OptimPart(lr=1.0, steps=10, batch_queries=1, warmup_steps=4)
+    rates = [learning_rate(optim, step) for step in range(10)]
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 6 / 6, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+    assert learning_rate(optim, 10) == 0
+    plain = OptimPart(lr=2.0, steps=4, batch_queries=1)
+    assert [learning_rate(plain, step) for step in range(4)] == [2.0, 1.5, 1.0, 0.5]
+
+
+# ---- the optimizer
+
+
+@pytest.mark.parametrize("pooling", ["latent", "self", "mlp", "mean"])
+def test_groups_of_the_optimizer(make: Callable[..., Embedder], pooling: str) -> None:
+    network = make(pooling).network
+    optimizer = make_optimizer(network, TunePart(pooling_lr_ratio=3.0), OPTIM)
+    name_of = {id(p): n for n, p in network.named_parameters()}
+    seen = [name_of[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(seen) == sorted(n for n, p in network.named_parameters() if p.requires_grad)
+    for group in optimizer.param_groups:
+        names = {name_of[id(p)] for p in group["params"]}
+        in_head = {n.startswith("head.") for n in names}
+        assert in_head == {group["lr_ratio"] == 3.0}
+        without = {n.endswith(("bias", "latents")) or ".norm" in n for n in names}
+        assert without == {group["weight_decay"] == 0.0}
+        assert group["weight_decay"] in (0.0, 0.1)
+    assert len(optimizer.param_groups) == (1 if pooling == "mean" else 3)
+
+
+def test_full_tuning_decays_no_norm_of_the_backbone(tiny_decoder: Callable[..., Path]) -> None:
+    network = Embedder.from_decoder(tiny_decoder("qwen2"), pooling="mean").network
+    optimizer = make_optimizer(network, TunePart(method="full"), OPTIM)
+    name_of = {id(p): n for n, p in network.named_parameters()}
+    groups = {g["weight_decay"]: {name_of[id(p)] for p in g["params"]} for g in optimizer.param_groups}
+    assert all("norm" in n or n.endswith(".bias") for n in groups[0.0])
+    assert not any("norm" in n or n.endswith(".bias") for n in groups[0.1])
+    assert groups[0.0] | groups[0.1] == set(dict(network.named_parameters()))
+
+
+def test_update_clips_and_scales_the_learning_rate_by_group() -> None:
+    def run(scale: float) -> tuple[nn.Linear, float]:
+        linear = nn.Linear(3, 2)
+        nn.init.ones_(linear.weight)
+        nn.init.ones_(linear.bias)
+        groups = [
+            {"params": [linear.weight], "lr": 0.0, "lr_ratio": 1.0},
+            {"params": [linear.bias], "lr": 0.0, "lr_ratio": 0.5},
+        ]
+        optimizer = torch.optim.SGD(groups)
+        linear.weight.grad, linear.bias.grad = torch.full((2, 3), scale), torch.full((2,), scale)
+        norm = update(linear, optimizer, lr=0.1, clip=1.0)
+        assert linear.weight.grad is None and linear.bias.grad is None
+        return linear, norm
+
+    linear, norm = run(0.1)  # below the clip
+    assert norm == pytest.approx(0.1 * 8**0.5)
+    assert torch.allclose(linear.weight, torch.tensor(0.99)) and torch.allclose(linear.bias, torch.tensor(0.995))
+    linear, norm = run(10.0)
+    assert norm == pytest.approx(10 * 8**0.5)
+    assert torch.allclose(linear.weight, torch.tensor(1 - 0.1 / 8**0.5))
+    assert torch.allclose(linear.bias, torch.tensor(1 - 0.05 / 8**0.5))
