@@ -21,6 +21,7 @@ from embedwright.evaluation.results import Results
 from embedwright.evaluation.suite import evaluate
 from embedwright.model.adapters.lora import has_lora
 from embedwright.model.embedder import Embedder
+from embedwright.training import steps as steps_module
 from embedwright.training import train as loop
 from embedwright.training.batches.blend import rows_at
 from embedwright.training.batches.make import make_batch
@@ -273,7 +274,7 @@ def test_the_newest_checkpoints_are_kept(run: Run) -> None:
 def test_a_finished_run_returns_at_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {name: (run.out / name).read_bytes() for name in ("metrics.jsonl", "evaluations.jsonl")}
     monkeypatch.setattr(judge, "evaluate", lambda *_, **__: pytest.fail("evaluated again"))
-    monkeypatch.setattr(loop, "accumulate", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(steps_module, "accumulate", lambda *_, **__: pytest.fail("trained again"))
     model = train(run.recipe)
     assert np.array_equal(model.encode(TEXTS, task="Find its answer"), run.vectors)
     assert before == {name: (run.out / name).read_bytes() for name in before}
@@ -398,7 +399,7 @@ def test_a_step_that_is_not_finite_moves_nothing_and_three_in_a_row_stop_the_run
 ) -> None:
     tree = short(content, tmp_path, steps=9)
     tree["run"]["checkpoint_every"] = 1
-    accumulate, weights = loop.accumulate, []
+    accumulate, weights = steps_module.accumulate, []
 
     def broken(replica: Any, *args: Any, **kwargs: Any) -> tuple[float, int]:
         parameters = [p for p in replica.embed.__self__.parameters() if p.requires_grad]
@@ -410,7 +411,7 @@ def test_a_step_that_is_not_finite_moves_nothing_and_three_in_a_row_stop_the_run
             next(p for p in parameters if p.grad is not None).grad.view(-1)[0] = torch.inf  # type: ignore[union-attr]
         return (float("nan") if what == "loss" else loss), tokens
 
-    monkeypatch.setattr(loop, "accumulate", broken)
+    monkeypatch.setattr(steps_module, "accumulate", broken)
     if bad == {3, 4, 5}:
         with pytest.raises(FloatingPointError, match=rf"^stage retrieval, step 5: .*{what}.* for the third step in"):
             train(Recipe.parse(tree))
@@ -443,14 +444,14 @@ def test_the_order_of_rows_is_the_same_from_any_step_and_with_any_workers(
 def test_weights_that_stand_still_stop_the_run(
     content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    accumulate = loop.accumulate
+    accumulate = steps_module.accumulate
 
     def unplugged(replica: Any, *args: Any, **kwargs: Any) -> tuple[float, int]:
         found = accumulate(replica, *args, **kwargs)
         replica.embed.__self__.head.latents.grad = None
         return found
 
-    monkeypatch.setattr(loop, "accumulate", unplugged)
+    monkeypatch.setattr(steps_module, "accumulate", unplugged)
     with pytest.raises(RuntimeError, match=r"1 of \d+ .* had no gradient in 10 updates, e\.g\. head\.latents"):
         train(Recipe.parse(short(content, tmp_path, steps=12)))
 
