@@ -127,6 +127,7 @@ TESTED_ELSEWHERE = {
     "training.batches.batch": "training/batches/test_make.py",
     "training.batches.feed": "training/engine/test_step.py",
     "encoders.protocol": "mining/test_mine.py",
+    "encoders.sharded": "training/engine/test_parallel.py",
     "mining.choose": "mining/test_mine.py",
     "cpu.attention": "cpu/test_blocks.py",
     "model.verify.by_hand": "model/verify/test_doctor.py",

@@ -14,8 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
 from embedwright.config import ConfigError
 from embedwright.data.answers import Answers
@@ -23,6 +21,7 @@ from embedwright.data.files.beir import beir_files, read_corpus
 from embedwright.data.files.table import open_examples, write_examples
 from embedwright.encoders.open import open_encoder
 from embedwright.encoders.protocol import Encoder, as_encoder
+from embedwright.encoders.sharded import ShardedEncoder
 from embedwright.files import whole_folder, write_json
 from embedwright.mining.mine import mine
 from embedwright.mining.pool import positives_of
@@ -79,8 +78,8 @@ def refreshed(
         with whole_folder(folder) if processes.first else nullcontext(folder) as temp:
             answers = Answers(Rows(sources))
             for number in mined:
-                shared, out = Shared(teacher, processes), temp / f"{number:02d}"
-                _mine(recipe, stage, sources[number], answers, shared, out, processes, say)
+                sharded, out = ShardedEncoder(teacher, processes), temp / f"{number:02d}"
+                _mine(recipe, stage, sources[number], answers, sharded, out, processes, say)
             if processes.first:
                 write_json(temp / _WHOLE, run)
         processes.wait()
@@ -143,26 +142,3 @@ def _corpus(stage: StagePart, source: Source) -> dict[str, str]:
     if path.is_dir():
         return read_corpus(beir_files(path)[0])
     return positives_of(source.table)
-
-
-class Shared:
-    """A teacher that is asked in every process alike, for the same texts: each encodes its part, and has all.
-
-    Of a model that is cut, every process takes part in every forward: there each encodes all.
-    """
-
-    def __init__(self, teacher: Encoder, processes: Processes) -> None:
-        self.teacher, self.processes = teacher, processes
-        network = getattr(teacher, "network", None)
-        self.alone = processes.count == 1 or bool(getattr(network, "sharded", False))
-
-    def encode(self, texts: Sequence[str], task: str | None = None) -> NDArray[np.float32]:
-        if self.alone:
-            return self.teacher.encode(texts, task=task)
-        parts = self.processes.split([len(text) for text in texts])
-        own = parts[self.processes.rank]
-        # a process without a text still has to know how wide a vector is
-        vectors_NE = self.teacher.encode([texts[i] for i in own] or list(texts[:1]), task=task)[: len(own)]
-        own_NE = torch.from_numpy(np.ascontiguousarray(vectors_NE)).to(self.processes.device)
-        gathered_NE = self.processes.gather(own_NE, [len(part) for part in parts]).cpu().numpy()
-        return np.ascontiguousarray(gathered_NE[np.argsort([i for part in parts for i in part])])

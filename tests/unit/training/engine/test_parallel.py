@@ -162,8 +162,8 @@ def gradients_of(kind: str, case: str, decoder: str, processes: Processes) -> di
 
 def shared(decoder: str, processes: Processes) -> dict[str, Any]:
     """Five texts of very different lengths, asked of a teacher in every process alike."""
+    from embedwright.encoders.sharded import ShardedEncoder
     from embedwright.model.embedder import Embedder
-    from embedwright.training.remine import Shared
 
     model, encoded = Embedder.from_decoder(decoder, pooling="mean"), 0
 
@@ -173,7 +173,9 @@ def shared(decoder: str, processes: Processes) -> dict[str, Any]:
             encoded += len(texts)
             return model.encode(texts, task=task)
 
-    vectors = Shared(Counted(), processes).encode([f"{'a tide ' * n}moon" for n in (1, 30, 2, 9, 0)], task="Find it")
+    vectors = ShardedEncoder(Counted(), processes).encode(
+        [f"{'a tide ' * n}moon" for n in (1, 30, 2, 9, 0)], task="Find it"
+    )
     return {"vectors": vectors, "encoded": encoded}
 
 
