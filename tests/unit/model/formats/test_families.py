@@ -175,7 +175,7 @@ def test_e5_mistral_through_sentence_transformers_alone_loses_its_eos(family_fol
     assert all(packed.ids_T[-1] == 2 for packed in (model.tokenize([text]) for text in TEXTS))
 
 
-def test_gritlm_is_a_mean_behind_the_instruction_that_sees_all(family_folder: Callable[[str], Path]) -> None:
+def test_gritlm_is_a_mean_after_the_instruction_that_sees_all(family_folder: Callable[[str], Path]) -> None:
     folder = family_folder("gritlm")
     model, tokenizer = Embedder.load(folder, device="cpu"), AutoTokenizer.from_pretrained(folder)
     for task, prefix in [(TASK, f"<|user|>\n{TASK}\n<|embed|>\n"), (None, "<|embed|>\n")]:

@@ -33,9 +33,19 @@ def detail(findings: list[doctor.Finding], name: str) -> str:
     return next(finding.detail for finding in findings if finding.name == name)
 
 
-@pytest.mark.parametrize("bos", [False, True])
-@pytest.mark.parametrize("word", ["bidirectional", "causal"])
-@pytest.mark.parametrize("pooling", ["latent", "mean", "last", "self", "mlp"])
+@pytest.mark.parametrize(
+    ("pooling", "word", "bos"),
+    [
+        ("latent", "bidirectional", False),
+        ("latent", "causal", True),
+        ("mean", "bidirectional", True),
+        ("mean", "causal", False),
+        ("last", "bidirectional", False),
+        ("last", "causal", True),
+        ("self", "causal", False),
+        ("mlp", "bidirectional", True),
+    ],
+)
 def test_a_healthy_model_passes(folder: Callable[..., Path], pooling: str, word: str, bos: bool) -> None:
     findings = doctor.examine_name(str(folder(pooling, attention=word, bos=bos)))
     assert bad(findings) == {}
@@ -43,10 +53,10 @@ def test_a_healthy_model_passes(folder: Callable[..., Path], pooling: str, word:
     assert len({finding.name for finding in findings}) == len(findings) >= 15
 
 
-@pytest.mark.parametrize("word", ["bidirectional", "causal"])
-def test_every_family_passes(folder: Callable[..., Path], family: str, word: str) -> None:
+def test_every_family_passes(folder: Callable[..., Path], family: str) -> None:
     """Gemma without BOS is the one that must not."""
     bos = family.startswith("gemma")
+    word = "causal" if family in ("qwen2", "gemma3") else "bidirectional"
     assert bad(doctor.examine_name(str(folder("latent", family=family, attention=word, bos=bos)))) == {}
 
 
