@@ -121,10 +121,10 @@ print(queries @ passages.T)"""
 def _reading(contract: Contract, pooling: str, attention: str) -> list[Row]:
     """Describes the text contract in words."""
     mean = "all tokens, the instruction's too" if contract.mask_rule == "all" else "all tokens but the instruction's"
-    cut = "cut off with the rest" if contract.mask_rule == "count" else "also behind a text that is cut"
+    cut = "cut off with the rest" if contract.mask_rule == "count" else "also after a text that is cut"
     rows = {
         "in front of a query": f"`{_quoted(contract.query_template)}`",
-        "behind a query": f"`{_quoted(contract.query_suffix)}`" if contract.query_suffix else None,
+        "after a query": f"`{_quoted(contract.query_suffix)}`" if contract.query_suffix else None,
         "in front of a document": f"`{_quoted(contract.document_template)}`"
         if contract.document_template
         else "nothing",

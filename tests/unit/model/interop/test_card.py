@@ -90,7 +90,7 @@ def test_it_says_what_the_model_reads(tiny_embedder: Make) -> None:
     assert said == {
         "in front of a query": '`"Instruct: {task}\\nQuery: "`',
         "in front of a document": "nothing",
-        "end of a text": "EOS (id 1), also behind a text that is cut",
+        "end of a text": "EOS (id 1), also after a text that is cut",
         "longest text": "77 tokens, every one counted; cut on the right",
         "attention": "bidirectional",
         "pooling": "latent, all tokens but the instruction's",
@@ -107,7 +107,7 @@ def test_it_says_what_the_model_reads(tiny_embedder: Make) -> None:
         rows(sections(card_of(model, contract=contract, attention="causal", pooling="last"))["What it reads"])[2:]
     )
     assert said["in front of a document"] == '`"title: none \\| text: "`'
-    assert said["behind a query"] == '`"\\n?"`' and said["end of a text"] == "nothing"
+    assert said["after a query"] == '`"\\n?"`' and said["end of a text"] == "nothing"
     assert said["instruction of a query without one"] == "Find"
     assert (said["attention"], said["pooling"]) == ("causal", "last, the last token")
     counted = model.contract.model_copy(update={"mask_rule": "count"})
