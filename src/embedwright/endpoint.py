@@ -42,12 +42,16 @@ def endpoint(base_url: str, api_key_env: str | None = None) -> Endpoint:
     parts = _split(base_url)
     host = parts.netloc.rpartition("@")[2]
     url = f"{parts.scheme}://{host}{parts.path}"
-    key = _named_key(api_key_env, url) if api_key_env is not None else _openai_key(parts)
+    openai = _is_openai(parts)
+    if api_key_env is not None:
+        key = _named_key(api_key_env, url)
+    else:
+        key = os.environ.get("OPENAI_API_KEY", "").strip() if openai else ""
     user, password = unquote(parts.username or ""), unquote(parts.password or "")
     basic = base64.b64encode(f"{user}:{password}".encode()).decode() if parts.username is not None else ""
     if basic and api_key_env is not None:
         raise InputError(f"{url}: give a user and password in the address or an API key, not both")
-    headers: dict[str, Any] = {} if _is_openai(parts) else _not_sent()
+    headers: dict[str, Any] = {} if openai else _not_sent()
     headers["Authorization"] = f"Basic {basic}" if basic else f"Bearer {key or 'none'}"
     hidden = (key, basic, password or user, parts.password or parts.username)
     secrets = {spelt for secret in hidden if secret for spelt in (secret, quote(secret, safe=""), repr(secret)[1:-1])}
@@ -113,15 +117,8 @@ def _split(base_url: str) -> SplitResult:
 def _is_openai(parts: SplitResult) -> bool:
     """Says whether the environment's `OPENAI_...` variables are for this server."""
     home = urlsplit(os.environ.get("OPENAI_BASE_URL") or _OPENAI)
-    return _origin(parts) == _origin(home)
-
-
-def _origin(parts: SplitResult) -> tuple[str, str | None, int | None]:
-    return parts.scheme, parts.hostname, parts.port or _PORTS.get(parts.scheme)
-
-
-def _openai_key(parts: SplitResult) -> str:
-    return os.environ.get("OPENAI_API_KEY", "").strip() if _is_openai(parts) else ""
+    here, there = ((at.scheme, at.hostname, at.port or _PORTS.get(at.scheme)) for at in (parts, home))
+    return here == there
 
 
 def _named_key(name: str, url: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -123,8 +122,8 @@ def synth(
     limits = {"concurrency": concurrency, "max_tokens": max_tokens, "token_budget": token_budget}
     with _client(out, timeout, base_url=base_url, api_key_env=api_key_env, **limits) as client:
         report = synthesize(out, client, plan, licence=licence, progress=counter("examples"))
-    say_json(asdict(report))
-    if not report.written:
+    say_json(report)
+    if not report["written"]:
         sys.stderr.write(f"embedwright: {out}: no usable example came out, nothing written\n")
         raise typer.Exit(1)
 

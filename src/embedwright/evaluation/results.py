@@ -60,16 +60,11 @@ def render(rows: Sequence[Row]) -> str:
     """Returns `rows` as aligned plain text with a header, four decimals, and `-` for a missing value."""
     if not rows:
         return ""
-    lines = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
-    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-
-    def aligned(cells: Sequence[str]) -> str:  # the first two columns are words and align left, numbers align right
-        return "  ".join(
-            cell.ljust(width) if place < 2 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        )
-
-    return "\n".join(map(aligned, lines))
+    cells = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    # the first two columns are words and align left, numbers align right
+    forms = [f"{{:{'<' if place < 2 else '>'}{width}}}" for place, width in enumerate(widths)]
+    return "\n".join("  ".join(forms).format(*line) for line in cells)
 
 
 def _cell(value: str | float | None) -> str:

@@ -53,7 +53,7 @@ class Candidate(NamedTuple):
 
 
 Judge = Callable[[Sequence[Candidate]], Sequence[bool | None]]
-"""For each candidate whether it is a positive; None where there is no verdict. Equal candidates come once a chunk."""
+"""Says for each candidate whether it is a positive, or None without a verdict. Equal candidates come once a chunk."""
 
 
 class _Verdict(Answer):
@@ -107,16 +107,20 @@ def relabel(examples: Iterable[Example], judge: Judge, action: Action, count: Co
         raise InputError(f"action must be drop or promote, not {action!r}")
     answers, rows = AnswerMarks(examples), iter(examples)
     while chunk := list(islice(rows, _CHUNK)):
-        known = [_answering(example, answers) for example in chunk]
-        pairs = [list(zip(_candidates(example), own, strict=True)) for example, own in zip(chunk, known, strict=True)]
-        asked = list(dict.fromkeys(candidate for own in pairs for candidate, answers_it in own if not answers_it))
+        pairs = [list(zip(_candidates(example), _known(example, answers), strict=True)) for example in chunk]
+        asked = list(dict.fromkeys(candidate for own in pairs for candidate, known in own if not known))
         verdicts = dict(zip(asked, judge(asked) if asked else [], strict=True))
         for example, own in zip(chunk, pairs, strict=True):
-            count["known"] += sum(answers_it for _, answers_it in own)
-            yield _relabelled(example, [answers_it or verdicts[c] for c, answers_it in own], action, count)
+            count["known"] += sum(known for _, known in own)
+            yield _relabelled(example, [known or verdicts[candidate] for candidate, known in own], action, count)
 
 
-def _answering(example: Example, answers: AnswerMarks) -> list[bool]:
+def _candidates(example: Example) -> list[Candidate]:
+    positive = example.positives[0].text
+    return [Candidate(example.task, example.query, positive, passage.text) for passage in example.negatives]
+
+
+def _known(example: Example, answers: AnswerMarks) -> list[bool]:
     """Says for each negative whether it answers the question in some row."""
     marks = answers.of(example) if example.negatives else set()
     return [not marks.isdisjoint(marks_of(example.task, [passage])) for passage in example.negatives]
@@ -151,11 +155,6 @@ def _question(candidate: Candidate, model: str, tasks: Mapping[str, Task]) -> Qu
     told = f"The task: {known.instruction}" if known and known.instruction else ""
     prompt = _PROMPT.format(task=told, query=candidate.query, positive=candidate.positive, passage=candidate.passage)
     return Question(model, prompt, _Verdict, seed="verdict", temperature=0.0)
-
-
-def _candidates(example: Example) -> list[Candidate]:
-    positive = example.positives[0].text
-    return [Candidate(example.task, example.query, positive, passage.text) for passage in example.negatives]
 
 
 def _relabelled(example: Example, verdicts: Sequence[bool | None], action: Action, count: Counter[str]) -> Example:

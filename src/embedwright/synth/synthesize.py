@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,29 +23,17 @@ from embedwright.synth.diversity import Diversity
 from embedwright.synth.plan import Kind, Plan
 
 
-@dataclass(frozen=True)
-class Report:
-    """Counts of a run. `asked` rows = `written` + the sum of `dropped`, which is by kind and reason.
-
-    `tasks` has the counts of step 1 by kind, `client` those of `Client.counts`, `diversity` measures the rows written.
-    """
-
-    asked: int
-    written: int
-    dropped: dict[str, dict[str, int]]
-    tasks: dict[str, dict[str, int]]
-    client: dict[str, int]
-    diversity: dict[str, Any]
-
-
 def synthesize(
     out: Path, client: Client, plan: Plan, *, licence: str = "", progress: Callable[[int, int], None] | None = None
-) -> Report:
+) -> dict[str, Any]:
     """Asks for the plan's examples, and writes the usable ones to `out` in the plan's order, with their tasks beside.
 
     `out` is written whole or not at all, and not without a usable example. Rows wait in a temporary file. Memory holds
     the tasks, about 1 KB each, and the keys of `repeats`, about 250 bytes a row. Raises ServerError if the server does
     not answer; the client's cache and `OUT.brainstorm.jsonl` keep everything, and the same call goes on from there.
+
+    Returns counts: `asked` rows = `written` + the sum of `dropped`, which is by kind and reason; `tasks` of step 1 by
+    kind; `client`, those of `Client.counts`; and the `diversity` of the rows written.
     """
     tasks: dict[Kind, list[Task]] = {}
     brainstormed: dict[str, dict[str, int]] = {}
@@ -75,9 +62,14 @@ def synthesize(
     written = 0
     if len(rows):
         written = write_examples(out, kept(), {task.name: task for of_kind in tasks.values() for task in of_kind})
-    reasons = {kind: dict(sorted(count.items())) for kind, count in dropped.items()}
-    asked = sum(plan.counts.values())
-    return Report(asked, written, reasons, brainstormed, dict(client.counts), diversity.to_json())
+    return {
+        "asked": sum(plan.counts.values()),
+        "written": written,
+        "dropped": {kind: dict(sorted(count.items())) for kind, count in dropped.items()},
+        "tasks": brainstormed,
+        "client": dict(client.counts),
+        "diversity": diversity.to_json(),
+    }
 
 
 def _task(plan: Plan, kind: Kind, wording: str, licence: str) -> Task:
