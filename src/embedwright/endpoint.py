@@ -24,9 +24,9 @@ class Endpoint:
     client: dict[str, Any] = field(repr=False)  # arguments for openai's clients
     secrets: tuple[str, ...] = field(repr=False)
 
-    def hide(self, said: object) -> str:
-        """Returns `said` as text without the key and the password, which some servers repeat in their errors."""
-        text = str(said)
+    def hide(self, message: object) -> str:
+        """Returns `message` as text without the key and the password, which some servers repeat in their errors."""
+        text = str(message)
         for secret in self.secrets:
             text = text.replace(secret, "***")
         return text

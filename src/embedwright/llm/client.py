@@ -220,32 +220,32 @@ class Client:
             completion = _read_completion(answer, request)
             if completion is not None:
                 return completion
-            fault, said = "bad_body", f"no chat completion: {answer!r:.200}"
+            fault, message = "bad_body", f"no chat completion: {answer!r:.200}"
         except (TimeoutError, APITimeoutError):
-            fault, said = "timeout", f"no answer within {self.server.timeout_s:g} s"
+            fault, message = "timeout", f"no answer within {self.server.timeout_s:g} s"
         except APIConnectionError as error:
-            fault, said = "connection", f"{error} {error.__cause__ or ''}"
+            fault, message = "connection", f"{error} {error.__cause__ or ''}"
         except json.JSONDecodeError as error:
-            fault, said = "bad_body", f"the body is not JSON: {error}"
+            fault, message = "bad_body", f"the body is not JSON: {error}"
         except APIStatusError as error:
-            status, said = error.status_code, refusal(error)
-            if no_schema := "response_format" in said or "json_schema" in said:
-                said = f"{said}: {_NO_SCHEMA}"
+            status, message = error.status_code, refusal(error)
+            if no_schema := "response_format" in message or "json_schema" in message:
+                message = f"{message}: {_NO_SCHEMA}"
             passing = status >= 500 or status in (408, 409, 429)
             fatal = no_schema or status < 400 or status in (401, 403, 404)
-            raise self._given_up("server_error" if passing else "refused", said, fatal) from None
+            raise self._given_up("server_error" if passing else "refused", message, fatal) from None
         self.counts[fault] += 1
-        raise self._given_up("server_error", said)
+        raise self._given_up("server_error", message)
 
-    def _given_up(self, reason: str, said: str, fatal: bool = False) -> Exception:
+    def _given_up(self, reason: str, message: str, fatal: bool = False) -> Exception:
         """Returns the exception for a question without an answer: ServerError if it ends the whole run."""
         self._unanswered += 1
-        said = self.endpoint.hide(said)
+        message = self.endpoint.hide(message)
         if self._fatal is None and (fatal or self._unanswered >= self.server.concurrency + 3):
-            self._fatal = ServerError(f"{self.endpoint.url}: {said} (answers so far are kept: {self._cache.path})")
+            self._fatal = ServerError(f"{self.endpoint.url}: {message} (answers so far are kept: {self._cache.path})")
         if self._fatal is not None:
             return self._fatal
-        log.warning("%s: a question is given up: %s", self.endpoint.url, said)
+        log.warning("%s: a question is given up: %s", self.endpoint.url, message)
         return _NoAnswerError(reason)
 
     async def _count_request(self, request: Any) -> None:
@@ -276,12 +276,12 @@ def _read_completion(answer: Any, request: dict[str, Any]) -> Completion | None:
     except (AttributeError, IndexError, TypeError):
         return None
     if isinstance(content, list):  # Mistral's servers send parts, and `thinking` is one of them
-        said = [part for part in content if isinstance(part, dict) and part.get("type") in ("text", "output_text")]
-        content = "".join(str(part.get("text") or "") for part in said)
+        texts = [part for part in content if isinstance(part, dict) and part.get("type") in ("text", "output_text")]
+        content = "".join(str(part.get("text") or "") for part in texts)
     # JSON can spell half a surrogate pair, but no file can hold it
     text = str(content or "").encode(errors="replace").decode()
-    told = getattr(answer.usage, "total_tokens", None)
-    tokens = told if isinstance(told, int) else _tokens_of(request["messages"][0]["content"] + text)
+    used = getattr(answer.usage, "total_tokens", None)
+    tokens = used if isinstance(used, int) else _tokens_of(request["messages"][0]["content"] + text)
     return Completion(text, cut_at, tokens)
 
 

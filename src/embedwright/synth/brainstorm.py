@@ -113,11 +113,11 @@ def _count(found: dict[int, _Line], numbers: Iterable[int]) -> int:
     return sum(len(found[number].tasks) for number in numbers if number in found)
 
 
-def _usable(said: list[str], known: set[str]) -> tuple[list[str], dict[str, int]]:
+def _usable(suggested: list[str], known: set[str]) -> tuple[list[str], dict[str, int]]:
     """Returns the usable tasks of an answer, and counts the others by reason. Adds the tasks to `known`."""
     tasks: list[str] = []
     left_out = Counter[str]()
-    for task in (" ".join(words.split()) for words in said):
+    for task in (" ".join(words.split()) for words in suggested):
         if not is_text(task) or len(near_key(task).split()) not in _TASK_WORDS:
             left_out["unusable"] += 1
         elif (key := word_key(task)) in known:

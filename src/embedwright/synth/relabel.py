@@ -152,8 +152,10 @@ def judge_by_model(client: Client, model: str, tasks: Mapping[str, Task] | None 
 
 def _question(candidate: Candidate, model: str, tasks: Mapping[str, Task]) -> Question:
     known = tasks.get(candidate.task) or find_task(candidate.task)
-    told = f"The task: {known.instruction}" if known and known.instruction else ""
-    prompt = _PROMPT.format(task=told, query=candidate.query, positive=candidate.positive, passage=candidate.passage)
+    instruction = f"The task: {known.instruction}" if known and known.instruction else ""
+    prompt = _PROMPT.format(
+        task=instruction, query=candidate.query, positive=candidate.positive, passage=candidate.passage
+    )
     return Question(model, prompt, _Verdict, seed="verdict", temperature=0.0)
 
 
