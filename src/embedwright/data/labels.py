@@ -40,9 +40,9 @@ def label_triples(
 ) -> tuple[list[Example], dict[str, int]]:
     """Examples from `rows` of (text, its label or labels), and how many rows gave none, by reason.
 
-    `form` auto is `label` for exactly two labels and `example` for more. What row i draws depends on the rows, `seed`
-    and i alone. `ids` (default `task:i`) name the rows. `known` closes the list of labels. `words` says what stands for
-    a label in the label form (default: the label). `on_form` is told which form it is. The report counts
+    `form` auto is `label` for exactly two labels and `example` for more; `on_form` is told which form it is. What row i
+    draws depends on the rows, `seed` and i alone. `ids` (default `task:i`) name the rows. `known` closes the list of
+    labels. `words` says what stands for a label in the label form (default: the label). The report counts
     `unseen` (with `known`): rows with a label that is not known, of no use on either side;
     `conflicting`: rows whose text has other labels in another row, of no use on either side;
     `singleton` (example form): rows whose text is the only one of its classes, which still serves as a negative;
@@ -50,11 +50,12 @@ def label_triples(
     Raises DataError where fewer than two labels are left, where a row has none, and where `words` lacks a label or says
     the same for two; without `words` also where labels that stand for themselves are numbers, true or false.
     """
-    closed = None if known is None else set(known)
-    report = Counter({"unseen": 0} if closed is not None else {})
+    report = Counter({"unseen": 0} if known is not None else {})
     report.update(conflicting=0, singleton=0, fewer_negatives=0)
-    labels_of = [_labels(i, row) for i, row in enumerate(rows)]
-    unseen = {i for i, own in enumerate(labels_of) if closed is not None and not closed >= own.keys()}
+    labels_of = [dict.fromkeys([labels] if isinstance(labels, str) else labels) for _, labels in rows]
+    if not all(labels_of):
+        raise DataError(f"row {labels_of.index({})}: no label")
+    unseen = {i for i, own in enumerate(labels_of) if known is not None and not own.keys() <= set(known)}
     label_sets, conflicting = _label_sets(rows, labels_of, unseen)
     classes: Classes = {}
     for text, labels in label_sets.items():
@@ -69,16 +70,12 @@ def label_triples(
     spoken = _spoken(task, list(classes), words) if form == "label" else {}
     examples = []
     for i, (text, _) in enumerate(rows):
-        if i in unseen:
-            report["unseen"] += 1
-            continue
-        if text in conflicting:
-            report["conflicting"] += 1
-            continue
         own = list(labels_of[i])
-        shared = [label for label in own if len(classes[label]) > 1]
-        if form == "example" and not shared:
-            report["singleton"] += 1
+        shared = [label for label in own if len(classes.get(label, ())) > 1]
+        alone = form == "example" and not shared
+        useless = {"unseen": i in unseen, "conflicting": text in conflicting, "singleton": alone}
+        if any(useless.values()):
+            report[max(useless, key=lambda reason: useless[reason])] += 1  # the first of several
             continue
         rng = random.Random(f"{seed}:{i}")  # a str is hashed with SHA-512, not with Python's salted hash
         if form == "example":
@@ -93,14 +90,6 @@ def label_triples(
         row_id = f"{task}:{i}" if ids is None else ids[i]
         examples.append(Example(row_id, task, text, tuple(right), tuple(wrong)))
     return examples, dict(report)
-
-
-def _labels(i: int, row: LabelRow) -> dict[str, None]:
-    """The labels of row i, each once, in their order."""
-    own = dict.fromkeys([row[1]] if isinstance(row[1], str) else row[1])
-    if not own:
-        raise DataError(f"row {i}: no label")
-    return own
 
 
 def _label_sets(
@@ -160,7 +149,10 @@ class _Draw:
         Each time a class is drawn uniformly, then one of its texts.
         """
         ranks = sorted(self.rank[label] for label in own)
-        count = min(self.negatives, self._at_least(own))
+        surely = max(
+            0, len(self.label_sets) - sum(len(self.classes[label]) for label in own)
+        )  # exact for one label each
+        count = min(self.negatives, surely)
         drawn: dict[str, None] = {}
         for _ in range(TRIES * count if len(ranks) < len(self.labels) else 0):
             if len(drawn) == count:
@@ -172,14 +164,6 @@ class _Draw:
             if self.label_sets[text].keys().isdisjoint(own):
                 drawn[text] = None  # one that is drawn again changes nothing
         if len(drawn) < (count if self.single else self.negatives):
-            drawn |= dict.fromkeys(self._rest(own, drawn, rng))
+            left = [t for t, labels in self.label_sets.items() if t not in drawn and labels.keys().isdisjoint(own)]
+            drawn |= dict.fromkeys(rng.sample(left, min(self.negatives - len(drawn), len(left))))
         return list(drawn)
-
-    def _at_least(self, own: Sequence[str]) -> int:
-        """How many texts there surely are without a label of `own`; exact where every text has one label."""
-        return max(0, len(self.label_sets) - sum(len(self.classes[label]) for label in own))
-
-    def _rest(self, own: Sequence[str], drawn: Collection[str], rng: random.Random) -> list[str]:
-        """The draws that are missing, from a list of all texts that are left."""
-        left = [t for t, labels in self.label_sets.items() if t not in drawn and labels.keys().isdisjoint(own)]
-        return rng.sample(left, min(self.negatives - len(drawn), len(left)))

@@ -50,7 +50,7 @@ def read_rows(path: Path) -> Rows:
 
     The number is that of the line, or of the row where the format has no lines; then the bytes are empty if there is a
     row, and else say what is there. Blank lines are passed over. A line longer than MAX_LINE comes in pieces that share
-    one number. Holds one line or one batch in memory; of a JSON array its text. Raises FileNotFoundError, and DataError
+    one number. Holds one line or one batch in memory; a JSON array as a whole. Raises FileNotFoundError, and DataError
     where the file as a whole cannot be read.
     """
     with opened_table(path) as table:
@@ -142,8 +142,9 @@ def _text_rows(path: Path) -> Rows:
     for number, raw, whole in lines:
         if whole and raw.isspace():
             continue
-        if raw.lstrip().startswith(b"[") and (text := _array(path)) is not None:
-            yield from _array_rows(path, text)
+        if raw.lstrip().startswith(b"[") and (items := _array(path)) is not None:
+            for i, item in enumerate(items, start=1):
+                yield i, json.dumps(item).encode() + b"\n", _as_row(item)
             return
         if whole and raw.strip() == b"{":
             raise DataError(f"{path}: one JSON object over several lines: write a row a line, or one array of rows")
@@ -195,43 +196,19 @@ def _refuse(constant: str) -> NoReturn:
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse)
 
 
-def _array(path: Path) -> str | None:
-    """The text of a file that is one JSON array; None where it is lines of which the first is a list."""
+def _array(path: Path) -> list[Any] | None:
+    """The items of a file that is one JSON array; None where it is lines of which the first is a list."""
     with _unpacked(path) as stream:
         text = stream.read().removeprefix(BOM).strip()
     if not text.endswith(b"]"):
         return None
     try:
-        return text.decode("utf-8")
+        values = _DECODER.decode(text.decode("utf-8"))
     except UnicodeDecodeError:
         return None  # its lines say which of them is bad
-
-
-def _array_rows(path: Path, text: str) -> Rows:
-    number, place = 0, _skip(text, 1)
-    try:
-        while text[place : place + 1] != "]" or not number:
-            number += 1
-            value, end = _DECODER.raw_decode(text, place)
-            line = b"" if isinstance(value, dict) else json.dumps(value, ensure_ascii=False).encode() + b"\n"
-            yield number, line, _as_row(value)
-            place = _skip(text, end)
-            if text[place : place + 1] == ",":
-                place = _skip(text, place + 1)
-            elif text[place : place + 1] != "]":
-                raise DataError(f"not JSON: no comma at character {place}")
-        if place != len(text) - 1:
-            raise DataError(f"text follows the end of the array, at character {place + 1}")
     except (DataError, ValueError, RecursionError) as error:
-        if number == 1 and text[_skip(text, 1) :] == "]":
-            return  # an empty array
-        raise DataError(f"{path}: row {number} of the JSON array: {error}") from None
-
-
-def _skip(text: str, place: int) -> int:
-    while text[place : place + 1].isspace():
-        place += 1
-    return place
+        raise DataError(f"{path}: not a JSON array: {error}") from None
+    return values if isinstance(values, list) else None
 
 
 def _csv_rows(path: Path) -> Rows:
