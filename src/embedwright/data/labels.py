@@ -149,9 +149,8 @@ class _Draw:
         Each time a class is drawn uniformly, then one of its texts.
         """
         ranks = sorted(self.rank[label] for label in own)
-        surely = max(
-            0, len(self.label_sets) - sum(len(self.classes[label]) for label in own)
-        )  # exact for one label each
+        taken = sum(len(self.classes[label]) for label in own)
+        surely = max(0, len(self.label_sets) - taken)  # so many there are at least; exact if every text has one label
         count = min(self.negatives, surely)
         drawn: dict[str, None] = {}
         for _ in range(TRIES * count if len(ranks) < len(self.labels) else 0):

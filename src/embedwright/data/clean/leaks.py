@@ -22,7 +22,8 @@ import numpy as np
 from embedwright.data.clean.repeats import DiskList, DuplicateIndex
 from embedwright.data.files.beir import beir_files, beir_splits, read_corpus, read_judgements
 from embedwright.data.files.folders import data_files, is_beir, is_data
-from embedwright.data.files.kinds import KINDS, Kind, Row, detect_kind, parse_fields
+from embedwright.data.files.kinds import KINDS, Row, detect_kind, parse_fields
+from embedwright.data.files.quarantine import good_rows
 from embedwright.data.files.rows import read_rows
 from embedwright.data.keys import near_key
 from embedwright.data.schema import DataError, parse_example, text_of
@@ -86,22 +87,17 @@ def _data_sets(path: Path) -> Iterator[Path]:
 
 def _of_file(path: Path) -> Iterator[EvalText]:
     kind = detect_kind(path)
-    for number, _, row in read_rows(path):
-        try:
-            if isinstance(row, DataError):
-                raise row
-            name, texts = _tested(row, kind, f"{path.name}:{number}")
-        except DataError as error:
-            raise DataError(f"{path}:{number}: {error}") from None
-        yield from (EvalText(str(path), name, text) for text in texts)
 
+    def parse(row: Row, row_id: str) -> list[EvalText]:
+        if kind == "example":
+            example = parse_example(row, default_task="", default_id=row_id)
+            texts = [example.query, *(passage.text for passage in example.positives)]
+            return [EvalText(str(path), example.id, text) for text in texts]
+        name = parse_fields(kind, row, row_id)["id"]
+        return [EvalText(str(path), name, row[key]) for key in KINDS[kind].texts]
 
-def _tested(row: Row, kind: Kind, default_id: str) -> tuple[str, list[str]]:
-    """The id of a row of evaluation data, and its texts; of an example the query and the positives."""
-    if kind == "example":
-        example = parse_example(row, default_task="", default_id=default_id)
-        return example.id, [example.query, *(passage.text for passage in example.positives)]
-    return parse_fields(kind, row, default_id)["id"], [row[key] for key in KINDS[kind].texts]
+    for texts in good_rows(read_rows(path), parse, path.name, None, path):
+        yield from texts
 
 
 def _of_beir(folder: Path, corpus: bool) -> Iterator[EvalText]:

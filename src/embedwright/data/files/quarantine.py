@@ -58,15 +58,24 @@ class Quarantine:
 
 
 def good_rows(
-    rows: Rows, parse: Callable[[dict[str, Any], str], T], name: str, quarantine: Quarantine, file: Path | None = None
+    rows: Rows,
+    parse: Callable[[dict[str, Any], str], T],
+    name: str,
+    quarantine: Quarantine | None,
+    file: Path | None = None,
 ) -> Iterator[T]:
-    """`parse(row, "name:number")` of each row of `file`; what is no row, or is refused, goes to `quarantine`."""
+    """`parse(row, "name:number")` of each row of `file`. What is no row, or is refused, goes to `quarantine`.
+
+    Without a quarantine it is a DataError that names file and line.
+    """
     for number, line, row in rows:
         try:
             if isinstance(row, DataError):
                 raise row
             value = parse(row, f"{name}:{number}")
         except DataError as error:
+            if quarantine is None:
+                raise DataError(f"{file}:{number}: {error}") from None
             quarantine.add(number, line or json.dumps(row, default=repr).encode() + b"\n", error, file)
         else:
             yield value

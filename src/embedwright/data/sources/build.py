@@ -19,7 +19,7 @@ from embedwright.data.files.table import write_examples
 from embedwright.data.files.tasks import tasks_beside
 from embedwright.data.labels import Form
 from embedwright.data.schema import DataError, Example, Task
-from embedwright.data.sources.catalog import BeirRows, Entry, EvidenceRows, Marks, find_task
+from embedwright.data.sources.catalog import BeirRows, Entry, EvidenceRows, find_task
 from embedwright.data.sources.convert import Job, Table, convert
 from embedwright.errors import NotFoundError, OutOfReachError
 
@@ -103,37 +103,29 @@ def label_file(
         url=described.source or None,
         licence=described.licence or "unknown",
         target={"v2": "example"},
-        marks=Marks(columns="guess", source="guess", instructions="guess", samples="guess", target="guess"),
     )
     return build(entry, out, source=path, form=form, known=known, negatives=negatives, seed=seed)
 
 
-def open_table(
-    table: Table, *, source: Path | None, streaming: bool, names: dict[str, Mapping[str, str]] | None = None
-) -> Rows:
+def open_table(table: Table, *, source: Path | None, streaming: bool, names: dict[str, Mapping[str, str]]) -> Rows:
     """The rows of `table`, numbered from 1: of its repository, or of `source`, as `build` says.
 
     `names` gets the names of classes by column, where the set says them. Holds one batch of rows in memory. A local
     folder is read as it is, without a copy in the cache of `datasets`.
     """
-    names = {} if names is None else names
     if source is not None and (source.is_file() or _is_plain(table, source)):
         yield from _local_rows(table, source, names)
         return
-    if source is None and table.hub is None:
-        raise DataError("it is on no hub: give a local copy as source")
-    streaming = streaming or source is not None
-    parts = _files(table, source) if table.files else [("", _repository(table, source))]
     number = 0
-    for label, arguments in parts:
-        for row in _load(arguments | {"streaming": streaming}, names):
+    for label, arguments in _parts(table, source):
+        for row in _load(arguments | {"streaming": streaming or source is not None}, names):
             number += 1
             yield number, b"", row | {"_file": label} if label else row
 
 
 def _is_plain(table: Table, folder: Path) -> bool:
     """Whether a folder is not a copy of a repository with configs, but files of rows, or what `datasets` saved."""
-    if table.config is not None or table.files is not None or not folder.is_dir():
+    if table.config is not None or table.files is not None:
         return False
     return is_one_set(folder) or any(map(is_data, folder.iterdir()))
 
@@ -155,16 +147,17 @@ def _local_rows(table: Table, source: Path, names: dict[str, Mapping[str, str]])
             yield place, raw, row | named
 
 
-def _repository(table: Table, source: Path | None) -> dict[str, Any]:
-    """What `load_dataset` is told about a repository, or a folder that is laid out like one."""
-    where = {"path": str(source)} if source else {"path": table.hub, "revision": table.revision}
-    return where | {"name": table.config, "split": table.split}
+def _parts(table: Table, source: Path | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name of the file or nothing, what `load_dataset` is told) for each part of a table.
 
-
-def _files(table: Table, source: Path | None) -> list[tuple[str, dict[str, Any]]]:
-    """(name of the file, what `load_dataset` is told) for each file of a table, in the order of their names."""
+    A table is a repository, or a folder that is laid out like one; or single files of it, in the order of their names.
+    """
+    if not table.files:
+        where = {"path": str(source)} if source else {"path": table.hub, "revision": table.revision}
+        yield "", where | {"name": table.config, "split": table.split}
+        return
     if source is not None:
-        found = [str(path) for path in sorted(source.glob(str(table.files))) if not is_beside(path)]
+        found = [str(path) for path in sorted(source.glob(table.files)) if not is_beside(path)]
     else:
         from huggingface_hub import HfFileSystem
 
@@ -173,13 +166,11 @@ def _files(table: Table, source: Path | None) -> list[tuple[str, dict[str, Any]]
             found = [f"hf://{path}" for path in sorted(map(str, HfFileSystem().glob(pattern)))]
     if not found:
         raise NotFoundError(f"{source or table.hub}: no file {table.files}")
-    parts = []
     for path in found:
         builder = BUILDERS.get(Path(path.removesuffix(".gz")).suffix)
         if builder is None:
             raise DataError(f"{path}: expected a file of {', '.join(BUILDERS)}")
-        parts.append((stem_of(Path(path)), {"path": builder, "data_files": path, "split": "train"}))
-    return parts
+        yield stem_of(Path(path)), {"path": builder, "data_files": path, "split": "train"}
 
 
 def _load(arguments: dict[str, Any], names: dict[str, Mapping[str, str]]) -> Iterator[dict[str, Any]]:
@@ -221,13 +212,14 @@ def _check(entry: Entry, source: Path | None, form: Form | None, strict: bool) -
         raise DataError(
             f"{entry.name} is on no hub: give a local copy as source{f', from {entry.url}' if entry.url else ''}"
         )
-    pages = [entry.rows.pages] if isinstance(entry.rows, EvidenceRows) else []
-    for hub, revision in ((entry.hub, entry.revision), *((page.hub, page.revision) for page in pages)):
-        if revision is None:
-            message = f"{entry.name}: {hub} is not pinned to a commit (`revision`): its content may change"
-            if strict:
-                raise DataError(message)
-            log.warning("%s", message)
+    pinned = {entry.hub: entry.revision}
+    if isinstance(entry.rows, EvidenceRows):
+        pinned[entry.rows.pages.hub] = entry.rows.pages.revision
+    for hub in (hub for hub, revision in pinned.items() if revision is None):
+        message = f"{entry.name}: {hub} is not pinned to a commit (`revision`): its content may change"
+        if strict:
+            raise DataError(message)
+        log.warning("%s", message)
 
 
 def _require_any(examples: Iterator[Example], job: Job) -> Iterator[Example]:

@@ -58,11 +58,11 @@ Rows = Annotated[PairRows | BeirRows | EvidenceRows | LabelledRows | ScoredRows 
 class Marks(_Frozen):
     """How well each fact of an entry is known."""
 
-    columns: Mark  # the schema
-    source: Mark  # that NV-Embed took it from this repository
-    instructions: Mark
-    samples: Mark
-    target: Mark
+    columns: Mark = "guess"  # the schema
+    source: Mark = "guess"  # that NV-Embed took it from this repository
+    instructions: Mark = "guess"
+    samples: Mark = "guess"
+    target: Mark = "guess"
 
 
 class Entry(_Frozen):
@@ -83,7 +83,7 @@ class Entry(_Frozen):
     target: dict[Version, Target] = Field(min_length=1)  # by version of NV-Embed that has the set
     samples: int | None = Field(default=None, gt=0)  # of NV-Embed v2
     licence: str = "unknown"
-    marks: Marks
+    marks: Marks = Marks()
     note: str = ""
 
     @model_validator(mode="after")

@@ -151,7 +151,7 @@ def test_the_hub_is_asked_for_config_split_and_commit(tmp_path: Path, monkeypatc
     monkeypatch.setattr(module, "_load", lambda arguments, names: iter(asked.append(arguments) or [{"a": 1}]))
     entry = load_catalog()["amazon_counterfactual"]
     table = Table(entry.hub, entry.revision, entry.config, entry.split)
-    assert list(open_table(table, source=None, streaming=True)) == [(1, b"", {"a": 1})]
+    assert list(open_table(table, source=None, streaming=True, names={})) == [(1, b"", {"a": 1})]
     where = {"path": "mteb/amazon_counterfactual", "revision": entry.revision, "name": "en", "split": "train"}
     assert asked == [where | {"streaming": True}]
 
