@@ -39,8 +39,8 @@ QUESTIONS = (
 SECONDS = (15, 25, 110, 20, 5, 5)
 
 
-def run(recipe: Recipe) -> dict[str, Any]:
-    """Runs the demo of this recipe. Returns what `<run.out>/demo.json` has too: the rows of the table and the seconds.
+def run(recipe: Recipe) -> None:
+    """Runs the demo of this recipe, and writes the rows of its table and the seconds it took to `<run.out>/demo.json`.
 
     RuntimeError where a row is not better after the last stage than before the first, or the saved model gives other
     vectors than the trained one.
@@ -53,13 +53,18 @@ def run(recipe: Recipe) -> dict[str, Any]:
     part = _parts()
 
     part("data: the docstrings of the installed libraries, whole modules of them held out")
-    _build_data(data)
+    if not (data / "report.json").exists():
+        docstrings.build(data)
+    _tell(data / "report.json")
     part("hard negatives: texts that look like the answer and are none, found by a small finished model (MiniLM)")
-    _mine(data / "train", instruction)
+    if not (counts := data / "train" / "mined.report.json").exists():
+        _mine(data / "train", instruction, counts)
+    _tell(counts)
     part(f"training {recipe.model.layers} layers of {recipe.model.name}, with scores before it and after each stage")
     model = train(recipe, on_step=training(recipe), on_evaluation=_score)
     part("the same scores for two others: these layers as they were released, and MiniLM")
-    rows = table({**_stage_results(out, recipe), **_others(recipe, out)})
+    others = _others(recipe, out)
+    rows = table({"raw": others["raw"], **_stage_results(out, recipe), "minilm": others["minilm"]})
     say(f"\n{render(rows)}\n")
     stages = [f"stage{i + 1}" for i in range(len(recipe.stages))]
     for before, after in pairwise(["raw", "before", *stages]):
@@ -70,8 +75,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
     corpus = data / "heldout" / "retrieval" / "corpus.jsonl"
     _search(opened, corpus, instruction)
     seconds = round(time.perf_counter() - started, 1)
-    result = {"rows": rows, "seconds": seconds}
-    write_json(out / "demo.json", result)
+    write_json(out / "demo.json", {"rows": rows, "seconds": seconds})
     better = _higher(rows, "before", stages[-1])
     if worse := [f"{row['task']} {row['metric']}" for row in rows if row not in better]:
         raise RuntimeError(f"not better than before training: {', '.join(worse)}")
@@ -83,7 +87,6 @@ def run(recipe: Recipe) -> dict[str, Any]:
         '{"query": "how do tides work", "positive": "The moon ..."}:\n'
         "  embedwright train --data my_pairs.jsonl --out runs/mine"
     )
-    return result
 
 
 def _parts() -> Callable[[str], None]:
@@ -103,35 +106,27 @@ def _parts() -> Callable[[str], None]:
     return part
 
 
-def _build_data(data: Path) -> None:
-    if not (data / "report.json").exists():
-        docstrings.build(data)
-    report = json.loads((data / "report.json").read_text())
-    say(
-        "  {docstrings:,} docstrings, {duplicates:,} duplicates and {leaks:,} near held-out ones removed".format(
-            **report
-        )
-    )
-    say("  training: {pairs:,} pairs of a summary and the text below it; {topics} parts of libraries".format(**report))
-    say("  held out: {heldout_queries:,} summaries to find among {heldout_documents:,} texts".format(**report))
+def _tell(counts: Path) -> None:
+    for what, count in json.loads(counts.read_text()).items():
+        say(f"  {count} {what}")
 
 
-def _mine(folder: Path, instruction: str) -> None:
-    mined, counts = folder / "mined.jsonl", folder / "mined.report.json"
-    if not mined.exists():
-        table = open_examples(folder / "pairs.jsonl")
-        examples, teacher = list(table), open_encoder("minilm")
-        corpus = positives_of(examples)
-        found, report = mine(examples, corpus, teacher, task=instruction, negatives=4, progress=counter("texts"))
-        usable = [example for example in found if example.negatives]
-        write_json(counts, report.to_json() | {"usable": len(usable)})
-        write_examples(mined, usable, table.tasks)
-    report = json.loads(counts.read_text())
-    say(
-        "  {negatives:,} hard negatives for {usable:,} of {queries:,} summaries\n"
-        "  {removed_by_rule:,} of {candidates:,} candidates were not taken, since they may be right as well:\n"
-        "  they score at least 95 % of what the right text scores".format(**report)
-    )
+def _mine(folder: Path, instruction: str, counts: Path) -> None:
+    table = open_examples(folder / "pairs.jsonl")
+    examples, teacher = list(table), open_encoder("minilm")
+    corpus = positives_of(examples)
+    found, report = mine(examples, corpus, teacher, task=instruction, negatives=4, progress=counter("texts"))
+    usable = [example for example in found if example.negatives]
+    write_examples(folder / "mined.jsonl", usable, table.tasks)
+    told = {
+        "candidates, the first 100 of each summary": report.candidates,
+        "of them left out, since they score at least 95 % of what the right text does and may be right, too": (
+            report.removed_by_rule
+        ),
+        "hard negatives kept, at most 4 a summary": report.negatives,
+        "summaries left out, since no candidate remains": len(found) - len(usable),
+    }
+    write_json(counts, told)
 
 
 def _score(line: str) -> None:

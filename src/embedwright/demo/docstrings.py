@@ -13,7 +13,6 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from embedwright.data.clean.clean import Report, clean
 from embedwright.data.clean.repeats import repeats
@@ -133,7 +132,7 @@ def build(
     max_queries: int = 200,
     topic_min: int = 40,
     topic_max: int = 60,
-) -> dict[str, Any]:
+) -> dict[str, int]:
     """Writes training data and a held-out suite from the docstrings of `packages` into `out`, whole or not at all.
 
     `train/pairs.jsonl` has pairs of summary and body, `train/topics.jsonl` texts and labels, `heldout/` a suite of
@@ -160,12 +159,12 @@ def build(
         raise InputError(f"{len(asked)} queries, {len(labels)} topics to evaluate: add packages or lower topic_min")
     report = {
         "docstrings": len(rows),
-        "duplicates": len(rows) - len(unique) - len(heldout),
-        "leaks": len(unique) - len(train),
-        "pairs": len(pairs),
-        "topics": len(labels),
-        "heldout_documents": len(heldout),
-        "heldout_queries": len(asked),
+        "copies of others removed": len(rows) - len(unique) - len(heldout),
+        "removed from training, since they repeat a held-out text": len(unique) - len(train),
+        "pairs of a summary and the text below it to train on": len(pairs),
+        "parts of libraries that texts are labelled with": len(labels),
+        "texts held out": len(heldout),
+        "summaries held out, whose text is to be found among these": len(asked),
     }
     with whole_folder(out) as temp:
         write_examples(temp / "train" / "pairs.jsonl", pairs, {TASK.name: TASK})
