@@ -43,13 +43,11 @@ def recipe_for(
     if not (prepared / "report.json").exists():
         _prepare(data, prepared, instruction, teacher)
     report = json.loads((prepared / "report.json").read_text())
-    before, now = report.pop("source", None), _source(data, teacher, instruction)
-    if not isinstance(before, dict):
-        raise ConfigError(f"{out} was prepared by another version: choose another --out")
-    if changed := [key for key in now if before.get(key) != now[key]]:
-        key = changed[0]
-        change = f"{before.get(key)!r}, now {now[key]!r}"
-        raise ConfigError(f"{out} holds a run of another {key} ({change}): choose another --out")
+    before, now = report.pop("source"), _source(data, teacher, instruction)
+    for key in now:
+        if before[key] != now[key]:
+            change = f"{before[key]!r}, now {now[key]!r}"
+            raise ConfigError(f"{out} holds a run of another {key} ({change}): choose another --out")
     say(
         "  {read:,} rows read, of them {exact_duplicates:,} exact and {near_duplicates:,} near duplicates left out\n"
         "  {heldout:,} queries ({heldout_rows:,} rows) held out, to score the model before and after\n"
@@ -136,7 +134,7 @@ def _prepare(data: Path, out: Path, instruction: str, teacher: str) -> None:
 
 
 @dataclass(frozen=True)
-class _Asked:
+class HeldOutQuery:
     """A held-out query and all its answers: as marks (`data.answers`) and as texts, its own text among them."""
 
     query: str
@@ -144,7 +142,7 @@ class _Asked:
     texts: list[str]
 
 
-def _hold_out(rows: Sequence[Example], answers: Answers) -> tuple[list[_Asked], list[Example]]:
+def _hold_out(rows: Sequence[Example], answers: Answers) -> tuple[list[HeldOutQuery], list[Example]]:
     """Returns a tenth of the queries, 500 at most, and the rows of the others.
 
     A query that only its own text answers is not held out: no search result could be right.
@@ -154,13 +152,13 @@ def _hold_out(rows: Sequence[Example], answers: Answers) -> tuple[list[_Asked], 
         rows_of.setdefault(text_mark(row.query), []).append(row)
     questions = list(rows_of)
     count = min(max(len(questions) // 10, 1), 500)
-    heldout: dict[int, _Asked] = {}
+    heldout: dict[int, HeldOutQuery] = {}
     for question in (questions[permuted(i, len(questions), "held out")] for i in range(len(questions))):
         right = [(row.task, p) for row in rows_of[question] for p in answers.of(row)]
         marks = set().union(*(marks_of(task, [p]) for task, p in right)) - {question}
         if len(heldout) < count and any(text_mark(p.text) != question for _, p in right):
             query = rows_of[question][0].query
-            heldout[question] = _Asked(query, marks, [query, *(p.text for _, p in right)])
+            heldout[question] = HeldOutQuery(query, marks, [query, *(p.text for _, p in right)])
     return list(heldout.values()), [row for row in rows if text_mark(row.query) not in heldout]
 
 
@@ -176,7 +174,7 @@ def _refuse_few(data: Path, count: int, which: str) -> None:
         raise ConfigError(f"{data}: {count} pairs are left to train on {which}; 20 is the least")
 
 
-def _write_heldout(folder: Path, heldout: Sequence[_Asked], rows: Sequence[Example], instruction: str) -> None:
+def _write_heldout(folder: Path, heldout: Sequence[HeldOutQuery], rows: Sequence[Example], instruction: str) -> None:
     """Writes a suite of the held-out queries against all positives of `rows`.
 
     Each text is there once, whatever its look. A document that is a query's own text has the query's id: it is no hit.
