@@ -32,7 +32,7 @@ def counter(unit: str) -> Callable[..., None]:
         shown = now
         rate = (done - first) / max(now - started, 1e-9)
         left = f", {clock((total - done) / rate)} left" if rate and done < total else ""
-        pace = f", {rate:,.1f} {unit}/s" if rate else ""
+        pace = f", {rate:,.1f} {unit}/s" if rate >= 1 else f", {1 / rate:.1f} s each" if rate else ""
         say(f"  {done:,}/{total:,} {unit}{pace}{left}{'  ' + note if note else ''}")
 
     return update

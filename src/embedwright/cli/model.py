@@ -18,6 +18,7 @@ from embedwright.errors import InputError
 
 if TYPE_CHECKING:
     from embedwright.model.embedder import Embedder
+    from embedwright.training.recipe import Recipe
 
 
 def train(
@@ -59,12 +60,11 @@ def train(
 
         say(report(plan, processes=processes))
         return
-    folder = Path(plan.run.out)
-    _refuse_older_model(folder)
+    _refuse_older_model(Path(plan.run.out))
     model = run(plan, on_step=training(plan), on_evaluation=lambda line: say(f"  {line}"))
     with joined() as first:
         if first:
-            _keep(folder, model)
+            _keep(plan, model)
 
 
 def _refuse_older_model(out: Path) -> None:
@@ -78,8 +78,9 @@ def _refuse_older_model(out: Path) -> None:
         )
 
 
-def _keep(run: Path, model: Embedder) -> None:
-    """Saves the trained model into the run's folder, and shows its scores."""
+def _keep(plan: Recipe, model: Embedder) -> None:
+    """Saves the trained model into the run's folder, shows its scores and says how to search with it."""
+    run = Path(plan.run.out)
     folder = run / "model"
     if folder.exists():
         say(f"{folder} is there already: left as it is")
@@ -87,11 +88,13 @@ def _keep(run: Path, model: Embedder) -> None:
         model.save(folder)
         shutil.copyfile(run / "README.md", folder / "README.md")
     show_run(run)
+    instruction = getattr(plan.stages[0].data[0].task, "instruction", "")
+    asked = f' --task "{instruction}"' if instruction else ""
     say(
         f'model: {folder}   (in Python: Embedder.load("{folder}"))\n'
         "search with it, in a file of texts (.txt, or JSONL with `text`):\n"
         f"  embedwright index {folder} texts.jsonl {folder.with_name('index')}\n"
-        f'  embedwright search {folder} {folder.with_name("index")} "your query"'
+        f'  embedwright search {folder} {folder.with_name("index")} "your query"{asked}'
     )
 
 

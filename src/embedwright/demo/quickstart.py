@@ -48,14 +48,19 @@ def recipe_for(
         if before[key] != now[key]:
             change = f"{before[key]!r}, now {now[key]!r}"
             raise ConfigError(f"{out} holds a run of another {key} ({change}): choose another --out")
-    say(
-        "  {read:,} rows read, of them {exact_duplicates:,} exact and {near_duplicates:,} near duplicates left out\n"
+    told = (
+        "  {read:,} rows read\n"
+        "  {exact_duplicates:,} exact duplicates left out\n"
+        "  {near_duplicates:,} near duplicates left out\n"
         "  {heldout:,} queries ({heldout_rows:,} rows) held out, to score the model before and after\n"
-        "  {leaks:,} rows and {leaked_negatives:,} negatives left out, since they repeat a held-out text\n"
+        "  {leaks:,} rows left out, since they repeat a held-out text\n"
+        "  {leaked_negatives:,} negatives left out, since they repeat a held-out text\n"
         "  {likely_positives_removed:,} candidates are no hard negatives, since they may be right as well\n"
         "  {without_negatives:,} rows left out, since no hard negative was found for them\n"
-        "  {train:,} rows to train on".format(**report)
-    )
+        "  {train:,} rows to train on\n"
+        "training in two stages, with scores on the held-out queries before it and after each"
+    ).format(**report)
+    say("\n".join(line for line in told.splitlines() if not line.startswith("  0 ")))
     # about one pass over the data in stage 1 and half of one in stage 2, within what a laptop does in an hour
     queries = min(32, report["train"])
     steps = max(10, min(report["train"] // queries, 1000))

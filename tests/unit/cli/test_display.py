@@ -88,5 +88,5 @@ def test_steps_count_across_stages(clock: Clock, capsys: pytest.CaptureFixture[s
     on_step({"stage": "second", "step": 1, "loss": 0.5, "tokens": 500, "seconds": 0.5})
     assert lines(capsys) == [
         "2/10 steps  first: loss 1.250, 1,500 tokens/s",
-        "7/10 steps, 0.5 steps/s, 0:06 left  second: loss 0.500, 1,000 tokens/s",
+        "7/10 steps, 2.0 s each, 0:06 left  second: loss 0.500, 1,000 tokens/s",
     ]
