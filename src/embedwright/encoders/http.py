@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +13,8 @@ from embedwright.errors import InputError, MissingPackageError
 from embedwright.fingerprint import Facts
 from embedwright.text import check_texts
 
+_BATCH = 64  # texts of one request
+_TIMEOUT_S = 300.0
 _RETRIES = 6  # of one request that gets no answer, 429 or 5xx; the pause doubles, or is what the server asks for
 
 
@@ -31,14 +32,9 @@ class HttpEncoder:
         *,
         query_template: str = "Instruct: {task}\nQuery: {text}",
         document_template: str = "{text}",
-        batch: int = 64,
-        encoding: Literal["float", "base64"] = "float",
-        timeout_s: float = 300.0,
-        retries: int = _RETRIES,
         api_key_env: str | None = None,
     ) -> None:
-        """`base_url` ends where `/embeddings` follows, so in `/v1`; `batch` texts go into one request. All servers know
-        the encoding `float`; `base64` is a quarter of the bytes. `api_key_env`: the environment variable with its key.
+        """`base_url` ends in `/v1`: `/embeddings` follows. `api_key_env` names the environment variable with its key.
 
         Raises ValueError for a template without `{text}` or with two, ImportError without the package `openai`.
         """
@@ -47,20 +43,17 @@ class HttpEncoder:
                 raise InputError(f"the template {template!r} must have {{text}} once")
         if "{task}" in document_template:
             raise InputError(f"the template {document_template!r}: a document has no {{task}}")
-        if batch < 1:
-            raise InputError(f"batch must be at least 1, not {batch}")
         try:
             from openai import DefaultHttpxClient, OpenAI
         except ImportError as error:
             raise MissingPackageError("a teacher behind HTTP needs openai: pip install 'embedwright[synth]'") from error
         self.endpoint, self.model = endpoint(base_url, api_key_env), model
         self.query_template, self.document_template = query_template, document_template
-        self.batch, self.encoding = batch, encoding
         self.dimension: int | None = None  # known from the first answer on
         self._client = OpenAI(
             **self.endpoint.client,
-            max_retries=retries,
-            timeout=timeout_s,
+            max_retries=_RETRIES,
+            timeout=_TIMEOUT_S,
             http_client=DefaultHttpxClient(follow_redirects=False),  # texts go to no other server
         )
 
@@ -86,7 +79,7 @@ class HttpEncoder:
         template = self.document_template if task is None else self.query_template
         before, behind = (part.replace("{task}", task or "") for part in template.split("{text}"))
         filled = [before + text + behind for text in texts]
-        parts = [self._request(filled[start : start + self.batch]) for start in range(0, len(filled), self.batch)]
+        parts = [self._request(filled[start : start + _BATCH]) for start in range(0, len(filled), _BATCH)]
         return np.concatenate(parts) if parts else np.empty((0, self.dimension or 0), np.float32)
 
     def fingerprint(self) -> Facts:
@@ -99,11 +92,11 @@ class HttpEncoder:
 
         where = f"{self.endpoint.url}, model {self.model}, text {texts[0][:60]!r} and {len(texts) - 1} more"
         try:
-            answer = self._client.embeddings.create(input=texts, model=self.model, encoding_format=self.encoding)
+            answer = self._client.embeddings.create(input=texts, model=self.model, encoding_format="float")
         except OpenAIError as error:  # it says neither where nor what
             said = refusal(error) if isinstance(error, APIStatusError) else f"{error} {error.__cause__ or ''}"
             raise RuntimeError(f"{where}: {self.endpoint.hide(said)}") from None
-        by_index = {item.index: _numbers(item.embedding) for item in answer.data}
+        by_index = {item.index: np.array(item.embedding, dtype=np.float32) for item in answer.data}
         if len(answer.data) != len(texts) or sorted(by_index) != list(range(len(texts))):
             raise InputError(f"{where}: {len(answer.data)} vectors with {len(by_index)} different numbers came back")
         if len(widths := {len(vector) for vector in by_index.values()} | {self.dimension or len(by_index[0])}) > 1:
@@ -115,10 +108,3 @@ class HttpEncoder:
         self.dimension = vectors_NE.shape[1]
         unit_NE: NDArray[np.float32] = vectors_NE / length_N1
         return unit_NE
-
-
-def _numbers(embedding: Any) -> NDArray[np.float32]:
-    """As the server sent it, whatever it was asked for: base64 of little-endian float32, or a list."""
-    if isinstance(embedding, str):
-        return np.frombuffer(base64.b64decode(embedding), dtype="<f4").astype(np.float32)
-    return np.array(embedding, dtype=np.float32)
