@@ -225,12 +225,12 @@ class Client:
             fault, message = "timeout", f"no answer within {self.server.timeout_s:g} s"
         except APIConnectionError as error:
             fault, message = "connection", f"{error} {error.__cause__ or ''}"
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             fault, message = "bad_body", f"the body is not JSON: {error}"
         except APIStatusError as error:
             status, message = error.status_code, refusal(error)
-            if no_schema := "response_format" in message or "json_schema" in message:
-                message = f"{message}: {_NO_SCHEMA}"
+            no_schema = not self.counts["answers"] and ("response_format" in message or "json_schema" in message)
+            message += f": {_NO_SCHEMA}" if no_schema else ""
             passing = status >= 500 or status in (408, 409, 429)
             fatal = no_schema or status < 400 or status in (401, 403, 404)
             raise self._given_up("server_error" if passing else "refused", message, fatal) from None

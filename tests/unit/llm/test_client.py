@@ -160,6 +160,7 @@ def test_a_fault_of_the_server_is_tried_again(serve: Any, ask: Ask, fault: Reply
         (Reply(body=b'{"choices": [{}]}'), "bad_body"),
         (Reply(body=b'{"choices": [{"message": null}]}'), "bad_body"),
         (Reply(body=b"[1]"), "bad_body"),
+        (Reply(body=b"\xff"), "bad_body"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -228,6 +229,13 @@ def test_a_server_without_json_schemas_ends_it_and_says_what_to_do(serve: Any, a
     with pytest.raises(ServerError, match=r"expected 'text'.*use one that does, such as vLLM"):
         ask(fake, [question(seed=str(i)) for i in range(50)], concurrency=1, retries=1)
     assert len(fake.requests) == (2 if status == 500 else 1)
+
+
+def test_a_server_that_has_answered_knows_json_schemas(serve: Any, ask: Ask) -> None:
+    said = json.dumps({"error": {"message": "no such text in response_format"}}).encode()
+    fake = serve(lambda body, n: red(body, n) if n != 1 else Reply(status=400, body=said))
+    answers, _ = ask(fake, [question(seed=str(i)) for i in range(3)], concurrency=1)
+    assert answers == [RED, Failure("refused"), RED]
 
 
 def test_a_bad_request_is_of_its_question_alone(serve: Any, ask: Ask) -> None:
