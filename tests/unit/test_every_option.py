@@ -264,6 +264,23 @@ def test_every_option_has_an_entry() -> None:
         assert reason and re.search(rf"^def {test}\(", (TESTS / file).read_text(), re.MULTILINE), place
 
 
+def test_every_help_is_a_phrase_and_ends_with_its_default() -> None:
+    """typer adds `[default: ...]`; a default that is worked out is the last thing of the text."""
+    for command in walk(typer.main.get_command(cli.app)):
+        for parameter in command.params:
+            phrases = (parameter.help or "").split(". ")
+            assert re.fullmatch(r"[A-Z].*\.", parameter.help or "", re.DOTALL), (command.name, parameter.name)
+            assert not any("efault:" in phrase for phrase in phrases[:-1]), (command.name, parameter.name)
+
+
+def walk(command: Any) -> Iterator[Any]:
+    if isinstance(command, typer.core.TyperGroup):
+        for inner in command.commands.values():
+            yield from walk(inner)
+    else:
+        yield command
+
+
 # ---- what is read
 
 WORDS = ["tide", "moon", "sea", "rise", "fall", "gravity", "sun", "level", "dog", "fox", "lazy", "quick"]

@@ -103,13 +103,13 @@ def data_clean(
     bm25: options.Bm25 = 0.9,
     leaks: Annotated[Path | None, opt("File for the leaks (JSONL). Default: OUT.leaks.jsonl.")] = None,
     repeats: Annotated[
-        Literal["both", "query", "positive", "none"], opt("Sides that must repeat an earlier row's for a row to go.")
+        Literal["both", "query", "positive", "none"], opt("Sides that must repeat an earlier row for a row to go.")
     ] = "both",
     language: Annotated[list[str] | None, opt("Keep this language (en, de, ...). Repeatable. Default: all.")] = None,
-    min_chars: Annotated[int, opt("Fewest characters of a text.", min=0)] = 0,
-    max_chars: Annotated[int | None, opt("Most characters of a text. Default: no limit.", min=1)] = None,
-    min_words: Annotated[int, opt("Fewest words of a text.", min=0)] = 0,
-    max_words: Annotated[int | None, opt("Most words of a text. Default: no limit.", min=1)] = None,
+    min_chars: Annotated[int, opt("Fewest characters of each text.", min=0)] = 0,
+    max_chars: Annotated[int | None, opt("Most characters of each text. Default: no limit.", min=1)] = None,
+    min_words: Annotated[int, opt("Fewest words of each text.", min=0)] = 0,
+    max_words: Annotated[int | None, opt("Most words of each text. Default: no limit.", min=1)] = None,
     licence: Annotated[
         list[str] | None, opt("Keep tasks of this licence, as CC-BY*. Repeatable. Default: all.")
     ] = None,

@@ -23,15 +23,15 @@ def mine(
     out: options.Out,
     corpus: Annotated[Path | None, opt('Documents to mine from, rows {"_id", "text"}. Default: all positives.')] = None,
     teacher: Annotated[
-        list[str] | None, opt("Model: folder, hub id or http://HOST/v1#MODEL. Repeatable. Default: minilm.")
+        list[str] | None, opt("Teacher: folder, hub id or http://HOST/v1#MODEL. Repeatable. Default: minilm.")
     ] = None,
     rule: Annotated[Rule, opt("Rule that says which documents may be negatives.")] = "perc",
     margin: Annotated[float | None, opt("Margin of the rule. Default: the paper's best, 0.95 for perc.")] = None,
     negatives: Annotated[int, opt("Number of negatives of a query.")] = 7,
-    depth: Annotated[int, opt("Number of candidates of a query.")] = 100,
+    depth: Annotated[int, opt("Number of candidates of a query, before the rule.")] = 100,
     task: Annotated[str, opt("Instruction of all queries. Default: each row's own, else the teacher's.")] = "",
     positives: Annotated[Positives, opt("Which of several positives sets the threshold of the rule.")] = "lowest",
-    sampled: Annotated[bool, opt("Draw by a softmax over scores, instead of the best.", "--sampled")] = False,
+    sampled: Annotated[bool, opt("Draw negatives by a softmax over scores.", "--sampled")] = False,
     sample_from: Annotated[
         int | None, opt("Number of candidates that --sampled draws from. Default: 10.", min=1)
     ] = None,
@@ -41,8 +41,8 @@ def mine(
         Path | None, opt("Folder that keeps vectors of documents.", callback=options.folder_to_write)
     ] = None,
     report: Annotated[Path | None, opt("Folder for report.json.", callback=options.folder_to_write)] = None,
-    query_template: Annotated[str | None, opt("What an HTTP teacher gets of {task} and {text}.")] = None,
-    document_template: Annotated[str | None, opt("What an HTTP teacher gets of a document's {text}.")] = None,
+    query_template: Annotated[str | None, opt("Query for an HTTP teacher, with {task} and {text}.")] = None,
+    document_template: Annotated[str | None, opt("Document for an HTTP teacher, with {text}.")] = None,
     api_key_env: Annotated[
         list[str] | None,
         opt("Environment variable with an HTTP teacher's API key; for several, HOST=NAME. Repeatable."),
@@ -98,7 +98,7 @@ def synth(
     model: Annotated[list[str], opt("Model, as the server names it. Repeatable: each example draws one of them.")],
     count: Annotated[int, opt("Number of examples, of all types together.", min=1)],
     types: Annotated[
-        str, opt("Of short-long, long-short, short-short, long-long, sts, bitext; with commas.")
+        str, opt("Types, by commas: short-long, long-short, short-short, long-long, sts, bitext.")
     ] = "short-long,long-short,short-short",
     per_task: Annotated[int, opt("Number of examples of one brainstormed task.", min=1)] = 2,
     seed: options.Seed = 0,

@@ -68,8 +68,10 @@ Against = Annotated[
     ),
 ]
 WithCorpus = Annotated[bool, opt("Count the documents of evaluation data as leaks, too.", "--corpus")]
-Bm25 = Annotated[float, opt("Lowest BM25 score of a leak, over that of the evaluation text itself; 0 for no rule.")]
-KeyVariable = Annotated[str | None, opt("Environment variable with the server's API key.")]
+Bm25 = Annotated[float, opt("Lowest BM25 score of a leak, as a fraction of the text's own score; 0 for no rule.")]
+KeyVariable = Annotated[
+    str | None, opt("Environment variable with the server's API key. Default: OPENAI_API_KEY, for its own server.")
+]
 Concurrency = Annotated[int, opt("Number of requests that are under way at once.", min=1)]
 MaxTokens = Annotated[int, opt("Largest number of tokens of one answer.", min=1)]
 Timeout = Annotated[float, opt("Time limit of one request, in seconds.")]
