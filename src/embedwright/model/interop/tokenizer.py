@@ -50,13 +50,8 @@ class EmbedwrightTokenizer(PreTrainedTokenizerFast):
         text_pair: Any = None,
         *,
         prefix: str | None = None,
-        padding: bool | str = True,
-        truncation: bool | str | None = True,
-        max_length: int | None = None,
-        pad_to_multiple_of: int | None = None,
-        padding_side: str | None = None,
         return_tensors: str | None = "pt",
-        **unknown: Any,
+        **options: Any,
     ) -> Any:
         """Returns a BatchEncoding of the texts, with `prefix` (None: the document template) in front of each.
 
@@ -64,12 +59,11 @@ class EmbedwrightTokenizer(PreTrainedTokenizerFast):
         nothing. A single text without tensors has no batch dimension. InputError for text pairs, for any option that
         would change the ids, and for a prefix that leaves no token to pool; InputTypeError for an item that is no text.
         """
-        _refuse(unknown, text_pair)
-        texts = check_texts([text] if isinstance(text, str) else text)
+        if text_pair is not None:
+            raise InputError("an embedding model reads one text at a time: text pairs are not supported")
         in_front = self.text_contract.prefix(None) if prefix is None else prefix
-        rows = self._tokenized([(in_front, one) for one in texts], self._limit(truncation, max_length))
-        single = isinstance(text, str) and return_tensors is None
-        return self._padded(rows, single, padding, max_length, pad_to_multiple_of, padding_side, return_tensors)
+        pairs = [(in_front, one) for one in check_texts([text] if isinstance(text, str) else text)]
+        return self._encoded(pairs, isinstance(text, str), return_tensors=return_tensors, **options)
 
     def encode(self, text: str, text_pair: Any = None, *, return_tensors: str | None = None, **options: Any) -> Any:
         """Returns the `input_ids` of one text."""
@@ -80,14 +74,10 @@ class EmbedwrightTokenizer(PreTrainedTokenizerFast):
         conversation: Sequence[Message] | Sequence[Sequence[Message]],
         *,
         tokenize: bool = True,
-        padding: bool | str = True,
-        truncation: bool | str | None = True,
-        max_length: int | None = None,
-        return_tensors: str | None = None,
         return_dict: bool = True,
         tokenizer_kwargs: Mapping[str, Any] | None = None,
         common_kwargs: Mapping[str, Any] | None = None,
-        **unknown: Any,
+        **options: Any,
     ) -> Any:
         """Reads conversations, as sentence-transformers makes them: the system message is the prefix of the text.
 
@@ -100,13 +90,48 @@ class EmbedwrightTokenizer(PreTrainedTokenizerFast):
         if not tokenize:
             strings = [prefix + text for prefix, text in pairs]
             return strings if batched else strings[0]
-        options = {**(tokenizer_kwargs or {}), **(common_kwargs or {})}
-        layout = {name: options.pop(name, None) for name in ("pad_to_multiple_of", "padding_side")}
-        _refuse({**unknown, **options})
-        rows = self._tokenized(pairs, self._limit(truncation, max_length))
-        single = not batched and return_tensors is None
-        encoded = self._padded(rows, single, padding, max_length, return_tensors=return_tensors, **layout)
+        encoded = self._encoded(pairs, not batched, **{**options, **(tokenizer_kwargs or {}), **(common_kwargs or {})})
         return encoded if return_dict else encoded["input_ids"]
+
+    def _encoded(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        single: bool,
+        *,
+        padding: bool | str = True,
+        truncation: bool | str | None = True,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        **unknown: Any,
+    ) -> Any:
+        """Reads (prefix, text) pairs, all of one prefix at a time, and pads them."""
+        _refuse(unknown)
+        contract, tokenizer, limit = self.text_contract, self.text_tokenizer, self._limit(truncation, max_length)
+        rows: dict[int, TokenizedText] = {}
+        for prefix in dict.fromkeys(prefix for prefix, _ in pairs):
+            places = [i for i, pair in enumerate(pairs) if pair[0] == prefix]
+            try:
+                made = tokenize(tokenizer, contract, [pairs[i][1] for i in places], prefix, limit)
+            except NoTokenError as error:
+                raise NoTokenError(prefix, limit, places[error.index]) from None
+            rows |= zip(places, made, strict=True)
+        encoded: dict[str, Any] = {
+            "input_ids": [rows[i].ids.tolist() for i in range(len(pairs))],
+            "attention_mask": [[1] * len(rows[i].ids) for i in range(len(pairs))],
+            "pool_mask": [rows[i].pool.astype(int).tolist() for i in range(len(pairs))],
+        }
+        if single and return_tensors is None:
+            encoded = {name: values[0] for name, values in encoded.items()}
+        return self.pad(
+            encoded,
+            padding=padding,
+            max_length=max_length if padding == "max_length" else None,
+            pad_to_multiple_of=pad_to_multiple_of,
+            padding_side=padding_side,
+            return_tensors=return_tensors,
+        )
 
     def _limit(self, truncation: bool | str | None, max_length: int | None) -> int:
         """The number of tokens to which texts are cut; checked when they are read."""
@@ -117,43 +142,6 @@ class EmbedwrightTokenizer(PreTrainedTokenizerFast):
         if max_length is not None:
             return max_length
         return self.model_max_length or self.text_contract.max_tokens  # None: sentence-transformers' user unset it
-
-    def _tokenized(self, pairs: Sequence[tuple[str, str]], limit: int) -> list[TokenizedText]:
-        """Reads (prefix, text) pairs, all of one prefix at a time."""
-        contract, tokenizer = self.text_contract, self.text_tokenizer
-        rows: dict[int, TokenizedText] = {}
-        for prefix in dict.fromkeys(prefix for prefix, _ in pairs):
-            places = [i for i, pair in enumerate(pairs) if pair[0] == prefix]
-            try:
-                made = tokenize(tokenizer, contract, [pairs[i][1] for i in places], prefix, limit)
-            except NoTokenError as error:
-                raise NoTokenError(prefix, limit, places[error.index]) from None
-            rows |= zip(places, made, strict=True)
-        return [rows[i] for i in range(len(pairs))]
-
-    def _padded(
-        self,
-        rows: Sequence[TokenizedText],
-        single: bool,
-        padding: bool | str,
-        max_length: int | None,
-        pad_to_multiple_of: int | None = None,
-        padding_side: str | None = None,
-        return_tensors: str | None = None,
-    ) -> Any:
-        encoded = {
-            "input_ids": [row.ids.tolist() for row in rows],
-            "attention_mask": [[1] * len(row.ids) for row in rows],
-            "pool_mask": [row.pool.astype(int).tolist() for row in rows],
-        }
-        return self.pad(
-            {name: values[0] for name, values in encoded.items()} if single else encoded,
-            padding=padding,
-            max_length=max_length if padding == "max_length" else None,
-            pad_to_multiple_of=pad_to_multiple_of,
-            padding_side=padding_side,
-            return_tensors=return_tensors,
-        )
 
     def _pad(self, encoded_inputs: Any, *args: Any, padding_side: str | None = None, **kwargs: Any) -> Any:
         """Pads the pool mask too. Data collators call this."""
@@ -234,10 +222,8 @@ OUR_TRANSFORMER = {
 }
 
 
-def _refuse(options: Mapping[str, Any], text_pair: Any = None) -> None:
+def _refuse(options: Mapping[str, Any]) -> None:
     """InputError where a caller asks for an option that this tokenizer lacks, or that would change the ids."""
-    if text_pair is not None:
-        raise InputError("an embedding model reads one text at a time: text pairs are not supported")
     asked = {name: value for name, value in options.items() if value is not None and value is not False}
     if options.get("add_special_tokens") is False:
         raise InputError("add_special_tokens=False: special tokens are part of the text contract")
