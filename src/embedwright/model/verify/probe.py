@@ -42,23 +42,8 @@ class Probe:
     tolerance: float
     # The same, beside a text that is said to stand at the last positions that the model reads: frequencies that go by
     # the longest text of a batch show here.
-    far_mates: float = 0.0
-    wrong_masks: tuple[str, ...] = ()  # one line for each layer that sees too little or too much
-
-    def check(self, bidirectional: bool) -> None:
-        """Raises ProbeError, naming what is wrong."""
-        if bidirectional and not self.later_token > self.tolerance:
-            raise ProbeError(
-                f"attention is causal: a changed last token leaves earlier states as they were ({self.later_token:.1e})"
-            )
-        if not bidirectional and self.later_token > self.tolerance:
-            raise ProbeError(f"attention is not causal: a later token changes earlier states ({self.later_token:.1e})")
-        if not self.batch_mates <= self.tolerance:
-            raise ProbeError(f"texts in one batch leak into each other: states change by {self.batch_mates:.1e}")
-        if not self.far_mates <= self.tolerance:
-            raise ProbeError(f"a long text changes the states of others in its batch, by {self.far_mates:.1e}")
-        if self.wrong_masks:
-            raise ProbeError(f"attention masks are not as configured: {'; '.join(self.wrong_masks[:3])}")
+    far_mates: float
+    wrong_masks: tuple[str, ...]  # one line for each layer that sees too little or too much
 
 
 @torch.no_grad()
@@ -79,7 +64,9 @@ def probe(network: EmbedwrightModel, mask_length: int = _MASK_LENGTH) -> Probe:
         later_L = _changes(_states(network, [changed])[:-1], alone_LD[:-1])
         mixed_LD = _states(network, [mates[0], text, mates[1]])[length : 2 * length]
         mates_L = _changes(mixed_LD, alone_LD)
-        far_L = _changes(_beside_a_far_text(network, text), alone_LD)
+        reach = min(network.contract.max_tokens, positions(network.backbone.config), network.longest)
+        far_LD = _states(network, [text, text[:_MATE]], further=max(reach - _MATE, 0))[:length]
+        far_L = _changes(far_LD, alone_LD)
         tolerance = 1e-4 if alone_LD.dtype == torch.float32 else 0.1
         wrong = tuple(_wrong_masks(network, calls, mask_length))
         return Probe(float(later_L.max()), float(mates_L.mean()), tolerance, float(far_L.mean()), wrong)
@@ -89,9 +76,20 @@ def check(network: EmbedwrightModel) -> Probe:
     """Runs the probe. ProbeError if the network is not what its config says, or has adapters that are not at work."""
     if faults := lora_faults(network.backbone):
         raise ProbeError(faults[0])
-    result = probe(network)
-    result.check(bidirectional=not network.backbone.config.is_causal)
-    return result
+    seen, causal = probe(network), network.backbone.config.is_causal
+    if not causal and not seen.later_token > seen.tolerance:
+        raise ProbeError(
+            f"attention is causal: a changed last token leaves earlier states as they were ({seen.later_token:.1e})"
+        )
+    if causal and seen.later_token > seen.tolerance:
+        raise ProbeError(f"attention is not causal: a later token changes earlier states ({seen.later_token:.1e})")
+    if not seen.batch_mates <= seen.tolerance:
+        raise ProbeError(f"texts in one batch leak into each other: states change by {seen.batch_mates:.1e}")
+    if not seen.far_mates <= seen.tolerance:
+        raise ProbeError(f"a long text changes the states of others in its batch, by {seen.far_mates:.1e}")
+    if seen.wrong_masks:
+        raise ProbeError(f"attention masks are not as configured: {'; '.join(seen.wrong_masks[:3])}")
+    return seen
 
 
 def lora_faults(backbone: nn.Module) -> list[str]:
@@ -113,20 +111,11 @@ def lora_faults(backbone: nn.Module) -> list[str]:
     return faults
 
 
-def _states(
-    network: EmbedwrightModel,
-    texts: list[np.ndarray[tuple[int], np.dtype[np.int64]]],
-    calls: list[Call] | None = None,
-) -> Tensor:
-    packed = replace(_packed([np.asarray(ids) for ids in texts]), calls=calls)
+def _states(network: EmbedwrightModel, texts: list[Any], calls: list[Call] | None = None, further: int = 0) -> Tensor:
+    """Hidden states of the texts in one batch; those after the first are said to stand `further` positions on."""
+    packed = replace(_packed(texts), calls=calls)
+    packed.position_T[len(texts[0]) :] += further
     return network.hidden(packed.to(next(network.parameters()).device))
-
-
-def _beside_a_far_text(network: EmbedwrightModel, text: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Tensor:
-    reach = min(network.contract.max_tokens, positions(network.backbone.config), network.longest)
-    packed = _packed([text, text[:_MATE]])
-    packed.position_T[len(text) :] += max(reach - _MATE, 0)
-    return network.hidden(packed.to(next(network.parameters()).device))[: len(text)]
 
 
 def _packed(texts: list[Any]) -> PackedTexts:
