@@ -1,10 +1,8 @@
-"""What `train --plan` says of memory and time, held against training: a few real steps of each of several recipes.
+"""What `train --plan` says of memory, held against training: a few real steps of each of several recipes.
 
 The first layers of SmolLM2-135M with a latent head, on this CPU, or all of them on the first GPU where there is one;
 each recipe in a process of its own. Memory is the most that the process holds during a step, less what its libraries
-take, or that torch holds on the GPU; seconds are the median of the steps behind the first. Each is printed as estimated
-/ measured; and so is the share of the device's peak that the steps reached, which is what the plan's own constant was
-set from (in bf16: of the decoder, the pooling block's float32 share taken off).
+take, or that torch holds on the GPU. Each is printed as estimated / measured.
 
     python benchmarks/plan.py
 """
@@ -20,7 +18,6 @@ import importlib.util  # noqa: E402
 import json  # noqa: E402
 import statistics  # noqa: E402
 import tempfile  # noqa: E402
-from dataclasses import replace  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -29,8 +26,9 @@ import peft  # noqa: E402, F401 (what training imports counts as libraries)
 import torch  # noqa: E402
 from texts import source, text_set  # noqa: E402
 
-from embedwright.training.cost import GPUS, Device, seconds_of, sizes_of, this_cpu  # noqa: E402
-from embedwright.training.plan import estimate, plan, step_flops, with_tokens  # noqa: E402
+from embedwright.training.cost import sizes_of  # noqa: E402
+from embedwright.training.lengths import tokens_of  # noqa: E402
+from embedwright.training.plan import largest_memory  # noqa: E402
 from embedwright.training.recipe import Recipe  # noqa: E402
 from embedwright.training.train import train  # noqa: E402
 
@@ -85,25 +83,21 @@ def main() -> None:
             record(result, {"cut_off_behind": case, **summed_up(found)}, {})  # a run that is cut off keeps this
     figures = summed_up(found)
     record(result, figures, {})
-    print("estimated / measured:", figures["estimated_over_measured"], "reached:", figures["reached"])
+    print("estimated / measured:", figures["estimated_over_measured"])
 
 
 def summed_up(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    ratios = {what: [case[what]["ratio"] for case in found.values()] for what in ("memory_mb", "seconds")}
-    spread = {
-        what: {"least": min(values), "median": statistics.median(values), "most": max(values)}
-        for what, values in ratios.items()
-    }
-    by_precision: dict[str, list[float]] = {}
-    for case, figures in found.items():
-        by_precision.setdefault(CASES[case][1], []).append(figures["reached"])
+    ratios = [case["memory_mb"]["ratio"] for case in found.values()]
     return {
         **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "model": models.described(MODEL),
         "texts": source(),
         "cases": found,
-        "estimated_over_measured": spread,
-        "reached": {precision: statistics.median(values) for precision, values in by_precision.items()},
+        "estimated_over_measured": {
+            "least": min(ratios),
+            "median": statistics.median(ratios),
+            "most": max(ratios),
+        },
     }
 
 
@@ -136,35 +130,15 @@ def recipe(case: str, folder: Path) -> Recipe:
 
 def compared(case: str, folder: Path) -> dict[str, Any]:
     asked = recipe(case, folder)
-    sizes, stages = sizes_of(asked), with_tokens(asked, plan(asked))
-    [tokens] = [stage.tokens for stage in stages]
-    assert tokens is not None
-    device, cuda = this_device(), torch.cuda.is_available()
-    [found] = estimate(asked, stages, sizes, devices=[device])
+    tokens, cuda = tokens_of(asked, [[True]]), torch.cuda.is_available()
+    found = largest_memory(asked, tokens, sizes_of(asked), "cuda" if cuda else "cpu")
     # torch counts what a GPU holds; what a CPU holds is counted by process
     seen = measured(asked) if cuda else in_own_process(["--case", case, "--folder", str(folder)])
-    flops = step_flops(asked, stages[0], sizes)
-    in_head = 0.0 if asked.run.precision == "fp32" else seconds_of(replace(flops, decoder=0), device, "fp32")
-    others = flops.decoder + (0 if in_head else flops.head)
     return {
-        "tokens": {"estimated": tokens.step, "measured": seen["tokens"]},
+        "tokens": {"estimated": tokens[0].step, "measured": seen["tokens"]},
         # of a GPU without what torch does not count: the context, gaps between blocks
-        "memory_mb": _ratio((found.memory.total - (found.memory.reserve if cuda else 0)) / MB, seen["memory_mb"]),
-        "seconds": _ratio(found.seconds[0], seen["seconds"]),
-        "peak_gflops": device.peak[asked.run.precision] / 1e9,
-        "reached": others / (seen["seconds"] - in_head) / device.peak[asked.run.precision],
+        "memory_mb": _ratio((found.total - (found.reserve if cuda else 0)) / MB, seen["memory_mb"]),
     }
-
-
-def this_device() -> Device:
-    """The GPU as the plan's table has it, or this CPU. LookupError for a GPU that is not in the table."""
-    if not torch.cuda.is_available():
-        return this_cpu()
-    named = torch.cuda.get_device_name()
-    for device in GPUS:
-        if device.name.split()[0].split(",")[0] in named:
-            return device
-    raise LookupError(f"{named} is not in the table of the plan")
 
 
 def _ratio(estimated: float, seen: float) -> dict[str, float]:
@@ -172,15 +146,14 @@ def _ratio(estimated: float, seen: float) -> dict[str, float]:
 
 
 def measured(asked: Recipe) -> dict[str, float]:
-    """Of the steps behind the first: median seconds and tokens, and the most memory, in megabytes."""
+    """Of the steps after the first: median tokens, and the most memory, in megabytes."""
     libraries = 0.0 if torch.cuda.is_available() else resident() / MB
     steps: list[dict[str, Any]] = []
     train(asked, on_step=steps.append)
-    behind = steps[1:]
+    later = steps[1:]
     return {
-        "tokens": statistics.median(step["tokens"] for step in behind),
-        "seconds": statistics.median(step["seconds"] for step in behind),
-        "memory_mb": max(step["peak_mb"] for step in behind) - libraries,
+        "tokens": statistics.median(step["tokens"] for step in later),
+        "memory_mb": max(step["peak_mb"] for step in later) - libraries,
     }
 
 

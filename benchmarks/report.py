@@ -138,18 +138,13 @@ def with_runs(page: str, results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _runs(record: Mapping[str, Any]) -> list[str]:
-    """The ratios in one line, then a table of what was planned and measured."""
+    """The ratio in one line, then a table of what was planned and measured."""
     rows = [
-        [case, *(f"{found[what][side]:,.{digits}f}" for what, digits in kinds for side in ("estimated", "measured"))]
-        for kinds in [(("memory_mb", 0), ("seconds", 2))]
+        [case, *(f"{found['memory_mb'][side]:,.0f}" for side in ("estimated", "measured"))]
         for case, found in record["cases"].items()
     ]
-    head = ["run", "memory planned, MB", "measured", "seconds a step planned", "measured"]
-    said = ", ".join(
-        f"{name} {spread(record['estimated_over_measured'][what])}"
-        for what, name in (("memory_mb", "memory"), ("seconds", "seconds"))
-    )
-    return [f"Planned over measured: {said}.", *table(head, rows)]
+    head = ["run", "memory planned, MB", "measured"]
+    return [f"Planned over measured: {spread(record['estimated_over_measured'])}.", *table(head, rows)]
 
 
 def between(page: str, marks: tuple[str, str], lines: Sequence[str]) -> str:

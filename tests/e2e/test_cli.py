@@ -196,6 +196,25 @@ def test_an_interrupted_run_exits_75_says_so_and_goes_on(
     assert len(calls) == 5  # four steps, one of them twice
 
 
+def test_a_dry_run_measures_and_leaves_no_files(command: Command, recipe: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    answer = command("train", recipe, "--out", tmp_path / "run", "--dry-run")
+    assert answer.code == 0, answer.err
+    lines = [line.split() for line in answer.out.splitlines()]
+    assert [line[:2] for line in lines[2:4]] == [["retrieval", "2"], ["generalist", "2"]]
+    assert all(float(number) > 0 for line in lines[2:4] for number in line[2:6])
+    assert lines[4][:2] == ["all", "steps:"]
+    assert sorted(tmp_path.rglob("*")) == before
+
+    (tmp_path / "labels.jsonl").unlink()
+    refused = [command("train", recipe, "--out", tmp_path / "run", *more) for more in ([], ["--dry-run"])]
+    assert [answer.code for answer in refused] == [2, 2] and refused[0].err == refused[1].err != ""
+    for more in (["--dry-run", "--plan"], ["--dry-run", "--processes", "2"], ["--processes", "2"]):
+        assert command("train", recipe, *more).code == 2
+    answer = command("train", "--data", write(tmp_path / "p.jsonl", own_pairs(4)), "--out", tmp_path / "o", "--dry-run")
+    assert answer.code == 2 and not (tmp_path / "o").exists()
+
+
 def test_a_model_of_an_older_run_is_never_named_as_the_result(command: Command, recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert command("train", recipe, "--out", out).code == 0

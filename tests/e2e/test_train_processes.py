@@ -63,17 +63,18 @@ def command(count: int, recipe: Path, out: Path) -> list[str]:
     return [str(Path(sys.executable).parent / start[0]), *start[1:], *train]
 
 
-def run(count: int, recipe: Path, out: Path) -> None:
+def run(count: int, recipe: Path, out: Path, *options: str) -> str:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
     done = subprocess.run(
-        command(count, recipe, out),
+        [*command(count, recipe, out), *options],
         env=environment | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=200,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("model: ") == 1, done.stdout  # one process speaks
+    assert done.stdout.count("hours. " if options else "model: ") == 1, done.stdout  # one process speaks
+    return done.stdout
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:
@@ -122,6 +123,13 @@ def test_two_processes_are_stopped_and_one_ends_where_one_alone_ends(
     assert [r["loss"] for r in ours] == pytest.approx([r["loss"] for r in theirs], rel=1e-4)
     vectors = [Embedder.load(folder / "model").encode(TEXTS) for folder in (out, alone)]
     np.testing.assert_allclose(vectors[0], vectors[1], atol=1e-4)
+
+
+def test_two_processes_share_a_dry_run_and_write_nothing(recipe: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    printed = run(2, file, tmp_path / "out", "--dry-run")
+    assert "dry run on this CPU, 2 processes (ddp)" in printed and not (tmp_path / "out").exists()
 
 
 _TORCHRUN = "torchrun --nnodes=2 --nproc-per-node=1 --rdzv-id=run1 --rdzv-backend=c10d --rdzv-endpoint=127.0.0.1:{port}"

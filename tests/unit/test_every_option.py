@@ -29,7 +29,6 @@ from embedwright.cli import mining
 from embedwright.llm.client import Server
 from embedwright.model.embedder import Embedder
 from embedwright.synth.plan import PROMPTS
-from embedwright.training import cost
 from embedwright.vectors.corpus import encode_corpus
 from embedwright.vectors.index import build_index
 
@@ -104,6 +103,7 @@ CHANGES: dict[str, dict[str, tuple[str, str, Words]]] = {
         "teacher": ("files", "--teacher {other}", OWN),
         "plan_only": ("names", "", {}),
         "processes": ("said", "--processes 2", {}),
+        "dry": ("names", "--dry-run", {"plan_only": ""}),
     },
     "eval": {
         "model": ("said", "{other}", {}),
@@ -521,7 +521,6 @@ def run(places: Words, servers: dict[str, FakeLLM], tmp_path_factory: pytest.Tem
             patch.setenv(name, "error" if name == "TRANSFORMERS_VERBOSITY" else "1")  # so that main leaves none
         patch.setattr("sentence_transformers.CrossEncoder", Overlap)
         patch.setattr(mining, "Server", partial(Server, retries=0))
-        patch.setattr(cost, "product_speed", lambda *_: 1e10)  # which is measured
         patch.setattr("os.fsync", lambda handle: None)
         known = cache(lambda command, words: call(command, dict(words)))
         yield lambda command, words: known(command, tuple(words.items()))

@@ -71,6 +71,7 @@ TRAINING = [
     "training.cost",
     "training.lengths",
     "training.plan",
+    "training.dry_run",
     "training.remine",
     "training.train",
 ]

@@ -31,8 +31,11 @@ def train(
     layers: Annotated[int | None, opt("With --data: number of the base's layers to keep. Default: all.")] = None,
     instruction: Annotated[str | None, opt("With --data: instruction of your queries. Default: a general one.")] = None,
     teacher: Annotated[str, opt("With --data: model that mines hard negatives.")] = "minilm",
-    plan_only: Annotated[bool, opt("Print steps, tokens, memory and time, and run nothing.", "--plan")] = False,
+    plan_only: Annotated[bool, opt("Print rows, steps, tokens and memory, and run nothing.", "--plan")] = False,
     processes: Annotated[int, opt("With --plan: number of GPUs.", min=1)] = 1,
+    dry: Annotated[
+        bool, opt("Measure memory and time in two steps of each stage; write nothing.", "--dry-run")
+    ] = False,
 ) -> None:
     """Train all stages of a recipe, or the two default stages on your own pairs. Run it again to go on after a stop."""
     from embedwright.demo import quickstart
@@ -42,6 +45,10 @@ def train(
 
     if (recipe is None) == (data is None):
         raise InputError("give a recipe file, or --data with your own pairs")
+    if dry and (plan_only or data is not None):
+        raise InputError("--dry-run is for a recipe file, without --plan; --data would write its pairs first")
+    if processes != 1 and not plan_only:
+        raise InputError("--processes is for --plan: torchrun starts the processes of a run or of a dry run")
     if data is not None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise InputError("--data mines first, which is for one process: start many of them with a recipe file")
@@ -59,6 +66,14 @@ def train(
         from embedwright.training.plan import report
 
         say(report(plan, processes=processes))
+        return
+    if dry:
+        from embedwright.training.dry_run import dry_run
+
+        with joined() as first:
+            lines = dry_run(plan)
+            if first:
+                say("\n".join(lines))
         return
     _refuse_older_model(Path(plan.run.out))
     model = run(plan, on_step=training(plan), on_evaluation=lambda line: say(f"  {line}"))

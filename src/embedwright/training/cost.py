@@ -1,86 +1,25 @@
-"""What a step costs before it runs, from the decoder's config alone: parameters, bytes, FLOPs, seconds.
+"""The parameters of a recipe's model and the memory of a step, from the decoder's config alone.
 
 No weights are read: a model without memory (torch's `meta` device) has all shapes. Memory is a sum of what autograd
-keeps for each token, tensor by tensor; time is FLOPs over what a device reaches of its peak. How far both are from
-measured runs: `benchmarks/plan.py`.
+keeps for each token, tensor by tensor. How far it is from measured runs: `benchmarks/plan.py`.
 """
 
 from __future__ import annotations
 
-import os
-import time
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel
 
-from embedwright.cpu import onednn
 from embedwright.errors import InputError
 from embedwright.model.pooling import GatedBlock, LatentPooling, SelfPooling, make_head
 from embedwright.training.recipe import Recipe
 from embedwright.training.run.start import naming_the_model, shape_of
 
 GB = 10**9
-Precision = Literal["fp32", "bf16"]
 Kind = Literal["cpu", "cuda"]
-
-# ---- devices
-
-
-@dataclass(frozen=True, slots=True)
-class Device:
-    """`peak` FLOP/s of dense matrix products and `efficiency`, the share of it that a step reaches, by precision."""
-
-    name: str
-    kind: Kind
-    memory: int
-    peak: dict[Precision, float]
-    efficiency: dict[Precision, float]
-    source: str
-    measured: bool = False
-
-
-# Of peak, by a training step of a few billion parameters with long enough batches; smaller models reach less.
-_ASSUMED: dict[Precision, float] = {"bf16": 0.4, "fp32": 0.6}
-# Memory as sold, in 10^9 bytes: the drivers of all of these show more.
-# Peak: bf16 with float32 sums, without sparsity (half of what data sheets print with it), and plain float32 (no TF32).
-GPUS = (
-    Device("L4, 24 GB", "cuda", 24 * GB, {"bf16": 121e12, "fp32": 30.3e12}, _ASSUMED, "NVIDIA L4 data sheet"),
-    Device(
-        "RTX 4090, 24 GB", "cuda", 24 * GB, {"bf16": 165.2e12, "fp32": 82.6e12}, _ASSUMED, "NVIDIA Ada GPU architecture"
-    ),
-    Device("A100, 80 GB", "cuda", 80 * GB, {"bf16": 312e12, "fp32": 19.5e12}, _ASSUMED, "NVIDIA A100 data sheet"),
-    Device("H100 SXM, 80 GB", "cuda", 80 * GB, {"bf16": 989e12, "fp32": 67e12}, _ASSUMED, "NVIDIA H100 data sheet"),
-    Device("H200 SXM, 141 GB", "cuda", 141 * GB, {"bf16": 989e12, "fp32": 67e12}, _ASSUMED, "NVIDIA H200 data sheet"),
-)
-# Of the products' peak on a CPU, by a training step: what benchmarks/plan.py saw, rounded.
-_ON_CPU: dict[Precision, float] = {"bf16": 0.56, "fp32": 0.72}
-
-
-def this_cpu() -> Device:
-    """This machine, its peak measured in place: about a second."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    peak: dict[Precision, float] = {"bf16": product_speed("bf16"), "fp32": product_speed("fp32")}
-    return Device("this CPU", "cpu", memory, peak, _ON_CPU, "measured in place", measured=True)
-
-
-def product_speed(precision: Precision, seconds: float = 0.6) -> float:
-    """FLOP/s of the faster of the products that training may use here, on a matrix of a small decoder."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    x, weight = torch.randn(1024, 1024, dtype=dtype), torch.randn(3072, 1024, dtype=dtype)
-    kernels = [F.linear, onednn.linear] if onednn.available() else [F.linear]
-    best = float("inf")
-    with torch.inference_mode():
-        for kernel in kernels:
-            stop = time.perf_counter() + seconds / len(kernels)
-            while (started := time.perf_counter()) < stop:
-                kernel(x, weight, None)
-                best = min(best, time.perf_counter() - started)
-    return 2 * len(x) * weight.numel() / best
-
 
 # ---- parameters
 
@@ -111,7 +50,6 @@ class Sizes:
     linears: int
     norms: int
     pooling: nn.Module
-    causal: bool
 
 
 class NoEstimate(InputError):  # noqa: N818 (it is no error of the caller's)
@@ -156,7 +94,6 @@ def sizes_of(recipe: Recipe) -> Sizes:
         linears=len(_linears(layer)),
         norms=sum(of_norms.get(name, widths["hidden"]) for name in norms),
         pooling=head,
-        causal=bool(config.is_causal),
         **widths,
     )
 
@@ -275,41 +212,3 @@ def kept_by_head(head: nn.Module, hidden: int) -> int:
 
 def _gated_blocks(head: nn.Module) -> list[GatedBlock]:
     return [block for block in head.modules() if isinstance(block, GatedBlock)]
-
-
-# ---- time
-
-
-@dataclass(frozen=True, slots=True)
-class Flops:
-    """Of one step; the pooling block's are counted apart, since it computes in float32 whatever the precision."""
-
-    decoder: float
-    head: float
-
-
-def flops_of(recipe: Recipe, sizes: Sizes, tokens: float, squares: float, *, again: float) -> Flops:
-    """Of one step over so many tokens, the squared lengths of whose texts sum to `squares`.
-
-    A matrix costs two for each weight and token, forward; as much again for the gradient of its input, and of itself
-    where it is trained. `again`: the share of the tokens that GradCache encodes twice, the first time without a graph.
-    """
-    tune, head = recipe.tune, sizes.pooling
-    linear = 2 * sizes.linear * tokens
-    adapters = 2 * sizes.adapters * tokens
-    attention = 4 * sizes.layers * sizes.attention * (squares / 2 if sizes.causal else squares)
-    pooling = 2 * sum(m.weight.numel() for m in _linears(head)) * tokens
-    if isinstance(head, LatentPooling):  # its keys and values come from the latents: once, not for each token
-        pooling -= 2 * head.attention.to_kv.weight.numel() * tokens
-        pooling += 4 * head.attention.to_q.out_features * len(head.latents) * tokens
-    elif isinstance(head, SelfPooling):
-        pooling += 4 * head.attention.to_q.out_features * squares
-    forwards = 1 + again + tune.gradient_checkpointing
-    backward = linear * (2 if tune.method == "full" else 1) + 2 * adapters + 2.5 * attention  # five products for two
-    return Flops(forwards * (linear + adapters + attention) + backward, (3 + again) * pooling)
-
-
-def seconds_of(flops: Flops, device: Device, precision: Precision, processes: int = 1) -> float:
-    """Of a step of so many FLOPs. What processes send each other is not counted."""
-    parts: list[tuple[float, Precision]] = [(flops.decoder, precision), (flops.head, "fp32")]
-    return sum(amount / (device.peak[kind] * device.efficiency[kind]) for amount, kind in parts) / processes

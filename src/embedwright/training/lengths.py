@@ -1,18 +1,17 @@
-"""The tokens of a stage's steps, counted before it runs: the texts that training will draw, read as it will read them.
-
-Q queries of a step, C its distinct candidates.
-"""
+"""The tokens of a stage's steps, counted before it runs, from the texts that training will draw."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from embedwright.text import Contract, TextTokenizer
-from embedwright.training.batches.blend import Source
+from embedwright.training.batches.blend import Row, Source
 from embedwright.training.batches.feed import batch_of_step, tokenize_texts
-from embedwright.training.batches.sources import open_sources
+from embedwright.training.batches.sources import is_mined, open_sources
+from embedwright.training.parts import StagePart
 from embedwright.training.recipe import Recipe
 from embedwright.training.run.start import longest_of, naming_the_model, reading_of
 
@@ -31,25 +30,23 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """What goes through the model in a step: means over sampled steps, but for `largest`, the largest of them.
+    """What goes through the model in a step: `step` and `padded` are means over the sampled steps.
 
-    Equal texts of a step count once. `squares` sums the squared lengths, `padded` counts the tokens if queries and
-    candidates were padded, each side to its longest. `shared`: queries share candidates, so that a batch beyond
-    `batch_tokens` is encoded twice. `rows` is how many were sampled; 0 where no file is there: then every text is taken
-    to be as long as the model reads, which is the most that it can be, and `kinds` has `texts` alone.
+    `largest` is the most tokens of a sampled step, `largest_step` the number of that step. Equal texts of a step count
+    once. `padded` is what queries and candidates would take if each side were padded to its longest. `rows` is how many
+    rows were sampled; 0 where no file is there: then every text counts at full length, and `kinds` has `texts` alone.
     """
 
     rows: int
     kinds: dict[str, Lengths]
     step: float
     largest: int
-    squares: float
+    largest_step: int
     padded: float
-    shared: bool
 
 
 def tokens_of(recipe: Recipe, there: list[list[bool]]) -> list[Tokens]:
-    """Of each stage; `there` says of each entry of its data whether the file can be read.
+    """Counts the tokens of each stage; `there` says of each entry of its data whether the file can be read.
 
     OSError where the base's tokenizer cannot be had, ConfigError where training would refuse the data.
     """
@@ -58,48 +55,54 @@ def tokens_of(recipe: Recipe, there: list[list[bool]]) -> list[Tokens]:
         for part, found in zip(recipe.stages, there, strict=True)
     )
     sources = open_sources(recipe.model_copy(update={"stages": parts}))
-    if not any(sources):
-        with naming_the_model(recipe):
-            longest = longest_of(recipe.model)
-        return [_at_most(recipe, number, longest) for number in range(len(parts))]
     with naming_the_model(recipe):
+        if not any(sources):  # then the tokenizer need not be there
+            longest = longest_of(recipe.model)
+            return [_at_most(part, longest) for part in parts]
         tokenizer, contract = reading_of(recipe.model)
     own_tokenizer = TextTokenizer(tokenizer.backend_tokenizer)
     return [
-        _sampled(recipe, number, own, own_tokenizer, contract) if own else _at_most(recipe, number, contract.max_tokens)
+        sampled(recipe, number, own, own_tokenizer, contract) if own else _at_most(parts[number], contract.max_tokens)
         for number, own in enumerate(sources)
     ]
 
 
-def _sampled(
-    recipe: Recipe, number: int, sources: list[Source], tokenizer: TextTokenizer, contract: Contract
+def sampled(
+    recipe: Recipe,
+    number: int,
+    sources: Sequence[Source],
+    tokenizer: TextTokenizer,
+    contract: Contract,
+    rows: int = SAMPLED_ROWS,
 ) -> Tokens:
-    """Some steps of the stage, evenly spaced: where all files are there, the very texts that training will read."""
-    part = recipe.stages[number]
-    queries, steps = part.optim.batch_queries, part.optim.steps
-    count = min(steps, -(-SAMPLED_ROWS // queries))
+    """Counts some steps of stage `number`, evenly spaced: as many as have `rows` rows, or all steps if they have fewer.
+
+    Of negatives that are mined in the run, other documents stand in their place.
+    """
+    optim = recipe.stages[number].optim
+    count = min(optim.steps, -(-rows // optim.batch_queries))
     kinds: dict[str, list[int]] = {"queries": [], "positives": [], "negatives": []}
-    sizes, squares, padded, shared = [], [], [], False
-    for step in (i * steps // count for i in range(count)):
-        batch = batch_of_step(recipe, number, sources, contract, step)
+    sizes: dict[int, int] = {}
+    padded = []
+    stood_in = stand_ins(recipe.stages[number], sources)
+    for step in (i * optim.steps // count for i in range(count)):
+        batch = batch_of_step(recipe, number, stood_in, contract, step)
         tokens = tokenize_texts(tokenizer, contract, [*batch.queries, *batch.candidates])
-        length = {text: len(read.ids) for text, read in tokens.items()}
+        queries, candidates = ([len(tokens[text].ids) for text in texts] for texts in (batch.queries, batch.candidates))
         positive = set(batch.masks.positive_Q.tolist())
-        kinds["queries"] += (of_queries := [length[text] for text in batch.queries])
-        for column, text in enumerate(batch.candidates):
-            kinds["positives" if column in positive else "negatives"].append(length[text])
-        sizes.append(sum(length.values()))
-        squares.append(sum(n * n for n in length.values()))
-        padded.append(sum(len(side) * max(side) for side in (of_queries, [length[t] for t in batch.candidates])))
-        shared |= not batch.separable()
+        kinds["queries"] += queries
+        for column, length in enumerate(candidates):
+            kinds["positives" if column in positive else "negatives"].append(length)
+        sizes[step] = sum(len(read.ids) for read in tokens.values())
+        padded.append(sum(len(side) * max(side) for side in (queries, candidates)))
+    largest_step = max(sizes, key=sizes.__getitem__)
     return Tokens(
-        rows=count * queries,
+        rows=count * optim.batch_queries,
         kinds={kind: summary(lengths) for kind, lengths in kinds.items() if lengths},
-        step=float(np.mean(sizes)),
-        largest=max(sizes),
-        squares=float(np.mean(squares)),
+        step=float(np.mean(list(sizes.values()))),
+        largest=sizes[largest_step],
+        largest_step=largest_step,
         padded=float(np.mean(padded)),
-        shared=shared,
     )
 
 
@@ -108,10 +111,29 @@ def summary(lengths: list[int]) -> Lengths:
     return Lengths(float(np.mean(lengths)), int(median), int(most), max(lengths))
 
 
-def _at_most(recipe: Recipe, number: int, longest: int) -> Tokens:
-    part = recipe.stages[number]
-    texts = part.optim.batch_queries * (2 + part.hard_negatives)
-    tokens = texts * longest
-    shared = part.in_batch_negatives != "none"
+def _at_most(part: StagePart, longest: int) -> Tokens:
+    tokens = part.optim.batch_queries * (2 + part.hard_negatives) * longest
     kinds = {"texts": Lengths(longest, longest, longest, longest)}
-    return Tokens(0, kinds, float(tokens), tokens, float(tokens * longest), float(tokens), shared)
+    return Tokens(0, kinds, float(tokens), tokens, 0, float(tokens))
+
+
+# ---- negatives that are not there yet
+
+
+def stand_ins(stage: StagePart, sources: Sequence[Source]) -> list[Source]:
+    """The sources of a stage, with other rows' positives in the place of negatives that the run will mine."""
+    if stage.mine is None:
+        return list(sources)
+    return [_StandIn(**vars(source), count=stage.hard_negatives) if is_mined(source) else source for source in sources]
+
+
+@dataclass(frozen=True)
+class _StandIn(Source):
+    count: int = 0
+
+    def row(self, number: int) -> Row:
+        row = super().row(number)
+        others = [Source.row(self, (number + i) % len(self.rows)) for i in range(1, self.count + 1)]
+        negatives = tuple(other.example.positives[0] for other in others)
+        example = replace(row.example, negatives=negatives, positive_scores=None, negative_scores=None)
+        return Row(example, row.task)

@@ -15,14 +15,13 @@ import torch
 from embedwright.config import ConfigError
 from embedwright.files import remove_leftovers, write_text
 from embedwright.host import own_random_numbers
-from embedwright.model.adapters import fourbit
 from embedwright.model.embedder import Embedder
 from embedwright.model.interop.card import facts, model_card
 from embedwright.model.verify import probe
 from embedwright.processes import Processes, start
 from embedwright.training.batches.blend import Source
 from embedwright.training.batches.feed import LocalBatch, ahead
-from embedwright.training.batches.sources import data_fingerprint, open_sources, source_fingerprints
+from embedwright.training.batches.sources import data_fingerprint, source_fingerprints
 from embedwright.training.engine.optim import make_optimizer
 from embedwright.training.engine.parallel import trained
 from embedwright.training.parts import START, StagePart
@@ -37,7 +36,7 @@ from embedwright.training.run.checkpoint import (
     restore_optimizer,
     save_checkpoint,
 )
-from embedwright.training.run.checks import check_names, check_reading
+from embedwright.training.run.checks import check_reading, open_checked
 from embedwright.training.run.distill import teacher_of
 from embedwright.training.run.folder import card_facts, describe_run
 from embedwright.training.run.scores import Scores
@@ -79,12 +78,9 @@ def train(recipe: Recipe, *, on_step: OnStep | None = None, on_evaluation: OnEva
         FloatingPointError: Three steps in a row were not finite. A checkpoint from before them is kept.
         RuntimeError: Some weights did not move.
     """
-    if recipe.tune.method == "qlora" and (lacks := fourbit.missing()):
-        raise ConfigError(f"recipe {recipe.name}: tune.method is qlora, and {lacks}")
     processes = start()
     out = Path(recipe.run.out)
-    sources = open_sources(recipe)
-    check_names(recipe)
+    sources = open_checked(recipe)
     with naming_the_model(recipe):
         origin = origin_fingerprint(recipe.model)
     facts_of = {"recipe": recipe.decisive(), "data": source_fingerprints(recipe, sources), "model": {"files": origin}}

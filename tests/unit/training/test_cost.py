@@ -1,44 +1,32 @@
 from __future__ import annotations
 
-import json
 import math
-import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import MixtralConfig
 
 from embedwright.model.embedder import Embedder
 from embedwright.packing import PackedTexts, pack
 from embedwright.training.cost import (
     GB,
-    GPUS,
-    Device,
-    Flops,
     Memory,
     NoEstimate,
     Sizes,
-    flops_of,
     kept_by_head,
     memory_of,
-    product_speed,
-    seconds_of,
     sizes_of,
-    this_cpu,
 )
 from embedwright.training.recipe import Recipe
 
-RESULT = Path(__file__).parents[3] / "benchmarks" / "results" / "plan.json"
 POOLINGS = ["mean", "last", "latent", "self", "mlp"]
 TEXTS, LENGTH = 16, 64
 TOKENS = TEXTS * LENGTH
@@ -355,99 +343,3 @@ def test_norms_within_attention_count_by_their_width(made: Any) -> None:
     assert sizes_of(made("llama")[0]).norms == 2 * 32
     assert sizes_of(made("qwen3")[0]).norms == 2 * 32 + 4 * 8 + 2 * 8
     assert sizes_of(made("gemma3")[0]).norms == 4 * 32 + 4 * 8 + 2 * 8
-
-
-# ---- time
-
-
-@pytest.fixture
-def stock_products(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """torch's counter knows no products but its own, and no fused attention of CPUs."""
-    monkeypatch.setattr("embedwright.cpu.linears.onednn.available", lambda: False)
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        yield
-
-
-@pytest.mark.usefixtures("stock_products")
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize(
-    ("pooling", "method"), [("mean", "lora"), ("mean", "full"), ("latent", "full"), ("self", "full"), ("mlp", "full")]
-)
-def test_flops_are_those_that_torch_counts(
-    made: Any, packed: PackedTexts, pooling: str, method: str, checkpointing: bool
-) -> None:
-    recipe, model = made("llama", pooling, method, rank=1, checkpointing=checkpointing)
-    counted = _flops(lambda: model.network.embed(packed).sum().backward())
-    squares = TEXTS * LENGTH**2
-    found = _sum(flops_of(recipe, sizes_of(recipe), TOKENS, squares, again=0))
-    scores = 2 * 3 * 32 * squares  # fused kernels make them again for the backward: 3 layers, 4 heads of 8
-    assert found == pytest.approx(counted + scores, rel=0.05)
-    with torch.no_grad():
-        again = _flops(lambda: model.network.embed(packed))
-    assert _sum(flops_of(recipe, sizes_of(recipe), TOKENS, squares, again=1)) - found == pytest.approx(again, rel=0.05)
-
-
-def _sum(flops: Flops) -> float:
-    return flops.decoder + flops.head
-
-
-def _flops(run: Callable[[], Any]) -> int:
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return int(counter.get_total_flops())
-
-
-def test_causal_attention_sees_half(made: Any) -> None:
-    both, causal = (made(attention=kind)[0] for kind in ("bidirectional", "causal"))
-    few, many = 100.0, 1e9
-    of = lambda recipe, squares: flops_of(recipe, sizes_of(recipe), 10, squares, again=0).decoder  # noqa: E731
-    assert of(causal, many) - of(causal, few) == pytest.approx((of(both, many) - of(both, few)) / 2)
-
-
-def test_the_pooling_block_computes_in_float32() -> None:
-    device = Device("x", "cuda", GB, {"bf16": 1e12, "fp32": 1e11}, {"bf16": 0.5, "fp32": 0.25}, "here")
-    flops = Flops(1e12, 1e10)
-    assert seconds_of(flops, device, "bf16") == pytest.approx(2 + 0.4)
-    assert seconds_of(flops, device, "fp32") == pytest.approx(40 + 0.4)
-    assert seconds_of(flops, device, "bf16", processes=4) == pytest.approx(0.6)
-
-
-def test_the_pooling_block_is_counted_apart(made: Any) -> None:
-    plain, latent = (made("llama", pooling)[0] for pooling in ("mean", "latent"))
-    few, many = (flops_of(recipe, sizes_of(recipe), 10, 100, again=0) for recipe in (plain, latent))
-    assert few.decoder == many.decoder and few.head == 0
-    # to_q, to_out, widen, narrow, and products with 6 keys and values; forward, gradients of inputs and of weights
-    assert many.head == 3 * 10 * 2 * (32 * 32 + 32 * 32 + 32 * 2 * 64 + 64 * 32 + 2 * 6 * 32)
-
-
-# ---- devices
-
-
-def test_the_gpus_of_the_table() -> None:
-    assert {device.memory // GB for device in GPUS} == {24, 80, 141}
-    for device in GPUS:
-        assert f"{device.memory // GB} GB" in device.name and device.source and device.kind == "cuda"
-        assert device.peak["bf16"] > device.peak["fp32"] and not device.measured
-        assert all(0 < share < 1 for share in device.efficiency.values())
-
-
-def test_this_cpu_is_measured_here() -> None:
-    started = time.perf_counter()
-    cpu = this_cpu()
-    assert time.perf_counter() - started < 5
-    x = torch.randn(512, 512)
-    seconds = []
-    for _ in range(20):
-        begin = time.perf_counter()
-        F.linear(x, x)
-        seconds.append(time.perf_counter() - begin)
-    plain = 2 * 512**3 / min(seconds)
-    assert plain / 5 < cpu.peak["fp32"] < 20 * plain  # another product may be faster
-    assert cpu.kind == "cpu" and cpu.measured and cpu.memory > GB / 4
-    assert product_speed("bf16", seconds=0.05) > 0
-
-
-def test_what_a_cpu_reaches_is_what_the_benchmark_saw() -> None:
-    seen = json.loads(RESULT.read_text())["reached"]
-    cpu = this_cpu()
-    assert cpu.efficiency == {precision: pytest.approx(share, abs=0.05) for precision, share in seen.items()}

@@ -10,7 +10,8 @@ import pytest
 from embedwright.config import ConfigError
 from embedwright.model.embedder import Embedder, new_contract
 from embedwright.text import load_tokenizer
-from embedwright.training.lengths import Lengths, summary, tokens_of
+from embedwright.training.batches.sources import open_sources
+from embedwright.training.lengths import Lengths, stand_ins, summary, tokens_of
 from embedwright.training.recipe import Recipe
 from embedwright.training.train import train
 
@@ -61,10 +62,9 @@ def test_a_step_is_counted_as_the_model_reads_it(asked: Any, max_tokens: int) ->
     negatives = [count("no one knows"), *(count(f"{i} is far from here") for i in range(ROWS))]  # equal texts are one
     tokens = one(recipe)  # each step has all rows
     assert tokens.step == tokens.largest == sum(queries + positives + negatives)
-    assert tokens.squares == sum(n * n for n in queries + positives + negatives)
     documents = positives + negatives
     assert tokens.padded == len(queries) * max(queries) + len(documents) * max(documents)
-    assert (tokens.rows, tokens.shared) == (3 * ROWS, True)
+    assert tokens.rows == 3 * ROWS
     for kind, expected in (("queries", queries), ("positives", positives), ("negatives", negatives)):
         seen = tokens.kinds[kind]
         assert (seen.mean, seen.longest) == (pytest.approx(sum(expected) / len(expected)), max(expected))
@@ -88,15 +88,11 @@ def test_these_are_the_tokens_that_training_sees(asked: Any, tmp_path: Path) -> 
     train(recipe, on_step=lambda record: seen.append(record["tokens"]))
     tokens = one(recipe)
     assert (tokens.step, tokens.largest) == (sum(seen) / 4, max(seen)) and len(set(seen)) > 1
+    assert seen[tokens.largest_step] == max(seen)
 
 
 def test_the_spread_of_lengths() -> None:
     assert summary([*range(1, 100), 1000]) == Lengths(59.5, 50, 95, 1000)
-
-
-def test_queries_that_share_nothing(asked: Any) -> None:
-    alone = {"in_batch_negatives": "none", "hard_negatives": 1, "optim": {"lr": 1e-3, "steps": 1, "batch_queries": 1}}
-    assert not one(asked(**alone)).shared
 
 
 def test_no_more_steps_are_sampled_than_there_are_or_than_it_takes(asked: Any) -> None:
@@ -110,8 +106,8 @@ def test_what_is_not_there_is_taken_at_its_longest(asked: Any, tmp_path: Path) -
     recipe = asked(data=[absent], hard_negatives=3, max_tokens=100)
     tokens = one(recipe)
     texts = ROWS * 5
-    assert (tokens.rows, tokens.kinds, tokens.shared) == (0, {"texts": Lengths(100, 100, 100, 100)}, True)
-    assert (tokens.step, tokens.largest, tokens.squares) == (100 * texts, 100 * texts, 100 * 100 * texts)
+    assert (tokens.rows, tokens.kinds) == (0, {"texts": Lengths(100, 100, 100, 100)})
+    assert (tokens.step, tokens.largest) == (100 * texts, 100 * texts)
     both = asked(data=[absent, {"path": str(tmp_path / "pairs.jsonl"), "task": TASK}])
     assert one(both).rows == 3 * ROWS  # the file that is there stands for all
 
@@ -119,3 +115,16 @@ def test_what_is_not_there_is_taken_at_its_longest(asked: Any, tmp_path: Path) -
 def test_data_that_training_would_refuse_is_refused(asked: Any) -> None:
     with pytest.raises(ConfigError, match="it would train nothing"):
         one(asked(in_batch_negatives="none", hard_negatives=0))
+
+
+def test_other_documents_stand_in_the_place_of_negatives_that_the_run_mines(asked: Any, tmp_path: Path) -> None:
+    rows = [{"id": str(i), "task": "own", "query": f"where is {i}", "positives": [f"{i} is here"]} for i in range(9)]
+    (tmp_path / "bare.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    optim = {"lr": 1e-3, "steps": 2, "batch_queries": 3}
+    recipe = asked(data=[{"path": str(tmp_path / "bare.jsonl"), "task": TASK}], optim=optim, mine={"negatives": 3})
+    assert one(recipe).kinds["negatives"].mean > 0
+    stage, [sources] = recipe.stages[0], open_sources(recipe)
+    [stood_in] = stand_ins(stage, sources)
+    example = stood_in.row(8).example
+    assert example.query == "where is 8" and [text.text for text in example.negatives] == ["0 is here", "1 is here"]
+    assert stand_ins(stage.model_copy(update={"mine": None}), sources) == sources

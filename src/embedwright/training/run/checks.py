@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from embedwright.config import ConfigError
 from embedwright.errors import InputError, naming
 from embedwright.evaluation.suite import load_suite
 from embedwright.locate import local, packaged
+from embedwright.model.adapters import fourbit
 from embedwright.model.embedder import Embedder
 from embedwright.model.formats.families import split_family
 from embedwright.training.batches.blend import Source
+from embedwright.training.batches.sources import open_sources
 from embedwright.training.losses.total import check_widths
 from embedwright.training.parts import PREVIOUS
 from embedwright.training.recipe import Recipe, expand
@@ -19,6 +22,15 @@ from embedwright.training.recipe import Recipe, expand
 def suite_of(name: str) -> str | Path:
     """A suite as a recipe has it: a packaged name, or a path with variables."""
     return name if name.isidentifier() else expand(name)
+
+
+def open_checked(recipe: Recipe) -> list[list[Source]]:
+    """Opens the sources of each stage. InputError where something that the run needs is missing or wrong."""
+    if recipe.tune.method == "qlora" and (lacks := fourbit.missing()):
+        raise ConfigError(f"recipe {recipe.name}: tune.method is qlora, and {lacks}")
+    sources = open_sources(recipe)
+    check_names(recipe)
+    return sources
 
 
 def check_names(recipe: Recipe) -> None:
