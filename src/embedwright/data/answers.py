@@ -1,8 +1,8 @@
-"""What answers each question, over all rows of a data set: none of it is ever a negative of the question.
+"""Collects the answers of each question over all rows of a data set: none of them is ever a negative of the question.
 
-A question is a task and the exact key of a query. Its answers are the positives of all its rows. A judged pair counts
-in both directions: where a query is a positive of another row of its task, that row's query is an answer, too. Document
-ids mean something within a task only.
+A question is a task and the exact key of a query. Its answers are the positives of all its rows. A pair counts in both
+directions: if a query is a positive of another row of its task, that row's query is an answer, too. Document ids are
+compared within a task only.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ _AND = "\x1f"  # ASCII's separator of units: no id has it
 
 
 def question_of(task: str, query: str) -> int:
-    """Equal for the same question. Other questions share one of the 2^64 numbers with a chance of 3e-8 in a million."""
+    """Returns a number that is equal for the same question. Among a million questions, two collide with chance 3e-8."""
     return _number(f"{task}\0{exact_key(query)}")
 
 
 def text_mark(text: str) -> int:
-    """Equal for texts of one exact key."""
+    """Returns a number that is equal for texts with one exact key."""
     return _number(exact_key(text))
 
 
 def marks_of(task: str, passages: Iterable[Passage]) -> set[int]:
-    """The texts and the document ids of these passages, each as a number."""
+    """Returns the texts and the document ids of these passages, each as a number."""
     marks = set()
     for passage in passages:
         marks.add(text_mark(passage.text))
@@ -42,19 +42,19 @@ def marks_of(task: str, passages: Iterable[Passage]) -> set[int]:
 
 
 def document_marks(task: str, passage: Passage) -> list[int]:
-    """That of the document, if the passage has an id; of a text with classes in its place (`class_id`) one for each."""
+    """Returns the number of the passage's document, if it has an id, or one for each class of a `class_id`."""
     if passage.id is None:
         return []
     return [id_mark(task, part) for part in passage.id.split(_AND)]
 
 
 def class_id(labels: Iterable[str]) -> str:
-    """What stands for a document's id at a text with these labels: texts that share a label answer each other."""
+    """Returns the id of a text with these labels. Texts that share a label answer each other."""
     return _AND.join(f"class {label}" for label in labels)
 
 
 def id_mark(task: str, document: str) -> int:
-    """The document that rows of `task` call so."""
+    """Returns a number for the document that rows of `task` name by this id."""
     return _number(f"{task}\0\0{document}")
 
 
@@ -64,7 +64,7 @@ def _number(key: str) -> int:
 
 
 class Answers:
-    """The answers of each question. Memory: 8 bytes a row, and the answers that rows share or exchange."""
+    """Holds the answers of each question. It takes 8 bytes a row, and the answers that several rows give."""
 
     def __init__(self, rows: Iterable[Example]) -> None:
         """`rows` are read twice: a list or a table."""
@@ -73,7 +73,7 @@ class Answers:
             self._shared.setdefault(question, {}).setdefault((text_mark(passage.text), passage.id), passage)
 
     def of(self, example: Example) -> tuple[Passage, ...]:
-        """All answers, in the order of the rows; a text that several rows give with other ids comes once for each."""
+        """Returns all answers, in the order of the rows. A text with several ids comes once for each of them."""
         shared = self._shared.get(question_of(example.task, example.query))
         if shared is None:
             return example.positives
@@ -82,7 +82,7 @@ class Answers:
 
 
 class AnswerMarks:
-    """The same for data of any size: what is kept of an answer is the mark of its text and that of its id."""
+    """Does the same for data of any size: of an answer it keeps the numbers of its text and of its id."""
 
     def __init__(self, rows: Iterable[Example]) -> None:
         """`rows` are read twice: a list or a table."""
@@ -91,13 +91,13 @@ class AnswerMarks:
             self._shared.setdefault(question, set()).update(marks_of(task, [passage]))
 
     def of(self, example: Example) -> set[int]:
-        """The marks of all answers."""
+        """Returns the numbers of all answers."""
         own = marks_of(example.task, example.positives)
         return own | self._shared.get(question_of(example.task, example.query), set())
 
 
 def _exchanged(rows: Iterable[Example]) -> Iterator[tuple[int, str, Passage]]:
-    """(question, its task, an answer) of each question of several rows, and of each that is itself an answer."""
+    """Yields (question, its task, an answer) for questions of several rows, and for questions that are answers, too."""
     asked, repeated = _questions(rows)
     examples = iter(rows)
     while chunk := list(islice(examples, _CHUNK)):
@@ -113,7 +113,7 @@ def _exchanged(rows: Iterable[Example]) -> Iterator[tuple[int, str, Passage]]:
 
 
 def _questions(rows: Iterable[Example]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """All questions, and those of several rows; both in ascending order."""
+    """Returns all questions, and those of several rows, both in ascending order."""
     asked = array("q", (question_of(row.task, row.query) for row in rows))
     questions, counts = np.unique(np.frombuffer(asked, dtype=np.int64), return_counts=True)
     return questions, questions[counts > 1]

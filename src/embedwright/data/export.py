@@ -1,4 +1,4 @@
-"""Examples in the columns that other trainers read. sentence-transformers: `anchor`, `positive`, `negative_1`, ..."""
+"""Writes examples in the columns that other trainers read: `anchor`, `positive`, `negative_1`, ..."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _BATCH = 4096  # rows in memory
 
 
 def to_columns(examples: Iterable[Example], negatives: int, report: Counter[str]) -> Iterator[dict[str, str]]:
-    """Rows `anchor`, `positive`, `negative_1` .. `negative_<negatives>`, the first of each example's negatives.
+    """Yields rows `anchor`, `positive`, `negative_1` .. `negative_<negatives>`, with each example's first negatives.
 
-    sentence-transformers' losses take one positive a row and an equal number of negatives in every row: an example
-    gives a row for each of its positives, one with fewer negatives gives none. The instruction is not in the texts: it
-    is a prompt of their trainer. `report` counts `examples`, `rows`, `fewer_negatives` (examples left out),
+    sentence-transformers' losses take one positive and the same number of negatives in every row. So an example gives a
+    row for each of its positives, and one with fewer negatives gives none. The instruction is not in the texts: it is a
+    prompt of their trainer. `report` counts `examples`, `rows`, `fewer_negatives` (examples left out),
     `more_positives` (rows beyond the first of an example), `negatives_cut` (passages).
     """
     for example in examples:
@@ -51,7 +51,7 @@ def export(
     negatives: int | None = None,
     task: str | None = None,
 ) -> dict[str, int]:
-    """Write the training data at `path` to the Parquet file `out`, whole or not at all. Returns `to_columns`' counts.
+    """Writes the training data at `path` to the Parquet file `out`, whole or not at all. Returns `to_columns`' counts.
 
     `negatives`: how many each row has; default: as many as every example has. `task`: the only one to write, since a
     prompt of sentence-transformers' trainer goes with a whole data set; default: all.

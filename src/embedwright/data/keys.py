@@ -1,7 +1,8 @@
-"""When are two texts the same? One exact key and one near key, for everything that asks.
+"""Decides when two texts are the same. All rooms take the exact key and the near key from here.
 
-Exact: equal after Unicode's NFKC_Casefold and with runs of white space as one space. Near: the Jaccard index of the
-sets of word 3-shingles is at least 0.8. Texts of fewer than five words have no near-duplicates: one word decides there.
+Texts are exact duplicates if they are equal after Unicode's NFKC_Casefold, with each run of white space as one space.
+They are near-duplicates if the Jaccard index of their sets of word 3-shingles is at least 0.8. Texts of fewer than five
+words have no near-duplicates: one word decides there.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ _IN_WORDS = frozenset("#*%@/\\_&")
 
 
 def exact_key(text: str) -> str:
-    """The form in which equal texts are equal: NFKC_Casefold, each run of white space as one space, none at the ends.
+    """Returns the text after NFKC_Casefold, with each run of white space as one space and none at the ends.
 
-    A text of nothing but ignorable characters has the key of an empty text.
+    Duplicates have equal keys. A text of ignorable characters alone has the key of an empty text.
     """
     if text.isascii():
         return " ".join(text.lower().split())
@@ -37,7 +38,7 @@ def exact_key(text: str) -> str:
 
 
 class _Fold(dict[int, str]):
-    """What `str.translate` makes of each code point of an exact key: word characters stay, the rest separates words.
+    """Tells `str.translate` what a code point of an exact key becomes: word characters stay, others separate words.
 
     Marks must stay: `\\w` of `re` leaves them out, and Hindi words that differ in a vowel sign would become equal.
     """
@@ -56,25 +57,25 @@ _SIGN = re.compile(r"(?<!\S)-(?=\d)")  # of a number: -5 is not 5
 
 
 def near_key(text: str) -> str:
-    """The words of a text, lower case, one space between them: what near-duplicates are compared by.
+    """Returns the words of a text in lower case, with one space between them. Near-duplicates are compared by it.
 
-    Punctuation is dropped; symbols and the marks that are part of a word (C++, C#, 50%, -5) are kept. Letters of
-    scripts without spaces (Han, kana, Thai, ...) are words of their own. Empty for a text of punctuation alone.
+    It drops punctuation and keeps symbols and the marks that are part of a word (C++, C#, 50%, -5). Letters of scripts
+    without spaces (Han, kana, Thai, ...) are words of their own. A text of punctuation alone gives an empty key.
     """
     return _near(exact_key(text))
 
 
 def both_keys(text: str) -> tuple[str, str]:
-    """The exact key and the near key, for those that need both."""
+    """Returns the exact key and the near key, for callers that need both."""
     exact = exact_key(text)
     return exact, _near(exact)
 
 
 def word_key(text: str) -> str:
-    """The near key, or the exact key of a text without a word (`:)`).
+    """Returns the near key, or the exact key of a text without a word (`:)`).
 
-    Texts of equal word keys differ in punctuation and case alone. For checks in which a false alarm is cheap and a miss
-    is not: a hard negative, a leak. These ask for equal word keys of texts that are too short for near-duplicates, too.
+    Texts with equal word keys differ in punctuation and case alone, however short they are. Use it where a false alarm
+    is cheap and a miss is not: for a hard negative, for a leak.
     """
     exact = exact_key(text)
     return _near(exact) or exact
@@ -85,7 +86,7 @@ def _near(exact: str) -> str:
 
 
 def shingles(key: str) -> set[str]:
-    """The word 3-grams of a near key; empty for a key of fewer than five words, which has no near-duplicates."""
+    """Returns the word 3-grams of a near key. A key of fewer than five words has none, so no near-duplicates."""
     words = key.split(" ")
     if len(words) < FEWEST_WORDS:
         return set()
@@ -93,12 +94,12 @@ def shingles(key: str) -> set[str]:
 
 
 def jaccard(a: set[str], b: set[str]) -> float:
-    """|a and b| / |a or b|; 0 if either set is empty."""
+    """Returns |a and b| / |a or b|, and 0 if a set is empty."""
     shared = len(a & b)
     return shared / (len(a) + len(b) - shared) if shared else 0.0
 
 
 def are_near(a: set[str], b: set[str]) -> bool:
-    """Whether texts of these shingles are near-duplicates."""
+    """Tells whether texts with these shingles are near-duplicates."""
     few, many = (len(a), len(b)) if len(a) < len(b) else (len(b), len(a))
     return few >= NEAR * many > 0 and jaccard(a, b) >= NEAR

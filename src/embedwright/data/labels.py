@@ -1,9 +1,10 @@
-"""Class labels as contrastive examples (NV-Embed, arXiv 2405.17428, section 3.3).
+"""Turns class labels into contrastive examples (NV-Embed, arXiv 2405.17428, section 3.3).
 
-Several classes, or clusters: the positive is another text of the class, the negatives are texts of other classes; drawn
-at random, not mined, for coverage. Two classes: the positive is the label's text, the negative the other label's text.
-A text with several labels: the positive shares at least one of them, a negative shares none. A text of a class carries
-the class as its id, so that no text of a row's class stands against it in a batch.
+With several classes or clusters, the positive is another text of the class, and the negatives are texts of other
+classes. They are drawn at random, not mined, for coverage. With two classes, the positive is the label's text, and the
+negative is the other label's text. If a text has several labels, its positive shares at least one of them, and a
+negative shares none. A text of a class carries the class as its id, so that no text of a row's class is its in-batch
+negative.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def label_triples(
     words: Mapping[str, str] | None = None,
     on_form: Callable[[Literal["example", "label"]], None] = lambda form: None,
 ) -> tuple[list[Example], dict[str, int]]:
-    """Examples from `rows` of (text, its label or labels), and how many rows gave none, by reason.
+    """Makes examples from `rows` of (text, its label or labels), and counts the rows that gave none, by reason.
 
     `form` auto is `label` for exactly two labels and `example` for more; `on_form` is told which form it is. What row i
     draws depends on the rows, `seed` and i alone. `ids` (default `task:i`) name the rows. `known` closes the list of
@@ -95,7 +96,7 @@ def label_triples(
 def _label_sets(
     rows: Sequence[LabelRow], labels_of: Sequence[dict[str, None]], unseen: Collection[int]
 ) -> tuple[dict[str, dict[str, None]], set[str]]:
-    """The labels of each text, and the texts that stand under other labels in another row, which are left out of it."""
+    """Returns the labels of each text, and apart from these the texts that have other labels in another row."""
     sets: dict[str, dict[str, None]] = {}
     conflicting = set()
     for i, (text, _) in enumerate(rows):
@@ -105,7 +106,7 @@ def _label_sets(
 
 
 def _spoken(task: str, labels: Sequence[str], words: Mapping[str, str] | None) -> dict[str, str]:
-    """What stands for each label. Two labels of the same words would make a negative of a positive."""
+    """Returns the words for each label. If two labels had the same words, a positive would become a negative."""
     if words is None:
         if wordless := [label for label in labels if _WORDLESS.fullmatch(label)]:
             raise DataError(
@@ -124,7 +125,7 @@ def _spoken(task: str, labels: Sequence[str], words: Mapping[str, str] | None) -
 
 
 class _Draw:
-    """Texts drawn from the classes. Holds what does not depend on the row."""
+    """Draws texts from the classes. It holds what does not depend on the row."""
 
     def __init__(self, classes: Classes, label_sets: Mapping[str, dict[str, None]], negatives: int) -> None:
         self.classes, self.label_sets, self.negatives = classes, label_sets, negatives
@@ -133,20 +134,20 @@ class _Draw:
         self.single = all(len(labels) == 1 for labels in label_sets.values())
 
     def passage(self, text: str, beside: Sequence[str] = ()) -> Passage:
-        """A text under its labels and those `beside`: what the row itself has, at its positive."""
+        """Returns a text with its labels as id, and with those `beside`: the labels of the row, at its positive."""
         return Passage(text, class_id(dict.fromkeys([*beside, *self.label_sets[text]])))
 
     def other(self, labels: Sequence[str], text: str, rng: random.Random) -> str:
-        """A text other than `text` of one of its `labels`, each of which has at least two texts."""
+        """Draws a text other than `text` of one of its `labels`, each of which has at least two texts."""
         texts = self.classes[labels[0] if len(labels) == 1 else rng.choice(labels)]
         while (other := rng.choice(texts)) == text:
             pass
         return other
 
     def of_other_classes(self, own: Sequence[str], rng: random.Random) -> list[str]:
-        """`negatives` distinct texts without a label of `own`, or all there are.
+        """Draws `negatives` different texts without a label of `own`, or all there are.
 
-        Each time a class is drawn uniformly, then one of its texts.
+        It draws a class uniformly each time, then one of its texts.
         """
         ranks = sorted(self.rank[label] for label in own)
         taken = sum(len(self.classes[label]) for label in own)

@@ -1,4 +1,4 @@
-"""`Task` and `Example`: one row of training data, what is asked of it, and its form as a JSON object."""
+"""Defines `Task` and `Example`, one row of training data, and reads and writes an example as a JSON object."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ InBatch = Literal["none", "same_task", "all"]
 
 
 class DataError(InputError):
-    """Data that cannot be used. The message names file, line and key, as far as they are known where it is raised."""
+    """Data cannot be used. The message names file, line and key, as far as they are known where it is raised."""
 
 
 class Task(BaseModel):
@@ -43,7 +43,7 @@ class Task(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """A positive or negative: a text, with the id of its document where it has one."""
+    """Holds a positive or a negative: a text, and the id of its document if it has one."""
 
     text: str
     id: str | None = None
@@ -51,7 +51,7 @@ class Passage:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One training row: a query, what answers it, and what does not (any number of each)."""
+    """Holds one training row: a query, passages that answer it, and passages that do not, any number of each."""
 
     id: str
     task: str
@@ -70,11 +70,10 @@ EXAMPLE_KEYS = tuple(Example.__dataclass_fields__)  # a row has the keys of the 
 def parse_example(
     row: Mapping[str, Any], *, default_task: str, default_id: str = "", corpus: Mapping[str, str] | None = None
 ) -> Example:
-    """The row of a JSONL or Parquet file (design, section 4) as an Example.
+    """Reads a row of a data file as an Example. Raises DataError, naming the key, if it is none.
 
     An item of `positives` or `negatives` is a text, `{"id", "text"}`, or `{"id"}`, which is looked up in `corpus`
-    (document id -> text). A key whose value is None counts as absent: Parquet cannot leave a column out of one row.
-    Raises DataError, naming the key, where the row is not such an example.
+    (document id -> text). A key with the value None counts as absent: Parquet cannot leave a column out of one row.
     """
     check_keys(row, EXAMPLE_KEYS)
     positives = _passages(row.get("positives"), "positives", corpus)
@@ -96,7 +95,7 @@ def parse_example(
 
 
 def to_row(example: Example) -> dict[str, Any]:
-    """The JSON object of `example`, without the keys that are not set: `parse_example` of it gives `example` back."""
+    """Returns the JSON object of `example`, without keys that are not set. `parse_example` gives `example` back."""
     row = {key: value for key in EXAMPLE_KEYS if (value := getattr(example, key)) is not None and value != ""}
     for key in ("positives", "negatives"):
         row[key] = [p.text if p.id is None else {"id": p.id, "text": p.text} for p in row[key]]
@@ -109,7 +108,7 @@ def to_row(example: Example) -> dict[str, Any]:
 
 
 def check_keys(row: Mapping[str, Any], known: Collection[str], where: str = "") -> None:
-    """Raise DataError on a key of `row` that is not in `known`, with the nearest one that is."""
+    """Raises DataError on a key of `row` that is not in `known`, and names the nearest known key."""
     for key in row:
         if key not in known:
             short = str(key)[:60]  # a key can be as long as the line it comes from
@@ -119,7 +118,7 @@ def check_keys(row: Mapping[str, Any], known: Collection[str], where: str = "") 
 
 
 def text_of(value: object, key: str) -> str:
-    """`value`, if it is a text with something in it. Raises DataError naming `key`."""
+    """Returns `value` if it is a text that is not blank. Raises DataError naming `key`."""
     if value is None:
         raise DataError(f"no {key}")
     if not isinstance(value, str):
@@ -136,12 +135,12 @@ def text_of(value: object, key: str) -> str:
 
 
 def id_of(value: object, key: str) -> str:
-    """`value` as an id: a text, or a whole number, which many public sets use. Raises DataError naming `key`."""
+    """Returns `value` as an id: a text, or a whole number, as in many public sets. Raises DataError naming `key`."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else text_of(value, key)
 
 
 def label_of(value: object, key: str) -> str:
-    """`value` as the name of a class: a text, a whole number (as a float too), true or false. Raises DataError."""
+    """Returns `value` as the name of a class: a text, a whole number, true or false. Raises DataError."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
@@ -152,14 +151,14 @@ def label_of(value: object, key: str) -> str:
 
 
 def binary_of(value: object, key: str) -> int:
-    """`value` as 0 or 1. Raises DataError naming `key`."""
+    """Returns `value` as 0 or 1. Raises DataError naming `key`."""
     if not isinstance(value, bool | int | float) or value not in (0, 1):
         raise DataError(f"{key}: expected 0 or 1, not {repr(value)[:60]}")
     return int(value)
 
 
 def number_of(value: object, key: str) -> float:
-    """`value` as a finite float. Raises DataError naming `key`."""
+    """Returns `value` as a finite float. Raises DataError naming `key`."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise DataError(f"{key}: expected a number, not {type(value).__name__}")
     try:

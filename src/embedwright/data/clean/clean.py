@@ -1,4 +1,4 @@
-"""Training examples without what does harm: unwanted rows, repeats, leaks from evaluation data.
+"""Cleans training examples of unwanted rows, repeats, and leaks from evaluation data.
 
 The rules, in this order: licence, language, length, repeats of an earlier row, repeats within a row, leaks. A query
 that breaks a rule removes its row. A passage that breaks one is cut out of its row; a row without a positive goes.
@@ -36,7 +36,7 @@ _FAULTS = ("", "licence", "licence_unknown", "language", "length", "repeated_exa
 
 @dataclass(slots=True)
 class Report:
-    """What `clean` did: rows kept, rows removed and passages cut by reason, leaking texts by evaluation file."""
+    """Counts rows kept, rows removed and passages cut by reason, and leaking texts by evaluation file."""
 
     kept: int = 0
     removed: Counter[str] = field(default_factory=Counter)
@@ -120,7 +120,7 @@ def clean_file(
 
 
 def _row_faults(examples: Iterable[Example], filters: Filters, by: By) -> bytearray:
-    """(rows,): what is wrong with each row as a whole, as a number of _FAULTS."""
+    """Returns what is wrong with each row as a whole, as a number of _FAULTS."""
     faults, tasks, shapes = bytearray(), dict[str, int](), array("q")
 
     def texts() -> Iterator[str]:
@@ -156,7 +156,7 @@ def _row_faults(examples: Iterable[Example], filters: Filters, by: By) -> bytear
 def _kept(
     examples: Iterable[Example], faults: bytearray, filters: Filters, report: Report
 ) -> Iterator[tuple[int, Example]]:
-    """(number from 1, example) of the rows without a fault, without passages of a wrong length and repeats."""
+    """Yields (number from 1, example) of rows without a fault, less passages of a wrong length and repeats."""
     for number, (example, fault) in enumerate(zip(examples, faults, strict=True), start=1):
         if fault:
             report.removed[_FAULTS[fault]] += 1
@@ -195,12 +195,12 @@ def _unleaked(
 
 
 def _texts(example: Example) -> list[str]:
-    """Query, positives, negatives. The place of a text in this list names it below."""
+    """Returns query, positives, negatives. The place of a text in this list names it below."""
     return [example.query, *(passage.text for passage in (*example.positives, *example.negatives))]
 
 
 def _judged(example: Example, faulty: Collection[int], reason: str, report: Report) -> Example | None:
-    """`_without`, counted under `reason`."""
+    """Does the same as `_without`, and counts it under `reason`."""
     left = _without(example, faulty)
     if left is None:
         report.removed[reason] += 1
@@ -210,9 +210,9 @@ def _judged(example: Example, faulty: Collection[int], reason: str, report: Repo
 
 
 def _without(example: Example, faulty: Collection[int]) -> Example | None:
-    """`example` without the passages at the `faulty` places, and their scores.
+    """Returns `example` without the passages at the `faulty` places, and their scores.
 
-    None if the query is among them, or no positive is left.
+    It is None if the query is among them, or no positive is left.
     """
     if not faulty:
         return example
@@ -228,12 +228,12 @@ def _without(example: Example, faulty: Collection[int]) -> Example | None:
 
 
 def _misfits(example: Example, filters: Filters) -> set[int]:
-    """Places of texts that are too short or too long."""
+    """Returns the places of texts that are too short or too long."""
     return {place for place, text in enumerate(_texts(example)) if not fits(text, filters)}
 
 
 def _repeats_inside(example: Example) -> set[int]:
-    """Places of positives that repeat an earlier one, of negatives that repeat any text before them."""
+    """Returns the places of positives that repeat an earlier one, and of negatives that repeat any text before."""
     faulty: set[int] = set()
     seen: dict[str, set[str]] = {}
     query, *passages = map(both_keys, _texts(example))

@@ -1,6 +1,6 @@
-"""Which rows stay out by licence, language or length: each function gives the reason, or None where a row may stay.
+"""Judges rows by licence and language, and texts by length.
 
-Languages are told by py3langid (140 languages, byte n-grams, offline).
+py3langid tells languages (140 of them, by byte n-grams, offline).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SEEN = 1000  # characters of a row that its language is told by
 
 @dataclass(frozen=True, slots=True)
 class Filters:
-    """What rows must be like. The defaults let everything pass.
+    """Says what rows must be like. The defaults let everything pass.
 
     `allow`, `deny`: licences as shell patterns (`CC-BY*`), upper and lower case alike. `licences`: that of each task,
     for tasks that are not in the catalogue. `languages`: codes of ISO 639. Lengths, in characters and in words parted
@@ -48,19 +48,19 @@ class Filters:
 
 
 def row_fault(example: Example, filters: Filters) -> str | None:
-    """Why the whole row stays out: `licence`, `licence_unknown` or `language`."""
+    """Returns why a row is left out: `licence`, `licence_unknown` or `language`; None if it stays."""
     return _licence_fault(example.task, filters) or _language_fault(example, filters.languages)
 
 
 def fits(text: str, filters: Filters) -> bool:
-    """Whether a text is neither too short nor too long."""
+    """Tells whether a text is neither too short nor too long."""
     chars = (len(text), filters.min_chars, filters.max_chars)
     words = (len(text.split()), filters.min_words, filters.max_words)
     return all(least <= size and (most is None or size <= most) for size, least, most in (chars, words))
 
 
 def _licence_fault(task: str, filters: Filters) -> str | None:
-    """A task whose licence nobody states is out wherever licences are asked for."""
+    """Judges the licence of a task. An unknown one is a fault as soon as licences are asked for."""
     if not (filters.allow or filters.deny):
         return None
     known = find_task(task)
@@ -76,7 +76,7 @@ def _matches(licence: str, patterns: Collection[str]) -> bool:
 
 
 def _language_fault(example: Example, languages: Collection[str]) -> str | None:
-    """The row's own `language` decides where it has one, else query and positives read together."""
+    """Judges the language of a row: its own `language` if it has one, else that of query and positives together."""
     if not languages:
         return None
     if example.language is not None:

@@ -1,4 +1,4 @@
-"""Which training texts leak from evaluation data: equal, nearly equal, or told apart by little in BM25.
+"""Finds training texts that leak from evaluation data: equal, nearly equal, or close by BM25.
 
 NV-Embed filtered Emotion and AmazonCounterfactual by BM25 similarity to the MTEB test sets, and removed clustering
 texts that match them (arXiv 2405.17428, section on data; no thresholds given). Here all sets go through all rules, in
@@ -44,7 +44,7 @@ LONGER = 1.5  # a text of more words than so many times the evaluation text's ma
 
 @dataclass(frozen=True, slots=True)
 class EvalText:
-    """A text of evaluation data, its file, and the id of its row (`file:line` where it has none)."""
+    """Holds a text of evaluation data, its file, and the id of its row (`file:line` if it has none)."""
 
     file: str
     row: str
@@ -52,9 +52,9 @@ class EvalText:
 
 
 def read_eval_texts(paths: Iterable[Path], corpus: bool = False) -> Iterator[EvalText]:
-    """The texts that a model is tested on: queries and texts always, the documents of BEIR folders if `corpus`.
+    """Yields the texts that a model is tested on: queries and texts always, documents of BEIR folders if `corpus`.
 
-    A path is a data file of any kind (design, section 9), a BEIR folder, or a folder of such, at any depth. Of a BEIR
+    A path is a data file of any kind, a BEIR folder, or a folder of such, at any depth. Of a BEIR
     folder the queries judged in any split but `train` count. Training on the corpus that is searched later is usual
     and allowed, so it is left out unless asked for. A corpus and its queries are in memory while they are read.
     Raises FileNotFoundError, and DataError on a bad line: a test text that is not read would not be protected.
@@ -121,7 +121,7 @@ def _of_beir(folder: Path, corpus: bool) -> Iterator[EvalText]:
 
 @dataclass(frozen=True, slots=True)
 class Leak:
-    """The evaluation text that a training text repeats. `score`: Jaccard, or the fraction of the BM25 self-score."""
+    """Names the evaluation text that a training text repeats. `score` is the Jaccard index, or the BM25 fraction."""
 
     rule: Rule
     score: float
@@ -129,10 +129,10 @@ class Leak:
 
 
 class EvalTexts:
-    """Evaluation texts, and which of them a training text repeats.
+    """Holds evaluation texts, and finds the one that a training text repeats.
 
-    `bm25`: fraction of an evaluation text's BM25 score with itself from which a training text leaks; None leaves the
-    rule out. Memory: about 2 KB an evaluation text, and under bm25 100 bytes for each of its words.
+    `bm25` is the fraction of an evaluation text's BM25 score with itself from which a training text leaks. None turns
+    the rule off. An evaluation text takes about 2 KB of memory, and under bm25 100 bytes for each of its words.
     """
 
     def __init__(self, paths: Sequence[Path], *, corpus: bool = False, bm25: float | None = BM25) -> None:
@@ -144,7 +144,7 @@ class EvalTexts:
         return len(self._shown)
 
     def find(self, texts: Sequence[str]) -> Iterator[Leak | None]:
-        """For each of `texts`, in order: its leak by the first rule that holds, or None."""
+        """Yields for each of `texts`, in order, its leak by the first rule that holds, or None."""
         for text, match in zip(texts, self._known.find(texts), strict=True):
             if match is not None:
                 yield Leak("exact" if match.exact else "near", match.jaccard, self._held(match.first))
@@ -162,7 +162,7 @@ class EvalTexts:
 
 
 class Bm25:
-    """Which of N texts another one covers best: its BM25 score with the text, divided by that text's own score.
+    """Finds which of N texts another one covers best: by its BM25 score with the text, divided by the text's own.
 
     Both scores count each different word of the query once, so the fraction is the share of the text's BM25 weight that
     lies on words of the other, from 0 to 1; word order does not matter. Weights are bm25s's (Lucene, k1 1.5, b 0.75),
@@ -181,7 +181,7 @@ class Bm25:
         self.self_score_N = np.bincount(scores["indices"], scores["data"], minlength=len(words))
 
     def best(self, near_key: str) -> tuple[int, float] | None:
-        """The text of the highest fraction, the first of equals, and that fraction; None below the threshold.
+        """Returns the text of the highest fraction, the first of equals, and the fraction. None is below the threshold.
 
         A text of more than LONGER times its words is not counted: a long passage holds the words of a short question.
         """

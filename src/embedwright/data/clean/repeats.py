@@ -1,4 +1,4 @@
-"""Repeated texts: equal by their exact key, or near-duplicates by the Jaccard index of their word 3-shingles (`keys`).
+"""Finds repeated texts: equal by their exact key, or near-duplicates by the Jaccard index of their shingles (`keys`).
 
 rensa's MinHash index proposes candidates, and the Jaccard index of the shingles themselves decides, so nothing below
 the threshold is called a repeat. Near keys wait in a temporary file, from which those of the candidates are read again.
@@ -36,14 +36,14 @@ _MIX = np.random.default_rng(7).integers(1, 2**64, size=_ROWS, dtype=np.uint64) 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """How many texts repeat another one, by kind."""
+    """Counts the texts that repeat another one, by kind."""
 
     exact: int
     near: int
 
 
 class Match(NamedTuple):
-    """Index of the text that is repeated, whether the exact keys are equal, and the Jaccard index of the shingles."""
+    """Holds the index of the repeated text, whether the exact keys are equal, and the Jaccard index of the shingles."""
 
     first: int
     exact: bool
@@ -84,22 +84,22 @@ def repeats(texts: Iterable[str]) -> dict[int, Match]:
 
 
 def drop_duplicates(texts: Sequence[str]) -> tuple[list[int], Counts]:
-    """Indices of the texts to keep, in order, and how many were dropped."""
+    """Returns the indices of the texts to keep, in order, and how many were dropped."""
     found = repeats(texts)
     return [index for index in range(len(texts)) if index not in found], _count(found)
 
 
 def leaks(train_texts: Iterable[str], eval_texts: Iterable[str]) -> tuple[list[int], Counts]:
-    """Indices of the training texts that equal or nearly equal an evaluation text, in order, and their counts."""
+    """Returns the indices of the training texts that repeat an evaluation text, in order, and their counts."""
     matches = DuplicateIndex(eval_texts).find(train_texts)
     found = {index: match for index, match in enumerate(matches) if match}
     return list(found), _count(found)
 
 
 class DuplicateIndex:
-    """Texts that others are compared with. Memory: about 2 KB a text, whatever its length.
+    """Holds texts that others are compared with. It takes about 2 KB of memory a text, whatever its length.
 
-    A text of the same words as one of these is near it, however short: a leak may differ in punctuation alone.
+    A text with the same words as one of these is near it, however short: a leak may differ in punctuation alone.
     """
 
     def __init__(self, texts: Iterable[str]) -> None:
@@ -119,7 +119,7 @@ class DuplicateIndex:
                 self.near_keys.add(near)
 
     def find(self, texts: Iterable[str]) -> Iterator[Match | None]:
-        """For each text, in order: what it repeats, an equal text before the nearest one; None where there is none."""
+        """Yields for each text, in order, what it repeats: an equal text, else the nearest one, else None."""
         for batch in _batched(map(both_keys, texts)):
             sets = [shingles(near) for _, near in batch]
             for (exact, near), mine, sketch in zip(batch, sets, _sketches(sets), strict=True):
@@ -137,7 +137,7 @@ class DuplicateIndex:
 
 
 class DiskList:
-    """Texts in a temporary file, written in order and read by number: 8 bytes of memory a text."""
+    """Holds texts in a temporary file. They are added in order and read by number, and take 8 bytes of memory each."""
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as this object
@@ -173,7 +173,7 @@ def _sketches(sets: Iterable[set[str]]) -> Any:
 
 
 def _band_keys(sets: Sequence[set[str]]) -> NDArray[np.uint32]:
-    """uint32 (N, B): texts of equal shingles have equal keys. Another pair has one in common by chance at 2^-32."""
+    """Returns uint32 (N, B). Texts of equal shingles have equal keys; others share one by chance with 2^-32."""
     rows = RMinHash.digest_matrix_from_token_sets(list(map(list, sets)), **_SKETCH).to_rows()
     mixed = (np.array(rows, dtype=np.uint64).reshape(-1, _BANDS, _ROWS) * _MIX).sum(axis=2, dtype=np.uint64)
     keys: NDArray[np.uint32] = (mixed >> np.uint64(32)).astype(np.uint32)
@@ -181,7 +181,7 @@ def _band_keys(sets: Sequence[set[str]]) -> NDArray[np.uint32]:
 
 
 def _sharing(bands_NB: NDArray[np.uint32]) -> NDArray[np.bool_]:
-    """bool (N,): which texts share a band with another one. The index takes these alone, as it needs 2 KB for each."""
+    """Tells which texts share a band with another one. The index takes these alone, as it needs 2 KB for each."""
     shares_N = np.zeros(len(bands_NB), dtype=np.bool_)
     for keys_N in bands_NB.T:
         _, which_N, counts = np.unique(keys_N, return_inverse=True, return_counts=True)

@@ -1,4 +1,4 @@
-"""Retrieval sets in the layout of BEIR (arXiv 2104.08663), and corpora: rows `{"_id" or "id", "text", "title"?}`.
+"""Reads retrieval sets in the layout of BEIR (arXiv 2104.08663), and corpora: `{"_id" or "id", "text", "title"?}`.
 
 A bad line is an error here: a document that is silently missing would change every score computed on the corpus.
 """
@@ -18,7 +18,7 @@ from embedwright.errors import NotFoundError
 
 @dataclass(frozen=True, slots=True)
 class Beir:
-    """A retrieval set in the layout of BEIR (arXiv 2104.08663)."""
+    """Holds a retrieval set in memory."""
 
     corpus: dict[str, str]  # document id -> title and text
     queries: dict[str, str]  # query id -> text
@@ -26,7 +26,7 @@ class Beir:
 
 
 def read_beir(folder: Path, split: str | None = None) -> Beir:
-    """`corpus.jsonl[.gz]`, `queries.jsonl[.gz]` and `qrels/<split>.tsv[.gz]` of `folder`.
+    """Reads `corpus.jsonl[.gz]`, `queries.jsonl[.gz]` and `qrels/<split>.tsv[.gz]` of `folder`.
 
     `split` may be left out where there is one. A document's text is title, space, text. Raises FileNotFoundError, and
     DataError naming file and line: on a bad line, an id that occurs twice, a judgement of an unknown query or document.
@@ -37,7 +37,7 @@ def read_beir(folder: Path, split: str | None = None) -> Beir:
 
 
 def beir_files(folder: Path, split: str | None = None) -> tuple[Path, Path, Path]:
-    """The corpus, queries and qrels files of a BEIR folder."""
+    """Returns the corpus, queries and qrels files of a BEIR folder."""
     splits = beir_splits(folder)
     if split is None:
         if len(splits) > 1:
@@ -49,7 +49,7 @@ def beir_files(folder: Path, split: str | None = None) -> tuple[Path, Path, Path
 
 
 def beir_splits(folder: Path) -> dict[str, Path]:
-    """The judgements of a BEIR folder by split."""
+    """Maps each split of a BEIR folder to its file of judgements."""
     found = sorted((*(folder / "qrels").glob("[!.]*.tsv"), *(folder / "qrels").glob("[!.]*.tsv.gz")))
     return {path.name.removesuffix(".gz").removesuffix(".tsv"): path for path in found}
 
@@ -62,7 +62,7 @@ def _plain_or_gz(path: Path) -> Path:
 
 
 def read_corpus(path: Path) -> dict[str, str]:
-    """Document id -> title, space, text, from rows `{"_id" or "id", "text", "title"?}`; other keys are not read.
+    """Maps document id to text, from rows `{"_id" or "id", "text", "title"?}`. Other keys are not read.
 
     `path` is a file, a folder of files, or a BEIR folder. A document may be empty, as some of BEIR's are. Raises
     FileNotFoundError, and DataError naming file and line.
@@ -85,14 +85,14 @@ def read_corpus(path: Path) -> dict[str, str]:
 
 
 def corpus_rows(path: Path) -> Iterator[tuple[Path, int, dict[str, Any] | DataError]]:
-    """(file, number, row) of each document of a file, a folder of files, or a BEIR folder."""
+    """Yields (file, number, row) for each document of a file, a folder of files, or a BEIR folder."""
     files = [_plain_or_gz(path / "corpus.jsonl")] if path.is_dir() and is_beir(path) else data_files(path, "corpus")
     for file in files:
         yield from ((file, number, row) for number, _, row in read_rows(file))
 
 
 def document_text(row: Mapping[str, Any]) -> str:
-    """Title, space, text; either may be empty, as some of BEIR's are. Raises DataError where there is no text."""
+    """Returns title, space, text. Either may be empty, as some of BEIR's are. Raises DataError if there is no text."""
     if row.get("text") is None:
         raise DataError("no text")
     title, text = (
@@ -117,7 +117,7 @@ def _read_qrels(path: Path, corpus: Mapping[str, str], queries: Mapping[str, str
 
 
 def read_judgements(path: Path) -> Iterator[tuple[str, str, str, int]]:
-    """(file:line, query id, document id, relevance) of each line of a qrels file. Raises DataError naming the line."""
+    """Yields (file:line, query id, document id, relevance) of a qrels file. Raises DataError naming the line."""
     for number, raw, _ in text_lines(path):
         if raw.isspace():
             continue

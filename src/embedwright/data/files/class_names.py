@@ -1,4 +1,4 @@
-"""The names of classes that rows call 0, 1, ...: from what the `datasets` library writes into files and beside them."""
+"""Finds the names of classes that rows call 0, 1, ...: the `datasets` library writes them into files or beside them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Names = dict[str, str]  # the number of a class, as a text -> its name
 
 
 def class_names(path: Path, column: str) -> Names | None:
-    """The names of the classes in `column` of a file or folder; None where nothing says them.
+    """Returns the names of the classes in `column` of a file or folder, or None if nothing says them.
 
     Parquet and Arrow files carry them as metadata. Else `dataset_info.json`, `dataset_infos.json` or the head of a
     `README.md` in the file's folder, or in the one above, may say them. Several configs must agree.
@@ -29,7 +29,7 @@ def class_names(path: Path, column: str) -> Names | None:
 
 
 def names_of(feature: Any) -> Names | None:
-    """The names of a ClassLabel, or of a list of such, in any of the forms that `datasets` writes."""
+    """Returns the names of a ClassLabel, or of a list of such, in any of the forms that `datasets` writes."""
     if not isinstance(feature, Mapping):
         return None
     for inner in ("feature", "sequence", "list", "dtype", "class_label"):
@@ -42,7 +42,7 @@ def names_of(feature: Any) -> Names | None:
 
 
 def _in_file(file: Path) -> list[Mapping[str, Any]]:
-    """Column -> feature, from the metadata of a Parquet or Arrow file."""
+    """Maps column to feature, from the metadata of a Parquet or Arrow file."""
     with opened_table(file) as table:
         written = ((table[0].metadata or {}) if table else {}).get(b"huggingface")
     try:
@@ -52,7 +52,7 @@ def _in_file(file: Path) -> list[Mapping[str, Any]]:
 
 
 def _beside(folder: Path) -> Iterator[Mapping[str, Any]]:
-    """Column -> feature of each config that a file of `folder` describes. A broken file describes none."""
+    """Maps column to feature, for each config that a file of `folder` describes. A broken file describes none."""
     infos: list[Any] = []
     for name in ("dataset_info.json", "dataset_infos.json"):
         info = _parsed(_read(folder / name), json.loads)

@@ -1,4 +1,4 @@
-"""What rows need to become examples, whatever their kind: settings, names of tasks, counts of what is left out."""
+"""Holds what rows of any kind need to become examples: settings, names of tasks, counts of what is left out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from embedwright.data.schema import Example, Passage
 
 @dataclass(kw_only=True)
 class Conversion:
-    """The settings of one conversion. It counts what it leaves out in `report`, by reason.
+    """Holds the settings of one conversion, and counts what it leaves out in `report`, by reason.
 
     `form`, `known`, `negatives` and `seed` are those of `label_triples`. `names`: names of classes by column, where the
     data says them.
@@ -28,16 +28,16 @@ class Conversion:
     report: Counter[str] = field(default_factory=Counter)
 
     def task_of(self, row_id: str) -> str:
-        """The name of a row's task."""
+        """Returns the name of a row's task."""
         return self.task
 
     def on_form(self, form: str | None) -> None:
-        """Called with the form that the examples of labelled rows have."""
+        """Is called with the form that the examples of labelled rows have."""
 
     def example(
         self, row_id: str, query: str, positives: Iterable[Passage], negatives: Iterable[Passage] = ()
     ) -> Example:
-        """One example. A negative that is also a positive is counted and left out."""
+        """Makes one example. It counts and leaves out a negative that is also a positive."""
         right, wrong = tuple(positives), each_once(negatives)
         answers = each_once(right) if wrong else {}
         kept = tuple(passage for key, passage in wrong.items() if key not in answers)
@@ -51,7 +51,7 @@ class Conversion:
         corpus: Mapping[str, str],
         prefix: str = "",
     ) -> Iterator[Example]:
-        """One example for each query id of `relevant`, with all its documents that have a text.
+        """Yields one example for each query id of `relevant`, with all its documents that have a text.
 
         Its id is `prefix` and the query's.
         """
@@ -65,7 +65,7 @@ class Conversion:
 
 
 def each_once(passages: Iterable[Passage]) -> dict[str, Passage]:
-    """Exact key -> the first passage that has it."""
+    """Maps each exact key to the first passage that has it."""
     found: dict[str, Passage] = {}
     for passage in passages:
         found.setdefault(exact_key(passage.text), passage)

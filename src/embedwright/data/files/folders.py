@@ -1,6 +1,6 @@
-"""Which files of a folder are its data: shards, a folder that `datasets` saved, a copy of a repository of the hub.
+"""Finds the data files of a folder: shards, a folder that `datasets` saved, a copy of a repository of the hub.
 
-Hidden files, left-overs and what stands beside data (tasks, quarantine, reports) are never read as data.
+Hidden files, leftovers and files beside data (tasks, quarantine, reports) are never read as data.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ _SPLITS = {"train", "training", "validation", "valid", "val", "dev", "test", "te
 
 
 def is_data(path: Path) -> bool:
-    """Whether a file has the name of a data file, and not that of a left-over or of what stands beside data."""
+    """Tells whether a file has the name of a data file, and not that of a leftover or of a file beside data."""
     return plain_name(path.name).endswith(SUFFIXES) and not is_beside(path)
 
 
 def is_beside(path: Path) -> bool:
-    """Whether a file is a left-over, or stands beside data."""
+    """Tells whether a file is a leftover, or belongs to a data file beside it."""
     name = path.name
     return name.startswith((".", "_", "cache-")) or name in _NO_DATA or name.endswith(_BESIDE)
 
 
 def stem_of(path: Path) -> str:
-    """A file's or folder's name without what tells its format: the task of rows that name none."""
+    """Returns the name of a file or folder without its suffixes. It is the task of rows that name none."""
     # A link is not followed: a file of the hub's cache is one, to a file whose name is a hash.
     name = plain_name((path if path.name not in ("", "..") else path.resolve()).name)
     return next((name.removesuffix(end) for end in (*SUFFIXES, ".txt") if name.endswith(end)), name)
 
 
 def is_beir(folder: Path) -> bool:
-    """Whether a folder is laid out as those of BEIR: `queries.jsonl` or `corpus.jsonl`, and `qrels`."""
+    """Tells whether a folder has the layout of BEIR: a folder `qrels`, or a `queries.jsonl`."""
     return (folder / "qrels").is_dir() or any((folder / f"queries.jsonl{end}").is_file() for end in ("", ".gz"))
 
 
 def is_one_set(folder: Path) -> bool:
-    """Whether a folder is surely one data set, and not a folder of several."""
+    """Tells whether a folder is surely one data set, and not a folder of several."""
     named = ("state.json", "dataset_dict.json")
     return (
         is_beir(folder)
@@ -59,10 +59,10 @@ def is_one_set(folder: Path) -> bool:
 
 
 def data_files(path: Path, split: str = "train") -> list[Path]:
-    """The files of a data set, in the order of their names: the file itself, or those of a folder.
+    """Returns the files of a data set in the order of their names: the file itself, or those of a folder.
 
-    Of a folder with several splits those of `split`. Raises FileNotFoundError, and DataError where the folder has no
-    data, or where its files are several splits without `split`, or the same rows in two formats.
+    If a folder has several splits, these are the files of `split`. Raises FileNotFoundError, and DataError if the
+    folder has no data, if none of its splits is `split`, or if it may hold the same rows in two formats.
     """
     if path.is_file():
         return [path]
@@ -95,7 +95,7 @@ _EXPECTED = (
 
 
 def _split_of(file: Path) -> str:
-    """`train` of `train-00000-of-00002.parquet` and of `train.jsonl`; empty for any other name."""
+    """Returns `train` for `train-00000-of-00002.parquet` and for `train.jsonl`, and nothing for any other name."""
     name = stem_of(file)
     if shard := _SHARD.fullmatch(name):
         return shard[1]

@@ -1,4 +1,4 @@
-"""The kinds of rows, one class each: their columns, the checks of these, and how rows become examples.
+"""Defines the kinds of rows, one class each: their columns, the checks of these, and how rows become examples.
 
 Data files have the columns of `KINDS`, which tell the kind of a file. A public set (`sources.catalog`) names its own.
 """
@@ -44,13 +44,13 @@ Words = Annotated[
 
 
 class RowKind(BaseModel):
-    """A kind of row with the names of its columns."""
+    """Names the columns of a kind of row."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     id: str | None = None
 
     def fields(self, row: Row, default_id: str) -> Fields:
-        """The checked values of a row, always with an `id`. Raises DataError, naming the column."""
+        """Returns the checked values of a row, always with an `id`. Raises DataError, naming the column."""
         value = row.get(self.id) if self.id else None
         return {"id": default_id if value is None else id_of(value, str(self.id))} | self._parse(row)
 
@@ -59,11 +59,11 @@ class RowKind(BaseModel):
 
     @abstractmethod
     def examples(self, rows: Iterable[Fields], job: Conversion) -> Iterator[Example]:
-        """What rows of such fields become."""
+        """Yields the examples that rows of such fields become."""
 
 
 class PairRows(RowKind):
-    """A query and what answers it, and perhaps hard negatives, in one row.
+    """A row has a query and its answer, and it may have hard negatives.
 
     `grouped`: a query has several rows, each with one of its answers. They become one example; all rows are in memory.
     """
@@ -90,7 +90,7 @@ class PairRows(RowKind):
 
 
 def by_query(rows: Iterable[Fields]) -> Iterable[Fields]:
-    """Pairs of one query as one row, under the id and the words of the first; each positive once."""
+    """Merges the pairs of one query into one row, with the id and the words of the first, and each positive once."""
     found: dict[str, Fields] = {}
     for row in rows:
         first = found.setdefault(exact_key(row["query"]), row)
@@ -101,7 +101,7 @@ def by_query(rows: Iterable[Fields]) -> Iterable[Fields]:
 
 
 class LabelledRows(RowKind):
-    """A text and its label, or labels: a list, or one text that `separator` splits. See `label_triples`.
+    """A row has a text and its label, or labels: a list, or one text that `separator` splits. See `label_triples`.
 
     All rows are held in memory: a negative may come from any of them.
     """
@@ -145,7 +145,7 @@ class LabelledRows(RowKind):
 
 
 class ScoredRows(RowKind):
-    """Two texts and how alike they are. `scale` and `threshold` are in the units of `score`.
+    """A row has two texts and a score of their similarity. `scale` and `threshold` are in its units.
 
     Pairs that reach the threshold become an example in each direction (NV-Embed, section 3.3).
     """
@@ -174,9 +174,9 @@ class ScoredRows(RowKind):
 
 
 class NliRows(RowKind):
-    """Premise, hypothesis, label. Rows of other labels are counted and left out; if `binary`, they are errors.
+    """A row has premise, hypothesis and label. Other labels are counted and left out; if `binary`, they are errors.
 
-    One example for each premise that entails something: what is neutral or contradicts it is a hard negative.
+    Each premise that entails something becomes one example. What is neutral or contradicts it is a hard negative.
     """
 
     kind: Literal["nli"] = "nli"
@@ -215,7 +215,7 @@ class NliRows(RowKind):
 
 
 class FileKind(NamedTuple):
-    """`texts` and `others` are the keys that a row must have; `texts` are protected where rows are evaluation data."""
+    """A row must have the keys `texts` and `others`. Texts of evaluation data are looked for in training data."""
 
     rows: RowKind | None
     texts: tuple[str, ...]
@@ -245,7 +245,7 @@ _EXPECTED = "A row has the keys " + ", or ".join(" and ".join(kind.needs) for ki
 
 
 def detect_kind(path: Path) -> Kind:
-    """The kind of a data file or folder, from the first row whose keys are those of a kind.
+    """Tells the kind of a data file or folder from the first row whose keys are those of a kind.
 
     Raises FileNotFoundError, and DataError where no row has such keys.
     """
@@ -266,7 +266,7 @@ def detect_kind(path: Path) -> Kind:
 
 
 def parse_fields(kind: Kind, row: Row, default_id: str) -> Fields:
-    """The checked values of a data file's row of any kind but `example`, always with an `id`. Raises DataError."""
+    """Returns the checked values of a data file's row of any kind but `example`, with an `id`. Raises DataError."""
     spec = KINDS[kind].rows
     assert spec is not None
     _check_kind(row, kind)
@@ -284,7 +284,7 @@ def _check_kind(row: Row, kind: Kind) -> None:
 
 
 def value_at(row: Row, path: str) -> Any:
-    """The value of column `path`, where `a.b` is the key, and `a.0` the item, of what is in `a`. Raises DataError."""
+    """Returns the value of column `path`: `a.b` is a key, and `a.0` an item, of the value of `a`. Raises DataError."""
     if path in row:
         return row[path]
     value: Any = row
@@ -299,7 +299,7 @@ def value_at(row: Row, path: str) -> Any:
 
 
 def text_at(row: Row, columns: Columns) -> str:
-    """The text of one column, or of several, joined by a space, of which not all may be empty. Raises DataError."""
+    """Returns the text of one column, or of several joined by a space. DataError if all of them are empty."""
     if len(columns) == 1:
         return text_of(value_at(row, columns[0]), columns[0])
     values = [(value_at(row, column), column) for column in columns]

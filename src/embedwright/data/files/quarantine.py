@@ -1,4 +1,4 @@
-"""Bad lines of training data: the reader reports, counts and keeps them, and goes on with the next line."""
+"""Keeps the bad lines of training data: the reader reports, counts and copies them, and reads the next line."""
 
 from __future__ import annotations
 
@@ -64,9 +64,9 @@ def good_rows(
     quarantine: Quarantine | None,
     file: Path | None = None,
 ) -> Iterator[T]:
-    """`parse(row, "name:number")` of each row of `file`. What is no row, or is refused, goes to `quarantine`.
+    """Yields `parse(row, "name:number")` of each row of `file`. A line without a good row goes to `quarantine`.
 
-    Without a quarantine it is a DataError that names file and line.
+    Without a quarantine such a line is a DataError that names file and line.
     """
     for number, line, row in rows:
         try:

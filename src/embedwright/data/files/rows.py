@@ -1,4 +1,4 @@
-"""The rows of one data file: JSON Lines, a JSON array, CSV, TSV (all plain, .gz or .zst), Parquet, Arrow.
+"""Reads the rows of one data file: JSON Lines, a JSON array, CSV, TSV (all plain, .gz or .zst), Parquet, Arrow.
 
 The first bytes tell the format, and the name where bytes cannot (CSV). A byte order mark is no part of the data.
 """
@@ -46,7 +46,7 @@ _OTHER = {
 
 
 def read_rows(path: Path) -> Rows:
-    """(number from 1, the bytes of its line, the row or why there is none) for each row of a data file.
+    """Yields (number from 1, bytes of the line, the row or the reason why there is none) for each row of a data file.
 
     The number is that of the line, or of the row where the format has no lines; then the bytes are empty if there is a
     row, and else say what is there. Blank lines are passed over. A line longer than MAX_LINE comes in pieces that share
@@ -62,7 +62,7 @@ def read_rows(path: Path) -> Rows:
 
 @contextmanager
 def opened_table(path: Path) -> Iterator[tuple[pa.Schema, Iterable[pa.RecordBatch]] | None]:
-    """Schema and batches of a Parquet or Arrow file; None for text. DataError names a broken file."""
+    """Opens a Parquet or Arrow file: gives schema and batches, or None for text. Raises DataError if it is broken."""
     head = _head(path)
     kind = "Parquet" if head.startswith(b"PAR1") else "Arrow"
     try:
@@ -82,7 +82,7 @@ def opened_table(path: Path) -> Iterator[tuple[pa.Schema, Iterable[pa.RecordBatc
 
 
 def text_lines(path: Path) -> Iterator[tuple[int, bytes, bool]]:
-    """(number from 1, bytes without a byte order mark, whether it is whole) for each line of a text file.
+    """Yields (number from 1, bytes without a byte order mark, whether it is whole) for each line of a text file.
 
     Unpacks gzip and zstd. A line longer than MAX_LINE comes in pieces that share one number, and is not whole.
     """
@@ -97,7 +97,7 @@ def text_lines(path: Path) -> Iterator[tuple[int, bytes, bool]]:
 
 
 def plain_name(name: str) -> str:
-    """A file's name without what tells that it is packed."""
+    """Returns a file's name without the suffix of a packed file."""
     return name.removesuffix(".gz").removesuffix(".zst")
 
 
@@ -116,7 +116,7 @@ def _head(path: Path) -> bytes:
 
 @contextmanager
 def _unpacked(path: Path, where: Callable[[], str] | None = None) -> Iterator[BinaryIO]:
-    """The bytes of a text file. DataError where they are packed and damaged: nobody knows how much of it is lost."""
+    """Opens a text file, unpacked. Raises DataError if the packed bytes are damaged: nobody knows how much is lost."""
     head = _head(path)
     kind = "gzip" if head.startswith(b"\x1f\x8b") else "zstd" if head.startswith(b"\x28\xb5\x2f\xfd") else ""
     with path.open("rb") as file:
@@ -197,7 +197,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse)
 
 
 def _array(path: Path) -> list[Any] | None:
-    """The items of a file that is one JSON array; None where it is lines of which the first is a list."""
+    """Returns the items of a file that is one JSON array, or None if it is lines of which the first is a list."""
     with _unpacked(path) as stream:
         text = stream.read().removeprefix(BOM).strip()
     if not text.endswith(b"]"):
@@ -212,9 +212,9 @@ def _array(path: Path) -> list[Any] | None:
 
 
 def _csv_rows(path: Path) -> Rows:
-    """Commas, semicolons or tabs stand between the columns, as in the header. An empty cell is absent.
+    """Reads CSV with commas, semicolons or tabs, as the header has them. An empty cell is absent.
 
-    A number in `score` or `label` is read as one: all cells are texts in CSV.
+    All cells of CSV are texts; those of `score` and `label` are read as numbers where they are some.
     """
     with _unpacked(path) as stream:
         lines = io.TextIOWrapper(stream, "utf-8-sig", newline="")

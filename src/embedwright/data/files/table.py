@@ -1,4 +1,4 @@
-"""`ExampleTable`: any training data, converted once to rows of `Example` in an Arrow file, then memory-mapped.
+"""Converts any training data once to rows of `Example` in an Arrow file, which an `ExampleTable` maps into memory.
 
 Pairs, scored pairs and examples are converted row by row. Labelled and pair-labelled rows are held in memory while they
 are converted: a negative may come from any line of the file.
@@ -61,12 +61,12 @@ SCHEMA = pa.schema(
 
 
 class ExampleTable:
-    """The examples of one data set, memory-mapped: `len`, `[i]`, iteration.
+    """Gives the examples of one data set from a mapped file: it has `len`, `[i]` and iteration.
 
-    `fingerprint`: SHA-256 (hex) of content, task, seed and format, so equal fingerprints mean equal rows.
-    `tasks`: those that the file beside it describes, by name.
-    `report`: rows read, examples made, and what was left out, by reason.
-    `quarantine`: the file of the bad lines, where their number, `quarantined`, is not 0; `bad_lines` has the first few.
+    `fingerprint` is the SHA-256 (hex) of content, task, seed and format, so equal fingerprints mean equal rows.
+    `tasks` are those that the file beside it describes, by name.
+    `report` counts the rows read, the examples made, and what was left out, by reason.
+    `quarantine` is the file of the bad lines, if their number `quarantined` is not 0. `bad_lines` has the first few.
     """
 
     def __init__(self, path: Path, arrow: Path) -> None:
@@ -98,13 +98,13 @@ class ExampleTable:
             yield from map(_example, self._stream.get_batch(i).to_pylist())
 
     def without_negatives(self) -> Iterator[Example]:
-        """The examples with their id, task, query and positives alone; the other columns are not read."""
+        """Yields the examples with id, task, query and positives alone. It does not read the other columns."""
         for i in range(self._stream.num_record_batches):
             batch = self._stream.get_batch(i).select(["id", "task", "query", "positives"])
             yield from (_example(row | {"negatives": ()}) for row in batch.to_pylist())
 
     def rows_by_task(self) -> dict[str, NDArray[np.int64]]:
-        """Task name -> its row numbers, ascending; tasks in the order of their first row."""
+        """Maps task name to its row numbers, ascending. Tasks come in the order of their first row."""
         tasks = self._column("task").combine_chunks().dictionary_encode()
         codes = tasks.indices.to_numpy()
         order = np.argsort(codes, kind="stable").astype(np.int64)
@@ -112,7 +112,7 @@ class ExampleTable:
         return dict(zip(tasks.dictionary.to_pylist(), np.split(order, ends[:-1]), strict=True))
 
     def negatives_per_row(self) -> NDArray[np.int64]:
-        """int64 (rows,): how many negatives each example brings."""
+        """Returns how many negatives each example has, as int64 (rows,)."""
         counts: NDArray[Any] = pc.list_value_length(self._column("negatives")).fill_null(0).to_numpy()
         return counts.astype(np.int64)
 
@@ -206,7 +206,7 @@ def _write(path: Path, examples: Iterable[Example]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What decides the rows of a table."""
+    """Holds what decides the rows of a table."""
 
     path: Path
     corpus: Path | None
@@ -220,7 +220,7 @@ class _Job:
 
     @property
     def split(self) -> str | None:
-        """Training reads the train split of a BEIR folder that has several."""
+        """Returns `train` if the BEIR folder has that split, which training reads."""
         return "train" if any((self.path / "qrels" / f"train.tsv{end}").is_file() for end in ("", ".gz")) else None
 
 
@@ -290,7 +290,7 @@ def _examples(job: _Job, quarantine: Quarantine, report: Counter[str]) -> Iterat
 
 
 def _parsed(job: _Job, parse: Callable[[Row, str], T], quarantine: Quarantine, report: Counter[str]) -> Iterator[T]:
-    """`parse(row, an id for a row that has none)` of the good rows, which are counted."""
+    """Yields `parse(row, an id for a row that has none)` of the good rows, and counts them."""
     for file in data_files(job.path):
         for value in good_rows(read_rows(file), parse, stem_of(file), quarantine, file):
             report["rows"] += 1

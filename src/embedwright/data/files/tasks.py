@@ -1,4 +1,4 @@
-"""What rows mean: the tasks of a file of examples, in a file beside it.
+"""Keeps the tasks of a file of examples in a file beside it.
 
 Every command that writes examples writes the tasks of its rows there, and every reader takes them from there.
 """
@@ -18,19 +18,19 @@ Tasks = Mapping[str, Task]  # by name
 
 
 def tasks_file(examples: Path) -> Path:
-    """Where the tasks of the examples in this file or folder are: one `Task` a line."""
+    """Returns the path of the file with the tasks of these examples: one `Task` a line."""
     examples = examples if examples.name else examples.absolute()
     return examples.with_name(f"{examples.name}.tasks.jsonl")
 
 
 def tasks_beside(examples: Path) -> dict[str, Task]:
-    """The tasks in the file beside these examples; none where there is no such file."""
+    """Reads the tasks in the file beside these examples. Without such a file there are none."""
     file = tasks_file(examples)
     return read_tasks(file) if file.is_file() else {}
 
 
 def read_tasks(path: Path) -> dict[str, Task]:
-    """Name -> Task, from one JSON object a line. FileNotFoundError, DataError or ConfigError name file and line."""
+    """Reads tasks by name, one JSON object a line. FileNotFoundError, DataError or ConfigError name file and line."""
     tasks: dict[str, Task] = {}
     for number, _, row in read_rows(path):
         if isinstance(row, DataError):
@@ -42,7 +42,7 @@ def read_tasks(path: Path) -> dict[str, Task]:
 
 
 def merge_tasks(described: Iterable[tuple[Path, Tasks]]) -> dict[str, Task]:
-    """The tasks of several files as one. DataError, naming both files, where two describe one name differently."""
+    """Merges the tasks of several files. Raises DataError, naming both files, if two describe one name differently."""
     merged: dict[str, Task] = {}
     first: dict[str, Path] = {}
     for path, tasks in described:
@@ -55,7 +55,7 @@ def merge_tasks(described: Iterable[tuple[Path, Tasks]]) -> dict[str, Task]:
 
 
 def write_tasks(path: Path, tasks: Iterable[Task]) -> None:
-    """One JSON object a line, without what a Task has by default. Without a task there is no file: an old one goes."""
+    """Writes one JSON object a line, without default values. Without tasks it writes no file and removes an old one."""
     lines = [json.dumps(task.model_dump(exclude_defaults=True), ensure_ascii=False) + "\n" for task in tasks]
     if lines:
         write_text(path, "".join(lines))

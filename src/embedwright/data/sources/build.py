@@ -1,4 +1,4 @@
-"""`data build` and `data labels`: a public set, or a local copy of it, written as examples."""
+"""Writes a public set, or a local copy of it, as examples: `data build` and `data labels`."""
 
 from __future__ import annotations
 
@@ -40,16 +40,14 @@ def build(
     known: Collection[str] | None = None,
     strict: bool = False,
 ) -> dict[str, int]:
-    """Write the examples of `entry` to `out` (.jsonl, .jsonl.gz or .parquet), whole or not at all; returns the counts.
+    """Writes the examples of `entry` to `out` (.jsonl, .jsonl.gz or .parquet), whole or not at all. Returns the counts.
 
-    Their tasks are written beside it.
-
-    Rows come from the hub, streamed where `limit` is given, or from `source`: a file (JSONL, .gz, Parquet) or a folder
-    (the configs of a repository, or the files that `entry.files` names). `limit`: see `convert`. `form` says how labels
-    become examples (default: `entry.form`); `known` closes their list; `negatives` is their number per example.
-    Bad rows are logged, counted and kept in `<out>.quarantine.jsonl`. Memory: see `convert`.
-    A set that is not pinned to a commit is a warning, or under `strict` a DataError. Raises FileNotFoundError,
-    ConnectionError where the hub is out of reach, and DataError where no example comes out.
+    It writes their tasks beside it. Rows come from the hub, streamed if `limit` is given, or from `source`: a file
+    (JSONL, .gz, Parquet) or a folder (the configs of a repository, or the files that `entry.files` names). `convert`
+    says what `limit` does, and what is in memory. `form` says how labels become examples (default: `entry.form`);
+    `known` closes their list; `negatives` is their number per example. Bad rows are logged, counted and kept in
+    `<out>.quarantine.jsonl`. A set that is not pinned to a commit is a warning, or under `strict` a DataError. Raises
+    FileNotFoundError, ConnectionError if the hub is out of reach, and DataError if no example comes out.
     """
     quarantine_path = out.with_name(f"{out.name}.quarantine.jsonl")
     _check(entry, source, form, strict)
@@ -85,7 +83,7 @@ def label_file(
     negatives: int = 7,
     seed: int = 0,
 ) -> dict[str, int]:
-    """`build` for rows {"text", "label"} in the file `path`, where a label may be a list, and `id` may be there.
+    """Does the same for rows {"text", "label"} in the file `path`. A label may be a list, and `id` may be there.
 
     `task` is the name of the task (default: the file's); the file beside `path`, or the catalogue, may describe it.
     `words`, `known`, `form`: see `labels.label_triples`.
@@ -108,7 +106,7 @@ def label_file(
 
 
 def open_table(table: Table, *, source: Path | None, streaming: bool, names: dict[str, Mapping[str, str]]) -> Rows:
-    """The rows of `table`, numbered from 1: of its repository, or of `source`, as `build` says.
+    """Yields the rows of `table`, numbered from 1: of its repository, or of `source`, as `build` says.
 
     `names` gets the names of classes by column, where the set says them. Holds one batch of rows in memory. A local
     folder is read as it is, without a copy in the cache of `datasets`.
@@ -124,7 +122,7 @@ def open_table(table: Table, *, source: Path | None, streaming: bool, names: dic
 
 
 def _is_plain(table: Table, folder: Path) -> bool:
-    """Whether a folder is not a copy of a repository with configs, but files of rows, or what `datasets` saved."""
+    """Tells whether a folder is no copy of a repository with configs, but files of rows, or saved by `datasets`."""
     if table.config is not None or table.files is not None:
         return False
     return is_one_set(folder) or any(map(is_data, folder.iterdir()))
@@ -148,7 +146,7 @@ def _local_rows(table: Table, source: Path, names: dict[str, Mapping[str, str]])
 
 
 def _parts(table: Table, source: Path | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name of the file or nothing, what `load_dataset` is told) for each part of a table.
+    """Yields (name of the file or nothing, arguments of `load_dataset`) for each part of a table.
 
     A table is a repository, or a folder that is laid out like one; or single files of it, in the order of their names.
     """
@@ -174,7 +172,7 @@ def _parts(table: Table, source: Path | None) -> Iterator[tuple[str, dict[str, A
 
 
 def _load(arguments: dict[str, Any], names: dict[str, Mapping[str, str]]) -> Iterator[dict[str, Any]]:
-    """The rows that `load_dataset` gives, with errors that name the set; `names` gets those of its classes."""
+    """Yields the rows that `load_dataset` gives. Errors name the set, and `names` gets those of its classes."""
     import datasets
 
     with _naming(arguments.get("data_files", arguments["path"])):
@@ -186,7 +184,7 @@ def _load(arguments: dict[str, Any], names: dict[str, Mapping[str, str]]) -> Ite
 
 @contextmanager
 def _naming(where: str) -> Iterator[None]:
-    """Errors of `datasets` and of the hub, naming the set, as those that `build` promises."""
+    """Turns errors of `datasets` and of the hub into those that `build` promises, with the name of the set."""
     from datasets.exceptions import DatasetsError
 
     try:
@@ -198,7 +196,7 @@ def _naming(where: str) -> Iterator[None]:
 
 
 def _check(entry: Entry, source: Path | None, form: Form | None, strict: bool) -> None:
-    """Raise for what cannot work, before anything is read; warn of a set that is not pinned."""
+    """Raises for what cannot work, before anything is read, and warns of a set that is not pinned."""
     labelled = isinstance(entry.rows, LabelledRows)
     if form is not None and not labelled:
         raise DataError(f"{entry.name}: its rows have no labels, so no form")
@@ -223,7 +221,7 @@ def _check(entry: Entry, source: Path | None, form: Form | None, strict: bool) -
 
 
 def _require_any(examples: Iterator[Example], job: Job) -> Iterator[Example]:
-    """`examples`. Raises DataError at the end where there was none, so that no file is written."""
+    """Yields `examples`. Raises DataError if there is none, so that no file is written."""
     first = next(examples, None)
     if first is None:
         counts = {key: n for key, n in job.report.items() if n}

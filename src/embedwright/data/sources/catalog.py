@@ -1,5 +1,7 @@
-"""The public training sets of NV-Embed (arXiv 2405.17428, sections 3 and 4), and those a user adds: where each is, what
-its rows are, and what is asked of them. The entries are in `catalog.yaml`, or in one YAML file of the user's own.
+"""Describes the public training sets of NV-Embed (arXiv 2405.17428, sections 3 and 4), and sets that a user adds.
+
+An entry says where a set is, what its rows are, and what they ask for. Entries are in `catalog.yaml`, or in one YAML
+file of the user's own.
 """
 
 from __future__ import annotations
@@ -29,20 +31,20 @@ class _Frozen(BaseModel):
 
 
 class BeirRows(_Frozen):
-    """Corpus, queries and judgements as three configs of one repository, as mteb's retrieval sets have them."""
+    """A set has corpus, queries and judgements as three configs of one repository, as mteb's retrieval sets have."""
 
     kind: Literal["beir"]
 
 
 class Pages(_Frozen):
-    """A repository with a corpus, whose documents are named by title."""
+    """Names a repository with a corpus, whose documents are found by title."""
 
     hub: str
     revision: str | None = Field(default=None, pattern="^[0-9a-f]{40}$")
 
 
 class EvidenceRows(_Frozen):
-    """A claim and the titles of the pages that decide it; the texts are in another set."""
+    """A row has a claim and the titles of the pages that decide it. Their texts are in another set."""
 
     kind: Literal["evidence"]
     query: Columns
@@ -56,7 +58,7 @@ Rows = Annotated[PairRows | BeirRows | EvidenceRows | LabelledRows | ScoredRows 
 
 
 class Marks(_Frozen):
-    """How well each fact of an entry is known."""
+    """Says how well each fact of an entry is known."""
 
     columns: Mark = "guess"  # the schema
     source: Mark = "guess"  # that NV-Embed took it from this repository
@@ -66,7 +68,7 @@ class Marks(_Frozen):
 
 
 class Entry(_Frozen):
-    """One public training set."""
+    """Describes one public training set."""
 
     name: str = Field(min_length=1)
     hub: str | None = None  # owner/name; None: it is on no hub, see `url`, and is built from a local copy
@@ -96,12 +98,12 @@ class Entry(_Frozen):
 
     @property
     def form(self) -> Literal["label", "example"] | None:
-        """How its labels become examples: as in the newest version that has it. None: it has no labels."""
+        """Says how its labels become examples: as in the newest version that has it. None means no labels."""
         target = self.target[max(self.target)]
         return None if target == "passage" else target
 
     def tasks(self, form: str | None = None) -> list[Task]:
-        """One Task for each wording of the instruction: `name`, `name.2`, ...
+        """Returns one Task for each wording of the instruction: `name`, `name.2`, ...
 
         Texts compared with texts of their own kind (STS, and the example form) bear the instruction on both sides.
         """
@@ -118,14 +120,14 @@ class Entry(_Frozen):
         ]
 
     def task_of(self, row_id: str, seed: int) -> str:
-        """The name of the task, so the wording, of the example `row_id`: it depends on `seed` and the id alone."""
+        """Returns the name of the task, so the wording, of a row. It depends on `seed` and the row's id alone."""
         pick = random.Random(f"{seed}:wording:{row_id}").randrange(len(self.instructions))
         return self.name if pick == 0 else f"{self.name}.{pick + 1}"
 
 
 @cache
 def load_catalog() -> dict[str, Entry]:
-    """The packaged sets by name, in the order of the file."""
+    """Reads the packaged sets by name, in the order of the file."""
     path = Path(__file__).with_name("catalog.yaml")
     sets = {}
     for group in load_yaml(path)["groups"]:
@@ -136,7 +138,7 @@ def load_catalog() -> dict[str, Entry]:
 
 
 def find_entry(name: str) -> Entry:
-    """The packaged set `name`, or the one that the YAML file `name` describes.
+    """Returns the packaged set `name`, or the one that the YAML file `name` describes.
 
     Raises FileNotFoundError or ConfigError for a file that is missing or wrong, ValueError for an unknown name.
     """
@@ -149,7 +151,7 @@ def find_entry(name: str) -> Entry:
 
 
 def find_task(name: str) -> Task | None:
-    """The task of the packaged sets that rows call `name`, or None."""
+    """Returns the task of the packaged sets that rows call `name`, or None."""
     entry = load_catalog().get(name.partition(".")[0])
     return next((task for task in entry.tasks() if task.name == name), None) if entry else None
 
@@ -158,7 +160,7 @@ HEADER = ("name", "family", "in", "target", "rows", "source", "pinned", "samples
 
 
 def table_rows(entries: Iterable[Entry]) -> list[tuple[str, ...]]:
-    """A row of texts, as HEADER names them, for each entry."""
+    """Returns a row of texts, as HEADER names them, for each entry."""
     return [
         (
             entry.name,
@@ -177,7 +179,7 @@ def table_rows(entries: Iterable[Entry]) -> list[tuple[str, ...]]:
 
 
 def plain(entries: Iterable[Entry]) -> str:
-    """The table of the terminal: columns aligned, without those that only the documentation has room for."""
+    """Returns the table for the terminal, with aligned columns, without those that only the documentation shows."""
     lines = [(*line[:5], line[5][:56], *line[6:8]) for line in (HEADER, *table_rows(entries))]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "".join(
@@ -186,7 +188,7 @@ def plain(entries: Iterable[Entry]) -> str:
 
 
 def markdown(entries: Iterable[Entry]) -> str:
-    """The two tables of the documentation: the sets, and their instructions and notes."""
+    """Returns the two tables of the documentation: the sets, and their instructions and notes."""
     entries = list(entries)
     sets = _markdown_table(HEADER, table_rows(entries))
     asked = [

@@ -1,7 +1,7 @@
-"""Rows of public training sets as `Example`s: limits, samples, and what is joined of several tables (`files.kinds`).
+"""Turns rows of public training sets into examples: it draws samples, and joins the tables of a set (`files.kinds`).
 
-A bad row goes to the quarantine; whatever else gives no example is counted in `Job.report`. Of a corpus that is looked
-up, a bad row is an error, as everywhere: without its document a query would lose a positive.
+A bad row goes to the quarantine. Other rows that give no example are counted in `Job.report`. A bad row of a corpus is
+an error, as everywhere: without its document a query would lose a positive.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ HOPELESS = 1000  # so many bad rows before the first good one: the columns are o
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Where rows are: a config and split of a repository, or files of it. What is None is not said."""
+    """Says where rows are: in a config and split of a repository, or in files of it. None means not said."""
 
     hub: str | None
     revision: str | None
@@ -49,7 +49,7 @@ OpenTable = Callable[[Table], Rows]
 
 @dataclass(kw_only=True)
 class Job(Conversion):
-    """The conversion of one set. `limit`: see `convert`. It fills `tasks`: those of the examples, by name."""
+    """Holds the conversion of one set. It fills `tasks`, the tasks of the examples by name."""
 
     entry: Entry
     quarantine: Quarantine
@@ -64,7 +64,7 @@ class Job(Conversion):
 
 
 def convert(job: Job, open_table: OpenTable) -> Iterator[Example]:
-    """The examples of `job.entry`, in the order of its rows.
+    """Yields the examples of `job.entry`, in the order of its rows.
 
     `job.limit` takes a uniform sample of so many rows (of a BEIR set and of grouped pairs: queries) that `job.seed`
     decides, from all files: files are often sorted, and the first of several is one part of the set. Memory, besides
@@ -95,7 +95,7 @@ def convert(job: Job, open_table: OpenTable) -> Iterator[Example]:
 
 
 def _fields(rows: Rows, parse: Callable[[Row, str], Fields], job: Job) -> Iterable[Fields]:
-    """`parse(row, an id for a row that has none)` of the good rows. All rows are counted."""
+    """Yields `parse(row, an id for a row that has none)` of the good rows, and counts all rows."""
 
     def counted() -> Rows:
         for numbered in rows:
@@ -109,7 +109,7 @@ def _fields(rows: Rows, parse: Callable[[Row, str], Fields], job: Job) -> Iterab
 
 
 def _sampled(items: Iterable[T], limit: int | None, job: Job) -> Iterable[T]:
-    """All items, or a uniform sample of `limit` in their order (a reservoir); the rest is counted."""
+    """Returns all items, or a uniform sample of `limit` in their order (a reservoir), and counts the rest."""
     if limit is None:
         return items
     rng = random.Random(f"{job.seed}:rows")
@@ -126,7 +126,7 @@ def _sampled(items: Iterable[T], limit: int | None, job: Job) -> Iterable[T]:
 
 
 def _from_beir(qrels: Table, open_table: OpenTable, job: Job) -> Iterator[Example]:
-    """One example for each query with a judgement above 0, with all its documents."""
+    """Yields one example for each query with a judgement above 0, with all its documents."""
     relevant: dict[str, dict[str, None]] = {}  # query id -> the ids of its documents
     for number, _, row in open_table(replace(qrels, config="default")):
         with _row_of("default", number, row) as sound:
@@ -146,7 +146,7 @@ def _from_beir(qrels: Table, open_table: OpenTable, job: Job) -> Iterator[Exampl
 
 
 def _from_evidence(spec: EvidenceRows, claims: Table, open_table: OpenTable, job: Job) -> Iterator[Example]:
-    """One example for each claim, with the pages that its evidence names."""
+    """Yields one example for each claim, with the pages that its evidence names."""
 
     def parse(row: Row, row_id: str) -> Fields:
         facts = value_at(row, spec.evidence)
@@ -170,7 +170,7 @@ def _from_evidence(spec: EvidenceRows, claims: Table, open_table: OpenTable, job
 
 
 def _look_up(rows: Rows, key: str, wanted: Container[str], config: str) -> dict[str, str]:
-    """Key -> text of the rows whose key is `wanted`, the first of several. Rows without a text are left out."""
+    """Maps each key that is `wanted` to its first text. Rows with an empty text are left out."""
     found: dict[str, str] = {}
     for number, _, row in rows:
         with _row_of(config, number, row) as sound:
@@ -183,7 +183,7 @@ def _look_up(rows: Rows, key: str, wanted: Container[str], config: str) -> dict[
 
 @contextmanager
 def _row_of(config: str, number: int, row: Row | DataError) -> Iterator[Row]:
-    """A row of a table that is looked up. A DataError names table and row."""
+    """Gives a row of a table that is looked up. A DataError of the block names table and row."""
     try:
         if isinstance(row, DataError):
             raise row
