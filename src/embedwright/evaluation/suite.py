@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StrictBool, model_validator
@@ -31,6 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StrictBool, mode
 from embedwright.config import load_yaml, validate
 from embedwright.data.files.beir import beir_files, read_beir
 from embedwright.data.files.folders import data_files, is_beir, is_data, is_one_set, stem_of
+from embedwright.data.files.quarantine import good_rows
 from embedwright.data.files.rows import read_rows
 from embedwright.data.schema import DataError, binary_of, label_of, number_of, text_of
 from embedwright.encoders.protocol import Encoder, as_encoder, encode_finite
@@ -42,6 +43,7 @@ from embedwright.evaluation.results import Result, Results
 PACKAGED = Path(__file__).parent / "suites"
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class _Strict(BaseModel):
@@ -185,9 +187,7 @@ def _kinds(path: Path) -> list[Kind]:
     if path.is_dir() and is_beir(path):
         beir_files(path, _split(path))  # raises if another part is missing
         return ["retrieval"]
-    for file, number, row in _rows(path, "test"):
-        if isinstance(row, DataError):
-            raise DataError(f"{file}:{number}: {row}")
+    for row in _rows(path, "test", lambda row, _: row):
         return [kind for kind, columns in _COLUMNS.items() if columns.keys() <= row.keys()]
     return []
 
@@ -259,21 +259,15 @@ _COLUMNS: dict[Kind, dict[str, Callable[[object, str], Any]]] = {
 
 def _read(path: Path, kind: Kind, limit: int | None = None, split: str = "test") -> list[list[Any]]:
     """Reads the columns of `kind` in the first `limit` rows. A bad row is an error: without it, the test changes."""
-    columns: dict[str, list[Any]] = {key: [] for key in _COLUMNS[kind]}
-    for file, number, row in islice(_rows(path, split), limit):
-        try:
-            if isinstance(row, DataError):
-                raise row
-            for key, check in _COLUMNS[kind].items():
-                columns[key].append(check(row.get(key), key))
-        except DataError as error:
-            raise DataError(f"{file}:{number}: {error}") from None
-    return list(columns.values())
+    checks = _COLUMNS[kind]
+    rows = _rows(path, split, lambda row, _: [check(row.get(key), key) for key, check in checks.items()])
+    return [list(column) for column in zip(*islice(rows, limit), strict=True)] or [[] for _ in checks]
 
 
-def _rows(path: Path, split: str) -> Iterator[tuple[Path, int, dict[str, Any] | DataError]]:
+def _rows(path: Path, split: str, parse: Callable[[dict[str, Any], str], T]) -> Iterator[T]:
+    """Parses each row of a data set. DataError names file and line of a bad one."""
     for file in data_files(path, split):
-        yield from ((file, number, row) for number, _, row in read_rows(file))
+        yield from good_rows(read_rows(file), parse, stem_of(file), None, file)
 
 
 def _refuse_one_label(gold: Sequence[Any], file: Path) -> None:
