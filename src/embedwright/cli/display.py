@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,6 +16,13 @@ _EVERY_S = 5.0
 def say(text: str = "") -> None:
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
+
+
+def tell(counts: Mapping[str, int]) -> None:
+    """Prints how many there are of what, without what there is none of."""
+    for what, count in counts.items():
+        if count:
+            say(f"  {count:,} {what}")
 
 
 def counter(unit: str) -> Callable[..., None]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from embedwright.cli.display import clock, counter, say, training
+from embedwright.cli.display import clock, counter, say, tell, training
 from embedwright.data.files.beir import read_corpus
 from embedwright.data.files.table import open_examples, write_examples
 from embedwright.demo import docstrings
@@ -35,8 +35,8 @@ QUESTIONS = (
     "split a data set into a training and a test part",
     "find the shortest way between two nodes of a graph",
 )
-# Seconds of each part on two cores of an AMD EPYC (family 26): the first guess of how long the whole takes.
-SECONDS = (15, 25, 110, 20, 5, 5)
+# Seconds of each part on two free cores of an AMD EPYC (family 26): the first guess of how long the whole takes.
+SECONDS = (16, 24, 125, 22, 2, 5)
 
 
 def run(recipe: Recipe) -> None:
@@ -55,19 +55,20 @@ def run(recipe: Recipe) -> None:
     part("data: the docstrings of the installed libraries, whole modules of them held out")
     if not (data / "report.json").exists():
         docstrings.build(data)
-    _tell(data / "report.json")
+    tell(json.loads((data / "report.json").read_text()))
     part("hard negatives: texts that look like the answer and are none, found by a small finished model (MiniLM)")
     if not (counts := data / "train" / "mined.report.json").exists():
         _mine(data / "train", instruction, counts)
-    _tell(counts)
+    tell(json.loads(counts.read_text()))
     part(f"training {recipe.model.layers} layers of {recipe.model.name}, with scores before it and after each stage")
     model = train(recipe, on_step=training(recipe), on_evaluation=_score)
     part("the same scores for two others: these layers as they were released, and MiniLM")
     others = _others(recipe, out)
     rows = table({"raw": others["raw"], **_stage_results(out, recipe), "minilm": others["minilm"]})
-    say(f"\n{render(rows)}\n")
     stages = [f"stage{i + 1}" for i in range(len(recipe.stages))]
-    for before, after in pairwise(["raw", "before", *stages]):
+    say(f"\n{render(rows)}\n")
+    say("  higher is better; raw: as released; before: untrained, but reads both ways and is told the task")
+    for before, after in pairwise(["raw", *stages]):
         say(f"  {after}: {len(_higher(rows, before, after))} of {len(rows)} scores are higher than those of {before}")
     part(f"the model, saved to {out / 'model'} and opened again")
     opened = _save_and_open(model, out / "model")
@@ -104,11 +105,6 @@ def _parts() -> Callable[[str], None]:
         say(f"\n{len(begun)}/{len(SECONDS)}  {title} (about {left} to the end of the demo)")
 
     return part
-
-
-def _tell(counts: Path) -> None:
-    for what, count in json.loads(counts.read_text()).items():
-        say(f"  {count} {what}")
 
 
 def _mine(folder: Path, instruction: str, counts: Path) -> None:

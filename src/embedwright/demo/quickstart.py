@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from embedwright.cli.display import counter, say
+from embedwright.cli.display import counter, say, tell
 from embedwright.config import ConfigError
 from embedwright.data.answers import Answers, marks_of, text_mark
 from embedwright.data.clean.clean import Report, clean
@@ -48,22 +48,12 @@ def recipe_for(
         if before[key] != now[key]:
             change = f"{before[key]!r}, now {now[key]!r}"
             raise ConfigError(f"{out} holds a run of another {key} ({change}): choose another --out")
-    told = (
-        "  {read:,} rows read\n"
-        "  {exact_duplicates:,} exact duplicates left out\n"
-        "  {near_duplicates:,} near duplicates left out\n"
-        "  {heldout:,} queries ({heldout_rows:,} rows) held out, to score the model before and after\n"
-        "  {leaks:,} rows left out, since they repeat a held-out text\n"
-        "  {leaked_negatives:,} negatives left out, since they repeat a held-out text\n"
-        "  {likely_positives_removed:,} candidates are no hard negatives, since they may be right as well\n"
-        "  {without_negatives:,} rows left out, since no hard negative was found for them\n"
-        "  {train:,} rows to train on\n"
-        "training in two stages, with scores on the held-out queries before it and after each"
-    ).format(**report)
-    say("\n".join(line for line in told.splitlines() if not line.startswith("  0 ")))
+    tell(report)
+    say("training in two stages, with scores on the held-out queries before it and after each")
     # about one pass over the data in stage 1 and half of one in stage 2, within what a laptop does in an hour
-    queries = min(32, report["train"])
-    steps = max(10, min(report["train"] // queries, 1000))
+    rows = report["rows to train on"]
+    queries = min(32, rows)
+    steps = max(10, min(rows // queries, 1000))
     task = {"name": "own", "family": "retrieval", "instruction": instruction}
     entry = {"path": str(prepared / "train.jsonl"), "task": task}
     return Recipe.parse(
@@ -120,16 +110,16 @@ def _prepare(data: Path, out: Path, instruction: str, teacher: str) -> None:
     with_negatives = [e for e in mined if e.negatives]
     _refuse_few(data, len(with_negatives), "with a hard negative")
     counts = {
-        "read": len(read),
-        "exact_duplicates": duplicates.removed["repeated_exact"],
-        "near_duplicates": duplicates.removed["repeated_near"],
-        "heldout": len(heldout),
-        "heldout_rows": len(kept) - len(rest),
-        "leaks": len(rest) - len(train),
-        "leaked_negatives": leaked_negatives,
-        "likely_positives_removed": report.removed_by_rule,
-        "without_negatives": len(mined) - len(with_negatives),
-        "train": len(with_negatives),
+        "rows read": len(read),
+        "exact duplicates left out": duplicates.removed["repeated_exact"],
+        "near duplicates left out": duplicates.removed["repeated_near"],
+        "queries held out, to score the model before and after": len(heldout),
+        "rows of these queries": len(kept) - len(rest),
+        "rows left out, since they repeat a held-out text": len(rest) - len(train),
+        "negatives left out, since they repeat a held-out text": leaked_negatives,
+        "candidates left out as hard negatives, since they may be right as well": report.removed_by_rule,
+        "rows left out, since no hard negative was found for them": len(mined) - len(with_negatives),
+        "rows to train on": len(with_negatives),
         "source": _source(data, teacher, instruction),
     }
     with whole_folder(out) as temp:

@@ -15,6 +15,10 @@ import pytest
 from embedwright.demo import quickstart
 from embedwright.evaluation.suite import evaluate, load_suite
 
+HELDOUT, HELDOUT_ROWS = "queries held out, to score the model before and after", "rows of these queries"
+LEAKS = "rows left out, since they repeat a held-out text"
+LEAKED_NEGATIVES = "negatives left out, since they repeat a held-out text"
+LACKING = "rows left out, since no hard negative was found for them"
 SYLLABLES = ["ba", "be", "bi", "da", "de", "di", "fa", "fe", "fi", "ga", "ge", "gi", "ka", "ke", "ki", "la", "le", "li"]
 
 
@@ -86,7 +90,7 @@ def test_answers_of_a_held_out_question_are_judged_and_never_trained_on(
     folder, report = prepared(tmp_path, rows, monkeypatch)
 
     heldout = {same(row["text"]) for row in read(folder / "heldout/own/queries.jsonl")}
-    assert len(heldout) == len(read(folder / "heldout/own/queries.jsonl")) == report["heldout"] == 6
+    assert len(heldout) == len(read(folder / "heldout/own/queries.jsonl")) == report[HELDOUT] == 6
     question_of = {
         text: question for question in questions if same(question) in heldout for text in answers_of[question]
     }
@@ -96,11 +100,11 @@ def test_answers_of_a_held_out_question_are_judged_and_never_trained_on(
     asked = [row for row in rows if same(row["query"]) in heldout]
     others = [row for row in rows if row not in asked]
     leaking = [row for row in others if barred & set(map(same, [row["query"], *row["positives"]]))]
-    told = {key: report[key] for key in ("read", "heldout_rows", "leaks", "without_negatives", "train")}
-    expected = {"read": len(rows), "heldout_rows": len(asked), "leaks": len(leaking), "without_negatives": 0}
-    assert told == expected | {"train": len(others) - len(leaking)} and leaking
+    told = {key: report[key] for key in ("rows read", HELDOUT_ROWS, LEAKS, LACKING, "rows to train on")}
+    expected = {"rows read": len(rows), HELDOUT_ROWS: len(asked), LEAKS: len(leaking), LACKING: 0}
+    assert told == expected | {"rows to train on": len(others) - len(leaking)} and leaking
     lost = [text for row in others if row not in leaking for text in row["negatives"] if same(text) in barred]
-    assert report["leaked_negatives"] == len(lost) > 0
+    assert report[LEAKED_NEGATIVES] == len(lost) > 0
     found = evaluate(Perfect(question_of), load_suite(folder / "heldout/suite.yaml"))
     assert found.rows[0].value == pytest.approx(1.0)
 
@@ -112,7 +116,7 @@ def test_a_query_that_is_a_document_too_is_no_hit_and_pairs_hold_in_both_directi
     pairs = [(words(rng, 6), words(rng, 6)) for _ in range(60)]
     rows = [{"query": q, "positives": [p]} for a, b in pairs for q, p in ((a, b), (b, a))]
     folder, report = prepared(tmp_path, rows, monkeypatch)
-    assert report["heldout"] == 12 and report["leaks"] > 0
+    assert report[HELDOUT] == 12 and report[LEAKS] > 0
     found = evaluate(Perfect(dict(pairs)), load_suite(folder / "heldout/suite.yaml"))
     assert found.rows[0].value == pytest.approx(1.0)
 
@@ -129,5 +133,5 @@ def test_questions_on_one_long_passage_are_no_duplicates(tmp_path: Path, monkeyp
     passages = [words(rng, 80) for _ in range(40)]
     rows = [{"query": words(rng, 4), "positives": [passages[i // 2]]} for i in range(80)]
     _, report = prepared(tmp_path, [*rows, rows[0]], monkeypatch)
-    assert (report["read"], report["exact_duplicates"], report["near_duplicates"]) == (81, 1, 0)
-    assert report["heldout"] == 8
+    assert (report["rows read"], report["exact duplicates left out"], report["near duplicates left out"]) == (81, 1, 0)
+    assert report[HELDOUT] == 8
