@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from embedwright.data.files.beir import corpus_rows
+from embedwright.data.files.beir import corpus_rows, document_text
 from embedwright.data.files.folders import stem_of
 from embedwright.data.files.rows import MAX_LINE, plain_name, text_lines
-from embedwright.data.schema import DataError, id_of, text_of
+from embedwright.data.schema import DataError, id_of
 from embedwright.encoders.protocol import Encoder, as_encoder
 from embedwright.errors import InputError
 from embedwright.vectors.store import Manifest, Survey, check_model, claim, fill, survey
@@ -85,9 +85,12 @@ def _documents(source: Path) -> Iterator[tuple[str, str]]:
         try:
             if isinstance(row, DataError):
                 raise row
-            id_, text = _document(row, str(number) if file == source else f"{stem_of(file)}:{number}")
+            key = "_id" if row.get("_id") is not None else "id"
+            number_as_id = str(number) if file == source else f"{stem_of(file)}:{number}"
+            id_ = number_as_id if row.get(key) is None else id_of(row[key], key)
             if id_ in seen:
                 raise DataError(f"id {id_[:60]!r} twice")
+            text = document_text(row)
         except DataError as error:
             raise DataError(f"{file}:{number}: {error}") from None
         seen.add(id_)
@@ -112,12 +115,3 @@ def _texts(source: Path) -> Iterator[tuple[int, Mapping[str, Any] | DataError]]:
             yield number, DataError(f"longer than {MAX_LINE >> 20} MiB")
         elif text:
             yield number, {"text": text}
-
-
-def _document(row: Mapping[str, Any], default_id: str) -> tuple[str, str]:
-    key = "_id" if row.get("_id") is not None else "id"
-    id_ = default_id if row.get(key) is None else id_of(row[key], key)
-    if row.get("text") is None:
-        raise DataError("no text")
-    title, text = (text_of(row[part], part) if row.get(part) else "" for part in ("title", "text"))
-    return id_, f"{title} {text}".strip() if title else text  # an empty text is a document: BEIR has some
