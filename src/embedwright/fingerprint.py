@@ -1,6 +1,6 @@
-"""By what a model is known: facts that are the same for two models exactly when they give the same vectors.
+"""Fingerprints: facts that are the same for two models exactly when the models give the same vectors.
 
-A name or a folder is no such fact, since what lies there may be trained on or edited. Facts are strings by name: they
+A name or a folder is no such fact, since the model there may be trained on or edited. Facts are strings by name. They
 are kept as JSON beside vectors, and an error can say which of them differs.
 """
 
@@ -17,8 +17,8 @@ from torch import Tensor
 
 Facts = dict[str, str]
 
-_DIGESTS = {"weights", "pooling.weights", "tokenizer"}  # facts that a message names without their value
-# Of a transformers config: what changes no vector, or is a fact of its own.
+_DIGESTS = {"weights", "pooling.weights", "tokenizer"}  # facts whose value says nothing in a message
+# Keys of a transformers config that change no vector, or are facts of their own.
 _INERT = {
     "architectures",
     "attn_implementation",
@@ -40,26 +40,26 @@ _INERT = {
 
 
 def fingerprint_of(encoder: Any) -> Facts | None:
-    """The facts of an encoder; None where it has no `fingerprint`, as an object of a user's own may have none."""
+    """The facts of an encoder; None where it has no `fingerprint`, which a user's own object may lack."""
     known = getattr(encoder, "fingerprint", None)
     return known() if callable(known) else None
 
 
 def facts(prefix: str, values: Mapping[str, Any]) -> Facts:
-    """`prefix.key` -> value as JSON."""
+    """Names each value `prefix.key` and writes it as JSON."""
     return {f"{prefix}.{key}": json.dumps(value, sort_keys=True, ensure_ascii=False) for key, value in values.items()}
 
 
 def config_facts(prefix: str, config: Any) -> Facts:
-    """What a transformers config says that its class does not say by itself, as far as it changes vectors."""
+    """The facts of a transformers config that change vectors and differ from the defaults of its class."""
     said = {key: value for key, value in config.to_diff_dict().items() if key not in _INERT and "dropout" not in key}
     return facts(prefix, {key: value for key, value in said.items() if not key.startswith("_")})
 
 
 def tokenizer_fact(tokenizer: Any, with_specials: bool) -> str:
-    """A digest of a tokenizer of the package `tokenizers`. Padding and truncation do not count, as they come and go.
+    """Digests a tokenizer of the package `tokenizers`. Padding and truncation do not count, as they come and go.
 
-    `with_specials`: the tokens that it puts around a text do count.
+    With `with_specials`, the tokens that it puts around a text count too.
     """
     parts = [tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.model]
     parts += [tokenizer.post_processor] if with_specials else []
@@ -71,7 +71,7 @@ def tokenizer_fact(tokenizer: Any, with_specials: bool) -> str:
 
 
 def differences(then: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """Which facts differ, for a message: `contract.max_tokens (512, now 128), weights`."""
+    """Says which facts differ, for a message: `contract.max_tokens (512, now 128), weights`."""
     changed = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
     if "dtype" in changed:  # other weights follow from it
         changed = [key for key in changed if not key.endswith("weights")]
@@ -86,11 +86,11 @@ def _short(value: str | None) -> str:
 
 
 class Digest:
-    """The digest of some tensors, made again only when one of them has changed.
+    """The digest of some tensors, computed again only when one of them has changed.
 
-    A change is seen by torch's own counter of writes and by a sum over all bytes, since some writes are not counted:
-    those through `.data`, and those of fused optimizers. The sum goes at the pace of memory, tens of times that of the
-    digest.
+    Torch's own counter of writes shows a change, and so does a sum over all bytes, since some writes are not counted:
+    those through `.data`, and those of fused optimizers. The sum runs at the speed of memory, tens of times faster than
+    the digest.
     """
 
     def __init__(self) -> None:
@@ -98,7 +98,7 @@ class Digest:
         self._digest = ""
 
     def of(self, tensors: Mapping[str, Tensor]) -> str:
-        """A digest of the names, shapes and bytes."""
+        """Digests the names, shapes and bytes."""
         seen = [_state(name, tensor) for name, tensor in tensors.items()]
         if seen != self._seen or not self._digest:
             with ThreadPoolExecutor(torch.get_num_threads()) as pool:

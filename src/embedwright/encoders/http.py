@@ -1,4 +1,4 @@
-"""A teacher behind HTTP: any server of embeddings that speaks OpenAI's `/v1/embeddings` (vLLM, llama.cpp, TEI, ...)."""
+"""A teacher over HTTP: any server of embeddings that speaks OpenAI's `/v1/embeddings` (vLLM, llama.cpp, TEI, ...)."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _RETRIES = 6  # of one request that gets no answer, 429 or 5xx; the pause double
 
 
 class HttpEncoder:
-    """Encodes texts by a server, as an `Encoder`. The server knows nothing of instructions: the templates say where
-    they go, and what else the model wants to read, such as an EOS that the server does not append (`{text}</s>`).
+    """An `Encoder` that asks a server.
 
-    Not to be shared between threads. The API key is that of `endpoint`.
+    The server knows nothing of instructions. The templates say where they go, and what else the model wants to read,
+    such as an EOS that the server does not append (`{text}</s>`). Use one object in one thread only.
     """
 
     def __init__(
@@ -59,17 +59,17 @@ class HttpEncoder:
 
     @classmethod
     def from_url(cls, url: str, **settings: Any) -> HttpEncoder:
-        """`http://host:port/v1#model`. Raises ValueError without a model."""
+        """Opens `http://host:port/v1#model`. Raises ValueError without a model."""
         base_url, _, model = url.rpartition("#")
         if not base_url or not model:
             raise InputError(f"{shown(url)}: say which model of that server, as in {shown(url)}#model-name")
         return cls(base_url, model, **settings)
 
     def encode(self, texts: Sequence[str], task: str | None = None) -> NDArray[np.float32]:
-        """Float32 (N, E) of unit length, in the order given. `task` None: documents, else queries.
+        """Encodes to float32 (N, E) of unit length, in the order given: documents where `task` is None, else queries.
 
-        Raises as `Embedder.encode` for bad texts; ValueError for an empty instruction where the template wants one, or
-        for an answer that does not fit; RuntimeError where the server refuses, or gives no answer after all retries.
+        Raises as `Embedder.encode` for bad texts, ValueError for an empty instruction where the template wants one and
+        for an answer that does not fit, RuntimeError where the server refuses or gives no answer after all retries.
         """
         texts = check_texts(texts)
         if task == "" and "{task}" in self.query_template:
@@ -83,7 +83,7 @@ class HttpEncoder:
         return np.concatenate(parts) if parts else np.empty((0, self.dimension or 0), np.float32)
 
     def fingerprint(self) -> Facts:
-        """The server, its model's name and the templates: what runs there under that name is not known."""
+        """The server, its model's name and the templates. It cannot know which weights run there under that name."""
         templates = {"query_template": self.query_template, "document_template": self.document_template}
         return {"kind": "server", "server": self.endpoint.url, "model": self.model, **templates}
 

@@ -20,18 +20,20 @@ from embedwright.model.verify.probe import ProbeError
 
 
 def open_encoder(name: str, revision: str | None = None) -> Embedder | SentenceTransformerEncoder:
-    """What `open_model` opens, for inference alone: a latent block is folded."""
+    """Opens a model as `open_model` does, for inference only: a latent block is folded."""
     model = open_model(name, revision)
     return model.fold() if isinstance(model, Embedder) else model
 
 
 def open_model(name: str, revision: str | None = None) -> Embedder | SentenceTransformerEncoder:
-    """`minilm`, a folder or a hub id, as an object with `encode(texts, task=None)`.
+    """Opens `minilm`, a folder or a hub id as an object with `encode(texts, task=None)`.
 
-    Models of ours, released NV-Embed and the families of `model.formats.families` (also said: `e5-mistral:folder`)
-    open as an `Embedder`; everything else through sentence-transformers, under its own prompts. FileNotFoundError where
-    the packaged weights or the folder are not there, ValueError for a file, ProbeError for a model that is not what it
-    says, such as one whose tokenizer leaves out the EOS that it asks for.
+    Models of ours, released NV-Embed and the families of `model.formats.families` (a name may say the family, as in
+    `e5-mistral:folder`) open as an `Embedder`. Everything else opens through sentence-transformers, with its own
+    prompts.
+
+    Raises FileNotFoundError where the packaged weights or the folder are missing, ValueError for a file, ProbeError for
+    a model that is not what it says, such as one whose tokenizer leaves out the EOS that it asks for.
     """
     if "://" in name:
         raise InputError(f"{shown(name)} is a server: `embedwright mine --teacher` asks those, here give a model")
@@ -48,7 +50,7 @@ def open_model(name: str, revision: str | None = None) -> Embedder | SentenceTra
 
 
 def _sentence_transformer(where: str, revision: str | None, folder: Path | None = None) -> Any:
-    """`where` is a folder or a hub id, `folder` that folder or the snapshot whose commit is `revision`."""
+    """Opens a folder or a hub id. `folder` is that folder, or the snapshot of the commit `revision`."""
     from sentence_transformers import SentenceTransformer
 
     part = None if folder is None else _weights_folder(folder)
@@ -70,14 +72,14 @@ def _sentence_transformer(where: str, revision: str | None, folder: Path | None 
 
 
 def _weights_folder(folder: Path) -> Path | None:
-    """Where the safetensors of the first module lie; None for weights of another kind, and of a hub id as yet."""
+    """The folder with the safetensors of the first module; None where there are none."""
     modules = json.loads(text_of(folder, "modules.json") or "[]")
     part = folder / (modules[0]["path"] if modules else "")
     return part if any((part / name).exists() for name in (SINGLE, INDEX)) else None
 
 
 def _check_complete(part: Path, model: Any) -> None:
-    """InputError where sentence-transformers, which only logs it, has made up weights that the folder lacks."""
+    """Raises InputError where sentence-transformers made up weights that the folder lacks, which it only logs."""
     network = getattr(model[0], "auto_model", None)
     if network is None:
         return

@@ -16,18 +16,20 @@ from embedwright.errors import InputError, InputTypeError
 
 
 class Encoder(Protocol):
-    """`encode(texts, task=None)` gives float32 (N, E).
+    """Turns texts into float32 (N, E) by `encode(texts, task=None)`.
 
-    `task` is an instruction for these texts, None for documents; empty: queries, under the model's own instruction.
-    An encoder may have `fingerprint() -> dict[str, str]`, which is equal for two models exactly when they give the same
-    vectors: stored vectors are known by it. One without is known by the vectors of a few texts, encoded anew.
+    `task` is an instruction for these texts. None means that they are documents; an empty one means that they are
+    queries, under the model's own instruction.
+
+    An encoder may have `fingerprint() -> dict[str, str]`, equal for two models exactly when they give the same vectors.
+    Stored vectors are known by it; without one, they are known by the vectors of a few texts that are encoded again.
     """
 
     def encode(self, texts: Sequence[str], task: str | None = None) -> NDArray[np.float32]: ...
 
 
 def as_encoder(model: Any) -> Encoder:
-    """`model` as an `Encoder`. Raises TypeError where it has no `encode`."""
+    """Returns `model` as an `Encoder`. Raises TypeError where it has no `encode`."""
     if not callable(getattr(model, "encode", None)):
         raise InputTypeError(f"{type(model).__name__} has no encode(texts, task=None)")
     if any(base.__module__.startswith("sentence_transformers.") for base in type(model).__mro__):
@@ -37,7 +39,7 @@ def as_encoder(model: Any) -> Encoder:
 
 
 def encode_finite(encoder: Encoder, texts: Sequence[str], task: str | None = None) -> NDArray[np.float32]:
-    """`encoder`'s vectors as float32 (N, E). Raises ValueError for another shape, or naming a text that gave NaN."""
+    """Encodes to float32 (N, E). Raises ValueError for another shape, or naming a text whose vector is not finite."""
     vectors_NE = np.ascontiguousarray(encoder.encode(texts, task=task), dtype=np.float32)
     if vectors_NE.ndim != 2 or len(vectors_NE) != len(texts):
         raise InputError(f"the model gave {vectors_NE.shape} for {len(texts)} texts")

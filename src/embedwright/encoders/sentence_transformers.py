@@ -17,14 +17,18 @@ _QUERY, _DOCUMENT = ("query",), ("document", "passage", "corpus")
 
 
 class SentenceTransformerEncoder:
-    """It was not trained on our instructions: `task` only picks the side, None for documents, else queries."""
+    """An `Encoder` of a sentence-transformers model.
+
+    The model was not trained on our instructions: `task` only says which side the texts are on, documents where it is
+    None, else queries.
+    """
 
     def __init__(self, model: Any) -> None:
         self.model = model
         self._digest = Digest()
 
     def encode(self, texts: Sequence[str], task: str | None = None) -> NDArray[np.float32]:
-        """Float32 (N, E) of unit length, in the order given. Bad texts are errors as in `Embedder.encode`."""
+        """Encodes to float32 (N, E) of unit length, in the order given. Raises as `Embedder.encode` for bad texts."""
         texts = check_texts(texts)
         names, encode = (_DOCUMENT, self.model.encode_document) if task is None else (_QUERY, self.model.encode_query)
         # by name: sentence-transformers itself stops at its own empty `document` and never sees a `passage`
@@ -35,7 +39,7 @@ class SentenceTransformerEncoder:
         return np.asarray(vectors, dtype=np.float32)
 
     def fingerprint(self) -> Facts:
-        """As `Embedder.fingerprint`, of what sentence-transformers keeps: weights, modules, prompts and lengths."""
+        """The facts as in `Embedder.fingerprint`, of sentence-transformers' weights, modules, prompts and lengths."""
         model, tensors = self.model, self.model.state_dict(keep_vars=True)
         settings = {name: getattr(model, name, None) for name in _SETTINGS}
         modules = [[type(module).__name__, _config(module)] for module in model]

@@ -24,9 +24,9 @@ from embedwright.vectors.store import encode_texts
 class Documents(dict[str, str]):
     """Positives as a corpus: id -> text.
 
-    Ids of two tasks, or of two chunks of one document, may be the same for different texts, so a document's id here is
-    not always the one that rows give it. `named`: (task, id in its rows) -> ids here. `given`: id here -> task -> id in
-    its rows.
+    Two tasks, or two chunks of one document, may use one id for different texts. So a document's id here is not always
+    the id that rows give it. `named` maps (task, id in its rows) to the ids here; `given` maps an id here to the id
+    that each task gives it.
     """
 
     def __init__(self) -> None:
@@ -36,9 +36,9 @@ class Documents(dict[str, str]):
 
 
 def positives_of(examples: Iterable[Example]) -> Documents:
-    """The examples' own positives as a corpus: document id (a number where it has none) -> text, each text once.
+    """Makes a corpus of the examples' own positives: id -> text, each text once; without an id, it gets a number.
 
-    Of several texts under one id the first keeps it; the others get `<id>#2` and so on.
+    Where several texts have one id, the first keeps it; the others get `<id>#2` and so on.
     """
     names: dict[str, dict[tuple[str, str], None]] = {}
     for example in examples:
@@ -61,29 +61,29 @@ def positives_of(examples: Iterable[Example]) -> Documents:
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """All texts to be encoded: the documents of the corpus, then, each once, the passages that it lacks."""
+    """All texts to encode: the documents of the corpus, then the passages that it lacks, each once."""
 
     corpus: Mapping[str, str]
-    ids: list[str]  # (C) of the documents that have text
+    ids: list[str]  # (C), of documents that have text
     lacking: list[str]  # (P - C)
-    keys: NDArray[np.int64]  # (P), of the rows that are `known`
+    keys: NDArray[np.int64]  # (P), filled where `known`
     known: NDArray[np.bool_]  # (P)
-    row_of_id: dict[str, int]  # of the documents that the examples name
-    row_of_text: dict[str, int]  # of the passages of the examples
-    foreign: set[tuple[str, str]]  # (task, id) that name another document in that task than in the corpus
+    row_of_id: dict[str, int]  # for documents that the examples name
+    row_of_text: dict[str, int]  # for the examples' passages
+    foreign: set[tuple[str, str]]  # (task, id) which the task gives to another document than the corpus does
 
     def text(self, row: int) -> str:
         return self.corpus[self.ids[row]] if row < len(self.ids) else self.lacking[row - len(self.ids)]
 
     def keys_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The `text_mark` of each row, made when it is first asked for: most of a large corpus are no candidates."""
+        """The `text_mark` of each row. It is made on first use, since most documents of a large corpus never rank."""
         asked = np.unique(rows[~self.known[rows]])
         self.known[asked] = True
         self.keys[asked] = np.fromiter((text_mark(self.text(row)) for row in asked.tolist()), np.int64, len(asked))
         return self.keys[rows]
 
     def rows_with_id(self, task: str, passages: Iterable[Passage]) -> list[int]:
-        """The documents that a row of `task` means by the ids of these passages."""
+        """The rows of the documents that an example of `task` means by the ids of these passages."""
         ids = [p.id for p in passages if p.id is not None and (task, p.id) not in self.foreign]
         if isinstance(self.corpus, Documents):
             ids = [key for id in ids for key in self.corpus.named.get((task, id), ())]
@@ -93,7 +93,7 @@ class Pool:
         return [self.row_of_text[p.text] for p in passages]
 
     def passage(self, task: str, row: int) -> Passage:
-        """A document, under the id by which rows of `task` know it; without one where that means another document."""
+        """A document under the id that `task` gives it; without an id where the id means another document there."""
         id, text = self.ids[row], self.text(row)
         if not isinstance(self.corpus, Documents):
             return Passage(text, None if (task, id) in self.foreign else id)
@@ -101,7 +101,7 @@ class Pool:
         return Passage(text, own or (None if (task, id) in self.corpus.named else id))
 
     def encoded(self, encoder: Encoder, folder: Path | None, advance: Callable[[int], None]) -> tuple[Vectors, Vectors]:
-        """The vectors of the corpus, and of all rows."""
+        """Encodes all rows. Returns the vectors of the corpus, and those of all rows."""
         documents = encode_texts(
             encoder, lambda: _with_text(self.corpus.values()), len(self.ids), folder=folder, advance=advance
         )
@@ -110,7 +110,7 @@ class Pool:
 
 
 def make_pool(corpus: Mapping[str, str], examples: Sequence[Example], answers: Iterable[Passage]) -> Pool:
-    """`answers`: those of other rows, which are compared but not encoded."""
+    """Makes the pool of a corpus and examples. `answers` of other examples are only compared, not encoded."""
     passages = [p for example in examples for p in (*example.positives, *example.negatives)]
     wanted_ids = {p.id for p in chain(passages, answers)}
     row_of_text = dict.fromkeys((p.text for p in passages), -1)
@@ -135,8 +135,11 @@ def make_pool(corpus: Mapping[str, str], examples: Sequence[Example], answers: I
 def _foreign(
     corpus: Mapping[str, str], examples: Sequence[Example], row_of_id: Mapping[str, int]
 ) -> set[tuple[str, str]]:
-    """The ids that are known to name another document in a task than in the corpus: its text is that of another task's
-    passage of this id, and of none of the task's own."""
+    """Finds the (task, id) that name another document in the task than in the corpus.
+
+    The document's text in the corpus is then that of another task's passage with this id, and of none of the task's
+    own passages.
+    """
     if len({example.task for example in examples}) < 2:
         return set()
     texts: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))

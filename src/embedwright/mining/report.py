@@ -16,14 +16,16 @@ KINDS = ("positives", "removed_by_rule", "negatives")
 
 @dataclass(slots=True)
 class Histogram:
-    """How many scores of each kind lie in [i step, (i + 1) step), by i. `step` is settled by the first scores: 0.01
-    where they are cosines."""
+    """Counts, for each kind and each i, the scores in [i step, (i + 1) step).
+
+    The first scores set `step`: 0.01 where they are cosines.
+    """
 
     step: float = 0.0
     counts: dict[str, Counter[int]] = field(default_factory=lambda: {kind: Counter() for kind in KINDS})
 
     def add(self, kind: str, scores: NDArray[np.floating[Any]]) -> None:
-        """Count `scores`, of any shape."""
+        """Counts scores, of any shape."""
         if not scores.size:
             return
         if not self.step:
@@ -33,7 +35,7 @@ class Histogram:
         self.counts[kind].update(dict(zip(bins.tolist(), counts.tolist(), strict=True)))
 
     def to_json(self) -> dict[str, Any]:
-        """`start` and `step` of the bins, and the counts of each kind in them."""
+        """Returns `start` and `step` of the bins, and for each kind the counts in them."""
         bins = [i for counts in self.counts.values() for i in counts]
         first, last = (min(bins), max(bins)) if bins else (0, -1)
         counts = {kind: [each[i] for i in range(first, last + 1)] for kind, each in self.counts.items()}
@@ -42,13 +44,13 @@ class Histogram:
 
 @dataclass(frozen=True, slots=True)
 class MiningReport:
-    """What mining looked at, what it took away and why, and what is left.
+    """Counts what mining looked at, what it removed and why, and what it took.
 
-    A candidate falls under the first reason that holds, so that `candidates` minus the `removed_*` after it, up to
-    `removed_duplicates`, are the eligible ones. They are looked at one by one until a query has enough:
-    `removed_near_duplicate` of those were passed over, `negatives` were taken. `removed_given` counts negatives that
-    the examples came with and that repeat a positive or the query. `queries_short` got fewer than they asked for. With
-    several teachers that each rank for every query, the candidates of each count.
+    A removed candidate counts under the first reason that holds. So `candidates` minus the four counts after it, up to
+    `removed_duplicates`, are the eligible ones. Those are looked at one by one until a query has enough:
+    `removed_near_duplicate` were passed over, `negatives` were taken. `removed_given` counts negatives that the
+    examples came with and that repeat an answer or the query. `queries_short` queries got fewer negatives than asked
+    for. Where several teachers rank for every query, the candidates of each teacher count.
     """
 
     rule: str
@@ -70,9 +72,9 @@ class MiningReport:
     scores: dict[str, Any] = field(default_factory=dict)  # a Histogram's JSON
 
     def to_json(self) -> dict[str, Any]:
-        """The report as plain values, ready for `json.dumps`."""
+        """Returns the report as plain values, ready for `json.dumps`."""
         return asdict(self)
 
     def counts(self) -> dict[str, Any]:
-        """The same without the histogram of the scores."""
+        """Returns the report without the histogram of the scores."""
         return {key: value for key, value in self.to_json().items() if key != "scores"}

@@ -1,6 +1,6 @@
-"""Which of the ranked documents of a query may be its negatives: the rules of NV-Retriever, and what never may.
+"""Decides which ranked documents of a query may be its negatives: the rules of NV-Retriever, and what never may.
 
-Work on whole tiles of queries. `Q` queries, `K` candidates of one query, best first.
+All masks are made for many queries at once. `Q` queries, `K` candidates of one query, best first.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 
 from embedwright.errors import InputError
 
-_SHORT = 32  # answers that are compared for all queries of a tile at once
+_SHORT = 32  # a longer list of one query is compared by itself
 
 Rule = Literal["naive", "shift", "abs", "margin", "perc"]
-Positives = Literal["lowest", "each"]  # of several positives: which sets the threshold
-Ensemble = Literal["cross-sample", "intra-sample", "intra-sample-duplicates"]  # of several teachers
+Positives = Literal["lowest", "each"]  # which of several positives sets the threshold
+Ensemble = Literal["cross-sample", "intra-sample", "intra-sample-duplicates"]  # how several teachers work together
 T = TypeVar("T")
 
 BEST_MARGIN: dict[Rule, float | None] = {"naive": None, "shift": 10, "abs": 0.7, "margin": 0.05, "perc": 0.95}
@@ -30,16 +30,16 @@ SAMPLE_FROM = 10  # NV-Retriever draws from the top 10, and finds that more hurt
 
 
 class Exclusions(NamedTuple):
-    """What may not be a negative of one query, as rows (of documents) and keys (of texts, see `mine`)."""
+    """What may not be a negative of one query: rows of documents, and `text_mark`s of texts."""
 
     positive_rows: Collection[int]
-    positive_keys: Collection[int]  # that of the query itself among them
-    negative_rows: Collection[int]  # that the query has already
+    positive_keys: Collection[int]  # with the key of the query itself
+    negative_rows: Collection[int]  # of the negatives that the query has already
     negative_keys: Collection[int]
 
 
 class Eligible(NamedTuple):
-    """Masks (Q, K) over the candidates: which may be negatives; why others may not, by the first reason."""
+    """Masks (Q, K) over the candidates: which may be negatives, and for the others the first reason against them."""
 
     eligible: NDArray[np.bool_]
     same_document: NDArray[np.bool_]
@@ -48,7 +48,7 @@ class Eligible(NamedTuple):
     duplicates: NDArray[np.bool_]
 
     def removed(self) -> dict[str, NDArray[np.bool_]]:
-        """The masks of what may not, by reason."""
+        """The masks of the removed candidates, by reason."""
         return {reason: mask for reason, mask in self._asdict().items() if reason != "eligible"}
 
 
@@ -61,8 +61,11 @@ def eligible(
     rule: Rule,
     margin: float | None,
 ) -> Eligible:
-    """Rows, text keys and scores of the ranked candidates, the score of the positive that sets the threshold, and what
-    is excluded, for each of the queries -> what the rule, whose `margin` is checked, lets pass and what it does not."""
+    """Tells which ranked candidates may be negatives by the rule.
+
+    For each query it takes the rows, text keys and scores of the candidates, the score of the positive that sets the
+    threshold, and the exclusions. `margin` has been checked by `check_settings`.
+    """
     positive_rows, positive_keys, negative_rows, negative_keys = zip(*excluded, strict=True) if excluded else ((),) * 4
     same_document = _among(rows_QK, positive_rows)
     same_text = ~same_document & _among(keys_QK, positive_keys)
@@ -78,19 +81,19 @@ def eligible(
 
 
 def sample_order(scores: NDArray[np.float64], seed: int, example_id: str, teacher: int) -> NDArray[np.int64]:
-    """An order drawn by softmax over `scores` without replacement (the Gumbel trick gives exactly that)."""
+    """Draws an order by softmax over `scores` without replacement (the Gumbel trick gives exactly that)."""
     random = np.random.default_rng([seed, zlib.crc32(example_id.encode()), teacher])
     return np.argsort(-(scores + random.gumbel(size=len(scores))), kind="stable")
 
 
 def teacher_of(example_id: str, teachers: int, seed: int) -> int:
-    """The number of the teacher that an example gets (`cross-sample`), the same in every run."""
+    """Draws the number of the teacher of an example (`cross-sample`), the same in every run."""
     # the word in front keeps this apart from the draw of negatives, which is seeded by the same two
     return int(np.random.default_rng([*b"teacher", seed, zlib.crc32(example_id.encode())]).integers(teachers))
 
 
 def in_turn(ranked: Sequence[Iterable[T]]) -> Iterator[T]:
-    """The best of each list, then the second best of each, and so on. No item is None."""
+    """Gives the best of each list, then the second best of each, and so on. No item may be None."""
     if len(ranked) == 1:
         yield from ranked[0]
         return
@@ -99,7 +102,7 @@ def in_turn(ranked: Sequence[Iterable[T]]) -> Iterator[T]:
 
 
 def check_settings(rule: Rule, margin: float | None, negatives: int, depth: int) -> float | None:
-    """The margin to use. Raises ValueError where the settings do not fit together."""
+    """Returns the margin to use. Raises ValueError where the settings do not fit together."""
     if rule not in BEST_MARGIN:
         raise InputError(f"rule must be one of {', '.join(BEST_MARGIN)}, not {rule!r}")
     if negatives < 1:
@@ -123,7 +126,10 @@ def check_settings(rule: Rule, margin: float | None, negatives: int, depth: int)
 
 
 def check_sampling(sampled: bool, sample_from: int | None, negatives: int) -> int:
-    """How many eligible candidates to draw from; 0 where the best are taken. ValueError where that does not fit."""
+    """Returns how many eligible candidates are drawn from; 0 where the best are taken.
+
+    Raises ValueError where the settings do not fit together.
+    """
     if not sampled:
         if sample_from is not None:
             raise InputError(f"sample_from {sample_from} says what to draw from, and sampled is off")
@@ -142,7 +148,7 @@ def _allowed(
     rank_QK: NDArray[np.int64],
     scores_QK: NDArray[np.float64],
 ) -> NDArray[np.bool_]:
-    """Which of the ranked `scores` the rule lets pass."""
+    """Tells which ranked scores the rule lets pass."""
     if margin is None:  # naive
         return np.ones(scores_QK.shape, dtype=bool)
     if rule == "shift":
@@ -155,7 +161,7 @@ def _allowed(
 
 
 def _among(values_QK: NDArray[np.int64], lists: Sequence[Collection[int]]) -> NDArray[np.bool_]:
-    """Which values of each query are in the list of that query."""
+    """Tells which values of each query are in the query's own list."""
     found = np.zeros(values_QK.shape, dtype=bool)
     short = [values if len(values) <= _SHORT else () for values in lists]
     for column in zip_longest(*short, fillvalue=-1):  # neither a row nor a key
@@ -167,7 +173,7 @@ def _among(values_QK: NDArray[np.int64], lists: Sequence[Collection[int]]) -> ND
 
 
 def _repeated(keys_QK: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which keys stood before them already, in the same row."""
+    """Tells which keys repeat an earlier key of the same row."""
     order_QK = np.argsort(keys_QK, axis=1, kind="stable")
     sorted_QK = np.take_along_axis(keys_QK, order_QK, axis=1)
     again = np.zeros(keys_QK.shape, dtype=bool)

@@ -1,6 +1,6 @@
-"""Hard negatives mined anew inside a run: by the model as it then is, or by another teacher.
+"""Mines hard negatives again inside a run, with the current weights or with another teacher.
 
-What was mined lies in `<run.out>/mined/<stage>/<step>/` and is read from there by a run that goes on.
+The result lies in `<run.out>/mined/<stage>/<step>/`. A run that resumes reads it from there.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from embedwright.training.run.checkpoint import RunState
 
 logger = logging.getLogger(__name__)
 
-_WHOLE = "run.json"  # written last: of which run this is
+_WHOLE = "run.json"  # written last; says which run this belongs to
 
 
 def refresh_every(stage: StagePart) -> int:
-    """The steps of a stage that share their negatives: all of them, unless they are mined again on the way."""
+    """How many steps of a stage share their negatives: all, unless the stage mines again on the way."""
     every = None if stage.mine is None else stage.mine.every
     return every or stage.optim.steps
 
@@ -54,11 +54,13 @@ def refreshed(
     processes: Processes,
     say: Callable[[str], None] | None = None,
 ) -> list[Source]:
-    """The stage's sources with the negatives that hold from step `begin` on; the run stands at `state`.
+    """Returns the stage's sources with the negatives that hold from step `begin` on. The run stands at `state`.
 
-    Rows keep their order and number: the draw goes on as it was. Negatives that rows came with are replaced. All
-    processes encode a part of the texts each and mine alike; the first one writes. ConfigError where the model that
-    mined is gone, and with it what it mined, or where no row of a source has got a negative that it needs.
+    Rows keep their order and number, so the draw of rows goes on unchanged. Negatives that rows came with are replaced.
+    Each process encodes a part of the texts, and all mine alike; rank 0 writes.
+
+    Raises ConfigError where the mined files are gone together with the weights that mined them, or where no row of a
+    source got a negative that it needs.
     """
     asked = stage.mine
     assert asked is not None
@@ -134,7 +136,7 @@ def _mine(
 
 
 def _corpus(stage: StagePart, source: Source) -> dict[str, str]:
-    """The documents that an entry names, or those that answer its queries."""
+    """The corpus that an entry names, or else the positives of its rows."""
     entry = entry_of(stage, source)
     path = expand(entry.path)
     if entry.corpus:

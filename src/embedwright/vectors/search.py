@@ -27,12 +27,12 @@ from embedwright.vectors.shards import Vectors, as_tensor, as_vectors
 _QUERIES = 512  # queries and documents of one product: 4 MB, which a processor's last cache holds
 _DOCUMENTS = 2048
 _WASTED = 0.2  # of the pairs of a block: where int8 nominates more, float32, which nominates few, is faster
-_ROWS = 256  # worked on at a time, so that what is made of them stays in a core's own cache
+_ROWS = 256  # of pairs that are scored at once without kernels, so that they stay in a core's own cache
 _NO_ROW = 2**32 - 1
 
 
 class Nominator(Protocol):
-    """Gives the number of the first query of each part, and bool (q, N): whose score may be `floor_Q` or more."""
+    """Gives for parts of the queries the number of the first and bool (q, N): whose score may be `floor_Q` or more."""
 
     def nominate(self, document_NE: Tensor, floor_Q: Tensor) -> Iterator[tuple[int, Tensor]]: ...
 
@@ -126,7 +126,7 @@ def _product(query_QE: Tensor, document_NE: Tensor) -> Tensor:
 
 
 def _first_floor(query_QE: Tensor, document_NE: Tensor, k: int) -> NDArray[np.float32]:
-    """A score that the k-th best of each query reaches at least: the worst of k likely documents of the first block."""
+    """A score that each query's k-th best reaches at least: the worst of k likely documents of the first block."""
     floor_Q = np.full(len(query_QE), -np.inf, np.float32)
     if k > len(document_NE):
         return floor_Q
@@ -141,7 +141,7 @@ def _first_floor(query_QE: Tensor, document_NE: Tensor, k: int) -> NDArray[np.fl
 def _exact(
     exact_QE: Tensor, document_NE: Tensor, query_F: NDArray[np.int64], document_F: NDArray[np.int64]
 ) -> NDArray[np.float32]:
-    """Float32 (F,): the inner products of pairs, of queries in float64, summed in float64."""
+    """Scores pairs, float32 (F,): inner products of queries in float64 and documents in float32, summed in float64."""
     if kernels.available():
         return kernels.dots(exact_QE, document_NE, as_tensor(query_F), as_tensor(document_F)).numpy()
     scores_F = np.empty(len(query_F), np.float32)
@@ -159,7 +159,7 @@ def _merged(
     query_F: NDArray[np.int64],
     row_F: NDArray[np.int64],
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """The k best of each query's best so far and of new pairs, which are in the order of their queries."""
+    """Merges new pairs, in the order of their queries, into the best so far; returns the k best of each query."""
     queries, k = scores_QK.shape
     count_Q = np.bincount(query_F, minlength=queries)
     place_F = k + np.arange(len(query_F)) - (count_Q.cumsum() - count_Q)[query_F]
@@ -177,7 +177,7 @@ def _merged(
 
 
 def _check(vectors_NE: Tensor, what: str, first: int) -> None:
-    """InputError for a vector that is not finite; the first has the number `first`."""
+    """Raises InputError for a vector that is not finite. The first vector has the number `first`."""
     length_N = vectors_NE.norm(dim=1)
     if not torch.isfinite(length_N.sum()) and not (finite_N := length_N.isfinite()).all():
         row = int(finite_N.logical_not().nonzero()[0])
