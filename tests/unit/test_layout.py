@@ -46,7 +46,6 @@ MODEL = [
     "model.adapters",
     "model.formats",
     "model.interop",
-    "model.precision",
     "model.encode",
     "model.embedder",
 ]

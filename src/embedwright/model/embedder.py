@@ -5,9 +5,9 @@ N texts, E embedding, T packed tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,24 +21,22 @@ from embedwright.host import loading
 from embedwright.model.adapters import fourbit
 from embedwright.model.adapters.lora import add_lora, has_lora, merge_lora
 from embedwright.model.backbone import AttentionKind, decoder_config, load_backbone, origin_of, positions
-from embedwright.model.encode import ahead, queued
+from embedwright.model.encode import NotFiniteError, Precision, check_precision, quantize, shortened, vectors_of
 from embedwright.model.formats.base import build_network, resolve_base
 from embedwright.model.formats.open import open_embedder
 from embedwright.model.interop import hub
 from embedwright.model.interop.save import opens_as_stock, save_network
 from embedwright.model.network import EmbedwrightModel, check_fit
 from embedwright.model.pooling import FOLDED, FoldedLatent, Kind, LatentPooling, PoolingConfig
-from embedwright.model.precision import Precision, check_precision, first_not_finite, quantize, shortened
 from embedwright.model.verify import probe, selftest
 from embedwright.model.verify.modes import evaluating
-from embedwright.packing import PackedTexts, batches, pack
+from embedwright.packing import PackedTexts, pack
 from embedwright.text import (
     BOUNDARY_TEMPLATE,
     INSTRUCTION_TEMPLATE,
     Contract,
     NoTokenError,
     TextTokenizer,
-    TokenizedText,
     check_limit,
     check_text,
     check_texts,
@@ -52,8 +50,6 @@ from embedwright.text import (
 Backend = Literal["packed", "sdpa", "eager"]
 
 _FOLDED_FLOAT32, _FOLDED_16_BITS = 1e-4, 0.1  # how far folding may move a unit vector
-_CHUNK = 16_384  # texts tokenised at a time: bounds memory on a corpus, still sorts well by length
-_GPU_CHUNK = 2_048  # a GPU waits for its first texts, and does not need many of one length
 
 
 class Embedder:
@@ -344,27 +340,22 @@ class Embedder:
         self._check_sizes(dim, batch_tokens, precision)
         unique = list(dict.fromkeys(texts))
         vectors = np.empty((len(unique), self.embedding_dim), dtype=np.float32)
-        bar = _progress_bar(len(unique)) if progress else None
-        size = _CHUNK if self.device.type == "cpu" else _GPU_CHUNK
-
-        def tokenized(start: int) -> list[TokenizedText]:
-            try:
-                return read(self.text_tokenizer, self.contract, unique[start : start + size], in_front, limit)
-            except NoTokenError as error:  # its index is among the distinct texts of this chunk: name the caller's
-                index = texts.index(unique[start + error.index])
-                raise NoTokenError(error.prefix, error.limit, index) from None
-
-        with evaluating(self.network):
-            for start, chunk in ahead(tokenized, range(0, len(unique), size)):
-                for batch, embedded in self._embedded(chunk, batch_tokens):
-                    rows = [start + i for i in batch]
+        found = vectors_of(
+            unique,
+            lambda some: read(self.text_tokenizer, self.contract, list(some), in_front, limit),
+            self._embed_alone,
+            self.device,
+            batch_tokens,
+        )
+        try:
+            with evaluating(self.network), _progress_bar(len(unique), progress) as bar:
+                for rows, embedded in found:
                     vectors[rows] = embedded
-                    if (bad := first_not_finite(embedded)) is not None:
-                        self._refuse_vector(texts.index(unique[rows[bad]]))
-                    if bar is not None:
-                        bar.update(len(batch))
-        if bar is not None:
-            bar.close()
+                    bar.update(len(rows))
+        except NoTokenError as error:  # its index is among the distinct texts: name the caller's
+            raise NoTokenError(error.prefix, error.limit, texts.index(unique[error.index])) from None
+        except NotFiniteError as error:
+            raise self._overflow(texts.index(unique[error.index])) from None
         if len(unique) != len(texts):
             row = {text: i for i, text in enumerate(unique)}
             vectors = vectors[[row[text] for text in texts]]
@@ -380,27 +371,16 @@ class Embedder:
             if not 1 <= dim <= self.embedding_dim:
                 raise InputError(f"dim={dim}: the model has {self.embedding_dim} dimensions")
 
-    def _refuse_vector(self, index: int) -> NoReturn:
-        """What a text gives whose states overflow the type of the weights, or come from weights that are not finite."""
+    def _overflow(self, index: int) -> InputError:
+        """The error for a text whose states overflow the type of the weights, or meet weights that are not finite."""
         dtype = str(self.network.backbone.dtype).removeprefix("torch.")
         help = 'load the model with dtype="float32" or "bfloat16"' if dtype == "float16" else "its weights are broken"
-        raise InputError(f"texts[{index}]: the model computes no finite vector of it in {dtype}: {help}")
+        return InputError(f"texts[{index}]: the model computes no finite vector of it in {dtype}: {help}")
 
-    def _embedded(
-        self, texts: Sequence[TokenizedText], batch_tokens: int
-    ) -> Iterator[tuple[list[int], NDArray[np.float32]]]:
-        """(indices, their vectors), batch by batch."""
-
-        def run(batch: list[int]) -> Tensor:
-            with torch.inference_mode(not self.network.sharded), torch.no_grad():
-                return self.embed(pack([texts[i] for i in batch]))
-
-        made = list(batches([len(text.ids) for text in texts], batch_tokens))
-        if self.device.type == "cuda":
-            yield from queued(run, made)
-        else:
-            for batch in made:
-                yield batch, run(batch).cpu().numpy()
+    def _embed_alone(self, packed: PackedTexts) -> Tensor:
+        """Embeds without gradients."""
+        with torch.inference_mode(not self.network.sharded), torch.no_grad():
+            return self.embed(packed)
 
     def _batch_tokens(self) -> int:
         """Where the caller gives none. More are up to a tenth faster on two threads, and take more memory."""
@@ -432,7 +412,7 @@ def _dtype(name: str) -> torch.dtype:
     return dtypes[name]
 
 
-def _progress_bar(total: int) -> Any:
+def _progress_bar(total: int, shown: bool) -> Any:
     from tqdm.auto import tqdm
 
-    return tqdm(total=total, unit="text", desc="encode")
+    return tqdm(total=total, unit="text", desc="encode", disable=not shown)

@@ -1,10 +1,13 @@
-"""What comes next is made while the model computes: texts tokenised in a thread, and batches in a GPU's queue, which
-stands still while Python prepares one if it has no other to go on with."""
+"""From tokenised texts to vectors: batch by batch, the next one made while the model computes; then as a caller asks.
+
+N texts, E embedding.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -12,7 +15,54 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from embedwright import threads
-from embedwright.text import TokenizedText
+from embedwright.errors import InputError
+from embedwright.packing import PackedTexts, batches, pack
+from embedwright.text import NoTokenError, TokenizedText
+
+Precision = Literal["float32", "int8", "binary"]
+
+_CHUNK = 16_384  # texts tokenised at a time: bounds memory on a corpus, still sorts well by length
+_GPU_CHUNK = 2_048  # a GPU waits for its first texts, and does not need many of one length
+
+
+class NotFiniteError(InputError):
+    """The vector of texts[index] has a number that is not finite."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        super().__init__(f"texts[{index}]: the model computes no finite vector of it")
+
+
+def vectors_of(
+    texts: Sequence[str],
+    read: Callable[[Sequence[str]], list[TokenizedText]],
+    embed: Callable[[PackedTexts], Tensor],
+    device: torch.device,
+    batch_tokens: int,
+) -> Iterator[tuple[list[int], NDArray[np.float32]]]:
+    """Yields (indices of texts, their vectors), batch by batch, in any order; each text once.
+
+    Tokenising runs in a thread, ahead of the model. NoTokenError and NotFiniteError name the index of the text.
+    """
+    size = _CHUNK if device.type == "cpu" else _GPU_CHUNK
+
+    def tokenized(start: int) -> list[TokenizedText]:
+        try:
+            return read(texts[start : start + size])
+        except NoTokenError as error:
+            raise NoTokenError(error.prefix, error.limit, start + error.index) from None
+
+    for start, chunk in ahead(tokenized, range(0, len(texts), size)):
+
+        def run(batch: list[int], chunk: list[TokenizedText] = chunk) -> Tensor:
+            return embed(pack([chunk[i] for i in batch]))
+
+        made = list(batches([len(text.ids) for text in chunk], batch_tokens))
+        found = queued(run, made) if device.type == "cuda" else ((batch, run(batch).cpu().numpy()) for batch in made)
+        for batch, vectors_NE in found:
+            if (bad := first_not_finite(vectors_NE)) is not None:
+                raise NotFiniteError(start + batch[bad])
+            yield [start + i for i in batch], vectors_NE
 
 
 def queued(
@@ -53,3 +103,41 @@ def ahead(
             if following is not None:
                 waiting = pool.submit(make, following)
             yield start, chunk
+
+
+def quantize(vectors_NE: NDArray[np.float32], precision: Precision) -> NDArray[Any]:
+    """float32 as it is; int8 scaled per vector, which leaves cosines; binary: signs packed eight to a uint8."""
+    check_precision(precision)
+    if (bad := first_not_finite(vectors_NE)) is not None:
+        raise InputError(f"vector {bad} is not finite")
+    if precision == "float32":
+        return vectors_NE
+    if precision == "int8":
+        largest = np.abs(vectors_NE).max(axis=1, keepdims=True)
+        scaled: NDArray[np.int8] = np.rint(vectors_NE * (127 / np.maximum(largest, 1e-12))).astype(np.int8)
+        return scaled
+    bits: NDArray[np.uint8] = np.packbits(vectors_NE > 0, axis=1)
+    return bits
+
+
+def shortened(vectors_NE: NDArray[np.float32], dim: int) -> NDArray[np.float32]:
+    """The first `dim` numbers of each vector, at unit length again. InputError where nothing of a vector is left."""
+    cut = vectors_NE[:, :dim]
+    lengths = np.linalg.norm(cut, axis=1, keepdims=True)
+    lost = (lengths[:, 0] == 0) & vectors_NE.any(axis=1)
+    if lost.any():
+        raise InputError(f"texts[{lost.argmax()}]: the first {dim} numbers of its vector are zero: give a larger dim")
+    scaled: NDArray[np.float32] = cut / np.maximum(lengths, 1e-12)
+    return scaled
+
+
+def first_not_finite(vectors_NE: NDArray[np.float32]) -> int | None:
+    """The index of a vector with a number that is not finite, or None."""
+    finite = np.isfinite(vectors_NE).all(axis=1)
+    return None if finite.all() else int(finite.argmin())
+
+
+def check_precision(precision: str) -> None:
+    """InputError for a name that `quantize` does not know."""
+    if precision not in get_args(Precision):
+        raise InputError(f"precision={precision!r} is none of {', '.join(get_args(Precision))}")

@@ -93,7 +93,7 @@ def test_a_model_can_be_sent_to_another_process(model: Embedder) -> None:
 def test_chunks_of_a_corpus_meet_in_order(model: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = made_up_texts(23)
     expected = model.encode(texts)
-    monkeypatch.setattr("embedwright.model.embedder._CHUNK", 5)
+    monkeypatch.setattr("embedwright.model.encode._CHUNK", 5)
     np.testing.assert_allclose(model.encode(texts), expected, atol=1e-5)
 
 
