@@ -1,4 +1,4 @@
-"""Texts of any length as one row of tokens with boundaries: no padding exists anywhere behind this point.
+"""Texts of any length as one row of tokens with boundaries. No padding exists after this point.
 
 T packed tokens, N texts.
 """
@@ -20,17 +20,21 @@ from embedwright.text import TokenizedText
 
 @dataclass(frozen=True)
 class PackedTexts:
-    """N texts in one row of T tokens: int64 ids and positions, int32 cu_seqlens (N+1,), bool pool_mask."""
+    """N texts in one row of T tokens.
+
+    `ids_T` and `position_T` are int64, `pool_mask_T` is bool. `cu_seqlens` int32 (N+1,) holds the boundaries: text i is
+    tokens cu_seqlens[i] to cu_seqlens[i+1].
+    """
 
     ids_T: Tensor
     position_T: Tensor
     cu_seqlens: Tensor
     pool_mask_T: Tensor
     longest: int
-    # (texts, length) of neighbours that share a length: what attention can do as one batch. Kept as Python
-    # numbers, since asking the tensor for them would make a GPU wait in every layer.
+    # (texts, length) for each run of neighbours of equal length, which attention computes as one batch. Python
+    # numbers, since reading them from the tensor would make a GPU wait in every layer.
     runs: tuple[tuple[int, int], ...]
-    # where packed attention notes its calls, for whoever proves the masks: one a layer; None: nowhere
+    # A list makes packed attention record its calls, one a layer, for the proof of the masks.
     calls: list[Any] | None = field(default=None, compare=False, repr=False)
 
     def __len__(self) -> int:
@@ -51,14 +55,14 @@ class PackedTexts:
 
 
 def _moved(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """On its way to a GPU from pinned memory: from any other, the copy would wait for all that the GPU has to do."""
+    """Copies to a GPU from pinned memory. From other memory the copy would wait for the GPU's whole queue."""
     if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
 
 def pack(texts: Sequence[TokenizedText]) -> PackedTexts:
-    """The texts one behind the other, in the order given."""
+    """Packs texts into one row, one after the other, in the order given."""
     lengths = [len(t.ids) for t in texts]
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     total = int(cu_seqlens[-1])
@@ -75,9 +79,9 @@ def pack(texts: Sequence[TokenizedText]) -> PackedTexts:
 
 
 def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of texts in batches of at most `batch_tokens` tokens, longest first; a longer text is a batch of its own.
+    """Yields batches of text indices, at most `batch_tokens` tokens each. A longer text is a batch of its own.
 
-    Sorted by length, so that attention finds runs of equal length, and the batch that needs most memory comes first.
+    The longest texts come first, so that attention finds runs of equal length and the first batch needs most memory.
     """
     batch: list[int] = []
     tokens = 0

@@ -41,9 +41,9 @@ _PROBE_TEXTS = (
 
 
 class Contract(BaseModel):
-    """What a model was trained to read. Lengths are in tokens, every token counted: BOS, prefix, suffix, EOS.
+    """How texts become tokens. `max_tokens` counts all of them: BOS, prefix, text, suffix and EOS.
 
-    The fields behind `max_tokens` are for models of others (`model.formats.families`); new models leave them alone.
+    The fields after `max_tokens` serve models of others (`model.formats.families`). New models keep the defaults.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,7 +54,7 @@ class Contract(BaseModel):
     bos_ids: tuple[int, ...] = ()
     mask_rule: Literal["offsets", "boundary", "count", "all"] = "offsets"
     max_tokens: int = Field(default=512, ge=2)
-    query_suffix: str = ""  # behind every text whose prefix is not the documents'
+    query_suffix: str = ""  # after every text whose prefix is not the documents'
     template_specials: bool = False  # special tokens written in prefix and suffix are those tokens, not plain text
     default_task: str = ""  # the instruction of a query for which none is given: `task=""`
 
@@ -66,17 +66,20 @@ class Contract(BaseModel):
         return self
 
     def prefix(self, task: str | None) -> str:
-        """The string in front of a query with this instruction (empty: the default one), or of a document (None)."""
+        """Returns the string in front of a query with instruction `task`, or in front of a document (None).
+
+        An empty task means the model's default instruction.
+        """
         if task == "":
             task = self.default_task
         return self.query_template.replace("{task}", task) if task else self.document_template
 
 
 class TextTokenizer:
-    """A tokenizer of the model's own, in two settings that never change: special tokens in a text are text, or tokens.
+    """The model's own copy of a tokenizer. All threads may use it at once.
 
-    It is a copy. What a caller does with the tokenizer that it was made from changes nothing here, and all threads may
-    read with it at once.
+    Changes to the original, such as added tokens or truncation, do not reach it. `plain` reads special tokens written
+    in a text as plain text; `special` reads them as special tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -84,7 +87,7 @@ class TextTokenizer:
 
     @cached_property
     def special(self) -> Tokenizer:
-        """The copy that takes special tokens written in a text for those tokens. Few models need it."""
+        """The copy that reads special tokens written in a text as special tokens. Few models need it."""
         return _frozen(self.plain, encode_special_tokens=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TextTokenizer:
@@ -103,20 +106,20 @@ def _frozen(tokenizer: Tokenizer, *, encode_special_tokens: bool) -> Tokenizer:
 
 
 def private_copy(tokenizer: Any) -> Any:
-    """A transformers tokenizer with the same ids that shares nothing with this one; it cuts and pads nothing."""
+    """Copies a transformers tokenizer. The copy gives the same ids, shares no state, and never truncates or pads."""
     backend = _frozen(tokenizer.backend_tokenizer, encode_special_tokens=False)
     return copy.deepcopy(tokenizer, {id(tokenizer.backend_tokenizer): backend})
 
 
 class TokenizedText(NamedTuple):
-    """One text: `ids` int64 (L,), and `pool` bool (L,), True where pooling looks."""
+    """One text of L tokens: `ids` int64 (L,) and `pool` bool (L,), True for the tokens that are pooled."""
 
     ids: NDArray[np.int64]
     pool: NDArray[np.bool_]
 
 
 class NoTokenError(InputError):
-    """A prefix that leaves no token of texts[index] to pool."""
+    """The prefix leaves no token of texts[index] to pool."""
 
     def __init__(self, prefix: str, limit: int, index: int) -> None:
         self.prefix, self.limit, self.index = prefix, limit, index
@@ -125,17 +128,19 @@ class NoTokenError(InputError):
 
 
 def leading_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The special tokens that this tokenizer's own pipeline puts in front of a text (its BOS), if any."""
+    """Returns the special tokens that the tokenizer itself puts in front of a text: its BOS, if it has one."""
     encoding = tokenizer.encode("a")
     count = next((i for i, special in enumerate(encoding.special_tokens_mask) if not special), 0)
     return tuple(encoding.ids[:count])
 
 
 def load_tokenizer(folder: str | Path, **kwargs: Any) -> Any:
-    """The transformers tokenizer of a local folder, giving the ids that its tokenizer.json gives.
+    """Loads the transformers tokenizer of a local folder. It gives the ids that tokenizer.json gives.
 
-    transformers 5 rebuilds some pipelines from the config; where that changes the ids of a probe text, the file wins.
-    InputError where the folder has no tokenizer that opens without code of its own.
+    transformers 5 rebuilds some tokenizers from the config. Where that changes the ids of a probe text, the file wins.
+
+    Raises:
+        InputError: The folder has no tokenizer, or only one that needs code of its own.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -155,10 +160,11 @@ def load_tokenizer(folder: str | Path, **kwargs: Any) -> Any:
 
 
 def check_texts(texts: Iterable[str]) -> list[str]:
-    """The texts of a list, tuple, one-dimensional array, column of a table, or any other ordered series, as a list.
+    """Turns a list, tuple, one-dimensional array, table column or other ordered series of texts into a list.
 
-    InputTypeError for what has no order or is no series of texts, and for an item that is no str; InputError for a
-    lone surrogate; each names the index.
+    Raises:
+        InputTypeError: `texts` has no order or is no series of texts, or an item is no str; it names the index.
+        InputError: A text holds a lone surrogate; it names the index.
     """
     if isinstance(texts, str):
         raise InputTypeError("expected a list of texts, got one string: wrap it in a list")
@@ -174,7 +180,7 @@ def check_texts(texts: Iterable[str]) -> list[str]:
 
 
 def check_text(text: object, name: str) -> None:
-    """InputTypeError for what is no str, InputError for one with half of a surrogate pair, which no encoding takes."""
+    """Raises InputTypeError for a value that is no str, and InputError for a lone surrogate, which is no Unicode."""
     if not isinstance(text, str):
         raise InputTypeError(f"{name} is {type(text).__name__}, not str")
     if _SURROGATE.search(text):
@@ -182,14 +188,14 @@ def check_text(text: object, name: str) -> None:
 
 
 def _is_series(texts: Any) -> bool:
-    """Whether its items have an order and are not the names of columns."""
+    """Says whether the items have an order, and are not the column names of a table."""
     unordered = isinstance(texts, (bytes, bytearray, Mapping, set, frozenset))
     table = getattr(texts, "ndim", 1) != 1 or hasattr(texts, "columns") or hasattr(texts, "column_names")
     return isinstance(texts, Iterable) and not unordered and not table
 
 
 def check_limit(contract: Contract, max_tokens: int) -> int:
-    """`max_tokens` if a text can be cut to it; else InputTypeError or InputError."""
+    """Returns `max_tokens` as an int. Raises InputTypeError or InputError where it leaves no room for text."""
     check_whole(max_tokens, "max_tokens")
     fixed = len(contract.bos_ids) + (contract.eos_id is not None and contract.mask_rule != "count")
     if max_tokens <= fixed:
@@ -198,7 +204,7 @@ def check_limit(contract: Contract, max_tokens: int) -> int:
 
 
 def check_whole(value: object, name: str) -> None:
-    """InputTypeError for what is no whole number; `True` is none."""
+    """Raises InputTypeError for a value that is no whole number. Bools are refused too."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise InputTypeError(f"{name}={value!r} is {type(value).__name__}, not a whole number")
 
@@ -210,10 +216,11 @@ def tokenize(
     prefix: str = "",
     max_tokens: int | None = None,
 ) -> list[TokenizedText]:
-    """Token ids and pool mask of `prefix + text` for each text, under the contract's own rule.
+    """Tokenises `prefix + text` for each text, by the contract's rule. Returns ids and pool masks.
 
-    InputError for a limit that is none, and, with the text's index, where the prefix leaves no token to pool (the
-    reference returns NaN there).
+    Raises:
+        InputError: `max_tokens` leaves no room for text.
+        NoTokenError: The prefix leaves no token of a text to pool. The reference returns NaN there.
     """
     return read(tokenizer, contract, check_texts(texts), prefix, max_tokens)
 
@@ -221,7 +228,7 @@ def tokenize(
 def read(
     tokenizer: TextTokenizer, contract: Contract, texts: list[str], prefix: str, max_tokens: int | None
 ) -> list[TokenizedText]:
-    """`tokenize`, of texts that `check_texts` has seen."""
+    """Does the work of `tokenize` on a list that `check_texts` returned."""
     limit = check_limit(contract, contract.max_tokens if max_tokens is None else max_tokens)
     rule = _by_count if contract.mask_rule == "count" else _by_offsets
     with threads.freed():  # the first batch starts the tokenizers' own threads
@@ -231,12 +238,12 @@ def read(
 def _by_offsets(
     tokenizer: TextTokenizer, contract: Contract, texts: list[str], prefix: str, limit: int
 ) -> list[TokenizedText]:
-    """New models. The text is cut to what is left, EOS is appended by id, special tokens in a text are plain text.
+    """Reads texts as new models do: it truncates the text, appends EOS by id, and reads special tokens as plain text.
 
-    A token is pooled if it ends after the prefix: the prefix's last token may melt into the first word, which a
-    count of the prefix's tokens alone would lose. `boundary` (models that plain sentence-transformers opens, which
-    counts) differs in one thing: white space of the text that melted into the prefix's last token is left out with it.
-    `all` reads the same tokens and pools every one, as servers do that know nothing of prefixes.
+    A token is pooled if it ends after the prefix. The prefix's last token may merge with the first word, which a count
+    of the prefix's tokens would lose. The rule `boundary`, for models that plain sentence-transformers opens (it
+    counts), differs in one thing: white space of the text that merged with the prefix's last token is not pooled.
+    The rule `all` pools every token, as servers do that know nothing of prefixes.
     """
     frame = _frame(tokenizer, contract, prefix)
     if limit <= len(contract.bos_ids) + len(frame.back):
@@ -269,9 +276,9 @@ def _by_offsets(
 def _text_tokens(
     offsets: list[tuple[int, int]], frame: _Frame, text: str, boundary: bool
 ) -> tuple[NDArray[np.bool_], int]:
-    """Which tokens of `prefix + text + suffix` hold some of the text; and how many may be cut, from the right.
+    """Finds the tokens of `prefix + text + suffix` that hold some of the text, and counts those before the suffix.
 
-    Tokens that reach into the suffix are never cut.
+    Only these may be truncated: tokens that reach into the suffix always stay.
     """
     begin, end = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
     start = len(frame.prefix)
@@ -288,7 +295,7 @@ def _text_tokens(
 
 
 class _Frame(NamedTuple):
-    """What stands around a text: ids where they are fixed, strings where they may melt into the text."""
+    """What surrounds a text: ids where they are fixed, strings where they may merge with the text."""
 
     front: list[int]
     prefix: str
@@ -297,9 +304,10 @@ class _Frame(NamedTuple):
 
 
 def _frame(tokenizer: TextTokenizer, contract: Contract, prefix: str) -> _Frame:
-    """BOS, prefix, suffix and EOS; a prefix is fixed up to its last special token, a suffix from its first one on.
+    """Builds what surrounds a text: BOS, prefix, suffix and EOS.
 
-    A tokenizer takes the pieces between special tokens one by one, so that this cut gives the ids of the whole string.
+    A prefix is fixed up to its last special token, a suffix from its first one on. A tokenizer reads the pieces between
+    special tokens one by one, so this split gives the ids of the whole string.
     """
     front, back = list(contract.bos_ids), [] if contract.eos_id is None else [contract.eos_id]
     suffix = contract.query_suffix if prefix != contract.document_template else ""
@@ -320,8 +328,10 @@ def _frame(tokenizer: TextTokenizer, contract: Contract, prefix: str) -> _Frame:
 def _by_count(
     tokenizer: TextTokenizer, contract: Contract, texts: list[str], prefix: str, limit: int
 ) -> list[TokenizedText]:
-    """Released NV-Embed, as its reference does it: EOS as text, cut with the rest, and n leading positions left out,
-    n = tokens of the prefix alone without BOS (position 0 is BOS, so its last token is pooled)."""
+    """Reads texts as released NV-Embed does: EOS is text and truncated with it; the first n positions are not pooled.
+
+    n is the number of the prefix's tokens without BOS. Position 0 is BOS, so the prefix's last token is pooled.
+    """
     special = tokenizer.special
     eos = "" if contract.eos_id is None else special.id_to_token(contract.eos_id) or ""
     masked = len(special.encode(prefix, add_special_tokens=False).ids) if prefix else 0

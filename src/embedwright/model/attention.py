@@ -25,12 +25,12 @@ PACKED = "embedwright_packed"  # a name that transformers knows as attention but
 # (q, k, v, ends of texts, scale, window as flash attention counts it) -> (T, H, d), or None for what it does not take
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, float, tuple[int, int]], Tensor | None]
 
-# What blocks pass on and packed attention does not depend on. `is_causal` is the model's config again: the layer's own
-# counts, and the probe holds it to the model's.
+# Arguments that blocks pass and packed attention ignores. `is_causal` repeats the model's config; the layer's own value
+# decides, and the probe holds it to the config.
 _WITHOUT_EFFECT = {"is_causal", "position_ids", "cache_position", "output_hidden_states", "return_dict"}
 _MASKED_ROWS = 512  # of a text under a mask, at a time
-# What torch's varlen kernel is told beside its boundaries, where its version can be told: 2.11 takes grouped heads
-# unasked and splits nothing. A split goes by the longest text, and a vector would depend on its batch.
+# Arguments for torch's varlen kernel, where its version knows them: 2.11 takes grouped heads unasked and never splits.
+# A split depends on the longest text, so that a vector would depend on its batch.
 _WISHES = {"enable_gqa": True, "num_splits": 1}
 _VARLEN: dict[str, Any] = {n: w for n, w in _WISHES.items() if n in inspect.signature(varlen_attn).parameters}
 
@@ -48,10 +48,13 @@ def packed_attention(
     kernel: Kernel | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attention within each text of a packed row; query (1, H, T, d), key and value (1, K, T, d) -> (1, T, H, d).
+    """Computes attention within each text of a packed row: the function that transformers calls in every layer.
 
-    Causal or not is the config's word (`config.is_causal`), the window is the layer's (None: whole text). `kernel`: see
-    `attend`.
+    query is (1, H, T, d), key and value are (1, K, T, d); returns (1, T, H, d). `config.is_causal` says whether it is
+    causal, the layer gives its window (None: the whole text). `kernel` is explained at `attend`.
+
+    Raises:
+        InputError: There are no boundaries, or the layer wants dropout, a mask or a kind of score that this has not.
     """
     causal = bool(getattr(module.config, "is_causal", True))
     if packed is None:
@@ -63,7 +66,7 @@ def packed_attention(
     unknown = [
         n for n, value in others.items() if n not in _WITHOUT_EFFECT and value is not None and value is not False
     ]
-    if unknown:  # a soft cap, sinks, chosen keys: left out, the scores would be other ones
+    if unknown:  # a soft cap, sinks, chosen keys: without them the scores would be wrong
         kind = getattr(module.config, "model_type", "these")
         raise InputError(f"{kind!r} models need {unknown[0]!r}, which packed attention has not")
     if packed.calls is not None:
@@ -86,11 +89,11 @@ def attend(
     training: bool = True,
     kernel: Kernel | None = None,
 ) -> Tensor:
-    """(T, H, d). The one place where a kernel is chosen, by device, type and length.
+    """Computes attention within each text (T, H, d), and is the one place where a kernel is chosen.
 
-    On a GPU in 16 bits, torch's kernel for texts of any length; for inference, the one that the caller brings, where it
-    takes these. Elsewhere each run of equally long texts is one batch. `training`: also without a gradient, as in
-    GradCache's first pass, whose numbers must be those of the second.
+    A GPU in 16 bits takes torch's kernel for texts of any length. Inference elsewhere takes the caller's `kernel`, if it
+    accepts the inputs. Otherwise each run of equally long texts is one batch. `training` is also true in GradCache's
+    first pass, which has no gradient but must give the numbers of the second.
     """
     training = training or torch.is_grad_enabled()
     if q_HTd.dtype in (torch.float16, torch.bfloat16) and _has_flash(q_HTd.device):
@@ -117,7 +120,7 @@ def attend(
 def _any_lengths(
     q_HTd: Tensor, k_KTd: Tensor, v_KTd: Tensor, packed: PackedTexts, causal: bool, scale: float, window: int | None
 ) -> Tensor:
-    """Flash attention with boundaries."""
+    """Computes flash attention with boundaries, by torch's varlen kernel."""
     q_THd, k_TKd, v_TKd = (x.transpose(0, 1) for x in (q_HTd, k_KTd, v_KTd))
     ends, longest = packed.cu_seqlens, packed.longest
     out_THd = varlen_attn(
@@ -132,18 +135,18 @@ def _any_lengths(
         window_size=flash_window(causal, window),
         **_VARLEN,
     )
-    assert isinstance(out_THd, Tensor)  # a pair only where more is asked for
+    assert isinstance(out_THd, Tensor)  # it is a pair only when more is asked for
     return out_THd
 
 
 @cache
 def _has_flash(device: torch.device) -> bool:
-    """Whether torch's varlen kernel runs there: on NVIDIA's GPUs from Ampere on."""
+    """Says whether torch's varlen kernel runs on the device: NVIDIA GPUs from Ampere on."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def flash_window(causal: bool, window: int | None) -> tuple[int, int]:
-    """How many tokens behind and ahead are seen, as flash attention counts them; -1: all."""
+    """Returns how many tokens to the left and to the right are seen, as flash attention counts them. -1 means all."""
     behind = -1 if window is None else window - 1 if causal else window
     return behind, 0 if causal else behind
 
@@ -151,9 +154,10 @@ def flash_window(causal: bool, window: int | None) -> tuple[int, int]:
 def _equal_lengths(
     q_nKRLd: Tensor, k_nKLd: Tensor, v_nKLd: Tensor, causal: bool, scale: float, window: int | None
 ) -> Tensor:
-    """(n, K, R, L, d): the R query heads that share a key head are folded into rows, so that keys are never repeated.
+    """Computes attention of n texts of equal length: (n, K, R, L, d).
 
-    A long text under a mask goes by blocks of rows, each with the keys that it can see: the mask never is L x L.
+    The R query heads that share a key head become rows, so that keys are never repeated. A long text under a mask is
+    computed in blocks of rows, each with the keys that it can see, so that no mask is L x L.
     """
     n, kv_heads, shared, length, dim = q_nKRLd.shape
     step = length if not causal and window is None else _MASKED_ROWS
@@ -170,16 +174,16 @@ def _equal_lengths(
 
 
 def visible(rows: range, length: int, causal: bool, window: int | None) -> range:
-    """The keys that some query of these rows may see."""
+    """Returns the range of keys that some query in `rows` may see."""
     behind, ahead = flash_window(causal, window)
     first = 0 if behind < 0 else max(rows.start - behind, 0)
     return range(first, length if ahead < 0 else min(rows.stop + ahead, length))
 
 
 def allowed(rows: range, keys: range, causal: bool, window: int | None, device: torch.device) -> Tensor | None:
-    """Bool (rows, keys), True where query i sees key j; None where all see all.
+    """Builds the mask, bool (rows, keys), True where query i sees key j. Returns None where all see all.
 
-    The window is that of transformers' own sdpa masks: |i-j| <= w in both directions, i-j < w when causal.
+    The window is that of transformers' sdpa masks: |i-j| <= w in both directions, i-j < w when causal.
     """
     if not causal and (window is None or max(rows.stop - keys.start, keys.stop - rows.start) <= window + 1):
         return None
@@ -200,8 +204,10 @@ def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sca
 
 
 class _Recomputed(torch.autograd.Function):
-    """torch's fused kernel, with the gradient of a second run in float32: on a CPU its backward in bfloat16 takes 3.7
-    times as long as in float32, a third of a training step. Only its inputs are kept."""
+    """torch's fused attention, whose backward runs the forward again in float32. It keeps only its inputs.
+
+    On a CPU the fused backward in bfloat16 takes 3.7 times as long as in float32, a third of a training step.
+    """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:

@@ -1,6 +1,6 @@
 """A stock decoder as a bidirectional backbone.
 
-No modelling code of our own: transformers >= 5.2 honours `config.is_causal = False`; windows must be cleared beside it.
+There is no modelling code here: transformers >= 5.2 honours `config.is_causal = False`. Windows are cleared beside it.
 """
 
 from __future__ import annotations
@@ -41,9 +41,10 @@ _OPEN_WINDOW = _ANY_LENGTH = 2**30  # more than any text has
 
 
 def decoder_config(base: str, *, attention: AttentionKind, layers: int | None = None) -> Any:
-    """The config of the decoder in a local folder, set for this attention and cut to its first `layers`.
+    """Reads the config of the decoder in a local folder, sets its attention, and cuts it to its first `layers`.
 
-    ValueError where the model is no decoder, or has fewer layers.
+    Raises:
+        InputError: The model is no decoder, or has fewer layers.
     """
     config = stock_config(base)
     kind = config.model_type
@@ -61,7 +62,7 @@ def decoder_config(base: str, *, attention: AttentionKind, layers: int | None = 
 
 
 def stock_config(folder: str | Path) -> Any:
-    """transformers' own config of a local folder. InputError where only code from the folder could read it."""
+    """Reads transformers' config of a local folder. Raises InputError where it needs code of the folder."""
     file = Path(folder) / "config.json"
     with blaming(file, "is no config that transformers can open"):
         try:
@@ -73,13 +74,15 @@ def stock_config(folder: str | Path) -> Any:
 
 
 def positions(config: Any) -> int:
-    """Tokens for which a decoder has positions."""
+    """Returns the number of tokens for which a decoder has positions."""
     return getattr(config, "max_position_embeddings", None) or _ANY_LENGTH
 
 
 def longest_alike(config: Any) -> int:
-    """Tokens up to which a text's rotary frequencies are its own. Beyond, `dynamic` and `longrope` choose them by the
-    largest position of a batch, for all of its texts."""
+    """Returns the text length up to which rotary frequencies do not depend on the other texts of a batch.
+
+    Beyond it, `dynamic` and `longrope` choose them by the largest position of the batch.
+    """
     kinds = getattr(config, "rope_parameters", None) or {}
     each = kinds.values() if all(isinstance(kind, dict) for kind in kinds.values()) else [kinds]
     limits = [_ANY_LENGTH]
@@ -93,19 +96,19 @@ def longest_alike(config: Any) -> int:
 
 
 def set_attention(config: Any, attention: AttentionKind) -> None:
-    """Set mask and windows on a config, before the model is made: modules copy their window when they are built."""
+    """Sets mask and windows on a config, in place. Call it before the model is built: modules copy them then."""
     if config.model_type in READ_BY_FLAG and hasattr(config, "use_bidirectional_attention"):
-        del config.use_bidirectional_attention  # of the folder, for others: `storage` writes it anew
+        del config.use_bidirectional_attention  # for other readers: saving writes it again
     config.is_causal = attention == "causal"
     config.use_cache = False
     if attention == "bidirectional" and config.model_type not in KEEPS_WINDOWS:
-        # a window left on would apply in both directions: tokens beyond it would never meet
+        # a window would apply in both directions, and tokens farther apart would never meet
         types = getattr(config, "layer_types", None)
         others = sorted(set(types or ()) - _ATTENTION_LAYERS)
         if others:
             raise InputError(f"{config.model_type!r} models have {others[0]!r} layers, which cannot be bidirectional")
         if types and getattr(config, "sliding_window", None) is not None and not hasattr(config, "use_sliding_window"):
-            # Cohere 2, EXAONE 4, OLMo 3: by its type a layer has rotary positions or not, so it keeps its type
+            # Cohere 2, EXAONE 4, OLMo 3: a layer's type also says whether it has rotary positions, so it keeps its type
             config.sliding_window = _OPEN_WINDOW
             return
         config.sliding_window = None
@@ -116,11 +119,14 @@ def set_attention(config: Any, attention: AttentionKind) -> None:
 
 
 def load_backbone(base: str, config: Any, dtype: torch.dtype, quantization: Any = None) -> Any:
-    """The stock base model (no LM head) with packed attention. `quantization` is a quantization config of transformers.
+    """Loads the stock base model (no LM head) of a local folder, with packed attention.
 
-    `base` is a local folder. InputError where weights are missing, of another shape or without a place in the model,
-    other than the LM head and the layers that `config` leaves out; and where the model's code takes no other attention
-    function.
+    `quantization` is a quantization config of transformers. The LM head and the layers that `config` cuts off are left
+    out.
+
+    Raises:
+        InputError: Other weights are missing, have another shape or no place in the model; or the architecture takes
+            no other attention function.
     """
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # its report is read below, as a whole
@@ -149,7 +155,7 @@ def load_backbone(base: str, config: Any, dtype: torch.dtype, quantization: Any 
 
 
 def check_report(where: str | Path, info: dict[str, Any]) -> None:
-    """InputError where transformers' loading report says that some weights of the model are not those of the files."""
+    """Raises InputError where transformers' loading report names weights that did not come from the files."""
     if missing := sorted(info["missing_keys"]):
         raise InputError(f"{where} lacks {len(missing)} weights, e.g. {', '.join(missing[:3])}: they would be random")
     if other := sorted(info["mismatched_keys"]):
@@ -160,7 +166,7 @@ def check_report(where: str | Path, info: dict[str, Any]) -> None:
 
 
 def _check_unexpected(base: str, config: Any, names: set[str]) -> None:
-    """InputError for weights that neither the LM head nor a layer that was cut off on purpose explains."""
+    """Raises InputError for weights that belong neither to the LM head nor to a layer that was cut off on purpose."""
     cut = range(config.num_hidden_layers, stock_config(base).num_hidden_layers)
     layers = tuple(f"{front}layers.{n}." for n in cut for front in ("", "model."))
     with torch.device("meta"):
@@ -174,7 +180,7 @@ def _check_unexpected(base: str, config: Any, names: set[str]) -> None:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a backbone's weights were read from: what an adapter finds and knows its base by."""
+    """Where a backbone's weights came from. An adapter finds its base by the name, and recognises it by the samples."""
 
     name: str  # a folder, absolute, or a hub id, packaged name or .gguf file
     kind: OriginKind
@@ -183,7 +189,7 @@ class Origin:
 
 
 def origin_of(base: str | Path, backbone: nn.Module, kind: OriginKind, revision: str | None = None) -> Origin:
-    """The origin of a backbone that was just read from `base`, or written there."""
+    """Returns the origin of a backbone that was just read from `base`, or written there."""
     path = Path(base).expanduser()
     if path.exists():
         return Origin(str(path.resolve()), kind, weight_samples(backbone))
@@ -193,7 +199,7 @@ def origin_of(base: str | Path, backbone: nn.Module, kind: OriginKind, revision:
 
 @torch.no_grad()
 def weight_samples(backbone: nn.Module) -> dict[str, Tensor]:
-    """Eight values of every weight, evenly spaced, by the weight's name; adapters do not count."""
+    """Returns eight evenly spaced values of every weight, by its name. Adapters are left out."""
     samples = {}
     for name, parameter in backbone.named_parameters():
         if "lora_" not in name:
@@ -203,7 +209,7 @@ def weight_samples(backbone: nn.Module) -> dict[str, Tensor]:
 
 
 def same_samples(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    """Whether both may be of the same weights, each rounded to its own type."""
+    """Says whether both samples can come from the same weights, each rounded to its own dtype."""
     return a.keys() == b.keys() and all(equal_but_for_type(a[name], b[name]) for name in a)
 
 
@@ -216,7 +222,7 @@ def equal_but_for_type(a: Tensor, b: Tensor) -> bool:
 
 
 def text_hidden(backbone: Any, ids_T: Tensor) -> Tensor:
-    """(L, D) of one text, by a backbone whose attention is transformers' own."""
+    """Returns the hidden states (L, D) of one text, from a backbone with transformers' own attention."""
     ones = torch.ones_like(ids_T)[None]
     hidden: Tensor = backbone(input_ids=ids_T[None], attention_mask=ones, use_cache=False).last_hidden_state[0]
     return hidden

@@ -1,4 +1,4 @@
-"""`Embedder`: a network, its tokenizer and its text contract. Made from a decoder or loaded, encodes, saves.
+"""`Embedder`: a network with its tokenizer and text contract, which encodes texts, trains and saves.
 
 N texts, E embedding, T packed tokens.
 """
@@ -53,11 +53,11 @@ _FOLDED_FLOAT32, _FOLDED_16_BITS = 1e-4, 0.1  # how far folding may move a unit 
 
 
 class Embedder:
-    """Encodes texts into unit vectors. `network` is a `torch.nn.Module`; training works on it directly.
+    """Encodes texts into unit vectors.
 
-    `tokenizer` is the caller's, to count tokens or look at them. The model reads and saves with a copy of it
-    (`own_tokenizer`, `text_tokenizer`) that was made with the model: tokens added to `tokenizer`, its truncation,
-    padding and templates change no vector and no saved folder. To add tokens, add them to the base's folder first.
+    `network` is a `torch.nn.Module`; training works on it directly. `tokenizer` is for the caller, to count tokens or
+    look at them. The model uses its own copies (`own_tokenizer`, `text_tokenizer`), so changes to `tokenizer` change no
+    vector and no saved folder. To add tokens, add them to the base's folder first.
     """
 
     def __init__(self, network: EmbedwrightModel, tokenizer: Any) -> None:
@@ -90,18 +90,32 @@ class Embedder:
         seed: int = 0,
         **sizes: Any,
     ) -> Embedder:
-        """A new embedder from a decoder: local folder, .gguf file, packaged name or hub id, looked for in this order.
+        """Makes a new embedder from a decoder.
 
-        `revision` is a branch, tag or commit of a hub id (also written `org/name@revision`); config, weights and
-        tokenizer are all read from the one commit that it names.
-        `layers` keeps the first so many. `max_tokens`: 512, or fewer where the decoder has fewer positions.
-        `pool_prompt` pools the tokens of the instruction, BOS and EOS too: for servers that pool every token.
-        `sizes` are those of `PoolingConfig` (latents, heads, head_dim, multiple).
-        `four_bit` holds the weights of the linear layers in 4 bits and computes in `dtype`, to train adapters on: such
-        a model can be neither merged nor saved (ImportError without the extra [qlora]).
-        A fresh pooling block is the identity, so the new model is its decoder with mean pooling. Raises ValueError
-        for a model that is no decoder, FileNotFoundError for a missing path, ProbeError if the result is not
-        bidirectional (or causal) as asked.
+        A fresh pooling block is the identity, so the new model equals its decoder with mean pooling.
+
+        Args:
+            base: Local folder, .gguf file, packaged name or hub id, looked for in this order.
+            revision: Branch, tag or commit of a hub id (also written `org/name@revision`). Config, weights and
+                tokenizer are all read from that one commit.
+            pooling: `latent`, `mean`, `last`, `self` or `mlp`.
+            attention: `bidirectional` or `causal`.
+            layers: Keep this many of the first layers. Default: all.
+            max_tokens: Tokens after which a text is cut. Default: 512, or the decoder's positions if fewer.
+            pool_prompt: Also pool the tokens of the instruction, BOS and EOS, for servers that pool every token.
+            dtype: `float32`, `bfloat16` or `float16`.
+            four_bit: Hold the linear layers in 4 bits, to train adapters on. Such a model can be neither merged nor
+                saved. Needs the extra [qlora].
+            device: Default: the GPU if there is one, else the CPU.
+            backend: For tests alone. `sdpa` and `eager` run transformers' own attention, one text at a time.
+            seed: Seeds the weights of the pooling block.
+            sizes: Sizes of the pooling block, as in `PoolingConfig`: latents, heads, head_dim, multiple.
+
+        Raises:
+            ValueError: The base is no decoder, or an argument does not fit it.
+            FileNotFoundError: There is no such path.
+            ProbeError: The result is not bidirectional (or causal) as asked.
+            ImportError: `four_bit` without the extra [qlora].
         """
         config = PoolingConfig(kind=pooling, **sizes)
         folder = resolve_base(base, revision)
@@ -135,11 +149,20 @@ class Embedder:
         dtype: str | None = None,
         backend: Backend = "packed",
     ) -> Embedder:
-        """An embedder that `save` wrote: a local folder or a hub id. `dtype` None keeps the stored one.
+        """Loads an embedder: a folder that `save` wrote, a released NV-Embed folder, or another embedder that is a decoder.
 
-        `revision` is a branch, tag or commit of a hub id (also written `org/name@revision`).
-        Of an adapter folder, ours or peft's, the base is opened where `adapter_config.json` says. `dtype` is then the
-        base's; what trains is float32. FileNotFoundError without the base, ValueError where it is another one.
+        Args:
+            path: Local folder or hub id. For an adapter folder, ours or peft's, the base is opened as well, from where
+                `adapter_config.json` says.
+            revision: Branch, tag or commit of a hub id (also written `org/name@revision`).
+            device: Default: the GPU if there is one, else the CPU.
+            dtype: `float32`, `bfloat16` or `float16`. Default: the stored one. Adapters stay in float32.
+            backend: For tests alone. `sdpa` and `eager` run transformers' own attention, one text at a time.
+
+        Raises:
+            FileNotFoundError: There is no such folder, or no base.
+            ValueError: The folder is no embedder, or the base is not the one that the adapters were trained on.
+            ProbeError: The model does not give the vectors that were stored with it, or does not attend as it says.
         """
         network, tokenizer = open_embedder(path, dtype=None if dtype is None else _dtype(dtype), revision=revision)
         model = cls(network, tokenizer)._ready(device, backend)
@@ -149,11 +172,16 @@ class Embedder:
         return model
 
     def save(self, path: str | Path) -> None:
-        """Write a new folder: stock (opens in plain sentence-transformers) for mean and last, ours for the others.
+        """Saves the model into a new folder.
 
-        With adapters that are not merged it is an adapter folder: LoRA and pooling block, in peft's format, and where
-        the base is. FileExistsError where the folder is not empty, ValueError where the weights below the adapters are
-        on no disk, ProbeError where the adapters are not at work.
+        Models with `mean` or `last` pooling also open in plain sentence-transformers, the others once embedwright is
+        imported. A model with unmerged adapters is saved as an adapter folder in peft's format: LoRA, pooling block,
+        and where the base is.
+
+        Raises:
+            FileExistsError: The folder is not empty.
+            ValueError: The model is folded, or the weights below the adapters are on no disk.
+            ProbeError: The adapters are not active.
         """
         if isinstance(self.network.head, FoldedLatent):
             raise InputError(FOLDED)
@@ -163,11 +191,14 @@ class Embedder:
             self.network.origin = origin_of(path, self.network.backbone, "stock" if stock else "whole")
 
     def to_sentence_transformer(self) -> Any:
-        """A SentenceTransformer (6.x) of the same weights: training it, as with its own trainer, trains this model.
+        """Wraps the same weights as a SentenceTransformer (6.x). Training that, with its own trainer, trains this model.
 
-        Transformer -> Pooling -> Normalize, as if this model had been saved and opened there, with the same vectors.
-        What it saves is a whole model of our format, adapters merged; `save` writes the rest of what this one can be.
-        ImportError without sentence-transformers, ValueError for a folded model.
+        It has the modules Transformer, Pooling and Normalize, and gives the same vectors. What it saves is a whole
+        model in our format, adapters merged.
+
+        Raises:
+            ImportError: sentence-transformers is not installed.
+            ValueError: The model is folded.
         """
         return hub.sentence_transformer(self.network, self.own_tokenizer)
 
@@ -179,22 +210,29 @@ class Embedder:
         token: str | None = None,
         card: str | Mapping[str, Any] | None = None,
     ) -> str:
-        """Upload what `save` writes, with a model card, to the Hugging Face hub; gives the repository's address.
+        """Uploads what `save` writes, with a model card, to the Hugging Face hub. Returns the repository's address.
 
-        The repository is made if it is not there (`private` then says which kind). `token`: None for the one that
-        `hf auth login` keeps. `card`: arguments of `model.interop.card.model_card` beside those that the model
-        knows, such as `base`, `license`, `data` and `scores`; or a whole text. ValueError as in `save`, and for
-        adapters whose base others cannot open.
+        Args:
+            repo_id: `org/name`. The repository is made if it does not exist.
+            private: Whether a new repository is private.
+            token: Default: the token that `hf auth login` keeps.
+            card: The whole card as a text, or arguments of `model.interop.card.model_card`, such as `base`, `license`,
+                `data` and `scores`, that the model does not know by itself.
+
+        Raises:
+            ValueError: As in `save`, and for adapters whose base others cannot open.
         """
         return hub.push_to_hub(self.network, self.own_tokenizer, repo_id, private=private, token=token, card=card)
 
     @loading()
     def add_lora(self, rank: int = 16, alpha: int = 32, dropout: float = 0.0) -> Embedder:
-        """LoRA on every linear layer of the backbone, in place. Vectors stay as they are until it is trained.
+        """Adds LoRA to every linear layer of the backbone, in place. Vectors do not change until it is trained.
 
-        The adapters and, in full, the pooling block are what trains from here on, both in float32; the rest is frozen.
-        A warning names weights that are no linear layers, such as the experts of a mixture: they get no adapter.
-        ValueError where the model has adapters already or is folded.
+        From then on the adapters and the whole pooling block train, both in float32; the rest is frozen. A warning
+        names weights that are no linear layers, such as the experts of a mixture: they get no adapter.
+
+        Raises:
+            ValueError: The model has adapters already, or is folded.
         """
         if isinstance(self.network.head, FoldedLatent):
             raise InputError(FOLDED)
@@ -203,10 +241,11 @@ class Embedder:
         return self
 
     def merge(self) -> Embedder:
-        """Fold the adapters into the weights, in place: the model is a plain one again, with the same vectors.
+        """Merges the adapters into the weights, in place. The vectors stay the same, which a few texts prove.
 
-        Proved on a few texts, then probed. ValueError where there is nothing to merge or an adapter is not at work;
-        RuntimeError where vectors moved by more than rounding: that model is lost, load it again.
+        Raises:
+            ValueError: There are no adapters, or one of them is not active.
+            RuntimeError: Vectors moved by more than rounding. The model is lost: load it again.
         """
         texts = self.tokenize([text for text, _ in selftest.TEXTS])
         merge_lora(self.network, texts.to(self.device))
@@ -214,11 +253,13 @@ class Embedder:
         return self
 
     def fold(self) -> Embedder:
-        """For inference alone, in place: a latent block becomes two small matrices, with the same vectors to 1e-5.
+        """Replaces a latent block by two small matrices, in place, for inference. Vectors stay the same to 1e-5.
 
-        Saves the released NV-Embed sizes two thirds of the block's parameters and half of its work. Other heads stay as
-        they are. Saving, exporting or training a folded model is a ValueError: its block is gone, load it again.
-        Proved on a few texts: RuntimeError where vectors moved by more than rounding, and the model stays as it was.
+        At the released NV-Embed's sizes this saves two thirds of the block's parameters and half of its work. Other
+        heads stay as they are. A folded model cannot be saved, exported or trained: load it again for that.
+
+        Raises:
+            RuntimeError: Vectors of a few texts moved by more than rounding. The model stays as it was.
         """
         head = self.network.head
         if isinstance(head, LatentPooling):
@@ -254,7 +295,7 @@ class Embedder:
 
     @property
     def longest(self) -> int:
-        """The largest `max_tokens` that a call may ask for."""
+        """The largest `max_tokens` that a call may give."""
         known = max(self.contract.max_tokens, positions(self.network.backbone.config))
         return min(known, self.network.longest)
 
@@ -268,10 +309,10 @@ class Embedder:
         return device
 
     def fingerprint(self) -> Facts:
-        """What this model is known by: equal for two models exactly when they give the same vectors.
+        """Returns the facts that identify the model. They are equal for two models exactly if both give the same vectors.
 
-        Weights (adapters too), contract, pooling, backbone, tokenizer and dtype; no name and no folder. Kept beside
-        stored vectors. The weights are hashed once, and again after they have changed.
+        They cover weights (adapters too), contract, pooling, backbone, tokenizer and dtype, but no name and no folder.
+        Stored vectors carry them. The weights are hashed once, and again after they have changed.
         """
         network, contract = self.network, self.contract
         backbone, head = network.backbone.state_dict(keep_vars=True), dict(network.head.named_parameters())
@@ -297,12 +338,12 @@ class Embedder:
         prefix: str | None = None,
         max_tokens: int | None = None,
     ) -> PackedTexts:
-        """The texts as this model reads them, in one packed row, in the order given."""
+        """Tokenises texts as the model reads them. Returns them in one packed row, in the order given."""
         in_front, limit = self._frame(task, prefix, max_tokens)
         return pack(read(self.text_tokenizer, self.contract, check_texts(texts), in_front, limit))
 
     def _frame(self, task: str | None, prefix: str | None, max_tokens: int | None) -> tuple[str, int]:
-        """The string in front of each text, and the tokens to which texts are cut; both checked."""
+        """Checks the arguments. Returns the string in front of each text, and the tokens to which texts are cut."""
         for name, value in (("task", task), ("prefix", prefix)):
             if value is not None:
                 check_text(value, name)
@@ -326,13 +367,26 @@ class Embedder:
         precision: Precision = "float32",
         progress: bool = False,
     ) -> NDArray[Any]:
-        """Vectors of the texts: float32 (N, E) of unit length, in the order given, whatever the batches were.
+        """Encodes texts into vectors. The batches do not change them.
 
-        `task` is an instruction for queries (None: documents); `prefix` is the raw string in front, instead of it.
-        `batch_tokens` bounds the tokens of a batch (default: 256 for each thread of a CPU, 1,024 at least; on a GPU
-        32,768); a longer text is one of its own. `dim` keeps the first so many dimensions and normalises again.
-        `precision`: `int8` scales each vector's largest component to 127, `binary` packs the signs into uint8
-        (N, dim/8). TypeError and ValueError name the index of a bad text.
+        Args:
+            texts: A list or another ordered series of texts.
+            task: The instruction, for queries. None: the texts are documents.
+            prefix: The raw string in front of each text, in place of `task`.
+            max_tokens: Tokens after which a text is cut. Default: the model's.
+            batch_tokens: Tokens of a batch at most; a longer text is a batch of its own. Default: 32,768 on a GPU; 256
+                for each thread of a CPU, at least 1,024.
+            dim: Keep this many of the first dimensions and normalise again.
+            precision: `float32`; `int8`, which scales each vector's largest component to 127; or `binary`, which packs
+                the signs into uint8 (N, dim/8).
+            progress: Show a progress bar.
+
+        Returns:
+            (N, E), in the order of the texts; float32 vectors have unit length.
+
+        Raises:
+            TypeError: A text is no str, or an argument has another type. A text is named by its index.
+            ValueError: A text has no token to pool or no finite vector (named by its index), or an argument is invalid.
         """
         texts = check_texts(texts)
         in_front, limit = self._frame(task, prefix, max_tokens)
@@ -383,16 +437,16 @@ class Embedder:
             return self.embed(packed)
 
     def _batch_tokens(self) -> int:
-        """Where the caller gives none. More are up to a tenth faster on two threads, and take more memory."""
+        """The default of `batch_tokens`. Larger ones are up to a tenth faster on two threads, and take more memory."""
         return max(1024, 256 * torch.get_num_threads()) if self.device.type == "cpu" else 32_768
 
     def embed(self, packed: PackedTexts) -> Tensor:
-        """(N, E) with gradient: what training calls."""
+        """Embeds packed texts with gradient: (N, E) float32 of unit length. Training calls it."""
         return self.network.embed(packed.to(self.device))
 
 
 def new_contract(tokenizer: Any, pooling: Kind, max_tokens: int, pool_prompt: bool = False) -> Contract:
-    """The text contract of an embedder that is made from the decoder with this tokenizer."""
+    """Returns the text contract of a new embedder with this tokenizer."""
     bos_ids = leading_ids(tokenizer.backend_tokenizer)
     # mean and last are saved as stock sentence-transformers folders, whose prompts end where a token ends
     stock = pooling in ("mean", "last") and not bos_ids and not pool_prompt

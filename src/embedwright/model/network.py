@@ -25,9 +25,12 @@ HEAD_SLICE = 1024
 
 
 class EmbedwrightConfig(PretrainedConfig):
-    """`backbone`: the decoder's own config as a dict. `pooling`, `contract`: ours as dicts. `released`: of a model that
-    was opened from a released NV-Embed folder, the stored dtype and the small JSON files, by name, for its export.
-    `head_dtype`: "float32" where the head was stored in it beside a backbone of 16 bits, and stays in it."""
+    """The config of an embedder.
+
+    `backbone` is the decoder's own config, `pooling` and `contract` are ours, all as dicts. `released` is set for a
+    model from a released NV-Embed folder: the stored dtype and the small JSON files by name, for its export.
+    `head_dtype` is "float32" where the head is stored in float32 beside a 16-bit backbone, and stays so.
+    """
 
     model_type = "embedwright"
 
@@ -50,7 +53,7 @@ class EmbedwrightConfig(PretrainedConfig):
 
 
 class EmbedwrightModel(PreTrainedModel):
-    """`embed(packed)` is the one forward path; `forward` is the same behind a padded door, for other libraries."""
+    """Backbone and head. `embed(packed)` is the forward path; `forward` wraps it for libraries that pad."""
 
     config_class = EmbedwrightConfig
     base_model_prefix = "network"
@@ -65,30 +68,31 @@ class EmbedwrightModel(PreTrainedModel):
         if backbone is None:
             with blaming("config.json: backbone", "is no config of a decoder"):
                 decoder = AutoConfig.for_model(**config.backbone)
-            # in the type that from_pretrained was asked for; the stored one is in the config
+            # in the dtype that from_pretrained was asked for; the config holds the stored one
             backbone = AutoModel.from_config(
                 decoder, attn_implementation=PACKED, dtype=torch.get_default_dtype(), trust_remote_code=False
             )
         self.backbone = backbone
-        self.origin: Origin | None = None  # of the backbone's weights, for adapters that are saved without them
+        self.origin: Origin | None = None  # of the backbone's weights; adapters are saved with it
         self.head = make_head(self.pooling, backbone.config.hidden_size)
         self.implementation = PACKED  # see attend_by
-        self.cpu_fault: str | None = None  # why the fast path on CPUs is off for this model: `cpu.accelerate`
+        self.cpu_fault: str | None = None  # why `cpu.accelerate` left the fast path off
         if config.head_dtype == "float32":
-            self._keep_in_fp32_modules_strict = {"head"}  # when loaded, whatever type the backbone is asked for in
-        self.mixed = False  # training in bf16: the backbone's products in bf16, whatever its adapters are stored in
-        self.sharded = False  # by FSDP, which goes on using what a forward in inference mode would leave it
+            self._keep_in_fp32_modules_strict = {"head"}  # whatever dtype is asked for
+        self.mixed = False  # training in bf16: the backbone multiplies in bf16, whatever the dtype of its adapters
+        self.sharded = False  # by FSDP, which cannot use tensors that a forward in inference mode made
         self.longest = longest_alike(backbone.config)  # tokens of a text
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: a new head is reset by its maker, and weights that a checkpoint lacks are an error."""
+        """Does nothing: whoever makes a head resets it, and weights that a checkpoint lacks are an error."""
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As transformers', for every library that opens our folders, but for one thing: it makes up no weight.
+        """Loads as transformers does, for every library that opens our folders, but never invents weights.
 
-        InputError where weights are missing, of another shape, or without a place in the model.
+        Raises:
+            InputError: Weights are missing, have another shape, or have no place in the model.
         """
         kwargs["ignore_mismatched_sizes"] = True  # reported, then refused by name
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
@@ -99,12 +103,16 @@ class EmbedwrightModel(PreTrainedModel):
         return (model, info) if output_loading_info else model
 
     def attend_by(self, implementation: str) -> None:
-        """By transformers' own attention, `sdpa` or `eager`, one text at a time: for references."""
+        """Switches to transformers' own attention, `sdpa` or `eager`, one text at a time. Serves as a reference."""
         self.backbone.set_attn_implementation(implementation)
         self.implementation = implementation
 
     def hidden(self, packed: PackedTexts) -> Tensor:
-        """(T, D): the decoder's last hidden states, after its final norm. InputError for a text that is too long."""
+        """Returns the decoder's last hidden states (T, D), after its final norm.
+
+        Raises:
+            InputError: A text is longer than `longest`.
+        """
         if packed.longest > self.longest:
             raise InputError(
                 f"a text of {packed.longest} tokens: beyond {self.longest}, this model's rotary frequencies are of "
@@ -121,16 +129,16 @@ class EmbedwrightModel(PreTrainedModel):
         return hidden
 
     def tokens(self, packed: PackedTexts) -> Tensor:
-        """(T, D): what is pooled, in the head's own precision."""
+        """Returns the head's token states (T, D), which are pooled next, in the head's dtype."""
         hidden_TD = self.hidden(packed)
         hidden_TD = hidden_TD.to(next(self.head.parameters(), hidden_TD).dtype)
-        if self.head.token_wise and not torch.is_grad_enabled():  # in slices, so that a long text takes no more memory
+        if self.head.token_wise and not torch.is_grad_enabled():  # slices bound the memory of a long text
             return torch.cat([self.head(slice_SD, packed) for slice_SD in hidden_TD.split(HEAD_SLICE)])
         outputs: Tensor = self.head(hidden_TD, packed)
         return outputs
 
     def embed(self, packed: PackedTexts) -> Tensor:
-        """(N, E) float32, unit length, in the order of `packed`."""
+        """Embeds the texts: (N, E) float32 of unit length, in the order of `packed`. Keeps the gradient."""
         return F.normalize(reduce(self.tokens(packed), packed, self.pooling.kind), dim=-1)
 
     def forward(
@@ -140,14 +148,19 @@ class EmbedwrightModel(PreTrainedModel):
         pool_mask: Tensor | None = None,
         **_: Any,
     ) -> BaseModelOutputWithPooling:
-        """Padded (N, L) in and out, padded on either side: unpads, runs packed, pads again.
+        """Takes padded texts (N, L), padded on either side, unpads them, runs packed, and pads the result.
 
-        `pooler_output` (N, E) float32 has unit length: what `Embedder.encode` gives. `last_hidden_state` (N, L, D)
-        float32 holds the token states that are pooled, each times what it counts for: its plain mean over the attended
-        tokens is the embedding before normalisation, so that whoever pools by attention_mask alone, as
-        sentence-transformers does, is right. Tokens that are not pooled are zero in it; `tokens` gives them unscaled.
-        Without a pool_mask every attended token is pooled, except BOS under the `offsets` rule. ValueError for a row
-        without a token to attend to or to pool and, in evaluation without gradients, for one without a finite vector.
+        Without a pool_mask every attended token is pooled, except BOS under the `offsets` rule.
+
+        Returns:
+            `pooler_output` (N, E) float32 has unit length, as `Embedder.encode` gives it. `last_hidden_state`
+            (N, L, D) float32 holds the pooled token states, scaled so that their plain mean over the attended tokens
+            is the embedding before normalisation. So libraries that pool by attention_mask alone, as
+            sentence-transformers does, are right. Tokens that are not pooled are zero there.
+
+        Raises:
+            InputError: A row has no token to attend to or to pool; or, in evaluation without gradients, no finite
+                vector.
         """
         attended_NL = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         pool_NL = self._default_pool(input_ids, attended_NL) if pool_mask is None else pool_mask.bool() & attended_NL
@@ -171,7 +184,7 @@ class EmbedwrightModel(PreTrainedModel):
 
 
 def check_fit(network: EmbedwrightModel, tokenizer: Any) -> None:
-    """InputError where the tokenizer has tokens that the model has not, or a text may be longer than it can read."""
+    """Raises InputError where the tokenizer has more tokens than the model, or the contract allows too long texts."""
     rows = network.backbone.get_input_embeddings().weight.shape[0]
     largest = {"tokens": max(tokenizer.get_vocab().values(), default=-1), "pad token": tokenizer.pad_token_id}
     for what, id in largest.items():
@@ -203,7 +216,7 @@ def _refuse_empty_rows(attended_NL: Tensor, pool_NL: Tensor) -> None:
 
 
 def _counts_for(packed: PackedTexts, kind: Kind) -> Tensor:
-    """(T,) float32: what each token counts for in `reduce`, times the tokens of its text, as a mean divides by them."""
+    """Returns float32 (T,): each token's weight in `reduce`, times the length of its text, by which a mean divides."""
     lengths_N = packed.lengths_N.long()
     if kind == "last":
         return torch.zeros_like(packed.ids_T, dtype=torch.float32).index_put(

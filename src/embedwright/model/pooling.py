@@ -1,9 +1,9 @@
-"""From token states to one vector: latent attention, self-attention, a token-wise control, mean, last.
+"""Pooling: from token states to one vector, by latent attention, self-attention, a token-wise control, mean or last.
 
 T packed tokens, N texts, D hidden, R latents, H heads, d head dim, M width of a gated block.
 
-`latent` is the block as released (NV-Embed's modelling code; paper, section 3.2, writes it shorter): pre-norm
-cross attention from the tokens to R trainable latents, residual, pre-norm GEGLU, residual, mean over the pooled tokens.
+`latent` is NV-Embed's block as its released code has it (the paper, section 3.2, writes it shorter): pre-norm cross
+attention from the tokens to R trainable latents, residual, pre-norm GEGLU, residual, mean over the pooled tokens.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class PoolingConfig(BaseModel):
 
 
 class GatedBlock(nn.Module):
-    """LayerNorm, Linear to 2M, value * GELU(gate), Linear back, residual. Starts as the identity."""
+    """Computes LayerNorm, Linear to 2M, value * GELU(gate), Linear back, residual. A new block is the identity."""
 
     def __init__(self, hidden: int, width: int) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class GatedBlock(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Pre-norm attention of the tokens to a context, residual: H heads, no biases. Starts as the identity."""
+    """The projections of pre-norm attention from tokens to a context: H heads, no biases. `to_out` starts at zero."""
 
     def __init__(self, hidden: int, heads: int, head_dim: int) -> None:
         super().__init__()
@@ -72,18 +72,18 @@ class CrossAttention(nn.Module):
     def reset(self) -> None:
         self.norm.reset_parameters()
         self.norm_context.reset_parameters()
-        # Behind LayerNorm the inputs have unit variance: with these deviations q, k and so the scores q.k/sqrt(d)
-        # have it too. At the default scale attention over the latents is uniform and the head learns a constant.
+        # After LayerNorm the inputs have unit variance. These deviations give q, k and the scores q.k/sqrt(d) unit
+        # variance too. At torch's default scale attention over the latents is uniform and the head learns a constant.
         for linear in (self.to_q, self.to_kv):
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
         nn.init.zeros_(self.to_out.weight)
 
     def split(self, x: Tensor) -> Tensor:
-        """(rows, H*d) -> (H, rows, d)."""
+        """Splits heads: (rows, H*d) -> (H, rows, d)."""
         return x.view(len(x), self.heads, self.head_dim).transpose(0, 1)
 
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Both (H, rows, d)."""
+        """Returns the context's keys and values, both (H, rows, d)."""
         keys, values = self.to_kv(self.norm_context(context)).chunk(2, dim=-1)
         return self.split(keys), self.split(values)
 
@@ -92,7 +92,7 @@ class CrossAttention(nn.Module):
 
 
 class LatentPooling(nn.Module):
-    """Tokens query R trainable latents. Mixes no tokens."""
+    """Latent attention: each token attends to R trainable latents. Tokens do not see each other."""
 
     token_wise: ClassVar[bool] = True
 
@@ -108,7 +108,7 @@ class LatentPooling(nn.Module):
         self.feed_forward.reset()
 
     def attention_weights(self, x_TD: Tensor) -> Tensor:
-        """(H, T, R), rows sum to 1."""
+        """Returns the attention of each token over the latents: (H, T, R), summing to 1 over R."""
         keys, _ = self.attention.keys_values(self.latents)
         scores_HTR: Tensor = self.attention.queries(x_TD) @ keys.transpose(1, 2)
         weights_HTR: Tensor = (scores_HTR * self.attention.head_dim**-0.5).softmax(-1)
@@ -123,11 +123,15 @@ class LatentPooling(nn.Module):
 
 
 class FoldedLatent(nn.Module):
-    """A latent block for inference alone: what its tokens meet does not depend on them, so it is two matrices.
+    """A latent block for inference alone, with two matrices in place of its projections.
 
-    Per head, normed tokens x have the scores x (Wq K^T / sqrt(d)) and the output softmax(scores) (V Wo), so that a
-    (D, R) and an (R, D) matrix stand in place of all projections. They are computed in float64, a head at a time, which
-    bounds memory, and kept in the block's own type; ValueError where they overflow it. The rest is taken over.
+    Keys and values come from the latents, so they are constants. Per head, normed tokens x have the scores
+    x (Wq K^T / sqrt(d)) and the output softmax(scores) (V Wo): a (D, R) and an (R, D) matrix replace all projections.
+    They are computed in float64, one head at a time to bound memory, and stored in the block's own dtype. Norm and
+    feed-forward are shared with the block.
+
+    Raises:
+        InputError: A product overflows the block's dtype.
     """
 
     token_wise: ClassVar[bool] = True
@@ -154,14 +158,14 @@ class FoldedLatent(nn.Module):
         if not all(linear.weight.isfinite().all() for linear in (self.to_scores, self.to_out)):
             raise InputError(f"the folded latent block overflows {like['dtype']}: load the model in another dtype")
         self.requires_grad_(False)
-        for new in (self, self.to_scores, self.to_out):  # what is taken over keeps its mode
+        for new in (self, self.to_scores, self.to_out):  # shared modules keep their mode
             new.training = latent.training
 
     def reset(self) -> None:
         raise InputError(FOLDED)
 
     def _save_to_state_dict(self, *_: Any) -> None:
-        """Whatever saves weights comes by here."""
+        """Refuses to save: every way of saving weights calls this."""
         raise InputError(FOLDED)
 
     def forward(self, x_TD: Tensor, packed: PackedTexts) -> Tensor:
@@ -174,7 +178,7 @@ class FoldedLatent(nn.Module):
 
 
 class SelfPooling(nn.Module):
-    """The same block with the text's own tokens as context (the paper's self-attention baseline)."""
+    """The latent block with the text's own tokens in place of latents: the paper's self-attention baseline."""
 
     token_wise: ClassVar[bool] = False
 
@@ -197,7 +201,7 @@ class SelfPooling(nn.Module):
 
 
 class MlpPooling(nn.Module):
-    """Two token-wise gated blocks with the parameters of the latent block: the honest control for it."""
+    """A control for the latent block: two token-wise gated blocks with as many parameters."""
 
     token_wise: ClassVar[bool] = True
 
@@ -218,7 +222,7 @@ class MlpPooling(nn.Module):
 
 
 class TokensAsTheyAre(nn.Module):
-    """`mean` and `last` have no weights: what they do is in `reduce`."""
+    """The head of `mean` and `last`, which have no weights. `reduce` does their work."""
 
     token_wise: ClassVar[bool] = False  # nothing to run
 
@@ -233,7 +237,11 @@ PoolingHead = LatentPooling | FoldedLatent | SelfPooling | MlpPooling | TokensAs
 
 
 def make_head(config: PoolingConfig, hidden: int) -> PoolingHead:
-    """The block of this kind; call `reset()` on a new one. ValueError where heads do not divide D."""
+    """Builds the head of a pooling kind, with uninitialised weights: call `reset()` on a new one.
+
+    Raises:
+        InputError: The heads do not divide D.
+    """
     if config.kind in ("mean", "last"):
         return TokensAsTheyAre()
     if config.head_dim is None and hidden % config.heads:
@@ -247,7 +255,10 @@ def make_head(config: PoolingConfig, hidden: int) -> PoolingHead:
 
 
 def reduce(x_TD: Tensor, packed: PackedTexts, kind: Kind) -> Tensor:
-    """Float32 (N, D), not yet normalised: each text's last token (its EOS), or the mean over its pooled tokens."""
+    """Reduces each text's tokens to one vector: its last token (EOS), or the mean over its pooled tokens.
+
+    Returns float32 (N, D), not normalised.
+    """
     if kind == "last":
         return x_TD[packed.cu_seqlens[1:].long() - 1].float()
     weight_T1 = packed.pool_mask_T[:, None].float()
