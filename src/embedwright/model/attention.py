@@ -91,7 +91,7 @@ def attend(
 ) -> Tensor:
     """Computes attention within each text (T, H, d), and is the one place where a kernel is chosen.
 
-    A GPU in 16 bits takes torch's kernel for texts of any length. Inference elsewhere takes the caller's `kernel`, if it
+    A GPU in 16 bits takes torch's kernel for texts of any length. Inference elsewhere takes the caller's `kernel` if it
     accepts the inputs. Otherwise each run of equally long texts is one batch. `training` is also true in GradCache's
     first pass, which has no gradient but must give the numbers of the second.
     """

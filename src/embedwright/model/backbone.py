@@ -40,6 +40,14 @@ _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 _OPEN_WINDOW = _ANY_LENGTH = 2**30  # more than any text has
 
 
+def dtype_named(name: str) -> torch.dtype:
+    """Returns the dtype of weights with this name. Raises InputError for a name that is none."""
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in dtypes:
+        raise InputError(f"dtype={name!r} is none of {', '.join(dtypes)}")
+    return dtypes[name]
+
+
 def decoder_config(base: str, *, attention: AttentionKind, layers: int | None = None) -> Any:
     """Reads the config of the decoder in a local folder, sets its attention, and cuts it to its first `layers`.
 

@@ -16,40 +16,23 @@ from torch import Tensor
 
 from embedwright.cpu import accelerate as cpu
 from embedwright.errors import InputError
-from embedwright.fingerprint import Digest, Facts, config_facts, dtypes, facts, tokenizer_fact
+from embedwright.fingerprint import Digest, Facts, tokenizer_fact
 from embedwright.host import loading
-from embedwright.model.adapters import fourbit
+from embedwright.model import encode
 from embedwright.model.adapters.lora import add_lora, has_lora, merge_lora
-from embedwright.model.backbone import AttentionKind, decoder_config, load_backbone, origin_of, positions
-from embedwright.model.encode import NotFiniteError, Precision, check_precision, quantize, shortened, vectors_of
-from embedwright.model.formats.base import build_network, resolve_base
+from embedwright.model.backbone import AttentionKind, dtype_named, origin_of, positions
+from embedwright.model.formats.base import new_embedder
 from embedwright.model.formats.open import open_embedder
 from embedwright.model.interop import hub
 from embedwright.model.interop.save import opens_as_stock, save_network
-from embedwright.model.network import EmbedwrightModel, check_fit
-from embedwright.model.pooling import FOLDED, FoldedLatent, Kind, LatentPooling, PoolingConfig
+from embedwright.model.network import EmbedwrightModel, check_fit, fold, network_facts
+from embedwright.model.pooling import FOLDED, FoldedLatent, Kind, PoolingConfig
 from embedwright.model.verify import probe, selftest
 from embedwright.model.verify.modes import evaluating
 from embedwright.packing import PackedTexts, pack
-from embedwright.text import (
-    BOUNDARY_TEMPLATE,
-    INSTRUCTION_TEMPLATE,
-    Contract,
-    NoTokenError,
-    TextTokenizer,
-    check_limit,
-    check_text,
-    check_texts,
-    check_whole,
-    leading_ids,
-    load_tokenizer,
-    private_copy,
-    read,
-)
+from embedwright.text import Contract, NoTokenError, TextTokenizer, check_texts, private_copy, read
 
 Backend = Literal["packed", "sdpa", "eager"]
-
-_FOLDED_FLOAT32, _FOLDED_16_BITS = 1e-4, 0.1  # how far folding may move a unit vector
 
 
 class Embedder:
@@ -68,8 +51,6 @@ class Embedder:
         check_fit(network, tokenizer)
         self.own_tokenizer = private_copy(tokenizer)
         self.text_tokenizer = TextTokenizer(self.own_tokenizer.backend_tokenizer)
-
-    # -- made, loaded, saved
 
     @classmethod
     @loading()
@@ -115,27 +96,19 @@ class Embedder:
             ValueError: The base is no decoder, or an argument does not fit it.
             FileNotFoundError: There is no such path.
             ProbeError: The result is not bidirectional (or causal) as asked.
-            ImportError: `four_bit` without the extra [qlora].
         """
-        config = PoolingConfig(kind=pooling, **sizes)
-        folder = resolve_base(base, revision)
-        decoder = decoder_config(folder, attention=attention, layers=layers)
-        tokenizer = load_tokenizer(folder)
-        if tokenizer.eos_token_id is None:
-            raise InputError(f"the tokenizer of {base} has no EOS token")
-        if max_tokens is None:
-            max_tokens = min(512, positions(decoder))
-        contract = new_contract(tokenizer, pooling, max_tokens, pool_prompt)
-        if contract.max_tokens > positions(decoder):
-            raise InputError(f"max_tokens={max_tokens}: {base} has positions for {positions(decoder)} tokens")
-        quantization = fourbit.config(_dtype(dtype)) if four_bit else None
-        backbone = load_backbone(folder, decoder, _dtype(dtype), quantization)
-        if four_bit:
-            fourbit.keep_trainable(backbone)
-        network = build_network(backbone, config, contract)
-        network.origin = origin_of(base, backbone, "decoder", revision)
-        torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds GPUs too
-        network.head.reset()
+        network, tokenizer = new_embedder(
+            base,
+            revision,
+            pooling=PoolingConfig(kind=pooling, **sizes),
+            attention=attention,
+            layers=layers,
+            max_tokens=max_tokens,
+            pool_prompt=pool_prompt,
+            dtype=dtype_named(dtype),
+            four_bit=four_bit,
+            seed=seed,
+        )
         return cls(network, tokenizer)._ready(device, backend)
 
     @classmethod
@@ -149,11 +122,10 @@ class Embedder:
         dtype: str | None = None,
         backend: Backend = "packed",
     ) -> Embedder:
-        """Loads an embedder: a folder that `save` wrote, a released NV-Embed folder, or another embedder that is a decoder.
+        """Loads an embedder: one that `save` wrote, a released NV-Embed, or another author's that is a decoder.
 
         Args:
-            path: Local folder or hub id. For an adapter folder, ours or peft's, the base is opened as well, from where
-                `adapter_config.json` says.
+            path: Local folder or hub id. The base of an adapter folder is opened where `adapter_config.json` says.
             revision: Branch, tag or commit of a hub id (also written `org/name@revision`).
             device: Default: the GPU if there is one, else the CPU.
             dtype: `float32`, `bfloat16` or `float16`. Default: the stored one. Adapters stay in float32.
@@ -164,7 +136,7 @@ class Embedder:
             ValueError: The folder is no embedder, or the base is not the one that the adapters were trained on.
             ProbeError: The model does not give the vectors that were stored with it, or does not attend as it says.
         """
-        network, tokenizer = open_embedder(path, dtype=None if dtype is None else _dtype(dtype), revision=revision)
+        network, tokenizer = open_embedder(path, dtype=None if dtype is None else dtype_named(dtype), revision=revision)
         model = cls(network, tokenizer)._ready(device, backend)
         folder = Path(network.config.name_or_path)
         reload = lambda kept: open_embedder(path, dtype=kept, revision=revision)[0]  # noqa: E731
@@ -191,14 +163,9 @@ class Embedder:
             self.network.origin = origin_of(path, self.network.backbone, "stock" if stock else "whole")
 
     def to_sentence_transformer(self) -> Any:
-        """Wraps the same weights as a SentenceTransformer (6.x). Training that, with its own trainer, trains this model.
+        """Wraps the same weights as a SentenceTransformer (6.x), with the same vectors. Training it trains this model.
 
-        It has the modules Transformer, Pooling and Normalize, and gives the same vectors. What it saves is a whole
-        model in our format, adapters merged.
-
-        Raises:
-            ImportError: sentence-transformers is not installed.
-            ValueError: The model is folded.
+        What it saves is a whole model in our format, adapters merged. Raises ValueError for a folded model.
         """
         return hub.sentence_transformer(self.network, self.own_tokenizer)
 
@@ -212,15 +179,10 @@ class Embedder:
     ) -> str:
         """Uploads what `save` writes, with a model card, to the Hugging Face hub. Returns the repository's address.
 
-        Args:
-            repo_id: `org/name`. The repository is made if it does not exist.
-            private: Whether a new repository is private.
-            token: Default: the token that `hf auth login` keeps.
-            card: The whole card as a text, or arguments of `model.interop.card.model_card`, such as `base`, `license`,
-                `data` and `scores`, that the model does not know by itself.
-
-        Raises:
-            ValueError: As in `save`, and for adapters whose base others cannot open.
+        A new repository is made where there is none, `private` or not. `token` is by default the one that `hf auth
+        login` keeps. `card` is a whole text, or arguments of `model.interop.card.model_card` that the model does not
+        know by itself, such as `license` and `scores`. Raises ValueError as `save` does, and for adapters whose base
+        others cannot open.
         """
         return hub.push_to_hub(self.network, self.own_tokenizer, repo_id, private=private, token=token, card=card)
 
@@ -229,10 +191,8 @@ class Embedder:
         """Adds LoRA to every linear layer of the backbone, in place. Vectors do not change until it is trained.
 
         From then on the adapters and the whole pooling block train, both in float32; the rest is frozen. A warning
-        names weights that are no linear layers, such as the experts of a mixture: they get no adapter.
-
-        Raises:
-            ValueError: The model has adapters already, or is folded.
+        names weights that are no linear layers, such as the experts of a mixture: they get no adapter. Raises
+        ValueError for a model that has adapters already, or is folded.
         """
         if isinstance(self.network.head, FoldedLatent):
             raise InputError(FOLDED)
@@ -243,9 +203,8 @@ class Embedder:
     def merge(self) -> Embedder:
         """Merges the adapters into the weights, in place. The vectors stay the same, which a few texts prove.
 
-        Raises:
-            ValueError: There are no adapters, or one of them is not active.
-            RuntimeError: Vectors moved by more than rounding. The model is lost: load it again.
+        Raises ValueError where there are no adapters or one is not active, and RuntimeError where vectors moved by more
+        than rounding: the model is lost then, load it again.
         """
         texts = self.tokenize([text for text, _ in selftest.TEXTS])
         merge_lora(self.network, texts.to(self.device))
@@ -256,25 +215,11 @@ class Embedder:
         """Replaces a latent block by two small matrices, in place, for inference. Vectors stay the same to 1e-5.
 
         At the released NV-Embed's sizes this saves two thirds of the block's parameters and half of its work. Other
-        heads stay as they are. A folded model cannot be saved, exported or trained: load it again for that.
-
-        Raises:
-            RuntimeError: Vectors of a few texts moved by more than rounding. The model stays as it was.
+        heads stay as they are. A folded model cannot be saved, exported or trained: load it again for that. Raises
+        RuntimeError, and changes nothing, where the vectors of a few texts move by more than rounding.
         """
-        head = self.network.head
-        if isinstance(head, LatentPooling):
-            before = Digest().of(dict(head.named_parameters()))
-            texts = self.tokenize([text for text, _ in selftest.TEXTS])
-            folded = FoldedLatent(head)  # in the mode of the block, before it is switched
-            with evaluating(self.network), torch.no_grad():
-                unfolded_NE = self.embed(texts).float()
-            self.network.head = folded
-            with evaluating(self.network), torch.no_grad():
-                moved = float((self.embed(texts).float() - unfolded_NE).norm(dim=-1).max())
-            if not moved <= (_FOLDED_FLOAT32 if head.latents.dtype == torch.float32 else _FOLDED_16_BITS):
-                self.network.head = head
-                raise RuntimeError(f"folding the latent block moved vectors by {moved:.1e}: the model stays unfolded")
-            self.network.requires_grad_(False)
+        before = Digest().of(dict(self.network.head.named_parameters()))
+        if fold(self.network, self.tokenize([text for text, _ in selftest.TEXTS]).to(self.device)):
             self._unfolded[Digest().of(dict(self.network.head.named_parameters()))] = before  # one fingerprint for both
         return self
 
@@ -286,8 +231,6 @@ class Embedder:
         elif self.device.type == "cpu":
             cpu.accelerate(self.network)
         return self
-
-    # -- facts
 
     @property
     def max_tokens(self) -> int:
@@ -309,27 +252,16 @@ class Embedder:
         return device
 
     def fingerprint(self) -> Facts:
-        """Returns the facts that identify the model. They are equal for two models exactly if both give the same vectors.
+        """Returns what identifies the model: equal for two models exactly if both give the same vectors.
 
         They cover weights (adapters too), contract, pooling, backbone, tokenizer and dtype, but no name and no folder.
         Stored vectors carry them. The weights are hashed once, and again after they have changed.
         """
-        network, contract = self.network, self.contract
-        backbone, head = network.backbone.state_dict(keep_vars=True), dict(network.head.named_parameters())
-        weights, pooling = (digest.of(tensors) for digest, tensors in zip(self._digests, (backbone, head), strict=True))
-        return {
-            "kind": "embedwright",
-            "weights": weights,
-            "dtype": dtypes(backbone) + (", mixed" if network.mixed else ""),
-            "tokenizer": tokenizer_fact(self.own_tokenizer.backend_tokenizer, contract.mask_rule == "count"),
-            **config_facts("backbone", network.backbone.config),
-            **facts("contract", contract.model_dump(mode="json")),
-            **facts("pooling", network.pooling.model_dump(mode="json", include=None if head else {"kind"})),
-            "pooling.weights": self._unfolded.get(pooling, pooling),
-            "pooling.dtype": dtypes(head),
-        }
-
-    # -- texts to vectors
+        parts = self.network.backbone.state_dict(keep_vars=True), dict(self.network.head.named_parameters())
+        weights, pooling = (digest.of(tensors) for digest, tensors in zip(self._digests, parts, strict=True))
+        tokenizer = tokenizer_fact(self.own_tokenizer.backend_tokenizer, self.contract.mask_rule == "count")
+        digests = {"weights": weights, "tokenizer": tokenizer, "pooling.weights": self._unfolded.get(pooling, pooling)}
+        return digests | network_facts(self.network)
 
     def tokenize(
         self,
@@ -339,21 +271,8 @@ class Embedder:
         max_tokens: int | None = None,
     ) -> PackedTexts:
         """Tokenises texts as the model reads them. Returns them in one packed row, in the order given."""
-        in_front, limit = self._frame(task, prefix, max_tokens)
+        in_front, limit = encode.frame(self.contract, self.longest, task, prefix, max_tokens)
         return pack(read(self.text_tokenizer, self.contract, check_texts(texts), in_front, limit))
-
-    def _frame(self, task: str | None, prefix: str | None, max_tokens: int | None) -> tuple[str, int]:
-        """Checks the arguments. Returns the string in front of each text, and the tokens to which texts are cut."""
-        for name, value in (("task", task), ("prefix", prefix)):
-            if value is not None:
-                check_text(value, name)
-        if task is not None and prefix is not None:
-            raise InputError("give task or prefix, not both")
-        in_front = self.contract.prefix(task) if prefix is None else prefix
-        limit = check_limit(self.contract, self.contract.max_tokens if max_tokens is None else max_tokens)
-        if limit > self.longest:
-            raise InputError(f"max_tokens={limit}: the model has positions for {self.longest} tokens")
-        return in_front, limit
 
     def encode(
         self,
@@ -364,7 +283,7 @@ class Embedder:
         max_tokens: int | None = None,
         batch_tokens: int | None = None,
         dim: int | None = None,
-        precision: Precision = "float32",
+        precision: encode.Precision = "float32",
         progress: bool = False,
     ) -> NDArray[Any]:
         """Encodes texts into vectors. The batches do not change them.
@@ -389,12 +308,12 @@ class Embedder:
             ValueError: A text has no token to pool or no finite vector (named by its index), or an argument is invalid.
         """
         texts = check_texts(texts)
-        in_front, limit = self._frame(task, prefix, max_tokens)
+        in_front, limit = encode.frame(self.contract, self.longest, task, prefix, max_tokens)
         batch_tokens = self._batch_tokens() if batch_tokens is None else batch_tokens
-        self._check_sizes(dim, batch_tokens, precision)
+        encode.check_sizes(dim, batch_tokens, precision, self.embedding_dim)
         unique = list(dict.fromkeys(texts))
         vectors = np.empty((len(unique), self.embedding_dim), dtype=np.float32)
-        found = vectors_of(
+        found = encode.vectors_of(
             unique,
             lambda some: read(self.text_tokenizer, self.contract, list(some), in_front, limit),
             self._embed_alone,
@@ -402,34 +321,18 @@ class Embedder:
             batch_tokens,
         )
         try:
-            with evaluating(self.network), _progress_bar(len(unique), progress) as bar:
+            with evaluating(self.network), encode.progress_bar(len(unique), progress) as bar:
                 for rows, embedded in found:
                     vectors[rows] = embedded
                     bar.update(len(rows))
         except NoTokenError as error:  # its index is among the distinct texts: name the caller's
             raise NoTokenError(error.prefix, error.limit, texts.index(unique[error.index])) from None
-        except NotFiniteError as error:
-            raise self._overflow(texts.index(unique[error.index])) from None
+        except encode.NotFiniteError as error:
+            raise encode.NotFiniteError(texts.index(unique[error.index]), self.network.backbone.dtype) from None
         if len(unique) != len(texts):
             row = {text: i for i, text in enumerate(unique)}
             vectors = vectors[[row[text] for text in texts]]
-        return quantize(vectors if dim is None else shortened(vectors, dim), precision)
-
-    def _check_sizes(self, dim: int | None, batch_tokens: int, precision: str) -> None:
-        check_precision(precision)
-        check_whole(batch_tokens, "batch_tokens")
-        if batch_tokens < 1:
-            raise InputError(f"batch_tokens={batch_tokens} must be positive")
-        if dim is not None:
-            check_whole(dim, "dim")
-            if not 1 <= dim <= self.embedding_dim:
-                raise InputError(f"dim={dim}: the model has {self.embedding_dim} dimensions")
-
-    def _overflow(self, index: int) -> InputError:
-        """The error for a text whose states overflow the type of the weights, or meet weights that are not finite."""
-        dtype = str(self.network.backbone.dtype).removeprefix("torch.")
-        help = 'load the model with dtype="float32" or "bfloat16"' if dtype == "float16" else "its weights are broken"
-        return InputError(f"texts[{index}]: the model computes no finite vector of it in {dtype}: {help}")
+        return encode.quantize(vectors if dim is None else encode.shortened(vectors, dim), precision)
 
     def _embed_alone(self, packed: PackedTexts) -> Tensor:
         """Embeds without gradients."""
@@ -443,30 +346,3 @@ class Embedder:
     def embed(self, packed: PackedTexts) -> Tensor:
         """Embeds packed texts with gradient: (N, E) float32 of unit length. Training calls it."""
         return self.network.embed(packed.to(self.device))
-
-
-def new_contract(tokenizer: Any, pooling: Kind, max_tokens: int, pool_prompt: bool = False) -> Contract:
-    """Returns the text contract of a new embedder with this tokenizer."""
-    bos_ids = leading_ids(tokenizer.backend_tokenizer)
-    # mean and last are saved as stock sentence-transformers folders, whose prompts end where a token ends
-    stock = pooling in ("mean", "last") and not bos_ids and not pool_prompt
-    contract = Contract(
-        query_template=BOUNDARY_TEMPLATE if stock else INSTRUCTION_TEMPLATE,
-        eos_id=tokenizer.eos_token_id,
-        bos_ids=bos_ids,
-        mask_rule="all" if pool_prompt else "boundary" if stock else "offsets",
-    )
-    return contract.model_copy(update={"max_tokens": check_limit(contract, max_tokens)})
-
-
-def _dtype(name: str) -> torch.dtype:
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in dtypes:
-        raise InputError(f"dtype={name!r} is none of {', '.join(dtypes)}")
-    return dtypes[name]
-
-
-def _progress_bar(total: int, shown: bool) -> Any:
-    from tqdm.auto import tqdm
-
-    return tqdm(total=total, unit="text", desc="encode", disable=not shown)

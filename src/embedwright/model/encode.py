@@ -17,7 +17,7 @@ from torch import Tensor
 from embedwright import threads
 from embedwright.errors import InputError
 from embedwright.packing import PackedTexts, batches, pack
-from embedwright.text import NoTokenError, TokenizedText
+from embedwright.text import Contract, NoTokenError, TokenizedText, check_limit, check_text, check_whole
 
 Precision = Literal["float32", "int8", "binary"]
 
@@ -26,11 +26,13 @@ _GPU_CHUNK = 2_048  # a GPU waits for its first texts, and does not need many of
 
 
 class NotFiniteError(InputError):
-    """The vector of texts[index] has a number that is not finite."""
+    """The vector of texts[index] is not finite: its states overflow the weights' dtype, or the weights are broken."""
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, dtype: torch.dtype | None = None) -> None:
         self.index = index
-        super().__init__(f"texts[{index}]: the model computes no finite vector of it")
+        name = str(dtype).removeprefix("torch.")
+        help = 'load the model with dtype="float32" or "bfloat16"' if name == "float16" else "its weights are broken"
+        super().__init__(f"texts[{index}]: the model computes no finite vector of it in {name}: {help}")
 
 
 def vectors_of(
@@ -68,7 +70,10 @@ def vectors_of(
 def queued(
     run: Callable[[list[int]], Tensor], made: Sequence[list[int]]
 ) -> Iterator[tuple[list[int], NDArray[np.float32]]]:
-    """(batch, run(batch) in host memory) in the order given, each handed over when the next is in the GPU's queue."""
+    """Yields (batch, run(batch) in host memory), in order. Each waits until the next one is in the GPU's queue.
+
+    A GPU stands still while Python prepares a batch, unless it has another one to go on with.
+    """
     before: tuple[list[int], Tensor, torch.cuda.Event] | None = None
     for batch in made:
         found_NE = run(batch)
@@ -92,7 +97,7 @@ def _waited_for(
 def ahead(
     make: Callable[[int], list[TokenizedText]], starts: Sequence[int]
 ) -> Iterator[tuple[int, list[TokenizedText]]]:
-    """(start, make(start)) in turn, the next one made in a thread meanwhile: tokenizers lets go of the interpreter."""
+    """Yields (start, make(start)), in order. A thread makes the next one: tokenizers releases the interpreter."""
     if len(starts) < 2:
         yield from ((start, make(start)) for start in starts)
         return
@@ -106,7 +111,11 @@ def ahead(
 
 
 def quantize(vectors_NE: NDArray[np.float32], precision: Precision) -> NDArray[Any]:
-    """float32 as it is; int8 scaled per vector, which leaves cosines; binary: signs packed eight to a uint8."""
+    """Converts vectors: `int8` scales each one, which keeps cosines; `binary` packs the signs, eight to a uint8.
+
+    Raises:
+        InputError: The precision is unknown, or a vector is not finite.
+    """
     check_precision(precision)
     if (bad := first_not_finite(vectors_NE)) is not None:
         raise InputError(f"vector {bad} is not finite")
@@ -121,7 +130,7 @@ def quantize(vectors_NE: NDArray[np.float32], precision: Precision) -> NDArray[A
 
 
 def shortened(vectors_NE: NDArray[np.float32], dim: int) -> NDArray[np.float32]:
-    """The first `dim` numbers of each vector, at unit length again. InputError where nothing of a vector is left."""
+    """Keeps the first `dim` numbers of each vector and normalises again. Raises InputError where all are zero."""
     cut = vectors_NE[:, :dim]
     lengths = np.linalg.norm(cut, axis=1, keepdims=True)
     lost = (lengths[:, 0] == 0) & vectors_NE.any(axis=1)
@@ -132,12 +141,43 @@ def shortened(vectors_NE: NDArray[np.float32], dim: int) -> NDArray[np.float32]:
 
 
 def first_not_finite(vectors_NE: NDArray[np.float32]) -> int | None:
-    """The index of a vector with a number that is not finite, or None."""
+    """Returns the index of a vector that is not finite, or None."""
     finite = np.isfinite(vectors_NE).all(axis=1)
     return None if finite.all() else int(finite.argmin())
 
 
+def frame(contract: Contract, longest: int, task: str | None, prefix: str | None, limit: int | None) -> tuple[str, int]:
+    """Checks these arguments of `encode`. Returns the string in front of each text, and the tokens it is cut to."""
+    for name, value in (("task", task), ("prefix", prefix)):
+        if value is not None:
+            check_text(value, name)
+    if task is not None and prefix is not None:
+        raise InputError("give task or prefix, not both")
+    limit = check_limit(contract, contract.max_tokens if limit is None else limit)
+    if limit > longest:
+        raise InputError(f"max_tokens={limit}: the model has positions for {longest} tokens")
+    return contract.prefix(task) if prefix is None else prefix, limit
+
+
+def check_sizes(dim: int | None, batch_tokens: int, precision: str, width: int) -> None:
+    """Raises InputError or InputTypeError where an argument of `encode` is invalid for vectors of this width."""
+    check_precision(precision)
+    check_whole(batch_tokens, "batch_tokens")
+    if batch_tokens < 1:
+        raise InputError(f"batch_tokens={batch_tokens} must be positive")
+    if dim is not None:
+        check_whole(dim, "dim")
+        if not 1 <= dim <= width:
+            raise InputError(f"dim={dim}: the model has {width} dimensions")
+
+
+def progress_bar(total: int, shown: bool) -> Any:
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, unit="text", desc="encode", disable=not shown)
+
+
 def check_precision(precision: str) -> None:
-    """InputError for a name that `quantize` does not know."""
+    """Raises InputError for a precision that `quantize` does not know."""
     if precision not in get_args(Precision):
         raise InputError(f"precision={precision!r} is none of {', '.join(get_args(Precision))}")

@@ -14,12 +14,15 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from embedwright.errors import InputError, blaming
+from embedwright.fingerprint import Facts, config_facts, dtypes, facts
 from embedwright.model.attention import PACKED
 from embedwright.model.backbone import Origin, check_report, longest_alike, text_hidden
-from embedwright.model.pooling import Kind, PoolingConfig, make_head, reduce
+from embedwright.model.pooling import FoldedLatent, Kind, LatentPooling, PoolingConfig, make_head, reduce
+from embedwright.model.verify.modes import evaluating
 from embedwright.packing import PackedTexts, pack
 from embedwright.text import Contract, TokenizedText
 
+_FOLDED_FLOAT32, _FOLDED_16_BITS = 1e-4, 0.1  # how far folding may move a unit vector
 # Tokens at a time: the widest intermediates of a head are eight times as wide as the states, or more.
 HEAD_SLICE = 1024
 
@@ -181,6 +184,41 @@ class EmbedwrightModel(PreTrainedModel):
             return attended_NL
         in_front_NL = attended_NL.cumsum(1) <= len(self.contract.bos_ids)
         return attended_NL & ~(in_front_NL & torch.isin(input_ids, input_ids.new_tensor(self.contract.bos_ids)))
+
+
+def fold(network: EmbedwrightModel, packed: PackedTexts) -> bool:
+    """Replaces a latent block by its folded form, in place. Returns False for other heads, which stay as they are.
+
+    Raises:
+        RuntimeError: The vectors of `packed` moved by more than rounding. The network stays as it was.
+    """
+    head = network.head
+    if not isinstance(head, LatentPooling):
+        return False
+    folded = FoldedLatent(head)  # it copies the block's mode, so before `evaluating` switches it
+    with evaluating(network), torch.no_grad():
+        before_NE = network.embed(packed)
+    network.head = folded
+    with evaluating(network), torch.no_grad():
+        moved = float((network.embed(packed) - before_NE).norm(dim=-1).max())
+    if not moved <= (_FOLDED_FLOAT32 if head.latents.dtype == torch.float32 else _FOLDED_16_BITS):
+        network.head = head
+        raise RuntimeError(f"folding the latent block moved vectors by {moved:.1e}: the model stays unfolded")
+    network.requires_grad_(False)
+    return True
+
+
+def network_facts(network: EmbedwrightModel) -> Facts:
+    """Returns what decides a network's vectors beside its weights and its tokenizer: configs and dtypes."""
+    backbone, head = network.backbone.state_dict(keep_vars=True), dict(network.head.named_parameters())
+    return {
+        "kind": "embedwright",
+        "dtype": dtypes(backbone) + (", mixed" if network.mixed else ""),
+        **config_facts("backbone", network.backbone.config),
+        **facts("contract", network.contract.model_dump(mode="json")),
+        **facts("pooling", network.pooling.model_dump(mode="json", include=None if head else {"kind"})),
+        "pooling.dtype": dtypes(head),
+    }
 
 
 def check_fit(network: EmbedwrightModel, tokenizer: Any) -> None:

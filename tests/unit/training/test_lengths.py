@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from embedwright.config import ConfigError
-from embedwright.model.embedder import Embedder, new_contract
+from embedwright.model.embedder import Embedder
+from embedwright.model.formats.base import new_contract
 from embedwright.text import load_tokenizer
 from embedwright.training.batches.sources import open_sources
 from embedwright.training.lengths import Lengths, stand_ins, summary, tokens_of

@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from embedwright.errors import InputError, NotFoundError
 from embedwright.locate import fetch_weights, find
+from embedwright.model.adapters import fourbit
+from embedwright.model.backbone import AttentionKind, decoder_config, load_backbone, origin_of, positions
 from embedwright.model.formats.folder import (
     ADAPTER,
     check_floats,
@@ -18,8 +22,15 @@ from embedwright.model.formats.folder import (
 )
 from embedwright.model.formats.gguf import convert_gguf
 from embedwright.model.network import EmbedwrightConfig, EmbedwrightModel
-from embedwright.model.pooling import PoolingConfig
-from embedwright.text import Contract
+from embedwright.model.pooling import Kind, PoolingConfig
+from embedwright.text import (
+    BOUNDARY_TEMPLATE,
+    INSTRUCTION_TEMPLATE,
+    Contract,
+    check_limit,
+    leading_ids,
+    load_tokenizer,
+)
 
 
 class Outline(NamedTuple):
@@ -68,3 +79,51 @@ def build_network(backbone: Any, pooling: PoolingConfig, contract: Contract, **k
         backbone=backbone.config.to_dict(), pooling=pooling.model_dump(), contract=contract.model_dump(), **kept
     )
     return EmbedwrightModel(config, backbone=backbone)
+
+
+def new_embedder(
+    base: str | Path,
+    revision: str | None,
+    *,
+    pooling: PoolingConfig,
+    attention: AttentionKind,
+    layers: int | None,
+    max_tokens: int | None,
+    pool_prompt: bool,
+    dtype: torch.dtype,
+    four_bit: bool,
+    seed: int,
+) -> tuple[EmbedwrightModel, Any]:
+    """Builds the network and loads the tokenizer of a new embedder. `Embedder.from_decoder` explains the arguments."""
+    folder = resolve_base(base, revision)
+    decoder = decoder_config(folder, attention=attention, layers=layers)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"the tokenizer of {base} has no EOS token")
+    if max_tokens is None:
+        max_tokens = min(512, positions(decoder))
+    contract = new_contract(tokenizer, pooling.kind, max_tokens, pool_prompt)
+    if contract.max_tokens > positions(decoder):
+        raise InputError(f"max_tokens={max_tokens}: {base} has positions for {positions(decoder)} tokens")
+    backbone = load_backbone(folder, decoder, dtype, fourbit.config(dtype) if four_bit else None)
+    if four_bit:
+        fourbit.keep_trainable(backbone)
+    network = build_network(backbone, pooling, contract)
+    network.origin = origin_of(base, backbone, "decoder", revision)
+    torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds GPUs too
+    network.head.reset()
+    return network, tokenizer
+
+
+def new_contract(tokenizer: Any, pooling: Kind, max_tokens: int, pool_prompt: bool = False) -> Contract:
+    """Returns the text contract of a new embedder with this tokenizer."""
+    bos_ids = leading_ids(tokenizer.backend_tokenizer)
+    # mean and last are saved as stock sentence-transformers folders, whose prompts end where a token ends
+    stock = pooling in ("mean", "last") and not bos_ids and not pool_prompt
+    contract = Contract(
+        query_template=BOUNDARY_TEMPLATE if stock else INSTRUCTION_TEMPLATE,
+        eos_id=tokenizer.eos_token_id,
+        bos_ids=bos_ids,
+        mask_rule="all" if pool_prompt else "boundary" if stock else "offsets",
+    )
+    return contract.model_copy(update={"max_tokens": check_limit(contract, max_tokens)})

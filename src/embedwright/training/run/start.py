@@ -12,8 +12,8 @@ from torch import Tensor
 from embedwright.errors import InputError, naming
 from embedwright.model.adapters.lora import has_lora, idle_adapters
 from embedwright.model.backbone import decoder_config
-from embedwright.model.embedder import Embedder, new_contract
-from embedwright.model.formats.base import resolve_base
+from embedwright.model.embedder import Embedder
+from embedwright.model.formats.base import new_contract, resolve_base
 from embedwright.model.formats.detect import check_decoder, check_embedder, content_fingerprint
 from embedwright.model.formats.open import outline
 from embedwright.model.pooling import PoolingConfig
