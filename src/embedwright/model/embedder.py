@@ -261,7 +261,7 @@ class Embedder:
         weights, pooling = (digest.of(tensors) for digest, tensors in zip(self._digests, parts, strict=True))
         tokenizer = tokenizer_fact(self.own_tokenizer.backend_tokenizer, self.contract.mask_rule == "count")
         digests = {"weights": weights, "tokenizer": tokenizer, "pooling.weights": self._unfolded.get(pooling, pooling)}
-        return digests | network_facts(self.network)
+        return digests | network_facts(self.network, self.contract)
 
     def tokenize(
         self,

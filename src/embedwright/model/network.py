@@ -208,14 +208,14 @@ def fold(network: EmbedwrightModel, packed: PackedTexts) -> bool:
     return True
 
 
-def network_facts(network: EmbedwrightModel) -> Facts:
-    """Returns what decides a network's vectors beside its weights and its tokenizer: configs and dtypes."""
+def network_facts(network: EmbedwrightModel, contract: Contract) -> Facts:
+    """Returns what decides a model's vectors beside its weights and its tokenizer: configs and dtypes."""
     backbone, head = network.backbone.state_dict(keep_vars=True), dict(network.head.named_parameters())
     return {
         "kind": "embedwright",
         "dtype": dtypes(backbone) + (", mixed" if network.mixed else ""),
         **config_facts("backbone", network.backbone.config),
-        **facts("contract", network.contract.model_dump(mode="json")),
+        **facts("contract", contract.model_dump(mode="json")),
         **facts("pooling", network.pooling.model_dump(mode="json", include=None if head else {"kind"})),
         "pooling.dtype": dtypes(head),
     }
