@@ -25,7 +25,7 @@ from pydantic_core import PydanticUndefined
 from embedwright.cli.main import app
 from embedwright.data.schema import Task
 from embedwright.data.sources.catalog import load_catalog, markdown
-from embedwright.training import parts
+from embedwright.training import parts, stages
 from embedwright.training.recipe import Recipe
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -34,13 +34,13 @@ SECTIONS: dict[str, type[BaseModel]] = {  # by the place of the part in the file
     "The recipe": Recipe,
     "model": parts.ModelPart,
     "tune": parts.TunePart,
-    "stages": parts.StagePart,
-    "stages.data": parts.DataPart,
+    "stages": stages.StagePart,
+    "stages.data": stages.DataPart,
     "stages.data.task": Task,
-    "stages.loss": parts.LossPart,
-    "stages.loss.distill": parts.DistillPart,
-    "stages.optim": parts.OptimPart,
-    "stages, of kind: mine": parts.MinePart,
+    "stages.loss": stages.LossPart,
+    "stages.loss.distill": stages.DistillPart,
+    "stages.optim": stages.OptimPart,
+    "stages, of kind: mine": stages.MinePart,
     "run": parts.RunPart,
     "eval": parts.EvalPart,
 }

@@ -61,6 +61,7 @@ DATA = [
 ]
 TRAINING = [
     "training.parts",
+    "training.stages",
     "training.recipe",
     "training.batches",
     "training.losses",

@@ -11,9 +11,9 @@ from embedwright.text import Contract, TextTokenizer
 from embedwright.training.batches.blend import Row, Source
 from embedwright.training.batches.feed import batch_of_step, tokenize_texts
 from embedwright.training.batches.sources import is_mined, open_sources
-from embedwright.training.parts import StagePart
 from embedwright.training.recipe import Recipe
 from embedwright.training.run.start import longest_of, naming_the_model, reading_of
+from embedwright.training.stages import StagePart
 
 SAMPLED_ROWS = 512  # of a stage: enough for a mean within a few percent
 

@@ -10,8 +10,8 @@ from embedwright.training.batches.blend import share
 from embedwright.training.batches.sources import drawable_rows
 from embedwright.training.cost import GB, Kind, Memory, NoEstimate, Sizes, memory_of, sizes_of
 from embedwright.training.lengths import Tokens, tokens_of
-from embedwright.training.parts import StagePart
 from embedwright.training.recipe import Recipe, expand
+from embedwright.training.stages import StagePart
 
 
 @dataclass(frozen=True, slots=True)

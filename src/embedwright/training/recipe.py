@@ -14,7 +14,8 @@ from pydantic import Field, model_validator
 
 from embedwright.config import ConfigError, did_you_mean, load_yaml, validate
 from embedwright.errors import InputError, NotFoundError
-from embedwright.training.parts import EvalPart, Flag, ModelPart, NotNegative, Part, RunPart, StagePart, Text, TunePart
+from embedwright.training.parts import EvalPart, Flag, ModelPart, NotNegative, Part, RunPart, Text, TunePart
+from embedwright.training.stages import StagePart
 
 PACKAGED = Path(__file__).parents[1] / "recipes"
 SOURCES = ("paper", "released code", "sister model", "guess")  # of a recipe's values, the surest first
@@ -118,8 +119,6 @@ class Recipe(Part):
             for entry in stage["data"]:
                 for key in ("path", "corpus", "rows"):
                     del entry[key]
-            if stage["mine"]:
-                del stage["mine"]["name"]
         content["run"] = {"precision": self.run.precision}
         del content["tune"]["gradient_checkpointing"]
         if self.eval.decides:

@@ -29,9 +29,9 @@ from embedwright.model.embedder import Embedder
 from embedwright.processes import Processes
 from embedwright.training.batches.blend import Rows, Source
 from embedwright.training.batches.sources import entry_of, is_mined, trainable, with_shares
-from embedwright.training.parts import PREVIOUS, StagePart
 from embedwright.training.recipe import Recipe, expand
 from embedwright.training.run.checkpoint import RunState
+from embedwright.training.stages import PREVIOUS, StagePart
 
 logger = logging.getLogger(__name__)
 
@@ -128,8 +128,7 @@ def _mine(
         write_examples(out.with_suffix(".parquet"), found, tasks)
         write_json(out.with_suffix(".json"), report.to_json())
         counts = report.counts()
-        found_what = f"{counts['negatives']} negatives for {counts['queries']} rows of {source.task.name}"
-        line = f"{stage.name}: {asked.name} found {found_what}"
+        line = f"{stage.name}: mined {counts['negatives']} negatives for {counts['queries']} rows of {source.task.name}"
         logger.info("%s", line)
         if say is not None:
             say(line)

@@ -24,7 +24,6 @@ from embedwright.training.batches.feed import LocalBatch, ahead
 from embedwright.training.batches.sources import data_fingerprint, source_fingerprints
 from embedwright.training.engine.optim import make_optimizer
 from embedwright.training.engine.parallel import trained
-from embedwright.training.parts import START, StagePart
 from embedwright.training.recipe import Recipe, leaves
 from embedwright.training.remine import refresh_every, refreshed
 from embedwright.training.run.checkpoint import (
@@ -51,6 +50,7 @@ from embedwright.training.run.start import (
 )
 from embedwright.training.run.track import Tracker
 from embedwright.training.run.watch import MovedWeights, NonFinite, stuck, warn_if_inert
+from embedwright.training.stages import START, StagePart
 from embedwright.training.steps import Steps
 
 logger = logging.getLogger(__name__)

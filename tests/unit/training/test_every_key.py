@@ -104,7 +104,6 @@ CHANGES: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "stages.loss.distill.temperature": ("loss", 1.0, SCORES),
     "stages.loss.distill.vector_weight": ("loss", 2.0, VECTORS),
     "stages.loss.distill.teacher": ("loss", "{other_embedder}", VECTORS),
-    "stages.mine.name": ("said", "another", MINED),
     "stages.mine.teacher": ("loss", "{other_embedder}", MINED),
     "stages.mine.rule": ("loss", "naive", MINED),
     "stages.mine.margin": ("loss", 0.6, MINED),
@@ -262,9 +261,8 @@ def outcome(
         out = Path(tree["run"].setdefault("out", str(tmp_path_factory.mktemp("run"))))
         scores.clear()
         records: list[dict[str, Any]] = []
-        lines: list[str] = []
         try:
-            model = train(Recipe.parse(tree), on_step=records.append, on_evaluation=lines.append)
+            model = train(Recipe.parse(tree), on_step=records.append)
         except ConfigError as error:
             return {"error": str(error)}
         return {
@@ -274,7 +272,6 @@ def outcome(
             "files": files_of(out),
             "place": str(out),
             "card": (out / "README.md").read_text(),
-            "said": lines,
             "error": "",
         }
 

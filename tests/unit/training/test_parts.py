@@ -9,7 +9,6 @@ import pytest
 from pydantic import BaseModel
 
 from embedwright.config import ConfigError
-from embedwright.data.schema import Task
 from embedwright.training.recipe import Recipe
 
 
@@ -162,44 +161,3 @@ def test_a_stage_that_is_no_mapping_is_named(value: Any) -> None:
     tree["stages"] = [{"kind": "mine"}, value]
     with pytest.raises(ConfigError, match=r"^recipe: stages\.1: expected a mapping"):
         Recipe.parse(tree)
-
-
-# ---- parts that must fit together
-
-
-def test_the_same_rows_twice_in_a_stage_are_refused() -> None:
-    twice = [{"path": "a.jsonl", "task": "x"}, {"path": "b.jsonl"}, {"path": "a.jsonl", "task": "x", "weight": 2.0}]
-    (line,) = errors("stages.1.data", twice)
-    assert line.startswith("recipe: stages.1: ") and "data.2 has the path and task of data.0" in line
-    twice[2]["task"] = "y"
-    Recipe.parse(put(content(), "stages.1.data", twice))
-
-
-@pytest.mark.parametrize("name", ["../up", "a/b", "a\\b", ".", "..", "start", "a\nb"])
-def test_a_stage_cannot_be_called_what_is_no_folder(name: str) -> None:
-    (line,) = errors("stages.0.name", name)
-    assert line.startswith("recipe: stages.0.name: ")
-
-
-def test_a_description_of_a_task_has_one_line_for_each_mistake() -> None:
-    (line,) = errors("stages.0.data.1.task", {"name": "x", "famly": "sts"})
-    assert line.endswith("famly: unknown key; did you mean 'family'?") and "data.1.task" in line
-    (line,) = errors("stages.0.data.1.task.symmetric", "no")
-    assert "symmetric" in line
-    found = Recipe.parse(put(content(), "stages.0.data.1.task", {"name": "x"})).stages[0].data[1].task
-    assert found == Task(name="x")
-
-
-def test_warm_up_must_end_before_the_last_step() -> None:
-    Recipe.parse(put(content(), "stages.0.optim.warmup_steps", 299))
-    for steps in (300, 301):
-        with pytest.raises(ConfigError, match=rf"stages\.0\.optim: .*warmup_steps={steps} must be below steps=300"):
-            Recipe.parse(put(content(), "stages.0.optim.warmup_steps", steps))
-
-
-def test_a_loss_that_has_nothing_to_work_on_is_refused() -> None:
-    for loss in ({"hardness": 5.0}, {"distill": {"score_weight": 1.0}}):
-        tree = put(put(content(), "stages.0.loss", loss), "stages.0.mine", None)
-        Recipe.parse(tree)
-        with pytest.raises(ConfigError, match=r"stages\.0: .*loss\.\w+.* hard_negatives is 0"):
-            Recipe.parse(put(tree, "stages.0.hard_negatives", 0))

@@ -10,8 +10,8 @@ import yaml
 
 from embedwright.config import ConfigError
 from embedwright.data.schema import Task
-from embedwright.training.parts import DistillPart, LossPart
 from embedwright.training.recipe import Recipe, expand
+from embedwright.training.stages import DistillPart, LossPart
 
 RECIPE = """
 name: laptop
@@ -153,7 +153,7 @@ def test_the_stage_of_the_docs_has_every_key_of_a_loss() -> None:
 def mining(**change: Any) -> dict[str, Any]:
     """A recipe whose second of three stages mines for the third."""
     tree = content()
-    tree["stages"].insert(1, {"kind": "mine", "name": "refresh", "every": 20} | change)
+    tree["stages"].insert(1, {"kind": "mine", "every": 20} | change)
     return tree
 
 

@@ -60,7 +60,7 @@ def content(tmp_path: Path, tiny_decoder: Callable[..., Path]) -> dict[str, Any]
         "name": "refreshed",
         "model": {"base": str(tiny_decoder("llama")), "pooling": "mean", "max_tokens": 40},
         "tune": {"rank": 4, "alpha": 8, "dropout": 0.1},
-        "stages": [{"kind": "mine", "name": "refresh", "negatives": 3, "rule": "naive", "every": 4}, stage],
+        "stages": [{"kind": "mine", "negatives": 3, "rule": "naive", "every": 4}, stage],
         "run": {"out": str(tmp_path / "run"), "checkpoint_every": 1, "keep": 99, "tracker": "none"},
     }
 
@@ -95,7 +95,7 @@ def test_rows_keep_their_place_and_get_what_mining_finds(content: dict[str, Any]
     assert found == mined_by(model, before[0]) and all(len(some) == 3 for some in found)
     assert not any("came with it" in some for some in found)
     assert after[1].table is before[1].table  # of labelled rows any other may be an answer
-    assert said == ["retrieval: refresh found 90 negatives for 30 rows of pairs"]
+    assert said == ["retrieval: mined 90 negatives for 30 rows of pairs"]
     assert (after[0].name, after[0].share, after[0].task) == (before[0].name, before[0].share, before[0].task)
     assert model.network.training  # as it was found
 

@@ -15,7 +15,7 @@ from embedwright.data.schema import Example, InBatch
 from embedwright.text import Contract
 from embedwright.training.batches.batch import Batch, Bools, Ints, Masks, Targets, Text
 from embedwright.training.batches.blend import Row
-from embedwright.training.parts import LossPart
+from embedwright.training.stages import LossPart
 
 
 class Drawn(NamedTuple):

@@ -16,8 +16,8 @@ from embedwright.data.schema import Task
 from embedwright.data.sources.catalog import find_task
 from embedwright.errors import NotFoundError
 from embedwright.training.batches.blend import Source, share
-from embedwright.training.parts import DataPart, StagePart
 from embedwright.training.recipe import Recipe, expand
+from embedwright.training.stages import DataPart, StagePart
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from embedwright.training.engine.parallel import full
-from embedwright.training.parts import OptimPart, TunePart
+from embedwright.training.parts import TunePart
+from embedwright.training.stages import OptimPart
 
 
 def make_optimizer(network: nn.Module, tune: TunePart, optim: OptimPart) -> torch.optim.Optimizer:

@@ -17,7 +17,7 @@ from embedwright.training.batches.feed import LocalBatch
 from embedwright.training.engine import gradcache
 from embedwright.training.engine.parallel import Replica
 from embedwright.training.losses.total import batch_loss
-from embedwright.training.parts import StagePart
+from embedwright.training.stages import StagePart
 
 
 def accumulate(

@@ -20,7 +20,7 @@ from embedwright.training.losses.info_nce import (
     vector_distance,
     vector_distillation,
 )
-from embedwright.training.parts import StagePart
+from embedwright.training.stages import StagePart
 
 Value = TypeVar("Value")
 

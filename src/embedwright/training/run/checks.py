@@ -15,8 +15,8 @@ from embedwright.model.formats.families import split_family
 from embedwright.training.batches.blend import Source
 from embedwright.training.batches.sources import open_sources
 from embedwright.training.losses.total import check_widths
-from embedwright.training.parts import PREVIOUS
 from embedwright.training.recipe import Recipe, expand
+from embedwright.training.stages import PREVIOUS
 
 
 def suite_of(name: str) -> str | Path:

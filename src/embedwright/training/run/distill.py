@@ -14,7 +14,7 @@ from embedwright.text import Contract
 from embedwright.training.batches.batch import Text
 from embedwright.training.batches.blend import Source
 from embedwright.training.losses.total import check_widths
-from embedwright.training.parts import StagePart
+from embedwright.training.stages import StagePart
 
 
 class Teacher:

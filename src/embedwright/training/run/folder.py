@@ -19,9 +19,9 @@ import yaml
 from embedwright.files import write_text
 from embedwright.training.batches.blend import Source
 from embedwright.training.batches.sources import data_fingerprint, entry_of
-from embedwright.training.parts import StagePart
 from embedwright.training.recipe import Recipe, leaves
 from embedwright.training.run.scores import mean_scores
+from embedwright.training.stages import StagePart
 
 logger = logging.getLogger(__name__)
 

@@ -22,9 +22,10 @@ from embedwright.files import whole_file
 from embedwright.model.embedder import Embedder
 from embedwright.processes import Processes
 from embedwright.training.engine.parallel import whole
-from embedwright.training.parts import START, EvalPart
+from embedwright.training.parts import EvalPart
 from embedwright.training.run.checks import suite_of
 from embedwright.training.run.track import read_records, write_records
+from embedwright.training.stages import START
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from embedwright.text import Contract
 from embedwright.training.batches.batch import Batch, Targets
 from embedwright.training.batches.blend import Row
 from embedwright.training.batches.make import make_batch
-from embedwright.training.parts import LossPart
+from embedwright.training.stages import LossPart
 
 CONTRACT = Contract(eos_id=1)
 PLAIN = Task(name="plain")

@@ -9,7 +9,8 @@ from torch import nn
 
 from embedwright.model.embedder import Embedder
 from embedwright.training.engine.optim import learning_rate, make_optimizer, update
-from embedwright.training.parts import OptimPart, TunePart
+from embedwright.training.parts import TunePart
+from embedwright.training.stages import OptimPart
 
 OPTIM = OptimPart(lr=1e-2, steps=20, batch_queries=8, weight_decay=0.1)
 

@@ -109,7 +109,8 @@ def gradients_of(kind: str, case: str, decoder: str, processes: Processes) -> di
     from embedwright.training.engine.optim import make_optimizer, update
     from embedwright.training.engine.parallel import full, replicate
     from embedwright.training.engine.step import accumulate
-    from embedwright.training.parts import DataPart, OptimPart, StagePart, TunePart
+    from embedwright.training.parts import TunePart
+    from embedwright.training.stages import DataPart, OptimPart, StagePart
 
     in_batch, budget, checkpointing, queries = CASES[case]
     model = Embedder.from_decoder(decoder, pooling="latent", latents=8, heads=4, multiple=1)

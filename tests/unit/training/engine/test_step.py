@@ -19,7 +19,8 @@ from embedwright.training.batches.make import make_batch
 from embedwright.training.engine.optim import learning_rate, make_optimizer, update
 from embedwright.training.engine.parallel import replicate
 from embedwright.training.engine.step import accumulate
-from embedwright.training.parts import DataPart, OptimPart, StagePart, TunePart
+from embedwright.training.parts import TunePart
+from embedwright.training.stages import DataPart, OptimPart, StagePart
 
 Grads = dict[str, Tensor]
 OPTIM = OptimPart(lr=1e-2, steps=20, batch_queries=8, weight_decay=0.1)

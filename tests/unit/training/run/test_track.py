@@ -145,7 +145,7 @@ def test_a_recipe_names_none_one_or_several(written: Any, taken: tuple[str, ...]
     assert part.tracker == taken and RunPart(out="x").tracker == ("tensorboard",)
     assert RunPart(**part.model_dump(mode="json")) == part
     for wrong in ("tensorbord", ["none"], ["wandb", "x"], [["wandb"]], False, None):
-        with pytest.raises(ValueError, match=r"neither none, nor one of tensorboard, wandb, trackio, nor a list of th"):
+        with pytest.raises(ValueError, match=r"tracker"):
             RunPart(out="x", tracker=wrong)
 
 

@@ -1,0 +1,196 @@
+"""A stage of a recipe: its data, its loss, its optimizer, and the mining before it."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
+
+from embedwright.data.schema import InBatch, Task
+from embedwright.errors import InputError
+from embedwright.mining.rules import Rule, check_sampling, check_settings
+from embedwright.training.parts import Flag, NotNegative, Number, Part, Positive, PositiveNumber, Share, Text, Weight
+
+PREVIOUS = "previous"  # teacher of a stage's negatives
+START = "start"  # what evaluations before the first stage are called
+
+
+def _form_of(task: Any) -> str:
+    return "Task" if isinstance(task, dict | Task) else "bare"
+
+
+# one branch is chosen first: pydantic would report a mistake in a description as "not a string" as well
+NameOrTask = Annotated[Annotated[Task, Tag("Task")] | Annotated[Text, Tag("bare")], Discriminator(_form_of)]
+
+
+class DataPart(Part):
+    """One source of training data."""
+
+    path: Text
+    """A file or folder (docs/data.md); may hold `${VARIABLE}`."""
+    corpus: Text | None = None
+    """The documents that the rows name by id, and that a stage of `kind: mine` searches."""
+    task: NameOrTask | None = None
+    """The task of rows that name none: a name, or a description with the keys below."""
+    weight: PositiveNumber = 1.0
+    """Multiplies the share of the draws that the number of rows gives."""
+    rows: Positive | None = None
+    """How many rows there will be; `--plan` uses it while the file is missing. Unit: rows."""
+
+
+class OptimPart(Part):
+    """AdamW with linear warm-up and linear decay to zero; `clip` bounds the gradient's norm."""
+
+    lr: PositiveNumber
+    """Highest learning rate. Source: recalled from the paper's appendix: 2e-5, then 1.5e-5."""
+    steps: Positive
+    """Length of the stage. Unit: steps. Source: recalled: 20,000, then 18,000."""
+    batch_queries: Positive
+    """Queries of a step, over all processes. Unit: queries. Source: recalled: 128."""
+    warmup_steps: NotNegative = 0
+    """The learning rate rises linearly over these steps. Unit: steps. Source: recalled: 500."""
+    clip: PositiveNumber = 1.0
+    """Upper bound of the gradient's norm. Source: the usual value."""
+    weight_decay: Weight = 0.0
+    """AdamW's; latents, norms and biases have none. Source: recalled: 0.03."""
+
+    @model_validator(mode="after")
+    def _warm_up_ends(self) -> OptimPart:
+        if self.warmup_steps >= self.steps:
+            raise InputError(f"warmup_steps={self.warmup_steps} must be below steps={self.steps}")
+        return self
+
+
+class DistillPart(Part):
+    """Terms beside the stage's loss that follow a teacher."""
+
+    score_weight: Weight = 0.0
+    """Weight of the KL term between the model's softmax and that of the row's scores. Source: arXiv 2010.11386."""
+    temperature: PositiveNumber | None = None
+    """Of the row's scores; without it, the stage's."""
+    vector_weight: Weight = 0.0
+    """Weight of the distance to the teacher's vectors. Source: EmbedDistill, arXiv 2301.12005."""
+    teacher: Text | None = None
+    """The model whose vectors `vector_weight` follows; of the same width."""
+
+    @model_validator(mode="after")
+    def _says_what_to_follow(self) -> DistillPart:
+        if not (self.score_weight or self.vector_weight):
+            raise InputError("needs score_weight, vector_weight, or both")
+        if bool(self.vector_weight) != bool(self.teacher):
+            raise InputError("vector_weight and teacher need each other")
+        if self.temperature and not self.score_weight:
+            raise InputError("temperature is of the scores, and score_weight is 0")
+        return self
+
+
+class LossPart(Part):
+    """What a stage adds to InfoNCE; nothing by default. Formulas: docs/losses.md."""
+
+    mask_above: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    """Leave out negatives whose cosine is above the positive's + this. Unit: cosine. Source: Qwen3-Embedding: 0.1."""
+    hardness: Weight = 0.0
+    """A hard negative of the row weighs exp(hardness * cosine). Source: EmbeddingGemma: 5."""
+    focal: Weight = 0.0
+    """A query weighs (1 - p of its positive) ** focal. Source: KaLM-Embedding-V2."""
+    same_tower: Literal["none", "queries", "both"] = "none"
+    """More in-batch negatives: other queries; `both`: also documents against the positive. Source: GTE."""
+    dims: tuple[Positive, ...] = ()
+    """Matryoshka: take the loss also on the first so many numbers of each vector. Source: arXiv 2205.13147."""
+    scored: Literal["info_nce", "cosent"] = "info_nce"
+    """The loss of rows with a score. Source: CoSENT."""
+    distill: DistillPart | None = None
+
+    @model_validator(mode="after")
+    def _dims_differ(self) -> LossPart:
+        if len(set(self.dims)) != len(self.dims):
+            raise InputError(f"dims: {list(self.dims)} names one width twice")
+        return self
+
+
+class MinePart(Part):
+    """Hard negatives mined for the next stage before its first step: in a recipe, a stage of `kind: mine`."""
+
+    teacher: Text = PREVIOUS
+    """`previous` (the model as it then is), a packaged name, a folder or a hub id. Source: paper, 4.1: E5-Mistral."""
+    rule: Rule = "perc"
+    """Which candidates are left out (docs/mining.md). Source: paper, 4.1."""
+    margin: Number | None = None
+    """Of the rule; without it, NV-Retriever's best. Source: paper, 4.1: 0.95."""
+    negatives: Positive = 7
+    """Taken for each query. Unit: negatives. Source: recalled from the paper's appendix."""
+    depth: Positive = 100
+    """Candidates looked at for each query. Unit: documents."""
+    sampled: Flag = False
+    """Draw negatives by softmax over the scores, instead of taking the best. Source: NV-Retriever, arXiv 2407.15831."""
+    sample_from: Positive | None = None
+    """With `sampled`: draw from the first so many that the rule lets pass; without it, 10. Unit: documents."""
+    every: Positive | None = None
+    """Mine again after so many steps of the stage; for `previous` alone. Unit: steps."""
+
+    @model_validator(mode="after")
+    def _settings_fit(self) -> MinePart:
+        check_settings(self.rule, self.margin, self.negatives, self.depth)
+        check_sampling(self.sampled, self.sample_from, self.negatives)
+        if self.every is not None and self.teacher != PREVIOUS:
+            raise InputError(
+                f"every: {self.teacher} does not change in the run and would mine the same again: "
+                f"leave every out, or mine with teacher: {PREVIOUS}"
+            )
+        return self
+
+
+def _folder_name(name: str) -> str:
+    if name in (".", "..", START) or not re.fullmatch(r"[\w .+=@-]+", name):
+        raise InputError(f"{name!r} also names files of the run: letters, digits, space and .+=@-_, and not {START!r}")
+    return name
+
+
+class StagePart(Part):
+    """One pass of contrastive training over a blend of data, with an optimizer of its own."""
+
+    name: Annotated[Text, AfterValidator(_folder_name)]
+    """Names the stage in messages, files and scores."""
+    data: Annotated[tuple[DataPart, ...], Field(min_length=1)]
+    in_batch_negatives: InBatch
+    """Whose texts are negatives too: none, those of the query's task, or all. Source: paper, 3.3: all, then none."""
+    hard_negatives: NotNegative
+    """Negatives of the row that a step uses. Unit: negatives. Source: recalled from the paper's appendix: 7."""
+    batching: Literal["blended", "homogeneous"] = "blended"
+    """Tasks mixed in each batch, or one task a batch. Source: paper, 2.2: blended."""
+    temperature: PositiveNumber = 0.02
+    """Divides the cosines in the softmax. Source: E5-Mistral; the paper names none."""
+    loss: LossPart = LossPart()
+    sampling_alpha: Share = 1.0
+    """Draw an entry of `data` in proportion to weight * rows ** alpha: 1 by size, 0 equally. Source: mT5: 0.3."""
+    mine: MinePart | None = None
+    optim: OptimPart
+
+    @model_validator(mode="after")
+    def _uses_what_is_mined(self) -> StagePart:
+        if self.mine is not None and not 1 <= self.hard_negatives <= self.mine.negatives:
+            raise InputError(f"hard_negatives={self.hard_negatives} of {self.mine.negatives} that are mined for it")
+        return self
+
+    @model_validator(mode="after")
+    def _loss_has_what_it_needs(self) -> StagePart:
+        distill = self.loss.distill
+        if not self.hard_negatives and self.loss.hardness:
+            raise InputError("loss.hardness weighs a row's own negatives, and hard_negatives is 0")
+        if not self.hard_negatives and distill is not None and distill.score_weight:
+            raise InputError("loss.distill.score_weight compares a row's own negatives, and hard_negatives is 0")
+        return self
+
+    @model_validator(mode="after")
+    def _data_differ(self) -> StagePart:
+        seen: dict[str, int] = {}
+        for number, entry in enumerate(self.data):
+            first = seen.setdefault(entry.model_dump_json(include={"path", "corpus", "task"}), number)
+            if first != number:
+                raise InputError(f"data.{number} has the path and task of data.{first}: raise its weight instead")
+        return self
+
+    def chosen(self) -> dict[str, Any]:
+        """What the stage asks for beyond plain InfoNCE over rows as they are: nothing by default."""
+        return self.model_dump(mode="json", include={"loss", "sampling_alpha", "mine"}, exclude_defaults=True)
