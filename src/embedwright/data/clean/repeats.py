@@ -13,7 +13,6 @@ import os
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
@@ -32,14 +31,6 @@ _SKETCH = {"num_perm": _BANDS * _ROWS, "seed": 7}
 _BATCH = 1024  # rensa sketches ten times as many texts a second in batches as one by one
 # The rows of a band -> one key, the upper half of a linear hash modulo 2^64.
 _MIX = np.random.default_rng(7).integers(1, 2**64, size=_ROWS, dtype=np.uint64) | np.uint64(1)
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """Counts the texts that repeat another one, by kind."""
-
-    exact: int
-    near: int
 
 
 class Match(NamedTuple):
@@ -81,19 +72,6 @@ def repeats(texts: Iterable[str]) -> dict[int, Match]:
         if first != number:  # a copy of a near-duplicate is one, too
             found[number] = found.get(first) or Match(first, exact=True, jaccard=1.0)
     return found
-
-
-def drop_duplicates(texts: Sequence[str]) -> tuple[list[int], Counts]:
-    """Returns the indices of the texts to keep, in order, and how many were dropped."""
-    found = repeats(texts)
-    return [index for index in range(len(texts)) if index not in found], _count(found)
-
-
-def leaks(train_texts: Iterable[str], eval_texts: Iterable[str]) -> tuple[list[int], Counts]:
-    """Returns the indices of the training texts that repeat an evaluation text, in order, and their counts."""
-    matches = DuplicateIndex(eval_texts).find(train_texts)
-    found = {index: match for index, match in enumerate(matches) if match}
-    return list(found), _count(found)
 
 
 class DuplicateIndex:
@@ -187,8 +165,3 @@ def _sharing(bands_NB: NDArray[np.uint32]) -> NDArray[np.bool_]:
         _, which_N, counts = np.unique(keys_N, return_inverse=True, return_counts=True)
         shares_N |= counts[which_N] > 1
     return shares_N
-
-
-def _count(found: dict[int, Match]) -> Counts:
-    exact = sum(match.exact for match in found.values())
-    return Counts(exact=exact, near=len(found) - exact)

@@ -8,10 +8,24 @@ from itertools import combinations
 
 import pytest
 
-from embedwright.data.clean.repeats import Counts, DiskList, DuplicateIndex, drop_duplicates, leaks, repeats
+from embedwright.data.clean.repeats import DiskList, DuplicateIndex, repeats
 from embedwright.data.keys import NEAR, exact_key, near_key, shingles
 
 WELL_OVER = NEAR + 0.05  # LSH proposes a pair of this Jaccard with probability 0.9999
+
+
+def drop_duplicates(texts: list[str]) -> tuple[list[int], dict[str, int]]:
+    """Indices of the texts that stay, and how many go, by kind."""
+    found = repeats(texts)
+    exact = sum(match.exact for match in found.values())
+    return [i for i in range(len(texts)) if i not in found], {"exact": exact, "near": len(found) - exact}
+
+
+def leaks(train: list[str], held_out: list[str]) -> tuple[list[int], dict[str, int]]:
+    """Indices of the training texts that repeat an evaluation text, and how many, by kind."""
+    found = {i: match for i, match in enumerate(DuplicateIndex(held_out).find(train)) if match}
+    exact = sum(match.exact for match in found.values())
+    return list(found), {"exact": exact, "near": len(found) - exact}
 
 
 @cache
@@ -111,8 +125,8 @@ def test_leaks_agree_with_brute_force() -> None:
     assert indices == sorted(indices)
     assert {i for i, j in enumerate(closest) if j >= WELL_OVER} <= set(indices)
     assert set(indices) <= {i for i, j in enumerate(closest) if j >= NEAR}
-    assert counts.exact == sum(exact_key(text) in exact for text in train) > 10
-    assert counts.near == len(indices) - counts.exact > 10
+    assert counts["exact"] == sum(exact_key(text) in exact for text in train) > 10
+    assert counts["near"] == len(indices) - counts["exact"] > 10
 
 
 def test_the_first_copy_is_kept_and_each_kind_counted() -> None:
@@ -120,37 +134,37 @@ def test_the_first_copy_is_kept_and_each_kind_counted() -> None:
     text, last_word_changed = " ".join(words), " ".join([*words[:-1], "other"])
     kept, counts = drop_duplicates([text, "something else altogether", text.upper(), last_word_changed, text])
     assert kept == [0, 1]
-    assert counts == Counts(exact=2, near=1)
+    assert counts == dict(exact=2, near=1)
 
 
 def test_texts_that_differ_in_a_sign_are_no_repeats() -> None:
     texts = ["?!", "...", "C", "C#", "C++", "-5 < 3", "5 > 3", ":)", ":(", "कि", "की", "is it", "is it?"]
-    assert drop_duplicates([*texts, "", " "]) == ([*range(len(texts) + 1)], Counts(exact=1, near=0))
-    assert drop_duplicates(texts + texts) == ([*range(len(texts))], Counts(exact=len(texts), near=0))
-    assert leaks(["C++", ":)", "5 > 3"], ["C", "C#", ":(", "-5 < 3"]) == ([], Counts(exact=0, near=0))
+    assert drop_duplicates([*texts, "", " "]) == ([*range(len(texts) + 1)], dict(exact=1, near=0))
+    assert drop_duplicates(texts + texts) == ([*range(len(texts))], dict(exact=len(texts), near=0))
+    assert leaks(["C++", ":)", "5 > 3"], ["C", "C#", ":(", "-5 < 3"]) == ([], dict(exact=0, near=0))
 
 
 @pytest.mark.parametrize(
     "other", ["Ｆind\u00a0the MAX val\u00adue", "find  the\u200b max value\ufeff", "FIND the max value\n"]
 )
 def test_looks_make_no_other_text(other: str) -> None:
-    assert drop_duplicates(["find the max value", other]) == ([0], Counts(exact=1, near=0))
+    assert drop_duplicates(["find the max value", other]) == ([0], dict(exact=1, near=0))
 
 
 def test_short_texts_are_near_nothing() -> None:
     """One word decides there; but a leak of the same words is one."""
-    assert drop_duplicates(["a b c d", "a b c d!", "a b c"]) == ([0, 1, 2], Counts(exact=0, near=0))
-    assert drop_duplicates(["a b c d e", "a b c d, e!"]) == ([0], Counts(exact=0, near=1))
-    assert leaks(["A b c d!", "a b c"], ["a b c d"]) == ([0], Counts(exact=0, near=1))
+    assert drop_duplicates(["a b c d", "a b c d!", "a b c"]) == ([0, 1, 2], dict(exact=0, near=0))
+    assert drop_duplicates(["a b c d e", "a b c d, e!"]) == ([0], dict(exact=0, near=1))
+    assert leaks(["A b c d!", "a b c"], ["a b c d"]) == ([0], dict(exact=0, near=1))
 
 
 def test_nothing_in_nothing_out() -> None:
-    assert drop_duplicates([]) == ([], Counts(exact=0, near=0))
-    assert leaks(["a text of the training set"], []) == ([], Counts(exact=0, near=0))
+    assert drop_duplicates([]) == ([], dict(exact=0, near=0))
+    assert leaks(["a text of the training set"], []) == ([], dict(exact=0, near=0))
 
 
 def test_a_batch_border_changes_nothing() -> None:
     texts = [f"text number {i} has these words and its own {i * i}" for i in range(1030)]
     kept, counts = drop_duplicates([*texts, texts[3], texts[1026]])
     assert kept == list(range(1030))
-    assert counts == Counts(exact=2, near=0)
+    assert counts == dict(exact=2, near=0)
