@@ -1,4 +1,4 @@
-"""The commands of `data` that read and write files alone."""
+"""The commands of `data` that only read and write files."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def evaluate(
 
 
 def score(models: Sequence[str], suite: str) -> dict[str, Results]:
-    """Scores models on a suite, and shows them side by side."""
+    """Scores models on a suite, and prints the scores side by side."""
     from embedwright.encoders.open import open_encoder
     from embedwright.evaluation.results import render, table
     from embedwright.evaluation.suite import evaluate as run
@@ -40,7 +40,7 @@ def score(models: Sequence[str], suite: str) -> dict[str, Results]:
 
 
 def show_run(out: Path) -> None:
-    """Shows all scores of a run side by side, if it was evaluated."""
+    """Prints all scores of a run side by side, if it has any."""
     from embedwright.evaluation.results import Results, render, table
     from embedwright.training.run.scores import read_evaluations
 

@@ -1,4 +1,4 @@
-"""The `embedwright` command: its verbs, each a function of this room, and its exit codes."""
+"""The `embedwright` command: the list of its verbs, which are functions in this room, and its exit codes."""
 
 from __future__ import annotations
 
@@ -45,35 +45,35 @@ BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 75
 
 
 def main() -> None:
-    """Exit codes: 0 done, 1 failed, 2 bad input, 75 interrupted and resumable."""
+    """Runs the command. Exit codes: 0 done, 1 failed, 2 bad input, 75 interrupted and resumable."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     _quiet_libraries()
     try:
-        if code := app(standalone_mode=False):  # typer has swallowed an exit, or (130) an interrupt
+        if code := app(standalone_mode=False):  # typer returns the code of an exit, or 130 for an interrupt
             raise KeyboardInterrupt if code == 130 else typer.Exit(code)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
-    except (KeyboardInterrupt, typer.Abort):  # Abort: what older typers make of an interrupt
+    except (KeyboardInterrupt, typer.Abort):  # older typers raise Abort for an interrupt
         _stop("interrupted: run the same command again to go on", INTERRUPTED)
     except InputError as error:
         if os.environ.get("EMBEDWRIGHT_DEBUG"):
             raise
         _stop(error, BAD_INPUT)
     except Exception as error:
-        if refused := getattr(error, "format_message", None):  # an option or argument that the parser refuses
+        if refused := getattr(error, "format_message", None):  # the parser has refused an option or argument
             _stop(refused(), BAD_INPUT)
         traceback.print_exc()
         sys.exit(FAILED)
 
 
 def _stop(message: object, code: int) -> None:
-    if str(message):  # a bare `embedwright` has shown its help, and has nothing to add
+    if str(message):  # a bare `embedwright` has shown its help, and its message is empty
         sys.stderr.write(f"embedwright: {message}\n")
     sys.exit(code)
 
 
 def _quiet_libraries() -> None:
-    """Set before they are imported, which `--help` does not."""
+    """Sets the variables by which libraries print less. They read them on import, which `--help` does without."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")  # a bar that transformers draws while it reads a GGUF file

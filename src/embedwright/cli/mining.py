@@ -177,7 +177,7 @@ def _cross_encoder(name: str) -> Any:
 
 
 def _client(out: Path, timeout: float, **settings: Any) -> Client:
-    """A client of the server with these settings. What the server answers is kept beside `out`."""
+    """Returns a client of the server with these settings. It keeps the answers beside `out`."""
     if not (timeout > 0 and math.isfinite(timeout)):
         raise InputError(f"--timeout {timeout}: a number of seconds above 0")
     return Client(Server(timeout_s=timeout, **settings), out.with_name(f"{out.name}.answers.sqlite"))

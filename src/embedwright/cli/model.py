@@ -83,7 +83,7 @@ def train(
 
 
 def _refuse_older_model(out: Path) -> None:
-    """A model without its run's checkpoints is of an older run, and would be named as this one's result.
+    """Raises InputError for a model without its run's checkpoints: it would be taken for the result of this run.
 
     With checkpoints, `train` itself refuses another recipe, other data and another base.
     """
@@ -127,7 +127,7 @@ def merge(
     from embedwright.model.formats.soup import soup
 
     if suite is not None:
-        load_suite(suite)  # a mistake in it shows before the work is done
+        load_suite(suite)  # raises for a mistake before the work is done
     if len(models) > 1:
         soup(models, out, how=how, weights=None if weights is None else _numbers(weights))
         say(f"{out}: {how} of {len(models)} models")
@@ -154,7 +154,7 @@ def _fold_in(adapter: str, out: Path) -> None:
     model = Embedder.load(adapter)
     before = model.encode(texts)
     model.merge().save(out)
-    del model  # of a large one there is room for one
+    del model  # memory may have room for one model only
     difference = abs(Embedder.load(out).encode(texts) - before).max()
     say(f"{out}: largest difference from the adapter's vectors {difference:.1e}")
 

@@ -1,4 +1,4 @@
-"""Options that several commands share, and the check of places to write to, which comes before any work."""
+"""Options that several commands share, and the check of output paths, which comes before any work."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from embedwright.files import check_file, check_folder, check_new_folder
 
 
 def opt(help: str, *names: str, **settings: Any) -> Any:
+    """Makes an option with this help."""
     return typer.Option(*names, help=help, **settings)
 
 
 def arg(help: str, **settings: Any) -> Any:
+    """Makes an argument with this help."""
     return typer.Argument(help=help, **settings)
 
 
@@ -26,7 +28,7 @@ def say_json(report: Any) -> None:
 
 
 def to_write(check: Callable[[Path], Path]) -> Callable[[Path | None], Path | None]:
-    """Makes a callback of an option: it refuses a place that cannot be written, and expands `~`."""
+    """Makes a callback of an option, which refuses a path that cannot be written and expands `~`."""
 
     def checked(value: Path | None) -> Path | None:
         if value is None:
