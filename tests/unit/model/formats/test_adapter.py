@@ -1,4 +1,4 @@
-"""Adapters on disk: the same vectors from every kind of base, through peft's own door, and no other base by mistake."""
+"""Adapters on disk: the same vectors from every kind of base, through peft itself, and no other base by mistake."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def test_an_embedder_of_others_is_found_again_under_the_name_that_opened_it(
     np.testing.assert_allclose(vectors(Embedder.load(tmp_path / "adapter")), expected, atol=1e-6)
 
 
-# ---- peft's own doors
+# ---- peft itself
 
 
 def padded(model: Embedder) -> dict[str, Tensor]:

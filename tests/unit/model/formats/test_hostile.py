@@ -316,18 +316,20 @@ def test_what_is_told_without_weights_is_checked_too(
         outline(str(folder))
 
 
-# ---- the doors of other libraries
+# ---- through other libraries
 
 
 @pytest.mark.parametrize("attack", ["a weight missing", "a weight too many", "a wrong shape"])
-@pytest.mark.parametrize("door", ["AutoModel", "sentence-transformers"])
-def test_other_libraries_get_no_made_up_weights(door: str, attack: str, sound: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("library", ["AutoModel", "sentence-transformers"])
+def test_other_libraries_get_no_made_up_weights(
+    library: str, attack: str, sound: dict[str, Path], tmp_path: Path
+) -> None:
     from sentence_transformers import SentenceTransformer
     from transformers import AutoModel
 
     folder = Path(shutil.copytree(sound["ours"], tmp_path / "ours"))
     ATTACKS[attack][0](folder)
-    open_there = AutoModel.from_pretrained if door == "AutoModel" else SentenceTransformer
-    for options in ({}, {"ignore_mismatched_sizes": True}) if door == "AutoModel" else ({},):
+    open_there = AutoModel.from_pretrained if library == "AutoModel" else SentenceTransformer
+    for options in ({}, {"ignore_mismatched_sizes": True}) if library == "AutoModel" else ({},):
         with pytest.raises(InputError, match=r"lacks|no place|has the shape"):
             open_there(str(folder), **options)

@@ -278,7 +278,7 @@ def test_it_does_in_bfloat16(tiny_embedder: Make, tmp_path: Path) -> None:
     model = tiny_embedder("mean", bos=True, dtype="bfloat16")
     opened = opened_by_st(model, tmp_path / "saved")
     assert next(opened.parameters()).dtype == torch.bfloat16
-    # the door runs transformers' own blocks and `encode` the faster forms: in 16 bits they round at other places
+    # `forward` runs transformers' own blocks and `encode` the faster forms: in 16 bits they round at other places
     np.testing.assert_allclose(opened.encode(TEXTS), model.encode(TEXTS), rtol=0, atol=2e-2)
 
 
