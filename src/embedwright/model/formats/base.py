@@ -66,7 +66,7 @@ def resolve_base(base: str | Path, revision: str | None = None, *, weights: bool
 
 
 def check_weights(folder: Path) -> None:
-    """InputError where a folder's weights are not whole, or not of its config, or its matrices are no real numbers."""
+    """InputError where the weights of a folder are not whole, too few for its config, or no floating-point numbers."""
     stored, config = weights_in(folder), read_object(folder / "config.json")
     ours = isinstance(config.get("backbone"), dict)
     check_layers(stored, config["backbone"] if ours else config, folder / "config.json")
@@ -74,7 +74,7 @@ def check_weights(folder: Path) -> None:
 
 
 def build_network(backbone: Any, pooling: PoolingConfig, contract: Contract, **kept: Any) -> EmbedwrightModel:
-    """The network of a backbone that is loaded; the weights of its pooling block are still to be set."""
+    """Builds the network around a loaded backbone. The weights of its pooling block are still to be set."""
     config = EmbedwrightConfig(
         backbone=backbone.config.to_dict(), pooling=pooling.model_dump(), contract=contract.model_dump(), **kept
     )

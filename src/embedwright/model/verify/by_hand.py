@@ -37,13 +37,14 @@ Encoder = Embedder | SentenceTransformerEncoder
 
 
 def equal(model: Encoder, got: NDArray[Any], expected: NDArray[Any]) -> tuple[bool, str]:
-    """Whether vectors are equal that were computed in another order."""
+    """Whether two sets of vectors are equal, up to the rounding of another order of computation."""
     half = isinstance(model, Embedder) and model.network.dtype != torch.float32
     difference = float(np.abs(got - expected).max())
     return difference <= (3e-2 if half else 1e-4), f"largest difference {difference:.1e}"
 
 
 def tokens_of(model: Embedder, text: str, task: str | None, max_tokens: int | None = None) -> TokenizedText:
+    """The ids and the pool mask that the model makes of one text."""
     if max_tokens is not None:
         max_tokens = min(max_tokens, model.longest)
     packed = model.tokenize([text], task=task, max_tokens=max_tokens)
@@ -51,12 +52,12 @@ def tokens_of(model: Embedder, text: str, task: str | None, max_tokens: int | No
 
 
 def _readable(model: Embedder) -> list[str]:
-    """TEXTS, less the one with special tokens where the templates have some too: by hand they cannot be told apart."""
+    """TEXTS that can be read by hand: if the templates have special tokens, a text may have none."""
     return [text for text in TEXTS if not (model.contract.template_specials and "</s>" in text)]
 
 
 def _by_hand(model: Embedder, text: str, task: str | None) -> tuple[list[int], list[bool]]:
-    """Ids and pool mask of a text that is not cut, read from the contract with nothing but the tokenizer's pipeline."""
+    """Ids and pool mask of an uncut text, computed from the contract with the tokenizer's pipeline alone."""
     contract, prefix = model.contract, model.contract.prefix(task)
     suffix = contract.query_suffix if prefix != contract.document_template else ""
     backend = Tokenizer.from_str(model.own_tokenizer.backend_tokenizer.to_str())
@@ -75,7 +76,7 @@ def _by_hand(model: Embedder, text: str, task: str | None) -> tuple[list[int], l
 
 
 def as_the_contract(model: Embedder, _: Path | None) -> Result:
-    """Ids and pool masks as the contract has them; the instruction is attended to and not pooled."""
+    """Ids and pool masks are those of the contract."""
     left_out = total = 0
     for task in (None, TASK):
         for text in _readable(model):
@@ -90,7 +91,7 @@ def as_the_contract(model: Embedder, _: Path | None) -> Result:
 
 @torch.inference_mode()
 def as_stock(model: Embedder, _: Path | None) -> Result:
-    """One text at a time through transformers' own code and mask, pooled and normalised by hand."""
+    """Vectors are those of one text at a time through transformers' own code and mask, pooled by hand."""
     expected, texts = [], _readable(model)
     with stock(model.network) as twin:
         for text in texts:
@@ -105,7 +106,7 @@ def as_stock(model: Embedder, _: Path | None) -> Result:
 
 
 def ends_with_eos(model: Embedder, _: Path | None) -> Result:
-    """EOS after every text; under `count` a text that is cut loses it, as the reference does."""
+    """Every text ends in EOS. Under the rule `count` a cut text loses it, as in the reference."""
     eos, backend = model.contract.eos_id, model.own_tokenizer.backend_tokenizer
     if eos is None:
         return None
@@ -121,6 +122,7 @@ def ends_with_eos(model: Embedder, _: Path | None) -> Result:
 
 
 def begins_with_bos(model: Embedder, _: Path | None) -> Result:
+    """Every text begins with the tokenizer's own BOS, once."""
     bos, own = model.contract.bos_ids, leading_ids(model.own_tokenizer.backend_tokenizer)
     family = model.network.backbone.config.model_type
     if bos != own:
@@ -135,7 +137,7 @@ def begins_with_bos(model: Embedder, _: Path | None) -> Result:
 
 
 def round_trip(model: Embedder, folder: Path | None) -> Result:
-    """Text -> ids -> text, ids within the embedding table, and the ids of the folder's own tokenizer.json."""
+    """Ids turn back into the text, fit the embedding table, and are those of the folder's own tokenizer.json."""
     backend = stored = model.own_tokenizer.backend_tokenizer
     if folder is not None and (folder / "tokenizer.json").is_file():
         stored = Tokenizer.from_file(str(folder / "tokenizer.json"))

@@ -123,7 +123,7 @@ def _far(model: Embedder, _: Path | None) -> Result:
 
 
 def _batch(model: Encoder, _: Path | None) -> Result:
-    """Texts in another order or another batch have the same vectors, each in its own row."""
+    """Texts alone, in one batch and in another order have the same vectors, each in its own row."""
     order = [3, 0, 5, 2, 1, 4]
     alone = np.concatenate([model.encode([text], task=TASK) for text in TEXTS])
     shuffled = model.encode([TEXTS[i] for i in order], task=TASK)
@@ -132,7 +132,7 @@ def _batch(model: Encoder, _: Path | None) -> Result:
 
 
 def _pads(model: Embedder, _: Path | None) -> Result:
-    """The padded `forward`, with pads on the right and on the left, of an id that means something."""
+    """`forward` on texts that are padded on the right or left, with an id that means something, gives the vectors."""
     rows = [tokens_of(model, text, TASK) for text in TEXTS[:3]]
     ids, pools = ([torch.as_tensor(values).long() for values in part] for part in zip(*rows, strict=True))
     attended = [torch.ones_like(row) for row in ids]
@@ -148,7 +148,7 @@ def _pads(model: Embedder, _: Path | None) -> Result:
 
 
 def _fast(model: Embedder, _: Path | None) -> Result:
-    """Each faster block, and packed attention, against transformers' own on the same input."""
+    """Each faster block, and packed attention, gives what transformers' own gives on the same input."""
     if model.device.type != "cpu":
         return None
     return not (fault := cpu.fault(model.network)), fault or f"{len(cpu.changed(model.network))} modules are faster"
@@ -163,14 +163,14 @@ def _unit(model: Encoder, _: Path | None) -> Result:
 
 
 def _repeats(model: Encoder, _: Path | None) -> Result:
-    """Dropout that was left on, or a cache that is not what it was."""
+    """Finds dropout that was left on, and whatever else changes from call to call."""
     if isinstance(model, Embedder) and model.network.training:
         return False, "the network is in training mode"
     return bool(np.array_equal(model.encode(TEXTS), model.encode(TEXTS))), "twice the same bits"
 
 
 def _distinct(model: Embedder, _: Path | None) -> Result:
-    """Vectors that say nothing: of all texts alike, or the same with and without an instruction."""
+    """No two texts have one vector, and an instruction changes each."""
     plain, instructed = model.encode(TEXTS), model.encode(TEXTS, task=TASK)
     alike = (plain @ plain.T)[np.triu_indices(len(TEXTS), 1)].max()
     moved = (plain * instructed).sum(1).min()
@@ -179,7 +179,7 @@ def _distinct(model: Embedder, _: Path | None) -> Result:
 
 
 def _types(model: Embedder, _: Path | None) -> Result:
-    """One type in the backbone, finite weights, and what is computed and never stored in float32, as made anew."""
+    """The backbone has one type, weights are finite, and rotary frequencies are those of the config, in float32."""
     backbone = model.network.backbone
     own = {p.dtype for name, p in backbone.named_parameters() if "lora_" not in name}
     if len(own) != 1:
@@ -195,7 +195,7 @@ def _types(model: Embedder, _: Path | None) -> Result:
 
 
 def _head(model: Embedder, _: Path | None) -> Result:
-    """How much the pooling block does: a fresh one is the identity, which is no fault, but worth knowing."""
+    """Tells how much the pooling block changes: a fresh one is the identity, which is no fault."""
     if not list(model.network.head.parameters()):
         return None
     packed = model.tokenize(TEXTS).to(model.device)
@@ -206,7 +206,7 @@ def _head(model: Embedder, _: Path | None) -> Result:
 
 
 def _adapter(model: Embedder, _: Path | None) -> Result:
-    """Adapters that are there and do nothing, or do it twice."""
+    """Every adapter is at work, and vectors change without them."""
     backbone = model.network.backbone
     if not has_lora(backbone):
         return None
@@ -237,7 +237,7 @@ def _recorded(model: Embedder, folder: Path | None) -> Result:
 
 
 def _auto_model(model: Embedder, folder: Path | None) -> Result:
-    """AutoTokenizer and AutoModel on the folder, as any transformers user would."""
+    """AutoTokenizer and AutoModel, as any user of transformers opens the folder, give the vectors."""
     if folder is None or format_of(folder, "") != "ours":
         return None
     from transformers import AutoModel, AutoTokenizer
