@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from embedwright.errors import InputError, NotFoundError
 from embedwright.files import check_new_folder, whole_folder
+from embedwright.fingerprint import Facts, config_facts, facts, tokenizer_fact
 from embedwright.locate import local
 from embedwright.model.embedder import Embedder
-from embedwright.model.formats.detect import format_of
-from embedwright.model.formats.folder import INDEX, Stored, check_folder, read_object, weights_in, write_weights
+from embedwright.model.formats.detect import detect
+from embedwright.model.formats.folder import INDEX, Stored, weights_in, write_weights
+from embedwright.model.formats.open import outline
 from embedwright.model.verify import selftest
 
 How = Literal["average", "slerp"]
@@ -32,7 +34,6 @@ _SHARD = "1GB"
 _PIECE = 2**22  # numbers of a tensor at a time
 _COPIED = {".json", ".model", ".jinja"}  # of the first model: config, contract, tokenizer, sentence-transformers' files
 _NOT_COPIED = {INDEX, selftest.FILE}
-_NOT_COMPARED = {"_name_or_path", "architectures", "dtype", "transformers_version"}  # no property of the weights
 _STRAIGHT = 0.9995  # cosine from which an arc is a line, as in mergekit
 # Fine-tunes of one base keep nearly all of its direction; weights that began from other random numbers share none.
 _KIN, _KIN_ROWS = 0.5, 64
@@ -61,7 +62,7 @@ def soup(
             parts = [weights_in(folder) for folder in folders]
             for name, folder, part in zip(names[1:], folders[1:], parts[1:], strict=True):
                 both = f"{names[0]} and {name} do not go together"
-                _check_settings(both, folders[0], folder)
+                _check_facts(both, folders[0], folder)
                 _check_weights(both, parts[0], part)
             for file in (*folders[0].glob("*"), *folders[0].glob("[12]_*/*")):  # all that `save` writes
                 if file.suffix in _COPIED and file.name not in _NOT_COPIED:
@@ -97,8 +98,7 @@ def _plain(name: str, scratch: Path) -> Path:
     folder = local(name)
     if folder is None:
         raise NotFoundError(f"model folder {name} does not exist")
-    check_folder(folder)
-    form = format_of(folder, name)
+    form = detect(str(folder))[1]
     if form == "adapter":
         Embedder.load(folder).merge().save(scratch)
         return scratch
@@ -110,34 +110,22 @@ def _plain(name: str, scratch: Path) -> Path:
 # ---- whether the models go together
 
 
-def _check_settings(both: str, first: Path, other: Path) -> None:
-    """InputError where config, contract, pooling or tokenizer differ, naming the key."""
-    a, b = _settings(first), _settings(other)
+def _check_facts(both: str, first: Path, other: Path) -> None:
+    """InputError where decoder, contract, pooling or tokenizer differ, naming the key."""
+    a, b = _facts(first), _facts(other)
     for key in sorted(a.keys() | b.keys()):
         if a.get(key) != b.get(key):
-            raise InputError(f"{both}: {key} is {_short(a.get(key))}, and {_short(b.get(key))}")
+            raise InputError(f"{both}: {key} is {a.get(key)}, and {b.get(key)}")
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    """Maps dotted keys to values, of all settings files."""
-    files = {"config.json": "", "embedwright.json": "", "tokenizer.json": "tokenizer."}
-    read = {file: read_object(folder / file) for file in files if (folder / file).is_file()}
-    for key in ("truncation", "padding"):  # how the last batch was made
-        read.get("tokenizer.json", {}).pop(key, None)
-    return {key: value for file, content in read.items() for key, value in _flat(content, files[file])}
-
-
-def _flat(content: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in content.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        elif key not in _NOT_COMPARED:
-            yield f"{prefix}{key}", value
-
-
-def _short(value: Any) -> str:
-    written = repr(value)
-    return written if len(written) <= 60 else f"{written[:57]}..."
+def _facts(folder: Path) -> Facts:
+    decoder, pooling, contract, tokenizer = outline(str(folder))
+    return {
+        "tokenizer": tokenizer_fact(tokenizer.backend_tokenizer, with_specials=True),
+        **config_facts("backbone", decoder),
+        **facts("contract", contract.model_dump(mode="json")),
+        **facts("pooling", pooling.model_dump(mode="json")),
+    }
 
 
 def _check_weights(both: str, a: Weights, b: Weights) -> None:
