@@ -53,13 +53,9 @@ class Recipe(Part):
         return self
 
     @model_validator(mode="after")
-    def _four_bits_are_of_a_decoder(self) -> Recipe:
+    def _four_bits_fit(self) -> Recipe:
         if self.tune.method == "qlora" and self.model.from_:
             raise InputError("tune.method: qlora holds a decoder (model.base) in 4 bits; use lora for model.from")
-        return self
-
-    @model_validator(mode="after")
-    def _four_bits_stay_whole(self) -> Recipe:
         if self.tune.method == "qlora" and self.run.parallel == "fsdp":
             raise InputError("run.parallel: fsdp cannot cut the 4-bit weights of tune.method: qlora; use ddp")
         return self
@@ -170,6 +166,14 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from leaves(value, f"{path}.{key}".lstrip("."))
     else:
         yield path, tree
+
+
+def differences(before: Any, after: Any) -> str:
+    """The first few dotted keys whose values differ, each with both values, in one line."""
+    old, new = dict(leaves(before)), dict(leaves(after))
+    keys = [key for key in old | new if old.get(key) != new.get(key)]
+    shown = [f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys[:5]]
+    return ", ".join([*shown, *([f"and {len(keys) - 5} more"] if len(keys) > 5 else [])])
 
 
 def expand(path: str) -> Path:

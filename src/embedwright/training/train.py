@@ -24,7 +24,7 @@ from embedwright.training.batches.feed import LocalBatch, ahead
 from embedwright.training.batches.sources import data_fingerprint, source_fingerprints
 from embedwright.training.engine.optim import make_optimizer
 from embedwright.training.engine.parallel import trained
-from embedwright.training.recipe import Recipe, leaves
+from embedwright.training.recipe import Recipe, differences
 from embedwright.training.remine import refresh_every, refreshed
 from embedwright.training.run.checkpoint import (
     RunState,
@@ -242,18 +242,12 @@ def _newest(folder: Path, processes: Processes) -> Path | None:
     return found
 
 
-def _changes(before: Any, after: Any) -> str:
-    old, new = dict(leaves(before)), dict(leaves(after))
-    keys = [key for key in old | new if old.get(key) != new.get(key)]
-    return ", ".join([f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys[:5]] + ["..."] * (len(keys) > 5))
-
-
 def _continue(checkpoint: Path, state: RunState, out: Path) -> RunState:
     found = read_state(checkpoint)
     for what in ("recipe", "data", "model"):
         if getattr(found, what) != getattr(state, what):
             raise ConfigError(
-                f"{out} holds a run of another {what} ({_changes(found.facts.get(what), state.facts.get(what))}): "
+                f"{out} holds a run of another {what} ({differences(found.facts.get(what), state.facts.get(what))}): "
                 "choose another run.out, or remove that folder"
             )
     logger.info("resuming %s at stage %d, step %d", out, found.stage, found.step)

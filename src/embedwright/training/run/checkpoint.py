@@ -58,14 +58,24 @@ def save_checkpoint(
     OSError where it cannot be written: what is there already stays as it is.
     """
     trained = {name: _whole(tensor, processes) for name, tensor in weights.items()}
-    tensors, numbers = ({}, []) if optimizer is None else _flatten(optimizer.state_dict(), processes)
+    moments = {"state": {}, "param_groups": []} if optimizer is None else optimizer.state_dict()
+    tensors = {
+        f"{index}.{name}": _whole(value, processes)
+        for index, values in moments["state"].items()
+        for name, value in values.items()
+    }
     final = folder / state.folder
     if processes.first:
         if final.exists():  # the same step again, after a resume from an older one
             shutil.rmtree(final)
         try:
             with whole_folder(final) as temp:
-                _write(temp, state, trained, tensors, numbers, processes.count)
+                save_file(trained, temp / _WEIGHTS)
+                save_file(tensors, temp / _OPTIMIZER)
+                (temp / _STATE).write_text(json.dumps({"run": asdict(state), "optimizer": moments["param_groups"]}))
+                files = {name: _digest(temp / name) for name in (_WEIGHTS, _OPTIMIZER, _STATE)}
+                manifest = {"files": files, "recipe": state.recipe, "processes": processes.count}
+                (temp / _MANIFEST).write_text(json.dumps(manifest, indent=2))
         except Exception as error:  # safetensors has errors of its own for a disk that is full
             raise OSError(f"checkpoint {final} could not be written ({error}); the one before is intact") from error
         keep_newest(folder, keep)
@@ -77,22 +87,6 @@ def keep_newest(folder: Path, keep: int) -> None:
     """Removes all checkpoints but so many."""
     for old in _complete(folder)[:-keep]:
         shutil.rmtree(old)
-
-
-def _write(
-    folder: Path,
-    state: RunState,
-    weights: dict[str, Tensor],
-    tensors: dict[str, Tensor],
-    numbers: list[dict[str, Any]],
-    processes: int,
-) -> None:
-    save_file(weights, folder / _WEIGHTS)
-    save_file(tensors, folder / _OPTIMIZER)
-    (folder / _STATE).write_text(json.dumps({"run": asdict(state), "optimizer": numbers}))
-    files = {name: _digest(folder / name) for name in (_WEIGHTS, _OPTIMIZER, _STATE)}
-    manifest = {"files": files, "recipe": state.recipe, "processes": processes}
-    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2))
 
 
 def _whole(tensor: Tensor, processes: Processes) -> Tensor:
@@ -134,15 +128,6 @@ def restore_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> Non
         index, _, name = key.partition(".")
         state.setdefault(int(index), {})[name] = like(tensor, parameters[int(index)])
     optimizer.load_state_dict({"state": state, "param_groups": numbers})
-
-
-def _flatten(state: dict[str, Any], processes: Processes) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    tensors = {
-        f"{index}.{name}": _whole(value, processes)
-        for index, values in state["state"].items()
-        for name, value in values.items()
-    }
-    return tensors, state["param_groups"]
 
 
 def _complete(folder: Path) -> list[Path]:

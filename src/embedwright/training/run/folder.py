@@ -19,7 +19,7 @@ import yaml
 from embedwright.files import write_text
 from embedwright.training.batches.blend import Source
 from embedwright.training.batches.sources import data_fingerprint, entry_of
-from embedwright.training.recipe import Recipe, leaves
+from embedwright.training.recipe import Recipe, differences, leaves
 from embedwright.training.run.scores import mean_scores
 from embedwright.training.stages import StagePart
 
@@ -216,9 +216,6 @@ def _write(file: Path, text: str) -> None:
 
 def _changes(old: str, new: str) -> str:
     try:
-        before, after = (dict(leaves(yaml.safe_load(text))) for text in (old, new))  # JSON is YAML
+        return differences(yaml.safe_load(old), yaml.safe_load(new))  # JSON is YAML
     except yaml.YAMLError:
         return "it was damaged"
-    keys = [key for key in before | after if before.get(key) != after.get(key)]
-    shown = [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys[:5]]
-    return ", ".join([*shown, *([f"and {len(keys) - 5} more"] if len(keys) > 5 else [])])
