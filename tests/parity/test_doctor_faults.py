@@ -1,6 +1,6 @@
 """Silent faults, seeded one at a time into healthy models: each must be refused when the model is opened, or found.
 
-`docs/doctor.md` lists them; a test holds the list to this file.
+`doctor_faults.md` lists them; a test holds the list to this file.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from embedwright.model.verify import doctor
 from embedwright.model.verify.probe import ProbeError
 from embedwright.text import TokenizedText
 
-DOCS = Path(__file__).parents[2] / "docs" / "doctor.md"
+LIST = Path(__file__).with_name("doctor_faults.md")
 FIXTURES = Path(__file__).parent / "fixtures"
 
 # kind -> how its healthy folder is made
@@ -446,13 +446,13 @@ IN_MODEL: dict[str, tuple[str, Callable[[Case], None]]] = {
 
 # ---- the tests
 
-RECORD = "as recorded when it was saved"  # catches most: where it is not the only one, the docs name another
+RECORD = "as recorded when it was saved"  # catches most: where it is not the only one, the list names another
 REFUSED = "refused when opened"
 
 
 def listed() -> dict[str, str]:
-    """Fault -> the proof that finds it, or `refused when opened`: the table of the docs."""
-    rows = re.findall(r"^\| ([^|]+?) +\| (found: [^|]+?|refused when opened) +\|$", DOCS.read_text(), re.MULTILINE)
+    """Fault -> the proof that finds it, or `refused when opened`: the table of the list."""
+    rows = re.findall(r"^\| ([^|]+?) +\| (found: [^|]+?|refused when opened) +\|$", LIST.read_text(), re.MULTILINE)
     return {fault: how.removeprefix("found: ") for fault, how in rows}
 
 
@@ -488,7 +488,7 @@ def test_a_fault_in_a_model(fault: str, healthy: Callable[[str], Path], monkeypa
     assert listed()[fault] in bad(doctor.examine(model, folder))
 
 
-def test_the_docs_list_the_faults() -> None:
+def test_the_list_has_the_faults() -> None:
     assert sorted(listed()) == sorted([*IN_FOLDER, *IN_MODEL]) and len(listed()) >= 25
     assert [fault for fault, how in listed().items() if how == RECORD] == ONLY_BY_RECORD
 
