@@ -1,4 +1,4 @@
-"""Write the pages that are made from the program: docs/recipe.md, docs/cli.md and the tables of docs/data.md.
+"""Write what is made from the program: docs/recipe.md, docs/cli.md, the tables of docs/data.md, CONTRIBUTING's tree.
 
 python scripts/make_docs.py            # writes them
 python scripts/make_docs.py --check    # exits 1, with their names, where they differ
@@ -29,6 +29,12 @@ from embedwright.training import parts, stages
 from embedwright.training.recipe import Recipe
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+ROOT = DOCS.parent
+TREE = "<!-- the tree, made by scripts/make_docs.py -->\n```\n", "```\n<!-- end -->"
+# In the order of reading; files come by name. `test_layout.py` checks who may import whom.
+ROOMS = ["", "model", "model/adapters", "model/formats", "model/interop", "model/verify", "cpu", "encoders", "vectors"]
+ROOMS += ["data", "data/files", "data/sources", "data/clean", "mining", "llm", "synth", "training", "training/batches"]
+ROOMS += ["training/losses", "training/engine", "training/run", "evaluation", "cli", "demo"]
 CATALOGUE = "<!-- embedwright data list --markdown -->\n", "<!-- end -->"
 SECTIONS: dict[str, type[BaseModel]] = {  # by the place of the part in the file
     "The recipe": Recipe,
@@ -69,15 +75,44 @@ def main() -> None:
         print(f"wrote {path.name}")
 
 
+def tree() -> str:
+    """The rooms of the package and their files, each with the first phrase of its docstring."""
+    source = ROOT / "src" / "embedwright"
+    found = {str(path.parent.relative_to(source)).removeprefix(".") for path in source.rglob("*.py")}
+    assert found == {*ROOMS}, f"ROOMS differs from the package: {found ^ {*ROOMS}}"
+    lines = ["src/embedwright/"]
+    for room in ROOMS:
+        if room:
+            lines.append(f"  {room + '/':24}{phrase(source / room / '__init__.py')}")
+        for file in sorted((source / room).glob("*.py")):
+            if not file.name.startswith("__"):
+                lines.append(f"  {'  ' * bool(room)}{file.name:{24 - 2 * bool(room)}}{phrase(file)}")
+    return "\n".join(lines) + "\n"
+
+
+def phrase(file: Path, width: int = 96) -> str:
+    """The first sentence of a module's docstring, up to a comma or a colon where it is long."""
+    docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    sentence = re.split(r"\.\s", " ".join(docstring.split("\n\n")[0].split()))[0].rstrip(".")
+    if len(sentence) <= width:
+        return sentence
+    return sentence[: max(sentence.rfind(mark, 0, width) for mark in (", ", ": ", "; ", " ("))]
+
+
+def between(path: Path, marks: tuple[str, str], content: str) -> str:
+    """The text of a file, with `content` between the two marks."""
+    before, _, rest = path.read_text(encoding="utf-8").partition(marks[0])
+    return f"{before}{marks[0]}{content}{marks[1]}{rest.partition(marks[1])[2]}"
+
+
 def pages() -> dict[Path, str]:
     """Each page that is made from the program, as it should be."""
-    before, _, rest = (DOCS / "data.md").read_text(encoding="utf-8").partition(CATALOGUE[0])
-    after = rest.partition(CATALOGUE[1])[2]
-    tables = markdown(load_catalog().values()).strip()
+    tables = markdown(load_catalog().values()).strip() + "\n"
     return {
         DOCS / "recipe.md": recipe(),
         DOCS / "cli.md": commands(),
-        DOCS / "data.md": f"{before}{CATALOGUE[0]}{tables}\n{CATALOGUE[1]}{after}",
+        ROOT / "CONTRIBUTING.md": between(ROOT / "CONTRIBUTING.md", TREE, tree()),
+        DOCS / "data.md": between(DOCS / "data.md", CATALOGUE, tables),
     }
 
 

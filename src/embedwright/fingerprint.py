@@ -1,4 +1,4 @@
-"""Fingerprints: facts that are the same for two models exactly when the models give the same vectors.
+"""Facts that identify a model: the same for two models exactly when they give the same vectors.
 
 A name or a folder is no such fact, since the model there may be trained on or edited. Facts are strings by name. They
 are kept as JSON beside vectors, and an error can say which of them differs.

@@ -1,4 +1,4 @@
-"""Proves, by running it, that a model attends as its config says and that texts of a batch do not see each other.
+"""Proves that a model attends as its config says and that texts of a batch do not see each other, by running it.
 
 Cheap enough for every time that a model is made, loaded, merged or exported: it runs four texts of a few tokens, and
 reads each layer's attention mask out of the attention function itself.
