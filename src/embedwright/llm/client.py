@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 Positive = Annotated[int, Field(ge=1)]
 
 _AHEAD = 4  # questions begun for each slot, so that one slow answer at the head does not leave the others idle
+_LONGEST_PAUSE_S = 120.0  # openai waits no longer between two tries, whatever Retry-After says
 _NO_SCHEMA = (
     "this server does not answer with JSON of a schema (response_format json_schema); use one that does, such as vLLM, "
     "SGLang, Ollama or llama.cpp's llama-server"
@@ -51,7 +52,7 @@ class Server(BaseModel):
 
     base_url: str = Field(repr=False)  # it may hold a password
     api_key_env: str | None = None  # the environment variable that holds this server's key
-    timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 300.0  # seconds without a byte; see `_request`
+    timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 300.0  # of one try, without a byte
     retries: Annotated[int, Field(ge=0)] = 6  # of a request that got no answer
     attempts: Positive = 3  # to get a valid answer, each with another seed
     concurrency: Positive = 8
@@ -214,15 +215,16 @@ class Client:
 
         if self._fatal is not None:
             raise self._fatal
+        retries, timeout_s = self.server.retries, self.server.timeout_s
         try:
-            async with asyncio.timeout(self.server.timeout_s * (self.server.retries + 1)):
+            async with asyncio.timeout(timeout_s + retries * (timeout_s + _LONGEST_PAUSE_S)):
                 answer = await self._openai.chat.completions.create(**request)
             completion = _read_completion(answer, request)
             if completion is not None:
                 return completion
             fault, message = "bad_body", f"no chat completion: {answer!r:.200}"
         except (TimeoutError, APITimeoutError):
-            fault, message = "timeout", f"no answer within {self.server.timeout_s:g} s"
+            fault, message = "timeout", f"no answer within {timeout_s:g} s"
         except APIConnectionError as error:
             fault, message = "connection", f"{error} {error.__cause__ or ''}"
         except ValueError as error:
