@@ -42,7 +42,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_kind_is_told_by_the_keys_behind_bad_lines(kind: str, tmp_path: Path) -> None:
+def test_the_kind_is_told_by_the_keys_after_bad_lines(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "x.labeled.pairs.jsonl"
     path.write_bytes(
         b'nonsense\n{"text": "no label"}\n{"querry": "q", "positives": ["p"]}\n' + dump(KINDS[kind]) + b"\n"

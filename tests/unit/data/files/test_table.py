@@ -139,6 +139,14 @@ def test_labelled_rows(tmp_path: Path, cache: Path) -> None:
     assert list(open_examples(path, cache=cache, negatives=4, seed=2)) != list(table)
 
 
+def test_a_label_may_be_a_list(tmp_path: Path, cache: Path) -> None:
+    rows = [{"text": f"t{i}", "label": [f"l{i % 2}", *(["both"] if i < 2 else [])]} for i in range(6)]
+    made = list(open_examples(write(tmp_path / "x.jsonl", *rows), cache=cache, negatives=2))
+    labels = {row["text"]: set(row["label"]) for row in rows}
+    assert len(made) == 6 and all(labels[e.query] & labels[e.positives[0].text] for e in made)
+    assert not any(labels[e.query] & labels[n.text] for e in made for n in e.negatives)
+
+
 def test_a_beir_folder_is_trained_on_its_train_split(tmp_path: Path, cache: Path) -> None:
     folder = tmp_path / "beir"
     write(
