@@ -9,35 +9,25 @@ T packed tokens, H query heads, K key heads, d head dim, D width.
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import logging
 import os
-import platform
-import shlex
-import shutil
-import signal
-import subprocess
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from embedwright.cache import cache_folder, check_private
+from embedwright.cpu import library
 from embedwright.errors import InputError
-from embedwright.files import whole_folder
 
 logger = logging.getLogger(__name__)
 
-SOURCES = Path(__file__).parent / "csrc"
 _TYPES = (torch.float32, torch.bfloat16)
 _LANES = 16  # numbers in the widest vector: what sizes must be multiples of
 _ALL = 2**30  # keys: a window that ends nowhere
 _ALIGNED = 64  # bytes
-_COMPILER_S = 120.0  # a compiler that takes longer hangs: it needs two to five seconds
 
 _Pointer, _Long, _Float = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 
@@ -117,7 +107,7 @@ def attention(
     heads, tokens, dim = q_HTd.shape
     out_THd = q_HTd.new_empty(tokens, heads, dim)  # on its device, whatever the default is: see `_examples`
     threads = torch.get_num_threads()
-    floats = _library().attention_scratch(dim)
+    floats = library.load().attention_scratch(dim)
     scratch = q_HTd.new_empty(floats * threads + _ALIGNED // 4, dtype=torch.float32)
     behind, ahead = (_ALL if n < 0 else n for n in window)
     job = _Attention(
@@ -197,7 +187,7 @@ def dots(query_QE: Tensor, document_NE: Tensor, query_F: Tensor, document_F: Ten
 
 
 def _run(name: str, job: ctypes.Structure) -> None:
-    getattr(_library(), name)(ctypes.byref(job), _gomp_parallel(), torch.get_num_threads())
+    getattr(library.load(), name)(ctypes.byref(job), library.gomp_parallel(), torch.get_num_threads())
 
 
 # ---- whether they are there
@@ -211,7 +201,7 @@ def available() -> bool:
 def described() -> str:
     """Whether the kernels are used in this process and why not, for `doctor`."""
     fault = _fault()
-    return f"compiled by {' '.join(_compiler())}" if fault is None else f"not used: {fault}"
+    return f"compiled by {' '.join(library.compiler())}" if fault is None else f"not used: {fault}"
 
 
 @cache
@@ -288,90 +278,3 @@ def _plain_attention(qkv: list[Tensor], lengths: list[int], scale: float, window
         seen = (off <= behind) & (-off <= ahead)
         outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True))
     return torch.cat(outputs, 1).transpose(0, 1)
-
-
-# ---- the library
-
-
-@cache
-def _library() -> ctypes.CDLL:
-    """The compiled kernels. OSError, InputError or AttributeError, with the reason, where there can be none."""
-    _gomp_parallel()
-    path = _compiled()
-    check_private(path.parent)  # a stranger's library would run its own code in this process
-    check_private(path)
-    library = ctypes.CDLL(str(path))
-    library.attention_scratch.argtypes, library.attention_scratch.restype = [_Long], _Long
-    for name in ("attention", "norm", "rotary", "quantise", "reach", "dots"):
-        getattr(library, name).argtypes = [_Pointer, _Pointer, _Long]
-    return library
-
-
-@cache
-def _gomp_parallel() -> int:
-    """What starts threads in the OpenMP runtime that torch runs on. AttributeError where it is of another kind."""
-    try:  # a symbol of a library is looked for in those that it was linked with
-        torch_cpu = ctypes.CDLL(str(next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"))))
-        address = ctypes.cast(torch_cpu.GOMP_parallel, _Pointer).value
-    except (StopIteration, AttributeError):
-        raise AttributeError("torch's OpenMP runtime is not found") from None
-    assert address is not None
-    return address
-
-
-@cache
-def _compiler() -> tuple[str, ...]:
-    """The command: `CC`, else the first of cc, gcc, clang. OSError where there is none."""
-    named = shlex.split(os.environ.get("CC", ""))
-    for command in [named] if named else [["cc"], ["gcc"], ["clang"]]:
-        if shutil.which(command[0]):
-            return tuple(command)
-    raise OSError(f"no C compiler{': ' + named[0] if named else ''}")
-
-
-def _compiled() -> Path:
-    """The library's file, compiled where it is not in the cache yet: one for each source, compiler and processor."""
-    command = [*_compiler(), "-O3", "-std=gnu11", "-shared", "-fPIC"]
-    command.append("-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native")
-    version = _run_compiler([*_compiler(), "--version"])
-    sources = [path.read_bytes() for path in sorted(SOURCES.iterdir())]
-    facts = [*sources, shlex.join(command).encode(), version, _processor(), b"private"]
-    folder = cache_folder("kernels", hashlib.sha256(b"\0".join(facts)).hexdigest()[:16])
-    library = folder / "kernels.so"
-    if not library.exists():
-        try:
-            with whole_folder(folder, mode=0o700) as temp:
-                _run_compiler([*command, "-o", str(temp / library.name), *map(str, sorted(SOURCES.glob("*.c"))), "-lm"])
-                if not (temp / library.name).is_file():
-                    raise OSError(f"{command[0]} fails: no output")
-                (temp / library.name).chmod(0o700)
-        except OSError:
-            if not library.is_file():  # else another process compiled it meanwhile
-                raise
-    return library
-
-
-def _run_compiler(command: list[str]) -> bytes:
-    """What the compiler prints. OSError where it fails or takes too long; it is then ended."""
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-    try:
-        printed, errors = running.communicate(timeout=_COMPILER_S)
-    except BaseException as error:
-        os.killpg(running.pid, signal.SIGKILL)  # a compiler's driver starts programs of its own
-        running.communicate()
-        if isinstance(error, subprocess.TimeoutExpired):
-            raise OSError(f"{command[0]} did not finish in {_COMPILER_S:.0f} s") from None
-        raise
-    if running.returncode:
-        raise OSError(
-            f"{command[0]} fails: {(errors.decode(errors='replace').strip().splitlines() or ['no output'])[0]}"
-        )
-    return printed
-
-
-def _processor() -> bytes:
-    """What -march=native goes by: a cache may be shared by machines."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_bytes().splitlines() if info.is_file() else [platform.processor().encode()]
-    names = (b"model name", b"flags", b"Features", b"CPU part")
-    return b"\n".join(dict.fromkeys(line for line in lines if line.startswith(names) or not info.is_file()))
