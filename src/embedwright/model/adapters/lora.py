@@ -1,4 +1,4 @@
-"""LoRA on a backbone: added, checked for being at work, merged into the weights. On disk: `adapter_folder`.
+"""LoRA on a backbone: added, checked for being at work, merged into the weights. On disk: `formats.adapter`.
 
 peft builds the layers. An adapter that is switched off, or merged and still there, gives other vectors than its
 weights say, without a word: `probe.check` refuses it.
