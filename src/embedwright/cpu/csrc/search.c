@@ -2,7 +2,7 @@
 
 #include "vectors.h"
 
-INLINE vf part(const void *from, long i, long left) { /* of 4 bytes each, element i on; zeros beyond what is left */
+INLINE vf part(const void *from, long i, long left) { /* loads 4-byte elements from i on; zeros past `left` of them */
     vf x = {0};
     if (left >= LANES) return *(const vf_any *)((const float *)from + i);
     memcpy(&x, (const float *)from + i, (size_t)left * sizeof(float));
@@ -13,7 +13,7 @@ INLINE vf part(const void *from, long i, long left) { /* of 4 bytes each, elemen
 
 typedef int8_t vb __attribute__((vector_size(LANES)));
 
-INLINE vb narrow(vi x) { /* the lowest bits of each */
+INLINE vb narrow(vi x) { /* keeps the lowest byte of each */
 #if LANES == 16 /* gcc takes 40 steps */
     return (vb)_mm512_cvtepi32_epi8((__m512i)x);
 #else
@@ -22,9 +22,9 @@ INLINE vb narrow(vi x) { /* the lowest bits of each */
 }
 
 typedef struct {
-    const float *vectors, *mean; /* rows of `width`; what is taken from every row */
-    int8_t *out;                 /* times `scale` about a row less the mean */
-    float *scale, *moved, *lost; /* of a row; squared lengths: less the mean, and of what rounding lost */
+    const float *vectors, *mean; /* rows of `width`; the mean is taken from every row */
+    int8_t *out;                 /* times `scale`, it is about the row less the mean */
+    float *scale, *moved, *lost; /* per row; squared lengths of the row less the mean, of what rounding took */
     long rows, width, next;
 } Quantise;
 
@@ -38,7 +38,7 @@ static void quantise_row(const Quantise *z, long row) {
     const float *x = z->vectors + row * z->width, *mean = z->mean;
     const long width = z->width;
     int8_t *out = z->out + row * width;
-    const vf nearest = (vf){0} + 0x1.8p23f; /* added and taken away, it leaves the nearest whole number */
+    const vf nearest = (vf){0} + 0x1.8p23f; /* adding and subtracting it leaves the nearest whole number */
     vf largest = {0}, moved = {0}, lost = {0};
     for (long c = 0; c < width; c += LANES) {
         vf y = part(x, c, width - c) - part(mean, c, width - c), size = (vf)((vi)y & 0x7fffffff);
@@ -90,7 +90,7 @@ static void reach_work(void *job) {
             vf product = __builtin_convertvector((vi)part(r->products, at, left), vf);
             vf most = product * factor * part(r->scale, c, left) + off * part(r->length, c, left) +
                       size * part(r->lost, c, left);
-            vb hit = narrow(~(vi)(most < limit) & 1); /* what is not a number is one, too */
+            vb hit = narrow(~(vi)(most < limit) & 1); /* NaN is a hit, too */
             if (left >= LANES)
                 memcpy(r->reaches + at, &hit, LANES);
             else
@@ -115,7 +115,7 @@ INLINE vd eight(const float *x) {
 #endif
 }
 
-static float inner(const double *a, const float *b, long width) { /* by these two alone: copies score alike */
+static float inner(const double *a, const float *b, long width) { /* of these two alone: copies score alike */
     vd even = {0}, odd = {0};
     double sum = 0;
     long i = 0;
