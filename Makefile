@@ -16,7 +16,7 @@ endif
 
 BENCH_MODELS := smollm2-135m gemma3-270m qwen3-0.6b-shape
 
-.PHONY: help setup demo test test-long lint types examples bench gpu-smoke clean
+.PHONY: help setup demo test test-long lint types examples docs bench gpu-smoke clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F '\t' '{printf "  %-10s  %s\n", $$1, $$2}'
@@ -54,6 +54,9 @@ types: setup  ## mypy, strict
 
 examples: setup  ## Run every script of examples/, stop at the first that fails
 	@for script in examples/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+docs: setup  ## Write the pages that are made from the program
+	@$(BIN)/python scripts/make_docs.py
 
 bench: setup  ## What docs/performance.md shows, against sentence-transformers: about an hour and a half
 	@$(PIP) --editable '.[gemma]'
