@@ -47,6 +47,7 @@ BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 75
 def main() -> None:
     """Runs the command. Exit codes: 0 done, 1 failed, 2 bad input, 75 interrupted and resumable."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    logging.getLogger("embedwright.model.formats.gguf").setLevel(logging.INFO)  # it converts for half a minute, once
     _quiet_libraries()
     try:
         if code := app(standalone_mode=False):  # typer returns the code of an exit, or 130 for an interrupt
