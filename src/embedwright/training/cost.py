@@ -26,12 +26,12 @@ Kind = Literal["cpu", "cuda"]
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Parameters by part, and widths, in elements for each token.
+    """Numbers of parameters by part, and widths in elements per token.
 
-    `decoder` counts all that is loaded (no LM head), `layer` one of its layers, `linear` the matrices that a token goes
-    through, `adapters` the LoRA, `head` the pooling block. `attention` is heads times head dim, `keys` the same of the
-    key heads, `wide` the gated block's width. In one layer: `inputs` sums the input widths of the linear layers,
-    `linears` counts them, `norms` sums the widths of the norms.
+    `decoder` counts all that is loaded (no LM head), `layer` one of its layers, `linear` all weights of linear layers,
+    `adapters` the LoRA, `head` the pooling block, `trained` what trains. `attention` is heads times head dim, `keys`
+    the same for the key heads, `wide` the width of the gated block. In one layer, `inputs` sums the input widths of the
+    linear layers, `linears` counts them, and `norms` sums the widths of the norms.
     """
 
     decoder: int
@@ -53,11 +53,11 @@ class Sizes:
 
 
 class NoEstimate(InputError):  # noqa: N818 (it is no error of the caller's)
-    """A decoder whose cost the formula does not cover."""
+    """The sum does not cover this decoder."""
 
 
 def sizes_of(recipe: Recipe) -> Sizes:
-    """Of the model that this recipe trains. OSError where its config cannot be had."""
+    """Counts the model that this recipe trains. OSError where its config cannot be had."""
     spec, tune = recipe.model, recipe.tune
     with naming_the_model(recipe):
         config, pooling = shape_of(spec)
@@ -111,8 +111,11 @@ def _count(module: nn.Module) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes on one device at the peak of a step. `work` is what stands beside the kept activations for a moment, or
-    what the optimizer takes after them; `reserve` is what nobody asked for (a GPU's context, gaps between blocks)."""
+    """Bytes on one device at the peak of a step.
+
+    `work` is what is there for a moment beside the kept activations, or what the optimizer takes after them. `reserve`
+    is overhead: a GPU's context, gaps between blocks.
+    """
 
     weights: int
     gradients: int
@@ -133,10 +136,10 @@ _FOUR_BITS = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # bytes of a weight: itself, a byt
 
 
 def memory_of(recipe: Recipe, sizes: Sizes, tokens: int, kind: Kind, *, scores: int = 0, processes: int = 1) -> Memory:
-    """Of a step whose largest micro-batch has so many tokens, and whose queries and candidates give so many `scores`.
+    """Sums the memory of a step whose largest micro-batch has `tokens` tokens, and whose batch has `scores` scores.
 
-    Of many processes with `run.parallel: fsdp` each has its part of weights, gradients and optimizer, and whole what
-    lies outside the layers and two layers at a time. On a CPU the libraries, about half a GB, come on top.
+    With `run.parallel: fsdp`, each process holds its part of weights, gradients and optimizer; it holds whole what lies
+    outside the layers, and two layers at a time. On a CPU the libraries take about half a GB more.
     """
     low, full = recipe.run.precision == "bf16", recipe.tune.method == "full"
     width = 2 if low else 4  # bytes of an element of the decoder's states
@@ -181,7 +184,7 @@ def memory_of(recipe: Recipe, sizes: Sizes, tokens: int, kind: Kind, *, scores: 
 
 
 def kept_by_layer(recipe: Recipe, sizes: Sizes, kind: Kind) -> int:
-    """Bytes that autograd keeps of one token in one decoder layer."""
+    """Counts the bytes that autograd keeps per token in one decoder layer."""
     tune, s = recipe.tune, sizes
     full, low = tune.method == "full", recipe.run.precision == "bf16"
     width = 2 if low else 4
@@ -200,7 +203,7 @@ def kept_by_layer(recipe: Recipe, sizes: Sizes, kind: Kind) -> int:
 
 
 def kept_by_head(head: nn.Module, hidden: int) -> int:
-    """Bytes that autograd keeps of one token in the pooling block, which computes in float32."""
+    """Counts the bytes that autograd keeps per token in the pooling block, which computes in float32."""
     kept = sum(2 * hidden + 4 * block.narrow.in_features for block in _gated_blocks(head))
     if isinstance(head, LatentPooling):
         inner = head.attention.to_q.out_features

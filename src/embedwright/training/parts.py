@@ -92,7 +92,7 @@ class ModelPart(Part):
 
     @model_serializer(mode="wrap")
     def _as_it_acts(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without what the embedder of `from` decides, so that what is written is a recipe again."""
+        """Leaves out what the embedder of `from` decides, so that the result is a valid recipe."""
         values = dump(self)
         if self.from_ is None:
             return {key: value for key, value in values.items() if key != "from"}
@@ -117,7 +117,7 @@ class TunePart(Part):
 
 
 def _listed(trackers: Any) -> Any:
-    """One name is a list of one, `none` the empty list."""
+    """Makes a list of one name, and an empty list of `none`."""
     return ([] if trackers == "none" else [trackers]) if isinstance(trackers, str) else trackers
 
 

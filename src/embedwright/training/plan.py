@@ -59,8 +59,7 @@ def report(recipe: Recipe, *, processes: int = 1) -> str:
 
 
 def plan(recipe: Recipe) -> list[StagePlan]:
-    """Counts the rows of each stage that training can draw. A file that is not there has as many as recipe or catalogue
-    say.
+    """Counts the rows that each stage can draw. For a file that is missing, recipe or catalogue say how many there are.
 
     ConfigError or DataError for a file that is there and cannot be read, or of which nothing can be trained.
     """

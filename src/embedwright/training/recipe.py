@@ -83,11 +83,11 @@ class Recipe(Part):
 
     @classmethod
     def parse(cls, content: dict[str, Any]) -> Recipe:
-        """The same from a mapping. ConfigError as in `load`."""
+        """Parses a mapping. Errors as in `load`."""
         return _parsed(content, "recipe")
 
     def values_by_key(self) -> dict[str, Any]:
-        """What makes the model, by dotted key: a stage by its name, its list of data as one value."""
+        """Lists the values that make the model, by dotted key: stages by their names, a list of data as one value."""
         values: dict[str, Any] = {}
         for part in ("model", "tune"):
             values |= {f"{part}.{key}": value for key, value in getattr(self, part).model_dump().items()}
@@ -101,13 +101,15 @@ class Recipe(Part):
         return values | {"run.precision": self.run.precision}
 
     def hash(self) -> str:
-        """Of `decisive`: a run goes on under a recipe of the same hash alone."""
+        """Hashes `decisive`: a run resumes only under a recipe with the same hash."""
         return hashlib.sha256(json.dumps(self.decisive(), sort_keys=True).encode()).hexdigest()[:16]
 
     def decisive(self) -> dict[str, Any]:
-        """The values that decide rows and loss: not how a step is fitted into memory and shared out, nor where the run
-        is kept, tracked, checkpointed or evaluated. These may change when a run goes on. Nor is it
-        decisive where data and model lie: a run knows them by their content."""
+        """Lists the values that decide rows and loss; all others may change when a run resumes.
+
+        It leaves out how a step fits into memory and is divided among processes, and where the run is kept, tracked,
+        checkpointed or evaluated. It leaves out the paths of data and model, too: a run knows these by their content.
+        """
         content = self.model_dump(mode="json", exclude={"name", "strict", "eval", "provenance"})
         for key in ("base", "from"):
             content["model"].pop(key, None)
@@ -126,7 +128,7 @@ class Recipe(Part):
 
 
 def _parsed(content: dict[str, Any], where: str) -> Recipe:
-    """Stages of `kind: mine` go into those after them; errors still name a stage by its place in the file."""
+    """Puts each stage of `kind: mine` into the stage after it. Errors still name a stage by its place in the file."""
     stages, places, waiting = [], [], None
     for place, stage in enumerate(content["stages"] if isinstance(content.get("stages"), list) else []):
         if not isinstance(stage, dict):
@@ -160,7 +162,7 @@ def _parsed(content: dict[str, Any], where: str) -> Recipe:
 
 
 def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of all that is no mapping or list."""
+    """Yields (dotted key, value) for everything that is not a mapping or a list with entries."""
     if isinstance(tree, dict | list) and tree:
         for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
             yield from leaves(value, f"{path}.{key}".lstrip("."))
@@ -177,7 +179,7 @@ def differences(before: Any, after: Any) -> str:
 
 
 def expand(path: str) -> Path:
-    """A recipe's path with `${NAME}` filled from the environment. ConfigError names a variable that is not set."""
+    """Fills `${NAME}` in a recipe's path from the environment. ConfigError names a variable that is not set."""
 
     def value(match: re.Match[str]) -> str:
         name = match[1]

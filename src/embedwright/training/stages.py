@@ -192,5 +192,5 @@ class StagePart(Part):
         return self
 
     def chosen(self) -> dict[str, Any]:
-        """What the stage asks for beyond plain InfoNCE over rows as they are: nothing by default."""
+        """Lists what the stage adds to plain InfoNCE over the rows as they are; empty by default."""
         return self.model_dump(mode="json", include={"loss", "sampling_alpha", "mine"}, exclude_defaults=True)

@@ -26,10 +26,10 @@ _WEIGHTS, _OPTIMIZER, _STATE, _MANIFEST = "weights.safetensors", "optimizer.safe
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stands: `step` steps of stage number `stage` are done. Dropout and order need no more than this.
+    """The position of a run: `step` steps of stage number `stage` are done. Dropout and row order follow from it.
 
-    At step 0 the stage before it has ended, on these weights. `recipe`, `data` and `model` (of the files that the
-    run began with) are fingerprints, and `facts` what each is of, to say what is another when a run cannot go on.
+    Step 0 means that the previous stage has ended on these weights. `recipe`, `data` and `model` (the files that the
+    run began with) are fingerprints. `facts` holds what they were made of, so that a refusal can name what changed.
     """
 
     stage: int
@@ -52,10 +52,10 @@ def save_checkpoint(
     keep: int,
     processes: Processes = ALONE,
 ) -> Path:
-    """Write one checkpoint below `folder`, then remove all but the newest `keep`. `optimizer`: None between stages.
+    """Writes a checkpoint below `folder`, then removes all but the newest `keep`.
 
-    All processes call it, and the first one writes, tensors whole, so that any number of them can go on from it.
-    OSError where it cannot be written: what is there already stays as it is.
+    `optimizer` is None between stages. All processes must call this. Rank 0 writes whole tensors, so any number of
+    processes can go on from them. Raises OSError if it cannot write; older checkpoints stay as they are.
     """
     trained = {name: _whole(tensor, processes) for name, tensor in weights.items()}
     moments = {"state": {}, "param_groups": []} if optimizer is None else optimizer.state_dict()
@@ -84,21 +84,21 @@ def save_checkpoint(
 
 
 def keep_newest(folder: Path, keep: int) -> None:
-    """Removes all checkpoints but so many."""
+    """Removes all but the newest `keep` checkpoints."""
     for old in _complete(folder)[:-keep]:
         shutil.rmtree(old)
 
 
 def _whole(tensor: Tensor, processes: Processes) -> Tensor:
-    """On a CPU, in the process that writes; elsewhere nothing is kept."""
+    """Gathers a tensor on the CPU of rank 0; other ranks take part and keep nothing."""
     whole = full(tensor.detach())
     return whole.cpu().contiguous() if processes.first else whole.new_empty(0)
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest checkpoint that verifies. A damaged one is set aside as `*.damaged` and named in the log.
+    """Finds the newest checkpoint whose files match its manifest. Renames a damaged one to `*.damaged-*` and logs it.
 
-    For one process alone: it removes what a killed one left.
+    Only one process may call this, because it removes what a killed process left.
     """
     remove_leftovers(folder)
     for candidate in reversed(_complete(folder)):
@@ -120,7 +120,7 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def restore_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Put the optimizer's moments and step counts back. ValueError where its groups are others."""
+    """Loads the optimizer's moments and step counts. Raises ValueError if its parameter groups differ."""
     numbers = json.loads((checkpoint / _STATE).read_text())["optimizer"]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Any]] = {}

@@ -1,4 +1,4 @@
-"""What would stop a run at a later step is found before the first one."""
+"""Finds, before the first step, what would stop a run at a later one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from embedwright.training.stages import PREVIOUS
 
 
 def suite_of(name: str) -> str | Path:
-    """A suite as a recipe has it: a packaged name, or a path with variables."""
+    """Resolves a suite of a recipe: a packaged name, or a path with variables."""
     return name if name.isidentifier() else expand(name)
 
 
@@ -34,7 +34,7 @@ def open_checked(recipe: Recipe) -> list[list[Source]]:
 
 
 def check_names(recipe: Recipe) -> None:
-    """InputError names the key of a suite or teacher that is not there. Hub ids are not looked up."""
+    """Raises InputError, with the key, for a suite or teacher that is missing. Hub ids are not looked up."""
     for number, suite in enumerate(recipe.eval.suites):
         with naming(f"recipe {recipe.name}: eval.suites.{number}"):
             load_suite(suite_of(suite))
@@ -51,7 +51,7 @@ def check_names(recipe: Recipe) -> None:
 
 
 def check_reading(recipe: Recipe, stages: Sequence[Sequence[Source]], model: Embedder) -> None:
-    """InputError names what this model cannot do: a width of a loss, an instruction that leaves no room for a text."""
+    """Raises InputError if a loss's width exceeds the model's, or an instruction leaves no room for text."""
     for stage, sources in zip(recipe.stages, stages, strict=True):
         check_widths(stage, model.embedding_dim)
         for source in sources:

@@ -1,4 +1,4 @@
-"""The teacher whose vectors a stage follows: opened once, asked for the texts of every batch. N texts, E embedding."""
+"""The teacher whose vectors a stage follows. N texts, E embedding."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from embedwright.training.stages import StagePart
 
 
 class Teacher:
-    """Encodes the texts of a batch under its own contract: the instruction that is behind a text's prefix, or none."""
+    """Encodes the texts of a batch under its own text contract: it gets each text's instruction, not our prefix."""
 
     def __init__(self, encoder: Encoder, instructions: Mapping[str, str | None]) -> None:
-        """`instructions`: by the prefix that the trained model's contract makes of each."""
+        """`instructions` maps each prefix of the trained model's contract to the instruction that it stands for."""
         self.encoder, self.instructions = encoder, instructions
 
     def __call__(self, texts: Sequence[Text]) -> Tensor:
-        """(N, E) float32. ValueError for a vector that is not finite, with the text."""
+        """Returns (N, E) float32. Raises ValueError, with the text, for a vector that is not finite."""
         by_prefix: dict[str, list[int]] = {}
         for i, (prefix, _) in enumerate(texts):
             by_prefix.setdefault(prefix, []).append(i)
@@ -38,7 +38,7 @@ class Teacher:
 
 
 def teacher_of(stage: StagePart, sources: Sequence[Source], contract: Contract, width: int) -> Teacher | None:
-    """The teacher of a stage that distils vectors, else None. ConfigError where its vectors are not `width` wide."""
+    """Opens the teacher of a stage that distils vectors, else returns None. ConfigError if its width is not `width`."""
     distill = stage.loss.distill
     if distill is None or distill.teacher is None:
         return None

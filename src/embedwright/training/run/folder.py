@@ -1,4 +1,4 @@
-"""What a run folder says of its run: the recipe, what it ran on and with, the data, and the facts of a model card."""
+"""The files that describe a run: recipe, environment, data, and the facts of its model card."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ _RECIPE_HEADER = "# The recipe of this run, every default filled in: `embedwrigh
 
 
 def describe_run(out: Path, recipe: Recipe, sources: Sequence[Sequence[Source]]) -> None:
-    """Write `recipe.yaml`, `environment.json` and `data.json` into `out`, which is there.
+    """Writes `recipe.yaml`, `environment.json` and `data.json` into the folder `out`, which must exist.
 
-    Each time that the run starts or goes on. A file whose content has changed since is kept as `<name>.1.<suffix>`, and
-    the log says what changed. `sources`: those of each stage (`open_sources`).
+    It is called whenever the run starts or resumes. A file with other content is kept as `<name>.1.<suffix>`, and the
+    log says what changed. `sources` are those of each stage (`open_sources`).
     """
-    # a recipe as Recipe.load reads it: the same hash, so a run can go on from its own folder
+    # Recipe.load reads it back with the same hash, so a run can resume from its own folder
     values = recipe.model_dump(mode="json")
     _write(out / "recipe.yaml", _RECIPE_HEADER + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120))
     _write(out / "environment.json", _json(environment()))
@@ -53,9 +53,9 @@ def describe_run(out: Path, recipe: Recipe, sources: Sequence[Sequence[Source]])
 
 
 def environment() -> dict[str, Any]:
-    """Versions, hardware and threads, without names of users, hosts and folders.
+    """Collects versions, hardware and threads, without names of users, hosts and folders.
 
-    `commit`: of a checkout, with `-dirty` behind it where tracked files differ from it; None for an installed package.
+    `commit` is that of a checkout, with `-dirty` appended if tracked files were changed; None for an installed package.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return {
@@ -72,9 +72,10 @@ def environment() -> dict[str, Any]:
 
 
 def data(recipe: Recipe, sources: Sequence[Sequence[Source]]) -> dict[str, Any]:
-    """Every source of every stage: its file as the recipe names it, its task, the rows that can be drawn, their share.
+    """Lists every source of every stage: file as the recipe names it, task, drawable rows, and part of the draws.
 
-    `fingerprint` of a source is its table's (content of the files, task, seed); that of all is in each checkpoint.
+    A source's `fingerprint` is that of its table (content of the files, task, seed). The one for all of them is in each
+    checkpoint, too.
     """
     stages = [
         {"stage": stage.name, "sources": [_source(stage, source, own) for source in own]}
@@ -86,12 +87,11 @@ def data(recipe: Recipe, sources: Sequence[Sequence[Source]]) -> dict[str, Any]:
 def card_facts(
     recipe: Recipe, sources: Sequence[Sequence[Source]], evaluations: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """What a model card says of the run: arguments of `embedwright.model.interop.card.model_card`, without folders.
+    """Collects what a model card says of the run, without folders: arguments of `model.interop.card.model_card`.
 
-    `name`, `base`; `stages`: name, steps (as planned), batch (queries a step), lr, losses (its negatives, batching and
-    temperature, and what it chose of the rest); `data`: path (last part), task, licence, source, rows; `scores`: suite,
-    task, metric, before (of the untrained model; None: not known), after. `evaluations`: the records of
-    `evaluations.jsonl`; `after` is of the weights that the run ends on: no scores where these were not evaluated.
+    `stages` has name, planned steps, batch (queries a step), lr and losses; `data` has path (last part), task, licence,
+    source and rows. `scores` compares the untrained model (`before`, None if unknown) with the weights that the run
+    ends on (`after`); it is empty if these were not evaluated. `evaluations` are the records of `evaluations.jsonl`.
     """
     listed = [_source(stage, source, own) for stage, own in zip(recipe.stages, sources, strict=True) for source in own]
     entries = [
@@ -139,7 +139,7 @@ def _losses(stage: StagePart) -> Iterator[tuple[str, Any]]:
 
 
 def _without_folder(value: Any) -> Any:
-    """A path of this machine (a base, a teacher) by its last part; anything else as it is."""
+    """Shortens a path of this machine to its last part; returns anything else as it is."""
     if isinstance(value, str) and (path := Path(value).expanduser()).exists():
         return path.name
     return value
@@ -203,7 +203,7 @@ def _json(values: Mapping[str, Any]) -> str:
 
 
 def _write(file: Path, text: str) -> None:
-    """Nothing where it is there with this content; other content is moved away, and named in the log, first."""
+    """Writes a file unless it has this content already. Other content is kept under another name, and logged."""
     if file.exists():
         old = file.read_text(encoding="utf-8", errors="replace")
         if old == text:

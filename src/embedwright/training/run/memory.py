@@ -1,4 +1,4 @@
-"""How much memory a process, or its part of a GPU, held at most."""
+"""The peak memory of a process, or of its part of a GPU."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 
 
 def forget_peak(device: torch.device) -> None:
-    """`peak` starts again from here, where the system can (CUDA, Linux)."""
+    """Starts `peak` again from here, where the system can (CUDA, Linux)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    with suppress(OSError):  # no Linux, or not allowed: `peak` is then that of the whole process so far, or None
+    with suppress(OSError):  # not Linux, or not allowed: `peak` is then that of the whole process so far, or None
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak(device: torch.device) -> int | None:
-    """Bytes held at most since `forget_peak`: on a GPU by torch, else by the process. None where nobody counts."""
+    """The most bytes held since `forget_peak`, by torch on a GPU, else by the process. None where it is not counted."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

@@ -1,4 +1,4 @@
-"""The model of a run: before its first step, with a checkpoint's weights, and after its last step."""
+"""The model of a run: made before the first step, loaded from a checkpoint, and finished after the last step."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from embedwright.training.recipe import Recipe
 
 
 def start_model(recipe: Recipe, processes: Processes = ALONE) -> Embedder:
-    """The model before its first step, with fresh adapters; probed.
+    """Makes the model as it is before the first step, adds fresh adapters, and probes it.
 
-    A decoder with an identity head, or the embedder of `model.from` with the vectors that it had: adapters that it came
-    with are merged, in float32, and those of the recipe begin at zero. InputError names the recipe's key.
+    It is a decoder with an identity head, or the embedder of `model.from` with its vectors unchanged: the adapters that
+    it came with are merged in float32, and those of the recipe start at zero. InputError names the recipe's key.
     """
     tune, bf16 = recipe.tune, recipe.run.precision == "bf16"
     device = None if processes.device is None else str(processes.device)
@@ -49,7 +49,7 @@ def start_model(recipe: Recipe, processes: Processes = ALONE) -> Embedder:
 
 
 def naming_the_model(recipe: Recipe) -> AbstractContextManager[None]:
-    """Puts the recipe's key in front of what is wrong with its model."""
+    """Puts the recipe's key in front of an error about its model."""
     return naming(f"recipe {recipe.name}: model.{'from' if recipe.model.from_ else 'base'}")
 
 
@@ -100,13 +100,13 @@ def _shortened(spec: ModelPart, contract: Contract) -> Contract:
 
 
 def origin_fingerprint(spec: ModelPart) -> str:
-    """Of the files of the decoder or embedder that the run begins with."""
+    """Fingerprints the files of the decoder or embedder that the run begins with."""
     (check_embedder if spec.from_ else check_decoder)(spec.name)
     return content_fingerprint(spec.name)
 
 
 def shape_of(spec: ModelPart) -> tuple[Any, PoolingConfig]:
-    """The decoder's config and the pooling of the model that this part of a recipe makes. OSError without config."""
+    """Reads the decoder's config and the pooling of the model that this part describes. OSError without config."""
     if spec.from_:
         check_embedder(spec.name)
         found = outline(spec.name)
@@ -116,7 +116,7 @@ def shape_of(spec: ModelPart) -> tuple[Any, PoolingConfig]:
 
 
 def reading_of(spec: ModelPart) -> tuple[Any, Contract]:
-    """Its tokenizer and text contract. OSError where the tokenizer cannot be had."""
+    """Reads the tokenizer and the text contract of the model. OSError where the tokenizer cannot be had."""
     if spec.from_:
         check_embedder(spec.name)
         found = outline(spec.name)
@@ -126,7 +126,7 @@ def reading_of(spec: ModelPart) -> tuple[Any, Contract]:
 
 
 def longest_of(spec: ModelPart) -> int:
-    """The most tokens of a text."""
+    """The most tokens that the model reads of a text."""
     return reading_of(spec)[1].max_tokens if spec.from_ else spec.max_tokens
 
 
@@ -135,13 +135,13 @@ def _sizes(spec: ModelPart) -> dict[str, Any]:
 
 
 def _decoder(spec: ModelPart) -> str:
-    """The name of the base. InputError where it is an embedder."""
+    """Returns the name of the base. Raises InputError if it is an embedder."""
     check_decoder(spec.name)
     return spec.name
 
 
 def finish(model: Embedder) -> Embedder:
-    """Merge the adapters in float32, prove that the merge changed nothing, and probe. RuntimeError if it did."""
+    """Merges the adapters in float32 and probes. RuntimeError if one never moved, or if merging changes vectors."""
     network = model.network
     network.float().eval()
     network.mixed = False
@@ -155,7 +155,7 @@ def finish(model: Embedder) -> Embedder:
 
 
 def load_trained(model: Embedder, weights: dict[str, Tensor]) -> None:
-    """Put whole weights into what trains, also where it is cut. ValueError where the names differ."""
+    """Copies whole weights into the trained tensors, also where these are sharded. ValueError if the names differ."""
     own = trained(model.network)
     if own.keys() != weights.keys():
         raise InputError(f"checkpoint and model differ in {sorted(own.keys() ^ weights.keys())[:3]}")
@@ -165,9 +165,9 @@ def load_trained(model: Embedder, weights: dict[str, Tensor]) -> None:
 
 
 def whole_model(recipe: Recipe, model: Embedder, processes: Processes) -> Embedder:
-    """The model as one that was never cut, nor read in 4 bits: neither can be merged or saved.
+    """Returns the model neither sharded nor in 4 bits, since such a model cannot be merged or saved.
 
-    What trained on 4 bits goes onto the base in float32, on the CPU: the GPU may have room for the 4 bits alone.
+    Adapters that trained on 4 bits are put on the base in float32, on the CPU: the GPU may have no room for it.
     """
     four_bit = recipe.tune.method == "qlora"
     if not four_bit and (processes.count == 1 or recipe.run.parallel == "ddp"):

@@ -1,6 +1,6 @@
-"""What a run writes about itself: `metrics.jsonl`, one object a step, and the trackers that the recipe names.
+"""`metrics.jsonl`, one object for each step, and the trackers that the recipe names.
 
-The files are the record; a tracker only shows it. One that fails is dropped with a warning, and the run goes on.
+The file is the record, and a tracker only shows it. A tracker that fails is dropped with a warning; the run goes on.
 """
 
 from __future__ import annotations

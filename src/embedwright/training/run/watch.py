@@ -1,4 +1,4 @@
-"""What would be wrong without a word: weights that never move, a loss that says nothing, a head that does nothing."""
+"""Checks for silent failures: weights that never move, a loss that stays at chance, an inert pooling block."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _TOKENS = 32  # whose way through the head is looked at
 
 
 class MovedWeights:
-    """Listens to an optimizer's first updates. RuntimeError, on the last of them or in `check`, names what stood still.
+    """Watches an optimizer's first updates. Raises RuntimeError for unmoved tensors, then or in `check`.
 
-    A tensor moves when a gradient reaches it, and the optimizer keeps a moment of it that is not zero and has a
-    learning rate. Its numbers themselves say nothing: early in a warm-up an update may be below their last bit.
+    A tensor has moved once a gradient reached it and the optimizer holds a nonzero moment and a learning rate for it.
+    Its values prove nothing: early in a warm-up an update may be smaller than their last bit.
     """
 
     def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer, processes: Processes) -> None:
@@ -63,7 +63,7 @@ class MovedWeights:
             self.check()
 
     def check(self) -> None:
-        """Once, at the latest at the end of a stage; too few updates say nothing."""
+        """Checks once, at the latest at the end of a stage. Too few updates prove nothing, and pass."""
         if not self.hooks:
             return
         for hook in self.hooks:
@@ -72,7 +72,7 @@ class MovedWeights:
         if self.updates <= _SHIELDED:
             return
         for what, seen in (("had no gradient", self.reached), ("were not moved by the optimizer", self.moved)):
-            # of a tensor that is cut, another process may have the part that moves
+            # another process may hold the part of a sharded tensor that moves
             still = [name for name in self.trained if not self.processes.most(name in seen)]
             if still:
                 raise RuntimeError(
@@ -87,10 +87,10 @@ def _own(tensor: Tensor) -> Tensor:
 
 
 class HeadActivity:
-    """How much the pooling block changes what it gets, seen on some tokens of a forward when it is asked to look.
+    """Measures how much the pooling block changes its input, on some tokens of the next forward after `looks` is set.
 
-    `change`: mean |head(h) - h| / |h|. `entropy`: of a latent block's attention, mean over heads and tokens, as a share
-    of log R: at 1 it looks at all latents alike.
+    `head_change` is the mean of |head(h) - h| / |h|. `head_entropy`, for a latent block, is the mean entropy of its
+    attention, divided by log R: at 1 it attends to all latents equally.
     """
 
     def __init__(self, head: nn.Module) -> None:
@@ -111,26 +111,26 @@ class HeadActivity:
                 self.found["head_entropy"] = float(entropy) / math.log(max(weights_HTR.shape[-1], 2))
 
     def take(self) -> dict[str, float]:
-        """What was seen since it was asked for the last time."""
+        """Returns what was measured since the last call."""
         found, self.found = self.found, {}
         return found
 
 
 def warn_if_inert(records: Sequence[dict[str, Any]]) -> None:
-    """Of the records of a stage: say so where its pooling block ended as the identity that it started as."""
+    """Logs a warning if the pooling block ended a stage as the identity that it started as."""
     changes = [record["head_change"] for record in records if "head_change" in record]
     if changes and changes[-1] < _INERT:
         logger.warning("the pooling block stayed inert: it changes states by %.1e of their length", changes[-1])
 
 
 def chance(batch: Batch) -> float:
-    """The contrastive loss of a model that cannot tell the candidates apart: the mean of log(candidates)."""
+    """The contrastive loss of a model that cannot tell candidates apart: the mean of log(number of candidates)."""
     stands_Q = batch.masks.negative_QC.sum(axis=1) + 1
     return float(np.log(stands_Q).mean())
 
 
 def stuck(records: Sequence[dict[str, Any]]) -> bool:
-    """Whether the loss of a stage's last steps is that of knowing nothing."""
+    """Says whether the loss of a stage's last steps has stayed at chance."""
     last = [record for record in records[-_STUCK_OVER:] if record["loss"] is not None]
     if len(last) < _STUCK_OVER:
         return False
@@ -139,7 +139,7 @@ def stuck(records: Sequence[dict[str, Any]]) -> bool:
 
 
 class NonFinite:
-    """Steps without a finite loss and gradient: no update, their ids kept, and after TRIES in a row the run stops."""
+    """Counts steps without a finite loss and gradient, and records their rows. TRIES of them in a row stop the run."""
 
     def __init__(self, file: Path, processes: Processes) -> None:
         self.file, self.processes, self.tries = file, processes, 0
@@ -148,7 +148,7 @@ class NonFinite:
         self.tries = 0
 
     def note(self, stage: str, step: int, what: str, ids: list[str]) -> None:
-        """FloatingPointError at the last try."""
+        """Records such a step. Raises FloatingPointError at the last try."""
         self.tries += 1
         if self.processes.first:
             with self.file.open("a") as stream:
