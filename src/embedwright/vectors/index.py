@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from embedwright import threads
 from embedwright.encoders.protocol import as_encoder, encode_finite
+from embedwright.errors import InputError
 from embedwright.files import whole_file
 from embedwright.vectors.search import top_k
 from embedwright.vectors.shards import read_shard
@@ -53,6 +54,8 @@ def search(
     ValueError for another model (naming what differs) or where encoding has not finished.
     """
     vectors, encoder = open_vectors(folder), as_encoder(model)
+    if "text" not in read_shard(shard_path(folder, 0)).schema.names:
+        raise InputError(f"{folder} holds vectors without documents: take a folder that `encode` or `index` wrote")
     check_model(folder, encoder)
     if not queries:
         return []

@@ -11,7 +11,7 @@ import pytest
 
 from embedwright.vectors.corpus import encode_corpus
 from embedwright.vectors.index import Hit, build_index, search
-from embedwright.vectors.store import open_vectors
+from embedwright.vectors.store import encode_texts, open_vectors
 
 
 class Rounded:
@@ -64,6 +64,13 @@ def test_what_cannot_be_searched(folder: Path) -> None:
     for use in (build_index, lambda folder: search(folder, Rounded(), ["query"])):
         with pytest.raises(ValueError, match="unfinished, 1 of 6"):
             use(folder)
+
+
+def test_vectors_of_mining_are_no_index(tmp_path: Path) -> None:
+    encode_texts(Rounded(), lambda: ["a", "b"], 2, folder=tmp_path)
+    (home,) = tmp_path.iterdir()
+    with pytest.raises(ValueError, match="vectors without documents"):
+        search(home, Rounded(), ["query"])
 
 
 def test_an_index_of_other_vectors_is_not_read(folder: Path, tmp_path: Path) -> None:
