@@ -12,6 +12,7 @@ import importlib.util
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from embedwright.data.clean.clean import Report, clean
@@ -26,7 +27,8 @@ from embedwright.files import whole_folder, write_json
 # transformers has most docstrings of all, but nearly half are copies of each other: they only cost time
 LIBRARIES = ("numpy", "scipy", "pandas", "sklearn", "torch", "networkx")
 SUMMARY_WORDS = range(4, 41)
-BODY_WORDS = range(15, 40)  # what is longer is cut
+BODY_WORDS_MIN = 15
+MAX_WORDS = 40  # of a text to train on or to find: what is longer is cut, so that the demo takes minutes
 TOPIC_TEXTS = 12  # of a topic, those that a held-out task labels, and those that its classifier learns from
 TASK = Task(
     name="docs",
@@ -104,18 +106,18 @@ _LINK = re.compile(r"`([^`<]+?)\s*<[^`>]*>`_*|`[~!](?:[^`]*\.)?([^`.]+)`")  # `t
 def split_docstring(docstring: str) -> tuple[str, str] | None:
     """Returns summary and body of a dedented docstring as plain running text, or None where it makes no good pair.
 
-    A summary has 4 to 40 words. A body has 15 or more, of which 40 stay, and does not repeat the summary.
+    A summary has 4 to 40 words. A body has 15 or more and does not repeat the summary.
     """
     text = _REMOVED.sub("", _BODY_END.split(_SIGNATURE.sub("", docstring.strip()), maxsplit=1)[0])
     summary, body = map(_plain, [*_SUMMARY_END.split(text.strip(), maxsplit=1), ""][:2])
     words = sum(any(map(str.isalpha, word)) for word in body.split())
-    if len(summary.split()) not in SUMMARY_WORDS or words < BODY_WORDS.start:
+    if len(summary.split()) not in SUMMARY_WORDS or words < BODY_WORDS_MIN:
         return None
     if not (summary + body).isprintable():  # `\b` or a lone surrogate in a docstring that should have been raw
         return None
     if near_key(summary) in near_key(body):  # the pair would be answered by matching strings
         return None
-    return summary, " ".join(body.split()[: BODY_WORDS.stop])
+    return summary, body
 
 
 def _plain(text: str) -> str:
@@ -143,7 +145,7 @@ def build(
     Raises OutputExistsError where `out` is not empty, InputError for a package that is not installed, and where too
     little is left to evaluate.
     """
-    rows = sorted(harvest(packages), key=lambda row: (_draw(row.id), row.id))
+    rows = sorted(map(_shortened, harvest(packages)), key=lambda row: (_draw(row.id), row.id))
     # by module: the docstrings of a file share their wording, so no file may give to both sides
     sides = [[row for row in rows if (_draw(_module(row)) < heldout_share) is held] for held in (False, True)]
     unique, heldout = (list(clean(side, Report(), by="positive")) for side in sides)
@@ -178,6 +180,11 @@ def build(
     return report
 
 
+def _shortened(row: Example) -> Example:
+    words = row.positives[0].text.split()[:MAX_WORDS]
+    return replace(row, positives=(Passage(" ".join(words), row.id),))
+
+
 def _draw(name: str) -> float:
     """Returns a number in [0, 1) that depends on the name alone, whatever else is installed."""
     return int.from_bytes(hashlib.blake2b(f"0:{name}".encode(), digest_size=8).digest()) / 2**64
@@ -210,7 +217,7 @@ def _topics(rows: Iterable[Example], packages: Iterable[str]) -> dict[str, list[
     for row in rows:
         label = ".".join(part.strip("_") for part in _module(row).split(".")[:2])
         words = named.sub(" ", f"{row.query} {row.positives[0].text}").split()
-        texts.setdefault(label, []).append(" ".join(words[: BODY_WORDS.stop]))
+        texts.setdefault(label, []).append(" ".join(words[:MAX_WORDS]))
     return texts
 
 
