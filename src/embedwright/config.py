@@ -57,7 +57,7 @@ def load_texts(path: Path) -> dict[str, str]:
 
 
 def load_yaml(path: Path, loader: type[_StrictLoader] = _StrictLoader) -> dict[str, Any]:
-    """Reads the mapping in a YAML file. FileNotFoundError, or ConfigError for bad YAML and repeated keys."""
+    """Reads the mapping in a YAML file. Raises FileNotFoundError, or ConfigError for bad YAML and repeated keys."""
     if not path.is_file():
         raise NotFoundError(f"{path} does not exist")
     try:

@@ -168,7 +168,7 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 def _put(temp: Path, final: Path) -> None:
-    """Renames `temp` to `final`. OutputExistsError if that name is no longer free."""
+    """Renames `temp` to `final`. Raises OutputExistsError if that name is no longer free."""
     try:
         temp.rename(final)  # replaces an empty folder in the same step
     except OSError as error:

@@ -40,7 +40,7 @@ _INERT = {
 
 
 def fingerprint_of(encoder: Any) -> Facts | None:
-    """The facts of an encoder; None where it has no `fingerprint`, which a user's own object may lack."""
+    """Returns the facts of an encoder; None if it has no `fingerprint`, which a user's own object may lack."""
     known = getattr(encoder, "fingerprint", None)
     return known() if callable(known) else None
 
@@ -51,7 +51,7 @@ def facts(prefix: str, values: Mapping[str, Any]) -> Facts:
 
 
 def config_facts(prefix: str, config: Any) -> Facts:
-    """The facts of a transformers config that change vectors and differ from the defaults of its class."""
+    """Returns the facts of a transformers config that change vectors and differ from the defaults of its class."""
     said = {key: value for key, value in config.to_diff_dict().items() if key not in _INERT and "dropout" not in key}
     return facts(prefix, {key: value for key, value in said.items() if not key.startswith("_")})
 

@@ -34,7 +34,9 @@ class Place(NamedTuple):
 
 
 def packaged(name: str) -> Path | None:
-    """The weights of a packaged name; None for any other name. NotFoundError if the package is not installed."""
+    """Returns the weights of a packaged name; None for any other name. Raises NotFoundError if the package is not
+    installed.
+    """
     if name not in PACKAGED:
         return None
     package, inner = PACKAGED[name]
@@ -49,7 +51,9 @@ def packaged(name: str) -> Path | None:
 
 
 def local(name: str | Path) -> Path | None:
-    """The file or folder of this name, `~` expanded; None for a hub id. NotFoundError for a path to nothing."""
+    """Returns the file or folder of this name, `~` expanded; None for a hub id. Raises NotFoundError for a path to
+    nothing.
+    """
     written = str(name)
     with blaming(f"model {written[:100]!r}", "is no name of a file or folder"):
         path = Path(name).expanduser()
@@ -64,7 +68,7 @@ def find(name: str | Path, revision: str | None = None) -> Place:
     """Finds a model: a file or folder of this name, else packaged weights, else the snapshot of a hub id.
 
     A hub id may carry its revision: `org/name@v1.0`. A snapshot holds only the settings; `fetch_weights` adds the
-    weights of the same commit. NotFoundError if nothing is found, InputError for a revision of a local model.
+    weights of the same commit. Raises NotFoundError if nothing is found, InputError for a revision of a local model.
     """
     written = str(name)
     here = local(written) or packaged(written)
@@ -77,7 +81,7 @@ def find(name: str | Path, revision: str | None = None) -> Place:
 
 
 def split_revision(name: str, revision: str | None = None) -> tuple[str, str | None]:
-    """Splits `org/name@v1.0` into `org/name` and `v1.0`. InputError where `revision` names another one."""
+    """Splits `org/name@v1.0` into `org/name` and `v1.0`. Raises InputError if `revision` names another one."""
     hub_id, mark, written = name.partition("@")
     if not mark:
         return name, revision
@@ -94,7 +98,7 @@ def fetch_weights(place: Place) -> Path:
 
 
 def text_of(folder: Path, file: str) -> str | None:
-    """The content of one file of a folder; None if it is missing."""
+    """Returns the content of one file of a folder; None if it is missing."""
     found = folder / file
     return found.read_text(encoding="utf-8") if found.is_file() else None
 

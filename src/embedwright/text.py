@@ -195,7 +195,7 @@ def _is_series(texts: Any) -> bool:
 
 
 def check_limit(contract: Contract, max_tokens: int) -> int:
-    """Returns `max_tokens` as an int. Raises InputTypeError or InputError where it leaves no room for text."""
+    """Returns `max_tokens` as an int. Raises InputTypeError or InputError if it leaves no room for text."""
     check_whole(max_tokens, "max_tokens")
     fixed = len(contract.bos_ids) + (contract.eos_id is not None and contract.mask_rule != "count")
     if max_tokens <= fixed:

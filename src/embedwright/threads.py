@@ -32,7 +32,7 @@ def prepare_command() -> None:
 
 
 def take_over() -> None:
-    """Set up this process as our own. To be called before torch is loaded, which reads the environment once.
+    """Sets up this process as our own. To be called before torch is loaded, which reads the environment once.
 
     What the user has set in the environment stays. Threads are not bound where torchrun or accelerate started several
     processes on this machine: each of them would take the first cores, all the same.
@@ -72,14 +72,16 @@ def freed() -> Iterator[None]:
 
 
 def load_faiss() -> Any:
-    """The module. Loading it takes a moment, and its OpenMP takes the cores of the thread that loads it for all."""
+    """Loads faiss and returns the module. Its OpenMP takes the cores of the thread that loads it for
+    all.
+    """
     with freed():
         import faiss
     return faiss
 
 
 def described() -> str:
-    """How threads are bound in this process, for `doctor`."""
+    """Returns how threads are bound in this process, for `doctor`."""
     bound = os.environ.get("OMP_PROC_BIND", "")
     if bound.lower() in ("", "false"):
         return "not bound: set OMP_PROC_BIND=true OMP_PLACES=cores before Python starts, or expect slow shared machines"

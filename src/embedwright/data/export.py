@@ -54,8 +54,8 @@ def export(
     """Writes the training data at `path` to the Parquet file `out`, whole or not at all. Returns `to_columns`' counts.
 
     `negatives`: how many each row has; default: as many as every example has. `task`: the only one to write, since a
-    prompt of sentence-transformers' trainer goes with a whole data set; default: all.
-    Raises what `open_examples` raises, ValueError for another format or suffix, DataError where no row comes out.
+    prompt of sentence-transformers' trainer goes with a whole data set; default: all. Raises what `open_examples`
+    raises, ValueError for another format or suffix, DataError if no row comes out.
     """
     if format != "sentence-transformers":
         raise InputError(f"no format {format!r}; known: sentence-transformers")

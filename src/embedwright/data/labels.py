@@ -43,13 +43,13 @@ def label_triples(
 
     `form` auto is `label` for exactly two labels and `example` for more; `on_form` is told which form it is. What row i
     draws depends on the rows, `seed` and i alone. `ids` (default `task:i`) name the rows. `known` closes the list of
-    labels. `words` says what stands for a label in the label form (default: the label). The report counts
-    `unseen` (with `known`): rows with a label that is not known, of no use on either side;
-    `conflicting`: rows whose text has other labels in another row, of no use on either side;
-    `singleton` (example form): rows whose text is the only one of its classes, which still serves as a negative;
-    `fewer_negatives`: examples with fewer than `negatives` where there are no more texts, or (label form) without any.
-    Raises DataError where fewer than two labels are left, where a row has none, and where `words` lacks a label or says
-    the same for two; without `words` also where labels that stand for themselves are numbers, true or false.
+    labels. `words` says what stands for a label in the label form (default: the label). The report counts `unseen`
+    (with `known`): rows with a label that is not known, of no use on either side; `conflicting`: rows whose text has
+    other labels in another row, of no use on either side; `singleton` (example form): rows whose text is the only one
+    of its classes, which still serves as a negative; `fewer_negatives`: examples with fewer than `negatives` where
+    there are no more texts, or (label form) without any. Raises DataError if fewer than two labels are left, where a
+    row has none, and where `words` lacks a label or says the same for two; without `words` also where labels that stand
+    for themselves are numbers, true or false.
     """
     report = Counter({"unseen": 0} if known is not None else {})
     report.update(conflicting=0, singleton=0, fewer_negatives=0)
@@ -134,7 +134,7 @@ class _Draw:
         self.single = all(len(labels) == 1 for labels in label_sets.values())
 
     def passage(self, text: str, beside: Sequence[str] = ()) -> Passage:
-        """Returns a text with its labels as id, and with those `beside`: the labels of the row, at its positive."""
+        """Returns the text as a passage whose id holds its labels, after the labels in `beside`."""
         return Passage(text, class_id(dict.fromkeys([*beside, *self.label_sets[text]])))
 
     def other(self, labels: Sequence[str], text: str, rng: random.Random) -> str:

@@ -42,8 +42,8 @@ SECONDS = (16, 24, 125, 22, 2, 5)
 def run(recipe: Recipe) -> None:
     """Runs the demo of this recipe, and writes the rows of its table and the seconds it took to `<run.out>/demo.json`.
 
-    RuntimeError where a row is not better after the last stage than before the first, or the saved model gives other
-    vectors than the trained one.
+    Raises RuntimeError if a row is not better after the last stage than before the first, or the saved model gives
+    other vectors than the trained one.
     """
     started = time.perf_counter()
     out = Path(recipe.run.out)

@@ -104,7 +104,7 @@ _LINK = re.compile(r"`([^`<]+?)\s*<[^`>]*>`_*|`[~!](?:[^`]*\.)?([^`.]+)`")  # `t
 
 
 def split_docstring(docstring: str) -> tuple[str, str] | None:
-    """Returns summary and body of a dedented docstring as plain running text, or None where it makes no good pair.
+    """Returns summary and body of a dedented docstring as plain running text, or None if it makes no good pair.
 
     A summary has 4 to 40 words. A body has 15 or more and does not repeat the summary.
     """
@@ -142,8 +142,8 @@ def build(
     and its share of that held out; at most `topic_max` are trained on. The same libraries and arguments give the same
     bytes. Returns the counts, which `report.json` has too.
 
-    Raises OutputExistsError where `out` is not empty, InputError for a package that is not installed, and where too
-    little is left to evaluate.
+    Raises OutputExistsError if `out` is not empty, InputError for a package that is not installed, and where too little
+    is left to evaluate.
     """
     rows = sorted(map(_shortened, harvest(packages)), key=lambda row: (_draw(row.id), row.id))
     # by module: the docstrings of a file share their wording, so no file may give to both sides
@@ -208,8 +208,8 @@ _ALIASES = {"numpy": ["np"], "pandas": ["pd"], "sklearn": ["scikit-learn"], "net
 def _topics(rows: Iterable[Example], packages: Iterable[str]) -> dict[str, list[str]]:
     """Maps each topic, which is a library and its part (`scipy.stats`; `numpy._core` is `numpy.core`), to its texts.
 
-    The names of the libraries, and dotted paths below them, are taken out of the texts: half of the label would be
-    there to read, and clusters would be found by matching strings.
+    Names of libraries, and dotted paths that begin with them, are removed from the texts. They give half of the label
+    away, and clustering would become string matching.
     """
     names = [name for package in packages for name in [package, *_ALIASES.get(package, [])]]
     named = re.compile(rf"\b(?:{'|'.join(map(re.escape, names))})\b(?:\.\w+)*", re.I)

@@ -37,7 +37,7 @@ def recipe_for(
     """Prepares the user's pairs below `out/data`, once, and returns the recipe that trains on them.
 
     A tenth of the queries, 500 at most, is held out. What repeats them or their answers is not trained on. `teacher`
-    mines the hard negatives. Raises ConfigError where too little is left, and where `out` holds a run of other data.
+    mines the hard negatives. Raises ConfigError if too little is left, and where `out` holds a run of other data.
     """
     prepared = out / "data"
     if not (prepared / "report.json").exists():

@@ -69,7 +69,7 @@ class HttpEncoder:
         """Encodes to float32 (N, E) of unit length, in the order given: documents where `task` is None, else queries.
 
         Raises as `Embedder.encode` for bad texts, ValueError for an empty instruction where the template wants one and
-        for an answer that does not fit, RuntimeError where the server refuses or gives no answer after all retries.
+        for an answer that does not fit, RuntimeError if the server refuses or gives no answer after all retries.
         """
         texts = check_texts(texts)
         if task == "" and "{task}" in self.query_template:
@@ -83,7 +83,9 @@ class HttpEncoder:
         return np.concatenate(parts) if parts else np.empty((0, self.dimension or 0), np.float32)
 
     def fingerprint(self) -> Facts:
-        """The server, its model's name and the templates. It cannot know which weights run there under that name."""
+        """Returns the server, its model's name and the templates. It cannot know which weights run there under that
+        name.
+        """
         templates = {"query_template": self.query_template, "document_template": self.document_template}
         return {"kind": "server", "server": self.endpoint.url, "model": self.model, **templates}
 

@@ -32,8 +32,8 @@ def open_model(name: str, revision: str | None = None) -> Embedder | SentenceTra
     `e5-mistral:folder`) open as an `Embedder`. Everything else opens through sentence-transformers, with its own
     prompts.
 
-    Raises FileNotFoundError where the packaged weights or the folder are missing, ValueError for a file, ProbeError for
-    a model that is not what it says, such as one whose tokenizer leaves out the EOS that it asks for.
+    Raises FileNotFoundError if the packaged weights or the folder are missing, ValueError for a file, ProbeError for a
+    model that is not what it says, such as one whose tokenizer leaves out the EOS that it asks for.
     """
     if "://" in name:
         raise InputError(f"{shown(name)} is a server: `embedwright mine --teacher` asks those, here give a model")
@@ -72,14 +72,14 @@ def _sentence_transformer(where: str, revision: str | None, folder: Path | None 
 
 
 def _weights_folder(folder: Path) -> Path | None:
-    """The folder with the safetensors of the first module; None where there are none."""
+    """Returns the folder with the safetensors of the first module; None if there are none."""
     modules = json.loads(text_of(folder, "modules.json") or "[]")
     part = folder / (modules[0]["path"] if modules else "")
     return part if any((part / name).exists() for name in (SINGLE, INDEX)) else None
 
 
 def _check_complete(part: Path, model: Any) -> None:
-    """Raises InputError where sentence-transformers made up weights that the folder lacks, which it only logs."""
+    """Raises InputError if sentence-transformers made up weights that the folder lacks, which it only logs."""
     network = getattr(model[0], "auto_model", None)
     if network is None:
         return

@@ -29,7 +29,7 @@ class Encoder(Protocol):
 
 
 def as_encoder(model: Any) -> Encoder:
-    """Returns `model` as an `Encoder`. Raises TypeError where it has no `encode`."""
+    """Returns `model` as an `Encoder`. Raises TypeError if it has no `encode`."""
     if not callable(getattr(model, "encode", None)):
         raise InputTypeError(f"{type(model).__name__} has no encode(texts, task=None)")
     if any(base.__module__.startswith("sentence_transformers.") for base in type(model).__mro__):

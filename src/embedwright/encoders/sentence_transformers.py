@@ -39,7 +39,9 @@ class SentenceTransformerEncoder:
         return np.asarray(vectors, dtype=np.float32)
 
     def fingerprint(self) -> Facts:
-        """The facts as in `Embedder.fingerprint`, of sentence-transformers' weights, modules, prompts and lengths."""
+        """Returns the facts as in `Embedder.fingerprint`, of sentence-transformers' weights, modules, prompts and
+        lengths.
+        """
         model, tensors = self.model, self.model.state_dict(keep_vars=True)
         settings = {name: getattr(model, name, None) for name in _SETTINGS}
         modules = [[type(module).__name__, _config(module)] for module in model]

@@ -94,7 +94,7 @@ class MtebEncoder(AbsEncoder):
 def instruction_of(task: TaskMetadata) -> str:
     """Returns the packaged instruction of a task, else its own prompt in mteb, else the instruction of its type.
 
-    ValueError if the type has none, since such tasks are not about text.
+    Raises ValueError if the type has none, since such tasks are not about text.
     """
     table = _table()
     for pattern, instruction in table["tasks"].items():

@@ -42,7 +42,7 @@ class Results:
 def table(columns: Mapping[str, Results]) -> list[Row]:
     """Returns rows `{"task", "metric", <column>: value, ...}`: each task's main metric, and Recall@10 for retrieval.
 
-    Tasks keep the order of the columns. The value is None where a column lacks the task.
+    Tasks keep the order of the columns. The value is None if a column lacks the task.
     """
     rows: dict[tuple[str, str], Row] = {}
     for name, results in columns.items():

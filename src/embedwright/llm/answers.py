@@ -99,7 +99,7 @@ class AnswerFile:
     """Keeps answers by `answer_key` in an SQLite file that only this user can write. A kill never leaves half a row."""
 
     def __init__(self, path: Path) -> None:
-        """Opens the file. InputError if another user owns it or may write to it, or if it holds no answers."""
+        """Opens the file. Raises InputError if another user owns it or may write to it, or if it holds no answers."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         for part in ("", "-wal", "-shm", "-journal"):  # SQLite also reads rows from these files

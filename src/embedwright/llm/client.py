@@ -240,7 +240,7 @@ class Client:
         raise self._given_up("server_error", message)
 
     def _given_up(self, reason: str, message: str, fatal: bool = False) -> Exception:
-        """Returns the exception for a question without an answer: ServerError if it ends the whole run."""
+        """Returns the exception for a question without an answer, a ServerError if it ends the whole run."""
         self._unanswered += 1
         message = self.endpoint.hide(message)
         if self._fatal is None and (fatal or self._unanswered >= self.server.concurrency + 3):

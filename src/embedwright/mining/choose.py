@@ -114,7 +114,7 @@ class Miner:
         return not crossed or teacher_of(query.example.id, teachers, settings.seed) == number
 
     def _propose(self, number: int, queries: Sequence[MiningQuery]) -> Iterator[Proposal]:
-        """What teacher `number` proposes for each query."""
+        """Returns what teacher `number` proposes for each query."""
         if not queries:
             return
         teacher, pool, settings = self.teachers[number], self.pool, self.settings
@@ -168,7 +168,7 @@ class Miner:
             yield row, score
 
     def _take(self, query: MiningQuery, proposed: Sequence[Proposal]) -> list[Ranked]:
-        """Row and score of the negatives to add, the best of each teacher in turn."""
+        """Returns row and score of the negatives to add, the best of each teacher in turn."""
         missing = self.settings.negatives - len(query.example.negatives)
         if missing <= 0:
             return []
@@ -211,7 +211,7 @@ def _repeats(own: Words, others: Mapping[str, set[str]]) -> bool:
 
 
 def _encoded(encoder: Encoder, queries: Sequence[MiningQuery]) -> NDArray[np.float32]:
-    """The vectors of the queries, each under its instruction."""
+    """Returns the vectors of the queries, each under its instruction."""
     by_instruction: dict[str | None, list[int]] = {}
     for q, query in enumerate(queries):
         by_instruction.setdefault(query.instruction, []).append(q)

@@ -151,7 +151,7 @@ def mine(
 
 
 def _checked(example: Example) -> Example:
-    """Raises DataError where query or positives are missing."""
+    """Raises DataError if query or positives are missing."""
     text_of(example.query, f"example {example.id!r}: query")
     if not example.positives:
         raise DataError(f"example {example.id!r}: no positive, so that its answers cannot be told from negatives")
@@ -159,7 +159,9 @@ def _checked(example: Example) -> Example:
 
 
 def _instructions(rows: Iterable[Example], task: str | None, tasks: Mapping[str, Task]) -> dict[str, str | None]:
-    """The instruction of each task that rows name: `task`, or else the task's own, which is empty if it is unknown."""
+    """Returns the instruction of each task that rows name: `task`, or else the task's own, which is empty if it is
+    unknown.
+    """
     own = {name: tasks.get(name) or find_task(name) for name in {row.task for row in rows}}
     return {name: task if task != "" else known.instruction if known else "" for name, known in own.items()}
 

@@ -76,14 +76,16 @@ class Pool:
         return self.corpus[self.ids[row]] if row < len(self.ids) else self.lacking[row - len(self.ids)]
 
     def keys_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The `text_mark` of each row. It is made on first use, since most documents of a large corpus never rank."""
+        """Returns the `text_mark` of each row. It is made on first use, since most documents of a large corpus never
+        rank.
+        """
         asked = np.unique(rows[~self.known[rows]])
         self.known[asked] = True
         self.keys[asked] = np.fromiter((text_mark(self.text(row)) for row in asked.tolist()), np.int64, len(asked))
         return self.keys[rows]
 
     def rows_with_id(self, task: str, passages: Iterable[Passage]) -> list[int]:
-        """The rows of the documents that an example of `task` means by the ids of these passages."""
+        """Returns the rows of the documents that an example of `task` means by the ids of these passages."""
         ids = [p.id for p in passages if p.id is not None and (task, p.id) not in self.foreign]
         if isinstance(self.corpus, Documents):
             ids = [key for id in ids for key in self.corpus.named.get((task, id), ())]
@@ -93,7 +95,9 @@ class Pool:
         return [self.row_of_text[p.text] for p in passages]
 
     def passage(self, task: str, row: int) -> Passage:
-        """A document under the id that `task` gives it; without an id where the id means another document there."""
+        """Returns a document under the id that `task` gives it; without an id where the id means another document
+        there.
+        """
         id, text = self.ids[row], self.text(row)
         if not isinstance(self.corpus, Documents):
             return Passage(text, None if (task, id) in self.foreign else id)

@@ -48,7 +48,7 @@ class Eligible(NamedTuple):
     duplicates: NDArray[np.bool_]
 
     def removed(self) -> dict[str, NDArray[np.bool_]]:
-        """The masks of the removed candidates, by reason."""
+        """Returns the masks of the removed candidates, by reason."""
         return {reason: mask for reason, mask in self._asdict().items() if reason != "eligible"}
 
 
@@ -102,7 +102,7 @@ def in_turn(ranked: Sequence[Iterable[T]]) -> Iterator[T]:
 
 
 def check_settings(rule: Rule, margin: float | None, negatives: int, depth: int) -> float | None:
-    """Returns the margin to use. Raises ValueError where the settings do not fit together."""
+    """Returns the margin to use. Raises ValueError if the settings do not fit together."""
     if rule not in BEST_MARGIN:
         raise InputError(f"rule must be one of {', '.join(BEST_MARGIN)}, not {rule!r}")
     if negatives < 1:
@@ -128,7 +128,7 @@ def check_settings(rule: Rule, margin: float | None, negatives: int, depth: int)
 def check_sampling(sampled: bool, sample_from: int | None, negatives: int) -> int:
     """Returns how many eligible candidates are drawn from; 0 where the best are taken.
 
-    Raises ValueError where the settings do not fit together.
+    Raises ValueError if the settings do not fit together.
     """
     if not sampled:
         if sample_from is not None:

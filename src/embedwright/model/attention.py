@@ -181,7 +181,7 @@ def visible(rows: range, length: int, causal: bool, window: int | None) -> range
 
 
 def allowed(rows: range, keys: range, causal: bool, window: int | None, device: torch.device) -> Tensor | None:
-    """Builds the mask, bool (rows, keys), True where query i sees key j. Returns None where all see all.
+    """Builds the mask, bool (rows, keys), True where query i sees key j. Returns None if all see all.
 
     The window is that of transformers' sdpa masks: |i-j| <= w in both directions, i-j < w when causal.
     """

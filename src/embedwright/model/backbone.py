@@ -70,7 +70,7 @@ def decoder_config(base: str, *, attention: AttentionKind, layers: int | None = 
 
 
 def stock_config(folder: str | Path) -> Any:
-    """Reads transformers' config of a local folder. Raises InputError where it needs code of the folder."""
+    """Reads transformers' config of a local folder. Raises InputError if it needs code of the folder."""
     file = Path(folder) / "config.json"
     with blaming(file, "is no config that transformers can open"):
         try:
@@ -163,7 +163,7 @@ def load_backbone(base: str, config: Any, dtype: torch.dtype, quantization: Any 
 
 
 def check_report(where: str | Path, info: dict[str, Any]) -> None:
-    """Raises InputError where transformers' loading report names weights that did not come from the files."""
+    """Raises InputError if transformers' loading report names weights that did not come from the files."""
     if missing := sorted(info["missing_keys"]):
         raise InputError(f"{where} lacks {len(missing)} weights, e.g. {', '.join(missing[:3])}: they would be random")
     if other := sorted(info["mismatched_keys"]):

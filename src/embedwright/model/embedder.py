@@ -203,8 +203,8 @@ class Embedder:
     def merge(self) -> Embedder:
         """Merges the adapters into the weights, in place. The vectors stay the same, which a few texts prove.
 
-        Raises ValueError where there are no adapters or one is not active, and RuntimeError where vectors moved by more
-        than rounding: the model is lost then, load it again.
+        Raises ValueError if there are no adapters or one is not active, and RuntimeError if vectors moved by more than
+        rounding: the model is lost then, load it again.
         """
         texts = self.tokenize([text for text, _ in selftest.TEXTS])
         merge_lora(self.network, texts.to(self.device))
@@ -340,7 +340,9 @@ class Embedder:
             return self.embed(packed)
 
     def _batch_tokens(self) -> int:
-        """The default of `batch_tokens`. Larger ones are up to a tenth faster on two threads, and take more memory."""
+        """Returns the default of `batch_tokens`. Larger ones are up to a tenth faster on two threads, and take more
+        memory.
+        """
         return max(1024, 256 * torch.get_num_threads()) if self.device.type == "cpu" else 32_768
 
     def embed(self, packed: PackedTexts) -> Tensor:

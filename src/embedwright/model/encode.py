@@ -130,7 +130,7 @@ def quantize(vectors_NE: NDArray[np.float32], precision: Precision) -> NDArray[A
 
 
 def shortened(vectors_NE: NDArray[np.float32], dim: int) -> NDArray[np.float32]:
-    """Keeps the first `dim` numbers of each vector and normalises again. Raises InputError where all are zero."""
+    """Keeps the first `dim` numbers of each vector and normalises again. Raises InputError if all are zero."""
     cut = vectors_NE[:, :dim]
     lengths = np.linalg.norm(cut, axis=1, keepdims=True)
     lost = (lengths[:, 0] == 0) & vectors_NE.any(axis=1)
@@ -160,7 +160,7 @@ def frame(contract: Contract, longest: int, task: str | None, prefix: str | None
 
 
 def check_sizes(dim: int | None, batch_tokens: int, precision: str, width: int) -> None:
-    """Raises InputError or InputTypeError where an argument of `encode` is invalid for vectors of this width."""
+    """Raises InputError or InputTypeError if an argument of `encode` is invalid for vectors of this width."""
     check_precision(precision)
     check_whole(batch_tokens, "batch_tokens")
     if batch_tokens < 1:

@@ -222,7 +222,7 @@ def network_facts(network: EmbedwrightModel, contract: Contract) -> Facts:
 
 
 def check_fit(network: EmbedwrightModel, tokenizer: Any) -> None:
-    """Raises InputError where the tokenizer has more tokens than the model, or the contract allows too long texts."""
+    """Raises InputError if the tokenizer has more tokens than the model, or the contract allows too long texts."""
     rows = network.backbone.get_input_embeddings().weight.shape[0]
     largest = {"tokens": max(tokenizer.get_vocab().values(), default=-1), "pad token": tokenizer.pad_token_id}
     for what, id in largest.items():

@@ -57,7 +57,7 @@ class NoEstimate(InputError):  # noqa: N818 (it is no error of the caller's)
 
 
 def sizes_of(recipe: Recipe) -> Sizes:
-    """Counts the model that this recipe trains. OSError where its config cannot be had."""
+    """Counts the model that this recipe trains. Raises OSError if its config cannot be had."""
     spec, tune = recipe.model, recipe.tune
     with naming_the_model(recipe):
         config, pooling = shape_of(spec)

@@ -26,7 +26,7 @@ def dry_run(recipe: Recipe) -> list[str]:
 
     The second step counts: it has the optimizer's state, and nothing is done for the first time. The hours take the
     seconds of a step to follow its tokens. All processes must call this; memory and seconds are the most of any of
-    them. InputError as in `train`, FloatingPointError where a loss or gradient is not finite.
+    them. InputError as in `train`, FloatingPointError if a loss or gradient is not finite.
     """
     processes = start()
     sources = open_checked(recipe)

@@ -48,7 +48,7 @@ class Tokens:
 def tokens_of(recipe: Recipe, there: list[list[bool]]) -> list[Tokens]:
     """Counts the tokens of each stage; `there` says of each entry of its data whether the file can be read.
 
-    OSError where the base's tokenizer cannot be had, ConfigError where training would refuse the data.
+    Raises OSError if the base's tokenizer cannot be had, ConfigError if training would refuse the data.
     """
     parts = tuple(
         part.model_copy(update={"data": tuple(e for e, is_there in zip(part.data, found, strict=True) if is_there)})
@@ -121,7 +121,7 @@ def _at_most(part: StagePart, longest: int) -> Tokens:
 
 
 def stand_ins(stage: StagePart, sources: Sequence[Source]) -> list[Source]:
-    """The sources of a stage, with other rows' positives in the place of negatives that the run will mine."""
+    """Returns the sources of a stage, with other rows' positives in the place of negatives that the run will mine."""
     if stage.mine is None:
         return list(sources)
     return [_StandIn(**vars(source), count=stage.hard_negatives) if is_mined(source) else source for source in sources]

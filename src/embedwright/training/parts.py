@@ -117,7 +117,7 @@ class TunePart(Part):
 
 
 def _listed(trackers: Any) -> Any:
-    """Makes a list of one name, and an empty list of `none`."""
+    """Turns one name into a list, and the name `none` into an empty list. Anything else is returned as it is."""
     return ([] if trackers == "none" else [trackers]) if isinstance(trackers, str) else trackers
 
 

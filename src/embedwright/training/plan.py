@@ -26,7 +26,7 @@ class EntryPlan:
 
 @dataclass(frozen=True, slots=True)
 class StagePlan:
-    """The size of a stage. `tokens` is None where base or tokenizer cannot be had.
+    """The size of a stage. `tokens` is None if base or tokenizer cannot be had.
 
     `queries` are drawn in all steps together; `texts` are these with a positive and the hard negatives of each. `rows`
     and `passes` go by the data whose size is known.
@@ -45,7 +45,7 @@ class StagePlan:
 def report(recipe: Recipe, *, processes: int = 1) -> str:
     """Says all that can be said of a recipe before it runs; memory is unknown where base or tokenizer cannot be had.
 
-    Errors as in `plan`, and ConfigError where training would refuse the data.
+    Errors as in `plan`, and ConfigError if training would refuse the data.
     """
     stages = plan(recipe)
     there = [[entry.counted == "counted" for entry in stage.entries] for stage in stages]
@@ -61,7 +61,7 @@ def report(recipe: Recipe, *, processes: int = 1) -> str:
 def plan(recipe: Recipe) -> list[StagePlan]:
     """Counts the rows that each stage can draw. For a file that is missing, recipe or catalogue say how many there are.
 
-    ConfigError or DataError for a file that is there and cannot be read, or of which nothing can be trained.
+    Raises ConfigError or DataError for a file that is there and cannot be read, or of which nothing can be trained.
     """
     return [_stage(recipe, stage) for stage in recipe.stages]
 
@@ -94,7 +94,7 @@ def _rows(recipe: Recipe, stage: StagePart, number: int) -> tuple[int | None, st
 
 
 def largest_memory(recipe: Recipe, tokens: Sequence[Tokens], sizes: Sizes, kind: Kind, *, processes: int = 1) -> Memory:
-    """The memory of the stage that needs most. `processes` share the texts of a step, a device each."""
+    """Returns the memory of the stage that needs most. `processes` share the texts of a step, a device each."""
     needed = []
     for part, found in zip(recipe.stages, tokens, strict=True):
         # a text longer than batch_tokens is a micro-batch of its own
@@ -110,7 +110,7 @@ def largest_memory(recipe: Recipe, tokens: Sequence[Tokens], sizes: Sizes, kind:
 
 
 def render(recipe: Recipe, stages: Sequence[StagePlan]) -> list[str]:
-    """The plan of each stage, the sums, and the recipe's provenance, as lines of text."""
+    """Returns the plan of each stage, the sums, and the recipe's provenance, as lines of text."""
     lines = []
     for stage, part in zip(stages, recipe.stages, strict=True):
         unknown = sum(entry.rows is None for entry in stage.entries)
@@ -173,7 +173,7 @@ def render_memory(recipe: Recipe, tokens: Sequence[Tokens], sizes: Sizes, proces
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The rows as lines: the first column to the left, the others to the right."""
+    """Returns the rows as lines: the first column to the left, the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         f"  {row[0]:<{widths[0]}}  " + "  ".join(f"{cell:>{w}}" for cell, w in zip(row[1:], widths[1:], strict=True))

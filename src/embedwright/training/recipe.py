@@ -69,7 +69,7 @@ class Recipe(Part):
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
-        """Read a YAML file, or a packaged recipe by its name: `laptop`.
+        """Reads a YAML file, or a packaged recipe by its name: `laptop`.
 
         FileNotFoundError, or ConfigError that names the file, the key and the nearest key.
         """
@@ -171,7 +171,7 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def differences(before: Any, after: Any) -> str:
-    """The first few dotted keys whose values differ, each with both values, in one line."""
+    """Returns the first few dotted keys whose values differ, each with both values, in one line."""
     old, new = dict(leaves(before)), dict(leaves(after))
     keys = [key for key in old | new if old.get(key) != new.get(key)]
     shown = [f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys[:5]]

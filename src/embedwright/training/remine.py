@@ -39,7 +39,7 @@ _WHOLE = "run.json"  # written last; says which run this belongs to
 
 
 def refresh_every(stage: StagePart) -> int:
-    """How many steps of a stage share their negatives: all, unless the stage mines again on the way."""
+    """Returns how many steps of a stage share their negatives: all, unless the stage mines again on the way."""
     every = None if stage.mine is None else stage.mine.every
     return every or stage.optim.steps
 
@@ -59,7 +59,7 @@ def refreshed(
     Rows keep their order and number, so the draw of rows goes on unchanged. Negatives that rows came with are replaced.
     Each process encodes a part of the texts, and all mine alike; rank 0 writes.
 
-    Raises ConfigError where the mined files are gone together with the weights that mined them, or where no row of a
+    Raises ConfigError if the mined files are gone together with the weights that mined them, or where no row of a
     source got a negative that it needs.
     """
     asked = stage.mine
@@ -135,7 +135,7 @@ def _mine(
 
 
 def _corpus(stage: StagePart, source: Source) -> dict[str, str]:
-    """The corpus that an entry names, or else the positives of its rows."""
+    """Returns the corpus that an entry names, or else the positives of its rows."""
     entry = entry_of(stage, source)
     path = expand(entry.path)
     if entry.corpus:

@@ -233,7 +233,7 @@ def _with_waits(batches: Iterator[tuple[int, LocalBatch]]) -> Iterator[tuple[int
 
 
 def _newest(folder: Path, processes: Processes) -> Path | None:
-    """The same in all processes: the first one clears up before the others look."""
+    """Finds the newest checkpoint, the same in all processes: rank 0 removes damaged ones before the others look."""
     if not processes.first:
         processes.wait()
     found = newest(folder)

@@ -64,7 +64,7 @@ def encode_corpus(
 
 
 def _claim(out: Path, encoder: Encoder, seen: Survey, shard_rows: int, task: str | None) -> None:
-    """Makes `out` the folder of these documents by this model. Raises ValueError where it holds anything else."""
+    """Makes `out` the folder of these documents by this model. Raises ValueError if it holds anything else."""
     if not (out / "manifest.json").exists():
         if strays := [*out.glob("shard-*"), *out.glob("index.faiss")]:
             raise InputError(f"{out} holds {strays[0].name} but no manifest.json: take a new or empty folder")
@@ -79,7 +79,7 @@ def _claim(out: Path, encoder: Encoder, seen: Survey, shard_rows: int, task: str
 
 
 def _documents(source: Path) -> Iterator[tuple[str, str]]:
-    """(id, text) of each document. Raises DataError naming file and line."""
+    """Returns (id, text) of each document. Raises DataError naming file and line."""
     seen: set[str] = set()
     for file, number, row in _rows(source):
         try:

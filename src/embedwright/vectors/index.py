@@ -31,7 +31,7 @@ class Hit(NamedTuple):
 def build_index(folder: Path) -> Path:
     """Writes `index.faiss`, a flat inner-product index of all vectors in `folder`, for other programs that read faiss.
 
-    Its row i is document i of the shards. `search` does not need it. Raises ValueError where encoding has not finished.
+    Its row i is document i of the shards. `search` does not need it. Raises ValueError if encoding has not finished.
     """
     faiss = threads.load_faiss()
     vectors = open_vectors(folder)
@@ -50,7 +50,7 @@ def search(
     """Finds the `k` best documents of each query, best first; fewer where the corpus has fewer. The search is exact.
 
     `task` is the instruction for the queries. `model` must be the one that encoded the corpus. To tell, all its weights
-    are read: pass queries together rather than one by one. Raises FileNotFoundError where nothing is encoded, and
+    are read: pass queries together rather than one by one. Raises FileNotFoundError if nothing is encoded, and
     ValueError for another model (naming what differs) or where encoding has not finished.
     """
     vectors, encoder = open_vectors(folder), as_encoder(model)
@@ -68,7 +68,7 @@ def search(
 
 
 def _documents_at(folder: Path, rows: NDArray[np.int64]) -> dict[int, tuple[str, str]]:
-    """Row -> (id, text), from the shards that hold these rows."""
+    """Returns row -> (id, text), from the shards that hold these rows."""
     found: dict[int, tuple[str, str]] = {}
     size = Manifest.read(folder).shard_rows
     for shard in np.unique(rows // size).tolist():

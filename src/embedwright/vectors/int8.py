@@ -21,13 +21,14 @@ TINY = 2.0**-50
 
 
 def available(width: int) -> bool:
-    """Whether vectors of this width are multiplied in int8 here."""
+    """Says whether vectors of this width are multiplied in int8 here."""
     # torch leaves the int8 product of one column unset (_int_mm, torch 2.13)
     return kernels.available() and onednn.whole_available() and 1 < width <= _WIDEST
 
 
 def slack(width: int) -> float:
-    """What a float32 sum of so many products is off at most, in whatever order, relative to the two lengths' product.
+    """Returns what a float32 sum of so many products is off at most, in whatever order, relative to the two lengths'
+    product.
 
     It covers the rounding of lengths, bounds and scores as well; 1 % is for the lengths themselves.
     """

@@ -90,7 +90,7 @@ def top_k(
 def pair_scores(
     queries_QE: NDArray[np.float32], vectors: Vectors, query_F: NDArray[np.int64], row_F: NDArray[np.int64]
 ) -> NDArray[np.float32]:
-    """Float32 (F,): the score of each named pair of a query and a document, as `top_k` scores them.
+    """Returns float32 (F,): the score of each named pair of a query and a document, as `top_k` scores them.
 
     Documents are read in their order, block by block; beside the result, one block is held.
     """
@@ -126,7 +126,7 @@ def _product(query_QE: Tensor, document_NE: Tensor) -> Tensor:
 
 
 def _first_floor(query_QE: Tensor, document_NE: Tensor, k: int) -> NDArray[np.float32]:
-    """A score that each query's k-th best reaches at least: the worst of k likely documents of the first block."""
+    """Returns a score that each query's k-th best reaches at least: the worst of k likely documents of the first block."""
     floor_Q = np.full(len(query_QE), -np.inf, np.float32)
     if k > len(document_NE):
         return floor_Q

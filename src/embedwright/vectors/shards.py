@@ -34,7 +34,7 @@ class Vectors:
         return self.shape[0]
 
     def __add__(self, other: Vectors) -> Vectors:
-        """The rows of both, those of `other` after the own ones."""
+        """Returns the rows of both, those of `other` after the own ones."""
         return Vectors([*self.blocks, *other.blocks], [*self.rows, *other.rows], self.shape[1])
 
     def tiles(self, size: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
@@ -64,7 +64,7 @@ class Vectors:
 
 
 def as_vectors(vectors: NDArray[Any] | Vectors) -> Vectors:
-    """An array (C, E), a memory map also, as one block."""
+    """Wraps an array or memory map (C, E) as vectors of one block; returns Vectors as they are."""
     if isinstance(vectors, Vectors):
         return vectors
     array_CE = np.asanyarray(vectors)
@@ -74,19 +74,19 @@ def as_vectors(vectors: NDArray[Any] | Vectors) -> Vectors:
 
 
 def as_tensor(array: NDArray[Any]) -> Tensor:
-    """A view, never to be written to; torch warns of arrays, such as memory maps, that must not be."""
+    """Returns a view, never to be written to; torch warns of arrays, such as memory maps, that must not be."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         return torch.from_numpy(array)
 
 
 def read_shard(path: Path) -> pa.RecordBatch:
-    """The rows of a shard: a view of the file."""
+    """Returns the rows of a shard: a view of the file."""
     return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
 
 
 def vectors_of(shard: pa.RecordBatch) -> NDArray[np.float32]:
-    """The vectors (N, E) of a shard: a view of the file."""
+    """Returns the vectors (N, E) of a shard: a view of the file."""
     flat: NDArray[np.float32] = shard["vector"].flatten().to_numpy()
     return flat.reshape(shard.num_rows, -1)
 

@@ -56,7 +56,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """The manifest of `folder`. Raises FileNotFoundError, and DataError where it is not one of this format."""
+        """Returns the manifest of `folder`. Raises FileNotFoundError, and DataError if it is not one of this format."""
         path = folder / "manifest.json"
         if not path.is_file():
             raise NotFoundError(f"{folder} holds no vectors: there is no {path.name} in it")
@@ -113,7 +113,7 @@ def encode_texts(
     texts and each model, and memory holds one shard (1/256 of the texts, at least 512, at most 65,536). What is there
     already, of the same texts by the same model, is not encoded again. `advance(n)` is told of n more texts.
 
-    Raises ValueError where the model gives a vector that is not finite, or `texts()` gives other texts than before.
+    Raises ValueError if the model gives a vector that is not finite, or `texts()` gives other texts than before.
     """
     size = min(_LARGEST_SHARD, max(_SHARD, total // _SHARDS))
     if folder is not None and total:
@@ -134,7 +134,7 @@ def encode_texts(
 
 
 def _home(folder: Path, encoder: Encoder, seen: Survey, shard_rows: int) -> Path:
-    """The folder below `folder` of these texts by this model, made where there is none."""
+    """Returns the folder below `folder` of these texts by this model, made where there is none."""
     probe = cache(lambda texts: encode_finite(encoder, texts))
     others = []
     for home in sorted(path.parent for path in folder.glob(f"{seen.digests[-1][:16]}-*/manifest.json")):
@@ -178,7 +178,7 @@ def fill(
 ) -> Vectors:
     """Encodes the shards that a claimed folder lacks, and returns all vectors. `columns`: the names of stored columns.
 
-    Raises ValueError where the rows are not those of the survey.
+    Raises ValueError if the rows are not those of the survey.
     """
     manifest, given, digest = Manifest.read(folder), iter(rows), hashlib.sha256()
     for (path, wanted), expected in zip(manifest.shards(folder), seen.digests, strict=True):
@@ -194,7 +194,10 @@ def fill(
 
 
 def open_vectors(folder: Path) -> Vectors:
-    """The vectors of a folder. Raises FileNotFoundError without a manifest, ValueError where a shard is missing."""
+    """Returns the vectors of a folder.
+
+    Raises FileNotFoundError without a manifest, ValueError if a shard is missing.
+    """
     manifest = Manifest.read(folder)
     shards = list(manifest.shards(folder))
     if missing := [path for path, rows in shards if not _complete(path, rows, manifest)]:
@@ -210,7 +213,7 @@ def check_model(folder: Path, encoder: Encoder) -> None:
 
 
 def other_model(folder: Path, encoder: Encoder, probe: Callable[[tuple[str, ...]], NDArray[np.float32]]) -> str | None:
-    """None where the vectors of `folder` are those of `encoder`; else what differs.
+    """Returns what differs if the vectors of `folder` are not those of `encoder`, else None.
 
     Fingerprints decide. Where the model has none, the vectors of the probes do, which `probe` encodes anew. Where it
     has one without weights, as a server has, another model may have its name: probes that have moved are warned of.
@@ -239,7 +242,7 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 
 def _complete(path: Path, rows: int, manifest: Manifest) -> bool:
-    """Whether the shard is whole, and was written for this folder and by its model."""
+    """Says whether the shard is whole, and was written for this folder and by its model."""
     try:
         found = read_shard(path)
     except (OSError, pa.ArrowInvalid):  # Arrow's footer comes last: a cut file has none
@@ -248,14 +251,16 @@ def _complete(path: Path, rows: int, manifest: Manifest) -> bool:
 
 
 def _digested(digest: Any, rows: Iterable[Row]) -> str:
-    """The digest of all rows so far, after these."""
+    """Returns the digest of all rows so far, after these."""
     for row in rows:
         digest.update(json.dumps(row).encode() + b"\n")
     return str(digest.hexdigest())
 
 
 def _moved(then_NE: NDArray[np.float32], now_NE: NDArray[np.float32]) -> float:
-    """The largest distance between two vectors of one text, relative to their length; infinite for other shapes."""
+    """Returns the largest distance between a text's two vectors, relative to their norm; infinite for other
+    shapes.
+    """
     if then_NE.shape != now_NE.shape:
         return math.inf
     length_N = np.maximum(np.linalg.norm(then_NE, axis=1), np.finfo(np.float32).tiny)

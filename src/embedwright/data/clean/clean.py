@@ -88,7 +88,7 @@ def clean_file(
     """Cleans the training data at `path` (any kind) into `out`; None only counts. Returns all counts.
 
     These are the table's counts, its rows by task, and those of `clean`. `leaks_to` gets the leakage report (JSONL).
-    Both files are written whole or not at all. Raises what `open_examples` raises, and DataError where no row is left.
+    Both files are written whole or not at all. Raises what `open_examples` raises, and DataError if no row is left.
     """
     table, report = open_as_named(path), Report()
     filters = filters or Filters()

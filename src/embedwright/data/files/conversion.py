@@ -51,9 +51,10 @@ class Conversion:
         corpus: Mapping[str, str],
         prefix: str = "",
     ) -> Iterator[Example]:
-        """Yields one example for each query id of `relevant`, with all its documents that have a text.
+        """Yields one example for each query of `relevant`, with its documents that have a text in `corpus` as positives.
 
-        Its id is `prefix` and the query's.
+        The example's id is `prefix` and the query's id. Documents without a text are counted, and queries without a
+        text or without such a document are left out.
         """
         for query, documents in relevant.items():
             positives = [Passage(corpus[document], document) for document in documents if corpus.get(document)]

@@ -247,7 +247,7 @@ _EXPECTED = "A row has the keys " + ", or ".join(" and ".join(kind.needs) for ki
 def detect_kind(path: Path) -> Kind:
     """Tells the kind of a data file or folder from the first row whose keys are those of a kind.
 
-    Raises FileNotFoundError, and DataError where no row has such keys.
+    Raises FileNotFoundError, and DataError if no row has such keys.
     """
     first_reason = ""
     for file in data_files(path):
@@ -299,7 +299,7 @@ def value_at(row: Row, path: str) -> Any:
 
 
 def text_at(row: Row, columns: Columns) -> str:
-    """Returns the text of one column, or of several joined by a space. DataError if all of them are empty."""
+    """Returns the text of one column, or of several joined by a space. Raises DataError if all of them are empty."""
     if len(columns) == 1:
         return text_of(value_at(row, columns[0]), columns[0])
     values = [(value_at(row, column), column) for column in columns]

@@ -51,7 +51,7 @@ def read_rows(path: Path) -> Rows:
     The number is that of the line, or of the row where the format has no lines; then the bytes are empty if there is a
     row, and else say what is there. Blank lines are passed over. A line longer than MAX_LINE comes in pieces that share
     one number. Holds one line or one batch in memory; a JSON array as a whole. Raises FileNotFoundError, and DataError
-    where the file as a whole cannot be read.
+    if the file as a whole cannot be read.
     """
     with opened_table(path) as table:
         if table is not None:

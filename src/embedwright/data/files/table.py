@@ -136,7 +136,7 @@ def open_examples(
     (default: the one of `cache_folder`), under a name made of its content. `task` is that of rows that name none
     (default: the file's name; an empty text leaves them without one). `corpus` has the texts of documents given by id.
     `seed` and `negatives` are for examples made from labels. Bad lines are logged, counted and kept in `quarantine`.
-    Raises FileNotFoundError, and DataError where no example comes out, or a corpus or BEIR folder has a bad line.
+    Raises FileNotFoundError, and DataError if no example comes out, or a corpus or BEIR folder has a bad line.
     """
     path, corpus = Path(path), None if corpus is None else Path(corpus)
     stem = stem_of(path)

@@ -17,16 +17,19 @@ ONLY_TRAINED = "the weights of this model are in 4 bits, for training adapters; 
 
 
 def missing() -> str | None:
-    """What 4-bit weights lack here, as a clause; None where they can be loaded. bitsandbytes has code for CPUs too."""
+    """Says what 4-bit weights lack here, as a clause; None if they can be loaded. bitsandbytes has code for CPUs
+    too.
+    """
     if find_spec("bitsandbytes") is None:
         return "the package bitsandbytes is missing (pip install 'embedwright[qlora]')"
     return None
 
 
 def config(dtype: torch.dtype) -> Any:
-    """transformers' config: every linear layer in NF4, its constants quantised too, products computed in `dtype`.
+    """Returns transformers' config: every linear layer in NF4, its constants quantised too, products computed in
+    `dtype`.
 
-    ImportError where 4-bit weights cannot be loaded.
+    Raises ImportError if 4-bit weights cannot be loaded.
     """
     if lacks := missing():
         raise MissingPackageError(f"4-bit weights: {lacks}")
@@ -42,7 +45,7 @@ def config(dtype: torch.dtype) -> Any:
 
 
 def keep_trainable(backbone: nn.Module) -> None:
-    """Keep bitsandbytes from packing weights anew, in place and for good, in the first forward without a gradient.
+    """Keeps bitsandbytes from packing weights anew, in place and for good, in the first forward without a gradient.
 
     It does so on CPUs with AVX512-BF16. From then on no gradient goes through such a layer, without an error, and
     layers whose outputs are no multiple of 32 fail.

@@ -30,10 +30,10 @@ _LOST = "this model is lost, load it again"
 
 
 def add_lora(backbone: nn.Module, *, rank: int, alpha: int, dropout: float, mixed: bool = False) -> None:
-    """LoRA on every linear layer of the backbone, in place; adapters in float32, everything else frozen.
+    """Adds LoRA to every linear layer of the backbone, in place: adapters in float32, everything else frozen.
 
-    `mixed`: it will run under autocast, which casts the small adapters; else peft casts every input up to them.
-    ValueError where there are adapters already, or a size makes no adapter.
+    `mixed`: it will run under autocast, which casts the small adapters; else peft casts every input up to them. Raises
+    ValueError if there are adapters already, or a size makes no adapter.
     """
     from peft import LoraConfig
 
@@ -68,7 +68,7 @@ def _not_linear(backbone: nn.Module) -> list[str]:
 
 
 def inject_lora(root: Any, config: Any, *, mixed: bool = False) -> None:
-    """peft's layers for this LoraConfig into `root`, in place: adapters in float32 and trainable, all else frozen."""
+    """Puts peft's layers for this LoraConfig into `root`, in place: adapters in float32 and trainable, all else frozen."""
     from peft import inject_adapter_in_model
 
     from embedwright.cpu.lean_lora import make_lean
@@ -94,7 +94,7 @@ def idle_adapters(backbone: nn.Module) -> list[str]:
 
 
 def warn_of_idle(backbone: nn.Module) -> None:
-    """Log how many adapters change nothing, and name one."""
+    """Logs how many adapters change nothing, and names one."""
     if idle := idle_adapters(backbone):
         total = sum("lora_B" in name for name, _ in backbone.named_parameters())
         logger.warning("%d of %d LoRA adapters are zero and change nothing, e.g. %s", len(idle), total, idle[0])
@@ -102,12 +102,12 @@ def warn_of_idle(backbone: nn.Module) -> None:
 
 @torch.no_grad()
 def merge_lora(network: EmbedwrightModel, texts: PackedTexts) -> float:
-    """Fold the adapters into the weights and take them off, in place. Returns the largest distance that `texts` moved.
+    """Merges the adapters into the weights and removes them, in place. Returns the largest distance that `texts` moved.
 
     The sums are made in float32 and rounded once, to the type of the weights; a warning where that takes most of what
     the adapters add. ValueError, and nothing changed, where there is nothing to merge, the weights are in 4 bits, or an
-    adapter is not at work or not finite. RuntimeError where a layer or the vectors change by more than rounding: that
-    model is lost, and refused from then on.
+    adapter is not at work or not finite. Raises RuntimeError if a layer or the vectors change by more than rounding:
+    that model is lost, and refused from then on.
     """
     backbone = network.backbone
     if not has_lora(backbone):
@@ -142,7 +142,7 @@ def merge_lora(network: EmbedwrightModel, texts: PackedTexts) -> float:
 
 
 def _fold_in(backbone: nn.Module) -> float:
-    """Add each adapter to its weights, and return the share of all (by norm) that rounding took."""
+    """Adds each adapter to its weights, and returns the share of all (by norm) that rounding took."""
     lost = added = 0.0
     for name, layer in _lora_layers(backbone):
         base = layer.get_base_layer()

@@ -52,7 +52,7 @@ OpenEmbedder = Callable[..., tuple[EmbedwrightModel, Any]]
 def write_adapter(network: EmbedwrightModel, folder: Path) -> None:
     """Writes the adapters and the pooling block of `network` into an empty folder.
 
-    InputError where the weights below the adapters are not those that were read from disk.
+    Raises InputError if the weights below the adapters are not those that were read from disk.
     """
     backbone, origin = network.backbone, network.origin
     if origin is None or not same_samples(origin.samples, weight_samples(backbone)):
@@ -106,8 +106,8 @@ class Settings(NamedTuple):
 def read_adapter(folder: Path, dtype: torch.dtype | None, open_embedder: OpenEmbedder) -> tuple[EmbedwrightModel, Any]:
     """Opens the base with its adapters, and its tokenizer. `dtype` is the base's; the adapters are float32.
 
-    NotFoundError where the base or a file is missing. InputError where the base is another one, the adapter is of a
-    kind that is not supported, or its tensors do not fit.
+    Raises NotFoundError if the base or a file is missing. Raises InputError if the base is another one, the adapter is
+    of a kind that is not supported, or its tensors do not fit.
     """
     from peft import LoraConfig
 
@@ -151,7 +151,7 @@ def read_settings(folder: Path) -> Settings:
 
 
 def _read_ours(file: Path) -> Ours:
-    """Reads our embedwright.json. InputError for that of another kind of folder."""
+    """Reads our embedwright.json. Raises InputError for that of another kind of folder."""
     ours = read_object(file)
     if ours.keys() != {"contract", "pooling", "decoder"}:
         raise InputError(f"{file} does not belong to this adapter: it has the keys {sorted(ours)}; move it away")
@@ -172,7 +172,7 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
 def _open_base(
     folder: Path, settings: Settings, dtype: torch.dtype | None, open_embedder: OpenEmbedder
 ) -> tuple[EmbedwrightModel, Any]:
-    """Opens the base. InputError where our files say that the adapters were trained on other weights."""
+    """Opens the base. Raises InputError if our files say that the adapters were trained on other weights."""
     name, revision, _, ours = settings
     samples = _read_tensors(folder / _SAMPLES) if ours else {}
     if ours and dtype is None:
@@ -229,5 +229,5 @@ def _fill(file: Path, network: EmbedwrightModel, tensors: dict[str, Tensor], *, 
 
 
 def _stored(name: str) -> str:
-    """The name under which peft stores a parameter, without the name of the adapter."""
+    """Returns the name under which peft stores a parameter, without the name of the adapter."""
     return name.replace(".default", "")

@@ -47,7 +47,7 @@ def resolve_base(base: str | Path, revision: str | None = None, *, weights: bool
 
     `base` is a folder on disk, a .gguf file, a packaged name or a hub id, looked for in this order. A .gguf file is
     converted once and cached; a hub id is read from the snapshot of one commit. Without `weights`, config and tokenizer
-    are enough. NotFoundError where nothing is there, InputError where the folder holds something else.
+    are enough. Raises NotFoundError if nothing is there, InputError if the folder holds something else.
     """
     place = find(base, revision)
     folder = place.path
@@ -66,7 +66,7 @@ def resolve_base(base: str | Path, revision: str | None = None, *, weights: bool
 
 
 def check_weights(folder: Path) -> None:
-    """InputError where the weights of a folder are not whole, too few for its config, or no floating-point numbers."""
+    """Raises InputError if a folder lacks weights of its config, if a file is cut off, or if a weight is no float."""
     stored, config = weights_in(folder), read_object(folder / "config.json")
     ours = isinstance(config.get("backbone"), dict)
     check_layers(stored, config["backbone"] if ours else config, folder / "config.json")

@@ -21,7 +21,7 @@ _CONTENT = (".json", ".safetensors", ".model")  # suffixes of the files that a m
 def detect(name: str, revision: str | None = None) -> tuple[Place, Format | Family | None]:
     """Finds a model's folder, checks its settings and tells its format; None if `Embedder` cannot open it.
 
-    The weights of a hub id are not fetched. InputError for a file.
+    The weights of a hub id are not fetched. Raises InputError for a file.
     """
     family, where = split_family(name)
     place = find(where, revision)
@@ -32,7 +32,7 @@ def detect(name: str, revision: str | None = None) -> tuple[Place, Format | Fami
 
 
 def format_of(folder: Path, name: str) -> Format | Family | None:
-    """The format of a folder that is called `name`; None if `Embedder` cannot open it."""
+    """Returns the format of a folder that is called `name`; None if `Embedder` cannot open it."""
     if is_adapter(folder):
         return "adapter"
     config = read_object(folder / "config.json") if (folder / "config.json").is_file() else {}
@@ -65,7 +65,7 @@ def content_fingerprint(name: str, revision: str | None = None) -> str:
 
 
 def check_decoder(name: str) -> None:
-    """InputError if `name` is an embedder: read as a bare decoder it would lose its contract and pooling."""
+    """Raises InputError if `name` is an embedder: read as a bare decoder it would lose its contract and pooling."""
     kind = _embedder_kind(name)
     if kind == "known":
         raise InputError(
@@ -80,7 +80,7 @@ def check_decoder(name: str) -> None:
 
 
 def check_embedder(name: str) -> None:
-    """InputError if `Embedder.load` cannot open `name`."""
+    """Raises InputError if `Embedder.load` cannot open `name`."""
     kind = _embedder_kind(name)
     if kind == "other":
         raise InputError(f"{name} has modules that only sentence-transformers runs: train it there")
@@ -89,7 +89,7 @@ def check_embedder(name: str) -> None:
 
 
 def _embedder_kind(name: str) -> Literal["known", "other"] | None:
-    """`known` opens as an `Embedder`, `other` only in sentence-transformers; None is no embedder."""
+    """Returns `known` if it opens as an `Embedder`, `other` if only in sentence-transformers, None if it is none."""
     if find(split_family(name)[1]).path.is_file():
         return None
     place, form = detect(name)

@@ -114,7 +114,7 @@ def split_family(name: str) -> tuple[Family | None, str]:
 
 
 def family_of(folder: Path, name: str, config: dict[str, Any]) -> Family | None:
-    """The family of a folder that is called `name` and has this config.json; None if it is of none."""
+    """Returns the family of a folder that is called `name` and has this config.json; None if it is of none."""
     for family in FAMILIES.values():
         if config.get("model_type") in family.model_types and _modules_fit(folder, family):
             file, mark = family.mark
@@ -124,7 +124,7 @@ def family_of(folder: Path, name: str, config: dict[str, Any]) -> Family | None:
 
 
 def read_family(folder: Path, family: Family) -> Outline:
-    """Reads the settings of a folder. InputError where decoder, modules or tokens are not those of the family."""
+    """Reads the settings of a folder. Raises InputError if decoder, modules or tokens are not those of the family."""
     decoder = decoder_config(str(folder), attention=family.attention)
     if decoder.model_type not in family.model_types:
         raise InputError(f"{folder} is a {decoder.model_type!r} model, not one of {family.name}")
@@ -154,7 +154,7 @@ def read_family(folder: Path, family: Family) -> Outline:
 
 
 def _modules_fit(folder: Path, family: Family) -> bool:
-    """Whether the folder's sentence-transformers modules, if any, are a transformer and this pooling alone."""
+    """Says whether the folder's sentence-transformers modules, if any, are a transformer and this pooling alone."""
     modules = json.loads(text_of(folder, "modules.json") or "[]")
     kinds = {module["type"].rpartition(".")[2]: module["path"] for module in modules}
     if "Pooling" not in kinds:

@@ -51,14 +51,14 @@ class Stored(NamedTuple):
     dtype: str
 
     def read(self, rows: int | None = None) -> Tensor:
-        """The tensor, or its first so many rows."""
+        """Reads the tensor, or only its first rows."""
         with safe_open(self.file, framework="pt") as opened:
             tensor: Tensor = opened.get_tensor(self.name) if rows is None else opened.get_slice(self.name)[:rows]
         return tensor
 
 
 def read_json(file: Path) -> Any:
-    """Reads a JSON file. InputError where it is broken, NotFoundError where it is missing."""
+    """Reads a JSON file. Raises InputError if it is broken, NotFoundError if it is missing."""
     if not file.is_file():
         raise NotFoundError(f"{file} does not exist")
     try:
@@ -68,7 +68,7 @@ def read_json(file: Path) -> Any:
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """Reads the object in a JSON file. InputError where the file holds something else."""
+    """Reads the object in a JSON file. Raises InputError if the file holds something else."""
     content = read_json(file)
     if not isinstance(content, dict):
         raise InputError(f"{file} must hold a JSON object, not {type(content).__name__}")
@@ -76,14 +76,14 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether the folder holds adapters in peft's format, not a whole model."""
+    """Says whether the folder holds adapters in peft's format, not a whole model."""
     return (folder / ADAPTER).is_file()
 
 
 def check_folder(folder: Path) -> None:
     """Checks all files from which a model is read, but no weights.
 
-    InputError where a file is a link out of the folder, no regular file or broken JSON, where a setting names files
+    Raises InputError if a file is a link out of the folder, no regular file or broken JSON, where a setting names files
     elsewhere, and where an adapter lies beside a whole model. Links of the hub's cache into its `blobs` are allowed.
     """
     for part in [folder, *_modules(folder / "modules.json")]:
@@ -110,8 +110,8 @@ def weights_in(folder: Path) -> dict[str, Stored]:
     """Maps the name of each tensor in a model folder to its file, shape and type.
 
     The weights are `model.safetensors`, or the files that `model.safetensors.index.json` names: exactly one of the two.
-    InputError where the index names files outside of the folder, where shards and index disagree, and where a file is
-    not whole. NotFoundError where a file is missing. Safetensors files of other names are ignored.
+    Raises InputError if the index names files outside of the folder, where shards and index disagree, and where a file
+    is not whole. Raises NotFoundError if a file is missing. Safetensors files of other names are ignored.
     """
     single, index = folder / SINGLE, folder / INDEX
     if single.exists() and index.exists():
@@ -165,7 +165,7 @@ def write_weights(folder: Path, planned: dict[str, Tensor], make: Callable[[str]
 
 
 def check_places(where: Path, own: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """InputError where `found` has other names or shapes than `own`, the parameters of the model."""
+    """Raises InputError if `found` has other names or shapes than `own`, the parameters of the model."""
     for what, names in (
         ("missing", own.keys() - found.keys()),
         ("unexpected", found.keys() - own.keys()),
@@ -179,7 +179,7 @@ def check_places(where: Path, own: Mapping[str, Any], found: Mapping[str, Any]) 
 
 
 def check_floats(stored: dict[str, Stored], names: Iterable[str] | None = None) -> None:
-    """InputError where one of these tensors (None: any) is not stored as floating-point numbers."""
+    """Raises InputError if one of these tensors (None: any) is not stored as floating-point numbers."""
     for name in stored if names is None else names:
         if stored[name].dtype not in _FLOATS:
             kinds = ", ".join(sorted(_FLOATS))
@@ -187,7 +187,7 @@ def check_floats(stored: dict[str, Stored], names: Iterable[str] | None = None) 
 
 
 def check_layers(stored: dict[str, Stored], config: dict[str, Any], where: Path) -> None:
-    """InputError where a config asks for more layers than the tensors have, before a model of that size is built."""
+    """Raises InputError if a config asks for more layers than the tensors have, before a model of that size is built."""
     asked = config.get("num_hidden_layers")
     held = {int(found[1]) for name in stored if (found := _LAYER.search(name))}
     if isinstance(asked, int) and held and asked > max(held) + 1:
@@ -197,7 +197,10 @@ def check_layers(stored: dict[str, Stored], config: dict[str, Any], where: Path)
 
 
 def tensors_of(file: Path) -> dict[str, Stored]:
-    """As `weights_in`, for one safetensors file. InputError where it is not whole, or a link out of its folder."""
+    """Does what `weights_in` does for one safetensors file.
+
+    Raises InputError if it is not whole, or a link out of its folder.
+    """
     if not file.exists():
         raise NotFoundError(f"{file} does not exist")
     _check_file(file.parent, file)
@@ -234,7 +237,9 @@ def _check_file(folder: Path, file: Path) -> None:
 
 
 def _modules(file: Path) -> list[Path]:
-    """The folders that sentence-transformers' modules.json names. InputError where one of them lies elsewhere."""
+    """Returns the folders that sentence-transformers' modules.json names. Raises InputError if one of them lies
+    elsewhere.
+    """
     if not file.exists():
         return []
     _check_file(file.parent, file)

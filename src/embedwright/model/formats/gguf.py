@@ -33,7 +33,7 @@ _HEAD = ("output.weight", "output.bias")  # the LM head, which an embedder does 
 def convert_gguf(file: Path) -> Path:
     """Returns the cached Hugging Face folder (float32) of a GGUF file, and converts the file on first use.
 
-    A damaged conversion is made again. InputError where the file lacks weights or holds weights that have no place.
+    A damaged conversion is made again. Raises InputError if the file lacks weights or holds weights that have no place.
     """
     out = cache_folder("gguf", f"{file.stem}-{_digest(file)[:16]}")
     if out.exists():
@@ -106,7 +106,7 @@ def _odd(names: dict[str, int]) -> str:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether the folder holds exactly the files that were written, equal by size and time or else by content."""
+    """Says whether the folder holds exactly the files that were written, equal by size and time or else by content."""
     try:
         made = json.loads((folder / _MADE).read_text(encoding="utf-8"))
         return {path.name for path in folder.iterdir()} == {_MADE, *made} and all(

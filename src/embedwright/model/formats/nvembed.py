@@ -67,8 +67,8 @@ class Released(NamedTuple):
 def load_nvembed(folder: Path, dtype: torch.dtype | None) -> tuple[EmbedwrightModel, Any]:
     """Reads network and tokenizer from a local folder; `dtype` None keeps the stored type (of several, the widest).
 
-    InputError for settings that the reference follows and we do not, for sizes that contradict the tensors, and for
-    tensors that are missing, unexpected or of another shape, naming them. NotFoundError without safetensors.
+    Raises InputError for settings that the reference follows and we do not, for sizes that contradict the tensors, and
+    for tensors that are missing, unexpected or of another shape, naming them. NotFoundError without safetensors.
     """
     found = read_nvembed(folder)
     decoder, pooling, contract, tokenizer = found.outline
@@ -107,7 +107,7 @@ def read_nvembed(folder: Path) -> Released:
 
 
 def released_contract(tokenizer: Any, max_tokens: int) -> Contract:
-    """The text contract of every released NV-Embed."""
+    """Returns the text contract of every released NV-Embed."""
     return Contract(
         query_template=INSTRUCTION_TEMPLATE,
         eos_id=tokenizer.eos_token_id,
@@ -118,9 +118,10 @@ def released_contract(tokenizer: Any, max_tokens: int) -> Contract:
 
 
 def sizes(released: dict[str, Any], shapes: Shapes) -> tuple[Any, PoolingConfig]:
-    """The configs of the decoder and the pooling block, from a released config.json and the shapes of its tensors.
+    """Returns the configs of the decoder and the pooling block, from a released config.json and the shapes of its
+    tensors.
 
-    A size that config.json lacks comes from the shapes. InputError where the two contradict each other.
+    A size that config.json lacks comes from the shapes. Raises InputError if the two contradict each other.
     """
     return (
         _decoder_config(released.get("text_config") or {}, shapes),
@@ -129,7 +130,10 @@ def sizes(released: dict[str, Any], shapes: Shapes) -> tuple[Any, PoolingConfig]
 
 
 def check_released(released: dict[str, Any] | None) -> dict[str, Any]:
-    """Checks what our config keeps of a release, for its export. InputError for other files or types than ours."""
+    """Checks what our config keeps of a release, for its export.
+
+    Raises InputError for other files or types than ours.
+    """
     if released is None:
         raise InputError("the model does not come from a released NV-Embed folder: it keeps no files of one to write")
     files = released.get("files")
@@ -146,7 +150,7 @@ def check_released(released: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def released_name(ours: str) -> str:
-    """The released name of our parameter. StopIteration where a release has no such part."""
+    """Returns the released name of our parameter. Raises StopIteration if a release has no such part."""
     start = next(start for start in _PREFIXES if ours.startswith(start))
     return _PREFIXES[start] + ours.removeprefix(start)
 
@@ -163,7 +167,7 @@ def _check_settings(folder: Path, released: dict[str, Any]) -> None:
 
 
 def _headers(folder: Path) -> tuple[dict[str, Stored], torch.dtype]:
-    """All tensors but rotary positions, and the widest of their types. Reads no weights."""
+    """Returns all tensors but rotary positions, and the widest of their types. Reads no weights."""
     # old checkpoints store rotary positions, which are computed
     tensors = {name: found for name, found in weights_in(folder).items() if not name.endswith("rotary_emb.inv_freq")}
     stored: torch.dtype | None = None
@@ -184,7 +188,7 @@ def _size(shapes: Shapes, name: str, axis: int) -> int:
 
 
 def _decoder_config(text: dict[str, Any], shapes: Shapes) -> Any:
-    """A stock Mistral config from known fields of text_config and the shapes: no window, bidirectional."""
+    """Returns a stock Mistral config from known fields of text_config and the shapes: no window, bidirectional."""
     layer = "embedding_model.layers.0."
     queries, keys = (_size(shapes, f"{layer}self_attn.{name}_proj.weight", 0) for name in ("q", "k"))
     default = MistralConfig()
@@ -237,7 +241,7 @@ def _agree(where: str, given: dict[str, Any], found: dict[str, int]) -> None:
 
 
 def _fill(network: nn.Module, folder: Path, tensors: dict[str, Stored], dtype: torch.dtype) -> None:
-    """Sets every parameter from its released tensor. InputError where names or shapes do not match one to one."""
+    """Sets every parameter from its released tensor. Raises InputError if names or shapes do not match one to one."""
     names = {released_name(name): name for name, _ in network.named_parameters()}
     check_places(folder, {name: network.get_parameter(ours) for name, ours in names.items()}, tensors)
     for name, tensor in read_tensors(tensors):

@@ -28,8 +28,9 @@ def export_nvembed(model: Embedder, path: str | Path) -> None:
 
     `model` was opened from such a folder, and may have been tuned. The small JSON files are those of the release. Its
     two Python files are not written: copy them if remote code shall open the folder. Needs memory for one shard (5 GB)
-    beside the model. OutputExistsError if the folder is not empty. InputError for what the layout cannot express, and
-    for a weight that overflows the stored type, naming it. ProbeError for a model that is not sound.
+    beside the model. Raises OutputExistsError if the folder is not empty. Raises InputError for what the layout cannot
+    express, and for a weight that overflows the stored type, naming it. Raises ProbeError for a model that is not
+    sound.
     """
     check_new_folder(path)
     released = _check_expressible(model)
@@ -43,7 +44,10 @@ def export_nvembed(model: Embedder, path: str | Path) -> None:
 
 
 def _check_expressible(model: Embedder) -> dict[str, Any]:
-    """Returns the `released` part of the config. InputError where a reader of the layout would build another model."""
+    """Returns the `released` part of the config.
+
+    Raises InputError if a reader of the layout would build another model.
+    """
     network = model.network
     if isinstance(network.head, FoldedLatent):
         raise InputError(FOLDED)

@@ -38,7 +38,7 @@ def open_embedder(
 ) -> tuple[EmbedwrightModel, Any]:
     """Reads the network and the tokenizer of an embedder; `dtype` None keeps the stored type. See `Embedder.load`.
 
-    The network's `config.name_or_path` is the local folder that was read. InputError where the folder is not an
+    The network's `config.name_or_path` is the local folder that was read. Raises InputError if the folder is not an
     embedder, lacks weights, or holds files that do not belong together.
     """
     place, form = detect(str(path), revision)

@@ -49,8 +49,8 @@ def soup(
     of 16-bit weights, in float64 of others, and rounded once, to the type of the first model. The result is opened,
     probed and given its own `selftest.json`.
 
-    ValueError where models differ in architecture, tokenizer, contract or pooling, naming the key; where a backbone or
-    pooling block began from other numbers than the first's; and for weights that make no average. FileExistsError where
+    Raises ValueError if models differ in architecture, tokenizer, contract or pooling, naming the key; where a backbone
+    or pooling block began from other numbers than the first's; and for weights that make no average. FileExistsError if
     `out` is not empty.
     """
     names = [str(model) for model in models]
@@ -78,7 +78,7 @@ def soup(
 
 
 def _factors(models: int, how: How, weights: Sequence[float] | None) -> list[float]:
-    """What each model counts; the sum is 1."""
+    """Returns the weight of each model; they sum to 1."""
     if how not in ("average", "slerp"):
         raise InputError(f"how={how!r} is none of average, slerp")
     if models < 2:
@@ -94,7 +94,7 @@ def _factors(models: int, how: How, weights: Sequence[float] | None) -> list[flo
 
 
 def _plain(name: str, scratch: Path) -> Path:
-    """The folder of a whole model: that of this name, or `scratch` with its adapters merged."""
+    """Returns the folder of a whole model: that of this name, or `scratch` with its adapters merged."""
     folder = local(name)
     if folder is None:
         raise NotFoundError(f"model folder {name} does not exist")
@@ -111,7 +111,7 @@ def _plain(name: str, scratch: Path) -> Path:
 
 
 def _check_facts(both: str, first: Path, other: Path) -> None:
-    """InputError where decoder, contract, pooling or tokenizer differ, naming the key."""
+    """Raises InputError if decoder, contract, pooling or tokenizer differ, naming the key."""
     a, b = _facts(first), _facts(other)
     for key in sorted(a.keys() | b.keys()):
         if a.get(key) != b.get(key):
@@ -129,7 +129,7 @@ def _facts(folder: Path) -> Facts:
 
 
 def _check_weights(both: str, a: Weights, b: Weights) -> None:
-    """InputError where names or shapes differ, or the numbers do not come from the same start: their sum is noise."""
+    """Raises InputError if names or shapes differ, or the numbers do not come from the same start: their sum is noise."""
     if odd := sorted(a.keys() ^ b.keys()):
         raise InputError(f"{both}: only one of them has {odd[0]}")
     for name in sorted(a):
@@ -174,7 +174,7 @@ def _mixed(name: str, tensors: list[Tensor], factors: Sequence[float], how: How)
 
 
 def _arc(a: Tensor, b: Tensor, way: float) -> tuple[float, float]:
-    """The factors of a and b whose sum lies `way` of the angle from a to b."""
+    """Returns the factors of a and b whose sum lies `way` of the angle from a to b."""
     cosine = _cosine(_products(a, b))
     if abs(cosine) > _STRAIGHT:
         return 1 - way, way
@@ -183,7 +183,7 @@ def _arc(a: Tensor, b: Tensor, way: float) -> tuple[float, float]:
 
 
 def _products(a: Tensor, b: Tensor) -> Tensor:
-    """(3,) float64: a.b, a.a and b.b."""
+    """Returns (3,) float64: a.b, a.a and b.b."""
     total = torch.zeros(3, dtype=torch.float64)
     for x, y in zip(a.reshape(-1).split(_PIECE), b.reshape(-1).split(_PIECE), strict=True):
         x, y = x.double(), y.double()
@@ -192,7 +192,7 @@ def _products(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _cosine(products: Tensor) -> float:
-    """1.0 where one of the two tensors is zero: it has no direction to differ in."""
+    """Returns the cosine; 1.0 if one of the two tensors is zero, since it has no direction to differ in."""
     ab, aa, bb = products.tolist()
     lengths = math.sqrt(aa) * math.sqrt(bb)
     return max(-1.0, min(1.0, ab / lengths)) if lengths else 1.0

@@ -138,7 +138,9 @@ def _reading(contract: Contract, pooling: str, attention: str) -> list[Row]:
 
 
 def _table(rows: Sequence[Row]) -> str:
-    """A Markdown table. Its columns are the keys of all rows, in order; a key that a row lacks is an empty cell."""
+    """Returns a Markdown table. Its columns are the keys of all rows, in order; a key that a row lacks is an empty
+    cell.
+    """
     keys = list(dict.fromkeys(key for row in rows for key in row))
     lines = [keys, ["---"] * len(keys), *([_cell(row.get(key)) for key in keys] for row in rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
@@ -153,5 +155,5 @@ def _cell(value: str | float | None) -> str:
 
 
 def _quoted(text: str) -> str:
-    """The text as a Python string in double quotes."""
+    """Returns the text as a Python string in double quotes."""
     return json.dumps(text, ensure_ascii=False)

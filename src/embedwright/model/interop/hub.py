@@ -54,7 +54,7 @@ def sentence_transformer(network: EmbedwrightModel, tokenizer: Any) -> Any:
 
 @cache
 def _transformer() -> Any:
-    """A Transformer of sentence-transformers that takes a network as it is, and saves it with merged adapters."""
+    """Returns a Transformer of sentence-transformers that takes a network as it is, and saves it with merged adapters."""
     from sentence_transformers.base.modules.transformer import Transformer
 
     def load_model(self: Any, *args: Any, at_hand: EmbedwrightModel | None = None, **kwargs: Any) -> Any:
@@ -72,9 +72,9 @@ def _transformer() -> Any:
 
 @torch.no_grad()
 def merged_weights(network: EmbedwrightModel) -> dict[str, Tensor]:
-    """The tensors that the network would have after `Embedder.merge`; the network itself stays as it is.
+    """Returns the tensors that the network would have after `Embedder.merge`; the network itself stays as it is.
 
-    Sums are made in float32 and rounded once. InputError for adapters that are not at work, or not ours.
+    Sums are made in float32 and rounded once. Raises InputError for adapters that are not at work, or not ours.
     """
     tensors: dict[str, Tensor] = dict(network.state_dict())
     if not has_lora(network):

@@ -16,7 +16,7 @@ _BOTH = "queries and documents"
 
 
 def check_readers(folder: Path) -> tuple[bool, str] | None:
-    """Whether no known program is misled by the folder, and a line that names the programs that are right.
+    """Says whether no known program is misled by the folder, and a line that names the programs that are right.
 
     None for a folder that this package did not write.
     """
@@ -36,7 +36,7 @@ def check_readers(folder: Path) -> tuple[bool, str] | None:
 
 
 def _server(folder: Path) -> tuple[str, bool]:
-    """What text-embeddings-inference makes of a stock folder, and whether a key misleads it."""
+    """Returns what text-embeddings-inference makes of a stock folder, and whether a key misleads it."""
     config = read_object(folder / "config.json")
     name, kind = "text-embeddings-inference", config.get("model_type")
     flag = config.get("use_bidirectional_attention") is True

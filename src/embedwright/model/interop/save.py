@@ -56,7 +56,7 @@ def save_network(network: EmbedwrightModel, tokenizer: Any, path: Path) -> None:
 
 
 def opens_as_stock(network: EmbedwrightModel, tokenizer: TextTokenizer) -> bool:
-    """Whether sentence-transformers' own modules would give this model's vectors.
+    """Says whether sentence-transformers' own modules would give this model's vectors.
 
     They pool every token, or leave out a count of prompt tokens: then the prefix must end where a token ends, and there
     may be no BOS.

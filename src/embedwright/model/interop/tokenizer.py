@@ -39,7 +39,7 @@ class EmbedwrightTokenizer(PreTrainedTokenizerFast):
 
     @property
     def text_contract(self) -> Contract:
-        """The contract that was saved with this tokenizer. InputError if there is none."""
+        """The contract that was saved with this tokenizer. Raises InputError if there is none."""
         if "contract" not in self.init_kwargs:
             raise InputError("this tokenizer holds no text contract: make it with tokenizer_for")
         return Contract.model_validate(self.init_kwargs["contract"])
@@ -56,8 +56,9 @@ class EmbedwrightTokenizer(PreTrainedTokenizerFast):
         """Returns a BatchEncoding of the texts, with `prefix` (None: the document template) in front of each.
 
         Texts are cut to `max_length`, or else to `model_max_length`, all tokens counted; `truncation=False` cuts
-        nothing. A single text without tensors has no batch dimension. InputError for text pairs, for any option that
-        would change the ids, and for a prefix that leaves no token to pool; InputTypeError for an item that is no text.
+        nothing. A single text without tensors has no batch dimension. Raises InputError for text pairs, for any option
+        that would change the ids, and for a prefix that leaves no token to pool; InputTypeError for an item that is no
+        text.
         """
         if text_pair is not None:
             raise InputError("an embedding model reads one text at a time: text pairs are not supported")
@@ -82,7 +83,7 @@ class EmbedwrightTokenizer(PreTrainedTokenizerFast):
         """Reads conversations, as sentence-transformers makes them: the system message is the prefix of the text.
 
         A conversation is one user message, the text, after at most one system message. The rest is as in a call.
-        `tokenize=False` returns the strings. InputError for other conversations and options.
+        `tokenize=False` returns the strings. Raises InputError for other conversations and options.
         """
         batched = not conversation or not isinstance(conversation[0], Mapping)
         conversations: Any = conversation if batched else [conversation]
@@ -134,7 +135,7 @@ class EmbedwrightTokenizer(PreTrainedTokenizerFast):
         )
 
     def _limit(self, truncation: bool | str | None, max_length: int | None) -> int:
-        """The number of tokens to which texts are cut; checked when they are read."""
+        """Returns the number of tokens to which texts are cut; checked when they are read."""
         if truncation is False or truncation == "do_not_truncate":
             return NO_LIMIT
         if truncation not in (True, None, "longest_first", "only_first"):
@@ -223,7 +224,7 @@ OUR_TRANSFORMER = {
 
 
 def _refuse(options: Mapping[str, Any]) -> None:
-    """InputError where a caller asks for an option that this tokenizer lacks, or that would change the ids."""
+    """Raises InputError if a caller asks for an option that this tokenizer lacks, or that would change the ids."""
     asked = {name: value for name, value in options.items() if value is not None and value is not False}
     if options.get("add_special_tokens") is False:
         raise InputError("add_special_tokens=False: special tokens are part of the text contract")

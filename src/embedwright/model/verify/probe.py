@@ -73,7 +73,9 @@ def probe(network: EmbedwrightModel, mask_length: int = _MASK_LENGTH) -> Probe:
 
 
 def check(network: EmbedwrightModel) -> Probe:
-    """Runs the probe. ProbeError if the network is not what its config says, or has adapters that are not at work."""
+    """Runs the probe. Raises ProbeError if the network is not what its config says, or has adapters that are not at
+    work.
+    """
     if faults := lora_faults(network.backbone):
         raise ProbeError(faults[0])
     seen, causal = probe(network), network.backbone.config.is_causal
@@ -112,7 +114,7 @@ def lora_faults(backbone: nn.Module) -> list[str]:
 
 
 def _states(network: EmbedwrightModel, texts: list[Any], calls: list[Call] | None = None, further: int = 0) -> Tensor:
-    """Hidden states of the texts in one batch; those after the first are said to stand `further` positions on."""
+    """Returns hidden states of the texts in one batch; those after the first are said to stand `further` positions on."""
     packed = replace(_packed(texts), calls=calls)
     packed.position_T[len(texts[0]) :] += further
     return network.hidden(packed.to(next(network.parameters()).device))
@@ -123,7 +125,7 @@ def _packed(texts: list[Any]) -> PackedTexts:
 
 
 def _changes(a_LD: Tensor, b_LD: Tensor) -> Tensor:
-    """(L,): how far each token's state moved, relative to the mean length of the states."""
+    """Returns (L,): how far each token's state moved, relative to the mean length of the states."""
     moved_L, length_L = (torch.linalg.vector_norm(x_LD.float(), dim=-1) for x_LD in (a_LD - b_LD, b_LD))
     in_units_L: Tensor = moved_L / length_L.mean()
     return in_units_L
@@ -155,7 +157,7 @@ def _wrong_masks(network: EmbedwrightModel, calls: list[Call], length: int) -> I
 
 
 def expected_mask(config: Any, layer: int, length: int) -> Tensor:
-    """Bool (L, 2): whether each token of a text should see the first and the last token, by the config alone.
+    """Returns bool (L, 2): whether each token of a text should see the first and the last token, by the config alone.
 
     Windows are those of transformers' sdpa masks: |i-j| <= w in both directions, i-j < w when causal.
     """

@@ -61,7 +61,7 @@ def write(network: EmbedwrightModel, tokenizer: TextTokenizer, folder: Path) -> 
 
 
 def compare(network: EmbedwrightModel, tokenizer: TextTokenizer, folder: Path, reload: Reload) -> Result:
-    """Compares the model with what `write` recorded in `folder`; None where nothing was recorded.
+    """Compares the model with what `write` recorded in `folder`; None if nothing was recorded.
 
     A network in another type than the recorded one is reloaded in that: the reloaded one is held to the record, and
     each weight of the network to its weight, up to rounding.
@@ -96,7 +96,7 @@ def _other_weight(network: EmbedwrightModel, stored: EmbedwrightModel) -> str | 
 
 
 def check(network: EmbedwrightModel, tokenizer: TextTokenizer, folder: Path, reload: Reload) -> None:
-    """Raises ProbeError where ids or vectors differ from the recorded ones, if there are any."""
+    """Raises ProbeError if ids or vectors differ from the recorded ones, if there are any."""
     ok, detail = compare(network, tokenizer, folder, reload) or (True, "")
     if not ok:
         raise ProbeError(f"{folder} does not give the vectors that it was saved with: {detail}")

@@ -19,8 +19,8 @@ class Masks:
     """Who is whose negative.
 
     `positive_Q`: the column of each query's positive. `negative_QC`: the columns that are its negatives. `own_QC`: its
-    hard negatives, those that its own row brought. `queries_QQ`: the other queries that are its negatives too, None
-    where the loss does not ask for them.
+    hard negatives, those that its own row brought. `queries_QQ`: the other queries that are its negatives too, None if
+    the loss does not ask for them.
     """
 
     positive_Q: Ints
@@ -35,7 +35,7 @@ class Masks:
 
 @dataclass(frozen=True)
 class Targets:
-    """Scores that a loss learns from. Each is None where the stage's loss does not use it.
+    """Scores that a loss learns from. Each is None if the stage's loss does not use it.
 
     `teacher_QC`: a teacher's scores of the positive and of the own negatives, NaN elsewhere. `score_Q`: each pair's
     score for CoSENT, which orders the pairs of one `group_Q` (-1: CoSENT leaves the row out).
@@ -60,7 +60,7 @@ class Batch:
         return hashlib.sha256("\n".join(self.ids).encode()).hexdigest()[:16]
 
     def separable(self) -> bool:
-        """Whether no query's loss needs another's texts, so that the batch may be split without changing the loss."""
+        """Says whether no query's loss needs another's texts, so that the batch may be split without changing the loss."""
         masks, group_Q = self.masks, self.targets.group_Q
         if masks.queries_QQ is not None and masks.queries_QQ.any():
             return False

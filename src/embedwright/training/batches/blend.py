@@ -49,7 +49,8 @@ class Rows:
 
 
 def share(weight: float, rows: int, alpha: float, of: int | None = None) -> float:
-    """How often a data set of `rows` rows is drawn, relative to the others of its stage: weight * rows ** alpha.
+    """Returns how often a data set of `rows` rows is drawn, relative to the others of its stage: weight * rows **
+    alpha.
 
     `alpha` 1 draws in proportion to size, 0 each alike; 1 / alpha is the sampling temperature. Source: mT5 (arXiv
     2010.11934), section 3.1, with 0.3 for languages. Of a data set of `of` rows, `rows` of them get their part.
@@ -74,7 +75,7 @@ def rows_at(
     seed: int,
     stage: str,
 ) -> list[Row]:
-    """The `batch_queries` rows of this step; `homogeneous` takes all of a step from one task."""
+    """Returns the `batch_queries` rows of this step; `homogeneous` takes all of a step from one task."""
     if batching == "blended":
         first, size = step * batch_queries, batch_queries
         per_slot = 1
@@ -90,7 +91,8 @@ def rows_at(
 
 
 def _counts(sources: Sequence[Source], slots: int) -> list[int]:
-    """How many of the first `slots` slots each source has had: sums to `slots`, and one slot more is one source's.
+    """Returns how many of the first `slots` slots each source has had: sums to `slots`, and one slot more is one
+    source's.
 
     The largest source gets its rounded share of the slots, the next one its share of those left, and so on: rounding
     cumulative shares instead would let counts shrink. Off by less than one with up to three sources, else by less than
@@ -112,7 +114,7 @@ def _row(source: Source, i: int, seed: int, stage: str) -> int:
 
 
 def permuted(position: int, n: int, key: str) -> int:
-    """Where a keyed pseudo-random permutation of range(n) sends `position`: O(1) time and memory.
+    """Returns where a keyed pseudo-random permutation of range(n) sends `position`: O(1) time and memory.
 
     Four rounds of a balanced Feistel network over the next power of four, walked until it falls inside n.
     """

@@ -43,9 +43,10 @@ def make_batch(
 ) -> Batch:
     """Draws one positive and up to `hard_negatives` negatives a row; equal candidate texts become one column.
 
-    A candidate is never a negative of a query that it answers by any row of the batch, by its text or its document, nor
-    of a query with its own text. A row whose task says `none` neither uses nor gives in-batch candidates. `loss` (the
-    stage's) says which targets are made; a row that CoSENT takes brings its positive alone.
+    A candidate is not a negative of a query if any row of the batch lists its text or its document as an answer to that
+    query, or if its text is the query's. A row whose task has in-batch negatives `none` neither uses nor gives
+    candidates. `loss` is the stage's and decides which targets are made (None: none). Rows with a score bring their
+    positive alone where the loss is CoSENT.
     """
     loss = loss or LossPart()
     drawn, candidates = _draw(rows, contract, hard_negatives, rng, loss)
@@ -154,7 +155,7 @@ def _from_others(sharing_QQ: Bools, positive_Q: Ints, own_QC: Bools) -> Bools:
 
 
 def _any_product(a: Bools, b: Bools) -> Bools:
-    """The matrix product of truth values; in float32 numpy has BLAS for it."""
+    """Returns the matrix product of truth values; in float32 numpy has BLAS for it."""
     found: Bools = a.astype(np.float32) @ b.astype(np.float32) > 0
     return found
 
@@ -162,8 +163,9 @@ def _any_product(a: Bools, b: Bools) -> Bools:
 def _other_queries(drawn: Sequence[Drawn], answers: Sequence[set[int]], sharing_QQ: Bools) -> Bools:
     """Returns which queries are negatives of each query (Q, Q). Equal queries count once, in the column of the first.
 
-    A query is never a negative of its own text, of one that answers it or that it answers, or of one that shares an
-    answer with it, by document or text.
+    `answers` has the marks of each row's answers, `sharing_QQ` the rows that may use each other. Two queries are no
+    negatives of each other if they have the same text, if one is an answer to the other, or if they have an answer in
+    common, by text or by document.
     """
     first: dict[Text, int] = {}
     column_Q = [first.setdefault(one.query, i) for i, one in enumerate(drawn)]

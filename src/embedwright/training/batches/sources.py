@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def open_sources(recipe: Recipe) -> list[list[Source]]:
-    """The sources of each stage. FileNotFoundError or ConfigError names the recipe key that is wrong.
+    """Returns the sources of each stage. Raises FileNotFoundError or ConfigError, which name the wrong recipe key.
 
     A task that rows name is described by the recipe, by the file of tasks that lies beside its rows, or by
     the catalogue, the first that has it.
@@ -33,7 +33,7 @@ def open_sources(recipe: Recipe) -> list[list[Source]]:
 
 
 def drawable_rows(recipe: Recipe, stage: StagePart, number: int) -> int:
-    """The rows of entry `number` of the stage's data that training would draw. Errors as in `open_sources`."""
+    """Counts the rows of entry `number` of the stage's data that training can draw. Raises as `open_sources` does."""
     return sum(len(source.rows) for source in _checked_sources(recipe, stage, number, _described(recipe)))
 
 
@@ -43,13 +43,13 @@ def _described(recipe: Recipe) -> dict[str, Task]:
 
 
 def source_fingerprints(recipe: Recipe, stages: list[list[Source]]) -> dict[str, str]:
-    """That of every source by its stage and name, to say which one is another."""
+    """Returns each source's fingerprint by its stage and name, to say which one differs."""
     pairs = zip(recipe.stages, stages, strict=True)
     return {f"{stage.name}/{source.name}": data_fingerprint([[source]]) for stage, own in pairs for source in own}
 
 
 def data_fingerprint(stages: list[list[Source]]) -> str:
-    """Of every row that can be drawn, and its task: a resumed run refuses to go on with other data."""
+    """Returns the fingerprint of all rows that can be drawn and their tasks. A resumed run refuses other data."""
     parts = []
     for source in (source for sources in stages for source in sources):
         asked = [task.model_dump_json() for task in (source.task, *source.tasks.values())]
@@ -58,7 +58,7 @@ def data_fingerprint(stages: list[list[Source]]) -> str:
 
 
 def entry_of(stage: StagePart, source: Source) -> DataPart:
-    """The entry of the stage's data that a source is of: its number stands in front of the source's name."""
+    """Returns the entry of the stage's data that a source comes from: its number begins the source's name."""
     return stage.data[int(_number_of(source))]
 
 
@@ -67,7 +67,7 @@ def _number_of(source: Source) -> str:
 
 
 def open_table(recipe: Recipe, stage: StagePart, entry: DataPart) -> ExampleTable:
-    """The rows of one entry. FileNotFoundError, ConfigError or DataError where it cannot be read."""
+    """Opens the rows of one entry. Raises FileNotFoundError, ConfigError or DataError if it cannot be read."""
     return open_examples(
         expand(entry.path),
         task=entry.task.name if isinstance(entry.task, Task) else entry.task,
@@ -85,7 +85,7 @@ def _stage_sources(recipe: Recipe, stage: StagePart, known: dict[str, Task]) -> 
 
 
 def with_shares(stage: StagePart, sources: Sequence[Source]) -> list[Source]:
-    """The sources of a stage, each with its share of the draws, by the rows that it can draw.
+    """Returns the sources of a stage, each with its share of the draws, by the rows that it can draw.
 
     An entry of `data` has one share by all its rows, which its tasks part by their rows.
     """
@@ -144,8 +144,9 @@ def _kinds(tasks: Iterable[Task]) -> dict[str, list[Task]]:
 
 
 def _check(recipe: Recipe, stage: StagePart, source: Source, where: str) -> Source:
-    """The source, with the rows that can train something once its negatives are there. ConfigError where there is none,
-    or strict asks for more."""
+    """Returns the source, with the rows that can train something once its negatives are there. Raises ConfigError if
+    there is none, or strict asks for more.
+    """
     for task in (source.task, *source.tasks.values()):
         if recipe.strict and not (task.instruction and task.licence):
             missing = "instruction" if not task.instruction else "licence"
@@ -154,7 +155,8 @@ def _check(recipe: Recipe, stage: StagePart, source: Source, where: str) -> Sour
 
 
 def is_mined(source: Source) -> bool:
-    """Whether hard negatives can be mined for these rows: any other document is one that does not answer the query.
+    """Says whether hard negatives can be mined for these rows: any other document is one that does not answer the
+    query.
 
     That is not so of rows that share a label, or of pairs that are alike. Synthetic rows keep the negatives that were
     written for them.
@@ -164,7 +166,7 @@ def is_mined(source: Source) -> bool:
 
 
 def trainable(stage: StagePart, source: Source, where: str) -> Source:
-    """The source with the rows that have what the stage compares. ConfigError where there is none."""
+    """Returns the source with the rows that have what the stage compares. Raises ConfigError if there is none."""
     task = source.task
     if (task.in_batch_negatives or stage.in_batch_negatives) != "none":
         return source

@@ -14,7 +14,7 @@ from embedwright.training.stages import OptimPart
 
 
 def make_optimizer(network: nn.Module, tune: TunePart, optim: OptimPart) -> torch.optim.Optimizer:
-    """AdamW over what trains: backbone and pooling block apart, no decay on latents, norms and biases."""
+    """Makes AdamW over the trained weights: groups for backbone and head, no decay on latents, norms and biases."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
@@ -34,14 +34,17 @@ def make_optimizer(network: nn.Module, tune: TunePart, optim: OptimPart) -> torc
 
 
 def learning_rate(optim: OptimPart, step: int) -> float:
-    """Of the step numbered from 0: linear warm-up, then linear decay that would reach zero one step after the last."""
+    """Returns the rate of a step (from 0): linear warm-up, then linear decay to zero one step after the last."""
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / optim.warmup_steps
     return optim.lr * (optim.steps - step) / (optim.steps - optim.warmup_steps)
 
 
 def update(network: nn.Module, optimizer: torch.optim.Optimizer, lr: float, clip: float) -> float:
-    """Clip, step, zero. Returns the gradient's norm before clipping; FloatingPointError, and no step, if not finite."""
+    """Clips the gradient, takes a step and zeroes it. Returns its norm before clipping.
+
+    Raises FloatingPointError, and takes no step, if the norm is not finite.
+    """
     trained: Sequence[nn.Parameter] = [p for p in network.parameters() if p.requires_grad]
     # whole before it is compared: of gradients that are cut, each process has a part of the norm
     whole = full(torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))

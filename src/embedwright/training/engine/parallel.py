@@ -25,8 +25,12 @@ Kind = Literal["ddp", "fsdp"]
 
 @dataclass(frozen=True)
 class Replica:
-    """A network as one process trains it: `embed(packed)` (N, E) with gradient, and `syncing(last)` around forward and
-    backward of a micro-batch, since gradients meet on the last one of a step alone, as their mean over processes."""
+    """A network as one process trains it.
+
+    `embed(packed)` gives (N, E) with gradient. `syncing(last)` surrounds forward and backward of a micro-batch: only
+    the
+    last one of a step averages the gradients over the processes.
+    """
 
     processes: Processes
     embed: Callable[[PackedTexts], Tensor]
@@ -59,7 +63,7 @@ def replicate(processes: Processes, network: Any, kind: Kind = "ddp") -> Replica
 
 
 class _Embed(nn.Module):
-    """The network behind a forward, which is what DistributedDataParallel listens to."""
+    """The network with a `forward`, which DistributedDataParallel needs."""
 
     def __init__(self, network: Any) -> None:
         super().__init__()
@@ -71,11 +75,11 @@ class _Embed(nn.Module):
 
 
 def shard(network: Any) -> list[Any]:
-    """Cut a network into parts of this process, in place; returns what FSDP made of backbone and head.
+    """Shards a network with FSDP2, in place. Returns the FSDP roots: backbone and head.
 
-    Both are roots of their own: whatever calls them (training, `encode`, the probe) gathers their weights. They are cut
-    again behind each forward, which FSDP leaves out for roots: an optimizer that is made behind an evaluation would
-    get the gathered copies, and train nothing.
+    Both are roots of their own, so whatever calls them (training, `encode`, the probe) gathers their weights. They are
+    sharded again after each forward, which FSDP does not do for roots: an optimizer that is made after an evaluation
+    would get the gathered copies, and train nothing.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -89,23 +93,26 @@ def shard(network: Any) -> list[Any]:
 
 
 def trained(network: Any) -> dict[str, Tensor]:
-    """What training moves, by name; of a cut network this process's part."""
+    """Returns the trained parameters by name; of a sharded network this process's part."""
     return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
 
 
 def whole(network: Any) -> dict[str, Tensor]:
-    """The same as it would be in a network that was never cut, in every process: all of them must ask."""
+    """Returns the trained parameters, whole, in every process. All processes must call it."""
     return {name: full(parameter.detach()) for name, parameter in trained(network).items()}
 
 
 def full(tensor: Tensor) -> Tensor:
-    """A tensor that FSDP has cut, whole, in every process: all of them must ask. Any other as it is."""
+    """Returns a tensor that FSDP has sharded, whole, in every process; any other as it is.
+
+    All processes must call it.
+    """
     whole = getattr(tensor, "full_tensor", None)
     return tensor if whole is None else whole()
 
 
 def like(tensor: Tensor, cut: Tensor) -> Tensor:
-    """This process's part of a whole tensor, cut as `cut` is."""
+    """Returns this process's part of a whole tensor, sharded as `cut` is."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if not isinstance(cut, DTensor) or tensor.shape != cut.shape:

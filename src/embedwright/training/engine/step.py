@@ -42,7 +42,7 @@ def accumulate(
 
 
 def _by_queries(replica: Replica, local: LocalBatch, groups: list[list[int]], stage: StagePart, seed: int) -> float:
-    """Plain accumulation, a group of queries with their own candidates at a time."""
+    """Accumulates the gradient over groups of queries, each with its own candidates. Returns the loss."""
     processes, device = replica.processes, replica.device
     own = {text: i for i, text in enumerate(local.texts[processes.rank])}
     loss, count = 0.0, processes.most(len(groups))
@@ -66,7 +66,7 @@ def _by_queries(replica: Replica, local: LocalBatch, groups: list[list[int]], st
 
 
 def _cached(replica: Replica, local: LocalBatch, stage: StagePart, batch_tokens: int, seed: int) -> float:
-    """GradCache over this process's texts, under the loss of all."""
+    """Runs GradCache over this process's texts, with the loss of the whole batch. Returns the loss."""
     processes, device = replica.processes, replica.device
     own = local.texts[processes.rank]
     groups = list(batches([len(local.tokens[text].ids) for text in own], batch_tokens))
@@ -89,7 +89,7 @@ def _cached(replica: Replica, local: LocalBatch, stage: StagePart, batch_tokens:
 
 
 def _size(local: LocalBatch, row: int) -> int:
-    """Tokens of a query and of its own candidates."""
+    """Counts the tokens of a query and of its candidates."""
     batch = local.batch
     texts = [batch.queries[row], *(batch.candidates[c] for c in batch.masks.columns(row))]
     return sum(len(local.tokens[text].ids) for text in texts)

@@ -25,7 +25,8 @@ def info_nce(
     hard_QC: Tensor | None = None,
     focal: float = 0.0,
 ) -> Tensor:
-    """Mean over queries of -log softmax(cos/temperature) at the positive, among it and the allowed candidates.
+    """Computes the mean over queries of -log softmax(cos/temperature) at the positive, among it and the allowed
+    candidates.
 
     `positive_Q` int64 column of each query, `allowed_QC` bool. A query without any allowed candidate gives 0. Source:
     E5-Mistral (arXiv 2401.00368), equation 2; NV-Embed states no formula. Added on request:
@@ -68,7 +69,8 @@ def info_nce(
 
 
 def cosent(q_SE: Tensor, d_SE: Tensor, score_S: Tensor, temperature: float) -> Tensor:
-    """log(1 + sum over i, j with score_i > score_j of exp((cos_j - cos_i)/temperature)), cos_i = cos(q_i, d_i).
+    """Computes log(1 + sum over i, j with score_i > score_j of exp((cos_j - cos_i)/temperature)), cos_i = cos(q_i,
+    d_i).
 
     It asks for the order of the cosines alone, so `score_S` may be on any scale; pairs of equal score ask nothing.
     Source: CoSENT, Su 2022 (kexue.fm/archives/8847), and IEEE/ACM TASLP 2024, doi 10.1109/TASLP.2024.3402087.
@@ -82,7 +84,7 @@ def cosent(q_SE: Tensor, d_SE: Tensor, score_S: Tensor, temperature: float) -> T
 def score_distillation(
     q_QE: Tensor, c_CE: Tensor, teacher_QC: Tensor, temperature: float, teacher_temperature: float
 ) -> Tensor:
-    """Mean over queries of KL(softmax(teacher/teacher_temperature) || softmax(cos/temperature)).
+    """Computes the mean over queries of KL(softmax(teacher/teacher_temperature) || softmax(cos/temperature)).
 
     Both softmaxes are over the candidates that `teacher_QC` float has a score for, NaN elsewhere; a query with fewer
     than two gives 0. There is no factor temperature ** 2. Source: Lin et al. (arXiv 2010.11386); as contrastive
@@ -99,7 +101,7 @@ def score_distillation(
 
 
 def vector_distance(own_NE: Tensor, teacher_NE: Tensor) -> Tensor:
-    """1 - cosine of each text's vector and the teacher's, which may be of any length: float (N,).
+    """Computes 1 - cosine of each text's vector and the teacher's, which may be of any length: float (N,).
 
     Source: EmbedDistill (arXiv 2301.12005), equations 7 and 8, whose squared distance of unit vectors is twice this;
     EmbeddingGemma (arXiv 2509.20354) for query, positive and hard negative.
@@ -109,12 +111,14 @@ def vector_distance(own_NE: Tensor, teacher_NE: Tensor) -> Tensor:
 
 
 def vector_distillation(distance_Q: Tensor, distance_C: Tensor, own_QC: Tensor) -> Tensor:
-    """Mean over queries of the mean distance of a query's own texts: itself, and its candidates in `own_QC` bool."""
+    """Computes the mean over queries of the mean distance of a query's own texts: itself, and its candidates in
+    `own_QC` bool.
+    """
     own_QC = own_QC.to(distance_Q.dtype)
     with torch.autocast(distance_Q.device.type, enabled=False):
         return ((distance_Q + own_QC @ distance_C) / (1 + own_QC.sum(1))).mean()
 
 
 def cut(vectors_NE: Tensor, width: int) -> Tensor:
-    """The first `width` numbers of each vector, at unit length again (Matryoshka, arXiv 2205.13147)."""
+    """Returns the first `width` numbers of each vector, at unit length again (Matryoshka, arXiv 2205.13147)."""
     return F.normalize(vectors_NE[:, :width], dim=-1)

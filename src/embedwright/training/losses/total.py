@@ -63,7 +63,7 @@ def batch_loss(
 
 
 def check_widths(stage: StagePart, width: int, teacher_width: int | None = None) -> None:
-    """ConfigError where the stage's `dims` are not below the model's `width`, or the teacher's width is another."""
+    """Raises ConfigError if the stage's `dims` are not below the model's `width`, or the teacher's width is another."""
     for dim in stage.loss.dims:
         if dim >= width:
             raise ConfigError(

@@ -25,7 +25,7 @@ def suite_of(name: str) -> str | Path:
 
 
 def open_checked(recipe: Recipe) -> list[list[Source]]:
-    """Opens the sources of each stage. InputError where something that the run needs is missing or wrong."""
+    """Opens the sources of each stage. Raises InputError if something that the run needs is missing or wrong."""
     if recipe.tune.method == "qlora" and (lacks := fourbit.missing()):
         raise ConfigError(f"recipe {recipe.name}: tune.method is qlora, and {lacks}")
     sources = open_sources(recipe)

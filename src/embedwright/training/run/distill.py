@@ -38,7 +38,9 @@ class Teacher:
 
 
 def teacher_of(stage: StagePart, sources: Sequence[Source], contract: Contract, width: int) -> Teacher | None:
-    """Opens the teacher of a stage that distils vectors, else returns None. ConfigError if its width is not `width`."""
+    """Opens the teacher of a stage that distils vectors, else returns None. Raises ConfigError if its width is not
+    `width`.
+    """
     distill = stage.loss.distill
     if distill is None or distill.teacher is None:
         return None

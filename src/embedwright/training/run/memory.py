@@ -18,7 +18,9 @@ def forget_peak(device: torch.device) -> None:
 
 
 def peak(device: torch.device) -> int | None:
-    """The most bytes held since `forget_peak`, by torch on a GPU, else by the process. None where it is not counted."""
+    """Returns the most bytes held since `forget_peak`, by torch on a GPU, else by the process. None if it is not
+    counted.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

@@ -33,7 +33,7 @@ Record = dict[str, Any]
 
 
 def read_evaluations(out: Path) -> list[Record]:
-    """Reads the records of a run folder's `evaluations.jsonl`; there are none where there is no file."""
+    """Reads the records of a run folder's `evaluations.jsonl`; there are none if there is no file."""
     return read_records(out / "evaluations.jsonl")
 
 
@@ -100,12 +100,12 @@ class Scores:
         return self.out / "best" / f"{stage}.safetensors"
 
     def _scores(self, stage: str, step: int) -> list[float]:
-        """The mean main score of each evaluation of the stage up to this step, in order."""
+        """Returns the mean main score of each evaluation of the stage up to this step, in order."""
         return [score for at, score in mean_scores(self.records, stage).items() if at <= step]
 
 
 def mean_scores(records: Iterable[Mapping[str, Any]], stage: str) -> dict[int, float]:
-    """The mean main score of all tasks, by evaluated step of a stage. It decides which weights are the best."""
+    """Returns the mean main score of all tasks, by evaluated step of a stage. It decides which weights are the best."""
     by_step: dict[int, list[float]] = {}
     for record in records:
         if record["stage"] == stage:

@@ -21,9 +21,10 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """Notes the first signal; a second one does what it does outside of this block.
+    """Context manager: the first SIGTERM or SIGINT only sets the yielded request.
 
-    Only the main thread can take signals: in another thread nothing is ever noted.
+    A second one goes to the handlers from before the block, which are restored at its end. Only the main thread can
+    take signals: in another thread the request is never set.
     """
     stop_requested = StopRequest()
     if threading.current_thread() is not threading.main_thread():

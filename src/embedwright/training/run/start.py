@@ -116,7 +116,7 @@ def shape_of(spec: ModelPart) -> tuple[Any, PoolingConfig]:
 
 
 def reading_of(spec: ModelPart) -> tuple[Any, Contract]:
-    """Reads the tokenizer and the text contract of the model. OSError where the tokenizer cannot be had."""
+    """Reads the tokenizer and the text contract of the model. Raises OSError if the tokenizer cannot be had."""
     if spec.from_:
         check_embedder(spec.name)
         found = outline(spec.name)
@@ -126,7 +126,7 @@ def reading_of(spec: ModelPart) -> tuple[Any, Contract]:
 
 
 def longest_of(spec: ModelPart) -> int:
-    """The most tokens that the model reads of a text."""
+    """Returns the most tokens that the model reads of a text."""
     return reading_of(spec)[1].max_tokens if spec.from_ else spec.max_tokens
 
 
@@ -141,7 +141,10 @@ def _decoder(spec: ModelPart) -> str:
 
 
 def finish(model: Embedder) -> Embedder:
-    """Merges the adapters in float32 and probes. RuntimeError if one never moved, or if merging changes vectors."""
+    """Merges the adapters in float32 and probes.
+
+    Raises RuntimeError if one never moved, or if merging changes vectors.
+    """
     network = model.network
     network.float().eval()
     network.mixed = False
@@ -155,7 +158,9 @@ def finish(model: Embedder) -> Embedder:
 
 
 def load_trained(model: Embedder, weights: dict[str, Tensor]) -> None:
-    """Copies whole weights into the trained tensors, also where these are sharded. ValueError if the names differ."""
+    """Copies whole weights into the trained tensors, also where these are sharded. Raises ValueError if the names
+    differ.
+    """
     own = trained(model.network)
     if own.keys() != weights.keys():
         raise InputError(f"checkpoint and model differ in {sorted(own.keys() ^ weights.keys())[:3]}")

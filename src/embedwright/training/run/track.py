@@ -27,8 +27,8 @@ class Tracker:
     """The log of a run, and the trackers that show it. Only rank 0 has one.
 
     `at`: the stage and the step that the run stands at; what the log has after that, a torn line included, is cut off.
-    `trackers`: any of `tensorboard`, `wandb`, `trackio`, the last two with the run's `settings`. ConfigError where one
-    of them is not installed.
+    `trackers`: any of `tensorboard`, `wandb`, `trackio`, the last two with the run's `settings`. Raises ConfigError if
+    one of them is not installed.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ def _start(name: str, out: Path, total: int, settings: Mapping[str, Any]) -> dic
 
 
 def _run_id(out: Path) -> str:
-    """The name of this run to trackers. A run that goes on keeps it."""
+    """Returns the name of this run to trackers. A run that goes on keeps it."""
     file = out / "tracker.json"
     if not file.exists():
         write_text(file, json.dumps({"id": uuid.uuid4().hex[:8]}) + "\n")
@@ -145,7 +145,7 @@ def _run_id(out: Path) -> str:
 
 
 def read_records(file: Path) -> list[dict[str, Any]]:
-    """Reads the objects of a JSONL file, without a torn last line; there are none where there is no file."""
+    """Reads the objects of a JSONL file, without a torn last line; there are none if there is no file."""
     return [json.loads(line) for line in whole_lines(file)]
 
 
