@@ -126,7 +126,7 @@ def _product(query_QE: Tensor, document_NE: Tensor) -> Tensor:
 
 
 def _first_floor(query_QE: Tensor, document_NE: Tensor, k: int) -> NDArray[np.float32]:
-    """Returns a score that each query's k-th best reaches at least: the worst of k likely documents of the first block."""
+    """Returns a lower bound of each query's k-th best score: the worst of k likely documents of the first block."""
     floor_Q = np.full(len(query_QE), -np.inf, np.float32)
     if k > len(document_NE):
         return floor_Q

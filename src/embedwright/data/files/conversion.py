@@ -51,7 +51,7 @@ class Conversion:
         corpus: Mapping[str, str],
         prefix: str = "",
     ) -> Iterator[Example]:
-        """Yields one example for each query of `relevant`, with its documents that have a text in `corpus` as positives.
+        """Yields one example for each query of `relevant`, whose positives are its documents in `corpus`.
 
         The example's id is `prefix` and the query's id. Documents without a text are counted, and queries without a
         text or without such a document are left out.

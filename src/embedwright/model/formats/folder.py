@@ -187,7 +187,7 @@ def check_floats(stored: dict[str, Stored], names: Iterable[str] | None = None) 
 
 
 def check_layers(stored: dict[str, Stored], config: dict[str, Any], where: Path) -> None:
-    """Raises InputError if a config asks for more layers than the tensors have, before a model of that size is built."""
+    """Raises InputError, before a model is built, if its config asks for more layers than the tensors have."""
     asked = config.get("num_hidden_layers")
     held = {int(found[1]) for name in stored if (found := _LAYER.search(name))}
     if isinstance(asked, int) and held and asked > max(held) + 1:

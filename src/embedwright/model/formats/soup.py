@@ -129,7 +129,7 @@ def _facts(folder: Path) -> Facts:
 
 
 def _check_weights(both: str, a: Weights, b: Weights) -> None:
-    """Raises InputError if names or shapes differ, or the numbers do not come from the same start: their sum is noise."""
+    """Raises InputError if names or shapes differ, or if the models have no common start: their sum would be noise."""
     if odd := sorted(a.keys() ^ b.keys()):
         raise InputError(f"{both}: only one of them has {odd[0]}")
     for name in sorted(a):

@@ -54,7 +54,7 @@ def sentence_transformer(network: EmbedwrightModel, tokenizer: Any) -> Any:
 
 @cache
 def _transformer() -> Any:
-    """Returns a Transformer of sentence-transformers that takes a network as it is, and saves it with merged adapters."""
+    """Returns a sentence-transformers Transformer around a network, which saves it with merged adapters."""
     from sentence_transformers.base.modules.transformer import Transformer
 
     def load_model(self: Any, *args: Any, at_hand: EmbedwrightModel | None = None, **kwargs: Any) -> Any:

@@ -114,7 +114,7 @@ def lora_faults(backbone: nn.Module) -> list[str]:
 
 
 def _states(network: EmbedwrightModel, texts: list[Any], calls: list[Call] | None = None, further: int = 0) -> Tensor:
-    """Returns hidden states of the texts in one batch; those after the first are said to stand `further` positions on."""
+    """Returns the hidden states of texts in one batch. Positions after the first text are shifted by `further`."""
     packed = replace(_packed(texts), calls=calls)
     packed.position_T[len(texts[0]) :] += further
     return network.hidden(packed.to(next(network.parameters()).device))

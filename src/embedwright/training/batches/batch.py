@@ -60,7 +60,7 @@ class Batch:
         return hashlib.sha256("\n".join(self.ids).encode()).hexdigest()[:16]
 
     def separable(self) -> bool:
-        """Says whether no query's loss needs another's texts, so that the batch may be split without changing the loss."""
+        """Says whether the batch may be split without changing the loss: no query needs another's texts."""
         masks, group_Q = self.masks, self.targets.group_Q
         if masks.queries_QQ is not None and masks.queries_QQ.any():
             return False

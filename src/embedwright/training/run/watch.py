@@ -124,7 +124,7 @@ def warn_if_inert(records: Sequence[dict[str, Any]]) -> None:
 
 
 def chance(batch: Batch) -> float:
-    """Returns the contrastive loss of a model that cannot tell candidates apart: the mean of log(number of candidates)."""
+    """Returns the loss of a model that cannot tell candidates apart: the mean of log(number of candidates)."""
     stands_Q = batch.masks.negative_QC.sum(axis=1) + 1
     return float(np.log(stands_Q).mean())
 
