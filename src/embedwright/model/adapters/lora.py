@@ -68,7 +68,7 @@ def _not_linear(backbone: nn.Module) -> list[str]:
 
 
 def inject_lora(root: Any, config: Any, *, mixed: bool = False) -> None:
-    """Puts the layers of a peft LoraConfig into `root`, in place. Adapters are trainable float32, the rest is frozen."""
+    """Puts the layers of a LoraConfig into `root`, in place. Adapters are trainable float32, the rest is frozen."""
     from peft import inject_adapter_in_model
 
     from embedwright.cpu.lean_lora import make_lean
