@@ -128,7 +128,7 @@ def test_the_draws_follow_the_sampling(tmp_path: Path, alpha: float) -> None:
     assert drawn["few"] == pytest.approx(expected, abs=1) and sum(drawn.values()) == 400
     [planned] = plan(asked)
     [told] = data(asked, [sources])["stages"]
-    for shares in ([part.share for part in planned.shares], [part["share"] for part in told["sources"]]):
+    for shares in ([part.share for part in planned.entries], [part["share"] for part in told["sources"]]):
         assert shares == pytest.approx([1 - expected / 400, expected / 400], abs=1e-6)
 
 
@@ -145,9 +145,9 @@ def test_rows_that_are_left_out_count_for_no_share(tmp_path: Path, alpha: float)
     sizes = np.array([2 * 100.0**alpha * 0.75, 2 * 100.0**alpha * 0.25, 16.0**alpha])
     np.testing.assert_allclose(shares / shares.sum(), sizes / sizes.sum(), rtol=1e-12)
     [planned] = plan(asked)
-    assert [part.rows for part in planned.shares] == [100, 16]
+    assert [part.rows for part in planned.entries] == [100, 16]
     np.testing.assert_allclose(
-        [p.share for p in planned.shares], [(shares[0] + shares[1]) / shares.sum(), shares[2] / shares.sum()]
+        [p.share for p in planned.entries], [(shares[0] + shares[1]) / shares.sum(), shares[2] / shares.sum()]
     )
 
 
