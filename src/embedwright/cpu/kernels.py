@@ -11,9 +11,9 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import struct
 from collections.abc import Iterator
 from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,54 +28,6 @@ _TYPES = (torch.float32, torch.bfloat16)
 _LANES = 16  # numbers in the widest vector: what sizes must be multiples of
 _ALL = 2**30  # keys: a window that ends nowhere
 _ALIGNED = 64  # bytes
-
-_Pointer, _Long, _Float = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
-
-
-def _fields(names: str, kind: Any) -> list[tuple[str, Any]]:
-    return [(name, kind) for name in names.split()]
-
-
-class _Attention(ctypes.Structure):
-    _fields_ = (
-        *_fields("q k v out ends", _Pointer),
-        *_fields("q_head q_token k_head k_token v_head v_token", _Long),
-        *_fields("texts kv_heads shared dim behind ahead bf16", _Long),
-        ("scale", _Float),
-        ("scratch", _Pointer),
-        *_fields("next worker", _Long),
-    )
-
-
-class _Norm(ctypes.Structure):
-    _fields_ = (
-        *_fields("x weight out", _Pointer),
-        *_fields("rows dim bf16 plus_one", _Long),
-        ("eps", _Float),
-        ("next", _Long),
-    )
-
-
-class _Rotary(ctypes.Structure):
-    _fields_ = (
-        *_fields("q k cosine sine", _Pointer),
-        *_fields("q_head q_token k_head k_token tokens heads kv_heads dim bf16 next", _Long),
-    )
-
-
-class _Quantise(ctypes.Structure):
-    _fields_ = (*_fields("vectors mean out scale moved lost", _Pointer), *_fields("rows width next", _Long))
-
-
-class _Dots(ctypes.Structure):
-    _fields_ = (*_fields("queries documents query document out", _Pointer), *_fields("pairs width next", _Long))
-
-
-class _Reach(ctypes.Structure):
-    _fields_ = (
-        *_fields("products scale length lost factor off size limit reaches", _Pointer),
-        *_fields("count columns next", _Long),
-    )
 
 
 # ---- what is asked of them
@@ -106,17 +58,16 @@ def attention(
     """
     heads, tokens, dim = q_HTd.shape
     out_THd = q_HTd.new_empty(tokens, heads, dim)  # on its device, whatever the default is: see `_examples`
-    threads = torch.get_num_threads()
-    floats = library.load().attention_scratch(dim)
-    scratch = q_HTd.new_empty(floats * threads + _ALIGNED // 4, dtype=torch.float32)
-    behind, ahead = (_ALL if n < 0 else n for n in window)
-    job = _Attention(
-        *(x.data_ptr() for x in (q_HTd, k_KTd, v_KTd, out_THd, ends)),
+    floats = library.load().attention_scratch(dim) * torch.get_num_threads()
+    scratch = q_HTd.new_empty(floats + _ALIGNED // 4, dtype=torch.float32)
+    _run(
+        "attention",
+        *(q_HTd, k_KTd, v_KTd, out_THd, ends),
         *(x.stride(i) for x in (q_HTd, k_KTd, v_KTd) for i in (0, 1)),
-        *(len(ends) - 1, len(k_KTd), heads // len(k_KTd), dim, behind, ahead, q_HTd.dtype == torch.bfloat16),
-        *(scale, -(-scratch.data_ptr() // _ALIGNED) * _ALIGNED, 0, 0),
+        *(len(ends) - 1, len(k_KTd), heads // len(k_KTd), dim),
+        *(_ALL if n < 0 else n for n in window),
+        *(q_HTd.dtype == torch.bfloat16, float(scale), scratch[-scratch.data_ptr() % _ALIGNED // 4 :]),
     )
-    _run("attention", job)
     return out_THd
 
 
@@ -127,8 +78,7 @@ def norm(x: Tensor, weight_D: Tensor, eps: float, plus_one: bool) -> Tensor:
     float32 or bfloat16, D a multiple of 16, the weight of the same type. No gradient. Only where `available()`.
     """
     out, dim = torch.empty_like(x), x.shape[-1]
-    pointers = (tensor.data_ptr() for tensor in (x, weight_D, out))
-    _run("norm", _Norm(*pointers, x.numel() // dim, dim, x.dtype == torch.bfloat16, plus_one, eps, 0))
+    _run("norm", x, weight_D, out, x.numel() // dim, dim, x.dtype == torch.bfloat16, plus_one, float(eps))
     return out
 
 
@@ -139,14 +89,9 @@ def rotate(q_HTd: Tensor, k_KTd: Tensor, cosine_Td: Tensor, sine_Td: Tensor) -> 
     of 32. No gradient. Only where `available()`.
     """
     heads, tokens, dim = q_HTd.shape
-    _run(
-        "rotary",
-        _Rotary(
-            *(x.data_ptr() for x in (q_HTd, k_KTd, cosine_Td, sine_Td)),
-            *(x.stride(i) for x in (q_HTd, k_KTd) for i in (0, 1)),
-            *(tokens, heads, len(k_KTd), dim, q_HTd.dtype == torch.bfloat16, 0),
-        ),
-    )
+    strides = (x.stride(i) for x in (q_HTd, k_KTd) for i in (0, 1))
+    sizes = tokens, heads, len(k_KTd), dim
+    _run("rotary", q_HTd, k_KTd, cosine_Td, sine_Td, *strides, *sizes, q_HTd.dtype == torch.bfloat16)
 
 
 def quantised(vectors_NE: Tensor, mean_E: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -157,8 +102,7 @@ def quantised(vectors_NE: Tensor, mean_E: Tensor) -> tuple[Tensor, Tensor, Tenso
     """
     out_NE = vectors_NE.new_empty(vectors_NE.shape, dtype=torch.int8)
     scale_N, *squares = vectors_NE.new_empty(3, len(vectors_NE)).unbind()
-    pointers = (x.data_ptr() for x in (vectors_NE, mean_E, out_NE, scale_N, *squares))
-    _run("quantise", _Quantise(*pointers, *vectors_NE.shape, 0))
+    _run("quantise", vectors_NE, mean_E, out_NE, scale_N, *squares, *vectors_NE.shape)
     moved_N, lost_N = (square_N.sqrt_() for square_N in squares)
     return out_NE, scale_N, moved_N, lost_N
 
@@ -170,8 +114,7 @@ def reaches(product_QN: Tensor, columns: tuple[Tensor, ...], bounds: tuple[Tenso
     float32. Products are int32. All are contiguous. Only where `available()`.
     """
     out_QN = product_QN.new_empty(product_QN.shape, dtype=torch.bool)
-    pointers = (x.data_ptr() for x in (product_QN, *columns, *bounds, out_QN))
-    _run("reach", _Reach(*pointers, *product_QN.shape, 0))
+    _run("reach", product_QN, *columns, *bounds, out_QN, *product_QN.shape)
     return out_QN
 
 
@@ -181,13 +124,21 @@ def dots(query_QE: Tensor, document_NE: Tensor, query_F: Tensor, document_F: Ten
     Queries are float64, documents float32, both contiguous, the indices int64. Only where `available()`.
     """
     out_F = document_NE.new_empty(len(query_F))
-    pointers = (x.data_ptr() for x in (query_QE, document_NE, query_F, document_F, out_F))
-    _run("dots", _Dots(*pointers, len(query_F), query_QE.shape[1], 0))
+    _run("dots", query_QE, document_NE, query_F, document_F, out_F, len(query_F), query_QE.shape[1])
     return out_F
 
 
-def _run(name: str, job: ctypes.Structure) -> None:
-    getattr(library.load(), name)(ctypes.byref(job), library.gomp_parallel(), torch.get_num_threads())
+def _run(name: str, *members: Tensor | int | float) -> None:
+    """Runs a kernel on torch's threads. The members fill its C struct in order: of a tensor, its address. The counts
+    that end the struct start at 0."""
+    kinds = "".join("P" if isinstance(x, Tensor) else "f" if isinstance(x, float) else "l" for x in members)
+    values = (x.data_ptr() if isinstance(x, Tensor) else x for x in members)
+    job = ctypes.create_string_buffer(struct.pack(f"@{kinds}ll", *values, 0, 0))
+    work, threads = getattr(library.load(), name), torch.get_num_threads()
+    if threads > 1:
+        library.gomp_parallel()(work, job, threads, 0)
+    else:
+        work(job)
 
 
 # ---- whether they are there
@@ -238,9 +189,12 @@ def _examples(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
 
     q, k, v, cosine, sine = (made(n, sum(lengths), dim) for n in (4, 2, 2, 1, 1))
     ends = torch.tensor([0, *lengths], device="cpu").cumsum(0).int()
-    for window in ((-1, -1), (20, 0)):
-        expected = _plain_attention([x.float() for x in (q, k, v)], lengths, 0.25, window)
-        yield f"attention {window}", attention(q, k, v, ends, 0.25, window), expected
+    position = torch.arange(sum(lengths), device="cpu")
+    text, off = torch.bucketize(position, ends[1:], right=True), position[:, None] - position
+    same, (exact_q, exact_k, exact_v) = text[:, None] == text, (x.float() for x in (q, k, v))
+    for window, seen in (((-1, -1), same), ((20, 0), same & (off <= 20) & (off >= 0))):
+        expected = F.scaled_dot_product_attention(exact_q, exact_k, exact_v, seen, scale=0.25, enable_gqa=True)
+        yield f"attention {window}", attention(q, k, v, ends, 0.25, window), expected.transpose(0, 1)
     for plus_one in (False, True):
         weight = cosine[0, 0]
         expected = F.rms_norm(q.float(), (dim,), eps=1e-3) * (weight.float() + plus_one)
@@ -267,14 +221,3 @@ def _search_examples(query_QE: Tensor, document_NE: Tensor) -> Iterator[tuple[st
     columns = query_QE.new_ones(3, len(document_NE)).unbind()
     product_QN = (exact_QN * 2**10).round().int()
     yield "reach", reaches(product_QN, columns, bounds), product_QN >= 1.5 * 2**10
-
-
-def _plain_attention(qkv: list[Tensor], lengths: list[int], scale: float, window: tuple[int, int]) -> Tensor:
-    outputs = []
-    behind, ahead = (_ALL if n < 0 else n for n in window)
-    for q, k, v in zip(*(x.split(lengths, 1) for x in qkv), strict=True):
-        position = torch.arange(q.shape[1], device="cpu")
-        off = position[:, None] - position
-        seen = (off <= behind) & (-off <= ahead)
-        outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True))
-    return torch.cat(outputs, 1).transpose(0, 1)

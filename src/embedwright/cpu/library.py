@@ -10,9 +10,9 @@ import shlex
 import shutil
 import signal
 import subprocess
-from ctypes import c_long, c_void_p
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,22 +31,16 @@ def load() -> ctypes.CDLL:
     check_private(path.parent)  # a stranger's library would run its own code in this process
     check_private(path)
     library = ctypes.CDLL(str(path))
-    library.attention_scratch.argtypes, library.attention_scratch.restype = [c_long], c_long
-    for name in ("attention", "norm", "rotary", "quantise", "reach", "dots"):
-        getattr(library, name).argtypes = [c_void_p, c_void_p, c_long]
+    library.attention_scratch.argtypes, library.attention_scratch.restype = [ctypes.c_long], ctypes.c_long
     return library
 
 
 @cache
-def gomp_parallel() -> int:
-    """What starts threads in the OpenMP runtime that torch runs on. AttributeError where it is of another kind."""
-    try:  # a symbol of a library is looked for in those that it was linked with
-        torch_cpu = ctypes.CDLL(str(next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"))))
-        address = ctypes.cast(torch_cpu.GOMP_parallel, c_void_p).value
-    except (StopIteration, AttributeError):
-        raise AttributeError("torch's OpenMP runtime is not found") from None
-    assert address is not None
-    return address
+def gomp_parallel() -> Any:
+    """The function that starts threads in the OpenMP runtime of torch. AttributeError where it is of another kind."""
+    for path in (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"):
+        return ctypes.CDLL(str(path)).GOMP_parallel  # a symbol is looked for in what the library was linked with, too
+    raise AttributeError("torch's library is not found")
 
 
 @cache

@@ -41,7 +41,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels that run, by name."""
     names: list[str] = []
     run = kernels._run
-    monkeypatch.setattr(kernels, "_run", lambda name, job: (names.append(name), run(name, job))[1])
+    monkeypatch.setattr(kernels, "_run", lambda name, *members: (names.append(name), run(name, *members))[1])
     return names
 
 

@@ -89,9 +89,9 @@ typedef struct {
     long next, worker;
 } Attention;
 
-static long per_worker(long d) { return 2 * TILES * d * WIDTH + 2 * KEYS * d + KEYS * WIDTH + 2 * TILES * WIDTH; }
-
-long attention_scratch(long dim) { return per_worker(dim); } /* floats of a thread */
+long attention_scratch(long d) { /* floats of a thread */
+    return 2 * TILES * d * WIDTH + 2 * KEYS * d + KEYS * WIDTH + 2 * TILES * WIDTH;
+}
 
 /* rows [first, first + LANES) of a text, transposed; with `pairs` two neighbouring columns to a lane */
 INLINE void load_rows(const Attention *a, long token, long g, long first, long last, float *to, long width, int bf16) {
@@ -173,7 +173,7 @@ INLINE void weighted(const float *values, const float *s, float *o, long n, long
 
 typedef struct {
     float *q, *o, *most, *sum; /* of a tile: (d, rows) twice, (rows) twice */
-    long first, last;          /* rows of the text */
+    long first, last, width;   /* rows of the text, and their number up to whole vectors */
 } Tile;
 
 /* the keys [j0, j0 + n) of a text for one tile */
@@ -247,8 +247,8 @@ INLINE void piece(const Attention *a, float *scratch, long token, long length, l
     float *at = s + KEYS * WIDTH;
     for (long last; count < TILES && first < rows; first = last, count++, at += 2 * (d + 1) * WIDTH) {
         last = first + WIDTH < rows ? first + WIDTH : rows;
-        Tile t = {at, at + d * WIDTH, at + 2 * d * WIDTH, at + (2 * d + 1) * WIDTH, first, last};
         long width = (last - first + LANES - 1) / LANES * LANES;
+        Tile t = {at, at + d * WIDTH, at + 2 * d * WIDTH, at + (2 * d + 1) * WIDTH, first, last, width};
         for (long v = 0; v < width; v += LANES) {
             load_rows(a, token, g, first + v, last, t.q + v, width, bf16);
             *(vf *)(t.most + v) = (vf){0} - NOTHING;
@@ -263,23 +263,20 @@ INLINE void piece(const Attention *a, float *scratch, long token, long length, l
     for (long j0 = begin; j0 < end; j0 += KEYS) {
         long n = end - j0 < KEYS ? end - j0 : KEYS;
         unpack(a, g, token + j0, n, k, values, bf16);
-        for (long i = 0; i < count; i++) switch ((tiles[i].last - tiles[i].first + LANES - 1) / LANES) {
+        for (long i = 0; i < count; i++) switch (tiles[i].width / LANES) {
             case 1: block(a, &tiles[i], k, values, s, j0, n, 1, pairs); break;
             case 2: block(a, &tiles[i], k, values, s, j0, n, 2, pairs); break;
             default: block(a, &tiles[i], k, values, s, j0, n, 3, pairs);
             }
     }
-    for (long i = 0; i < count; i++) {
-        long width = (tiles[i].last - tiles[i].first + LANES - 1) / LANES * LANES;
-        for (long v = 0; v < width; v += LANES)
-            store_rows(a, token, g, tiles[i].first + v, tiles[i].last, tiles[i].o + v, width,
-                       1.0f / *(vf *)(tiles[i].sum + v), bf16);
-    }
+    for (const Tile *t = tiles; t < tiles + count; t++)
+        for (long v = 0; v < t->width; v += LANES)
+            store_rows(a, token, g, t->first + v, t->last, t->o + v, t->width, 1.0f / *(vf *)(t->sum + v), bf16);
 }
 
-static void attention_work(void *job) {
+void attention(void *job) {
     Attention *a = job;
-    float *scratch = a->scratch + take(&a->worker, 1) * per_worker(a->dim);
+    float *scratch = a->scratch + take(&a->worker, 1) * attention_scratch(a->dim);
     long text = 0, before = 0; /* pieces of work before this text */
     for (long i = take(&a->next, 1);; i = take(&a->next, 1)) {
         long token, length, pieces;
@@ -290,11 +287,6 @@ static void attention_work(void *job) {
             if (i < before + a->kv_heads * pieces) break;
         }
         long g = (i - before) / pieces, first = (i - before) % pieces * TILES * WIDTH;
-        if (a->bf16)
-            piece(a, scratch, token, length, g, first, 1);
-        else
-            piece(a, scratch, token, length, g, first, 0);
+        a->bf16 ? piece(a, scratch, token, length, g, first, 1) : piece(a, scratch, token, length, g, first, 0);
     }
 }
-
-void attention(Attention *a, Run run, long threads) { parallel(run, threads, attention_work, a); }

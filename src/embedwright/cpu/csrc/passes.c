@@ -15,10 +15,8 @@ typedef struct {
 INLINE void norm_rows(const Norm *n, long first, long last, int bf16) {
     for (long at = first * n->dim; at < last * n->dim; at += n->dim) {
         vf squares = {0};
-        float sum = 0;
         for (long c = 0; c < n->dim; c += LANES) squares += load(n->x, at + c, bf16) * load(n->x, at + c, bf16);
-        for (int i = 0; i < LANES; i++) sum += squares[i];
-        float scale = 1.0f / sqrtf(sum / (float)n->dim + n->eps);
+        float scale = 1.0f / sqrtf(total(squares) / (float)n->dim + n->eps);
         for (long c = 0; c < n->dim; c += LANES) {
             vf x = load(n->x, at + c, bf16) * scale, weight = load(n->weight, c, bf16);
             store(n->out, at + c, n->plus_one ? x * (weight + 1.0f) : rounded(x, bf16) * weight, bf16);
@@ -26,18 +24,13 @@ INLINE void norm_rows(const Norm *n, long first, long last, int bf16) {
     }
 }
 
-static void norm_work(void *job) {
+void norm(void *job) {
     Norm *n = job;
     for (long first; (first = take(&n->next, ROWS)) < n->rows;) {
         long last = first + ROWS < n->rows ? first + ROWS : n->rows;
-        if (n->bf16)
-            norm_rows(n, first, last, 1);
-        else
-            norm_rows(n, first, last, 0);
+        n->bf16 ? norm_rows(n, first, last, 1) : norm_rows(n, first, last, 0);
     }
 }
-
-void norm(Norm *n, Run run, long threads) { parallel(run, threads, norm_work, n); }
 
 typedef struct {
     void *q, *k; /* turned in place */
@@ -55,7 +48,7 @@ INLINE void turn(const Rotary *r, void *x, long at, long token, int bf16) {
     }
 }
 
-static void rotary_work(void *job) {
+void rotary(void *job) {
     Rotary *r = job;
     for (long first; (first = take(&r->next, ROWS)) < r->tokens;)
         for (long t = first; t < first + ROWS && t < r->tokens; t++)
@@ -63,11 +56,6 @@ static void rotary_work(void *job) {
                 int query = h < r->heads;
                 void *x = query ? r->q : r->k;
                 long at = query ? h * r->q_head + t * r->q_token : (h - r->heads) * r->k_head + t * r->k_token;
-                if (r->bf16)
-                    turn(r, x, at, t, 1);
-                else
-                    turn(r, x, at, t, 0);
+                r->bf16 ? turn(r, x, at, t, 1) : turn(r, x, at, t, 0);
             }
 }
-
-void rotary(Rotary *r, Run run, long threads) { parallel(run, threads, rotary_work, r); }

@@ -21,18 +21,19 @@ INLINE vb narrow(vi x) { /* keeps the lowest byte of each */
 #endif
 }
 
+INLINE void put(int8_t *to, vb x, long left) { /* as many as are left */
+    if (left >= LANES)
+        memcpy(to, &x, LANES);
+    else
+        memcpy(to, &x, (size_t)left);
+}
+
 typedef struct {
     const float *vectors, *mean; /* rows of `width`; the mean is taken from every row */
     int8_t *out;                 /* times `scale`, it is about the row less the mean */
     float *scale, *moved, *lost; /* per row; squared lengths of the row less the mean, of what rounding took */
     long rows, width, next;
 } Quantise;
-
-INLINE float total(vf x) {
-    float sum = 0;
-    for (int i = 0; i < LANES; i++) sum += x[i];
-    return sum;
-}
 
 static void quantise_row(const Quantise *z, long row) {
     const float *x = z->vectors + row * z->width, *mean = z->mean;
@@ -52,24 +53,18 @@ static void quantise_row(const Quantise *z, long row) {
         const long left = width - c;
         vf y = part(x, c, left) - part(mean, c, left), shifted = y * times + nearest, off = y - (shifted - nearest) * scale;
         lost += off * off;
-        vb whole = narrow((vi)shifted);
-        if (left >= LANES)
-            memcpy(out + c, &whole, LANES);
-        else
-            memcpy(out + c, &whole, (size_t)left);
+        put(out + c, narrow((vi)shifted), left);
     }
     z->scale[row] = scale;
     z->moved[row] = total(moved);
     z->lost[row] = total(lost);
 }
 
-static void quantise_work(void *job) {
+void quantise(void *job) {
     Quantise *z = job;
     for (long first; (first = take(&z->next, ROWS)) < z->rows;)
         for (long row = first; row < first + ROWS && row < z->rows; row++) quantise_row(z, row);
 }
-
-void quantise(Quantise *z, Run run, long threads) { parallel(run, threads, quantise_work, z); }
 
 /* ---- what may reach a score */
 
@@ -81,7 +76,7 @@ typedef struct {
     long count, columns, next;
 } Reach;
 
-static void reach_work(void *job) {
+void reach(void *job) {
     Reach *r = job;
     for (long q; (q = take(&r->next, 1)) < r->count;) {
         const float factor = r->factor[q], off = r->off[q], size = r->size[q], limit = r->limit[q];
@@ -90,16 +85,10 @@ static void reach_work(void *job) {
             vf product = __builtin_convertvector((vi)part(r->products, at, left), vf);
             vf most = product * factor * part(r->scale, c, left) + off * part(r->length, c, left) +
                       size * part(r->lost, c, left);
-            vb hit = narrow(~(vi)(most < limit) & 1); /* NaN is a hit, too */
-            if (left >= LANES)
-                memcpy(r->reaches + at, &hit, LANES);
-            else
-                memcpy(r->reaches + at, &hit, (size_t)left);
+            put(r->reaches + at, narrow(~(vi)(most < limit) & 1), left); /* NaN is a hit, too */
         }
     }
 }
-
-void reach(Reach *r, Run run, long threads) { parallel(run, threads, reach_work, r); }
 
 /* ---- inner products */
 
@@ -137,11 +126,9 @@ typedef struct {
     long pairs, width, next;
 } Dots;
 
-static void dots_work(void *job) {
+void dots(void *job) {
     Dots *p = job;
     for (long first; (first = take(&p->next, ROWS)) < p->pairs;)
         for (long i = first; i < first + ROWS && i < p->pairs; i++)
             p->out[i] = inner(p->queries + p->query[i] * p->width, p->documents + p->document[i] * p->width, p->width);
 }
-
-void dots(Dots *p, Run run, long threads) { parallel(run, threads, dots_work, p); }

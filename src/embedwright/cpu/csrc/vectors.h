@@ -1,8 +1,8 @@
 /* Vectors, and threads, of the kernels: what torch is slow at on CPUs.
 
-   GNU C with vector extensions, for gcc and clang on any processor; no header but libc's. Threads are torch's own: the
-   caller hands in the `GOMP_parallel` of the OpenMP runtime that torch runs on, and every thread that it starts takes
-   pieces of work from a shared count. Sums are in float32, whatever the tensors are. */
+   GNU C with vector extensions, for gcc and clang on any processor; no header but libc's. A kernel is a function of one
+   pointer, to its struct, whose members `_run` in kernels.py fills in order. It is called on every thread at once, and
+   each takes pieces of work from a shared count. Sums are in float32, whatever the tensors are. */
 
 #pragma once
 
@@ -27,29 +27,16 @@ typedef uint16_t vh __attribute__((vector_size(2 * LANES)));
 typedef vf vf_any __attribute__((aligned(4), may_alias));
 typedef vh vh_any __attribute__((aligned(2), may_alias));
 
-typedef void (*Run)(void (*)(void *), void *, unsigned, unsigned);
-
-static inline void parallel(Run run, long threads, void (*work)(void *), void *job) {
-    if (threads > 1)
-        run(work, job, (unsigned)threads, 0);
-    else
-        work(job);
-}
-
 INLINE long take(long *next, long count) { return __atomic_fetch_add(next, count, __ATOMIC_RELAXED); }
 
 /* ---- vectors */
 
 INLINE vf choose(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
 
-INLINE uint32_t lanes_of(vi mask) { /* a bit for each lane */
-#if LANES == 16
-    return _mm512_movepi32_mask((__m512i)mask);
-#else
-    uint32_t bits = 0;
-    for (int i = 0; i < LANES; i++) bits |= (mask[i] & 1u) << i;
-    return bits;
-#endif
+INLINE float total(vf x) {
+    float sum = 0;
+    for (int i = 0; i < LANES; i++) sum += x[i];
+    return sum;
 }
 
 INLINE vf load(const void *from, long i, int bf16) { /* of float32 or bfloat16, element i on */
