@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import platform
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -42,45 +43,6 @@ def whole(left: Tensor, right: Tensor) -> Tensor:
 
 
 @cache
-def whole_available() -> bool:
-    """Whether this processor multiplies int8 by itself, four times as fast as float32, and `whole` is right on it; a
-    message once where it is there and wrong."""
-    found: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    if not (available() and any(found.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))):
-        return False
-    x, y = (torch.tensor([-127, 127, 3], dtype=torch.int8, device="cpu").repeat(n, 99) for n in (5, 6))
-    try:
-        found_MN = whole(x, y)
-    except (AttributeError, RuntimeError, TypeError) as error:
-        logger.warning("oneDNN's product of int8 is not usable (%s): float32", error)
-        return False
-    right = bool((found_MN == 99 * (2 * 127**2 + 9)).all())
-    if not right:
-        logger.warning("oneDNN's product of int8 gives other numbers here: float32")
-    return right
-
-
-@cache
-def gated_available() -> bool:
-    """Whether `gated` is there and right on this machine; a message once where it is there and wrong."""
-    if not available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return False
-    random = torch.Generator().manual_seed(0)
-    x, gate, up = (torch.randn(n, 8, generator=random, device="cpu", dtype=torch.float32).bfloat16() for n in (5, 6, 6))
-    gate_O, up_O = x.float() @ gate.float().t(), x.float() @ up.float().t()
-    exact = {"swish": F.silu(gate_O) * up_O, "gelu": F.gelu(gate_O, approximate="tanh") * up_O}
-    try:
-        found = {name: gated(x, gate, up, name, variant).float() for name, variant in ACTIVATIONS}
-    except (AttributeError, RuntimeError, TypeError) as error:
-        logger.warning("oneDNN's fused products are not usable (%s): stock ones", error)
-        return False
-    right = all(torch.allclose(found[name], exact[name], rtol=0.02, atol=0.02) for name in exact)
-    if not right:
-        logger.warning("oneDNN's fused products give other numbers here: stock ones")
-    return right
-
-
-@cache
 def available() -> bool:
     """Whether oneDNN's linear is there, does what it should, and is likely to win; a message once where it is not.
 
@@ -88,17 +50,55 @@ def available() -> bool:
     """
     if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():
         return False
-    random = torch.Generator().manual_seed(0)
-    # said in full: the first model may be made without memory, or under another default type
-    x, weight, bias = (
-        torch.randn(*shape, generator=random, device="cpu", dtype=torch.float32) for shape in ((5, 7), (3, 7), (3,))
-    )
-    try:
-        right = torch.allclose(linear(x, weight, bias), F.linear(x, weight, bias), atol=1e-5)
-        right = right and torch.allclose(linear(x, weight.t().contiguous().t(), None), x @ weight.t(), atol=1e-5)
-    except (AttributeError, RuntimeError, TypeError) as error:
-        logger.warning("oneDNN's linear is not usable (%s): stock products, slower on AMD", error)
+    x, weight, bias = _random((5, 7), (3, 7), (3,))
+
+    def right() -> bool:
+        exact = x @ weight.t()
+        whole = torch.allclose(linear(x, weight, bias), exact + bias, atol=1e-5)
+        return whole and torch.allclose(linear(x, weight.t().contiguous().t(), None), exact, atol=1e-5)
+
+    return _holds(right, "linear", "stock products, slower on AMD")
+
+
+@cache
+def gated_available() -> bool:
+    """Whether `gated` is there and right on this machine; a message once where it is there and wrong."""
+    if not available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
-    if not right:
-        logger.warning("oneDNN's linear gives other numbers here: stock products, slower on AMD")
-    return right
+    x, gate, up = (tensor.bfloat16() for tensor in _random((5, 8), (6, 8), (6, 8)))
+    gate_O, up_O = x.float() @ gate.float().t(), x.float() @ up.float().t()
+    exact = {SWISH: F.silu(gate_O) * up_O, GELU_TANH: F.gelu(gate_O, approximate="tanh") * up_O}
+
+    def right() -> bool:
+        found = {how: gated(x, gate, up, *how).float() for how in ACTIVATIONS}
+        return all(torch.allclose(found[how], exact[how], rtol=0.02, atol=0.02) for how in ACTIVATIONS)
+
+    return _holds(right, "gated product", "stock ones")
+
+
+@cache
+def whole_available() -> bool:
+    """Whether this processor multiplies int8 by itself, four times as fast as float32, and `whole` is right on it; a
+    message once where it is there and wrong."""
+    found: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    if not (available() and any(found.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))):
+        return False
+    x, y = (torch.tensor([-127, 127, 3], dtype=torch.int8, device="cpu").repeat(n, 99) for n in (5, 6))
+    return _holds(lambda: bool((whole(x, y) == 99 * (2 * 127**2 + 9)).all()), "product of int8", "float32")
+
+
+def _random(*shapes: tuple[int, ...]) -> list[Tensor]:
+    # said in full: the first model may be made without memory, or under another default type
+    random = torch.Generator().manual_seed(0)
+    return [torch.randn(*shape, generator=random, device="cpu", dtype=torch.float32) for shape in shapes]
+
+
+def _holds(right: Callable[[], bool], what: str, instead: str) -> bool:
+    """Whether an example comes out right; a warning where it does not, or torch's private op fails."""
+    try:
+        fault = None if right() else "gives other numbers here"
+    except (AttributeError, RuntimeError, TypeError) as error:
+        fault = f"is not usable ({error})"
+    if fault is not None:
+        logger.warning("oneDNN's %s %s: %s", what, fault, instead)
+    return fault is None
