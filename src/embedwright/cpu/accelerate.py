@@ -4,38 +4,33 @@ from __future__ import annotations
 
 import copy
 import logging
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from embedwright.cpu import kernels, onednn, proof
 from embedwright.cpu.attention import FAST, attention, norm
 from embedwright.cpu.guards import originals
 from embedwright.cpu.linears import OneDnnLinear, gated
 from embedwright.model.attention import PACKED
-from embedwright.model.backbone import text_hidden
 from embedwright.model.network import EmbedwrightModel
 from embedwright.model.verify.modes import evaluating
 from embedwright.model.verify.probe import ProbeError
 
 logger = logging.getLogger(__name__)
 
-N = TypeVar("N", bound=nn.Module)
-
-# transformers' families whose blocks we know: the names of their classes begin so; whether one is added to the weights
-# of their norms; whether their attention and gated blocks are known, and where an attention block has its window.
-_FAMILIES: dict[str, tuple[str, bool, bool, str | None]] = {
-    "llama": ("Llama", False, True, None),
-    "mistral": ("Mistral", False, True, "config"),
-    "qwen2": ("Qwen2", False, True, "self"),
-    "qwen3": ("Qwen3", False, True, "self"),
-    "phi3": ("Phi3", False, False, None),
-    "gemma": ("Gemma", True, True, None),
-    "gemma3": ("Gemma3", True, True, "self"),
+# The families of transformers whose blocks we know: which of them, whether one is added to the weights of the norms,
+# and where an attention block has its window.
+_FAMILIES: dict[str, tuple[tuple[str, ...], bool, str | None]] = {
+    "llama": (("RMSNorm", "Attention", "MLP"), False, None),
+    "mistral": (("RMSNorm", "Attention", "MLP"), False, "config"),
+    "qwen2": (("RMSNorm", "Attention", "MLP"), False, "self"),
+    "qwen3": (("RMSNorm", "Attention", "MLP"), False, "self"),
+    "phi3": (("RMSNorm",), False, None),
+    "gemma": (("RMSNorm", "Attention", "MLP"), True, None),
+    "gemma3": (("RMSNorm", "Attention", "MLP"), True, "self"),
 }
 
 
@@ -72,34 +67,31 @@ def changed(network: nn.Module) -> list[str]:
 
 
 @contextmanager
-def stock(network: N, implementation: str = "sdpa") -> Iterator[N]:
+def stock(network: EmbedwrightModel) -> Iterator[EmbedwrightModel]:
     """The network as transformers' own code runs it: a twin of the same weights, which is what to call.
 
-    Every module is of its stock class, attention is transformers' own (`sdpa`, `eager`), one text at a time. The twin
-    has a config, modes (evaluation) and hooks of its own, so that the network itself may go on encoding in other
-    threads. References run on it, and exports: nothing in it is a step that a tracer cannot see.
+    Every module is of its stock class, attention is transformers' own (`sdpa`), one text at a time. The twin has a
+    config, modes (evaluation) and hooks of its own, so that the network itself may go on encoding in other threads.
+    References run on it, and exports: nothing in it is a step that a tracer cannot see.
     """
-    twin = _twin(network).eval()
-    _stock_classes(twin)
-    if isinstance(twin, EmbedwrightModel):
-        twin.attend_by(implementation)
-    elif isinstance(twin, PreTrainedModel):
-        twin.set_attn_implementation(implementation)
+    memo: dict[int, Any] = {id(thing): thing for thing in (*network.parameters(), *network.buffers(), network.origin)}
+    for module in network.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor):
+                memo[id(value)] = value
+            elif "_hooks" in name and isinstance(value, dict):  # whose they are is not copied
+                memo[id(value)] = copy.copy(value)
+    twin = copy.deepcopy(network, memo).eval()
+    restore(twin)
+    twin.attend_by("sdpa")
     yield twin
 
 
-def stock_hidden(backbone: Any, ids_T: Tensor, implementation: str) -> Tensor:
-    """(L, D) of one text through the stock code and mask of `sdpa` or `eager`: the reference for packed attention."""
-    with stock(backbone, implementation) as twin:
-        return text_hidden(twin, ids_T)
-
-
 def change(network: nn.Module) -> None:
-    """Gives the modules that have a faster form on this machine that form, in place and unproven. A module whose own
-    `forward` somebody set stays as it is."""
-    forms = _forms()
+    """Gives the modules that have a faster form on this machine that form, in place. A module whose own `forward`
+    somebody set stays as it is."""
     for module in network.modules():
-        form = forms.get(type(module))
+        form = _form(type(module))
         if form is not None and "forward" not in vars(module):
             module.__class__ = form
     if isinstance(network, EmbedwrightModel) and kernels.available():
@@ -108,48 +100,25 @@ def change(network: nn.Module) -> None:
 
 def restore(network: nn.Module) -> None:
     """Takes the faster forms out again, in place."""
-    _stock_classes(network)
     for module in network.modules():
+        if "stock_class" in vars(type(module)):
+            module.__class__ = vars(type(module))["stock_class"]
         config: Any = getattr(module, "config", None)
         if getattr(config, "_attn_implementation", None) == FAST:
             config._attn_implementation = PACKED
 
 
-def _stock_classes(network: nn.Module) -> None:
-    for module in network.modules():
-        if "stock_class" in vars(type(module)):
-            module.__class__ = vars(type(module))["stock_class"]
-
-
-def _twin(network: N) -> N:
-    """A copy of all modules and configs, with the same weights and buffers."""
-    shared: list[Any] = [*network.parameters(), *network.buffers(), getattr(network, "origin", None)]
-    memo = {id(thing): thing for thing in shared}
-    for module in network.modules():
-        for name, value in vars(module).items():
-            if isinstance(value, Tensor):
-                memo[id(value)] = value
-            elif "_hooks" in name and isinstance(value, dict):  # whose they are is not copied
-                memo[id(value)] = copy.copy(value)
-    return copy.deepcopy(network, memo)
-
-
-def _forms() -> dict[Any, Any]:
-    """Stock class -> its faster form on this machine. A class that somebody patched has none."""
-    found: dict[Any, Any] = {}
-    if onednn.available() and originals((nn.Linear, "forward")):
-        found[nn.Linear] = OneDnnLinear
-    for family, (prefix, plus_one, known, window) in _FAMILIES.items():
-        home = sys.modules.get(f"transformers.models.{family}.modeling_{family}")
-        if home is None:  # no model of this family was made
-            continue
-        makers: list[tuple[bool, str, Any, tuple[Any, ...]]] = [
-            (kernels.available(), "RMSNorm", norm, (plus_one,)),
-            (kernels.available() and known, "Attention", attention, (window,)),
-            (onednn.available() and known, "MLP", gated, ()),
-        ]
-        for there, part, make, how in makers:
-            kind = getattr(home, prefix + part, None)
-            if there and kind is not None and kind.__module__ == home.__name__:
-                found[kind] = make(kind, *how)
-    return found
+def _form(stock_class: Any) -> Any:
+    """The faster form of a class on this machine, None where there is none. A class that somebody patched has none."""
+    if stock_class is nn.Linear:
+        return OneDnnLinear if onednn.available() and originals((nn.Linear, "forward")) else None
+    family = stock_class.__module__.rpartition(".modeling_")[2]
+    parts, plus_one, window = _FAMILIES.get(family, ((), False, None))
+    part = stock_class.__name__.removeprefix(family.capitalize())
+    if stock_class.__module__ != f"transformers.models.{family}.modeling_{family}" or part not in parts:
+        return None
+    if part == "MLP":
+        return gated(stock_class) if onednn.available() else None
+    if not kernels.available():
+        return None
+    return norm(stock_class, plus_one) if part == "RMSNorm" else attention(stock_class, window)

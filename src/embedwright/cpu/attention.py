@@ -7,16 +7,15 @@ T packed tokens, H query heads, K key heads, d head dim, D hidden.
 from __future__ import annotations
 
 import sys
-from functools import cache
-from typing import Any
+from functools import cache, partial
+from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from embedwright.cpu import kernels
-from embedwright.cpu.guards import faster, listened_to, originals, unchanged, usable
+from embedwright.cpu.guards import computed_now, faster, infers, listened_to, originals, unchanged
 from embedwright.model.attention import packed_attention
 
 FAST = "embedwright_packed_cpu"  # packed attention, through our kernel where it takes what it is given
@@ -31,25 +30,12 @@ def _kernel(
     q_HTd: Tensor, k_KTd: Tensor, v_KTd: Tensor, ends: Tensor, scale: float, window: tuple[int, int]
 ) -> Tensor | None:
     """(T, H, d), None for what our kernel does not take."""
-    if not usable(q_HTd, k_KTd, v_KTd, ends) or not kernels.can_attend(q_HTd, k_KTd, v_KTd):
+    if not computed_now(ends) or not kernels.can_attend(q_HTd, k_KTd, v_KTd):
         return None
     return kernels.attention(q_HTd, k_KTd, v_KTd, ends, scale, window)
 
 
 AttentionInterface.register(FAST, fast_attention)
-
-
-def _plain(module: nn.Module, *tensors: Tensor) -> bool:
-    """Whether a kernel may take these in place of the stock block: for inference on a CPU, all of one type."""
-    return (
-        not module.training  # GradCache's first pass has no gradient, and needs the numbers of the second
-        and not torch.is_grad_enabled()
-        and usable(*tensors)
-        and all(x.dtype == tensors[0].dtype for x in tensors)
-        and tensors[0].dtype in (torch.float32, torch.bfloat16)
-        and tensors[0].numel() > 0
-        and kernels.available()
-    )
 
 
 @cache
@@ -61,10 +47,9 @@ def norm(stock: Any, plus_one: bool) -> Any:
         return None
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        fits = _plain(self, x, self.weight) and x.shape[-1] % 16 == 0 and x.shape[-1:] == self.weight.shape
-        if not fits or not x.is_contiguous() or not unchanged(known):
-            out: Tensor = stock.forward(self, x)
-            return out
+        fits = infers(self, known, x, self.weight) and x.is_contiguous() and kernels.available()
+        if not fits or x.shape[-1] % 16 or x.shape[-1:] != self.weight.shape:
+            return cast(Tensor, stock.forward(self, x))
         return kernels.norm(x, self.weight, self.eps if plus_one else self.variance_epsilon, plus_one)
 
     return faster(norm, stock, forward, known, plus_one)
@@ -81,13 +66,10 @@ def attention(stock: Any, windowed: str | None) -> Any:
 
     def forward(
         self: Any, hidden_states: Tensor, position_embeddings: Any = None, attention_mask: Any = None, **others: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        def as_stock() -> tuple[Tensor, Tensor | None]:
-            named = {"position_embeddings": position_embeddings, "attention_mask": attention_mask, **others}
-            out: tuple[Tensor, Tensor | None] = stock.forward(self, hidden_states=hidden_states, **named)
-            return out
-
-        if not _fits(self, hidden_states, position_embeddings, others) or not unchanged(known):
+    ) -> Any:
+        named = {"position_embeddings": position_embeddings, "attention_mask": attention_mask, **others}
+        as_stock = partial(stock.forward, self, hidden_states=hidden_states, **named)
+        if not _fits(self, known, hidden_states, position_embeddings, others):
             return as_stock()
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         q, k, v = (product(hidden_states).view(shape) for product in (self.q_proj, self.k_proj, self.v_proj))
@@ -107,7 +89,7 @@ def attention(stock: Any, windowed: str | None) -> Any:
     return faster(attention, stock, forward, known, windowed)
 
 
-def _fits(self: Any, hidden_states: Tensor, position_embeddings: Any, others: dict[str, Any]) -> bool:
+def _fits(self: Any, known: Any, hidden_states: Tensor, position_embeddings: Any, others: dict[str, Any]) -> bool:
     """Whether the kernels may take this call of an attention block."""
     if position_embeddings is None:
         return False
@@ -115,7 +97,8 @@ def _fits(self: Any, hidden_states: Tensor, position_embeddings: Any, others: di
     normed = (self.q_norm, self.k_norm) if hasattr(self, "q_norm") else ()
     products = self.q_proj, self.k_proj, self.v_proj
     return (
-        _plain(self, hidden_states, cosine, sine)
+        infers(self, known, hidden_states, cosine, sine)
+        and kernels.available()
         and self.config._attn_implementation == FAST
         and others.get("packed") is not None
         and others.get("past_key_values") is None

@@ -14,10 +14,24 @@ from torch.nn.modules import module as all_modules
 Original = tuple[Any, str, Any]  # owner (a class or module), name, the function that was there
 
 
+def infers(module: nn.Module, known: tuple[Original, ...], *tensors: Tensor) -> bool:
+    """Whether a faster form may take these `usable` tensors for a stock module: without a gradient, in evaluation mode.
+
+    `known` is the stock code that it stands in for. GradCache's first pass has no gradient either, but is in training
+    mode: it needs the numbers, and the dropout, of the second.
+    """
+    return not module.training and not torch.is_grad_enabled() and unchanged(known) and usable(*tensors)
+
+
 def usable(*tensors: Tensor) -> bool:
-    """Whether these are plain tensors on a CPU whose numbers are computed now, outside of autocast."""
+    """Whether these are plain tensors on a CPU that are computed now, outside of autocast: all float32 or all bfloat16,
+    the first not empty."""
     return (
-        computed_now(*tensors) and all(x.device.type == "cpu" for x in tensors) and not torch.is_autocast_enabled("cpu")
+        computed_now(*tensors)
+        and all(x.device.type == "cpu" and x.dtype == tensors[0].dtype for x in tensors)
+        and tensors[0].dtype in (torch.float32, torch.bfloat16)
+        and tensors[0].numel() > 0
+        and not torch.is_autocast_enabled("cpu")
     )
 
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from embedwright.cpu import library
+from embedwright.cpu.guards import usable
 from embedwright.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -34,16 +35,10 @@ _ALIGNED = 64  # bytes
 
 
 def can_attend(q_HTd: Tensor, k_KTd: Tensor, v_KTd: Tensor) -> bool:
-    """Whether `attention` takes these: on a CPU, all float32 or all bfloat16, a head dim that is a multiple of 16."""
+    """Whether `attention` takes these: `usable`, of one head dim, which is a multiple of 16."""
     parts, dim = (q_HTd, k_KTd, v_KTd), q_HTd.shape[-1]
-    return (
-        all(x.device.type == "cpu" and x.dtype == q_HTd.dtype and x.shape[-1] == dim for x in parts)
-        and q_HTd.dtype in _TYPES
-        and dim % _LANES == 0
-        and q_HTd.numel() > 0
-        and all(x.stride(-1) == 1 for x in parts)
-        and available()
-    )
+    aligned = usable(*parts) and dim % _LANES == 0 and all(x.shape[-1] == dim and x.stride(-1) == 1 for x in parts)
+    return aligned and available()
 
 
 def attention(

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from transformers import activations
 
 from embedwright.cpu import onednn
-from embedwright.cpu.guards import Original, faster, listened_to, originals, unchanged, usable
+from embedwright.cpu.guards import Original, faster, infers, listened_to, originals, unchanged, usable
 
 _LINEAR = originals((nn.Linear, "forward"))
 
@@ -28,8 +28,7 @@ class OneDnnLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         weight = self.weight
-        plain = usable(input, weight) and input.dtype == weight.dtype == torch.float32 and input.numel() > 0
-        if not plain or not stays_plain(self):
+        if not usable(input, weight) or input.dtype != torch.float32 or not stays_plain(self):
             return super().forward(input)
         function: Any = _Product  # torch leaves `apply` untyped
         product: Tensor = function.apply(input, weight, self.bias)
@@ -85,24 +84,16 @@ def gated(stock: Any) -> Any:
 
     def forward(self: Any, x: Tensor) -> Tensor:
         parts = self.gate_proj, self.up_proj
-        # never in training: dropout must be the same with a gradient and without (GradCache)
         plain = (
-            not self.training
-            and not torch.is_grad_enabled()
-            and all(type(part) is OneDnnLinear for part in parts)
-            and usable(x, *(part.weight for part in parts))
-            and unchanged(known)
-            and all(stays_plain(part) for part in parts)
-            and x.numel() > 0
-            and all(part.weight.dtype == x.dtype for part in parts)
+            all(type(part) is OneDnnLinear and stays_plain(part) for part in parts)
+            and infers(self, known, x, *(part.weight for part in parts))
             and not listened_to(*parts, self.act_fn, self.down_proj)
         )
         activation = _activation(self.act_fn) if plain else None
         if activation is not None and x.dtype == torch.float32:
             made = [written_over(self, rows_SD) for rows_SD in x.reshape(-1, x.shape[-1]).split(_GATED_ROWS)]
             return (made[0] if len(made) == 1 else torch.cat(made)).view(x.shape)
-        fused = activation is not None and x.dtype == torch.bfloat16 and onednn.gated_available()
-        if not fused or activation is None or any(part.bias is not None for part in parts):
+        if activation is None or not onednn.gated_available() or any(part.bias is not None for part in parts):
             return cast(Tensor, stock.forward(self, x))
         gate, up = (part.weight for part in parts)
         return cast(Tensor, self.down_proj(onednn.gated(x, gate, up, *activation)))

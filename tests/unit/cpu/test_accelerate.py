@@ -19,7 +19,8 @@ from transformers.models.llama import modeling_llama
 from transformers.models.qwen3 import modeling_qwen3
 
 from embedwright.cpu import attention, kernels, onednn
-from embedwright.cpu.accelerate import accelerate, change, changed, restore, stock, stock_hidden
+from embedwright.cpu.accelerate import accelerate, change, changed, restore, stock
+from embedwright.model.backbone import text_hidden
 from embedwright.model.embedder import Embedder
 
 Patch = pytest.MonkeyPatch
@@ -200,7 +201,9 @@ def test_references_may_run_while_others_encode(folder: Callable[[str], Path]) -
         running = [pool.submit(encode) for _ in range(3)]
         for implementation in ("sdpa", "eager") * 5:
             packed = model.tokenize([TEXTS[1]])
-            hidden = stock_hidden(model.network.backbone, packed.ids_T, implementation)
+            with stock(model.network) as twin:
+                twin.attend_by(implementation)
+                hidden = text_hidden(twin.backbone, packed.ids_T)
             torch.testing.assert_close(hidden, model.network.hidden(packed), rtol=1e-5, atol=1e-5)
         done.set()
         assert all(future.result() for future in running)

@@ -28,13 +28,14 @@ from transformers import (
     T5Model,
 )
 
-from embedwright.cpu.accelerate import stock_hidden
 from embedwright.locate import PACKAGED
+from embedwright.model.attention import PACKED
 from embedwright.model.backbone import (
     decoder_config,
     load_backbone,
     origin_of,
     same_samples,
+    text_hidden,
     weight_samples,
 )
 from embedwright.model.formats.base import resolve_base
@@ -149,8 +150,10 @@ def test_stock_masks_of_our_config_give_the_packed_states(
     """What a saved `mean` or `last` model is opened with elsewhere."""
     backbone, texts = open_backbone(tiny_decoder(family), attention), random_texts(LENGTHS)
     before = packed_hidden(backbone, pack(texts))
-    one_by_one = torch.cat([stock_hidden(backbone, torch.from_numpy(t.ids), implementation) for t in texts])
+    backbone.set_attn_implementation(implementation)
+    one_by_one = torch.cat([text_hidden(backbone, torch.from_numpy(t.ids)) for t in texts])
     torch.testing.assert_close(one_by_one, before, rtol=1e-5, atol=1e-5)
+    backbone.set_attn_implementation(PACKED)
     assert torch.equal(packed_hidden(backbone, pack(texts)), before)  # the switch back is complete
 
 
