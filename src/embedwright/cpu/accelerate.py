@@ -42,8 +42,8 @@ def accelerate(network: EmbedwrightModel) -> None:
     why, for the doctor. ProbeError where packed attention differs without any faster form.
     """
     with stock(network) as reference, evaluating(network):
-        change(network)
-        blocks = proof.recorded(reference, changed(network))
+        accelerate_unproven(network)
+        blocks = proof.recorded(reference, accelerated(network))
         network.cpu_fault = proof.first_fault(blocks, network)
         if network.cpu_fault is None:
             return
@@ -58,10 +58,10 @@ def fault(network: EmbedwrightModel, lengths: Sequence[int] = proof.LONGER) -> s
     if network.cpu_fault is not None:
         return f"off: {network.cpu_fault}"
     with stock(network) as reference, evaluating(network):
-        return proof.first_fault(proof.recorded(reference, changed(network), lengths), network)
+        return proof.first_fault(proof.recorded(reference, accelerated(network), lengths), network)
 
 
-def changed(network: nn.Module) -> list[str]:
+def accelerated(network: nn.Module) -> list[str]:
     """The names of the modules that have a faster form."""
     return [name for name, module in network.named_modules() if "stock_class" in vars(type(module))]
 
@@ -87,7 +87,7 @@ def stock(network: EmbedwrightModel) -> Iterator[EmbedwrightModel]:
     yield twin
 
 
-def change(network: nn.Module) -> None:
+def accelerate_unproven(network: nn.Module) -> None:
     """Gives the modules that have a faster form on this machine that form, in place. A module whose own `forward`
     somebody set stays as it is."""
     for module in network.modules():

@@ -15,7 +15,7 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from embedwright.cpu import kernels
-from embedwright.cpu.guards import computed_now, faster, infers, listened_to, originals, unchanged
+from embedwright.cpu.guards import computed_now, infers, listened_to, originals, subclass, unchanged
 from embedwright.model.attention import packed_attention
 
 FAST = "embedwright_packed_cpu"  # packed attention, through our kernel where it takes what it is given
@@ -52,7 +52,7 @@ def norm(stock: Any, plus_one: bool) -> Any:
             return cast(Tensor, stock.forward(self, x))
         return kernels.norm(x, self.weight, self.eps if plus_one else self.variance_epsilon, plus_one)
 
-    return faster(norm, stock, forward, known, plus_one)
+    return subclass(norm, stock, forward, known, plus_one)
 
 
 @cache
@@ -86,7 +86,7 @@ def attention(stock: Any, windowed: str | None) -> Any:
         mixed, _ = attend(self, q, k, v, attention_mask, scaling=self.scaling, sliding_window=window, **others)
         return self.o_proj(mixed.flatten(2)), None
 
-    return faster(attention, stock, forward, known, windowed)
+    return subclass(attention, stock, forward, known, windowed)
 
 
 def _fits(self: Any, known: Any, hidden_states: Tensor, position_embeddings: Any, others: dict[str, Any]) -> bool:

@@ -79,7 +79,7 @@ def unchanged(known: tuple[Original, ...]) -> bool:
     return all(getattr(owner, name) is function for owner, name, function in known)
 
 
-def faster(make: Any, stock: Any, forward: Any, known: tuple[Original, ...], *how: Any) -> Any:
+def subclass(make: Any, stock: Any, forward: Any, known: tuple[Original, ...], *how: Any) -> Any:
     """A class like `stock` with another forward, which `make(stock, *how)` gives: how another process finds it, to
     which a model is sent (sentence-transformers' pools). `known`: what it stands in for."""
 

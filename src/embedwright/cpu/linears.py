@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from transformers import activations
 
 from embedwright.cpu import onednn
-from embedwright.cpu.guards import Original, faster, infers, listened_to, originals, unchanged, usable
+from embedwright.cpu.guards import Original, infers, listened_to, originals, subclass, unchanged, usable
 
 _LINEAR = originals((nn.Linear, "forward"))
 
@@ -98,7 +98,7 @@ def gated(stock: Any) -> Any:
         gate, up = (part.weight for part in parts)
         return cast(Tensor, self.down_proj(onednn.gated(x, gate, up, *activation)))
 
-    return faster(gated, stock, forward, known)
+    return subclass(gated, stock, forward, known)
 
 
 # transformers' and torch's activations as oneDNN has them, by class

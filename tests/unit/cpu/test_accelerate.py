@@ -19,7 +19,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.qwen3 import modeling_qwen3
 
 from embedwright.cpu import attention, kernels, onednn
-from embedwright.cpu.accelerate import accelerate, change, changed, restore, stock
+from embedwright.cpu.accelerate import accelerate, accelerate_unproven, accelerated, restore, stock
 from embedwright.model.backbone import text_hidden
 from embedwright.model.embedder import Embedder
 
@@ -225,12 +225,12 @@ def test_with_adapters_the_twin_runs_pefts_own(folder: Callable[[str], Path]) ->
 
 def test_a_tests_backend_and_other_doors_are_stock(folder: Callable[[str], Path], tmp_path: Path) -> None:
     made = Embedder.from_decoder(folder("llama"), pooling="latent", latents=6, heads=2, multiple=1)
-    assert changed(made.network)
+    assert accelerated(made.network)
     made.save(tmp_path / "model")
-    assert changed(AutoModel.from_pretrained(tmp_path / "model")) == []
+    assert accelerated(AutoModel.from_pretrained(tmp_path / "model")) == []
     for backend in ("sdpa", "eager"):
         other = Embedder.load(tmp_path / "model", backend=backend)  # type: ignore[arg-type]
-        assert changed(other.network) == []
+        assert accelerated(other.network) == []
         np.testing.assert_allclose(other.encode(TEXTS), made.encode(TEXTS), atol=1e-5)
 
 
@@ -238,8 +238,8 @@ def test_changed_twice_is_changed_once_and_undone(folder: Callable[[str], Path])
     model = Embedder.from_decoder(folder("llama"), pooling="mean")
     before = classes(model.network)
     accelerate(model.network)
-    change(model.network)
+    accelerate_unproven(model.network)
     assert classes(model.network) == before
     assert classes(copy.deepcopy(model.network)) == before
     restore(model.network)
-    assert changed(model.network) == [] and model.network.backbone.config._attn_implementation != attention.FAST
+    assert accelerated(model.network) == [] and model.network.backbone.config._attn_implementation != attention.FAST

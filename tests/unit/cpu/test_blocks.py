@@ -20,7 +20,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from embedwright.cpu import kernels
-from embedwright.cpu.accelerate import change
+from embedwright.cpu.accelerate import accelerate_unproven
 from embedwright.model import attention
 from embedwright.model.embedder import Embedder
 from embedwright.model.verify.probe import ProbeError, check
@@ -57,7 +57,7 @@ def norm(kind: Any, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
     nn.init.normal_(stock.weight)
     stock = stock.to(dtype).eval()
     fast = copy.deepcopy(stock)
-    change(fast)
+    accelerate_unproven(fast)
     return stock, fast
 
 

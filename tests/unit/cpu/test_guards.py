@@ -17,7 +17,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from embedwright.cpu import kernels, onednn
-from embedwright.cpu.accelerate import change, changed, stock
+from embedwright.cpu.accelerate import accelerate_unproven, accelerated, stock
 from embedwright.cpu.guards import originals, unchanged, usable
 from embedwright.model.embedder import Embedder
 
@@ -33,7 +33,7 @@ def needs_both() -> None:
 @pytest.fixture(scope="module")
 def model(tiny_decoder: Callable[..., Path]) -> Embedder:
     made = Embedder.from_decoder(tiny_decoder("llama", **SIZES), pooling="mean")
-    assert changed(made.network)
+    assert accelerated(made.network)
     return made
 
 
@@ -108,8 +108,8 @@ def fast(kind: str) -> tuple[nn.Module, Tensor]:
         "gated": lambda: LlamaMLP(modeling_llama.LlamaConfig(hidden_size=64, intermediate_size=96)),
     }
     module = made[kind]().eval()
-    change(module)
-    assert changed(module)
+    accelerate_unproven(module)
+    assert accelerated(module)
     return module, torch.randn(5, 64)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from embedwright.cpu import lean_lora as lora
 from embedwright.cpu import onednn
-from embedwright.cpu.accelerate import change
+from embedwright.cpu.accelerate import accelerate_unproven
 from embedwright.cpu.lean_lora import LeanLinear
 from embedwright.model.adapters.lora import inject_lora
 from embedwright.model.embedder import Embedder
@@ -40,7 +40,7 @@ def made(bias: bool = False, mixed: bool = False, **options: Any) -> Any:
     """A pair with adapters that add about as much as the weights do."""
     torch.manual_seed(0)
     pair = Pair(bias)
-    change(pair)
+    accelerate_unproven(pair)
     if mixed:
         pair.bfloat16()
     config = LoraConfig(**{"r": RANK, "lora_alpha": 3 * RANK, "target_modules": ["first", "second"], **options})

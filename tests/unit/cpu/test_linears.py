@@ -22,7 +22,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from embedwright.cpu import onednn
-from embedwright.cpu.accelerate import change
+from embedwright.cpu.accelerate import accelerate_unproven
 from embedwright.cpu.linears import OneDnnLinear
 from embedwright.cpu.onednn import available, gated_available
 from embedwright.model.embedder import Embedder
@@ -36,7 +36,7 @@ def needs_onednn() -> None:
 
 def made(bias: bool) -> OneDnnLinear:
     layer = nn.Linear(24, 40, bias=bias)
-    change(layer)
+    accelerate_unproven(layer)
     assert isinstance(layer, OneDnnLinear)
     return layer
 
@@ -119,7 +119,7 @@ def test_only_plain_linears_change_and_nothing_is_stored(needs_onednn: None) -> 
 
     network = nn.Sequential(nn.Linear(3, 4), Own(4, 5), nn.LayerNorm(5))
     before = {name: tensor.data_ptr() for name, tensor in network.state_dict().items()}
-    change(network)
+    accelerate_unproven(network)
     assert [type(m) for m in network] == [OneDnnLinear, Own, nn.LayerNorm]
     assert {name: tensor.data_ptr() for name, tensor in network.state_dict().items()} == before
 
@@ -127,7 +127,7 @@ def test_only_plain_linears_change_and_nothing_is_stored(needs_onednn: None) -> 
 def test_a_machine_without_it_stays_stock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onednn, "available", lambda: False)
     layer = nn.Linear(3, 4)
-    change(layer)
+    accelerate_unproven(layer)
     assert type(layer) is nn.Linear
 
 
@@ -172,7 +172,7 @@ def block(family: str) -> tuple[nn.Module, nn.Module]:
         nn.init.normal_(parameter, std=0.2)
     stock = stock.bfloat16().eval()
     fast = copy.deepcopy(stock)
-    change(fast)
+    accelerate_unproven(fast)
     return stock, fast
 
 
@@ -258,5 +258,5 @@ def test_a_gated_block_saves_what_the_stock_one_does(needs_gated: None) -> None:
     assert type(fast).__name__ == "LlamaMLP" and type(fast) is not LlamaMLP
     assert fast.state_dict().keys() == stock.state_dict().keys()
     before = type(fast)
-    change(fast)  # again: nothing more
+    accelerate_unproven(fast)  # again: nothing more
     assert type(fast) is before

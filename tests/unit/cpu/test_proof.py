@@ -20,7 +20,7 @@ from torch import Tensor
 
 from embedwright.cpu import attention as blocks
 from embedwright.cpu import kernels, linears, onednn, proof
-from embedwright.cpu.accelerate import accelerate, changed, fault, stock
+from embedwright.cpu.accelerate import accelerate, accelerated, fault, stock
 from embedwright.model import attention
 from embedwright.model.embedder import Embedder
 from embedwright.model.verify import doctor
@@ -184,14 +184,14 @@ def cases(short: bool) -> list[tuple[str, str, str]]:
 def found_by_load_and_doctor(name: str, model: Embedder, patch: Patch, caplog: pytest.LogCaptureFixture) -> None:
     network = model.network
     accelerate(network)
-    assert network.cpu_fault is None and fault(network) is None and changed(network)
+    assert network.cpu_fault is None and fault(network) is None and accelerated(network)
     FAST[name][0](patch)
     found = doctor._fast(model, None)  # a fault that comes after the load
     assert found is not None and not found[0] and "transformers' own" in found[1]
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         accelerate(network)
-    assert network.cpu_fault is not None and changed(network) == []
+    assert network.cpu_fault is not None and accelerated(network) == []
     assert [record.levelname for record in caplog.records] == ["WARNING"] and network.cpu_fault in caplog.text
     found = doctor._fast(model, None)
     assert found is not None and not found[0] and found[1] == f"off: {network.cpu_fault}"
@@ -231,7 +231,7 @@ def test_packed_attention_itself_is_held_to_the_stock_mask(
 def test_the_pooling_block_is_proven_too(pooling: str, made: Any, monkeypatch: Patch) -> None:
     model = made("llama", "float32", pooling)
     accelerate(model.network)
-    assert any(name.startswith("head.") for name in changed(model.network))
+    assert any(name.startswith("head.") for name in accelerated(model.network))
     own = {parameter.data_ptr() for parameter in model.network.head.parameters()}
     right = onednn.linear
 
@@ -304,10 +304,10 @@ def test_every_attention_block_and_every_changed_module_is_proven(family: str, m
     model = made(family, "float32", "latent")
     accelerate(model.network)
     with stock(model.network) as twin:
-        proven = proof.recorded(twin, changed(model.network))
+        proven = proof.recorded(twin, accelerated(model.network))
     names = [block.name for block in proven]
     assert sum(block.attends for block in proven) == model.network.backbone.config.num_hidden_layers
-    for name in changed(model.network):
+    for name in accelerated(model.network):
         assert any(name == one or name.startswith(f"{one}.") for one in names), name
 
 

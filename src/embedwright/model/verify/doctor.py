@@ -151,7 +151,7 @@ def _fast(model: Embedder, _: Path | None) -> Result:
     """Each faster block, and packed attention, gives what transformers' own gives on the same input."""
     if model.device.type != "cpu":
         return None
-    return not (fault := cpu.fault(model.network)), fault or f"{len(cpu.changed(model.network))} modules are faster"
+    return not (fault := cpu.fault(model.network)), fault or f"{len(cpu.accelerated(model.network))} modules are faster"
 
 
 # ---- numbers
