@@ -20,6 +20,7 @@ from embedwright.model.attention import attend
 from embedwright.packing import PackedTexts
 
 Kind = Literal["latent", "mean", "last", "self", "mlp"]
+WEIGHTLESS: dict[Kind, str] = {"mean": "mean", "last": "lasttoken"}  # and how sentence-transformers calls them
 
 FOLDED = "the pooling head is folded for inference: load the model again to save, export or train it"
 
@@ -242,7 +243,7 @@ def make_head(config: PoolingConfig, hidden: int) -> PoolingHead:
     Raises:
         InputError: The heads do not divide D.
     """
-    if config.kind in ("mean", "last"):
+    if config.kind in WEIGHTLESS:
         return TokensAsTheyAre()
     if config.head_dim is None and hidden % config.heads:
         raise InputError(f"pooling heads={config.heads} do not divide hidden size {hidden}: set head_dim")

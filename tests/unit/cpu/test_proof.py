@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -23,6 +23,7 @@ from embedwright.cpu import kernels, linears, onednn, proof
 from embedwright.cpu.accelerate import accelerate, accelerated, fault, stock
 from embedwright.model import attention
 from embedwright.model.embedder import Embedder
+from embedwright.model.pooling import WEIGHTLESS, Kind
 from embedwright.model.verify import doctor
 from embedwright.model.verify.probe import ProbeError
 
@@ -227,7 +228,7 @@ def test_packed_attention_itself_is_held_to_the_stock_mask(
         accelerate(model.network)
 
 
-@pytest.mark.parametrize("pooling", ["latent", "self", "mlp"])
+@pytest.mark.parametrize("pooling", [kind for kind in get_args(Kind) if kind not in WEIGHTLESS])
 def test_the_pooling_block_is_proven_too(pooling: str, made: Any, monkeypatch: Patch) -> None:
     model = made("llama", "float32", pooling)
     accelerate(model.network)

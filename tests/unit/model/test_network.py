@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from transformers import AutoModel
 from embedwright.cpu.accelerate import stock
 from embedwright.model.embedder import Embedder
 from embedwright.model.network import EmbedwrightModel
-from embedwright.model.pooling import reduce
+from embedwright.model.pooling import Kind, reduce
 
 TEXTS = ["how do tides work?", "a", "", "the moon and the sun " * 9, "漢字 🙂"]
 TASK = "Given a question, retrieve passages"
@@ -39,7 +39,7 @@ def padded(model: Embedder, side: str, task: str | None = None) -> dict[str, Ten
 
 @torch.no_grad()
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("pooling", ["latent", "self", "mlp", "mean", "last"])
+@pytest.mark.parametrize("pooling", get_args(Kind))
 def test_automodel_on_a_saved_folder_gives_the_vectors_of_encode(
     pooling: Any, side: str, tiny_embedder: Callable[..., Embedder], tmp_path: Path
 ) -> None:

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -17,14 +17,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from embedwright.model import network as network_module
 from embedwright.model.adapters.lora import add_lora
 from embedwright.model.embedder import Embedder
-from embedwright.model.pooling import FoldedLatent, LatentPooling, MlpPooling, PoolingConfig, make_head, reduce
+from embedwright.model.pooling import (
+    WEIGHTLESS,
+    FoldedLatent,
+    Kind,
+    LatentPooling,
+    MlpPooling,
+    PoolingConfig,
+    make_head,
+    reduce,
+)
 from embedwright.packing import PackedTexts, pack
 from embedwright.text import TokenizedText
 
 D = 24
 D_TINY = 32  # of the tiny decoders
 LENGTHS = [5, 5, 1, 9]
-KINDS_WITH_WEIGHTS = ["latent", "self", "mlp"]
+KINDS_WITH_WEIGHTS = [kind for kind in get_args(Kind) if kind not in WEIGHTLESS]
 
 
 @pytest.fixture
@@ -95,15 +104,14 @@ def test_self_is_the_same_block_over_its_own_text(packed: PackedTexts, states_TD
     torch.testing.assert_close(head(states_TD, packed).double(), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_mlp_and_latent_mix_no_tokens_and_self_mixes_its_own_text(packed: PackedTexts, states_TD: Tensor) -> None:
+def test_token_wise_heads_mix_no_tokens_and_the_others_those_of_a_text(packed: PackedTexts, states_TD: Tensor) -> None:
     changed_TD = states_TD.clone()
     changed_TD[7] *= -2  # third token of the second text, which has tokens 5 to 9
-    reached = {}
     for kind in KINDS_WITH_WEIGHTS:
         head = with_random_weights(head_of(kind))
         moved_T = (head(changed_TD, packed) - head(states_TD, packed)).norm(dim=-1)
-        reached[kind] = torch.nonzero(moved_T > 1e-4).flatten().tolist()
-    assert reached == {"latent": [7], "mlp": [7], "self": [5, 6, 7, 8, 9]}
+        reached = torch.nonzero(moved_T > 1e-4).flatten().tolist()
+        assert reached == ([7] if head.token_wise else [5, 6, 7, 8, 9]), kind
 
 
 def test_attention_weights_are_those_of_the_forward(packed: PackedTexts, states_TD: Tensor) -> None:
@@ -187,7 +195,7 @@ def test_a_folded_model_gives_the_same_vectors(
     assert {p.dtype for p in folded.parameters()} == {getattr(torch, dtype)}
 
 
-@pytest.mark.parametrize("kind", ["mean", "last", "self", "mlp"])
+@pytest.mark.parametrize("kind", [kind for kind in get_args(Kind) if kind != "latent"])
 def test_heads_without_latents_stay(kind: str, tiny_embedder: Callable[..., Embedder]) -> None:
     model = tiny_embedder(kind)
     head = model.network.head
@@ -343,7 +351,7 @@ def test_mean_is_over_the_pooled_tokens_alone(packed: PackedTexts, states_TD: Te
         rows = x[at : at + length][pool[at : at + length]]
         expected.append(rows.mean(0))
         at += length
-    for kind in ("mean", "latent", "self", "mlp"):
+    for kind in ("mean", *KINDS_WITH_WEIGHTS):
         np.testing.assert_allclose(reduce(states_TD, packed, kind).numpy(), expected, rtol=1e-5, atol=1e-6)
 
     left_out_TD = torch.where(packed.pool_mask_T[:, None], states_TD, states_TD + 100)

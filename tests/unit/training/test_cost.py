@@ -4,7 +4,7 @@ import math
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import MixtralConfig
 
 from embedwright.model.embedder import Embedder
+from embedwright.model.pooling import WEIGHTLESS, Kind
 from embedwright.packing import PackedTexts, pack
 from embedwright.training.cost import (
     GB,
@@ -27,7 +28,7 @@ from embedwright.training.cost import (
 )
 from embedwright.training.recipe import Recipe
 
-POOLINGS = ["mean", "last", "latent", "self", "mlp"]
+POOLINGS = get_args(Kind)
 TEXTS, LENGTH = 16, 64
 TOKENS = TEXTS * LENGTH
 Made = tuple[Recipe, Embedder]
@@ -189,10 +190,7 @@ def memory(recipe: Recipe, kind: Any = "cpu", **options: Any) -> Memory:
 CASES = [
     (family, pooling, method, precision)
     for family, pooling in [
-        ("llama", "mean"),
-        ("llama", "latent"),
-        ("llama", "self"),
-        ("llama", "mlp"),
+        *(("llama", kind) for kind in POOLINGS if kind != "last"),
         ("qwen3", "mean"),
         ("gemma3", "mean"),
         ("phi3", "mean"),
@@ -330,7 +328,7 @@ def test_tokens_scores_and_a_gpus_own_part(made: Any) -> None:
     assert many.activations + many.work >= many.gradients
 
 
-@pytest.mark.parametrize("pooling", ["latent", "self", "mlp"])
+@pytest.mark.parametrize("pooling", [kind for kind in POOLINGS if kind not in WEIGHTLESS])
 def test_what_the_pooling_block_keeps(made: Any, packed: PackedTexts, pooling: str) -> None:
     recipe, model = made("llama", pooling, heads=4, latents=64)  # attention is a good part of it
     hidden_TD = torch.randn(TOKENS, 32, requires_grad=True)

@@ -3,13 +3,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from embedwright.config import ConfigError
 from embedwright.model.embedder import Embedder
 from embedwright.model.formats.base import new_contract
+from embedwright.model.pooling import Kind
 from embedwright.text import load_tokenizer
 from embedwright.training.batches.sources import open_sources
 from embedwright.training.lengths import Lengths, stand_ins, summary, tokens_of
@@ -45,7 +46,7 @@ def one(recipe: Recipe) -> Any:
 
 
 @pytest.mark.parametrize("bos", [False, True])
-@pytest.mark.parametrize("pooling", ["mean", "last", "latent", "self", "mlp"])
+@pytest.mark.parametrize("pooling", get_args(Kind))
 def test_the_contract_is_that_of_the_model(asked: Any, pooling: str, bos: bool) -> None:
     recipe = asked(pooling, bos, max_tokens=77)
     folder = recipe.model.base

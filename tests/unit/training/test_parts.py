@@ -9,6 +9,8 @@ import pytest
 from pydantic import BaseModel
 
 from embedwright.config import ConfigError
+from embedwright.model.pooling import Kind
+from embedwright.training.parts import ModelPart
 from embedwright.training.recipe import Recipe
 
 
@@ -161,3 +163,8 @@ def test_a_stage_that_is_no_mapping_is_named(value: Any) -> None:
     tree["stages"] = [{"kind": "mine"}, value]
     with pytest.raises(ConfigError, match=r"^recipe: stages\.1: expected a mapping"):
         Recipe.parse(tree)
+
+
+def test_a_recipe_knows_every_pooling() -> None:
+    """The recipe writes the names again: it is read without torch."""
+    assert ModelPart.model_fields["pooling"].annotation == Kind

@@ -9,7 +9,7 @@ import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -21,6 +21,7 @@ from embedwright.evaluation.results import Results
 from embedwright.evaluation.suite import evaluate
 from embedwright.model.adapters.lora import has_lora
 from embedwright.model.embedder import Embedder
+from embedwright.model.pooling import Kind
 from embedwright.training import steps as steps_module
 from embedwright.training import train as loop
 from embedwright.training.batches.blend import rows_at
@@ -565,7 +566,7 @@ def test_full_tuning_moves_every_weight(content: dict[str, Any], tmp_path: Path,
 
 
 @pytest.mark.parametrize("attention", ["bidirectional", "causal"])
-@pytest.mark.parametrize("pooling", ["latent", "self", "mlp", "mean", "last"])
+@pytest.mark.parametrize("pooling", get_args(Kind))
 def test_every_pooling_trains(content: dict[str, Any], tmp_path: Path, pooling: str, attention: str) -> None:
     tree = short(content, tmp_path, 1)
     tree["model"] |= {"pooling": pooling, "attention": attention}

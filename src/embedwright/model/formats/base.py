@@ -22,7 +22,7 @@ from embedwright.model.formats.folder import (
 )
 from embedwright.model.formats.gguf import convert_gguf
 from embedwright.model.network import EmbedwrightConfig, EmbedwrightModel
-from embedwright.model.pooling import Kind, PoolingConfig
+from embedwright.model.pooling import WEIGHTLESS, Kind, PoolingConfig
 from embedwright.text import (
     BOUNDARY_TEMPLATE,
     INSTRUCTION_TEMPLATE,
@@ -119,7 +119,7 @@ def new_contract(tokenizer: Any, pooling: Kind, max_tokens: int, pool_prompt: bo
     """Returns the text contract of a new embedder with this tokenizer."""
     bos_ids = leading_ids(tokenizer.backend_tokenizer)
     # mean and last are saved as stock sentence-transformers folders, whose prompts end where a token ends
-    stock = pooling in ("mean", "last") and not bos_ids and not pool_prompt
+    stock = pooling in WEIGHTLESS and not bos_ids and not pool_prompt
     contract = Contract(
         query_template=BOUNDARY_TEMPLATE if stock else INSTRUCTION_TEMPLATE,
         eos_id=tokenizer.eos_token_id,

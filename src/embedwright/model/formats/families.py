@@ -14,7 +14,7 @@ from embedwright.errors import InputError, blaming
 from embedwright.locate import text_of
 from embedwright.model.backbone import AttentionKind, decoder_config
 from embedwright.model.formats.base import Outline
-from embedwright.model.pooling import PoolingConfig
+from embedwright.model.pooling import WEIGHTLESS, PoolingConfig
 from embedwright.text import Contract, load_tokenizer
 
 
@@ -160,7 +160,6 @@ def _modules_fit(folder: Path, family: Family) -> bool:
     if "Pooling" not in kinds:
         return not kinds
     pooling = json.loads(text_of(folder, f"{kinds['Pooling']}/config.json") or "{}")
-    mode = {"last": "lasttoken", "mean": "mean"}[family.pooling]
     old_key = {"last": "pooling_mode_lasttoken", "mean": "pooling_mode_mean_tokens"}[family.pooling]
-    pools = pooling.get("pooling_mode") == mode or pooling.get(old_key) is True
+    pools = pooling.get("pooling_mode") == WEIGHTLESS[family.pooling] or pooling.get(old_key) is True
     return kinds.keys() <= {"Transformer", "Pooling", "Normalize"} and pools

@@ -28,6 +28,7 @@ from embedwright.model.interop.tokenizer import (
     tokenizer_for,
 )
 from embedwright.model.network import EmbedwrightModel
+from embedwright.model.pooling import WEIGHTLESS
 from embedwright.model.verify import probe, selftest
 from embedwright.text import TextTokenizer, private_copy, tokenize
 
@@ -63,7 +64,7 @@ def opens_as_stock(network: EmbedwrightModel, tokenizer: TextTokenizer) -> bool:
     """
     contract = network.contract
     if contract.mask_rule == "all":
-        return network.pooling.kind in ("mean", "last")
+        return network.pooling.kind in WEIGHTLESS
     if contract.mask_rule != "boundary":
         return False
     prefix = contract.prefix("a task")
@@ -102,8 +103,7 @@ def _save_stock(network: EmbedwrightModel, tokenizer: Any, folder: Path) -> None
         # special tokens written inside a user's text are plain text
         {"split_special_tokens": True, "padding_side": "right", "model_max_length": contract.max_tokens},
     )
-    pooling_mode = {"mean": "mean", "last": "lasttoken"}[kind]
-    files = sentence_transformers_files(contract, pooling_mode, config.hidden_size, STOCK_TRANSFORMER)
+    files = sentence_transformers_files(contract, WEIGHTLESS[kind], config.hidden_size, STOCK_TRANSFORMER)
     files[STOCK_SETTINGS] = {"contract": contract.model_dump(), "pooling": network.pooling.model_dump()}
     _write_json(folder, files)
 

@@ -16,7 +16,7 @@ from embedwright.model.embedder import Embedder
 from embedwright.model.formats.base import new_contract, resolve_base
 from embedwright.model.formats.detect import check_decoder, check_embedder, content_fingerprint
 from embedwright.model.formats.open import outline
-from embedwright.model.pooling import PoolingConfig
+from embedwright.model.pooling import WEIGHTLESS, PoolingConfig
 from embedwright.model.verify import probe
 from embedwright.processes import ALONE, Processes
 from embedwright.text import Contract, load_tokenizer
@@ -66,7 +66,7 @@ def _from_decoder(recipe: Recipe, dtype: torch.dtype, device: str | None) -> Emb
         four_bit=recipe.tune.method == "qlora",
         device=device,
         seed=recipe.seed,
-        **({} if spec.pooling in ("mean", "last") else _sizes(spec)),
+        **({} if spec.pooling in WEIGHTLESS else _sizes(spec)),
     )
 
 

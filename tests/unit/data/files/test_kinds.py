@@ -4,12 +4,14 @@ import gzip
 import json
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from embedwright.data.clean.leaks import read_eval_texts
+from embedwright.data.files import kinds
 from embedwright.data.files.kinds import Kind, detect_kind, parse_fields, text_at, value_at
 from embedwright.data.files.rows import read_rows
 from embedwright.data.schema import DataError, Passage
@@ -41,6 +43,10 @@ KINDS = {
 }
 
 
+def test_every_kind_is_tried_here() -> None:
+    assert KINDS.keys() == set(get_args(Kind)) == kinds.KINDS.keys()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_kind_is_told_by_the_keys_after_bad_lines(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "x.labeled.pairs.jsonl"
@@ -48,6 +54,14 @@ def test_the_kind_is_told_by_the_keys_after_bad_lines(kind: str, tmp_path: Path)
         b'nonsense\n{"text": "no label"}\n{"querry": "q", "positives": ["p"]}\n' + dump(KINDS[kind]) + b"\n"
     )
     assert detect_kind(path) == kind
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_texts_of_every_kind_are_looked_for_as_leaks(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(dump(KINDS[kind]) + b"\n")
+    found = [eval_text.text for eval_text in read_eval_texts([path])]
+    assert found and all(isinstance(text, str) for text in found)
 
 
 def test_a_file_without_a_good_row_names_the_first_reason(tmp_path: Path) -> None:

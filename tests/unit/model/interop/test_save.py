@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -17,9 +17,10 @@ from transformers import AutoConfig, AutoModel
 
 from embedwright.model.embedder import Embedder
 from embedwright.model.interop.save import opens_as_stock
+from embedwright.model.pooling import Kind
 from embedwright.text import BOUNDARY_TEMPLATE
 
-POOLINGS = ["latent", "mean", "last", "self", "mlp"]
+POOLINGS = get_args(Kind)
 TASK = "Given a question, retrieve passages"
 TEXTS = [
     "how do tides work?",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoProcessor, AutoTokenizer, DataCollatorWi
 
 from embedwright.model.embedder import Embedder
 from embedwright.model.interop.tokenizer import EmbedwrightTokenizer, sentence_transformers_files, tokenizer_for
+from embedwright.model.pooling import Kind
 from embedwright.text import Contract, TextTokenizer, load_tokenizer, tokenize
 
 TEXTS = ["how do tides work?", "a", "", " leading and trailing ", "naïve 漢字 🙂", "</s> and <s>", "long " * 60]
@@ -238,11 +239,9 @@ def opened_by_st(model: Embedder, folder: Path) -> SentenceTransformer:
 @pytest.mark.parametrize(
     ("pooling", "bos", "attention"),
     [
+        *((kind, True, "bidirectional") for kind in get_args(Kind)),
         ("latent", False, "bidirectional"),
         ("latent", True, "causal"),
-        ("self", True, "bidirectional"),
-        ("mlp", False, "bidirectional"),
-        ("mean", True, "bidirectional"),
         ("last", True, "causal"),
     ],
 )

@@ -6,11 +6,13 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
 from embedwright.model.embedder import Embedder
+from embedwright.model.pooling import Kind
 from embedwright.model.verify import by_hand, doctor
 
 
@@ -38,12 +40,11 @@ def detail(findings: list[doctor.Finding], name: str) -> str:
     [
         ("latent", "bidirectional", False),
         ("latent", "causal", True),
-        ("mean", "bidirectional", True),
+        *((kind, "bidirectional", True) for kind in get_args(Kind)),
         ("mean", "causal", False),
         ("last", "bidirectional", False),
         ("last", "causal", True),
         ("self", "causal", False),
-        ("mlp", "bidirectional", True),
     ],
 )
 def test_a_healthy_model_passes(folder: Callable[..., Path], pooling: str, word: str, bos: bool) -> None:

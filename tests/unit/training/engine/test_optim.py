@@ -2,12 +2,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from torch import nn
 
 from embedwright.model.embedder import Embedder
+from embedwright.model.pooling import WEIGHTLESS, Kind
 from embedwright.training.engine.optim import learning_rate, make_optimizer, update
 from embedwright.training.parts import TunePart
 from embedwright.training.stages import OptimPart
@@ -27,7 +29,7 @@ def test_the_learning_rate_warms_up_and_decays_linearly() -> None:
 # ---- the optimizer
 
 
-@pytest.mark.parametrize("pooling", ["latent", "self", "mlp", "mean"])
+@pytest.mark.parametrize("pooling", get_args(Kind))
 def test_groups_of_the_optimizer(make: Callable[..., Embedder], pooling: str) -> None:
     network = make(pooling).network
     optimizer = make_optimizer(network, TunePart(pooling_lr_ratio=3.0), OPTIM)
@@ -41,7 +43,8 @@ def test_groups_of_the_optimizer(make: Callable[..., Embedder], pooling: str) ->
         without = {n.endswith(("bias", "latents")) or ".norm" in n for n in names}
         assert without == {group["weight_decay"] == 0.0}
         assert group["weight_decay"] in (0.0, 0.1)
-    assert len(optimizer.param_groups) == (1 if pooling == "mean" else 3)
+    kinds = {(n.startswith("head."), n.endswith(("bias", "latents")) or ".norm" in n) for n in seen}
+    assert len(optimizer.param_groups) == len(kinds) and (len(kinds) == 1) == (pooling in WEIGHTLESS)
 
 
 def test_full_tuning_decays_no_norm_of_the_backbone(tiny_decoder: Callable[..., Path]) -> None:

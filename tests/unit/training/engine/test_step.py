@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from embedwright.data.schema import Example, Passage, Task
 from embedwright.model.embedder import Embedder
+from embedwright.model.pooling import Kind
 from embedwright.packing import PackedTexts
 from embedwright.processes import ALONE
 from embedwright.training.batches.batch import Batch
@@ -148,7 +149,7 @@ def test_dropout_follows_the_seed_alone(make: Callable[..., Embedder]) -> None:
 # ---- the schedule
 
 
-@pytest.mark.parametrize("pooling", ["latent", "self", "mlp", "mean", "last"])
+@pytest.mark.parametrize("pooling", get_args(Kind))
 def test_ten_updates_reach_every_adapter_and_the_pooling_block_and_nothing_else(
     make: Callable[..., Embedder], pooling: str
 ) -> None:

@@ -269,16 +269,21 @@ def test_parts_of_a_batch_that_shares_nothing_add_up() -> None:
     torch.testing.assert_close(gradient(parts, leaf), gradient(whole, leaf), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("chosen", ["alone", "joined"])
+def test_every_key_of_the_loss_is_tried_here() -> None:
+    assert EVERYTHING.keys() == LossPart.model_fields.keys()
+
+
+@pytest.mark.parametrize("chosen", ["alone", "joined", *EVERYTHING])
 def test_a_budget_of_tokens_changes_no_gradient(tiny_decoder: Callable[..., Path], chosen: str) -> None:
-    """All that needs no teacher's vectors, through the step: one forward against many."""
-    loss = dict(EVERYTHING if chosen == "joined" else ALONE_TOO)
-    loss["distill"] = {"score_weight": 0.5}
-    asked = stage(loss, in_batch_negatives="all" if chosen == "joined" else "none")
+    """All that needs no teacher's vectors, through the step: one forward against many. Each key also by itself."""
+    everything = EVERYTHING | {"distill": {"score_weight": 0.5}}
+    keys = {"alone": ALONE_TOO, "joined": EVERYTHING}.get(chosen, {chosen: None})
+    asked = stage({key: everything[key] for key in keys}, in_batch_negatives="all" if chosen == "joined" else "none")
     model = Embedder.from_decoder(tiny_decoder("qwen3"), pooling="mean")
     model.network.train()
     batch = batch_of(scored_rows(), asked)
-    assert batch.separable() == (chosen == "alone")
+    if chosen in ("alone", "joined"):
+        assert batch.separable() == (chosen == "alone")
     found = []
     for budget in (10_000, 30):
         local = local_batch(batch, model.text_tokenizer, model.contract, ALONE)

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ from torch import nn
 from embedwright.config import ConfigError
 from embedwright.model.embedder import Embedder
 from embedwright.model.formats.families import FAMILIES
+from embedwright.model.pooling import Kind
 from embedwright.training.cost import sizes_of
 from embedwright.training.lengths import tokens_of
 from embedwright.training.plan import report
@@ -118,7 +119,7 @@ def published(
     return make
 
 
-FORMS = ["latent", "mean", "last", "self", "mlp", "latent-adapter", "mean-adapter", "nvembed", *FAMILIES]
+FORMS = [*get_args(Kind), "latent-adapter", "mean-adapter", "nvembed", *FAMILIES]
 
 
 @pytest.mark.parametrize("form", FORMS)
