@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from embedwright.cpu import kernels
+from embedwright.cpu import kernels, onednn
 from embedwright.errors import InputError
 from embedwright.vectors import int8
 from embedwright.vectors.int8 import TINY, Int8Nominator, slack
@@ -107,7 +107,7 @@ def pair_scores(
 
 
 class _Float32Nominator:
-    """Nominates by float32 products. They are numpy's: torch's are bfloat16 where the host has allowed it that."""
+    """Nominates by float32 products."""
 
     def __init__(self, query_QE: Tensor) -> None:
         self.query_QE = query_QE
@@ -122,6 +122,10 @@ class _Float32Nominator:
 
 
 def _product(query_QE: Tensor, document_NE: Tensor) -> Tensor:
+    """Multiplies in true float32. torch's products are bfloat16 where the host has allowed that; numpy's never are."""
+    backend: Any = torch.backends.mkldnn
+    if onednn.available() and backend.matmul.fp32_precision in ("none", "ieee"):
+        return onednn.linear(query_QE, document_NE, None)
     return as_tensor(query_QE.numpy() @ document_NE.numpy().T)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -93,10 +92,20 @@ def test_torchs_own_rounding_of_products_is_no_matter(small_blocks: None, precis
         torch.set_float32_matmul_precision(before)
 
 
-def test_the_search_multiplies_by_none_of_torchs_float32_products() -> None:
-    """They may be bfloat16, whatever the library wants, and to set that would change the host."""
-    source = Path(search.__file__).read_text() + Path(int8.__file__).read_text()
-    assert not re.search(r"fp32_precision|F\.linear|onednn\.linear|torch\.(mm|matmul)", source)
+@pytest.mark.parametrize("allowed", ["bf16", "tf32"])
+def test_where_the_host_allows_other_products_torch_multiplies_nothing(
+    monkeypatch: pytest.MonkeyPatch, allowed: str
+) -> None:
+    queries, corpus = real(5, 40, seed=3)
+    backend: Any = torch.backends.mkldnn
+    before = backend.matmul.fp32_precision
+    monkeypatch.setattr(search.onednn, "linear", lambda *_: pytest.fail("multiplied by torch"))
+    try:
+        backend.matmul.fp32_precision = allowed
+        found = search._product(torch.from_numpy(queries), torch.from_numpy(corpus))
+    finally:
+        backend.matmul.fp32_precision = before
+    np.testing.assert_allclose(found.numpy(), queries @ corpus.T, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, "meta"])
