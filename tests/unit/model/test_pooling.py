@@ -110,8 +110,9 @@ def test_token_wise_heads_mix_no_tokens_and_the_others_those_of_a_text(packed: P
     for kind in KINDS_WITH_WEIGHTS:
         head = with_random_weights(head_of(kind))
         moved_T = (head(changed_TD, packed) - head(states_TD, packed)).norm(dim=-1)
-        reached = torch.nonzero(moved_T > 1e-4).flatten().tolist()
-        assert reached == ([7] if head.token_wise else [5, 6, 7, 8, 9]), kind
+        reached = set(torch.nonzero(moved_T > 1e-4).flatten().tolist())
+        assert {7} <= reached <= ({7} if head.token_wise else {5, 6, 7, 8, 9}), kind
+        assert kind != "self" or len(reached) == 5
 
 
 def test_attention_weights_are_those_of_the_forward(packed: PackedTexts, states_TD: Tensor) -> None:
@@ -337,7 +338,7 @@ def test_heads_that_do_not_divide_need_a_head_dim() -> None:
         with pytest.raises(ValueError, match="heads=5 do not divide hidden size 24: set head_dim"):
             head_of(kind, heads=5)
         head_of(kind, heads=5, head_dim=4)
-    for kind in ("mean", "last"):
+    for kind in WEIGHTLESS:
         assert list(head_of(kind, heads=5).parameters()) == []
 
 

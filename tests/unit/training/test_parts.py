@@ -78,7 +78,7 @@ def errors(path: str, value: Any) -> list[str]:
         ("stages.0.data.0.weight", 0, "greater than 0"),
         ("stages.0.data", [], "at least 1 item"),
         ("stages", [], "at least 1 item"),
-        ("model.pooling", "max", "'latent', 'mean', 'last', 'self' or 'mlp'"),
+        ("model.pooling", "median", "'latent', 'mean', 'last'"),
         ("model.max_tokens", 4, "greater than or equal to 8"),
         ("tune.dropout", 1.0, "less than 1"),
         ("tune.method", "dora", "'lora', 'full' or 'qlora'"),

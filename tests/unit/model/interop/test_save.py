@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel
 
 from embedwright.model.embedder import Embedder
 from embedwright.model.interop.save import opens_as_stock
-from embedwright.model.pooling import Kind
+from embedwright.model.pooling import WEIGHTLESS, Kind
 from embedwright.text import BOUNDARY_TEMPLATE
 
 POOLINGS = get_args(Kind)
@@ -178,7 +178,7 @@ def test_the_format_is_stock_where_it_can_be(
 ) -> None:
     model = tiny_embedder(pooling, bos=bos)
     model.save(tmp_path / "saved")
-    stock = pooling in ("mean", "last") and not bos
+    stock = pooling in WEIGHTLESS and not bos
     assert opens_as_stock(model.network, model.text_tokenizer) == stock
     files = files_of(tmp_path / "saved")
     assert ("embedwright.json" in files) == stock
