@@ -9,12 +9,13 @@ import torch
 
 from embedwright.model.adapters.lora import add_lora
 from embedwright.model.embedder import Embedder
+from embedwright.model.pooling import WEIGHTLESS
 
 
 @pytest.fixture
 def make(tiny_decoder: Callable[..., Path]) -> Callable[..., Embedder]:
     def make(pooling: Any = "latent", *, dropout: float = 0.0, shaken: bool = False) -> Embedder:
-        sizes = {} if pooling in ("mean", "last") else {"latents": 8, "heads": 4, "multiple": 1}
+        sizes = {} if pooling in WEIGHTLESS else {"latents": 8, "heads": 4, "multiple": 1}
         model = Embedder.from_decoder(tiny_decoder("qwen3"), pooling=pooling, **sizes)
         torch.manual_seed(0)
         add_lora(model.network.backbone, rank=4, alpha=8, dropout=dropout)
