@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from embedwright.model import attention, embedder, network
+from embedwright.model import encode as encoding
 from embedwright.model.adapters.lora import add_lora
 from embedwright.model.embedder import Embedder
 from embedwright.model.network import EmbedwrightModel
@@ -316,8 +317,8 @@ def _sorted_results(case: Case) -> None:
 
 
 def _task_ignored(case: Case) -> None:
-    right = Embedder._frame
-    case.patch.setattr(Embedder, "_frame", lambda self, task, *rest: right(self, None, *rest))
+    right = encoding.frame
+    case.patch.setattr(encoding, "frame", lambda contract, longest, task, *rest: right(contract, longest, None, *rest))
 
 
 def _half_rotary(case: Case) -> None:
