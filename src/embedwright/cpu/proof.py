@@ -113,10 +113,10 @@ def _gradient_fault(block: Block, module: nn.Module) -> str | None:
     mixed = [True] if block.attends and states[0].dtype == torch.float32 else []
     for autocast in (False, *mixed):
         gradients = []
-        for run in (_run, _run_stock):
+        for one in (module, block.module):
             leaves = [x.clone().requires_grad_() for x in states]
             with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                out = run(block, module, leaves)
+                out = _run(block, one, leaves)
                 random = torch.Generator().manual_seed(0)
                 upstream = torch.randn(out.shape, generator=random).to(out)
                 gradients.append(torch.autograd.grad(out, [*leaves, *trains], upstream))
@@ -136,27 +136,21 @@ def _coarsest(block: Block) -> torch.dtype:
 
 def _states(block: Block) -> list[Tensor]:
     """What each text gave the block: hidden states (1, T, D), or rows (T, D) of a block that mixes no tokens."""
-    given = [inputs[next(iter(inputs))] if not block.attends else inputs["hidden_states"] for inputs in block.inputs]
-    return given if block.attends else [_rows(x) for x in given]
+    if block.attends:
+        return [inputs["hidden_states"] for inputs in block.inputs]
+    return [_rows(next(iter(inputs.values()))) for inputs in block.inputs]
 
 
 def _run(block: Block, module: nn.Module, states: list[Tensor]) -> Tensor:
-    """(T, D): the form that is proven, on all texts at once."""
+    """(T, D): the stock block on one text at a time where it attends, the form that is proven on all texts at once."""
     if not block.attends:
         return _rows(module(torch.cat(states)))
-    together = {name: _together([i.get(name) for i in block.inputs], block.packed) for name in block.inputs[0]}
-    together |= {"hidden_states": torch.cat(states, 1), "attention_mask": None, "packed": block.packed}
-    return _rows(module(**together)[0])
-
-
-def _run_stock(block: Block, _: nn.Module, states: list[Tensor]) -> Tensor:
-    """(T, D): the stock block, on one text at a time where it attends."""
-    if not block.attends:
-        return _rows(block.module(torch.cat(states)))
-    outputs = [
-        block.module(**{**inputs, "hidden_states": x})[0] for inputs, x in zip(block.inputs, states, strict=True)
-    ]
-    return torch.cat([_rows(x) for x in outputs])
+    if module is block.module:
+        calls = [inputs | {"hidden_states": x} for inputs, x in zip(block.inputs, states, strict=True)]
+    else:
+        together = {name: _together([i.get(name) for i in block.inputs], block.packed) for name in block.inputs[0]}
+        calls = [together | {"hidden_states": torch.cat(states, 1), "attention_mask": None, "packed": block.packed}]
+    return torch.cat([_rows(module(**call)[0]) for call in calls])
 
 
 def _together(values: list[Any], packed: PackedTexts) -> Any:
