@@ -1,8 +1,7 @@
-"""The process of the `embedwright` command: OpenMP threads bound to cores, and bounded caches of products.
+"""Sets up the process of the `embedwright` command: OpenMP threads bound to cores, and bounded caches of products.
 
-Unbound, threads collapse to a tenth of their speed beside one other busy process. All of this is for a process that is
-our own command. In a program that imports this package nothing here changes anything: neither its environment nor the
-cores that its threads may run on.
+Unbound threads drop to a tenth of their speed beside one other busy process. Only our own command is set up. In a
+program that imports this package, nothing here changes its environment or the cores of its threads.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ _cores: set[int] | None = None  # of the command, before an OpenMP runtime is lo
 
 
 def prepare_command() -> None:
-    """`take_over` if this process is `embedwright ...` or `python -m embedwright ...`; in other programs, nothing."""
+    """Calls `take_over` if this process is `embedwright ...` or `python -m embedwright ...`; else does nothing."""
     by_module = sys.argv[:1] == ["-m"] and ("-m", "embedwright") in pairwise(sys.orig_argv)  # `argv` has no name yet
     is_command = by_module or Path(sys.argv[0] if sys.argv else "").stem == "embedwright"
     if is_command and "torch" not in sys.modules:
@@ -48,9 +47,9 @@ def take_over() -> None:
 
 
 def free() -> None:
-    """In the command: this thread, and the threads that it starts, may run on all cores of the process again.
+    """Lets this thread, and the threads that it starts, run on all cores again. Does nothing outside of the command.
 
-    To be called in every thread that is no OpenMP thread: a bound OpenMP keeps the one that started it on one core.
+    Call it in every thread that is no OpenMP thread: a bound OpenMP keeps the thread that started it on one core.
     """
     if _cores is not None:
         os.sched_setaffinity(0, _cores)
@@ -58,8 +57,8 @@ def free() -> None:
 
 @contextmanager
 def freed() -> Iterator[None]:
-    """In the command: this thread on all cores for a while, for a library that starts threads or an OpenMP of its own.
-    Such a library takes the cores of the thread that loads it for all there are."""
+    """Frees this thread for a while, for a library that starts its own threads or OpenMP. Such a library uses only the
+    cores of the thread that loads it. Does nothing outside of the command."""
     if _cores is None:
         yield
         return

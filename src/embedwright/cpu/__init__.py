@@ -1,4 +1,4 @@
-"""Faster forms of stock blocks for CPUs, and the C and oneDNN products that they and the search run on.
+"""Faster forms of stock blocks for CPUs, with the C kernels and oneDNN products that they and the search run on.
 
-`accelerate.accelerate(network)` and the context `accelerate.stock(network)` are the one seam between stock and fast.
+`accelerate.accelerate(network)` puts the faster forms in. The context `accelerate.stock(network)` runs without them.
 """

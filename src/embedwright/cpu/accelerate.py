@@ -1,4 +1,4 @@
-"""The seam between stock and fast: `accelerate(network)` puts the faster forms in, `stock(network)` is without them."""
+"""Switches between stock and fast: `accelerate(network)` puts faster forms in, `stock(network)` runs without them."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ _FAMILIES: dict[str, tuple[tuple[str, ...], bool, str | None]] = {
 
 
 def accelerate(network: EmbedwrightModel) -> None:
-    """Gives a network on a CPU its faster forms, in place, where they are proven to give what the stock blocks give.
+    """Puts the faster forms into a network on a CPU, in place, after proving that they give the stock results.
 
-    Every block that would change, and every packed attention block, gets the stock run's own input and is held to the
-    stock block's output (`proof`). Where one differs the network stays stock, with a warning; `network.cpu_fault` says
-    why, for the doctor. ProbeError where packed attention differs without any faster form.
+    Every block that changes, and every packed attention block, gets the input of the stock run and must give the stock
+    output (`proof`). If one differs, the whole network stays stock and a warning is logged. `network.cpu_fault` keeps
+    the reason for the doctor. Raises ProbeError if packed attention differs even without faster forms.
     """
     with stock(network) as reference, evaluating(network):
         accelerate_unproven(network)
@@ -54,7 +54,7 @@ def accelerate(network: EmbedwrightModel) -> None:
 
 
 def fault(network: EmbedwrightModel, lengths: Sequence[int] = proof.LONGER) -> str | None:
-    """What `accelerate` found, or what a proof of the network as it stands finds now; None where all is right."""
+    """Returns the fault that `accelerate` found, or that a new proof finds now. None if all is right."""
     if network.cpu_fault is not None:
         return f"off: {network.cpu_fault}"
     with stock(network) as reference, evaluating(network):
@@ -62,24 +62,24 @@ def fault(network: EmbedwrightModel, lengths: Sequence[int] = proof.LONGER) -> s
 
 
 def accelerated(network: nn.Module) -> list[str]:
-    """The names of the modules that have a faster form."""
+    """Lists the names of the modules that run in a faster form."""
     return [name for name, module in network.named_modules() if "stock_class" in vars(type(module))]
 
 
 @contextmanager
 def stock(network: EmbedwrightModel) -> Iterator[EmbedwrightModel]:
-    """The network as transformers' own code runs it: a twin of the same weights, which is what to call.
+    """Yields a twin of the network that runs transformers' own code on the same weights.
 
-    Every module is of its stock class, attention is transformers' own (`sdpa`), one text at a time. The twin has a
-    config, modes (evaluation) and hooks of its own, so that the network itself may go on encoding in other threads.
-    References run on it, and exports: nothing in it is a step that a tracer cannot see.
+    Every module of the twin has its stock class, and attention is `sdpa`, one text at a time. The twin has its own
+    config, modes (evaluation) and hooks, so the network itself may go on encoding in other threads. References and
+    exports run on the twin, because a tracer sees every step of it.
     """
     memo: dict[int, Any] = {id(thing): thing for thing in (*network.parameters(), *network.buffers(), network.origin)}
     for module in network.modules():
         for name, value in vars(module).items():
             if isinstance(value, Tensor):
                 memo[id(value)] = value
-            elif "_hooks" in name and isinstance(value, dict):  # whose they are is not copied
+            elif "_hooks" in name and isinstance(value, dict):  # the twin gets its own dict of the same hooks
                 memo[id(value)] = copy.copy(value)
     twin = copy.deepcopy(network, memo).eval()
     restore(twin)
@@ -88,8 +88,8 @@ def stock(network: EmbedwrightModel) -> Iterator[EmbedwrightModel]:
 
 
 def accelerate_unproven(network: nn.Module) -> None:
-    """Gives the modules that have a faster form on this machine that form, in place. A module whose own `forward`
-    somebody set stays as it is."""
+    """Puts in every faster form that this machine has, in place, without a proof. A module with a `forward` of its own
+    stays as it is."""
     for module in network.modules():
         form = _form(type(module))
         if form is not None and "forward" not in vars(module):
@@ -99,7 +99,7 @@ def accelerate_unproven(network: nn.Module) -> None:
 
 
 def restore(network: nn.Module) -> None:
-    """Takes the faster forms out again, in place."""
+    """Takes the faster forms out, in place."""
     for module in network.modules():
         if "stock_class" in vars(type(module)):
             module.__class__ = vars(type(module))["stock_class"]
@@ -109,7 +109,7 @@ def restore(network: nn.Module) -> None:
 
 
 def _form(stock_class: Any) -> Any:
-    """The faster form of a class on this machine, None where there is none. A class that somebody patched has none."""
+    """Returns the faster form of a stock class on this machine, or None. A patched class has none."""
     if stock_class is nn.Linear:
         return OneDnnLinear if onednn.available() and originals((nn.Linear, "forward")) else None
     family = stock_class.__module__.rpartition(".modeling_")[2]

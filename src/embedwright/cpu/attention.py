@@ -1,5 +1,6 @@
-"""Norms, rotary positions and attention of stock blocks through our kernels, for inference on CPUs: a change of class,
-as in `linears`, and an attention function that transformers finds by its name.
+"""Runs the norms, rotary positions and attention of stock blocks through our kernels, for inference on CPUs.
+
+Modules change their class, as in `linears`. transformers finds the attention function by its name.
 
 T packed tokens, H query heads, K key heads, d head dim, D hidden.
 """
@@ -18,18 +19,18 @@ from embedwright.cpu import kernels
 from embedwright.cpu.guards import computed_now, infers, listened_to, originals, subclass, unchanged
 from embedwright.model.attention import packed_attention
 
-FAST = "embedwright_packed_cpu"  # packed attention, through our kernel where it takes what it is given
+FAST = "embedwright_packed_cpu"  # packed attention, through our kernel if that accepts the inputs
 
 
 def fast_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    """`packed_attention` with our kernel for inference."""
+    """Runs `packed_attention` with our kernel for inference."""
     return packed_attention(*args, **{**kwargs, "kernel": _kernel})
 
 
 def _kernel(
     q_HTd: Tensor, k_KTd: Tensor, v_KTd: Tensor, ends: Tensor, scale: float, window: tuple[int, int]
 ) -> Tensor | None:
-    """(T, H, d), None for what our kernel does not take."""
+    """Returns (T, H, d), or None if our kernel does not accept the inputs."""
     if not computed_now(ends) or not kernels.can_attend(q_HTd, k_KTd, v_KTd):
         return None
     return kernels.attention(q_HTd, k_KTd, v_KTd, ends, scale, window)
@@ -40,8 +41,10 @@ AttentionInterface.register(FAST, fast_attention)
 
 @cache
 def norm(stock: Any, plus_one: bool) -> Any:
-    """The class of an RMS norm in one pass, None for a patched one. `plus_one`: the weight is one more than what is
-    stored, and epsilon has another name (Gemma's)."""
+    """Makes the class of an RMS norm in one pass. Returns None for a patched norm.
+
+    `plus_one` marks Gemma's norm: it adds 1 to the stored weight and has another name for epsilon.
+    """
     known = originals(*((stock, name) for name in ("forward", "_norm") if hasattr(stock, name)))
     if known is None:
         return None
@@ -57,8 +60,10 @@ def norm(stock: Any, plus_one: bool) -> Any:
 
 @cache
 def attention(stock: Any, windowed: str | None) -> Any:
-    """The class of an attention block that is q, k, v = products, then norms where there are any, then rotary positions
-    in full; None for a patched one. `windowed`: where the block has its window."""
+    """Makes the class of an attention block: q, k and v products, norms if there are any, then full rotary positions.
+
+    Returns None for a patched block. `windowed` names the object that holds the window: the block, its config or none.
+    """
     home = sys.modules[stock.__module__]
     known = originals((stock, "forward"), (home, "apply_rotary_pos_emb"), (home, "rotate_half"))
     if known is None:
@@ -90,7 +95,7 @@ def attention(stock: Any, windowed: str | None) -> Any:
 
 
 def _fits(self: Any, known: Any, hidden_states: Tensor, position_embeddings: Any, others: dict[str, Any]) -> bool:
-    """Whether the kernels may take this call of an attention block."""
+    """Says whether the kernels may run this call of an attention block."""
     if position_embeddings is None:
         return False
     cosine, sine = position_embeddings
@@ -107,7 +112,7 @@ def _fits(self: Any, known: Any, hidden_states: Tensor, position_embeddings: Any
         and len(hidden_states) == len(cosine) == 1
         and cosine.is_contiguous()
         and sine.is_contiguous()
-        # `rotate` writes over what these give, which a module of another kind may have kept; norms go row by row
+        # `rotate` overwrites the outputs of these parts, and a module of another kind may have kept its output
         and all(type(part) is nn.Linear or "stock_class" in vars(type(part)) for part in products)
         and all("known" in vars(type(part)) and unchanged(vars(type(part))["known"]) for part in normed)
         and not listened_to(*products, *normed)

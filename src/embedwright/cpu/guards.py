@@ -1,4 +1,4 @@
-"""When a faster form may stand in for a stock module, and when the stock code must run."""
+"""Decides when a faster form may replace a stock module, and when the stock code must run."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ Original = tuple[Any, str, Any]  # owner (a class or module), name, the function
 
 
 def infers(module: nn.Module, known: tuple[Original, ...], *tensors: Tensor) -> bool:
-    """Whether a faster form may take these `usable` tensors for a stock module: without a gradient, in evaluation mode.
+    """Says whether a call is plain inference: `usable` tensors, no gradient, evaluation mode, `known` unpatched.
 
-    `known` is the stock code that it stands in for. GradCache's first pass has no gradient either, but is in training
-    mode: it needs the numbers, and the dropout, of the second.
+    GradCache's first pass has no gradient either, but it runs in training mode: it needs the numbers and the dropout of
+    the second pass.
     """
     return not module.training and not torch.is_grad_enabled() and unchanged(known) and usable(*tensors)
 
 
 def usable(*tensors: Tensor) -> bool:
-    """Whether these are plain tensors on a CPU that are computed now, outside of autocast: all float32 or all bfloat16,
-    the first not empty."""
+    """Says whether a kernel may read these: plain CPU tensors, all float32 or all bfloat16, outside of autocast.
+
+    The first must not be empty.
+    """
     return (
         computed_now(*tensors)
         and all(x.device.type == "cpu" and x.dtype == tensors[0].dtype for x in tensors)
@@ -36,10 +38,10 @@ def usable(*tensors: Tensor) -> bool:
 
 
 def computed_now(*tensors: Tensor) -> bool:
-    """Whether these are plain tensors, and nothing traces or transforms what is done with them.
+    """Says whether these are plain tensors that nothing traces or transforms.
 
-    Compile, export, jit, fake tensors, vmap, forward gradients and dispatch modes do. C code sees addresses only, which
-    are those of nothing then, or it leaves the trace without its step.
+    Compile, export, jit, fake tensors, vmap, forward gradients and dispatch modes do. C code sees only addresses: under
+    these it would read invalid memory, or its step would be missing from the trace.
     """
     return (
         not torch.compiler.is_compiling()
@@ -52,14 +54,14 @@ def computed_now(*tensors: Tensor) -> bool:
 
 
 def listened_to(*modules: nn.Module) -> bool:
-    """Whether there are hooks on these. What a hook hears of must be called, and what it is handed not written over."""
+    """Says whether these modules have hooks. Such a module must be called, and its output must not be overwritten."""
     return bool(all_modules._global_forward_hooks or all_modules._global_forward_pre_hooks) or any(
         module._forward_hooks or module._forward_pre_hooks for module in modules
     )
 
 
 def originals(*named: tuple[Any, str]) -> tuple[Original, ...] | None:
-    """The functions of these owners and names. None where one is not of the owner's own file: it is patched."""
+    """Returns the functions of these owners and names. None if one comes from another file, so it is patched."""
     found = tuple((owner, name, vars(owner).get(name)) for owner, name in named)
     return found if all(_genuine(*one) for one in found) else None
 
@@ -75,13 +77,16 @@ def _genuine(owner: Any, name: str, function: Any) -> bool:
 
 
 def unchanged(known: tuple[Original, ...]) -> bool:
-    """Whether each function is still there: a patch after the model was loaded counts as well."""
+    """Says whether each function is still in place. A patch after the load counts as well."""
     return all(getattr(owner, name) is function for owner, name, function in known)
 
 
 def subclass(make: Any, stock: Any, forward: Any, known: tuple[Original, ...], *how: Any) -> Any:
-    """A class like `stock` with another forward, which `make(stock, *how)` gives: how another process finds it, to
-    which a model is sent (sentence-transformers' pools). `known`: what it stands in for."""
+    """Makes a subclass of `stock` with another forward. `known` is the stock code that it replaces.
+
+    `make(stock, *how)` must give this class again: that is how it is unpickled in another process, as in the pools of
+    sentence-transformers.
+    """
 
     def reduced(self: nn.Module, protocol: Any) -> Any:
         return _instance, (make, stock, *how), self.__dict__

@@ -1,7 +1,7 @@
-"""Kernels of our own for CPUs (`csrc/`): compiled once by the machine's C compiler, else stock torch does it all.
+"""Runs our C kernels for CPUs (`csrc/`). Without a C compiler, stock torch does the work.
 
-They run on the threads of the OpenMP runtime that torch itself runs on. A second runtime would bring its own threads,
-which, bound to the same cores, would spin against torch's. `EMBEDWRIGHT_KERNELS=off` leaves the kernels out.
+The kernels run on the threads of torch's own OpenMP runtime. A second runtime would start its own threads, which would
+spin against torch's on the same cores. `EMBEDWRIGHT_KERNELS=off` switches the kernels off.
 
 T packed tokens, H query heads, K key heads, d head dim, D width.
 """
@@ -26,16 +26,16 @@ from embedwright.errors import InputError
 logger = logging.getLogger(__name__)
 
 _TYPES = (torch.float32, torch.bfloat16)
-_LANES = 16  # numbers in the widest vector: what sizes must be multiples of
-_ALL = 2**30  # keys: a window that ends nowhere
+_LANES = 16  # numbers in the widest vector; sizes must be multiples of it
+_ALL = 2**30  # keys: a window without an end
 _ALIGNED = 64  # bytes
 
 
-# ---- what is asked of them
+# ---- the kernels
 
 
 def can_attend(q_HTd: Tensor, k_KTd: Tensor, v_KTd: Tensor) -> bool:
-    """Whether `attention` takes these: `usable`, of one head dim, which is a multiple of 16."""
+    """Says whether `attention` accepts these: `usable` tensors of one head dim, a multiple of 16."""
     parts, dim = (q_HTd, k_KTd, v_KTd), q_HTd.shape[-1]
     aligned = usable(*parts) and dim % _LANES == 0 and all(x.shape[-1] == dim and x.stride(-1) == 1 for x in parts)
     return aligned and available()
@@ -44,12 +44,12 @@ def can_attend(q_HTd: Tensor, k_KTd: Tensor, v_KTd: Tensor) -> bool:
 def attention(
     q_HTd: Tensor, k_KTd: Tensor, v_KTd: Tensor, ends: Tensor, scale: float, window: tuple[int, int]
 ) -> Tensor:
-    """(T, H, d) in the type of q: softmax attention within each text. Only where `can_attend`.
+    """Computes softmax attention within each text, (T, H, d) in the type of q. Call it only if `can_attend` is true.
 
-    q (H, T, d), k and v (K, T, d), with any strides of heads and tokens; `ends` int32 (texts + 1,), where texts begin
-    and end. `window`: how many keys behind and ahead a query sees beside its own, -1 for all. Sums are in float32; the
-    weights of bfloat16 values are bfloat16, as torch's. No gradient. Beside the result it takes a fixed scratch for
-    each thread, whatever the lengths.
+    q is (H, T, d), k and v are (K, T, d), with any strides of heads and tokens. `ends`, int32 (texts + 1,), holds the
+    boundaries of the texts. `window` is the number of keys that a query sees before and after its own, -1 for all.
+    Sums are in float32; the weights of bfloat16 values are bfloat16, as in torch. There is no gradient. Scratch memory
+    has a fixed size for each thread, whatever the lengths.
     """
     heads, tokens, dim = q_HTd.shape
     out_THd = q_HTd.new_empty(tokens, heads, dim)  # on its device, whatever the default is: see `_examples`
@@ -67,10 +67,11 @@ def attention(
 
 
 def norm(x: Tensor, weight_D: Tensor, eps: float, plus_one: bool) -> Tensor:
-    """RMS norm over the last dimension: x (..., D) times `weight_D`, or one more than it, where `plus_one`, as Gemma's.
+    """Computes the RMS norm of x (..., D), times `weight_D`, or times 1 + `weight_D` with `plus_one` (Gemma).
 
-    Rounded as transformers' modules round: Gemma's once, the others' before the weight too. x contiguous and not empty,
-    float32 or bfloat16, D a multiple of 16, the weight of the same type. No gradient. Only where `available()`.
+    It rounds as transformers does: Gemma's norm once, the others before the weight too. x is contiguous and not empty,
+    float32 or bfloat16, D is a multiple of 16, the weight has the same type. There is no gradient. Call it only if
+    `available()` is true; this holds for all functions below.
     """
     out, dim = torch.empty_like(x), x.shape[-1]
     _run("norm", x, weight_D, out, x.numel() // dim, dim, x.dtype == torch.bfloat16, plus_one, float(eps))
@@ -78,10 +79,10 @@ def norm(x: Tensor, weight_D: Tensor, eps: float, plus_one: bool) -> Tensor:
 
 
 def rotate(q_HTd: Tensor, k_KTd: Tensor, cosine_Td: Tensor, sine_Td: Tensor) -> None:
-    """Rotary positions on q and k, in place: x cos + (-x2, x1) sin with the halves x1, x2 of d, rounded once.
+    """Applies rotary positions to q and k, in place: x cos + (-x2, x1) sin, with the halves x1, x2 of d, rounded once.
 
-    All float32 or all bfloat16; q and k with any strides of heads and tokens, cosine and sine contiguous; d a multiple
-    of 32. No gradient. Only where `available()`.
+    All are float32 or all bfloat16. q and k have any strides of heads and tokens, cosine and sine are contiguous. d is
+    a multiple of 32. There is no gradient.
     """
     heads, tokens, dim = q_HTd.shape
     strides = (x.stride(i) for x in (q_HTd, k_KTd) for i in (0, 1))
@@ -92,8 +93,8 @@ def rotate(q_HTd: Tensor, k_KTd: Tensor, cosine_Td: Tensor, sine_Td: Tensor) -> 
 def quantised(vectors_NE: Tensor, mean_E: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rounds vectors less their mean to int8 (N, E).
 
-    Also returns, float32 (N,) each: the scale of a row, the length of the row less the mean, and the length of what
-    rounding took from it. Squares are summed in float32. Vectors are float32 and contiguous. Only where `available()`.
+    Also returns, float32 (N,) each: the scale of a row, the length of the row less the mean, and the length of the
+    rounding error. Squares are summed in float32. Vectors are float32 and contiguous.
     """
     out_NE = vectors_NE.new_empty(vectors_NE.shape, dtype=torch.int8)
     scale_N, *squares = vectors_NE.new_empty(3, len(vectors_NE)).unbind()
@@ -103,10 +104,10 @@ def quantised(vectors_NE: Tensor, mean_E: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 def reaches(product_QN: Tensor, columns: tuple[Tensor, ...], bounds: tuple[Tensor, ...]) -> Tensor:
-    """Bool (Q, N): where product x factor x scale + off x length + size x lost reaches `limit`, or is not a number.
+    """Marks, bool (Q, N), where product x factor x scale + off x length + size x lost reaches `limit` or is NaN.
 
     `columns` are scale, length and lost of the documents; `bounds` are factor, off, size and limit of the queries, all
-    float32. Products are int32. All are contiguous. Only where `available()`.
+    float32. Products are int32. All are contiguous.
     """
     out_QN = product_QN.new_empty(product_QN.shape, dtype=torch.bool)
     _run("reach", product_QN, *columns, *bounds, out_QN, *product_QN.shape)
@@ -114,9 +115,9 @@ def reaches(product_QN: Tensor, columns: tuple[Tensor, ...], bounds: tuple[Tenso
 
 
 def dots(query_QE: Tensor, document_NE: Tensor, query_F: Tensor, document_F: Tensor) -> Tensor:
-    """Float32 (F,): the inner product of each query and document named, summed in float64.
+    """Computes the inner products, float32 (F,), of the given pairs of query and document, summed in float64.
 
-    Queries are float64, documents float32, both contiguous, the indices int64. Only where `available()`.
+    Queries are float64, documents float32, both contiguous; the indices are int64.
     """
     out_F = document_NE.new_empty(len(query_F))
     _run("dots", query_QE, document_NE, query_F, document_F, out_F, len(query_F), query_QE.shape[1])
@@ -124,8 +125,8 @@ def dots(query_QE: Tensor, document_NE: Tensor, query_F: Tensor, document_F: Ten
 
 
 def _run(name: str, *members: Tensor | int | float) -> None:
-    """Runs a kernel on torch's threads. The members fill its C struct in order: of a tensor, its address. The counts
-    that end the struct start at 0."""
+    """Runs a kernel on torch's threads. The members fill its C struct in order, a tensor by its address. The counters
+    at the end of the struct start at 0."""
     kinds = "".join("P" if isinstance(x, Tensor) else "f" if isinstance(x, float) else "l" for x in members)
     values = (x.data_ptr() if isinstance(x, Tensor) else x for x in members)
     job = ctypes.create_string_buffer(struct.pack(f"@{kinds}ll", *values, 0, 0))
@@ -136,23 +137,23 @@ def _run(name: str, *members: Tensor | int | float) -> None:
         work(job)
 
 
-# ---- whether they are there
+# ---- availability
 
 
 def available() -> bool:
-    """Whether the kernels are compiled and right on this machine; a message once where they are not."""
+    """Says whether the kernels are compiled and right on this machine. Logs a warning once if they are not."""
     return _fault() is None
 
 
 def described() -> str:
-    """Whether the kernels are used in this process and why not, for `doctor`."""
+    """Describes for the doctor whether this process uses the kernels, and why not."""
     fault = _fault()
     return f"compiled by {' '.join(library.compiler())}" if fault is None else f"not used: {fault}"
 
 
 @cache
 def _fault() -> str | None:
-    """Why the kernels are not used here, None where they are."""
+    """Returns why the kernels are not used here, None if they are."""
     if os.environ.get("EMBEDWRIGHT_KERNELS", "").lower() == "off":
         return "EMBEDWRIGHT_KERNELS=off"
     try:
@@ -165,7 +166,7 @@ def _fault() -> str | None:
 
 
 def _wrong() -> str | None:
-    """What the kernels get wrong in a small example of each kind; None where all is right."""
+    """Runs a small example of each kernel and names the first that is wrong; None if all are right."""
     for dtype in _TYPES:
         near = 1e-5 if dtype == torch.float32 else 2e-2
         for name, found, exact in _examples(dtype):
@@ -175,11 +176,12 @@ def _wrong() -> str | None:
 
 
 def _examples(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """What a kernel gives and what is right, in this type."""
+    """Yields name, result and expected result of each kernel in this type."""
     random = torch.Generator().manual_seed(0)
     lengths, dim = [1, 37, 150], 32
 
-    def made(*shape: int) -> Tensor:  # said in full: the first model may be made without memory, or under another type
+    # explicit device and dtype: the first model may be made on `meta` or under another default type
+    def made(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=random, device="cpu", dtype=torch.float32).to(dtype)
 
     q, k, v, cosine, sine = (made(n, sum(lengths), dim) for n in (4, 2, 2, 1, 1))

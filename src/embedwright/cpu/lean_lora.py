@@ -1,8 +1,8 @@
-"""LoRA layers that keep no more for backward than they must: a change of class on peft's own, and nothing else.
+"""Replaces the class of peft's LoRA layers by one that keeps less memory for backward.
 
-peft's forward makes several sums as wide as the output and keeps, under dropout, a copy of the input and a noise of
-its size for every layer. Here one function keeps the input, which the layers that read the same states share, and its
-narrow product with A. A dropout mask is kept as its seed.
+peft's forward makes several sums as wide as the output. Under dropout it keeps a copy of the input and a mask of the
+same size for every layer. Here one function keeps the input, which layers with the same input share, its narrow product
+with A, and the seed of the dropout mask.
 
 T tokens, I inputs, O outputs, R rank.
 """
@@ -26,17 +26,17 @@ _STEPS = 2**16  # a probability of dropout is a multiple of 1/_STEPS
 
 
 def make_lean(root: nn.Module) -> None:
-    """Give every plain `peft.tuners.lora.Linear` below `root` the lean forward, in place: same names, same weights."""
+    """Gives every plain `peft.tuners.lora.Linear` below `root` the lean forward, in place. Names and weights stay."""
     for module in root.modules():
         if type(module) is Linear:
             module.__class__ = LeanLinear
 
 
 class LeanLinear(Linear):
-    """peft's layer, whose plain case is one autograd function: one adapter at work on a frozen `nn.Linear`.
+    """peft's layer with one autograd function for the plain case: one active adapter on a frozen `nn.Linear`.
 
-    All computes in the type of input and base: float32, or 16 bits where autocast asks for them, which casts the
-    float32 adapters. Everything else goes to peft's own forward.
+    It computes in the type of input and base: float32, or the 16 bits of autocast, which casts the float32 adapters.
+    Every other case goes to peft's own forward.
     """
 
     stock_class: ClassVar[Any] = Linear
@@ -79,9 +79,9 @@ class LeanLinear(Linear):
 
 
 class _LoraProduct(torch.autograd.Function):
-    """x (..., I), W (O, I), bias (O,) or None, A (R, I), B (O, R) -> x W^T + bias + scale * dropout(x) A^T B^T.
+    """Computes x W^T + bias + scale * dropout(x) A^T B^T, with gradients of x, A and B.
 
-    Gradients of x, A and B. `product` is F.linear, or does the same.
+    x (..., I), W (O, I), bias (O,) or None, A (R, I), B (O, R). `product` is F.linear or an equivalent.
     """
 
     @staticmethod
@@ -96,7 +96,7 @@ class _LoraProduct(torch.autograd.Function):
         steps: int,
         product: Any,
     ) -> Tensor:
-        # from the default generator, whose state a replayed forward (GradCache, checkpointing) puts back
+        # from the default generator: a replayed forward (GradCache, checkpointing) restores its state
         seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_()) if steps else 0
         ctx.scale, ctx.steps, ctx.seed, ctx.product = scale * _STEPS / (_STEPS - steps), steps, seed, product
         output: Tensor = product(x, weight, bias)
@@ -125,19 +125,19 @@ class _LoraProduct(torch.autograd.Function):
             else:
                 grad_x.add_(product(back_TR, a.to(x.dtype).t(), None).mul_(kept_TI), alpha=scale)
             grad_x = grad_x.view(x.shape)
-        # scaled behind the cast: in the adapters' own float32
+        # scaled after the cast, in the adapters' own float32
         return grad_x, None, None, grad_a.to(a.dtype) * scale, grad_b.to(b.dtype) * scale, None, None, None
 
 
 def _drop_steps(dropout: nn.Module) -> int:
-    """The probability at which this module drops now, in steps of 1/_STEPS."""
+    """Returns the current dropout probability of a module, in steps of 1/_STEPS."""
     return round(dropout.p * _STEPS) if isinstance(dropout, nn.Dropout) and dropout.training else 0
 
 
 def _kept(x_TI: Tensor, steps: int, seed: int) -> Tensor:
-    """Bool like x, on a CPU: False with probability steps/_STEPS, and the same for the same seed.
+    """Draws a bool mask of x's shape on a CPU: False with probability steps/_STEPS. The seed decides the mask.
 
-    torch draws an element at a time, which takes longer than the products do; here 64 bits are four elements.
+    torch draws one element at a time, which takes longer than the products. Here 64 bits give four elements.
     """
     words = np.random.Generator(np.random.SFC64(seed)).integers(2**64, size=-(-x_TI.numel() // 4), dtype=np.uint64)
     bits = torch.from_numpy(words.view(np.int16)[: x_TI.numel()]).view(x_TI.shape)

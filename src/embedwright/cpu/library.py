@@ -1,4 +1,4 @@
-"""The library of our kernels (`csrc/`): compiled once by the machine's C compiler, kept in the cache, then loaded."""
+"""Compiles our kernels (`csrc/`) once with the machine's C compiler, keeps the library in the cache and loads it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _COMPILER_S = 120.0  # a compiler that takes longer hangs: it needs two to five 
 
 @cache
 def load() -> ctypes.CDLL:
-    """The compiled kernels. OSError, InputError or AttributeError, with the reason, where there can be none."""
+    """Loads the compiled kernels. Raises OSError, InputError or AttributeError, with the reason, if it cannot."""
     gomp_parallel()
     path = compiled()
     check_private(path.parent)  # a stranger's library would run its own code in this process
@@ -37,15 +37,15 @@ def load() -> ctypes.CDLL:
 
 @cache
 def gomp_parallel() -> Any:
-    """The function that starts threads in the OpenMP runtime of torch. AttributeError where it is of another kind."""
+    """Returns the function that starts threads in torch's OpenMP runtime. Raises AttributeError for another runtime."""
     for path in (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"):
-        return ctypes.CDLL(str(path)).GOMP_parallel  # a symbol is looked for in what the library was linked with, too
+        return ctypes.CDLL(str(path)).GOMP_parallel  # dlsym also searches the libraries that this one links
     raise AttributeError("torch's library is not found")
 
 
 @cache
 def compiler() -> tuple[str, ...]:
-    """The command: `CC`, else the first of cc, gcc, clang. OSError where there is none."""
+    """Returns the compiler command: `CC`, else the first of cc, gcc, clang. Raises OSError if there is none."""
     named = shlex.split(os.environ.get("CC", ""))
     for command in [named] if named else [["cc"], ["gcc"], ["clang"]]:
         if shutil.which(command[0]):
@@ -54,7 +54,7 @@ def compiler() -> tuple[str, ...]:
 
 
 def compiled() -> Path:
-    """The library's file, compiled where it is not in the cache yet: one for each source, compiler and processor."""
+    """Returns the library's file, and compiles it if the cache has none for this source, compiler and processor."""
     command = [*compiler(), "-O3", "-std=gnu11", "-shared", "-fPIC"]
     command.append("-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native")
     version = _run_compiler([*compiler(), "--version"])
@@ -76,7 +76,7 @@ def compiled() -> Path:
 
 
 def _run_compiler(command: list[str]) -> bytes:
-    """What the compiler prints. OSError where it fails or takes too long; it is then ended."""
+    """Returns what the compiler prints. Raises OSError if it fails or takes too long, and then ends it."""
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     try:
         printed, errors = running.communicate(timeout=_COMPILER_S)
@@ -94,7 +94,7 @@ def _run_compiler(command: list[str]) -> bytes:
 
 
 def _processor() -> bytes:
-    """What -march=native goes by: a cache may be shared by machines."""
+    """Identifies the processor as -march=native does, because several machines may share a cache."""
     info = Path("/proc/cpuinfo")
     lines = info.read_bytes().splitlines() if info.is_file() else [platform.processor().encode()]
     names = (b"model name", b"flags", b"Features", b"CPU part")

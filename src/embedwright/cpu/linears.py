@@ -1,7 +1,7 @@
-"""Products of stock models through `onednn`, gated blocks in fewer steps: a change of class on the loaded model.
+"""Runs linear layers of stock models through `onednn`, and gated blocks in fewer steps, by a change of class.
 
-No weight is copied or reordered, so that there is nothing to undo when it is saved, and peft, autocast and every
-checkpoint see the `nn.Linear` that they know.
+No weight is copied or reordered. So saving has nothing to undo, and peft, autocast and checkpoints see a plain
+`nn.Linear`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _LINEAR = originals((nn.Linear, "forward"))
 
 
 class OneDnnLinear(nn.Linear):
-    """`nn.Linear` whose float32 products on a CPU run in oneDNN, forward and backward; all else is as it was."""
+    """`nn.Linear` whose float32 products on a CPU run in oneDNN, forward and backward. Nothing else changes."""
 
     stock_class: ClassVar[Any] = nn.Linear
 
@@ -36,12 +36,12 @@ class OneDnnLinear(nn.Linear):
 
 
 def stays_plain(linear: nn.Module) -> bool:
-    """Whether this is a linear layer of torch's own code."""
+    """Says whether this linear layer runs torch's own, unpatched code."""
     return type(linear) in (nn.Linear, OneDnnLinear) and _LINEAR is not None and unchanged(_LINEAR)
 
 
 class _Product(torch.autograd.Function):
-    """input (..., I), weight (O, I), bias (O,) or None -> (..., O). Keeps only what the gradients asked for need."""
+    """Computes input (..., I) W^T + bias -> (..., O), weight (O, I), bias (O,) or None. Keeps what backward needs."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -63,14 +63,15 @@ class _Product(torch.autograd.Function):
         )
 
 
-_GATED_ROWS = 512  # at a time in float32: what lies between the products stays in the caches
+_GATED_ROWS = 512  # at a time in float32: intermediate results stay in the processor's caches
 
 
 @cache
 def gated(stock: Any) -> Any:
-    """A stock block's class, for down(activation(gate(x)) * up(x)), for inference on a CPU. In bfloat16 activation and
-    product are part of the matrix products, which spares two rounds through memory and two roundings; in float32 rows
-    go in slices, and what lies between the products is written over. All else is as it was. None for a patched block.
+    """Makes the class of a block down(activation(gate(x)) * up(x)), for inference on a CPU. None for a patched block.
+
+    In bfloat16, activation and product are part of the matrix products: that saves two passes through memory and two
+    roundings. In float32, rows go in slices, and intermediate results are overwritten.
     """
     known = originals((stock, "forward"))
     if known is None:
@@ -101,7 +102,7 @@ def gated(stock: Any) -> Any:
     return subclass(gated, stock, forward, known)
 
 
-# transformers' and torch's activations as oneDNN has them, by class
+# the activations of transformers and torch that oneDNN has, by class
 _ACTIVATIONS: dict[Any, tuple[tuple[Original, ...], tuple[str, str]]] = {
     owner: (known, name)
     for owner, name in (
@@ -114,7 +115,7 @@ _ACTIVATIONS: dict[Any, tuple[tuple[Original, ...], tuple[str, str]]] = {
 
 
 def _activation(module: Any) -> tuple[str, str] | None:
-    """oneDNN's name of an activation, None for one that it has not, or that somebody changed."""
+    """Returns oneDNN's name of an activation, None if oneDNN lacks it or somebody patched it."""
     known, name = _ACTIVATIONS.get(type(module), ((), None))
     if name is None or "forward" in vars(module) or not unchanged(known):
         return None

@@ -1,7 +1,7 @@
-"""oneDNN's matrix product on CPUs: torch's float32 default, MKL, runs slow code on AMD.
+"""Calls oneDNN's matrix products on CPUs, because torch's float32 default, MKL, runs slow code on AMD.
 
-oneDNN takes the plain weight at 92 % and more of the speed of a reordered one from 256 rows on
-(`benchmarks/linears.py`), so nothing is prepared.
+From 256 rows on, oneDNN multiplies a plain weight at 92 % or more of the speed of a reordered one
+(`benchmarks/linears.py`), so no weight is reordered.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-SWISH, GELU_TANH = ACTIVATIONS = ("swish", ""), ("gelu", "tanh")  # as torch names oneDNN's
+SWISH, GELU_TANH = ACTIVATIONS = ("swish", ""), ("gelu", "tanh")  # torch's names for oneDNN's
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """input (..., I), weight (O, I), bias (O,) or None -> (..., O), float32 on a CPU. Only where `available()`."""
+    """Multiplies input (..., I) by weight (O, I), adds bias (O,) or None -> (..., O). Float32 on a CPU; needs
+    `available()`."""
     product: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
     return product
 
 
 def gated(input: Tensor, gate: Tensor, up: Tensor, activation: str, variant: str) -> Tensor:
-    """activation(input gate^T) * (input up^T), rounded once each and not per step; bfloat16 on a CPU.
+    """Computes activation(input gate^T) * (input up^T) in bfloat16 on a CPU. Each factor is rounded only once.
 
-    input (..., I), gate and up (O, I) -> (..., O). `activation` and `variant` are one of `ACTIVATIONS`. Only where
+    input (..., I), gate and up (O, I) -> (..., O). `activation` and `variant` are one of `ACTIVATIONS`. It needs
     `gated_available()`.
     """
     gate_O = torch.ops.mkldnn._linear_pointwise(input, gate, None, activation, [], variant)
@@ -38,15 +39,15 @@ def gated(input: Tensor, gate: Tensor, up: Tensor, activation: str, variant: str
 
 
 def whole(left: Tensor, right: Tensor) -> Tensor:
-    """int32 (M, N): left (M, I) times right (N, I), of int8, in whole numbers. Only where `whole_available()`."""
+    """Multiplies left (M, I) by right (N, I), both int8 -> (M, N) int32, exactly. It needs `whole_available()`."""
     return torch._int_mm(left, right.t())
 
 
 @cache
 def available() -> bool:
-    """Whether oneDNN's linear is there, does what it should, and is likely to win; a message once where it is not.
+    """Says whether oneDNN's linear exists, is right, and is likely to be faster. Logs a warning once if it is wrong.
 
-    It is a private op of torch: a version that lacks or changes it falls back to the stock product.
+    It is a private op of torch. If a version lacks or changes it, the stock product is used.
     """
     if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():
         return False
@@ -62,7 +63,7 @@ def available() -> bool:
 
 @cache
 def gated_available() -> bool:
-    """Whether `gated` is there and right on this machine; a message once where it is there and wrong."""
+    """Says whether `gated` exists and is right on this machine. Logs a warning once if it is wrong."""
     if not available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     x, gate, up = (tensor.bfloat16() for tensor in _random((5, 8), (6, 8), (6, 8)))
@@ -78,8 +79,8 @@ def gated_available() -> bool:
 
 @cache
 def whole_available() -> bool:
-    """Whether this processor multiplies int8 by itself, four times as fast as float32, and `whole` is right on it; a
-    message once where it is there and wrong."""
+    """Says whether this processor has int8 products, four times as fast as float32, and `whole` is right. Logs a
+    warning once if it is wrong."""
     found: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     if not (available() and any(found.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))):
         return False
@@ -88,13 +89,13 @@ def whole_available() -> bool:
 
 
 def _random(*shapes: tuple[int, ...]) -> list[Tensor]:
-    # said in full: the first model may be made without memory, or under another default type
+    # explicit device and dtype: the first model may be made on `meta` or under another default type
     random = torch.Generator().manual_seed(0)
     return [torch.randn(*shape, generator=random, device="cpu", dtype=torch.float32) for shape in shapes]
 
 
 def _holds(right: Callable[[], bool], what: str, instead: str) -> bool:
-    """Whether an example comes out right; a warning where it does not, or torch's private op fails."""
+    """Says whether an example is right. Logs a warning if it is not, or if torch's private op fails."""
     try:
         fault = None if right() else "gives other numbers here"
     except (AttributeError, RuntimeError, TypeError) as error:

@@ -1,8 +1,8 @@
-"""Whether each faster block, and packed attention, gives what transformers' own code gives on the same input.
+"""Proves that each faster block, and packed attention, gives the results of transformers' own code on the same input.
 
-A few short texts go through the stock model, one at a time. Each block that has another form gets the inputs that its
-stock block got, in one packed row, and is held to what the stock block gave, in units in the last place. Whole vectors
-could not tell a fault from rounding. Gradients are held to the stock block's for the first block of each kind and size.
+A few short texts go through the stock model, one at a time. Each faster block then gets the inputs of its stock block,
+in one packed row, and must give the same output within a few units in the last place. Whole vectors could not tell a
+fault from rounding. Gradients are compared for the first block of each kind and size.
 
 T packed tokens, D hidden.
 """
@@ -22,7 +22,7 @@ from embedwright.model.network import EmbedwrightModel
 from embedwright.packing import PackedTexts, pack
 from embedwright.text import TokenizedText
 
-LENGTHS = (1, 7, 20)  # of the texts, in tokens: at load
+LENGTHS = (1, 7, 20)  # lengths of the texts at load, in tokens
 LONGER = (1, 40, 150)  # for the doctor: more than a block of keys
 # How far an element may be off, in units in the last place of the largest of its row; and a row, in those of its
 # length. Seen on a real model of thirty layers: 67 and 41 in float32, where sums come in another order; 5.1 and 2.2 in
@@ -32,7 +32,7 @@ _LIMITS = {torch.float32: (256.0, 128.0), torch.bfloat16: (16.0, 6.0), torch.flo
 
 @dataclass(frozen=True)
 class Block:
-    """A stock block, and what each text gave it and got from it; `attends`: one text's tokens see each other."""
+    """A stock block with its inputs and outputs, one for each text. `attends`: the tokens of a text see each other."""
 
     name: str
     module: nn.Module
@@ -44,8 +44,8 @@ class Block:
 
 @torch.no_grad()
 def recorded(reference: EmbedwrightModel, names: Collection[str], lengths: Sequence[int] = LENGTHS) -> list[Block]:
-    """Runs the stock twin on random texts of these lengths. Gives its attention blocks, and the blocks of these names
-    that are not a part of another one."""
+    """Runs the stock twin on random texts of these lengths. Returns its attention blocks, and the named blocks that are
+    no part of another one."""
     random = np.random.default_rng(0)
     vocabulary, longest = reference.backbone.config.vocab_size, reference.longest
     ids = [random.integers(0, vocabulary, min(n, longest)) for n in lengths]
@@ -78,7 +78,7 @@ def _recorder(block: Block) -> Any:
 
 
 def first_fault(blocks: Sequence[Block], network: EmbedwrightModel) -> str | None:
-    """The first block whose form in `network` gives something else than the stock one; None where all give the same."""
+    """Describes the first block of `network` that differs from its stock block; None if all agree."""
     layers = network.backbone.config.num_hidden_layers
     if (found := sum(block.attends for block in blocks)) != layers:
         return f"{found} attention blocks are known, of {layers} layers"
@@ -107,7 +107,7 @@ def _forward_fault(block: Block, module: nn.Module) -> str | None:
 
 
 def _gradient_fault(block: Block, module: nn.Module) -> str | None:
-    """Of the inputs and of what trains, in the block's type, and as in mixed training where that is another."""
+    """Compares the gradients of inputs and trainable weights, in the block's type and, for float32, under autocast."""
     trains = [p for p in module.parameters() if p.requires_grad and p.is_floating_point()]
     states = [x.detach() for x in _states(block)]
     mixed = [True] if block.attends and states[0].dtype == torch.float32 else []
@@ -121,7 +121,7 @@ def _gradient_fault(block: Block, module: nn.Module) -> str | None:
                 upstream = torch.randn(out.shape, generator=random).to(out)
                 gradients.append(torch.autograd.grad(out, [*leaves, *trains], upstream))
         for found, expected in zip(*gradients, strict=True):
-            # as one row: those of some rows are nothing but rounding
+            # as one row, because some rows hold nothing but rounding
             off = _off(found.flatten(), expected.flatten(), torch.bfloat16 if autocast else _coarsest(block))
             if off is not None:
                 return f"has a gradient that is {off:.0f} units in the last place off transformers' own"
@@ -129,20 +129,20 @@ def _gradient_fault(block: Block, module: nn.Module) -> str | None:
 
 
 def _coarsest(block: Block) -> torch.dtype:
-    """Of the types that the block computes in: adapters in float32 stand on weights in 16 bits."""
+    """Returns the coarsest type that the block computes in: float32 adapters may stand on 16-bit weights."""
     types = {x.dtype for x in (*block.outputs, *block.module.parameters()) if x.dtype in _LIMITS}
     return max(types, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def _states(block: Block) -> list[Tensor]:
-    """What each text gave the block: hidden states (1, T, D), or rows (T, D) of a block that mixes no tokens."""
+    """Returns each text's input: hidden states (1, T, D), or rows (T, D) for a block that mixes no tokens."""
     if block.attends:
         return [inputs["hidden_states"] for inputs in block.inputs]
     return [_rows(next(iter(inputs.values()))) for inputs in block.inputs]
 
 
 def _run(block: Block, module: nn.Module, states: list[Tensor]) -> Tensor:
-    """(T, D): the stock block on one text at a time where it attends, the form that is proven on all texts at once."""
+    """Runs a module on the inputs -> (T, D). A stock attention block gets one text at a time, others one packed row."""
     if not block.attends:
         return _rows(module(torch.cat(states)))
     if module is block.module:
@@ -154,7 +154,7 @@ def _run(block: Block, module: nn.Module, states: list[Tensor]) -> Tensor:
 
 
 def _together(values: list[Any], packed: PackedTexts) -> Any:
-    """One argument of all texts as that of one packed row: what has a row for each token is put together."""
+    """Joins one argument of all texts into that of one packed row. Only values with a row per token are joined."""
     if isinstance(values[0], tuple):
         return tuple(_together(list(parts), packed) for parts in zip(*values, strict=True))
     if not isinstance(values[0], Tensor):
@@ -169,7 +169,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _off(found: Tensor, expected: Tensor, dtype: torch.dtype) -> float | None:
-    """The largest difference in units in the last place of the largest of its row, where it is beyond the limits."""
+    """Returns the largest difference, in units in the last place of its row's largest element; None within limits."""
     if found.shape != expected.shape or found.dtype != expected.dtype:
         return float("inf")
     apart, size = (found.float() - expected.float()), expected.float()
@@ -177,4 +177,4 @@ def _off(found: Tensor, expected: Tensor, dtype: torch.dtype) -> float | None:
     element = float((apart.abs().amax(-1) / size.abs().amax(-1).clamp_min(tiny)).max() / unit)
     row = float((apart.norm(dim=-1) / size.norm(dim=-1).clamp_min(tiny)).max() / unit)
     most, of_row = _LIMITS[dtype]
-    return None if element <= most and row <= of_row else element  # what is not a number is beyond every limit
+    return None if element <= most and row <= of_row else element  # NaN exceeds every limit

@@ -1,35 +1,35 @@
-/* Attention within each text of a packed row, without a gradient.
+/* Computes attention within each text of a packed row, without a gradient.
 
    T tokens, H query heads, K key heads, R = H/K query heads that share a key head, d head dim.
 
-   The R heads that share a key head are rows of one matrix, position by position. A tile has up to NV vectors of rows,
-   one lane each: so the softmax needs no sum across lanes, and keys and values are read as they lie, one number for all
-   lanes. The softmax is made block by block of keys, with the largest score so far. */
+   The R heads that share a key head are rows of one matrix, position by position. A tile holds up to NV vectors of
+   rows, one row per lane. So the softmax needs no sum across lanes, and one number of a key or value serves all lanes.
+   The softmax goes through the keys in blocks and keeps the largest score so far. */
 
 #include "vectors.h"
 
-#if LANES == 16 && defined(__AVX512BF16__) /* bfloat16 in pairs: exact products, summed in float32, twice the pace */
+#if LANES == 16 && defined(__AVX512BF16__) /* bfloat16 in pairs: exact products, float32 sums, twice the speed */
 #define PAIRS 1
 #else
 #define PAIRS 0
 #endif
 #define NV 3               /* vectors of rows in a tile */
 #define WIDTH (NV * LANES) /* rows of a tile */
-#define TILES 5            /* of one piece of work, which share the keys that are converted */
-#define KEYS 128           /* of a block */
+#define TILES 5            /* in one piece of work; they share the converted keys */
+#define KEYS 128           /* in a block */
 #if LANES == 16
-#define AT_ONCE 8 /* keys, or columns of values: with NV, the sums that fit into registers */
+#define AT_ONCE 8 /* keys, or columns of values: AT_ONCE x NV sums fit into the registers */
 #else
 #define AT_ONCE 4
 #endif
-#define NOTHING 1e30f /* minus this: a score that counts 0 */
+#define NOTHING 1e30f /* minus this is a score with weight 0 */
 
 /* ---- arithmetic */
 
 INLINE vf exp2_of(vf x) { /* to 1e-7; 0 below 2^-126; NaN stays NaN */
     vi tiny = x < -126.0f;
     x = choose(tiny, (vf){0} - 126.0f, x);
-    vf whole = x + 12582912.0f; /* 1.5 x 2^23: the nearest whole number stands in the last bits */
+    vf whole = x + 12582912.0f; /* 1.5 x 2^23 puts the nearest whole number into the last bits */
     vf f = x - (whole - 12582912.0f);
     vf p = 1.32764715e-3f * f + 9.67554133e-3f;
     p = p * f + 5.55071327e-2f;
@@ -39,7 +39,7 @@ INLINE vf exp2_of(vf x) { /* to 1e-7; 0 below 2^-126; NaN stays NaN */
     return (vf)(((vi)p + ((vi)whole << 23)) & ~tiny);
 }
 
-/* a number, or a pair of bfloat16, times each lane */
+/* adds a number, or a pair of bfloat16, times each lane */
 INLINE vf multiply_add(vf sum, const float *one, vf x, int pairs) {
 #if PAIRS
     int32_t pair;
@@ -93,7 +93,7 @@ long attention_scratch(long d) { /* floats of a thread */
     return 2 * TILES * d * WIDTH + 2 * KEYS * d + KEYS * WIDTH + 2 * TILES * WIDTH;
 }
 
-/* rows [first, first + LANES) of a text, transposed; with `pairs` two neighbouring columns to a lane */
+/* loads rows [first, first + LANES) of a text, transposed; with `pairs`, two neighbouring columns per lane */
 INLINE void load_rows(const Attention *a, long token, long g, long first, long last, float *to, long width, int bf16) {
     vf x[LANES];
     const int pairs = PAIRS && bf16;
@@ -128,7 +128,7 @@ INLINE void store_rows(const Attention *a, long token, long g, long first, long 
     }
 }
 
-/* s[j] = k[j] . q for n keys; k is filled up to a multiple of AT_ONCE; `columns` of numbers or of pairs */
+/* s[j] = k[j] . q for n keys; k has room up to a multiple of AT_ONCE; `columns` counts numbers, or pairs */
 INLINE void products(const float *k, const float *q, float *s, long n, long columns, int nv, int pairs) {
     for (long j = 0; j < n; j += AT_ONCE) {
         vf sum[AT_ONCE][NV] = {0};
@@ -176,11 +176,11 @@ typedef struct {
     long first, last, width;   /* rows of the text, and their number up to whole vectors */
 } Tile;
 
-/* the keys [j0, j0 + n) of a text for one tile */
+/* attends from one tile to the keys [j0, j0 + n) of its text */
 INLINE void block(const Attention *a, const Tile *t, const float *k, const float *values, float *s, long j0, long n,
                   int nv, int pairs) {
     const long from = t->first / a->shared, to = (t->last - 1) / a->shared; /* positions of the tile */
-    const float scale = a->scale * 1.44269504f;                             /* of 2^x, not e^x */
+    const float scale = a->scale * 1.44269504f;                             /* for 2^x instead of e^x */
     vf keep[NV];
     if (j0 + n - 1 < from - a->behind || j0 > to + a->ahead) return;
     products(k, t->q, s, n, pairs ? a->dim / 2 : a->dim, nv, pairs);
@@ -203,7 +203,7 @@ INLINE void block(const Attention *a, const Tile *t, const float *k, const float
         }
         for (long j = 0; j < n; j += 1 + pairs) {
             vf x = exp2_of((*(vf *)(s + (j * nv + v) * LANES) - now) * scale);
-            if (pairs) { /* of the weights as they are rounded, the sum is 1 */
+            if (pairs) { /* the rounded weights, not the exact ones, sum to 1 */
                 vf y = j + 1 < n ? exp2_of((*(vf *)(s + ((j + 1) * nv + v) * LANES) - now) * scale) : (vf){0};
                 vu low = bits16(x), high = bits16(y);
                 total += (vf)(low << 16) + (vf)(high << 16);
@@ -212,14 +212,14 @@ INLINE void block(const Attention *a, const Tile *t, const float *k, const float
                 total += x;
             *(vf *)(s + (j / (1 + pairs) * nv + v) * LANES) = x;
         }
-        keep[v] = exp2_of((*most - now) * scale); /* 0 for a row that had seen nothing: NOTHING was its largest score */
+        keep[v] = exp2_of((*most - now) * scale); /* 0 for a row that has seen no key: its largest score is -NOTHING */
         *sum = *sum * keep[v] + total;
         *most = now;
     }
     weighted(values, s, t->o, (n + pairs) / (1 + pairs), a->dim, keep, nv, pairs);
 }
 
-/* n keys and values into float32, or into pairs: of columns for keys, of neighbouring keys for values */
+/* converts n keys and values to float32, or to pairs: columns for keys, neighbouring keys for values */
 INLINE void unpack(const Attention *a, long g, long token, long n, float *k, float *values, int bf16) {
     const long d = a->dim;
     for (long j = 0; j < n; j++) {
@@ -277,10 +277,10 @@ INLINE void piece(const Attention *a, float *scratch, long token, long length, l
 void attention(void *job) {
     Attention *a = job;
     float *scratch = a->scratch + take(&a->worker, 1) * attention_scratch(a->dim);
-    long text = 0, before = 0; /* pieces of work before this text */
+    long text = 0, before = 0; /* number of pieces before this text */
     for (long i = take(&a->next, 1);; i = take(&a->next, 1)) {
         long token, length, pieces;
-        for (;; before += a->kv_heads * pieces, text++) { /* numbers only grow: no thread looks back */
+        for (;; before += a->kv_heads * pieces, text++) { /* a thread's piece numbers only grow, so it never looks back */
             if (text == a->texts) return;
             token = a->ends[text], length = a->ends[text + 1] - token;
             pieces = (a->shared * length + TILES * WIDTH - 1) / (TILES * WIDTH);

@@ -7,7 +7,7 @@
 typedef struct {
     const void *x, *weight;
     void *out;
-    long rows, dim, bf16, plus_one; /* Gemma: times 1 + weight, in float32; others round in between, as they do */
+    long rows, dim, bf16, plus_one; /* Gemma multiplies by 1 + weight in float32; the others round before the weight */
     float eps;
     long next;
 } Norm;
@@ -33,7 +33,7 @@ void norm(void *job) {
 }
 
 typedef struct {
-    void *q, *k; /* turned in place */
+    void *q, *k; /* rotated in place */
     const void *cosine, *sine;
     long q_head, q_token, k_head, k_token, tokens, heads, kv_heads, dim, bf16, next;
 } Rotary;

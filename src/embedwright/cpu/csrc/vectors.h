@@ -1,4 +1,4 @@
-/* Vectors, and threads, of the kernels: what torch is slow at on CPUs.
+/* Vector types and shared work for the kernels, which do what torch is slow at on CPUs.
 
    GNU C with vector extensions, for gcc and clang on any processor; no header but libc's. A kernel is a function of one
    pointer, to its struct, whose members `_run` in kernels.py fills in order. It is called on every thread at once, and
@@ -17,7 +17,7 @@
 #else
 #define LANES 4
 #endif
-#define ROWS 16 /* of a piece of work */
+#define ROWS 16 /* in one piece of work */
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vf __attribute__((vector_size(4 * LANES)));
@@ -39,7 +39,7 @@ INLINE float total(vf x) {
     return sum;
 }
 
-INLINE vf load(const void *from, long i, int bf16) { /* of float32 or bfloat16, element i on */
+INLINE vf load(const void *from, long i, int bf16) { /* float32 or bfloat16, from element i on */
     if (!bf16) return *(const vf_any *)((const float *)from + i);
     return (vf)(__builtin_convertvector(*(const vh_any *)((const uint16_t *)from + i), vu) << 16);
 }
