@@ -39,8 +39,8 @@ setup: .venv/.ready  ## Make .venv with the exact versions of constraints.txt; d
 demo: setup  ## Train, mine, evaluate and search on this machine, with real weights
 	@$(BIN)/embedwright demo
 
-test: setup  ## The default tests
-	@$(BIN)/python -m pytest
+test: setup  ## The default tests, in two processes of one thread each
+	@OMP_NUM_THREADS=1 OMP_PROC_BIND=false $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-long: setup  ## The proofs that take minutes
 	@$(BIN)/python -m pytest -m long
