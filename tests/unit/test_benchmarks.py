@@ -158,7 +158,7 @@ def test_parts_taken_out_change_no_vector_and_are_put_back(
     kinds = [type(module) for module in model.network.modules()]
     ran: list[str] = []
     run = kernels._run
-    monkeypatch.setattr(kernels, "_run", lambda name, job: (ran.append(name), run(name, job))[1])
+    monkeypatch.setattr(kernels, "_run", lambda name, *job: (ran.append(name), run(name, *job))[1])
     with split.stock_linears(model), split.text_by_text(model), split.without_kernels(model):
         inside = [type(module) for module in model.network.modules()]
         assert not any("OneDnn" in kind.__name__ for kind in inside)
