@@ -46,7 +46,7 @@ def top_k(
     the order of the corpus, also where the cut falls between them. `k` is cut to the size of the corpus.
 
     `corpus` (C, E) may be larger than memory: beside it and the result, this holds a block of it (2048 documents), 4 MB
-    for products, and 9 E + 12 k bytes per query.
+    for products, and 9 E + 8 k bytes per query.
 
     Returns:
         Scores float32 (Q, k), descending, and their rows int64 (Q, k).
@@ -61,10 +61,9 @@ def top_k(
     if k < 1:
         raise InputError(f"k must be at least 1, not {k}")
     k = min(k, len(vectors))
-    scores_QK = np.full((len(queries_QE), k), -np.inf, np.float32)
-    rows_QK = np.full(scores_QK.shape, _NO_ROW, np.int64)
-    if not scores_QK.size:
-        return scores_QK, rows_QK
+    key_QK = np.full((len(queries_QE), k), _NONE)
+    if not key_QK.size:
+        return _scores(key_QK), key_QK
     query_QE = as_tensor(queries_QE)
     exact_QE = query_QE.double()
     _check(query_QE, "query", 0)
@@ -74,17 +73,17 @@ def top_k(
         _check(document_NE, "document", first)
         if first == 0 and int8.available(vectors.shape[1]):
             nominator = Int8Nominator(query_QE, document_NE.mean(0), _QUERIES)
-        floor_Q = scores_QK[:, -1].copy() if first else _first_floor(query_QE, document_NE, k)
+        floor_Q = _scores(key_QK[:, -1]) if first else _first_floor(query_QE, document_NE, k)
         nominated = 0
         for start, may_QN in nominator.nominate(document_NE, as_tensor(floor_Q)):
             query_F, column_F = divmod(np.flatnonzero(may_QN.numpy()), len(documents_NE))
             found_F = _exact(exact_QE[start:], document_NE, query_F, column_F)
             own = slice(start, start + len(may_QN))
-            scores_QK[own], rows_QK[own] = _merged(scores_QK[own], rows_QK[own], found_F, query_F, column_F + first)
+            key_QK[own] = _merged(key_QK[own], _keys(found_F, column_F + first), query_F)
             nominated += len(query_F)
         if nominated > _WASTED * len(queries_QE) * len(documents_NE):
             nominator = _Float32Nominator(query_QE)
-    return scores_QK, rows_QK
+    return _scores(key_QK), key_QK & _NO_ROW
 
 
 def pair_scores(
@@ -156,28 +155,31 @@ def _exact(
     return scores_F
 
 
-def _merged(
-    scores_QK: NDArray[np.float32],
-    rows_QK: NDArray[np.int64],
-    scores_F: NDArray[np.float32],
-    query_F: NDArray[np.int64],
-    row_F: NDArray[np.int64],
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Merges new pairs, in the order of their queries, into the best so far; returns the k best of each query."""
-    queries, k = scores_QK.shape
+def _merged(key_QK: NDArray[np.int64], key_F: NDArray[np.int64], query_F: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Merges new keys, in the order of their queries, into the best so far. Returns the k best of each, in order."""
+    queries, k = key_QK.shape
     count_Q = np.bincount(query_F, minlength=queries)
-    place_F = k + np.arange(len(query_F)) - (count_Q.cumsum() - count_Q)[query_F]
-    scores_QW = np.full((queries, k + int(count_Q.max())), -np.inf, np.float32)
-    rows_QW = np.full(scores_QW.shape, _NO_ROW, np.int64)
-    scores_QW[:, :k], rows_QW[:, :k] = scores_QK, rows_QK
-    scores_QW[query_F, place_F], rows_QW[query_F, place_F] = scores_F, row_F
-    # A float's bits, as a whole number, are in its order: one sort by score, then row. The sum makes -0.0 a 0.0.
-    bits_QW = (scores_QW + np.float32(0)).view(np.int32).astype(np.int64)
-    bits_QW = np.where(bits_QW < 0, -(bits_QW & 0x7FFFFFFF), bits_QW)
-    key_QK = np.sort((-bits_QW << 32) + rows_QW, axis=1)[:, :k]
-    bits_QK = -(key_QK >> 32)
-    bits_QK = np.where(bits_QK < 0, -bits_QK | -(2**31), bits_QK).astype(np.int32)
-    return bits_QK.view(np.float32), key_QK & 0xFFFFFFFF
+    key_QW = np.full((queries, k + int(count_Q.max())), _NONE)
+    key_QW[:, :k] = key_QK
+    key_QW[query_F, k + np.arange(len(query_F)) - (count_Q.cumsum() - count_Q)[query_F]] = key_F
+    key_QW.sort(axis=1)
+    return key_QW[:, :k]
+
+
+def _keys(scores: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Joins score and row into one whole number, whose order is by descending score, then by row."""
+    bits = (scores + np.float32(0)).view(np.int32).astype(np.int64)  # in the order of the floats; -0.0 becomes 0.0
+    keys: NDArray[np.int64] = (np.where(bits < 0, bits & 0x7FFFFFFF, -bits) << 32) + rows
+    return keys
+
+
+def _scores(keys: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Takes the scores out of keys."""
+    bits = -(keys >> 32)
+    return np.where(bits < 0, -bits | -(2**31), bits).astype(np.int32).view(np.float32)
+
+
+_NONE = _keys(np.array([-np.inf], np.float32), np.array([_NO_ROW]))[0]  # stands where there is no document
 
 
 def _check(vectors_NE: Tensor, what: str, first: int) -> None:
