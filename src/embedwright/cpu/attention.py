@@ -41,7 +41,7 @@ AttentionInterface.register(FAST, fast_attention)
 
 @cache
 def norm(stock: Any, plus_one: bool) -> Any:
-    """Makes the class of an RMS norm in one pass. Returns None for a patched norm.
+    """Makes a subclass of the RMS norm `stock` that reads its input once. Returns None if its code was replaced.
 
     `plus_one` marks Gemma's norm: it adds 1 to the stored weight and has another name for epsilon.
     """

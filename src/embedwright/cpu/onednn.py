@@ -63,7 +63,7 @@ def available() -> bool:
 
 @cache
 def gated_available() -> bool:
-    """Says whether `gated` exists and is right on this machine. Logs a warning once if it is wrong."""
+    """Says whether `gated` exists here and gives torch's numbers. Logs a warning once if it gives others."""
     if not available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     x, gate, up = (tensor.bfloat16() for tensor in _random((5, 8), (6, 8), (6, 8)))

@@ -1,4 +1,4 @@
-"""What is held out: the rows that would give it away, and the files of the suite that judges by it."""
+"""Holds out evaluation data: removes training rows that repeat it, and writes the suite that evaluates on it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def write_rows(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def write_suite(folder: Path, name: str, tasks: Sequence[Mapping[str, Any]]) -> None:
-    """Writes the `suite.yaml` of these tasks, whose paths are relative to `folder`."""
+    """Writes `folder/suite.yaml` with these tasks. The paths in them are relative to `folder`."""
     write_json(folder / "suite.yaml", {"name": name, "tasks": tasks})  # JSON is YAML
 
 

@@ -132,7 +132,7 @@ class EmbedwrightModel(PreTrainedModel):
         return hidden
 
     def tokens(self, packed: PackedTexts) -> Tensor:
-        """Returns the head's token states (T, D), which are pooled next, in the head's dtype."""
+        """Returns the token states just before pooling (T, D), in the head's dtype."""
         hidden_TD = self.hidden(packed)
         hidden_TD = hidden_TD.to(next(self.head.parameters(), hidden_TD).dtype)
         if self.head.token_wise and not torch.is_grad_enabled():  # slices bound the memory of a long text

@@ -109,7 +109,7 @@ def _by_prompt(lines: list[_Line]) -> dict[int, _Line]:
 
 
 def _count(found: dict[int, _Line], numbers: Iterable[int]) -> int:
-    """Counts the tasks of these prompts."""
+    """Counts the tasks that `found` holds for the prompts with these numbers."""
     return sum(len(found[number].tasks) for number in numbers if number in found)
 
 

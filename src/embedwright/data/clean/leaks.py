@@ -181,9 +181,11 @@ class Bm25:
         self.self_score_N = np.bincount(scores["indices"], scores["data"], minlength=len(words))
 
     def best(self, near_key: str) -> tuple[int, float] | None:
-        """Returns the text of the highest fraction, the first of equals, and the fraction. None is below the threshold.
+        """Returns the number of the indexed text that matches `near_key` best, and its fraction; the first of equals.
 
-        A text of more than LONGER times its words is not counted: a long passage holds the words of a short question.
+        The fraction is the text's BM25 score under the words of `near_key`, by its score under its own words. Returns
+        None if no fraction reaches the threshold. Indexed texts with less than 1/LONGER of the words of `near_key` do
+        not count: a long passage holds the words of many short questions.
         """
         words = near_key.split()
         known = [word for word in dict.fromkeys(words) if word in self._index.vocab_dict]

@@ -57,7 +57,7 @@ def add_lora(backbone: nn.Module, *, rank: int, alpha: int, dropout: float, mixe
 
 
 def _not_linear(backbone: nn.Module) -> list[str]:
-    """Names of matrices that no linear layer holds, such as the experts of a mixture; embeddings do not count."""
+    """Returns the names of matrices outside of linear layers and embeddings, such as the experts of a mixture."""
     return [
         f"{name}.{leaf}"
         for name, module in backbone.named_modules()

@@ -170,7 +170,7 @@ def _repeats(model: Encoder, _: Path | None) -> Result:
 
 
 def _distinct(model: Embedder, _: Path | None) -> Result:
-    """No two texts have one vector, and an instruction changes each."""
+    """No two texts have one vector, and an instruction changes the vector of each."""
     plain, instructed = model.encode(TEXTS), model.encode(TEXTS, task=TASK)
     alike = (plain @ plain.T)[np.triu_indices(len(TEXTS), 1)].max()
     moved = (plain * instructed).sum(1).min()

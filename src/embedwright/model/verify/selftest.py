@@ -96,7 +96,10 @@ def _other_weight(network: EmbedwrightModel, stored: EmbedwrightModel) -> str | 
 
 
 def check(network: EmbedwrightModel, tokenizer: TextTokenizer, folder: Path, reload: Reload) -> None:
-    """Raises ProbeError if ids or vectors differ from the recorded ones, if there are any."""
+    """Raises ProbeError if token ids or vectors differ from those recorded in `folder`. Passes if there is no record.
+
+    `reload(dtype)` reads the network again in the dtype of the record, where it was loaded in another.
+    """
     ok, detail = compare(network, tokenizer, folder, reload) or (True, "")
     if not ok:
         raise ProbeError(f"{folder} does not give the vectors that it was saved with: {detail}")
