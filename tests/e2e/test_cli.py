@@ -782,3 +782,13 @@ def test_the_laptop_recipe_trains_on_the_instructions_that_its_suite_asks_with()
             assert entry.task.instruction == asked[entry.task.name]
     assert all(Path(entry.path).is_relative_to(recipe.run.out) for s in recipe.stages for entry in s.data)
     assert Path(recipe.eval.suites[0]) == Path(recipe.run.out) / "data" / "heldout" / "suite.yaml"
+
+
+def test_a_demo_that_makes_nothing_better_fails_with_a_sentence(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("embedwright.demo.demo.run", lambda _: ["docs nDCG@10"])
+    answer = command("demo")
+    assert answer.code == 1 and answer.err.strip() == "embedwright: not better than before training: docs nDCG@10"
+    monkeypatch.setattr("embedwright.demo.demo.run", lambda _: [])
+    assert command("demo").code == 0

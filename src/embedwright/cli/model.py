@@ -234,4 +234,6 @@ def demo(recipe: Annotated[Path, opt("Recipe to train.")] = Path("laptop")) -> N
     from embedwright.demo import demo as whole
     from embedwright.training.recipe import Recipe
 
-    whole.run(Recipe.load(recipe))
+    if worse := whole.run(Recipe.load(recipe)):
+        typer.echo(f"embedwright: not better than before training: {', '.join(worse)}", err=True)
+        raise typer.Exit(1)
