@@ -7,6 +7,7 @@ write removes what it has made. A killed process leaves at most a hidden file or
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -104,6 +105,12 @@ def whole_lines(path: str | Path) -> list[str]:
     final = _real(path)
     content = final.read_bytes() if final.exists() else b""
     return content[: content.rfind(b"\n") + 1].decode().split("\n")[:-1]
+
+
+def sha256_of(file: Path) -> str:
+    """Returns the SHA-256 of a file's bytes, in hexadecimal digits."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def check_new_folder(path: str | Path) -> Path:

@@ -92,7 +92,7 @@ def run(recipe: Recipe) -> list[str]:
 def _parts() -> Callable[[str], None]:
     """Returns a function that says which part begins, and about how long it and those that follow take.
 
-    The guess is `SECONDS`, corrected by how long the parts so far took; those that were done before do not count.
+    The guess is `SECONDS`, corrected by how long the parts so far took. Parts from an earlier run do not count.
     """
     begun: list[float] = []
 

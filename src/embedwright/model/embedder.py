@@ -181,8 +181,7 @@ class Embedder:
 
         A new repository is made where there is none, `private` or not. `token` is by default the one that `hf auth
         login` keeps. `card` is a whole text, or arguments of `model.interop.card.model_card` that the model does not
-        know by itself, such as `license` and `scores`. Raises ValueError as `save` does, and for adapters whose base
-        others cannot open.
+        know by itself, such as `license`. Raises ValueError as `save` does, and if others cannot open the base.
         """
         return hub.push_to_hub(self.network, self.own_tokenizer, repo_id, private=private, token=token, card=card)
 
@@ -218,9 +217,10 @@ class Embedder:
         heads stay as they are. A folded model cannot be saved, exported or trained: load it again for that. Raises
         RuntimeError, and changes nothing, where the vectors of a few texts move by more than rounding.
         """
-        before = Digest().of(dict(self.network.head.named_parameters()))
+        head = self.network.head
         if fold(self.network, self.tokenize([text for text, _ in selftest.TEXTS]).to(self.device)):
-            self._unfolded[Digest().of(dict(self.network.head.named_parameters()))] = before  # one fingerprint for both
+            before, after = (Digest().of(dict(block.named_parameters())) for block in (head, self.network.head))
+            self._unfolded[after] = before  # one fingerprint for both
         return self
 
     def _ready(self, device: str | None, backend: Backend) -> Embedder:

@@ -197,7 +197,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse)
 
 
 def _array(path: Path) -> list[Any] | None:
-    """Returns the items of a file that is one JSON array, or None if it is lines of which the first is a list."""
+    """Returns the items of a file that is one JSON array, or None if it has lines and the first is a list."""
     with _unpacked(path) as stream:
         text = stream.read().removeprefix(BOM).strip()
     if not text.endswith(b"]"):

@@ -36,7 +36,7 @@ from embedwright.data.files.quarantine import Quarantine, good_rows
 from embedwright.data.files.rows import read_rows
 from embedwright.data.files.tasks import Tasks, tasks_beside, tasks_file, write_tasks
 from embedwright.data.schema import DataError, Example, Passage, parse_example, to_row
-from embedwright.files import whole_file
+from embedwright.files import sha256_of, whole_file
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -229,10 +229,7 @@ def _fingerprint(job: _Job, stem: str) -> str:
         *(beir_files(job.path, job.split) if job.is_beir else data_files(job.path)),
         *(data_files(job.corpus) if job.corpus else []),
     ]
-    digests = []
-    for file in files:
-        with file.open("rb") as stream:
-            digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
+    digests = [sha256_of(file) for file in files]
     names = [stem_of(file) for file in files] if job.path.is_dir() else []  # ids of rows are made of them
     words = None if job.is_beir else class_names(job.path, "label")  # may stand beside the files
     parts = [FORMAT, stem, job.task, job.seed, job.negatives, job.corpus is not None, digests, names, words]

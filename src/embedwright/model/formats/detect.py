@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from embedwright.errors import InputError
+from embedwright.files import sha256_of
 from embedwright.locate import Place, find
 from embedwright.model.formats.families import Family, family_of, split_family
 from embedwright.model.formats.folder import ADAPTER, check_folder, is_adapter, read_object
@@ -55,9 +56,7 @@ def content_fingerprint(name: str, revision: str | None = None) -> str:
         found.update(path.name.encode())
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in _CONTENT)
     for file in [] if place.hub_id is not None else files:
-        with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        found.update(f"{file.relative_to(path)} {digest}\n".encode())
+        found.update(f"{file.relative_to(path)} {sha256_of(file)}\n".encode())
     if is_adapter(path):
         stored = read_object(path / ADAPTER)
         found.update(content_fingerprint(str(stored.get("base_model_name_or_path")), stored.get("revision")).encode())

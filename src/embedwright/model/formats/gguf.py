@@ -6,7 +6,6 @@ from files beside it. So the file is opened in a folder of its own, and its numb
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
@@ -20,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from embedwright.cache import cache_folder
 from embedwright.errors import InputError, MissingPackageError, OutputExistsError, blaming
-from embedwright.files import whole_folder, write_json
+from embedwright.files import sha256_of, whole_folder, write_json
 from embedwright.model.backbone import check_report
 from embedwright.text import load_tokenizer
 
@@ -35,7 +34,7 @@ def convert_gguf(file: Path) -> Path:
 
     A damaged conversion is made again. Raises InputError if the file lacks weights or holds weights that have no place.
     """
-    out = cache_folder("gguf", f"{file.stem}-{_digest(file)[:16]}")
+    out = cache_folder("gguf", f"{file.stem}-{sha256_of(file)[:16]}")
     if out.exists():
         if _is_whole(out):
             return out
@@ -47,7 +46,7 @@ def convert_gguf(file: Path) -> Path:
         with whole_folder(out) as temp:
             model.save_pretrained(temp)
             tokenizer.save_pretrained(temp)
-            write_json(temp / _MADE, {path.name: _state(path) | {"sha256": _digest(path)} for path in temp.iterdir()})
+            write_json(temp / _MADE, {path.name: _state(path) | {"sha256": sha256_of(path)} for path in temp.iterdir()})
     except OutputExistsError:  # another process has made it meanwhile
         if not _is_whole(out):
             raise
@@ -111,7 +110,7 @@ def _is_whole(folder: Path) -> bool:
         made = json.loads((folder / _MADE).read_text(encoding="utf-8"))
         return {path.name for path in folder.iterdir()} == {_MADE, *made} and all(
             _state(folder / name) == {key: state[key] for key in ("bytes", "changed")}
-            or _digest(folder / name) == state["sha256"]
+            or sha256_of(folder / name) == state["sha256"]
             for name, state in made.items()
         )
     except (OSError, ValueError, AttributeError, KeyError, TypeError):
@@ -121,8 +120,3 @@ def _is_whole(folder: Path) -> bool:
 def _state(file: Path) -> dict[str, int]:
     found = file.stat()
     return {"bytes": found.st_size, "changed": found.st_mtime_ns}
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
@@ -15,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from embedwright.files import remove_leftovers, whole_folder
+from embedwright.files import remove_leftovers, sha256_of, whole_folder
 from embedwright.processes import ALONE, Processes
 from embedwright.training.engine.parallel import full, like
 
@@ -146,5 +145,4 @@ def _problem(checkpoint: Path) -> str | None:
 
 
 def _digest(path: Path) -> dict[str, Any]:
-    with path.open("rb") as stream:
-        return {"sha256": hashlib.file_digest(stream, "sha256").hexdigest(), "bytes": path.stat().st_size}
+    return {"sha256": sha256_of(path), "bytes": path.stat().st_size}
