@@ -84,7 +84,7 @@ TOP = "__init__"  # the names that `from embedwright import ...` gives
 EVERYTHING = (
     BOTTOM
     | TRAINERS_USE
-    | {*TRAINING, "registration", "llm", "synth", "model.verify.doctor"}
+    | {*TRAINING, "registration", "llm", "synth", "studies", "model.verify.doctor"}
     | {
         "model.formats.nvembed_export",
         "model.formats.soup",
@@ -120,7 +120,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "mining": BOTTOM | {*SEARCH, *DATA},
     "llm": BOTTOM,
     "synth": BOTTOM | {"llm", *DATA},
-    "evaluation": BOTTOM | {"encoders", *DATA, *MODEL},
+    "evaluation": BOTTOM | {*SEARCH, "encoders.open", *DATA, *MODEL},
+    "studies": BOTTOM | TRAINERS_USE | {*TRAINING},
 }
 
 # Modules without a test file of their own, and the file that tests them.

@@ -1,42 +1,97 @@
-"""Results of `evaluate`: as JSON, side by side (`table`) and as text (`render`). The command line prints them."""
+"""Results of `evaluate`: on disk (`write_results`), side by side (`table`) and as text (`render`).
+
+A result file `NAME.json` has the scores and how they were made. `NAME.items.npz` beside it has what each score was
+computed from, item by item, so that two models can be compared in pairs. Its arrays are named `<task>/<array>`:
+
+    retrieval, reranking, classification   `score` (N,) whose mean is the main score, and `id` (N,)
+    sts, pair                              `cosine` (N,) and `gold` (N,): human scores, or labels of 0 and 1
+    clustering                             `cluster` (S, N), one row a run of k-means, and `gold` (N,) class numbers
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
-from embedwright.evaluation.metrics import Kind
+import numpy as np
+from numpy.typing import NDArray
+
+from embedwright.errors import InputError, NotFoundError
+from embedwright.files import whole_file, write_text
 
 Row = dict[str, str | float | None]
+Items = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The main metric of one task (`metrics.MAIN`) and its other metrics. Higher is better."""
+    """The main metric of one task and its other metrics. Higher is better. `items` is not part of the JSON."""
 
     task: str
-    kind: Kind
+    kind: str
     metric: str
     value: float
     details: dict[str, float] = field(default_factory=dict)
+    items: Items = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """The result of `evaluate`: one row a task, in the suite's order, and the wall-clock seconds in total."""
+    """The result of `evaluate`: one row a task, in the suite's order, and the wall-clock seconds in total.
+
+    `about` says how the scores were made: model, command, machine, versions (`evaluation.about`).
+    """
 
     suite: str
     rows: tuple[Result, ...]
     seconds: float
+    about: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False, allow_nan=False)
+        bare = asdict(replace(self, rows=tuple(replace(row, items={}) for row in self.rows)))
+        for row in bare["rows"]:
+            del row["items"]
+        return json.dumps(bare, indent=2, ensure_ascii=False, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Results:
         saved = json.loads(text)
-        return cls(saved["suite"], tuple(Result(**row) for row in saved["rows"]), saved["seconds"])
+        rows = tuple(Result(**row) for row in saved["rows"])
+        return cls(saved["suite"], rows, saved["seconds"], saved.get("about", {}))
+
+
+def items_file(file: Path) -> Path:
+    """Returns where the items of the result file `NAME.json` lie: `NAME.items.npz`."""
+    return file.with_suffix(".items.npz")
+
+
+def write_results(file: Path, results: Results) -> None:
+    """Writes `file`, and its items beside it if it has any. The items come first: no result is without its own."""
+    arrays = {f"{row.task}/{name}": array for row in results.rows for name, array in row.items.items()}
+    if arrays:
+        with whole_file(items_file(file)) as temp, temp.open("wb") as stream:
+            np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]
+    write_text(file, results.to_json() + "\n")
+
+
+def read_results(file: Path) -> Results:
+    """Reads what `write_results` wrote, with the items. Raises InputError if `file` is no result file."""
+    if not file.is_file():
+        raise NotFoundError(f"no result file: {file}")
+    try:
+        results = Results.from_json(file.read_text(encoding="utf-8"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file} is no result file of `embedwright eval`") from error
+    items: dict[str, dict[str, NDArray[Any]]] = {}
+    if items_file(file).is_file():
+        with np.load(items_file(file), allow_pickle=False) as stored:
+            for key in stored.files:
+                task, _, name = key.rpartition("/")
+                items.setdefault(task, {})[name] = stored[key]
+    return replace(results, rows=tuple(replace(row, items=items.get(row.task, {})) for row in results.rows))
 
 
 def table(columns: Mapping[str, Results]) -> list[Row]:

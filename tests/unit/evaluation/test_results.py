@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from embedwright.evaluation.results import Result, Results, render, table
+from embedwright.errors import InputError
+from embedwright.evaluation.results import Result, Results, read_results, render, table, write_results
 
 BASE = Results(
     "heldout",
@@ -27,6 +31,26 @@ TUNED = Results(
 def test_json_gives_the_same_results_back() -> None:
     assert Results.from_json(BASE.to_json()) == BASE
     assert json.loads(BASE.to_json())["rows"][1]["details"] == {"cosine_pearson": 0.7}
+
+
+def test_a_result_file_keeps_its_items_beside_it(tmp_path: Path) -> None:
+    items = {"cosine": np.linspace(0, 1, 5, dtype=np.float32), "gold": np.arange(5)}
+    with_items = replace(BASE, rows=(BASE.rows[0], replace(BASE.rows[1], items=items)), about={"model": "minilm"})
+    write_results(tmp_path / "scores.json", with_items)
+    found = read_results(tmp_path / "scores.json")
+    assert (found, found.about) == (BASE, {"model": "minilm"})
+    assert found.rows[0].items == {}
+    assert {name: array.tolist() for name, array in found.rows[1].items.items()} == {
+        name: array.tolist() for name, array in items.items()
+    }
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["scores.items.npz", "scores.json"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"suite": "x"}', '{"rows": [{"x": 1}], "suite": "x", "seconds": 1}'])
+def test_another_file_is_no_result(tmp_path: Path, text: str) -> None:
+    (tmp_path / "scores.json").write_text(text)
+    with pytest.raises(InputError, match=r"scores\.json is no result file"):
+        read_results(tmp_path / "scores.json")
 
 
 def test_json_has_no_nan() -> None:

@@ -1,0 +1,54 @@
+"""Says how a number was made: the model, the command, the machine and the versions."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+VERSIONS = ("embedwright", "torch", "transformers", "sentence-transformers", "mteb", "scikit-learn", "numpy")
+
+
+def about(model: str, fingerprint: dict[str, str] | None = None) -> dict[str, Any]:
+    """Returns the facts to keep beside the scores of `model`, as JSON values. `fingerprint` identifies its vectors."""
+    import torch
+
+    return {
+        "model": model,
+        "fingerprint": fingerprint,
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) if sys.argv else "",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": {
+            "processor": processor(),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+            "system": platform.system(),
+        },
+        "versions": {"python": platform.python_version()} | _versions(),
+    }
+
+
+def processor() -> str:
+    """Returns the processor's name with family and model: names alone are coarse on rented machines."""
+    file = Path("/proc/cpuinfo")
+    if not file.is_file():
+        return platform.processor() or platform.machine()
+    lines = [line.split(":", 1) for line in file.read_text().splitlines() if ":" in line]
+    facts = dict(reversed([(key.strip(), value.strip()) for key, value in lines]))
+    known = [facts[key] for key in ("model name",) if key in facts]
+    return ", ".join([*known, *(f"{key} {facts[key]}" for key in ("cpu family", "model") if key in facts)])
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in VERSIONS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

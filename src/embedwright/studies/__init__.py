@@ -1,0 +1,1 @@
+"""Studies: many runs trained and scored, and reports to look at."""

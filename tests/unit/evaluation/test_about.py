@@ -1,0 +1,16 @@
+"""The facts kept beside a score are JSON, name this machine, and hold the model's fingerprint as it was given."""
+
+import json
+
+import torch
+
+from embedwright.evaluation.about import about, processor
+
+
+def test_the_facts_are_json_and_name_machine_and_versions() -> None:
+    facts = json.loads(json.dumps(about("minilm", {"weights": "abc"})))
+    assert (facts["model"], facts["fingerprint"]) == ("minilm", {"weights": "abc"})
+    assert facts["machine"]["processor"] == processor() != ""
+    assert facts["machine"]["cores"] >= 1
+    assert facts["versions"]["torch"] == torch.__version__
+    assert "sentence-transformers" in facts["versions"]
