@@ -52,7 +52,11 @@ def recipe(folder: Path, decoder: Path) -> dict[str, Any]:
         "seed": 3,
         "model": {"base": str(decoder), "layers": 2, "pooling": "mean", "max_tokens": 40},
         "tune": {"rank": 2, "alpha": 4, "dropout": 0.2},
-        "stages": [stage("first"), {"kind": "mine", "negatives": 2, "rule": "naive", "every": 2}, stage("second")],
+        "stages": [
+            stage("first", save=True),
+            {"kind": "mine", "negatives": 2, "rule": "naive", "every": 2},
+            stage("second"),
+        ],
         "run": {"out": "unset", "checkpoint_every": 2, "keep": 1, "tracker": "none", "workers": 0},
         "eval": {"every": 1, "suites": [str(folder / "suite")], "best": True},
     }
@@ -88,6 +92,7 @@ def result(out: Path) -> dict[str, Any]:
         ],
         "vectors": (out / "vectors.npy").read_bytes().hex(),
         "best": {file.name: file.read_bytes().hex() for file in sorted((out / "best").glob("*.safetensors"))},
+        "kept": {file.name: file.read_bytes().hex() for file in sorted(out.glob("stages/first/*.*"))},
         "mined": {
             str(file.relative_to(out)): file.read_bytes().hex() for file in sorted(out.glob("mined/*/[0-9]*/*.parquet"))
         },

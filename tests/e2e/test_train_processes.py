@@ -20,7 +20,7 @@ import yaml
 from embedwright.model.embedder import Embedder
 
 TEXTS = ["how do tides work?", "the moon", "a dog that does not mind, and a longer text behind it"]
-STEPS = 14
+WARM, STEPS = 2, 16  # of the first stage, which keeps its model, and of both together
 
 
 @pytest.fixture
@@ -44,13 +44,15 @@ def recipe(tmp_path: Path, tiny_decoder: Callable[..., Path]) -> dict[str, Any]:
         "tune": {"rank": 4, "alpha": 8, "dropout": 0.0},
         "stages": [
             {
-                "name": "retrieval",
+                "name": name,
                 "data": [{"path": str(tmp_path / "pairs.jsonl")}],
                 "in_batch_negatives": "all",
                 "hard_negatives": 1,
                 "temperature": 0.1,
-                "optim": {"lr": 1e-3, "steps": STEPS, "batch_queries": 8},
+                "optim": {"lr": 1e-3, "steps": steps, "batch_queries": 8},
+                "save": name == "warm",
             }
+            for name, steps in (("warm", WARM), ("retrieval", STEPS - WARM))
         ],
         "run": {"out": "unset", "checkpoint_every": 5, "batch_tokens": 60},
         "eval": {"suites": [str(tmp_path / "suite")], "every": 6},
@@ -115,14 +117,20 @@ def test_two_processes_are_stopped_and_one_ends_where_one_alone_ends(
     done = len(metrics(out))
     assert 7 <= done < STEPS, stderr[-3000:]
     newest = sorted((out / "checkpoints").iterdir())[-1]
-    assert newest.name == f"00-{done:07d}" and json.loads((newest / "manifest.json").read_text())["processes"] == 2
+    assert (
+        newest.name == f"01-{done - WARM:07d}" and json.loads((newest / "manifest.json").read_text())["processes"] == 2
+    )
+    written = sorted((out / "stages").rglob("*"))  # by two processes
+    times = [path.stat().st_mtime_ns for path in written]
     run(1, file, out)
     ours, theirs = metrics(out), metrics(alone)
     assert [record["ids"] for record in ours] == [record["ids"] for record in theirs]
     assert [r["tokens"] for r in ours] == [r["tokens"] for r in theirs]
     assert [r["loss"] for r in ours] == pytest.approx([r["loss"] for r in theirs], rel=1e-4)
-    vectors = [Embedder.load(folder / "model").encode(TEXTS) for folder in (out, alone)]
-    np.testing.assert_allclose(vectors[0], vectors[1], atol=1e-4)
+    for model in ("model", "stages/warm"):
+        vectors = [Embedder.load(folder / model).encode(TEXTS) for folder in (out, alone)]
+        np.testing.assert_allclose(vectors[0], vectors[1], atol=1e-4)
+    assert written and times == [path.stat().st_mtime_ns for path in written]
 
 
 def test_two_processes_share_a_dry_run_and_write_nothing(recipe: dict[str, Any], tmp_path: Path) -> None:
@@ -152,6 +160,7 @@ _MACHINES = "--num_machines 2 --main_process_ip 127.0.0.1 --main_process_port {p
 def test_every_way_to_start_two_processes_is_the_same_run(
     recipe: dict[str, Any], tmp_path: Path, machines: list[str]
 ) -> None:
+    del recipe["stages"][0]
     recipe["stages"][0]["optim"]["steps"] = 3
     recipe["eval"] = {}
     file, alone, out = tmp_path / "recipe.yaml", tmp_path / "alone", tmp_path / "out"

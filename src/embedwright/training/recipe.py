@@ -94,7 +94,7 @@ class Recipe(Part):
         for stage in self.stages:
             values[f"stages.{stage.name}.data"] = stage.data
             chosen = stage.chosen()
-            fields = stage.model_dump(exclude={"name", "data", "optim", "loss", "sampling_alpha", "mine"})
+            fields = stage.model_dump(exclude={"name", "data", "optim", "loss", "sampling_alpha", "mine", "save"})
             fields |= {f"loss.{key}": value for key, value in chosen.pop("loss", {}).items()} | chosen
             values |= {f"stages.{stage.name}.{key}": value for key, value in fields.items()}
             values |= {f"stages.{stage.name}.optim.{key}": value for key, value in stage.optim.model_dump().items()}
@@ -108,12 +108,14 @@ class Recipe(Part):
         """Lists the values that decide rows and loss; all others may change when a run resumes.
 
         It leaves out how a step fits into memory and is divided among processes, and where the run is kept, tracked,
-        checkpointed or evaluated. It leaves out the paths of data and model, too: a run knows these by their content.
+        checkpointed, saved or evaluated. It leaves out the paths of data and model, too: a run knows these by their
+        content.
         """
         content = self.model_dump(mode="json", exclude={"name", "strict", "eval", "provenance"})
         for key in ("base", "from"):
             content["model"].pop(key, None)
         for stage in content["stages"]:
+            del stage["save"]
             for entry in stage["data"]:
                 for key in ("path", "corpus", "rows"):
                     del entry[key]

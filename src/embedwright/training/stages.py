@@ -166,6 +166,8 @@ class StagePart(Part):
     """Draw an entry of `data` in proportion to weight * rows ** alpha: 1 by size, 0 equally. Source: mT5: 0.3."""
     mine: MinePart | None = None
     optim: OptimPart
+    save: Flag = False
+    """Keep the model of the end of the stage in `<run.out>/stages/<name>/`, for another run's `model.from`."""
 
     @model_validator(mode="after")
     def _uses_what_is_mined(self) -> StagePart:

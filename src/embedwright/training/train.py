@@ -35,7 +35,7 @@ from embedwright.training.run.checkpoint import (
     restore_optimizer,
     save_checkpoint,
 )
-from embedwright.training.run.checks import check_reading, open_checked
+from embedwright.training.run.checks import check_reading, check_saved, open_checked, stage_folder
 from embedwright.training.run.distill import teacher_of
 from embedwright.training.run.folder import card_facts, describe_run
 from embedwright.training.run.scores import Scores
@@ -45,6 +45,7 @@ from embedwright.training.run.start import (
     load_trained,
     naming_the_model,
     origin_fingerprint,
+    save_copy,
     start_model,
     whole_model,
 )
@@ -88,6 +89,7 @@ def train(recipe: Recipe, *, on_step: OnStep | None = None, on_evaluation: OnEva
     checkpoint = _newest(out / "checkpoints", processes)
     if checkpoint is not None:
         state = _continue(checkpoint, state, out)
+    check_saved(recipe, out, checkpoint is not None, state.stage)
     model = start_model(recipe, processes)
     check_reading(recipe, sources, model)
     out.mkdir(parents=True, exist_ok=True)
@@ -169,6 +171,8 @@ class _Run:
         if recipe.eval.best:
             load_trained(self.model, scores.best_weights(stage.name))
             probe.check(network)
+        if stage.save:  # before a checkpoint that is past this stage: until then, a killed run ends the stage again
+            save_copy(recipe, self.model, self.processes, stage_folder(self.out, stage.name))
         if recipe.eval.decides:  # the stage ended on other weights than those of its last checkpoint
             self.save(replace(state, stage=state.stage + 1, step=0), None)
 

@@ -112,6 +112,7 @@ CHANGES: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "stages.mine.sampled": ("loss", True, MINED),
     "stages.mine.sample_from": ("loss", 1, MINED | {"stages.mine.sampled": True, "stages.mine.negatives": 1}),
     "stages.mine.every": ("loss", 2, MINED),
+    "stages.save": ("files", True, {}),
     "stages.optim.lr": ("weights", 1e-3, {}),
     "stages.optim.steps": ("rows", 3, {}),
     "stages.optim.batch_queries": ("rows", 5, {}),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from embedwright.errors import InputError, naming
+from embedwright.host import own_random_numbers
 from embedwright.model.adapters.lora import has_lora, idle_adapters
 from embedwright.model.backbone import decoder_config
 from embedwright.model.embedder import Embedder
@@ -177,11 +178,27 @@ def whole_model(recipe: Recipe, model: Embedder, processes: Processes) -> Embedd
     four_bit = recipe.tune.method == "qlora"
     if not four_bit and (processes.count == 1 or recipe.run.parallel == "ddp"):
         return model
+    return _with_weights(recipe, whole(model.network), torch.device("cpu") if four_bit else processes.device)
+
+
+def save_copy(recipe: Recipe, model: Embedder, processes: Processes, folder: Path) -> None:
+    """Saves the model as it now is into a new folder, adapters merged; the model itself stays as it is and trains on.
+
+    A copy is merged, on the CPU of rank 0: it takes 4 bytes a parameter there. A folder that exists is left as it is.
+    All processes must call this. Raises RuntimeError as `finish` does.
+    """
     kept = whole(model.network)
-    if four_bit:
+    if processes.first and not folder.exists():
+        with own_random_numbers():
+            finish(_with_weights(recipe, kept, torch.device("cpu"))).save(folder)
+    processes.wait()
+
+
+def _with_weights(recipe: Recipe, trained: dict[str, Tensor], device: torch.device | None) -> Embedder:
+    """Makes the model of the recipe anew, neither sharded nor in 4 bits, and gives it these trained weights."""
+    if recipe.tune.method == "qlora":
         plain = {"tune": recipe.tune.model_copy(update={"method": "lora"})}
         recipe = recipe.model_copy(update=plain | {"run": recipe.run.model_copy(update={"precision": "fp32"})})
-        processes = replace(processes, device=torch.device("cpu"))
-    uncut = start_model(recipe, processes)
-    load_trained(uncut, kept)
+    uncut = start_model(recipe, Processes(device=device))
+    load_trained(uncut, trained)
     return uncut

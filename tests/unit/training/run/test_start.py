@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
@@ -278,3 +279,64 @@ def test_another_base_in_its_place_is_another_run(
     shutil.copytree(tiny_decoder("qwen3"), base)
     with pytest.raises(ConfigError, match=r"holds a run of another model \(files: \w+ -> \w+\): choose another"):
         train(Recipe.parse(content))
+
+
+# ---- the model of a stage, kept
+
+
+def in_two_stages(content: dict[str, Any], out: Path, save: bool) -> dict[str, Any]:
+    [stage] = content["stages"]
+    stages = [stage | {"save": save}, stage | {"name": "second", "optim": stage["optim"] | {"steps": 3}}]
+    return content | {"stages": stages, "run": content["run"] | {"out": str(out)}}
+
+
+@pytest.mark.parametrize(
+    ("method", "precision", "pooling"),
+    [("lora", "fp32", "latent"), ("lora", "bf16", "mean"), ("full", "fp32", "latent"), ("qlora", "bf16", "latent")],
+)
+def test_a_stage_keeps_its_model_and_the_run_stays_as_it_is(
+    content: dict[str, Any], tmp_path: Path, method: str, precision: str, pooling: str
+) -> None:
+    if method == "qlora" and find_spec("bitsandbytes") is None:
+        pytest.skip("package bitsandbytes is missing (the extra [qlora])")
+    content["model"]["pooling"], content["run"]["precision"] = pooling, precision
+    content["tune"] |= {"method": method, "dropout": 0.2}
+    records: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
+    models = {
+        save: train(Recipe.parse(in_two_stages(content, tmp_path / f"{save}", save)), on_step=records[save].append)
+        for save in records
+    }
+    told = [[(r["stage"], r["step"], r["loss"], r["ids"]) for r in records[save]] for save in (False, True)]
+    assert told[0] == told[1] and len(told[0]) == 5
+    for ours, theirs in zip(vectors(models[True]), vectors(models[False]), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert not (tmp_path / "False" / "stages").exists()
+
+    # it is what a run of that stage alone ends on, and another run begins from it as from any other embedder
+    alone = train(Recipe.parse(content | {"run": content["run"] | {"out": str(tmp_path / "alone")}}))
+    alone.save(tmp_path / "model")
+    assert [path.name for path in (tmp_path / "True" / "stages").iterdir()] == ["first"]
+    kept = Embedder.load(tmp_path / "True" / "stages" / "first")
+    for ours, theirs in zip(vectors(kept), vectors(Embedder.load(tmp_path / "model")), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    if method != "qlora":  # 4 bits are of a decoder
+        after = [
+            train(Recipe.parse(going_on(content, folder) | {"run": content["run"] | {"out": str(tmp_path / name)}}))
+            for folder, name in ((tmp_path / "True" / "stages" / "first", "a"), (tmp_path / "model", "b"))
+        ]
+        for ours, theirs in zip(*map(vectors, after), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_model_that_cannot_be_kept_any_more_is_named(content: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    train(Recipe.parse(in_two_stages(content, out, False)))
+    asked = Recipe.parse(in_two_stages(content, out, True))
+    with pytest.raises(ConfigError, match=r"stages\.first\.save: .* is past that stage and has not kept its model"):
+        train(asked)
+    shutil.rmtree(out)
+    train(asked)
+    train(asked)
+    shutil.rmtree(out / "checkpoints")
+    with pytest.raises(ConfigError, match="stages is of an older run, whose checkpoints are gone"):
+        train(asked)
