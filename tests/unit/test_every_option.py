@@ -26,6 +26,7 @@ from fake_llm import Body, FakeLLM, Reply
 
 from embedwright.cli import main as cli
 from embedwright.cli import mining
+from embedwright.evaluation.results import Result, Results, write_results
 from embedwright.llm.client import Server
 from embedwright.model.embedder import Embedder
 from embedwright.synth.plan import PROMPTS
@@ -52,6 +53,7 @@ SERVER = {"base_url": "--base-url {server}", "model": "--model m"}
 BASE: dict[str, Words] = {
     "train": {"recipe": "{recipe}", "out": "--out OUT", "plan_only": "--plan"},
     "eval": {"model": "{model}", "suite": "{suite}"},
+    "report": {"sources": "{results}", "out": "--out OUT.html"},
     "merge": {"models": "{model} {near}", "out": "OUT"},
     "encode": {"model": "{model}", "source": "{documents}", "out": "OUT"},
     "index": {"model": "{model}", "source": "{documents}", "out": "OUT"},
@@ -109,6 +111,10 @@ CHANGES: dict[str, dict[str, tuple[str, str, Words]]] = {
         "model": ("said", "{other}", {}),
         "suite": ("said", "{other_suite}", {}),
         "out": ("names", "--out OUT.json", {}),
+    },
+    "report": {
+        "sources": ("files", "{other_results}", {}),
+        "out": ("names", "--out elsewhere.html", {}),
     },
     "merge": {
         "models": ("files", "{model} {model}", {}),
@@ -342,24 +348,31 @@ def write_data(at: Path) -> Words:
     for name, text in texts.items():
         (at / f"{name}.yaml").write_text(text)
     kinds = [{"text": f"text {i} {some(i)}", "label": i % 6} for i in range(24)]
-    return {name: str(at / f"{name}.yaml") for name in texts} | {
-        "examples": write(at / "examples.jsonl", examples),
-        "few_examples": write(at / "few" / "examples.jsonl", examples[:5]),
-        "own": write(
-            at / "own.jsonl", [{"query": f"q{i} {some(i)}", "positive": f"p{i} {some(-i)}"} for i in range(32)]
-        ),
-        "held": write(at / "held.jsonl", [{"label": "x", **row} for row in held]),
-        "beir": str(at / "beir"),
-        "documents": write(at / "documents.jsonl", documents),
-        "other_documents": write(at / "other.jsonl", [{**row, "text": f"{row['text']} too"} for row in documents]),
-        "suite": str(Path(write(at / "suite" / "sts.jsonl", scored(12))).parent),
-        "other_suite": str(Path(write(at / "short" / "sts.jsonl", scored(7))).parent),
-        "kinds": write(at / "kinds.jsonl", kinds),
-        "more": write(at / "more.jsonl", [pair(i) for i in range(50)]),
-        "named": write(at / "named.jsonl", [{**row, "label": f"kind {row['label']}"} for row in kinds]),
-        "few_kinds": write(at / "few" / "kinds.jsonl", kinds[:14]),
-        "tasks": write(at / "of.tasks.jsonl", [{"name": "first", "instruction": "Find the sea"}]),
-    }
+    results = {"results": at / "results.json", "other_results": at / "other_results.json"}
+    for value, file in enumerate(results.values()):
+        write_results(file, Results("s", (Result("t", "sts", "cosine_spearman", value / 2),), 1.0))
+    return (
+        {name: str(at / f"{name}.yaml") for name in texts}
+        | {name: str(file) for name, file in results.items()}
+        | {
+            "examples": write(at / "examples.jsonl", examples),
+            "few_examples": write(at / "few" / "examples.jsonl", examples[:5]),
+            "own": write(
+                at / "own.jsonl", [{"query": f"q{i} {some(i)}", "positive": f"p{i} {some(-i)}"} for i in range(32)]
+            ),
+            "held": write(at / "held.jsonl", [{"label": "x", **row} for row in held]),
+            "beir": str(at / "beir"),
+            "documents": write(at / "documents.jsonl", documents),
+            "other_documents": write(at / "other.jsonl", [{**row, "text": f"{row['text']} too"} for row in documents]),
+            "suite": str(Path(write(at / "suite" / "sts.jsonl", scored(12))).parent),
+            "other_suite": str(Path(write(at / "short" / "sts.jsonl", scored(7))).parent),
+            "kinds": write(at / "kinds.jsonl", kinds),
+            "more": write(at / "more.jsonl", [pair(i) for i in range(50)]),
+            "named": write(at / "named.jsonl", [{**row, "label": f"kind {row['label']}"} for row in kinds]),
+            "few_kinds": write(at / "few" / "kinds.jsonl", kinds[:14]),
+            "tasks": write(at / "of.tasks.jsonl", [{"name": "first", "instruction": "Find the sea"}]),
+        }
+    )
 
 
 def write_models(at: Path, decoder: Callable[..., Path], embedder: Callable[..., Embedder]) -> Words:

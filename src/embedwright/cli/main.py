@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import typer
 
-from embedwright.cli import evaluation, mining, model
+from embedwright.cli import evaluation, mining, model, studies
 from embedwright.cli.data import data_app
 from embedwright.errors import InputError
 
@@ -29,6 +29,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "mine": mining.mine,
     "synth": mining.synth,
     "eval": evaluation.evaluate,
+    "report": studies.report,
     "encode": model.encode,
     "index": model.index,
     "search": model.search,

@@ -1,0 +1,74 @@
+"""Draws a run, or results, as one HTML file that needs nothing else: no network, no fonts, no other file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from embedwright.errors import MissingPackageError
+from embedwright.studies.report_run import is_run, read_run
+from embedwright.studies.report_scores import Named, read_scores, score_tables
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def report(paths: Sequence[Path], command: str) -> str:
+    """Returns the report of a run and of results as the text of one HTML page.
+
+    Args:
+        paths: Run folders, result files, or folders of result files. The first run is described in full. Of other
+            runs, the scores are shown beside it.
+        command: The command that asked for the report, which the page shows.
+
+    Raises:
+        FileNotFoundError: A path does not exist.
+        ValueError: A path is neither a run nor a result.
+        ImportError: The `[eval]` extra is not installed.
+    """
+    named = read_scores(paths)
+    folder = next(filter(is_run, paths), None)
+    run = None if folder is None else read_run(folder)
+    charts = [] if run is None else run["curves"]
+    page = {
+        "title": run["name"] if run else "Results",
+        "run": run,
+        "tables": score_tables(named),
+        "commands": [*_commands(folder, named), {"what": "this report", "command": command, "made": ""}],
+        "charts": charts,
+    }
+    return _rendered(page)
+
+
+def _commands(folder: Path | None, named: Sequence[Named]) -> list[dict[str, str]]:
+    """Lists what was made by which command, and on which machine when."""
+    rows = []
+    if folder is not None:
+        rows = [
+            {"what": "the run and its scores", "command": f"embedwright train {folder / 'recipe.yaml'}", "made": ""}
+        ]
+    for name, results in named:
+        about = results.about
+        if about.get("command"):
+            machine = about.get("machine", {})
+            made = [about.get("date"), machine.get("processor"), *machine.get("gpus", [])]
+            what = f"{name} on {results.suite}"
+            rows.append({"what": what, "command": about["command"], "made": ", ".join(filter(None, made))})
+    return rows
+
+
+def _rendered(page: dict[str, Any]) -> str:
+    """Fills the template. Every text is escaped, in HTML and in the JSON that the script reads."""
+    try:
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    except ImportError as error:
+        raise MissingPackageError("a report needs jinja2: pip install 'embedwright[eval]'") from error
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False}  # what is not finite is no JSON
+    return environment.get_template("report.html").render(page)

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from embedwright.errors import InputError, NotFoundError
+from embedwright.evaluation.results import Result, Results, write_results
+from embedwright.studies.report_scores import read_scores, score_tables
+
+
+def results(suite: str, value: float, model: str) -> Results:
+    rows = (Result("a", "sts", "cosine_spearman", value), Result("b", "pair", "cosine_ap", 0.9))
+    return Results(suite, rows, 1.0, {"model": model})
+
+
+def test_scores_of_a_run_are_those_before_it_and_of_the_end_of_each_stage(tiny_run: Path) -> None:
+    named = read_scores([tiny_run])
+    assert [name for name, _ in named] == ["before training", "first, step 4", "second, step 2"]
+
+
+def test_runs_and_results_stand_side_by_side(tiny_run: Path, tmp_path: Path) -> None:
+    write_results(tmp_path / "r" / "one" / "dev.json", results("held out", 0.25, "one"))
+    (tmp_path / "r" / "one" / "model_meta.json").write_text("{}")
+    write_results(tmp_path / "two.json", results("other", -0.18, "two"))
+    named = read_scores([tiny_run, tmp_path / "r", tmp_path / "two.json"])
+    assert [name for name, _ in named][-2:] == ["one", "two"]
+    tables = score_tables(named)
+    assert [table["suite"] for table in tables] == ["held out", "other"]
+    assert [task["task"] for task in tables[0]["tasks"]] == ["docs", "kinds", "alike", "a", "b"]
+    other = tables[1]
+    assert (other["low"], other["high"]) == (-0.2, pytest.approx(0.9))
+    assert [score["at"] for task in other["tasks"] for score in task["scores"]] == pytest.approx([0.02 / 1.1, 1.0])
+
+
+def test_the_best_of_each_task_is_marked() -> None:
+    tables = score_tables([("x", results("s", 0.1, "x")), ("y", results("s", 0.2, "y"))])
+    assert [[score["best"] for score in task["scores"]] for task in tables[0]["tasks"]] == [[False, True], [True, True]]
+
+
+def test_two_runs_are_told_apart_by_their_folders(tiny_run: Path) -> None:
+    assert {name.partition(": ")[0] for name, _ in read_scores([tiny_run, tiny_run])} == {"run"}
+
+
+def test_what_holds_no_result_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match="nowhere"):
+        read_scores([tmp_path / "nowhere"])
+    (tmp_path / "some.json").write_text("{}")
+    with pytest.raises(InputError, match="no result file"):
+        read_scores([tmp_path / "some.json"])
+    with pytest.raises(InputError, match="neither a run"):
+        read_scores([tmp_path])
