@@ -15,7 +15,7 @@ from embedwright.cli.options import arg, opt, say_json
 from embedwright.errors import InputError, blaming
 from embedwright.files import write_json
 from embedwright.llm.client import Client, Server
-from embedwright.mining.rules import Ensemble, Positives, Rule
+from embedwright.mining.rules import NAMED, Ensemble, Positives, Rule
 
 
 def mine(
@@ -23,7 +23,8 @@ def mine(
     out: options.Out,
     corpus: Annotated[Path | None, opt('Documents to mine from, rows {"_id", "text"}. Default: all positives.')] = None,
     teacher: Annotated[
-        list[str] | None, opt("Teacher: folder, hub id or http://HOST/v1#MODEL. Repeatable. Default: minilm.")
+        list[str] | None,
+        opt("Teacher: folder, hub id, bm25, random or http://HOST/v1#MODEL. Repeatable. Default: minilm."),
     ] = None,
     rule: Annotated[Rule, opt("Rule that says which documents may be negatives.")] = "perc",
     margin: Annotated[float | None, opt("Margin of the rule. Default: the paper's best, 0.95 for perc.")] = None,
@@ -65,7 +66,11 @@ def mine(
     names = teacher or ["minilm"]
     keys = key_variables(api_key_env or [], [name for name in names if "://" in name])
     teachers = [
-        HttpEncoder.from_url(name, api_key_env=keys.get(name), **templates) if "://" in name else open_encoder(name)
+        HttpEncoder.from_url(name, api_key_env=keys.get(name), **templates)
+        if "://" in name
+        else name
+        if name in NAMED
+        else open_encoder(name)
         for name in names
     ]
     found, counts = run(

@@ -1,40 +1,29 @@
 """Choosing negatives: each teacher ranks and proposes documents for each query, and the best proposals are taken.
 
-`Q` queries, `K` candidates of one query, `F` pairs of a query and a passage, `E` embedding.
+`Q` queries, `K` candidates of one query.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice
-from typing import NamedTuple
+from itertools import islice
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from embedwright.data.answers import question_of, text_mark
 from embedwright.data.keys import are_near, shingles, word_key
-from embedwright.data.schema import Example, Passage
-from embedwright.encoders.protocol import Encoder, encode_finite
+from embedwright.data.schema import Example
 from embedwright.mining.pool import Pool
+from embedwright.mining.rank import MiningQuery, Teacher
 from embedwright.mining.report import Histogram
-from embedwright.mining.rules import Ensemble, Exclusions, Rule, eligible, in_turn, sample_order, teacher_of
-from embedwright.vectors.search import pair_scores, top_k
-from embedwright.vectors.shards import Vectors
+from embedwright.mining.rules import Eligible, Ensemble, Exclusions, Rule, eligible, in_turn, sample_order, teacher_of
 
 Ranked = tuple[int, float]  # a row of the pool and its score
 Words = tuple[str, set[str]]  # a text's word key and its shingles
-
-
-class MiningQuery(NamedTuple):
-    """An example to fill, without the negatives that are answers, and all answers to its question."""
-
-    example: Example
-    answers: tuple[Passage, ...]
-    removed: int  # of its negatives
-    instruction: str | None
 
 
 class MiningSettings(NamedTuple):
@@ -43,18 +32,10 @@ class MiningSettings(NamedTuple):
     rule: Rule
     margin: float | None
     negatives: int
-    depth: int
     sample_from: int  # 0: the best are taken
     seed: int
     ensemble: Ensemble
-
-
-class TeacherVectors(NamedTuple):
-    """One teacher, and its vectors of the corpus and of all rows of the pool."""
-
-    encoder: Encoder
-    documents: Vectors
-    all: Vectors
+    scored: bool  # whether the teachers have scores
 
 
 class Proposal(NamedTuple):
@@ -75,12 +56,11 @@ class _Question(NamedTuple):
 
 @dataclass(slots=True)
 class Miner:
-    """Fills queries with negatives, and counts what it finds. `advance(n)` is told of n more encoded queries."""
+    """Fills queries with negatives, and counts what it finds."""
 
     pool: Pool
-    teachers: Sequence[TeacherVectors]
+    teachers: Sequence[Teacher]
     settings: MiningSettings
-    advance: Callable[[int], None]
     count: Counter[str] = field(default_factory=Counter, init=False)
     histogram: Histogram = field(default_factory=Histogram, init=False)
     questions: dict[int, _Question] = field(default_factory=dict, init=False)  # of the queries at work
@@ -95,7 +75,7 @@ class Miner:
                 proposals[q].append(proposal)
         for query, proposed in zip(queries, proposals, strict=True):
             taken = self._take(query, proposed)
-            only = proposed[0] if len(proposed) == 1 else None
+            only = proposed[0] if len(proposed) == 1 and self.settings.scored else None
             scores = [score for _, score in taken]
             filled = replace(
                 query.example,
@@ -105,7 +85,7 @@ class Miner:
             )
             short = len(filled.negatives) < self.settings.negatives
             self.count.update(negatives=len(taken), removed_given=query.removed, queries_short=short)
-            self.histogram.add("negatives", np.array(scores))
+            self._count_scores("negatives", np.array(scores))
             yield filled
 
     def _asks(self, number: int, query: MiningQuery) -> bool:
@@ -117,19 +97,17 @@ class Miner:
         """Returns what teacher `number` proposes for each query."""
         if not queries:
             return
-        teacher, pool, settings = self.teachers[number], self.pool, self.settings
-        queries_QE = _encoded(teacher.encoder, queries)
-        self.advance(len(queries))
-        scores_QK, rows_QK = top_k(queries_QE, teacher.documents, settings.depth)
-        own = _own_scores(queries_QE, teacher.all, pool, queries)
+        pool, settings = self.pool, self.settings
+        rows_QK, scores_QK, listed_QK, own = self.teachers[number](queries)
         positives = [some[: len(query.example.positives)] for some, query in zip(own, queries, strict=True)]
         lowest_Q = np.array([min(some) for some in positives], dtype=np.float32)
         excluded = [self._exclusions(query) for query in queries]
         masks = eligible(rows_QK, pool.keys_of(rows_QK), scores_QK, lowest_Q, excluded, settings.rule, settings.margin)
-        self.count["candidates"] += rows_QK.size
+        masks = Eligible(*(mask_QK & listed_QK for mask_QK in masks))
+        self.count["candidates"] += int(listed_QK.sum())
         self.count.update({f"removed_{reason}": int(mask.sum()) for reason, mask in masks.removed().items()})
-        self.histogram.add("positives", np.concatenate(positives))
-        self.histogram.add("removed_by_rule", scores_QK[masks.by_rule])
+        self._count_scores("positives", np.concatenate(positives))
+        self._count_scores("removed_by_rule", scores_QK[masks.by_rule])
         for q, query in enumerate(queries):
             rows, scores = rows_QK[q, masks.eligible[q]].tolist(), scores_QK[q, masks.eligible[q]].tolist()
             ranked = list(zip(rows, scores, strict=True))
@@ -140,6 +118,10 @@ class Miner:
                 ranked = [first[place] for place in order]
             given = own[q][len(positives[q]) :]
             yield Proposal(ranked, near_copies, tuple(positives[q].tolist()), tuple(given.tolist()))
+
+    def _count_scores(self, kind: str, scores: NDArray[np.floating[Any]]) -> None:
+        if self.settings.scored:
+            self.histogram.add(kind, scores)
 
     def _exclusions(self, query: MiningQuery) -> Exclusions:
         example, answers = query.example, query.answers
@@ -208,28 +190,3 @@ def _words(text: str) -> Words:
 
 def _repeats(own: Words, others: Mapping[str, set[str]]) -> bool:
     return own[0] in others or any(are_near(own[1], other) for other in others.values())
-
-
-def _encoded(encoder: Encoder, queries: Sequence[MiningQuery]) -> NDArray[np.float32]:
-    """Returns the vectors of the queries, each under its instruction."""
-    by_instruction: dict[str | None, list[int]] = {}
-    for q, query in enumerate(queries):
-        by_instruction.setdefault(query.instruction, []).append(q)
-    parts = [
-        encode_finite(encoder, [queries[q].example.query for q in some], instruction)
-        for instruction, some in by_instruction.items()
-    ]
-    vectors_QE: NDArray[np.float32] = np.concatenate(parts)[np.argsort(list(chain(*by_instruction.values())))]
-    return vectors_QE
-
-
-def _own_scores(
-    queries_QE: NDArray[np.float32], vectors: Vectors, pool: Pool, queries: Sequence[MiningQuery]
-) -> list[NDArray[np.float32]]:
-    """For each query, the scores of its positives, then of the negatives that it came with."""
-    rows = [pool.rows_of_texts((*query.example.positives, *query.example.negatives)) for query in queries]
-    lengths = [len(some) for some in rows]
-    row_F = np.fromiter(chain.from_iterable(rows), np.int64)
-    return np.split(
-        pair_scores(queries_QE, vectors, np.arange(len(rows)).repeat(lengths), row_F), np.cumsum(lengths)[:-1]
-    )

@@ -17,10 +17,20 @@ from embedwright.data.schema import DataError, Example, Passage, Task, text_of
 from embedwright.data.sources.catalog import find_task
 from embedwright.encoders.protocol import as_encoder
 from embedwright.errors import InputError
-from embedwright.mining.choose import Miner, MiningQuery, MiningSettings, TeacherVectors
+from embedwright.mining.choose import Miner, MiningSettings
 from embedwright.mining.pool import make_pool
+from embedwright.mining.rank import MiningQuery, teacher_of_pool
 from embedwright.mining.report import MiningReport
-from embedwright.mining.rules import Ensemble, Positives, Rule, check_sampling, check_settings
+from embedwright.mining.rules import (
+    NAMED,
+    RANDOM,
+    Ensemble,
+    Positives,
+    Rule,
+    check_sampling,
+    check_settings,
+    check_teachers,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +74,9 @@ def mine(
         examples: queries with their positives.
         corpus: document id -> text.
         teacher: anything that `as_encoder` takes, or a list of such. A score is the inner product of its vectors.
+            By name: `bm25` ranks by its own scores over the words of the bare query, and a document that shares no word
+            with it is no candidate; `random` draws from the whole corpus, seeded per example id. It has no scores, so
+            its rule is `naive`, and it mines alone.
         rule: of a query's ranked candidates, its answers taken away, `naive` keeps all; `shift` ignores the first
             `margin` (10); `abs` keeps score <= `margin` (0.7); `margin` keeps score < positive - `margin` (0.05);
             `perc` keeps score < positive x `margin` (0.95). A positive below zero is multiplied by 2 - `margin`
@@ -95,18 +108,22 @@ def mine(
 
     Returns:
         The examples in the order given, with the teacher's `positive_scores` and `negative_scores` (without them where
-        several teachers ranked for one query), and a report.
+        several teachers ranked for one query, or `random` did), and a report.
 
     Raises:
-        ValueError: a margin that does not fit the rule, a `depth` too small for what is asked, a vector that is not
-            finite.
+        ValueError: a margin that does not fit the rule, a rule that does not fit the teacher, a `depth` too small for
+            what is asked, a vector that is not finite.
         DataError: a corpus without text; with its id, an example without a query or positives.
     """
     started = time.perf_counter()
+    given = [
+        one if one in NAMED else as_encoder(one)
+        for one in (teacher if isinstance(teacher, list | tuple) else [teacher])
+    ]
+    check_teachers(given, rule, margin, sampled)
     margin = check_settings(rule, margin, negatives, depth)
     sample_from = check_sampling(sampled, sample_from, negatives)
-    encoders = [as_encoder(one) for one in (teacher if isinstance(teacher, list | tuple) else [teacher])]
-    if not encoders:
+    if not given:
         raise InputError("no teacher")
     if ensemble not in get_args(Ensemble):
         raise InputError(f"ensemble must be one of {', '.join(get_args(Ensemble))}, not {ensemble!r}")
@@ -118,28 +135,28 @@ def mine(
     pool = make_pool(corpus, [query.example for query in queries], (p for query in queries for p in query.answers))
     if not pool.ids:
         raise DataError("the corpus holds no text: nothing to mine from")
-    rankings = 1 if ensemble == "cross-sample" else len(encoders)
-    total = len(encoders) * len(pool.keys) + rankings * len(queries)
-    encoded = 0
+    rankings = 1 if ensemble == "cross-sample" else len(given)
+    total = (0 if RANDOM in given else len(given) * len(pool.keys)) + rankings * len(queries)
+    read = 0
 
     def advance(texts: int) -> None:
-        nonlocal encoded
-        encoded += texts
+        nonlocal read
+        read += texts
         if progress:
-            progress(encoded, total)
+            progress(read, total)
 
     folder = None if vectors is None else Path(vectors)
-    teachers = [TeacherVectors(encoder, *pool.encoded(encoder, folder, advance)) for encoder in encoders]
     searched = max(depth, SEARCHED_PER_SAMPLED * sample_from) if sampled else depth
-    settings = MiningSettings(rule, margin, negatives, searched, sample_from, seed, ensemble)
-    miner = Miner(pool, teachers, settings, advance)
+    teachers = [teacher_of_pool(one, pool, searched, seed, folder, advance) for one in given]
+    settings = MiningSettings(rule, margin, negatives, sample_from, seed, ensemble, RANDOM not in given)
+    miner = Miner(pool, teachers, settings)
     mined = [filled for start in range(0, len(queries), _TILE) for filled in miner.fill(queries[start : start + _TILE])]
 
     report = MiningReport(
         rule,
         margin,
-        len(encoders),
-        ensemble if len(encoders) > 1 else None,
+        len(given),
+        ensemble if len(given) > 1 else None,
         round(time.perf_counter() - started, 3),
         len(mined),
         len(pool.ids),

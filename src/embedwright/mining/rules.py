@@ -9,7 +9,7 @@ import math
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import zip_longest
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,8 @@ T = TypeVar("T")
 
 BEST_MARGIN: dict[Rule, float | None] = {"naive": None, "shift": 10, "abs": 0.7, "margin": 0.05, "perc": 0.95}
 """The best setting of each rule in NV-Retriever's ablation: what `margin=None` stands for."""
+
+BM25, RANDOM = NAMED = ("bm25", "random")  # teachers by name, NV-Retriever's baselines
 
 SAMPLE_FROM = 10  # NV-Retriever draws from the top 10, and finds that more hurts
 
@@ -123,6 +125,19 @@ def check_settings(rule: Rule, margin: float | None, negatives: int, depth: int)
     if depth < (needed := negatives + int(margin or 0 if rule == "shift" else 0)):
         raise InputError(f"depth {depth} cannot hold what rule {rule!r} needs: {needed}")
     return margin
+
+
+def check_teachers(teachers: Sequence[Any], rule: Rule, margin: float | None, sampled: bool) -> None:
+    """Raises ValueError if a teacher by name cannot be asked what the settings ask. `margin` is as the user gave it."""
+    if RANDOM in teachers:
+        if len(teachers) > 1:
+            raise InputError("teacher random ranks nothing that others could join: let it mine alone")
+        if rule != "naive":
+            raise InputError(f"teacher random has no scores for rule {rule!r}: use rule 'naive'")
+        if sampled:
+            raise InputError("teacher random draws already: leave sampled out")
+    if BM25 in teachers and rule in ("abs", "margin") and margin is None:
+        raise InputError(f"rule {rule!r} with teacher bm25 needs a margin: {BEST_MARGIN[rule]} is one for cosines")
 
 
 def check_sampling(sampled: bool, sample_from: int | None, negatives: int) -> int:

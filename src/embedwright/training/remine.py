@@ -25,6 +25,7 @@ from embedwright.encoders.sharded import ShardedEncoder
 from embedwright.files import whole_folder, write_json
 from embedwright.mining.mine import mine
 from embedwright.mining.pool import positives_of
+from embedwright.mining.rules import NAMED
 from embedwright.model.embedder import Embedder
 from embedwright.processes import Processes
 from embedwright.training.batches.blend import Rows, Source
@@ -74,14 +75,13 @@ def refreshed(
             raise ConfigError(
                 f"{folder} is gone, and the weights of step {begin} that mined it are too: start in a new run.out"
             )
-        teacher = model if asked.teacher == PREVIOUS else as_encoder(open_encoder(asked.teacher))
+        teacher = _teacher(asked.teacher, model, processes)
         if processes.first:
             shutil.rmtree(folder, ignore_errors=True)  # of another run
         with whole_folder(folder) if processes.first else nullcontext(folder) as temp:
             answers = Answers(Rows(sources))
             for number in mined:
-                sharded, out = ShardedEncoder(teacher, processes), temp / f"{number:02d}"
-                _mine(recipe, stage, sources[number], answers, sharded, out, processes, say)
+                _mine(recipe, stage, sources[number], answers, teacher, temp / f"{number:02d}", processes, say)
             if processes.first:
                 write_json(temp / _WHOLE, run)
         processes.wait()
@@ -94,12 +94,19 @@ def refreshed(
     return with_shares(stage, fresh)
 
 
+def _teacher(name: str, model: Embedder, processes: Processes) -> Encoder | str:
+    """Returns the teacher as `mine` takes it: a model whose work the processes share, or the name of a baseline."""
+    if name in NAMED:
+        return name
+    return ShardedEncoder(model if name == PREVIOUS else as_encoder(open_encoder(name)), processes)
+
+
 def _mine(
     recipe: Recipe,
     stage: StagePart,
     source: Source,
     answers: Answers,
-    teacher: Encoder,
+    teacher: Encoder | str,
     out: Path,
     processes: Processes,
     say: Callable[[str], None] | None,

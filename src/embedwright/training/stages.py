@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from embedwright.data.schema import InBatch, Task
 from embedwright.errors import InputError
-from embedwright.mining.rules import Rule, check_sampling, check_settings
+from embedwright.mining.rules import Rule, check_sampling, check_settings, check_teachers
 from embedwright.training.parts import Flag, NotNegative, Number, Part, Positive, PositiveNumber, Share, Text, Weight
 
 PREVIOUS = "previous"  # teacher of a stage's negatives
@@ -113,7 +113,7 @@ class MinePart(Part):
     """Hard negatives mined for the next stage before its first step: in a recipe, a stage of `kind: mine`."""
 
     teacher: Text = PREVIOUS
-    """`previous` (the model as it then is), a packaged name, a folder or a hub id. Source: paper, 4.1: E5-Mistral."""
+    """`previous` (the model as it then is), `bm25`, `random`, or a model by name. Source: paper, 4.1: E5-Mistral."""
     rule: Rule = "perc"
     """Which candidates are left out (docs/mining.md). Source: paper, 4.1."""
     margin: Number | None = None
@@ -132,6 +132,7 @@ class MinePart(Part):
     @model_validator(mode="after")
     def _settings_fit(self) -> MinePart:
         check_settings(self.rule, self.margin, self.negatives, self.depth)
+        check_teachers([self.teacher], self.rule, self.margin, self.sampled)
         check_sampling(self.sampled, self.sample_from, self.negatives)
         if self.every is not None and self.teacher != PREVIOUS:
             raise InputError(

@@ -12,11 +12,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 
-import bm25s
 import numpy as np
 from numpy.typing import NDArray
 
-from embedwright.errors import InputError
+from embedwright.errors import InputError, MissingPackageError
+
+try:
+    import bm25s
+except ImportError:
+    raise MissingPackageError("BM25 needs the package bm25s: pip install bm25s") from None
 
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG
 

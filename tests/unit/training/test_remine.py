@@ -115,6 +115,32 @@ def test_another_teacher_and_a_corpus_of_its_own(
     assert all(p.id is not None and p.id.startswith("d") for e in examples(after[0]) for p in e.negatives)
 
 
+@pytest.mark.parametrize("teacher", ["bm25", "random"])
+def test_a_baseline_mines_by_its_name(content: dict[str, Any], teacher: str) -> None:
+    content["stages"][0] = {"kind": "mine", "negatives": 3, "rule": "naive", "teacher": teacher}
+    recipe = Recipe.parse(content)
+    before = opened(recipe)
+    after = refreshed(recipe, recipe.stages[0], before, STATE, 0, start_model(recipe), ALONE)
+    bare = [Example(e.id, e.task, e.query, e.positives) for e in examples(before[0])]
+    alone, _ = mine(bare, positives_of(bare), teacher, rule="naive", negatives=3)
+    assert [e.negatives for e in examples(after[0])] == [e.negatives for e in alone]
+    assert all(1 <= len(e.negatives) <= 3 for e in alone)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"teacher": "random"}, "no scores for rule 'perc'"),
+        ({"teacher": "random", "rule": "naive", "every": 2}, "random does not change in the run"),
+        ({"teacher": "bm25", "every": 2}, "bm25 does not change in the run"),
+    ],
+)
+def test_a_baseline_is_not_asked_for_what_it_has_not(content: dict[str, Any], asked: dict[str, Any], said: str) -> None:
+    content["stages"][0] = {"kind": "mine", "negatives": 3, **asked}
+    with pytest.raises(ConfigError, match=said):
+        Recipe.parse(content)
+
+
 def test_an_answer_in_another_file_of_the_stage_is_no_negative(content: dict[str, Any], tmp_path: Path) -> None:
     """Two files of one task: every question of the first has further answers in the second, which are its corpus."""
     entry = content["stages"][1]["data"][0]

@@ -1,0 +1,135 @@
+"""Ranks documents for queries: by the vectors of a model, by BM25, or by chance.
+
+`mine` calls a teacher through one function, which takes queries and returns ranked candidates. Besides models, there
+are two teachers by name, the baselines of NV-Retriever (arXiv 2407.15831): `bm25` and `random`.
+
+`Q` queries, `K` candidates of one query, `F` pairs of a query and a passage, `E` embedding.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedwright.data.schema import Example, Passage
+from embedwright.encoders.protocol import Encoder, encode_finite
+from embedwright.mining.pool import Pool
+from embedwright.mining.rules import RANDOM
+from embedwright.vectors.search import pair_scores, top_k
+from embedwright.vectors.shards import Vectors
+
+Advance = Callable[[int], None]  # is told of so many more texts that a teacher has read
+
+
+class MiningQuery(NamedTuple):
+    """An example to fill, without the negatives that are answers, and all answers to its question."""
+
+    example: Example
+    answers: tuple[Passage, ...]
+    removed: int  # of its negatives
+    instruction: str | None
+
+
+class Candidates(NamedTuple):
+    """What a teacher ranks for some queries, the best first."""
+
+    rows_QK: NDArray[np.int64]  # of the pool
+    scores_QK: NDArray[np.float32]
+    listed_QK: NDArray[np.bool_]  # False after the end of a shorter list
+    own: list[NDArray[np.float32]]  # for each query, the scores of its positives, then of its given negatives
+
+
+Teacher = Callable[[Sequence[MiningQuery]], Candidates]
+
+
+def teacher_of_pool(
+    teacher: Encoder | str, pool: Pool, depth: int, seed: int, folder: Path | None, advance: Advance
+) -> Teacher:
+    """Returns the function that ranks the best `depth` documents of the pool for queries.
+
+    Args:
+        teacher: a model, `bm25` or `random`. A model encodes the pool here, BM25 indexes it.
+        seed: of `random`.
+        folder: where a model's vectors are kept.
+    """
+    if isinstance(teacher, str):
+        if teacher == RANDOM:
+            return lambda queries: _by_chance(queries, pool, depth, seed, advance)
+        from embedwright.vectors import bm25
+
+        index = bm25.index(map(pool.text, range(len(pool.keys))))
+        advance(len(pool.keys))
+        return lambda queries: _by_words(queries, pool, index, depth, advance)
+    documents, everything = pool.encoded(teacher, folder, advance)
+    return lambda queries: _by_vectors(queries, pool, teacher, documents, everything, depth, advance)
+
+
+def _by_vectors(
+    queries: Sequence[MiningQuery],
+    pool: Pool,
+    encoder: Encoder,
+    documents: Vectors,
+    everything: Vectors,
+    depth: int,
+    advance: Advance,
+) -> Candidates:
+    queries_QE = _encoded(encoder, queries)
+    advance(len(queries))
+    scores_QK, rows_QK = top_k(queries_QE, documents, depth)
+    rows = _own_rows(pool, queries)
+    lengths = [len(some) for some in rows]
+    row_F = np.fromiter(chain.from_iterable(rows), np.int64)
+    own_F = pair_scores(queries_QE, everything, np.arange(len(rows)).repeat(lengths), row_F)
+    return Candidates(rows_QK, scores_QK, np.ones(rows_QK.shape, bool), np.split(own_F, np.cumsum(lengths)[:-1]))
+
+
+def _by_words(queries: Sequence[MiningQuery], pool: Pool, index: Any, depth: int, advance: Advance) -> Candidates:
+    """Ranks by BM25 over all texts of the pool. A document that shares no word with the query is no candidate."""
+    from embedwright.vectors import bm25
+
+    shape = len(queries), min(depth, len(pool.ids))
+    rows_QK, scores_QK, own = np.empty(shape, np.int64), np.empty(shape, np.float32), []
+    for q, (query, rows) in enumerate(zip(queries, _own_rows(pool, queries), strict=True)):
+        score_N = bm25.scores(index, query.example.query)
+        rows_QK[q] = bm25.best(score_N[: len(pool.ids)], depth)
+        scores_QK[q] = score_N[rows_QK[q]]
+        own.append(score_N[rows])
+    advance(len(queries))
+    return Candidates(rows_QK, scores_QK, scores_QK > 0, own)
+
+
+def _by_chance(queries: Sequence[MiningQuery], pool: Pool, depth: int, seed: int, advance: Advance) -> Candidates:
+    """Draws documents, each as likely as any other, none twice, seeded per example id. All scores are 0."""
+    shape = len(queries), min(depth, len(pool.ids))
+    rows_QK = np.empty(shape, np.int64)
+    for q, query in enumerate(queries):
+        # the word in front keeps this apart from other draws of the same seed and example
+        random = np.random.default_rng([*RANDOM.encode(), seed, zlib.crc32(query.example.id.encode())])
+        rows_QK[q] = random.choice(len(pool.ids), shape[1], replace=False)
+    advance(len(queries))
+    own = [np.zeros(len(rows), np.float32) for rows in _own_rows(pool, queries)]
+    return Candidates(rows_QK, np.zeros(shape, np.float32), np.ones(shape, bool), own)
+
+
+def _own_rows(pool: Pool, queries: Sequence[MiningQuery]) -> list[list[int]]:
+    """Returns the rows of each query's positives, then of the negatives that it came with."""
+    return [pool.rows_of_texts((*query.example.positives, *query.example.negatives)) for query in queries]
+
+
+def _encoded(encoder: Encoder, queries: Sequence[MiningQuery]) -> NDArray[np.float32]:
+    """Returns the vectors of the queries, each under its instruction."""
+    by_instruction: dict[str | None, list[int]] = {}
+    for q, query in enumerate(queries):
+        by_instruction.setdefault(query.instruction, []).append(q)
+    parts = [
+        encode_finite(encoder, [queries[q].example.query for q in some], instruction)
+        for instruction, some in by_instruction.items()
+    ]
+    vectors_QE: NDArray[np.float32] = np.concatenate(parts)[np.argsort(list(chain(*by_instruction.values())))]
+    return vectors_QE
