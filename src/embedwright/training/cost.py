@@ -70,6 +70,7 @@ def sizes_of(recipe: Recipe) -> Sizes:
     full = tune.method == "full"
     adapters = 0 if full else sum(tune.rank * (m.in_features + m.out_features) for m in matrices)
     decoder, in_head = _count(backbone), _count(head)
+    frozen = head.latents.numel() if tune.freeze and isinstance(head, LatentPooling) else 0
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     widths = {
         "hidden": config.hidden_size,
@@ -87,7 +88,7 @@ def sizes_of(recipe: Recipe) -> Sizes:
         linear=sum(m.weight.numel() for m in matrices),
         adapters=adapters,
         head=in_head,
-        trained=(decoder if full else adapters) + in_head,
+        trained=(decoder if full else adapters) + in_head - frozen,
         layers=config.num_hidden_layers,
         wide=max(m.in_features for m in _linears(layer)),
         inputs=sum(m.in_features for m in _linears(layer)),

@@ -100,7 +100,7 @@ class ModelPart(Part):
 
 
 class TunePart(Part):
-    """Which weights move. The pooling block always trains in full, in an optimizer group of its own."""
+    """Which weights move. The pooling block trains in full, in an optimizer group of its own, but for `freeze`."""
 
     method: Literal["lora", "full", "qlora"] = "lora"
     """Adapters on all linear layers, all weights, or adapters on a base in 4 bits. Source: paper, v1: lora."""
@@ -112,6 +112,8 @@ class TunePart(Part):
     """Dropout on the adapters' input. Unit: probability. Source: paper, v1."""
     pooling_lr_ratio: PositiveNumber = 1.0
     """The pooling block's learning rate, as a multiple of `optim.lr`."""
+    freeze: tuple[Literal["latents"], ...] = ()
+    """`[latents]`: the trained array of `latent` stays as it begins, and the rest of the block trains."""
     gradient_checkpointing: Flag = False
     """Compute activations again in the backward pass: less memory, more time, same result."""
 

@@ -61,6 +61,12 @@ class Recipe(Part):
         return self
 
     @model_validator(mode="after")
+    def _what_is_frozen_is_there(self) -> Recipe:
+        if self.tune.freeze and self.model.base and self.model.pooling != "latent":
+            raise InputError(f"tune.freeze: pooling {self.model.pooling} has no latents: leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _stage_names_differ(self) -> Recipe:
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):

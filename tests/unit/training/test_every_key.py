@@ -77,6 +77,7 @@ CHANGES: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "tune.alpha": ("weights", 7, {}),
     "tune.dropout": ("weights", 0.5, {}),
     "tune.pooling_lr_ratio": ("weights", 0.1, {}),
+    "tune.freeze": ("weights", ["latents"], {}),
     "stages.name": ("rows", "another", {}),
     "stages.data.path": ("rows", "{few}", {}),
     "stages.data.corpus": ("loss", "{other_corpus}", {"stages.data": [{"path": "{ids}", "corpus": "{corpus}"}]}),

@@ -17,7 +17,7 @@ from embedwright.model.embedder import Embedder
 from embedwright.model.formats.base import new_contract, resolve_base
 from embedwright.model.formats.detect import check_decoder, check_embedder, content_fingerprint
 from embedwright.model.formats.open import outline
-from embedwright.model.pooling import WEIGHTLESS, PoolingConfig
+from embedwright.model.pooling import WEIGHTLESS, LatentPooling, PoolingConfig, PoolingHead
 from embedwright.model.verify import probe
 from embedwright.processes import ALONE, Processes
 from embedwright.text import Contract, load_tokenizer
@@ -42,6 +42,9 @@ def start_model(recipe: Recipe, processes: Processes = ALONE) -> Embedder:
     if tune.method != "full":
         torch.manual_seed(recipe.seed)
         model.add_lora(tune.rank, tune.alpha, tune.dropout)
+    if tune.freeze:
+        with naming(f"recipe {recipe.name}: tune.freeze"):
+            _freeze_latents(network.head)
     if tune.gradient_checkpointing:
         network.backbone.gradient_checkpointing_enable({"use_reentrant": False})
     probe.check(network)
@@ -52,6 +55,12 @@ def start_model(recipe: Recipe, processes: Processes = ALONE) -> Embedder:
 def naming_the_model(recipe: Recipe) -> AbstractContextManager[None]:
     """Puts the recipe's key in front of an error about its model."""
     return naming(f"recipe {recipe.name}: model.{'from' if recipe.model.from_ else 'base'}")
+
+
+def _freeze_latents(head: PoolingHead) -> None:
+    if not isinstance(head, LatentPooling):
+        raise InputError("this embedder pools without latents: leave it out")
+    head.latents.requires_grad_(False)
 
 
 def _from_decoder(recipe: Recipe, dtype: torch.dtype, device: str | None) -> Embedder:

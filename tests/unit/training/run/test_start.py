@@ -340,3 +340,50 @@ def test_a_model_that_cannot_be_kept_any_more_is_named(content: dict[str, Any], 
     shutil.rmtree(out / "checkpoints")
     with pytest.raises(ConfigError, match="stages is of an older run, whose checkpoints are gone"):
         train(asked)
+
+
+# ---- frozen latents
+
+
+def test_frozen_latents_stay_and_all_else_trains(content: dict[str, Any]) -> None:
+    """Bit by bit, in a run that is stopped and gone on with too; without `freeze` they move."""
+    content["tune"]["freeze"] = ["latents"]
+    content["stages"][0]["optim"]["steps"] = 5
+    content["run"]["checkpoint_every"] = 1
+    recipe = Recipe.parse(content)
+    network = start_model(recipe).network
+    begun = {name: value.detach().clone() for name, value in network.named_parameters()}
+    assert sizes_of(recipe).trained == sum(p.numel() for p in network.parameters() if p.requires_grad)
+    assert not begun["head.latents"].eq(0).any()
+
+    def stop(record: dict[str, Any]) -> None:
+        if record["step"] == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe.with_out(f"{recipe.run.out}-pieces"), on_step=stop)
+    whole, pieces = train(recipe), train(recipe.with_out(f"{recipe.run.out}-pieces"))
+    assert np.array_equal(whole.encode(TEXTS), pieces.encode(TEXTS))
+    (last,) = Path(recipe.run.out).glob("checkpoints/00-0000005")
+    kept = load_file(last / "weights.safetensors")
+    assert "head.latents" not in kept and len([name for name in kept if name.startswith("head.")]) >= 9
+    assert all(not torch.equal(value, begun[name]) for name, value in kept.items())
+    for model in (whole, pieces):
+        assert torch.equal(model.network.head.latents, begun["head.latents"])  # type: ignore[arg-type, union-attr]
+
+    del content["tune"]["freeze"]
+    free = train(Recipe.parse(content).with_out(f"{recipe.run.out}-free"))
+    assert not torch.equal(free.network.head.latents, begun["head.latents"])  # type: ignore[arg-type, union-attr]
+
+
+def test_a_model_without_latents_has_none_to_freeze(
+    content: dict[str, Any], tiny_embedder: Callable[..., Embedder], tmp_path: Path
+) -> None:
+    content["tune"]["freeze"] = ["latents"]
+    content["model"]["pooling"] = "mlp"
+    with pytest.raises(ConfigError, match=r"tune\.freeze: pooling mlp has no latents"):
+        Recipe.parse(content)
+    tiny_embedder("mean").save(tmp_path / "mean")
+    content["model"] = {"from": str(tmp_path / "mean")}
+    with pytest.raises(ValueError, match=r"tune\.freeze: this embedder pools without latents"):
+        start_model(Recipe.parse(content))
