@@ -46,6 +46,11 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     sync(final.parent)
 
 
+def file_name(text: str) -> str:
+    """Turns a name, such as a model's (`org/model`, `runs/a/model`), into one that a file can have: `org__model`."""
+    return re.sub(r"[^\w.-]+", "_", text.strip("./").replace("/", "__"))[-200:] or "_"
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Writes UTF-8 text, whole or not at all."""
     with whole_file(path) as temp:

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from embedwright.cli import main as cli
 from embedwright.data.files.table import open_examples
 from embedwright.demo import docstrings
+from embedwright.evaluation.results import read_results
 from embedwright.model.embedder import Embedder
 from embedwright.training import steps
 from embedwright.training import train as loop
@@ -155,6 +156,7 @@ def test_a_recipe_is_trained_evaluated_searched_and_examined(command: Command, r
 
     answer = command("eval", model, tmp_path / "suite", "--out", tmp_path / "new" / "results.json")
     assert answer.code == 0, answer.err
+    assert (tmp_path / "new" / "results.items.npz").exists() and len(list((out / "items").iterdir())) == 3
     saved_rows = json.loads((tmp_path / "new" / "results.json").read_text())["rows"]
     last = json.loads((out / "evaluations.jsonl").read_text().splitlines()[-1])["results"]["rows"]
     assert [row["value"] for row in saved_rows] == pytest.approx([row["value"] for row in last], abs=1e-4)
@@ -507,6 +509,40 @@ def test_mine_with_two_teachers_keeps_vectors_and_counts_scores(
 # ---- refusals
 
 
+def test_several_models_are_scored_side_by_side_each_into_its_file(
+    command: Command, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(saved, tmp_path / "runs" / "near")
+    write(tmp_path / "held" / "sts.jsonl", [{"text1": f"a {i}", "text2": f"b {i * i}", "score": i} for i in range(6)])
+    answer = command("eval", saved, "runs/near", "held", "--out", "results")
+    assert answer.code == 0, answer.err
+    header, row = answer.out.splitlines()[-2:]
+    assert header.split() == ["task", "metric", str(saved), "runs/near"]
+    assert row.split()[:2] == ["sts", "cosine_spearman"] and row.split()[2] == row.split()[3]
+    near = tmp_path / "results" / "runs__near"
+    assert sorted(file.name for file in near.iterdir()) == ["held.items.npz", "held.json"]
+    found = read_results(near / "held.json")
+    facts = Embedder.load(saved).fingerprint()
+    assert (found.about["model"], found.about["fingerprint"]) == ("runs/near", facts)
+    assert found.about["command"] == f"embedwright eval {saved} runs/near held --out results"
+    assert found.rows[0].items["gold"].tolist() == list(range(6))
+    assert len(list((tmp_path / "results").iterdir())) == 2
+
+    answer = command("eval", saved, "runs/near", "held", "--out", "scores.json")
+    assert answer.code == 2 and "2 models: name a folder" in answer.err
+    answer = command("eval", "runs/near", "./runs/near", "held", "--out", "results")
+    assert answer.code == 2 and "one name" in answer.err
+    assert not (tmp_path / "scores.json").exists()
+
+
+@pytest.mark.parametrize("model", ["./absent", "some/absent/model"])
+def test_a_model_that_is_absent_is_named(command: Command, tmp_path: Path, model: str) -> None:
+    write(tmp_path / "held" / "sts.jsonl", [{"text1": "a", "text2": "b", "score": 1}])
+    answer = command("eval", model, tmp_path / "held")
+    assert answer.code == 2 and f"{model} does not exist" in answer.err and "Traceback" not in answer.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -517,8 +553,6 @@ def test_mine_with_two_teachers_keeps_vectors_and_counts_scores(
         (["train", "--ot", "x"], "No such option"),
         (["mine", "pairs.jsonl"], "Missing option '--out'"),
         (["mine", "absent.jsonl", "--out", "x.jsonl"], "absent.jsonl"),
-        (["eval", "./absent", "dev"], "./absent does not exist"),
-        (["eval", "some/absent/model", "dev"], "some/absent/model does not exist"),
         (["data", "check", "absent.jsonl"], "absent.jsonl"),
         (["data", "build", "wikipedia", "--out", "x"], "no data set 'wikipedia'; known: docstrings"),
         (["doctor", "./absent"], "./absent does not exist"),
@@ -559,7 +593,7 @@ def test_where_it_cannot_write_a_command_does_no_work(
     command: Command, place: str, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing else that is given exists, so an answer about the place came first."""
-    files = arguments[-1] == "--out" and arguments[:1] != ["train"] and "docstrings" not in arguments
+    files = arguments[-1] == "--out" and arguments[0] not in ("train", "eval") and "docstrings" not in arguments
     (tmp_path / "file").write_text("mine")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "note").write_text("mine")
@@ -640,7 +674,8 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "cut.parquet").write_bytes(b"PAR1....PAR1")
     write(folder / "pairs.jsonl", own_pairs(40))
     write(folder / "examples.jsonl", [{"query": "q", "positives": ["p"], "negatives": ["n"]}])
-    write(folder / "labels.jsonl", [{"text": f"text {i}", "label": f"l{i % 3}"} for i in range(9)])
+    for place in ("", "held"):
+        write(folder / place / "labels.jsonl", [{"text": f"text {i}", "label": f"l{i % 3}"} for i in range(9)])
     return folder
 
 
@@ -667,7 +702,7 @@ READERS = [
 ]
 # Commands that open a model, which is `{}`.
 OPENERS = [
-    "eval {} labels.jsonl",
+    "eval {} held",
     "encode {} pairs.jsonl OUT",
     "index {} pairs.jsonl OUT",
     "search {} folder query",

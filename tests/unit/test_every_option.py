@@ -52,7 +52,7 @@ OUT = {"out": "--out OUT.jsonl"}
 SERVER = {"base_url": "--base-url {server}", "model": "--model m"}
 BASE: dict[str, Words] = {
     "train": {"recipe": "{recipe}", "out": "--out OUT", "plan_only": "--plan"},
-    "eval": {"model": "{model}", "suite": "{suite}"},
+    "eval": {"models": "{model}", "suite": "{suite}"},
     "report": {"sources": "{results}", "out": "--out OUT.html"},
     "merge": {"models": "{model} {near}", "out": "OUT"},
     "encode": {"model": "{model}", "source": "{documents}", "out": "OUT"},
@@ -108,7 +108,7 @@ CHANGES: dict[str, dict[str, tuple[str, str, Words]]] = {
         "dry": ("names", "--dry-run", {"plan_only": ""}),
     },
     "eval": {
-        "model": ("said", "{other}", {}),
+        "models": ("said", "{other}", {}),
         "suite": ("said", "{other_suite}", {}),
         "out": ("names", "--out OUT.json", {}),
     },

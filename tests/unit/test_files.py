@@ -12,6 +12,7 @@ from embedwright.files import (
     check_file,
     check_folder,
     check_new_folder,
+    file_name,
     remove_leftovers,
     whole_file,
     whole_folder,
@@ -197,3 +198,19 @@ def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path: Path) -
     remove_leftovers(tmp_path)
     assert not temp.exists() and not folder.exists()
     assert all((tmp_path / name).exists() for name in kept)
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("minilm", "minilm"),
+        ("org/model-7B", "org__model-7B"),
+        ("../runs/a b/model/", "runs__a_b__model"),
+        ("http://127.0.0.1:8000/v1#m", "http_____127.0.0.1_8000__v1_m"),
+        ("x" * 300 + "end", "x" * 197 + "end"),
+        (".", "_"),
+    ],
+)
+def test_any_name_becomes_a_name_of_a_file(name: str, written: str, tmp_path: Path) -> None:
+    assert file_name(name) == written
+    write_text(tmp_path / written, "there")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,32 +11,59 @@ from typing import TYPE_CHECKING, Annotated
 from embedwright.cli import options
 from embedwright.cli.display import say
 from embedwright.cli.options import arg, opt
-from embedwright.files import write_text
+from embedwright.errors import InputError
+from embedwright.files import file_name
 
 if TYPE_CHECKING:
     from embedwright.evaluation.results import Results
+    from embedwright.evaluation.suite import Suite
 
 
 def evaluate(
-    model: options.Model,
+    models: Annotated[list[str], arg("Models: folders, hub ids, or `minilm`.", metavar="MODEL...")],
     suite: Annotated[str, arg("Suite: a YAML file, a folder of data sets, or `dev`.")],
-    out: Annotated[Path | None, opt("File for the results (JSON).", callback=options.file_to_write)] = None,
+    out: Annotated[
+        Path | None,
+        opt(
+            "Where results and their items go: a .json file for one model, or a folder, which gets "
+            "<model>/<suite>.json.",
+            callback=options.results_to_write,
+        ),
+    ] = None,
 ) -> None:
-    """Score a model on a suite of local data sets."""
-    results = score([model], suite)[model]
-    if out is not None:
-        write_text(out, results.to_json() + "\n")
+    """Score models on a suite of local data sets, side by side."""
+    from embedwright.evaluation.suite import load_suite
+
+    opened = load_suite(suite)
+    score(models, opened, {} if out is None else _result_files(models, opened.name, out))
 
 
-def score(models: Sequence[str], suite: str) -> dict[str, Results]:
-    """Scores models on a suite, and prints the scores side by side."""
+def _result_files(models: Sequence[str], suite: str, out: Path) -> dict[str, Path]:
+    """Returns the result file of each model."""
+    if out.suffix == ".json":
+        if len(set(models)) > 1:
+            raise InputError(f"--out {out} is one file, and these are {len(models)} models: name a folder")
+        return {models[0]: out}
+    files = {model: out / file_name(model) / f"{file_name(suite)}.json" for model in models}
+    if len(set(files.values())) < len(files):
+        raise InputError(f"two of {', '.join(files)} have one name in {out}: score one of them into another folder")
+    return files
+
+
+def score(models: Sequence[str], suite: Suite | str, files: Mapping[str, Path] | None = None) -> None:
+    """Scores models on a suite, writes each one's results to its file, and prints the scores side by side."""
     from embedwright.encoders.open import open_encoder
-    from embedwright.evaluation.results import render, table
+    from embedwright.evaluation.results import render, table, write_results
     from embedwright.evaluation.suite import evaluate as run
 
-    columns = {model: run(open_encoder(model), suite, progress=say) for model in models}
+    columns: dict[str, Results] = {}
+    for model in dict.fromkeys(models):
+        if len(models) > 1:
+            say(model)
+        columns[model] = run(open_encoder(model), suite, name=model, progress=say)
+        if files:  # now, so that the scores of this one outlive a failure of the next
+            write_results(files[model], columns[model])
     say(render(table(columns)))
-    return columns
 
 
 def show_run(out: Path) -> None:

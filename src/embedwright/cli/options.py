@@ -39,6 +39,12 @@ def to_write(check: Callable[[Path], Path]) -> Callable[[Path | None], Path | No
     return checked
 
 
+def check_results(path: Path) -> Path:
+    """Checks that results can be written: `path` is a file if its name ends in .json, else a folder."""
+    return check_file(path) if path.suffix == ".json" else check_folder(path)
+
+
+results_to_write = to_write(check_results)
 file_to_write, folder_to_write, new_folder = map(to_write, (check_file, check_folder, check_new_folder))
 
 Out = Annotated[Path, opt("File to write: .jsonl, .jsonl.gz or .parquet.", "--out", callback=file_to_write)]

@@ -19,9 +19,9 @@ from embedwright.data.files.beir import read_corpus
 from embedwright.data.files.table import open_examples, write_examples
 from embedwright.demo import docstrings
 from embedwright.encoders.open import open_encoder
-from embedwright.evaluation.results import Results, Row, render, table
+from embedwright.evaluation.results import Results, Row, read_results, render, table, write_results
 from embedwright.evaluation.suite import evaluate, load_suite
-from embedwright.files import write_json, write_text
+from embedwright.files import write_json
 from embedwright.mining.mine import mine
 from embedwright.mining.pool import positives_of
 from embedwright.model.embedder import Embedder
@@ -141,8 +141,8 @@ def _others(recipe: Recipe, out: Path) -> dict[str, Results]:
         if not file.exists():
             model = open_encoder(name) if name == "minilm" else Embedder.from_decoder(recipe.model.name, **raw)
             say(f"  {name}")
-            write_text(file, evaluate(model, asked, progress=_score).to_json())
-        found[name] = Results.from_json(file.read_text())
+            write_results(file, evaluate(model, asked, name=name, progress=_score))
+        found[name] = read_results(file)
     return found
 
 

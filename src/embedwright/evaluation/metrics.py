@@ -4,8 +4,9 @@ mteb's own evaluators want a `Dataset`, a `TaskMetadata`, a timer and a model wi
 of these, and importing the evaluators takes five seconds. test_metrics.py compares these functions with mteb's tasks on
 the same embeddings. The `[eval]` extra is imported where it is used.
 
-Shapes: `N` texts, `E` embedding, `Q` queries, `C` corpus, `K` hits of a query. For every metric, higher is better. Each
-function returns the main metric of its kind (`MAIN`) and some more.
+Shapes: `N` texts, `E` embedding, `Q` queries, `C` corpus, `K` hits of a query, `S` runs of k-means. For every metric,
+higher is better. Each function returns the main metric of its kind (`MAIN`) and some more, with the items that they
+come from (`Scored`).
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from embedwright import threads
 from embedwright.errors import InputError
+from embedwright.evaluation.results import Items
 
 Kind = Literal["retrieval", "classification", "clustering", "sts", "pair"]
 Embeddings = NDArray[np.float32]
@@ -41,6 +44,25 @@ CLUSTERINGS = 3  # mteb runs k-means once; the result moves by about a point wit
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """The metrics of one task by name, and its items.
+
+    `means` has one number an item for each metric that is the mean of its items. `items` is what the other metrics are
+    computed from (a correlation is no mean), and `id` where the items have names.
+    """
+
+    values: dict[str, float]
+    means: Items = field(default_factory=dict)
+    items: Items = field(default_factory=dict)
+
+    def items_of(self, metric: str) -> Items:
+        """Returns the arrays that `metric` is computed from, as results.py names them; none if there are none."""
+        if metric in self.means:
+            return {"score": self.means[metric], "id": self.items["id"]}
+        return {} if self.means else self.items
+
+
 def retrieval(
     query_QE: Embeddings,
     query_ids: Sequence[str],
@@ -48,7 +70,7 @@ def retrieval(
     corpus_ids: Sequence[str],
     qrels: Mapping[str, Mapping[str, int]],
     ignore_identical_ids: bool = False,
-) -> dict[str, float]:
+) -> Scored:
     """Returns nDCG@10, Recall@10, MRR@10 and Recall@100 of exact cosine search, averaged over the queries.
 
     `qrels` has the judgements of every query. With `ignore_identical_ids`, a document with the query's own id is no
@@ -70,15 +92,18 @@ def retrieval(
     first_ten = {query: dict(islice(hits.items(), 10)) for query, hits in run.items()}
     reciprocal = pytrec_eval.RelevanceEvaluator(judged, {"recip_rank"}).evaluate(first_ten)
 
-    def mean(of_queries: Mapping[str, Mapping[str, float]], measure: str) -> float:
-        return sum(of_query[measure] for of_query in of_queries.values()) / len(judged)
-
-    return {
-        "nDCG@10": mean(scores, "ndcg_cut_10"),
-        "Recall@10": mean(scores, "recall_10"),
-        "MRR@10": mean(reciprocal, "recip_rank"),
-        "Recall@100": mean(scores, "recall_100"),
+    found = {
+        "nDCG@10": [scores[query]["ndcg_cut_10"] for query in judged],
+        "Recall@10": [scores[query]["recall_10"] for query in judged],
+        "MRR@10": [reciprocal[query]["recip_rank"] for query in judged],
+        "Recall@100": [scores[query]["recall_100"] for query in judged],
     }
+    values = {metric: sum(of_queries) / len(judged) for metric, of_queries in found.items()}
+    return Scored(values, {metric: np.array(of_queries) for metric, of_queries in found.items()}, {"id": _ids(judged)})
+
+
+def _ids(names: Iterable[str]) -> NDArray[Any]:
+    return np.array(list(names), dtype=np.str_)
 
 
 def _unit(vectors_NE: Embeddings) -> Embeddings:
@@ -131,13 +156,17 @@ def classification(
     test_NE: Embeddings,
     test_labels: Sequence[str],
     draws: Sequence[Sequence[int]],
-) -> dict[str, float]:
-    """Returns accuracy and macro F1 of a logistic regression, averaged over a fit on each of `draws` (rows)."""
+) -> Scored:
+    """Returns accuracy and macro F1 of a logistic regression, averaged over a fit on each of `draws` (rows).
+
+    An item is a test row: the part of the fits that name its label. F1 is no mean over rows, and has no items.
+    """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import accuracy_score, f1_score
 
     accuracy, f1 = [], []
+    gold_N, right_N = np.asarray(test_labels), np.zeros(len(test_labels))
     for draw in draws:
         classifier = LogisticRegression(max_iter=100, random_state=SEED)
         with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):  # mteb stops at 100 steps too
@@ -145,40 +174,48 @@ def classification(
         predicted = classifier.predict(test_NE)
         accuracy.append(accuracy_score(test_labels, predicted))
         f1.append(f1_score(test_labels, predicted, average="macro"))
-    return {"accuracy": float(np.mean(accuracy)), "f1": float(np.mean(f1))}
+        right_N += predicted == gold_N
+    values = {"accuracy": float(np.mean(accuracy)), "f1": float(np.mean(f1))}
+    return Scored(values, {"accuracy": right_N / len(draws)}, {"id": np.arange(len(test_labels))})
 
 
-def clustering(vectors_NE: Embeddings, labels: Sequence[str]) -> dict[str, float]:
+def clustering(vectors_NE: Embeddings, labels: Sequence[str]) -> Scored:
     """Returns the v-measure of mini-batch k-means with one cluster a label, averaged over three seeds."""
     from sklearn.cluster import MiniBatchKMeans
     from sklearn.metrics import v_measure_score
 
-    scores = []
+    found = []
     for seed in range(SEED, SEED + CLUSTERINGS):
         kmeans = MiniBatchKMeans(n_clusters=len(set(labels)), batch_size=500, n_init="auto", random_state=seed)
-        scores.append(v_measure_score(labels, kmeans.fit(vectors_NE).labels_))
-    return {"v_measure": float(np.mean(scores))}
+        found.append(kmeans.fit(vectors_NE).labels_)
+    values = {"v_measure": float(np.mean([v_measure_score(labels, cluster_N) for cluster_N in found]))}
+    gold_N = np.unique(np.asarray(labels), return_inverse=True)[1]
+    return Scored(values, items={"cluster": np.stack(found), "gold": gold_N})
 
 
-def sts(left_NE: Embeddings, right_NE: Embeddings, scores: Sequence[float]) -> dict[str, float]:
+def sts(left_NE: Embeddings, right_NE: Embeddings, scores: Sequence[float]) -> Scored:
     """Returns Spearman's and Pearson's correlation of the pairs' cosines with the human scores."""
     from scipy.stats import pearsonr, spearmanr
 
     cosine_N = _paired_cosine(left_NE, right_NE)
+    items: Items = {"cosine": cosine_N, "gold": np.asarray(scores, dtype=np.float64)}
     if np.ptp(cosine_N) == 0:  # the correlation is 0/0, and a nan would spoil every average
         logger.warning("every pair has the same cosine: the model has collapsed, and its correlation counts as 0")
-        return {"cosine_spearman": 0.0, "cosine_pearson": 0.0}
-    return {
+        return Scored({"cosine_spearman": 0.0, "cosine_pearson": 0.0}, items=items)
+    values = {
         "cosine_spearman": float(spearmanr(scores, cosine_N)[0]),
         "cosine_pearson": float(pearsonr(scores, cosine_N)[0]),
     }
+    return Scored(values, items=items)
 
 
-def pair(left_NE: Embeddings, right_NE: Embeddings, labels: Sequence[int]) -> dict[str, float]:
+def pair(left_NE: Embeddings, right_NE: Embeddings, labels: Sequence[int]) -> Scored:
     """Returns the average precision of the pairs' cosines for `labels` of 0 and 1."""
     from sklearn.metrics import average_precision_score
 
-    return {"cosine_ap": float(average_precision_score(labels, _paired_cosine(left_NE, right_NE)))}
+    cosine_N = _paired_cosine(left_NE, right_NE)
+    values = {"cosine_ap": float(average_precision_score(labels, cosine_N))}
+    return Scored(values, items={"cosine": cosine_N, "gold": np.asarray(labels)})
 
 
 def _paired_cosine(left_NE: Embeddings, right_NE: Embeddings) -> NDArray[np.float32]:

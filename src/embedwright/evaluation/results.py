@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedwright.errors import InputError, NotFoundError
-from embedwright.files import whole_file, write_text
+from embedwright.files import file_name, whole_file, write_text
 
 Row = dict[str, str | float | None]
 Items = Mapping[str, NDArray[Any]]
@@ -70,10 +70,7 @@ def items_file(file: Path) -> Path:
 
 def write_results(file: Path, results: Results) -> None:
     """Writes `file`, and its items beside it if it has any. The items come first: no result is without its own."""
-    arrays = {f"{row.task}/{name}": array for row in results.rows for name, array in row.items.items()}
-    if arrays:
-        with whole_file(items_file(file)) as temp, temp.open("wb") as stream:
-            np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]
+    write_items(items_file(file), results)
     write_text(file, results.to_json() + "\n")
 
 
@@ -85,9 +82,29 @@ def read_results(file: Path) -> Results:
         results = Results.from_json(file.read_text(encoding="utf-8"))
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file} is no result file of `embedwright eval`") from error
+    return with_items(results, items_file(file))
+
+
+def run_items_file(run: Path, stage: str, step: int, suite: str) -> Path:
+    """Returns where a run folder keeps the items of one record of its `evaluations.jsonl`."""
+    return run / "items" / f"{file_name(f'{stage}-{step}-{suite}')}.npz"
+
+
+def write_items(file: Path, results: Results) -> None:
+    """Writes the items of all tasks to one `.npz`. A file of earlier results goes if these have no items."""
+    arrays = {f"{row.task}/{name}": array for row in results.rows for name, array in row.items.items()}
+    if not arrays:
+        file.unlink(missing_ok=True)
+        return
+    with whole_file(file) as temp, temp.open("wb") as stream:
+        np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]
+
+
+def with_items(results: Results, file: Path) -> Results:
+    """Adds the items that `write_items` wrote to their rows. Rows have none if there is no file."""
     items: dict[str, dict[str, NDArray[Any]]] = {}
-    if items_file(file).is_file():
-        with np.load(items_file(file), allow_pickle=False) as stored:
+    if file.is_file():
+        with np.load(file, allow_pickle=False) as stored:
             for key in stored.files:
                 task, _, name = key.rpartition("/")
                 items.setdefault(task, {})[name] = stored[key]

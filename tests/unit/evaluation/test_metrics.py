@@ -80,7 +80,7 @@ def test_retrieval_is_mtebs(ignore_identical_ids: bool) -> None:
     qrels["q99"] = {"d8": 1}  # of a query that is not asked
     ours = metrics.retrieval(
         query_QE, query_ids, corpus_CE, corpus_ids, qrels, ignore_identical_ids=ignore_identical_ids
-    )
+    ).values
 
     task = MockRetrievalTask()
     task.ignore_identical_ids = ignore_identical_ids
@@ -101,7 +101,7 @@ def test_retrieval_is_mtebs(ignore_identical_ids: bool) -> None:
 def test_retrieval_by_hand() -> None:
     corpus_CE = np.array([[1, 0], [0.9, 0.1], [0, 1], [0.5, 0.5]], dtype=np.float32)
     query_QE = np.array([[5, 0]], dtype=np.float32)  # ranks a, b, d, c, whatever its length
-    found = metrics.retrieval(query_QE, ["q"], corpus_CE, list("abcd"), {"q": {"b": 1, "d": 1}})
+    found = metrics.retrieval(query_QE, ["q"], corpus_CE, list("abcd"), {"q": {"b": 1, "d": 1}}).values
     ideal = 1 + 1 / np.log2(3)
     assert found["nDCG@10"] == pytest.approx((1 / np.log2(3) + 1 / np.log2(4)) / ideal)
     assert found["MRR@10"] == pytest.approx(0.5)
@@ -115,7 +115,7 @@ def test_mrr_and_recall_stop_at_their_cuts() -> None:
     query_QE = np.array([[1, 0], [1, 0]], dtype=np.float32)
     found = metrics.retrieval(
         query_QE, ["p", "q"], corpus_CE, ids, {"p": {"d10": 1, "d9": 1}, "q": {"d10": 1, "d99": 1, "d100": 1}}
-    )
+    ).values
     assert found["MRR@10"] == pytest.approx((1 / 10 + 0) / 2)
     assert found["Recall@10"] == pytest.approx((1 / 2 + 0) / 2)
     assert found["Recall@100"] == pytest.approx((1 + 2 / 3) / 2)
@@ -126,7 +126,8 @@ def test_a_document_of_the_querys_own_id_is_a_hit_unless_told_otherwise() -> Non
     query_QE = np.array([[1, 0]], dtype=np.float32)
 
     def ndcg(relevant: str, **options: bool) -> float:
-        return metrics.retrieval(query_QE, ["1"], corpus_CE, ["1", "2"], {"1": {relevant: 1}}, **options)["nDCG@10"]
+        found = metrics.retrieval(query_QE, ["1"], corpus_CE, ["1", "2"], {"1": {relevant: 1}}, **options)
+        return found.values["nDCG@10"]
 
     assert ndcg("2") == pytest.approx(1 / np.log2(3)) and ndcg("1") == 1  # 0.63, as mteb has it
     assert ndcg("2", ignore_identical_ids=True) == 1 and ndcg("1", ignore_identical_ids=True) == 0
@@ -136,7 +137,7 @@ def test_a_query_without_a_hit_counts_as_zero() -> None:
     """A corpus of the query alone: what is left after its own id is left out is nothing."""
     one_E = np.ones((1, 4), dtype=np.float32)
     found = metrics.retrieval(one_E, ["1"], one_E, ["1"], {"1": {"2": 1}}, ignore_identical_ids=True)
-    assert set(found.values()) == {0}
+    assert set(found.values.values()) == {0}
 
 
 def test_of_many_equal_scores_those_count_that_trec_eval_ranks_first() -> None:
@@ -145,14 +146,14 @@ def test_of_many_equal_scores_those_count_that_trec_eval_ranks_first() -> None:
     ids = [f"d{number:03}" for number in range(150)]
     query_QE = np.ones((2, 4), dtype=np.float32)
     found = metrics.retrieval(query_QE, ["p", "q"], corpus_CE, ids, {"p": {"d149": 1}, "q": {"d010": 1, "d060": 1}})
-    assert (found["nDCG@10"], found["Recall@100"]) == (0.5, 0.75)
+    assert (found.values["nDCG@10"], found.values["Recall@100"]) == (0.5, 0.75)
 
 
 def test_classification_is_mtebs() -> None:
     train_NE, train_labels = noisy_centres(200, 5, seed=2)
     test_NE, test_labels = noisy_centres(120, 5, seed=3)
     draws = metrics.few_shot(train_labels)
-    ours = metrics.classification(train_NE, train_labels, test_NE, test_labels, draws)
+    ours = metrics.classification(train_NE, train_labels, test_NE, test_labels, draws).values
 
     train_texts, test_texts = names("train", train_NE), names("test", test_NE)
     data = DatasetDict(
@@ -194,7 +195,7 @@ def test_clustering_is_mtebs_averaged_over_three_seeds() -> None:
         model = Looked((texts, vectors_NE))
         (scores,) = task.evaluate(model, split="test", encode_kwargs={"batch_size": 64}, seed=seed).values()
         theirs.append(scores["v_measure"])
-    assert metrics.clustering(vectors_NE, labels)["v_measure"] == pytest.approx(np.mean(theirs), abs=1e-12)
+    assert metrics.clustering(vectors_NE, labels).values["v_measure"] == pytest.approx(np.mean(theirs), abs=1e-12)
     assert len(set(theirs)) > 1  # else the average proves nothing
 
 
@@ -206,13 +207,13 @@ def test_sts_is_mtebs() -> None:
     left, right = names("left", left_NE), names("right", right_NE)
     data = DatasetDict(test=Dataset.from_dict({"sentence1": left, "sentence2": right, "score": scores}))
     theirs = mteb_scores(MockSTSTask(), data, Looked((left, left_NE), (right, right_NE)))
-    ours = metrics.sts(left_NE, right_NE, scores)
+    ours = metrics.sts(left_NE, right_NE, scores).values
     assert ours == pytest.approx({name: theirs[name] for name in ours}, abs=1e-9)
 
 
 def test_sts_of_a_collapsed_model_is_zero_and_said(caplog: pytest.LogCaptureFixture) -> None:
     same_NE = np.ones((4, 3), dtype=np.float32)
-    assert metrics.sts(same_NE, same_NE, [1, 2, 3, 4]) == {"cosine_spearman": 0.0, "cosine_pearson": 0.0}
+    assert metrics.sts(same_NE, same_NE, [1, 2, 3, 4]).values == {"cosine_spearman": 0.0, "cosine_pearson": 0.0}
     assert "collapsed" in caplog.text
 
 
@@ -224,4 +225,4 @@ def test_pair_is_mtebs() -> None:
     left, right = names("left", left_NE), names("right", right_NE)
     data = DatasetDict(test=Dataset.from_dict({"sentence1": left, "sentence2": right, "labels": labels}))
     theirs = mteb_scores(MockPairClassificationTask(), data, Looked((left, left_NE), (right, right_NE)))
-    assert metrics.pair(left_NE, right_NE, labels)["cosine_ap"] == pytest.approx(theirs["cosine_ap"], abs=1e-12)
+    assert metrics.pair(left_NE, right_NE, labels).values["cosine_ap"] == pytest.approx(theirs["cosine_ap"], abs=1e-12)

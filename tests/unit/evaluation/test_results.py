@@ -46,6 +46,13 @@ def test_a_result_file_keeps_its_items_beside_it(tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == ["scores.items.npz", "scores.json"]
 
 
+def test_results_without_items_leave_none_of_earlier_ones_beside_them(tmp_path: Path) -> None:
+    items = {"cosine": np.ones(2), "gold": np.ones(2)}
+    write_results(tmp_path / "scores.json", replace(BASE, rows=(replace(BASE.rows[1], items=items),)))
+    write_results(tmp_path / "scores.json", BASE)
+    assert [file.name for file in tmp_path.iterdir()] == ["scores.json"]
+
+
 @pytest.mark.parametrize("text", ["", "[]", '{"suite": "x"}', '{"rows": [{"x": 1}], "suite": "x", "seconds": 1}'])
 def test_another_file_is_no_result(tmp_path: Path, text: str) -> None:
     (tmp_path / "scores.json").write_text(text)

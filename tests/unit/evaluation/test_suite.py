@@ -1,9 +1,6 @@
 from __future__ import annotations
 
-import gzip
 import importlib.util
-import json
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,68 +9,12 @@ import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
 from numpy.typing import NDArray
+from suite_files import PAIRS, SCORED, SUITE, Words, labelled, one_task, write_beir, write_rows
 
 from embedwright.evaluation import suite as suite_module
 from embedwright.evaluation.metrics import few_shot, halves
 from embedwright.evaluation.results import Results
 from embedwright.evaluation.suite import Suite, evaluate, load_suite
-
-
-class Words:
-    """An encoder whose text is the sum of its words' random vectors; it keeps what it was asked."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[list[str], str | None]] = []
-
-    def encode(self, texts: Sequence[str], task: str | None = None) -> NDArray[np.float32]:
-        self.calls.append((list(texts), task))
-        words = [
-            [np.random.default_rng(zlib.crc32(word.encode())).normal(size=24) for word in t.split()] for t in texts
-        ]
-        sums_NE = np.stack([np.sum(vectors, axis=0) for vectors in words])
-        return (sums_NE / np.linalg.norm(sums_NE, axis=1, keepdims=True)).astype(np.float32)
-
-
-def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
-    return path
-
-
-def write_beir(folder: Path) -> Path:
-    write_rows(folder / "corpus.jsonl", [{"_id": f"d{i}", "title": "", "text": f"tide word{i}"} for i in range(6)])
-    write_rows(folder / "queries.jsonl.gz", [{"_id": f"q{i}", "text": f"word{i}"} for i in range(5)])
-    (folder / "qrels").mkdir()
-    header = "query-id\tcorpus-id\tscore\n"
-    # q3 asks for a document that shares no word with it, q4 is not judged.
-    (folder / "qrels/test.tsv").write_text(header + "q0\td0\t1\nq1\td1\t1\nq2\td2\t1\nq3\td5\t1\n")
-    (folder / "qrels/train.tsv").write_text(header + "q4\td4\t1\n")
-    return folder
-
-
-def labelled(count: int, offset: int = 0) -> list[dict[str, Any]]:
-    words = ("moon", "tide", "rust")
-    return [{"text": f"{words[i % 3]} {words[i % 3]} noise{i + offset}", "label": words[i % 3]} for i in range(count)]
-
-
-SCORED = [
-    {"text1": "a b c", "text2": "a b c", "score": 5},
-    {"text1": "a b c", "text2": "a b z", "score": 3.2},
-    {"text1": "a b c", "text2": "a y z", "score": 1.0, "source": "extra keys do no harm"},
-    {"text1": "a b c", "text2": "x y z", "score": 0},
-]
-PAIRS = [{"text1": row["text1"], "text2": row["text2"], "label": int(row["score"] > 2)} for row in SCORED]
-
-SUITE = """
-name: heldout
-tasks:
-  - {name: docs, kind: retrieval, path: retrieval, instruction: Find it}
-  - {name: topics, kind: clustering, path: topics.jsonl, instruction: Name the topic}
-  - {name: modules, kind: classification, path: test.jsonl, train: train.jsonl.gz, instruction: Name the module}
-  - {name: sts, kind: sts, path: sts.jsonl, instruction: Same meaning}
-  - {name: pair, kind: pair, path: pair.jsonl}
-"""
 
 
 @pytest.fixture
@@ -86,12 +27,6 @@ def heldout(tmp_path: Path) -> Path:
     write_rows(tmp_path / "pair.jsonl", PAIRS)
     (tmp_path / "suite.yaml").write_text(SUITE)
     return tmp_path / "suite.yaml"
-
-
-def one_task(tmp_path: Path, task: str) -> Path:
-    file = tmp_path / "one.yaml"
-    file.write_text(f"name: one\ntasks:\n  - {task}\n")
-    return file
 
 
 def test_all_kinds_from_a_yaml_file(heldout: Path) -> None:
@@ -113,6 +48,17 @@ def test_all_kinds_from_a_yaml_file(heldout: Path) -> None:
     assert pair == 1
     assert set(results.rows[0].details) == {"Recall@10", "MRR@10", "Recall@100"}
     assert len(lines) == 10 and lines[0] == "[1/5] docs (retrieval)" and lines[1].startswith("[1/5] docs: nDCG@10 0.")
+
+
+def test_results_say_how_they_were_made(heldout: Path) -> None:
+    class Known(Words):
+        def fingerprint(self) -> dict[str, str]:
+            return {"weights": "1f"}
+
+    known, unknown = evaluate(Known(), heldout, name="runs/known"), evaluate(Words(), heldout)
+    assert (known.about["model"], known.about["fingerprint"]) == ("runs/known", {"weights": "1f"})
+    assert (unknown.about["model"], unknown.about["fingerprint"]) == ("Words", None)
+    assert known.about["versions"]["numpy"] == np.__version__
 
 
 def test_the_same_again_gives_the_same_numbers(heldout: Path) -> None:

@@ -281,7 +281,7 @@ def outcome(
         patch.setattr(folder, "_commit", lambda root: None)
         patch.setattr(probe, "check", lambda network: None)
         patch.setattr("os.fsync", lambda handle: None)
-        patch.setattr(judge, "evaluate", falling)
+        patch.setattr(judge, "run_suite", falling)
         patch.setattr(checks, "load_suite", lambda name: None)
         yield lambda changes: run(json.dumps(changes))
 

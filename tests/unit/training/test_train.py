@@ -274,7 +274,7 @@ def test_the_newest_checkpoints_are_kept(run: Run) -> None:
 
 def test_a_finished_run_returns_at_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {name: (run.out / name).read_bytes() for name in ("metrics.jsonl", "evaluations.jsonl")}
-    monkeypatch.setattr(judge, "evaluate", lambda *_, **__: pytest.fail("evaluated again"))
+    monkeypatch.setattr(judge, "run_suite", lambda *_, **__: pytest.fail("evaluated again"))
     monkeypatch.setattr(steps_module, "accumulate", lambda *_, **__: pytest.fail("trained again"))
     model = train(run.recipe)
     assert np.array_equal(model.encode(TEXTS, task="Find its answer"), run.vectors)

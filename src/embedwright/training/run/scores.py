@@ -1,6 +1,7 @@
 """A run's evaluations: every suite once at each point of the run, and what their scores decide.
 
 `evaluations.jsonl` has one record for each suite and point: stage, step, suite, and `results` (evaluation/results.py).
+`items/<stage>-<step>-<suite>.npz` has what its scores were computed from, item by item.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from embedwright.evaluation.suite import evaluate
-from embedwright.files import whole_file
+from embedwright.errors import InputError
+from embedwright.evaluation.results import Results, run_items_file, write_items
+from embedwright.evaluation.suite import run_suite
+from embedwright.files import file_name, whole_file
 from embedwright.model.embedder import Embedder
 from embedwright.processes import Processes
 from embedwright.training.engine.parallel import whole
@@ -42,6 +45,10 @@ class Scores:
 
     def __init__(self, part: EvalPart, out: Path, model: Embedder, processes: Processes) -> None:
         self.part, self.out, self.model, self.processes = part, out, model, processes
+        if len({file_name(suite) for suite in part.suites}) < len(set(part.suites)):
+            raise InputError(
+                f"eval.suites: two of {', '.join(part.suites)} have one file name for their items: rename one"
+            )
         self.records = read_evaluations(out)
         processes.wait()  # all have read it before one of them writes
 
@@ -50,7 +57,8 @@ class Scores:
         self.records = []
         if self.processes.first:
             (self.out / "evaluations.jsonl").unlink(missing_ok=True)
-            shutil.rmtree(self.out / "best", ignore_errors=True)
+            for folder in ("best", "items"):
+                shutil.rmtree(self.out / folder, ignore_errors=True)
 
     def evaluate(self, stage: str, step: int, progress: Callable[[str], None] | None = None) -> list[Record]:
         """Runs the suites without a result at this point, keeps the best weights, and returns the new records."""
@@ -58,7 +66,8 @@ class Scores:
         fresh: list[Record] = []
         for suite in self.part.suites:
             if suite not in have:
-                results = evaluate(self.model, suite_of(suite), progress=progress)
+                results = run_suite(self.model, suite_of(suite), progress)
+                self._keep_items(stage, step, suite, results)
                 fresh.append({"stage": stage, "step": step, "suite": suite, "results": json.loads(results.to_json())})
         if not fresh:
             return []
@@ -66,7 +75,7 @@ class Scores:
         scores = self._scores(stage, step)
         if self.part.best and stage != START and scores[-1] == max(scores):
             self._keep_weights(stage, step)
-        if self.processes.first:  # after the weights: a run that is killed between the two evaluates again
+        if self.processes.first:  # after weights and items: a run that is killed in between evaluates again
             write_records(self.out / "evaluations.jsonl", self.records)
         return fresh
 
@@ -86,6 +95,10 @@ class Scores:
             step = stored.metadata()["step"]
             logger.info("stage %s ends on the weights of its step %s, the best evaluated", stage, step)
             return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  no mapping
+
+    def _keep_items(self, stage: str, step: int, suite: str, results: Results) -> None:
+        if self.processes.first:
+            write_items(run_items_file(self.out, stage, step, suite), results)
 
     def _keep_weights(self, stage: str, step: int) -> None:
         trained = whole(self.model.network)

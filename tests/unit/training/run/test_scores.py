@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from embedwright.config import ConfigError
+from embedwright.errors import InputError
 from embedwright.evaluation.results import Result, Results
 from embedwright.training.recipe import Recipe
 from embedwright.training.run import checks
@@ -55,9 +56,10 @@ def scripted(monkeypatch: pytest.MonkeyPatch, scores: list[float]) -> list[str]:
     def fake(model: Any, suite: str, progress: Any = None) -> Results:
         asked.append(suite)
         value = scores[(len(asked) - 1) // 2] + (0.25 if suite == "one" else -0.25)
-        return Results(suite, (Result("t", "sts", "spearman", value),), 0.0)
+        items = {"cosine": np.array([value, 0.5]), "gold": np.array([1.0, 0.0])}
+        return Results(str(suite), (Result("t", "sts", "spearman", value, items=items),), 0.0)
 
-    monkeypatch.setattr(module, "evaluate", fake)
+    monkeypatch.setattr(module, "run_suite", fake)
     monkeypatch.setattr(checks, "load_suite", lambda name: None)
     return asked
 
@@ -88,6 +90,62 @@ def test_each_stage_ends_on_its_best_weights(content: dict[str, Any], monkeypatc
     kept = read_weights(Path(recipe.run.out) / "checkpoints" / "00-0000004")
     near, far = (max(float((second[n] - weights[n]).abs().max()) for n in second) for weights in (kept, first))
     assert near < 1.001e-2 < far
+
+
+def test_each_record_has_its_items_whole_or_is_evaluated_again(
+    content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content["eval"] = {"suites": ["one", "a/two.yaml"], "every": 3}
+    content["stages"] = content["stages"][:1]
+    scores = [0.9, 0.1, 0.5]
+    scripted(monkeypatch, scores)
+    write = module.write_records
+
+    def killed(file: Path, records: list[dict[str, Any]]) -> None:
+        if file.name == "evaluations.jsonl" and len(records) == 4:  # the items of step 3 are there, its records not
+            raise InterruptedError
+        write(file, records)
+
+    monkeypatch.setattr(module, "write_records", killed)
+    with pytest.raises(InterruptedError):
+        train(Recipe.parse(content))
+    items = Path(content["run"]["out"]) / "items"
+    assert points(content) == [("start", 0)] and (items / "first-3-one.npz").exists()
+    monkeypatch.setattr(module, "write_records", write)
+    (items / "first-3-one.npz").write_bytes(b"torn")
+    asked = scripted(monkeypatch, scores[1:])
+    train(Recipe.parse(content))
+    assert points(content) == [("start", 0), ("first", 3), ("first", 6)] and len(asked) == 4
+    found = {file.name: float(np.load(file)["t/cosine"][0]) for file in items.iterdir()}
+    assert found == {
+        f"{point}-{suite}.npz": scores[number] + add
+        for number, point in enumerate(("start-0", "first-3", "first-6"))
+        for suite, add in (("one", 0.25), ("a__two.yaml", -0.25))
+    }
+
+
+def test_items_of_a_run_without_a_checkpoint_are_forgotten(
+    content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, [0.5] * 20)
+    out = Path(content["run"]["out"])
+    content["run"]["checkpoint_every"] = 5
+
+    def stop(record: dict[str, Any]) -> None:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        train(Recipe.parse(content), on_step=stop)
+    (out / "items" / "old-1-one.npz").write_bytes(b"of another recipe")
+    train(Recipe.parse(content))
+    assert not (out / "items" / "old-1-one.npz").exists() and len(list((out / "items").iterdir())) == 26
+
+
+def test_two_suites_with_one_file_name_are_refused(content: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(monkeypatch, [0.5] * 20)
+    content["eval"]["suites"] = ["a/b", "a__b"]
+    with pytest.raises(InputError, match=r"eval\.suites: two of a/b, a__b have one file name"):
+        train(Recipe.parse(content))
 
 
 def test_a_run_that_is_cut_off_at_the_border_ends_on_the_same_weights(
