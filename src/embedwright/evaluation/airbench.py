@@ -1,0 +1,277 @@
+"""AIR-Bench 24.05: scores the dev splits, and writes the search results of the test splits for a submission.
+
+A set is a corpus with questions, of one task (`qa`, or `long-doc`: chunks of a long document), domain and language.
+`airbench.yaml` lists them. Judgements of the dev splits are public, those of the test splits are not. One folder has
+all results of a model:
+
+    model.json                                 the model, the instruction and the version; others are refused
+    qa_wiki_en.json, qa_wiki_en.items.npz      scores of a dev split, as `write_results` writes them
+    NoReranker/qa/wiki/en_default_test.json    search results of a test split, laid out as by air-benchmark
+    <model>_NoReranker.zip                     all of these search results, for the leaderboard
+    vectors/                                   the vectors of a corpus that is not finished, in shards
+
+`Q` queries, `K` hits of a query, `N` queries with a score.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from embedwright.config import did_you_mean, load_yaml
+from embedwright.encoders.protocol import Encoder, encode_finite
+from embedwright.errors import InputError, OutOfReachError, blaming
+from embedwright.evaluation.about import about
+from embedwright.evaluation.hub import open_splits
+from embedwright.evaluation.results import Result, Results, Row, read_results, write_results
+from embedwright.files import whole_file, write_json, write_text
+from embedwright.fingerprint import differences, fingerprint_of
+from embedwright.vectors.search import top_k
+from embedwright.vectors.store import encode_texts
+
+NAME = "AIR-Bench"
+LEADERBOARD = "https://huggingface.co/spaces/AIR-Bench/leaderboard"
+MAIN = {"qa": "nDCG@10", "long-doc": "Recall@10"}
+DEPTH = 1000  # hits of a query in a submission
+_MEASURES = {"nDCG@10": "ndcg_cut_10", "Recall@10": "recall_10", "MAP@10": "map_cut_10", "Recall@100": "recall_100"}
+
+Hits = dict[str, dict[str, float]]  # query id -> document id -> score, best first
+
+
+class AirSet(NamedTuple):
+    """One set of AIR-Bench. `documents` is the size of its corpus."""
+
+    task: str
+    domain: str
+    language: str
+    dataset: str
+    splits: tuple[str, ...]
+    documents: int
+
+    @property
+    def name(self) -> str:
+        """The name of its results, such as `qa_wiki_en` or `long-doc_arxiv_en_llama2`."""
+        return "_".join(self[:3] if self.dataset == "default" else self[:4])
+
+    @property
+    def repository(self) -> str:
+        return f"{NAME}/{self.task}_{self.domain}_{self.language}"
+
+
+def choose(name: str) -> list[AirSet]:
+    """Returns the sets that a name asks for: `AIR-Bench` and any words that narrow it, as in `AIR-Bench/qa/en/dev`.
+
+    A word is a task, a domain, a language, a data set or a split, in any order. InputError names the nearest words, or
+    what there is with the other words where none has all of them.
+    """
+    words = name.split("/")[1:]
+    chosen = _sets()
+    for place, word in enumerate(words):
+        if not any(word in _words(one) for one in _sets()):
+            known = sorted({word for one in _sets() for word in _words(one)})
+            raise InputError(
+                f"{name}: no task, domain, language, data set or split {word!r}{did_you_mean(word, known)}"
+            )
+        split = (word,) if word in ("dev", "test") else None
+        fits = [one._replace(splits=split or one.splits) for one in chosen if word in _words(one)]
+        if not fits:
+            with_these = sorted({other for one in chosen for other in _words(one)} - {*words})
+            raise InputError(
+                f"{name}: {'/'.join([NAME, *words[:place]])} has no {word!r}; it has {', '.join(with_these)}"
+            )
+        chosen = fits
+    return chosen
+
+
+def _words(one: AirSet) -> tuple[str, ...]:
+    return (*one[:4], *one.splits)
+
+
+@cache
+def _table() -> dict[str, Any]:
+    return load_yaml(Path(__file__).with_suffix(".yaml"))
+
+
+def _sets() -> list[AirSet]:
+    return [
+        AirSet(task, domain, language, dataset, tuple(splits.split("+")), documents)
+        for task, domain, language, dataset, splits, documents in _table()["sets"]
+    ]
+
+
+def bench(
+    encoder: Encoder,
+    model: str,
+    sets: Sequence[AirSet],
+    home: Path,
+    *,
+    progress: Callable[[str], None],
+    advance: Callable[[int], None] = lambda documents: None,
+) -> dict[str, Exception]:
+    """Runs a model on sets, and writes scores and search results into the folder `home`. Returns the sets that failed.
+
+    Questions get the instruction of `airbench.yaml`, documents none. What is in `home` already is not done again, and a
+    corpus that was stopped half-way goes on by shards. Hits are exact, by inner product. `advance(n)` is told of n more
+    documents.
+
+    Raises InputError if `home` has results of another model, instruction or version.
+    """
+    version, instruction = _table()["version"], _table()["instruction"]
+    facts = about(model, fingerprint_of(encoder)) | {"instruction": instruction, "version": version}
+    _claim(home, {key: facts[key] for key in ("model", "fingerprint", "instruction", "version")})
+    failed: dict[str, Exception] = {}
+    for number, one in enumerate(sets, start=1):
+        where = f"[{number}/{len(sets)}] {one.name}"
+        todo = [split for split in one.splits if not _file(home, one, split).exists()]
+        if not todo:
+            progress(f"{where}: done before")
+            advance(one.documents)
+            continue
+        progress(f"{where} ({', '.join(todo)}): {one.documents:,} documents")
+        try:
+            _run(
+                encoder,
+                one,
+                todo,
+                home,
+                facts,
+                advance,
+                offline=any(isinstance(error, OutOfReachError) for error in failed.values()),
+            )
+        except Exception as error:  # a set that fails must not cost the results of the others
+            failed[one.name] = error
+            progress(f"{where}: {error}")
+    return failed
+
+
+def _claim(home: Path, own: dict[str, Any]) -> None:
+    """Makes `home` the folder of this model. Raises InputError if it is that of another one."""
+    file = home / "model.json"
+    if not file.exists():
+        write_json(file, own)
+        return
+    with blaming(file, "is not what `embedwright bench` has written"):
+        before = json.loads(file.read_text(encoding="utf-8"))
+        changed = [key for key in ("instruction", "version") if before[key] != own[key]]
+        if before["fingerprint"] != own["fingerprint"]:
+            changed.append(f"the model: {differences(before['fingerprint'] or {}, own['fingerprint'] or {})}")
+    if changed:
+        raise InputError(f"{home} holds results made otherwise ({'; '.join(changed)}): take another --out")
+
+
+def _file(home: Path, one: AirSet, split: str) -> Path:
+    """Returns where the results of a split go."""
+    if split == "dev":
+        return home / f"{one.name}.json"
+    return home / "NoReranker" / one.task / one.domain / f"{one.language}_{one.dataset}_{split}.json"
+
+
+def _run(
+    encoder: Encoder,
+    one: AirSet,
+    splits: Sequence[str],
+    home: Path,
+    facts: dict[str, Any],
+    advance: Callable[[int], None],
+    offline: bool,
+) -> None:
+    started, version, key = time.perf_counter(), facts["version"], one.dataset.replace("-", "_")
+    parts = {split: f"queries_{key}_{split}" for split in splits}
+    tables, commits = open_splits(one.repository, version, [f"corpus_{key}", *parts.values()], offline)
+    judged: dict[str, dict[str, int]] = {}
+    if "dev" in splits:
+        repository = f"{NAME}/qrels-{one.repository.partition('/')[2]}-dev"
+        judgements, more = open_splits(repository, version, [f"qrels_{key}_dev"], offline)
+        commits |= more
+        for row in judgements[f"qrels_{key}_dev"]:
+            judged.setdefault(str(row["qid"]), {})[str(row["docid"])] = int(row["relevance"])
+    corpus, folder = tables[f"corpus_{key}"], home / "vectors" / one.name
+    vectors = encode_texts(encoder, lambda: _texts(corpus), len(corpus), folder=folder, advance=advance)
+    ids = [str(id_) for id_ in corpus["id"]]
+    for split, part in parts.items():
+        texts = list(_texts(tables[part]))
+        scores_QK, rows_QK = top_k(encode_finite(encoder, texts, facts["instruction"]), vectors, DEPTH)
+        hits = {
+            str(query): dict(zip((ids[row] for row in rows), scores, strict=True))
+            for query, rows, scores in zip(tables[part]["id"], rows_QK.tolist(), scores_QK.tolist(), strict=True)
+        }
+        if split == "dev":
+            row = _scored(one, hits, judged)
+            made = facts | {"data": commits}
+            write_results(_file(home, one, split), Results(f"{NAME} dev", (row,), time.perf_counter() - started, made))
+        else:
+            write_text(_file(home, one, split), _submission(one, split, home.name, hits))
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _scored(one: AirSet, hits: Hits, judged: Mapping[str, Mapping[str, int]]) -> Result:
+    """Scores the hits of the queries that have judgements, by trec_eval, as air-benchmark does."""
+    import pytrec_eval
+
+    measures = {"ndcg_cut.10", "recall.10,100", "map_cut.10"}
+    found = pytrec_eval.RelevanceEvaluator({query: dict(own) for query, own in judged.items()}, measures).evaluate(hits)
+    if not found:
+        raise InputError(f"{one.repository}: no query of its dev split has a judgement")
+    by_query = {name: np.array([of[measure] for of in found.values()]) for name, measure in _MEASURES.items()}
+    details = {name: float(score_N.mean()) for name, score_N in by_query.items()}
+    metric = MAIN[one.task]
+    items = {"score": by_query[metric], "id": np.array(list(found))}
+    return Result(one.name, "retrieval", metric, details[metric], details, items)
+
+
+def _submission(one: AirSet, split: str, model: str, hits: Hits) -> str:
+    """Returns a file of search results as air-benchmark writes and reads it."""
+    names = {"task_type": one.task, "domain": one.domain, "language": one.language, "dataset_name": one.dataset}
+    head = {"model_name": model, "reranker_name": "NoReranker", "benchmark_version": _table()["version"], **names}
+    return json.dumps({**head, "split": split, "search_results": hits})
+
+
+def pack(home: Path) -> Path | None:
+    """Packs all search results of test splits into the zip file that the leaderboard takes. None if there are none."""
+    files = sorted(home.glob("NoReranker/*/*/*_test.json"))
+    if not files:
+        return None
+    packed = home / f"{home.name}_NoReranker.zip"
+    with whole_file(packed) as temp, zipfile.ZipFile(temp, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in files:
+            archive.write(file, file.relative_to(home / "NoReranker"))
+    return packed
+
+
+def table(home: Path, sets: Sequence[AirSet]) -> list[Row]:
+    """Returns the scores in `home` of these sets and their mean by task, beside published scores of version 24.04."""
+    rows: list[Row] = []
+    for task, metric in MAIN.items():
+        own = [(one, file) for one in sets if one.task == task and (file := _file(home, one, "dev")).exists()]
+        scored: list[Row] = []
+        for one, file in own:
+            row: Row = {"set": one.name, "metric": metric, home.name: 100 * read_results(file).rows[0].value}
+            for model, tasks in _table()["published"].items():
+                row[f"{model} (24.04)"] = tasks.get(task, {}).get(one.domain) if one.language == "en" else None
+            scored.append(row)
+        if len(scored) > 1:
+            mean: Row = {"set": f"mean of {len(scored)}", "metric": metric}
+            mean |= {column: _mean([row[column] for row in scored]) for column in scored[0] if column not in mean}
+            scored.append(mean)
+        rows += scored
+    return rows
+
+
+def _mean(values: Sequence[str | float | None]) -> float | None:
+    """Returns the mean, or None if a value is missing: a mean of fewer sets is another number."""
+    numbers = [value for value in values if isinstance(value, int | float)]
+    return sum(numbers) / len(numbers) if len(numbers) == len(values) else None
+
+
+def _texts(rows: Any) -> Iterator[str]:
+    """Gives the texts of a table, a batch of rows in memory at a time."""
+    for batch in rows.iter(1000):
+        yield from batch["text"]
