@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from embedwright.config import did_you_mean, load_yaml
 from embedwright.encoders.protocol import Encoder, encode_finite
@@ -33,7 +34,8 @@ from embedwright.evaluation.about import about
 from embedwright.evaluation.hub import open_splits
 from embedwright.evaluation.results import Result, Results, Row, read_results, write_results
 from embedwright.files import whole_file, write_json, write_text
-from embedwright.fingerprint import differences, fingerprint_of
+from embedwright.fingerprint import Facts, differences, fingerprint_of
+from embedwright.model.embedder import Embedder
 from embedwright.vectors.search import top_k
 from embedwright.vectors.store import encode_texts
 
@@ -44,6 +46,22 @@ DEPTH = 1000  # hits of a query in a submission
 _MEASURES = {"nDCG@10": "ndcg_cut_10", "Recall@10": "recall_10", "MAP@10": "map_cut_10", "Recall@100": "recall_100"}
 
 Hits = dict[str, dict[str, float]]  # query id -> document id -> score, best first
+
+
+class _Cut:
+    """An embedder that cuts texts after `max_tokens`, which its fingerprint says, too."""
+
+    def __init__(self, model: Encoder, max_tokens: int) -> None:
+        if not isinstance(model, Embedder):
+            raise InputError(f"max_tokens={max_tokens}: a {type(model).__name__} cuts texts where it wants")
+        self.model, self.max_tokens = model, max_tokens
+
+    def encode(self, texts: Sequence[str], task: str | None = None) -> NDArray[np.float32]:
+        vectors_NE: NDArray[np.float32] = self.model.encode(texts, task, max_tokens=self.max_tokens)
+        return vectors_NE
+
+    def fingerprint(self) -> Facts:
+        return self.model.fingerprint() | {"max_tokens": str(self.max_tokens)}
 
 
 class AirSet(NamedTuple):
@@ -113,17 +131,20 @@ def bench(
     sets: Sequence[AirSet],
     home: Path,
     *,
+    max_tokens: int | None = None,
     progress: Callable[[str], None],
     advance: Callable[[int], None] = lambda documents: None,
 ) -> dict[str, Exception]:
     """Runs a model on sets, and writes scores and search results into the folder `home`. Returns the sets that failed.
 
     Questions get the instruction of `airbench.yaml`, documents none. What is in `home` already is not done again, and a
-    corpus that was stopped half-way goes on by shards. Hits are exact, by inner product. `advance(n)` is told of n more
-    documents.
+    corpus that was stopped half-way goes on by shards. Hits are exact, by inner product. `max_tokens` cuts all texts;
+    by default the model does where it wants. `advance(n)` is told of n more documents.
 
-    Raises InputError if `home` has results of another model, instruction or version.
+    Raises InputError if `home` has results of another model, instruction, version or length.
     """
+    if max_tokens is not None:
+        encoder = _Cut(encoder, max_tokens)
     version, instruction = _table()["version"], _table()["instruction"]
     facts = about(model, fingerprint_of(encoder)) | {"instruction": instruction, "version": version}
     _claim(home, {key: facts[key] for key in ("model", "fingerprint", "instruction", "version")})

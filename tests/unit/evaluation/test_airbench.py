@@ -227,6 +227,24 @@ def test_results_of_another_model_are_not_mixed(hub: dict[str, Any], tmp_path: P
         bench(Words(), "words", sets, tmp_path / "words", progress=lambda line: None)
 
 
+def test_max_tokens_cuts_texts_and_is_part_of_the_results(
+    hub: dict[str, Any], tmp_path: Path, tiny_embedder: Any
+) -> None:
+    model, sets, home = tiny_embedder("mean"), choose("AIR-Bench/qa/arxiv/en/dev"), tmp_path / "tiny"
+    bench(model, "tiny", sets, home, max_tokens=120, progress=lambda line: None)
+    queries, corpus = ([row["text"] for row in hub[part]] for part in ("dev", "corpus"))
+    instruction = json.loads((home / "model.json").read_text())["instruction"]
+    cut_QC = model.encode(queries, instruction, max_tokens=120) @ model.encode(corpus, max_tokens=120).T
+    good = [{row["docid"] for row in hub["judged"] if row["qid"] == q["id"] and row["relevance"]} for q in hub["dev"]]
+    found = [{hub["corpus"][place]["id"] for place in np.argsort(-scores)[:10]} for scores in cut_QC]
+    recall = float(np.mean([len(a & b) / len(a) for a, b in zip(good, found, strict=True)]))
+    assert read_results(home / "qa_arxiv_en.json").rows[0].details["Recall@10"] == pytest.approx(recall, abs=1e-9)
+    with pytest.raises(InputError, match=r"max_tokens \(120, now not set\)"):
+        bench(model, "tiny", sets, home, progress=lambda line: None)
+    with pytest.raises(InputError, match="a Words cuts texts where it wants"):
+        bench(Words(), "words", sets, tmp_path / "words", max_tokens=120, progress=lambda line: None)
+
+
 def test_a_set_that_is_not_here_is_named_with_its_cache_and_the_rest_is_kept(
     hub: dict[str, Any], tmp_path: Path
 ) -> None:
