@@ -21,7 +21,7 @@ def about(model: str, fingerprint: dict[str, str] | None = None) -> dict[str, An
     return {
         "model": model,
         "fingerprint": fingerprint,
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) if sys.argv else "",
+        "command": _command(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {
             "processor": processor(),
@@ -31,6 +31,13 @@ def about(model: str, fingerprint: dict[str, str] | None = None) -> dict[str, An
         },
         "versions": {"python": platform.python_version()} | _versions(),
     }
+
+
+def _command() -> str:
+    """Returns the command of this process. `python -m embedwright` is written as that, not as its `__main__.py`."""
+    program = Path(sys.argv[0])
+    module = ["python", "-m", program.parent.name] if program.name == "__main__.py" else [program.name]
+    return shlex.join([*module, *sys.argv[1:]])
 
 
 def processor() -> str:

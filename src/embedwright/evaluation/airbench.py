@@ -1,8 +1,8 @@
 """AIR-Bench 24.05: scores the dev splits, and writes the search results of the test splits for a submission.
 
-A set is a corpus with questions, of one task (`qa`, or `long-doc`: chunks of a long document), domain and language.
-`airbench.yaml` lists them. Judgements of the dev splits are public, those of the test splits are not. One folder has
-all results of a model:
+A set is a corpus with questions, of one task (`qa`, or `long-doc`: chunks of a long document), domain and language
+(`airbench_sets`). Judgements of the dev splits are public, those of the test splits are not. One folder has all results
+of a model:
 
     model.json                                 the model, the instruction and the version; others are refused
     qa_wiki_en.json, qa_wiki_en.items.npz      scores of a dev split, as `write_results` writes them
@@ -16,34 +16,38 @@ all results of a model:
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from embedwright.config import did_you_mean, load_yaml
 from embedwright.encoders.protocol import Encoder, encode_finite
 from embedwright.errors import InputError, OutOfReachError, blaming
 from embedwright.evaluation.about import about
+from embedwright.evaluation.airbench_sets import NAME, AirSet, sets_file
 from embedwright.evaluation.hub import open_splits
 from embedwright.evaluation.results import Result, Results, Row, read_results, write_results
 from embedwright.files import whole_file, write_json, write_text
 from embedwright.fingerprint import Facts, differences, fingerprint_of
 from embedwright.model.embedder import Embedder
+from embedwright.processes import ALONE, Processes
 from embedwright.vectors.search import top_k
 from embedwright.vectors.store import encode_texts
 
-NAME = "AIR-Bench"
 LEADERBOARD = "https://huggingface.co/spaces/AIR-Bench/leaderboard"
 MAIN = {"qa": "nDCG@10", "long-doc": "Recall@10"}
 DEPTH = 1000  # hits of a query in a submission
 _MEASURES = {"nDCG@10": "ndcg_cut_10", "Recall@10": "recall_10", "MAP@10": "map_cut_10", "Recall@100": "recall_100"}
+
+_POLL_S = 0.5  # how often rank 0 looks for what the other processes have done
+
+logger = logging.getLogger(__name__)
 
 Hits = dict[str, dict[str, float]]  # query id -> document id -> score, best first
 
@@ -64,67 +68,6 @@ class _Cut:
         return self.model.fingerprint() | {"max_tokens": str(self.max_tokens)}
 
 
-class AirSet(NamedTuple):
-    """One set of AIR-Bench. `documents` is the size of its corpus."""
-
-    task: str
-    domain: str
-    language: str
-    dataset: str
-    splits: tuple[str, ...]
-    documents: int
-
-    @property
-    def name(self) -> str:
-        """The name of its results, such as `qa_wiki_en` or `long-doc_arxiv_en_llama2`."""
-        return "_".join(self[:3] if self.dataset == "default" else self[:4])
-
-    @property
-    def repository(self) -> str:
-        return f"{NAME}/{self.task}_{self.domain}_{self.language}"
-
-
-def choose(name: str) -> list[AirSet]:
-    """Returns the sets that a name asks for: `AIR-Bench` and any words that narrow it, as in `AIR-Bench/qa/en/dev`.
-
-    A word is a task, a domain, a language, a data set or a split, in any order. InputError names the nearest words, or
-    what there is with the other words where none has all of them.
-    """
-    words = name.split("/")[1:]
-    chosen = _sets()
-    for place, word in enumerate(words):
-        if not any(word in _words(one) for one in _sets()):
-            known = sorted({word for one in _sets() for word in _words(one)})
-            raise InputError(
-                f"{name}: no task, domain, language, data set or split {word!r}{did_you_mean(word, known)}"
-            )
-        split = (word,) if word in ("dev", "test") else None
-        fits = [one._replace(splits=split or one.splits) for one in chosen if word in _words(one)]
-        if not fits:
-            with_these = sorted({other for one in chosen for other in _words(one)} - {*words})
-            raise InputError(
-                f"{name}: {'/'.join([NAME, *words[:place]])} has no {word!r}; it has {', '.join(with_these)}"
-            )
-        chosen = fits
-    return chosen
-
-
-def _words(one: AirSet) -> tuple[str, ...]:
-    return (*one[:4], *one.splits)
-
-
-@cache
-def _table() -> dict[str, Any]:
-    return load_yaml(Path(__file__).with_suffix(".yaml"))
-
-
-def _sets() -> list[AirSet]:
-    return [
-        AirSet(task, domain, language, dataset, tuple(splits.split("+")), documents)
-        for task, domain, language, dataset, splits, documents in _table()["sets"]
-    ]
-
-
 def bench(
     encoder: Encoder,
     model: str,
@@ -132,45 +75,70 @@ def bench(
     home: Path,
     *,
     max_tokens: int | None = None,
+    processes: Processes = ALONE,
     progress: Callable[[str], None],
-    advance: Callable[[int], None] = lambda documents: None,
-) -> dict[str, Exception]:
-    """Runs a model on sets, and writes scores and search results into the folder `home`. Returns the sets that failed.
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, str]:
+    """Runs a model on sets, and writes scores and search results into the folder `home`.
 
-    Questions get the instruction of `airbench.yaml`, documents none. What is in `home` already is not done again, and a
-    corpus that was stopped half-way goes on by shards. Hits are exact, by inner product. `max_tokens` cuts all texts;
-    by default the model does where it wants. `advance(n)` is told of n more documents.
+    Questions get the instruction of `airbench_sets.yaml`, documents none. What is in `home` already is not done again,
+    and a corpus that was stopped half-way goes on by shards. Hits are exact, by inner product.
 
-    Raises InputError if `home` has results of another model, instruction, version or length.
+    Args:
+        encoder: The model.
+        model: Its name in the results.
+        sets: What `choose` returns.
+        home: The folder of this model's results.
+        max_tokens: Tokens after which a text is cut. Default: where the model cuts.
+        processes: The processes that share the sets. Rank 0 waits for the others.
+        progress: A function that gets lines.
+        advance: A function that gets the number of documents done, and that of all documents of this process.
+
+    Returns:
+        Why a set failed, by its name. The results of the others are kept.
+
+    Raises:
+        InputError: `home` has results of another model, instruction, version or length.
     """
     if max_tokens is not None:
         encoder = _Cut(encoder, max_tokens)
-    version, instruction = _table()["version"], _table()["instruction"]
+    version, instruction = sets_file()["version"], sets_file()["instruction"]
     facts = about(model, fingerprint_of(encoder)) | {"instruction": instruction, "version": version}
     _claim(home, {key: facts[key] for key in ("model", "fingerprint", "instruction", "version")})
-    failed: dict[str, Exception] = {}
-    for number, one in enumerate(sets, start=1):
-        where = f"[{number}/{len(sets)}] {one.name}"
-        todo = [split for split in one.splits if not _file(home, one, split).exists()]
-        if not todo:
-            progress(f"{where}: done before")
-            advance(one.documents)
-            continue
-        progress(f"{where} ({', '.join(todo)}): {one.documents:,} documents")
+    todo = {one: [split for split in one.splits if not _file(home, one, split).exists()] for one in sets}
+    failures = {one: home / "failed" / f"{one.name}.txt" for one in sets}
+    if processes.first:
+        shutil.rmtree(home / "failed", ignore_errors=True)
+        progress(f"{len(sets)} sets, {sum(not splits for splits in todo.values())} of them done before")
+    processes.wait()
+    left = [one for one in sets if todo[one]]
+    mine = [left[i] for i in processes.split([one.documents for one in left])[processes.rank]]
+    total, done, unreached = sum(one.documents for one in mine), 0, False
+
+    def count(documents: int) -> None:
+        nonlocal done
+        done += documents
+        advance(done, total)
+
+    for one in mine:
+        where = f"[{left.index(one) + 1}/{len(left)}] {one.name}"
+        progress(f"{where} ({', '.join(todo[one])}): {one.documents:,} documents")
         try:
-            _run(
-                encoder,
-                one,
-                todo,
-                home,
-                facts,
-                advance,
-                offline=any(isinstance(error, OutOfReachError) for error in failed.values()),
-            )
-        except Exception as error:  # a set that fails must not cost the results of the others
-            failed[one.name] = error
-            progress(f"{where}: {error}")
-    return failed
+            for row in _run(encoder, one, todo[one], home, facts, count, offline=unreached):
+                progress(f"{where}: {row.metric} {row.value:.4f}")
+        except Exception as error:  # of any set: the others go on
+            logger.debug("%s failed", one.name, exc_info=True)
+            unreached |= isinstance(error, OutOfReachError)
+            reason = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+            write_text(failures[one], reason)
+            progress(f"{where}: FAILED: {reason}")
+    while processes.first and not all(failures[one].exists() or _is_done(home, one) for one in left):
+        time.sleep(_POLL_S)
+    return {one.name: file.read_text(encoding="utf-8") for one, file in failures.items() if file.exists()}
+
+
+def _is_done(home: Path, one: AirSet) -> bool:
+    return all(_file(home, one, split).exists() for split in one.splits)
 
 
 def _claim(home: Path, own: dict[str, Any]) -> None:
@@ -203,7 +171,8 @@ def _run(
     facts: dict[str, Any],
     advance: Callable[[int], None],
     offline: bool,
-) -> None:
+) -> list[Result]:
+    """Runs one set, and returns the row of its dev split if that is asked for. Loads all files before it encodes."""
     started, version, key = time.perf_counter(), facts["version"], one.dataset.replace("-", "_")
     parts = {split: f"queries_{key}_{split}" for split in splits}
     tables, commits = open_splits(one.repository, version, [f"corpus_{key}", *parts.values()], offline)
@@ -217,20 +186,22 @@ def _run(
     corpus, folder = tables[f"corpus_{key}"], home / "vectors" / one.name
     vectors = encode_texts(encoder, lambda: _texts(corpus), len(corpus), folder=folder, advance=advance)
     ids = [str(id_) for id_ in corpus["id"]]
+    rows: list[Result] = []
     for split, part in parts.items():
         texts = list(_texts(tables[part]))
         scores_QK, rows_QK = top_k(encode_finite(encoder, texts, facts["instruction"]), vectors, DEPTH)
         hits = {
-            str(query): dict(zip((ids[row] for row in rows), scores, strict=True))
-            for query, rows, scores in zip(tables[part]["id"], rows_QK.tolist(), scores_QK.tolist(), strict=True)
+            str(query): dict(zip((ids[row] for row in row_K), score_K, strict=True))
+            for query, row_K, score_K in zip(tables[part]["id"], rows_QK.tolist(), scores_QK.tolist(), strict=True)
         }
         if split == "dev":
-            row = _scored(one, hits, judged)
-            made = facts | {"data": commits}
-            write_results(_file(home, one, split), Results(f"{NAME} dev", (row,), time.perf_counter() - started, made))
+            rows.append(_scored(one, hits, judged))
+            seconds, made = time.perf_counter() - started, facts | {"data": commits}
+            write_results(_file(home, one, split), Results(f"{NAME} dev", tuple(rows), seconds, made))
         else:
             write_text(_file(home, one, split), _submission(one, split, home.name, hits))
     shutil.rmtree(folder, ignore_errors=True)
+    return rows
 
 
 def _scored(one: AirSet, hits: Hits, judged: Mapping[str, Mapping[str, int]]) -> Result:
@@ -251,7 +222,7 @@ def _scored(one: AirSet, hits: Hits, judged: Mapping[str, Mapping[str, int]]) ->
 def _submission(one: AirSet, split: str, model: str, hits: Hits) -> str:
     """Returns a file of search results as air-benchmark writes and reads it."""
     names = {"task_type": one.task, "domain": one.domain, "language": one.language, "dataset_name": one.dataset}
-    head = {"model_name": model, "reranker_name": "NoReranker", "benchmark_version": _table()["version"], **names}
+    head = {"model_name": model, "reranker_name": "NoReranker", "benchmark_version": sets_file()["version"], **names}
     return json.dumps({**head, "split": split, "search_results": hits})
 
 
@@ -275,7 +246,7 @@ def table(home: Path, sets: Sequence[AirSet]) -> list[Row]:
         scored: list[Row] = []
         for one, file in own:
             row: Row = {"set": one.name, "metric": metric, home.name: 100 * read_results(file).rows[0].value}
-            for model, tasks in _table()["published"].items():
+            for model, tasks in sets_file()["published"].items():
                 row[f"{model} (24.04)"] = tasks.get(task, {}).get(one.domain) if one.language == "en" else None
             scored.append(row)
         if len(scored) > 1:

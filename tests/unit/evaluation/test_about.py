@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 
 from embedwright.evaluation.about import about, processor
@@ -14,3 +15,12 @@ def test_the_facts_are_json_and_name_machine_and_versions() -> None:
     assert facts["machine"]["cores"] >= 1
     assert facts["versions"]["torch"] == torch.__version__
     assert "sentence-transformers" in facts["versions"]
+
+
+def test_the_command_is_what_a_person_types(monkeypatch: pytest.MonkeyPatch) -> None:
+    for argv, command in (
+        (["/x/bin/embedwright", "eval", "my model", "dev"], "embedwright eval 'my model' dev"),
+        (["/x/src/embedwright/__main__.py", "eval", "minilm"], "python -m embedwright eval minilm"),
+    ):
+        monkeypatch.setattr("sys.argv", argv)
+        assert about("m")["command"] == command

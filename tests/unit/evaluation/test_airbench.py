@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import textwrap
+import threading
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,8 +28,10 @@ from numpy.typing import NDArray
 
 from embedwright.errors import InputError
 from embedwright.evaluation import airbench
-from embedwright.evaluation.airbench import AirSet, bench, choose, pack, table
+from embedwright.evaluation.airbench import bench, pack, table
+from embedwright.evaluation.airbench_sets import choose
 from embedwright.evaluation.results import read_results
+from embedwright.processes import Processes
 
 VERSION = "AIR-Bench_24.05"
 MODULES = (statistics, textwrap, shutil, zipfile, subprocess, socket, json, inspect, os, math)
@@ -117,8 +120,9 @@ def test_the_dev_splits_score_as_brute_force_does(hub: dict[str, Any], tmp_path:
     said: list[str] = []
     sets = [*choose("AIR-Bench/qa/arxiv/en"), *choose("AIR-Bench/book/dev")]
     model, home = Words(), tmp_path / "air-bench" / "words"
-    counted: list[int] = []
-    assert bench(model, "words", sets, home, progress=said.append, advance=counted.append) == {}
+    counted: list[tuple[int, int]] = []
+    advance = lambda done, total: counted.append((done, total))  # noqa: E731
+    assert bench(model, "words", sets, home, progress=said.append, advance=advance) == {}
     assert model.tasks == {None, "Given a question, retrieve passages that answer the question"}
     expected = by_hand(hub, next(task for task in model.tasks if task))
     for one in sets:
@@ -132,7 +136,7 @@ def test_the_dev_splits_score_as_brute_force_does(hub: dict[str, Any], tmp_path:
         assert 0.1 < row.value < 0.95  # neither trivial nor hopeless, else the comparison would say little
         assert results.about["data"][f"AIR-Bench/qrels-{one.repository[10:]}-dev"] == SHA
         assert results.about["fingerprint"] == {"weights": "words"}
-    assert sum(counted) == 2 * len(hub["corpus"])
+    assert counted[-1] == (2 * len(hub["corpus"]), 222877 + 778)  # the sizes that the real sets have
     assert not list((home / "vectors").iterdir())
 
 
@@ -189,7 +193,8 @@ def test_a_killed_run_goes_on_with_what_is_missing(hub: dict[str, Any], tmp_path
         from huggingface_hub import constants
         from datasets import config
         import embedwright.vectors.store, test_airbench
-        from embedwright.evaluation.airbench import bench, choose
+        from embedwright.evaluation.airbench import bench
+        from embedwright.evaluation.airbench_sets import choose
         constants.HF_HUB_CACHE, config.HF_DATASETS_CACHE = {constants.HF_HUB_CACHE!r}, {str(tmp_path / "datasets")!r}
         embedwright.vectors.store._SHARD = 50
 
@@ -216,7 +221,7 @@ def test_a_killed_run_goes_on_with_what_is_missing(hub: dict[str, Any], tmp_path
     assert read_results(whole / "qa_arxiv_en.json").rows == read_results(home / "qa_arxiv_en.json").rows
     again, said = Words(), list[str]()
     assert bench(again, "words", sets, home, progress=said.append) == {}
-    assert again.encoded == [] and said == ["[1/1] qa_arxiv_en: done before"]
+    assert again.encoded == [] and said == ["1 sets, 1 of them done before"]
 
 
 def test_results_of_another_model_are_not_mixed(hub: dict[str, Any], tmp_path: Path, monkeypatch: Any) -> None:
@@ -225,6 +230,31 @@ def test_results_of_another_model_are_not_mixed(hub: dict[str, Any], tmp_path: P
     monkeypatch.setattr(Words, "fingerprint", lambda self: {"weights": "others"})
     with pytest.raises(InputError, match=r"words holds results made otherwise .*weights.*another --out"):
         bench(Words(), "words", sets, tmp_path / "words", progress=lambda line: None)
+
+
+def test_two_processes_do_what_one_does(hub: dict[str, Any], tmp_path: Path) -> None:
+    """Each its own set, at once; rank 0 waits, and knows what failed elsewhere."""
+    sets = [*choose("AIR-Bench/qa/arxiv/en"), *choose("AIR-Bench/book/dev"), *choose("AIR-Bench/finance/ar/dev")]
+    barrier, models, failed = threading.Barrier(2), [Words(), Words()], [dict[str, str](), dict[str, str]()]
+
+    class Pair(Processes):
+        def wait(self) -> None:
+            barrier.wait()
+
+    def run(rank: int) -> None:
+        pair = Pair(rank, 2)
+        failed[rank] = bench(models[rank], "w", sets, tmp_path / "two", processes=pair, progress=lambda line: None)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    bench(Words(), "w", sets, tmp_path / "one", progress=lambda line: None)
+    for name in ("qa_arxiv_en", "long-doc_book_en_a-brief-history-of-time_stephen-hawking"):
+        one, two = (read_results(tmp_path / run / f"{name}.json").rows for run in ("one", "two"))
+        assert one == two
+    assert all(model.encoded for model in models) and list(failed[0]) == ["qa_finance_ar"]
 
 
 def test_max_tokens_cuts_texts_and_is_part_of_the_results(
@@ -252,7 +282,7 @@ def test_a_set_that_is_not_here_is_named_with_its_cache_and_the_rest_is_kept(
     sets = [*choose("AIR-Bench/qa/law/en/dev"), *choose("AIR-Bench/qa/arxiv/dev")]
     failed = bench(Words(), "words", sets, tmp_path / "words", progress=said.append)
     assert list(failed) == ["qa_law_en"]
-    message = str(failed["qa_law_en"])
+    message = failed["qa_law_en"]
     place = tmp_path / "hub" / "datasets--AIR-Bench--qa_law_en"
     assert f"AIR-Bench/qa_law_en: the hub cannot be reached, and its cache {place} lacks corpus_default" in message
     assert f"hf download AIR-Bench/qa_law_en --repo-type dataset --include README.md '{VERSION}/*'" in message
@@ -279,31 +309,9 @@ def test_nothing_is_encoded_before_all_files_are_there(hub: dict[str, Any], tmp_
     (tmp_path / "hub" / "datasets--AIR-Bench--qrels-qa_arxiv_en-dev" / "refs" / "main").unlink()
     model = Words()
     failed = bench(model, "words", choose("AIR-Bench/qa/arxiv/dev"), tmp_path / "words", progress=lambda line: None)
-    assert "lacks qrels_default_dev" in str(failed["qa_arxiv_en"])
+    assert "lacks qrels_default_dev" in failed["qa_arxiv_en"]
     assert model.encoded == []
     assert bench(model, "words", choose("AIR-Bench/qa/arxiv/test"), tmp_path / "w", progress=lambda line: None) == {}
-
-
-def test_names_choose_sets() -> None:
-    everything = choose("AIR-Bench")
-    assert len(everything) == 69  # as the package's README counts them
-    assert {one.task for one in everything} == {"qa", "long-doc"}
-    assert len({one.language for one in everything}) == 13
-    assert len({one.domain for one in everything} - {"msmarco"}) == 9
-    assert len({one.name for one in everything}) == 69
-    assert choose("AIR-Bench/qa/wiki/en") == [AirSet("qa", "wiki", "en", "default", ("dev", "test"), 1012092)]
-    assert choose("AIR-Bench/en/wiki/test")[0].splits == ("test",)
-    assert [one.name for one in choose("AIR-Bench/long-doc/dev")] == [
-        "long-doc_healthcare_en_pubmed_100K-200K_3",
-        "long-doc_arxiv_en_llama2",
-        "long-doc_law_en_lex_files_300K-400K",
-        "long-doc_book_en_a-brief-history-of-time_stephen-hawking",
-    ]
-    assert [one.name for one in choose("AIR-Bench/gemini")] == ["long-doc_arxiv_en_gemini"]
-    with pytest.raises(InputError, match=r"'finanse' \(did you mean 'finance'\?\)"):
-        choose("AIR-Bench/qa/finanse")
-    with pytest.raises(InputError, match=r"AIR-Bench/qa/law has no 'zh'; it has .*de, default, dev, en, fr"):
-        choose("AIR-Bench/qa/law/zh")
 
 
 def test_the_table_has_means_where_all_sets_have_a_score(hub: dict[str, Any], tmp_path: Path) -> None:
