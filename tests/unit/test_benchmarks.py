@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -217,3 +218,73 @@ def test_results_are_json_with_a_command(part: Any, monkeypatch: pytest.MonkeyPa
     assert record["command"] == "python benchmarks/encode.py --dtype float32"
     assert record["seconds"] == 1.2346 and record["goals"] == {"mining": []}
     assert {"cpu", "cores", "threads", "torch"} <= record["machine"].keys()
+
+
+# ---- mistakes of the contract
+
+DOCUMENTS = ["the moon is far away, and it pulls at the sea", "tides", "a dog that does not mind the rain at all"]
+
+
+@pytest.fixture
+def mistakes(part: Any, tiny_embedder: Any) -> Any:
+    """`mistakes(name, texts, task)`: the vectors of a tiny model that makes this mistake; without a name, of none."""
+    module, model = part("contract_mistakes"), tiny_embedder("latent", bos=True)
+    made = {**module.MISTAKES, None: module.Mistake("none")}
+    vectors = lambda name, texts, task: module.Mistaken(model, made[name], "Find it").encode(texts, task)  # noqa: E731
+    return SimpleNamespace(names=[*module.MISTAKES], vectors=vectors, model=model, module=module)
+
+
+def test_without_a_mistake_vectors_are_the_models(mistakes: Any) -> None:
+    for task in (None, "Find it"):
+        found = mistakes.vectors(None, DOCUMENTS, task)
+        np.testing.assert_allclose(found, mistakes.model.encode(DOCUMENTS, task), atol=1e-6)
+
+
+def test_each_mistake_changes_vectors(mistakes: Any) -> None:
+    right = {task: mistakes.model.encode(DOCUMENTS, task) for task in (None, "Find it")}
+    moved = {
+        name: [bool(np.abs(mistakes.vectors(name, DOCUMENTS, task) - own).max() > 1e-4) for task, own in right.items()]
+        for name in mistakes.names
+    }
+    of_queries = {"no-instruction", "no-newline", "prefix-pooled"}
+    expected = {name: [name not in of_queries, name != "on-documents"] for name in mistakes.names}
+    assert moved == expected
+
+
+def test_mistakes_are_what_they_say(mistakes: Any, tiny_embedder: Any) -> None:
+    model, vectors = mistakes.model, mistakes.vectors
+    close = lambda found, expected: np.testing.assert_allclose(found, expected, atol=1e-6)  # noqa: E731
+    close(vectors("no-instruction", DOCUMENTS, "Find it"), model.encode(DOCUMENTS))
+    close(vectors("on-documents", DOCUMENTS, None), model.encode(DOCUMENTS, "Find it"))
+    close(vectors("no-newline", DOCUMENTS, "Find it"), model.encode(DOCUMENTS, prefix="Instruct: Find it Query: "))
+    causal = tiny_embedder("latent", bos=True, attention="causal")
+    close(vectors("other-mask", DOCUMENTS, None), causal.encode(DOCUMENTS))
+    assert model.network.backbone.config.is_causal is False  # as before
+    alone = np.concatenate([vectors("padding-pooled", [text], None) for text in DOCUMENTS])
+    close(alone, model.encode(DOCUMENTS))  # one text alone has no padding
+
+
+def test_the_script_scores_each_mistake(
+    mistakes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"text1": a, "text2": b, "score": n} for n, (a, b) in enumerate(zip(DOCUMENTS, DOCUMENTS[1:] * 2))]  # noqa: B905
+    (tmp_path / "sts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    suite = {"name": "s", "tasks": [{"name": "sts", "kind": "sts", "path": "sts.jsonl", "instruction": "Find it"}]}
+    (tmp_path / "s.yaml").write_text(json.dumps(suite))
+    mistakes.model.save(tmp_path / "model")
+    words = [
+        "contract_mistakes.py",
+        str(tmp_path / "model"),
+        str(tmp_path / "s.yaml"),
+        "--only",
+        "no-eos",
+        "other-mask",
+    ]
+    monkeypatch.setattr(sys, "argv", [*words, "--out", str(tmp_path / "out.json")])
+    mistakes.module.main()
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert (
+        found["scores"].keys() == {"right", "no-eos", "other-mask"} and found["mistakes"]["no-eos"] == "EOS is missing"
+    )
+    assert found["scores"]["right"].keys() == {"sts"} and found["about"]["fingerprint"] == mistakes.model.fingerprint()
+    assert "other-mask" in capsys.readouterr().out
