@@ -20,9 +20,9 @@ def report(
     ],
     out: Annotated[Path, opt("HTML file to write.", callback=options.file_to_write)],
 ) -> None:
-    """Draw a run or results as one HTML file: what was trained, curves, and scores."""
+    """Draw a run or results as one HTML file: training, scores, example queries, and a map of texts."""
     from embedwright.studies.report import report as draw
 
-    page = draw(sources, shlex.join(["embedwright", *sys.argv[1:]]))
+    page = draw(sources, shlex.join(["embedwright", *sys.argv[1:]]), say=lambda line: say(f"  {line}"))
     write_text(out, page)
     say(f"{out}: {len(page.encode()) / 1e6:.1f} MB; open it in a browser")

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from embedwright.errors import MissingPackageError
+from embedwright.studies.report_model import Say, model_parts
 from embedwright.studies.report_run import is_run, read_run
 from embedwright.studies.report_scores import Named, read_scores, score_tables
+
+logger = logging.getLogger(__name__)
 
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def report(paths: Sequence[Path], command: str) -> str:
+def report(paths: Sequence[Path], command: str, say: Say = logger.info) -> str:
     """Returns the report of a run and of results as the text of one HTML page.
 
     Args:
-        paths: Run folders, result files, or folders of result files. The first run is described in full. Of other
-            runs, the scores are shown beside it.
+        paths: Run folders, result files, or folders of result files. The first run is described in full, with parts
+            for which its model encodes samples of its data. Of other runs, the scores are shown beside it.
         command: The command that asked for the report, which the page shows.
+        say: A function that gets a line before each part that takes time.
 
     Raises:
         FileNotFoundError: A path does not exist.
@@ -29,13 +34,15 @@ def report(paths: Sequence[Path], command: str) -> str:
     named = read_scores(paths)
     folder = next(filter(is_run, paths), None)
     run = None if folder is None else read_run(folder)
-    charts = [] if run is None else run["curves"]
+    model = None if folder is None else model_parts(folder, say)
+    charts = [*run["curves"], *model["pairs"], *model["mined"]] if run and model else []
     page = {
         "title": run["name"] if run else "Results",
         "run": run,
+        "model": model,
         "tables": score_tables(named),
         "commands": [*_commands(folder, named), {"what": "this report", "command": command, "made": ""}],
-        "charts": charts,
+        "drawn": {"charts": {chart["id"]: chart for chart in charts}, "map": model["map"] if model else None},
     }
     return _rendered(page)
 

@@ -18,8 +18,35 @@ from embedwright.training.run.track import read_records
 from embedwright.training.stages import START, StagePart
 
 Row = dict[str, Any]
+Chart = dict[str, Any]
 POINTS = 600  # of a curve: more than a screen can show make the page heavy
 _CURVES = {"loss": "Loss", "lr": "Learning rate", "grad_norm": "Gradient norm", "speed": "Tokens a second"}
+
+
+def chart(
+    name: str,
+    title: str,
+    series: Sequence[Row],
+    alt: str,
+    *,
+    marks: Sequence[Row] = (),
+    x: str = "step",
+    unit: str = "",
+    note: str = "",
+    wide: bool = False,
+) -> Chart:
+    """Returns a chart as the page draws it. `alt` says in words what it shows; `marks` are the stages of a run."""
+    return {
+        "id": name,
+        "title": title,
+        "series": series,
+        "alt": alt,
+        "marks": marks,
+        "x": x,
+        "unit": unit,
+        "note": note,
+        "wide": wide,
+    }
 
 
 def is_run(folder: Path) -> bool:
@@ -34,6 +61,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     """
     recipe = Recipe.load(folder / "recipe.yaml")
     steps, evaluations = read_records(folder / "metrics.jsonl"), read_evaluations(folder)
+    marks = _marks(recipe, steps)
     return {
         "name": recipe.name,
         "steps": len(steps),
@@ -50,7 +78,7 @@ def read_run(folder: Path) -> dict[str, Any]:
             if value is not None and key
         ],
         "recipe": (folder / "recipe.yaml").read_text(encoding="utf-8"),
-        "curves": _step_curves(recipe, steps) + _score_curves(recipe, steps, evaluations),
+        "curves": _step_curves(marks, steps) + _score_curves(marks, evaluations),
     }
 
 
@@ -132,43 +160,38 @@ def _source(stage: str, source: Mapping[str, Any]) -> Row:
 # ---------------------------------------------------------------------------------------------------- curves
 
 
-def _step_curves(recipe: Recipe, steps: Sequence[Row]) -> list[Row]:
-    marks = _marks(recipe, steps)
+def _step_curves(marks: Sequence[Row], steps: Sequence[Row]) -> list[Chart]:
     rows = [{**step, "speed": step["tokens"] / max(step["seconds"], 1e-4)} for step in steps]
     curves = []
     for key, title in _CURVES.items():
-        if len(steps) < 2 or not any(_finite(row.get(key)) is not None for row in rows):
+        lost = sum(_finite(row.get(key)) is None for row in rows)
+        if len(steps) < 2 or lost == len(rows):
             continue
         series = [_series(title.lower(), [row.get(key) for row in rows])]
         if key == "loss" and any("chance" in row for row in rows):
             series.append({**_series("of telling nothing apart", [row.get("chance") for row in rows]), "dashed": True})
-        lost = sum(_finite(row.get(key)) is None for row in rows)
-        curves.append(
-            {"id": key, "title": title, "series": series, "marks": marks, "lost": lost, "x": "step", "wide": False}
-        )
-    for curve in curves:
-        curve["alt"] = _in_words(curve)
+        note = f"{lost} steps have no finite value: gaps." if lost else ""
+        curves.append(chart(key, title, series, _in_words(title, series), marks=marks, note=note))
     return curves
 
 
-def _score_curves(recipe: Recipe, steps: Sequence[Row], evaluations: Sequence[Record]) -> list[Row]:
+def _score_curves(marks: Sequence[Row], evaluations: Sequence[Record]) -> list[Chart]:
     """Returns one chart a suite with a line a task, over the steps of all stages together."""
-    marks = _marks(recipe, steps)
     begins = {mark["name"]: mark["from"] for mark in marks} | {START: 0}
-    charts: dict[str, dict[str, Row]] = {}
+    suites: dict[str, dict[str, Row]] = {}
     for record in evaluations:
         for row in record["results"]["rows"]:
-            lines = charts.setdefault(record["results"]["suite"], {})
+            lines = suites.setdefault(record["results"]["suite"], {})
             name = f"{row['task']}, {row['metric']}"
             line = lines.setdefault(name, {"name": name, "x": [], "y": [], "dots": True})
             line["x"].append(begins.get(record["stage"], 0) + record["step"])
             line["y"].append(_finite(row["value"]))
-    curves: list[Row] = []
-    for suite, lines in charts.items():
+    curves: list[Chart] = []
+    for suite, lines in suites.items():
         if any(len(line["x"]) > 1 for line in lines.values()):
-            curve = {"id": f"scores-{len(curves)}", "title": f"Scores on {suite}", "series": list(lines.values())}
-            curves.append(curve | {"marks": marks, "lost": 0, "x": "step", "wide": True})
-            curves[-1]["alt"] = _in_words(curves[-1])
+            title, series = f"Scores on {suite}", list(lines.values())
+            made = chart(f"scores-{len(curves)}", title, series, _in_words(title, series), marks=marks, wide=True)
+            curves.append(made)
     return curves
 
 
@@ -191,15 +214,15 @@ def _series(name: str, values: Sequence[Any]) -> Row:
     return {"name": name, "x": [min((i + 1) * width, len(values)) for i in range(len(parts))], "y": means}
 
 
-def _in_words(curve: Mapping[str, Any]) -> str:
+def _in_words(title: str, series: Sequence[Row]) -> str:
     """Describes a chart for those who do not see it."""
     lines = []
-    for line in curve["series"]:
+    for line in series:
         known = [value for value in line["y"] if value is not None]
         if known:
             span = f"lowest {min(known):.4g}, highest {max(known):.4g}"
             lines.append(f"{line['name']} goes from {known[0]:.4g} to {known[-1]:.4g} ({span})")
-    return f"{curve['title']} by step: {'; '.join(lines)}."
+    return f"{title} by step: {'; '.join(lines)}."
 
 
 def _finite(value: Any) -> float | None:

@@ -94,6 +94,10 @@ class Browser:
         ends = time.monotonic() + 60
         while not self.loaded:
             self._read(ends - time.monotonic())
+        self.settle()
+
+    def settle(self) -> None:
+        """Waits until the page has drawn what has changed, and has heard of it."""
         self.run("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(1))))")
 
     def run(self, script: str) -> Any:

@@ -14,6 +14,7 @@ from embedwright.training.recipe import Recipe
 from embedwright.training.train import train
 
 SCRIPT = "<script>alert(1)</script> & </script>\u2028 tide"  # as HTML and as JSON in a script
+SUITE = "held out </script>\u2028"
 KINDS = ("sea", "dog", "sun & moon")
 
 
@@ -53,7 +54,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny_decoder: Callable[..
         )
     ]
     suite = at / "suite" / "suite.yaml"
-    suite.write_text(yaml.safe_dump({"name": "held out", "tasks": tasks}))
+    suite.write_text(yaml.safe_dump({"name": SUITE, "tasks": tasks}))
     find = {"name": "pairs", "instruction": "Find it", "licence": "CC0 <b>"}
     stage = {"hard_negatives": 1, "temperature": 0.1}
     recipe = Recipe.parse({

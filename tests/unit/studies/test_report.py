@@ -39,8 +39,10 @@ def test_the_page_shows_the_run_and_escapes_its_texts(tiny_run: Path) -> None:
     assert page.has("tiny & small", "CC0 <b>", "first, step 4", "cosine_spearman", "embedwright report x --out y")
     assert page.has(f"embedwright train {tiny_run}/recipe.yaml")
     assert [tag for tag, _ in page.elements if tag == "script"] == ["script"] * 2
-    charts = json.loads(re.search(r'<script type="application/json" id="charts">(.*?)</script>', html, re.DOTALL)[1])
-    assert [chart["id"] for chart in charts] == ["loss", "lr", "grad_norm", "speed", "scores-0"]
+    assert page.has("<script>alert(1)</script> & </script> tide", "right", "Find it")
+    drawn = json.loads(re.search(r'<script type="application/json" id="drawn">(.*?)</script>', html, re.DOTALL)[1])
+    assert list(drawn["charts"]) == ["loss", "lr", "grad_norm", "speed", "scores-0", "pairs-0", "pairs-1"]
+    assert any("<script>alert(1)</script>" in text for text in drawn["map"]["texts"])
 
 
 def test_the_page_names_no_other_place(tiny_run: Path) -> None:
@@ -56,7 +58,16 @@ def test_results_alone_need_no_run(tmp_path: Path) -> None:
     write_results(tmp_path / "a.json", Results("s", (Result("t", "sts", "cosine_spearman", 0.5),), 1.0, about))
     page = Page(report([tmp_path / "a.json"], ""))
     assert page.has("minilm on s", "embedwright eval minilm s", "0.5000")
-    assert not page.has("What was trained") and not page.has("Curves")
+    assert page.has("These are results alone") and not page.has("What was trained") and not page.has("Curves")
+
+
+def test_what_a_run_lacks_is_said(tiny_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text((tiny_run / "recipe.yaml").read_text())
+    page = Page(report([run], ""))
+    assert page.has("A curve needs two steps", "The run has no evaluations", "no data.json", "no environment.json")
+    assert page.has("Left out:", "model is not there")
 
 
 def test_the_command_writes_the_file(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

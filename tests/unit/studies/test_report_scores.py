@@ -20,13 +20,14 @@ def test_scores_of_a_run_are_those_before_it_and_of_the_end_of_each_stage(tiny_r
 
 
 def test_runs_and_results_stand_side_by_side(tiny_run: Path, tmp_path: Path) -> None:
-    write_results(tmp_path / "r" / "one" / "dev.json", results("held out", 0.25, "one"))
+    suite = read_scores([tiny_run])[0][1].suite
+    write_results(tmp_path / "r" / "one" / "dev.json", results(suite, 0.25, "one"))
     (tmp_path / "r" / "one" / "model_meta.json").write_text("{}")
     write_results(tmp_path / "two.json", results("other", -0.18, "two"))
     named = read_scores([tiny_run, tmp_path / "r", tmp_path / "two.json"])
     assert [name for name, _ in named][-2:] == ["one", "two"]
     tables = score_tables(named)
-    assert [table["suite"] for table in tables] == ["held out", "other"]
+    assert [table["suite"] for table in tables] == [suite, "other"]
     assert [task["task"] for task in tables[0]["tasks"]] == ["docs", "kinds", "alike", "a", "b"]
     other = tables[1]
     assert (other["low"], other["high"]) == (-0.2, pytest.approx(0.9))
