@@ -131,7 +131,7 @@ def bench(
             unreached |= isinstance(error, OutOfReachError)
             reason = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
             write_text(failures[one], reason)
-            progress(f"{where}: FAILED: {reason}")
+            progress(f"{where}: FAILED")
     while processes.first and not all(failures[one].exists() or _is_done(home, one) for one in left):
         time.sleep(_POLL_S)
     return {one.name: file.read_text(encoding="utf-8") for one, file in failures.items() if file.exists()}
@@ -216,7 +216,7 @@ def _scored(one: AirSet, hits: Hits, judged: Mapping[str, Mapping[str, int]]) ->
     details = {name: float(score_N.mean()) for name, score_N in by_query.items()}
     metric = MAIN[one.task]
     items = {"score": by_query[metric], "id": np.array(list(found))}
-    return Result(one.name, "retrieval", metric, details[metric], details, items)
+    return Result(one.name, "retrieval", metric, details.pop(metric), details, items)
 
 
 def _submission(one: AirSet, split: str, model: str, hits: Hits) -> str:
@@ -245,9 +245,10 @@ def table(home: Path, sets: Sequence[AirSet]) -> list[Row]:
         own = [(one, file) for one in sets if one.task == task and (file := _file(home, one, "dev")).exists()]
         scored: list[Row] = []
         for one, file in own:
-            row: Row = {"set": one.name, "metric": metric, home.name: 100 * read_results(file).rows[0].value}
+            row: Row = {"set": one.name, "metric": metric, home.name: read_results(file).rows[0].value}
             for model, tasks in sets_file()["published"].items():
-                row[f"{model} (24.04)"] = tasks.get(task, {}).get(one.domain) if one.language == "en" else None
+                known = tasks.get(task, {}).get(one.domain) if one.language == "en" else None
+                row[f"{model} (24.04)"] = None if known is None else known / 100
             scored.append(row)
         if len(scored) > 1:
             mean: Row = {"set": f"mean of {len(scored)}", "metric": metric}
