@@ -58,9 +58,9 @@ def _commands(folder: Path | None, named: Sequence[Named]) -> list[dict[str, str
         about = results.about
         if about.get("command"):
             machine = about.get("machine", {})
-            made = [about.get("date"), machine.get("processor"), *machine.get("gpus", [])]
+            made = ", ".join(filter(None, [about.get("date"), machine.get("processor"), *machine.get("gpus", [])]))
             what = f"{name} on {results.suite}"
-            rows.append({"what": what, "command": about["command"], "made": ", ".join(filter(None, made))})
+            rows.append({"what": what, "command": about["command"], "made": made})
     return rows
 
 

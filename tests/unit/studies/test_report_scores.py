@@ -2,11 +2,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy import stats
 
 from embedwright.errors import InputError, NotFoundError
 from embedwright.evaluation.results import Result, Results, write_results
-from embedwright.studies.report_scores import read_scores, score_tables
+from embedwright.studies.report_scores import half_interval, read_scores, score_tables
 
 
 def results(suite: str, value: float, model: str) -> Results:
@@ -28,15 +30,37 @@ def test_runs_and_results_stand_side_by_side(tiny_run: Path, tmp_path: Path) -> 
     assert [name for name, _ in named][-2:] == ["one", "two"]
     tables = score_tables(named)
     assert [table["suite"] for table in tables] == [suite, "other"]
-    assert [task["task"] for task in tables[0]["tasks"]] == ["docs", "kinds", "alike", "a", "b"]
+    assert [task["task"] for task in tables[0]["tasks"]] == ["docs", "kinds", "alike", "a", "b"]  # none has all
     other = tables[1]
     assert (other["low"], other["high"]) == (-0.2, pytest.approx(0.9))
-    assert [score["at"] for task in other["tasks"] for score in task["scores"]] == pytest.approx([0.02 / 1.1, 1.0])
+    assert [(task["task"], task["metric"]) for task in other["tasks"]][-1] == ("mean", "over 2 tasks")
+    places = [score["at"] for task in other["tasks"] for score in task["scores"]]
+    assert places == pytest.approx([0.02 / 1.1, 1.0, 0.56 / 1.1])
 
 
 def test_the_best_of_each_task_is_marked() -> None:
     tables = score_tables([("x", results("s", 0.1, "x")), ("y", results("s", 0.2, "y"))])
-    assert [[score["best"] for score in task["scores"]] for task in tables[0]["tasks"]] == [[False, True], [True, True]]
+    best = [[score["best"] for score in task["scores"]] for task in tables[0]["tasks"]]
+    assert best == [[False, True], [True, True], [False, True]]
+
+
+def test_the_interval_of_a_mean_is_that_of_the_t_test(tiny_run: Path) -> None:
+    score = np.random.default_rng(0).beta(1, 2, 150)
+    row = Result("a", "retrieval", "nDCG@10", float(score.mean()), {}, {"score": score, "id": np.arange(150)})
+    ends = stats.ttest_1samp(score, 0).confidence_interval(0.95)
+    assert half_interval("s", row) == pytest.approx((ends.high - ends.low) / 2, rel=0.06)
+    table = score_tables([("x", Results("s", (row,), 1.0))])[0]
+    (shown,) = table["tasks"][0]["scores"]
+    width = table["high"] - table["low"]
+    assert shown["from"] * width + table["low"] == pytest.approx(shown["value"] - shown["half"])
+    assert shown["span"] * width == pytest.approx(2 * shown["half"])
+    assert half_interval("s", Result("a", "retrieval", "nDCG@10", 0.5)) is None  # without items
+
+
+def test_runs_have_intervals_by_the_items_that_they_keep(tiny_run: Path) -> None:
+    tables = score_tables(read_scores([tiny_run]))
+    found = {task["task"]: [score["half"] for score in task["scores"]] for task in tables[0]["tasks"]}
+    assert all(half is not None and half > 0 for task in ("docs", "kinds", "alike") for half in found[task])
 
 
 def test_two_runs_are_told_apart_by_their_folders(tiny_run: Path) -> None:
