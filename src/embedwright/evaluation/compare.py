@@ -1,7 +1,8 @@
 """Compares the results of models with a baseline: differences with 95 % intervals, task by task and in the mean.
 
 The uncertainty comes from a paired bootstrap over the items that each score was computed from (`bootstrap.py`). Where a
-candidate has several training seeds, these count too; in a mean over tasks, so do the tasks inside their types.
+candidate has several training seeds, these count too. In a mean over many tasks, so do the tasks inside their types:
+the interval is then about other tasks of these types, else about these very tasks.
 """
 
 from __future__ import annotations
@@ -17,18 +18,21 @@ from embedwright.errors import InputError
 from embedwright.evaluation import statistics
 from embedwright.evaluation.bootstrap import Drawn, draw, random, same_order
 from embedwright.evaluation.results import Result, Results
+from embedwright.evaluation.statistics import Floats
 
 DRAWS = 10_000
 SEED = 1
 METHOD = (
-    "Scores are in points (x100). The standard error of a difference adds up what its sources contribute: the items, "
-    "by a paired bootstrap; training seeds where there are several, in pairs where both sides have the same ones; "
-    "runs of k-means; in a mean, the tasks inside their types. Each source has Student's t for its degrees of freedom. "
-    "From these come the interval (95 %), the two-sided p-value (the level at which the interval ends at 0), the "
-    "larger p-value of both one-sided tests, and the smallest difference that would have been seen (80 % power). "
-    "`p_holm` and `p_equivalent` are corrected for all comparisons of the table (Holm). A claim needs one below 0.05."
+    "Scores are in points (x100). The standard error of a difference adds up what its sources (`over`) contribute: the "
+    "items, by a paired bootstrap; training seeds where there are several, in pairs where both sides have the same "
+    "ones; runs of k-means; in a mean over many tasks, the tasks inside their types. Each source has Student's t for "
+    "its degrees of freedom. From these come the interval (95 %), the two-sided p-value (the level at which the "
+    "interval ends at 0), the larger p-value of both one-sided tests, and the smallest difference that would have been "
+    "seen (80 % power). `p_holm` and `p_equivalent` are corrected for all comparisons of the table (Holm). A claim "
+    "needs one of them below 0.05."
 )
 MEAN, HIGHER, LOWER, NONE_SHOWN = "mean", "higher", "lower", "none shown"
+ENOUGH_TASKS = 5  # tasks beside the first of each type, from which the spread over tasks is known well enough
 TINY = 1e-9  # of a point: below it, a standard error or a difference is rounding
 
 Key = tuple[str, str]  # suite and task
@@ -227,8 +231,7 @@ def _difference(
     base_S = np.sum([share * pair.base.score_S for pair, share in pairs], axis=0)
     other_S = np.sum([share * pair.other.score_S for pair, share in pairs], axis=0)
     drawn_B = np.zeros_like(pairs[0][0].base.drawn_B)
-    # noise of what there are few of, then that of the items
-    few = [share * np.array([pair.difference for pair in tasks]) for tasks, share in zip(types, shares, strict=True)]
+    few: list[Floats] = []
     for pair, share in pairs:
         if pair.items:
             drawn_B += share * (pair.other.drawn_B - pair.base.drawn_B)
@@ -236,20 +239,23 @@ def _difference(
             few += [share * (theirs_R - ours_R) for ours_R, theirs_R in runs]
     few += [other_S - base_S] if paired else [other_S, base_S]
     noise = [statistics.of_mean(100 * values) for values in few if len(values) > 1]
-    items = sum(pair.items for pair, _ in pairs)
+    groups = [share * np.array([pair.difference for pair in tasks]) for tasks, share in zip(types, shares, strict=True)]
+    drawn_tasks = sum(len(tasks) - 1 for tasks in types) >= ENOUGH_TASKS
+    if drawn_tasks:
+        noise.append(statistics.of_groups(100 * values for values in groups))
+    items, seeds = sum(pair.items for pair, _ in pairs), max(len(base_S), len(other_S)) > 1
     if items > 1:
         noise.append((float((100 * drawn_B).var(ddof=1)), items - 1))
     difference, error = 100 * float(other_S.mean() - base_S.mean()), statistics.error_of(noise)
     row = replace(bare, baseline=100 * float(base_S.mean()), score=100 * float(other_S.mean()), difference=difference)
-    several, seeds = any(len(tasks) > 1 for tasks in types), max(len(base_S), len(other_S)) > 1
     # where nothing shows the noise of a task, an interval of the mean would be too narrow
-    known = all(seeds or len(tasks) > 1 or tasks[0].items > 1 for tasks in types)
+    known = seeds or all(pair.items > 1 or (drawn_tasks and len(tasks) > 1) for tasks in types for pair in tasks)
     if not known or (error < TINY and abs(difference) > TINY):
         return row
     half = statistics.half_width(noise)
     return replace(
         row,
-        over=", ".join(name for name, there in (("tasks", several), ("seeds", seeds), ("items", items)) if there),
+        over=", ".join(name for name, there in (("tasks", drawn_tasks), ("seeds", seeds), ("items", items)) if there),
         error=error,
         low=difference - half,
         high=difference + half,

@@ -10,13 +10,13 @@ Shapes: `B` draws, `N` items, `G` groups of items.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-Noise = tuple[float, int]  # the variance of a difference that comes from one source, and its degrees of freedom
+Noise = tuple[float, float]  # the variance of a difference that comes from one source, and its degrees of freedom
 
 CHUNK = 2_000_000  # counts that are held at once
 LEVEL = 0.05  # the error rate of intervals (95 %), of claims after Holm, and of each one-sided test
@@ -109,6 +109,16 @@ def of_mean(values: Floats) -> Noise:
     return float(values.var(ddof=1)) / len(values), len(values) - 1
 
 
+def of_groups(groups: Iterable[Floats]) -> Noise:
+    """Returns the noise of a sum of means, each of one group: a bootstrap inside the groups. A single value has none.
+
+    The degrees of freedom are those of Welch and Satterthwaite.
+    """
+    parts = [of_mean(values) for values in groups if len(values) > 1]
+    variance, below = sum(part for part, _ in parts), sum(part**2 / degrees for part, degrees in parts)
+    return variance, variance**2 / below if below > 0 else 1.0
+
+
 def error_of(noise: Sequence[Noise]) -> float:
     """Returns the standard error of a difference: the root of its variances, added up."""
     return math.sqrt(sum(variance for variance, _ in noise))
@@ -131,14 +141,14 @@ def smallest_seen(noise: Sequence[Noise]) -> float:
     return _root(noise, lambda degrees: below(degrees) + power(degrees))
 
 
-def _quantile(level: float) -> Callable[[int], float]:
+def _quantile(level: float) -> Callable[[float], float]:
     from scipy.special import stdtrit
 
     return lambda degrees: float(-stdtrit(degrees, level / 2))  # the lower tail, for which tiny levels are exact
 
 
-def _root(noise: Sequence[Noise], factor: Callable[[int], float]) -> float:
-    return math.sqrt(sum(variance * factor(degrees) ** 2 for variance, degrees in noise))
+def _root(noise: Sequence[Noise], factor: Callable[[float], float]) -> float:
+    return math.hypot(*(math.sqrt(variance) * factor(degrees) for variance, degrees in noise))
 
 
 def p_value(difference: float, noise: Sequence[Noise]) -> float:
@@ -147,12 +157,14 @@ def p_value(difference: float, noise: Sequence[Noise]) -> float:
 
     if difference == 0 or error_of(noise) == 0:
         return float(difference == 0)
-    lowest = -600.0  # logarithm of the smallest p-value that is told apart from 0
 
     def beyond(log_level: float) -> float:
-        return half_width(noise, math.exp(log_level)) - abs(difference)
+        return math.log(half_width(noise, math.exp(log_level)) / abs(difference))
 
-    return math.exp(brentq(beyond, lowest, 0.0, xtol=1e-9) if beyond(lowest) > 0 else lowest)
+    lowest, highest = -600.0, -1e-6  # logarithms of the p-values that are told apart from 0 and 1
+    if half_width(noise, math.exp(highest)) >= abs(difference):
+        return 1.0
+    return math.exp(brentq(beyond, lowest, highest, xtol=1e-10) if beyond(lowest) > 0 else lowest)
 
 
 def p_equivalent(difference: float, noise: Sequence[Noise], bound: float) -> float:

@@ -71,6 +71,16 @@ def test_the_noise_of_a_mean_is_that_of_a_bootstrap_that_takes_one_less(count: i
     assert statistics.of_mean(values) == (pytest.approx(drawn.var(), rel=0.03), count - 1)
 
 
+def test_the_noise_of_groups_has_the_degrees_of_welch() -> None:
+    rng = np.random.default_rng(4)
+    ours, theirs = rng.normal(size=3), rng.normal(scale=3, size=5)
+    variance, degrees = statistics.of_groups([ours, theirs, np.ones(1)])
+    expected = stats.ttest_ind(theirs, ours, equal_var=False)
+    assert degrees == pytest.approx(expected.df)
+    assert np.sqrt(variance) == pytest.approx((theirs.mean() - ours.mean()) / expected.statistic)
+    assert statistics.of_groups([np.ones(1)])[0] == 0
+
+
 def test_interval_and_p_value_of_one_source_are_those_of_the_paired_t_test() -> None:
     rng = np.random.default_rng(1)
     ours, theirs = rng.normal(size=12), rng.normal(0.6, size=12)
@@ -81,6 +91,7 @@ def test_interval_and_p_value_of_one_source_are_those_of_the_paired_t_test() -> 
     assert (difference - half, difference + half) == pytest.approx(tuple(expected.confidence_interval()), rel=1e-9)
     assert statistics.p_value(30.0, [(1.0, 10**9)]) == pytest.approx(2 * stats.norm.sf(30), rel=1e-5)
     assert 0 < statistics.p_value(1e6, [(1.0, 10**9)]) < 1e-250
+    assert statistics.p_value(1e-15, noise) == 1
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.3, -0.3, 0.7])
@@ -110,8 +121,8 @@ def test_the_interval_of_several_sources_covers_the_truth(seeds: int, of_seeds: 
 
 
 def test_the_p_value_is_the_level_whose_interval_ends_at_no_difference() -> None:
-    noise = [(0.5, 2), (0.3, 9), (1.0, 400)]
-    for difference in (0.4, -2.0, 9.0):
+    noise = [(0.5, 1), (0.3, 9), (1.0, 400)]
+    for difference in (0.4, -2.0, 9.0, 300.0):
         assert statistics.half_width(noise, statistics.p_value(difference, noise)) == pytest.approx(abs(difference))
 
 
