@@ -33,7 +33,18 @@ ROOT = DOCS.parent
 TREE = "<!-- the tree, made by scripts/make_docs.py -->\n```\n", "```\n<!-- end -->"
 # In the order of reading; files come by name. `test_layout.py` checks who may import whom.
 ROOMS = ["", "model", "model/adapters", "model/formats", "model/interop", "model/verify", "cpu", "encoders", "vectors"]
-ROOMS += ["data", "data/files", "data/sources", "data/clean", "mining", "llm", "synth", "training", "training/batches"]
+ROOMS += [
+    "data",
+    "data/files",
+    "data/sources",
+    "data/clean",
+    "pairs",
+    "mining",
+    "llm",
+    "synth",
+    "training",
+    "training/batches",
+]
 ROOMS += ["training/losses", "training/engine", "training/run", "evaluation", "studies"]
 ROOMS += ["cli", "demo"]
 CATALOGUE = "<!-- embedwright data list --markdown -->\n", "<!-- end -->"

@@ -84,7 +84,7 @@ TOP = "__init__"  # the names that `from embedwright import ...` gives
 EVERYTHING = (
     BOTTOM
     | TRAINERS_USE
-    | {*TRAINING, "registration", "llm", "synth", "studies", "model.verify.doctor"}
+    | {*TRAINING, "registration", "llm", "synth", "pairs", "studies", "model.verify.doctor"}
     | {
         "model.formats.nvembed_export",
         "model.formats.soup",
@@ -118,6 +118,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model.verify.doctor": BOTTOM | {"encoders", "encoders.open", "model.verify.by_hand", *MODEL},
     "vectors": BOTTOM | {"encoders", "cpu", "text", *DATA[:5]},
     "mining": BOTTOM | {*SEARCH, *DATA},
+    "pairs": BOTTOM | {*SEARCH, *DATA},
     "llm": BOTTOM,
     "synth": BOTTOM | {"llm", *DATA},
     "evaluation": BOTTOM | {*SEARCH, "encoders.open", *DATA, *MODEL},

@@ -179,3 +179,34 @@ def data_labels(
         seed=seed,
     )
     say_json(counts)
+
+
+@data_app.command("pairs")
+def data_pairs(
+    path: Annotated[Path, arg("Documents: rows with `text`, a .txt (a text a line), a folder of .txt and .md, BEIR.")],
+    how: Annotated[str, opt("Ways to make examples, separated by commas: see docs/pairs.md.", "--how")],
+    out: options.Out,
+    column: Annotated[
+        list[str] | None,
+        opt("Column of rows that is the text, title, id, label or source, as title=summary. Repeatable."),
+    ] = None,
+    per_document: Annotated[int, opt("Number of draws of a document, for ways that draw.", min=1)] = 1,
+    name: Annotated[str | None, opt("What the tasks' names begin with. Default: the file's name.")] = None,
+    licence: Annotated[str, opt("Licence of the documents, for the tasks.")] = "",
+    seed: options.Seed = 0,
+) -> None:
+    """Make training examples from plain documents by rules: no queries and no language model are needed."""
+    from embedwright.pairs.documents import columns_of
+    from embedwright.pairs.make import make_pairs
+
+    counts = make_pairs(
+        path,
+        out,
+        [way.strip() for way in how.split(",") if way.strip()],
+        columns=columns_of(column or []),
+        per_document=per_document,
+        name=name,
+        licence=licence,
+        seed=seed,
+    )
+    say_json(counts)

@@ -9,7 +9,7 @@ from typing import Any
 
 from embedwright.data.files.beir import corpus_rows, document_text
 from embedwright.data.files.folders import stem_of
-from embedwright.data.files.rows import MAX_LINE, plain_name, text_lines
+from embedwright.data.files.rows import plain_name, text_rows
 from embedwright.data.schema import DataError, id_of
 from embedwright.encoders.protocol import Encoder, as_encoder
 from embedwright.errors import InputError
@@ -99,19 +99,6 @@ def _documents(source: Path) -> Iterator[tuple[str, str]]:
 
 def _rows(source: Path) -> Iterator[tuple[Path, int, Mapping[str, Any] | DataError]]:
     if plain_name(source.name).endswith(".txt"):
-        yield from ((source, number, row) for number, row in _texts(source))
+        yield from ((source, number, row) for number, _, row in text_rows(source))
     else:
         yield from corpus_rows(source)
-
-
-def _texts(source: Path) -> Iterator[tuple[int, Mapping[str, Any] | DataError]]:
-    for number, raw, whole in text_lines(source):
-        try:
-            text = raw.decode("utf-8").strip()
-        except UnicodeDecodeError as error:
-            yield number, DataError(f"not UTF-8 at byte {error.start}")
-            continue
-        if not whole:
-            yield number, DataError(f"longer than {MAX_LINE >> 20} MiB")
-        elif text:
-            yield number, {"text": text}

@@ -86,9 +86,13 @@ def read_corpus(path: Path) -> dict[str, str]:
 
 def corpus_rows(path: Path) -> Iterator[tuple[Path, int, dict[str, Any] | DataError]]:
     """Yields (file, number, row) for each document of a file, a folder of files, or a BEIR folder."""
-    files = [_plain_or_gz(path / "corpus.jsonl")] if path.is_dir() and is_beir(path) else data_files(path, "corpus")
-    for file in files:
+    for file in corpus_files(path):
         yield from ((file, number, row) for number, _, row in read_rows(file))
+
+
+def corpus_files(path: Path) -> list[Path]:
+    """Returns the files of documents of a file, a folder of files, or a BEIR folder."""
+    return [_plain_or_gz(path / "corpus.jsonl")] if path.is_dir() and is_beir(path) else data_files(path, "corpus")
 
 
 def document_text(row: Mapping[str, Any]) -> str:

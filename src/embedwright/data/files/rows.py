@@ -96,6 +96,20 @@ def text_lines(path: Path) -> Iterator[tuple[int, bytes, bool]]:
                 yield number, raw, False
 
 
+def text_rows(path: Path) -> Rows:
+    """Yields (number from 1, bytes of the line, the row {"text"}) for each line of plain text that is not blank."""
+    for number, raw, whole in text_lines(path):
+        try:
+            text = raw.decode("utf-8").strip()
+        except UnicodeDecodeError as error:
+            yield number, raw, DataError(f"not UTF-8 at byte {error.start}")
+            continue
+        if not whole:
+            yield number, raw, DataError(f"longer than {MAX_LINE >> 20} MiB")
+        elif text:
+            yield number, raw, {"text": text}
+
+
 def plain_name(name: str) -> str:
     """Returns a file's name without the suffix of a packed file."""
     return name.removesuffix(".gz").removesuffix(".zst")

@@ -1,0 +1,157 @@
+"""Reads the documents that `data pairs` makes examples from: rows of data files, lines of a text, files of a folder."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from embedwright.config import did_you_mean
+from embedwright.data.files.beir import corpus_files
+from embedwright.data.files.folders import is_beir, is_data, stem_of
+from embedwright.data.files.rows import Row, plain_name, read_rows, text_rows
+from embedwright.data.keys import exact_key
+from embedwright.data.schema import DataError, Example, Passage, id_of, label_of, text_of
+from embedwright.errors import InputError, NotFoundError
+
+OnBad = Callable[[int, bytes, DataError, Path], None]  # number of the line, its bytes, the reason, the file
+
+# Where a row has each part of a document: the first of these columns that it has.
+COLUMNS = {
+    "text": ("text",),
+    "title": ("title",),
+    "id": ("_id", "id"),
+    "label": ("label", "tags"),
+    "source": ("source",),
+}
+_PAGES = (".txt", ".md")  # files of a folder that are a document each
+_HEADING = re.compile(r"\A\s*#\s+(.+?)\s*#*\s*\n")
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """Holds one document. `labels` are its classes; documents of one `source` are never each other's negatives."""
+
+    id: str
+    text: str
+    title: str = ""
+    labels: tuple[str, ...] = ()
+    source: str = ""
+
+    @property
+    def whole(self) -> str:
+        """Returns title and text as one text, as corpora are encoded."""
+        return f"{self.title} {self.text}" if self.title else self.text
+
+    @property
+    def family(self) -> str:
+        """Returns what the passages of this document carry as their id: the source, or else the document's id."""
+        return f"source {self.source}" if self.source else self.id
+
+    def passage(self, text: str) -> Passage:
+        """Returns a text of this document as a passage that is no negative of others of its family."""
+        return Passage(text, self.family)
+
+
+Made = list[Example] | str  # of one document: examples without an id, or the reason why there are none
+Make = Callable[[Document, random.Random], Made]
+
+
+def pair(document: Document, query: str, positive: str, kind: str = "") -> Example:
+    """Makes an example whose positive is a text of the document. `kind`: of a way that makes rows of several tasks."""
+    return Example("", kind, query, (document.passage(positive),))
+
+
+def columns_of(given: list[str]) -> dict[str, tuple[str, ...]]:
+    """Returns where a row has each part, from texts such as `title=summary` that replace the defaults."""
+    columns = dict(COLUMNS)
+    for text in given:
+        part, _, column = text.partition("=")
+        if part not in COLUMNS or not column:
+            hint = did_you_mean(part, COLUMNS)
+            raise InputError(f"column {text!r}: expected PART=COLUMN, where PART is one of {', '.join(COLUMNS)}{hint}")
+        columns[part] = (column,)
+    return columns
+
+
+def read_documents(path: Path, columns: Mapping[str, tuple[str, ...]], on_bad: OnBad) -> Iterator[Document]:
+    """Yields the documents at `path`; `on_bad` gets the lines that hold none.
+
+    `path` is a data file, a folder of such, or a BEIR folder, whose rows have `columns`; a .txt with one text a line; a
+    .md; or a folder of .txt and .md files, each a document whose title is its first heading. A line is bad if it has no
+    text, or the id of an earlier one. Holds one row in memory, and 100 bytes for each id.
+    """
+    ids: set[str] = set()
+    for file, number, raw, row in _rows(path):
+        try:
+            if isinstance(row, DataError):
+                raise row
+            document = _document(row, columns, f"{stem_of(file)}:{number}")
+            if document.id in ids:
+                raise DataError(f"id {document.id[:60]!r} twice")
+        except DataError as error:
+            on_bad(number, raw or json.dumps(row, default=repr).encode() + b"\n", error, file)
+            continue
+        ids.add(document.id)
+        yield document
+
+
+def _document(row: Mapping[str, Any], columns: Mapping[str, tuple[str, ...]], default_id: str) -> Document:
+    def value(part: str) -> tuple[Any, str]:
+        found = [column for column in columns[part] if row.get(column) is not None]
+        return (row[found[0]], found[0]) if found else (None, columns[part][0])
+
+    text, title, id_, label, source = map(value, ("text", "title", "id", "label", "source"))
+    labels = label[0] if isinstance(label[0], list | tuple) else [label[0]]
+    return Document(
+        id=default_id if id_[0] is None else id_of(*id_),
+        text=_shown(*text),
+        title="" if title[0] is None or title[0] == "" else " ".join(_shown(*title).split()),
+        labels=tuple(label_of(item, label[1]) for item in labels if item is not None),
+        source="" if source[0] is None else id_of(*source),
+    )
+
+
+def _shown(value: object, column: str) -> str:
+    """Returns a text that has more than characters that nobody sees."""
+    text = text_of(value, column).strip()
+    if not exact_key(text):
+        raise DataError(f"{column} is empty")
+    return text
+
+
+def _rows(path: Path) -> Iterator[tuple[Path, int, bytes, Row]]:
+    if not path.exists():
+        raise NotFoundError(f"{path} does not exist")
+    pages = _pages(path)
+    for page in pages:
+        yield page, 1, b"", _page(page, path)
+    if not pages and plain_name(path.name).endswith(".txt"):
+        yield from ((path, number, raw, row) for number, raw, row in text_rows(path))
+    elif not pages:
+        yield from ((file, *numbered) for file in corpus_files(path) for numbered in read_rows(file))
+
+
+def _pages(path: Path) -> list[Path]:
+    """Returns the files that are a document each: none where the path holds rows."""
+    if path.is_file():
+        return [path] if path.suffix == ".md" else []
+    if is_beir(path) or any(file.is_file() and is_data(file) for file in path.iterdir()):
+        return []
+    found = (file for file in path.rglob("*") if file.suffix in _PAGES and file.is_file())
+    return sorted(f for f in found if not any(part.startswith(".") for part in f.relative_to(path).parts))
+
+
+def _page(file: Path, root: Path) -> Row:
+    raw = file.read_bytes()
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        return DataError(f"not UTF-8 at byte {error.start}")
+    heading = _HEADING.match(text) if file.suffix == ".md" else None
+    name = file.name if file == root else file.relative_to(root).as_posix()
+    return {"id": name, "title": heading[1] if heading else None, "text": text[heading.end() :] if heading else text}

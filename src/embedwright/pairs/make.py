@@ -1,0 +1,174 @@
+"""Makes training examples from plain documents, in the ways that are asked for: `data pairs`."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from embedwright.config import did_you_mean
+from embedwright.data.files.folders import stem_of
+from embedwright.data.files.quarantine import Quarantine
+from embedwright.data.files.table import write_examples
+from embedwright.data.keys import exact_key
+from embedwright.data.schema import DataError, Example, Family, Task
+from embedwright.errors import InputError
+from embedwright.files import check_file
+from embedwright.pairs import cut
+from embedwright.pairs.documents import COLUMNS, Document, Made, Make, read_documents
+
+
+class Way(NamedTuple):
+    """Names a way: `make` gets all documents, which it may read or not, and returns what makes the examples of one.
+
+    `draws`: another call for the same document makes other examples.
+    """
+
+    make: Callable[[Iterable[Document]], Make]
+    draws: bool = False
+
+
+class Meaning(NamedTuple):
+    """Says what the rows of a way ask for, for their task."""
+
+    family: Family
+    instruction: str
+
+
+WAYS: dict[str, Way] = {
+    "title": Way(lambda _: cut.title),
+    "summary": Way(lambda _: cut.summary),
+    "crops": Way(lambda _: cut.crops, draws=True),
+    "sentence": Way(lambda _: cut.sentence, draws=True),
+}
+MEANINGS: dict[str, Meaning] = {
+    "title": Meaning("retrieval", "Given a title, retrieve the text that it stands above"),
+    "summary": Meaning("retrieval", "Given a summary, retrieve the text that it begins"),
+    "crops": Meaning("retrieval", "Given a part of a text, retrieve another part of the same text"),
+    "sentence": Meaning("retrieval", "Given a sentence, retrieve the passage that it comes from"),
+}
+
+
+def make_pairs(
+    path: Path,
+    out: Path,
+    how: Sequence[str],
+    *,
+    columns: Mapping[str, tuple[str, ...]] = COLUMNS,
+    per_document: int = 1,
+    name: str | None = None,
+    licence: str = "",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Writes the examples that the ways `how` make of the documents at `path` to `out`, whole or not at all.
+
+    The ways follow each other in the file, each in the order of the documents, with their tasks `<name>-<way>` beside
+    it (`name`: by default the file's). What a way draws for a document depends on `seed`, the way and the document's id
+    alone; `bm25`, `gloss`, `swap` and `classes` look at other documents, too, and hold them in memory. The documents
+    are read once for each way, and once before, to find bad lines: these are kept in `<out>.quarantine.jsonl`.
+
+    `per_document`: how often a way that draws does so for a document; equal examples are written once. `licence`: of
+    the documents, written into the tasks.
+
+    Returns counts: `documents` read, lines `quarantined`, and for each way the `documents` that it used, the `examples`
+    that it made, and the documents `skipped` by reason. Raises InputError for an unknown way, and DataError if there is
+    no document, or no example.
+    """
+    ways = check_ways(how)
+    check_file(out)
+    name = name or stem_of(path)
+    quarantine_path = out.with_name(f"{out.name}.quarantine.jsonl")
+    quarantine_path.unlink(missing_ok=True)
+    with Quarantine(path, quarantine_path) as quarantine:
+        documents = sum(1 for _ in read_documents(path, columns, quarantine.add))
+    if not documents:
+        raise DataError(f"{path}: no document ({[*quarantine.reasons, 'it is empty'][0]})")
+    counts: dict[str, Any] = {way: {"documents": 0, "examples": 0, "skipped": Counter()} for way in ways}
+
+    def examples() -> Iterator[Example]:
+        for way in ways:
+            yield from _of_way(way, _Documents(path, columns), per_document, f"{seed}:{way}", counts[way])
+        if not any(count["examples"] for count in counts.values()):
+            raise DataError(f"{path}: no example of {documents} documents ({_reasons(counts)})")
+
+    tasks = {
+        f"{name}-{kind}": Task(
+            name=f"{name}-{kind}",
+            licence=licence,
+            source=f"{path.name}, by rules: {kind}",
+            **meaning._asdict(),
+        )
+        for kind, meaning in MEANINGS.items()
+    }
+    write_examples(out, (replace(example, task=f"{name}-{example.task}") for example in examples()), tasks)
+    return {"documents": documents, "quarantined": quarantine.count, "ways": counts}
+
+
+def check_ways(how: Sequence[str]) -> list[str]:
+    """Returns the ways, each once. Raises InputError for a name that is none, and for none at all."""
+    for way in how:
+        if way not in WAYS:
+            raise InputError(f"--how {way!r}: no such way{did_you_mean(way, WAYS)}; there are {', '.join(WAYS)}")
+    if not how:
+        raise InputError(f"--how: name at least one way: {', '.join(WAYS)}")
+    return list(dict.fromkeys(how))
+
+
+class _Documents:
+    """Reads the documents anew each time they are iterated over, without the bad lines."""
+
+    def __init__(self, path: Path, columns: Mapping[str, tuple[str, ...]]) -> None:
+        self.path, self.columns = path, columns
+
+    def __iter__(self) -> Iterator[Document]:
+        return read_documents(self.path, self.columns, lambda *_: None)
+
+
+def _of_way(way: str, documents: _Documents, per_document: int, seed: str, count: dict[str, Any]) -> Iterator[Example]:
+    """Yields the examples of one way with their ids, `<way>:<document>:<number>`, and the kind of row as their task."""
+    make = WAYS[way].make(documents)
+    for document in documents:
+        found: dict[tuple[str, str], Example] = {}
+        reasons = []
+        for draw in range(per_document if WAYS[way].draws else 1):
+            made = _sound(make(document, random.Random(f"{seed}:{document.id}:{draw}")))
+            if isinstance(made, str):
+                reasons.append(made)
+            else:
+                found |= {(one.query, one.positives[0].text): one for one in reversed(made)} | found
+        if not found:
+            count["skipped"][reasons[0]] += 1
+            continue
+        count["documents"] += 1
+        count["examples"] += len(found)
+        for number, one in enumerate(found.values()):
+            yield replace(one, id=f"{way}:{document.id}:{number}", task=f"{way}-{one.task}" if one.task else way)
+
+
+def _sound(made: Made) -> Made:
+    """Leaves out examples whose query says what a positive does, and negatives that say what either of them does."""
+    if isinstance(made, str):
+        return made
+    sound = []
+    for one in made:
+        right = {exact_key(passage.text) for passage in one.positives}
+        if "" in right or exact_key(one.query) in {"", *right}:
+            continue
+        right.add(exact_key(one.query))
+        stay = [i for i, passage in enumerate(one.negatives) if exact_key(passage.text) not in right]
+        scores = one.negative_scores
+        sound.append(
+            replace(
+                one,
+                negatives=tuple(one.negatives[i] for i in stay),
+                negative_scores=None if scores is None else tuple(scores[i] for i in stay),
+            )
+        )
+    return sound or "query_is_positive"
+
+
+def _reasons(counts: Mapping[str, Any]) -> str:
+    return "; ".join(f"{way}: {', '.join(f'{k} {n}' for k, n in c['skipped'].items())}" for way, c in counts.items())

@@ -1,0 +1,109 @@
+"""Documents as users have them: rows, lines, pages, a BEIR folder; and lines that hold none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from embedwright.data.schema import DataError, Passage
+from embedwright.errors import InputError, NotFoundError
+from embedwright.pairs.documents import Document, columns_of, read_documents
+
+
+def read(path: Path, *columns: str) -> tuple[list[Document], list[str]]:
+    bad: list[str] = []
+    found = read_documents(path, columns_of(list(columns)), lambda n, raw, e, file: bad.append(f"{file.name}:{n}: {e}"))
+    return list(found), bad
+
+
+def test_rows_give_text_title_id_labels_and_source(tmp_path: Path) -> None:
+    rows = [
+        {"_id": 7, "title": "A  title ", "text": " one\n\ntwo ", "tags": ["x", "y"], "source": "s", "other": 1},
+        {"id": "b", "text": "only text", "title": "", "label": 3},
+        {"text": "no id"},
+    ]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(pa.Table.from_pylist([{"text": "only text", "title": None}]), tmp_path / "p.parquet")
+    expected = [
+        Document("7", "one\n\ntwo", "A title", ("x", "y"), "s"),
+        Document("b", "only text", "", ("3",)),
+        Document("d:3", "no id"),
+    ]
+    assert read(tmp_path / "d.jsonl") == (expected, [])
+    assert read(tmp_path / "p.parquet") == ([Document("p:1", "only text")], [])
+
+
+def test_columns_can_be_named(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text('{"query": "short", "positive": "long", "package": 5, "text": "not read"}\n')
+    named = ("title=query", "text=positive", "source=package")
+    assert read(tmp_path / "d.jsonl", *named)[0] == [Document("d:1", "long", "short", (), "5")]
+    with pytest.raises(InputError, match=r"'titel=x'.*text, title, id, label, source.*did you mean 'title'"):
+        columns_of(["titel=x"])
+    with pytest.raises(InputError, match="PART=COLUMN"):
+        columns_of(["title"])
+
+
+def test_a_text_file_has_a_document_a_line(tmp_path: Path) -> None:
+    (tmp_path / "d.txt").write_bytes(b"one\n\n \nfour\nb\xff\n")
+    assert read(tmp_path / "d.txt") == (
+        [Document("d:1", "one"), Document("d:4", "four")],
+        ["d.txt:5: not UTF-8 at byte 1"],
+    )
+
+
+def test_a_folder_of_pages_has_a_document_a_file(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "x.txt").write_text("hidden")
+    (tmp_path / "b.md").write_text("# Its title #\n\nIts text.\n")
+    (tmp_path / "sub" / "a.txt").write_text("Line one.\nLine two.\n")
+    (tmp_path / "sub" / "c.md").write_text("## not a title\n")
+    (tmp_path / "empty.md").write_text("\n")
+    (tmp_path / "code.py").write_text("not read")
+    documents, bad = read(tmp_path)
+    assert documents == [
+        Document("b.md", "Its text.", "Its title"),
+        Document("sub/a.txt", "Line one.\nLine two."),
+        Document("sub/c.md", "## not a title"),
+    ]
+    assert bad == ["empty.md:1: text is empty"]
+    assert read(tmp_path / "b.md")[0] == documents[:1]
+
+
+def test_a_beir_folder_gives_its_corpus(tmp_path: Path) -> None:
+    (tmp_path / "queries.jsonl").write_text('{"_id": "q", "text": "a question"}\n')
+    (tmp_path / "corpus.jsonl").write_text('{"_id": "d", "title": "T", "text": "body", "metadata": {}}\n')
+    assert read(tmp_path)[0] == [Document("d", "body", "T")]
+
+
+def test_bad_lines_are_named_and_the_rest_is_read(tmp_path: Path) -> None:
+    lines = [
+        '{"id": "a", "text": "good"}',
+        "{",
+        '{"title": "t"}',
+        '{"text": "\\u200b"}',
+        '{"id": "a", "text": "again"}',
+    ]
+    (tmp_path / "d.jsonl").write_text("\n".join(lines))
+    documents, bad = read(tmp_path / "d.jsonl")
+    assert [document.id for document in documents] == ["a"]
+    assert [line.split(": ", 1)[0] for line in bad] == ["d.jsonl:2", "d.jsonl:3", "d.jsonl:4", "d.jsonl:5"]
+    assert [line.split(": ", 1)[1] for line in bad[1:]] == ["no text", "text is empty", "id 'a' twice"]
+
+
+def test_what_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match="does not exist"):
+        read(tmp_path / "none.jsonl")
+    with pytest.raises(DataError, match="a folder without data"):
+        read(tmp_path)
+
+
+def test_passages_of_one_source_share_an_id() -> None:
+    alone, a, b = Document("1", "x"), Document("2", "x", source="s"), Document("3", "x", "t", source="s")
+    assert alone.passage("y") == Passage("y", "1")
+    assert a.passage("y").id == b.passage("z").id == "source s"
+    assert (alone.whole, b.whole) == ("x", "t x")

@@ -1,0 +1,152 @@
+"""`data pairs` as a whole: counts, tasks, ids, what is drawn, bad input; and properties of each way on real data."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from embedwright.cli.main import app
+from embedwright.data.files.table import open_examples
+from embedwright.data.files.tasks import tasks_beside
+from embedwright.data.keys import exact_key
+from embedwright.data.schema import DataError, Example
+from embedwright.errors import InputError
+from embedwright.pairs.documents import columns_of
+from embedwright.pairs.make import MEANINGS, WAYS, make_pairs
+
+REAL = Path(os.environ.get("EMBEDWRIGHT_DATA", "none")) / "train"
+needs_data = pytest.mark.skipif("EMBEDWRIGHT_DATA" not in os.environ, reason="EMBEDWRIGHT_DATA is not set")
+PAIRS = columns_of(["title=query", "text=positive"])
+TEXT = "Perl is a programming language by Larry Wall. Its users share modules on a large archive of modules there."
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMBEDWRIGHT_CACHE", str(tmp_path / "cache"))
+
+
+def write(path: Path, *rows: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read(path: Path) -> list[Example]:
+    return list(open_examples(path))
+
+
+def test_rows_tasks_and_counts(tmp_path: Path) -> None:
+    source = write(tmp_path / "d.jsonl", {"id": "a", "title": "Perl", "text": TEXT}, {"id": "b", "text": "No title."})
+    with source.open("a") as file:
+        file.write("{\n")
+    counts = make_pairs(source, tmp_path / "out.parquet", ["title", "summary"], licence="cc0")
+    assert counts == {
+        "documents": 2,
+        "quarantined": 1,
+        "ways": {
+            "title": {"documents": 1, "examples": 1, "skipped": {"no_title": 1}},
+            "summary": {"documents": 1, "examples": 1, "skipped": {"no_sentence": 1}},
+        },
+    }
+    a, b = read(tmp_path / "out.parquet")
+    assert (a.id, a.task, a.query, a.positives[0].id) == ("title:a:0", "d-title", "Perl", "a")
+    assert (b.id, b.task) == ("summary:a:0", "d-summary")
+    assert (tmp_path / "out.parquet.quarantine.jsonl").read_text() == "{\n"
+    tasks = tasks_beside(tmp_path / "out.parquet")
+    assert {(t.name, t.family, t.licence) for t in tasks.values()} == {
+        ("d-title", "retrieval", "cc0"),
+        ("d-summary", "retrieval", "cc0"),
+    }
+    assert all(task.instruction and "d.jsonl" in task.source for task in tasks.values())
+
+
+def test_a_query_that_is_its_positive_is_left_out_and_counted(tmp_path: Path) -> None:
+    source = write(tmp_path / "d.jsonl", {"title": "Same  TEXT", "text": "same text"}, {"title": "a", "text": "b"})
+    counts = make_pairs(source, tmp_path / "out.jsonl", ["title"])["ways"]["title"]
+    assert counts == {"documents": 1, "examples": 1, "skipped": {"query_is_positive": 1}}
+
+
+def test_what_a_way_draws_depends_on_seed_way_and_id_alone(tmp_path: Path) -> None:
+    texts = [
+        {"id": f"d{i}", "text": f"{TEXT} Number {i} of all of these texts has words of its own."} for i in range(9)
+    ]
+    source, turned = write(tmp_path / "d.jsonl", *texts), write(tmp_path / "t.jsonl", *reversed(texts))
+
+    def rows(path: Path, how: str, **settings: Any) -> dict[str, tuple[str, str]]:
+        make_pairs(path, tmp_path / "o.jsonl", how.split(","), name="n", **settings)
+        return {e.id: (e.query, e.positives[0].text) for e in read(tmp_path / "o.jsonl")}
+
+    alone = rows(source, "crops")
+    together = rows(source, "sentence,crops,title")
+    assert alone.items() <= together.items() and rows(turned, "crops,sentence") == together
+    assert rows(source, "crops") == alone != rows(source, "crops", seed=1)
+    more = rows(source, "crops", per_document=4)
+    assert alone.items() <= more.items() and len(more) == 4 * len(alone) == 36
+
+
+def test_the_same_bytes_again(tmp_path: Path) -> None:
+    source = write(tmp_path / "d.jsonl", *({"text": f"{TEXT} {i}"} for i in range(50)))
+    files = []
+    for name in ("a", "b"):
+        make_pairs(source, tmp_path / f"{name}.jsonl.gz", ["crops", "sentence"], per_document=2)
+        files.append([(tmp_path / f"{name}.jsonl.gz{end}").read_bytes() for end in ("", ".tasks.jsonl")])
+    assert files[0] == files[1]
+
+
+def test_nothing_is_written_where_nothing_comes_out(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    out.write_text("before")
+    empty, untitled = write(tmp_path / "e.jsonl"), write(tmp_path / "u.jsonl", {"text": "a"})
+    with pytest.raises(DataError, match=r"e\.jsonl: no document"):
+        make_pairs(empty, out, ["title"])
+    with pytest.raises(DataError, match=r"no example of 1 documents \(title: no_title 1\)"):
+        make_pairs(untitled, out, ["title"])
+    with pytest.raises(InputError, match=r"--how 'titel': no such way \(did you mean 'title'\?\)"):
+        make_pairs(untitled, out, ["titel"])
+    with pytest.raises(InputError, match="name at least one way"):
+        make_pairs(untitled, out, [])
+    assert out.read_text() == "before"
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["e.jsonl", "out.jsonl", "u.jsonl"]
+
+
+def test_every_way_has_a_meaning_and_every_meaning_a_way() -> None:
+    assert {kind.split("-")[0] for kind in MEANINGS} == {*WAYS}
+
+
+def test_the_command(tmp_path: Path) -> None:
+    source = write(tmp_path / "d.jsonl", {"summary": "Perl", "text": TEXT})
+    options = ["--column", "title=summary", "--licence", "mit", "--name", "faq", "--per-document", "2", "--seed", "3"]
+    done = CliRunner().invoke(
+        app, ["data", "pairs", str(source), "--how", "title, crops", "--out", str(tmp_path / "o.parquet"), *options]
+    )
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["ways"]["title"]["examples"] == 1
+    assert {e.task for e in read(tmp_path / "o.parquet")} == {"faq-title", "faq-crops"}
+    assert {task.licence for task in tasks_beside(tmp_path / "o.parquet").values()} == {"mit"}
+
+
+@needs_data
+@pytest.mark.parametrize("name", ["perlfaq", "foldoc"])
+def test_properties_on_real_data(tmp_path: Path, name: str) -> None:
+    packed = (REAL / f"{name}.pairs.jsonl.gz").read_bytes()
+    lines = "".join(gzip.decompress(packed).decode().splitlines(keepends=True)[:800])
+    (tmp_path / "d.jsonl").write_text(lines)
+    counts = make_pairs(tmp_path / "d.jsonl", tmp_path / "o.jsonl", [*WAYS], columns=PAIRS)
+    rows = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    assert counts["documents"] == lines.count("\n") and counts["quarantined"] == 0
+    assert sum(way["examples"] for way in counts["ways"].values()) == len(rows)
+    for way in counts["ways"].values():
+        assert way["documents"] + sum(way["skipped"].values()) == counts["documents"]
+    assert len({row["id"] for row in rows}) == len(rows)
+    for row in rows:
+        texts = [p if isinstance(p, str) else p["text"] for p in (*row["positives"], *row.get("negatives", []))]
+        keys = [exact_key(text) for text in texts]
+        assert all(keys) and exact_key(row["query"]) not in keys
+        assert not {*keys[: len(row["positives"])]} & {*keys[len(row["positives"]) :]}
+    kept = [r["query"] in r["positives"][0]["text"] for r in rows if r["id"].startswith("sentence:")]
+    assert 0.04 < sum(kept) / len(kept) < 0.17
