@@ -529,6 +529,12 @@ def test_several_models_are_scored_side_by_side_each_into_its_file(
     assert found.rows[0].items["gold"].tolist() == list(range(6))
     assert len(list((tmp_path / "results").iterdir())) == 2
 
+    write(tmp_path / "held" / "triples.jsonl", [{"query": "moon", "positive": ["a moon"], "negative": ["a dog"]}])
+    answer = command("eval", "bm25", saved, "held")
+    assert answer.code == 0 and "sts: BM25 only ranks, and has no score for sts" in answer.out, answer.err
+    rows = {line.split()[0]: line.split()[1:3] for line in answer.out.splitlines()[-2:]}
+    assert rows == {"triples": ["MAP@1000", "1.0000"], "sts": ["cosine_spearman", "-"]}
+
     answer = command("eval", saved, "runs/near", "held", "--out", "scores.json")
     assert answer.code == 2 and "2 models: name a folder" in answer.err
     answer = command("eval", "runs/near", "./runs/near", "held", "--out", "results")

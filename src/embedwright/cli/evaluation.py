@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    models: Annotated[list[str], arg("Models: folders, hub ids, or `minilm`.", metavar="MODEL...")],
-    suite: Annotated[str, arg("Suite: a YAML file, a folder of data sets, or `dev`.")],
+    models: Annotated[list[str], arg("Models: folders, hub ids, `minilm`, or `bm25`.", metavar="MODEL...")],
+    suite: Annotated[str, arg("Suite: a YAML file, a folder of data sets, `dev` or `dev-mini`.")],
     out: Annotated[
         Path | None,
         opt(
@@ -54,13 +54,14 @@ def score(models: Sequence[str], suite: Suite | str, files: Mapping[str, Path] |
     """Scores models on a suite, writes each one's results to its file, and prints the scores side by side."""
     from embedwright.encoders.open import open_encoder
     from embedwright.evaluation.results import render, table, write_results
+    from embedwright.evaluation.suite import BM25
     from embedwright.evaluation.suite import evaluate as run
 
     columns: dict[str, Results] = {}
     for model in dict.fromkeys(models):
         if len(models) > 1:
             say(model)
-        columns[model] = run(open_encoder(model), suite, name=model, progress=say)
+        columns[model] = run(model if model == BM25 else open_encoder(model), suite, name=model, progress=say)
         if files:  # now, so that the scores of this one outlive a failure of the next
             write_results(files[model], columns[model])
     say(render(table(columns)))

@@ -30,13 +30,17 @@ class SentenceTransformerEncoder:
     def encode(self, texts: Sequence[str], task: str | None = None) -> NDArray[np.float32]:
         """Encodes to float32 (N, E) of unit length, in the order given. Raises as `Embedder.encode` for bad texts."""
         texts = check_texts(texts)
-        names, encode = (_DOCUMENT, self.model.encode_document) if task is None else (_QUERY, self.model.encode_query)
-        # by name: sentence-transformers itself stops at its own empty `document` and never sees a `passage`
-        name = next((name for name in names if self.model.prompts.get(name)), None)
+        encode = self.model.encode_document if task is None else self.model.encode_query
         if not texts:
             return np.empty((0, self.model.get_embedding_dimension()), dtype=np.float32)
-        vectors = encode(texts, prompt_name=name, normalize_embeddings=True, show_progress_bar=False)
+        vectors = encode(texts, prompt_name=self.prompt_name(task), normalize_embeddings=True, show_progress_bar=False)
         return np.asarray(vectors, dtype=np.float32)
+
+    def prompt_name(self, task: str | None) -> str | None:
+        """Returns the name of the prompt that these texts get; None if the model has none for their side."""
+        # by name: sentence-transformers itself stops at its own empty `document` and never sees a `passage`
+        names = _DOCUMENT if task is None else _QUERY
+        return next((name for name in names if self.model.prompts.get(name)), None)
 
     def fingerprint(self) -> Facts:
         """Returns the facts as in `Embedder.fingerprint`, of sentence-transformers' weights, modules, prompts and

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-VERSIONS = ("embedwright", "torch", "transformers", "sentence-transformers", "mteb", "scikit-learn", "numpy")
+VERSIONS = ("embedwright", "torch", "transformers", "sentence-transformers", "mteb", "scikit-learn", "bm25s", "numpy")
 
 
 def about(model: str, fingerprint: dict[str, str] | None = None) -> dict[str, Any]:

@@ -5,7 +5,7 @@ of these, and importing the evaluators takes five seconds. test_metrics.py compa
 the same embeddings. The `[eval]` extra is imported where it is used.
 
 Shapes: `N` texts, `E` embedding, `Q` queries, `C` corpus, `K` hits of a query, `S` runs of k-means. For every metric,
-higher is better. Each function returns the main metric of its kind (`MAIN`) and some more, with the items that they
+higher is better. Each function returns the metrics of its kind (`METRICS`), with the items that they
 come from (`Scored`).
 """
 
@@ -22,22 +22,23 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from embedwright import threads
 from embedwright.errors import InputError
 from embedwright.evaluation.results import Items
 
-Kind = Literal["retrieval", "classification", "clustering", "sts", "pair"]
+Kind = Literal["retrieval", "reranking", "classification", "clustering", "sts", "pair"]
 Embeddings = NDArray[np.float32]
+Run = Mapping[str, Mapping[str, float]]  # query id -> document id -> score
+Qrels = Mapping[str, Mapping[str, int]]  # query id -> document id -> relevance
 
-MAIN: dict[Kind, str] = {
-    "retrieval": "nDCG@10",
-    "classification": "accuracy",
-    "clustering": "v_measure",
-    "sts": "cosine_spearman",
-    "pair": "cosine_ap",
+METRICS: dict[Kind, tuple[str, ...]] = {  # the first is the main one
+    "retrieval": ("nDCG@10", "Recall@10", "MRR@10", "Recall@100", "MAP@1000"),
+    "reranking": ("MAP@1000", "MRR@10", "nDCG@10", "Recall@10", "Recall@100"),
+    "classification": ("accuracy", "f1"),
+    "clustering": ("v_measure",),
+    "sts": ("cosine_spearman", "cosine_pearson"),
+    "pair": ("cosine_ap",),
 }
 SEED = 42  # mteb's default seed, so the few-shot draws and clusters are the same
-DEPTH = 1000  # hits of a query that are ranked, as in mteb; with equal scores, hits after the first 100 may matter
 EXPERIMENTS, SAMPLES_PER_LABEL = 10, 8  # mteb's AbsTaskClassification
 CLUSTERINGS = 3  # mteb runs k-means once; the result moves by about a point with the seed, so three are averaged
 
@@ -63,40 +64,28 @@ class Scored:
         return {} if self.means else self.items
 
 
-def retrieval(
-    query_QE: Embeddings,
-    query_ids: Sequence[str],
-    corpus_CE: Embeddings,
-    corpus_ids: Sequence[str],
-    qrels: Mapping[str, Mapping[str, int]],
-    ignore_identical_ids: bool = False,
-) -> Scored:
-    """Returns nDCG@10, Recall@10, MRR@10 and Recall@100 of exact cosine search, averaged over the queries.
+def ranking(run: Run, qrels: Qrels) -> Scored:
+    """Returns the metrics of retrieval and reranking, averaged over the queries of `run`. An item is a query.
 
-    `qrels` has the judgements of every query. With `ignore_identical_ids`, a document with the query's own id is no
-    hit, as mteb does for ArguAna, Quora and some others. By default it is a hit, as in mteb.
+    `qrels` has the judgements of every query. A query without hits scores 0.
     """
     import pytrec_eval
 
-    faiss = threads.load_faiss()
-    count = min(DEPTH, len(corpus_ids))
-    score_QK, place_QK = faiss.knn(_unit(query_QE), _unit(corpus_CE), count, metric=faiss.METRIC_INNER_PRODUCT)
-    run: dict[str, dict[str, float]] = {}
-    for query, score_K, place_K in zip(query_ids, score_QK.tolist(), place_QK.tolist(), strict=True):
-        # best first; equal scores by descending id, as trec_eval ranks them
-        hits = sorted(zip(score_K, (corpus_ids[place] for place in place_K), strict=True), reverse=True)
-        run[query] = {doc: score for score, doc in hits if not (ignore_identical_ids and doc == query)}
-    judged = {query: dict(qrels[query]) for query in query_ids}
-    scores = pytrec_eval.RelevanceEvaluator(judged, {"ndcg_cut.10", "recall.10,100"}).evaluate(run)
+    # best first; equal scores by descending id, as trec_eval ranks them
+    order = {query: sorted(((score, doc) for doc, score in run[query].items()), reverse=True) for query in run}
+    hits = {query: {doc: score for score, doc in pairs} for query, pairs in order.items()}
+    judged = {query: dict(qrels[query]) for query in run}
+    measures = {"ndcg_cut.10", "recall.10,100", "map_cut.1000"}
+    scores = pytrec_eval.RelevanceEvaluator(judged, measures).evaluate(hits)
     # trec_eval's reciprocal rank has no cutoff, so it gets the first ten hits only.
-    first_ten = {query: dict(islice(hits.items(), 10)) for query, hits in run.items()}
+    first_ten = {query: dict(islice(found.items(), 10)) for query, found in hits.items()}
     reciprocal = pytrec_eval.RelevanceEvaluator(judged, {"recip_rank"}).evaluate(first_ten)
-
     found = {
         "nDCG@10": [scores[query]["ndcg_cut_10"] for query in judged],
         "Recall@10": [scores[query]["recall_10"] for query in judged],
         "MRR@10": [reciprocal[query]["recip_rank"] for query in judged],
         "Recall@100": [scores[query]["recall_100"] for query in judged],
+        "MAP@1000": [scores[query]["map_cut_1000"] for query in judged],
     }
     values = {metric: sum(of_queries) / len(judged) for metric, of_queries in found.items()}
     return Scored(values, {metric: np.array(of_queries) for metric, of_queries in found.items()}, {"id": _ids(judged)})
@@ -104,12 +93,6 @@ def retrieval(
 
 def _ids(names: Iterable[str]) -> NDArray[Any]:
     return np.array(list(names), dtype=np.str_)
-
-
-def _unit(vectors_NE: Embeddings) -> Embeddings:
-    norm_N1 = np.linalg.norm(vectors_NE, axis=1, keepdims=True)
-    unit_NE: Embeddings = np.ascontiguousarray(vectors_NE / np.maximum(norm_N1, 1e-12), dtype=np.float32)
-    return unit_NE
 
 
 def few_shot(labels: Sequence[str]) -> list[list[int]]:

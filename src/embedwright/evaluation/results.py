@@ -120,7 +120,7 @@ def table(columns: Mapping[str, Results]) -> list[Row]:
     for name, results in columns.items():
         for result in results.rows:
             shown = {result.metric: result.value}
-            if result.kind == "retrieval":
+            if result.kind == "retrieval" and "Recall@10" in result.details:  # else it is the main one
                 shown["Recall@10"] = result.details["Recall@10"]
             for metric, value in shown.items():
                 empty: Row = {"task": result.task, "metric": metric, **dict.fromkeys(columns)}

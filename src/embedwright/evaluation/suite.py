@@ -7,10 +7,8 @@ A suite is a YAML file, a packaged one by its name (`dev`), or a folder of data 
       - {name: docs, kind: retrieval, path: retrieval, instruction: "Given a summary, retrieve what it summarises"}
       - {name: modules, kind: classification, path: test.jsonl, train: train.jsonl, instruction: "Identify the module"}
 
-Paths are relative to the YAML file and may begin with `${VARIABLE}`. `retrieval` reads a BEIR folder, `classification`
-and `clustering` read rows of `{"text", "label"}`, `sts` of `{"text1", "text2", "score"}`, and `pair` of
-`{"text1", "text2", "label"}` with a label of 0 or 1. `ignore_identical_ids: true` drops the document with the query's
-own id from the hits, as mteb does for ArguAna, Quora, FiQA, FEVER, MS MARCO and their translations, and for no others.
+Paths are relative to the YAML file and may begin with `${VARIABLE}`. docs/evaluation.md says what each kind reads, and
+what the keys of a task do.
 """
 
 from __future__ import annotations
@@ -30,14 +28,17 @@ from pydantic import Field, model_validator
 from embedwright.config import load_yaml, validate
 from embedwright.data.files.beir import beir_files
 from embedwright.data.files.folders import is_beir, is_data, is_one_set, stem_of
-from embedwright.encoders.protocol import Encoder, as_encoder
-from embedwright.errors import InputError, MissingPackageError, NotFoundError
+from embedwright.encoders.protocol import as_encoder
+from embedwright.errors import InputError, InputTypeError, MissingPackageError, NotFoundError
 from embedwright.evaluation.about import about
-from embedwright.evaluation.metrics import MAIN, Kind
+from embedwright.evaluation.kinds import score
+from embedwright.evaluation.metrics import Kind
 from embedwright.evaluation.results import Result, Results
-from embedwright.evaluation.tasks import COLUMNS, Strict, SuiteTask, rows_of, score, split_of
+from embedwright.evaluation.tasks import COLUMNS, Strict, SuiteTask, rows_of, split_of
 from embedwright.fingerprint import fingerprint_of
 
+RANKED: tuple[Kind, ...] = ("retrieval", "reranking")  # the kinds that read a BEIR folder
+BM25 = "bm25"  # a baseline by name, which ranks without vectors
 PACKAGED = Path(__file__).parent / "suites"
 
 logger = logging.getLogger(__name__)
@@ -70,8 +71,9 @@ def evaluate(
     a task, equal texts are encoded once. The same embeddings give the same numbers.
 
     Args:
-        model: An Embedder, a SentenceTransformer, or any object with `encode(texts, task=None)`.
-        suite: A suite, the path of its YAML file or of a folder of data sets, or the packaged `dev`.
+        model: An Embedder, a SentenceTransformer, or any object with `encode(texts, task=None)`. `"bm25"` ranks by
+            BM25; it has scores for retrieval and reranking only, and no rows for the other kinds.
+        suite: A suite, the path of its YAML file or of a folder of data sets, or the name of a packaged one.
         name: What the results call the model. Default: the name of its class.
         progress: A function that gets a line before and after each task.
 
@@ -83,11 +85,12 @@ def evaluate(
         FileNotFoundError: A file of the suite is missing.
         ValueError: A file has other content than its task needs. The message names suite, task and file.
         ImportError: The `[eval]` extra is not installed.
-        TypeError: The model has no `encode`.
+        TypeError: The model has no `encode`, or is a name other than `bm25`.
     """
-    encoder = as_encoder(model)
-    results = run_suite(encoder, suite, progress)
-    return replace(results, about=about(name or type(model).__name__, fingerprint_of(encoder)))
+    results = run_suite(model, suite, progress)
+    if isinstance(model, str):
+        return replace(results, about=about(model))
+    return replace(results, about=about(name or type(model).__name__, fingerprint_of(as_encoder(model))))
 
 
 def run_suite(model: Any, suite: Suite | Path | str, progress: Callable[[str], None] | None = None) -> Results:
@@ -97,28 +100,31 @@ def run_suite(model: Any, suite: Suite | Path | str, progress: Callable[[str], N
     """
     if missing := [name for name in ("sklearn", "scipy", "pytrec_eval") if find_spec(name) is None]:
         raise MissingPackageError(f"evaluation needs {', '.join(missing)}: pip install 'embedwright[eval]'")
-    encoder = as_encoder(model)
+    if isinstance(model, str) and model != BM25:  # a str has an `encode` of its own
+        raise InputTypeError(f"{model!r} is a name: open the model first (`Embedder.load`), or give 'bm25'")
+    encoder = None if isinstance(model, str) else as_encoder(model)
     suite = suite if isinstance(suite, Suite) else load_suite(suite)
     say = progress or logger.info
     rows = []
     started = time.perf_counter()
     for number, task in enumerate(suite.tasks, start=1):
-        say(f"[{number}/{len(suite.tasks)}] {task.name} ({task.kind})")
+        where = f"[{number}/{len(suite.tasks)}] {task.name}"
+        say(f"{where} ({task.kind})")
         task_started = time.perf_counter()
         try:
-            result = _result(encoder, task)
+            scored = score(encoder, task)
         except ValueError as error:
             raise InputError(f"suite {suite.name!r}, task {task.name!r}: {error}") from error
-        rows.append(result)
-        seconds = time.perf_counter() - task_started
-        say(f"[{number}/{len(suite.tasks)}] {task.name}: {result.metric} {result.value:.4f} in {seconds:.1f} s")
+        if scored is None:
+            say(f"{where}: BM25 only ranks, and has no score for {task.kind}")
+            continue
+        value, seconds = scored.values[task.main], time.perf_counter() - task_started
+        details = {name: value for name, value in scored.values.items() if name != task.main}
+        rows.append(Result(task.name, task.kind, task.main, value, details, scored.items_of(task.main)))
+        say(f"{where}: {task.main} {value:.4f} in {seconds:.1f} s")
+    if not rows:
+        raise InputError(f"suite {suite.name!r} has neither retrieval nor reranking, all that BM25 has scores for")
     return Results(suite.name, tuple(rows), time.perf_counter() - started)
-
-
-def _result(encoder: Encoder, task: SuiteTask) -> Result:
-    scored, metric = score(encoder, task), MAIN[task.kind]
-    details = {name: value for name, value in scored.values.items() if name != metric}
-    return Result(task.name, task.kind, metric, scored.values[metric], details, scored.items_of(metric))
 
 
 # ---------------------------------------------------------------------------------------------------- suites
@@ -154,16 +160,31 @@ def _resolved(task: SuiteTask, suite_file: Path) -> SuiteTask:
             raise InputError(f"{where}: set the environment variable {match[1]}")
         return str(Path(os.environ[match[1]]).absolute())  # relative to the working folder, not to the suite file
 
-    def resolve(written: Path) -> Path:
+    def there(written: Path) -> Path:
         path = suite_file.parent / re.sub(r"^\$\{(\w+)\}", variable, str(written))
         if not path.exists():
             raise NotFoundError(f"{where}: no such file: {path}")
+        return path
+
+    def data(written: Path) -> Path:
+        path = there(written)
         if task.kind not in _kinds(path):
-            wants = "a BEIR folder" if task.kind == "retrieval" else f"rows with {', '.join(COLUMNS[task.kind])}"
+            rows = f"rows with {', '.join(COLUMNS[task.kind])}" if task.kind in COLUMNS else ""
+            beir = "a BEIR folder" if task.kind in RANKED else ""
+            wants = " or ".join(filter(None, (beir, rows)))
             raise InputError(f"{where}: {task.kind} reads {wants}, and that is not what {path} holds")
         return path
 
-    return task.model_copy(update={"path": resolve(task.path), "train": task.train and resolve(task.train)})
+    path = data(task.path)
+    if task.kind == "reranking" and (task.candidates is None) == (path.is_dir() and is_beir(path)):
+        raise InputError(
+            f"{where}: a BEIR folder needs `candidates`: a file of them, or bm25"
+            if task.candidates is None
+            else f"{where}: rows have their own candidates; `candidates` is for a BEIR folder"
+        )
+    candidates = there(task.candidates) if isinstance(task.candidates, Path) else task.candidates
+    train = task.train and data(task.train)
+    return task.model_copy(update={"path": path, "train": train, "candidates": candidates})
 
 
 def _from_folder(folder: Path) -> Suite:
@@ -183,7 +204,7 @@ def _kinds(path: Path) -> list[Kind]:
     """Returns the kinds of task that can read `path`: for a file, those whose keys its first row has."""
     if path.is_dir() and is_beir(path):
         beir_files(path, split_of(path))  # raises if another part is missing
-        return ["retrieval"]
+        return [*RANKED]
     for row in rows_of(path, "test", lambda row, _: row):
         return [kind for kind, columns in COLUMNS.items() if columns.keys() <= row.keys()]
     return []

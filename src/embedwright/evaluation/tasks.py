@@ -1,32 +1,33 @@
-"""The tasks of a suite: how each kind reads its data, encodes it and is scored.
-
-N texts, E embedding, Q queries, C corpus.
-"""
+"""What a suite says of a task, and how the rows of its files are read."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, PositiveInt, StrictBool, model_validator
 
-from embedwright.data.files.beir import read_beir
+from embedwright.config import did_you_mean
 from embedwright.data.files.folders import data_files, stem_of
 from embedwright.data.files.quarantine import good_rows
 from embedwright.data.files.rows import read_rows
-from embedwright.data.schema import DataError, binary_of, label_of, number_of, text_of
-from embedwright.encoders.protocol import Encoder, encode_finite
+from embedwright.data.schema import binary_of, label_of, number_of, text_of
 from embedwright.errors import InputError
-from embedwright.evaluation import metrics
-from embedwright.evaluation.metrics import Embeddings, Kind, Scored
+from embedwright.evaluation.metrics import METRICS, Kind
 
-logger = logging.getLogger(__name__)
 T = TypeVar("T")
+
+# Keys that not every kind of task has.
+_KEYS: dict[str, tuple[Kind, ...]] = {
+    "train": ("classification",),
+    "ignore_identical_ids": ("retrieval",),
+    "corpus_limit": ("retrieval",),
+    "chunk_tokens": ("retrieval",),
+    "candidates": ("reranking",),
+    "depth": ("reranking",),
+}
 
 
 class Strict(BaseModel):
@@ -43,67 +44,40 @@ class SuiteTask(Strict):
     path: Path
     train: Path | None = None  # classification only; without it, the file is split 50/50
     instruction: str = ""
-    limit: PositiveInt | None = None  # takes the first rows only; in retrieval the first queries, with the whole corpus
+    metric: str = ""  # the main metric; empty: the first of the kind's METRICS
+    limit: PositiveInt | None = None  # takes the first rows only; of a BEIR folder the first queries
+    corpus_limit: PositiveInt | None = None  # retrieval only: so many documents, those judged for a query among them
+    chunk_tokens: PositiveInt | None = None  # retrieval only: a document's score is the best of its chunks' (MaxP)
+    candidates: Literal["bm25"] | Path | None = None  # reranking of a BEIR folder: what is ranked, of each query
+    depth: PositiveInt | None = None  # with candidates: the best so many of each query
     ignore_identical_ids: StrictBool = False  # retrieval only: the document with the query's own id is no hit
 
     @model_validator(mode="after")
     def _keys_fit_the_kind(self) -> SuiteTask:
-        if self.train is not None and self.kind != "classification":
-            raise InputError(f"task {self.name!r}: 'train' is for classification, not for {self.kind}")
-        if self.ignore_identical_ids and self.kind != "retrieval":
-            raise InputError(f"task {self.name!r}: 'ignore_identical_ids' is for retrieval, not for {self.kind}")
+        for key, kinds in _KEYS.items():
+            if getattr(self, key) and self.kind not in kinds:
+                raise InputError(f"task {self.name!r}: {key!r} is for {', '.join(kinds)}, not for {self.kind}")
+        if self.depth and not self.candidates:
+            raise InputError(f"task {self.name!r}: 'depth' is how many 'candidates' a query has, and none are named")
+        known = METRICS[self.kind]
+        if self.metric and self.metric not in known:
+            raise InputError(
+                f"task {self.name!r}: {self.kind} has no metric {self.metric!r}{did_you_mean(self.metric, known)}; "
+                f"it has {', '.join(known)}"
+            )
         return self
 
-
-def score(encoder: Encoder, task: SuiteTask) -> Scored:
-    """Scores a model on one task, whose paths are absolute. Raises ValueError for data that is not of the kind."""
-    if task.kind == "retrieval":
-        return _retrieval(encoder, task)
-    if task.kind == "classification":
-        return _classification(encoder, task)
-    *texts, gold = _read(task.path, task.kind, task.limit)
-    _refuse_one_label(gold, task.path)
-    vectors_NE = _encode(encoder, [text for column in texts for text in column], task.instruction or None)
-    if task.kind == "clustering":
-        return metrics.clustering(vectors_NE, gold)
-    left_NE, right_NE = np.split(vectors_NE, 2)
-    return metrics.sts(left_NE, right_NE, gold) if task.kind == "sts" else metrics.pair(left_NE, right_NE, gold)
+    @property
+    def main(self) -> str:
+        """The name of the main metric."""
+        return self.metric or METRICS[self.kind][0]
 
 
-def _retrieval(encoder: Encoder, task: SuiteTask) -> Scored:
-    beir = read_beir(task.path, split_of(task.path))
-    queries = dict(islice(((id_, text) for id_, text in beir.queries.items() if id_ in beir.qrels), task.limit))
-    query_QE = _encode(encoder, list(queries.values()), task.instruction)
-    corpus_CE = _encode(encoder, list(beir.corpus.values()))
-    own = sum(beir.corpus.get(query) == text for query, text in queries.items())
-    if own and not task.ignore_identical_ids:
-        logger.warning(
-            "%s: %d queries are documents too, under their own ids, and find themselves first; mteb leaves these out "
-            "for ArguAna, Quora and some others, and so does ignore_identical_ids: true in a suite file",
-            *(task.path, own),
-        )
-    ids, corpus_ids = list(queries), list(beir.corpus)
-    return metrics.retrieval(query_QE, ids, corpus_CE, corpus_ids, beir.qrels, task.ignore_identical_ids)
-
-
-def _classification(encoder: Encoder, task: SuiteTask) -> Scored:
-    texts, labels = _read(task.path, task.kind, task.limit)
-    if task.train:
-        train_texts, train_labels = _read(task.train, task.kind, split="train")
-        test = list(range(len(texts)))
-    else:
-        train, test = metrics.halves(labels)
-        train_texts, train_labels = [texts[row] for row in train], [labels[row] for row in train]
-        texts, labels = [texts[row] for row in test], [labels[row] for row in test]
-    _refuse_one_label(train_labels, task.train or task.path)
-    draws = metrics.few_shot(train_labels)
-    drawn = sorted(set().union(*draws))  # the other training rows are not used, so they are not encoded
-    place = {row: number for number, row in enumerate(drawn)}
-    vectors_NE = _encode(encoder, [train_texts[row] for row in drawn] + texts, task.instruction or None)
-    train_NE, test_NE = np.split(vectors_NE, [len(drawn)])
-    places = [[place[row] for row in draw] for draw in draws]
-    scored = metrics.classification(train_NE, [train_labels[row] for row in drawn], test_NE, labels, places)
-    return replace(scored, items={"id": np.array(test)})
+def _texts_of(value: object, key: str) -> list[str]:
+    """Returns one text or a list of texts as a list. Raises DataError naming `key`."""
+    if isinstance(value, list):
+        return [text_of(text, f"{key}[{place}]") for place, text in enumerate(value)]
+    return [text_of(value, key)]
 
 
 def split_of(folder: Path) -> str | None:
@@ -113,6 +87,7 @@ def split_of(folder: Path) -> str | None:
 
 # Rows may have other keys. A file of a folder is of the first kind whose keys it has.
 COLUMNS: dict[Kind, dict[str, Callable[[object, str], Any]]] = {
+    "reranking": {"query": text_of, "positive": _texts_of, "negative": _texts_of},
     "sts": {"text1": text_of, "text2": text_of, "score": number_of},
     "pair": {"text1": text_of, "text2": text_of, "label": binary_of},
     "classification": {"text": text_of, "label": label_of},
@@ -120,7 +95,7 @@ COLUMNS: dict[Kind, dict[str, Callable[[object, str], Any]]] = {
 }
 
 
-def _read(path: Path, kind: Kind, limit: int | None = None, split: str = "test") -> list[list[Any]]:
+def read_columns(path: Path, kind: Kind, limit: int | None = None, split: str = "test") -> list[list[Any]]:
     """Reads the columns of `kind` in the first `limit` rows. A bad row is an error: without it, the test changes."""
     checks = COLUMNS[kind]
     rows = rows_of(path, split, lambda row, _: [check(row.get(key), key) for key, check in checks.items()])
@@ -131,16 +106,3 @@ def rows_of(path: Path, split: str, parse: Callable[[dict[str, Any], str], T]) -
     """Parses each row of a data set. DataError names file and line of a bad one."""
     for file in data_files(path, split):
         yield from good_rows(read_rows(file), parse, stem_of(file), None, file)
-
-
-def _refuse_one_label(gold: Sequence[Any], file: Path) -> None:
-    """Raises DataError if there is one label only: every metric would be 0, 1 or undefined for any model."""
-    if len(set(gold)) < 2:
-        raise DataError(f"{file}: {len(gold)} rows, all of one label or score (a `limit` on a sorted file does that)")
-
-
-def _encode(encoder: Encoder, texts: Sequence[str], task: str | None = None) -> Embeddings:
-    """Encodes texts to float32 (N, E), each distinct text once."""
-    place = {text: number for number, text in enumerate(dict.fromkeys(texts))}
-    vectors_NE = encode_finite(encoder, list(place), task)
-    return vectors_NE if len(place) == len(texts) else vectors_NE[[place[text] for text in texts]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,29 @@ class Words:
         ]
         sums_NE = np.stack([np.sum(vectors, axis=0) for vectors in words])
         return (sums_NE / np.linalg.norm(sums_NE, axis=1, keepdims=True)).astype(np.float32)
+
+
+class Looked:
+    """An encoder that looks its texts' vectors up; it has seen `texts`."""
+
+    def __init__(self, vector_of: Mapping[str, NDArray[np.float32]]) -> None:
+        self.vector_of, self.texts = vector_of, list[str]()
+
+    def encode(self, texts: Sequence[str], task: str | None = None) -> NDArray[np.float32]:
+        self.texts += texts
+        return np.stack([self.vector_of[text] for text in texts])
+
+
+def write_set(
+    folder: Path, queries: Mapping[str, str], corpus: Mapping[str, str], qrels: Mapping[str, Mapping[str, int]]
+) -> Path:
+    """A BEIR folder of these texts and judgements, by id."""
+    for name, texts in (("queries", queries), ("corpus", corpus)):
+        write_rows(folder / f"{name}.jsonl", [{"_id": id_, "text": text} for id_, text in texts.items()])
+    (folder / "qrels").mkdir(exist_ok=True)
+    judged = [f"{query}\t{doc}\t{score}\n" for query, docs in qrels.items() for doc, score in docs.items()]
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(judged))
+    return folder
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:

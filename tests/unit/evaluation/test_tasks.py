@@ -1,62 +1,56 @@
-"""What each kind of task keeps of its items: the main score comes out of them again."""
-
 from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
-from scipy.stats import spearmanr
-from sklearn.metrics import average_precision_score, v_measure_score
-from suite_files import PAIRS, SCORED, SUITE, Words, labelled, one_task, write_beir, write_rows
+from suite_files import Words, labelled, one_task, write_beir, write_rows
 
-from embedwright.evaluation.metrics import halves
-from embedwright.evaluation.results import Result
-from embedwright.evaluation.suite import evaluate
+from embedwright.evaluation.suite import evaluate, load_suite
+from embedwright.evaluation.tasks import read_columns
 
 
-@pytest.fixture
-def found(tmp_path: Path) -> dict[str, Result]:
-    """Scores of data that is neither solved nor at chance."""
-    noisy = labelled(40)
-    train = labelled(60, offset=100)
-    for rows in (noisy, train):  # each third row about tides or rust has another label
-        for number in range(1, len(rows), 3):
-            rows[number]["label"] = ("moon", "tide", "rust")[number % 4 % 3]
-    write_beir(tmp_path / "retrieval")
-    write_rows(tmp_path / "topics.jsonl", noisy)
-    write_rows(tmp_path / "test.jsonl", noisy)
-    write_rows(tmp_path / "train.jsonl.gz", train)
-    write_rows(tmp_path / "sts.jsonl", [*SCORED, {"text1": "a b c", "text2": "a b q", "score": 4.5}])
-    write_rows(tmp_path / "pair.jsonl", [*PAIRS, {"text1": "a b c", "text2": "a b q", "label": 0}])
-    (tmp_path / "suite.yaml").write_text(SUITE)
-    return {row.task: row for row in evaluate(Words(), tmp_path / "suite.yaml").rows}
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ("kind: retrieval, metric: Recal@10", "retrieval has no metric 'Recal@10' .did you mean 'Recall@10'"),
+        ("kind: pair, metric: f1", "pair has no metric 'f1'; it has cosine_ap"),
+        ("kind: sts, chunk_tokens: 5", "'chunk_tokens' is for retrieval, not for sts"),
+        ("kind: reranking, corpus_limit: 5", "'corpus_limit' is for retrieval, not for reranking"),
+        ("kind: retrieval, candidates: bm25", "'candidates' is for reranking, not for retrieval"),
+        ("kind: reranking, depth: 5", "'depth' is how many 'candidates'"),
+        ("kind: sts, ignore_identical_ids: true", "'ignore_identical_ids' is for retrieval, not for sts"),
+        ("kind: reranking, path: beir", "a BEIR folder needs `candidates`"),
+        ("kind: reranking, path: beir, candidates: absent.trec", "no such file: .*absent.trec"),
+        ("kind: reranking, path: rows.jsonl, candidates: bm25", "rows have their own candidates"),
+        (
+            "kind: reranking, path: labels.jsonl",
+            "reranking reads a BEIR folder or rows with query, positive, negative",
+        ),
+    ],
+)
+def test_keys_that_do_not_fit_are_refused(tmp_path: Path, keys: str, message: str) -> None:
+    write_beir(tmp_path / "beir")
+    write_rows(tmp_path / "rows.jsonl", [{"query": "a", "positive": ["b"], "negative": ["c"]}])
+    write_rows(tmp_path / "labels.jsonl", labelled(4))
+    path = "" if "path" in keys else ", path: beir"
+    with pytest.raises(ValueError, match=f"task 'x': {message}"):
+        load_suite(one_task(tmp_path, f"{{name: x, {keys}{path}}}"))
 
 
-def test_a_mean_is_that_of_its_items(found: dict[str, Result]) -> None:
-    docs, modules = found["docs"], found["modules"]
-    assert docs.items["id"].tolist() == ["q0", "q1", "q2", "q3"] and docs.items["score"].tolist()[:3] == [1, 1, 1]
-    assert modules.items["id"].tolist() == list(range(40)) and len(set(modules.items["score"])) > 1
-    for row in (docs, modules):
-        assert np.mean(row.items["score"]) == pytest.approx(row.value, abs=1e-12) and 0 < row.value < 1
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"query": "a", "positive": ["b"]}, "no negative"),
+        ({"query": "a", "positive": ["b", 7], "negative": []}, r"positive\[1\]: expected a text"),
+        ({"query": "", "positive": ["b"], "negative": ["c"]}, "query is empty"),
+    ],
+)
+def test_a_bad_row_of_reranking_is_named(tmp_path: Path, row: dict[str, object], message: str) -> None:
+    write_rows(tmp_path / "x.jsonl", [{"query": "a", "positive": ["b"], "negative": ["c"]}, row])
+    with pytest.raises(ValueError, match=f"x.jsonl:2: {message}"):
+        evaluate(Words(), one_task(tmp_path, "{name: x, kind: reranking, path: x.jsonl}"))
 
 
-def test_a_correlation_and_an_average_precision_come_out_of_cosines_and_gold(found: dict[str, Result]) -> None:
-    sts, pair = (found[name] for name in ("sts", "pair"))
-    assert spearmanr(sts.items["gold"], sts.items["cosine"])[0] == pytest.approx(sts.value, abs=1e-12)
-    assert average_precision_score(pair.items["gold"], pair.items["cosine"]) == pytest.approx(pair.value, abs=1e-12)
-    assert sts.value < 1 and pair.value < 1 and sts.items["gold"].tolist() == [5, 3.2, 1, 0, 4.5]
-
-
-def test_a_v_measure_comes_out_of_the_clusters_of_each_seed(found: dict[str, Result]) -> None:
-    topics = found["topics"]
-    assert topics.items["cluster"].shape == (3, 40)
-    again = [v_measure_score(topics.items["gold"], cluster_N) for cluster_N in topics.items["cluster"]]
-    assert np.mean(again) == pytest.approx(topics.value, abs=1e-12) and 0 < topics.value < 1
-
-
-def test_rows_of_a_file_that_is_split_keep_their_place_in_it(tmp_path: Path) -> None:
-    rows = labelled(31)
-    write_rows(tmp_path / "one.jsonl", rows)
-    (result,) = evaluate(Words(), one_task(tmp_path, "{name: x, kind: classification, path: one.jsonl}")).rows
-    assert result.items["id"].tolist() == halves([row["label"] for row in rows])[1]
+def test_one_text_is_a_list_of_one(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "x.jsonl", [{"query": "a", "positive": "b", "negative": ["c", "d"]}])
+    assert read_columns(file, "reranking") == [["a"], [["b"]], [["c", "d"]]]
