@@ -75,13 +75,18 @@ def write_results(file: Path, results: Results) -> None:
 
 
 def read_results(file: Path) -> Results:
-    """Reads what `write_results` wrote, with the items. Raises InputError if `file` is no result file."""
+    """Reads what `write_results` wrote, with the items. Raises InputError if `file` is no result file.
+
+    The scores of a smoke test (`ablate --smoke`) are refused, too: they mean nothing.
+    """
     if not file.is_file():
         raise NotFoundError(f"no result file: {file}")
     try:
         results = Results.from_json(file.read_text(encoding="utf-8"))
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file} is no result file of `embedwright eval`") from error
+    if results.about.get("smoke"):
+        raise InputError(f"{file} is of a smoke test (`ablate --smoke`): its scores mean nothing and are not shown")
     return with_items(results, items_file(file))
 
 

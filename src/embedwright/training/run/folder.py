@@ -45,11 +45,15 @@ def describe_run(out: Path, recipe: Recipe, sources: Sequence[Sequence[Source]])
     It is called whenever the run starts or resumes. A file with other content is kept as `<name>.1.<suffix>`, and the
     log says what changed. `sources` are those of each stage (`open_sources`).
     """
-    # Recipe.load reads it back with the same hash, so a run can resume from its own folder
-    values = recipe.model_dump(mode="json")
-    _write(out / "recipe.yaml", _RECIPE_HEADER + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120))
+    _write(out / "recipe.yaml", recipe_text(recipe))
     _write(out / "environment.json", _json(environment()))
     _write(out / "data.json", _json(data(recipe, sources)))
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """Returns a recipe as YAML. `Recipe.load` reads it back with the same hash, so a run can resume from its folder."""
+    values = recipe.model_dump(mode="json")
+    return _RECIPE_HEADER + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
 
 
 def environment() -> dict[str, Any]:

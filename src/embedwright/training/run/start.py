@@ -151,16 +151,21 @@ def _decoder(spec: ModelPart) -> str:
 
 
 def finish(model: Embedder) -> Embedder:
-    """Merges the adapters in float32 and probes.
+    """Merges the adapters of a trained model in float32 and probes.
 
     Raises RuntimeError if one never moved, or if merging changes vectors.
     """
+    if has_lora(model.network.backbone) and (idle := idle_adapters(model.network.backbone)):
+        raise RuntimeError(f"{len(idle)} LoRA adapters are still zero after training, e.g. {idle[0]}")
+    return merged(model)
+
+
+def merged(model: Embedder) -> Embedder:
+    """Brings a model into the form in which it is saved and evaluated: float32, without adapters. It is probed."""
     network = model.network
     network.float().eval()
     network.mixed = False
     if has_lora(network.backbone):
-        if idle := idle_adapters(network.backbone):
-            raise RuntimeError(f"{len(idle)} LoRA adapters are still zero after training, e.g. {idle[0]}")
         model.merge()
     network.requires_grad_(False)
     probe.check(network)

@@ -1,0 +1,272 @@
+"""`ablate`: runs every cell of an ablation, each an arm with a seed, and compares the arms with the baseline.
+
+    OUT/<study>/study.json                       all cells, all trials, and the comparison
+    OUT/<study>/budget.json                      the steps that the budget gives each arm
+    OUT/<study>/<arm>/seed-<n>/                  a cell: a run's folder, and result.json, scores.json, scores.items.npz
+    OUT/<study>/<arm>/rate-<factor>/seed-<n>/    a trial of a learning rate
+    OUT/<study>/<arm>/budget/                    what a step and an evaluation of the arm take
+    OUT/<study>/shared-stages/seed-<n>/          the first stages, trained once for all arms
+
+A smoke test lies in OUT/smoke/<study>/ and begins anew each time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from embedwright.config import did_you_mean
+from embedwright.errors import InputError, naming
+from embedwright.evaluation.suite import load_suite
+from embedwright.files import check_folder, write_json
+from embedwright.studies.ablate_budget import Cost, TokenCounter, as_written, factors, scaled, tokens_of_steps
+from embedwright.studies.ablate_cell import score
+from embedwright.studies.ablate_file import SHARED, Study
+from embedwright.studies.ablate_jobs import Job, Say, run_jobs
+from embedwright.training.batches.sources import data_fingerprint
+from embedwright.training.recipe import Recipe
+from embedwright.training.run.checks import open_checked, stage_folder
+from embedwright.training.run.start import origin_fingerprint
+
+Cell = tuple[str, int]  # arm and seed
+_MEASURED = ("unit", "fixed", "steps", "seconds")
+_TOLD = ("arm", "seed", "rate", "recipe", "mean", "scores", "seconds", "tokens", "peak_mb")
+
+
+def ablate(
+    file: Path,
+    out: Path,
+    *,
+    side_by_side: int = 1,
+    smoke: bool = False,
+    only: Sequence[str] = (),
+    anyway: bool = False,
+    say: Say = lambda line: None,
+) -> dict[str, Any]:
+    """Runs the cells of an ablation that have no result yet, each in a process of its own.
+
+    Args:
+        file: The ablation (docs/ablations.md).
+        out: The folder of all studies.
+        side_by_side: How many cells run at once. They divide the cores.
+        smoke: Run one tiny cell instead, whose scores mean nothing.
+        only: Cells to run, as `ARM/SEED`. Default: all.
+        anyway: Run a file on this machine that is marked for another one (`run_on`).
+        say: A function that gets lines of progress.
+
+    Returns:
+        What `study.json` says.
+
+    Raises:
+        InputError: Something in the file or in one of its recipes is wrong or missing. No cell has run then.
+        Interrupted: SIGTERM or SIGINT stopped the cells, each after a checkpoint.
+    """
+    study = Study(file)
+    processes = 1 if smoke else _processes(study, anyway)
+    check_folder(out)
+    folder = out.expanduser() / ("smoke" if smoke else "") / study.said.name
+    work = _Work(study, folder, smoke, processes)
+    cells = work.cells(only)
+    work.check()
+    if smoke:
+        shutil.rmtree(folder, ignore_errors=True)
+    arms, seeds = (list(dict.fromkeys(part)) for part in zip(*cells, strict=True))
+
+    def run(jobs: Iterable[Job | None]) -> None:
+        work.failed |= run_jobs([job for job in jobs if job is not None], side_by_side, say)
+        write_json(folder / "study.json", work.found())
+
+    if study.said.budget and not smoke:
+        run(work.measurement(arm) for arm in dict.fromkeys([study.said.baseline, *arms]))
+        write_json(folder / "budget.json", work.budget())
+    if study.said.shared_stages:
+        run(work.shared(seed) for seed in [*seeds, *work.tuning_seeds])
+    run(trial for arm in arms for trial in work.trials(arm))
+    run(work.cell(*cell) for cell in sorted(cells, key=lambda cell: cell[1]))  # so that a part of them is balanced
+    return work.found()
+
+
+class _Work:
+    """The jobs of a study. Each can be made once what it needs is there: until then it is None."""
+
+    def __init__(self, study: Study, folder: Path, smoke: bool, processes: int) -> None:
+        self.study, self.said, self.folder = study, study.said, folder
+        self.smoke, self.processes = smoke, processes
+        self.failed: dict[Job, str] = {}
+        self.known: dict[str, list[str]] = {}  # of each arm: fingerprints of its data, its model and the suite
+        self.tuning_seeds = [self.said.rates.seed] if self.said.rates and not smoke else []
+        self.suite = study.smoke_suite if smoke else study.suite
+        self.arms = (self.said.smoke.arms or [*self.said.arms][-1:]) if smoke else [*self.said.arms]
+        self.seeds = self.said.smoke.seeds if smoke else self.said.seeds
+
+    def cells(self, only: Sequence[str]) -> list[Cell]:
+        """Returns the cells to run. Raises InputError for one that the study has not."""
+        cells = {f"{arm}/{seed}": (arm, seed) for arm in self.arms for seed in self.seeds}
+        for name in only:
+            if name not in cells:
+                raise InputError(f"--only {name}: {self.said.name} has no such cell{did_you_mean(name, cells)}")
+        return [cells[name] for name in only or cells]
+
+    def check(self) -> None:
+        """Opens all that the cells need. Raises InputError, with the arm, if something is missing or wrong."""
+        with naming(f"{self.study.file}: {'smoke.suite' if self.smoke and self.said.smoke.suite else 'suite'}"):
+            suite = load_suite(self.suite)
+        tasks = [task.model_dump(mode="json") | {"path": task.path.name} for task in suite.tasks]
+        for arm in self.arms:
+            with naming(f"{self.study.file}: arms.{arm}"):
+                recipe = self._recipe(arm, self.seeds[0])
+                data = data_fingerprint(open_checked(recipe))
+                self.known[arm] = [data, origin_fingerprint(recipe.model), json.dumps(tasks)]
+                _rest(recipe, self.said.shared_stages, 1.0, 1.0, self.folder)  # raises where it cannot be
+
+    def _recipe(self, arm: str, seed: int) -> Recipe:
+        return self.study.recipe(arm, seed, smoke=self.smoke)
+
+    def _job(self, kind: str, arm: str, place: str, recipe: Recipe, origin: str | None = None, **facts: Any) -> Job:
+        data, model, suite = self.known[arm]
+        decisive = [kind, recipe.hash(), data, origin or model, *([suite] if kind != "shared" else [])]
+        key = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:12]
+        spec = {"name": f"{self.said.name}/{place}", "kind": kind, "arm": arm, "seed": recipe.seed, **facts}
+        spec |= {"smoke": self.smoke, "suite": str(self.suite), "suite_is_file": isinstance(self.suite, Path)}
+        return Job(self.folder / place, key, recipe, spec, self.processes)
+
+    # ---- budget
+
+    def measurement(self, arm: str) -> Job:
+        """Returns the job that measures what an arm takes. Tokens are counted at once, and then it is done."""
+        unit = "tokens" if self.said.budget and self.said.budget.tokens else "seconds"
+        recipe = self._recipe(arm, self.seeds[0])
+        job = self._job("budget", arm, f"{arm}/budget", recipe, unit=unit)
+        if unit == "tokens" and job.result is None:
+            counter = TokenCounter(recipe)
+            score(counter, job.spec)
+            steps = tokens_of_steps(recipe, open_checked(recipe))
+            job.finish({"fixed": counter.total, "steps": steps})
+        return job
+
+    def factors(self) -> tuple[float, dict[str, float]]:
+        """Returns by how much steps change: those of the shared stages, and those of each arm that was measured."""
+        budget = self.said.budget
+        if budget is None or self.smoke:
+            return 1.0, dict.fromkeys(self.arms, 1.0)
+        found = {arm: self.measurement(arm).result for arm in self.arms}
+        costs = {arm: Cost(cost["fixed"], tuple(cost["steps"])) for arm, cost in found.items() if cost}
+        if self.said.baseline not in costs:
+            return 0.0, {}
+        recipes = {arm: self._recipe(arm, self.seeds[0]) for arm in costs}
+        with naming(str(self.study.file)):
+            asked = float(budget.tokens or budget.seconds or 0)
+            return factors(asked, costs, recipes, self.said.baseline, self.said.shared_stages)
+
+    def budget(self) -> dict[str, Any]:
+        """Says what the budget is, what each arm takes of it, and the steps that follow."""
+        common, each = self.factors()
+        first: dict[str, Any] = {"factor": common}
+        if self.said.shared_stages:
+            stages = self._recipe(self.said.baseline, self.seeds[0]).stages[: self.said.shared_stages]
+            first["stages"] = as_written(scaled(stages, common))
+        arms = {}
+        for arm, factor in each.items():
+            stages = self._recipe(arm, self.seeds[0]).stages[self.said.shared_stages :]
+            measured = {key: value for key, value in (self.measurement(arm).result or {}).items() if key in _MEASURED}
+            arms[arm] = measured | {"factor": factor, "stages": as_written(scaled(stages, factor))}
+        asked = self.said.budget.model_dump(exclude_none=True) if self.said.budget else None
+        return {"budget": asked, "shared_stages": first, "arms": arms}
+
+    # ---- runs
+
+    def shared(self, seed: int) -> Job | None:
+        """Returns the run of the first stages, the same for all arms."""
+        common, each = self.factors()
+        if not each:
+            return None
+        recipe = self._recipe(self.said.baseline if self.said.baseline in self.arms else self.arms[0], seed)
+        *before, last = scaled(recipe.stages[: self.said.shared_stages], common)
+        stages = (*before, last.model_copy(update={"save": True}))
+        named = {"name": f"{self.said.name} {SHARED} seed {seed}", "stages": stages}
+        return self._job("shared", self.arms[0], f"{SHARED}/seed-{seed}", recipe.model_copy(update=named))
+
+    def trials(self, arm: str) -> list[Job | None]:
+        """Returns the trials of an arm's learning rates; none if the study chooses no rates."""
+        rates = self.said.rates
+        return [
+            self._run(arm, seed, f"{arm}/rate-{factor:g}/seed-{seed}", factor, rates.length if rates else 1.0)
+            for seed in self.tuning_seeds
+            for factor in (rates.factors if rates else ())
+        ]
+
+    def rate(self, arm: str) -> float | None:
+        """Returns the factor of the best trial, the recipe's own rate among equals; None while one is missing."""
+        if not self.tuning_seeds:
+            return 1.0
+        found = [job.result if job else None for job in self.trials(arm)]
+        done = [result for result in found if result]
+        if len(done) < len(found):
+            return None
+        return float(max(done, key=lambda result: (result["mean"], result["rate"] == 1))["rate"])
+
+    def cell(self, arm: str, seed: int) -> Job | None:
+        rate = self.rate(arm)
+        return None if rate is None else self._run(arm, seed, f"{arm}/seed-{seed}", rate)
+
+    def _run(self, arm: str, seed: int, place: str, rate: float, length: float = 1.0) -> Job | None:
+        factor, begin, count = self.factors()[1].get(arm), None, self.said.shared_stages
+        if factor is None or (count and ((begin := self.shared(seed)) is None or begin.result is None)):
+            return None
+        recipe = self._recipe(arm, seed)
+        saved = stage_folder(begin.folder, begin.recipe.stages[-1].name) if begin else None
+        recipe = _rest(recipe, count, factor * length, rate, saved)
+        return self._job("cell", arm, place, recipe, begin.key if begin else None, rate=rate)
+
+    def found(self) -> dict[str, Any]:
+        """Says all that is known of the study: what `study.json` holds."""
+        shared = [self.shared(seed) for seed in (*self.seeds, *self.tuning_seeds)] if self.said.shared_stages else []
+        trials = [trial for arm in self.arms for trial in self.trials(arm)]
+        cells = {(arm, seed): self.cell(arm, seed) for arm in self.arms for seed in self.seeds}
+        missing = [f"{arm}/{seed}" for (arm, seed), job in cells.items() if job is None or job.result is None]
+        return {
+            "study": self.said.name,
+            "smoke": self.smoke,
+            "scored_on": self.suite if isinstance(self.suite, str) else self.suite.name,
+            "run_on": self.said.run_on,
+            "missing": missing,
+            "failed": {job.spec["name"]: reason for job, reason in self.failed.items() if job.result is None},
+            "cells": [self._told(job) for job in cells.values() if job and job.result],
+            "trials": [self._told(job) for job in trials if job and job.result],
+            "shared_stages": [self._told(job) for job in shared if job and job.result],
+        }
+
+    def _told(self, job: Job) -> dict[str, Any]:
+        hidden = ("mean", "scores") if self.smoke else ()
+        kept = {key: value for key, value in (job.result or {}).items() if key in _TOLD and key not in hidden}
+        return {"folder": str(job.folder.relative_to(self.folder))} | kept
+
+
+def _rest(recipe: Recipe, shared: int, factor: float, rate: float, saved: Path | None) -> Recipe:
+    """Returns the recipe of a cell: the stages after the shared ones, which begin from the model of these."""
+    stages = scaled(recipe.stages[shared:], factor, rate)
+    content = recipe.model_dump(mode="json") | {"stages": [stage.model_dump(mode="json") for stage in stages]}
+    if shared:
+        content["model"] = {"from": str(saved)}
+    return Recipe.parse(content)
+
+
+def _processes(study: Study, anyway: bool) -> int:
+    """Returns how many processes train a cell. Raises InputError if this machine is not the one of `run_on`."""
+    asked = study.said.run_on
+    gpus = re.match(r"(\d+) GPUs?\b", asked or "")
+    if gpus and torch.cuda.device_count() >= int(gpus[1]):
+        return int(gpus[1])
+    if asked and not anyway:
+        raise InputError(
+            f"{study.file}: not run: needs {asked}, and this machine has {torch.cuda.device_count()} GPUs; "
+            "--anyway runs it here"
+        )
+    return 1

@@ -1,0 +1,100 @@
+"""Turns a budget of tokens or seconds into steps, once for each arm, so that a cell is a plain recipe.
+
+All stages of an arm are scaled by one factor: their steps and their warm-up, and nothing else. The evaluation is part
+of the budget; so are the shared stages, whose length is that of the baseline.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedwright.errors import InputError
+from embedwright.text import Contract, TextTokenizer, tokenize
+from embedwright.training.batches.blend import Source
+from embedwright.training.lengths import sampled
+from embedwright.training.recipe import Recipe
+from embedwright.training.run.start import reading_of
+from embedwright.training.stages import OptimPart, StagePart
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an arm takes, in the budget's unit: `fixed` for its start and evaluation, and a step of each stage."""
+
+    fixed: float
+    steps: tuple[float, ...]
+
+
+def factors(
+    budget: float, costs: Mapping[str, Cost], recipes: Mapping[str, Recipe], baseline: str, shared: int
+) -> tuple[float, dict[str, float]]:
+    """Returns the factor of the first `shared` stages, and that of the other stages of each arm.
+
+    Raises InputError for an arm whose budget does not last for one step of each stage.
+    """
+    common = 0.0
+    if shared:
+        common = _factor(budget - costs[baseline].fixed, costs[baseline].steps, recipes[baseline].stages, baseline)
+    first = scaled(recipes[baseline].stages[:shared], common)
+    spent = sum(part.optim.steps * cost for part, cost in zip(first, costs[baseline].steps, strict=False))
+    each = {
+        arm: _factor(budget - cost.fixed - spent, cost.steps[shared:], recipes[arm].stages[shared:], arm)
+        for arm, cost in costs.items()
+    }
+    return common, each
+
+
+def _factor(left: float, costs: Sequence[float], stages: Sequence[StagePart], arm: str) -> float:
+    whole = sum(cost * stage.optim.steps for cost, stage in zip(costs, stages, strict=True))
+    factor = left / whole
+    if any(factor * stage.optim.steps < 1 for stage in stages):
+        raise InputError(
+            f"budget: arm {arm}: {left:,.0f} are left for training, and a step of each stage in its proportion takes "
+            f"{max(whole / stage.optim.steps for stage in stages):,.0f}: raise the budget"
+        )
+    return factor
+
+
+def scaled(stages: Sequence[StagePart], factor: float, lr: float = 1.0) -> tuple[StagePart, ...]:
+    """Scales the steps and the warm-up of stages by `factor` (at least one step is left), and their rates by `lr`."""
+    return tuple(stage.model_copy(update={"optim": _scaled(stage.optim, factor, lr)}) for stage in stages)
+
+
+def _scaled(optim: OptimPart, factor: float, lr: float) -> OptimPart:
+    steps = max(1, math.floor(optim.steps * factor + 1e-9))
+    warmup = min(round(optim.warmup_steps * factor), steps - 1)
+    return OptimPart(**optim.model_dump() | {"steps": steps, "warmup_steps": warmup, "lr": optim.lr * lr})
+
+
+def tokens_of_steps(recipe: Recipe, sources: Sequence[Sequence[Source]]) -> tuple[float, ...]:
+    """Returns the mean number of tokens of a step of each stage, from a sample of its steps."""
+    tokenizer, contract = reading_of(recipe.model)
+    own = TextTokenizer(tokenizer.backend_tokenizer)
+    return tuple(sampled(recipe, number, some, own, contract).step for number, some in enumerate(sources))
+
+
+class TokenCounter:
+    """An encoder that counts the tokens it is given, as the model of a recipe reads them. Its vectors are random."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        tokenizer, self.contract = reading_of(recipe.model)
+        self.tokenizer = TextTokenizer(tokenizer.backend_tokenizer)
+        self.random, self.total = np.random.default_rng(0), 0
+
+    def encode(self, texts: Sequence[str], task: str | None = None) -> NDArray[np.float32]:
+        contract: Contract = self.contract
+        read = tokenize(self.tokenizer, contract, list(texts), contract.prefix(task))
+        self.total += sum(len(text.ids) for text in read)
+        vectors_NE: NDArray[np.float32] = self.random.standard_normal((len(texts), 4), dtype=np.float32)
+        return vectors_NE
+
+
+def as_written(stages: Sequence[StagePart]) -> dict[str, Any]:
+    """Lists steps, warm-up and rate of each stage by its name."""
+    return {stage.name: stage.optim.model_dump(include={"steps", "warmup_steps", "lr"}) for stage in stages}

@@ -1,0 +1,94 @@
+"""Shared stages and rates: what a cell begins from, and which rate it takes. Plain cells: test_ablate.py."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from embedwright.model.embedder import Embedder
+from embedwright.studies.ablate import ablate
+from embedwright.training.recipe import Recipe
+from embedwright.training.train import train
+
+Make = Callable[..., Path]
+TEXTS = ["how do tides work?", "the moon"]
+
+
+def test_shared_stages_are_trained_once_a_seed_as_a_chain_of_runs_by_hand(
+    ablation: Make, started: list[Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out" / "tiny"
+    arms = {"plain": {}, "warm": {"stages.second.temperature": 0.5}, "slow": {"stages.second.optim.lr": 1e-3}}
+    study = ablate(ablation(shared_stages=1, arms=arms), tmp_path / "out")
+    names = [str(folder.relative_to(out)) for folder in started]
+    assert names[:2] == ["shared-stages/seed-1", "shared-stages/seed-2"] and len(names) == 8 == len(set(names))
+    assert [shared["seed"] for shared in study["shared_stages"]] == [1, 2] and len(study["cells"]) == 6
+
+    tree = yaml.safe_load((tmp_path / "base.yaml").read_text())
+    first, second = tree["stages"]
+    tree["seed"] = 2
+    run = {"run": tree["run"] | {"out": str(tmp_path / "one")}}
+    train(Recipe.parse(tree | run | {"stages": [first]})).save(tmp_path / "model")
+    second["temperature"] = 0.5
+    rest = {"model": {"from": str(tmp_path / "model")}, "stages": [second]}
+    by_hand = train(Recipe.parse(tree | rest | {"run": tree["run"] | {"out": str(tmp_path / "two")}}))
+    cell = train(Recipe.load(out / "warm" / "seed-2" / "recipe.yaml"))  # it is done, and comes back as it is
+    np.testing.assert_array_equal(cell.encode(TEXTS), by_hand.encode(TEXTS))
+    kept = Embedder.load(out / "shared-stages" / "seed-2" / "stages" / "first")
+    np.testing.assert_array_equal(kept.encode(TEXTS), Embedder.load(tmp_path / "model").encode(TEXTS))
+
+    ablate(ablation(shared_stages=1, arms=arms | {"warm": {"stages.second.temperature": 0.3}}), tmp_path / "out")
+    assert [str(folder.relative_to(out))[:11] for folder in started[8:]] == ["warm/seed-1", "warm/seed-2"]
+
+
+def test_the_best_of_three_rates_is_taken_and_all_trials_are_kept(
+    ablation: Make, started: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out" / "tiny"
+    file = ablation(rates={"factors": [0.01, 1, 3], "seed": 100, "length": 0.5})
+    study = ablate(file, tmp_path / "out", only=["warm/1"])
+    trials = {trial["rate"]: trial for trial in study["trials"]}
+    assert [str(folder.relative_to(out)) for folder in started] == [
+        *(f"warm/rate-{rate}/seed-100" for rate in ("0.01", "1", "3")),
+        "warm/seed-1",
+    ]
+    best = max(trials.values(), key=lambda trial: trial["mean"])["rate"]
+    assert len({trial["mean"] for trial in trials.values()}) == 3 and set(trials) == {0.01, 1, 3}
+    [cell] = study["cells"]
+    assert cell["rate"] == best
+    base = yaml.safe_load((tmp_path / "base.yaml").read_text())["stages"][1]["optim"]
+    for folder, rate, steps in (("warm/seed-1", best, 6), ("warm/rate-3/seed-100", 3, 3)):
+        recipe = Recipe.load(out / folder / "recipe.yaml")
+        optim = recipe.stages[1].optim
+        assert optim.lr == pytest.approx(base["lr"] * rate) and optim.steps == steps
+        assert recipe.seed == (1 if steps == 6 else 100)
+    assert study["missing"] == ["plain/1", "plain/2", "warm/2"]
+
+
+def test_among_equal_rates_the_default_is_taken(
+    ablation: Make, started: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from embedwright.evaluation.results import Result, Results
+
+    flat = Results("s", (Result("t", "sts", "spearman", 0.5),), 1.0)
+    monkeypatch.setattr("embedwright.studies.ablate_cell.score", lambda model, spec: flat)
+    file = ablation(rates={"factors": [3, 1, 0.1], "length": 0.1})
+    study = ablate(file, tmp_path / "out", only=["plain/1"])
+    assert [cell["rate"] for cell in study["cells"]] == [1]
+
+
+def test_a_smoke_test_runs_the_shared_stage_too(ablation: Make, started: list[Path], tmp_path: Path) -> None:
+    file = ablation(shared_stages=1, rates={}, smoke={"arms": ["plain"], "seeds": [7], "suite": "tiny-suite.yaml"})
+    tasks = "name: s\ntasks: [{name: some, kind: sts, path: suite/sts.jsonl, limit: 12}]"
+    (tmp_path / "tiny-suite.yaml").write_text(tasks)
+    ablate(file, tmp_path / "out", smoke=True)
+    where = tmp_path / "out" / "smoke" / "tiny"
+    assert started == [where / "shared-stages" / "seed-7", where / "plain" / "seed-7"]
+    found: Any = json.loads((started[1] / "result.json").read_text())
+    assert found["smoke"] and list(found["scores"]) == ["some"]
