@@ -24,10 +24,11 @@ from embedwright.pairs.documents import COLUMNS, Document, Made, Make, read_docu
 class Way(NamedTuple):
     """Names a way: `make` gets all documents, which it may read or not, and returns what makes the examples of one.
 
-    `draws`: another call for the same document makes other examples.
+    It also gets how many negatives an example has, where the way gives some. `draws`: another call for the same
+    document makes other examples.
     """
 
-    make: Callable[[Iterable[Document]], Make]
+    make: Callable[[Iterable[Document], int], Make]
     draws: bool = False
 
 
@@ -38,17 +39,25 @@ class Meaning(NamedTuple):
     instruction: str
 
 
+def _bm25(documents: Iterable[Document], negatives: int) -> Make:
+    from embedwright.pairs.bm25 import taught  # needs a package that the other ways do without
+
+    return taught(documents, negatives)
+
+
 WAYS: dict[str, Way] = {
-    "title": Way(lambda _: cut.title),
-    "summary": Way(lambda _: cut.summary),
-    "crops": Way(lambda _: cut.crops, draws=True),
-    "sentence": Way(lambda _: cut.sentence, draws=True),
+    "title": Way(lambda *_: cut.title),
+    "summary": Way(lambda *_: cut.summary),
+    "crops": Way(lambda *_: cut.crops, draws=True),
+    "sentence": Way(lambda *_: cut.sentence, draws=True),
+    "bm25": Way(_bm25, draws=True),
 }
 MEANINGS: dict[str, Meaning] = {
     "title": Meaning("retrieval", "Given a title, retrieve the text that it stands above"),
     "summary": Meaning("retrieval", "Given a summary, retrieve the text that it begins"),
     "crops": Meaning("retrieval", "Given a part of a text, retrieve another part of the same text"),
     "sentence": Meaning("retrieval", "Given a sentence, retrieve the passage that it comes from"),
+    "bm25": Meaning("retrieval", "Given a part of a text, retrieve texts that share its words"),
 }
 
 
@@ -59,6 +68,7 @@ def make_pairs(
     *,
     columns: Mapping[str, tuple[str, ...]] = COLUMNS,
     per_document: int = 1,
+    negatives: int = 7,
     name: str | None = None,
     licence: str = "",
     seed: int = 0,
@@ -70,8 +80,8 @@ def make_pairs(
     alone; `bm25`, `gloss`, `swap` and `classes` look at other documents, too, and hold them in memory. The documents
     are read once for each way, and once before, to find bad lines: these are kept in `<out>.quarantine.jsonl`.
 
-    `per_document`: how often a way that draws does so for a document; equal examples are written once. `licence`: of
-    the documents, written into the tasks.
+    `per_document`: how often a way that draws does so for a document; equal examples are written once. `negatives`: the
+    most of an example, where a way gives some. `licence`: of the documents, written into the tasks.
 
     Returns counts: `documents` read, lines `quarantined`, and for each way the `documents` that it used, the `examples`
     that it made, and the documents `skipped` by reason. Raises InputError for an unknown way, and DataError if there is
@@ -86,11 +96,17 @@ def make_pairs(
         documents = sum(1 for _ in read_documents(path, columns, quarantine.add))
     if not documents:
         raise DataError(f"{path}: no document ({[*quarantine.reasons, 'it is empty'][0]})")
+    all_of_them = _Documents(path, columns)
     counts: dict[str, Any] = {way: {"documents": 0, "examples": 0, "skipped": Counter()} for way in ways}
 
     def examples() -> Iterator[Example]:
         for way in ways:
-            yield from _of_way(way, _Documents(path, columns), per_document, f"{seed}:{way}", counts[way])
+            make = WAYS[way].make(all_of_them, negatives)
+            draws = per_document if WAYS[way].draws else 1
+            for document in all_of_them:
+                yield from _of_document(
+                    way, make, document, [f"{seed}:{way}:{document.id}:{n}" for n in range(draws)], counts[way]
+                )
         if not any(count["examples"] for count in counts.values()):
             raise DataError(f"{path}: no example of {documents} documents ({_reasons(counts)})")
 
@@ -127,25 +143,28 @@ class _Documents:
         return read_documents(self.path, self.columns, lambda *_: None)
 
 
-def _of_way(way: str, documents: _Documents, per_document: int, seed: str, count: dict[str, Any]) -> Iterator[Example]:
-    """Yields the examples of one way with their ids, `<way>:<document>:<number>`, and the kind of row as their task."""
-    make = WAYS[way].make(documents)
-    for document in documents:
-        found: dict[tuple[str, str], Example] = {}
-        reasons = []
-        for draw in range(per_document if WAYS[way].draws else 1):
-            made = _sound(make(document, random.Random(f"{seed}:{document.id}:{draw}")))
-            if isinstance(made, str):
-                reasons.append(made)
-            else:
-                found |= {(one.query, one.positives[0].text): one for one in reversed(made)} | found
-        if not found:
-            count["skipped"][reasons[0]] += 1
+def _of_document(
+    way: str, make: Make, document: Document, seeds: Sequence[str], count: dict[str, Any]
+) -> Iterator[Example]:
+    """Yields the examples of one document, one draw a seed, with their ids and the kind of row as their task."""
+    found: dict[tuple[str, str], Example] = {}
+    reasons = []
+    for seed in seeds:
+        made = _sound(
+            make(document, random.Random(seed))
+        )  # a str is hashed with SHA-512, not with Python's salted hash
+        if isinstance(made, str):
+            reasons.append(made)
             continue
-        count["documents"] += 1
-        count["examples"] += len(found)
-        for number, one in enumerate(found.values()):
-            yield replace(one, id=f"{way}:{document.id}:{number}", task=f"{way}-{one.task}" if one.task else way)
+        for one in made:
+            found.setdefault((one.query, one.positives[0].text), one)
+    if not found:
+        count["skipped"][reasons[0]] += 1
+        return
+    count["documents"] += 1
+    count["examples"] += len(found)
+    for number, one in enumerate(found.values()):
+        yield replace(one, id=f"{way}:{document.id}:{number}", task=f"{way}-{one.task}" if one.task else way)
 
 
 def _sound(made: Made) -> Made:
