@@ -138,7 +138,9 @@ def load_suite(suite: Path | str) -> Suite:
     a YAML file. Raises FileNotFoundError and ValueError before anything is encoded.
     """
     packaged = sorted(file.stem for file in PACKAGED.glob("*.yaml"))
-    path = PACKAGED / f"{suite}.yaml" if isinstance(suite, str) and suite in packaged else Path(suite).absolute()
+    path = Path(suite).absolute()
+    if str(suite) in packaged and (isinstance(suite, str) or not path.exists()):
+        path = PACKAGED / f"{suite}.yaml"
     if path.is_dir():
         return _from_folder(path)
     if path.is_file():

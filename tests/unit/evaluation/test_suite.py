@@ -7,15 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from datasets import Dataset, DatasetDict
 from numpy.typing import NDArray
-from suite_files import PAIRS, SCORED, SUITE, Words, labelled, one_task, write_beir, write_rows
+from suite_files import PAIRS, SCORED, SUITE, Words, labelled, one_task, write_beir, write_rows, write_set
 
 from embedwright.evaluation import suite as suite_module
 from embedwright.evaluation.metrics import few_shot, halves
 from embedwright.evaluation.results import Results
 from embedwright.evaluation.suite import Suite, evaluate, load_suite
 from embedwright.model.embedder import Embedder
+from embedwright.training.run.checks import suite_of
 
 
 @pytest.fixture
@@ -236,6 +238,26 @@ def test_the_packaged_dev_suite_needs_its_variable(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("EMBEDWRIGHT_DATA", "elsewhere")  # relative to the user, not to the package
     with pytest.raises(FileNotFoundError, match=f"{tmp_path}/elsewhere/dev/squadshifts-amazon"):
         load_suite("dev")
+
+
+@pytest.mark.parametrize("name", ["dev", "dev-mini"])
+def test_a_recipe_and_the_command_open_a_packaged_suite_by_its_name(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EMBEDWRIGHT_DATA", "data")
+    for task in yaml.safe_load((suite_module.PACKAGED / f"{name}.yaml").read_text())["tasks"]:
+        path = Path(task["path"].replace("${EMBEDWRIGHT_DATA}", "data"))
+        if path.suffix:
+            texts = {"text": "a", "text1": "a", "text2": "b", "label": 1, "score": 1}
+            write_rows(path, [texts])
+        elif not path.exists():
+            write_set(path, {"q": "a"}, {"d": "b"}, {"q": {"d": 1}})
+        if "train" in task:
+            write_rows(Path(task["train"].replace("${EMBEDWRIGHT_DATA}", "data")), [{"text": "a", "label": 1}])
+    assert load_suite(name).name == load_suite(suite_of(name)).name == name
+    write_rows(tmp_path / name / "x.jsonl", SCORED)  # a folder of one's own is meant where it is named as a path
+    assert load_suite(name).name == name and load_suite(Path(name)).tasks[0].name == "x"
 
 
 def test_the_packaged_dev_suite_finds_the_shared_data(monkeypatch: pytest.MonkeyPatch) -> None:
