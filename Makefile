@@ -16,10 +16,10 @@ endif
 
 BENCH_MODELS := smollm2-135m gemma3-270m qwen3-0.6b-shape
 
-.PHONY: help setup demo test test-long lint types examples docs bench gpu-smoke clean
+.PHONY: help setup demo test test-long lint types examples docs bench gpu-smoke ablate-smoke clean
 
 help:  ## Show this list
-	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F '\t' '{printf "  %-10s  %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F '\t' '{printf "  %-12s  %s\n", $$1, $$2}'
 
 setup: .venv/.ready  ## Make .venv with the exact versions of constraints.txt; does nothing when it is up to date
 
@@ -69,6 +69,11 @@ bench: setup  ## What docs/performance.md shows, against sentence-transformers: 
 
 gpu-smoke: setup  ## One GPU: equality, gradients, throughput against sentence-transformers
 	@$(BIN)/python benchmarks/gpu_smoke.py
+
+ablate-smoke: setup  ## One tiny cell of each file of recipes/ablations/: shows that they run; its scores mean nothing
+	@mkdir -p runs/ablate-smoke
+	@cd runs/ablate-smoke; export PATH="$(CURDIR)/$(BIN):$$PATH"; ROWS=60 DOCS=200 ../../recipes/ablations/data.sh; \
+	  for file in ../../recipes/ablations/*.yaml; do echo "== $$file"; embedwright ablate $$file --smoke --out out; done
 
 clean:  ## Remove caches and build output; .venv and runs/ stay
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache

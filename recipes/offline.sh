@@ -2,9 +2,10 @@
 # The whole chain on local files: build, clean and decontaminate, labels, mine, then the two stages of offline.yaml.
 #   EMBEDWRIGHT_DATA=FOLDER recipes/offline.sh      FOLDER/train has the files, FOLDER/dev what must not leak from it
 # ROWS of each file (default 1500, drawn with a fixed seed; 0: all). What is there already is not made again.
+# TRAIN=0 stops before the training, and OUT is where the data goes (recipes/ablations/data.sh uses both).
 set -euo pipefail
 : "${EMBEDWRIGHT_DATA:?set it to the folder that has train/ and dev/}"
-out=runs/offline
+out=${OUT:-runs/offline}
 mkdir -p $out/raw $out/clean $out/data
 
 build() { # NAME FILE
@@ -47,5 +48,6 @@ mined sts sts12-13.scored.jsonl.gz "Retrieve semantically similar text"
 labelled clinc150 clinc150.labeled.jsonl.gz
 labelled newsgroups newsgroups20.labeled.jsonl.gz
 labelled sentiment review-sentiment.labeled.jsonl.gz
+[ "${TRAIN:-1}" = 0 ] && exit
 echo "== train"
 embedwright train recipes/offline.yaml

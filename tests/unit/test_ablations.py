@@ -1,0 +1,148 @@
+"""The files of recipes/ablations/: all of their recipes are valid, and each arm differs in what it is named for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from embedwright.studies.ablate_file import Study
+from embedwright.training.recipe import Recipe, leaves
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "recipes" / "ablations"
+FILES = {file.stem: file for file in sorted(FOLDER.glob("*.yaml"))}
+
+CAUSAL, POOLING = "model.attention", "model.pooling"
+FULL = {"tune.method", "stages.retrieval.optim.lr", "stages.generalist.optim.lr"}
+FIRST_OBJECTIVE = {f"stages.generalist.{key}" for key in ("hard_negatives", "temperature", "optim.batch_queries")}
+TOPICS = "stages.generalist.data.1"
+RULE, TEACHER = "stages.retrieval.mine.rule", "stages.retrieval.mine.teacher"
+NEW_SETS = ("hover", "nfcorpus", "scifact", "miracl", "mrtydi")
+
+# What differs from the baseline in each arm of each file. A key stands for all keys below it.
+EXPECTED: dict[str, dict[str, set[str]]] = {
+    "pooling": {
+        "mean": {POOLING},
+        "mlp": {POOLING},
+        "latent-frozen": {"tune.freeze"},
+        "mean-causal": {POOLING, CAUSAL},
+        "last-causal": {POOLING, CAUSAL},
+        "last": {POOLING},
+        "latent-causal": {CAUSAL},
+        "self": {POOLING},
+        "self-causal": {POOLING, CAUSAL},
+    },
+    "stages": {
+        "one-in-batch": {"order", "stages.retrieval", "stages.generalist.in_batch_negatives"},
+        "one": {"order", "stages.retrieval"},
+        "reversed": {"order"},
+        "homogeneous": {"stages.retrieval.batching", "stages.generalist.batching"},
+    },
+    "second-stage": {
+        "continued": {TOPICS, "stages.generalist.in_batch_negatives", *FIRST_OBJECTIVE},
+        "in-batch-off": {TOPICS, *FIRST_OBJECTIVE},
+        "blend": {"stages.generalist.in_batch_negatives", *FIRST_OBJECTIVE},
+        "seven-negatives": {"stages.generalist.hard_negatives"},
+        "rate-third": {"stages.generalist.optim.lr"},
+        "rate-tenth": {"stages.generalist.optim.lr"},
+        "clinc150": {f"{TOPICS}.path", f"{TOPICS}.task"},
+        "same-task": {"stages.generalist.in_batch_negatives"},
+    },
+    "mining": {
+        "naive": {RULE},
+        "random": {RULE, TEACHER},
+        "bm25": {TEACHER},
+        "shift": {RULE},
+        "abs": {RULE},
+        "margin": {RULE},
+    },
+    "labels": {"labels": {f"stages.generalist.data.{n}.{key}" for n in (5, 6) for key in ("path", "task.symmetric")}},
+    "lora-full": {"full": FULL},
+    "depth": {f"lora-{n}": {"model.layers"} for n in (8, 12, 22, 30)}
+    | {f"full-{n}": FULL | {"model.layers"} for n in (8, 12, 22, 30)}
+    | {"full-16": FULL},
+    "s2": {"s2": {f"stages.{s}.data.{n}.weight" for s in ("retrieval", "generalist") for n in range(11, 16)}},
+    "s3": {"s3": {f"stages.{s}.data.16.weight" for s in ("retrieval", "generalist")}},
+}
+
+
+def values(recipe: Recipe) -> dict[str, Any]:
+    """All that an arm decides, by dotted key; stages by their names."""
+    content = recipe.model_dump(mode="json", exclude={"name", "seed", "run"})
+    stages = {stage.pop("name"): stage for stage in content["stages"]}
+    return dict(leaves(content | {"stages": stages, "order": ",".join(stages)}))
+
+
+def test_every_arm_has_its_difference_written_here() -> None:
+    arms = {name: Study(file).said for name, file in FILES.items()}
+    assert {name: {*said.arms} - {said.baseline} for name, said in arms.items()} == {
+        name: {*expected} for name, expected in EXPECTED.items()
+    }
+
+
+@pytest.mark.parametrize(("file", "arm"), [(file, arm) for file, arms in EXPECTED.items() for arm in arms])
+def test_an_arm_differs_from_the_baseline_in_what_it_is_named_for(file: str, arm: str) -> None:
+    study = Study(FILES[file])
+    base, own = (values(study.recipe(name, 1)) for name in (study.said.baseline, arm))
+    changed = {key for key in base | own if base.get(key) != own.get(key)}
+    below = {key: {place for place in changed if f"{place}.".startswith(f"{key}.")} for key in EXPECTED[file][arm]}
+    assert all(below.values()), "an arm that does not change what it is named for"
+    assert changed == set().union(*below.values()), "an arm that changes more than it is named for"
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_file_has_the_size_of_its_cells(file: str) -> None:
+    study = Study(FILES[file])
+    said = study.said
+    for arm in said.arms:
+        for stage in study.recipe(arm, 1).stages:
+            assert all(entry.path.startswith(("runs/ablation-data/", "data/nv-embed-v2/")) for entry in stage.data)
+    if said.run_on is None:
+        recipe = study.recipe(said.baseline, 1)
+        assert (recipe.model.layers, recipe.model.max_tokens) == (8 if file == "second-stage" else 16, 256)
+        assert said.suite == "dev-mini" or file == "second-stage"
+    else:
+        assert said.run_on == "8 GPUs" and said.benchmark == "MTEB(eng, v1)"
+    for arm in said.smoke.arms:
+        tiny = study.recipe(arm, 1, smoke=True)
+        assert tiny.model.layers and tiny.model.layers <= 3 and all(stage.optim.steps == 2 for stage in tiny.stages)
+    assert len(said.smoke.arms) == 1 and study.smoke_suite == FOLDER / "base" / "smoke-suite.yaml"
+
+
+def test_numbers_of_data_mean_the_sets_that_they_are_meant_for() -> None:
+    for file, names in (("s2", NEW_SETS), ("s3", ("synthetic",))):
+        study = Study(FILES[file])
+        for stage in study.recipe(study.said.baseline, 1).stages:
+            rare = [Path(entry.path).stem for entry in stage.data if entry.weight < 1]
+            assert rare == [*names, "synthetic"] if file == "s2" else rare == [*names]
+    before, after = (Study(FILES["labels"]).recipe(arm, 1).stages[1].data for arm in ("examples", "labels"))
+    changed = {entry.path: other.path for entry, other in zip(before, after, strict=True) if entry != other}
+    data = "runs/ablation-data/data"
+    assert changed == {f"{data}/{name}.parquet": f"{data}/{name}-label.parquet" for name in ("clinc150", "newsgroups")}
+
+
+@pytest.mark.long
+def test_the_data_is_made_and_a_cell_of_each_file_runs(tmp_path: Path) -> None:
+    """As `make ablate-smoke` does it."""
+    if not os.environ.get("EMBEDWRIGHT_DATA"):
+        pytest.skip("EMBEDWRIGHT_DATA is not set")
+    (tmp_path / "bin").mkdir()
+    command = tmp_path / "bin" / "embedwright"
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m embedwright "$@"\n')
+    command.chmod(0o755)
+    path = os.pathsep.join([str(command.parent), str(Path(sys.executable).parent), os.environ["PATH"]])
+    settings = {**os.environ, "PATH": path, "ROWS": "60", "DOCS": "200"}
+
+    def run(*words: str) -> str:
+        done = subprocess.run(words, cwd=tmp_path, env=settings, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout + done.stderr
+
+    run(str(FOLDER / "data.sh"))
+    for name, file in FILES.items():
+        assert "its scores mean nothing" in run("embedwright", "ablate", str(file), "--smoke", "--out", "out"), name
