@@ -55,6 +55,7 @@ SERVER = {"base_url": "--base-url {server}", "model": "--model m"}
 BASE: dict[str, Words] = {
     "train": {"recipe": "{recipe}", "out": "--out OUT", "plan_only": "--plan"},
     "eval": {"models": "{model}", "suite": "{suite}"},
+    "compare": {"results": "{results} {other_results}"},
     "report": {"sources": "{results}", "out": "--out OUT.html"},
     "merge": {"models": "{model} {near}", "out": "OUT"},
     "encode": {"model": "{model}", "source": "{documents}", "out": "OUT"},
@@ -113,6 +114,13 @@ CHANGES: dict[str, dict[str, tuple[str, str, Words]]] = {
     "eval": {
         "models": ("said", "{other}", {}),
         "suite": ("said", "{other_suite}", {}),
+        "out": ("names", "--out OUT.json", {}),
+    },
+    "compare": {
+        "results": ("said", "{other_results} {results}", {}),
+        "suite": ("said", "--suite {other_suite}", {"results": "{model} {other}", "suite": "--suite {suite}"}),
+        "equivalent": ("said", "--equivalent 0.5", {}),
+        "picture": ("names", "--picture OUT.svg", {}),
         "out": ("names", "--out OUT.json", {}),
     },
     "report": {

@@ -1,4 +1,4 @@
-"""The command `eval`, and the tables of scores that other commands show."""
+"""The commands `eval` and `compare`, and the tables of scores that other commands show."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from embedwright.cli import options
 from embedwright.cli.display import say
 from embedwright.cli.options import arg, opt
 from embedwright.errors import InputError
-from embedwright.files import file_name
+from embedwright.files import file_name, write_text
 
 if TYPE_CHECKING:
     from embedwright.evaluation.results import Results
@@ -48,6 +48,44 @@ def _result_files(models: Sequence[str], suite: str, out: Path) -> dict[str, Pat
     if len(set(files.values())) < len(files):
         raise InputError(f"two of {', '.join(files)} have one name in {out}: score one of them into another folder")
     return files
+
+
+def compare(
+    results: Annotated[
+        list[str],
+        arg(
+            "What is compared, the baseline first: result files or folders of `eval` or `bench`, runs (those of one "
+            "recipe with several seeds are one), studies, or models, which need --suite.",
+            metavar="BASELINE OTHER...",
+        ),
+    ],
+    suite: Annotated[str | None, opt("Suite to score models on, as in `eval`.")] = None,
+    equivalent: Annotated[
+        float | None, opt("Test also whether differences are within so many points: two one-sided tests.")
+    ] = None,
+    picture: Annotated[
+        Path | None, opt("File for a picture of the differences (.svg).", callback=options.file_to_write)
+    ] = None,
+    out: Annotated[Path | None, opt("File for the comparison (.json).", callback=options.file_to_write)] = None,
+) -> None:
+    """Compare results with a baseline, task by task and in the mean, with 95 % intervals.
+
+    A difference is claimed only if it is significant after correction for all comparisons shown.
+    """
+    from embedwright.evaluation.about import about
+    from embedwright.evaluation.compare import compare as run
+    from embedwright.evaluation.compare_table import picture as draw
+    from embedwright.evaluation.compare_table import text
+    from embedwright.evaluation.read import read_candidates
+
+    if picture is not None and picture.suffix != ".svg":
+        raise InputError(f"--picture {picture}: name a file that ends in .svg")
+    comparison = run(read_candidates(results, suite, say), equivalent=equivalent)
+    say(text(comparison))
+    if picture is not None:
+        write_text(picture, draw(comparison))
+    if out is not None:
+        write_text(out, replace(comparison, about=about(comparison.baseline)).to_json() + "\n")
 
 
 def score(models: Sequence[str], suite: Suite | str, files: Mapping[str, Path] | None = None) -> None:

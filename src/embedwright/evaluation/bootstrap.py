@@ -5,9 +5,11 @@ Shapes: `S` training seeds of one candidate, `B` draws, `N` items, `R` runs of k
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -25,8 +27,8 @@ NEAR = 5e-4  # a score may differ so much from its items', which are rounded
 class Drawn:
     """The scores of one candidate in one task: for each training seed, and their mean on each draw of the items.
 
-    Without items, `items` is 0 and each draw repeats the score. `runs` has the scores of the runs of k-means, as means
-    over the training seeds, for each part of a clustering task.
+    Without items, `items` is 0 and each draw repeats the score. `runs` has the scores of what was repeated, runs of
+    k-means, as means over the training seeds and as parts of the task's score.
     """
 
     score_S: Floats
@@ -53,7 +55,7 @@ def same_order(reference: Result, result: Result) -> Result:
     if _shapes(reference) != _shapes(result):
         raise InputError("has other items: their number, their kind or their splits differ")
     items = dict(result.items)
-    for part in _parts(result):
+    for part in _shares(result):
         ours, theirs = _of_part(reference, part), _of_part(result, part)
         if "id" in ours:
             place, other = np.argsort(ours["id"], kind="stable"), np.argsort(theirs["id"], kind="stable")
@@ -76,54 +78,70 @@ def draw(rng: np.random.Generator, candidates: Sequence[Sequence[Result]], draws
     usable = [all(map(agrees, results)) for results in candidates]
     drawing = [place for place, its in enumerate(usable) if its and usable[0]]
     drawn = [np.full(draws, np.mean([result.value for result in results])) for results in candidates]
-    runs: list[list[Floats]] = [[] for _ in candidates]
-    items, parts = 0, _parts(candidates[0][0]) if drawing else []
+    runs: list[dict[str, list[Floats]]] = [{} for _ in candidates]
+    items, shares = 0, _shares(candidates[0][0]) if drawing else {}
     for place in drawing:
         drawn[place] = np.zeros(draws)
-    for part in parts:
+    for part, share in shares.items():
         count = _count(_of_part(candidates[0][0], part))
         items, at = items + count, 0
         for counts_BN in statistics.resamples(rng, count, draws):
             block = slice(at, at := at + len(counts_BN))
             for place in drawing:
-                drawn[place][block] += _scores(candidates[place], part, counts_BN).mean(axis=0) / len(parts)
+                drawn[place][block] += _scores(candidates[place], part, counts_BN).mean(axis=0) * share
+        repeated = re.sub(r"(?<=/)\d+/$", "", part)  # the older MTEB tasks have a part for each of their sets
         for place in drawing:
-            runs[place].append(_scores(candidates[place], part, np.ones((1, count)))[:, 0] / len(parts))
+            scores_R = _scores(candidates[place], part, np.ones((1, count)))[:, 0] * share
+            runs[place].setdefault(repeated, []).append(scores_R)
     return [
-        Drawn(np.array([result.value for result in results]), drawn[place], items * (place in drawing), (*runs[place],))
+        Drawn(
+            np.array([result.value for result in results]),
+            drawn[place],
+            items if place in drawing else 0,
+            tuple(np.concatenate(each) * len(each) for each in runs[place].values()),
+        )
         for place, results in enumerate(candidates)
     ]
 
 
 def _scores(results: Sequence[Result], part: str, counts_BN: Floats) -> Floats:
     """Returns the score in each draw of each run of k-means (R, B), as mean over the training seeds."""
-    mean_RB: Floats = np.mean([scores(result.kind, _of_part(result, part), counts_BN) for result in results], axis=0)
+    mean_RB: Floats = np.mean([scores(_of_part(result, part), counts_BN) for result in results], axis=0)
     return mean_RB
 
 
 def agrees(result: Result) -> bool:
     """Says whether a result has items, and its score is the score of these items."""
-    found = []
-    for part in _parts(result):
+    found = 0.0
+    for part, share in _shares(result).items():
         arrays = _of_part(result, part)
-        found.append(scores(result.kind, arrays, np.ones((1, _count(arrays)))).mean())
-    return bool(found) and abs(float(np.mean(found)) - result.value) < NEAR
+        found += share * float(scores(arrays, np.ones((1, _count(arrays)))).mean())
+    return bool(result.items) and abs(found - result.value) < NEAR
 
 
-def scores(kind: str, arrays: Items, counts_BN: Floats) -> Floats:
+def scores(arrays: Items, counts_BN: Floats) -> Floats:
     """Returns a task's main score in each draw (R, B) from the arrays of one part of it (see results.py)."""
     if "score" in arrays:
         return statistics.mean(counts_BN, arrays["score"])[None]
     gold_N = arrays["gold"]
     if "cluster" in arrays:
-        return np.stack([statistics.v_measure(counts_BN, cluster_N, gold_N) for cluster_N in arrays["cluster"]])
-    of_cosines = statistics.average_precision if kind.lower().startswith("pair") else statistics.spearman
+        drawn_RBN = (counts_BN * times_N for times_N in arrays["times"]) if "times" in arrays else repeat(counts_BN)
+        runs = zip(arrays["cluster"], drawn_RBN, strict=False)
+        return np.stack([statistics.v_measure(drawn_BN, cluster_N, gold_N) for cluster_N, drawn_BN in runs])
+    of_labels = np.issubdtype(gold_N.dtype, np.integer)
+    of_cosines = statistics.average_precision if of_labels else statistics.spearman
     return of_cosines(counts_BN, arrays["cosine"], gold_N)[None]
 
 
-def _parts(result: Result) -> list[str]:
-    """Returns what the names of the arrays begin with: "", or `<split>/<subset>/` for each part of an MTEB task."""
-    return list(dict.fromkeys(name[: name.rfind("/") + 1] for name in result.items))
+def _shares(result: Result) -> dict[str, float]:
+    """Returns what the array names of each part begin with, and the part's share of the score.
+
+    A local task has one part, "". An MTEB task has `<split>/<subset>/`, all with the same share, and inside a subset
+    maybe several.
+    """
+    parts = dict.fromkeys(name[: name.rfind("/") + 1] for name in result.items)
+    subsets = ["/".join(part.split("/")[:2]) for part in parts]
+    return {part: 1 / len(set(subsets)) / subsets.count(subset) for part, subset in zip(parts, subsets, strict=True)}
 
 
 def _of_part(result: Result, part: str) -> dict[str, NDArray[Any]]:

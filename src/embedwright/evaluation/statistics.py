@@ -73,20 +73,18 @@ def average_precision(
 
 def v_measure(counts_BN: Floats, cluster_N: NDArray[np.integer], gold_N: NDArray[np.integer]) -> Floats:
     """Returns the v-measure in each draw: the items that are taken keep their cluster."""
-    pair_N = np.unique(np.stack([cluster_N, gold_N]), axis=1, return_inverse=True)[1].ravel()
-    cluster_B, gold_B, pair_B = (_entropy(counts_BN, groups_N) for groups_N in (cluster_N, gold_N, pair_N))
-    scale_B = cluster_B + gold_B
-    # twice the mutual information over both entropies; with one cluster and one class, all is in order
-    drawn_B: Floats = np.divide(2 * (scale_B - pair_B), scale_B, out=np.ones_like(scale_B), where=scale_B > 0)
-    return drawn_B
-
-
-def _entropy(counts_BN: Floats, value_N: NDArray[np.integer]) -> Floats:
     from scipy.special import entr
 
-    count_BG = _in_groups(counts_BN, np.unique(value_N, return_inverse=True)[1])
-    entropy_B: Floats = entr(count_BG / counts_BN.sum(axis=1, keepdims=True)).sum(axis=1)
-    return entropy_B
+    (cluster_G, gold_G), pair_N = np.unique(np.stack([cluster_N, gold_N]), axis=1, return_inverse=True)
+    pair_BG = _in_groups(counts_BN, pair_N.ravel())
+    pair_BG /= pair_BG.sum(axis=1, keepdims=True)
+    sides = (np.unique(side_G, return_inverse=True)[1] for side_G in (cluster_G, gold_G))
+    cluster_B, gold_B = (entr(_in_groups(pair_BG, side_G)).sum(axis=1) for side_G in sides)
+    scale_B = cluster_B + gold_B
+    # twice the mutual information over both entropies; with one cluster and one class, all is in order
+    information_B = scale_B - entr(pair_BG).sum(axis=1)
+    drawn_B: Floats = np.divide(2 * information_B, scale_B, out=np.ones_like(scale_B), where=scale_B > 0)
+    return drawn_B
 
 
 def _in_groups(counts_BN: Floats, group_N: NDArray[np.integer]) -> Floats:
