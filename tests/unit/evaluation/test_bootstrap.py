@@ -62,7 +62,7 @@ def test_the_error_of_a_difference_is_that_of_scipys_bootstrap(kind: str, metric
     expected = stats.bootstrap(
         (np.arange(80),),
         lambda rows: metric(rows, theirs) - metric(rows, ours),
-        n_resamples=200 if kind == "clustering" else 500,
+        n_resamples={"clustering": 200, "pair": 500}.get(kind, 2000),
         vectorized=False,
         method="percentile",
         rng=np.random.default_rng(1),
@@ -71,7 +71,7 @@ def test_the_error_of_a_difference_is_that_of_scipys_bootstrap(kind: str, metric
     assert drawn.std(ddof=1) == pytest.approx(expected.standard_error, rel=0.15)
     error = expected.standard_error
     assert tuple(np.quantile(drawn, [0.025, 0.975])) == pytest.approx(
-        tuple(expected.confidence_interval), abs=error / 3
+        tuple(expected.confidence_interval), abs=error * 0.4
     )
     # both sides see the same draws: the difference moves less than each side does
     assert drawn.std() < np.hypot(base.drawn_B.std(), other.drawn_B.std())
