@@ -77,7 +77,10 @@ def _read(task: SuiteTask) -> Search:
     else:
         found = _candidates(Path(task.candidates), beir.queries, corpus)
     lists = {query: found.get(query, [])[: task.depth] for query in queries}
-    if missing := sum(not some for some in lists.values()):
+    missing = sum(not some for some in lists.values())
+    if missing == len(lists):
+        raise DataError(f"{task.candidates}: no candidate for any query")
+    if missing:
         logger.warning("%s: %d of %d queries have no candidate and score 0", task.candidates, missing, len(lists))
     return search._replace(candidates=lists)
 
@@ -91,7 +94,7 @@ def _fewer(corpus: Mapping[str, str], judged: set[str], limit: int) -> dict[str,
 
 
 def _from_rows(path: Path, limit: int | None) -> Search:
-    """Reads rows of a query with its own positives and negatives. A query without both is left out, as in mteb."""
+    """Reads rows of a query with its own positives and negatives. A query that lacks either is left out, as in mteb."""
     queries: dict[str, str] = {}
     corpus: dict[str, str] = {}
     qrels: dict[str, dict[str, int]] = {}

@@ -6,6 +6,8 @@ computed from, item by item, so that two models can be compared in pairs. Its ar
     retrieval, reranking, classification   `score` (N,) whose mean is the main score, and `id` (N,)
     sts, pair                              `cosine` (N,) and `gold` (N,): human scores, or labels of 0 and 1
     clustering                             `cluster` (S, N), one row a run of k-means, and `gold` (N,) class numbers
+
+A classification by F1 has no items, since F1 is not computed from one number a row.
 """
 
 from __future__ import annotations

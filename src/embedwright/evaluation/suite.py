@@ -25,7 +25,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from embedwright.config import load_yaml, validate
+from embedwright.config import did_you_mean, load_yaml, validate
 from embedwright.data.files.beir import beir_files
 from embedwright.data.files.folders import is_beir, is_data, is_one_set, stem_of
 from embedwright.encoders.protocol import as_encoder
@@ -145,7 +145,8 @@ def load_suite(suite: Path | str) -> Suite:
         return _from_folder(path)
     if path.is_file():
         return _from_yaml(path)
-    raise NotFoundError(f"no suite {str(suite)!r}: no such file or folder; packaged are: {', '.join(packaged)}")
+    near = did_you_mean(str(suite), packaged)
+    raise NotFoundError(f"no suite {str(suite)!r}{near}: no such file or folder; packaged are: {', '.join(packaged)}")
 
 
 def _from_yaml(file: Path) -> Suite:

@@ -162,6 +162,9 @@ def test_a_query_without_candidates_scores_zero_and_is_said(
     found = scored(Words(), beir, "reranking", candidates=tmp_path / "run.trec", limit=2)
     assert found.means["MAP@1000"].tolist() == [0.5, 0]  # one of two relevant documents
     assert "1 of 2 queries have no candidate" in caplog.text
+    (tmp_path / "run.trec").write_text("q9 Q0 d0 1 5.0 x\n")
+    with pytest.raises(ValueError, match=r"run\.trec: no candidate for any query"):
+        scored(Words(), beir, "reranking", candidates=tmp_path / "run.trec", limit=2)
 
 
 @pytest.mark.parametrize(

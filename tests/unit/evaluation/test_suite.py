@@ -182,8 +182,10 @@ def test_a_file_of_another_kind_is_refused_before_anything_is_encoded(heldout: P
 
 
 def test_an_unknown_suite_names_the_packaged_ones() -> None:
-    with pytest.raises(FileNotFoundError, match=r"no suite 'devv'.*dev"):
-        load_suite("devv")
+    with pytest.raises(
+        FileNotFoundError, match=r"no suite 'dev-mni' .did you mean 'dev-mini'.*packaged are: dev, dev-mini"
+    ):
+        load_suite("dev-mni")
 
 
 @pytest.mark.parametrize(
