@@ -16,7 +16,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,14 @@ import torch
 
 from embedwright.config import did_you_mean
 from embedwright.errors import InputError, naming
+from embedwright.evaluation.results import Results, read_results
 from embedwright.evaluation.suite import load_suite
 from embedwright.files import check_folder, write_json
 from embedwright.studies.ablate_budget import Cost, TokenCounter, as_written, factors, scaled, tokens_of_steps
 from embedwright.studies.ablate_cell import score
 from embedwright.studies.ablate_file import SHARED, Study
 from embedwright.studies.ablate_jobs import Job, Say, run_jobs
+from embedwright.studies.ablate_table import compared
 from embedwright.training.batches.sources import data_fingerprint
 from embedwright.training.recipe import Recipe
 from embedwright.training.run.checks import open_checked, stage_folder
@@ -81,16 +83,18 @@ def ablate(
 
     def run(jobs: Iterable[Job | None]) -> None:
         work.failed |= run_jobs([job for job in jobs if job is not None], side_by_side, say)
-        write_json(folder / "study.json", work.found())
 
-    if study.said.budget and not smoke:
-        run(work.measurement(arm) for arm in dict.fromkeys([study.said.baseline, *arms]))
-        write_json(folder / "budget.json", work.budget())
-    if study.said.shared_stages:
-        run(work.shared(seed) for seed in [*seeds, *work.tuning_seeds])
-    run(trial for arm in arms for trial in work.trials(arm))
-    run(work.cell(*cell) for cell in sorted(cells, key=lambda cell: cell[1]))  # so that a part of them is balanced
-    return work.found()
+    try:
+        if study.said.budget and not smoke:
+            run(work.measurement(arm) for arm in dict.fromkeys([study.said.baseline, *arms]))
+            write_json(folder / "budget.json", work.budget())
+        if study.said.shared_stages:
+            run(work.shared(seed) for seed in [*seeds, *work.tuning_seeds])
+        run(trial for arm in arms for trial in work.trials(arm))
+        run(work.cell(*cell) for cell in sorted(cells, key=lambda cell: cell[1]))  # so that a part of them is balanced
+    finally:  # of an interrupted study, too
+        write_json(folder / "study.json", found := work.found())
+    return found
 
 
 class _Work:
@@ -234,14 +238,24 @@ class _Work:
         return {
             "study": self.said.name,
             "smoke": self.smoke,
+            "baseline": self.said.baseline,
             "scored_on": self.suite if isinstance(self.suite, str) else self.suite.name,
             "run_on": self.said.run_on,
+            "paper": self.said.paper.model_dump() if self.said.paper else None,
             "missing": missing,
             "failed": {job.spec["name"]: reason for job, reason in self.failed.items() if job.result is None},
             "cells": [self._told(job) for job in cells.values() if job and job.result],
             "trials": [self._told(job) for job in trials if job and job.result],
             "shared_stages": [self._told(job) for job in shared if job and job.result],
+            "comparison": None if self.smoke else compared(self.said, self._scores(cells)),
         }
+
+    def _scores(self, cells: Mapping[Cell, Job | None]) -> dict[str, dict[int, Results]]:
+        found: dict[str, dict[int, Results]] = {}
+        for (arm, seed), job in cells.items():
+            if job and job.result:
+                found.setdefault(arm, {})[seed] = read_results(job.folder / "scores.json")
+        return found
 
     def _told(self, job: Job) -> dict[str, Any]:
         hidden = ("mean", "scores") if self.smoke else ()

@@ -41,6 +41,10 @@ def test_each_cell_is_a_run_that_is_scored_once(ablation: Make, started: list[Pa
     ]
     assert study == json.loads((out / "tiny" / "study.json").read_text())
     assert len({cell["mean"] for cell in study["cells"]}) > 2
+    mean = {arm: sum(cell["mean"] for cell in study["cells"] if cell["arm"] == arm) / 2 for arm in ("plain", "warm")}
+    [row] = study["comparison"]["rows"]
+    assert (row["candidate"], row["over"]) == ("warm", "seeds, items")
+    assert row["difference"] == pytest.approx(100 * (mean["warm"] - mean["plain"]))
 
     # the same recipe by hand: the base with seed and override, trained and scored without the study
     tree = yaml.safe_load((tmp_path / "base.yaml").read_text())
