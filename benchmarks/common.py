@@ -1,7 +1,8 @@
 """What every benchmark needs: bound threads, A B A B rounds, peak memory of a process of its own, the machine's peak.
 
 A results file (`results/NAME.json`) is a record as `record` makes it. Its `goals` are what `report.py` puts beside the
-goals: `{name: [{"of": what was measured, "value": ...}]}`, with the names of `report.GOALS`.
+goals: `{name: [{"of": what was measured, "value": ...}]}`, with the names of `report.GOALS`. A record without `goals`
+is not about speed, and `report.py` leaves it out.
 """
 
 from __future__ import annotations
@@ -211,11 +212,12 @@ def linear_flops(module: Any) -> int:
 # ---- results
 
 
-def record(name: str, figures: Mapping[str, Any], goals: Mapping[str, list[dict[str, Any]]]) -> None:
+def record(name: str, figures: Mapping[str, Any], goals: Mapping[str, list[dict[str, Any]]] | None) -> None:
     """Write `results/NAME.json`: the command, the machine, the goals that this run has a figure for, the figures."""
     RESULTS.mkdir(exist_ok=True)
     command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    content = {"command": command, "date": time.strftime("%Y-%m-%d"), "machine": machine(), "goals": goals, **figures}
+    content: dict[str, Any] = {"command": command, "date": time.strftime("%Y-%m-%d"), "machine": machine()}
+    content |= figures if goals is None else {"goals": goals, **figures}
     (RESULTS / f"{name}.json").write_text(json.dumps(rounded(content), indent=1) + "\n")
     print(f"results/{name}.json")
 

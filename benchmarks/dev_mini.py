@@ -1,6 +1,6 @@
 """Does the suite `dev-mini` rank ten models as `dev` does? Kendall's tau of the mean main scores, and of each task's.
 
-    python benchmarks/dev_mini.py       # about 15 minutes of two cores; writes results/dev-mini.json
+    python benchmarks/dev_mini.py       # about a quarter of an hour of one core; writes results/dev_mini.json
 
 The models differ in size, depth, pooling, mask and width. Narrow ones are the first numbers of a wider one's vectors.
 Texts are cut to 64 tokens, in both suites alike: it saves time and changes the scores, but not what is asked.
@@ -48,9 +48,6 @@ class Kept:
         self.model = model
         self.vectors: dict[tuple[str, str | None], Vectors] = {}
 
-    def narrow(self, width: int) -> Narrow:
-        return Narrow(self, width)
-
     def of(self, texts: Sequence[str], task: str | None) -> Vectors:
         new = [text for text in texts if (text, task) not in self.vectors]
         if new:
@@ -79,16 +76,16 @@ def main() -> None:
         for width in widths:
             name = base if width == widths[0] else f"{base}, {width} numbers"
             for suite, found in scores.items():
-                rows = evaluate(kept.narrow(width), suite, progress=lambda line: print(line, file=sys.stderr)).rows
+                rows = evaluate(Narrow(kept, width), suite, progress=lambda line: print(line, file=sys.stderr)).rows
                 found[name] = {row.task: row.value for row in rows}
                 found[name]["mean"] = statistics.fmean(row.value for row in rows)
-    shared = [task for task in next(iter(scores["dev-mini"].values()))]
+    shared = list(next(iter(scores["dev-mini"].values())))
     columns = [[[found[name][task] for name in found] for found in scores.values()] for task in shared]
     tau = {task: float(kendalltau(*pair).statistic) for task, pair in zip(shared, columns, strict=True)}
     for name in scores["dev"]:
         print(f"{name:50} {scores['dev'][name]['mean']:.4f} {scores['dev-mini'][name]['mean']:.4f}")
     print(tau)
-    common.record("dev-mini", {"max_tokens": MAX_TOKENS, "kendall_tau": tau, "scores": scores}, {})
+    common.record("dev_mini", {"max_tokens": MAX_TOKENS, "kendall_tau": tau, "scores": scores}, None)
 
 
 if __name__ == "__main__":

@@ -68,8 +68,9 @@ def main() -> None:
 
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:
-    """The records of a folder by name, in order of their names."""
-    return {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
+    """The records of speed in a folder, by name, in order of their names."""
+    records = {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
+    return {name: record for name, record in records.items() if "goals" in record}
 
 
 # ---- goals
