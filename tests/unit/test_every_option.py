@@ -57,6 +57,7 @@ BASE: dict[str, Words] = {
     "eval": {"models": "{model}", "suite": "{suite}"},
     "compare": {"results": "{results} {other_results}"},
     "report": {"sources": "{results}", "out": "--out OUT.html"},
+    "bench": {"model": "{model}", "names": "SciFact", "out": "--out OUT"},  # whose data are not here
     "merge": {"models": "{model} {near}", "out": "OUT"},
     "encode": {"model": "{model}", "source": "{documents}", "out": "OUT"},
     "index": {"model": "{model}", "source": "{documents}", "out": "OUT"},
@@ -126,6 +127,12 @@ CHANGES: dict[str, dict[str, tuple[str, str, Words]]] = {
     "report": {
         "sources": ("files", "{other_results}", {}),
         "out": ("names", "--out elsewhere.html", {}),
+    },
+    "bench": {
+        "model": ("said", "{near}", {}),
+        "names": ("said", "NFCorpus", {}),
+        "out": ("names", "--out elsewhere", {}),
+        "max_tokens": ("said", "--max-tokens 16", {}),
     },
     "merge": {
         "models": ("files", "{model} {model}", {}),

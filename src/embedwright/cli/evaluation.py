@@ -1,4 +1,4 @@
-"""The commands `eval` and `compare`, and the tables of scores that other commands show."""
+"""The commands `eval`, `bench` and `compare`, and the tables of scores that other commands show."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from embedwright.cli import options
 from embedwright.cli.display import say
@@ -36,6 +38,47 @@ def evaluate(
 
     opened = load_suite(suite)
     score(models, opened, {} if out is None else _result_files(models, opened.name, out))
+
+
+def bench(
+    model: Annotated[str, arg("Model: a folder, a hub id, `minilm`, or http://HOST/v1#MODEL.")],
+    names: Annotated[
+        list[str], arg("MTEB benchmarks or tasks: `MTEB(eng, v2)`, NanoBEIR, SciFact, ...", metavar="NAME...")
+    ],
+    out: Annotated[Path, opt("Folder of all results, in mteb's layout.", "--out", callback=options.folder_to_write)],
+    max_tokens: Annotated[int | None, opt("Tokens after which a text is cut. Default: the model's.", min=1)] = None,
+) -> None:
+    """Score a model on MTEB. Run it again to go on after a stop. Under torchrun, the processes share the tasks."""
+    run_mteb(model, names, out, max_tokens)
+
+
+def run_mteb(model: str, names: Sequence[str], out: Path, max_tokens: int | None) -> None:
+    """Runs MTEB benchmarks or tasks, prints their tables, and exits with 1 if a task failed."""
+    from embedwright.encoders.http import HttpEncoder
+    from embedwright.encoders.open import open_encoder
+    from embedwright.evaluation.bench import Bench, choose, name_of
+    from embedwright.evaluation.bench_table import lines, released_as
+    from embedwright.evaluation.mteb import MtebEncoder
+    from embedwright.processes import start
+
+    chosen = [choose(name) for name in names]  # before anything is loaded
+    processes = start()
+    encoder = HttpEncoder.from_url(model) if "://" in model else open_encoder(model)
+    work = Bench(MtebEncoder(encoder, max_tokens=max_tokens, name=name_of(model)), out)
+    tell = say if processes.first else lambda line: None
+    tell(f"{work.meta.name}, revision {work.meta.revision}: results in {work.folder}")
+    for revision, tasks in work.others().items():
+        tell(f"left as it is, another model, instructions or mteb: revision {revision}, {len(tasks)} results")
+    failed = work.run([task for each in chosen for task in each.tasks], processes, tell)
+    if not processes.first:
+        return
+    for each in chosen:
+        say("\n" + "\n".join(lines(each, work, released_as(model))))
+    if failed:
+        say(f"\n{len(failed)} tasks failed; the others are kept. Run the same command again for these alone:")
+        for name, reason in failed.items():
+            say(f"  {name}: {reason}")
+        raise typer.Exit(1)
 
 
 def _result_files(models: Sequence[str], suite: str, out: Path) -> dict[str, Path]:

@@ -29,6 +29,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "mine": mining.mine,
     "synth": mining.synth,
     "eval": evaluation.evaluate,
+    "bench": evaluation.bench,
     "compare": evaluation.compare,
     "ablate": studies.ablate,
     "report": studies.report,

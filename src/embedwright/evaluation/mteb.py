@@ -1,4 +1,4 @@
-"""Runs an embedder in `mteb.evaluate`: every MTEB task gets its instruction, symmetric tasks on all texts.
+"""Runs any encoder in `mteb.evaluate`: every MTEB task gets its instruction, symmetric tasks on all texts.
 
     mteb.evaluate(MtebEncoder(Embedder.load("my-embedder")), mteb.get_tasks(["SciFact", "STS12"]))
 
@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta, ScoringFunction
@@ -22,42 +24,61 @@ from mteb.types import PromptType
 from numpy.typing import NDArray
 
 from embedwright.config import load_yaml
+from embedwright.encoders.protocol import Encoder, as_encoder
 from embedwright.errors import InputError
+from embedwright.fingerprint import Facts, fingerprint_of
 from embedwright.model.embedder import Embedder
+from embedwright.vectors.store import encode_texts
 
 TABLE = Path(__file__).with_name("instructions.yaml")
+LARGE = 5_000  # documents of one call from which their vectors are kept in `vectors`, if it is given
+_PROBES = ("how do tides work?", "The moon pulls the sea, and twice a day the water rises and falls.")
 
 
 class MtebEncoder(AbsEncoder):
-    """An `Embedder` as mteb's EncoderProtocol.
+    """Anything that encodes, as mteb's EncoderProtocol.
 
-    `instructions` (task name -> instruction, "" for none) override the packaged ones. `max_tokens` cuts texts as in
-    `Embedder.encode`. mteb files the results under `name`.
+    `instructions` (task name -> instruction, "" for none) override the packaged ones. `max_tokens` and `batch_tokens`
+    are those of `Embedder.encode`. mteb files the results under `name`.
+
+    With `vectors` set to a folder, the vectors of many documents are written there in shards, and a call that was
+    stopped goes on with the shard it was at. `advance(n)` is told of n more documents.
     """
 
     def __init__(
         self,
-        model: Embedder,
+        model: Any,
         instructions: Mapping[str, str] | None = None,
         *,
         max_tokens: int | None = None,
         batch_tokens: int | None = None,
         name: str = "embedwright/model",
     ) -> None:
-        self.model, self.instructions = model, dict(instructions or {})
-        self.max_tokens, self.batch_tokens = max_tokens, batch_tokens
+        if max_tokens is not None and not isinstance(model, Embedder):
+            raise InputError(f"max_tokens={max_tokens}: a {type(model).__name__} cuts texts where it wants")
+        self.model, self.instructions = as_encoder(model), dict(instructions or {})
+        given = {"max_tokens": max_tokens, "batch_tokens": batch_tokens}
+        self.options = {key: value for key, value in given.items() if value is not None}
+        self.vectors: Path | None = None
+        self.advance: Callable[[int], None] = lambda encoded: None
         # mteb caches results by name and revision: with a fixed revision it would return those of another model
-        decides = [model.fingerprint(), self.instructions, max_tokens, TABLE.read_text(encoding="utf-8")]
+        decides = [_identity(self.model), self.instructions, max_tokens, TABLE.read_text(encoding="utf-8")]
+        decides.append(version("mteb"))  # which also pins the data sets: other versions give other scores
+        known: dict[str, Any] = {}
+        if isinstance(model, Embedder):
+            known = {
+                "n_parameters": sum(p.numel() for p in model.network.parameters()),
+                "max_tokens": max_tokens or model.max_tokens,
+                "embed_dim": model.embedding_dim,
+                "framework": ["PyTorch"],
+            }
         self.mteb_model_meta = ModelMeta.create_empty(
             {
                 "name": name,
                 "revision": hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16],
-                "n_parameters": sum(p.numel() for p in model.network.parameters()),
-                "max_tokens": max_tokens or model.max_tokens,
-                "embed_dim": model.embedding_dim,
                 "similarity_fn_name": ScoringFunction.COSINE,
                 "use_instructions": True,
-                "framework": ["PyTorch"],
+                **known,
             }
         )
 
@@ -75,20 +96,42 @@ class MtebEncoder(AbsEncoder):
         hf_split: str,
         hf_subset: str,
         prompt_type: PromptType | None = None,
-        show_progress_bar: bool = False,
-        precision: Any = "float32",
         batch_size: int | None = None,
+        show_progress_bar: bool = False,
+        **options: Any,
     ) -> NDArray[Any]:
-        """Encodes the texts in `inputs` to (N, E). `batch_size` is ignored, since batches are counted in tokens."""
-        vectors: NDArray[Any] = self.model.encode(
-            [text for batch in inputs for text in batch["text"]],
-            task=self.instruction(task_metadata, prompt_type),
-            max_tokens=self.max_tokens,
-            batch_tokens=self.batch_tokens,
-            precision=precision,
-            progress=show_progress_bar,
-        )
+        """Encodes the texts in `inputs` to (N, E). `options` are further ones of the model's own `encode`, such as
+        `precision`. `batch_size` is ignored, since batches are counted in tokens.
+        """
+        texts = [text for batch in inputs for text in batch["text"]]
+        task = self.instruction(task_metadata, prompt_type)
+        if show_progress_bar:
+            options["progress"] = True
+        model = _WithOptions(self.model, self.options | options)
+        if self.vectors is None or prompt_type != PromptType.document or len(texts) < LARGE or options:
+            return model.encode(texts, task=task)
+        found = encode_texts(model, lambda: texts, len(texts), folder=self.vectors, advance=self.advance)
+        return next(found.tiles(len(texts)))[1]
+
+
+class _WithOptions:
+    """A model whose `encode` is called with further options, which count as a part of the model."""
+
+    def __init__(self, model: Encoder, options: Mapping[str, Any]) -> None:
+        self.model, self.options = model, options
+
+    def encode(self, texts: Sequence[str], task: str | None = None) -> NDArray[Any]:
+        vectors: NDArray[Any] = self.model.encode(texts, task=task, **self.options)
         return vectors
+
+    def fingerprint(self) -> Facts | None:
+        known = fingerprint_of(self.model)
+        return known and known | {f"option.{key}": json.dumps(value) for key, value in self.options.items()}
+
+
+def _identity(model: Encoder) -> Facts | str:
+    """Returns the model's fingerprint; where it has none, its vectors of two texts, to two decimals."""
+    return fingerprint_of(model) or hashlib.sha256(np.round(model.encode(_PROBES), 2).tobytes()).hexdigest()
 
 
 def instruction_of(task: TaskMetadata) -> str:
