@@ -18,6 +18,7 @@ from embedwright.data.schema import DataError, Example, Family, Task
 from embedwright.errors import InputError
 from embedwright.files import check_file
 from embedwright.pairs import cut
+from embedwright.pairs.cloze import cloze
 from embedwright.pairs.documents import COLUMNS, Document, Made, Make, read_documents
 
 
@@ -51,13 +52,16 @@ WAYS: dict[str, Way] = {
     "crops": Way(lambda *_: cut.crops, draws=True),
     "sentence": Way(lambda *_: cut.sentence, draws=True),
     "bm25": Way(_bm25, draws=True),
+    "cloze": Way(lambda *_: cloze, draws=True),
 }
+ANSWER = "Given a question, retrieve passages that answer the question"
 MEANINGS: dict[str, Meaning] = {
     "title": Meaning("retrieval", "Given a title, retrieve the text that it stands above"),
     "summary": Meaning("retrieval", "Given a summary, retrieve the text that it begins"),
     "crops": Meaning("retrieval", "Given a part of a text, retrieve another part of the same text"),
     "sentence": Meaning("retrieval", "Given a sentence, retrieve the passage that it comes from"),
     "bm25": Meaning("retrieval", "Given a part of a text, retrieve texts that share its words"),
+    "cloze": Meaning("retrieval", ANSWER),
 }
 
 

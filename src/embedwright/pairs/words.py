@@ -20,8 +20,8 @@ _FUNCTION = (
 FUNCTION_WORDS = frozenset(_FUNCTION.split())
 
 _MARKS = re.compile(r"^(?:\d{1,2}\.\s+|<[^<>]{1,60}>\s*|[(\[][^()\[\]]{1,60}[)\]]\s*|/[^/ ]{1,30}/\s*)+(?=\S)")
-_CODE = re.compile(r"[{}$=@\\|<>]|://|::|\b\w+\(|--")
-_BREAK = re.compile(r"([.!?]+[\"')\]]*)\s+(?=[\"'(\[<]?[^\W_a-z])|[。！？]|\n\s*\n|\n(?=\s*(?:[-*•#]|\d+[.)])\s)")
+_CODE = re.compile(r"[{}$=@\\|<>]|://|::|\b\w+\(|--|\s\*\s")
+_BREAK = re.compile(r"([.!?]+[\"')\]]*)\s+(?=[\"'(\[<]*[^\W_a-z])|[。！？]|\n\s*\n|\n(?=\s*(?:[-*•#]|\d+[.)])\s)")
 # What a full stop follows without ending a sentence: an initial, letters with stops (U.S., e.g.), titles and the like.
 _NO_END = re.compile(
     r"(?:\b[A-Z]|\b(?:\w\.)+\w|\b(?:[Mm]rs?|[DJS]r|[Pp]rof|[Ss]t|[Nn]os?|[Ff]igs?|[Vv]ol|vs|cf|al|ca|approx))$"
