@@ -49,4 +49,4 @@ def report(
 
     page = draw(sources, shlex.join(["embedwright", *sys.argv[1:]]), say=lambda line: say(f"  {line}"))
     write_text(out, page)
-    say(f"{out}: {len(page.encode()) / 1e6:.1f} MB; open it in a browser")
+    say(f"{out}: {len(page.encode()) / 1e3:,.0f} kB; open it in a browser")

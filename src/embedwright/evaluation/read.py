@@ -94,11 +94,16 @@ def _on_disk(path: Path) -> list[_Found]:
         return _study(path)
     if (path / RUN).is_file():
         return [_run(path)]
-    folders = [path] if _has_results(path) else sorted({file.parent for file in path.rglob("*.json")})
-    found = [folder for folder in folders if "unfinished" not in folder.parts and _has_results(folder)]
+    found = result_folders(path)
     if len(found) > 1:
         raise InputError(f"{path} has results of several models: name one of {', '.join(map(str, found))}")
     return [_mteb(found[0]) if (found[0] / MTEB_MODEL).is_file() else _folder(found[0])] if found else []
+
+
+def result_folders(path: Path) -> list[Path]:
+    """Returns `path` if it holds results, else the folders below it that do: each has those of one model."""
+    folders = [path] if _has_results(path) else sorted({file.parent for file in path.rglob("*.json")})
+    return [folder for folder in folders if "unfinished" not in folder.parts and _has_results(folder)]
 
 
 def _has_results(folder: Path) -> bool:

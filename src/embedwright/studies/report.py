@@ -10,7 +10,7 @@ from typing import Any
 from embedwright.errors import MissingPackageError
 from embedwright.studies.report_model import Say, model_parts
 from embedwright.studies.report_run import is_run, read_run
-from embedwright.studies.report_scores import Named, read_scores, score_tables
+from embedwright.studies.report_scores import Scored, read_scores, score_tables
 
 logger = logging.getLogger(__name__)
 
@@ -21,8 +21,8 @@ def report(paths: Sequence[Path], command: str, say: Say = logger.info) -> str:
     """Returns the report of a run and of results as the text of one HTML page.
 
     Args:
-        paths: Run folders, result files, or folders of result files. The first run is described in full, with parts
-            for which its model encodes samples of its data. Of other runs, the scores are shown beside it.
+        paths: Run folders, and whatever `embedwright compare` reads. The first run is described in full, with parts for
+            which its model encodes samples of its data. The scores of all others are shown beside it.
         command: The command that asked for the report, which the page shows.
         say: A function that gets a line before each part that takes time.
 
@@ -31,8 +31,8 @@ def report(paths: Sequence[Path], command: str, say: Say = logger.info) -> str:
         ValueError: A path is neither a run nor a result.
         ImportError: The `[eval]` extra is not installed.
     """
-    named = read_scores(paths)
     folder = next(filter(is_run, paths), None)
+    scored = read_scores(folder, [path for path in paths if path is not folder])
     run = None if folder is None else read_run(folder)
     model = None if folder is None else model_parts(folder, say)
     charts = [*run["curves"], *model["pairs"], *model["mined"]] if run and model else []
@@ -40,28 +40,25 @@ def report(paths: Sequence[Path], command: str, say: Say = logger.info) -> str:
         "title": run["name"] if run else "Results",
         "run": run,
         "model": model,
-        "tables": score_tables(named),
-        "commands": [*_commands(folder, named), {"what": "this report", "command": command, "made": ""}],
+        "tables": score_tables(scored),
+        "commands": _commands(folder, scored, command),
         "drawn": {"charts": {chart["id"]: chart for chart in charts}, "map": model["map"] if model else None},
     }
     return _rendered(page)
 
 
-def _commands(folder: Path | None, named: Sequence[Named]) -> list[dict[str, str]]:
-    """Lists what was made by which command, and on which machine when."""
-    rows = []
-    if folder is not None:
-        rows = [
-            {"what": "the run and its scores", "command": f"embedwright train {folder / 'recipe.yaml'}", "made": ""}
-        ]
-    for name, results in named:
+def _commands(folder: Path | None, scored: Sequence[Scored], report: str) -> list[dict[str, str]]:
+    """Lists what was made by which command, where known when, on which machine and with which versions."""
+    made = [] if folder is None else [("the run and its scores", f"embedwright train {folder / 'recipe.yaml'}", "", "")]
+    for name, results in ((each.name, results) for each in scored for seed in each.seeds for results in seed):
         about = results.about
         if about.get("command"):
             machine = about.get("machine", {})
-            made = ", ".join(filter(None, [about.get("date"), machine.get("processor"), *machine.get("gpus", [])]))
-            what = f"{name} on {results.suite}"
-            rows.append({"what": what, "command": about["command"], "made": made})
-    return rows
+            where = ", ".join(filter(None, [about.get("date"), machine.get("processor"), *machine.get("gpus", [])]))
+            packages = ", ".join(f"{package} {version}" for package, version in about.get("versions", {}).items())
+            made.append((f"{name} on {results.suite}", about["command"], where, packages))
+    made.append(("this report", report, "", ""))
+    return [dict(zip(("what", "command", "when and where", "with"), row, strict=True)) for row in dict.fromkeys(made)]
 
 
 def _rendered(page: dict[str, Any]) -> str:

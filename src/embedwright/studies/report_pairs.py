@@ -34,7 +34,7 @@ def pair_charts(encoder: Encoder, recipe: Recipe, folder: Path) -> list[Chart]:
     """
     charts: list[Chart] = []
     seen = set()
-    for source in _sources(recipe, folder):
+    for source, stage in _sources(recipe, folder):
         if len(charts) == TASKS or (key := (source.task.name, source.table.path)) in seen:
             continue
         seen.add(key)
@@ -45,7 +45,8 @@ def pair_charts(encoder: Encoder, recipe: Recipe, folder: Path) -> list[Chart]:
         drawn = np.random.default_rng(SEED).permutation(len(usable))[:SAMPLE]
         sample = replace(source, rows=usable[drawn])
         rows = [sample.row(i) for i in range(len(drawn))]
-        charts.append(_chart(f"pairs-{len(charts)}", encoder, source.task.name, rows))
+        title = f"Task {source.task.name}" + (f", negatives mined for {stage}" if stage else "")
+        charts.append(_chart(f"pairs-{len(charts)}", encoder, title, rows))
     return charts
 
 
@@ -61,20 +62,20 @@ def mining_charts(folder: Path) -> list[Chart]:
     return charts
 
 
-def _sources(recipe: Recipe, folder: Path) -> Iterator[Source]:
-    """Gives the sources of all stages. Where a stage has mined, its rows are those with the negatives mined last."""
+def _sources(recipe: Recipe, folder: Path) -> Iterator[tuple[Source, str]]:
+    """Gives the sources of all stages. One that was mined has its last negatives, and the name of the stage with it."""
     for stage, sources in zip(recipe.stages, open_sources(recipe), strict=True):
         mined = max(folder.glob(f"mined/{stage.name}/*"), default=None)
         for number, source in enumerate(sources):
             file = None if mined is None else mined / f"{number:02d}.parquet"
             if file is not None and file.is_file():
                 table = open_examples(file, seed=recipe.seed)
-                yield replace(source, table=table, rows=np.arange(len(table)))
+                yield replace(source, table=table, rows=np.arange(len(table))), stage.name
             else:
-                yield source
+                yield source, ""
 
 
-def _chart(name: str, encoder: Encoder, task: str, rows: Sequence[Row]) -> Chart:
+def _chart(name: str, encoder: Encoder, title: str, rows: Sequence[Row]) -> Chart:
     negatives = [[passage.text for passage in row.example.negatives] for row in rows]
     query_NE = _encoded(encoder, [(row, row.example.query) for row in rows], queries=True)
     positive_NE = _encoded(encoder, [(row, row.example.positives[0].text) for row in rows])
@@ -91,7 +92,7 @@ def _chart(name: str, encoder: Encoder, task: str, rows: Sequence[Row]) -> Chart
     series = {name: np.histogram(scores, edges)[0].tolist() for name, scores in found.items()}
     above = float(np.mean(positive_N > np.array(hardest)))
     note = f"In {above:.0%} of {len(rows)} sampled rows, the positive scores above every hard negative."
-    return _histogram(name, f"Task {task}", series, {"start": float(edges[0]), "step": BIN}, note)
+    return _histogram(name, title, series, {"start": float(edges[0]), "step": BIN}, note)
 
 
 def _encoded(encoder: Encoder, texts: Sequence[tuple[Row, str]], queries: bool = False) -> Scores:

@@ -6,68 +6,94 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from embedwright.errors import InputError, NotFoundError
-from embedwright.evaluation.bootstrap import draw, random
-from embedwright.evaluation.results import Result, Results, read_results, run_items_file, with_items
+from embedwright.evaluation.bootstrap import draw, random, same_order
+from embedwright.evaluation.read import RUN, STUDY, read_candidates, result_folders
+from embedwright.evaluation.results import Result, Results, run_items_file, with_items
 from embedwright.evaluation.statistics import half_width, of_mean
-from embedwright.studies.report_run import is_run, point_name
+from embedwright.studies.report_run import point_name
 from embedwright.training.run.scores import read_evaluations
-from embedwright.training.stages import START
 
 DRAWS = 2_000  # give the width of an interval to about 2 %
 SEED = 0
 
 Score = dict[str, Any]
-Named = tuple[str, Results]  # a model, or the point of a run, and its results on one suite
 
 
-def read_scores(paths: Sequence[Path]) -> list[Named]:
-    """Returns the results of runs, result files and folders of result files, each with the name of its model.
+class Scored(NamedTuple):
+    """A model, or a point of a run, and its results: for each training seed a list of them, one a suite."""
 
-    Of a run they are those before training and at the end of each stage. Raises InputError for a path without any
-    result that is no run.
+    name: str
+    seeds: Sequence[Sequence[Results]]
+
+
+def read_scores(run: Path | None, others: Sequence[Path]) -> list[Scored]:
+    """Returns the scores of a run before training and at the end of each stage, then those of the `others`.
+
+    These are what `embedwright compare` reads, and folders with the results of several models. Raises InputError for a
+    path without results.
     """
-    runs = sum(map(is_run, paths))
-    named: list[Named] = []
-    for path in paths:
+    given: list[str] = []
+    for path in others:
         if not path.exists():
             raise NotFoundError(f"no such run, result file or folder: {path}")
-        if is_run(path):
-            named += ((f"{path.resolve().name}: {name}" if runs > 1 else name, each) for name, each in _of_run(path))
-        elif found := list(_of_files([path] if path.is_file() else sorted(path.rglob("*.json")), given=path)):
-            named += found
-        else:
-            raise InputError(f"{path} holds neither a run (recipe.yaml) nor a result file of `embedwright eval`")
-    return named
+        one = path.suffix == ".json" if path.is_file() else any((path / name).is_file() for name in (RUN, STUDY))
+        found = [path] if one else [] if path.is_file() else result_folders(path)
+        if not found:
+            raise InputError(
+                f"{path} holds neither a run (recipe.yaml) nor results; those of a model are written by "
+                "`embedwright eval MODEL SUITE --out FILE` and by `embedwright bench`"
+            )
+        given += map(str, found)
+    candidates = read_candidates(given) if given else []
+    return [*_points(run), *(Scored(each.name, [*each.seeds.values()]) for each in candidates)]
 
 
-def score_tables(named: Iterable[Named]) -> list[dict[str, Any]]:
+def _points(run: Path | None) -> Iterator[Scored]:
+    records = [] if run is None else read_evaluations(run)
+    last = {record["stage"]: record["step"] for record in records}
+    for record in records:
+        if run is not None and record["step"] == last[record["stage"]]:
+            items = run_items_file(run, record["stage"], record["step"], record["suite"])
+            yield Scored(point_name(record), [[with_items(Results.from_json(json.dumps(record["results"])), items)]])
+
+
+def score_tables(scored: Iterable[Scored]) -> list[dict[str, Any]]:
     """Returns one table a suite: `suite`, the ends of its axis, and for each task the scores to show side by side.
 
     The last row is the mean over the tasks, of those who have all tasks of the suite.
     """
     suites: dict[str, dict[tuple[str, str], list[Score]]] = {}
-    for name, results in named:
-        for row in results.rows:
-            tasks = suites.setdefault(results.suite, {})
-            score = {"name": name, "value": row.value, "half": half_interval(results.suite, row)}
-            tasks.setdefault((row.task, row.metric), []).append(score)
+    for name, seeds in scored:
+        own: dict[tuple[str, str, str], list[Result]] = {}
+        for results in (results for seed in seeds for results in seed):
+            for row in results.rows:
+                own.setdefault((results.suite, row.task, row.metric), []).append(row)
+        for (suite, task, metric), rows in own.items():
+            if len(rows) == len(seeds):  # else a seed lacks the task
+                value = math.fsum(row.value for row in rows) / len(rows)
+                score = {"name": name, "value": value, "half": half_interval(suite, rows)}
+                suites.setdefault(suite, {}).setdefault((task, metric), []).append(score)
     return [_table(suite, tasks) for suite, tasks in suites.items()]
 
 
-def half_interval(suite: str, result: Result) -> float | None:
+def half_interval(suite: str, seeds: Sequence[Result]) -> float | None:
     """Returns half the width of a score's 95 % interval, or None for a score without items.
 
-    It covers what other items would have given, by a bootstrap, and what other runs of k-means would. The computation
-    is that of `embedwright compare`, for one score instead of a difference.
+    It covers what other items would have given, by a bootstrap, and what other runs of k-means and other training seeds
+    would. The computation is that of `embedwright compare`, for one score instead of a difference.
     """
-    (drawn,) = draw(random(SEED, suite, result.task), [[result]], DRAWS)
+    try:
+        ordered = [same_order(seeds[0], row) for row in seeds]
+    except InputError:  # the seeds have other items
+        return None
+    (drawn,) = draw(random(SEED, suite, seeds[0].task), [ordered], DRAWS)
     if drawn.items < 2:
         return None
-    runs = [of_mean(values) for values in drawn.runs if len(values) > 1]
-    return half_width([*runs, (float(drawn.drawn_B.var(ddof=1)), drawn.items - 1)])
+    few = [of_mean(values) for values in (drawn.score_S, *drawn.runs) if len(values) > 1]
+    return half_width([*few, (float(drawn.drawn_B.var(ddof=1)), drawn.items - 1)])
 
 
 def _table(suite: str, tasks: Mapping[tuple[str, str], list[Score]]) -> dict[str, Any]:
@@ -101,23 +127,3 @@ def _mean_row(tasks: Mapping[tuple[str, str], list[Score]]) -> dict[tuple[str, s
     whole = {name: own for name, own in values.items() if len(own) == len(tasks) > 1}
     means = [{"name": name, "value": math.fsum(own) / len(own), "half": None} for name, own in whole.items()]
     return {("mean", f"over {len(tasks)} tasks"): means} if means else {}
-
-
-def _of_run(folder: Path) -> Iterator[Named]:
-    records = read_evaluations(folder)
-    last = {record["stage"]: record["step"] for record in records}
-    for record in records:
-        if record["stage"] == START or record["step"] == last[record["stage"]]:
-            items = run_items_file(folder, record["stage"], record["step"], record["suite"])
-            yield point_name(record), with_items(Results.from_json(json.dumps(record["results"])), items)
-
-
-def _of_files(files: Sequence[Path], given: Path) -> Iterator[Named]:
-    for file in files:
-        try:
-            results = read_results(file)
-        except InputError:
-            if file == given:
-                raise
-            continue  # a folder of results may have other JSON files
-        yield str(results.about.get("model") or file.stem), results

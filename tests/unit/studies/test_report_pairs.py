@@ -94,6 +94,7 @@ def test_rows_that_a_stage_has_mined_are_read_from_the_run(rows: Path, tmp_path:
         write_rows(folder / "00.parquet", mined)
     encoder = Axes()
     charts = pair_charts(encoder, recipe(rows), tmp_path)
+    assert [chart["title"] for chart in charts] == ["Task t, negatives mined for only", "Task t"]
     assert counts(charts[0])["hard negatives"] == {0.3: 50, 0.0: 50}  # of the first stage: m7
 
 
