@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from embedwright.cli import options
-from embedwright.cli.display import say
+from embedwright.cli.display import counter, say
 from embedwright.cli.options import arg, opt
 from embedwright.errors import InputError
 from embedwright.files import file_name, write_text
@@ -43,13 +43,24 @@ def evaluate(
 def bench(
     model: Annotated[str, arg("Model: a folder, a hub id, `minilm`, or http://HOST/v1#MODEL.")],
     names: Annotated[
-        list[str], arg("MTEB benchmarks or tasks: `MTEB(eng, v2)`, NanoBEIR, SciFact, ...", metavar="NAME...")
+        list[str],
+        arg(
+            "MTEB benchmarks or tasks (`MTEB(eng, v2)`, NanoBEIR, SciFact, ...), or AIR-Bench, all of it or some "
+            "(AIR-Bench/qa/en).",
+            metavar="NAME...",
+        ),
     ],
     out: Annotated[Path, opt("Folder of all results, in mteb's layout.", "--out", callback=options.folder_to_write)],
     max_tokens: Annotated[int | None, opt("Tokens after which a text is cut. Default: the model's.", min=1)] = None,
 ) -> None:
-    """Score a model on MTEB. Run it again to go on after a stop. Under torchrun, the processes share the tasks."""
-    run_mteb(model, names, out, max_tokens)
+    """Score a model on MTEB or AIR-Bench.
+
+    Run it again to go on after a stop. Under torchrun, the processes share the tasks.
+    """
+    air = [name for name in names if name.lower().startswith("air-bench")]
+    if air and len(air) < len(names):
+        raise InputError(f"{air[0]} and {next(name for name in names if name not in air)}: run AIR-Bench by itself")
+    (run_airbench if air else run_mteb)(model, names, out, max_tokens)
 
 
 def run_mteb(model: str, names: Sequence[str], out: Path, max_tokens: int | None) -> None:
@@ -76,6 +87,43 @@ def run_mteb(model: str, names: Sequence[str], out: Path, max_tokens: int | None
         say("\n" + "\n".join(lines(each, work, released_as(model))))
     if failed:
         say(f"\n{len(failed)} tasks failed; the others are kept. Run the same command again for these alone:")
+        for name, reason in failed.items():
+            say(f"  {name}: {reason}")
+        raise typer.Exit(1)
+
+
+def run_airbench(model: str, names: Sequence[str], out: Path, max_tokens: int | None) -> None:
+    """Runs sets of AIR-Bench, prints scores and where a submission lies, and exits with 1 if a set failed."""
+    from embedwright.encoders.http import HttpEncoder
+    from embedwright.encoders.open import open_encoder
+    from embedwright.evaluation import airbench
+    from embedwright.evaluation.airbench_sets import choose, sets_file
+    from embedwright.evaluation.results import render
+    from embedwright.processes import start
+
+    sets = list(dict.fromkeys(one for name in names for one in choose(name)))  # before anything is loaded
+    processes = start()
+    encoder = HttpEncoder.from_url(model) if "://" in model else open_encoder(model)
+    home = out / "air-bench" / file_name(model.rpartition("#")[2] if "://" in model else model)
+    failed = airbench.bench(
+        encoder,
+        model,
+        sets,
+        home,
+        max_tokens=max_tokens,
+        processes=processes,
+        progress=say,
+        advance=counter("documents"),
+    )
+    if processes.first:
+        if rows := airbench.table(home, sets):
+            say("\n" + render(rows))
+            say("published scores are those of version 24.04: other questions, and some other corpora")
+        if packed := airbench.pack(home):
+            say(f"\nsearch results of the test splits: {packed}")
+            say(f"to submit them, upload that file at {airbench.LEADERBOARD} for version {sets_file()['version']}")
+    if failed and processes.first:
+        say(f"\n{len(failed)} of {len(sets)} sets failed. Run the same command again for these alone:")
         for name, reason in failed.items():
             say(f"  {name}: {reason}")
         raise typer.Exit(1)

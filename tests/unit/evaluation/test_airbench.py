@@ -7,6 +7,7 @@ import inspect
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import statistics
@@ -26,6 +27,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 from numpy.typing import NDArray
 
+from embedwright.cli import main as cli
 from embedwright.errors import InputError
 from embedwright.evaluation import airbench
 from embedwright.evaluation.airbench import bench, pack, table
@@ -322,3 +324,34 @@ def test_the_table_has_means_where_all_sets_have_a_score(hub: dict[str, Any], tm
     assert (second["metric"], second["NV-Embed-v2 (24.04)"]) == ("Recall@10", None)
     assert second["NV-Embed-v1 (24.04)"] == pytest.approx(0.7549)
     assert airbench._mean([1.0, 3.0]) == 2.0 and airbench._mean([1.0, None]) is None
+
+
+def test_the_command_scores_packs_and_says_what_failed(
+    hub: dict[str, Any], tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str], tiny_embedder: Any
+) -> None:
+    tiny_embedder("mean").save(tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str) -> tuple[int, str]:
+        monkeypatch.setattr("sys.argv", ["embedwright", "bench", *words])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+            raise SystemExit(0)
+        found = capsys.readouterr()
+        return int(stopped.value.code or 0), found.out + found.err
+
+    code, said = run("tiny", "AIR-Bench/qa/arxiv", "AIR-Bench/book/dev", "--out", "results", "--max-tokens", "200")
+    assert code == 0, said
+    rows = read_results(tmp_path / "results" / "air-bench" / "tiny" / "qa_arxiv_en.json")
+    assert f"qa_arxiv_en: nDCG@10 {rows.rows[0].value:.4f}" in said
+    assert re.search(r"qa_arxiv_en +nDCG@10 +0\.\d{4} +0\.4894 +0\.4610", said)
+    assert "results/air-bench/tiny/tiny_NoReranker.zip" in said and "spaces/AIR-Bench/leaderboard" in said
+    assert rows.about["command"].startswith("embedwright bench tiny AIR-Bench/qa/arxiv")
+    code, said = run("tiny", "AIR-Bench/law/fr/dev", "AIR-Bench/arxiv/qa", "--out", "results", "--max-tokens", "200")
+    assert code == 1 and "1 of 2 sets failed" in said and "datasets--AIR-Bench--qa_law_fr lacks corpus_default" in said
+    code, said = run("tiny", "AIR-Bench/qa/arxiv", "--out", "results")
+    assert code == 2 and "results made otherwise" in said and "max_tokens (200, now not set)" in said
+    code, said = run("tiny", "AIR-Bench/wiky", "--out", "results")
+    assert code == 2 and "did you mean 'wiki'?" in said
+    code, said = run("tiny", "AIR-Bench/qa", "SciFact", "--out", "results")
+    assert code == 2 and "run AIR-Bench by itself" in said
