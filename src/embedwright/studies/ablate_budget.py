@@ -54,9 +54,10 @@ def _factor(left: float, costs: Sequence[float], stages: Sequence[StagePart], ar
     whole = sum(cost * stage.optim.steps for cost, stage in zip(costs, stages, strict=True))
     factor = left / whole
     if any(factor * stage.optim.steps < 1 for stage in stages):
+        least = max(whole / stage.optim.steps for stage in stages)
         raise InputError(
-            f"budget: arm {arm}: {left:,.0f} are left for training, and a step of each stage in its proportion takes "
-            f"{max(whole / stage.optim.steps for stage in stages):,.0f}: raise the budget"
+            f"budget: arm {arm}: after its start and evaluation {left:,.1f} are left for training, and {least:,.1f} are "
+            "needed for a step of each stage in its proportion: raise the budget"
         )
     return factor
 
