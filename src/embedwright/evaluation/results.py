@@ -112,9 +112,9 @@ def with_items(results: Results, file: Path) -> Results:
     items: dict[str, dict[str, NDArray[Any]]] = {}
     if file.is_file():
         with np.load(file, allow_pickle=False) as stored:
-            for key in stored.files:
-                task, _, name = key.rpartition("/")
-                items.setdefault(task, {})[name] = stored[key]
+            for key in stored.files:  # of an MTEB task, arrays have splits and subsets in their names
+                task = max((row.task for row in results.rows if key.startswith(f"{row.task}/")), key=len, default=key)
+                items.setdefault(task, {})[key.removeprefix(f"{task}/")] = stored[key]
     return replace(results, rows=tuple(replace(row, items=items.get(row.task, {})) for row in results.rows))
 
 

@@ -17,13 +17,15 @@ import json
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from embedwright.config import did_you_mean
-from embedwright.errors import InputError, naming
+from embedwright.errors import InputError, blaming, naming
 from embedwright.evaluation.results import Results, read_results
 from embedwright.evaluation.suite import load_suite
 from embedwright.files import check_folder, write_json
@@ -107,6 +109,7 @@ class _Work:
         self.known: dict[str, list[str]] = {}  # of each arm: fingerprints of its data, its model and the suite
         self.tuning_seeds = [self.said.rates.seed] if self.said.rates and not smoke else []
         self.suite = study.smoke_suite if smoke else study.suite
+        self.benchmark = None if smoke and self.said.smoke.suite else self.said.benchmark
         self.arms = (self.said.smoke.arms or [*self.said.arms][-1:]) if smoke else [*self.said.arms]
         self.seeds = self.said.smoke.seeds if smoke else self.said.seeds
 
@@ -120,15 +123,24 @@ class _Work:
 
     def check(self) -> None:
         """Opens all that the cells need. Raises InputError, with the arm, if something is missing or wrong."""
-        with naming(f"{self.study.file}: {'smoke.suite' if self.smoke and self.said.smoke.suite else 'suite'}"):
-            suite = load_suite(self.suite)
-        tasks = [task.model_dump(mode="json") | {"path": task.path.name} for task in suite.tasks]
+        tasks = self._tasks()
         for arm in self.arms:
             with naming(f"{self.study.file}: arms.{arm}"):
                 recipe = self._recipe(arm, self.seeds[0])
                 data = data_fingerprint(open_checked(recipe))
-                self.known[arm] = [data, origin_fingerprint(recipe.model), json.dumps(tasks)]
+                self.known[arm] = [data, origin_fingerprint(recipe.model), tasks]
                 _rest(recipe, self.said.shared_stages, 1.0, 1.0, self.folder)  # raises where it cannot be
+
+    def _tasks(self) -> str:
+        """Returns what cells are scored on, as a fingerprint. Raises InputError if there is no such thing."""
+        if self.benchmark is not None:
+            with naming(f"{self.study.file}: benchmark"), blaming(self.benchmark):
+                from embedwright.evaluation.bench import choose
+
+                return json.dumps([version("mteb"), *(task.metadata.name for task in choose(self.benchmark).tasks)])
+        with naming(f"{self.study.file}: {'smoke.suite' if self.smoke and self.said.smoke.suite else 'suite'}"):
+            tasks = load_suite(self.suite).tasks
+        return json.dumps([task.model_dump(mode="json") | {"path": task.path.name} for task in tasks])
 
     def _recipe(self, arm: str, seed: int) -> Recipe:
         return self.study.recipe(arm, seed, smoke=self.smoke)
@@ -138,7 +150,12 @@ class _Work:
         decisive = [kind, recipe.hash(), data, origin or model, *([suite] if kind != "shared" else [])]
         key = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:12]
         spec = {"name": f"{self.said.name}/{place}", "kind": kind, "arm": arm, "seed": recipe.seed, **facts}
-        spec |= {"smoke": self.smoke, "suite": str(self.suite), "suite_is_file": isinstance(self.suite, Path)}
+        spec |= {
+            "smoke": self.smoke,
+            "benchmark": self.benchmark,
+            "suite": str(self.suite),
+            "suite_is_file": isinstance(self.suite, Path),
+        }
         return Job(self.folder / place, key, recipe, spec, self.processes)
 
     # ---- budget
@@ -150,7 +167,8 @@ class _Work:
         job = self._job("budget", arm, f"{arm}/budget", recipe, unit=unit)
         if unit == "tokens" and job.result is None:
             counter = TokenCounter(recipe)
-            score(counter, job.spec)
+            with TemporaryDirectory() as temp:
+                score(counter, job.spec, Path(temp))
             steps = tokens_of_steps(recipe, open_checked(recipe))
             job.finish({"fixed": counter.total, "steps": steps})
         return job
@@ -172,10 +190,10 @@ class _Work:
     def budget(self) -> dict[str, Any]:
         """Says what the budget is, what each arm takes of it, and the steps that follow."""
         common, each = self.factors()
-        first: dict[str, Any] = {"factor": common}
+        first: dict[str, Any] = {}
         if self.said.shared_stages:
             stages = self._recipe(self.said.baseline, self.seeds[0]).stages[: self.said.shared_stages]
-            first["stages"] = as_written(scaled(stages, common))
+            first = {"factor": common, "stages": as_written(scaled(stages, common))}
         arms = {}
         for arm, factor in each.items():
             stages = self._recipe(arm, self.seeds[0]).stages[self.said.shared_stages :]
@@ -239,7 +257,7 @@ class _Work:
             "study": self.said.name,
             "smoke": self.smoke,
             "baseline": self.said.baseline,
-            "scored_on": self.suite if isinstance(self.suite, str) else self.suite.name,
+            "scored_on": self.benchmark or (self.suite if isinstance(self.suite, str) else self.suite.name),
             "run_on": self.said.run_on,
             "paper": self.said.paper.model_dump() if self.said.paper else None,
             "missing": missing,

@@ -56,8 +56,8 @@ def _factor(left: float, costs: Sequence[float], stages: Sequence[StagePart], ar
     if any(factor * stage.optim.steps < 1 for stage in stages):
         least = max(whole / stage.optim.steps for stage in stages)
         raise InputError(
-            f"budget: arm {arm}: after its start and evaluation {left:,.1f} are left for training, and {least:,.1f} are "
-            "needed for a step of each stage in its proportion: raise the budget"
+            f"budget: arm {arm}: after its start and evaluation {left:,.1f} are left for training, and a step of each "
+            f"stage in its proportion takes {least:,.1f}: raise the budget"
         )
     return factor
 

@@ -13,6 +13,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from embedwright import threads
@@ -57,7 +58,7 @@ def trained(folder: Path, spec: Spec, recipe: Recipe) -> Spec:
     }
     if spec["kind"] == "shared":
         return result
-    results = score(model, spec)
+    results = score(model, spec, folder / "bench")
     keep(folder, spec, results, model.fingerprint())
     result["seconds"]["evaluation"] = results.seconds
     scores = {row.task: row.value for row in results.rows}
@@ -77,12 +78,32 @@ def keep(folder: Path, spec: Spec, results: Results, fingerprint: dict[str, Any]
         write_results(folder / "scores.json", replace(results, about=facts))
 
 
-def score(model: Any, spec: Spec) -> Results:
-    """Scores a model, or anything that encodes, on the suite of the study."""
+def score(model: Any, spec: Spec, folder: Path) -> Results:
+    """Scores a model, or anything that encodes, on the suite or benchmark of the study. A benchmark fills `folder`."""
+    if spec["benchmark"]:
+        return bench(model, spec, folder)
     from embedwright.evaluation.suite import evaluate
 
     suite = spec["suite"]
     return evaluate(model, Path(suite) if spec["suite_is_file"] else suite)
+
+
+def bench(model: Any, spec: Spec, folder: Path) -> Results:
+    """Scores on an MTEB benchmark, of which all tasks must run. Raises RuntimeError with those that failed."""
+    from embedwright.evaluation.bench import Bench, choose
+    from embedwright.evaluation.mteb import MtebEncoder
+    from embedwright.evaluation.read import read_candidates
+    from embedwright.evaluation.results import Results
+    from embedwright.processes import start
+
+    began = time.monotonic()
+    chosen = choose(spec["benchmark"])
+    work = Bench(MtebEncoder(model, name=f"embedwright/{spec['arm']}-{spec['seed']}"), folder)
+    if failed := work.run(chosen.tasks, start()):
+        raise RuntimeError("; ".join(f"{task}: {reason}" for task, reason in failed.items()))
+    [found] = [results for results in read_candidates([str(work.folder)])[0].seeds.values()]
+    rows = tuple(row for results in found for row in results.rows)
+    return Results(chosen.name, rows, time.monotonic() - began)
 
 
 def measured(spec: Spec, recipe: Recipe, started: float) -> Spec:
@@ -92,7 +113,8 @@ def measured(spec: Spec, recipe: Recipe, started: float) -> Spec:
 
     model = start_model(recipe)
     began = time.time() - started
-    evaluation = score(merged(model), spec).seconds
+    with TemporaryDirectory() as temp:
+        evaluation = score(merged(model), spec, Path(temp)).seconds
     del model
     stages, _ = measure(recipe, count=4)
     steps = [stage.seconds for stage in stages]

@@ -41,7 +41,7 @@ def test_the_arithmetic_by_hand(ablation: Make) -> None:
         recipes["warm"].stages[1].optim.model_dump() | {"steps": 10, "warmup_steps": 4, "lr": pytest.approx(3e-2)}
     )
     assert [part.optim.steps for part in scaled(recipes["plain"].stages, 0.01)] == [1, 1]
-    with pytest.raises(InputError, match=r"arm warm: after .* 59\.0 are left for training, and 60\.0 are needed"):
+    with pytest.raises(InputError, match=r"arm warm: after .* 59\.0 are left for training, and a step .* takes 60\.0"):
         factors(219, costs, recipes, "plain", 0)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
+from embedwright.errors import InputError
 from embedwright.model.embedder import Embedder
 from embedwright.studies.ablate import ablate
 from embedwright.training.recipe import Recipe
@@ -77,7 +78,7 @@ def test_among_equal_rates_the_default_is_taken(
     from embedwright.evaluation.results import Result, Results
 
     flat = Results("s", (Result("t", "sts", "spearman", 0.5),), 1.0)
-    monkeypatch.setattr("embedwright.studies.ablate_cell.score", lambda model, spec: flat)
+    monkeypatch.setattr("embedwright.studies.ablate_cell.score", lambda model, spec, folder: flat)
     file = ablation(rates={"factors": [3, 1, 0.1], "length": 0.1})
     study = ablate(file, tmp_path / "out", only=["plain/1"])
     assert [cell["rate"] for cell in study["cells"]] == [1]
@@ -92,3 +93,32 @@ def test_a_smoke_test_runs_the_shared_stage_too(ablation: Make, started: list[Pa
     assert started == [where / "shared-stages" / "seed-7", where / "plain" / "seed-7"]
     found: Any = json.loads((started[1] / "result.json").read_text())
     assert found["smoke"] and list(found["scores"]) == ["some"]
+
+
+def test_a_benchmark_scores_cells_into_mteb_s_own_folder(
+    ablation: Make, started: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mteb.mocks import MOCK_TASK_TEST_GRID
+
+    from embedwright.evaluation import bench
+
+    mocks = {task.metadata.name: task for task in MOCK_TASK_TEST_GRID}
+    tasks = tuple(mocks[name] for name in ("MockSTSTask", "MockRetrievalTask"))
+    monkeypatch.setattr(bench, "choose", lambda name: bench.Chosen(name, tasks))
+    file = ablation(suite=None, benchmark="Mocks", budget={"tokens": 4000})
+    study = ablate(file, tmp_path / "out", only=["plain/1", "warm/1"])
+    assert study["scored_on"] == "Mocks" and [cell["seed"] for cell in study["cells"]] == [1, 1]
+    for cell in study["cells"]:
+        folder = tmp_path / "out" / "tiny" / cell["folder"]
+        [result] = (folder / "bench" / "results").glob("*/*/MockSTSTask.json")
+        [scored] = json.loads(result.read_text())["scores"]["test"]
+        assert cell["scores"]["MockSTSTask"] == pytest.approx(scored["main_score"])
+        assert cell["mean"] == pytest.approx(np.mean([*cell["scores"].values()])) and len(cell["scores"]) == 2
+    rows = {row["task"]: row for row in study["comparison"]["rows"]}
+    assert rows["MockRetrievalTask"]["over"] == "items"  # items are kept across files, by split and subset
+    assert json.loads((tmp_path / "out" / "tiny" / "budget.json").read_text())["arms"]["plain"]["fixed"] > 0
+
+
+def test_an_unknown_benchmark_is_named(ablation: Make, started: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"tiny\.yaml: benchmark: .*'NanoBIER'.*did you mean 'NanoBEIR'"):
+        ablate(ablation(suite=None, benchmark="NanoBIER"), tmp_path / "out")
