@@ -14,8 +14,7 @@ from embedwright.evaluation.tasks import SuiteTask
 from embedwright.studies.report_hits import example_hits
 from embedwright.studies.report_map import text_map
 from embedwright.studies.report_pairs import mining_charts, pair_charts
-from embedwright.training.recipe import Recipe
-from embedwright.training.run.checks import suite_of
+from embedwright.training.recipe import Recipe, expand
 
 Say = Callable[[str], None]
 
@@ -65,8 +64,9 @@ def _tasks(recipe: Recipe, left_out: dict[str, str]) -> list[SuiteTask]:
     """Returns the tasks of the recipe's suites. Notes why a suite cannot be opened."""
     tasks: list[SuiteTask] = []
     for suite in recipe.eval.suites:
+        path = expand(suite)
         try:
-            tasks += load_suite(suite_of(suite)).tasks
+            tasks += load_suite(path if path.exists() else suite).tasks
         except InputError as error:
             left_out.update(dict.fromkeys(("hits", "map"), str(error)))
     return tasks

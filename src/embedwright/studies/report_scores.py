@@ -13,6 +13,7 @@ from embedwright.evaluation.bootstrap import draw, random, same_order
 from embedwright.evaluation.read import RUN, STUDY, read_candidates, result_folders
 from embedwright.evaluation.results import Result, Results, run_items_file, with_items
 from embedwright.evaluation.statistics import half_width, of_mean
+from embedwright.studies.report_anchors import MEAN, published
 from embedwright.studies.report_run import point_name
 from embedwright.training.run.scores import read_evaluations
 
@@ -97,26 +98,25 @@ def half_interval(suite: str, seeds: Sequence[Result]) -> float | None:
 
 
 def _table(suite: str, tasks: Mapping[tuple[str, str], list[Score]]) -> dict[str, Any]:
-    """Places every score on an axis whose ends, in tenths, hold all scores and intervals of the suite."""
-    rows = {**tasks, **_mean_row(tasks)}
-    every = [score for scores in rows.values() for score in scores]
+    """Adds the mean and published scores, and places all on an axis whose ends, in tenths, hold their intervals."""
+    benchmark, anchors = published(suite, {task for task, _ in tasks})
+    groups: list[dict[str, Any]] = []
+    for (task, metric), own in {**tasks, **_mean_row(tasks)}.items():
+        best = max(score["value"] for score in own)
+        scores = [{**score, "best": len(own) > 1 and score["value"] == best, "source": ""} for score in own]
+        beside = [{**anchor, "half": None, "best": False} for anchor in anchors.get(task, [])]
+        groups.append({"task": task, "metric": metric, "scores": scores + beside})
+    every = [score for group in groups for score in group["scores"]]
     low = math.floor(10 * min(score["value"] - (score["half"] or 0) for score in every)) / 10
     high = math.ceil(10 * max(score["value"] + (score["half"] or 0) for score in every)) / 10
     width = (high - low) or 0.1
-
-    def placed(scores: Sequence[Score]) -> list[Score]:
-        best = max(score["value"] for score in scores)
-        ends = [
-            {"from": (score["value"] - (score["half"] or 0) - low) / width, "span": 2 * (score["half"] or 0) / width}
-            for score in scores
-        ]
-        return [
-            {**score, **end, "at": (score["value"] - low) / width, "best": len(scores) > 1 and score["value"] == best}
-            for score, end in zip(scores, ends, strict=True)
-        ]
-
-    shown = [{"task": task, "metric": metric, "scores": placed(scores)} for (task, metric), scores in rows.items()]
-    return {"suite": suite, "low": low, "high": low + width, "tasks": shown}
+    for score in every:
+        half = score["half"] or 0
+        score |= {"at": (score["value"] - low) / width, "from": (score["value"] - half - low) / width}
+        score["span"] = 2 * half / width
+    sources = sorted({score["source"] for score in every} - {""})
+    title = f"{benchmark}, {suite}" if benchmark not in ("", suite) else suite
+    return {"suite": title, "low": low, "high": low + width, "tasks": groups, "sources": sources}
 
 
 def _mean_row(tasks: Mapping[tuple[str, str], list[Score]]) -> dict[tuple[str, str], list[Score]]:
@@ -126,4 +126,4 @@ def _mean_row(tasks: Mapping[tuple[str, str], list[Score]]) -> dict[tuple[str, s
             values.setdefault(score["name"], []).append(score["value"])
     whole = {name: own for name, own in values.items() if len(own) == len(tasks) > 1}
     means = [{"name": name, "value": math.fsum(own) / len(own), "half": None} for name, own in whole.items()]
-    return {("mean", f"over {len(tasks)} tasks"): means} if means else {}
+    return {(MEAN, f"over {len(tasks)} tasks"): means} if means else {}
