@@ -49,7 +49,9 @@ def _cells(row: Difference, comparison: Comparison, rows: list[Difference]) -> R
 
 def _label(row: Difference, rows: list[Difference]) -> str:
     """Returns the name of a row, with its suite if there are several."""
-    name = row.task if row.task != MEAN else f"mean of {row.metric}" if row.kind == "tasks" else f"{MEAN}: {row.kind}"
+    name = row.task
+    if row.task == MEAN:
+        name = f"mean over {row.metric}" if row.kind in ("types", "tasks") else f"mean: {row.kind}"
     return f"{row.suite}/{name}" if len({other.suite for other in rows}) > 1 else name
 
 
