@@ -6,7 +6,8 @@ v-measure is the task's main score in that split and subset: where it is not, th
     retrieval, reranking   `score` and `id` of each query, for main scores that are a mean over queries
     classification         `score`: in how many of the experiments the text was classified correctly
     sts, pair              `cosine` and `gold`; in `pair` the similarity that gives mteb's main score, mostly the cosine
-    clustering             `<split>/<hf_subset>/<run>/cluster` (1, N) and `gold` (N,): each run draws its own texts
+    clustering             `<split>/<hf_subset>/<part>/cluster` (S, N), one row a run of k-means, and `gold` (N,);
+                           `times` (S, N) where mteb draws the texts of each run: how often it drew each
 """
 
 from __future__ import annotations
@@ -190,10 +191,12 @@ def _bootstrapped(
     for level, (name, runs) in enumerate(predicted.items()):
         known = np.array([label[level] for label in labels if len(label) > level])
         gold = np.unique(known, return_inverse=True)[1]
-        for number, cluster in enumerate(runs):
+        cluster_SN, times_SN = np.full((len(runs), len(gold)), -1), np.zeros((len(runs), len(gold)), np.int64)
+        for run, cluster in enumerate(runs):
             picked = draws.choices(range(len(gold)), k=task.max_documents_per_cluster)
-            run = f"{name}.{number}"
-            arrays |= {f"{run}/cluster": np.array([cluster]), f"{run}/gold": gold[picked]}
+            cluster_SN[run, picked] = cluster  # equal texts are in one cluster
+            times_SN[run] = np.bincount(picked, minlength=len(gold))
+        arrays |= {f"{name}/cluster": cluster_SN, f"{name}/times": times_SN, f"{name}/gold": gold}
     return arrays
 
 
@@ -208,5 +211,9 @@ def _value(arrays: Arrays) -> float:
         return float(average_precision_score(arrays["gold"], arrays["cosine"]))
     if "cosine" in arrays:
         return float(spearmanr(arrays["gold"], arrays["cosine"])[0])
-    runs = [name.removesuffix("/gold") for name in arrays if name.endswith("/gold")]
-    return float(np.mean([v_measure_score(arrays[f"{run}/gold"], arrays[f"{run}/cluster"][0]) for run in runs]))
+    values = []
+    for part in [name.removesuffix("gold") for name in arrays if name.endswith("/gold")]:
+        gold, clusters = arrays[f"{part}gold"], arrays[f"{part}cluster"]
+        for cluster, times in zip(clusters, arrays.get(f"{part}times", np.ones_like(clusters)), strict=True):
+            values.append(v_measure_score(np.repeat(gold, times), np.repeat(cluster, times)))
+    return float(np.mean(values))

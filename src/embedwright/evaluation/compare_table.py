@@ -17,8 +17,8 @@ def text(comparison: Comparison) -> str:
         blocks.append("Left out:\n" + "\n".join(f"  {reason}" for reason in comparison.left_out))
     compared = sum(row.p is not None for row in comparison.rows)
     blocks.append(
-        f"Points x100. 95 % intervals, {comparison.draws:,} draws, seed {comparison.seed}. p is corrected for all "
-        f"{compared} comparisons (Holm). `seen` is the smallest true difference that is found in four cases of five."
+        f"Points (x100). 95 % intervals, {comparison.draws:,} draws, seed {comparison.seed}. p is corrected for the "
+        f"number of comparisons, {compared} (Holm). seen: the smallest true difference found in four cases of five."
     )
     return "\n\n".join(blocks)
 

@@ -46,8 +46,13 @@ def recomputed(arrays: dict[str, NDArray[Any]], kind: str, where: str) -> float:
     if kind == "pair":
         return float(average_precision_score(own["gold"], own["cosine"]))
     if kind == "clustering":
-        runs = {name.rpartition("/")[0] for name in own}
-        return float(np.mean([v_measure_score(own[f"{run}/gold"], own[f"{run}/cluster"][0]) for run in runs]))
+        values = []
+        for part in {name.rpartition("/")[0] for name in own}:
+            gold, clusters = own[f"{part}/gold"], own[f"{part}/cluster"]
+            for run, cluster in enumerate(clusters):
+                rows = np.repeat(np.arange(len(gold)), own[f"{part}/times"][run]) if f"{part}/times" in own else ...
+                values.append(v_measure_score(gold[rows], cluster[rows]))
+        return float(np.mean(values))
     return float(own["score"].mean())
 
 

@@ -33,7 +33,7 @@ def test_the_table_shows_each_difference_with_what_may_be_said_of_it() -> None:
     assert lines[3].endswith("no interval")
     assert [line.split("  ")[0] for line in lines[4:]] == ["mean over 2 types", "mean over 2 tasks"]
     assert "within 0.5" in blocks[1]
-    assert "corrected for all 2 comparisons" in blocks[-1]
+    assert "number of comparisons, 2 (Holm)" in blocks[-1]
     assert "p equal" not in text(compare([candidate("a", 1), candidate("b", 2)]))
 
 

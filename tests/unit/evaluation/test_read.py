@@ -12,6 +12,8 @@ import yaml
 from embedwright.encoders import open as encoders
 from embedwright.errors import InputError
 from embedwright.evaluation import read
+from embedwright.evaluation.bootstrap import agrees
+from embedwright.evaluation.compare import compare
 from embedwright.evaluation.read import read_candidates
 from embedwright.evaluation.results import Result, Results, run_items_file, write_items, write_results
 
@@ -135,6 +137,37 @@ def test_mteb_results_are_read_as_mteb_writes_them(tmp_path: Path) -> None:
     file.write_text("{}")
     with pytest.raises(InputError, match=r"SciFact\.json is no MTEB result"):
         read_candidates([str(file.parent)])
+
+
+class Noise:
+    """Vectors that depend on every letter of a text."""
+
+    def fingerprint(self) -> dict[str, str]:
+        return {"weights": "noise"}
+
+    def encode(self, texts: Any, task: str | None = None) -> np.ndarray[Any, Any]:
+        rows = [np.random.default_rng([*str(text).encode()]).normal(size=16) for text in texts]
+        return np.array(rows, np.float32).reshape(len(texts), 16)
+
+
+def test_what_bench_writes_is_compared_item_by_item(tmp_path: Path) -> None:
+    from mteb.mocks import MOCK_TASK_TEST_GRID
+
+    from embedwright.evaluation.bench import Bench
+    from embedwright.evaluation.mteb import MtebEncoder
+
+    kinds = ("RetrievalTask", "MultilingualRerankingTask", "STSTask", "MultilingualPairClassificationTask")
+    names = {
+        f"Mock{kind}" for kind in (*kinds, "ClassificationTask", "ClusteringTask", "MultilingualClusteringFastTask")
+    }
+    tasks = [type(task)() for task in MOCK_TASK_TEST_GRID if task.metadata.name in names]
+    assert len(tasks) == len(names)
+    work = Bench(MtebEncoder(Noise()), tmp_path)
+    assert work.run(tasks) == {}
+    (candidate,) = read_candidates([str(tmp_path)])
+    (results,) = candidate.seeds[None]
+    assert {row.task: agrees(row) for row in results.rows} == dict.fromkeys(names, True)
+    assert {row.difference for row in compare([candidate, candidate], draws=20).rows} == {0}
 
 
 def test_a_model_is_scored_on_the_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
