@@ -210,6 +210,33 @@ def test_reranking_is_mtebs(tmp_path: Path) -> None:
     assert theirs["main_score"] == theirs["map_at_1000"]
 
 
+def test_reranking_of_a_retrievers_list_is_mtebs(tmp_path: Path) -> None:
+    """One relevant document of each query is not in its list, one query has no list."""
+    random = np.random.default_rng(9)
+    corpus_CE = random.normal(size=(60, 16)).astype(np.float32)
+    query_QE = (corpus_CE[:15] + random.normal(scale=1.5, size=(15, 16))).astype(np.float32)
+    corpus = {f"d{i}": f"text d{i}" for i in range(60)}
+    queries = {f"q{i}": f"ask q{i}" for i in range(15)}
+    qrels = {f"q{i}": {f"d{i}": 2, f"d{(i + 5) % 60}": 1, f"d{(i + 9) % 60}": 1} for i in range(15)}
+    lists = {f"q{i}": [f"d{(i + 3 * k) % 60}" for k in range(12)] for i in range(14)}  # d{i + 5} is in none
+    data = {
+        "corpus": Dataset.from_dict({"id": list(corpus), "text": list(corpus.values())}),
+        "queries": Dataset.from_dict({"id": list(queries), "text": list(queries.values())}),
+        "relevant_docs": qrels,
+        "top_ranked": lists,
+    }
+    model = Looked((list(corpus.values()), corpus_CE), (list(queries.values()), query_QE))
+    theirs = mteb_scores(MockRerankingTask(), {"default": {"test": data}}, model)
+    write_set(tmp_path, queries, corpus, qrels)
+    rows = [{"query-id": query, "corpus-ids": docs} for query, docs in lists.items()]
+    candidates = write_rows(tmp_path / "top.jsonl", rows)
+    task = SuiteTask(name="x", kind="reranking", path=tmp_path, candidates=candidates)
+    found = ranking.score(Encoder(model.vector_of), task)
+    for metric in ("MAP@1000", "MRR@10", "nDCG@10"):
+        assert found.values[metric] == pytest.approx(theirs[metric.lower().replace("@", "_at_")], abs=1e-5)
+        assert 0.1 < found.values[metric] < 0.9
+
+
 def test_classification_is_mtebs() -> None:
     train_NE, train_labels = noisy_centres(200, 5, seed=2)
     test_NE, test_labels = noisy_centres(120, 5, seed=3)
