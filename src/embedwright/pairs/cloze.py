@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 
 from embedwright.pairs.documents import Document, Made, pair
+from embedwright.pairs.templates import PERSON
 from embedwright.pairs.words import FUNCTION_WORDS, around, content, is_prose, sentences, unmarked
 
 MASKED = 0.5  # share of the passages from which the sentence is taken out, so that its words alone do not find them
@@ -59,10 +60,6 @@ _HAS = re.compile(
     rf" {_MANY}(?P<rest>.*?)[.!]?"
 )
 
-_PERSON = re.compile(
-    r"(?:an? |the )?(?:[\w-]+ ){0,4}?(?:scientist|author|programmer|engineer|mathematician|inventor|founder|writer"
-    r"|president|physicist|hacker|born|artist|poet|king|queen|politician)\b"
-)
 _PERSONS_NAME = re.compile(r"[A-Z][\w'-]+(?: [A-Z][\w.'-]*){1,3}")
 # Words that make a subject say nothing to a reader of the question alone.
 _ARTICLES = {"a", "an", "the"}
@@ -111,7 +108,7 @@ def questions(sentence: str) -> Iterator[tuple[str, str]]:
     starts = rest.split()[0].lower()
     if starts in FUNCTION_WORDS - _ARTICLES - {"be"} or not (_is_named(subject) or starts in ("a", "an")):
         return
-    person = _PERSONS_NAME.fullmatch(subject) and _PERSON.match(rest)
+    person = _PERSONS_NAME.fullmatch(subject) and PERSON.match(rest)
     yield from _asking("what", f"{'who' if person else 'what'} {verb}", rest)
 
 

@@ -19,7 +19,9 @@ from embedwright.errors import InputError
 from embedwright.files import check_file
 from embedwright.pairs import cut
 from embedwright.pairs.cloze import cloze
+from embedwright.pairs.dictionary import gloss
 from embedwright.pairs.documents import COLUMNS, Document, Made, Make, read_documents
+from embedwright.pairs.templates import templates
 
 
 class Way(NamedTuple):
@@ -53,6 +55,8 @@ WAYS: dict[str, Way] = {
     "sentence": Way(lambda *_: cut.sentence, draws=True),
     "bm25": Way(_bm25, draws=True),
     "cloze": Way(lambda *_: cloze, draws=True),
+    "templates": Way(lambda *_: templates),
+    "gloss": Way(gloss, draws=True),
 }
 ANSWER = "Given a question, retrieve passages that answer the question"
 MEANINGS: dict[str, Meaning] = {
@@ -62,6 +66,10 @@ MEANINGS: dict[str, Meaning] = {
     "sentence": Meaning("retrieval", "Given a sentence, retrieve the passage that it comes from"),
     "bm25": Meaning("retrieval", "Given a part of a text, retrieve texts that share its words"),
     "cloze": Meaning("retrieval", ANSWER),
+    "templates": Meaning("retrieval", ANSWER),
+    "templates-term": Meaning("retrieval", "Given a question, retrieve the term that it asks for"),
+    "gloss": Meaning("retrieval", "Given a word and an example of its use, retrieve what it means there"),
+    "gloss-usage": Meaning("retrieval", "Given a word and its meaning, retrieve an example of its use"),
 }
 
 
