@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ def report(paths: Sequence[Path], command: str, say: Say = logger.info) -> str:
         ValueError: A path is neither a run nor a result.
         ImportError: The `[eval]` extra is not installed.
     """
+    if missing := [name for name in ("jinja2", "sklearn", "scipy") if find_spec(name) is None]:
+        raise MissingPackageError(f"a report needs {', '.join(missing)}: pip install 'embedwright[eval]'")
     folder = next(filter(is_run, paths), None)
     scored = read_scores(folder, [path for path in paths if path is not folder])
     run = None if folder is None else read_run(folder)
@@ -63,10 +66,8 @@ def _commands(folder: Path | None, scored: Sequence[Scored], report: str) -> lis
 
 def _rendered(page: dict[str, Any]) -> str:
     """Fills the template. Every text is escaped, in HTML and in the JSON that the script reads."""
-    try:
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    except ImportError as error:
-        raise MissingPackageError("a report needs jinja2: pip install 'embedwright[eval]'") from error
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,

@@ -36,6 +36,7 @@ class Browser:
     """One page of headless Chromium. `faults` has its console errors, `requests` what it asked for beside the page."""
 
     def __init__(self, profile: Path) -> None:
+        assert chromium(), "no chromium: apt-get install chromium"
         to_browser, commands = os.pipe()
         answers, from_browser = os.pipe()
         program = [str(chromium()), *FLAGS, f"--user-data-dir={profile}", "about:blank"]

@@ -76,7 +76,8 @@ def test_the_command_writes_the_file(tiny_run: Path, tmp_path: Path, monkeypatch
     assert f"report {tiny_run} --out" in (tmp_path / "r.html").read_text()
 
 
-def test_without_jinja2_the_extra_is_named(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(MissingPackageError, match=r"embedwright\[eval\]"):
-        report([tiny_run], "")
+@pytest.mark.parametrize("package", ["jinja2", "sklearn"])
+def test_without_a_package_the_extra_is_named(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingPackageError, match=rf"{package}.*embedwright\[eval\]"):
+        report([], "")
