@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
+import json
 import re
 import sys
 import typing
@@ -25,6 +26,8 @@ from pydantic_core import PydanticUndefined
 from embedwright.cli.main import app
 from embedwright.data.schema import Task
 from embedwright.data.sources.catalog import load_catalog, markdown
+from embedwright.evaluation.results import Results, read_results, table
+from embedwright.studies import ablate_table
 from embedwright.training import parts, stages
 from embedwright.training.recipe import Recipe
 
@@ -123,6 +126,7 @@ def pages() -> dict[Path, str]:
     return {
         DOCS / "recipe.md": recipe(),
         DOCS / "cli.md": commands(),
+        DOCS / "results.md": results(DOCS / "results"),
         ROOT / "CONTRIBUTING.md": between(ROOT / "CONTRIBUTING.md", TREE, tree()),
         DOCS / "data.md": between(DOCS / "data.md", CATALOGUE, tables),
     }
@@ -215,6 +219,94 @@ def _default(value: Any) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(map(str, value))}]"
     return "-" if value in (None, "") else str(value)
+
+
+# ---- results
+
+
+RESULTS = """# Results
+
+What was really run, made by `scripts/make_docs.py` from the JSON files in [results](results), as `embedwright eval
+MODEL SUITE --out docs/results` and `ablate` write them. Higher is better. Seconds are those of a shared machine. The
+draws of an evaluation (the rows that a classifier learns from, first centres of k-means) have the seed 42.
+
+Not run: nothing on a GPU, and no published benchmark. The machine had no access to the sets of MTEB and AIR-Bench, so
+none of the paper's scores is measured again here. [`embedwright bench`](evaluation.md) does that where they are.
+"""
+MODELS = {  # how those came to be whose name does not say it
+    "smollm2-135m-6-layers-mean": 'Untrained: `Embedder.from_decoder("smollm2-135m", layers=6, pooling="mean", '
+    'max_tokens=64, dtype="bfloat16")`, which reads both ways.',
+    "runs/laptop/model": "The model of `embedwright demo`: the same six layers with latent pooling, trained with LoRA "
+    "for 84 steps (seed 7) on documentation of Python libraries. It cuts texts after 64 tokens, too.",
+    "minilm": "All-MiniLM-L6-v2, which cuts texts after 256 tokens.",
+    "bm25": "BM25 ranks whole texts by their words, and has no score for the other tasks.",
+}
+NEEDED = ("model", "command", "date", "machine", "versions")  # of a number that may be shown
+
+
+def results(folder: Path) -> str:
+    """The page of all results in `folder`, by suite and study. Exits with the name of a file that says too little."""
+    studies = sorted(folder.rglob("study.json"))
+    inside = {file for study in studies for file in study.parent.rglob("*.json")}
+    suites: dict[str, dict[str, Results]] = {}
+    for file in sorted({*folder.rglob("*.json")} - inside):
+        found = checked(file)
+        columns = suites.setdefault(found.suite, {})
+        if found.about["model"] in columns:
+            sys.exit(f"{file}: a second result of {found.about['model']} on {found.suite}")
+        columns[found.about["model"]] = found
+    lines = [RESULTS]
+    for suite, columns in suites.items():
+        head = ["task", "metric", *columns]
+        lines += [f"## Suite `{suite}`\n", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+        for row in table(columns):
+            cells = (
+                "-" if value is None else value if isinstance(value, str) else f"{value:.4f}" for value in row.values()
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+        places: dict[str, list[str]] = {}
+        for name, found in columns.items():
+            lines.append(f"- `{name}`: {MODELS.get(name, '')} {made(found)}".replace("  ", " "))
+            places.setdefault(place(found), []).append(name)
+        lines += [f"- On {where}: {', '.join(names)}." for where, names in places.items()] + [""]
+    return "\n".join([*lines, *(line for file in studies for line in study(file))]).rstrip() + "\n"
+
+
+def study(file: Path) -> list[str]:
+    """The table of an ablation and how its cells were made. Their `scores.json` lie where `ablate` has left them."""
+    said = json.loads(file.read_text(encoding="utf-8"))
+    if said["smoke"] or not said["cells"]:
+        sys.exit(f"{file}: a smoke test, or a study without a cell, is not shown")
+    cells = [checked(file.parent / cell["folder"] / "scores.json") for cell in said["cells"]]
+    seeds = ", ".join(sorted({str(cell["seed"]) for cell in said["cells"]}))
+    seconds = sum(sum(cell["seconds"].values()) for cell in said["cells"])
+    how = f"- {len(cells)} cells of seeds {seeds}, {seconds:,.0f} s of training and evaluation: "
+    where = sorted({place(cell) for cell in cells})
+    how += f"`{cells[0].about['command']}`, {cells[0].about['date'][:10]}, on {'; '.join(where)}."
+    return [f"## Study `{said['study']}`\n", "```", ablate_table.render(said), "```\n", how, ""]
+
+
+def checked(file: Path) -> Results:
+    """The results of a file that says how they were made."""
+    found = read_results(file)
+    if lacking := [key for key in NEEDED if not found.about.get(key)]:
+        sys.exit(f"{file}: about has no {', '.join(lacking)}: a number without these is not shown")
+    return found
+
+
+def made(found: Results) -> str:
+    """Command, date and seconds of a result."""
+    return f"`{found.about['command']}`, {found.about['date'][:10]}, {found.seconds:,.0f} s."
+
+
+def place(found: Results) -> str:
+    """Machine and versions of a result."""
+    machine, versions = found.about["machine"], found.about["versions"].items()
+    cores = f"{machine['cores']} core{'s' * (machine['cores'] != 1)} of {machine['processor']}"
+    return (
+        f"{cores}, {', '.join(machine['gpus']) or 'no GPU'}; {', '.join(f'{key} {value}' for key, value in versions)}"
+    )
 
 
 if __name__ == "__main__":

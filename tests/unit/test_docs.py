@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from transformers import AutoModel, MistralConfig
@@ -35,6 +37,49 @@ def test_the_made_pages_are_what_the_program_makes() -> None:
     assert stale == [], "run python scripts/make_docs.py"
 
 
+def test_a_result_without_its_command_machine_or_date_is_refused(tmp_path: Path) -> None:
+    """A number is on the page of results only with what it takes to repeat it."""
+    page, written = make_docs().results, sorted((DOCS / "results").rglob("*.json"))
+    assert written
+    saved = json.loads(written[0].read_text(encoding="utf-8"))
+    file = tmp_path / "model" / "suite.json"
+    file.parent.mkdir()
+    for key in ("command", "machine", "date"):
+        about = {name: value for name, value in saved["about"].items() if name != key}
+        file.write_text(json.dumps(saved | {"about": about}))
+        with pytest.raises(SystemExit, match=rf"{file}: about has no {key}"):
+            page(tmp_path)
+    file.write_text(json.dumps(saved))
+    assert f"| {saved['rows'][0]['value']:.4f} |" in page(tmp_path) and saved["about"]["command"] in page(tmp_path)
+    (tmp_path / "again.json").write_text(json.dumps(saved))
+    with pytest.raises(SystemExit, match="a second result"):
+        page(tmp_path)
+
+
+def test_a_study_is_shown_with_seeds_and_command_and_a_smoke_test_is_not(tmp_path: Path) -> None:
+    saved = json.loads(next((DOCS / "results").rglob("*.json")).read_text(encoding="utf-8"))
+    cells = [
+        {"arm": arm, "seed": 3, "mean": mean, "seconds": {"training": 60}} for arm, mean in (("a", 0.5), ("b", 0.4))
+    ]
+    for cell in cells:
+        cell["folder"] = f"{cell['arm']}/seed-3"
+        (tmp_path / cell["folder"]).mkdir(parents=True)
+    said = {"study": "pooling", "smoke": False, "baseline": "a", "scored_on": "dev", "paper": None, "missing": []}
+    said |= {"failed": {}, "cells": cells, "trials": [], "comparison": None}
+    (tmp_path / "study.json").write_text(json.dumps(said))
+    for cell in cells:
+        (tmp_path / cell["folder"] / "scores.json").write_text(json.dumps(saved))
+    text = make_docs().results(tmp_path)
+    assert "## Study `pooling`" in text and "2 cells of seeds 3, 120 s" in text and saved["about"]["command"] in text
+    assert re.search(r"a +1 +50\.00", text) and "## Suite" not in text
+    (tmp_path / "b" / "seed-3" / "scores.json").write_text(json.dumps(saved | {"about": {}}))
+    with pytest.raises(SystemExit, match=r"b/seed-3/scores.json: about has no model, command"):
+        make_docs().results(tmp_path)
+    (tmp_path / "study.json").write_text(json.dumps(said | {"smoke": True}))
+    with pytest.raises(SystemExit, match=r"study.json: a smoke test"):
+        make_docs().results(tmp_path)
+
+
 def test_every_link_leads_to_a_file_and_a_heading() -> None:
     broken = []
     for page in PAGES:
@@ -54,7 +99,7 @@ def headings(page: Path) -> set[str]:
 
 def test_the_docs_stay_short() -> None:
     """Words that somebody wrote, not what the program or the benchmarks make: 11,000 are the aim."""
-    made = {"recipe.md", "cli.md", "performance.md"}
+    made = {"recipe.md", "cli.md", "performance.md", "results.md"}
     texts = {page.name: page.read_text(encoding="utf-8") for page in DOCS.glob("*.md") if page.name not in made}
     between = r"(?s)<!-- (?:embedwright data list --markdown|runs) -->.*?<!-- end"
     words = {name: len(re.sub(between, "", text).split()) for name, text in texts.items()}
