@@ -25,11 +25,11 @@ SEED = 1
 METHOD = (
     "Scores are in points (x100). The standard error of a difference adds up what its sources (`over`) contribute: the "
     "items, by a paired bootstrap; training seeds where there are several, in pairs where both sides have the same "
-    "ones; runs of k-means; in a mean over many tasks, the tasks inside their types. Each source has Student's t for "
-    "its degrees of freedom. From these come the interval (95 %), the two-sided p-value (the level at which the "
-    "interval ends at 0), the larger p-value of both one-sided tests, and the smallest difference that would have been "
-    "seen (80 % power). `p_holm` and `p_equivalent` are corrected for all comparisons of the table (Holm). A claim "
-    "needs one of them below 0.05."
+    "ones; runs of k-means; in a mean over many tasks, the tasks inside their types. In the interval (95 %), each "
+    "source has Student's t for its degrees of freedom. The t-distribution with such an interval gives the two-sided "
+    "p-value, the larger p-value of both one-sided tests, and the smallest difference that would have been seen (80 % "
+    "power). `p_holm` and `p_equivalent` are corrected for all comparisons of the table (Holm). A claim needs one of "
+    "them below 0.05."
 )
 MEAN, HIGHER, LOWER, NONE_SHOWN = "mean", "higher", "lower", "none shown"
 ENOUGH_TASKS = 5  # tasks beside the first of each type, from which the spread over tasks is known well enough
