@@ -167,7 +167,8 @@ def _start(job: Job, lock: int, slot: int, slots: int) -> subprocess.Popen[bytes
 
 def _told(result: dict[str, Any]) -> str:
     took = sum(result["seconds"].values())
-    return f"{100 * result['mean']:.2f}, {took:,.0f} s" if "mean" in result else f"done, {took:,.0f} s"
+    shown = f"{100 * result['mean']:.2f}" if "mean" in result and not result["smoke"] else "done"
+    return f"{shown}, {took:,.0f} s"
 
 
 def _last_line(log: Path, code: int) -> str:

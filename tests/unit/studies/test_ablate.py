@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -154,10 +155,12 @@ def test_a_file_for_another_machine_runs_here_if_asked(ablation: Make, started: 
 def test_a_smoke_test_is_tiny_apart_and_without_numbers(ablation: Make, started: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     file = ablation(smoke={"overrides": {"stages.second.optim.steps": 3}}, run_on="8 GPUs", budget={"tokens": 9000})
+    said: list[str] = []
     for _ in range(2):
-        study = ablate(file, out, smoke=True)
+        study = ablate(file, out, smoke=True, say=said.append)
         [cell] = study["cells"]
         assert study["smoke"] and (cell["arm"], cell["seed"]) == ("warm", 1)
+    assert re.fullmatch(r"\[1/1\] tiny/warm/seed-1: done, \d+ s", said[-1])
     assert started == [out / "smoke" / "tiny" / "warm" / "seed-1"] * 2  # it begins anew
     recipe = Recipe.load(started[0] / "recipe.yaml")
     assert [stage.optim.steps for stage in recipe.stages] == [2, 3]

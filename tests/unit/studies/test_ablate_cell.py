@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from embedwright.errors import InputError
+from embedwright.evaluation.suite import evaluate
 from embedwright.model.embedder import Embedder
 from embedwright.studies.ablate import ablate
 from embedwright.training.recipe import Recipe
@@ -122,3 +123,22 @@ def test_a_benchmark_scores_cells_into_mteb_s_own_folder(
 def test_an_unknown_benchmark_is_named(ablation: Make, started: list[Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"tiny\.yaml: benchmark: .*'NanoBIER'.*did you mean 'NanoBEIR'"):
         ablate(ablation(suite=None, benchmark="NanoBIER"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_a_cell_in_processes_of_its_own_is_the_run_of_this_process(
+    ablation: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
+    """Nothing stands for the processes here."""
+    monkeypatch.setattr("embedwright.studies.ablate._processes", lambda study, anyway: processes)
+    study = ablate(ablation(), tmp_path / "out", only=["warm/1"])
+    assert study["failed"] == {}
+    [cell] = study["cells"]
+    folder = tmp_path / "out" / "tiny" / "warm" / "seed-1"
+    assert json.loads((folder / "environment.json").read_text())["processes"] == processes
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    recipe = Recipe.load(folder / "recipe.yaml").with_out(tmp_path / "here")
+    seen: list[dict[str, Any]] = []
+    model = train(recipe, on_step=seen.append)
+    assert [r["loss"] for r in records] == pytest.approx([r["loss"] for r in seen], rel=1e-4)
+    assert cell["mean"] == pytest.approx(evaluate(model, tmp_path / "suite").rows[0].value, abs=0.02)
