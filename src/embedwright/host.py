@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from transformers.utils import logging as transformers_logging
 
@@ -28,6 +30,11 @@ def loading() -> Iterator[None]:
 
 @contextmanager
 def own_random_numbers() -> Iterator[None]:
-    """Restores the default generators after the block, that of the GPU in use too."""
+    """Restores the default generators of torch (that of the GPU in use too), numpy and Python after the block."""
+    plain, of_numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
-        yield
+        try:
+            yield
+        finally:
+            random.setstate(plain)
+            np.random.set_state(of_numpy)

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any, cast
 
 import mteb
@@ -33,10 +35,12 @@ from mteb.benchmarks import Benchmark
 from mteb.cache import ResultCache
 from mteb.results import TaskResult
 
-from embedwright.errors import InputError, OutOfReachError
-from embedwright.evaluation.bench_items import remove_broken, write_items
+from embedwright.errors import InputError, OutOfReachError, blaming
+from embedwright.evaluation.bench_items import KINDS, remove_broken, write_items
 from embedwright.evaluation.mteb import MtebEncoder, instruction_of
+from embedwright.evaluation.results import Result, Results
 from embedwright.files import whole_file, write_text
+from embedwright.host import own_random_numbers
 from embedwright.processes import ALONE, Processes
 
 Say = Callable[[str], None]
@@ -69,12 +73,28 @@ def choose(name: str) -> Chosen:
     )
 
 
+def score_tasks(model: Any, chosen: Chosen, say: Say) -> Results:
+    """Scores a model that is at work elsewhere, such as one that trains, on MTEB. Nothing stays on disk.
+
+    Returns a row a task; its items are there if they are of one split and subset. Raises InputError if a task fails.
+    """
+    started = time.perf_counter()
+    with own_random_numbers(), TemporaryDirectory() as folder:  # mteb seeds the generators that training draws from
+        # a model that is cut over processes has no fingerprint
+        bench = Bench(MtebEncoder(SimpleNamespace(encode=model.encode)), Path(folder))
+        if failed := bench.run(chosen.tasks, say=say):
+            raise InputError("; ".join(f"{chosen.name}: {name}: {reason}" for name, reason in failed.items()))
+        rows = tuple(bench.row(task) for task in chosen.tasks)
+    return Results(chosen.name, rows, time.perf_counter() - started)
+
+
 @cache
 def _known() -> tuple[dict[str, Benchmark], dict[str, AbsTask]]:
     """Returns all benchmarks and tasks of mteb by their names and aliases, in a second."""
-    known = {benchmark.name: benchmark for benchmark in mteb.get_benchmarks()}
-    known |= {alias: benchmark for benchmark in known.values() for alias in benchmark.aliases or ()}
-    return known, {task.metadata.name: task for task in mteb.get_tasks(exclude_superseded=False)}
+    with own_random_numbers():  # each task seeds them when it is made
+        known = {benchmark.name: benchmark for benchmark in mteb.get_benchmarks()}
+        known |= {alias: benchmark for benchmark in known.values() for alias in benchmark.aliases or ()}
+        return known, {task.metadata.name: task for task in mteb.get_tasks(exclude_superseded=False)}
 
 
 def name_of(model: str) -> str:
@@ -103,6 +123,18 @@ class Bench:
         if found is None or found.get_missing_evaluations(task):
             return None
         return found.validate_and_filter_scores(task)
+
+    def row(self, task: AbsTask) -> Result:
+        """Returns the result of a task that is done, as a row of a suite's results."""
+        found, kind = self.result(task), task.metadata.type
+        assert found is not None
+        items, file = {}, self.folder / f"{task.metadata.name}.items.npz"
+        if file.is_file() and len(found.scores) == 1 and len(next(iter(found.scores.values()))) == 1:
+            with np.load(file, allow_pickle=False) as stored:
+                items = {name.split("/", 2)[2]: stored[name] for name in stored.files}
+        if any("/" in name for name in items):  # runs of k-means that each have texts of their own
+            items = {}
+        return Result(task.metadata.name, KINDS.get(kind, kind), task.metadata.main_score, found.get_score(), {}, items)
 
     def others(self) -> dict[str, list[str]]:
         """Returns the tasks of each other revision of a model of this name, which are left as they are."""
@@ -258,18 +290,29 @@ def _clock(seconds: float) -> str:
 
 
 def _load(task: AbsTask) -> None:
-    """Loads a task's data from the hub or its cache. OutOfReachError says what is missing, and how to bring it."""
-    dataset, revision = task.metadata.dataset["path"], task.metadata.dataset.get("revision")
-    try:
-        with _quiet():
+    """Loads a task's data: as mteb does, else from the snapshot of its commit in the hub's cache.
+
+    Without a network, `datasets` opens what it has prepared before, and does not look into the hub's cache. Raises
+    OutOfReachError, which says what is missing, and how to bring it.
+    """
+    dataset, revision = task.metadata.dataset["path"], task.metadata.dataset["revision"]
+    place = Path(constants.HF_HUB_CACHE) / f"datasets--{dataset.replace('/', '--')}"
+    snapshot = place / "snapshots" / revision
+    with _quiet():
+        try:
             task.load_data()
-    except (OSError, ValueError) as error:  # of the hub: a ConnectionError, a missing file, or a ValueError of datasets
-        at = f" --revision {revision}" if revision else ""
-        raise OutOfReachError(
-            f"the data set {dataset} cannot be opened ({str(error).splitlines()[0][:200]}). Its cache would be "
-            f"{Path(constants.HF_HUB_CACHE) / ('datasets--' + dataset.replace('/', '--'))}. Where there is a network, "
-            f"fetch it with `hf download --repo-type dataset {dataset}{at}`, and copy that folder here"
-        ) from error
+            return
+        except (OSError, ValueError) as error:  # for what cannot be reached, datasets raises many kinds of these
+            if not snapshot.is_dir():
+                raise OutOfReachError(
+                    f"the data set {dataset} cannot be opened: {str(error).splitlines()[0][:200]}. Where there is a "
+                    f"network, `hf download {dataset} --repo-type dataset --revision {revision}` brings it to the "
+                    f"hub's cache there: copy the folder {place.name} to {place.parent}"
+                ) from error
+        own = {**task.metadata.dataset, "path": str(snapshot)}
+        task.metadata = task.metadata.model_copy(update={"dataset": own})  # until `unload_data`
+        with blaming(snapshot):
+            task.load_data()
 
 
 @contextmanager

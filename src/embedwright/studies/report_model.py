@@ -9,12 +9,13 @@ from typing import Any
 from embedwright.encoders.open import open_encoder
 from embedwright.encoders.protocol import Encoder
 from embedwright.errors import InputError
-from embedwright.evaluation.suite import load_suite
+from embedwright.evaluation.suite import Suite
 from embedwright.evaluation.tasks import SuiteTask
 from embedwright.studies.report_hits import example_hits
 from embedwright.studies.report_map import text_map
 from embedwright.studies.report_pairs import mining_charts, pair_charts
-from embedwright.training.recipe import Recipe, expand
+from embedwright.training.recipe import Recipe
+from embedwright.training.run.checks import open_suite
 
 Say = Callable[[str], None]
 
@@ -64,9 +65,9 @@ def _tasks(recipe: Recipe, left_out: dict[str, str]) -> list[SuiteTask]:
     """Returns the tasks of the recipe's suites. Notes why a suite cannot be opened."""
     tasks: list[SuiteTask] = []
     for suite in recipe.eval.suites:
-        path = expand(suite)
         try:
-            tasks += load_suite(path if path.exists() else suite).tasks
+            opened = open_suite(suite)
+            tasks += opened.tasks if isinstance(opened, Suite) else ()  # mteb's have no files here
         except InputError as error:
             left_out.update(dict.fromkeys(("hits", "map"), str(error)))
     return tasks

@@ -151,7 +151,7 @@ class EvalPart(Part):
     """Suites run before the first stage, at the end of each stage, and `every` so many steps."""
 
     suites: tuple[Text, ...] = ()
-    """Suite files, folders of data sets, or `dev` (docs/evaluation.md)."""
+    """Suite files, folders of data sets, packaged suites, or what mteb knows by name (docs/evaluation.md)."""
     every: Positive | None = None
     """Evaluate also after so many steps. Unit: steps."""
     best: Flag = False

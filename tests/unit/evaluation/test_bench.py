@@ -154,7 +154,7 @@ def test_a_data_set_out_of_reach_says_how_to_bring_it(tmp_path: Path) -> None:
     (reason,) = failed.values()
     assert "mteb/NanoSciFactRetrieval cannot be opened" in reason
     assert "datasets--mteb--NanoSciFactRetrieval" in reason
-    assert "hf download --repo-type dataset mteb/NanoSciFactRetrieval --revision 8c5f7bbe" in reason
+    assert "hf download mteb/NanoSciFactRetrieval --repo-type dataset --revision 8c5f7bbe" in reason
     assert len(scores(bench_of(tmp_path))) == 1
 
 

@@ -252,3 +252,66 @@ def test_cached_results_are_those_of_the_same_model(model: Embedder, tiny_embedd
     for recorder in recorders:
         mteb.evaluate(MtebEncoder(recorder), task, cache=cache, show_progress_bar=False, co2_tracker=False)
     assert [bool(recorder.calls) for recorder in recorders] == [True, False, True]
+
+
+# ---- other encoders, and the vectors that are kept
+
+
+class Plain:
+    """An encoder that is nothing but its vectors."""
+
+    def __init__(self, shift: float = 0.0) -> None:
+        self.shift, self.texts = shift, list[str]()
+
+    def encode(self, texts: Sequence[str], task: str | None = None) -> NDArray[np.float32]:
+        self.texts += texts
+        return np.array([[len(text) + self.shift, text.count("e"), 1] for text in texts], np.float32)
+
+
+def test_an_encoder_without_a_fingerprint_is_known_by_its_vectors() -> None:
+    revisions = [MtebEncoder(Plain(shift)).mteb_model_meta.revision for shift in (0, 0, 1)]
+    assert revisions[0] == revisions[1] != revisions[2]
+
+
+def test_an_encoder_that_is_no_embedder_cuts_texts_where_it_wants() -> None:
+    with pytest.raises(ValueError, match="max_tokens=16: a Plain cuts texts where it wants"):
+        MtebEncoder(Plain(), max_tokens=16)
+
+
+def test_vectors_of_many_documents_are_kept_and_not_encoded_again(
+    model: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(door, "LARGE", 8)
+    monkeypatch.setattr("embedwright.vectors.store._SHARD", 4)
+    texts = [f"{'text ' * (i % 5)}{i}" for i in range(18)]
+    batches = [{"text": texts[:10]}, {"text": texts[10:]}]
+    where: dict[str, Any] = {"task_metadata": metadata(), "hf_split": "test", "hf_subset": "default"}
+    calls: list[tuple[int, str | None]] = []
+    encode = model.encode
+
+    def noted(texts: Sequence[str], task: str | None = None, **options: Any) -> NDArray[Any]:
+        calls.append((len(texts), task))
+        return encode(texts, task, **options)
+
+    monkeypatch.setattr(model, "encode", noted)
+    encoder = MtebEncoder(model, max_tokens=16)
+    plain = encoder.encode(batches, **where, prompt_type=PromptType.document)
+    encoder.vectors = tmp_path
+    seen: list[int] = []
+    encoder.advance = seen.append
+    kept = encoder.encode(batches, **where, prompt_type=PromptType.document)
+    np.testing.assert_allclose(kept, plain, atol=1e-6)
+    assert sum(seen) == 18 and len(list(tmp_path.glob("*/shard-*.arrow"))) == 5
+    next(tmp_path.glob("*/shard-00002.arrow")).unlink()
+    calls.clear()
+    again = encoder.encode(batches, **where, prompt_type=PromptType.document)
+    np.testing.assert_array_equal(again, kept)
+    assert calls == [(4, None)]
+    MtebEncoder(model).encode(batches, **where, prompt_type=PromptType.query)
+    few = encoder.encode([{"text": texts[:7]}], **where, prompt_type=PromptType.document)
+    np.testing.assert_allclose(few, plain[:7], atol=1e-6)
+    assert len(list(tmp_path.iterdir())) == 1  # neither queries nor a few documents
+    longer = MtebEncoder(model)
+    longer.vectors = tmp_path
+    longer.encode(batches, **where, prompt_type=PromptType.document)
+    assert len(list(tmp_path.iterdir())) == 2  # cut elsewhere, they are other vectors

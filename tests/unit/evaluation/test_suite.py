@@ -17,7 +17,7 @@ from embedwright.evaluation.metrics import few_shot, halves
 from embedwright.evaluation.results import Results
 from embedwright.evaluation.suite import Suite, evaluate, load_suite
 from embedwright.model.embedder import Embedder
-from embedwright.training.run.checks import suite_of
+from embedwright.training.run.checks import open_suite
 
 
 @pytest.fixture
@@ -257,7 +257,7 @@ def test_a_recipe_and_the_command_open_a_packaged_suite_by_its_name(
             write_set(path, {"q": "a"}, {"d": "b"}, {"q": {"d": 1}})
         if "train" in task:
             write_rows(Path(task["train"].replace("${EMBEDWRIGHT_DATA}", "data")), [{"text": "a", "label": 1}])
-    assert load_suite(name).name == load_suite(suite_of(name)).name == name
+    assert load_suite(name).name == open_suite(name).name == name
     write_rows(tmp_path / name / "x.jsonl", SCORED)  # a folder of one's own is meant where it is named as a path
     assert load_suite(name).name == name and load_suite(Path(name)).tasks[0].name == "x"
 

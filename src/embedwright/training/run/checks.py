@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from embedwright.config import ConfigError
-from embedwright.errors import InputError, naming
-from embedwright.evaluation.suite import load_suite
+from embedwright.errors import InputError, NotFoundError, naming
+from embedwright.evaluation.suite import Suite, load_suite
 from embedwright.locate import local, packaged
 from embedwright.model.adapters import fourbit
 from embedwright.model.embedder import Embedder
@@ -18,10 +20,29 @@ from embedwright.training.losses.total import check_widths
 from embedwright.training.recipe import Recipe, expand
 from embedwright.training.stages import PREVIOUS
 
+if TYPE_CHECKING:
+    from embedwright.evaluation.bench import Chosen
 
-def suite_of(name: str) -> str | Path:
-    """Resolves a suite of a recipe: a packaged name, or a path with variables."""
-    return name if name.isidentifier() else expand(name)
+
+def open_suite(name: str) -> Suite | Chosen:
+    """Opens a suite of a recipe: a packaged name, a path with variables, or else a benchmark or task of mteb.
+
+    Raises NotFoundError with the nearest names, InputError for a suite with mistakes. No data of mteb are looked for.
+    """
+    path = expand(name)
+    if "/" in name or "$" in name or path.suffix in (".yaml", ".yml"):
+        return load_suite(path)
+    try:
+        return load_suite(name)
+    except NotFoundError as lacking:
+        if find_spec("mteb") is None:
+            raise
+        from embedwright.evaluation.bench import choose
+
+        try:
+            return choose(name)
+        except InputError as unknown:
+            raise NotFoundError(f"{lacking}; {unknown}") from None
 
 
 def open_checked(recipe: Recipe) -> list[list[Source]]:
@@ -58,7 +79,7 @@ def check_names(recipe: Recipe) -> None:
     """Raises InputError, with the key, for a suite or teacher that is missing. Hub ids are not looked up."""
     for number, suite in enumerate(recipe.eval.suites):
         with naming(f"recipe {recipe.name}: eval.suites.{number}"):
-            load_suite(suite_of(suite))
+            open_suite(suite)
     for stage in recipe.stages:
         mine, distill = stage.mine, stage.loss.distill
         teachers = {

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from embedwright.errors import InputError
 from embedwright.evaluation.results import Results, run_items_file, write_items
-from embedwright.evaluation.suite import run_suite
+from embedwright.evaluation.suite import Suite, run_suite
 from embedwright.files import file_name, whole_file
 from embedwright.model.embedder import Embedder
 from embedwright.processes import Processes
 from embedwright.training.engine.parallel import whole
 from embedwright.training.parts import EvalPart
-from embedwright.training.run.checks import suite_of
+from embedwright.training.run.checks import open_suite
 from embedwright.training.run.track import read_records, write_records
 from embedwright.training.stages import START
 
@@ -66,7 +66,7 @@ class Scores:
         fresh: list[Record] = []
         for suite in self.part.suites:
             if suite not in have:
-                results = run_suite(self.model, suite_of(suite), progress)
+                results = score_suite(self.model, suite, progress or logger.info)
                 self._keep_items(stage, step, suite, results)
                 fresh.append({"stage": stage, "step": step, "suite": suite, "results": json.loads(results.to_json())})
         if not fresh:
@@ -115,6 +115,16 @@ class Scores:
     def _scores(self, stage: str, step: int) -> list[float]:
         """Returns the mean main score of each evaluation of the stage up to this step, in order."""
         return [score for at, score in mean_scores(self.records, stage).items() if at <= step]
+
+
+def score_suite(model: Embedder, name: str, say: Callable[[str], None]) -> Results:
+    """Scores a model that trains on a suite of its recipe, which may be a benchmark or task of mteb."""
+    opened = open_suite(name)
+    if isinstance(opened, Suite):
+        return run_suite(model, opened, say)
+    from embedwright.evaluation.bench import score_tasks
+
+    return score_tasks(model, opened, say)
 
 
 def mean_scores(records: Iterable[Mapping[str, Any]], stage: str) -> dict[int, float]:

@@ -9,6 +9,7 @@ import pytest
 
 from embedwright.training.recipe import Recipe
 from embedwright.training.run import start
+from embedwright.training.run.checks import open_suite
 from embedwright.training.train import train
 
 
@@ -79,3 +80,15 @@ def test_what_the_model_cannot_do_is_named_before_the_first_step(
     with pytest.raises(ValueError, match=says):
         train(Recipe.parse(content), on_step=lambda record: pytest.fail("a step was done"))
     assert not Path(content["run"]["out"]).exists()
+
+
+def test_a_suite_may_be_a_benchmark_or_task_of_mteb() -> None:
+    for name in ("NanoBEIR", "MTEB(eng, v2)", "STS12"):
+        assert open_suite(name).name == name
+    with pytest.raises(FileNotFoundError, match=r"no suite 'NanoBIER'.*knows no benchmark or task.*'NanoBEIR'"):
+        open_suite("NanoBIER")
+    with pytest.raises(FileNotFoundError, match=r"no suite 'def-mini' \(did you mean 'dev-mini'\?\)"):
+        open_suite("def-mini")
+    with pytest.raises(FileNotFoundError) as refused:
+        open_suite("runs/STS12")
+    assert "mteb" not in str(refused.value)

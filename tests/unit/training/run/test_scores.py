@@ -6,11 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mteb
 import numpy as np
 import pytest
+from mteb.mocks import MOCK_TASK_TEST_GRID
 
 from embedwright.config import ConfigError
 from embedwright.errors import InputError
+from embedwright.evaluation import bench
+from embedwright.evaluation.mteb import MtebEncoder
 from embedwright.evaluation.results import Result, Results
 from embedwright.training.recipe import Recipe
 from embedwright.training.run import checks
@@ -59,7 +63,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, scores: list[float]) -> list[str]:
         items = {"cosine": np.array([value, 0.5]), "gold": np.array([1.0, 0.0])}
         return Results(str(suite), (Result("t", "sts", "spearman", value, items=items),), 0.0)
 
-    monkeypatch.setattr(module, "run_suite", fake)
+    monkeypatch.setattr(module, "score_suite", fake)
     monkeypatch.setattr(checks, "load_suite", lambda name: None)
     return asked
 
@@ -241,3 +245,42 @@ def test_the_scores_are_part_of_the_recipe_only_where_they_decide(content: dict[
         Recipe.parse(content | {"eval": content["eval"] | more}).hash() for more in ({"best": True}, {"patience": 3})
     }
     assert len(hashes | {plain}) == 3
+
+
+def test_a_task_of_mteb_is_a_suite_and_changes_nothing_in_training(
+    content: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tasks = {task.metadata.name: task for task in MOCK_TASK_TEST_GRID}
+    names = ["MockRetrievalTask", "MockMultilingualSTSTask", "MockClusteringTask"]
+    chosen = bench.Chosen("Mocks", tuple(tasks[name] for name in names))
+    monkeypatch.setattr(bench, "choose", lambda name: chosen)
+    content["stages"] = content["stages"][:1]
+    content["tune"]["dropout"] = 0.3  # drawn from the generators that mteb seeds
+    losses = []
+    for suites in ([], ["Mocks"]):
+        content["eval"] = {"suites": suites, "every": 3} if suites else {}
+        content["run"]["out"] = str(tmp_path / f"run{len(suites)}")
+        model = train(Recipe.parse(content))
+        lines = (Path(content["run"]["out"]) / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    assert losses[0] == losses[1]
+    records = module.read_evaluations(Path(content["run"]["out"]))
+    assert [(r["stage"], r["step"], r["suite"]) for r in records] == [
+        ("start", 0, "Mocks"),
+        ("first", 3, "Mocks"),
+        ("first", 6, "Mocks"),
+    ]
+    rows = records[-1]["results"]["rows"]
+    assert [(row["task"], row["kind"], row["metric"]) for row in rows] == [
+        ("MockRetrievalTask", "retrieval", "ndcg_at_10"),
+        ("MockMultilingualSTSTask", "sts", "cosine_spearman"),
+        ("MockClusteringTask", "clustering", "v_measure"),
+    ]
+    plain = mteb.evaluate(MtebEncoder(model), [type(task)() for task in chosen.tasks], cache=None, co2_tracker=False)  # type: ignore[arg-type]
+    assert [row["value"] for row in rows] == pytest.approx([r.get_score() for r in plain.task_results], abs=1e-6)
+
+
+def test_what_a_benchmark_lacks_stops_the_run_before_its_first_step(content: dict[str, Any]) -> None:
+    content["eval"] = {"suites": ["NanoSciFactRetrieval"]}
+    with pytest.raises(InputError, match="mteb/NanoSciFactRetrieval cannot be opened"):
+        train(Recipe.parse(content), on_step=lambda record: pytest.fail("a step was done"))
