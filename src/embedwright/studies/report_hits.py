@@ -13,7 +13,7 @@ from embedwright.evaluation.tasks import SuiteTask, split_of
 QUERIES = 8
 HITS = 5
 DOCUMENTS = 5_000  # of a larger corpus, the right ones and a random draw: the report is no evaluation
-SHOWN = 200  # characters of a text
+SHOWN = 160  # characters of a text
 SEED = 0
 
 

@@ -18,7 +18,7 @@ from embedwright.training.train import train
 
 SCRIPT = "<script>alert(1)</script> & </script>\u2028 tide"  # as HTML and as JSON in a script
 SUITE = "held out </script>\u2028"
-KINDS = ("sea", "dog", "sun & moon")
+KINDS = ("sea", "dog", "sun & moon", *"abcdefgh")
 
 
 def write(file: Path, rows: list[dict[str, Any]]) -> str:
@@ -37,7 +37,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny_decoder: Callable[..
     ]
     rows[0]["query"] = SCRIPT
     pairs = write(at / "pairs.jsonl", rows)
-    labelled = [{"text": f"{kind} {i}", "label": kind} for i in range(16) for kind in KINDS]
+    labelled = [{"text": f"{kind} {i}", "label": kind} for i in range(5) for kind in KINDS]
     labels = write(at / "labels.jsonl", labelled)
     scored = [{"text1": f"a tide {i}", "text2": f"moon {i * i}", "score": i % 5} for i in range(10)]
     write(at / "suite" / "sts.jsonl", scored)

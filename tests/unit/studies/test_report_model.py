@@ -25,7 +25,7 @@ def test_a_run_has_every_part(tiny_run: Path) -> None:
     assert parts["left_out"] == {} and len(said) == 3
     assert [chart["title"] for chart in parts["pairs"]] == ["Task pairs", "Task labels"]
     assert parts["hits"]["task"] == "docs" and len(parts["hits"]["examples"]) == 6
-    assert parts["map"]["task"] == "kinds" and len(parts["map"]["points"]) == 49
+    assert parts["map"]["task"] == "kinds" and len(parts["map"]["points"]) == 56
 
 
 def test_without_a_model_the_parts_say_why(tiny_run: Path, tmp_path: Path) -> None:

@@ -169,14 +169,30 @@ def test_keys_and_buttons_zoom_move_and_reset(browser: Browser, page: Path) -> N
         assert browser.run(STATE)[0] == pytest.approx(after)
 
 
+def test_the_eleventh_label_has_another_shape(browser: Browser, page: Path) -> None:
+    """The corners of a point's square have its colour, those of a disc have not."""
+    browser.open(page, *DESKTOP, "light")
+    script = """(() => {
+      const canvas = document.getElementById('canvas'), brush = canvas.getContext('2d');
+      const { map } = JSON.parse(document.getElementById('drawn').textContent);
+      document.querySelectorAll('[data-label]')[LABEL].click();
+      const size = Math.min(canvas.clientWidth, canvas.clientHeight) - 40;
+      const corner = (x, y) => brush.getImageData(Math.round(canvas.clientWidth / 2 + (x - 0.5) * size + 3),
+        Math.round(canvas.clientHeight / 2 + (y - 0.5) * size + 3), 1, 1).data[3];
+      return Math.min(...map.points.filter((p) => p[2] === LABEL).map(([x, y]) => corner(x, y)));
+    })()"""
+    assert browser.run(script.replace("LABEL", "10")) > 200 > browser.run(script.replace("LABEL", "9"))
+    assert browser.run('document.querySelectorAll(\'[data-label="10"] .shape1, [data-label="9"] .shape0\').length') == 2
+
+
 def test_a_label_can_be_seen_alone(browser: Browser, page: Path) -> None:
     browser.open(page, *DESKTOP, "light")
     before = browser.run(PIXELS)
     pressed = "[...document.querySelectorAll('[data-label]')].map((b) => b.getAttribute('aria-pressed'))"
     browser.run("document.querySelector('[data-label]').click()")
-    assert browser.run(pressed) == ["true", "false", "false"] and browser.run(PIXELS) != before
+    assert browser.run(pressed) == ["true", *["false"] * 10] and browser.run(PIXELS) != before
     browser.run("document.querySelector('[data-label]').click()")
-    assert browser.run(pressed) == ["false"] * 3 and browser.run(PIXELS) == before
+    assert browser.run(pressed) == ["false"] * 11 and browser.run(PIXELS) == before
 
 
 def test_two_fingers_zoom_and_a_tap_says_the_text(browser: Browser, page: Path) -> None:

@@ -35,7 +35,7 @@ def test_a_run_is_described_as_its_recipe_and_its_files_say(tiny_run: Path) -> N
     ]
     assert [(row["task"], row["rows"], row["licence"]) for row in run["data"]] == [
         ("pairs", "12", "CC0 <b>"),
-        ("labels", "48", "not stated"),
+        ("labels", "55", "not stated"),
     ]
     assert {"python", "torch", "cores"} <= dict(run["environment"]).keys()
 

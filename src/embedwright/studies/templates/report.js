@@ -123,6 +123,7 @@
   }
 
   // Points on a canvas, which can be zoomed, moved and asked. A label that is chosen stands out from the others.
+  // Ten colours and four shapes tell labels apart; then they come again.
   function drawMap(canvas, spec) {
     const view = { zoom: 1, x: 0, y: 0 }, fingers = new Map();
     let chosen = -1, under = -1, moved = false;
@@ -141,15 +142,18 @@
       brush.scale(ratio, ratio);
       const radius = Math.min(3 + Math.log2(view.zoom), 6) + (spec.points.length < 400 ? 1 : 0);
       const dot = (point, more) => {
-        const [x, y] = place(point);
+        const [x, y] = place(point), r = radius + more, shape = Math.floor(point[2] / 10) % 4;
         brush.beginPath();
-        brush.arc(x, y, radius + more, 0, 7);
+        if (shape === 0) { brush.arc(x, y, r, 0, 7); return; }
+        const corners = [[], [[-1, -1], [1, -1], [1, 1], [-1, 1]], [[0, -1.3], [1.2, 1], [-1.2, 1]], [[0, -1.4], [1.4, 0], [0, 1.4], [-1.4, 0]]];
+        for (const [dx, dy] of corners[shape]) brush.lineTo(x + dx * r, y + dy * r);
+        brush.closePath();
       };
       const order = [...spec.points.keys()].sort((a, b) => (spec.points[a][2] === chosen) - (spec.points[b][2] === chosen));
       for (const i of order) {
         const label = spec.points[i][2], alone = label === chosen;
-        brush.globalAlpha = chosen < 0 ? 0.8 : alone ? 1 : 0.16;
-        brush.fillStyle = label < 10 ? shades[label] : alone ? style.getPropertyValue("--accent") : other;
+        brush.globalAlpha = chosen < 0 ? 0.8 : alone ? 1 : 0.25;
+        brush.fillStyle = chosen < 0 || alone ? shades[label % 10] : other;
         dot(spec.points[i], 0);
         brush.fill();
       }
