@@ -191,7 +191,7 @@ def data_pairs(
         opt("Column of rows that is the text, title, id, label or source, as title=summary. Repeatable."),
     ] = None,
     per_document: Annotated[int, opt("Number of draws of a document, for ways that draw.", min=1)] = 1,
-    negatives: Annotated[int, opt("Most negatives of an example, for `bm25` and `gloss`.", min=1)] = 7,
+    negatives: Annotated[int, opt("Most negatives of an example, for `bm25`, `gloss` and `classes`.", min=1)] = 7,
     name: Annotated[str | None, opt("What the tasks' names begin with. Default: the file's name.")] = None,
     licence: Annotated[str, opt("Licence of the documents, for the tasks.")] = "",
     seed: options.Seed = 0,

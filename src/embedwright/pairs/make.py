@@ -18,9 +18,11 @@ from embedwright.data.schema import DataError, Example, Family, Task
 from embedwright.errors import InputError
 from embedwright.files import check_file
 from embedwright.pairs import cut
+from embedwright.pairs.classes import classes
 from embedwright.pairs.cloze import cloze
 from embedwright.pairs.dictionary import gloss
 from embedwright.pairs.documents import COLUMNS, Document, Made, Make, read_documents
+from embedwright.pairs.swap import swap
 from embedwright.pairs.templates import templates
 
 
@@ -40,6 +42,7 @@ class Meaning(NamedTuple):
 
     family: Family
     instruction: str
+    symmetric: bool = False
 
 
 def _bm25(documents: Iterable[Document], negatives: int) -> Make:
@@ -57,6 +60,8 @@ WAYS: dict[str, Way] = {
     "cloze": Way(lambda *_: cloze, draws=True),
     "templates": Way(lambda *_: templates),
     "gloss": Way(gloss, draws=True),
+    "swap": Way(lambda *_: swap, draws=True),
+    "classes": Way(classes, draws=True),
 }
 ANSWER = "Given a question, retrieve passages that answer the question"
 MEANINGS: dict[str, Meaning] = {
@@ -70,6 +75,8 @@ MEANINGS: dict[str, Meaning] = {
     "templates-term": Meaning("retrieval", "Given a question, retrieve the term that it asks for"),
     "gloss": Meaning("retrieval", "Given a word and an example of its use, retrieve what it means there"),
     "gloss-usage": Meaning("retrieval", "Given a word and its meaning, retrieve an example of its use"),
+    "swap": Meaning("pair", "Given a claim, retrieve the passage that supports it"),
+    "classes": Meaning("clustering", "Identify the category of the text", symmetric=True),
 }
 
 

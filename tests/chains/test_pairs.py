@@ -1,0 +1,70 @@
+"""From plain documents to a step of training: `data pairs`, `data clean`, `mine`, `train`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from embedwright.cli.main import app
+from embedwright.data.files.table import open_examples
+from embedwright.data.files.tasks import read_tasks, tasks_file
+from embedwright.pairs.make import MEANINGS, WAYS
+from embedwright.training.recipe import Recipe
+from embedwright.training.train import train
+
+NAMES = ["Amber", "Birch", "Cedar", "Delta", "Ember", "Fjord", "Grove", "Haven", "Inlet", "Jewel", "Kite", "Larch"]
+THINGS = ["boats", "maps", "songs", "tools", "wells", "mills", "coins", "books", "lamps", "ropes", "jars", "keys"]
+
+
+def run(*arguments: object) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exit_code:
+        raise result.exception or AssertionError(result.output)
+    return result.output
+
+
+def document(i: int) -> dict[str, object]:
+    name, things, other = NAMES[i % 12], THINGS[(5 * i + i // 12) % 12], NAMES[(i + 5) % 12]
+    text = (
+        f"The {name} workshop {i} was founded by Ada {other} in 19{10 + i}, and it makes {things}. Its old customers "
+        f"order {things} by the dozen from the {name} catalogue. Nobody else in the valley near {other} sells them."
+    )
+    usage = f"a {name.lower()} of {things}"
+    title = name.lower() if i % 3 else f"Who sells {things} in the valley?"
+    return {"_id": f"d{i}", "title": title, "text": f'{text}; "{usage}"', "tags": ["craft", "trade"][i % 2]}
+
+
+def test_documents_become_a_trained_model(
+    tmp_path: Path, tiny_decoder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EMBEDWRIGHT_CACHE", str(tmp_path / "cache"))
+    source, made, cleaned, mined = (tmp_path / f"{name}.jsonl" for name in ("docs", "made", "cleaned", "mined"))
+    source.write_text("".join(json.dumps(document(i)) + "\n" for i in range(36)))
+    counts = json.loads(run("data", "pairs", source, "--how", ",".join(WAYS), "--out", made, "--licence", "mit"))
+    assert {way: count["examples"] > 0 for way, count in counts["ways"].items()} == dict.fromkeys(WAYS, True)
+    run("data", "clean", made, "--out", cleaned, "--licence", "mit", "--repeats", "none")
+    run("mine", cleaned, "--out", mined, "--teacher", "bm25", "--negatives", "2", "--rule", "naive")
+    tasks = read_tasks(tasks_file(mined))
+    assert {name.removeprefix("docs-") for name in tasks} <= {*MEANINGS} and len(tasks) >= len(WAYS)
+    assert all(task.licence == "mit" and task.instruction for task in tasks.values())
+    before = {example.id: example for example in open_examples(made)}
+    taught = [row for row in open_examples(cleaned) if row.task == "docs-bm25"]
+    assert taught and all(row.positive_scores == before[row.id].positive_scores for row in taught)
+    assert all(len(row.negatives) == len(row.negative_scores or ()) >= 2 for row in open_examples(mined))
+    stage = {"name": "s", "data": [{"path": str(mined)}], "in_batch_negatives": "all", "hard_negatives": 2}
+    stage |= {"loss": {"distill": {"score_weight": 1.0, "temperature": 3.0}}}
+    stage |= {"optim": {"lr": 1e-3, "steps": 2, "batch_queries": 16}}
+    recipe = {
+        "name": "r",
+        "model": {"base": str(tiny_decoder("llama")), "pooling": "mean", "max_tokens": 48},
+        "stages": [stage],
+    }
+    train(
+        Recipe.parse(recipe | {"run": {"out": str(tmp_path / "run"), "precision": "fp32"}, "tune": {"method": "full"}})
+    )
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in steps if "loss" in step] == [1, 2] and all(step["loss"] > 0 for step in steps)
