@@ -31,13 +31,14 @@ from embedwright.evaluation.suite import load_suite
 from embedwright.files import check_folder, write_json
 from embedwright.studies.ablate_budget import Cost, TokenCounter, as_written, factors, scaled, tokens_of_steps
 from embedwright.studies.ablate_cell import score
-from embedwright.studies.ablate_file import SHARED, Study
+from embedwright.studies.ablate_file import SHARED, Budget, Study
 from embedwright.studies.ablate_jobs import Job, Say, run_jobs
 from embedwright.studies.ablate_table import compared
 from embedwright.training.batches.sources import data_fingerprint
 from embedwright.training.recipe import Recipe
 from embedwright.training.run.checks import open_checked, stage_folder
 from embedwright.training.run.start import origin_fingerprint
+from embedwright.training.stages import StagePart
 
 Cell = tuple[str, int]  # arm and seed
 _MEASURED = ("unit", "fixed", "steps", "seconds")
@@ -89,7 +90,7 @@ def ablate(
     try:
         if study.said.budget and not smoke:
             run(work.measurement(arm) for arm in dict.fromkeys([study.said.baseline, *arms]))
-            write_json(folder / "budget.json", work.budget())
+            write_json(folder / "budget.json", work.take_budget(study.said.budget))
         if study.said.shared_stages:
             run(work.shared(seed) for seed in [*seeds, *work.tuning_seeds])
         run(trial for arm in arms for trial in work.trials(arm))
@@ -106,12 +107,16 @@ class _Work:
         self.study, self.said, self.folder = study, study.said, folder
         self.smoke, self.processes = smoke, processes
         self.failed: dict[Job, str] = {}
-        self.known: dict[str, list[str]] = {}  # of each arm: fingerprints of its data, its model and the suite
+        self.data: dict[str, list[str]] = {}  # of each arm: the fingerprints of its stages' data
+        self.origins: dict[str, str] = {}  # of each model that an arm begins with: its fingerprint
         self.tuning_seeds = [self.said.rates.seed] if self.said.rates and not smoke else []
-        self.suite = study.smoke_suite if smoke else study.suite
+        self.suite, self.tasks = study.suite(smoke), ""
         self.benchmark = None if smoke and self.said.smoke.suite else self.said.benchmark
         self.arms = (self.said.smoke.arms or [*self.said.arms][-1:]) if smoke else [*self.said.arms]
         self.seeds = self.said.smoke.seeds if smoke else self.said.seeds
+        # by how much steps change: those of the shared stages, and of each arm; nothing while a budget is not measured
+        self.common = 1.0
+        self.factors = {} if self.said.budget and not smoke else dict.fromkeys(self.arms, 1.0)
 
     def cells(self, only: Sequence[str]) -> list[Cell]:
         """Returns the cells to run. Raises InputError for one that the study has not."""
@@ -123,12 +128,13 @@ class _Work:
 
     def check(self) -> None:
         """Opens all that the cells need. Raises InputError, with the arm, if something is missing or wrong."""
-        tasks = self._tasks()
+        self.tasks = self._tasks()
         for arm in self.arms:
             with naming(f"{self.study.file}: arms.{arm}"):
                 recipe = self._recipe(arm, self.seeds[0])
-                data = data_fingerprint(open_checked(recipe))
-                self.known[arm] = [data, origin_fingerprint(recipe.model), tasks]
+                self.data[arm] = [data_fingerprint([sources]) for sources in open_checked(recipe)]
+                if recipe.model.name not in self.origins:
+                    self.origins[recipe.model.name] = origin_fingerprint(recipe.model)
                 _rest(recipe, self.said.shared_stages, 1.0, 1.0, self.folder)  # raises where it cannot be
 
     def _tasks(self) -> str:
@@ -145,18 +151,19 @@ class _Work:
     def _recipe(self, arm: str, seed: int) -> Recipe:
         return self.study.recipe(arm, seed, smoke=self.smoke)
 
-    def _job(self, kind: str, arm: str, place: str, recipe: Recipe, origin: str | None = None, **facts: Any) -> Job:
-        data, model, suite = self.known[arm]
-        decisive = [kind, recipe.hash(), data, origin or model, *([suite] if kind != "shared" else [])]
+    def _job(self, kind: str, arm: str, place: str, recipe: Recipe, begin: Job | None = None, **facts: Any) -> Job:
+        """Makes a job. Its key covers recipe, content of the data and of the model that it begins with, and suite."""
+        data = {stage.name: found for stage, found in zip(self._stages(arm), self.data[arm], strict=True)}
+        origin = begin.key if begin else self.origins[recipe.model.name]
+        own = [data[stage.name] for stage in recipe.stages]
+        decisive = [kind, recipe.hash(), own, origin, None if kind == "shared" else self.tasks]
         key = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:12]
         spec = {"name": f"{self.said.name}/{place}", "kind": kind, "arm": arm, "seed": recipe.seed, **facts}
-        spec |= {
-            "smoke": self.smoke,
-            "benchmark": self.benchmark,
-            "suite": str(self.suite),
-            "suite_is_file": isinstance(self.suite, Path),
-        }
+        spec |= {"smoke": self.smoke, "benchmark": self.benchmark, "suite": self.suite}
         return Job(self.folder / place, key, recipe, spec, self.processes)
+
+    def _stages(self, arm: str) -> tuple[StagePart, ...]:
+        return self._recipe(arm, self.seeds[0]).stages
 
     # ---- budget
 
@@ -173,44 +180,32 @@ class _Work:
             job.finish({"fixed": counter.total, "steps": steps})
         return job
 
-    def factors(self) -> tuple[float, dict[str, float]]:
-        """Returns by how much steps change: those of the shared stages, and those of each arm that was measured."""
-        budget = self.said.budget
-        if budget is None or self.smoke:
-            return 1.0, dict.fromkeys(self.arms, 1.0)
-        found = {arm: self.measurement(arm).result for arm in self.arms}
-        costs = {arm: Cost(cost["fixed"], tuple(cost["steps"])) for arm, cost in found.items() if cost}
-        if self.said.baseline not in costs:
-            return 0.0, {}
-        recipes = {arm: self._recipe(arm, self.seeds[0]) for arm in costs}
-        with naming(str(self.study.file)):
-            asked = float(budget.tokens or budget.seconds or 0)
-            return factors(asked, costs, recipes, self.said.baseline, self.said.shared_stages)
-
-    def budget(self) -> dict[str, Any]:
-        """Says what the budget is, what each arm takes of it, and the steps that follow."""
-        common, each = self.factors()
-        first: dict[str, Any] = {}
-        if self.said.shared_stages:
-            stages = self._recipe(self.said.baseline, self.seeds[0]).stages[: self.said.shared_stages]
-            first = {"factor": common, "stages": as_written(scaled(stages, common))}
-        arms = {}
-        for arm, factor in each.items():
-            stages = self._recipe(arm, self.seeds[0]).stages[self.said.shared_stages :]
-            measured = {key: value for key, value in (self.measurement(arm).result or {}).items() if key in _MEASURED}
-            arms[arm] = measured | {"factor": factor, "stages": as_written(scaled(stages, factor))}
-        asked = self.said.budget.model_dump(exclude_none=True) if self.said.budget else None
-        return {"budget": asked, "shared_stages": first, "arms": arms}
+    def take_budget(self, budget: Budget) -> dict[str, Any]:
+        """Turns the budget into steps, for the arms that were measured. Returns what `budget.json` says."""
+        found = {arm: result for arm in self.arms if (result := self.measurement(arm).result)}
+        count, baseline = self.said.shared_stages, self.said.baseline
+        if baseline in found:
+            costs = {arm: Cost(cost["fixed"], tuple(cost["steps"])) for arm, cost in found.items()}
+            stages = {arm: self._stages(arm) for arm in found}
+            with naming(str(self.study.file)):
+                asked = float(budget.tokens or budget.seconds or 0)
+                self.common, self.factors = factors(asked, costs, stages, baseline, count)
+        arms = {
+            arm: {key: found[arm][key] for key in _MEASURED if key in found[arm]}
+            | {"factor": factor, "stages": as_written(scaled(self._stages(arm)[count:], factor))}
+            for arm, factor in self.factors.items()
+        }
+        first = as_written(scaled(self._stages(baseline)[:count], self.common))
+        return {"budget": budget.model_dump(exclude_none=True), "shared_stages": first, "arms": arms}
 
     # ---- runs
 
     def shared(self, seed: int) -> Job | None:
         """Returns the run of the first stages, the same for all arms."""
-        common, each = self.factors()
-        if not each:
+        if not self.factors:
             return None
-        recipe = self._recipe(self.said.baseline if self.said.baseline in self.arms else self.arms[0], seed)
-        *before, last = scaled(recipe.stages[: self.said.shared_stages], common)
+        recipe = self._recipe(self.arms[0], seed)  # any arm: they do not differ in these stages
+        *before, last = scaled(recipe.stages[: self.said.shared_stages], self.common)
         stages = (*before, last.model_copy(update={"save": True}))
         named = {"name": f"{self.said.name} {SHARED} seed {seed}", "stages": stages}
         return self._job("shared", self.arms[0], f"{SHARED}/seed-{seed}", recipe.model_copy(update=named))
@@ -239,13 +234,13 @@ class _Work:
         return None if rate is None else self._run(arm, seed, f"{arm}/seed-{seed}", rate)
 
     def _run(self, arm: str, seed: int, place: str, rate: float, length: float = 1.0) -> Job | None:
-        factor, begin, count = self.factors()[1].get(arm), None, self.said.shared_stages
+        factor, begin, count = self.factors.get(arm), None, self.said.shared_stages
         if factor is None or (count and ((begin := self.shared(seed)) is None or begin.result is None)):
             return None
         recipe = self._recipe(arm, seed)
         saved = stage_folder(begin.folder, begin.recipe.stages[-1].name) if begin else None
         recipe = _rest(recipe, count, factor * length, rate, saved)
-        return self._job("cell", arm, place, recipe, begin.key if begin else None, rate=rate)
+        return self._job("cell", arm, place, recipe, begin, rate=rate)
 
     def found(self) -> dict[str, Any]:
         """Says all that is known of the study: what `study.json` holds."""
@@ -257,7 +252,7 @@ class _Work:
             "study": self.said.name,
             "smoke": self.smoke,
             "baseline": self.said.baseline,
-            "scored_on": self.benchmark or (self.suite if isinstance(self.suite, str) else self.suite.name),
+            "scored_on": self.benchmark or Path(self.suite).name,
             "run_on": self.said.run_on,
             "paper": self.said.paper.model_dump() if self.said.paper else None,
             "missing": missing,

@@ -32,7 +32,7 @@ class Cost:
 
 
 def factors(
-    budget: float, costs: Mapping[str, Cost], recipes: Mapping[str, Recipe], baseline: str, shared: int
+    budget: float, costs: Mapping[str, Cost], stages: Mapping[str, Sequence[StagePart]], baseline: str, shared: int
 ) -> tuple[float, dict[str, float]]:
     """Returns the factor of the first `shared` stages, and that of the other stages of each arm.
 
@@ -40,11 +40,11 @@ def factors(
     """
     common = 0.0
     if shared:
-        common = _factor(budget - costs[baseline].fixed, costs[baseline].steps, recipes[baseline].stages, baseline)
-    first = scaled(recipes[baseline].stages[:shared], common)
+        common = _factor(budget - costs[baseline].fixed, costs[baseline].steps, stages[baseline], baseline)
+    first = scaled(stages[baseline][:shared], common)
     spent = sum(part.optim.steps * cost for part, cost in zip(first, costs[baseline].steps, strict=False))
     each = {
-        arm: _factor(budget - cost.fixed - spent, cost.steps[shared:], recipes[arm].stages[shared:], arm)
+        arm: _factor(budget - cost.fixed - spent, cost.steps[shared:], stages[arm][shared:], arm)
         for arm, cost in costs.items()
     }
     return common, each

@@ -84,8 +84,7 @@ def score(model: Any, spec: Spec, folder: Path) -> Results:
         return bench(model, spec, folder)
     from embedwright.evaluation.suite import evaluate
 
-    suite = spec["suite"]
-    return evaluate(model, Path(suite) if spec["suite_is_file"] else suite)
+    return evaluate(model, spec["suite"])
 
 
 def bench(model: Any, spec: Spec, folder: Path) -> Results:

@@ -6,6 +6,7 @@ Overrides are put into the recipe's mapping before it is parsed, so a recipe's o
 from __future__ import annotations
 
 import copy
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -123,18 +124,11 @@ class Study:
         if self.said.shared_stages:
             self._check_shared(recipes)
 
-    @property
-    def suite(self) -> str | Path:
-        """The suite that cells are scored on: a file beside the study's own, or a name."""
-        return self._beside(self.said.suite or "")
-
-    @property
-    def smoke_suite(self) -> str | Path:
-        return self._beside(self.said.smoke.suite) if self.said.smoke.suite else self.suite
-
-    def _beside(self, name: str) -> str | Path:
-        path = self.file.parent / expand(name)
-        return path if path.exists() else name
+    def suite(self, smoke: bool) -> str:
+        """Returns the suite that cells are scored on: the path of one beside the study's file, or the name as it is."""
+        name = (smoke and self.said.smoke.suite) or self.said.suite or ""
+        path = os.path.join(self.file.parent, expand(name))  # noqa: PTH118  keeps `./`, so that `dev` is no packaged name
+        return path if Path(path).exists() else name
 
     def recipe(self, arm: str, seed: int, *, smoke: bool = False) -> Recipe:
         """Returns the whole recipe of an arm, before any budget; with `smoke`, cut to the size of a smoke test."""

@@ -25,31 +25,29 @@ Make = Callable[..., Path]
 def test_the_arithmetic_by_hand(ablation: Make) -> None:
     """Both stages have 6 steps, 2 of them warm-up."""
     study = Study(ablation())
-    recipes = {arm: study.recipe(arm, 1) for arm in ("plain", "warm")}
+    stages = {arm: study.recipe(arm, 1).stages for arm in ("plain", "warm")}
     costs = {"plain": Cost(100, (10, 20)), "warm": Cost(160, (10, 50))}
     # (1000 - 100) / (6 * 10 + 6 * 20) = 5; (1000 - 160) / (6 * 10 + 6 * 50) = 2.333
-    common, each = factors(1000, costs, recipes, "plain", 0)
+    common, each = factors(1000, costs, stages, "plain", 0)
     assert common == 0 and each == {"plain": pytest.approx(5), "warm": pytest.approx(7 / 3)}
-    steps = {
-        arm: [(s.optim.steps, s.optim.warmup_steps) for s in scaled(recipes[arm].stages, each[arm])] for arm in each
-    }
+    steps = {arm: [(s.optim.steps, s.optim.warmup_steps) for s in scaled(stages[arm], each[arm])] for arm in each}
     assert steps == {"plain": [(30, 10), (30, 10)], "warm": [(14, 5), (14, 5)]}
     # shared: 30 steps of the first stage, 300 tokens; (1000 - 100 - 300) / 120 = 5; (1000 - 160 - 300) / 300 = 1.8
-    common, each = factors(1000, costs, recipes, "plain", 1)
+    common, each = factors(1000, costs, stages, "plain", 1)
     assert common == pytest.approx(5) and each == {"plain": pytest.approx(5), "warm": pytest.approx(1.8)}
-    assert scaled(recipes["warm"].stages[1:], 1.8, lr=3.0)[0].optim.model_dump() == (
-        recipes["warm"].stages[1].optim.model_dump() | {"steps": 10, "warmup_steps": 4, "lr": pytest.approx(3e-2)}
+    assert scaled(stages["warm"][1:], 1.8, lr=3.0)[0].optim.model_dump() == (
+        stages["warm"][1].optim.model_dump() | {"steps": 10, "warmup_steps": 4, "lr": pytest.approx(3e-2)}
     )
-    assert [part.optim.steps for part in scaled(recipes["plain"].stages, 0.01)] == [1, 1]
+    assert [part.optim.steps for part in scaled(stages["plain"], 0.01)] == [1, 1]
     with pytest.raises(InputError, match=r"arm warm: after .* 59\.0 are left for training, and a step .* takes 60\.0"):
-        factors(219, costs, recipes, "plain", 0)
+        factors(219, costs, stages, "plain", 0)
 
 
 def test_the_tokens_of_an_evaluation_are_those_that_the_model_reads(ablation: Make, tmp_path: Path) -> None:
     study = Study(ablation())
     recipe = study.recipe("plain", 1)
     counter = TokenCounter(recipe)
-    evaluate(counter, study.suite)
+    evaluate(counter, study.suite(False))
     model = Embedder.from_decoder(str(recipe.model.base), pooling="mean", layers=1, max_tokens=40)
     rows = [json.loads(line) for line in (tmp_path / "suite" / "sts.jsonl").read_text().splitlines()]
     texts = {row[key] for row in rows for key in ("text1", "text2")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,12 @@ def test_shared_stages_are_trained_once_a_seed_as_a_chain_of_runs_by_hand(
 
     ablate(ablation(shared_stages=1, arms=arms | {"warm": {"stages.second.temperature": 0.3}}), tmp_path / "out")
     assert [str(folder.relative_to(out))[:11] for folder in started[8:]] == ["warm/seed-1", "warm/seed-2"]
+    shutil.copyfile(tmp_path / "pairs.jsonl", tmp_path / "others.jsonl")
+    with (tmp_path / "others.jsonl").open("a") as file:
+        file.write(json.dumps({"query": "a new one", "positives": ["tide"], "negatives": ["moon"]}) + "\n")
+    changed = {"plain": {"stages.second.data.0.path": str(tmp_path / "others.jsonl")}}
+    ablate(ablation(shared_stages=1, arms=arms | changed), tmp_path / "out")
+    assert [str(folder.relative_to(out))[:12] for folder in started[10:]] == ["plain/seed-1", "plain/seed-2"]
 
 
 def test_the_best_of_three_rates_is_taken_and_all_trials_are_kept(

@@ -117,7 +117,7 @@ def test_the_recipe_of_an_arm_is_the_base_with_overrides_and_seed(ablation: Make
     assert other.stages == (
         plain.stages[1].model_copy(update={"optim": plain.stages[1].optim.model_copy(update={"lr": 3e-4})}),
     )
-    assert study.suite == study.file.parent / "suite"
+    assert study.suite(False) == str(study.file.parent / "suite")
     smoke = study.recipe("plain", 1, smoke=True)
     assert [(stage.optim.steps, stage.optim.warmup_steps) for stage in smoke.stages] == [(2, 0), (2, 0)]
 
