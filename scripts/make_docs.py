@@ -256,7 +256,9 @@ def results(folder: Path) -> str:
             sys.exit(f"{file}: a second result of {found.about['model']} on {found.suite}")
         columns[found.about["model"]] = found
     lines = [RESULTS]
-    for suite, columns in suites.items():
+    for suite, of_suite in suites.items():
+        # the first has all tasks, whose order the table takes
+        columns = dict(sorted(of_suite.items(), key=lambda item: -len(item[1].rows)))
         head = ["task", "metric", *columns]
         lines += [f"## Suite `{suite}`\n", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
         for row in table(columns):

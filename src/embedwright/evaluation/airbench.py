@@ -109,7 +109,7 @@ def bench(
     failures = {one: home / "failed" / f"{one.name}.txt" for one in sets}
     if processes.first:
         shutil.rmtree(home / "failed", ignore_errors=True)
-        progress(f"{len(sets)} sets, {sum(not splits for splits in todo.values())} of them done before")
+        progress(f"sets: {len(sets)}, done before: {sum(not splits for splits in todo.values())}")
     processes.wait()
     left = [one for one in sets if todo[one]]
     mine = [left[i] for i in processes.split([one.documents for one in left])[processes.rank]]

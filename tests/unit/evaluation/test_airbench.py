@@ -223,7 +223,7 @@ def test_a_killed_run_goes_on_with_what_is_missing(hub: dict[str, Any], tmp_path
     assert read_results(whole / "qa_arxiv_en.json").rows == read_results(home / "qa_arxiv_en.json").rows
     again, said = Words(), list[str]()
     assert bench(again, "words", sets, home, progress=said.append) == {}
-    assert again.encoded == [] and said == ["1 sets, 1 of them done before"]
+    assert again.encoded == [] and said == ["sets: 1, done before: 1"]
 
 
 def test_results_of_another_model_are_not_mixed(hub: dict[str, Any], tmp_path: Path, monkeypatch: Any) -> None:
