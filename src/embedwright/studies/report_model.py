@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from embedwright.data.files.folders import stem_of
+from embedwright.data.files.kinds import detect_kind
+from embedwright.data.schema import Task
 from embedwright.encoders.open import open_encoder
 from embedwright.encoders.protocol import Encoder
 from embedwright.errors import InputError
@@ -14,7 +17,7 @@ from embedwright.evaluation.tasks import SuiteTask
 from embedwright.studies.report_hits import example_hits
 from embedwright.studies.report_map import text_map
 from embedwright.studies.report_pairs import mining_charts, pair_charts
-from embedwright.training.recipe import Recipe
+from embedwright.training.recipe import Recipe, expand
 from embedwright.training.run.checks import open_suite
 
 Say = Callable[[str], None]
@@ -43,31 +46,33 @@ def model_parts(folder: Path, say: Say) -> dict[str, Any]:
     part("pairs", lambda: pair_charts(encoder, recipe, folder), "scores of a sample of the training pairs")
     if not parts["pairs"]:
         left_out.setdefault("pairs", "no training row has hard negatives")
-    tasks = _tasks(recipe, left_out)
-    searched = next((task for task in tasks if task.kind == "retrieval"), None)
-    labelled = next((task for task in tasks if task.kind in ("clustering", "classification")), None)
-    if searched is None:
-        left_out.setdefault("hits", "no suite of the recipe has a retrieval task")
-    else:
-        part("hits", lambda: example_hits(encoder, searched), f"example queries of {searched.name}")
-    if labelled is None:
-        left_out.setdefault("map", "no suite of the recipe has a labelled file")
-    else:
-        part("map", lambda: _map(encoder, labelled), f"map of {labelled.name}")
+    part("hits", lambda: _hits(encoder, recipe), "example queries")
+    part("map", lambda: _map(encoder, recipe), "map of embeddings")
     return parts | {"left_out": left_out}
 
 
-def _map(encoder: Encoder, task: SuiteTask) -> dict[str, Any]:
-    return {"task": task.name} | text_map(encoder, task.path, task.instruction)
+def _hits(encoder: Encoder, recipe: Recipe) -> dict[str, Any]:
+    for task in _tasks(recipe):
+        if task.kind == "retrieval":
+            return example_hits(encoder, task)
+    raise InputError("no suite in local files has a retrieval task")
 
 
-def _tasks(recipe: Recipe, left_out: dict[str, str]) -> list[SuiteTask]:
-    """Returns the tasks of the recipe's suites. Notes why a suite cannot be opened."""
-    tasks: list[SuiteTask] = []
-    for suite in recipe.eval.suites:
-        try:
-            opened = open_suite(suite)
-            tasks += opened.tasks if isinstance(opened, Suite) else ()  # mteb's have no files here
-        except InputError as error:
-            left_out.update(dict.fromkeys(("hits", "map"), str(error)))
-    return tasks
+def _map(encoder: Encoder, recipe: Recipe) -> dict[str, Any]:
+    """Draws the first labelled file of a suite, else of the training data."""
+    for task in _tasks(recipe):
+        if task.kind in ("clustering", "classification"):
+            return {"task": task.name} | text_map(encoder, task.path, task.instruction)
+    for entry in (entry for stage in recipe.stages for entry in stage.data):
+        path = expand(entry.path)
+        if path.is_file() and detect_kind(path) == "labelled":
+            instruction = entry.task.instruction if isinstance(entry.task, Task) else ""
+            return {"task": stem_of(path)} | text_map(encoder, path, instruction)
+    raise InputError("neither a suite in local files nor the training data has a labelled file")
+
+
+def _tasks(recipe: Recipe) -> Iterator[SuiteTask]:
+    """Yields the tasks of the recipe's suites, but for those of mteb, whose data is not in local files."""
+    for suite in map(open_suite, recipe.eval.suites):
+        if isinstance(suite, Suite):
+            yield from suite.tasks

@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import yaml
 
+from embedwright.studies import report_model
 from embedwright.studies.report_model import model_parts
 
 
@@ -46,11 +49,26 @@ def test_data_that_was_moved_leaves_out_its_part_alone(tiny_run: Path, tmp_path:
     assert parts["hits"] and parts["map"]
 
 
-def test_suites_without_such_tasks_are_said(tiny_run: Path, tmp_path: Path) -> None:
+def test_without_a_labelled_suite_the_map_is_of_training_data(tiny_run: Path, tmp_path: Path) -> None:
     scored = str(Path(tiny_run).parent / "suite" / "sts.jsonl")
     only = tmp_path / "only.yaml"
     only.write_text(yaml.safe_dump({"name": "only", "tasks": [{"name": "alike", "kind": "sts", "path": scored}]}))
-    parts = model_parts(changed(tiny_run, tmp_path / "a", eval=lambda part: part | {"suites": [str(only)]}), str)
-    assert "retrieval" in parts["left_out"]["hits"] and "labelled" in parts["left_out"]["map"]
-    parts = model_parts(changed(tiny_run, tmp_path / "b", eval=lambda part: part | {"suites": ["nowhere.yaml"]}), str)
+    run = changed(tiny_run, tmp_path / "run", eval=lambda part: part | {"suites": [str(only)]})
+    parts = model_parts(run, str)
+    assert parts["map"]["task"] == "labels" and len(parts["map"]["points"]) == 55
+    assert "retrieval" in parts["left_out"]["hits"]
+    run = changed(run, tmp_path / "pairs", stages=lambda stages: stages[:1])
+    assert "labelled file" in model_parts(run, str)["left_out"]["map"]
+
+
+def test_suites_of_mteb_are_passed_over(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = SimpleNamespace(name="NanoBEIR", tasks=["whose data is not in local files"])
+    monkeypatch.setattr(report_model, "open_suite", lambda name: chosen)  # mteb itself takes ten seconds
+    parts = model_parts(tiny_run, str)
+    assert "local files" in parts["left_out"]["hits"] and parts["map"]["task"] == "labels"
+
+
+def test_a_suite_that_is_gone_is_said(tiny_run: Path, tmp_path: Path) -> None:
+    run = changed(tiny_run, tmp_path / "run", eval=lambda part: part | {"suites": ["nowhere.yaml"]})
+    parts = model_parts(run, str)
     assert "nowhere.yaml" in parts["left_out"]["hits"] and "nowhere.yaml" in parts["left_out"]["map"]
