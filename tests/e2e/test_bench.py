@@ -182,7 +182,7 @@ def test_two_processes_equal_one(place: Path, model: Path, whole: Whole, tmp_pat
 @pytest.mark.long
 def test_a_failure_in_one_of_two_processes_is_told_by_the_first(place: Path, model: Path, tmp_path: Path) -> None:
     printed, _ = run(place, model, TASKS[0], "NanoFiQA2018Retrieval", "--out", tmp_path, processes=2, code=1)
-    assert "1 tasks failed" in printed and "hf download mteb/NanoFiQA2018Retrieval" in printed
+    assert "failed: 1." in printed and "hf download mteb/NanoFiQA2018Retrieval" in printed
     assert list(scores(tmp_path)) == [TASKS[0]]
     fill_again = run(place, model, TASKS[0], "NanoFiQA2018Retrieval", "--out", tmp_path, code=1)[0]
     assert "2 tasks, 1 of them done before" in fill_again

@@ -75,8 +75,11 @@ def run_mteb(model: str, names: Sequence[str], out: Path, max_tokens: int | None
     chosen = [choose(name) for name in names]  # before anything is loaded
     processes = start()
     encoder = HttpEncoder.from_url(model) if "://" in model else open_encoder(model)
-    work = Bench(MtebEncoder(encoder, max_tokens=max_tokens, name=name_of(model)), out)
+    wrapped = MtebEncoder(encoder, max_tokens=max_tokens, name=name_of(model))
+    work = Bench(wrapped, out)
     tell = say if processes.first else lambda line: None
+    if processes.first:
+        wrapped.watch = lambda: counter("documents")
     tell(f"{work.meta.name}, revision {work.meta.revision}: results in {work.folder}")
     for revision, tasks in work.others().items():
         tell(f"left as it is, another model, instructions or mteb: revision {revision}, {len(tasks)} results")
@@ -86,7 +89,7 @@ def run_mteb(model: str, names: Sequence[str], out: Path, max_tokens: int | None
     for each in chosen:
         say("\n" + "\n".join(lines(each, work, released_as(model))))
     if failed:
-        say(f"\n{len(failed)} tasks failed; the others are kept. Run the same command again for these alone:")
+        say(f"\nfailed: {len(failed)}. The others are kept. Run the same command again for these alone:")
         for name, reason in failed.items():
             say(f"  {name}: {reason}")
         raise typer.Exit(1)

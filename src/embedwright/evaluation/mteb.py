@@ -42,7 +42,8 @@ class MtebEncoder(AbsEncoder):
     are those of `Embedder.encode`. mteb files the results under `name`.
 
     With `vectors` set to a folder, the vectors of many documents are written there in shards, and a call that was
-    stopped goes on with the shard it was at. `advance(n)` is told of n more documents.
+    stopped goes on with the shard it was at. `watch()` makes a listener for each such call, which is told how many
+    documents are done, and of how many.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class MtebEncoder(AbsEncoder):
         given = {"max_tokens": max_tokens, "batch_tokens": batch_tokens}
         self.options = {key: value for key, value in given.items() if value is not None}
         self.vectors: Path | None = None
-        self.advance: Callable[[int], None] = lambda encoded: None
+        self.watch: Callable[[], Callable[[int, int], None]] = lambda: lambda done, total: None
         # mteb caches results by name and revision: with a fixed revision it would return those of another model
         decides = [_identity(self.model), self.instructions, max_tokens, TABLE.read_text(encoding="utf-8")]
         decides.append(version("mteb"))  # which also pins the data sets: other versions give other scores
@@ -110,7 +111,14 @@ class MtebEncoder(AbsEncoder):
         model = _WithOptions(self.model, self.options | options)
         if self.vectors is None or prompt_type != PromptType.document or len(texts) < LARGE or options:
             return model.encode(texts, task=task)
-        found = encode_texts(model, lambda: texts, len(texts), folder=self.vectors, advance=self.advance)
+        tell, done = self.watch(), 0
+
+        def advance(documents: int) -> None:
+            nonlocal done
+            done += documents
+            tell(done, len(texts))
+
+        found = encode_texts(model, lambda: texts, len(texts), folder=self.vectors, advance=advance)
         return next(found.tiles(len(texts)))[1]
 
 

@@ -297,11 +297,11 @@ def test_vectors_of_many_documents_are_kept_and_not_encoded_again(
     encoder = MtebEncoder(model, max_tokens=16)
     plain = encoder.encode(batches, **where, prompt_type=PromptType.document)
     encoder.vectors = tmp_path
-    seen: list[int] = []
-    encoder.advance = seen.append
+    seen: list[tuple[int, int]] = []
+    encoder.watch = lambda: lambda done, total: seen.append((done, total))
     kept = encoder.encode(batches, **where, prompt_type=PromptType.document)
     np.testing.assert_allclose(kept, plain, atol=1e-6)
-    assert sum(seen) == 18 and len(list(tmp_path.glob("*/shard-*.arrow"))) == 5
+    assert seen == [(4, 18), (8, 18), (12, 18), (16, 18), (18, 18)] and len(list(tmp_path.glob("*/shard-*.arrow"))) == 5
     next(tmp_path.glob("*/shard-00002.arrow")).unlink()
     calls.clear()
     again = encoder.encode(batches, **where, prompt_type=PromptType.document)
