@@ -56,7 +56,9 @@ class MtebEncoder(AbsEncoder):
         name: str = "embedwright/model",
     ) -> None:
         if max_tokens is not None and not isinstance(model, Embedder):
-            raise InputError(f"max_tokens={max_tokens}: a {type(model).__name__} cuts texts where it wants")
+            raise InputError(
+                f"max_tokens={max_tokens}: a {type(model).__name__} cuts texts where it wants: leave it out"
+            )
         self.model, self.instructions = as_encoder(model), dict(instructions or {})
         given = {"max_tokens": max_tokens, "batch_tokens": batch_tokens}
         self.options = {key: value for key, value in given.items() if value is not None}
