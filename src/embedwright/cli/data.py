@@ -184,7 +184,9 @@ def data_labels(
 @data_app.command("pairs")
 def data_pairs(
     path: Annotated[Path, arg("Documents: rows with `text`, a .txt (a text a line), a folder of .txt and .md, BEIR.")],
-    how: Annotated[str, opt("Ways to make examples, separated by commas: see docs/pairs.md.", "--how")],
+    how: Annotated[
+        str, opt(f"Ways to make examples, separated by commas, of {options.WAYS}. See docs/pairs.md.", "--how")
+    ],
     out: options.Out,
     column: Annotated[
         list[str] | None,

@@ -15,7 +15,8 @@ from embedwright.data.schema import Example
 from embedwright.pairs.documents import Document, Made, Make, pair
 
 NAME_WORDS = 5  # the most of a name
-_USAGES = re.compile(r"[;:,]\s*(?=\")")
+# The examples of use: nothing but quotes up to the end, each perhaps with its author.
+_USAGES = re.compile(r"[;:,]\s*((?:\"[^\"]+\"(?:\s*-+\s*[^;\"]+)?[;:,.]?\s*)+)$")
 _COMPANY = re.compile(r", (?:Inc|Ltd|Co|Corp|LLC|GmbH)\b")
 _QUOTED = re.compile(r"\"([^\"]+)\"")
 
@@ -41,8 +42,9 @@ def entry_of(document: Document) -> Entry:
     names = [document.title] if _COMPANY.search(document.title) else document.title.split(", ")
     if any(len(name.split()) > NAME_WORDS or not name[:1].isalnum() for name in names):
         names = []
-    meaning, *quoted = _USAGES.split(document.text, maxsplit=1)
-    return Entry(document, names, meaning.strip(" ;:,"), [usage for part in quoted for usage in _QUOTED.findall(part)])
+    quoted = _USAGES.search(document.text)
+    meaning = document.text[: quoted.start()] if quoted else document.text
+    return Entry(document, names, meaning.strip(" ;:,"), _QUOTED.findall(quoted[1]) if quoted else [])
 
 
 def gloss(documents: Iterable[Document], negatives: int) -> Make:

@@ -105,6 +105,8 @@ def _document(row: Mapping[str, Any], columns: Mapping[str, tuple[str, ...]], de
         found = [column for column in columns[part] if row.get(column) is not None]
         return (row[found[0]], found[0]) if found else (None, columns[part][0])
 
+    if value("text")[0] is None:
+        raise DataError(f"no {columns['text'][0]}; the row has {', '.join(map(str, row))[:100]} (--column text=NAME)")
     text, title, id_, label, source = map(value, ("text", "title", "id", "label", "source"))
     labels = label[0] if isinstance(label[0], list | tuple) else [label[0]]
     return Document(

@@ -43,13 +43,15 @@ def sentences(text: str) -> list[str]:
 
 def around(pieces: Sequence[str], at: int) -> tuple[str, str]:
     """Returns what stands before and after the sentence at `at`: with it, PASSAGE_WORDS words at most."""
-    sizes = [len(piece.split()) for piece in pieces]
-    left, right, room = at, at + 1, PASSAGE_WORDS - sizes[at]
+    left, right, room = at, at + 1, PASSAGE_WORDS - len(pieces[at].split())
     for step in range(1, len(pieces)):
-        if (after := at + step) == right < len(pieces) and sizes[after] <= room:
-            right, room = after + 1, room - sizes[after]
-        if (before := at - step) == left - 1 >= 0 and sizes[before] <= room:
-            left, room = before, room - sizes[before]
+        before = right - left
+        if at + step == right < len(pieces) and (size := len(pieces[right].split())) <= room:
+            right, room = right + 1, room - size
+        if at - step == left - 1 >= 0 and (size := len(pieces[left - 1].split())) <= room:
+            left, room = left - 1, room - size
+        if right - left == before:  # both ends are reached, or what comes next is too long
+            break
     return " ".join(pieces[left:at]), " ".join(pieces[at + 1 : right])
 
 

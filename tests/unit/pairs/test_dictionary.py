@@ -26,6 +26,10 @@ def test_an_entry_has_names_a_meaning_and_examples_of_use() -> None:
     entry = entry_of(WALK)
     assert (entry.names, entry.meaning) == (["march", "parade"], "walk fast; in step")
     assert entry.usages == ["He marched into the room", "The soldiers march"]
+    author = entry_of(Document("x", 'not false; "the story is true"; "a true word"- B. Russell', "true"))
+    assert (author.meaning, author.usages) == ("not false", ["the story is true", "a true word"])
+    quoting = entry_of(Document("x", 'a term, "much used", of hackers', "term"))
+    assert (quoting.meaning, quoting.usages) == ('a term, "much used", of hackers', [])
     assert entry_of(Document("x", "text", "Looking Glass Software, Inc.")).names == ["Looking Glass Software, Inc."]
     assert entry_of(Document("x", "text", "a title of more than five words")).names == []
     assert entry_of(Document("x", "text")).names == []

@@ -92,7 +92,11 @@ def test_bad_lines_are_named_and_the_rest_is_read(tmp_path: Path) -> None:
     documents, bad = read(tmp_path / "d.jsonl")
     assert [document.id for document in documents] == ["a"]
     assert [line.split(": ", 1)[0] for line in bad] == ["d.jsonl:2", "d.jsonl:3", "d.jsonl:4", "d.jsonl:5"]
-    assert [line.split(": ", 1)[1] for line in bad[1:]] == ["no text", "text is empty", "id 'a' twice"]
+    assert [line.split(": ", 1)[1] for line in bad[1:]] == [
+        "no text; the row has title (--column text=NAME)",
+        "text is empty",
+        "id 'a' twice",
+    ]
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:

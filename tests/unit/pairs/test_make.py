@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from embedwright.cli import options
 from embedwright.cli.main import app
 from embedwright.data.files.table import open_examples
 from embedwright.data.files.tasks import tasks_beside
@@ -116,6 +117,10 @@ def test_nothing_is_written_where_nothing_comes_out(tmp_path: Path) -> None:
 
 def test_every_way_has_a_meaning_and_every_meaning_a_way() -> None:
     assert {kind.split("-")[0] for kind in MEANINGS} == {*WAYS}
+
+
+def test_the_help_names_the_ways() -> None:
+    assert options.WAYS.split(", ") == [*WAYS]
 
 
 def test_the_command(tmp_path: Path) -> None:
