@@ -23,10 +23,9 @@ def published(suite: str, tasks: Collection[str]) -> tuple[str, Anchors]:
     as results of `bench` are read; nothing is published of any other suite.
     """
     anchors = load_yaml(ANCHORS)
-    named = suite in anchors["benchmarks"]
-    if not named and not suite.startswith("mteb "):
+    if suite not in anchors["benchmarks"] and not suite.startswith("mteb "):
         return "", {}
-    benchmark = suite if named else _benchmark(anchors["benchmarks"], tasks)
+    benchmark = _benchmark(anchors["benchmarks"], tasks)  # the published mean is over all of its tasks
 
     def score(model: str, row: dict[str, Any], key: str) -> dict[str, Any]:
         return {"name": model, "value": row["scores"][key] / 100, "source": anchors["sources"][row["source"]]}

@@ -24,9 +24,12 @@ def test_a_suite_of_ones_own_has_no_published_scores() -> None:
 
 
 def test_published_scores_stand_below_the_own_ones() -> None:
-    rows = tuple(Result(name, "retrieval", "nDCG@10", value) for name, value in (("a", 0.75), ("b", 0.25)))
+    names = [task.metadata.name for task in mteb.get_benchmark("NanoBEIR").tasks]
+    rows = tuple(Result(name, "retrieval", "nDCG@10", 0.5) for name in names)
     (table,) = score_tables([Scored("mine", [[Results("NanoBEIR", rows, 1.0)]])])
-    assert [len(group["scores"]) for group in table["tasks"]][:2] == [1, 1]
+    assert {len(group["scores"]) for group in table["tasks"][:-1]} == {1}
+    (partly,) = score_tables([Scored("mine", [[Results("NanoBEIR", rows[:-1], 1.0)]])])
+    assert {len(group["scores"]) for group in partly["tasks"]} == {1}  # a mean over fewer tasks is another number
     mine, *others = table["tasks"][-1]["scores"]
     assert mine["value"] == 0.5 and not mine["source"]
     assert {"BM25": pytest.approx(0.5729)}.items() <= {other["name"]: other["value"] for other in others}.items()
