@@ -20,6 +20,7 @@ from pydantic import BaseModel
 
 from embedwright.config import ConfigError
 from embedwright.evaluation.results import Result, Results
+from embedwright.evaluation.suite import Suite
 from embedwright.model.embedder import Embedder
 from embedwright.model.verify import probe
 from embedwright.training.recipe import Recipe
@@ -251,9 +252,9 @@ def outcome(
 ) -> Iterator[Callable[..., dict[str, Any]]]:
     """`outcome(changes)`: all that a run leaves, by where a change may show. Equal runs are made once."""
 
-    def falling(model: Any, suite: str, progress: Any = None) -> Results:
+    def falling(model: Any, suite: Suite, progress: Any = None) -> Results:
         scores.append(1 / (1 + len(scores)))
-        return Results(suite, (Result("t", "sts", "spearman", scores[-1]),), 0.0)
+        return Results(suite.name, (Result("t", "sts", "spearman", scores[-1]),), 0.0)
 
     scores: list[float] = []
 
@@ -282,7 +283,7 @@ def outcome(
         patch.setattr(probe, "check", lambda network: None)
         patch.setattr("os.fsync", lambda handle: None)
         patch.setattr(judge, "run_suite", falling)
-        patch.setattr(checks, "load_suite", lambda name: None)
+        patch.setattr(checks, "load_suite", lambda name: Suite.model_construct(name=str(name), tasks=()))
         yield lambda changes: run(json.dumps(changes))
 
 
