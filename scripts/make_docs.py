@@ -236,8 +236,8 @@ none of the paper's scores is measured again here. [`embedwright bench`](evaluat
 MODELS = {  # how those came to be whose name does not say it
     "smollm2-135m-6-layers-mean": 'Untrained: `Embedder.from_decoder("smollm2-135m", layers=6, pooling="mean", '
     'max_tokens=64, dtype="bfloat16")`, which reads both ways.',
-    "runs/laptop/model": "The model of `embedwright demo`: the same six layers with latent pooling, trained with LoRA "
-    "for 84 steps (seed 7) on documentation of Python libraries. It cuts texts after 64 tokens, too.",
+    "runs/laptop/model": "The model of `embedwright demo`: six layers of SmolLM2 with latent pooling, trained by "
+    "LoRA for 84 steps (seed 7) on documentation of Python libraries. It cuts texts after 64 tokens.",
     "minilm": "All-MiniLM-L6-v2, which cuts texts after 256 tokens.",
     "bm25": "BM25 ranks whole texts by their words, and has no score for the other tasks.",
 }
