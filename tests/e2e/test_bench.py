@@ -144,6 +144,7 @@ def killed_when(seen: Callable[[], bool], line: list[str], place: Path) -> None:
         process.kill()
 
 
+@pytest.mark.long
 def test_killed_inside_a_corpus_it_encodes_the_rest(place: Path, model: Path, whole: Whole, tmp_path: Path) -> None:
     out = tmp_path / "results"
     killed_when(
@@ -172,6 +173,7 @@ def test_killed_between_two_tasks_it_does_the_second(place: Path, model: Path, w
     assert scores(out) == scores(whole.out) and items(out) == items(whole.out)
 
 
+@pytest.mark.long
 def test_two_processes_equal_one(place: Path, model: Path, whole: Whole, tmp_path: Path) -> None:
     printed, documents = run(place, model, *TASKS, "--out", tmp_path / "two", processes=2)
     assert printed.count("2 tasks, 0 of them done before") == 1 and "[2/2]" in printed  # one process speaks
