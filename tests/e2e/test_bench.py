@@ -91,7 +91,7 @@ def run(place: Path, *words: object, processes: int = 1, code: int = 0) -> tuple
 
 
 def scores(out: Path) -> dict[str, Any]:
-    files = [file for file in out.glob("results/*/*/*.json") if file.name != "model_meta.json"]
+    files = [file for file in out.glob("results/*/*/[!.]*.json") if file.name != "model_meta.json"]
     return {file.stem: json.loads(file.read_text())["scores"] for file in files}
 
 

@@ -39,7 +39,7 @@ from embedwright.errors import InputError, OutOfReachError, blaming
 from embedwright.evaluation.bench_items import KINDS, remove_broken, write_items
 from embedwright.evaluation.mteb import MtebEncoder, instruction_of
 from embedwright.evaluation.results import Result, Results
-from embedwright.files import whole_file, write_text
+from embedwright.files import remove_leftovers, whole_file, write_text
 from embedwright.host import own_random_numbers
 from embedwright.processes import ALONE, Processes
 
@@ -157,8 +157,8 @@ class Bench:
         todo = {name: some for name, some in units.items() if not all(map(self.result, some))}
         sizes = {name: sum(map(size, some)) for name, some in todo.items()}
         names = sorted(todo, key=lambda name: sizes[name])  # the small ones first: a mistake shows early
-        for name in names if processes.first else []:
-            (self.work / name / "failed.txt").unlink(missing_ok=True)
+        if processes.first:
+            self._forget(names)
         say(f"{len(units)} tasks, {len(units) - len(todo)} of them done before")
         processes.wait()
         mine = {names[i] for i in processes.split([sizes[name] for name in names])[processes.rank]}
@@ -188,6 +188,12 @@ class Bench:
                 self.work.parent.rmdir()
                 self.work.parent.parent.rmdir()
         return failed
+
+    def _forget(self, names: Sequence[str]) -> None:
+        """Removes earlier failures of tasks, and what killed processes left, which mteb would read as results."""
+        remove_leftovers(self.folder)
+        for name in names:
+            (self.work / name / "failed.txt").unlink(missing_ok=True)
 
     def _state(self, tasks: Sequence[AbsTask]) -> str | None:
         """Returns how tasks of one name ended, in words; None while they are under way."""

@@ -235,4 +235,8 @@ def test_a_broken_file_of_a_killed_process_is_done_again(tmp_path: Path) -> None
     ):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text('{"half": ')
+    work.folder.mkdir(parents=True)
+    (work.folder / ".MockRetrievalTask.0123456789ab.json").write_text('{"half": ')
+    assert work.run([task]) == {} and not list(work.folder.glob(".*"))
+    assert len(work.cache.load_results(include_remote=False)[0].task_results) == 1
     assert work.run([task]) == {} and work.result(task) is not None
