@@ -74,6 +74,7 @@ BASE: dict[str, Words] = {
     "data export": {"path": "{examples}", "out": "--out OUT.parquet"},
     "data labels": {"path": "{kinds}", **OUT, "negatives": "--negatives 2"},
     "data relabel": {"path": "{examples}", **OUT, **SERVER},
+    "data pairs": {"path": "{articles}", "how": "--how title", **OUT},
 }
 OWN = {
     "recipe": "",
@@ -89,6 +90,7 @@ BEIR = {"against": "--against {beir}"}
 LICENCES = {"licences": "--licences {licences}"}
 LABELS = {"form": "--form label", "words": "--words {words}"}
 EXAMPLES = {"form": "--form example"}
+CROPS = {"how": "--how crops"}
 SCORED = {"base_url": "", "model": "", "cross_encoder": "--cross-encoder a", "threshold": "--threshold 0.5"}
 LIMITS: dict[str, tuple[str, str, Words]] = {
     "concurrency": ("at once", "--concurrency 1", {}),
@@ -255,6 +257,17 @@ CHANGES: dict[str, dict[str, tuple[str, str, Words]]] = {
         "negatives": ("files", "--negatives 2", {}),
         "task": ("files", "--task second", {}),
     },
+    "data pairs": {
+        "path": ("files", "{other_articles}", {}),
+        "how": ("files", "--how sentence", {}),
+        "out": ("names", "--out elsewhere.parquet", {}),
+        "column": ("files", "--column title=heading", {}),
+        "per_document": ("files", "--per-document 3", CROPS),
+        "negatives": ("files", "--negatives 1", {"how": "--how classes"}),
+        "name": ("files", "--name mine", {}),
+        "licence": ("files", "--licence MIT", {}),
+        "seed": ("files", "--seed 1", CROPS),
+    },
     "data labels": {
         "path": ("files", "{few_kinds}", {}),
         "out": ("names", "--out elsewhere.parquet", {}),
@@ -341,6 +354,12 @@ def pair(i: int) -> dict[str, str]:
     return {"query": f"own{i} q{i} {some(i)}", "positive": f"name{i} p{i} {some(-i)}"}
 
 
+def article(i: int) -> dict[str, Any]:
+    sentences = [f"Number {i} says that {some((i, k), 12, 18)}." for k in range(6)]
+    named = {"title": f"title{i} {some(i)}", "heading": f"heading{i} {some(-i)}"}
+    return {**named, "text": " ".join(sentences), "label": f"kind {i % 3}"}
+
+
 def write(file: Path, rows: Sequence[dict[str, Any]]) -> str:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -358,6 +377,7 @@ def write_data(at: Path) -> Words:
     held = [{"text": examples[3]["query"], "label": "x"}, {"text": " ".join(examples[5]["query"].split()[::-1])}]
     documents = [{"_id": f"d{i}", "text": f"d{i} {some(('d', i))}"} for i in range(10)]
     copied = [{"_id": "c", "text": examples[6]["positives"][0]}]
+    articles = [article(i) for i in range(12)]
     write(at / "beir" / "queries.jsonl", [{"_id": "q", "text": "something else"}])
     write(at / "beir" / "corpus.jsonl", copied)
     (at / "beir" / "qrels").mkdir()
@@ -392,6 +412,8 @@ def write_data(at: Path) -> Words:
             "held": write(at / "held.jsonl", [{"label": "x", **row} for row in held]),
             "beir": str(at / "beir"),
             "documents": write(at / "documents.jsonl", documents),
+            "articles": write(at / "articles.jsonl", articles),
+            "other_articles": write(at / "other_articles.jsonl", articles[:7]),
             "other_documents": write(at / "other.jsonl", [{**row, "text": f"{row['text']} too"} for row in documents]),
             "suite": str(Path(write(at / "suite" / "sts.jsonl", scored(12))).parent),
             "other_suite": str(Path(write(at / "short" / "sts.jsonl", scored(7))).parent),
