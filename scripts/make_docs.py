@@ -27,7 +27,7 @@ from embedwright.cli.main import app
 from embedwright.data.schema import Task
 from embedwright.data.sources.catalog import load_catalog, markdown
 from embedwright.evaluation.results import Results, read_results, table
-from embedwright.studies import ablate_table
+from embedwright.studies.ablate import table as ablate_table
 from embedwright.training import parts, stages
 from embedwright.training.recipe import Recipe
 
@@ -48,7 +48,8 @@ ROOMS += [
     "training",
     "training/batches",
 ]
-ROOMS += ["training/losses", "training/engine", "training/run", "evaluation", "studies"]
+ROOMS += ["training/losses", "training/engine", "training/run", "evaluation", "evaluation/bench"]
+ROOMS += ["evaluation/compare", "studies", "studies/ablate", "studies/report"]
 ROOMS += ["cli", "demo"]
 CATALOGUE = "<!-- embedwright data list --markdown -->\n", "<!-- end -->"
 SECTIONS: dict[str, type[BaseModel]] = {  # by the place of the part in the file

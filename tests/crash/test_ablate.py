@@ -114,7 +114,7 @@ class Forked:
     started = 0
 
     def __init__(self, words: list[str], *, stdout: Any, pass_fds: list[int], **_: Any) -> None:
-        from embedwright.studies import ablate_cell
+        from embedwright.studies.ablate import cell as ablate_cell
 
         Forked.started += 1
         self.returncode: int | None = None
@@ -157,8 +157,8 @@ def main(file: Path, whole: Path, broken: Path) -> None:
     import scipy.stats  # noqa: F401  evaluation imports it when it is called
     from transformers.utils import logging as transformers_logging
 
-    from embedwright.studies import ablate_jobs
-    from embedwright.studies.ablate import ablate
+    from embedwright.studies.ablate import jobs as ablate_jobs
+    from embedwright.studies.ablate.study import ablate
     from embedwright.training.engine.optim import make_optimizer
     from embedwright.training.recipe import Recipe
     from embedwright.training.run.start import start_model

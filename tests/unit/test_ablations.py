@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from embedwright.studies.ablate_file import Study
+from embedwright.studies.ablate.file import Study
 from embedwright.training.recipe import Recipe, leaves
 
 ROOT = Path(__file__).parents[2]

@@ -30,7 +30,7 @@ from embedwright.cli import mining
 from embedwright.evaluation.results import Result, Results, write_results
 from embedwright.llm.client import Server
 from embedwright.model.embedder import Embedder
-from embedwright.studies import ablate_jobs
+from embedwright.studies.ablate import jobs as ablate_jobs
 from embedwright.synth.plan import PROMPTS
 from embedwright.vectors.corpus import encode_corpus
 from embedwright.vectors.index import build_index
@@ -295,7 +295,7 @@ CHANGES: dict[str, dict[str, tuple[str, str, Words]]] = {
 EXCEPTIONS = {
     "ablate.anyway": (
         "it refuses without",
-        "unit/studies/test_ablate.py::test_a_file_for_another_machine_runs_here_if_asked",
+        "unit/studies/ablate/test_study.py::test_a_file_for_another_machine_runs_here_if_asked",
     ),
     "data build.strict": ("needs the hub", "e2e/test_cli.py::test_a_set_is_built_by_name_or_from_a_file_of_ones_own"),
     "demo.recipe": ("a demo takes minutes", "e2e/test_wheel.py::test_the_wheel_has_all_that_a_demo_needs"),

@@ -76,7 +76,8 @@ TRAINING = [
     "training.train",
 ]
 SEARCH = ["encoders", "vectors"]
-TRAINERS_USE = {*MODEL, *DATA, *SEARCH, "encoders.open", "mining", "evaluation"}
+EVALUATION = ["evaluation", "evaluation.bench", "evaluation.compare"]
+TRAINERS_USE = {*MODEL, *DATA, *SEARCH, "encoders.open", "mining", *EVALUATION}
 ENTRY_POINTS = {"cli", "demo"}  # they see all, and are seen by each other alone
 PRINTING = ("cli.", "demo.demo")
 TOP = "__init__"  # the names that `from embedwright import ...` gives
@@ -84,7 +85,7 @@ TOP = "__init__"  # the names that `from embedwright import ...` gives
 EVERYTHING = (
     BOTTOM
     | TRAINERS_USE
-    | {*TRAINING, "registration", "llm", "synth", "pairs", "studies", "model.verify.doctor"}
+    | {*TRAINING, "registration", "llm", "synth", "pairs", "studies.ablate", "studies.report", "model.verify.doctor"}
     | {
         "model.formats.nvembed_export",
         "model.formats.soup",
@@ -122,7 +123,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "llm": BOTTOM,
     "synth": BOTTOM | {"llm", *DATA},
     "evaluation": BOTTOM | {*SEARCH, "encoders.open", *DATA, *MODEL},
-    "studies": BOTTOM | TRAINERS_USE | {*TRAINING},
+    "evaluation.bench": BOTTOM | {"evaluation", *SEARCH, *DATA, *MODEL},
+    "evaluation.compare": BOTTOM | {"evaluation", "encoders.open"},
+    "studies": set(),
+    "studies.ablate": BOTTOM | TRAINERS_USE | {*TRAINING},
+    "studies.report": BOTTOM | TRAINERS_USE | {*TRAINING},
 }
 
 # Modules without a test file of their own, and the file that tests them.

@@ -67,8 +67,8 @@ def run_mteb(model: str, names: Sequence[str], out: Path, max_tokens: int | None
     """Runs MTEB benchmarks or tasks, prints their tables, and exits with 1 if a task failed."""
     from embedwright.encoders.http import HttpEncoder
     from embedwright.encoders.open import open_encoder
-    from embedwright.evaluation.bench import Bench, choose, name_of
-    from embedwright.evaluation.bench_table import lines, released_as
+    from embedwright.evaluation.bench.run import Bench, choose, name_of
+    from embedwright.evaluation.bench.table import lines, released_as
     from embedwright.evaluation.mteb import MtebEncoder
     from embedwright.processes import start
 
@@ -99,8 +99,8 @@ def run_airbench(model: str, names: Sequence[str], out: Path, max_tokens: int | 
     """Runs sets of AIR-Bench, prints scores and where a submission lies, and exits with 1 if a set failed."""
     from embedwright.encoders.http import HttpEncoder
     from embedwright.encoders.open import open_encoder
-    from embedwright.evaluation import airbench
-    from embedwright.evaluation.airbench_sets import choose, sets_file
+    from embedwright.evaluation.bench import airbench
+    from embedwright.evaluation.bench.airbench_sets import choose, sets_file
     from embedwright.evaluation.results import render
     from embedwright.processes import start
 
@@ -167,10 +167,10 @@ def compare(
     A difference is claimed only if it is significant after correction for all comparisons shown.
     """
     from embedwright.evaluation.about import about
-    from embedwright.evaluation.compare import compare as run
-    from embedwright.evaluation.compare_table import picture as draw
-    from embedwright.evaluation.compare_table import text
-    from embedwright.evaluation.read import read_candidates
+    from embedwright.evaluation.compare.compare import compare as run
+    from embedwright.evaluation.compare.read import read_candidates
+    from embedwright.evaluation.compare.table import picture as draw
+    from embedwright.evaluation.compare.table import text
 
     if picture is not None and picture.suffix != ".svg":
         raise InputError(f"--picture {picture}: name a file that ends in .svg")

@@ -27,8 +27,8 @@ def ablate(
 
     A budget scales the steps and the warm-up of an arm's stages, and nothing else.
     """
-    from embedwright.studies.ablate import ablate as run
-    from embedwright.studies.ablate_table import render
+    from embedwright.studies.ablate.study import ablate as run
+    from embedwright.studies.ablate.table import render
 
     study = run(file, out, side_by_side=jobs, smoke=smoke, only=only or (), anyway=anyway, say=say)
     say(render(study))
@@ -45,7 +45,7 @@ def report(
     out: Annotated[Path, opt("HTML file to write.", callback=options.file_to_write)],
 ) -> None:
     """Draw a run or results as one HTML file: training, scores, example queries, and a map of texts."""
-    from embedwright.studies.report import report as draw
+    from embedwright.studies.report.page import report as draw
 
     page = draw(sources, shlex.join(["embedwright", *sys.argv[1:]]), say=lambda line: say(f"  {line}"))
     write_text(out, page)

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import yaml
 
-from embedwright.studies import ablate_cell, ablate_jobs
+from embedwright.studies.ablate import cell as ablate_cell
+from embedwright.studies.ablate import jobs as ablate_jobs
 from embedwright.training.recipe import Recipe
 from embedwright.training.train import train
 

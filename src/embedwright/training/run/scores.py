@@ -122,7 +122,7 @@ def score_suite(model: Embedder, name: str, say: Callable[[str], None]) -> Resul
     opened = open_suite(name)
     if isinstance(opened, Suite):
         return run_suite(model, opened, say)
-    from embedwright.evaluation.bench import score_tasks
+    from embedwright.evaluation.bench.run import score_tasks
 
     return score_tasks(model, opened, say)
 

@@ -1,0 +1,1 @@
+"""Published benchmarks by name: MTEB and AIR-Bench, beside published scores."""

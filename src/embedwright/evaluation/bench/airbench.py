@@ -1,0 +1,270 @@
+"""AIR-Bench 24.05: scores the dev splits, and writes the search results of the test splits for a submission.
+
+A set is a corpus with questions, of one task (`qa`, or `long-doc`: chunks of a long document), domain and language
+(`airbench_sets`). Judgements of the dev splits are public, those of the test splits are not. One folder has all results
+of a model:
+
+    model.json                                 the model, the instruction and the version; others are refused
+    qa_wiki_en.json, qa_wiki_en.items.npz      scores of a dev split, as `write_results` writes them
+    NoReranker/qa/wiki/en_default_test.json    search results of a test split, laid out as by air-benchmark
+    <model>_NoReranker.zip                     all of these search results, for the leaderboard
+    vectors/                                   the vectors of a corpus that is not finished, in shards
+
+`Q` queries, `K` hits of a query, `N` queries with a score.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedwright.encoders.protocol import Encoder, encode_finite
+from embedwright.errors import InputError, OutOfReachError, blaming
+from embedwright.evaluation.about import about
+from embedwright.evaluation.bench.airbench_sets import NAME, AirSet, sets_file
+from embedwright.evaluation.bench.hub import open_splits
+from embedwright.evaluation.results import Result, Results, Row, read_results, write_results
+from embedwright.files import whole_file, write_json, write_text
+from embedwright.fingerprint import Facts, differences, fingerprint_of
+from embedwright.model.embedder import Embedder
+from embedwright.processes import ALONE, Processes
+from embedwright.vectors.search import top_k
+from embedwright.vectors.store import encode_texts
+
+LEADERBOARD = "https://huggingface.co/spaces/AIR-Bench/leaderboard"
+MAIN = {"qa": "nDCG@10", "long-doc": "Recall@10"}
+DEPTH = 1000  # hits of a query in a submission
+_MEASURES = {"nDCG@10": "ndcg_cut_10", "Recall@10": "recall_10", "MAP@10": "map_cut_10", "Recall@100": "recall_100"}
+
+_POLL_S = 0.5  # how often rank 0 looks for what the other processes have done
+
+logger = logging.getLogger(__name__)
+
+Hits = dict[str, dict[str, float]]  # query id -> document id -> score, best first
+
+
+class _Cut:
+    """An embedder that cuts texts after `max_tokens`, which its fingerprint says, too."""
+
+    def __init__(self, model: Encoder, max_tokens: int) -> None:
+        if not isinstance(model, Embedder):
+            raise InputError(f"max_tokens={max_tokens}: a {type(model).__name__} cuts texts where it wants")
+        self.model, self.max_tokens = model, max_tokens
+
+    def encode(self, texts: Sequence[str], task: str | None = None) -> NDArray[np.float32]:
+        vectors_NE: NDArray[np.float32] = self.model.encode(texts, task, max_tokens=self.max_tokens)
+        return vectors_NE
+
+    def fingerprint(self) -> Facts:
+        return self.model.fingerprint() | {"max_tokens": str(self.max_tokens)}
+
+
+def bench(
+    encoder: Encoder,
+    model: str,
+    sets: Sequence[AirSet],
+    home: Path,
+    *,
+    max_tokens: int | None = None,
+    processes: Processes = ALONE,
+    progress: Callable[[str], None],
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, str]:
+    """Runs a model on sets, and writes scores and search results into the folder `home`.
+
+    Questions get the instruction of `airbench_sets.yaml`, documents none. What is in `home` already is not done again,
+    and a corpus that was stopped half-way goes on by shards. Hits are exact, by inner product.
+
+    Args:
+        encoder: The model.
+        model: Its name in the results.
+        sets: What `choose` returns.
+        home: The folder of this model's results.
+        max_tokens: Tokens after which a text is cut. Default: where the model cuts.
+        processes: The processes that share the sets. Rank 0 waits for the others.
+        progress: A function that gets lines.
+        advance: A function that gets the number of documents done, and that of all documents of this process.
+
+    Returns:
+        Why a set failed, by its name. The results of the others are kept.
+
+    Raises:
+        InputError: `home` has results of another model, instruction, version or length.
+    """
+    if max_tokens is not None:
+        encoder = _Cut(encoder, max_tokens)
+    version, instruction = sets_file()["version"], sets_file()["instruction"]
+    facts = about(model, fingerprint_of(encoder)) | {"instruction": instruction, "version": version}
+    _claim(home, {key: facts[key] for key in ("model", "fingerprint", "instruction", "version")})
+    todo = {one: [split for split in one.splits if not _file(home, one, split).exists()] for one in sets}
+    failures = {one: home / "failed" / f"{one.name}.txt" for one in sets}
+    if processes.first:
+        shutil.rmtree(home / "failed", ignore_errors=True)
+        progress(f"sets: {len(sets)}, done before: {sum(not splits for splits in todo.values())}")
+    processes.wait()
+    left = [one for one in sets if todo[one]]
+    mine = [left[i] for i in processes.split([one.documents for one in left])[processes.rank]]
+    total, done, unreached = sum(one.documents for one in mine), 0, False
+
+    def count(documents: int) -> None:
+        nonlocal done
+        done += documents
+        advance(done, total)
+
+    for one in mine:
+        where = f"[{left.index(one) + 1}/{len(left)}] {one.name}"
+        progress(f"{where} ({', '.join(todo[one])}): {one.documents:,} documents")
+        try:
+            for row in _run(encoder, one, todo[one], home, facts, count, offline=unreached):
+                progress(f"{where}: {row.metric} {row.value:.4f}")
+        except Exception as error:  # of any set: the others go on
+            logger.debug("%s failed", one.name, exc_info=True)
+            unreached |= isinstance(error, OutOfReachError)
+            reason = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+            write_text(failures[one], reason)
+            progress(f"{where}: FAILED")
+    while processes.first and not all(failures[one].exists() or _is_done(home, one) for one in left):
+        time.sleep(_POLL_S)
+    return {one.name: file.read_text(encoding="utf-8") for one, file in failures.items() if file.exists()}
+
+
+def _is_done(home: Path, one: AirSet) -> bool:
+    return all(_file(home, one, split).exists() for split in one.splits)
+
+
+def _claim(home: Path, own: dict[str, Any]) -> None:
+    """Makes `home` the folder of this model. Raises InputError if it is that of another one."""
+    file = home / "model.json"
+    if not file.exists():
+        write_json(file, own)
+        return
+    with blaming(file, "is not what `embedwright bench` has written"):
+        before = json.loads(file.read_text(encoding="utf-8"))
+        changed = [key for key in ("instruction", "version") if before[key] != own[key]]
+        if before["fingerprint"] != own["fingerprint"]:
+            changed.append(f"the model: {differences(before['fingerprint'] or {}, own['fingerprint'] or {})}")
+    if changed:
+        raise InputError(f"{home} holds results made otherwise ({'; '.join(changed)}): take another --out")
+
+
+def _file(home: Path, one: AirSet, split: str) -> Path:
+    """Returns where the results of a split go."""
+    if split == "dev":
+        return home / f"{one.name}.json"
+    return home / "NoReranker" / one.task / one.domain / f"{one.language}_{one.dataset}_{split}.json"
+
+
+def _run(
+    encoder: Encoder,
+    one: AirSet,
+    splits: Sequence[str],
+    home: Path,
+    facts: dict[str, Any],
+    advance: Callable[[int], None],
+    offline: bool,
+) -> list[Result]:
+    """Runs one set, and returns the row of its dev split if that is asked for. Loads all files before it encodes."""
+    started, version, key = time.perf_counter(), facts["version"], one.dataset.replace("-", "_")
+    parts = {split: f"queries_{key}_{split}" for split in splits}
+    tables, commits = open_splits(one.repository, version, [f"corpus_{key}", *parts.values()], offline)
+    judged: dict[str, dict[str, int]] = {}
+    if "dev" in splits:
+        repository = f"{NAME}/qrels-{one.repository.partition('/')[2]}-dev"
+        judgements, more = open_splits(repository, version, [f"qrels_{key}_dev"], offline)
+        commits |= more
+        for row in judgements[f"qrels_{key}_dev"]:
+            judged.setdefault(str(row["qid"]), {})[str(row["docid"])] = int(row["relevance"])
+    corpus, folder = tables[f"corpus_{key}"], home / "vectors" / one.name
+    vectors = encode_texts(encoder, lambda: _texts(corpus), len(corpus), folder=folder, advance=advance)
+    ids = [str(id_) for id_ in corpus["id"]]
+    rows: list[Result] = []
+    for split, part in parts.items():
+        texts = list(_texts(tables[part]))
+        scores_QK, rows_QK = top_k(encode_finite(encoder, texts, facts["instruction"]), vectors, DEPTH)
+        hits = {
+            str(query): dict(zip((ids[row] for row in row_K), score_K, strict=True))
+            for query, row_K, score_K in zip(tables[part]["id"], rows_QK.tolist(), scores_QK.tolist(), strict=True)
+        }
+        if split == "dev":
+            rows.append(_scored(one, hits, judged))
+            seconds, made = time.perf_counter() - started, facts | {"data": commits}
+            write_results(_file(home, one, split), Results(f"{NAME} dev", tuple(rows), seconds, made))
+        else:
+            write_text(_file(home, one, split), _submission(one, split, home.name, hits))
+    shutil.rmtree(folder, ignore_errors=True)
+    return rows
+
+
+def _scored(one: AirSet, hits: Hits, judged: Mapping[str, Mapping[str, int]]) -> Result:
+    """Scores the hits of the queries that have judgements, by trec_eval, as air-benchmark does."""
+    import pytrec_eval
+
+    measures = {"ndcg_cut.10", "recall.10,100", "map_cut.10"}
+    found = pytrec_eval.RelevanceEvaluator({query: dict(own) for query, own in judged.items()}, measures).evaluate(hits)
+    if not found:
+        raise InputError(f"{one.repository}: no query of its dev split has a judgement")
+    by_query = {name: np.array([of[measure] for of in found.values()]) for name, measure in _MEASURES.items()}
+    details = {name: float(score_N.mean()) for name, score_N in by_query.items()}
+    metric = MAIN[one.task]
+    items = {"score": by_query[metric], "id": np.array(list(found))}
+    return Result(one.name, "retrieval", metric, details.pop(metric), details, items)
+
+
+def _submission(one: AirSet, split: str, model: str, hits: Hits) -> str:
+    """Returns a file of search results as air-benchmark writes and reads it."""
+    names = {"task_type": one.task, "domain": one.domain, "language": one.language, "dataset_name": one.dataset}
+    head = {"model_name": model, "reranker_name": "NoReranker", "benchmark_version": sets_file()["version"], **names}
+    return json.dumps({**head, "split": split, "search_results": hits})
+
+
+def pack(home: Path) -> Path | None:
+    """Packs all search results of test splits into the zip file that the leaderboard takes. None if there are none."""
+    files = sorted(home.glob("NoReranker/*/*/*_test.json"))
+    if not files:
+        return None
+    packed = home / f"{home.name}_NoReranker.zip"
+    with whole_file(packed) as temp, zipfile.ZipFile(temp, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in files:
+            archive.write(file, file.relative_to(home / "NoReranker"))
+    return packed
+
+
+def table(home: Path, sets: Sequence[AirSet]) -> list[Row]:
+    """Returns the scores in `home` of these sets and their mean by task, beside published scores of version 24.04."""
+    rows: list[Row] = []
+    for task, metric in MAIN.items():
+        own = [(one, file) for one in sets if one.task == task and (file := _file(home, one, "dev")).exists()]
+        scored: list[Row] = []
+        for one, file in own:
+            row: Row = {"set": one.name, "metric": metric, home.name: read_results(file).rows[0].value}
+            for model, tasks in sets_file()["published"].items():
+                known = tasks.get(task, {}).get(one.domain) if one.language == "en" else None
+                row[f"{model} (24.04)"] = None if known is None else known / 100
+            scored.append(row)
+        if len(scored) > 1:
+            mean: Row = {"set": f"mean of {len(scored)}", "metric": metric}
+            mean |= {column: _mean([row[column] for row in scored]) for column in scored[0] if column not in mean}
+            scored.append(mean)
+        rows += scored
+    return rows
+
+
+def _mean(values: Sequence[str | float | None]) -> float | None:
+    """Returns the mean, or None if a value is missing: a mean of fewer sets is another number."""
+    numbers = [value for value in values if isinstance(value, int | float)]
+    return sum(numbers) / len(numbers) if len(numbers) == len(values) else None
+
+
+def _texts(rows: Any) -> Iterator[str]:
+    """Gives the texts of a table, a batch of rows in memory at a time."""
+    for batch in rows.iter(1000):
+        yield from batch["text"]

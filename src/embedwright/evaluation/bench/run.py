@@ -1,0 +1,343 @@
+"""Runs MTEB benchmarks and tasks on an encoder, into a folder of the layout that mteb and its leaderboard have.
+
+    OUT/results/<org>__<model>/<revision>/<Task>.json        and model_meta.json, run_settings.jsonl, all by mteb
+    OUT/results/<org>__<model>/<revision>/<Task>.items.npz   per-item scores (`items`)
+    OUT/unfinished/<org>__<model>/<revision>/<Task>/         what a task needs to go on; removed with its result
+
+A task is written once it is whole, so a run that was stopped goes on with the next one. Inside a task, mteb keeps the
+subsets that are done, and the vectors of a large corpus are kept in shards.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import random
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any, cast
+
+import mteb
+import numpy as np
+from huggingface_hub import constants
+from mteb.abstasks import AbsTask
+from mteb.abstasks.aggregated_task import AbsTaskAggregate
+from mteb.benchmarks import Benchmark
+from mteb.cache import ResultCache
+from mteb.results import TaskResult
+
+from embedwright.errors import InputError, OutOfReachError, blaming
+from embedwright.evaluation.bench.items import KINDS, remove_broken, write_items
+from embedwright.evaluation.mteb import MtebEncoder, instruction_of
+from embedwright.evaluation.results import Result, Results
+from embedwright.files import remove_leftovers, whole_file, write_text
+from embedwright.host import own_random_numbers
+from embedwright.processes import ALONE, Processes
+
+Say = Callable[[str], None]
+
+_POLL_S = 0.5  # how often rank 0 looks for what the other processes have done
+_UNKNOWN_SIZE = 1_000_000  # characters of a task whose size mteb does not know
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a name stands for: the tasks of a benchmark, or one task."""
+
+    name: str
+    tasks: tuple[AbsTask, ...]
+    benchmark: Benchmark | None = None
+
+
+def choose(name: str) -> Chosen:
+    """Returns the MTEB benchmark or task of this name. Raises InputError with the nearest names; nothing is loaded."""
+    known, tasks = _known()
+    if name in known:
+        return Chosen(known[name].name, tuple(known[name].tasks), known[name])
+    if name in tasks:
+        return Chosen(name, (tasks[name],))
+    lower = {known.lower(): known for known in (*known, *tasks)}
+    near = [lower[found] for found in get_close_matches(name.lower(), lower, n=3, cutoff=0.5)]
+    raise InputError(
+        f"mteb {mteb.__version__} knows no benchmark or task {name!r}"
+        + (f": did you mean {', '.join(map(repr, near))}?" if near else "")
+    )
+
+
+def score_tasks(model: Any, chosen: Chosen, say: Say) -> Results:
+    """Scores a model that is at work elsewhere, such as one that trains, on MTEB. Nothing stays on disk.
+
+    Returns a row a task; its items are there if they are of one split and subset. Raises InputError if a task fails.
+    """
+    started = time.perf_counter()
+    with own_random_numbers(), TemporaryDirectory() as folder:  # mteb seeds the generators that training draws from
+        # a model that is cut over processes has no fingerprint
+        bench = Bench(MtebEncoder(SimpleNamespace(encode=model.encode)), Path(folder))
+        if failed := bench.run(chosen.tasks, say=say):
+            raise InputError("; ".join(f"{chosen.name}: {name}: {reason}" for name, reason in failed.items()))
+        rows = tuple(bench.row(task) for task in chosen.tasks)
+    return Results(chosen.name, rows, time.perf_counter() - started)
+
+
+@cache
+def _known() -> tuple[dict[str, Benchmark], dict[str, AbsTask]]:
+    """Returns all benchmarks and tasks of mteb by their names and aliases, in a second."""
+    with own_random_numbers():  # each task seeds them when it is made
+        known = {benchmark.name: benchmark for benchmark in mteb.get_benchmarks()}
+        known |= {alias: benchmark for benchmark in known.values() for alias in benchmark.aliases or ()}
+        return known, {task.metadata.name: task for task in mteb.get_tasks(exclude_superseded=False)}
+
+
+def name_of(model: str) -> str:
+    """Returns the name under which mteb files the results of a model: `org/name`, as a hub id is."""
+    inner = model.rpartition("#")[2] if "://" in model else model.partition("@")[0]
+    if "://" not in model and Path(model).expanduser().exists():
+        parts = Path(model).expanduser().resolve().parts
+        inner = parts[-2] if parts[-1] == "model" and len(parts) > 2 else parts[-1]
+    inner = inner.strip("/").replace(" ", "_")
+    return inner if inner.count("/") == 1 else f"embedwright/{inner.replace('/', '-')}"
+
+
+class Bench:
+    """The results of one encoder in one folder, and the work that is under way there."""
+
+    def __init__(self, encoder: MtebEncoder, out: Path) -> None:
+        self.encoder, self.out = encoder, out
+        self.meta = cast(Any, encoder.mteb_model_meta)  # mteb's types allow none
+        self.cache = ResultCache(out)
+        self.folder = self.cache.get_task_result_path("x", self.meta).parent
+        self.work = out / "unfinished" / self.folder.parent.name / self.folder.name
+
+    def result(self, task: AbsTask) -> TaskResult | None:
+        """Returns the result of all that a task asks for; None while a split or subset is missing."""
+        found = self.cache.load_task_result(task.metadata.name, self.meta)
+        if found is None or found.get_missing_evaluations(task):
+            return None
+        return found.validate_and_filter_scores(task)
+
+    def row(self, task: AbsTask) -> Result:
+        """Returns the result of a task that is done, as a row of a suite's results."""
+        found, kind = self.result(task), task.metadata.type
+        assert found is not None
+        items, file = {}, self.folder / f"{task.metadata.name}.items.npz"
+        if file.is_file() and len(found.scores) == 1 and len(next(iter(found.scores.values()))) == 1:
+            with np.load(file, allow_pickle=False) as stored:
+                items = {name.split("/", 2)[2]: stored[name] for name in stored.files}
+        if any("/" in name for name in items):  # runs of k-means that each have texts of their own
+            items = {}
+        return Result(task.metadata.name, KINDS.get(kind, kind), task.metadata.main_score, found.get_score(), {}, items)
+
+    def others(self) -> dict[str, list[str]]:
+        """Returns the tasks of each other revision of a model of this name, which are left as they are."""
+        found: dict[str, list[str]] = {}
+        for path in self.cache.get_cache_paths(models=[str(self.meta.name)], include_remote=False):
+            if path.parent != self.folder:
+                found.setdefault(path.parent.name, []).append(path.stem)
+        return found
+
+    def run(
+        self, tasks: Sequence[AbsTask], processes: Processes = ALONE, say: Say = lambda line: None
+    ) -> dict[str, str]:
+        """Runs the tasks that have no result. Returns the reason of each that failed, by its name; the others are kept.
+
+        Each process runs its part. Rank 0 says what is done, waits for the others, and knows all reasons.
+        """
+        units: dict[str, list[AbsTask]] = {}
+        for task in tasks:  # two benchmarks may ask for other subsets of one task
+            units.setdefault(task.metadata.name, []).append(task)
+        todo = {name: some for name, some in units.items() if not all(map(self.result, some))}
+        sizes = {name: sum(map(size, some)) for name, some in todo.items()}
+        names = sorted(todo, key=lambda name: sizes[name])  # the small ones first: a mistake shows early
+        if processes.first:
+            self._forget(names)
+        say(f"{len(units)} tasks, {len(units) - len(todo)} of them done before")
+        processes.wait()
+        mine = {names[i] for i in processes.split([sizes[name] for name in names])[processes.rank]}
+        watch = _Watch(sizes, len(units), say)
+        for name in names:
+            if name not in mine:
+                continue
+            try:
+                for task in todo[name]:
+                    if self.result(task) is None:
+                        self._run(task)
+            except Exception as error:  # of any task: the others go on
+                logging.getLogger(__name__).debug("%s failed", name, exc_info=True)
+                kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+                write_text(self.work / name / "failed.txt", f"{kind}{error}")
+            watch.done(name, self._state(todo[name]))
+        while processes.first and watch.left:
+            for name in list(watch.left):
+                if (state := self._state(todo[name])) is not None:
+                    watch.done(name, state)
+            time.sleep(_POLL_S if watch.left else 0)
+        files = {name: self.work / name / "failed.txt" for name in names}
+        failed = {name: file.read_text(encoding="utf-8") for name, file in files.items() if file.is_file()}
+        if processes.first and not failed:
+            shutil.rmtree(self.work, ignore_errors=True)
+            with suppress(OSError):  # other models have unfinished tasks
+                self.work.parent.rmdir()
+                self.work.parent.parent.rmdir()
+        return failed
+
+    def _forget(self, names: Sequence[str]) -> None:
+        """Removes earlier failures of tasks, and what killed processes left, which mteb would read as results."""
+        remove_leftovers(self.folder)
+        for name in names:
+            (self.work / name / "failed.txt").unlink(missing_ok=True)
+
+    def _state(self, tasks: Sequence[AbsTask]) -> str | None:
+        """Returns how tasks of one name ended, in words; None while they are under way."""
+        failed = self.work / tasks[0].metadata.name / "failed.txt"
+        if failed.is_file():
+            return "failed"
+        if all(results := [self.result(task) for task in tasks]):
+            return f"{tasks[0].metadata.main_score} {results[0].get_score():.4f}"  # type: ignore[union-attr]
+        return None
+
+    def _run(self, task: AbsTask) -> None:
+        """Runs one task in a folder of its own, and puts the whole result into the folder of results."""
+        name = task.metadata.name
+        work, parts = self.work / name, task.metadata.tasks if isinstance(task, AbsTaskAggregate) else []
+        for part in parts:
+            if self.result(part) is None:
+                self._run(part)
+        if hasattr(task, "max_documents_per_cluster"):  # its subsets share one generator: all anew, or others are drawn
+            shutil.rmtree(work, ignore_errors=True)
+        remove_broken(work)
+        staged = ResultCache(work)
+        inside = staged.get_task_result_path(name, self.meta).parent
+        for known in (task, *parts):  # subsets that another benchmark has asked for, and the parts of an aggregate
+            file = self.folder / f"{known.metadata.name}.json"
+            if file.is_file() and not (inside / file.name).is_file():
+                _copy(file, inside / file.name)
+        self.encoder.vectors = work / "vectors"
+        if not parts:
+            instruction_of(task.metadata)  # raises for a task that is not about text, before its data are fetched
+            _load(task)
+        predictions = work / "predictions"
+        # mteb's generators go on from task to task of a process: each task starts as it does in a new process
+        task.rng_state, task.np_rng = random.Random(task.seed), np.random.default_rng(task.seed)
+        try:
+            model: Any = self.encoder  # mteb's protocol names each option of `encode`
+            with _quiet():
+                mteb.evaluate(
+                    model,
+                    task,
+                    cache=staged,
+                    prediction_folder=predictions,
+                    show_progress_bar=False,
+                    co2_tracker=False,
+                )
+            if not parts and (result := staged.load_task_result(name, self.meta)):
+                write_items(self.folder / f"{name}.items.npz", task, result, predictions)
+        finally:
+            if not parts:
+                task.unload_data()
+        self._publish(inside, name)
+        shutil.rmtree(work)
+
+    def _publish(self, inside: Path, name: str) -> None:
+        with _lock(self.work / ".lock"):
+            settings = self.folder / "run_settings.jsonl"
+            before = settings.read_text(encoding="utf-8") if settings.is_file() else ""
+            others = [line for line in before.splitlines() if f'"task": "{name}"' not in line]
+            own = (inside / settings.name).read_text(encoding="utf-8").splitlines()
+            write_text(settings, "".join(f"{line}\n" for line in [*others, *own]))
+            _copy(inside / "model_meta.json", self.folder / "model_meta.json")
+            _copy(inside / f"{name}.json", self.folder / f"{name}.json")
+
+
+def size(task: AbsTask) -> int:
+    """Returns about how many characters a task has to encode, by mteb's statistics of its data."""
+    if isinstance(task, AbsTaskAggregate):
+        return sum(map(size, task.metadata.tasks))
+    found = 0
+    for split, of_split in (task.metadata.descriptive_stats or {}).items():
+        if split in task.eval_splits:
+            subsets = of_split.get("hf_subset_descriptive_stats") or {}
+            found += sum(_characters(subsets[name]) for name in task.hf_subsets if name in subsets) or _characters(
+                of_split
+            )
+    return found or _UNKNOWN_SIZE
+
+
+def _characters(stats: Any) -> int:
+    texts = (value.get("total_text_length") or 0 for value in stats.values() if isinstance(value, dict))
+    return int(stats.get("number_of_characters") or sum(texts))
+
+
+class _Watch:
+    """Says how far a benchmark is. The time left goes by the characters of the tasks."""
+
+    def __init__(self, sizes: dict[str, int], total: int, say: Say) -> None:
+        self.left, self.total, self.say = dict(sizes), total, say
+        self.started, self.all = time.monotonic(), sum(sizes.values())
+
+    def done(self, name: str, state: str | None) -> None:
+        del self.left[name]
+        rest, passed = sum(self.left.values()), time.monotonic() - self.started
+        left = f", about {_clock(passed * rest / max(self.all - rest, 1))} left" if rest else ""
+        self.say(f"[{self.total - len(self.left)}/{self.total}] {name}: {state}{left}")
+
+
+def _clock(seconds: float) -> str:
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+
+
+def _load(task: AbsTask) -> None:
+    """Loads a task's data: as mteb does, else from the snapshot of its commit in the hub's cache.
+
+    Without a network, `datasets` opens what it has prepared before, and does not look into the hub's cache. Raises
+    OutOfReachError, which says what is missing, and how to bring it.
+    """
+    dataset, revision = task.metadata.dataset["path"], task.metadata.dataset["revision"]
+    place = Path(constants.HF_HUB_CACHE) / f"datasets--{dataset.replace('/', '--')}"
+    snapshot = place / "snapshots" / revision
+    with _quiet():
+        try:
+            task.load_data()
+            return
+        except (OSError, ValueError) as error:  # for what cannot be reached, datasets raises many kinds of these
+            if not snapshot.is_dir():
+                raise OutOfReachError(
+                    f"the data set {dataset} cannot be opened: {str(error).splitlines()[0][:200]}. Where there is a "
+                    f"network, `hf download {dataset} --repo-type dataset --revision {revision}` brings it to the "
+                    f"hub's cache there: copy the folder {place.name} to {place.parent}"
+                ) from error
+        own = {**task.metadata.dataset, "path": str(snapshot)}
+        task.metadata = task.metadata.model_copy(update={"dataset": own})  # until `unload_data`
+        with blaming(snapshot):
+            task.load_data()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides warnings of mteb and sklearn about its own tasks, which no user can act on."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def _lock(file: Path) -> Iterator[None]:
+    """Holds a lock that one process at a time can have."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def _copy(source: Path, target: Path) -> None:
+    with whole_file(target) as temp:
+        shutil.copyfile(source, temp)

@@ -1,0 +1,1 @@
+"""Comparison of results: one reader for all of them, intervals, tables and pictures."""

@@ -1,0 +1,156 @@
+"""Draws a task's items, and computes the score of every candidate on the same draws.
+
+Shapes: `S` training seeds of one candidate, `B` draws, `N` items, `R` runs of k-means (1 in other tasks).
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import repeat
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedwright.errors import InputError
+from embedwright.evaluation.compare import statistics
+from embedwright.evaluation.compare.statistics import Floats
+from embedwright.evaluation.results import Items, Result
+
+NEAR = 5e-4  # a score may differ so much from its items', which are rounded
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """The scores of one candidate in one task: for each training seed, and their mean on each draw of the items.
+
+    Without items, `items` is 0 and each draw repeats the score. `runs` has the scores of what was repeated, runs of
+    k-means, as means over the training seeds and as parts of the task's score.
+    """
+
+    score_S: Floats
+    drawn_B: Floats
+    items: int
+    runs: tuple[Floats, ...] = ()
+
+
+def random(seed: int, *names: str) -> np.random.Generator:
+    """Returns the generator for what `names` say. Others names give other draws."""
+    return np.random.default_rng([seed, zlib.crc32("\0".join(names).encode())])
+
+
+def same_order(reference: Result, result: Result) -> Result:
+    """Returns `result` with its items in the order of `reference`.
+
+    Items with ids are matched by id, others by position. Raises InputError if these are two metrics, other items, or
+    other labels.
+    """
+    if reference.metric != result.metric:
+        raise InputError(f"has two metrics, {reference.metric} and {result.metric}")
+    if not reference.items or not result.items:
+        return result
+    if _shapes(reference) != _shapes(result):
+        raise InputError("has other items: their number, their kind or their splits differ")
+    items = dict(result.items)
+    for part in _shares(result):
+        ours, theirs = _of_part(reference, part), _of_part(result, part)
+        if "id" in ours:
+            place, other = np.argsort(ours["id"], kind="stable"), np.argsort(theirs["id"], kind="stable")
+            if not np.array_equal(ours["id"][place], theirs["id"][other]):
+                odd = np.setxor1d(ours["id"], theirs["id"])
+                raise InputError(f"has other items: {len(odd)} are in one alone, such as {str(odd[0])!r}")
+            order = np.empty_like(place)
+            order[place] = other
+            items |= {part + name: array[..., order] for name, array in theirs.items()}
+        elif not np.array_equal(ours["gold"], theirs["gold"]):
+            raise InputError("has other items: their labels differ")
+    return replace(result, items=items)
+
+
+def draw(rng: np.random.Generator, candidates: Sequence[Sequence[Result]], draws: int) -> list[Drawn]:
+    """Returns what each candidate scores on the same draws. `candidates` are the results of their seeds.
+
+    The items must be in one order. If the first candidate lacks items, nobody's are drawn.
+    """
+    usable = [all(map(agrees, results)) for results in candidates]
+    drawing = [place for place, its in enumerate(usable) if its and usable[0]]
+    drawn = [np.full(draws, np.mean([result.value for result in results])) for results in candidates]
+    runs: list[dict[str, list[Floats]]] = [{} for _ in candidates]
+    items, shares = 0, _shares(candidates[0][0]) if drawing else {}
+    for place in drawing:
+        drawn[place] = np.zeros(draws)
+    for part, share in shares.items():
+        count = _count(_of_part(candidates[0][0], part))
+        items, at = items + count, 0
+        for counts_BN in statistics.resamples(rng, count, draws):
+            block = slice(at, at := at + len(counts_BN))
+            for place in drawing:
+                drawn[place][block] += _scores(candidates[place], part, counts_BN).mean(axis=0) * share
+        repeated = re.sub(r"(?<=/)\d+/$", "", part)  # the older MTEB tasks have a part for each of their sets
+        for place in drawing:
+            scores_R = _scores(candidates[place], part, np.ones((1, count)))[:, 0] * share
+            runs[place].setdefault(repeated, []).append(scores_R)
+    return [
+        Drawn(
+            np.array([result.value for result in results]),
+            drawn[place],
+            items if place in drawing else 0,
+            tuple(np.concatenate(each) * len(each) for each in runs[place].values()),
+        )
+        for place, results in enumerate(candidates)
+    ]
+
+
+def _scores(results: Sequence[Result], part: str, counts_BN: Floats) -> Floats:
+    """Returns the score in each draw of each run of k-means (R, B), as mean over the training seeds."""
+    mean_RB: Floats = np.mean([scores(_of_part(result, part), counts_BN) for result in results], axis=0)
+    return mean_RB
+
+
+def agrees(result: Result) -> bool:
+    """Says whether a result has items, and its score is the score of these items."""
+    found = 0.0
+    for part, share in _shares(result).items():
+        arrays = _of_part(result, part)
+        found += share * float(scores(arrays, np.ones((1, _count(arrays)))).mean())
+    return bool(result.items) and abs(found - result.value) < NEAR
+
+
+def scores(arrays: Items, counts_BN: Floats) -> Floats:
+    """Returns a task's main score in each draw (R, B) from the arrays of one part of it (see results.py)."""
+    if "score" in arrays:
+        return statistics.mean(counts_BN, arrays["score"])[None]
+    gold_N = arrays["gold"]
+    if "cluster" in arrays:
+        drawn_RBN = (counts_BN * times_N for times_N in arrays["times"]) if "times" in arrays else repeat(counts_BN)
+        runs = zip(arrays["cluster"], drawn_RBN, strict=False)
+        return np.stack([statistics.v_measure(drawn_BN, cluster_N, gold_N) for cluster_N, drawn_BN in runs])
+    of_labels = np.issubdtype(gold_N.dtype, np.integer)
+    of_cosines = statistics.average_precision if of_labels else statistics.spearman
+    return of_cosines(counts_BN, arrays["cosine"], gold_N)[None]
+
+
+def _shares(result: Result) -> dict[str, float]:
+    """Returns what the array names of each part begin with, and the part's share of the score.
+
+    A local task has one part, "". An MTEB task has `<split>/<subset>/`, all with the same share, and inside a subset
+    maybe several.
+    """
+    parts = dict.fromkeys(name[: name.rfind("/") + 1] for name in result.items)
+    subsets = ["/".join(part.split("/")[:2]) for part in parts]
+    return {part: 1 / len(set(subsets)) / subsets.count(subset) for part, subset in zip(parts, subsets, strict=True)}
+
+
+def _of_part(result: Result, part: str) -> dict[str, NDArray[Any]]:
+    return {name[len(part) :]: array for name, array in result.items.items() if name[: name.rfind("/") + 1] == part}
+
+
+def _count(arrays: Items) -> int:
+    return len(arrays["score" if "score" in arrays else "gold"])
+
+
+def _shapes(result: Result) -> dict[str, tuple[int, ...]]:
+    return {name: array.shape for name, array in result.items.items()}

@@ -1,0 +1,281 @@
+"""Compares the results of models with a baseline: differences with 95 % intervals, task by task and in the mean.
+
+The uncertainty comes from a paired bootstrap over the items that each score was computed from (`bootstrap.py`). Where a
+candidate has several training seeds, these count too. In a mean over many tasks, so do the tasks inside their types:
+the interval is then about other tasks of these types, else about these very tasks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from embedwright.errors import InputError
+from embedwright.evaluation.compare import statistics
+from embedwright.evaluation.compare.bootstrap import Drawn, draw, random, same_order
+from embedwright.evaluation.compare.statistics import Floats
+from embedwright.evaluation.results import Result, Results
+
+DRAWS = 10_000
+SEED = 1
+METHOD = (
+    "Scores are in points (x100). The standard error of a difference adds up what its sources (`over`) contribute: the "
+    "items, by a paired bootstrap; training seeds where there are several, in pairs where both sides have the same "
+    "ones; runs of k-means; in a mean over many tasks, the tasks inside their types. In the interval (95 %), each "
+    "source has Student's t for its degrees of freedom. The t-distribution with such an interval gives the two-sided "
+    "p-value, the larger p-value of both one-sided tests, and the smallest difference that would have been seen (80 % "
+    "power). `p_holm` and `p_equivalent` are corrected for all comparisons of the table (Holm). A claim needs one of "
+    "them below 0.05."
+)
+MEAN, HIGHER, LOWER, NONE_SHOWN = "mean", "higher", "lower", "none shown"
+ENOUGH_TASKS = 5  # tasks beside the first of each type, from which the spread over tasks is known well enough
+TINY = 1e-9  # of a point: below it, a standard error or a difference is rounding
+
+Key = tuple[str, str]  # suite and task
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """What is compared: a name, and for each training seed its results, one a suite. A seed may be unknown (None)."""
+
+    name: str
+    seeds: Mapping[int | None, Sequence[Results]]
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One candidate against the baseline in one task, or in a mean over tasks. Scores are in points.
+
+    `over` says what the interval covers. If it is empty there is no interval, and nothing is claimed. `error` is the
+    standard error. `smallest` is the smallest true difference that is found in four cases of five.
+    """
+
+    candidate: str
+    suite: str
+    task: str
+    kind: str
+    metric: str
+    baseline: float
+    score: float
+    difference: float
+    over: str = ""
+    error: float | None = None
+    low: float | None = None
+    high: float | None = None
+    smallest: float | None = None
+    p: float | None = None
+    p_holm: float | None = None
+    p_equivalent: float | None = None
+    claim: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """All differences from the baseline; what was left out, and why; `equivalent`, the bound of the one-sided tests."""
+
+    baseline: str
+    rows: tuple[Difference, ...]
+    left_out: tuple[str, ...]
+    equivalent: float | None
+    draws: int
+    seed: int
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self) | {"method": METHOD}, indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def compare(
+    candidates: Sequence[Candidate], *, equivalent: float | None = None, draws: int = DRAWS, seed: int = SEED
+) -> Comparison:
+    """Compares each candidate with the first one, the baseline.
+
+    Args:
+        candidates: The baseline, and at least one other.
+        equivalent: Difference in points within which two candidates count as equal. Without it, equality is not tested.
+        draws: Draws of the bootstrap.
+        seed: Decides the draws. The same results, draws and seed give the same comparison.
+
+    Returns:
+        For each candidate, one row for each task that both have, then the means of each suite.
+
+    Raises:
+        InputError: A candidate has nothing that can be compared with the baseline, there is only one, or `equivalent`
+            is not above 0.
+    """
+    if len(candidates) < 2:
+        raise InputError("a comparison needs a baseline and at least one other")
+    if equivalent is not None and equivalent <= 0:
+        raise InputError(f"equivalent: {equivalent:g} points is no bound: give a number above 0")
+    baseline, *others = candidates
+    ours, odd = _by_task(baseline)
+    left_out = [f"{baseline.name}: {reason}" for reason in odd.values()]
+    sides: dict[Key, dict[int, list[Result]]] = {key: {} for key in ours}  # of each task: who can be compared in it
+    for number, other in enumerate(others):
+        theirs, reasons = _comparable(ours, odd, baseline.name, other)
+        if not theirs:
+            raise InputError(f"{other.name} has nothing to compare with {baseline.name}: {'; '.join(reasons)}")
+        left_out += [f"{other.name}: {reason}" for reason in reasons]
+        for key, results in theirs.items():
+            sides[key][number] = results
+    pairs: list[list[_Pair]] = [[] for _ in others]
+    for key, found in sides.items():
+        drawn = draw(random(seed, *key), [ours[key], *found.values()], draws)
+        for number, side in zip(found, drawn[1:], strict=True):
+            pairs[number].append(_Pair(key[0], ours[key][0], drawn[0], side))
+            if not pairs[number][-1].items and all(result.items for result in (*ours[key], *found[number])):
+                left_out.append(f"{others[number].name}: {'/'.join(key)} has no interval: its items give another score")
+    rows: list[Difference] = []
+    for other, own in zip(others, pairs, strict=True):
+        paired = len(baseline.seeds) > 1 and baseline.seeds.keys() == other.seeds.keys()
+        rows += _rows(other.name, own, paired, equivalent, seed)
+    return Comparison(baseline.name, _claimed(rows, equivalent), tuple(left_out), equivalent, draws, seed)
+
+
+def _by_task(candidate: Candidate) -> tuple[dict[Key, list[Result]], dict[Key, str]]:
+    """Returns the results of each task, one a seed, by rising seed; and why other tasks are no part of them."""
+    found: dict[Key, list[Result]] = {}
+    for _, suites in sorted(candidate.seeds.items(), key=lambda item: item[0] or 0):
+        for results in suites:
+            for row in results.rows:
+                found.setdefault((results.suite, row.task), []).append(row)
+    whole: dict[Key, list[Result]] = {}
+    odd: dict[Key, str] = {}
+    for key, rows in found.items():
+        try:
+            if len(rows) != len(candidate.seeds):
+                raise InputError(f"is of {len(rows)} seeds, not of {len(candidate.seeds)}")
+            whole[key] = [same_order(rows[0], row) for row in rows]
+        except InputError as error:
+            odd[key] = f"{'/'.join(key)} {error}"
+    return whole, odd
+
+
+def _comparable(
+    ours: Mapping[Key, Sequence[Result]], odd: Mapping[Key, str], baseline: str, other: Candidate
+) -> tuple[dict[Key, list[Result]], list[str]]:
+    """Returns those results of `other` that can be compared with ours, items in our order; and why others cannot."""
+    theirs, odd_too = _by_task(other)
+    common: dict[Key, list[Result]] = {}
+    reasons = [*odd_too.values()]
+    for key in dict.fromkeys([*ours, *theirs]):
+        if key in odd or key in odd_too:
+            continue
+        try:
+            if key not in ours or key not in theirs:
+                raise InputError(f"is of {baseline if key in ours else other.name} alone")
+            common[key] = [same_order(ours[key][0], result) for result in theirs[key]]
+        except InputError as error:
+            reasons.append(f"{'/'.join(key)} {error}")
+    return common, reasons
+
+
+# ---------------------------------------------------------------------------------------------------- differences
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """Both sides of one task."""
+
+    suite: str
+    result: Result
+    base: Drawn
+    other: Drawn
+
+    @property
+    def items(self) -> int:
+        return min(self.base.items, self.other.items)
+
+    @property
+    def difference(self) -> float:
+        return float(self.other.score_S.mean() - self.base.score_S.mean())
+
+
+def _rows(name: str, pairs: Sequence[_Pair], paired: bool, equivalent: float | None, seed: int) -> list[Difference]:
+    """Returns the row of each task, then for each suite the means of its types, over its types, and over its tasks."""
+
+    def row(task: str, kind: str, metric: str, types: Sequence[Sequence[_Pair]], shares: Sequence[float]) -> Difference:
+        bare = Difference(name, types[0][0].suite, task, kind, metric, 0, 0, 0)
+        return _difference(bare, types, shares, paired, equivalent, seed)
+
+    rows = [row(pair.result.task, pair.result.kind, pair.result.metric, [[pair]], [1.0]) for pair in pairs]
+    for suite in dict.fromkeys(pair.suite for pair in pairs):
+        types: dict[str, list[_Pair]] = {}
+        for pair in pairs:
+            if pair.suite == suite:
+                types.setdefault(pair.result.kind, []).append(pair)
+        total = sum(map(len, types.values()))
+        if len(types) > 1:
+            rows += [row(MEAN, kind, f"{len(own)} tasks", [own], [1.0]) for kind, own in types.items() if len(own) > 1]
+            rows.append(row(MEAN, "types", f"{len(types)} types", [*types.values()], [1 / len(types)] * len(types)))
+        if total > 1:
+            shares = [len(own) / total for own in types.values()]
+            rows.append(row(MEAN, "tasks", f"{total} tasks", [*types.values()], shares))
+    return rows
+
+
+def _difference(
+    bare: Difference,
+    types: Sequence[Sequence[_Pair]],
+    shares: Sequence[float],
+    paired: bool,
+    equivalent: float | None,
+    seed: int,
+) -> Difference:
+    """Fills in the mean over `types`, weighted by `shares`, of the mean over their tasks, with its interval."""
+    pairs = [(pair, share / len(tasks)) for tasks, share in zip(types, shares, strict=True) for pair in tasks]
+    base_S = np.sum([share * pair.base.score_S for pair, share in pairs], axis=0)
+    other_S = np.sum([share * pair.other.score_S for pair, share in pairs], axis=0)
+    drawn_B = np.zeros_like(pairs[0][0].base.drawn_B)
+    few: list[Floats] = []
+    for pair, share in pairs:
+        if pair.items:
+            drawn_B += share * (pair.other.drawn_B - pair.base.drawn_B)
+            runs = zip(pair.base.runs, pair.other.runs, strict=True)
+            few += [share * (theirs_R - ours_R) for ours_R, theirs_R in runs]
+    few += [other_S - base_S] if paired else [other_S, base_S]
+    noise = [statistics.of_mean(100 * values) for values in few if len(values) > 1]
+    groups = [share * np.array([pair.difference for pair in tasks]) for tasks, share in zip(types, shares, strict=True)]
+    drawn_tasks = sum(len(tasks) - 1 for tasks in types) >= ENOUGH_TASKS
+    if drawn_tasks:
+        noise.append(statistics.of_groups(100 * values for values in groups))
+    items, seeds = sum(pair.items for pair, _ in pairs), max(len(base_S), len(other_S)) > 1
+    if items > 1:
+        noise.append((float((100 * drawn_B).var(ddof=1)), items - 1))
+    difference, error = 100 * float(other_S.mean() - base_S.mean()), statistics.error_of(noise)
+    row = replace(bare, baseline=100 * float(base_S.mean()), score=100 * float(other_S.mean()), difference=difference)
+    # where nothing shows the noise of a task, an interval of the mean would be too narrow
+    known = seeds or all(pair.items > 1 or (drawn_tasks and len(tasks) > 1) for tasks in types for pair in tasks)
+    if not known or (error < TINY and abs(difference) > TINY):
+        return row
+    half = statistics.half_width(noise)
+    return replace(
+        row,
+        over=", ".join(name for name, there in (("tasks", drawn_tasks), ("seeds", seeds), ("items", items)) if there),
+        error=error,
+        low=difference - half,
+        high=difference + half,
+        smallest=statistics.smallest_seen(noise),
+        p=statistics.p_value(difference, noise),
+        p_equivalent=None if equivalent is None else statistics.p_equivalent(difference, noise, equivalent),
+    )
+
+
+def _claimed(rows: Sequence[Difference], equivalent: float | None) -> tuple[Difference, ...]:
+    """Corrects the p-values of all rows for their number, and says what they allow to claim."""
+    corrected = iter(statistics.holm([row.p for row in rows if row.p is not None]))
+    equal = iter(statistics.holm([row.p_equivalent for row in rows if row.p_equivalent is not None]))
+    claimed = []
+    for row in rows:
+        if row.p is not None:
+            p_holm, p_equivalent = next(corrected), next(equal, None)
+            claims = [HIGHER if row.difference > 0 else LOWER] if p_holm < statistics.LEVEL else []
+            if p_equivalent is not None and p_equivalent < statistics.LEVEL:
+                claims.append(f"within {equivalent:g}")
+            row = replace(row, p_holm=p_holm, p_equivalent=p_equivalent, claim=", ".join(claims) or NONE_SHOWN)
+        claimed.append(row)
+    return tuple(claimed)

@@ -1,0 +1,124 @@
+"""One process of a study: `python -m embedwright.studies.ablate.cell FOLDER TIME` does what FOLDER's `cell.json` says.
+
+`cell.json` has `kind`: `cell` trains the folder's `recipe.yaml` and scores the model; `shared` only trains it; `budget`
+measures what its steps and an evaluation take. Each writes `result.json` when all is done. A process that was killed
+goes on from the newest checkpoint when it is started again.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from embedwright import threads
+from embedwright.files import write_json
+
+if TYPE_CHECKING:  # torch is loaded only once this process is set up (`main`)
+    from embedwright.evaluation.results import Results
+    from embedwright.training.recipe import Recipe
+
+Spec = dict[str, Any]
+
+
+def main(folder: Path, started: float) -> None:
+    """Does the work of a folder, for a process that was started at that time.
+
+    It sets up threads first, as the `embedwright` command does.
+    """
+    threads.take_over()
+    from embedwright.processes import joined
+    from embedwright.training.recipe import Recipe
+
+    spec = json.loads((folder / "cell.json").read_text(encoding="utf-8"))
+    recipe = Recipe.load(folder / "recipe.yaml")
+    result = measured(spec, recipe, started) if spec["kind"] == "budget" else trained(folder, spec, recipe)
+    with joined() as first:
+        if first:
+            write_json(folder / "result.json", spec | result)
+
+
+def trained(folder: Path, spec: Spec, recipe: Recipe) -> Spec:
+    """Trains, and scores the model unless only its stages are wanted. Returns what it took and the main scores."""
+    from embedwright.training.run.track import read_records
+    from embedwright.training.train import train
+
+    model = train(recipe)
+    records = read_records(folder / "metrics.jsonl")
+    result: Spec = {
+        "recipe": recipe.hash(),
+        "seconds": {"training": sum(record["seconds"] + record["waited"] for record in records)},
+        "tokens": sum(record["tokens"] for record in records),
+        "peak_mb": max((record["peak_mb"] or 0 for record in records), default=0),
+    }
+    if spec["kind"] == "shared":
+        return result
+    results = score(model, spec, folder / "bench")
+    keep(folder, spec, results, model.fingerprint())
+    result["seconds"]["evaluation"] = results.seconds
+    scores = {row.task: row.value for row in results.rows}
+    return result | {"scores": scores, "mean": fmean(scores.values())}
+
+
+def keep(folder: Path, spec: Spec, results: Results, fingerprint: dict[str, Any]) -> None:
+    """Writes `scores.json` with the items of each score beside it. Rank 0 does it alone."""
+    from embedwright.evaluation.about import about
+    from embedwright.evaluation.results import write_results
+    from embedwright.processes import start
+
+    facts = about(spec["name"], fingerprint) | {"command": spec["command"], "seed": spec["seed"]}
+    if spec["smoke"]:
+        facts["smoke"] = True
+    if start().first:
+        write_results(folder / "scores.json", replace(results, about=facts))
+
+
+def score(model: Any, spec: Spec, folder: Path) -> Results:
+    """Scores a model, or anything that encodes, on the suite or benchmark of the study. A benchmark fills `folder`."""
+    if spec["benchmark"]:
+        return bench(model, spec, folder)
+    from embedwright.evaluation.suite import evaluate
+
+    return evaluate(model, spec["suite"])
+
+
+def bench(model: Any, spec: Spec, folder: Path) -> Results:
+    """Scores on an MTEB benchmark, of which all tasks must run. Raises RuntimeError with those that failed."""
+    from embedwright.evaluation.bench.run import Bench, choose
+    from embedwright.evaluation.compare.read import read_candidates
+    from embedwright.evaluation.mteb import MtebEncoder
+    from embedwright.evaluation.results import Results
+    from embedwright.processes import start
+
+    began = time.monotonic()
+    chosen = choose(spec["benchmark"])
+    work = Bench(MtebEncoder(model, name=f"embedwright/{spec['arm']}-{spec['seed']}"), folder)
+    if failed := work.run(chosen.tasks, start()):
+        raise RuntimeError("; ".join(f"{task}: {reason}" for task, reason in failed.items()))
+    [found] = [results for results in read_candidates([str(work.folder)])[0].seeds.values()]
+    rows = tuple(row for results in found for row in results.rows)
+    return Results(chosen.name, rows, time.monotonic() - began)
+
+
+def measured(spec: Spec, recipe: Recipe, started: float) -> Spec:
+    """Measures the seconds of a start with an evaluation, and those of a step of each stage."""
+    from embedwright.training.dry_run import measure
+    from embedwright.training.run.start import merged, start_model
+
+    model = start_model(recipe)
+    began = time.time() - started
+    with TemporaryDirectory() as temp:
+        evaluation = score(merged(model), spec, Path(temp)).seconds
+    del model
+    stages, _ = measure(recipe, count=4)
+    steps = [stage.seconds for stage in stages]
+    return {"seconds": {"start": began, "evaluation": evaluation}, "fixed": began + evaluation, "steps": steps}
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), float(sys.argv[2]))

@@ -1,0 +1,299 @@
+"""`ablate`: runs every cell of an ablation, each an arm with a seed, and compares the arms with the baseline.
+
+    OUT/<study>/study.json                       all cells, all trials, and the comparison
+    OUT/<study>/budget.json                      the steps that the budget gives each arm
+    OUT/<study>/<arm>/seed-<n>/                  a cell: a run's folder, and result.json, scores.json, scores.items.npz
+    OUT/<study>/<arm>/rate-<factor>/seed-<n>/    a trial of a learning rate
+    OUT/<study>/<arm>/budget/                    what a step and an evaluation of the arm take
+    OUT/<study>/shared-stages/seed-<n>/          the first stages, trained once for all arms
+
+A smoke test lies in OUT/smoke/<study>/ and begins anew each time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from embedwright.config import did_you_mean
+from embedwright.errors import InputError, blaming, naming
+from embedwright.evaluation.results import Results, read_results
+from embedwright.evaluation.suite import load_suite
+from embedwright.files import check_folder, write_json
+from embedwright.studies.ablate.budget import Cost, TokenCounter, as_written, factors, scaled, tokens_of_steps
+from embedwright.studies.ablate.cell import score
+from embedwright.studies.ablate.file import SHARED, Budget, Study
+from embedwright.studies.ablate.jobs import Job, Say, run_jobs
+from embedwright.studies.ablate.table import compared
+from embedwright.training.batches.sources import data_fingerprint
+from embedwright.training.recipe import Recipe
+from embedwright.training.run.checks import open_checked, stage_folder
+from embedwright.training.run.start import origin_fingerprint
+from embedwright.training.stages import StagePart
+
+Cell = tuple[str, int]  # arm and seed
+_MEASURED = ("unit", "fixed", "steps", "seconds")
+_TOLD = ("arm", "seed", "rate", "recipe", "mean", "scores", "seconds", "tokens", "peak_mb")
+
+
+def ablate(
+    file: Path,
+    out: Path,
+    *,
+    side_by_side: int = 1,
+    smoke: bool = False,
+    only: Sequence[str] = (),
+    anyway: bool = False,
+    say: Say = lambda line: None,
+) -> dict[str, Any]:
+    """Runs the cells of an ablation that have no result yet, each in a process of its own.
+
+    Args:
+        file: The ablation (docs/ablations.md).
+        out: The folder of all studies.
+        side_by_side: How many cells run at once. They divide the cores.
+        smoke: Run one tiny cell instead, whose scores mean nothing.
+        only: Cells to run, as `ARM/SEED`. Default: all.
+        anyway: Run a file on this machine that is marked for another one (`run_on`).
+        say: A function that gets lines of progress.
+
+    Returns:
+        What `study.json` says.
+
+    Raises:
+        InputError: Something in the file or in one of its recipes is wrong or missing. No cell has run then.
+        Interrupted: SIGTERM or SIGINT stopped the cells, each after a checkpoint.
+    """
+    study = Study(file)
+    processes = 1 if smoke else _processes(study, anyway)
+    check_folder(out)
+    folder = out.expanduser() / ("smoke" if smoke else "") / study.said.name
+    work = _Work(study, folder, smoke, processes)
+    cells = work.cells(only)
+    work.check()
+    if smoke:
+        shutil.rmtree(folder, ignore_errors=True)
+    arms, seeds = (list(dict.fromkeys(part)) for part in zip(*cells, strict=True))
+
+    def run(jobs: Iterable[Job | None]) -> None:
+        work.failed |= run_jobs([job for job in jobs if job is not None], side_by_side, say)
+
+    try:
+        if study.said.budget and not smoke:
+            run(work.measurement(arm) for arm in dict.fromkeys([study.said.baseline, *arms]))
+            write_json(folder / "budget.json", work.take_budget(study.said.budget))
+        if study.said.shared_stages:
+            run(work.shared(seed) for seed in [*seeds, *work.tuning_seeds])
+        run(trial for arm in arms for trial in work.trials(arm))
+        run(work.cell(*cell) for cell in sorted(cells, key=lambda cell: cell[1]))  # so that a part of them is balanced
+    finally:  # of an interrupted study, too
+        write_json(folder / "study.json", found := work.found())
+    return found
+
+
+class _Work:
+    """The jobs of a study. Each can be made once what it needs is there: until then it is None."""
+
+    def __init__(self, study: Study, folder: Path, smoke: bool, processes: int) -> None:
+        self.study, self.said, self.folder = study, study.said, folder
+        self.smoke, self.processes = smoke, processes
+        self.failed: dict[Job, str] = {}
+        self.data: dict[str, list[str]] = {}  # of each arm: the fingerprints of its stages' data
+        self.origins: dict[str, str] = {}  # of each model that an arm begins with: its fingerprint
+        self.tuning_seeds = [self.said.rates.seed] if self.said.rates and not smoke else []
+        self.suite, self.tasks = study.suite(smoke), ""
+        self.benchmark = None if smoke and self.said.smoke.suite else self.said.benchmark
+        self.arms = (self.said.smoke.arms or [*self.said.arms][-1:]) if smoke else [*self.said.arms]
+        self.seeds = self.said.smoke.seeds if smoke else self.said.seeds
+        # by how much steps change: those of the shared stages, and of each arm; nothing while a budget is not measured
+        self.common = 1.0
+        self.factors = {} if self.said.budget and not smoke else dict.fromkeys(self.arms, 1.0)
+
+    def cells(self, only: Sequence[str]) -> list[Cell]:
+        """Returns the cells to run. Raises InputError for one that the study has not."""
+        cells = {f"{arm}/{seed}": (arm, seed) for arm in self.arms for seed in self.seeds}
+        for name in only:
+            if name not in cells:
+                raise InputError(f"--only {name}: {self.said.name} has no such cell{did_you_mean(name, cells)}")
+        return [cells[name] for name in only or cells]
+
+    def check(self) -> None:
+        """Opens all that the cells need. Raises InputError, with the arm, if something is missing or wrong."""
+        self.tasks = self._tasks()
+        for arm in self.arms:
+            with naming(f"{self.study.file}: arms.{arm}"):
+                recipe = self._recipe(arm, self.seeds[0])
+                self.data[arm] = [data_fingerprint([sources]) for sources in open_checked(recipe)]
+                if recipe.model.name not in self.origins:
+                    self.origins[recipe.model.name] = origin_fingerprint(recipe.model)
+                _rest(recipe, self.said.shared_stages, 1.0, 1.0, self.folder)  # raises where it cannot be
+
+    def _tasks(self) -> str:
+        """Returns what cells are scored on, as a fingerprint. Raises InputError if there is no such thing."""
+        if self.benchmark is not None:
+            with naming(f"{self.study.file}: benchmark"), blaming(self.benchmark):
+                from embedwright.evaluation.bench.run import choose
+
+                return json.dumps([version("mteb"), *(task.metadata.name for task in choose(self.benchmark).tasks)])
+        with naming(f"{self.study.file}: {'smoke.suite' if self.smoke and self.said.smoke.suite else 'suite'}"):
+            tasks = load_suite(self.suite).tasks
+        return json.dumps([task.model_dump(mode="json") | {"path": task.path.name} for task in tasks])
+
+    def _recipe(self, arm: str, seed: int) -> Recipe:
+        return self.study.recipe(arm, seed, smoke=self.smoke)
+
+    def _job(self, kind: str, arm: str, place: str, recipe: Recipe, begin: Job | None = None, **facts: Any) -> Job:
+        """Makes a job. Its key covers recipe, content of the data and of the model that it begins with, and suite."""
+        data = {stage.name: found for stage, found in zip(self._stages(arm), self.data[arm], strict=True)}
+        origin = begin.key if begin else self.origins[recipe.model.name]
+        own = [data[stage.name] for stage in recipe.stages]
+        decisive = [kind, recipe.hash(), own, origin, None if kind == "shared" else self.tasks]
+        key = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:12]
+        spec = {"name": f"{self.said.name}/{place}", "kind": kind, "arm": arm, "seed": recipe.seed, **facts}
+        spec |= {"smoke": self.smoke, "benchmark": self.benchmark, "suite": self.suite}
+        return Job(self.folder / place, key, recipe, spec, self.processes)
+
+    def _stages(self, arm: str) -> tuple[StagePart, ...]:
+        return self._recipe(arm, self.seeds[0]).stages
+
+    # ---- budget
+
+    def measurement(self, arm: str) -> Job:
+        """Returns the job that measures what an arm takes. Tokens are counted at once, and then it is done."""
+        unit = "tokens" if self.said.budget and self.said.budget.tokens else "seconds"
+        recipe = self._recipe(arm, self.seeds[0])
+        job = self._job("budget", arm, f"{arm}/budget", recipe, unit=unit)
+        if unit == "tokens" and job.result is None:
+            counter = TokenCounter(recipe)
+            with TemporaryDirectory() as temp:
+                score(counter, job.spec, Path(temp))
+            steps = tokens_of_steps(recipe, open_checked(recipe))
+            job.finish({"fixed": counter.total, "steps": steps})
+        return job
+
+    def take_budget(self, budget: Budget) -> dict[str, Any]:
+        """Turns the budget into steps, for the arms that were measured. Returns what `budget.json` says."""
+        found = {arm: result for arm in self.arms if (result := self.measurement(arm).result)}
+        count, baseline = self.said.shared_stages, self.said.baseline
+        if baseline in found:
+            costs = {arm: Cost(cost["fixed"], tuple(cost["steps"])) for arm, cost in found.items()}
+            stages = {arm: self._stages(arm) for arm in found}
+            with naming(str(self.study.file)):
+                asked = float(budget.tokens or budget.seconds or 0)
+                self.common, self.factors = factors(asked, costs, stages, baseline, count)
+        arms = {
+            arm: {key: found[arm][key] for key in _MEASURED if key in found[arm]}
+            | {"factor": factor, "stages": as_written(scaled(self._stages(arm)[count:], factor))}
+            for arm, factor in self.factors.items()
+        }
+        first = as_written(scaled(self._stages(baseline)[:count], self.common))
+        return {"budget": budget.model_dump(exclude_none=True), "shared_stages": first, "arms": arms}
+
+    # ---- runs
+
+    def shared(self, seed: int) -> Job | None:
+        """Returns the run of the first stages, the same for all arms."""
+        if not self.factors:
+            return None
+        recipe = self._recipe(self.arms[0], seed)  # any arm: they do not differ in these stages
+        *before, last = scaled(recipe.stages[: self.said.shared_stages], self.common)
+        stages = (*before, last.model_copy(update={"save": True}))
+        named = {"name": f"{self.said.name} {SHARED} seed {seed}", "stages": stages}
+        return self._job("shared", self.arms[0], f"{SHARED}/seed-{seed}", recipe.model_copy(update=named))
+
+    def trials(self, arm: str) -> list[Job | None]:
+        """Returns the trials of an arm's learning rates; none if the study chooses no rates."""
+        rates = self.said.rates
+        return [
+            self._run(arm, seed, f"{arm}/rate-{factor:g}/seed-{seed}", factor, rates.length if rates else 1.0)
+            for seed in self.tuning_seeds
+            for factor in (rates.factors if rates else ())
+        ]
+
+    def rate(self, arm: str) -> float | None:
+        """Returns the factor of the best trial, the recipe's own rate among equals; None while one is missing."""
+        if not self.tuning_seeds:
+            return 1.0
+        found = [job.result if job else None for job in self.trials(arm)]
+        done = [result for result in found if result]
+        if len(done) < len(found):
+            return None
+        return float(max(done, key=lambda result: (result["mean"], result["rate"] == 1))["rate"])
+
+    def cell(self, arm: str, seed: int) -> Job | None:
+        rate = self.rate(arm)
+        return None if rate is None else self._run(arm, seed, f"{arm}/seed-{seed}", rate)
+
+    def _run(self, arm: str, seed: int, place: str, rate: float, length: float = 1.0) -> Job | None:
+        factor, begin, count = self.factors.get(arm), None, self.said.shared_stages
+        if factor is None or (count and ((begin := self.shared(seed)) is None or begin.result is None)):
+            return None
+        recipe = self._recipe(arm, seed)
+        saved = stage_folder(begin.folder, begin.recipe.stages[-1].name) if begin else None
+        recipe = _rest(recipe, count, factor * length, rate, saved)
+        return self._job("cell", arm, place, recipe, begin, rate=rate)
+
+    def found(self) -> dict[str, Any]:
+        """Says all that is known of the study: what `study.json` holds."""
+        shared = [self.shared(seed) for seed in (*self.seeds, *self.tuning_seeds)] if self.said.shared_stages else []
+        trials = [trial for arm in self.arms for trial in self.trials(arm)]
+        cells = {(arm, seed): self.cell(arm, seed) for arm in self.arms for seed in self.seeds}
+        missing = [f"{arm}/{seed}" for (arm, seed), job in cells.items() if job is None or job.result is None]
+        return {
+            "study": self.said.name,
+            "smoke": self.smoke,
+            "baseline": self.said.baseline,
+            "scored_on": self.benchmark or Path(self.suite).name,
+            "run_on": self.said.run_on,
+            "paper": self.said.paper.model_dump() if self.said.paper else None,
+            "missing": missing,
+            "failed": {job.spec["name"]: reason for job, reason in self.failed.items() if job.result is None},
+            "cells": [self._told(job) for job in cells.values() if job and job.result],
+            "trials": [self._told(job) for job in trials if job and job.result],
+            "shared_stages": [self._told(job) for job in shared if job and job.result],
+            "comparison": None if self.smoke else compared(self.said, self._scores(cells)),
+        }
+
+    def _scores(self, cells: Mapping[Cell, Job | None]) -> dict[str, dict[int, Results]]:
+        found: dict[str, dict[int, Results]] = {}
+        for (arm, seed), job in cells.items():
+            if job and job.result:
+                found.setdefault(arm, {})[seed] = read_results(job.folder / "scores.json")
+        return found
+
+    def _told(self, job: Job) -> dict[str, Any]:
+        hidden = ("mean", "scores") if self.smoke else ()
+        kept = {key: value for key, value in (job.result or {}).items() if key in _TOLD and key not in hidden}
+        return {"folder": str(job.folder.relative_to(self.folder))} | kept
+
+
+def _rest(recipe: Recipe, shared: int, factor: float, rate: float, saved: Path | None) -> Recipe:
+    """Returns the recipe of a cell: the stages after the shared ones, which begin from the model of these."""
+    stages = scaled(recipe.stages[shared:], factor, rate)
+    content = recipe.model_dump(mode="json") | {"stages": [stage.model_dump(mode="json") for stage in stages]}
+    if shared:
+        content["model"] = {"from": str(saved)}
+    return Recipe.parse(content)
+
+
+def _processes(study: Study, anyway: bool) -> int:
+    """Returns how many processes train a cell. Raises InputError if this machine is not the one of `run_on`."""
+    asked = study.said.run_on
+    gpus = re.match(r"(\d+) GPUs?\b", asked or "")
+    if gpus and torch.cuda.device_count() >= int(gpus[1]):
+        return int(gpus[1])
+    if asked and not anyway:
+        raise InputError(
+            f"{study.file}: not run: needs {asked}, and this machine has {torch.cuda.device_count()} GPUs; "
+            "--anyway runs it here"
+        )
+    return 1

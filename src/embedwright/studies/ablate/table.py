@@ -1,0 +1,95 @@
+"""Compares the arms of a study with its baseline, and shows this beside the paper's numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from embedwright.evaluation.compare.compare import Candidate, compare
+from embedwright.evaluation.results import Results
+from embedwright.studies.ablate.file import Ablation
+from embedwright.training.plan import columns
+
+HEAD = ["arm", "seeds", "score", "difference", "95 % interval", "p (Holm)", "smallest visible", "claim"]
+
+
+def compared(said: Ablation, scores: Mapping[str, Mapping[int, Results]]) -> dict[str, Any] | None:
+    """Compares each arm with the baseline, over its seeds and items. None while there are no two arms to compare.
+
+    An arm that lacks seeds is compared by those that it shares with the baseline, if all others are whole, too.
+    """
+    arms = [said.baseline, *(arm for arm in scores if arm != said.baseline)]
+    candidates = [
+        Candidate(arm, {seed: [found] for seed, found in scores[arm].items()}) for arm in arms if arm in scores
+    ]
+    if len(candidates) < 2 or candidates[0].name != said.baseline:
+        return None
+    found: dict[str, Any] = json.loads(compare(candidates, equivalent=said.equivalent).to_json())
+    return found
+
+
+def render(study: Mapping[str, Any]) -> str:
+    """Returns the table of a study, as `study.json` has it. A smoke test has no numbers to show."""
+    if study["smoke"]:
+        lines = [f"{study['study']}: smoke test of {len(study['cells'])} cells; its scores mean nothing"]
+    else:
+        lines = [*_table(study), *_rates(study["trials"])]
+    if study["missing"]:
+        lines.append(f"NOT WHOLE, missing cells: {', '.join(study['missing'])}")
+    return "\n".join([*lines, *(f"{name}: {reason}" for name, reason in study["failed"].items())])
+
+
+def _table(study: Mapping[str, Any]) -> list[str]:
+    """Returns one line an arm. Differences are of the mean over tasks, or of the only task."""
+    scores: dict[str, list[float]] = {}
+    for cell in study["cells"]:
+        scores.setdefault(cell["arm"], []).append(100 * cell["mean"])
+    if not scores:
+        return []
+    compared = study["comparison"] or {"rows": [], "baseline": study["baseline"]}
+    means = {row["candidate"]: row for row in compared["rows"] if row["kind"] == "tasks"}
+    rows = means or {row["candidate"]: row for row in compared["rows"]}
+    paper = study["paper"] or {"scores": {}}
+    head = [*HEAD, *(["paper", "its difference"] if study["paper"] else [])]
+    lines = [head]
+    for arm, some in scores.items():
+        cells = [arm, str(len(some)), f"{fmean(some):.2f}", *_difference(rows.get(arm, {}))]
+        if study["paper"]:
+            theirs, base = (paper["scores"].get(name) for name in (arm, study["baseline"]))
+            known = theirs is not None and base is not None and arm != study["baseline"]
+            cells += [_number(theirs, ".2f"), f"{theirs - base:+.2f}" if known else "-"]
+        lines.append(cells)
+    shown = [
+        f"{study['study']}: {study['scored_on']}, in points, differences from {study['baseline']}",
+        *columns(lines),
+    ]
+    if study["paper"]:
+        shown.append(f"paper: {paper['what']} ({paper['source']})")
+    return shown
+
+
+def _difference(row: Mapping[str, Any]) -> list[str]:
+    known = row.get("low") is not None
+    interval = f"{row['low']:+.2f} to {row['high']:+.2f}" if known else "-"
+    numbers = [_number(row.get(key), form) for key, form in (("p_holm", ".3f"), ("smallest", ".2f"))]
+    return [_number(row.get("difference"), "+.2f"), interval, *numbers, row.get("claim") or "-"]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _rates(trials: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns one line an arm: the score of each rate that was tried, the best one marked."""
+    by_arm: dict[str, dict[float, float]] = {}
+    for trial in trials:
+        by_arm.setdefault(trial["arm"], {})[trial["rate"]] = 100 * trial["mean"]
+    lines = []
+    for arm, found in by_arm.items():
+        best = max(found, key=lambda rate: (found[rate], rate == 1))
+        edge = ", at the edge of the grid" if best in (min(found), max(found)) else ""
+        tried = ", ".join(f"x{rate:g} {score:.2f}" for rate, score in sorted(found.items()))
+        lines.append(f"rates of {arm}: {tried}; best x{best:g}{edge}, default {found.get(1, float('nan')):.2f}")
+    return lines

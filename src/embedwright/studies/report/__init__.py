@@ -1,0 +1,1 @@
+"""The report: a run or results as one HTML page."""

@@ -1,0 +1,242 @@
+"""`bench`: mteb's tasks into mteb's folder, gone on with, shared by processes, each failure named."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import mteb
+import numpy as np
+import pytest
+from mteb.abstasks.aggregated_task import AbsTaskAggregate
+from mteb.mocks import MOCK_TASK_TEST_GRID
+from numpy.typing import NDArray
+
+from embedwright.errors import InputError
+from embedwright.evaluation.bench import run as bench
+from embedwright.evaluation.bench.run import Bench, choose, name_of, size
+from embedwright.evaluation.mteb import MtebEncoder
+from embedwright.processes import Processes
+
+TASKS = {task.metadata.name: task for task in MOCK_TASK_TEST_GRID}
+SOME = ["MockRetrievalTask", "MockSTSTask", "MockClassificationTask", "MockMultilingualRetrievalTask"]
+
+
+class Toy:
+    """Vectors of the letters in a text; the instruction counts."""
+
+    def __init__(self, shift: float = 0.0) -> None:
+        self.shift, self.texts = shift, list[str]()
+
+    def fingerprint(self) -> dict[str, str]:
+        return {"weights": f"toy {self.shift}"}
+
+    def encode(self, texts: Sequence[str], task: str | None = None) -> NDArray[np.float32]:
+        self.texts += texts
+        counts = [[f"{task or ''}{text}".lower().count(letter) + self.shift for letter in "abcdefgh"] for text in texts]
+        vectors = np.array(counts, np.float32).reshape(len(texts), 8) + 0.1
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def refuse(*args: Any, **_: Any) -> Any:
+        raise AssertionError(f"network: {args}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    yield
+
+
+def bench_of(out: Path, model: Any = None, **options: Any) -> Bench:
+    return Bench(MtebEncoder(model or Toy(), name="toys/letters", **options), out)
+
+
+def scores(work: Bench) -> dict[str, Any]:
+    return {file.stem: json.loads(file.read_text())["scores"] for file in work.folder.glob("Mock*.json")}
+
+
+# ---- names
+
+
+def test_a_name_is_a_benchmark_or_a_task() -> None:
+    assert len(choose("MTEB(eng, v1)").tasks) == 56
+    assert len(choose("MTEB(eng, v2)").tasks) == 41
+    assert len(choose("MTEB(Multilingual, v2)").tasks) == 131
+    assert len(choose("NanoBEIR").tasks) == 13
+    assert choose("BRIGHT").benchmark is not None
+    (task,) = choose("SciFact").tasks
+    assert task.metadata.name == "SciFact" and choose("SciFact").benchmark is None
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("NanoBIER", "NanoBEIR"), ("mteb(eng, v3)", "MTEB(eng, v2)"), ("SciFakt", "SciFact"), ("STS-12", "STS12")],
+)
+def test_an_unknown_name_is_answered_with_the_nearest(name: str, near: str) -> None:
+    with pytest.raises(InputError, match="knows no benchmark or task") as refused:
+        choose(name)
+    assert repr(near) in str(refused.value)
+
+
+def test_the_name_of_a_model(tmp_path: Path) -> None:
+    (tmp_path / "runs/mine/model").mkdir(parents=True)
+    assert name_of("minilm") == "embedwright/minilm"
+    assert name_of("nvidia/NV-Embed-v2@main") == "nvidia/NV-Embed-v2"
+    assert name_of(f"{tmp_path}/runs/mine/model") == "embedwright/mine"
+    assert name_of(f"{tmp_path}/runs/mine/") == "embedwright/mine"
+    assert name_of("http://localhost:80/v1#org/name") == "org/name"
+    assert name_of("http://localhost:80/v1#some model") == "embedwright/some_model"
+
+
+# ---- a run
+
+
+def test_results_lie_as_mteb_writes_them(tmp_path: Path) -> None:
+    work = bench_of(tmp_path / "ours")
+    assert work.run([TASKS[name] for name in SOME]) == {}
+    theirs = mteb.ResultCache(tmp_path / "theirs")
+    for name in SOME:  # new objects: a task's random generator goes on from run to run
+        mteb.evaluate(work.encoder, type(TASKS[name])(), cache=theirs, show_progress_bar=False, co2_tracker=False)  # type: ignore[arg-type]
+    plain = theirs.get_task_result_path("x", work.meta).parent
+    assert work.folder == tmp_path / "ours/results/toys__letters" / str(work.meta.revision)
+    assert {f.name for f in work.folder.iterdir() if f.suffix != ".npz"} == {f.name for f in plain.iterdir()}
+    for name in SOME:
+        ours, other = (json.loads((folder / f"{name}.json").read_text()) for folder in (work.folder, plain))
+        for split in other["scores"]:
+            assert [s["main_score"] for s in ours["scores"][split]] == [s["main_score"] for s in other["scores"][split]]
+        assert ours["mteb_version"] == other["mteb_version"] and ours["dataset_revision"] == other["dataset_revision"]
+    assert (work.folder / "model_meta.json").read_text() == (plain / "model_meta.json").read_text()
+    lines = [sorted((f / "run_settings.jsonl").read_text().splitlines()) for f in (work.folder, plain)]
+    assert lines[0] == lines[1]
+    loaded = theirs.load_results(include_remote=False)
+    assert {result.task_name for result in loaded[0].task_results} == set(SOME)
+    assert not (tmp_path / "ours/unfinished").exists()
+
+
+def test_a_second_run_does_what_is_left(tmp_path: Path) -> None:
+    first, second, model = list[str](), list[str](), Toy()
+    bench_of(tmp_path).run([TASKS[name] for name in SOME[:2]], say=first.append)
+    work = bench_of(tmp_path, model)
+    work.run([TASKS[name] for name in SOME], say=second.append)
+    assert first[0] == "2 tasks, 0 of them done before" and second[0] == "4 tasks, 2 of them done before"
+    assert [line.partition("]")[0] for line in second[1:]] == ["[3/4", "[4/4"]
+    own = Toy()
+    bench_of(tmp_path / "other", own).run([TASKS[name] for name in SOME[2:]])
+    assert sorted(model.texts) == sorted(own.texts)
+    model.texts.clear()
+    assert work.run([TASKS[name] for name in SOME]) == {} and not model.texts
+
+
+def test_a_failed_task_is_named_and_the_others_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    def broken(**_: Any) -> None:
+        raise RuntimeError("disk on fire")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TASKS["MockSTSTask"], "load_data", broken)
+        failed = bench_of(tmp_path).run([TASKS[name] for name in SOME], say=said.append)
+    assert failed == {"MockSTSTask": "RuntimeError: disk on fire"}
+    assert sum("MockSTSTask: failed" in line for line in said) == 1
+    work = bench_of(tmp_path)
+    assert {file.stem for file in work.folder.glob("Mock*.json")} == set(SOME) - {"MockSTSTask"}
+    assert work.run([TASKS[name] for name in SOME]) == {} and len(scores(work)) == 4
+
+
+def test_a_data_set_out_of_reach_says_how_to_bring_it(tmp_path: Path) -> None:
+    failed = bench_of(tmp_path).run([mteb.get_task("NanoSciFactRetrieval"), TASKS["MockSTSTask"]])
+    (reason,) = failed.values()
+    assert "mteb/NanoSciFactRetrieval cannot be opened" in reason
+    assert "datasets--mteb--NanoSciFactRetrieval" in reason
+    assert "hf download mteb/NanoSciFactRetrieval --repo-type dataset --revision 8c5f7bbe" in reason
+    assert len(scores(bench_of(tmp_path))) == 1
+
+
+def test_a_task_that_is_not_about_text_is_refused(tmp_path: Path) -> None:
+    images = mteb.get_task("CIFAR10")
+    assert "not one of texts" in bench_of(tmp_path).run([images])["CIFAR10"]
+
+
+def test_other_models_and_revisions_lie_beside(tmp_path: Path) -> None:
+    works = [bench_of(tmp_path), bench_of(tmp_path, Toy(1.0)), bench_of(tmp_path, instructions={"MockSTSTask": ""})]
+    for number, work in enumerate(works):
+        assert work.result(TASKS["MockSTSTask"]) is None
+        assert sum(map(len, work.others().values())) == number
+        work.run([TASKS["MockSTSTask"]])
+    assert len({work.folder for work in works}) == 3
+    assert all(tasks == ["MockSTSTask"] for tasks in works[0].others().values())
+
+
+def test_another_version_of_mteb_has_another_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = bench_of(tmp_path)
+    before.run([TASKS["MockSTSTask"]])
+    monkeypatch.setattr("embedwright.evaluation.mteb.version", lambda package: "3.0")
+    after = bench_of(tmp_path)
+    assert after.result(TASKS["MockSTSTask"]) is None
+    assert after.others() == {before.folder.name: ["MockSTSTask"]}
+
+
+def test_two_processes_have_the_tasks_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [*SOME, "MockMultilingualClusteringFastTask", "MockPairClassificationTask"]
+    tasks = [type(TASKS[name])() for name in names]
+    alone = bench_of(tmp_path / "one")
+    assert alone.run(tasks) == {}
+    together, said = threading.Barrier(2, timeout=60), list[str]()
+    monkeypatch.setattr(Processes, "wait", lambda self: together.wait())
+    works = [bench_of(tmp_path / "two", Toy()) for _ in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        ends = [pool.submit(works[rank].run, tasks, Processes(rank, 2), [said.append, str][rank]) for rank in range(2)]
+        assert ends[0].result(timeout=60) == {} and ends[1].result(timeout=60) is not None
+    work = works[0]
+    models = [work.encoder.model for work in works]
+    assert all(model.texts for model in models)
+    assert scores(work) == scores(alone)
+    assert len([line for line in said if line.startswith("[")]) == len(scores(alone))
+    settings = [sorted((w.folder / "run_settings.jsonl").read_text().splitlines()) for w in (alone, work)]
+    assert settings[0] == settings[1]
+
+
+def test_an_aggregate_task_keeps_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [type(TASKS[name])() for name in ("MockRetrievalTask", "MockRetrievalDialogTask")]
+    whole = mteb.get_task("CQADupstackRetrieval")
+    assert isinstance(whole, AbsTaskAggregate)
+    fields = {"tasks": parts, "eval_splits": ["test"], "name": "MockAggregate"}
+    monkeypatch.setattr(whole, "metadata", whole.metadata.model_copy(update=fields), raising=False)
+    monkeypatch.setattr(whole, "taskname_to_task", {part.metadata.name: part for part in parts})
+    work = bench_of(tmp_path)
+    assert work.run([whole]) == {}
+    by_part = [work.result(part).get_score(splits=["test"]) for part in parts]  # type: ignore[union-attr]
+    assert work.result(whole).get_score() == pytest.approx(np.mean(by_part), abs=1e-9)  # type: ignore[union-attr]
+    model = Toy()
+    assert bench_of(tmp_path, model).run([whole]) == {} and not model.texts
+
+
+def test_the_size_of_a_task_is_that_of_its_splits_and_subsets() -> None:
+    stats = mteb.get_task("ArguAna").metadata.descriptive_stats
+    assert stats is not None and size(mteb.get_task("ArguAna")) == stats["test"]["number_of_characters"]  # type: ignore[index]
+    assert 0 < size(mteb.get_task("STS17", languages=["eng"])) < size(mteb.get_task("STS17"))
+    assert size(TASKS["MockSTSTask"]) == bench._UNKNOWN_SIZE
+    assert size(mteb.get_task("CQADupstackRetrieval")) > 10 * size(mteb.get_task("CQADupstackPhysicsRetrieval"))
+
+
+def test_a_broken_file_of_a_killed_process_is_done_again(tmp_path: Path) -> None:
+    work = bench_of(tmp_path)
+    task = TASKS["MockRetrievalTask"]
+    inside = work.work / "MockRetrievalTask" / "results" / work.folder.parent.name / work.folder.name
+    for file in (
+        inside / "MockRetrievalTask.json",
+        work.work / "MockRetrievalTask/predictions" / task.prediction_file_name,
+    ):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text('{"half": ')
+    work.folder.mkdir(parents=True)
+    (work.folder / ".MockRetrievalTask.0123456789ab.json").write_text('{"half": ')
+    assert work.run([task]) == {} and not list(work.folder.glob(".*"))
+    assert len(work.cache.load_results(include_remote=False)[0].task_results) == 1
+    assert work.run([task]) == {} and work.result(task) is not None
