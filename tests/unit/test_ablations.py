@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from embedwright.studies.ablate.file import Study
+from embedwright.config import load_yaml
+from embedwright.studies.ablate.file import Study, with_overrides
 from embedwright.training.recipe import Recipe, leaves
 
 ROOT = Path(__file__).parents[2]
@@ -18,7 +19,8 @@ FOLDER = ROOT / "recipes" / "ablations"
 FILES = {file.stem: file for file in sorted(FOLDER.glob("*.yaml"))}
 
 CAUSAL, POOLING = "model.attention", "model.pooling"
-FULL = {"tune.method", "stages.retrieval.optim.lr", "stages.generalist.optim.lr"}
+# the pooling block, which is new in both, keeps its rate: ten times the ratio at a tenth of the rate
+FULL = {"tune.method", "tune.pooling_lr_ratio", "stages.retrieval.optim.lr", "stages.generalist.optim.lr"}
 FIRST_OBJECTIVE = {f"stages.generalist.{key}" for key in ("hard_negatives", "temperature", "optim.batch_queries")}
 TOPICS = "stages.generalist.data.1"
 RULE, TEACHER = "stages.retrieval.mine.rule", "stages.retrieval.mine.teacher"
@@ -95,6 +97,21 @@ def test_an_arm_differs_from_the_baseline_in_what_it_is_named_for(file: str, arm
     assert changed == set().union(*below.values()), "an arm that changes more than it is named for"
 
 
+def test_an_override_of_one_stage_leaves_another_alone_where_the_base_writes_both_once() -> None:
+    base = load_yaml(FOLDER / "base" / "cell.yaml")
+    before = Recipe.parse(base)
+    after = Recipe.parse(with_overrides(base, {"stages.generalist.data.0.weight": 5}))
+    assert after.stages[1].data[0].weight == 5 and after.stages[0] == before.stages[0]
+
+
+@pytest.mark.parametrize("arm", [arm for arm in EXPECTED["depth"] if arm.startswith("full")])
+def test_the_pooling_block_trains_at_one_rate_in_lora_and_full(arm: str) -> None:
+    study = Study(FILES["depth"])
+    for ours, theirs in zip(study.recipe("lora-16", 1).stages, study.recipe(arm, 1).stages, strict=True):
+        ratios = [study.recipe(name, 1).tune.pooling_lr_ratio for name in ("lora-16", arm)]
+        assert ours.optim.lr * ratios[0] == pytest.approx(theirs.optim.lr * ratios[1])
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_a_file_has_the_size_of_its_cells(file: str) -> None:
     study = Study(FILES[file])
@@ -111,7 +128,7 @@ def test_a_file_has_the_size_of_its_cells(file: str) -> None:
     for arm in said.smoke.arms:
         tiny = study.recipe(arm, 1, smoke=True)
         assert tiny.model.layers and tiny.model.layers <= 3 and all(stage.optim.steps == 2 for stage in tiny.stages)
-    assert len(said.smoke.arms) == 1 and study.smoke_suite == FOLDER / "base" / "smoke-suite.yaml"
+    assert len(said.smoke.arms) == 1 and Path(study.suite(smoke=True)) == FOLDER / "base" / "smoke-suite.yaml"
 
 
 def test_numbers_of_data_mean_the_sets_that_they_are_meant_for() -> None:

@@ -5,7 +5,6 @@ Overrides are put into the recipe's mapping before it is parsed, so a recipe's o
 
 from __future__ import annotations
 
-import copy
 import os
 import re
 from collections.abc import Mapping
@@ -189,13 +188,20 @@ def with_overrides(content: Mapping[str, Any], overrides: Mapping[str, Any]) -> 
     A number enters a list, and so does the name of a stage. `stages: [second, first]` takes stages by name, in order,
     each with the mining before it.
     """
-    tree = copy.deepcopy(dict(content))
+    tree: dict[str, Any] = _unshared(content)
     for key, value in overrides.items():
         if key == "stages" and isinstance(value, list) and value and all(isinstance(name, str) for name in value):
             tree["stages"] = _picked(tree.get("stages") or [], value)
         else:
-            _put(tree, key, copy.deepcopy(value))
+            _put(tree, key, _unshared(value))
     return tree
+
+
+def _unshared(value: Any) -> Any:
+    """Copies mappings and lists. An alias of YAML, which is one object in two places, becomes two objects."""
+    if isinstance(value, Mapping):
+        return {key: _unshared(inner) for key, inner in value.items()}
+    return [_unshared(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _put(tree: Any, key: str, value: Any) -> None:
