@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -13,6 +14,9 @@ from embedwright.cli.main import app
 from embedwright.data.files.table import open_examples
 from embedwright.data.files.tasks import read_tasks, tasks_file
 from embedwright.pairs.make import MEANINGS, WAYS
+from embedwright.text import Contract
+from embedwright.training.batches.blend import Row
+from embedwright.training.batches.make import make_batch
 from embedwright.training.recipe import Recipe
 from embedwright.training.train import train
 
@@ -46,6 +50,13 @@ def test_documents_become_a_trained_model(
     source.write_text("".join(json.dumps(document(i)) + "\n" for i in range(36)))
     counts = json.loads(run("data", "pairs", source, "--how", ",".join(WAYS), "--out", made, "--licence", "mit"))
     assert {way: count["examples"] > 0 for way, count in counts["ways"].items()} == dict.fromkeys(WAYS, True)
+    giving = {row.task for row in open_examples(made) if row.negatives}
+    assert giving == {f"docs-{kind}" for kind in ("bm25", "gloss", "gloss-usage", "swap", "classes")}
+    for name in giving:
+        task = read_tasks(tasks_file(made))[name]
+        rows = [Row(row, task) for row in open_examples(made) if row.task == name and row.negatives]
+        batch = make_batch(rows, Contract(eos_id=1), hard_negatives=2, in_batch="none", rng=np.random.default_rng(0))
+        assert batch.masks.own_QC.any(axis=1).all(), name
     run("data", "clean", made, "--out", cleaned, "--licence", "mit", "--repeats", "none")
     run("mine", cleaned, "--out", mined, "--teacher", "bm25", "--negatives", "2", "--rule", "naive")
     tasks = read_tasks(tasks_file(mined))

@@ -10,6 +10,7 @@ import random
 import re
 from dataclasses import replace
 
+from embedwright.data.schema import Passage
 from embedwright.pairs.documents import Document, Made, pair
 from embedwright.pairs.words import FUNCTION_WORDS, around, is_prose, sentences, unmarked
 
@@ -40,7 +41,8 @@ def swap(document: Document, rng: random.Random) -> Made:
             claims = claim, new.join(re.split(_whole(old), claim))
             (right, wrong) = claims if rng.random() < 0.5 else claims[::-1]
             texts = [" ".join(filter(None, [before, claim, after])) for claim in (right, wrong)]
-            return [replace(pair(document, right, texts[0]), negatives=(document.passage(texts[1]),))]
+            # no id: with its document's, which the positive has, it would count as an answer of the claim
+            return [replace(pair(document, right, texts[0]), negatives=(Passage(texts[1]),))]
     return "nothing_to_swap"
 
 
