@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from embedwright.data.files.table import open_examples
 from embedwright.encoders.protocol import Encoder, encode_finite
+from embedwright.mining.report import KINDS
 from embedwright.studies.report.run import Chart, chart
 from embedwright.training.batches.blend import Row, Source
 from embedwright.training.batches.sources import open_sources
@@ -51,12 +52,18 @@ def pair_charts(encoder: Encoder, recipe: Recipe, folder: Path) -> list[Chart]:
 
 
 def mining_charts(folder: Path) -> list[Chart]:
-    """Returns a chart for each time that a stage of the run has mined: the scores by the teacher."""
+    """Returns a chart for each time that a stage of the run has mined: the scores by the teacher.
+
+    A folder that is being filled, or was when the run was killed, is passed over. Mining without scores (`random`) has
+    no chart.
+    """
     charts: list[Chart] = []
-    for file in sorted(folder.glob("mined/*/*/[0-9]*.json")):
+    for file in sorted(folder.glob("mined/*/[0-9]*/[0-9]*.json")):
         report = json.loads(file.read_text(encoding="utf-8"))
         scores, stage, step = report["scores"], file.parts[-3], int(file.parts[-2])
-        series = {key.replace("_", " "): scores[key] for key in ("positives", "removed_by_rule", "negatives")}
+        series = {key.replace("_", " "): scores[key] for key in KINDS}
+        if not any(map(any, series.values())):
+            continue
         made = f"Scores by the teacher: {report['queries']:,} queries, {report['negatives']:,} negatives taken."
         charts.append(_histogram(f"mined-{len(charts)}", f"Mining for {stage}, step {step}", series, scores, made))
     return charts
@@ -65,7 +72,7 @@ def mining_charts(folder: Path) -> list[Chart]:
 def _sources(recipe: Recipe, folder: Path) -> Iterator[tuple[Source, str]]:
     """Gives the sources of all stages. One that was mined has its last negatives, and the name of the stage with it."""
     for stage, sources in zip(recipe.stages, open_sources(recipe), strict=True):
-        mined = max(folder.glob(f"mined/{stage.name}/*"), default=None)
+        mined = max((folder / "mined" / stage.name).glob("[0-9]*"), default=None)
         for number, source in enumerate(sources):
             file = None if mined is None else mined / f"{number:02d}.parquet"
             if file is not None and file.is_file():

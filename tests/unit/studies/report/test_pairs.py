@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from embedwright.files import whole_folder
 from embedwright.mining.report import Histogram, MiningReport
 from embedwright.studies.report import pairs as report_pairs
 from embedwright.studies.report.pairs import mining_charts, pair_charts
@@ -119,3 +120,19 @@ def test_the_runs_own_mining_is_drawn_from_its_reports(tmp_path: Path) -> None:
     assert [line["name"] for line in chart["series"]] == ["positives (mean 0.81)", "negatives (mean 0.26)"]
     found = {round(x, 3): y for x, y in zip(chart["series"][0]["x"], chart["series"][0]["y"], strict=True) if y}
     assert found == {0.955: pytest.approx(200 / 3), 0.525: pytest.approx(100 / 3)}
+
+
+def test_a_run_that_is_mining_or_was_killed_there_is_drawn_without_it(rows: Path, tmp_path: Path) -> None:
+    with whole_folder(tmp_path / "mined" / "only" / "0000008") as folder:
+        (folder / "00.json").write_text('{"half')
+        (folder / "00.parquet").write_text("half")
+        assert mining_charts(tmp_path) == []
+        assert [chart["title"] for chart in pair_charts(Axes(), recipe(rows), tmp_path)] == ["Task t"]
+
+
+def test_mining_that_scores_nothing_has_no_chart(tmp_path: Path) -> None:
+    folder = tmp_path / "mined" / "second" / "0000008"
+    folder.mkdir(parents=True)
+    report = MiningReport("random", None, 0, None, 1.0, 3, 9, negatives=1, scores=Histogram().to_json())
+    (folder / "00.json").write_text(json.dumps(report.to_json()))
+    assert mining_charts(tmp_path) == []
