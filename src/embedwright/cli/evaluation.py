@@ -67,7 +67,8 @@ def run_mteb(model: str, names: Sequence[str], out: Path, max_tokens: int | None
     """Runs MTEB benchmarks or tasks, prints their tables, and exits with 1 if a task failed."""
     from embedwright.encoders.http import HttpEncoder
     from embedwright.encoders.open import open_encoder
-    from embedwright.evaluation.bench.run import Bench, choose, name_of
+    from embedwright.evaluation.bench.names import choose, name_of
+    from embedwright.evaluation.bench.run import Bench
     from embedwright.evaluation.bench.table import lines, released_as
     from embedwright.evaluation.mteb import MtebEncoder
     from embedwright.processes import start

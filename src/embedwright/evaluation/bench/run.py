@@ -12,31 +12,29 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import os
 import random
 import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from difflib import get_close_matches
-from functools import cache
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import mteb
 import numpy as np
 from huggingface_hub import constants
 from mteb.abstasks import AbsTask
 from mteb.abstasks.aggregated_task import AbsTaskAggregate
-from mteb.benchmarks import Benchmark
 from mteb.cache import ResultCache
 from mteb.results import TaskResult
 
 from embedwright.errors import InputError, OutOfReachError, blaming
 from embedwright.evaluation.bench.items import KINDS, remove_broken, write_items
+from embedwright.evaluation.bench.names import Chosen
 from embedwright.evaluation.mteb import MtebEncoder, instruction_of
 from embedwright.evaluation.results import Result, Results
 from embedwright.files import remove_leftovers, whole_file, write_text
@@ -47,30 +45,6 @@ Say = Callable[[str], None]
 
 _POLL_S = 0.5  # how often rank 0 looks for what the other processes have done
 _UNKNOWN_SIZE = 1_000_000  # characters of a task whose size mteb does not know
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """What a name stands for: the tasks of a benchmark, or one task."""
-
-    name: str
-    tasks: tuple[AbsTask, ...]
-    benchmark: Benchmark | None = None
-
-
-def choose(name: str) -> Chosen:
-    """Returns the MTEB benchmark or task of this name. Raises InputError with the nearest names; nothing is loaded."""
-    known, tasks = _known()
-    if name in known:
-        return Chosen(known[name].name, tuple(known[name].tasks), known[name])
-    if name in tasks:
-        return Chosen(name, (tasks[name],))
-    lower = {known.lower(): known for known in (*known, *tasks)}
-    near = [lower[found] for found in get_close_matches(name.lower(), lower, n=3, cutoff=0.5)]
-    raise InputError(
-        f"mteb {mteb.__version__} knows no benchmark or task {name!r}"
-        + (f": did you mean {', '.join(map(repr, near))}?" if near else "")
-    )
 
 
 def score_tasks(model: Any, chosen: Chosen, say: Say) -> Results:
@@ -86,25 +60,6 @@ def score_tasks(model: Any, chosen: Chosen, say: Say) -> Results:
             raise InputError("; ".join(f"{chosen.name}: {name}: {reason}" for name, reason in failed.items()))
         rows = tuple(bench.row(task) for task in chosen.tasks)
     return Results(chosen.name, rows, time.perf_counter() - started)
-
-
-@cache
-def _known() -> tuple[dict[str, Benchmark], dict[str, AbsTask]]:
-    """Returns all benchmarks and tasks of mteb by their names and aliases, in a second."""
-    with own_random_numbers():  # each task seeds them when it is made
-        known = {benchmark.name: benchmark for benchmark in mteb.get_benchmarks()}
-        known |= {alias: benchmark for benchmark in known.values() for alias in benchmark.aliases or ()}
-        return known, {task.metadata.name: task for task in mteb.get_tasks(exclude_superseded=False)}
-
-
-def name_of(model: str) -> str:
-    """Returns the name under which mteb files the results of a model: `org/name`, as a hub id is."""
-    inner = model.rpartition("#")[2] if "://" in model else model.partition("@")[0]
-    if "://" not in model and Path(model).expanduser().exists():
-        parts = Path(model).expanduser().resolve().parts
-        inner = parts[-2] if parts[-1] == "model" and len(parts) > 2 else parts[-1]
-    inner = inner.strip("/").replace(" ", "_")
-    return inner if inner.count("/") == 1 else f"embedwright/{inner.replace('/', '-')}"
 
 
 class Bench:
@@ -168,8 +123,7 @@ class Bench:
                 continue
             try:
                 for task in todo[name]:
-                    if self.result(task) is None:
-                        self._run(task)
+                    self._run(task)
             except Exception as error:  # of any task: the others go on
                 logging.getLogger(__name__).debug("%s failed", name, exc_info=True)
                 kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
@@ -182,16 +136,16 @@ class Bench:
             time.sleep(_POLL_S if watch.left else 0)
         files = {name: self.work / name / "failed.txt" for name in names}
         failed = {name: file.read_text(encoding="utf-8") for name, file in files.items() if file.is_file()}
-        if processes.first and not failed:
-            shutil.rmtree(self.work, ignore_errors=True)
-            with suppress(OSError):  # other models have unfinished tasks
-                self.work.parent.rmdir()
-                self.work.parent.parent.rmdir()
+        if processes.first:
+            with suppress(OSError):  # tasks that failed, or of another command or model, are unfinished
+                for folder in (self.work, self.work.parent, self.work.parent.parent):
+                    folder.rmdir()
         return failed
 
     def _forget(self, names: Sequence[str]) -> None:
         """Removes earlier failures of tasks, and what killed processes left, which mteb would read as results."""
-        remove_leftovers(self.folder)
+        with self._writing():
+            remove_leftovers(self.folder)
         for name in names:
             (self.work / name / "failed.txt").unlink(missing_ok=True)
 
@@ -205,12 +159,25 @@ class Bench:
         return None
 
     def _run(self, task: AbsTask) -> None:
+        """Gets the result of a task that has none. Waits for another command that is at it.
+
+        Raises InputError if mteb ends without the result of a split or subset.
+        """
+        with _lock(self.work / f".{task.metadata.name}.lock"):
+            if self.result(task) is None:
+                self._evaluate(task)
+        if self.result(task) is None:
+            found = self.cache.load_task_result(task.metadata.name, self.meta)
+            missing = found.get_missing_evaluations(task) if found else {split: ["all"] for split in task.eval_splits}
+            parts = "; ".join(f"{split}: {', '.join(subsets)}" for split, subsets in sorted(missing.items()))
+            raise InputError(f"mteb ended without the results of {parts}")
+
+    def _evaluate(self, task: AbsTask) -> None:
         """Runs one task in a folder of its own, and puts the whole result into the folder of results."""
         name = task.metadata.name
         work, parts = self.work / name, task.metadata.tasks if isinstance(task, AbsTaskAggregate) else []
         for part in parts:
-            if self.result(part) is None:
-                self._run(part)
+            self._run(part)
         if hasattr(task, "max_documents_per_cluster"):  # its subsets share one generator: all anew, or others are drawn
             shutil.rmtree(work, ignore_errors=True)
         remove_broken(work)
@@ -239,15 +206,21 @@ class Bench:
                     co2_tracker=False,
                 )
             if not parts and (result := staged.load_task_result(name, self.meta)):
-                write_items(self.folder / f"{name}.items.npz", task, result, predictions)
+                with self._writing():
+                    write_items(self.folder / f"{name}.items.npz", task, result, predictions)
         finally:
             if not parts:
                 task.unload_data()
+        shutil.rmtree(work / "vectors", ignore_errors=True)  # first: what is large does not outlive the result
         self._publish(inside, name)
         shutil.rmtree(work)
 
+    def _writing(self) -> AbstractContextManager[None]:
+        """Returns a lock on the folder of results: who has it knows that no other command writes there."""
+        return _lock(self.work / ".lock")
+
     def _publish(self, inside: Path, name: str) -> None:
-        with _lock(self.work / ".lock"):
+        with self._writing():
             settings = self.folder / "run_settings.jsonl"
             before = settings.read_text(encoding="utf-8") if settings.is_file() else ""
             others = [line for line in before.splitlines() if f'"task": "{name}"' not in line]
@@ -331,11 +304,26 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _lock(file: Path) -> Iterator[None]:
-    """Holds a lock that one process at a time can have."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+    """Holds a lock that one process at a time can have. Its file is there as long as a process has or awaits it."""
+    while not (stream := _locked(file)):
+        pass
+    try:
         yield
+    finally:
+        file.unlink(missing_ok=True)
+        stream.close()
+
+
+def _locked(file: Path) -> IO[bytes] | None:
+    """Waits for a lock, and returns its open file. None if another process has removed the file meanwhile."""
+    with suppress(FileNotFoundError), ExitStack() as opened:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        stream = opened.enter_context(file.open("wb"))
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        if os.path.samestat(os.fstat(stream.fileno()), file.stat()):
+            opened.pop_all()
+            return stream
+    return None
 
 
 def _copy(source: Path, target: Path) -> None:

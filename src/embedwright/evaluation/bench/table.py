@@ -11,7 +11,8 @@ from typing import Any
 from mteb.results import TaskResult
 
 from embedwright.config import load_yaml
-from embedwright.evaluation.bench.run import Bench, Chosen
+from embedwright.evaluation.bench.names import Chosen
+from embedwright.evaluation.bench.run import Bench
 from embedwright.locate import text_of
 from embedwright.model.formats.detect import detect
 

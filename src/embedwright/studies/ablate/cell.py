@@ -89,7 +89,8 @@ def score(model: Any, spec: Spec, folder: Path) -> Results:
 
 def bench(model: Any, spec: Spec, folder: Path) -> Results:
     """Scores on an MTEB benchmark, of which all tasks must run. Raises RuntimeError with those that failed."""
-    from embedwright.evaluation.bench.run import Bench, choose
+    from embedwright.evaluation.bench.names import choose
+    from embedwright.evaluation.bench.run import Bench
     from embedwright.evaluation.compare.read import read_candidates
     from embedwright.evaluation.mteb import MtebEncoder
     from embedwright.evaluation.results import Results

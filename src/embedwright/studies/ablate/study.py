@@ -141,7 +141,7 @@ class _Work:
         """Returns what cells are scored on, as a fingerprint. Raises InputError if there is no such thing."""
         if self.benchmark is not None:
             with naming(f"{self.study.file}: benchmark"), blaming(self.benchmark):
-                from embedwright.evaluation.bench.run import choose
+                from embedwright.evaluation.bench.names import choose
 
                 return json.dumps([version("mteb"), *(task.metadata.name for task in choose(self.benchmark).tasks)])
         with naming(f"{self.study.file}: {'smoke.suite' if self.smoke and self.said.smoke.suite else 'suite'}"):

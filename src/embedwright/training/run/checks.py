@@ -21,7 +21,7 @@ from embedwright.training.recipe import Recipe, expand
 from embedwright.training.stages import PREVIOUS
 
 if TYPE_CHECKING:
-    from embedwright.evaluation.bench.run import Chosen
+    from embedwright.evaluation.bench.names import Chosen
 
 
 def open_suite(name: str) -> Suite | Chosen:
@@ -37,7 +37,7 @@ def open_suite(name: str) -> Suite | Chosen:
     except NotFoundError as lacking:
         if find_spec("mteb") is None:
             raise
-        from embedwright.evaluation.bench.run import choose
+        from embedwright.evaluation.bench.names import choose
 
         try:
             return choose(name)

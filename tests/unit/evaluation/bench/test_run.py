@@ -6,7 +6,7 @@ import json
 import socket
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,8 @@ from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from mteb.mocks import MOCK_TASK_TEST_GRID
 from numpy.typing import NDArray
 
-from embedwright.errors import InputError
 from embedwright.evaluation.bench import run as bench
-from embedwright.evaluation.bench.run import Bench, choose, name_of, size
+from embedwright.evaluation.bench.run import Bench, size
 from embedwright.evaluation.mteb import MtebEncoder
 from embedwright.processes import Processes
 
@@ -59,42 +58,6 @@ def bench_of(out: Path, model: Any = None, **options: Any) -> Bench:
 
 def scores(work: Bench) -> dict[str, Any]:
     return {file.stem: json.loads(file.read_text())["scores"] for file in work.folder.glob("Mock*.json")}
-
-
-# ---- names
-
-
-def test_a_name_is_a_benchmark_or_a_task() -> None:
-    assert len(choose("MTEB(eng, v1)").tasks) == 56
-    assert len(choose("MTEB(eng, v2)").tasks) == 41
-    assert len(choose("MTEB(Multilingual, v2)").tasks) == 131
-    assert len(choose("NanoBEIR").tasks) == 13
-    assert choose("BRIGHT").benchmark is not None
-    (task,) = choose("SciFact").tasks
-    assert task.metadata.name == "SciFact" and choose("SciFact").benchmark is None
-
-
-@pytest.mark.parametrize(
-    ("name", "near"),
-    [("NanoBIER", "NanoBEIR"), ("mteb(eng, v3)", "MTEB(eng, v2)"), ("SciFakt", "SciFact"), ("STS-12", "STS12")],
-)
-def test_an_unknown_name_is_answered_with_the_nearest(name: str, near: str) -> None:
-    with pytest.raises(InputError, match="knows no benchmark or task") as refused:
-        choose(name)
-    assert repr(near) in str(refused.value)
-
-
-def test_the_name_of_a_model(tmp_path: Path) -> None:
-    (tmp_path / "runs/mine/model").mkdir(parents=True)
-    assert name_of("minilm") == "embedwright/minilm"
-    assert name_of("nvidia/NV-Embed-v2@main") == "nvidia/NV-Embed-v2"
-    assert name_of(f"{tmp_path}/runs/mine/model") == "embedwright/mine"
-    assert name_of(f"{tmp_path}/runs/mine/") == "embedwright/mine"
-    assert name_of("http://localhost:80/v1#org/name") == "org/name"
-    assert name_of("http://localhost:80/v1#some model") == "embedwright/some_model"
-
-
-# ---- a run
 
 
 def test_results_lie_as_mteb_writes_them(tmp_path: Path) -> None:
@@ -240,3 +203,60 @@ def test_a_broken_file_of_a_killed_process_is_done_again(tmp_path: Path) -> None
     assert work.run([task]) == {} and not list(work.folder.glob(".*"))
     assert len(work.cache.load_results(include_remote=False)[0].task_results) == 1
     assert work.run([task]) == {} and work.result(task) is not None
+
+
+def test_unfinished_work_of_other_tasks_is_kept(tmp_path: Path) -> None:
+    work = bench_of(tmp_path)
+    shard = work.work / "MSMARCO" / "vectors" / "shard-00000.arrow"
+    shard.parent.mkdir(parents=True)
+    shard.write_bytes(b"vectors")
+    assert work.run([TASKS["MockSTSTask"]]) == {}
+    assert [file for file in work.work.rglob("*") if file.is_file()] == [shard]
+
+
+def test_a_file_that_another_command_is_writing_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work, real, kept = bench_of(tmp_path), bench.write_items, list[bool]()
+    pool = ThreadPoolExecutor(1)
+
+    def writing(file: Path, *rest: Any) -> None:
+        monkeypatch.setattr(bench, "write_items", real)
+        temp = file.with_name(".MockSTSTask.0123456789ab.items.npz")
+        temp.parent.mkdir(parents=True)
+        temp.write_bytes(b"half")
+        other = pool.submit(bench_of(tmp_path).run, [type(TASKS["MockClassificationTask"])()])
+        wait([other], timeout=0.5)
+        kept.append(temp.exists())
+        temp.unlink(missing_ok=True)
+        real(file, *rest)
+        ends.append(other)
+
+    ends: list[Future[dict[str, str]]] = []
+    monkeypatch.setattr(bench, "write_items", writing)
+    with pool:
+        assert work.run([type(TASKS["MockSTSTask"])()]) == {}
+        assert ends[0].result(timeout=60) == {} and kept == [True]
+    assert set(scores(work)) == {"MockSTSTask", "MockClassificationTask"} and not (tmp_path / "unfinished").exists()
+
+
+def test_two_commands_do_not_run_one_task_at_once(tmp_path: Path) -> None:
+    second, ends = Toy(), list[Future[dict[str, str]]]()
+
+    class First(Toy):
+        def encode(self, texts: Sequence[str], task: str | None = None) -> NDArray[np.float32]:
+            if not ends:
+                ends.append(pool.submit(bench_of(tmp_path, second).run, [type(TASKS["MockSTSTask"])()]))
+                wait(ends, timeout=0.5)
+            return super().encode(texts, task)
+
+    with ThreadPoolExecutor(1) as pool:
+        assert bench_of(tmp_path, First()).run([type(TASKS["MockSTSTask"])()]) == {}
+        assert ends[0].result(timeout=60) == {} and not second.texts
+
+
+def test_a_task_that_ends_without_a_whole_result_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, said = type(TASKS["MockMultilingualRetrievalTask"])(), list[str]()
+    real = mteb.evaluate
+    monkeypatch.setattr(mteb, "evaluate", lambda m, t, **o: real(m, type(t)().filter_languages(["eng"]), **o))
+    failed = bench_of(tmp_path).run([task], say=said.append)
+    assert failed == {"MockMultilingualRetrievalTask": "mteb ended without the results of test: fra; val: fra"}
+    assert said[-1].endswith("MockMultilingualRetrievalTask: failed")

@@ -14,7 +14,8 @@ from mteb.benchmarks import Benchmark
 from mteb.results import TaskResult
 
 from embedwright.evaluation.bench import table as bench_table
-from embedwright.evaluation.bench.run import Bench, Chosen, choose
+from embedwright.evaluation.bench.names import Chosen, choose
+from embedwright.evaluation.bench.run import Bench
 from embedwright.evaluation.bench.table import TASKS, TYPES, aggregate, lines, load_anchors, released_as
 from embedwright.evaluation.mteb import MtebEncoder
 

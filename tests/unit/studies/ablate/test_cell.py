@@ -108,7 +108,7 @@ def test_a_benchmark_scores_cells_into_mteb_s_own_folder(
 ) -> None:
     from mteb.mocks import MOCK_TASK_TEST_GRID
 
-    from embedwright.evaluation.bench import run as bench
+    from embedwright.evaluation.bench import names as bench
 
     mocks = {task.metadata.name: task for task in MOCK_TASK_TEST_GRID}
     tasks = tuple(mocks[name] for name in ("MockSTSTask", "MockRetrievalTask"))

@@ -13,7 +13,7 @@ from mteb.mocks import MOCK_TASK_TEST_GRID
 
 from embedwright.config import ConfigError
 from embedwright.errors import InputError
-from embedwright.evaluation.bench import run as bench
+from embedwright.evaluation.bench import names as bench
 from embedwright.evaluation.mteb import MtebEncoder
 from embedwright.evaluation.results import Result, Results
 from embedwright.training.recipe import Recipe
