@@ -30,7 +30,11 @@ Items = Mapping[str, NDArray[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The main metric of one task and its other metrics. Higher is better. `items` is not part of the JSON."""
+    """The main metric of one task and its other metrics. Higher is better. `items` is not part of the JSON.
+
+    `data` says what was scored: a digest of a local task's data, or the splits and subsets of an MTEB task. Results
+    with other `data` cannot be compared. It is empty in results of before it was kept.
+    """
 
     task: str
     kind: str
@@ -38,6 +42,7 @@ class Result:
     value: float
     details: dict[str, float] = field(default_factory=dict)
     items: Items = field(default_factory=dict, compare=False, repr=False)
+    data: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ Shapes: `S` training seeds of one candidate, `B` draws, `N` items, `R` runs of k
 
 from __future__ import annotations
 
+import math
 import re
 import zlib
 from collections.abc import Sequence
@@ -45,11 +46,16 @@ def random(seed: int, *names: str) -> np.random.Generator:
 def same_order(reference: Result, result: Result) -> Result:
     """Returns `result` with its items in the order of `reference`.
 
-    Items with ids are matched by id, others by position. Raises InputError if these are two metrics, other items, or
-    other labels.
+    Items with ids are matched by id, others by position. Raises InputError if these are two metrics, other data, other
+    items, or other labels, and for a score that is no number.
     """
     if reference.metric != result.metric:
         raise InputError(f"has two metrics, {reference.metric} and {result.metric}")
+    if not math.isfinite(reference.value) or not math.isfinite(result.value):
+        raise InputError("has a score that is no number")
+    if reference.data and result.data and reference.data != result.data:
+        odd = sorted(set(reference.data.split(", ")) ^ set(result.data.split(", ")))
+        raise InputError(f"is of other data: only one side has {', '.join(odd[:4])}{' and others' * (len(odd) > 4)}")
     if not reference.items or not result.items:
         return result
     if _shapes(reference) != _shapes(result):

@@ -189,3 +189,14 @@ def test_other_items_are_refused() -> None:
         same_order(sts, replace(sts, items={**sts.items, "gold": sts.items["gold"][::-1]}))
     with pytest.raises(InputError, match="two metrics, nDCG@10 and MRR@10"):
         same_order(one, replace(one, metric="MRR@10"))
+
+
+def test_other_data_are_refused_with_and_without_items() -> None:
+    one = replace(result("retrieval", 1), data="test/en, test/de")
+    for items in (one.items, {}):
+        with pytest.raises(InputError, match=r"other data: only one side has test/de, test/ko$"):
+            same_order(one, replace(one, items=items, data="test/en, test/ko"))
+        assert same_order(one, replace(one, items=items, data="")).value == one.value  # of before it was kept
+    for pair in ((one, replace(one, value=np.nan)), (replace(one, value=np.nan), one)):
+        with pytest.raises(InputError, match="no number"):
+            same_order(*pair)
