@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embedwright.errors import InputError, NotFoundError
+from embedwright.errors import InputError, NotFoundError, blaming
 from embedwright.files import file_name, whole_file, write_text
 
 Row = dict[str, str | float | None]
@@ -67,7 +67,7 @@ class Results:
     def from_json(cls, text: str) -> Results:
         saved = json.loads(text)
         rows = tuple(Result(**row) for row in saved["rows"])
-        return cls(saved["suite"], rows, saved["seconds"], saved.get("about", {}))
+        return cls(saved["suite"], rows, saved["seconds"], dict(saved.get("about", {}).items()))
 
 
 def items_file(file: Path) -> Path:
@@ -76,7 +76,12 @@ def items_file(file: Path) -> Path:
 
 
 def write_results(file: Path, results: Results) -> None:
-    """Writes `file`, and its items beside it if it has any. The items come first: no result is without its own."""
+    """Writes `file`, and its items beside it if it has any.
+
+    A file of earlier results goes first, then the items are written, then `file`. After a kill there are the earlier
+    results, the new ones, or no `file`: never a result beside the items of another.
+    """
+    file.unlink(missing_ok=True)
     write_items(items_file(file), results)
     write_text(file, results.to_json() + "\n")
 
@@ -86,15 +91,20 @@ def read_results(file: Path) -> Results:
 
     The scores of a smoke test (`ablate --smoke`) are refused, too: they mean nothing.
     """
+    return with_items(read_without_items(file), items_file(file))
+
+
+def read_without_items(file: Path) -> Results:
+    """Does what `read_results` does, and leaves the items where they are."""
     if not file.is_file():
         raise NotFoundError(f"no result file: {file}")
     try:
         results = Results.from_json(file.read_text(encoding="utf-8"))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file} is no result file of `embedwright eval`") from error
     if results.about.get("smoke"):
         raise InputError(f"{file} is of a smoke test (`ablate --smoke`): its scores mean nothing and are not shown")
-    return with_items(results, items_file(file))
+    return results
 
 
 def run_items_file(run: Path, stage: str, step: int, suite: str) -> Path:
@@ -115,12 +125,23 @@ def write_items(file: Path, results: Results) -> None:
 def with_items(results: Results, file: Path) -> Results:
     """Adds the items that `write_items` wrote to their rows. Rows have none if there is no file."""
     items: dict[str, dict[str, NDArray[Any]]] = {}
-    if file.is_file():
-        with np.load(file, allow_pickle=False) as stored:
-            for key in stored.files:  # of an MTEB task, arrays have splits and subsets in their names
-                task = max((row.task for row in results.rows if key.startswith(f"{row.task}/")), key=len, default=key)
-                items.setdefault(task, {})[key.removeprefix(f"{task}/")] = stored[key]
+    for key, array in read_arrays(file).items():  # of an MTEB task, arrays have splits and subsets in their names
+        task = max((row.task for row in results.rows if key.startswith(f"{row.task}/")), key=len, default=key)
+        items.setdefault(task, {})[key.removeprefix(f"{task}/")] = array
     return replace(results, rows=tuple(replace(row, items=items.get(row.task, {})) for row in results.rows))
+
+
+def read_arrays(file: Path) -> dict[str, NDArray[Any]]:
+    """Reads the arrays of an `.npz` of items; there are none without the file. Raises InputError if it is broken."""
+    if not file.is_file():
+        return {}
+    with blaming(file, "holds no items: score again what lies beside it"), np.load(file, allow_pickle=False) as stored:
+        return {name: stored[name] for name in stored.files}
+
+
+def parts_scored(scores: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Returns the splits and subsets in mteb's scores of a task, as the `data` of its result."""
+    return ", ".join(sorted(f"{split}/{part.get('hf_subset')}" for split, parts in scores.items() for part in parts))
 
 
 def table(columns: Mapping[str, Results]) -> list[Row]:

@@ -53,7 +53,16 @@ def test_results_without_items_leave_none_of_earlier_ones_beside_them(tmp_path: 
     assert [file.name for file in tmp_path.iterdir()] == ["scores.json"]
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"suite": "x"}', '{"rows": [{"x": 1}], "suite": "x", "seconds": 1}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"suite": "x"}',
+        '{"rows": [], "suite": "x", "seconds": 1, "about": []}',
+        '{"rows": [{"x": 1}], "suite": "x", "seconds": 1}',
+    ],
+)
 def test_another_file_is_no_result(tmp_path: Path, text: str) -> None:
     (tmp_path / "scores.json").write_text(text)
     with pytest.raises(InputError, match=r"scores\.json is no result file"):
@@ -84,3 +93,24 @@ def test_render_aligns() -> None:
         "topics  v_measure             -  0.2500",
     ]
     assert render([]) == ""
+
+
+def test_results_of_before_data_were_kept_open(tmp_path: Path) -> None:
+    saved = json.loads(BASE.to_json())
+    for row in saved["rows"]:
+        del row["data"]
+    assert Results.from_json(json.dumps(saved)) == BASE
+
+
+def test_a_kill_never_leaves_a_result_beside_the_items_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stops(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    write_results(tmp_path / "scores.json", BASE)
+    monkeypatch.setattr("embedwright.evaluation.results.write_text", stops)
+    items = {"cosine": np.ones(2), "gold": np.ones(2)}
+    with pytest.raises(KeyboardInterrupt):
+        write_results(tmp_path / "scores.json", replace(BASE, rows=(replace(BASE.rows[1], items=items),)))
+    assert [file.name for file in tmp_path.iterdir()] == ["scores.items.npz"]

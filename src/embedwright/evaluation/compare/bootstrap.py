@@ -54,8 +54,9 @@ def same_order(reference: Result, result: Result) -> Result:
     if not math.isfinite(reference.value) or not math.isfinite(result.value):
         raise InputError("has a score that is no number")
     if reference.data and result.data and reference.data != result.data:
-        odd = sorted(set(reference.data.split(", ")) ^ set(result.data.split(", ")))
-        raise InputError(f"is of other data: only one side has {', '.join(odd[:4])}{' and others' * (len(odd) > 4)}")
+        alone = sorted(set(reference.data.split(", ")) ^ set(result.data.split(", ")))
+        more = " and others" if len(alone) > 4 else ""
+        raise InputError(f"is of other data: only one side has {', '.join(alone[:4])}{more}")
     if not reference.items or not result.items:
         return result
     if _shapes(reference) != _shapes(result):

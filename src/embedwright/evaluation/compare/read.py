@@ -15,12 +15,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from embedwright.config import load_yaml
 from embedwright.errors import InputError, MissingPackageError, NotFoundError, blaming
 from embedwright.evaluation.compare.compare import Candidate
-from embedwright.evaluation.results import Result, Results, read_results, run_items_file, with_items
+from embedwright.evaluation.results import (
+    Result,
+    Results,
+    items_file,
+    parts_scored,
+    read_arrays,
+    read_results,
+    read_without_items,
+    run_items_file,
+    with_items,
+)
 from embedwright.files import whole_lines
 
 MTEB_MODEL, RUN, STUDY = "model_meta.json", "evaluations.jsonl", "study.json"
@@ -110,11 +119,11 @@ def _has_results(folder: Path) -> bool:
     return (folder / MTEB_MODEL).is_file() or any(_result_files(folder))
 
 
-def _result_files(folder: Path) -> Iterator[Results]:
-    """Gives the results in a folder. Other JSON files are passed over."""
+def _result_files(folder: Path) -> Iterator[tuple[Path, Results]]:
+    """Gives the results in a folder, without their items. Other JSON files are passed over."""
     for file in sorted(folder.glob("*.json")):
         try:
-            yield read_results(file)
+            yield file, read_without_items(file)
         except InputError:
             continue
 
@@ -122,12 +131,22 @@ def _result_files(folder: Path) -> Iterator[Results]:
 def _folder(folder: Path) -> _Found:
     """Reads a folder of result files, one a suite. Files of one suite (AIR-Bench has one a set) become one."""
     suites: dict[str, Results] = {}
-    for results in _result_files(folder):
+    models: dict[str, str] = {}
+    for file, bare in _result_files(folder):
+        results = with_items(bare, items_file(file))
+        if model := results.about.get("model"):
+            identity = json.dumps([model, results.about.get("fingerprint")], sort_keys=True)
+            models.setdefault(identity, f"{file} ({model})")
         before = suites.get(results.suite)
         rows = (*before.rows, *results.rows) if before else results.rows
         if len({row.task for row in rows}) < len(rows):
             raise InputError(f"{folder} has several results of suite {results.suite}: name one of its files")
         suites[results.suite] = Results(results.suite, rows, results.seconds, results.about)
+    if len(models) > 1:
+        raise InputError(
+            f"{folder} has results of several models, or of one before and after its weights changed: "
+            f"{', '.join(models.values())}. Name one file, or move the files of each model to a folder of its own"
+        )
     return _of_files([*suites.values()], folder)
 
 
@@ -174,23 +193,29 @@ def _study(folder: Path) -> list[_Found]:
 def _mteb(folder: Path) -> _Found:
     """Reads the MTEB results of one revision of a model. Each version of mteb is a suite of its own."""
     suites: dict[str, list[Result]] = {}
+    counted: set[tuple[str, str]] = set()  # tasks whose score is a part of that of another task here
     for file in sorted(folder.glob("*.json")):
         if file.name == MTEB_MODEL:
             continue
         with blaming(file, "is no MTEB result"):
             saved = json.loads(file.read_text(encoding="utf-8"))
             parts = [part["main_score"] for split in saved["scores"].values() for part in split]
-            kind, metric = _metadata(saved["task_name"])
-            result = Result(saved["task_name"], kind, metric, float(np.mean(parts)), items=_mteb_items(file))
-            suites.setdefault(f"mteb {saved['mteb_version']}", []).append(result)
+            kind, metric, within = _metadata(saved["task_name"])
+            data = parts_scored(saved["scores"])
+            items = read_arrays(items_file(file))
+            result = Result(saved["task_name"], kind, metric, float(np.mean(parts)), items=items, data=data)
+            suite = f"mteb {saved['mteb_version']}"
+            suites.setdefault(suite, []).append(result)
+            counted |= {(suite, name) for name in within}
     with blaming(folder / MTEB_MODEL, "is no description of a model by mteb"):
         meta = json.loads((folder / MTEB_MODEL).read_text(encoding="utf-8"))
         name = f"{meta['name']} ({meta['revision']})"
-    return _Found(name, [Results(suite, tuple(rows), 0.0) for suite, rows in suites.items()])
+    whole = {suite: [row for row in rows if (suite, row.task) not in counted] for suite, rows in suites.items()}
+    return _Found(name, [Results(suite, tuple(rows), 0.0) for suite, rows in whole.items()])
 
 
-def _metadata(task: str) -> tuple[str, str]:
-    """Returns the type of an MTEB task and the name of its main score."""
+def _metadata(task: str) -> tuple[str, str, list[str]]:
+    """Returns the type of an MTEB task, the name of its main score, and the tasks that an aggregate is the mean of."""
     try:
         from mteb import get_task
     except ImportError as error:
@@ -198,13 +223,5 @@ def _metadata(task: str) -> tuple[str, str]:
     try:
         metadata = get_task(task).metadata
     except KeyError:
-        return "unknown type", "main score"
-    return metadata.type, metadata.main_score
-
-
-def _mteb_items(file: Path) -> dict[str, NDArray[Any]]:
-    items = file.with_suffix(".items.npz")
-    if not items.is_file():
-        return {}
-    with np.load(items, allow_pickle=False) as stored:
-        return {name: stored[name] for name in stored.files}
+        return "unknown type", "main score", []
+    return metadata.type, metadata.main_score, [part.metadata.name for part in getattr(metadata, "tasks", [])]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,26 @@ def test_air_bench_has_a_file_a_set(tmp_path: Path) -> None:
     write_results(tmp_path / "air-bench" / "m" / "again.json", results("AIR-Bench dev", ["qa_wiki_en"]))
     with pytest.raises(InputError, match="several results of suite AIR-Bench dev"):
         read_candidates([str(tmp_path)])
+
+
+@pytest.mark.parametrize("second", [{"model": "b"}, {"fingerprint": {"weights": "new"}}])
+def test_files_of_several_models_in_a_folder_are_no_candidate(tmp_path: Path, second: dict[str, Any]) -> None:
+    first = {"model": "a", "fingerprint": {"weights": "old"}}
+    write_results(tmp_path / "one.json", replace(results("one"), about=first))
+    write_results(tmp_path / "two.json", replace(results("two"), about=first))
+    assert rows(read_candidates([str(tmp_path)])[0]) == {"one": ["t"], "two": ["t"]}
+    write_results(tmp_path / "two.json", replace(results("two"), about=first | second))
+    with pytest.raises(InputError, match=r"results of several models.*one\.json \(a\), .*two\.json .*Name one file"):
+        read_candidates([str(tmp_path)])
+
+
+@pytest.mark.parametrize("given", [".", "dev.json"])
+def test_items_that_are_cut_off_are_named(tmp_path: Path, given: str) -> None:
+    write_results(tmp_path / "dev.json", results())
+    file = tmp_path / "dev.items.npz"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(InputError, match=r"dev\.items\.npz holds no items: score again"):
+        read_candidates([str(tmp_path / given)])
 
 
 def run(folder: Path, seed: int, name: str = "x", suites: Sequence[str] = ("dev",), **more: Any) -> Path:
@@ -137,6 +158,51 @@ def test_mteb_results_are_read_as_mteb_writes_them(tmp_path: Path) -> None:
     file.write_text("{}")
     with pytest.raises(InputError, match=r"SciFact\.json is no MTEB result"):
         read_candidates([str(file.parent)])
+
+
+def mteb_folder(folder: Path, tasks: dict[str, dict[str, float]]) -> str:
+    """MTEB results without items: by task, the main score of each subset."""
+    folder.mkdir(parents=True)
+    (folder / "model_meta.json").write_text(json.dumps({"name": folder.name, "revision": "r"}))
+    for task, found in tasks.items():
+        parts = [{"main_score": value, "hf_subset": subset} for subset, value in found.items()]
+        saved = {"task_name": task, "mteb_version": "2.0", "scores": {"test": parts}}
+        (folder / f"{task}.json").write_text(json.dumps(saved))
+    return str(folder)
+
+
+def test_an_aggregate_counts_once(tmp_path: Path) -> None:
+    import mteb
+
+    parts = [part.metadata.name for part in mteb.get_task("CQADupstackRetrieval").metadata.tasks]
+    given = []
+    for name, dup, ant in (("a", 0.3, 0.5), ("b", 0.4, 0.3)):
+        tasks = {task: {"default": dup} for task in ("CQADupstackRetrieval", *parts)}
+        given.append(mteb_folder(tmp_path / name, tasks | {"ArguAna": {"default": ant}}))
+    mean = compare(read_candidates(given), draws=20).rows[-1]
+    assert (mean.metric, mean.baseline, mean.score) == ("2 tasks", pytest.approx(40), pytest.approx(35))
+    # without the aggregate, its parts are tasks like any other
+    for folder in given:
+        (Path(folder) / "CQADupstackRetrieval.json").unlink()
+    assert compare(read_candidates(given), draws=20).rows[-1].metric == f"{1 + len(parts)} tasks"
+
+
+def test_other_subsets_and_a_score_that_is_no_number_are_left_out_by_name(tmp_path: Path) -> None:
+    one = mteb_folder(
+        tmp_path / "a",
+        {"STS17": {"en-en": 0.9}, "ArguAna": {"default": 0.5}, "SciFact": {"default": 0.5}},
+    )
+    other = mteb_folder(
+        tmp_path / "b",
+        {"STS17": {"en-en": 0.9, "ko-ko": 0.3}, "ArguAna": {"default": np.nan}, "SciFact": {"default": 0.6}},
+    )
+    for given in ([one, other], [other, one]):
+        compared = compare(read_candidates(given), draws=20)
+        assert [row.task for row in compared.rows] == ["SciFact"]
+        text = " ".join(compared.left_out)
+        assert "STS17 is of other data: only one side has test/ko-ko" in text
+        assert "ArguAna has a score that is no number" in text
+        compared.to_json()
 
 
 class Noise:
