@@ -1,6 +1,7 @@
 """Draws a task's items, and computes the score of every candidate on the same draws.
 
-Shapes: `S` training seeds of one candidate, `B` draws, `N` items, `R` runs of k-means (1 in other tasks).
+Shapes: `S` training seeds of one candidate, `P` parts of a task, `B` draws, `N` items, `R` runs of k-means (1 in other
+tasks).
 """
 
 from __future__ import annotations
@@ -28,14 +29,24 @@ NEAR = 5e-4  # a score may differ so much from its items', which are rounded
 class Drawn:
     """The scores of one candidate in one task: for each training seed, and their mean on each draw of the items.
 
-    Without items, `items` is 0 and each draw repeats the score. `runs` has the scores of what was repeated, runs of
-    k-means, as means over the training seeds and as parts of the task's score.
+    A task's score is a sum of parts that are drawn apart: `drawn_PB`, with `items_P` items. Without items, `items_P` is
+    empty and each draw repeats the score. `runs` has the scores of what was repeated, runs of k-means, as means over
+    the training seeds and as parts of the task's score.
     """
 
     score_S: Floats
-    drawn_B: Floats
-    items: int
+    drawn_PB: Floats
+    items_P: tuple[int, ...]
     runs: tuple[Floats, ...] = ()
+
+    @property
+    def items(self) -> int:
+        return sum(self.items_P)
+
+    @property
+    def drawn_B(self) -> Floats:
+        drawn_B: Floats = self.drawn_PB.sum(axis=0)
+        return drawn_B
 
 
 def random(seed: int, *names: str) -> np.random.Generator:
@@ -84,18 +95,18 @@ def draw(rng: np.random.Generator, candidates: Sequence[Sequence[Result]], draws
     """
     usable = [all(map(agrees, results)) for results in candidates]
     drawing = [place for place, its in enumerate(usable) if its and usable[0]]
-    drawn = [np.full(draws, np.mean([result.value for result in results])) for results in candidates]
+    drawn = [np.full((1, draws), np.mean([result.value for result in results])) for results in candidates]
     runs: list[dict[str, list[Floats]]] = [{} for _ in candidates]
-    items, shares = 0, _shares(candidates[0][0]) if drawing else {}
+    shares = _shares(candidates[0][0]) if drawing else {}
+    counts = [_count(_of_part(candidates[0][0], part)) for part in shares]
     for place in drawing:
-        drawn[place] = np.zeros(draws)
-    for part, share in shares.items():
-        count = _count(_of_part(candidates[0][0], part))
-        items, at = items + count, 0
+        drawn[place] = np.zeros((len(shares), draws))
+    for number, ((part, share), count) in enumerate(zip(shares.items(), counts, strict=True)):
+        at = 0
         for counts_BN in statistics.resamples(rng, count, draws):
             block = slice(at, at := at + len(counts_BN))
             for place in drawing:
-                drawn[place][block] += _scores(candidates[place], part, counts_BN).mean(axis=0) * share
+                drawn[place][number, block] = _scores(candidates[place], part, counts_BN).mean(axis=0) * share
         repeated = re.sub(r"(?<=/)\d+/$", "", part)  # the older MTEB tasks have a part for each of their sets
         for place in drawing:
             scores_R = _scores(candidates[place], part, np.ones((1, count)))[:, 0] * share
@@ -104,7 +115,7 @@ def draw(rng: np.random.Generator, candidates: Sequence[Sequence[Result]], draws
         Drawn(
             np.array([result.value for result in results]),
             drawn[place],
-            items if place in drawing else 0,
+            tuple(counts) if place in drawing else (),
             tuple(np.concatenate(each) * len(each) for each in runs[place].values()),
         )
         for place, results in enumerate(candidates)

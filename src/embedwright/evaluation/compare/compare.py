@@ -25,12 +25,13 @@ SEED = 1
 METHOD = (
     "Scores are in points (x100). The standard error of a difference adds up what its sources (`over`) contribute: the "
     "items, by a paired bootstrap; training seeds where there are several, in pairs where both sides have the same "
-    "ones; runs of k-means; in a mean over many tasks, the tasks inside their types. In the interval (95 %), each "
-    "source has Student's t for its degrees of freedom. The t-distribution with such an interval gives the two-sided "
-    "p-value, the larger p-value of both one-sided tests, and the smallest difference that would have been seen (80 % "
-    "power). `p_holm` and `p_equivalent` are corrected for all comparisons of the table (Holm). A claim needs one of "
-    "them below 0.05."
+    "ones, while a single training run counts as noisy as those of the others; runs of k-means; in a mean over many "
+    "tasks, the tasks inside their types. In the interval (95 %), each source has Student's t for its degrees of "
+    "freedom. The t-distribution with such an interval gives the two-sided p-value, the larger p-value of both "
+    "one-sided tests, and the smallest difference that would have been seen (80 % power). `p_holm` and `p_equivalent` "
+    "are corrected for all comparisons of the table (Holm). A claim needs one of them below 0.05."
 )
+PAIRED, ONE, APART = "pairs of seeds", "one training run against several", "other seeds, or a model that has none"
 MEAN, HIGHER, LOWER, NONE_SHOWN = "mean", "higher", "lower", "none shown"
 ENOUGH_TASKS = 5  # tasks beside the first of each type, from which the spread over tasks is known well enough
 TINY = 1e-9  # of a point: below it, a standard error or a difference is rounding
@@ -127,12 +128,11 @@ def compare(
         drawn = draw(random(seed, *key), [ours[key], *found.values()], draws)
         for number, side in zip(found, drawn[1:], strict=True):
             pairs[number].append(_Pair(key[0], ours[key][0], drawn[0], side))
-            if not pairs[number][-1].items and all(result.items for result in (*ours[key], *found[number])):
+            if not side.items and all(result.items for result in (*ours[key], *found[number])):
                 left_out.append(f"{others[number].name}: {'/'.join(key)} has no interval: its items give another score")
     rows: list[Difference] = []
     for other, own in zip(others, pairs, strict=True):
-        paired = len(baseline.seeds) > 1 and baseline.seeds.keys() == other.seeds.keys()
-        rows += _rows(other.name, own, paired, equivalent, seed)
+        rows += _rows(other.name, own, _how(baseline, other), equivalent)
     return Comparison(baseline.name, _claimed(rows, equivalent), tuple(left_out), equivalent, draws, seed)
 
 
@@ -187,20 +187,30 @@ class _Pair:
     other: Drawn
 
     @property
-    def items(self) -> int:
-        return min(self.base.items, self.other.items)
+    def items_P(self) -> tuple[int, ...]:
+        """The items of each part; none if one side has none, or if one item alone shows no noise."""
+        counts = min(self.base.items_P, self.other.items_P)
+        return () if 1 in counts else counts
 
     @property
     def difference(self) -> float:
         return float(self.other.score_S.mean() - self.base.score_S.mean())
 
 
-def _rows(name: str, pairs: Sequence[_Pair], paired: bool, equivalent: float | None, seed: int) -> list[Difference]:
+def _how(baseline: Candidate, other: Candidate) -> str:
+    """Says how the seeds of two candidates are compared."""
+    fewer, more = sorted((baseline.seeds, other.seeds), key=len)
+    if len(fewer) == 1 < len(more) and None not in fewer:
+        return ONE
+    return PAIRED if len(fewer) > 1 and fewer.keys() == more.keys() else APART
+
+
+def _rows(name: str, pairs: Sequence[_Pair], how: str, equivalent: float | None) -> list[Difference]:
     """Returns the row of each task, then for each suite the means of its types, over its types, and over its tasks."""
 
     def row(task: str, kind: str, metric: str, types: Sequence[Sequence[_Pair]], shares: Sequence[float]) -> Difference:
         bare = Difference(name, types[0][0].suite, task, kind, metric, 0, 0, 0)
-        return _difference(bare, types, shares, paired, equivalent, seed)
+        return _difference(bare, types, shares, how, equivalent)
 
     rows = [row(pair.result.task, pair.result.kind, pair.result.metric, [[pair]], [1.0]) for pair in pairs]
     for suite in dict.fromkeys(pair.suite for pair in pairs):
@@ -222,40 +232,39 @@ def _difference(
     bare: Difference,
     types: Sequence[Sequence[_Pair]],
     shares: Sequence[float],
-    paired: bool,
+    how: str,
     equivalent: float | None,
-    seed: int,
 ) -> Difference:
     """Fills in the mean over `types`, weighted by `shares`, of the mean over their tasks, with its interval."""
     pairs = [(pair, share / len(tasks)) for tasks, share in zip(types, shares, strict=True) for pair in tasks]
     base_S = np.sum([share * pair.base.score_S for pair, share in pairs], axis=0)
     other_S = np.sum([share * pair.other.score_S for pair, share in pairs], axis=0)
-    drawn_B = np.zeros_like(pairs[0][0].base.drawn_B)
-    few: list[Floats] = []
-    for pair, share in pairs:
-        if pair.items:
-            drawn_B += share * (pair.other.drawn_B - pair.base.drawn_B)
-            runs = zip(pair.base.runs, pair.other.runs, strict=True)
-            few += [share * (theirs_R - ours_R) for ours_R, theirs_R in runs]
-    few += [other_S - base_S] if paired else [other_S, base_S]
-    noise = [statistics.of_mean(100 * values) for values in few if len(values) > 1]
+    noise = _of_seeds(100 * base_S, 100 * other_S, how)
+    drawn = [(pair, 100 * share) for pair, share in pairs if pair.items_P]
+    for pair, share in drawn:
+        runs = [share * (theirs_R - ours_R) for ours_R, theirs_R in zip(pair.base.runs, pair.other.runs, strict=True)]
+        noise += [statistics.of_mean(values) for values in runs if len(values) > 1]
     groups = [share * np.array([pair.difference for pair in tasks]) for tasks, share in zip(types, shares, strict=True)]
     drawn_tasks = sum(len(tasks) - 1 for tasks in types) >= ENOUGH_TASKS
     if drawn_tasks:
         noise.append(statistics.of_groups(100 * values for values in groups))
-    items, seeds = sum(pair.items for pair, _ in pairs), max(len(base_S), len(other_S)) > 1
-    if items > 1:
-        noise.append((float((100 * drawn_B).var(ddof=1)), items - 1))
+    if drawn:
+        parts = [share * (pair.other.drawn_PB - pair.base.drawn_PB) for pair, share in drawn]
+        noise += statistics.of_draws(np.concatenate(parts), [n for pair, _ in drawn for n in pair.items_P])
+    # the same results in another order of items differ by rounding alone
+    noise = [(variance if variance > TINY**2 else 0.0, degrees) for variance, degrees in noise]
     difference, error = 100 * float(other_S.mean() - base_S.mean()), statistics.error_of(noise)
+    difference = difference if abs(difference) > TINY else 0.0
     row = replace(bare, baseline=100 * float(base_S.mean()), score=100 * float(other_S.mean()), difference=difference)
     # where nothing shows the noise of a task, an interval of the mean would be too narrow
-    known = seeds or all(pair.items > 1 or (drawn_tasks and len(tasks) > 1) for tasks in types for pair in tasks)
-    if not known or (error < TINY and abs(difference) > TINY):
+    seeds = max(len(base_S), len(other_S)) > 1
+    known = seeds or all(pair.items_P or (drawn_tasks and len(tasks) > 1) for tasks in types for pair in tasks)
+    if not known or (error == 0 and difference != 0):
         return row
     half = statistics.half_width(noise)
     return replace(
         row,
-        over=", ".join(name for name, there in (("tasks", drawn_tasks), ("seeds", seeds), ("items", items)) if there),
+        over=", ".join(name for name, there in (("tasks", drawn_tasks), ("seeds", seeds), ("items", drawn)) if there),
         error=error,
         low=difference - half,
         high=difference + half,
@@ -263,6 +272,14 @@ def _difference(
         p=statistics.p_value(difference, noise),
         p_equivalent=None if equivalent is None else statistics.p_equivalent(difference, noise, equivalent),
     )
+
+
+def _of_seeds(base_S: Floats, other_S: Floats, how: str) -> list[statistics.Noise]:
+    """Returns the noise of the training seeds in the difference of two means over seeds."""
+    if how == ONE:
+        return [statistics.of_one_more(max(base_S, other_S, key=len))]
+    sides = [other_S - base_S] if how == PAIRED else [other_S, base_S]
+    return [statistics.of_mean(values) for values in sides if len(values) > 1]
 
 
 def _claimed(rows: Sequence[Difference], equivalent: float | None) -> tuple[Difference, ...]:

@@ -107,6 +107,25 @@ def of_mean(values: Floats) -> Noise:
     return float(values.var(ddof=1)) / len(values), len(values) - 1
 
 
+def of_one_more(values: Floats) -> Noise:
+    """Returns the noise of the mean of `values` less one more value of their kind, whose own noise cannot be seen.
+
+    It is that of all of them: a single training run against runs with several seeds.
+    """
+    variance, degrees = of_mean(values)
+    return variance * (len(values) + 1), degrees
+
+
+def of_draws(drawn_PB: Floats, items_P: Sequence[int]) -> list[Noise]:
+    """Returns the noise of each part of a sum, drawn on items of its own (two at least), from its bootstrap.
+
+    A bootstrap's variance lacks a factor n / (n - 1): of two items it is half of the truth. Each part keeps its degrees
+    of freedom, since Welch's are too many where a part of few items makes most of the noise.
+    """
+    variances = drawn_PB.var(axis=1, ddof=1)
+    return [(float(each) * n / (n - 1), n - 1) for each, n in zip(variances, items_P, strict=True)]
+
+
 def of_groups(groups: Iterable[Floats]) -> Noise:
     """Returns the noise of a sum of means, each of one group: a bootstrap inside the groups. A single value has none.
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from embedwright.errors import InputError, NotFoundError
 from embedwright.evaluation.compare.bootstrap import draw, random, same_order
 from embedwright.evaluation.compare.read import RUN, STUDY, read_candidates, result_folders
-from embedwright.evaluation.compare.statistics import half_width, of_mean
+from embedwright.evaluation.compare.statistics import half_width, of_draws, of_mean
 from embedwright.evaluation.results import Result, Results, run_items_file, with_items
 from embedwright.studies.report.anchors import MEAN, published
 from embedwright.studies.report.run import point_name
@@ -91,10 +91,10 @@ def half_interval(suite: str, seeds: Sequence[Result]) -> float | None:
     except InputError:  # the seeds have other items
         return None
     (drawn,) = draw(random(SEED, suite, seeds[0].task), [ordered], DRAWS)
-    if drawn.items < 2:
+    if min(drawn.items_P, default=0) < 2:
         return None
     few = [of_mean(values) for values in (drawn.score_S, *drawn.runs) if len(values) > 1]
-    return half_width([*few, (float(drawn.drawn_B.var(ddof=1)), drawn.items - 1)])
+    return half_width([*few, *of_draws(drawn.drawn_PB, drawn.items_P)])
 
 
 def _table(suite: str, tasks: Mapping[tuple[str, str], list[Score]]) -> dict[str, Any]:

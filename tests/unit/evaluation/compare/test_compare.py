@@ -92,6 +92,23 @@ def test_equal_results_differ_by_nothing_and_nothing_is_claimed() -> None:
     assert {row.claim for row in compare(sides, equivalent=0.5).rows} == {"within 0.5"}
 
 
+@pytest.mark.parametrize("items", [3, 500])
+def test_the_same_items_in_another_order_differ_by_nothing(items: int) -> None:
+    rng = np.random.default_rng(18)
+    for _ in range(20):
+        score, order = rng.random(items), rng.permutation(items)
+        other = Result(
+            "t", "retrieval", "nDCG@10", sum(score[order]) / items, items={"score": score[order], "id": order}
+        )
+        row = only(compare([candidate("a", task("t", score)), candidate("b", other)], draws=100))
+        assert (row.difference, row.error, row.p, row.claim) == (0, 0, 1, NONE_SHOWN)
+
+
+def test_a_single_item_shows_no_noise() -> None:
+    sides = [candidate(name, task("t", np.array([score]))) for name, score in (("a", 0.1), ("b", 0.9))]
+    assert only(compare(sides)).over == ""
+
+
 def test_the_same_seed_gives_the_same_comparison() -> None:
     rng = np.random.default_rng(4)
     sides = [candidate(name, task("t", rng.random(50))) for name in "abc"]
@@ -326,6 +343,46 @@ def simulated_task(kind: str, rng: np.random.Generator, items: int) -> list[Cand
             result = Result("t", kind, "m", float(value), items={"cosine": cosine, "gold": labels})
         sides.append(candidate(name, result))
     return sides
+
+
+def claims_of_one_against(seeds: int, runs: int) -> float:
+    """Compares one run of a recipe with several of the same recipe, often; returns how often a claim is made."""
+    rng, claims = np.random.default_rng(15), 0
+    for _ in range(runs):
+        item = rng.normal(0.5, 0.05, 100)
+        found = {seed: item + rng.normal(0, 0.02) + rng.normal(0, 0.01, 100) for seed in range(seeds + 1)}
+        one, several = of_seeds("a", {0: found.pop(0)}), of_seeds("b", found)
+        sides = [one, several] if rng.random() < 0.5 else [several, one]
+        claims += only(compare(sides, draws=100)).claim != NONE_SHOWN
+    return claims / runs
+
+
+@pytest.mark.parametrize("seeds", [3, 10])
+def test_one_run_is_as_noisy_as_those_with_other_seeds(seeds: int) -> None:
+    assert claims_of_one_against(seeds, 200) <= 0.07
+
+
+def test_the_noise_of_one_run_is_that_of_the_other_sides_seeds() -> None:
+    scores = np.random.default_rng(16).normal(0.5, 0.05, 5)
+    several = of_seeds("b", {seed: scores[[seed]] for seed in range(5)}, with_items=False)
+    one = of_seeds("a", {7: np.array([0.5])}, with_items=False)
+    expected = stats.ttest_ind(scores, [0.5])  # one variance, which the single value says nothing about
+    for sides in ([one, several], [several, one]):
+        row = only(compare(sides))
+        assert (row.over, row.p) == ("seeds", pytest.approx(expected.pvalue, rel=1e-6))
+    # a model that was not trained has no seeds that could differ
+    row = only(compare([candidate("a", task("t", np.array([0.5]), "x", with_items=False)), several]))
+    assert row.p == pytest.approx(stats.ttest_1samp(scores, 0.5).pvalue, rel=1e-6)
+
+
+@pytest.mark.parametrize("items", [(2,), (2, 200), (3, 200)])
+def test_intervals_of_few_items_cover_the_truth(items: tuple[int, ...]) -> None:
+    rng, found = np.random.default_rng(17), []
+    for _ in range(300):
+        scores = [(score := rng.normal(0.5, 0.1, n), score + rng.normal(0, 0.1, n)) for n in items]
+        tasks = [[task(f"t{n}", both[side]) for n, both in enumerate(scores)] for side in (0, 1)]
+        found.append(covered(compare([candidate("a", *tasks[0]), candidate("b", *tasks[1])], draws=200).rows[-1], 0))
+    assert 0.91 <= np.mean(found) <= 0.99
 
 
 @pytest.mark.long

@@ -71,6 +71,16 @@ def test_the_noise_of_a_mean_is_that_of_a_bootstrap_that_takes_one_less(count: i
     assert statistics.of_mean(values) == (pytest.approx(drawn.var(), rel=0.03), count - 1)
 
 
+@pytest.mark.parametrize("items", [2, 3, 30])
+def test_the_noise_of_drawn_items_is_that_of_their_mean(items: int) -> None:
+    values = np.random.default_rng(items).normal(size=items)
+    (counts_BN,) = statistics.resamples(np.random.default_rng(1), items, 20_000)
+    variance, degrees = statistics.of_mean(values)
+    assert statistics.of_draws(statistics.mean(counts_BN, values)[None], [items]) == [
+        (pytest.approx(variance, rel=0.04), degrees)
+    ]
+
+
 def test_the_noise_of_groups_has_the_degrees_of_welch() -> None:
     rng = np.random.default_rng(4)
     ours, theirs = rng.normal(size=3), rng.normal(scale=3, size=5)
