@@ -51,12 +51,15 @@ def packaged(name: str) -> Path | None:
 
 
 def local(name: str | Path) -> Path | None:
-    """Returns the file or folder of this name, `~` expanded; None for a hub id. Raises NotFoundError for a path to
-    nothing.
+    """Returns the file or folder of this name, `~` expanded; None for a hub id.
+
+    Raises NotFoundError for a path to nothing, InputError for the folder of a run.
     """
     written = str(name)
     with blaming(f"model {written[:100]!r}", "is no name of a file or folder"):
         path = Path(name).expanduser()
+        if (path / "recipe.yaml").is_file() and not (path / "config.json").exists():
+            raise InputError(f"{written} is the folder of a run; the model of one that has ended is {path / 'model'}")
         if path.exists():
             return path
     if written.startswith((".", "/", "~")) or written.partition("@")[0].count("/") > 1 or path.suffix == ".gguf":

@@ -43,6 +43,14 @@ def test_a_path_to_nothing_is_no_hub_id(name: str, monkeypatch: pytest.MonkeyPat
         local(name)
 
 
+def test_the_folder_of_a_run_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").touch()
+    with pytest.raises(InputError, match=r"is the folder of a run; the model of one that has ended is .*model$"):
+        find(tmp_path)
+    (tmp_path / "config.json").touch()
+    assert find(tmp_path).path == tmp_path
+
+
 def test_one_file_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "1_Pooling").mkdir()
     (tmp_path / "1_Pooling" / "config.json").write_text("é", encoding="utf-8")

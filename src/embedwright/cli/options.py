@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from embedwright.cli.display import say
+from embedwright.errors import InputError
 from embedwright.files import check_file, check_folder, check_new_folder
 
 
@@ -47,7 +48,15 @@ def check_results(path: Path) -> Path:
 results_to_write = to_write(check_results)
 file_to_write, folder_to_write, new_folder = map(to_write, (check_file, check_folder, check_new_folder))
 
-Out = Annotated[Path, opt("File to write: .jsonl, .jsonl.gz or .parquet.", "--out", callback=file_to_write)]
+
+def check_rows_file(path: Path) -> Path:
+    """Refuses a name that ends as another format's files do. `data build` may also write a folder."""
+    if path.suffix in (".csv", ".tsv", ".json", ".txt", ".arrow", ".zst"):
+        raise InputError(f"--out {path}: rows are written as .jsonl, .jsonl.gz or .parquet, not as {path.suffix}")
+    return check_file(path)
+
+
+Out = Annotated[Path, opt("File to write: .jsonl, .jsonl.gz or .parquet.", "--out", callback=to_write(check_rows_file))]
 Model = Annotated[str, arg("Model: a folder, a hub id, or `minilm`.")]
 Texts = Annotated[Path, arg("JSONL or Parquet with `text`, or plain .txt with a text a line.")]
 TaskOption = Annotated[str | None, opt("Instruction for these texts, if they are queries.", "--task")]

@@ -1,0 +1,21 @@
+"""A path to write is refused before any work, with what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from embedwright.cli.options import check_rows_file
+from embedwright.errors import InputError
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.json", "x.txt", "x.jsonl.zst"])
+def test_rows_are_not_written_under_the_name_of_another_format(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match=r"rows are written as \.jsonl, \.jsonl\.gz or \.parquet, not as \."):
+        check_rows_file(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz", "x.parquet", "a-folder", "v1.2"])
+def test_other_names_pass(tmp_path: Path, name: str) -> None:
+    assert check_rows_file(tmp_path / name) == tmp_path / name
