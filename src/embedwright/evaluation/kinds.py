@@ -17,7 +17,7 @@ from embedwright.encoders.protocol import Encoder
 from embedwright.evaluation import metrics, ranking
 from embedwright.evaluation.metrics import Scored
 from embedwright.evaluation.ranking import encode_once
-from embedwright.evaluation.tasks import SuiteTask, read_columns
+from embedwright.evaluation.tasks import SuiteTask, digest, read_columns
 
 
 def score(encoder: Encoder | None, task: SuiteTask) -> Scored | None:
@@ -34,10 +34,12 @@ def score(encoder: Encoder | None, task: SuiteTask) -> Scored | None:
     *texts, gold = read_columns(task.path, task.kind, task.limit)
     _refuse_one_label(gold, task.path)
     vectors_NE = encode_once(encoder, [text for column in texts for text in column], task.instruction or None)
+    data = digest(*texts, gold)
     if task.kind == "clustering":
-        return metrics.clustering(vectors_NE, gold)
+        return replace(metrics.clustering(vectors_NE, gold), data=data)
     left_NE, right_NE = np.split(vectors_NE, 2)
-    return metrics.sts(left_NE, right_NE, gold) if task.kind == "sts" else metrics.pair(left_NE, right_NE, gold)
+    of_pairs = metrics.sts if task.kind == "sts" else metrics.pair
+    return replace(of_pairs(left_NE, right_NE, gold), data=data)
 
 
 def _classification(encoder: Encoder, task: SuiteTask) -> Scored:
@@ -57,7 +59,8 @@ def _classification(encoder: Encoder, task: SuiteTask) -> Scored:
     train_NE, test_NE = np.split(vectors_NE, [len(drawn)])
     places = [[place[row] for row in draw] for draw in draws]
     scored = metrics.classification(train_NE, [train_labels[row] for row in drawn], test_NE, labels, places)
-    return replace(scored, items={"id": np.array(test)})
+    drawn_rows = [(train_texts[row], train_labels[row]) for row in drawn]
+    return replace(scored, items={"id": np.array(test)}, data=digest(drawn_rows, [places], texts, labels))
 
 
 def _refuse_one_label(gold: Sequence[Any], file: Path) -> None:

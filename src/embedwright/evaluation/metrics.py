@@ -50,12 +50,14 @@ class Scored:
     """The metrics of one task by name, and its items.
 
     `means` has one number an item for each metric that is the mean of its items. `items` is what the other metrics are
-    computed from (a correlation is no mean), and `id` where the items have names.
+    computed from (a correlation is no mean), and `id` where the items have names. `data` is a digest of
+    what was scored.
     """
 
     values: dict[str, float]
     means: Items = field(default_factory=dict)
     items: Items = field(default_factory=dict)
+    data: str = ""
 
     def items_of(self, metric: str) -> Items:
         """Returns the arrays that `metric` is computed from, as results.py names them; none if there are none."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from embedwright.encoders.protocol import Encoder, encode_finite
 from embedwright.evaluation import metrics
 from embedwright.evaluation.chunks import chunked
 from embedwright.evaluation.metrics import SEED, Embeddings, Qrels, Run, Scored
-from embedwright.evaluation.tasks import SuiteTask, read_columns, rows_of, split_of
+from embedwright.evaluation.tasks import SuiteTask, digest, read_columns, rows_of, split_of
 
 DEPTH = 1000  # hits of a query that are ranked, as in mteb; with equal scores, hits after the first 100 may matter
 CANDIDATES = 100  # that BM25 finds for a query, if the task does not say how many
@@ -48,7 +49,10 @@ def score(encoder: Encoder | None, task: SuiteTask) -> Scored:
     run = _by_words(search) if encoder is None else _by_vectors(encoder, search, task)
     if task.ignore_identical_ids:
         run = {query: {doc: score for doc, score in hits.items() if doc != query} for query, hits in run.items()}
-    return metrics.ranking(run, search.qrels)
+    judged = {query: search.qrels[query] for query in search.queries}
+    lists = {query: sorted(docs) for query, docs in (search.candidates or {}).items()}
+    data = digest(search.queries, search.corpus, judged, lists, [task.ignore_identical_ids])
+    return replace(metrics.ranking(run, search.qrels), data=data)
 
 
 # ---------------------------------------------------------------------------------------------------- what is ranked

@@ -120,7 +120,8 @@ def run_suite(model: Any, suite: Suite | Path | str, progress: Callable[[str], N
             continue
         value, seconds = scored.values[task.main], time.perf_counter() - task_started
         details = {name: value for name, value in scored.values.items() if name != task.main}
-        rows.append(Result(task.name, task.kind, task.main, value, details, scored.items_of(task.main)))
+        items = scored.items_of(task.main)
+        rows.append(Result(task.name, task.kind, task.main, value, details, items, scored.data))
         say(f"{where}: {task.main} {value:.4f} in {seconds:.1f} s")
     if not rows:
         raise InputError(f"suite {suite.name!r} has neither retrieval nor reranking, all that BM25 has scores for")

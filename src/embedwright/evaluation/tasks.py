@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -100,6 +102,16 @@ def read_columns(path: Path, kind: Kind, limit: int | None = None, split: str = 
     checks = COLUMNS[kind]
     rows = rows_of(path, split, lambda row, _: [check(row.get(key), key) for key, check in checks.items()])
     return [list(column) for column in zip(*islice(rows, limit), strict=True)] or [[] for _ in checks]
+
+
+def digest(*parts: Iterable[Any]) -> str:
+    """Returns a digest of the data that a task is scored on: lists of JSON values, and mappings in any order."""
+    found = hashlib.sha256()
+    for part in parts:
+        for row in sorted(part.items()) if isinstance(part, Mapping) else part:
+            found.update(json.dumps(row, sort_keys=True).encode() + b"\n")
+        found.update(b"\0")
+    return f"sha256 {found.hexdigest()[:16]}"
 
 
 def rows_of(path: Path, split: str, parse: Callable[[dict[str, Any], str], T]) -> Iterator[T]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,9 +11,11 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import average_precision_score, v_measure_score
 from suite_files import PAIRS, SCORED, SUITE, Words, labelled, one_task, write_beir, write_rows
 
+from embedwright.evaluation.kinds import score
 from embedwright.evaluation.metrics import halves
 from embedwright.evaluation.results import Result
 from embedwright.evaluation.suite import evaluate
+from embedwright.evaluation.tasks import SuiteTask
 
 
 @pytest.fixture
@@ -80,3 +83,31 @@ def test_another_main_metric_has_its_own_items(tmp_path: Path) -> None:
     assert pearsonr(pearson.items["gold"], pearson.items["cosine"])[0] == pytest.approx(pearson.value, abs=1e-6)
     f1 = result("kind: classification, path: test.jsonl, metric: f1")
     assert f1.metric == "f1" and f1.items == {}  # no mean of rows
+
+
+@pytest.mark.parametrize("kind", ["retrieval", "reranking", "sts", "pair", "classification", "clustering"])
+def test_a_digest_tells_other_data_apart_and_leaves_the_instruction_out(tmp_path: Path, kind: Any) -> None:
+    """Equal numbers of rows, one text or one judgement other; other documents or queries."""
+    write_beir(tmp_path / "beir")
+    write_beir(tmp_path / "judged")
+    qrels = tmp_path / "judged" / "qrels" / "test.tsv"
+    qrels.write_text(qrels.read_text().replace("\t1\n", "\t2\n", 1))
+    rows = {"sts": SCORED, "pair": PAIRS}.get(kind, labelled(31))
+    write_rows(tmp_path / "one.jsonl", rows)
+    write_rows(
+        tmp_path / "text.jsonl", [*rows[:-1], {key: f"{v}!" if "text" in key else v for key, v in rows[-1].items()}]
+    )
+    file = "beir" if kind in ("retrieval", "reranking") else "one.jsonl"
+    more = {"candidates": "bm25"} if kind == "reranking" else {}
+
+    def data(path: str, **keys: Any) -> str:
+        scored = score(Words(), SuiteTask(name="x", kind=kind, path=tmp_path / path, **more | keys))
+        assert scored is not None
+        return scored.data
+
+    assert data(file) == data(file, instruction="Find it") != ""
+    others = {
+        "retrieval": [("beir", {"corpus_limit": 4}), ("beir", {"limit": 2}), ("judged", {})],
+        "reranking": [("beir", {"limit": 2}), ("judged", {})],
+    }.get(kind, [("text.jsonl", {})])
+    assert len({data(file), *(data(path, **keys) for path, keys in others)}) == 1 + len(others)
