@@ -1,8 +1,8 @@
 """One process of a study: `python -m embedwright.studies.ablate.cell FOLDER TIME` does what FOLDER's `cell.json` says.
 
-`cell.json` has `kind`: `cell` trains the folder's `recipe.yaml` and scores the model; `shared` only trains it; `budget`
-measures what its steps and an evaluation take. Each writes `result.json` when all is done. A process that was killed
-goes on from the newest checkpoint when it is started again.
+`cell.json` has `kind`: `cell` and `shared` train the folder's `recipe.yaml` and score the model; `budget` measures what
+its steps and an evaluation take. Each writes `result.json` when all is done; the trial of a rate also when it fails. A
+process that was killed goes on from the newest checkpoint when it is started again.
 """
 
 from __future__ import annotations
@@ -37,14 +37,26 @@ def main(folder: Path, started: float) -> None:
 
     spec = json.loads((folder / "cell.json").read_text(encoding="utf-8"))
     recipe = Recipe.load(folder / "recipe.yaml")
-    result = measured(spec, recipe, started) if spec["kind"] == "budget" else trained(folder, spec, recipe)
+    try:
+        result = measured(spec, recipe, started) if spec["kind"] == "budget" else trained(folder, spec, recipe)
+    except Exception as error:
+        if spec.get("trial") and _is_of_the_rate(error):
+            write_json(folder / "result.json", spec | {"failed": f"{type(error).__name__}: {error}", "seconds": {}})
+        raise
     with joined() as first:
         if first:
             write_json(folder / "result.json", spec | result)
 
 
+def _is_of_the_rate(error: Exception) -> bool:
+    """Says whether a trial that is run again would fail again. Memory, disk and network are not of the rate."""
+    if isinstance(error, (OSError, MemoryError, ImportError)):
+        return False
+    return type(error) is RuntimeError or not isinstance(error, RuntimeError)  # torch's own are about the machine
+
+
 def trained(folder: Path, spec: Spec, recipe: Recipe) -> Spec:
-    """Trains, and scores the model unless only its stages are wanted. Returns what it took and the main scores."""
+    """Trains and scores the model. Returns what it took and the main scores."""
     from embedwright.training.run.track import read_records
     from embedwright.training.train import train
 
@@ -56,8 +68,6 @@ def trained(folder: Path, spec: Spec, recipe: Recipe) -> Spec:
         "tokens": sum(record["tokens"] for record in records),
         "peak_mb": max((record["peak_mb"] or 0 for record in records), default=0),
     }
-    if spec["kind"] == "shared":
-        return result
     results = score(model, spec, folder / "bench")
     keep(folder, spec, results, model.fingerprint())
     result["seconds"]["evaluation"] = results.seconds

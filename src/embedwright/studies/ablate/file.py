@@ -19,6 +19,7 @@ from embedwright.training.parts import NotNegative, Part, Positive, PositiveNumb
 from embedwright.training.recipe import Recipe, expand, leaves
 
 SHARED = "shared-stages"  # the folder of the runs of the first stages, which no arm may have
+SMOKE = "smoke"  # the folder of the smoke tests of all studies, which no study may have
 _CHOSEN = {"name": "name", "seed": "seeds", "run.out": "--out"}  # keys that the study sets, and where to say them
 
 SMOKE_STEPS = 2
@@ -103,6 +104,8 @@ class Ablation(Part):
                     raise InputError(f"{key}: {name!r} is no arm{did_you_mean(name, self.arms)}")
         if len(set(self.seeds)) < len(self.seeds) or (self.rates and self.rates.seed in self.seeds):
             raise InputError("seeds: need different numbers, and a tuning seed (rates.seed) that is none of them")
+        if self.name == SMOKE:
+            raise InputError(f"name: {SMOKE!r} is the folder of smoke tests: choose another name")
         if (self.suite is None) == (self.benchmark is None):
             raise InputError("needs suite or benchmark, and not both")
         return self
@@ -124,7 +127,12 @@ class Study:
             self._check_shared(recipes)
 
     def suite(self, smoke: bool) -> str:
-        """Returns the suite that cells are scored on: the path of one beside the study's file, or the name as it is."""
+        """Returns the suite that cells are scored on: the path of one beside the study's file, or the name as it is.
+
+        Raises InputError for the smoke test of a benchmark that names no suite.
+        """
+        if smoke and self.said.benchmark and not self.said.smoke.suite:
+            raise InputError(f"{self.file}: smoke: needs a suite: a benchmark keeps results, and a smoke test may not")
         name = (smoke and self.said.smoke.suite) or self.said.suite or ""
         path = os.path.join(self.file.parent, expand(name))  # noqa: PTH118  keeps `./`, so that `dev` is no packaged name
         return path if Path(path).exists() else name
@@ -168,6 +176,8 @@ def shared_values(recipe: Recipe, count: int) -> dict[str, Any]:
     kept = recipe.model_dump(mode="json", include={"model", "tune"})
     kept |= {"stages": {s.name: s.model_dump(mode="json") for s in recipe.stages[:count]}, "run": {}}
     kept["run"]["precision"] = recipe.run.precision
+    if recipe.eval.decides:
+        kept["eval"] = recipe.eval.model_dump(mode="json")
     return dict(leaves(kept))
 
 

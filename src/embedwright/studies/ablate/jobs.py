@@ -166,6 +166,8 @@ def _start(job: Job, lock: int, slot: int, slots: int) -> subprocess.Popen[bytes
 
 
 def _told(result: dict[str, Any]) -> str:
+    if "failed" in result:
+        return f"failed: {result['failed']}"
     took = sum(result["seconds"].values())
     shown = f"{100 * result['mean']:.2f}" if "mean" in result and not result["smoke"] else "done"
     return f"{shown}, {took:,.0f} s"

@@ -31,10 +31,11 @@ from embedwright.evaluation.suite import load_suite
 from embedwright.files import check_folder, write_json
 from embedwright.studies.ablate.budget import Cost, TokenCounter, as_written, factors, scaled, tokens_of_steps
 from embedwright.studies.ablate.cell import score
-from embedwright.studies.ablate.file import SHARED, Budget, Study
+from embedwright.studies.ablate.content import of_stages, of_suite
+from embedwright.studies.ablate.file import SHARED, SMOKE, Budget, Rates, Study
 from embedwright.studies.ablate.jobs import Job, Say, run_jobs
 from embedwright.studies.ablate.table import compared
-from embedwright.training.batches.sources import data_fingerprint
+from embedwright.training.batches.blend import Source
 from embedwright.training.recipe import Recipe
 from embedwright.training.run.checks import open_checked, stage_folder
 from embedwright.training.run.start import origin_fingerprint
@@ -42,7 +43,7 @@ from embedwright.training.stages import StagePart
 
 Cell = tuple[str, int]  # arm and seed
 _MEASURED = ("unit", "fixed", "steps", "seconds")
-_TOLD = ("arm", "seed", "rate", "recipe", "mean", "scores", "seconds", "tokens", "peak_mb")
+_TOLD = ("arm", "seed", "rate", "recipe", "mean", "scores", "seconds", "tokens", "peak_mb", "failed")
 
 
 def ablate(
@@ -76,7 +77,7 @@ def ablate(
     study = Study(file)
     processes = 1 if smoke else _processes(study, anyway)
     check_folder(out)
-    folder = out.expanduser() / ("smoke" if smoke else "") / study.said.name
+    folder = out.expanduser() / (SMOKE if smoke else "") / study.said.name
     work = _Work(study, folder, smoke, processes)
     cells = work.cells(only)
     work.check()
@@ -108,10 +109,11 @@ class _Work:
         self.smoke, self.processes = smoke, processes
         self.failed: dict[Job, str] = {}
         self.data: dict[str, list[str]] = {}  # of each arm: the fingerprints of its stages' data
+        self.opened: dict[str, list[list[Source]]] = {}  # by what asks for them: opening warns of each once
         self.origins: dict[str, str] = {}  # of each model that an arm begins with: its fingerprint
         self.tuning_seeds = [self.said.rates.seed] if self.said.rates and not smoke else []
         self.suite, self.tasks = study.suite(smoke), ""
-        self.benchmark = None if smoke and self.said.smoke.suite else self.said.benchmark
+        self.benchmark = None if smoke else self.said.benchmark
         self.arms = (self.said.smoke.arms or [*self.said.arms][-1:]) if smoke else [*self.said.arms]
         self.seeds = self.said.smoke.seeds if smoke else self.said.seeds
         # by how much steps change: those of the shared stages, and of each arm; nothing while a budget is not measured
@@ -132,7 +134,7 @@ class _Work:
         for arm in self.arms:
             with naming(f"{self.study.file}: arms.{arm}"):
                 recipe = self._recipe(arm, self.seeds[0])
-                self.data[arm] = [data_fingerprint([sources]) for sources in open_checked(recipe)]
+                self.data[arm] = of_stages(recipe, self._sources(recipe))
                 if recipe.model.name not in self.origins:
                     self.origins[recipe.model.name] = origin_fingerprint(recipe.model)
                 _rest(recipe, self.said.shared_stages, 1.0, 1.0, self.folder)  # raises where it cannot be
@@ -145,8 +147,13 @@ class _Work:
 
                 return json.dumps([version("mteb"), *(task.metadata.name for task in choose(self.benchmark).tasks)])
         with naming(f"{self.study.file}: {'smoke.suite' if self.smoke and self.said.smoke.suite else 'suite'}"):
-            tasks = load_suite(self.suite).tasks
-        return json.dumps([task.model_dump(mode="json") | {"path": task.path.name} for task in tasks])
+            return json.dumps(of_suite(load_suite(self.suite)))
+
+    def _sources(self, recipe: Recipe) -> list[list[Source]]:
+        asked = recipe.model_dump_json(include={"seed", "strict", "tune", "stages", "eval"})
+        if asked not in self.opened:
+            self.opened[asked] = open_checked(recipe)
+        return self.opened[asked]
 
     def _recipe(self, arm: str, seed: int) -> Recipe:
         return self.study.recipe(arm, seed, smoke=self.smoke)
@@ -156,9 +163,10 @@ class _Work:
         data = {stage.name: found for stage, found in zip(self._stages(arm), self.data[arm], strict=True)}
         origin = begin.key if begin else self.origins[recipe.model.name]
         own = [data[stage.name] for stage in recipe.stages]
-        decisive = [kind, recipe.hash(), own, origin, None if kind == "shared" else self.tasks]
+        decisive = [kind, recipe.hash(), own, origin, self.tasks, facts.get("unit")]
         key = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:12]
         spec = {"name": f"{self.said.name}/{place}", "kind": kind, "arm": arm, "seed": recipe.seed, **facts}
+        spec |= {"arm": SHARED} if kind == "shared" else {}
         spec |= {"smoke": self.smoke, "benchmark": self.benchmark, "suite": self.suite}
         return Job(self.folder / place, key, recipe, spec, self.processes)
 
@@ -176,7 +184,7 @@ class _Work:
             counter = TokenCounter(recipe)
             with TemporaryDirectory() as temp:
                 score(counter, job.spec, Path(temp))
-            steps = tokens_of_steps(recipe, open_checked(recipe))
+            steps = tokens_of_steps(recipe, self._sources(recipe))
             job.finish({"fixed": counter.total, "steps": steps})
         return job
 
@@ -214,33 +222,37 @@ class _Work:
         """Returns the trials of an arm's learning rates; none if the study chooses no rates."""
         rates = self.said.rates
         return [
-            self._run(arm, seed, f"{arm}/rate-{factor:g}/seed-{seed}", factor, rates.length if rates else 1.0)
+            self._run(arm, seed, f"{arm}/rate-{factor:g}/seed-{seed}", factor, rates)
             for seed in self.tuning_seeds
             for factor in (rates.factors if rates else ())
         ]
 
     def rate(self, arm: str) -> float | None:
-        """Returns the factor of the best trial, the recipe's own rate among equals; None while one is missing."""
+        """Returns the factor of the best trial, the recipe's own rate among equals; None while one is missing.
+
+        A trial that failed has lost. None, too, where all have failed.
+        """
         if not self.tuning_seeds:
             return 1.0
         found = [job.result if job else None for job in self.trials(arm)]
         done = [result for result in found if result]
-        if len(done) < len(found):
+        scored = [result for result in done if "mean" in result]
+        if len(done) < len(found) or not scored:
             return None
-        return float(max(done, key=lambda result: (result["mean"], result["rate"] == 1))["rate"])
+        return float(max(scored, key=lambda result: (result["mean"], result["rate"] == 1))["rate"])
 
     def cell(self, arm: str, seed: int) -> Job | None:
         rate = self.rate(arm)
         return None if rate is None else self._run(arm, seed, f"{arm}/seed-{seed}", rate)
 
-    def _run(self, arm: str, seed: int, place: str, rate: float, length: float = 1.0) -> Job | None:
+    def _run(self, arm: str, seed: int, place: str, rate: float, tried: Rates | None = None) -> Job | None:
         factor, begin, count = self.factors.get(arm), None, self.said.shared_stages
         if factor is None or (count and ((begin := self.shared(seed)) is None or begin.result is None)):
             return None
         recipe = self._recipe(arm, seed)
         saved = stage_folder(begin.folder, begin.recipe.stages[-1].name) if begin else None
-        recipe = _rest(recipe, count, factor * length, rate, saved)
-        return self._job("cell", arm, place, recipe, begin, rate=rate)
+        recipe = _rest(recipe, count, factor * (tried.length if tried else 1.0), rate, saved)
+        return self._job("cell", arm, place, recipe, begin, rate=rate, trial=tried is not None)
 
     def found(self) -> dict[str, Any]:
         """Says all that is known of the study: what `study.json` holds."""
@@ -256,15 +268,27 @@ class _Work:
             "run_on": self.said.run_on,
             "paper": self.said.paper.model_dump() if self.said.paper else None,
             "missing": missing,
-            "failed": {job.spec["name"]: reason for job, reason in self.failed.items() if job.result is None},
+            "failed": self._failures(),
             "cells": [self._told(job) for job in cells.values() if job and job.result],
             "trials": [self._told(job) for job in trials if job and job.result],
             "shared_stages": [self._told(job) for job in shared if job and job.result],
-            "comparison": None if self.smoke else compared(self.said, self._scores(cells)),
+            "comparison": None if self.smoke else compared(self.said, self._scores(cells, shared)),
         }
 
-    def _scores(self, cells: Mapping[Cell, Job | None]) -> dict[str, dict[int, Results]]:
+    def _failures(self) -> dict[str, str]:
+        """Returns why jobs have no result, and which arms have no rate that works."""
+        found = {job.spec["name"]: reason for job, reason in self.failed.items() if job.result is None}
+        for arm in self.arms:
+            tried = [job.result if job else None for job in self.trials(arm)]
+            if tried and all(result and "failed" in result for result in tried):
+                reasons = "; ".join(f"x{result['rate']:g} {result['failed']}" for result in tried if result)
+                found[f"{self.said.name}/{arm}"] = f"all its rates failed: {reasons}"
+        return found
+
+    def _scores(self, cells: Mapping[Cell, Job | None], shared: Sequence[Job | None]) -> dict[str, dict[int, Results]]:
+        """Returns the results of each arm by seed, and those of the shared stages as if they were an arm."""
         found: dict[str, dict[int, Results]] = {}
+        cells = {**cells, **{(SHARED, seed): job for seed, job in zip(self.seeds, shared, strict=False)}}
         for (arm, seed), job in cells.items():
             if job and job.result:
                 found.setdefault(arm, {})[seed] = read_results(job.folder / "scores.json")

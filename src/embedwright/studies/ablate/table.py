@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from embedwright.evaluation.compare.compare import Candidate, compare
+from embedwright.evaluation.compare.compare import MEAN, Candidate, compare
 from embedwright.evaluation.results import Results
 from embedwright.studies.ablate.file import Ablation
 from embedwright.training.plan import columns
@@ -44,7 +44,9 @@ def render(study: Mapping[str, Any]) -> str:
 def _table(study: Mapping[str, Any]) -> list[str]:
     """Returns one line an arm. Differences are of the mean over tasks, or of the only task."""
     scores: dict[str, list[float]] = {}
-    for cell in study["cells"]:
+    seeds = {cell["seed"] for cell in study["cells"]}  # the shared stages have those of the trials, too
+    shared = [run for run in study.get("shared_stages", ()) if run["seed"] in seeds]
+    for cell in [*shared, *study["cells"]]:
         scores.setdefault(cell["arm"], []).append(100 * cell["mean"])
     if not scores:
         return []
@@ -65,9 +67,19 @@ def _table(study: Mapping[str, Any]) -> list[str]:
         f"{study['study']}: {study['scored_on']}, in points, differences from {study['baseline']}",
         *columns(lines),
     ]
+    if means:
+        shown += ["each task:", *_tasks([row for row in compared["rows"] if row["task"] != MEAN])]
     if study["paper"]:
         shown.append(f"paper: {paper['what']} ({paper['source']})")
     return shown
+
+
+def _tasks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns one line for each task and arm: what the mean hides where one task falls and another rises."""
+    lines = [["task", "metric", *HEAD[:1], *HEAD[2:]]]
+    for row in sorted(rows, key=lambda row: row["task"]):
+        lines.append([row["task"], row["metric"], row["candidate"], f"{row['score']:.2f}", *_difference(row)])
+    return columns(lines)
 
 
 def _difference(row: Mapping[str, Any]) -> list[str]:
@@ -83,13 +95,21 @@ def _number(value: float | None, form: str) -> str:
 
 def _rates(trials: Sequence[Mapping[str, Any]]) -> list[str]:
     """Returns one line an arm: the score of each rate that was tried, the best one marked."""
-    by_arm: dict[str, dict[float, float]] = {}
+    by_arm: dict[str, dict[float, float | None]] = {}
     for trial in trials:
-        by_arm.setdefault(trial["arm"], {})[trial["rate"]] = 100 * trial["mean"]
+        by_arm.setdefault(trial["arm"], {})[trial["rate"]] = 100 * trial["mean"] if "mean" in trial else None
     lines = []
     for arm, found in by_arm.items():
-        best = max(found, key=lambda rate: (found[rate], rate == 1))
-        edge = ", at the edge of the grid" if best in (min(found), max(found)) else ""
-        tried = ", ".join(f"x{rate:g} {score:.2f}" for rate, score in sorted(found.items()))
-        lines.append(f"rates of {arm}: {tried}; best x{best:g}{edge}, default {found.get(1, float('nan')):.2f}")
+        scores = {rate: score for rate, score in found.items() if score is not None}
+        tried = ", ".join(f"x{rate:g} {_score(score)}" for rate, score in sorted(found.items()))
+        line = f"rates of {arm}: {tried}"
+        if scores:
+            best = max(scores, key=lambda rate: (scores[rate], rate == 1))
+            edge = ", at the edge of the grid" if best in (min(found), max(found)) else ""
+            line += f"; best x{best:g}{edge}, default {_score(scores.get(1))}"
+        lines.append(line)
     return lines
+
+
+def _score(value: float | None) -> str:
+    return "failed" if value is None else f"{value:.2f}"

@@ -16,7 +16,7 @@ from embedwright.model.embedder import Embedder
 from embedwright.studies.ablate import cell as ablate_cell
 from embedwright.studies.ablate.budget import Cost, TokenCounter, factors, scaled
 from embedwright.studies.ablate.file import Study
-from embedwright.studies.ablate.study import ablate
+from embedwright.studies.ablate.study import _Work, ablate
 from embedwright.training.recipe import Recipe
 
 Make = Callable[..., Path]
@@ -101,3 +101,13 @@ def test_a_budget_of_seconds_is_measured_once(ablation: Make, started: list[Path
     before = (out / "budget.json").read_bytes()
     ablate(file, tmp_path / "out", only=["warm/1"])
     assert len(started) == 3 and (out / "budget.json").read_bytes() == before
+
+
+def test_tokens_are_not_read_as_seconds(ablation: Make, tmp_path: Path) -> None:
+    """Where a study's budget changes its unit, what was measured in the other one is no measurement of it."""
+    jobs = {}
+    for unit, budget in (("tokens", 6000), ("seconds", 4.0)):
+        work = _Work(Study(ablation(budget={unit: budget})), tmp_path / "out", smoke=False, processes=1)
+        work.check()
+        jobs[unit] = work.measurement("plain")
+    assert jobs["tokens"].result and jobs["seconds"].result is None

@@ -31,7 +31,10 @@ def test_shared_stages_are_trained_once_a_seed_as_a_chain_of_runs_by_hand(
     study = ablate(ablation(shared_stages=1, arms=arms), tmp_path / "out")
     names = [str(folder.relative_to(out)) for folder in started]
     assert names[:2] == ["shared-stages/seed-1", "shared-stages/seed-2"] and len(names) == 8 == len(set(names))
-    assert [shared["seed"] for shared in study["shared_stages"]] == [1, 2] and len(study["cells"]) == 6
+    assert [shared["seed"] for shared in study["shared_stages"]] == [1, 2]
+    assert all(0 < abs(shared["mean"]) <= 1 for shared in study["shared_stages"])
+    assert {row["candidate"] for row in study["comparison"]["rows"]} == {"warm", "slow", "shared-stages"}
+    assert len(study["cells"]) == 6
 
     tree = yaml.safe_load((tmp_path / "base.yaml").read_text())
     first, second = tree["stages"]
@@ -44,6 +47,8 @@ def test_shared_stages_are_trained_once_a_seed_as_a_chain_of_runs_by_hand(
     cell = train(Recipe.load(out / "warm" / "seed-2" / "recipe.yaml"))  # it is done, and comes back as it is
     np.testing.assert_array_equal(cell.encode(TEXTS), by_hand.encode(TEXTS))
     kept = Embedder.load(out / "shared-stages" / "seed-2" / "stages" / "first")
+    [scored] = evaluate(kept, tmp_path / "suite").rows
+    assert study["shared_stages"][1]["mean"] == pytest.approx(scored.value, abs=1e-6)
     np.testing.assert_array_equal(kept.encode(TEXTS), Embedder.load(tmp_path / "model").encode(TEXTS))
 
     ablate(ablation(shared_stages=1, arms=arms | {"warm": {"stages.second.temperature": 0.3}}), tmp_path / "out")
@@ -78,6 +83,47 @@ def test_the_best_of_three_rates_is_taken_and_all_trials_are_kept(
         assert optim.lr == pytest.approx(base["lr"] * rate) and optim.steps == steps
         assert recipe.seed == (1 if steps == 6 else 100)
     assert study["missing"] == ["plain/1", "plain/2", "warm/2"]
+
+
+@pytest.mark.parametrize("error", [FloatingPointError("gradient norm is inf"), OSError("no space left")])
+def test_a_rate_that_diverges_loses_once_and_its_arm_goes_on(
+    ablation: Make, started: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """A full disk says nothing about a rate: that trial is run again."""
+    real = train
+
+    def failing(recipe: Recipe) -> Any:
+        if recipe.seed == 100 and recipe.stages[1].optim.lr > 2e-2:
+            raise error
+        return real(recipe)
+
+    file = ablation(rates={"factors": [1, 3], "seed": 100, "length": 0.5})
+    with monkeypatch.context() as patch:
+        patch.setattr("embedwright.training.train.train", failing)
+        study = ablate(file, tmp_path / "out", only=["warm/1"])
+    of_disk = isinstance(error, OSError)
+    assert [(cell["arm"], cell["rate"]) for cell in study["cells"]] == ([] if of_disk else [("warm", 1)])
+    assert [trial.get("failed") for trial in study["trials"]] == [
+        None, *([] if of_disk else ["FloatingPointError: gradient norm is inf"])
+    ]  # fmt: skip
+    assert bool(study["failed"]) == of_disk
+    count = len(started)
+    again = ablate(file, tmp_path / "out", only=["warm/1"])
+    assert len(started) - count == (2 if of_disk else 0) and again["missing"] == ["plain/1", "plain/2", "warm/2"]
+
+
+def test_an_arm_whose_rates_all_fail_is_named(
+    ablation: Make, started: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(recipe: Recipe) -> Any:
+        raise RuntimeError("it never moved")
+
+    monkeypatch.setattr("embedwright.training.train.train", failing)
+    file = ablation(rates={"factors": [1, 3], "seed": 100})
+    for _ in range(2):
+        study = ablate(file, tmp_path / "out", only=["warm/1"])
+        said = "all its rates failed: x1 RuntimeError: it never moved; x3 RuntimeError: it never moved"
+        assert study["failed"] == {"tiny/warm": said} and len(started) == 2
 
 
 def test_among_equal_rates_the_default_is_taken(

@@ -93,6 +93,17 @@ def test_an_override_that_leads_nowhere_is_refused(key: str, says: str) -> None:
         ({"suite": None}, r"needs suite or benchmark"),
         ({"budget": {"tokens": 1, "seconds": 1}}, r"budget: .*needs tokens or seconds, and not both"),
         ({"base": "gone.yaml"}, r"base: .*gone\.yaml does not exist"),
+        ({"name": "smoke"}, r"name: 'smoke' is the folder of smoke tests"),
+        (
+            {
+                "shared_stages": 1,
+                "arms": {
+                    "plain": {"eval.suites": ["dev"], "eval.every": 2, "eval.best": True},
+                    "b": {"eval.suites": ["dev"], "eval.every": 2},
+                },
+            },
+            r"arms\.b: eval\..* is of the first 1 stages, which all arms share",
+        ),
         ({"sweets": 1}, r"sweets: unknown key"),
         ({"shared_stages": 2}, r"shared_stages: 2 of 2 stages leaves none"),
         (
@@ -120,6 +131,11 @@ def test_the_recipe_of_an_arm_is_the_base_with_overrides_and_seed(ablation: Make
     assert study.suite(False) == str(study.file.parent / "suite")
     smoke = study.recipe("plain", 1, smoke=True)
     assert [(stage.optim.steps, stage.optim.warmup_steps) for stage in smoke.stages] == [(2, 0), (2, 0)]
+
+
+def test_the_smoke_test_of_a_benchmark_needs_a_suite(ablation: Make) -> None:
+    with pytest.raises(InputError, match=r"tiny\.yaml: smoke: needs a suite"):
+        Study(ablation(suite=None, benchmark="NanoBEIR")).suite(smoke=True)
 
 
 def test_a_wrong_override_of_the_smoke_test_is_named(ablation: Make) -> None:

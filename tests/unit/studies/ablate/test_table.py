@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,36 @@ def test_rates_that_were_tried_are_told_with_the_default(study: dict[str, Any]) 
     plain, warm = render(study | {"trials": trials}).splitlines()[-2:]
     assert plain == "rates of plain: x0.33 40.00, x1 50.00, x3 45.00; best x1, default 50.00"
     assert warm == "rates of warm: x0.33 40.00, x1 50.00, x3 60.00; best x3, at the edge of the grid, default 50.00"
+
+
+def test_a_rate_that_failed_is_told_and_is_no_best_one(study: dict[str, Any]) -> None:
+    trials: list[dict[str, Any]] = [{"arm": "warm", "rate": 0.33, "mean": 0.4}, {"arm": "warm", "rate": 1, "mean": 0.5}]
+    trials += [{"arm": "warm", "rate": 3, "failed": "it diverged"}, {"arm": "plain", "rate": 1, "failed": "so it did"}]
+    warm, plain = render(study | {"trials": trials}).splitlines()[-2:]
+    assert warm == "rates of warm: x0.33 40.00, x1 50.00, x3 failed; best x1, default 50.00"
+    assert plain == "rates of plain: x1 failed"
+
+
+def test_each_task_has_a_line_below_the_mean_and_the_shared_stages_are_a_row(ablation: Callable[..., Path]) -> None:
+    """The mean stays; one task falls as far as the other rises."""
+
+    def two(seed: int, change: float) -> Results:
+        one, other = results(0.5 + change, seed).rows[0], results(0.5 - change, seed + 9).rows[0]
+        return Results("s", (one, replace(other, task="topics")), 1.0)
+
+    said = Study(ablation()).said
+    change = {"plain": 0.0, "warm": 0.2, "shared-stages": 0.1}
+    found = {arm: {seed: two(seed, change[arm]) for seed in (1, 2)} for arm in change}
+    facts = {"study": "tiny", "baseline": "plain", "scored_on": "dev", "paper": None, "smoke": False, "trials": []}
+    cells = [{"arm": arm, "seed": seed, "mean": 0.5} for arm in ("plain", "warm") for seed in (1, 2)]
+    shared = [{"arm": "shared-stages", "seed": seed, "mean": 0.5} for seed in (1, 2, 100)]
+    facts |= {"cells": cells, "shared_stages": shared, "missing": [], "failed": {}}
+    lines = [line.split()[:5] for line in render(facts | {"comparison": compared(said, found)}).splitlines()]
+    assert ["shared-stages", "2", "50.00"] in [line[:3] for line in lines]
+    for task, sign in (("docs", 1), ("topics", -1)):
+        for arm in ("warm", "shared-stages"):
+            score = 50 + sign * 100 * change[arm]
+            assert [task, "nDCG@10", arm, f"{score:.2f}", f"{score - 50:+.2f}"] in lines
 
 
 def test_what_is_missing_or_has_failed_is_said(study: dict[str, Any], ablation: Callable[..., Path]) -> None:
