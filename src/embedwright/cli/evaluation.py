@@ -105,7 +105,7 @@ def run_airbench(model: str, names: Sequence[str], out: Path, max_tokens: int | 
     from embedwright.evaluation.results import render
     from embedwright.processes import start
 
-    sets = list(dict.fromkeys(one for name in names for one in choose(name)))  # before anything is loaded
+    sets = choose(*names)  # before anything is loaded
     processes = start()
     encoder = HttpEncoder.from_url(model) if "://" in model else open_encoder(model)
     home = out / "air-bench" / file_name(model.rpartition("#")[2] if "://" in model else model)

@@ -21,6 +21,7 @@ import shutil
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,12 @@ def _run(
         for row in judgements[f"qrels_{key}_dev"]:
             judged.setdefault(str(row["qid"]), {})[str(row["docid"])] = int(row["relevance"])
     corpus, folder = tables[f"corpus_{key}"], home / "vectors" / one.name
+    if len(corpus) != one.documents:
+        raise InputError(
+            f"{one.repository}: corpus_{key} has {len(corpus):,} documents here, and {one.documents:,} in {version}: "
+            f"the cache has a part of its files, or other ones. `hf download {one.repository} --repo-type dataset "
+            f"--include README.md '{version}/*'` brings all"
+        )
     vectors = encode_texts(encoder, lambda: _texts(corpus), len(corpus), folder=folder, advance=advance)
     ids = [str(id_) for id_ in corpus["id"]]
     rows: list[Result] = []
@@ -196,11 +203,14 @@ def _run(
         }
         if split == "dev":
             rows.append(_scored(one, hits, judged))
+            # a suite of its own for each task, whose metrics are two: no mean is over both
             seconds, made = time.perf_counter() - started, facts | {"data": commits}
-            write_results(_file(home, one, split), Results(f"{NAME} dev", tuple(rows), seconds, made))
+            write_results(_file(home, one, split), Results(f"{NAME} {one.task} dev", tuple(rows), seconds, made))
         else:
             write_text(_file(home, one, split), _submission(one, split, home.name, hits))
     shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):  # other sets are under way
+        folder.parent.rmdir()
     return rows
 
 
@@ -239,19 +249,20 @@ def pack(home: Path) -> Path | None:
 
 
 def table(home: Path, sets: Sequence[AirSet]) -> list[Row]:
-    """Returns the scores in `home` of these sets and their mean by task, beside published scores of version 24.04."""
+    """Returns the dev scores in `home` that `sets` ask for and their mean by task, beside published ones of 24.04."""
     rows: list[Row] = []
     for task, metric in MAIN.items():
-        own = [(one, file) for one in sets if one.task == task and (file := _file(home, one, "dev")).exists()]
+        asked = [one for one in sets if one.task == task and "dev" in one.splits]
+        own = [(one, file) for one in asked if (file := _file(home, one, "dev")).exists()]
         scored: list[Row] = []
         for one, file in own:
-            row: Row = {"set": one.name, "metric": metric, home.name: read_results(file).rows[0].value}
+            row: Row = {"set": one.name, "split": "dev", "metric": metric, home.name: read_results(file).rows[0].value}
             for model, tasks in sets_file()["published"].items():
                 known = tasks.get(task, {}).get(one.domain) if one.language == "en" else None
                 row[f"{model} (24.04)"] = None if known is None else known / 100
             scored.append(row)
         if len(scored) > 1:
-            mean: Row = {"set": f"mean of {len(scored)}", "metric": metric}
+            mean: Row = {"set": f"mean of {len(scored)}", "split": "dev", "metric": metric}
             mean |= {column: _mean([row[column] for row in scored]) for column in scored[0] if column not in mean}
             scored.append(mean)
         rows += scored

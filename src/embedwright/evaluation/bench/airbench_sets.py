@@ -32,13 +32,24 @@ class AirSet(NamedTuple):
         return f"{NAME}/{self.task}_{self.domain}_{self.language}"
 
 
-def choose(name: str) -> list[AirSet]:
-    """Returns the sets that a name asks for: `AIR-Bench` and any words that narrow it, as in `AIR-Bench/qa/en/dev`.
+def choose(*names: str) -> list[AirSet]:
+    """Returns the sets that names ask for: `AIR-Bench` and any words that narrow it, as in `AIR-Bench/qa/en/dev`.
 
-    A word is a task, a domain, a language, a data set or a split, in any order. InputError names the nearest words, or
-    what there is with the other words where none has all of them.
+    A word is a task, a domain, a language, a data set or a split, in any order. A set that several names ask for comes
+    once, with the splits of all. InputError names the nearest words, or what there is with the other words where none
+    has all of them.
     """
-    words = name.split("/")[1:]
+    merged: dict[str, AirSet] = {}
+    for one in (one for name in names for one in _named(name)):
+        asked = {*one.splits, *(merged[one.name].splits if one.name in merged else ())}
+        merged[one.name] = one._replace(splits=tuple(sorted(asked)))
+    return [*merged.values()]
+
+
+def _named(name: str) -> list[AirSet]:
+    head, *words = name.split("/")
+    if head.lower() != NAME.lower():
+        raise InputError(f"{name}: no benchmark {head!r}. Did you mean {NAME}, or a part of it such as {NAME}/qa/en?")
     chosen = _sets()
     for place, word in enumerate(words):
         if not any(word in _words(one) for one in _sets()):

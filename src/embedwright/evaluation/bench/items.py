@@ -4,6 +4,7 @@ Arrays are named `<split>/<hf_subset>/<array>`, with the names of `results`. The
 v-measure is the task's main score in that split and subset: where it is not, the arrays are left out.
 
     retrieval, reranking   `score` and `id` of each query, for main scores that are a mean over queries
+    summarization          `score` and `id` (row) of each text: the correlation of its summaries with human judgements
     classification         `score`: in how many of the experiments the text was classified correctly
     sts, pair              `cosine` and `gold`; in `pair` the similarity that gives mteb's main score, mostly the cosine
     clustering             `<split>/<hf_subset>/<part>/cluster` (S, N), one row a run of k-means, and `gold` (N,);
@@ -27,6 +28,7 @@ from mteb.abstasks.clustering_legacy import AbsTaskClusteringLegacy
 from mteb.abstasks.pair_classification import AbsTaskPairClassification
 from mteb.abstasks.retrieval import AbsTaskRetrieval
 from mteb.abstasks.sts import AbsTaskSTS
+from mteb.abstasks.text.summarization import AbsTaskSummarization
 from mteb.results import TaskResult
 from numpy.typing import NDArray
 
@@ -41,6 +43,7 @@ KINDS = {  # mteb's types that have a kind of ours; others keep their name
     "Clustering": "clustering",
     "STS": "sts",
     "PairClassification": "pair",
+    "Summarization": "summarization",
 }
 _NEAR = 1e-4  # mteb rounds to five decimals
 _MEASURES = {
@@ -124,6 +127,8 @@ def _arrays(task: Any, rows: Any, predicted: Any, draws: random.Random) -> Array
     if type(task).evaluate is AbsTaskClassification.evaluate and main == "accuracy" and not task.is_cross_validation:
         correct_EN = np.array(predicted) == np.array(rows[task.label_column_name])
         return {"score": correct_EN.mean(axis=0), "id": np.arange(correct_EN.shape[1])}
+    if isinstance(task, AbsTaskSummarization):
+        return _summaries(task, rows, predicted, main)
     if isinstance(task, AbsTaskClusteringLegacy) and main == "v_measure":
         return _sets(task, rows, list(predicted))
     if isinstance(task, AbsTaskClustering) and main == "v_measure":
@@ -163,6 +168,23 @@ def _pair(predicted: Mapping[str, Sequence[float]], gold: NDArray[np.int64], mai
     if name == "max":
         name = max(sides, key=lambda side: average_precision_score(gold, sides[side]))
     return {"cosine": sides[name], "gold": gold} if name in sides else {}
+
+
+def _summaries(task: Any, rows: Any, predicted: Mapping[str, Sequence[Sequence[float]]], main: str) -> Arrays:
+    """Scores each text as mteb does: in SummEval, the mean of a correlation and its p-value.
+
+    mteb has no prediction for a text whose summaries are all judged, or all scored, the same.
+    """
+    span, number = task.max_score - task.min_score, 0
+    ids: list[int] = []
+    for row, relevance in enumerate(rows[task.relevancy_column_name]):
+        judged = ((np.array(relevance) - task.min_score) / span).tolist()
+        if number < len(predicted["human_scores"]) and judged == predicted["human_scores"][number]:
+            ids.append(row)
+            number += 1
+    texts = [{name: [values[i]] for name, values in predicted.items()} for i in range(number)]
+    values = [task.evaluator._calculate_metrics(task, text)[main] for text in texts]
+    return {"score": np.array(values), "id": np.array(ids)}
 
 
 def _sets(task: Any, rows: Any, predicted: list[Sequence[int]]) -> Arrays:

@@ -8,10 +8,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from mteb.abstasks import AbsTask
 from mteb.results import TaskResult
 
 from embedwright.config import load_yaml
-from embedwright.evaluation.bench.names import Chosen
+from embedwright.evaluation.bench.names import Chosen, choose
 from embedwright.evaluation.bench.run import Bench
 from embedwright.locate import text_of
 from embedwright.model.formats.detect import detect
@@ -30,14 +31,18 @@ def lines(chosen: Chosen, bench: Bench, released: str | None = None) -> list[str
     ours = {name: 100 * result.get_score() for name, result in done.items()}
     anchors = load_anchors()
     published: dict[str, Any] = anchors["tasks"].get(released or "", {"scores": {}})
+    # they are those of MTEB(eng, v1): a task of the same name may have other subsets or splits elsewhere
+    asked = {task.metadata.name: _asks(task) for task in choose("MTEB(eng, v1)").tasks} if published["scores"] else {}
+    used: list[str] = []
     shown = [f"{chosen.name}: {len(done)} of {len(results)} tasks, in points"]
     for task in chosen.tasks:
         name = task.metadata.name
         if name in ours:
-            theirs = published["scores"].get(name)
-            beside = "" if theirs is None else f"   published {theirs:6.2f}   difference {ours[name] - theirs:+6.2f}"
+            theirs, beside = published["scores"].get(name), ""
+            if theirs is not None and asked.get(name) == _asks(task):
+                beside = f"   published {theirs:6.2f}   difference {ours[name] - theirs:+6.2f}"
+                used = [published["source"]]
             shown.append(f"  {name:<44} {task.metadata.type:<22} {ours[name]:6.2f}{beside}")
-    used = [published["source"]] if published["scores"].keys() & ours.keys() else []
     if chosen.benchmark is not None and done:
         rows = {
             bench.meta.name if len(done) == len(results) else f"{bench.meta.name}, {len(done)} tasks": aggregate(done)
@@ -47,6 +52,11 @@ def lines(chosen: Chosen, bench: Bench, released: str | None = None) -> list[str
         shown += ["", *_grid(rows)]
         used += [row["source"] for row in listed.values()]
     return shown + [f"  [{key}] {anchors['sources'][key]}" for key in dict.fromkeys(used)]
+
+
+def _asks(task: AbsTask) -> tuple[set[str], set[str]]:
+    """Returns the subsets and splits that a task is scored on."""
+    return set(task.hf_subsets), set(task.eval_splits)
 
 
 def aggregate(results: Mapping[str, TaskResult]) -> dict[str, float]:

@@ -24,7 +24,20 @@ def test_names_choose_sets() -> None:
         "long-doc_book_en_a-brief-history-of-time_stephen-hawking",
     ]
     assert [one.name for one in choose("AIR-Bench/gemini")] == ["long-doc_arxiv_en_gemini"]
+    for wrong in ("AIR-Benchmark", "AIR-Bench_qa", "air-bench-24.05"):
+        with pytest.raises(InputError, match=rf"{wrong}: no benchmark .*Did you mean AIR-Bench, or"):
+            choose(wrong)
+    assert choose("air-bench/qa/wiki/en") == choose("AIR-Bench/qa/wiki/en")
     with pytest.raises(InputError, match=r"'finanse' \(did you mean 'finance'\?\)"):
         choose("AIR-Bench/qa/finanse")
     with pytest.raises(InputError, match=r"AIR-Bench/qa/law has no 'zh'; it has .*de, default, dev, en, fr"):
         choose("AIR-Bench/qa/law/zh")
+
+
+def test_names_that_overlap_choose_a_set_once_with_the_splits_of_all() -> None:
+    whole = choose("AIR-Bench/qa/arxiv/en")
+    assert whole[0].splits == ("dev", "test")
+    for names in (["/test", "/dev"], ["", "/dev", "/test"], ["/dev", ""]):
+        assert choose(*(f"AIR-Bench/qa/arxiv/en{end}" for end in names)) == whole
+    assert choose("AIR-Bench/qa/arxiv/en/dev", "AIR-Bench/en/arxiv/qa/dev") == choose("AIR-Bench/qa/arxiv/en/dev")
+    assert len(choose("AIR-Bench/qa/dev", "AIR-Bench/en")) == len({*choose("AIR-Bench/qa/dev", "AIR-Bench/en")})

@@ -9,6 +9,8 @@ from typing import Any
 import mteb
 import numpy as np
 import pytest
+from datasets import Dataset
+from mteb._evaluators.text.summarization_evaluator import DeprecatedSummarizationEvaluator, SummarizationEvaluator
 from mteb.mocks import MOCK_TASK_TEST_GRID
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
@@ -116,6 +118,31 @@ def test_items_that_do_not_give_the_main_score_are_left_out(
     assert work.run([task]) == {}
     assert not (work.folder / "MockSTSTask.items.npz").exists()
     assert "MockSTSTask, test/default" in caplog.text and "no items are kept" in caplog.text
+
+
+@pytest.mark.parametrize("evaluator", [SummarizationEvaluator, DeprecatedSummarizationEvaluator])
+def test_summaries_score_by_text_and_a_text_that_mteb_skips_has_no_item(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evaluator: Any
+) -> None:
+    task = type(TASKS["MockSummarizationTask"])()
+    monkeypatch.setattr(task, "evaluator", evaluator, raising=False)
+    task.load_data()
+    rng = np.random.default_rng(0)
+    texts = [f"text {i}" for i in range(5)]
+    task.dataset["test"] = Dataset.from_dict(
+        {
+            "text": texts,
+            "human_summaries": [[f"human {i}{j}" for j in range(3)] for i in range(5)],
+            "machine_summaries": [[f"machine {i}{j}" for j in range(4)] for i in range(5)],
+            "relevance": [[1, 1, 1, 1] if i == 2 else rng.permutation(4).tolist() for i in range(5)],
+        }
+    )
+    monkeypatch.setattr(task, "load_data", lambda **_: None)
+    work = Bench(MtebEncoder(Noise()), tmp_path)
+    assert work.run([task]) == {}
+    arrays, result = of(work.folder / "MockSummarizationTask.items.npz"), work.result(task)
+    assert result is not None and arrays["test/default/id"].tolist() == [0, 1, 3, 4]
+    assert arrays["test/default/score"].mean() == pytest.approx(result.get_score(), abs=1e-5)
 
 
 def test_subsets_that_are_done_later_are_added(tmp_path: Path) -> None:

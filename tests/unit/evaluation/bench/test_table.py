@@ -93,6 +93,23 @@ def test_nv_embed_stands_beside_its_published_scores(work: Bench, v1: Chosen) ->
     assert sum("published" in line for line in shown) == 56
 
 
+def test_published_scores_of_other_subsets_or_splits_are_not_shown(work: Bench, v1: Chosen) -> None:
+    shown = {}
+    for split in ("test", "validation"):
+        task = type(mteb.get_task("STS17"))().filter_languages(["eng"], hf_subsets=["en-en"])
+        task._eval_splits = [split]
+        score = {split: {"en-en": {"main_score": 0.5, task.metadata.main_score: 0.5}}}
+        work.cache.save_to_cache(TaskResult.from_task_results(task, score, 1.0, None), work.meta)
+        shown[split] = "\n".join(lines(Chosen("STS17", (task,)), work, "NV-Embed-v2"))
+    assert "published" in shown["test"] and "published" not in shown["validation"]
+    assert "50.00" in shown["validation"]
+    every = mteb.get_task("STS17")
+    scores = {"test": {subset: {"main_score": 0.5, "cosine_spearman": 0.5} for subset in every.hf_subsets}}
+    work.cache.save_to_cache(TaskResult.from_task_results(every, scores, 1.0, None), work.meta)
+    other = "\n".join(lines(Chosen("STS17", (every,)), work, "NV-Embed-v2"))
+    assert "50.00" in other and "published" not in other and "[mteb]" not in other
+
+
 def test_released_nv_embed_is_known_by_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "weights"
     folder.mkdir()
