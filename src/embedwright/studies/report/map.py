@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from embedwright.data.schema import label_of, text_of
 from embedwright.encoders.protocol import Encoder, encode_finite
+from embedwright.errors import InputError
 from embedwright.evaluation.tasks import rows_of
 from embedwright.studies.report.hits import shortened
 
@@ -19,6 +20,7 @@ POINTS = 2_000
 NEIGHBOURS = 10
 FEWEST = 100  # texts that t-SNE needs with its usual perplexity of 30; fewer are laid out by PCA
 SEED = 0
+ROUNDING = 1e-6  # of a unit vector in float32; t-SNE crashes the process if no text differs from the others
 
 Vectors = NDArray[np.float32]
 
@@ -28,12 +30,16 @@ def text_map(encoder: Encoder, path: Path, instruction: str) -> dict[str, Any]:
 
     t-SNE keeps neighbours together, while distances between groups mean little. `near` is the part of the nearest
     neighbours in all dimensions that have the same label, and `chance` what random neighbours would give. Raises
-    InputError if the file cannot be read.
+    InputError if the file cannot be read, or if there is nothing to tell apart: fewer than two rows, or equal vectors.
     """
     rows = list(rows_of(path, "test", _text_and_label))
+    if len(rows) < 2:
+        raise InputError(f"{path}: a map needs at least two labelled rows, the file has {len(rows)}")
     drawn = np.sort(np.random.default_rng(SEED).permutation(len(rows))[:POINTS])
     texts, labels = [rows[i][0] for i in drawn], [rows[i][1] for i in drawn]
     vectors_NE = encode_finite(encoder, texts, instruction or None)
+    if np.ptp(vectors_NE, axis=0).max() < ROUNDING:
+        raise InputError(f"the vectors of all {len(texts)} texts of {path.name} are equal, so a map has one point")
     names = [name for name, _ in Counter(labels).most_common()]
     place = {name: number for number, name in enumerate(names)}
     label_N = np.array([place[label] for label in labels])

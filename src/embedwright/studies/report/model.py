@@ -14,6 +14,7 @@ from embedwright.encoders.protocol import Encoder
 from embedwright.errors import InputError
 from embedwright.evaluation.suite import Suite
 from embedwright.evaluation.tasks import SuiteTask
+from embedwright.model.verify.probe import ProbeError
 from embedwright.studies.report.hits import example_hits
 from embedwright.studies.report.map import text_map
 from embedwright.studies.report.pairs import mining_charts, pair_charts
@@ -34,7 +35,10 @@ def model_parts(folder: Path, say: Say) -> dict[str, Any]:
     if not (folder / "model").is_dir():
         reason = f"{folder / 'model'} is not there: the run has not ended, or its model was moved"
         return parts | {"left_out": dict.fromkeys(("pairs", "hits", "map"), reason)}
-    encoder = open_encoder(str(folder / "model"))
+    try:
+        encoder = open_encoder(str(folder / "model"))
+    except (InputError, ProbeError) as error:  # such as a folder that was copied in part
+        return parts | {"left_out": dict.fromkeys(("pairs", "hits", "map"), str(error))}
 
     def part(name: str, make: Callable[[], Any], doing: str) -> None:
         say(doing)

@@ -76,4 +76,5 @@ def _rendered(page: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False}  # what is not finite is no JSON
-    return environment.get_template("report.html").render(page)
+    html = environment.get_template("report.html").render(page)
+    return html.encode(errors="replace").decode()  # a file's name may have bytes that are no UTF-8

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from embedwright.errors import InputError
 from embedwright.training.recipe import Recipe, leaves
@@ -116,11 +116,14 @@ def _facts(recipe: Recipe, folder: Path, steps: Sequence[Row]) -> list[tuple[str
 
 
 def _parameters(model: Path) -> int:
-    """Counts the numbers in the weights of a model's folder, without reading them; 0 if there are none."""
+    """Counts the numbers in the weights of a model's folder, without reading them; 0 for none or half a file."""
     total = 0
     for file in model.glob("*.safetensors"):
-        with safe_open(file, "pt") as stored:
-            total += sum(math.prod(stored.get_slice(name).get_shape()) for name in stored.keys())  # noqa: SIM118
+        try:
+            with safe_open(file, "pt") as stored:
+                total += sum(math.prod(stored.get_slice(name).get_shape()) for name in stored.keys())  # noqa: SIM118
+        except SafetensorError:  # the parts that need the model say so
+            return 0
     return total
 
 

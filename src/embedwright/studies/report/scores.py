@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from embedwright.errors import InputError, NotFoundError
 from embedwright.evaluation.compare.bootstrap import draw, random, same_order
 from embedwright.evaluation.compare.read import RUN, STUDY, read_candidates, result_folders
@@ -81,7 +83,7 @@ def score_tables(scored: Iterable[Scored]) -> list[dict[str, Any]]:
 
 
 def half_interval(suite: str, seeds: Sequence[Result]) -> float | None:
-    """Returns half the width of a score's 95 % interval, or None for a score without items.
+    """Returns half the width of a score's 95 % interval, or None for a score without items or with some not finite.
 
     It covers what other items would have given, by a bootstrap, and what other runs of k-means and other training seeds
     would. The computation is that of `embedwright compare`, for one score instead of a difference.
@@ -93,6 +95,8 @@ def half_interval(suite: str, seeds: Sequence[Result]) -> float | None:
     (drawn,) = draw(random(SEED, suite, seeds[0].task), [ordered], DRAWS)
     if min(drawn.items_P, default=0) < 2:
         return None
+    if not all(np.isfinite(values).all() for values in (drawn.score_S, drawn.drawn_B, *drawn.runs)):
+        return None
     few = [of_mean(values) for values in (drawn.score_S, *drawn.runs) if len(values) > 1]
     return half_width([*few, *of_draws(drawn.drawn_PB, drawn.items_P)])
 
@@ -102,15 +106,16 @@ def _table(suite: str, tasks: Mapping[tuple[str, str], list[Score]]) -> dict[str
     benchmark, anchors = published(suite, {task for task, _ in tasks})
     groups: list[dict[str, Any]] = []
     for (task, metric), own in {**tasks, **_mean_row(tasks)}.items():
-        best = max(score["value"] for score in own)
+        best = max((score["value"] for score in own if math.isfinite(score["value"])), default=None)
         scores = [{**score, "best": len(own) > 1 and score["value"] == best, "source": ""} for score in own]
         beside = [{**anchor, "half": None, "best": False} for anchor in anchors.get(task, [])]
         groups.append({"task": task, "metric": metric, "scores": scores + beside})
     every = [score for group in groups for score in group["scores"]]
-    low = math.floor(10 * min(score["value"] - (score["half"] or 0) for score in every)) / 10
-    high = math.ceil(10 * max(score["value"] + (score["half"] or 0) for score in every)) / 10
+    placed = [score for score in every if math.isfinite(score["value"])]  # any other has its row, and no place
+    low = math.floor(10 * min((score["value"] - (score["half"] or 0) for score in placed), default=0)) / 10
+    high = math.ceil(10 * max((score["value"] + (score["half"] or 0) for score in placed), default=1)) / 10
     width = (high - low) or 0.1
-    for score in every:
+    for score in placed:
         half = score["half"] or 0
         score |= {"at": (score["value"] - low) / width, "from": (score["value"] - half - low) / width}
         score["span"] = 2 * half / width

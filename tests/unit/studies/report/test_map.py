@@ -68,3 +68,29 @@ def test_a_file_without_labels_is_refused(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
     with pytest.raises(InputError, match="no label"):
         text_map(Blobs(), tmp_path / "rows.jsonl", "")
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_file_of_fewer_than_two_rows_is_refused(tmp_path: Path, count: int) -> None:
+    with pytest.raises(InputError, match=f"two labelled rows, the file has {count}"):
+        text_map(Blobs(), labelled(tmp_path / "rows.jsonl", count), "")
+
+
+class Flat(Blobs):
+    """One vector for all texts, or almost."""
+
+    noise = 0.0
+
+    def encode(self, texts: Sequence[str], task: str | None = None) -> NDArray[np.float32]:
+        vectors = np.tile(np.eye(1, 12, dtype=np.float32), (len(texts), 1))
+        vectors[0, 1] += self.noise
+        return vectors
+
+
+@pytest.mark.parametrize("count", [2, 20, 120])  # by PCA and by t-SNE, which ends the process
+def test_equal_vectors_are_refused(tmp_path: Path, count: int) -> None:
+    encoder, file = Flat(), labelled(tmp_path / "rows.jsonl", count)
+    with pytest.raises(InputError, match=rf"vectors of all {count} texts of rows\.jsonl are equal"):
+        text_map(encoder, file, "")
+    encoder.noise = 1e-5
+    assert np.isfinite(text_map(encoder, file, "")["points"]).all()

@@ -10,6 +10,7 @@ import yaml
 
 from embedwright.studies.report import model as report_model
 from embedwright.studies.report.model import model_parts
+from embedwright.studies.report.page import report
 
 
 def changed(run: Path, to: Path, **changes: Any) -> Path:
@@ -37,6 +38,20 @@ def test_without_a_model_the_parts_say_why(tiny_run: Path, tmp_path: Path) -> No
     parts = model_parts(run, str)
     assert set(parts["left_out"]) == {"pairs", "hits", "map"}
     assert all("model is not there" in why for why in parts["left_out"].values())
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_model_that_is_empty_or_half_a_copy_leaves_out_its_parts(tiny_run: Path, tmp_path: Path, half: bool) -> None:
+    run = changed(tiny_run, tmp_path / "run")
+    weights = run / "model" / "model.safetensors"
+    content = weights.read_bytes()
+    if half:
+        weights.write_bytes(content[: len(content) // 2])
+    else:
+        shutil.rmtree(run / "model")
+        (run / "model").mkdir()
+    page = report([run], "")
+    assert page.count("Left out: ") == 3 and str(run / "model") in page and "What was trained" in page
 
 
 def test_data_that_was_moved_leaves_out_its_part_alone(tiny_run: Path, tmp_path: Path) -> None:

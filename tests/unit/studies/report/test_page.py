@@ -81,3 +81,16 @@ def test_without_a_package_the_extra_is_named(package: str, monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingPackageError, match=rf"{package}.*embedwright\[eval\]"):
         report([], "")
+
+
+def test_a_name_that_is_no_utf_8_and_a_score_that_is_no_number_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "caf\udce9"
+    write_results(folder / "a.json", Results("s", (Result("t", "sts", "cosine_spearman", 0.5),), 1.0, {"model": "m"}))
+    file, out = folder / "a.json", tmp_path / "r.html"
+    file.write_text(file.read_text().replace("0.5", "NaN"))
+    monkeypatch.setattr(sys, "argv", ["embedwright", "report", str(file), "--out", str(out)])
+    main()
+    page = Page(out.read_text())
+    assert page.has("caf?/a.json", "nan") and "b" not in [tag for tag, _ in page.elements]

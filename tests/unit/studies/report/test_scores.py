@@ -98,3 +98,18 @@ def test_what_holds_no_result_is_refused(tmp_path: Path) -> None:
     (tmp_path / "page.html").write_text("")
     with pytest.raises(InputError, match="neither a run"):
         read_scores(None, [tmp_path / "page.html"])
+
+
+def test_a_score_that_is_no_number_has_a_row_and_no_place_on_the_axis() -> None:
+    items = {"score": np.array([np.nan, 0.5, 0.7]), "id": np.arange(3)}
+    lost = Results("s", (Result("a", "retrieval", "nDCG@10", float("nan"), {}, items),), 1.0)
+    known = Results("s", (Result("a", "retrieval", "nDCG@10", 0.34),), 1.0)
+    (table,) = score_tables([Scored("x", [[lost]]), Scored("y", [[known]])])
+    (task,) = table["tasks"]
+    assert (table["low"], table["high"]) == (0.3, 0.4)
+    assert [(score["best"], score["half"], "at" in score) for score in task["scores"]] == [
+        (False, None, False),
+        (True, None, True),
+    ]
+    (alone,) = score_tables([Scored("x", [[lost]])])
+    assert (alone["low"], alone["high"]) == (0.0, 1.0)
