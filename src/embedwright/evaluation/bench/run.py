@@ -36,7 +36,7 @@ from embedwright.errors import InputError, OutOfReachError, blaming
 from embedwright.evaluation.bench.items import KINDS, remove_broken, write_items
 from embedwright.evaluation.bench.names import Chosen
 from embedwright.evaluation.mteb import MtebEncoder, instruction_of
-from embedwright.evaluation.results import Result, Results
+from embedwright.evaluation.results import Result, Results, parts_scored, read_arrays
 from embedwright.files import remove_leftovers, whole_file, write_text
 from embedwright.host import own_random_numbers
 from embedwright.processes import ALONE, Processes
@@ -50,7 +50,8 @@ _UNKNOWN_SIZE = 1_000_000  # characters of a task whose size mteb does not know
 def score_tasks(model: Any, chosen: Chosen, say: Say) -> Results:
     """Scores a model that is at work elsewhere, such as one that trains, on MTEB. Nothing stays on disk.
 
-    Returns a row a task; its items are there if they are of one split and subset. Raises InputError if a task fails.
+    Returns a row a task, and `about` with mteb's version, on which data and scores depend. Raises InputError if a task
+    fails.
     """
     started = time.perf_counter()
     with own_random_numbers(), TemporaryDirectory() as folder:  # mteb seeds the generators that training draws from
@@ -59,7 +60,7 @@ def score_tasks(model: Any, chosen: Chosen, say: Say) -> Results:
         if failed := bench.run(chosen.tasks, say=say):
             raise InputError("; ".join(f"{chosen.name}: {name}: {reason}" for name, reason in failed.items()))
         rows = tuple(bench.row(task) for task in chosen.tasks)
-    return Results(chosen.name, rows, time.perf_counter() - started)
+    return Results(chosen.name, rows, time.perf_counter() - started, {"mteb": mteb.__version__})
 
 
 class Bench:
@@ -83,13 +84,11 @@ class Bench:
         """Returns the result of a task that is done, as a row of a suite's results."""
         found, kind = self.result(task), task.metadata.type
         assert found is not None
-        items, file = {}, self.folder / f"{task.metadata.name}.items.npz"
-        if file.is_file() and len(found.scores) == 1 and len(next(iter(found.scores.values()))) == 1:
-            with np.load(file, allow_pickle=False) as stored:
-                items = {name.split("/", 2)[2]: stored[name] for name in stored.files}
-        if any("/" in name for name in items):  # runs of k-means that each have texts of their own
-            items = {}
-        return Result(task.metadata.name, KINDS.get(kind, kind), task.metadata.main_score, found.get_score(), {}, items)
+        data = parts_scored(found.scores)
+        whole = read_arrays(self.folder / f"{task.metadata.name}.items.npz")
+        items = {name: array for name, array in whole.items() if "/".join(name.split("/")[:2]) in data.split(", ")}
+        main, value = task.metadata.main_score, found.get_score()
+        return Result(task.metadata.name, KINDS.get(kind, kind), main, value, {}, items, data)
 
     def others(self) -> dict[str, list[str]]:
         """Returns the tasks of each other revision of a model of this name, which are left as they are."""

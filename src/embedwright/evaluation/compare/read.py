@@ -155,7 +155,11 @@ def _of_files(results: list[Results], path: Path) -> _Found:
 
 
 def _run(folder: Path) -> _Found:
-    """Reads the last evaluation of a run: all suites of its last point."""
+    """Reads the last evaluation of a run: all suites of its last point.
+
+    Runs are seeds of one candidate if they were evaluated at the same point, too. A run that stops by its scores may do
+    so at any step of its last stage.
+    """
     with blaming(folder / RUN, "is no record of a run's evaluations"):
         records = [json.loads(line) for line in whole_lines(folder / RUN)]
         points = [(record["stage"], record["step"]) for record in records]
@@ -170,8 +174,25 @@ def _run(folder: Path) -> _Found:
     if not results:
         raise InputError(f"{folder} is a run without an evaluation: name suites in its recipe (`eval`)")
     recipe = load_yaml(folder / "recipe.yaml")
-    same = {key: value for key, value in recipe.items() if key not in NO_PART_OF_A_RECIPE}
-    return _Found(folder.resolve().name, results, recipe["seed"], json.dumps(same, sort_keys=True))
+    (stage, step), name = points[-1], folder.resolve().name
+    if (stages := recipe.get("stages")) and stage != stages[-1]["name"]:
+        name += f", unfinished: {stage} {step}"
+    stops_early = (recipe.get("eval") or {}).get("patience")
+    same = [stage, None if stops_early else step]
+    same += [{key: value for key, value in recipe.items() if key not in NO_PART_OF_A_RECIPE}]
+    return _Found(name, _by_version(results), recipe["seed"], json.dumps(same, sort_keys=True))
+
+
+def _by_version(found: Sequence[Results]) -> list[Results]:
+    """Puts MTEB tasks into the suite of their version of mteb, as those of `bench` are. A task counts once."""
+    suites: dict[str, dict[str, Result]] = {}
+    for results in found:
+        version = results.about.get("mteb")
+        rows = suites.setdefault(f"mteb {version}" if version else results.suite, {})
+        for row in results.rows:  # of two benchmarks' subsets of one task, the more
+            if row.task not in rows or len(row.data) > len(rows[row.task].data):
+                rows[row.task] = row
+    return [Results(suite, tuple(rows.values()), 0.0) for suite, rows in suites.items()]
 
 
 def _study(folder: Path) -> list[_Found]:

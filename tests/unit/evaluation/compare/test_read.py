@@ -102,6 +102,29 @@ def test_runs_of_one_recipe_are_seeds_of_one_candidate(tmp_path: Path) -> None:
     assert again.seeds.keys() == {3}
 
 
+def test_runs_at_different_points_are_no_seeds_of_one_candidate(tmp_path: Path) -> None:
+    """Of two stages: one run has ended, another is in its last stage, a third in its first."""
+    stages, given = [{"name": "first"}, {"name": "retrieval"}], []
+    for seed, (stage, step) in enumerate([("retrieval", 5), ("retrieval", 4), ("first", 5)], start=1):
+        for early in (False, True):
+            more = {"eval": {"patience": 3}} if early else {}
+            file = (
+                run(tmp_path / f"{'early' if early else 'run'}{seed}", seed, stages=stages, **more)
+                / "evaluations.jsonl"
+            )
+            lines = [json.loads(line) for line in file.read_text().splitlines()]
+            lines[-1] |= {"stage": stage, "step": step}
+            file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            given.append(file.parent)
+    assert [each.name for each in read_candidates([str(path) for path in given])] == [
+        "run1",
+        "early1 (seeds 1, 2)",  # it stopped by its scores, which may be at any step
+        "run2",
+        "run3, unfinished: first 5",
+        "early3, unfinished: first 5",
+    ]
+
+
 def test_a_run_without_an_evaluation_says_so(tmp_path: Path) -> None:
     (run(tmp_path / "a", 1) / "evaluations.jsonl").write_text("")
     with pytest.raises(InputError, match="a is a run without an evaluation"):
@@ -234,6 +257,38 @@ def test_what_bench_writes_is_compared_item_by_item(tmp_path: Path) -> None:
     (results,) = candidate.seeds[None]
     assert {row.task: agrees(row) for row in results.rows} == dict.fromkeys(names, True)
     assert {row.difference for row in compare([candidate, candidate], draws=20).rows} == {0}
+
+
+def test_a_run_and_bench_are_compared_in_the_tasks_that_both_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mteb
+    from mteb.mocks import MOCK_TASK_TEST_GRID
+
+    from embedwright.evaluation.bench.run import Bench, Chosen, score_tasks
+    from embedwright.evaluation.mteb import MtebEncoder
+
+    names = ["MockSTSTask", "MockMultilingualRerankingTask", "MockRetrievalTask"]
+    tasks = {task.metadata.name: type(task)() for task in MOCK_TASK_TEST_GRID if task.metadata.name in names}
+    monkeypatch.setattr("mteb.get_task", tasks.__getitem__)
+    work = Bench(MtebEncoder(Noise()), tmp_path / "bench")
+    assert work.run([tasks[name] for name in names[:2]]) == {}
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text("name: x\nseed: 1\n")
+    with (folder / "evaluations.jsonl").open("w") as file:
+        for suite, own in (("One", names[:1]), ("Two", names)):  # both benchmarks have the first task
+            found = score_tasks(Noise(), Chosen(suite, tuple(tasks[name] for name in own)), lambda line: None)
+            write_items(run_items_file(folder, "start", 0, suite), found)
+            record = {"stage": "start", "step": 0, "suite": suite, "results": json.loads(found.to_json())}
+            file.write(json.dumps(record) + "\n")
+    given = read_candidates([str(tmp_path / "bench"), str(folder)])
+    assert all(agrees(row) for each in given for results in next(iter(each.seeds.values())) for row in results.rows)
+    compared = compare(given, draws=20)
+    assert sorted(row.task for row in compared.rows if row.task in names) == sorted(names[:2])
+    assert [row.difference for row in compared.rows] == pytest.approx([0] * len(compared.rows), abs=0.01)
+    assert all(row.over for row in compared.rows if row.task in names)
+    assert compared.left_out == (f"run: mteb {mteb.__version__}/{names[2]} is of run alone",)
 
 
 def test_a_model_is_scored_on_the_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
