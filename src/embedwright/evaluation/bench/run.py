@@ -267,6 +267,18 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
 
 
+def check_data(tasks: Sequence[AbsTask]) -> None:
+    """Loads the data of each task, and lets go of it. Raises OutOfReachError for the first that are not there."""
+    for task in tasks:
+        if isinstance(task, AbsTaskAggregate):
+            check_data(task.metadata.tasks)
+            continue
+        try:
+            _load(task)
+        finally:
+            task.unload_data()
+
+
 def _load(task: AbsTask) -> None:
     """Loads a task's data: as mteb does, else from the snapshot of its commit in the hub's cache.
 

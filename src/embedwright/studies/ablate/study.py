@@ -144,8 +144,10 @@ class _Work:
         if self.benchmark is not None:
             with naming(f"{self.study.file}: benchmark"), blaming(self.benchmark):
                 from embedwright.evaluation.bench.names import choose
+                from embedwright.evaluation.bench.run import check_data
 
-                return json.dumps([version("mteb"), *(task.metadata.name for task in choose(self.benchmark).tasks)])
+                check_data(tasks := choose(self.benchmark).tasks)
+                return json.dumps([version("mteb"), *(task.metadata.name for task in tasks)])
         with naming(f"{self.study.file}: {'smoke.suite' if self.smoke and self.said.smoke.suite else 'suite'}"):
             return json.dumps(of_suite(load_suite(self.suite)))
 

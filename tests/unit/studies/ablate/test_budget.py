@@ -111,3 +111,18 @@ def test_tokens_are_not_read_as_seconds(ablation: Make, tmp_path: Path) -> None:
         work.check()
         jobs[unit] = work.measurement("plain")
     assert jobs["tokens"].result and jobs["seconds"].result is None
+
+
+def test_rows_that_are_left_out_are_warned_of_once_for_all_arms(
+    ablation: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = ablation(budget={"tokens": 6000}, arms={"plain": {}, "b": {"model.pooling": "last"}})
+    base = yaml.safe_load((tmp_path / "base.yaml").read_text())
+    base["stages"][1]["in_batch_negatives"] = "none"
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    with (tmp_path / "pairs.jsonl").open("a") as rows:
+        rows.write(json.dumps({"query": "a new one", "positives": ["tide"]}) + "\n")
+    work = _Work(Study(file), tmp_path / "out", smoke=False, processes=1)
+    work.check()
+    assert all(work.measurement(arm).result for arm in ("plain", "b"))
+    assert [record.message.partition(": 1 of ")[1] for record in caplog.records] == [": 1 of "]

@@ -173,6 +173,24 @@ def test_a_benchmark_scores_cells_into_mteb_s_own_folder(
     assert json.loads((tmp_path / "out" / "tiny" / "budget.json").read_text())["arms"]["plain"]["fixed"] > 0
 
 
+def test_data_of_a_benchmark_that_are_missing_end_the_command_before_the_first_cell(
+    ablation: Make, started: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mteb
+
+    def unreachable(task: Any, **_: Any) -> None:
+        raise ConnectionError("no network")
+
+    task = mteb.get_task("STS12")
+    monkeypatch.setattr(type(task), "load_data", unreachable)
+    monkeypatch.setattr("embedwright.evaluation.bench.run.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(
+        InputError, match=r"tiny\.yaml: benchmark: the data set mteb/sts12-sts cannot be opened: no network"
+    ):
+        ablate(ablation(suite=None, benchmark="STS12"), tmp_path / "out")
+    assert started == [] and not (tmp_path / "out").exists()
+
+
 def test_an_unknown_benchmark_is_named(ablation: Make, started: list[Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"tiny\.yaml: benchmark: .*'NanoBIER'.*did you mean 'NanoBEIR'"):
         ablate(ablation(suite=None, benchmark="NanoBIER"), tmp_path / "out")
