@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -145,6 +145,22 @@ def _result_files(models: Sequence[str], suite: str, out: Path) -> dict[str, Pat
     return files
 
 
+def _refuse_to_replace(file: Path, model: str, encoder: Any) -> None:
+    """Raises InputError if a folder of results has those of another model under the file name of this one."""
+    from embedwright.encoders.protocol import as_encoder
+    from embedwright.evaluation.results import read_without_items
+    from embedwright.fingerprint import fingerprint_of
+
+    if file.parent.name != file_name(model) or not file.is_file():  # a file that the user named is written anew
+        return
+    about = read_without_items(file).about
+    if "fingerprint" in about and about["fingerprint"] != fingerprint_of(as_encoder(encoder)):
+        raise InputError(
+            f"{file} has the results of another model, {about['model']}, or of this one with other weights: "
+            "name another --out, or remove that file first"
+        )
+
+
 def compare(
     results: Annotated[
         list[str],
@@ -194,7 +210,10 @@ def score(models: Sequence[str], suite: Suite | str, files: Mapping[str, Path] |
     for model in dict.fromkeys(models):
         if len(models) > 1:
             say(model)
-        columns[model] = run(model if model == BM25 else open_encoder(model), suite, name=model, progress=say)
+        opened = model if model == BM25 else open_encoder(model)
+        if files and model != BM25:
+            _refuse_to_replace(files[model], model, opened)
+        columns[model] = run(opened, suite, name=model, progress=say)
         if files:  # now, so that the scores of this one outlive a failure of the next
             write_results(files[model], columns[model])
     say(render(table(columns)))

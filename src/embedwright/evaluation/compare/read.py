@@ -2,7 +2,8 @@
 
 NAME.json, or a folder of such files    results of `eval`, or AIR-Bench results
 a folder with model_meta.json           MTEB results of one model and revision, as `bench` and mteb write them
-a folder with evaluations.jsonl         a run: its last evaluation. Runs that differ in their seed only are one
+a folder with evaluations.jsonl         a run: its last evaluation. Runs that differ in their seed only are one, if
+                                        their last evaluations are at the same point
 a folder with study.json                a study of `ablate`: each arm, the baseline first
 any other name                          a model, if there is a suite
 """
