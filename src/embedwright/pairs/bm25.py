@@ -21,8 +21,9 @@ def taught(documents: Iterable[Document], negatives: int) -> Make:
     """Indexes title and text of all documents, which stay in memory, and returns what makes the examples of one.
 
     The query is a crop of the document. Its positives are the documents whose score is at least 95 % of the best, its
-    negatives the next `negatives` ones that share a word with it and are of another family than the positives.
-    `positive_scores` and `negative_scores` are BM25's. A crop with more than 5 positives makes no example.
+    negatives the next `negatives` ones that share a word with it, do not contain it as it stands, and are of another
+    family than the positives and the document. `positive_scores` and `negative_scores` are BM25's. A crop with more
+    than 5 positives makes no example, nor does one whose own document is none of them.
     """
     pool = [document.passage(document.whole) for document in documents]
     index = bm25.index(passage.text for passage in pool)
@@ -36,9 +37,12 @@ def taught(documents: Iterable[Document], negatives: int) -> Make:
         scores_N = bm25.scores(index, query)
         best = [(pool[row], float(scores_N[row])) for row in bm25.best(scores_N, 4 * (negatives + 1)).tolist()]
         ranked = [(passage, score) for passage, score in best if score > 0]
-        right, wrong = _split(ranked, negatives) if ranked else ([], [])
+        right, wrong = _split(ranked, exact_key(query), document.family) if ranked else ([], [])
+        wrong = wrong[:negatives]
         if len(right) > POSITIVES:
             return "fits_many"
+        if exact_key(document.whole) not in {exact_key(passage.text) for passage, _ in right}:
+            return "other_is_best"
         if not wrong:
             return "no_candidate"
         (positives, positive_scores), (others, negative_scores) = zip(*right, strict=True), zip(*wrong, strict=True)
@@ -47,9 +51,12 @@ def taught(documents: Iterable[Document], negatives: int) -> Make:
     return make
 
 
-def _split(ranked: list[tuple[Passage, float]], negatives: int) -> tuple[list[tuple[Passage, float]], ...]:
-    """Returns the positives and the negatives of a ranking, each text once."""
-    each = list({exact_key(passage.text): (passage, score) for passage, score in reversed(ranked)}.values())[::-1]
-    right = [(passage, score) for passage, score in each if score >= EQUAL * each[0][1]]
-    families = {passage.id for passage, _ in right}
-    return right, [one for one in each[len(right) :] if one[0].id not in families][:negatives]
+def _split(ranked: list[tuple[Passage, float]], query: str, family: str) -> tuple[list[tuple[Passage, float]], ...]:
+    """Returns the positives and the possible negatives of a ranking, each text once, for a query as its exact key."""
+    each: dict[str, tuple[Passage, float]] = {}
+    for passage, score in ranked:
+        each.setdefault(exact_key(passage.text), (passage, score))
+    right = [(passage, score) for passage, score in each.values() if score >= EQUAL * ranked[0][1]]
+    families = {family, *(passage.id for passage, _ in right)}
+    rest = list(each.items())[len(right) :]
+    return right, [one for key, one in rest if query not in key and one[0].id not in families]

@@ -96,7 +96,7 @@ def make_pairs(
 
     The ways follow each other in the file, each in the order of the documents, with their tasks `<name>-<way>` beside
     it (`name`: by default the file's). What a way draws for a document depends on `seed`, the way and the document's id
-    alone; `bm25`, `gloss`, `swap` and `classes` look at other documents, too, and hold them in memory. The documents
+    alone; `bm25`, `gloss` and `classes` look at other documents, too, and hold them in memory. The documents
     are read once for each way, and once before, to find bad lines: these are kept in `<out>.quarantine.jsonl`.
 
     `per_document`: how often a way that draws does so for a document; equal examples are written once. `negatives`: the

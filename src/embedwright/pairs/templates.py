@@ -24,6 +24,7 @@ _LINK = re.compile(r"\.?\s*\([^()]*://[^()]*\)")
 _QUESTION = re.compile(
     r"(?:#+\s*|\*\*\s*|\d+(?:\.\d+)*[.)]?\s+|Q(?:uestion)?\s*\d*\s*[:.)]\s*)*(?P<asked>[A-Z\"'].*\?)[\s*#]*"
 )
+_LINE = re.compile(r"\s*([-=~*_])\1{2,}\s*")  # below a heading
 _ANSWER = re.compile(r"\s*(?:\*\*)?A(?:nswer)?\s*\d*\s*[:.)](?:\*\*)?\s+")
 QUESTION_WORDS = 3, 30
 ANSWER_WORDS = 5
@@ -53,7 +54,8 @@ def _headed(document: Document) -> Iterator[tuple[str, str]]:
         alone = blank[i - 1] and (blank[i + 1] or _ANSWER.match(lines[i + 1]))
         if found and (i == 1 or alone or found.start("asked")):
             marks[i] = " ".join(found["asked"].split())
-    ends = [i for i, line in enumerate(lines) if i in marks or line.startswith("#")] + [len(lines)]
+    above = {i - 1 for i in range(2, len(lines)) if blank[i - 2] and not blank[i - 1] and _LINE.fullmatch(lines[i])}
+    ends = [i for i, line in enumerate(lines) if i in marks or i in above or line.startswith("#")] + [len(lines)]
     for i, asked in marks.items():
         end = len(lines) if i == 1 else min(end for end in ends if end > i)
         body = " ".join(" ".join(line for j, line in enumerate(lines[i + 1 : end], i + 1) if not blank[j]).split())

@@ -75,6 +75,27 @@ def test_a_copy_is_a_positive_once_and_no_family_member_is_a_negative() -> None:
             assert "source s" not in {p.id for p in row.negatives}
 
 
+def test_a_document_that_says_the_whole_query_is_no_negative() -> None:
+    first = forest(0)
+    padding = " ".join(f"filler{i}" for i in range(90))
+    longer = Document("longer", f"{padding} {first.text.upper().replace(' ', '  ')} {padding}")
+    made = rows([first, longer, *(forest(i) for i in range(1, 6))], seeds=8)
+    own = [row for key, row in made.items() if key.startswith("d0:")]
+    assert own and all(row.positives[0].id == "d0" and len(row.positives) == 1 for row in own)
+    assert all("longer" not in {p.id for p in row.negatives} for row in own)
+
+
+def test_a_crop_that_finds_another_document_before_its_own_makes_no_example() -> None:
+    first = forest(0)
+    padding = " ".join(f"filler{i}" for i in range(90))
+    longer = Document("longer", f"{first.text} {padding}")
+    make = taught([longer, first, *(forest(i) for i in range(1, 6))], 7)
+    made = [make(longer, random.Random(seed)) for seed in range(60)]
+    found = [row[0] for row in made if not isinstance(row, str)]
+    assert found and "other_is_best" in made
+    assert all("longer" in {p.id for p in row.positives} for row in found)
+
+
 def test_what_makes_no_example() -> None:
     alone = [Document(str(i), " ".join(f"{name}{i}" for name in NAMES)) for i in range(8)]
     assert {taught(alone, 7)(alone[0], random.Random(i))[:] for i in range(3)} == {"no_candidate"}

@@ -69,6 +69,14 @@ def test_headings_and_lines_that_are_questions_find_what_follows_them() -> None:
     ]
 
 
+def test_an_answer_ends_at_an_underlined_heading() -> None:
+    text = (
+        "How do I install it?\n--------------------\n\nUse pip to install the package.\n\nParts:\n- one\n- two\n\n"
+        "Uninstalling\n============\n\nDelete the folder that it is in.\n"
+    )
+    assert asked(text) == [("How do I install it?", "Use pip to install the package. Parts: - one - two")]
+
+
 @pytest.mark.parametrize(
     ("title", "text", "verb"),
     [
