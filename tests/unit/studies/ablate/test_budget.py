@@ -82,9 +82,17 @@ def test_a_budget_of_tokens_is_kept_and_written_before_the_first_cell(
     assert not (out / "plain" / "budget" / "lock").exists()  # no process was needed
 
 
-def test_a_budget_of_seconds_is_measured_once(ablation: Make, started: list[Path], tmp_path: Path) -> None:
+def test_a_budget_of_seconds_is_measured_once(
+    ablation: Make, started: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cell does not train: the budget may be far above what a busy machine takes to start."""
+
+    def failing(*args: Any) -> dict[str, Any]:
+        raise RuntimeError("it does not train")
+
+    monkeypatch.setattr(ablate_cell, "trained", failing)
     out = tmp_path / "out" / "tiny"
-    file = ablation(budget={"seconds": 4.0})
+    file = ablation(budget={"seconds": 600.0})
     ablate(file, tmp_path / "out", only=["warm/1"])
     assert [folder.relative_to(out) for folder in started] == [
         Path("plain/budget"),
@@ -95,12 +103,12 @@ def test_a_budget_of_seconds_is_measured_once(ablation: Make, started: list[Path
     assert said["unit"] == "seconds" and said["fixed"] == pytest.approx(sum(said["seconds"].values()))
     [first, second] = said["steps"]
     assert first > 0 and second > 0
-    assert said["factor"] == pytest.approx((4.0 - said["fixed"]) / (6 * first + 6 * second))
+    assert said["factor"] == pytest.approx((600.0 - said["fixed"]) / (6 * first + 6 * second))
     recipe = yaml.safe_load((out / "warm" / "seed-1" / "recipe.yaml").read_text())
     assert [stage["optim"]["steps"] for stage in recipe["stages"]] == [int(6 * said["factor"])] * 2
     before = (out / "budget.json").read_bytes()
     ablate(file, tmp_path / "out", only=["warm/1"])
-    assert len(started) == 3 and (out / "budget.json").read_bytes() == before
+    assert [folder.name for folder in started[3:]] == ["seed-1"] and (out / "budget.json").read_bytes() == before
 
 
 def test_tokens_are_not_read_as_seconds(ablation: Make, tmp_path: Path) -> None:
@@ -125,4 +133,4 @@ def test_rows_that_are_left_out_are_warned_of_once_for_all_arms(
     work = _Work(Study(file), tmp_path / "out", smoke=False, processes=1)
     work.check()
     assert all(work.measurement(arm).result for arm in ("plain", "b"))
-    assert [record.message.partition(": 1 of ")[1] for record in caplog.records] == [": 1 of "]
+    assert sum("have no negatives" in record.message for record in caplog.records) == 1
