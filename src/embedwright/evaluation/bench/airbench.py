@@ -109,7 +109,8 @@ def bench(
     todo = {one: [split for split in one.splits if not _file(home, one, split).exists()] for one in sets}
     failures = {one: home / "failed" / f"{one.name}.txt" for one in sets}
     if processes.first:
-        shutil.rmtree(home / "failed", ignore_errors=True)
+        for file in failures.values():  # not those of another command, which may await them
+            file.unlink(missing_ok=True)
         progress(f"sets: {len(sets)}, done before: {sum(not splits for splits in todo.values())}")
     processes.wait()
     left = [one for one in sets if todo[one]]
