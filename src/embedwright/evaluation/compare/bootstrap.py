@@ -76,10 +76,12 @@ def same_order(reference: Result, result: Result) -> Result:
     for part in _shares(result):
         ours, theirs = _of_part(reference, part), _of_part(result, part)
         if "id" in ours:
-            place, other = np.argsort(ours["id"], kind="stable"), np.argsort(theirs["id"], kind="stable")
-            if not np.array_equal(ours["id"][place], theirs["id"][other]):
-                odd = np.setxor1d(ours["id"], theirs["id"])
-                raise InputError(f"has other items: {len(odd)} are in one alone, such as {str(odd[0])!r}")
+            ids, their_ids = ours["id"].astype(str), theirs["id"].astype(str)
+            place, other = np.argsort(ids, kind="stable"), np.argsort(their_ids, kind="stable")
+            if not np.array_equal(ids[place], their_ids[other]):
+                odd = np.setxor1d(ids, their_ids)
+                which = f"{len(odd)} are in one alone, such as {str(odd[0])!r}" if len(odd) else "some are repeated"
+                raise InputError(f"has other items: {which}")
             order = np.empty_like(place)
             order[place] = other
             items |= {part + name: array[..., order] for name, array in theirs.items()}
@@ -124,7 +126,7 @@ def draw(rng: np.random.Generator, candidates: Sequence[Sequence[Result]], draws
 
 def _scores(results: Sequence[Result], part: str, counts_BN: Floats) -> Floats:
     """Returns the score in each draw of each run of k-means (R, B), as mean over the training seeds."""
-    mean_RB: Floats = np.mean([scores(_of_part(result, part), counts_BN) for result in results], axis=0)
+    mean_RB: Floats = np.mean([scores(result.metric, _of_part(result, part), counts_BN) for result in results], axis=0)
     return mean_RB
 
 
@@ -133,12 +135,15 @@ def agrees(result: Result) -> bool:
     found = 0.0
     for part, share in _shares(result).items():
         arrays = _of_part(result, part)
-        found += share * float(scores(arrays, np.ones((1, _count(arrays)))).mean())
+        found += share * float(scores(result.metric, arrays, np.ones((1, _count(arrays)))).mean())
     return bool(result.items) and abs(found - result.value) < NEAR
 
 
-def scores(arrays: Items, counts_BN: Floats) -> Floats:
-    """Returns a task's main score in each draw (R, B) from the arrays of one part of it (see results.py)."""
+def scores(metric: str, arrays: Items, counts_BN: Floats) -> Floats:
+    """Returns a task's main score in each draw (R, B) from the arrays of one part of it (see results.py).
+
+    The arrays say which score it is. Pearson's and Spearman's correlation have the same, and are told apart by name.
+    """
     if "score" in arrays:
         return statistics.mean(counts_BN, arrays["score"])[None]
     gold_N = arrays["gold"]
@@ -147,7 +152,8 @@ def scores(arrays: Items, counts_BN: Floats) -> Floats:
         runs = zip(arrays["cluster"], drawn_RBN, strict=False)
         return np.stack([statistics.v_measure(drawn_BN, cluster_N, gold_N) for cluster_N, drawn_BN in runs])
     of_labels = np.issubdtype(gold_N.dtype, np.integer)
-    of_cosines = statistics.average_precision if of_labels else statistics.spearman
+    correlation = statistics.pearson if "pearson" in metric else statistics.spearman
+    of_cosines = statistics.average_precision if of_labels else correlation
     return of_cosines(counts_BN, arrays["cosine"], gold_N)[None]
 
 

@@ -8,6 +8,7 @@ the interval is then about other tasks of these types, else about these very tas
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -26,14 +27,17 @@ METHOD = (
     "Scores are in points (x100). The standard error of a difference adds up what its sources (`over`) contribute: the "
     "items, by a paired bootstrap; training seeds where there are several, in pairs where both sides have the same "
     "ones, while a single training run counts as noisy as those of the others; runs of k-means; in a mean over many "
-    "tasks, the tasks inside their types. In the interval (95 %), each source has Student's t for its degrees of "
-    "freedom. The t-distribution with such an interval gives the two-sided p-value, the larger p-value of both "
-    "one-sided tests, and the smallest difference that would have been seen (80 % power). `p_holm` and `p_equivalent` "
-    "are corrected for all comparisons of the table (Holm). A claim needs one of them below 0.05."
+    "tasks, the tasks inside their types. Tasks in `without` have no items, and what these do by chance is left out. A "
+    "mean has no interval if such tasks have more than a fifth of its weight and there are no seeds. In the interval "
+    "(95 %), each source has Student's t for its degrees of freedom. The t-distribution with it gives the "
+    "two-sided p-value, the larger p-value of both one-sided tests, and the smallest difference that would have been "
+    "seen (80 % power). `p_holm` and `p_equivalent` are corrected for all comparisons of the table (Holm). A claim "
+    "needs one of them below 0.05."
 )
 PAIRED, ONE, APART = "pairs of seeds", "one training run against several", "other seeds, or a model that has none"
 MEAN, HIGHER, LOWER, NONE_SHOWN = "mean", "higher", "lower", "none shown"
 ENOUGH_TASKS = 5  # tasks beside the first of each type, from which the spread over tasks is known well enough
+SILENT = 0.2  # the largest share of a mean that tasks without items may have, if it is to have an interval
 TINY = 1e-9  # of a point: below it, a standard error or a difference is rounding
 
 Key = tuple[str, str]  # suite and task
@@ -51,8 +55,9 @@ class Candidate:
 class Difference:
     """One candidate against the baseline in one task, or in a mean over tasks. Scores are in points.
 
-    `over` says what the interval covers. If it is empty there is no interval, and nothing is claimed. `error` is the
-    standard error. `smallest` is the smallest true difference that is found in four cases of five.
+    `over` says what the interval covers. If it is empty there is no interval, and nothing is claimed. `without` names
+    the tasks of a mean whose items are not kept: what these items do by chance is not covered. `error` is the standard
+    error. `smallest` is the smallest true difference that is found in four cases of five.
     """
 
     candidate: str
@@ -64,6 +69,7 @@ class Difference:
     score: float
     difference: float
     over: str = ""
+    without: tuple[str, ...] = ()
     error: float | None = None
     low: float | None = None
     high: float | None = None
@@ -106,12 +112,12 @@ def compare(
 
     Raises:
         InputError: A candidate has nothing that can be compared with the baseline, there is only one, or `equivalent`
-            is not above 0.
+            is not a finite number above 0.
     """
     if len(candidates) < 2:
         raise InputError("a comparison needs a baseline and at least one other")
-    if equivalent is not None and equivalent <= 0:
-        raise InputError(f"equivalent: {equivalent:g} points is no bound: give a number above 0")
+    if equivalent is not None and not 0 < equivalent < math.inf:
+        raise InputError(f"equivalent: {equivalent:g} points is no bound: give a finite number above 0")
     baseline, *others = candidates
     ours, odd = _by_task(baseline)
     left_out = [f"{baseline.name}: {reason}" for reason in odd.values()]
@@ -119,7 +125,9 @@ def compare(
     for number, other in enumerate(others):
         theirs, reasons = _comparable(ours, odd, baseline.name, other)
         if not theirs:
-            raise InputError(f"{other.name} has nothing to compare with {baseline.name}: {'; '.join(reasons)}")
+            raise InputError(
+                f"{other.name} has nothing to compare with {baseline.name}: {'; '.join([*odd.values(), *reasons])}"
+            )
         left_out += [f"{other.name}: {reason}" for reason in reasons]
         for key, results in theirs.items():
             sides[key][number] = results
@@ -256,15 +264,22 @@ def _difference(
     difference, error = 100 * float(other_S.mean() - base_S.mean()), statistics.error_of(noise)
     difference = difference if abs(difference) > TINY else 0.0
     row = replace(bare, baseline=100 * float(base_S.mean()), score=100 * float(other_S.mean()), difference=difference)
-    # where nothing shows the noise of a task, an interval of the mean would be too narrow
+    silent = {
+        pair.result.task: share / len(tasks)
+        for tasks, share in zip(types, shares, strict=True)
+        for pair in tasks
+        if not pair.items_P and not (drawn_tasks and len(tasks) > 1)
+    }
+    # where nothing shows the noise of much of a mean, its interval would be too narrow
     seeds = max(len(base_S), len(other_S)) > 1
-    known = seeds or all(pair.items_P or (drawn_tasks and len(tasks) > 1) for tasks in types for pair in tasks)
+    known = seeds or sum(silent.values()) <= SILENT
     if not known or (error == 0 and difference != 0):
         return row
     half = statistics.half_width(noise)
     return replace(
         row,
         over=", ".join(name for name, there in (("tasks", drawn_tasks), ("seeds", seeds), ("items", drawn)) if there),
+        without=tuple(silent) if drawn or drawn_tasks else (),
         error=error,
         low=difference - half,
         high=difference + half,

@@ -43,12 +43,27 @@ def mean(counts_BN: Floats, score_N: NDArray[np.floating]) -> Floats:
 
 def spearman(counts_BN: Floats, left_N: NDArray[np.floating], right_N: NDArray[np.floating]) -> Floats:
     """Returns Spearman's correlation in each draw, with mean ranks for ties; 0 where all of one side are equal."""
-    left_BN, left_B = _centred_ranks(counts_BN, left_N)
-    right_BN, right_B = _centred_ranks(counts_BN, right_N)
+    return _correlation(counts_BN, _centred_ranks(counts_BN, left_N), _centred_ranks(counts_BN, right_N))
+
+
+def pearson(counts_BN: Floats, left_N: NDArray[np.floating], right_N: NDArray[np.floating]) -> Floats:
+    """Returns Pearson's correlation in each draw; 0 where all of one side are equal."""
+    return _correlation(counts_BN, _centred(counts_BN, left_N), _centred(counts_BN, right_N))
+
+
+def _correlation(counts_BN: Floats, left: tuple[Floats, Floats], right: tuple[Floats, Floats]) -> Floats:
+    (left_BN, left_B), (right_BN, right_B) = left, right
     together_B = np.einsum("bn,bn,bn->b", counts_BN, left_BN, right_BN)
     scale_B = np.sqrt(left_B * right_B)
     drawn_B: Floats = np.divide(together_B, scale_B, out=np.zeros_like(scale_B), where=scale_B > 0)
     return drawn_B
+
+
+def _centred(counts_BN: Floats, value_N: NDArray[np.floating]) -> tuple[Floats, Floats]:
+    """Returns each item's value less the mean, and the sum of the squares of each draw."""
+    centred_BN = value_N.astype(np.float64) - mean(counts_BN, value_N)[:, None]
+    centred_BN[np.abs(centred_BN) < 1e-12 * np.abs(value_N).max()] = 0  # rounding: in a draw of equal values, all is
+    return centred_BN, np.einsum("bn,bn,bn->b", counts_BN, centred_BN, centred_BN)
 
 
 def _centred_ranks(counts_BN: Floats, value_N: NDArray[np.floating]) -> tuple[Floats, Floats]:

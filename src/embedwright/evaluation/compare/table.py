@@ -6,6 +6,8 @@ from embedwright.evaluation.compare.compare import HIGHER, LOWER, MEAN, Comparis
 from embedwright.evaluation.compare.picture import Mark, intervals
 from embedwright.evaluation.results import Row, render
 
+NAMED = 3  # tasks without items that a cell names; of more it tells the number
+
 
 def text(comparison: Comparison) -> str:
     """Returns one table for each candidate, what was left out, and how to read it all."""
@@ -15,6 +17,8 @@ def text(comparison: Comparison) -> str:
         blocks.append(f"{candidate} against {comparison.baseline}\n{table}")
     if comparison.left_out:
         blocks.append("Left out:\n" + "\n".join(f"  {reason}" for reason in comparison.left_out))
+    if any(row.without for row in comparison.rows):
+        blocks.append("without: the items of these tasks are not kept. What they do by chance is not in the interval.")
     compared = sum(row.p is not None for row in comparison.rows)
     blocks.append(
         f"Points (x100). 95 % intervals, {comparison.draws:,} draws, seed {comparison.seed}. p is corrected for the "
@@ -38,13 +42,18 @@ def _cells(row: Difference, comparison: Comparison, rows: list[Difference]) -> R
         "score": f"{row.score:.2f}",
         "difference": f"{row.difference:+.2f}",
         "95 % interval": "-" if row.low is None else f"{row.low:+.2f} to {row.high:+.2f}",
-        "over": row.over or "-",
+        "over": _over(row),
         "seen": "-" if row.smallest is None else f"{row.smallest:.2f}",
         "p": "-" if row.p_holm is None else _p(row.p_holm),
     }
     if comparison.equivalent is not None:
         cells["p equal"] = "-" if row.p_equivalent is None else _p(row.p_equivalent)
     return cells | {"claim": row.claim or "no interval"}
+
+
+def _over(row: Difference) -> str:
+    few = ", ".join(row.without) if len(row.without) <= NAMED else f"{len(row.without)} tasks"
+    return f"{row.over}; without {few}" if row.without else row.over or "-"
 
 
 def _label(row: Difference, rows: list[Difference]) -> str:

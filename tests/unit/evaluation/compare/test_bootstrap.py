@@ -32,6 +32,9 @@ def result(kind: str, seed: int, items: int = 80, quality: float = 1.0) -> Resul
     if kind == "pair":
         value = float(average_precision_score(gold, cosine))
         return Result("t", kind, "cosine_ap", value, items={"cosine": cosine, "gold": gold})
+    if kind == "pearson":
+        value = float(stats.pearsonr(gold, cosine)[0])
+        return Result("t", "sts", "cosine_pearson", value, items={"cosine": cosine, "gold": gold.astype(float)})
     value = float(stats.spearmanr(gold, cosine)[0])
     return Result("t", kind, "cosine_spearman", value, items={"cosine": cosine, "gold": gold.astype(float)})
 
@@ -44,6 +47,10 @@ def _spearman(rows: Any, one: Result) -> Any:
     return stats.spearmanr(one.items["cosine"][rows], one.items["gold"][rows])[0]
 
 
+def _pearson(rows: Any, one: Result) -> Any:
+    return stats.pearsonr(one.items["cosine"][rows], one.items["gold"][rows])[0]
+
+
 def _precision(rows: Any, one: Result) -> Any:
     return average_precision_score(one.items["gold"][rows], one.items["cosine"][rows])
 
@@ -54,7 +61,7 @@ def _v_measure(rows: Any, one: Result) -> Any:
 
 @pytest.mark.parametrize(
     ("kind", "metric"),
-    [("retrieval", _mean), ("sts", _spearman), ("pair", _precision), ("clustering", _v_measure)],
+    [("retrieval", _mean), ("sts", _spearman), ("pearson", _pearson), ("pair", _precision), ("clustering", _v_measure)],
 )
 def test_the_error_of_a_difference_is_that_of_scipys_bootstrap(kind: str, metric: Callable[..., Any]) -> None:
     ours, theirs = result(kind, 1), result(kind, 2)
@@ -176,6 +183,17 @@ def test_items_are_matched_by_id() -> None:
     assert back.items["id"].tolist() == one.items["id"].tolist()
     assert back.items["score"].tolist() == one.items["score"].tolist()
     assert same_order(one, replace(one, items={})).items == {}
+
+
+def test_ids_are_compared_as_text() -> None:
+    score = np.linspace(0, 1, 12)
+    numbers = Result("t", "retrieval", "nDCG@10", 0.5, items={"score": score, "id": np.arange(12)})
+    texts = replace(numbers, items={"score": score[::-1], "id": np.array([f"{n}" for n in range(12)])[::-1]})
+    assert same_order(numbers, texts).items["score"].tolist() == score.tolist()
+    assert same_order(texts, numbers).items["score"].tolist() == score[::-1].tolist()
+    twice = {"score": np.zeros(3), "id": np.array(["a", "a", "b"])}
+    with pytest.raises(InputError, match="has other items: some are repeated"):
+        same_order(replace(numbers, items=twice), replace(numbers, items=twice | {"id": np.array(["a", "b", "b"])}))
 
 
 def test_other_items_are_refused() -> None:

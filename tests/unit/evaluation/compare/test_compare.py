@@ -168,8 +168,9 @@ def test_no_difference_is_claimed_only_by_the_two_one_sided_tests() -> None:
     assert only(clear).claim == "within 0.5"
     assert only(wide).claim == NONE_SHOWN  # its interval covers 0, and much more than 0.5
     assert only(compare(sides_apart(0.003, noise=0.01), equivalent=0.5)).claim == "higher, within 0.5"
-    with pytest.raises(InputError, match="0 points is no bound"):
-        compare(sides_apart(0.0), equivalent=0)
+    for bound in (0, -0.5, float("nan"), float("inf")):
+        with pytest.raises(InputError, match=f"equivalent: {bound:g} points is no bound"):
+            compare(sides_apart(0.0), equivalent=bound)
 
 
 # ---------------------------------------------------------------------------------------------------- seeds
@@ -269,6 +270,52 @@ def test_a_mean_has_no_interval_if_one_of_its_tasks_shows_no_noise() -> None:
     assert [(row.task, row.over) for row in rows] == [("t", "items"), ("u", ""), (MEAN, ""), (MEAN, "")]
 
 
+def with_bare(rng: np.random.Generator, count: int, noise: float = 0.1) -> list[Candidate]:
+    """Two equal models: `count` tasks with items, and one of another type without."""
+    pairs = [(score := rng.normal(0.5, 0.1, 60), score + rng.normal(0, noise, 60)) for _ in range(count + 1)]
+    return [
+        candidate(
+            name,
+            *(task(f"t{n}", both[side]) for n, both in enumerate(pairs[1:])),
+            task("bare", pairs[0][side], "summarization", with_items=False),
+        )
+        for side, name in enumerate("ab")
+    ]
+
+
+def test_a_mean_names_the_tasks_whose_items_it_leaves_out() -> None:
+    rows = compare(with_bare(np.random.default_rng(19), 5)).rows
+    assert (rows[5].task, rows[5].over, rows[5].without) == ("bare", "", ())
+    kind, types, tasks = rows[6:]
+    assert (kind.kind, kind.over, kind.without) == ("retrieval", "items", ())
+    assert (types.kind, types.over, types.without) == ("types", "", ())  # half of it shows no noise
+    assert (tasks.kind, tasks.over, tasks.without) == ("tasks", "items", ("bare",))
+    assert tasks.error == pytest.approx(kind.error * 5 / 6, rel=1e-6)  # type: ignore[operator]
+    # of many tasks, those of a type with several show their noise beside each other
+    many = compare(with_bare(np.random.default_rng(19), 6)).rows[-1]
+    assert (many.over, many.without) == ("tasks, items", ("bare",))
+
+
+def test_a_mean_with_a_task_without_items_still_claims_little_that_is_false() -> None:
+    rng = np.random.default_rng(20)
+    rows = [compare(with_bare(rng, 4), draws=100).rows[-1] for _ in range(300)]
+    assert {row.without for row in rows} == {("bare",)}  # at a fifth of the mean, the most there may be
+    assert np.mean([row.p is not None and row.p < 0.05 for row in rows]) <= 0.11  # 0.08 is expected
+
+
+def test_tasks_without_items_are_named_beside_seeds() -> None:
+    rng = np.random.default_rng(21)
+    sides = []
+    for name in "ab":
+        tasks = {seed: (task("t", rng.random(20)), task("u", rng.random(20), "x", False)) for seed in (1, 2, 3)}
+        sides.append(Candidate(name, {seed: [Results("dev", both, 1.0)] for seed, both in tasks.items()}))
+    assert [(row.task, row.over, row.without) for row in compare(sides).rows] == [
+        ("t", "seeds, items", ()),
+        ("u", "seeds", ()),
+        *[(MEAN, "seeds, items", ("u",))] * 2,
+    ]
+
+
 def test_suites_have_means_of_their_own() -> None:
     score = np.linspace(0, 1, 20)
     seeds = {None: [Results(suite, (task("t", score), task("u", score)), 1.0) for suite in ("dev", "air")]}
@@ -292,6 +339,21 @@ def test_only_what_both_have_is_compared_and_the_rest_is_named() -> None:
         "b: dev/size has other items: their number, their kind or their splits differ",
         "b: dev/yours is of b alone",
     )
+
+
+def test_what_has_no_score_is_left_out_by_name() -> None:
+    score = np.linspace(0, 1, 20)
+    nan = replace(task("u", score, with_items=False), value=float("nan"))
+    whole = candidate("a", task("t", score), task("u", score), task("v", score))
+    part = candidate("b", task("t", score), nan, replace(task("v", score), value=float("inf")))
+    reasons = ["b: dev/u has a score that is no number", "b: dev/v has a score that is no number"]
+    for sides in ([whole, part], [part, whole]):
+        comparison = compare(sides)
+        assert [row.task for row in comparison.rows] == ["t"]
+        assert [*comparison.left_out] == reasons
+        comparison.to_json()
+    with pytest.raises(InputError, match="nothing to compare with b: dev/u has a score that is no number"):
+        compare([candidate("b", nan), candidate("a", task("u", score))])
 
 
 def test_nothing_in_common_is_an_error_that_says_why() -> None:

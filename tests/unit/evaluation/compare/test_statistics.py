@@ -31,6 +31,7 @@ def test_metrics_of_draws_are_those_of_the_drawn_items(items: int, levels: int) 
             (
                 score[rows].astype(float).mean(),
                 np.nan_to_num(stats.spearmanr(score[rows], grade[rows])[0]),
+                np.nan_to_num(stats.pearsonr(score[rows].astype(float), grade[rows])[0]),
                 average_precision_score(gold[rows], score[rows]),
                 v_measure_score(label[rows], cluster[rows]),
             )
@@ -39,6 +40,7 @@ def test_metrics_of_draws_are_those_of_the_drawn_items(items: int, levels: int) 
     found = [
         statistics.mean(of_draws, score),
         statistics.spearman(of_draws, score, grade),
+        statistics.pearson(of_draws, score, grade),
         statistics.average_precision(of_draws, score, gold),
         statistics.v_measure(of_draws, cluster, label),
     ]
@@ -48,6 +50,8 @@ def test_metrics_of_draws_are_those_of_the_drawn_items(items: int, levels: int) 
 def test_metrics_of_draws_that_leave_nothing_to_measure() -> None:
     one_item = np.array([[3.0, 0, 0]])
     assert statistics.spearman(one_item, np.arange(3.0), np.arange(3.0)).tolist() == [0]
+    assert statistics.pearson(one_item, np.array([0.1, 1, 2]), np.arange(3.0)).tolist() == [0]
+    assert statistics.pearson(one_item + 2, np.full(3, 0.1), np.arange(3.0)).tolist() == [0]
     assert statistics.average_precision(one_item, np.arange(3.0), np.array([0, 1, 1])).tolist() == [0]
     assert statistics.v_measure(one_item, np.arange(3), np.arange(3)).tolist() == [v_measure_score([0] * 3, [0] * 3)]
 

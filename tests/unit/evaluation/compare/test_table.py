@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -50,3 +51,18 @@ def test_the_picture_has_a_dot_for_each_row() -> None:
     assert len(dots) == len(comparison.rows)
     assert dots.count("claimed") == sum(row.claim == "higher" for row in comparison.rows) == 1
     assert "b against a, points" in picture(compare([candidate("a", 1), candidate("b", 2)]))
+
+
+def test_tasks_without_items_are_named_beside_the_mean() -> None:
+    sides = [candidate("a", 1), candidate("b", 2)]
+    sides = [Candidate(each.name, {None: [many_tasks(each.seeds[None][0])]}) for each in sides]
+    shown = text(compare(sides))
+    (mean,) = [line for line in shown.split("\n") if line.startswith("mean over 5 tasks")]
+    assert "  items; without bare  " in mean
+    assert "\n\nwithout: the items of these tasks are not kept." in shown
+    assert "without" not in text(compare([candidate("a", 1), candidate("b", 2)]))
+
+
+def many_tasks(results: Results) -> Results:
+    docs, bare = results.rows
+    return Results(results.suite, (*(replace(docs, task=f"docs{number}") for number in range(4)), bare), 1.0)
