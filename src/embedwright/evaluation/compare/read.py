@@ -174,14 +174,16 @@ def _run(folder: Path) -> _Found:
         ]
     if not results:
         raise InputError(f"{folder} is a run without an evaluation: name suites in its recipe (`eval`)")
-    recipe = load_yaml(folder / "recipe.yaml")
-    (stage, step), name = points[-1], folder.resolve().name
-    if (stages := recipe.get("stages")) and stage != stages[-1]["name"]:
+    recipe, name = load_yaml(folder / "recipe.yaml"), folder.resolve().name
+    stage, step = points[-1]
+    with blaming(folder / "recipe.yaml", "is no recipe of a run"):
+        seed, stages = recipe["seed"], [each["name"] for each in recipe.get("stages", [])]
+        stops_early = recipe.get("eval", {}).get("patience")
+    if stages and stage != stages[-1]:
         name += f", unfinished: {stage} {step}"
-    stops_early = (recipe.get("eval") or {}).get("patience")
     same = [stage, None if stops_early else step]
     same += [{key: value for key, value in recipe.items() if key not in NO_PART_OF_A_RECIPE}]
-    return _Found(name, _by_version(results), recipe["seed"], json.dumps(same, sort_keys=True))
+    return _Found(name, _by_version(results), seed, json.dumps(same, sort_keys=True))
 
 
 def _by_version(found: Sequence[Results]) -> list[Results]:

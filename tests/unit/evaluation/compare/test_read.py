@@ -129,6 +129,9 @@ def test_a_run_without_an_evaluation_says_so(tmp_path: Path) -> None:
     (run(tmp_path / "a", 1) / "evaluations.jsonl").write_text("")
     with pytest.raises(InputError, match="a is a run without an evaluation"):
         read_candidates([str(tmp_path / "a")])
+    (run(tmp_path / "b", 1) / "recipe.yaml").write_text("seed: 1\nstages: [first]\n")
+    with pytest.raises(InputError, match=r"recipe\.yaml is no recipe of a run"):
+        read_candidates([str(tmp_path / "b")])
 
 
 def test_a_study_has_a_candidate_an_arm_the_baseline_first(tmp_path: Path) -> None:
