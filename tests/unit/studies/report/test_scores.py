@@ -66,7 +66,7 @@ def test_runs_have_intervals_by_the_items_that_they_keep(tiny_run: Path) -> None
 
 def test_another_run_stands_beside_with_its_last_scores(tiny_run: Path) -> None:
     other = read_scores(tiny_run, [tiny_run])[-1]
-    assert other.name == "run" and other.seeds[0][0] == read_scores(tiny_run, [])[2].seeds[0][0]
+    assert other.name == "run" and other.seeds[0][0].rows == read_scores(tiny_run, [])[2].seeds[0][0].rows
 
 
 def test_training_seeds_make_one_row_with_their_mean_and_a_wider_interval() -> None:
