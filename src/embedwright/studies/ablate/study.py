@@ -152,7 +152,9 @@ class _Work:
             return json.dumps(of_suite(load_suite(self.suite)))
 
     def _sources(self, recipe: Recipe) -> list[list[Source]]:
-        asked = recipe.model_dump_json(include={"seed", "strict", "tune", "stages", "eval"})
+        """Opens what a recipe reads, once for all arms that differ neither in data nor in what is compared."""
+        differs = {"stages": {"__all__": {"optim"}}}
+        asked = recipe.model_dump_json(include={"seed", "strict", "tune", "stages", "eval"}, exclude=differs)
         if asked not in self.opened:
             self.opened[asked] = open_checked(recipe)
         return self.opened[asked]

@@ -124,7 +124,9 @@ def test_tokens_are_not_read_as_seconds(ablation: Make, tmp_path: Path) -> None:
 def test_rows_that_are_left_out_are_warned_of_once_for_all_arms(
     ablation: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    file = ablation(budget={"tokens": 6000}, arms={"plain": {}, "b": {"model.pooling": "last"}})
+    file = ablation(
+        budget={"tokens": 6000}, arms={"plain": {}, "b": {"model.pooling": "last"}, "c": {"stages.second.optim.lr": 1}}
+    )
     base = yaml.safe_load((tmp_path / "base.yaml").read_text())
     base["stages"][1]["in_batch_negatives"] = "none"
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
