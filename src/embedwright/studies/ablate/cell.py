@@ -50,9 +50,8 @@ def main(folder: Path, started: float) -> None:
 
 def _is_of_the_rate(error: Exception) -> bool:
     """Says whether a trial that is run again would fail again. Memory, disk and network are not of the rate."""
-    if isinstance(error, (OSError, MemoryError, ImportError)):
-        return False
-    return type(error) is RuntimeError or not isinstance(error, RuntimeError)  # torch's own are about the machine
+    of_torch = type(error).__module__.partition(".")[0] == "torch"  # its memory, its devices, other processes
+    return not (of_torch or isinstance(error, (OSError, MemoryError, ImportError)))
 
 
 def trained(folder: Path, spec: Spec, recipe: Recipe) -> Spec:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from embedwright.errors import InputError
@@ -85,11 +86,20 @@ def test_the_best_of_three_rates_is_taken_and_all_trials_are_kept(
     assert study["missing"] == ["plain/1", "plain/2", "warm/2"]
 
 
-@pytest.mark.parametrize("error", [FloatingPointError("gradient norm is inf"), OSError("no space left")])
-def test_a_rate_that_diverges_loses_once_and_its_arm_goes_on(
+def test_a_rate_that_really_diverges_loses(ablation: Make, started: list[Path], tmp_path: Path) -> None:
+    file = ablation(rates={"factors": [1, 1e5], "seed": 100})
+    study = ablate(file, tmp_path / "out", only=["warm/1"])
+    assert [cell["rate"] for cell in study["cells"]] == [1] and "failed" in study["trials"][1]
+    assert study["failed"] == {} and ablate(file, tmp_path / "out", only=["warm/1"]) == study and len(started) == 3
+
+
+@pytest.mark.parametrize(
+    "error", [FloatingPointError("gradient norm is inf"), OSError("no space left"), torch.OutOfMemoryError("full")]
+)
+def test_a_rate_that_fails_loses_once_and_its_arm_goes_on(
     ablation: Make, started: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    """A full disk says nothing about a rate: that trial is run again."""
+    """A full disk or device says nothing about a rate: that trial is run again."""
     real = train
 
     def failing(recipe: Recipe) -> Any:
@@ -101,15 +111,15 @@ def test_a_rate_that_diverges_loses_once_and_its_arm_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr("embedwright.training.train.train", failing)
         study = ablate(file, tmp_path / "out", only=["warm/1"])
-    of_disk = isinstance(error, OSError)
-    assert [(cell["arm"], cell["rate"]) for cell in study["cells"]] == ([] if of_disk else [("warm", 1)])
+    of_machine = not isinstance(error, FloatingPointError)
+    assert [(cell["arm"], cell["rate"]) for cell in study["cells"]] == ([] if of_machine else [("warm", 1)])
     assert [trial.get("failed") for trial in study["trials"]] == [
-        None, *([] if of_disk else ["FloatingPointError: gradient norm is inf"])
+        None, *([] if of_machine else ["FloatingPointError: gradient norm is inf"])
     ]  # fmt: skip
-    assert bool(study["failed"]) == of_disk
+    assert bool(study["failed"]) == of_machine
     count = len(started)
     again = ablate(file, tmp_path / "out", only=["warm/1"])
-    assert len(started) - count == (2 if of_disk else 0) and again["missing"] == ["plain/1", "plain/2", "warm/2"]
+    assert len(started) - count == (2 if of_machine else 0) and again["missing"] == ["plain/1", "plain/2", "warm/2"]
 
 
 def test_an_arm_whose_rates_all_fail_is_named(
