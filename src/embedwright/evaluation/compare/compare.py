@@ -214,7 +214,10 @@ def _how(baseline: Candidate, other: Candidate) -> str:
 
 
 def _rows(name: str, pairs: Sequence[_Pair], how: str, equivalent: float | None) -> list[Difference]:
-    """Returns the row of each task, then for each suite the means of its types, over its types, and over its tasks."""
+    """Returns the row of each task, then for each suite the means of its types, over its types, and over its tasks.
+
+    Each mean is there once: none of one task, and none over types of one task each.
+    """
 
     def row(task: str, kind: str, metric: str, types: Sequence[Sequence[_Pair]], shares: Sequence[float]) -> Difference:
         bare = Difference(name, types[0][0].suite, task, kind, metric, 0, 0, 0)
@@ -229,6 +232,7 @@ def _rows(name: str, pairs: Sequence[_Pair], how: str, equivalent: float | None)
         total = sum(map(len, types.values()))
         if len(types) > 1:
             rows += [row(MEAN, kind, f"{len(own)} tasks", [own], [1.0]) for kind, own in types.items() if len(own) > 1]
+        if 1 < len(types) < total:  # with one task a type it would be the mean over tasks, told and corrected for twice
             rows.append(row(MEAN, "types", f"{len(types)} types", [*types.values()], [1 / len(types)] * len(types)))
         if total > 1:
             shares = [len(own) / total for own in types.values()]

@@ -32,7 +32,7 @@ def test_the_table_shows_each_difference_with_what_may_be_said_of_it() -> None:
     assert f"{row.low:+.2f} to {row.high:+.2f}" in lines[2]
     assert lines[2].split()[-1] == "higher"
     assert lines[3].endswith("no interval")
-    assert [line.split("  ")[0] for line in lines[4:]] == ["mean over 2 types", "mean over 2 tasks"]
+    assert [line.split("  ")[0] for line in lines[4:]] == ["mean over 2 tasks"]
     assert "within 0.5" in blocks[1]
     assert "number of comparisons, 2 (Holm)" in blocks[-1]
     assert "p equal" not in text(compare([candidate("a", 1), candidate("b", 2)]))
@@ -40,7 +40,7 @@ def test_the_table_shows_each_difference_with_what_may_be_said_of_it() -> None:
 
 def test_suites_and_what_was_left_out_are_named() -> None:
     shown = text(compare([candidate("a", 1, suites=("dev", "air")), candidate("b", 2, suites=("dev", "air", "more"))]))
-    assert {"dev/docs", "air/docs", "air/mean over 2 types"} <= {line.split("  ")[0] for line in shown.split("\n")}
+    assert {"dev/docs", "air/docs", "air/mean over 2 tasks"} <= {line.split("  ")[0] for line in shown.split("\n")}
     assert "Left out:\n  b: more/docs is of b alone\n  b: more/bare is of b alone\n" in shown
 
 
