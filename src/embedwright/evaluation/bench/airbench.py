@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from huggingface_hub import constants
 from numpy.typing import NDArray
 
 from embedwright.encoders.protocol import Encoder, encode_finite
@@ -187,11 +188,13 @@ def _run(
             judged.setdefault(str(row["qid"]), {})[str(row["docid"])] = int(row["relevance"])
     corpus, folder = tables[f"corpus_{key}"], home / "vectors" / one.name
     if len(corpus) != one.documents:
-        raise InputError(
-            f"{one.repository}: corpus_{key} has {len(corpus):,} documents here, and {one.documents:,} in {version}: "
-            f"the cache has a part of its files, or other ones. `hf download {one.repository} --repo-type dataset "
-            f"--include README.md '{version}/*'` brings all"
-        )
+        told = f"{one.repository}: corpus_{key} has {len(corpus):,} documents here, and {one.documents:,} in {version}"
+        if offline or constants.HF_HUB_OFFLINE:
+            raise InputError(
+                f"{told}: the cache has a part of its files, or other ones. `hf download {one.repository} --repo-type "
+                f"dataset --include README.md '{version}/*'` brings all"
+            )
+        logger.warning("%s: the hub's files are others than in air-benchmark's table", told)  # all were fetched
     vectors = encode_texts(encoder, lambda: _texts(corpus), len(corpus), folder=folder, advance=advance)
     ids = [str(id_) for id_ in corpus["id"]]
     rows: list[Result] = []
