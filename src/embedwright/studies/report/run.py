@@ -172,7 +172,7 @@ def _step_curves(marks: Sequence[Row], steps: Sequence[Row]) -> list[Chart]:
             continue
         series = [_series(title.lower(), [row.get(key) for row in rows])]
         if key == "loss" and any("chance" in row for row in rows):
-            series.append({**_series("of telling nothing apart", [row.get("chance") for row in rows]), "dashed": True})
+            series.append({**_series("guessing: log(candidates)", [row.get("chance") for row in rows]), "dashed": True})
         note = f"{lost} steps have no finite value: gaps." if lost else ""
         curves.append(chart(key, title, series, _in_words(title, series), marks=marks, note=note))
     return curves
