@@ -37,6 +37,8 @@ def open_model(name: str, revision: str | None = None) -> Embedder | SentenceTra
     """
     if "://" in name:
         raise InputError(f"{shown(name)} is a server: `embedwright mine --teacher` asks those, here give a model")
+    if name == "bm25" and local(name) is None:
+        raise InputError("bm25 ranks words and has no vectors: `eval`, `compare --suite` and `mine` take it by name")
     _, where = split_family(name)
     if "/" not in where and local(where) is None and packaged(where) is None:
         # a hub id without an owner is a name that only sentence-transformers knows

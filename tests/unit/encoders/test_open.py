@@ -14,6 +14,7 @@ from embedwright.data.schema import Example, Passage
 from embedwright.encoders import open as opening
 from embedwright.encoders.open import open_encoder
 from embedwright.encoders.sentence_transformers import SentenceTransformerEncoder
+from embedwright.errors import InputError
 from embedwright.evaluation.suite import Suite, SuiteTask, evaluate
 from embedwright.locate import PACKAGED
 from embedwright.mining.mine import mine
@@ -229,3 +230,8 @@ def test_a_file_is_no_embedder(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").touch()
     with pytest.raises(ValueError, match=r"model\.gguf is a file of weights, not an embedder"):
         open_encoder(str(tmp_path / "model.gguf"))
+
+
+def test_bm25_is_told_where_it_belongs() -> None:
+    with pytest.raises(InputError, match=r"bm25 ranks words and has no vectors: `eval`"):
+        open_encoder("bm25")
