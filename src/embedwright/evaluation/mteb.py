@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from functools import cache
 from importlib.metadata import version
@@ -24,6 +24,7 @@ from mteb.types import PromptType
 from numpy.typing import NDArray
 
 from embedwright.config import load_yaml
+from embedwright.encoders.options import WithOptions
 from embedwright.encoders.protocol import Encoder, as_encoder
 from embedwright.errors import InputError
 from embedwright.fingerprint import Facts, fingerprint_of
@@ -110,7 +111,7 @@ class MtebEncoder(AbsEncoder):
         task = self.instruction(task_metadata, prompt_type)
         if show_progress_bar:
             options["progress"] = True
-        model = _WithOptions(self.model, self.options | options)
+        model = WithOptions(self.model, self.options | options)
         if self.vectors is None or prompt_type != PromptType.document or len(texts) < LARGE or options:
             return model.encode(texts, task=task)
         tell, done = self.watch(), 0
@@ -122,21 +123,6 @@ class MtebEncoder(AbsEncoder):
 
         found = encode_texts(model, lambda: texts, len(texts), folder=self.vectors, advance=advance)
         return next(found.tiles(len(texts)))[1]
-
-
-class _WithOptions:
-    """A model whose `encode` is called with further options, which count as a part of the model."""
-
-    def __init__(self, model: Encoder, options: Mapping[str, Any]) -> None:
-        self.model, self.options = model, options
-
-    def encode(self, texts: Sequence[str], task: str | None = None) -> NDArray[Any]:
-        vectors: NDArray[Any] = self.model.encode(texts, task=task, **self.options)
-        return vectors
-
-    def fingerprint(self) -> Facts | None:
-        known = fingerprint_of(self.model)
-        return known and known | {f"option.{key}": json.dumps(value) for key, value in self.options.items()}
 
 
 def _identity(model: Encoder) -> Facts | str:

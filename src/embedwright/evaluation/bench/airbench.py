@@ -27,8 +27,8 @@ from typing import Any
 
 import numpy as np
 from huggingface_hub import constants
-from numpy.typing import NDArray
 
+from embedwright.encoders.options import WithOptions
 from embedwright.encoders.protocol import Encoder, encode_finite
 from embedwright.errors import InputError, OutOfReachError, blaming
 from embedwright.evaluation.about import about
@@ -36,7 +36,7 @@ from embedwright.evaluation.bench.airbench_sets import NAME, AirSet, sets_file
 from embedwright.evaluation.bench.hub import open_splits
 from embedwright.evaluation.results import Result, Results, Row, read_results, write_results
 from embedwright.files import whole_file, write_json, write_text
-from embedwright.fingerprint import Facts, differences, fingerprint_of
+from embedwright.fingerprint import differences, fingerprint_of
 from embedwright.model.embedder import Embedder
 from embedwright.processes import ALONE, Processes
 from embedwright.vectors.search import top_k
@@ -52,22 +52,6 @@ _POLL_S = 0.5  # how often rank 0 looks for what the other processes have done
 logger = logging.getLogger(__name__)
 
 Hits = dict[str, dict[str, float]]  # query id -> document id -> score, best first
-
-
-class _Cut:
-    """An embedder that cuts texts after `max_tokens`, which its fingerprint says, too."""
-
-    def __init__(self, model: Encoder, max_tokens: int) -> None:
-        if not isinstance(model, Embedder):
-            raise InputError(f"max_tokens={max_tokens}: a {type(model).__name__} cuts texts where it wants")
-        self.model, self.max_tokens = model, max_tokens
-
-    def encode(self, texts: Sequence[str], task: str | None = None) -> NDArray[np.float32]:
-        vectors_NE: NDArray[np.float32] = self.model.encode(texts, task, max_tokens=self.max_tokens)
-        return vectors_NE
-
-    def fingerprint(self) -> Facts:
-        return self.model.fingerprint() | {"max_tokens": str(self.max_tokens)}
 
 
 def bench(
@@ -103,7 +87,9 @@ def bench(
         InputError: `home` has results of another model, instruction, version or length.
     """
     if max_tokens is not None:
-        encoder = _Cut(encoder, max_tokens)
+        if not isinstance(encoder, Embedder):
+            raise InputError(f"max_tokens={max_tokens}: a {type(encoder).__name__} cuts texts where it wants")
+        encoder = WithOptions(encoder, {"max_tokens": max_tokens})
     version, instruction = sets_file()["version"], sets_file()["instruction"]
     facts = about(model, fingerprint_of(encoder)) | {"instruction": instruction, "version": version}
     _claim(home, {key: facts[key] for key in ("model", "fingerprint", "instruction", "version")})

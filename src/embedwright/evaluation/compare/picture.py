@@ -63,7 +63,7 @@ def intervals(title: str, groups: Mapping[str, Sequence[Mark]]) -> str:
 
 
 def _step(span: float) -> float:
-    """Returns a round distance of ticks, of which `span` has about six."""
+    """Returns a round distance between ticks, so that about six of them fit into `span`."""
     power = 10.0 ** math.floor(math.log10(max(span, 1e-3) / 6))
     return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= max(span, 1e-3) / 6 * 0.999)
 

@@ -97,7 +97,7 @@ def score(model: Any, spec: Spec, folder: Path) -> Results:
 
 
 def bench(model: Any, spec: Spec, folder: Path) -> Results:
-    """Scores on an MTEB benchmark, of which all tasks must run. Raises RuntimeError with those that failed."""
+    """Scores on all tasks of an MTEB benchmark. Raises RuntimeError that names the tasks that failed."""
     from embedwright.evaluation.bench.names import choose
     from embedwright.evaluation.bench.run import Bench
     from embedwright.evaluation.compare.read import read_candidates

@@ -106,7 +106,7 @@ def run_jobs(jobs: Sequence[Job], side_by_side: int, say: Say) -> dict[Job, str]
 
 
 def _start_one(waiting: list[Job], slot: int, slots: int) -> tuple[Job, subprocess.Popen[bytes]] | None:
-    """Starts the first waiting job that nobody runs; forgets those that are done meanwhile."""
+    """Starts the first waiting job that nobody runs. Forgets jobs that have been done meanwhile."""
     for job in list(waiting):
         if (lock := _claim(job)) is None:
             continue

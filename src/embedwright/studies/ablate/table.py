@@ -18,7 +18,7 @@ HEAD = ["arm", "seeds", "score", "difference", "95 % interval", "p (Holm)", "sma
 def compared(said: Ablation, scores: Mapping[str, Mapping[int, Results]]) -> dict[str, Any] | None:
     """Compares each arm with the baseline, over its seeds and items. None while there are no two arms to compare.
 
-    An arm that lacks seeds is compared by those that it shares with the baseline, if all others are whole, too.
+    If an arm lacks seeds and all others are whole, it is compared on the seeds that it shares with the baseline.
     """
     arms = [said.baseline, *(arm for arm in scores if arm != said.baseline)]
     candidates = [
