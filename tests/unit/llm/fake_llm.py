@@ -56,11 +56,10 @@ class FakeLLM:
                     fake.at_once += 1
                     fake.most_at_once = max(fake.most_at_once, fake.at_once)
                     reply = fake.reply(body, n)
-                try:
-                    self.send(reply)
-                finally:
-                    with lock:
-                        fake.at_once -= 1
+                time.sleep(0 if reply.drip else reply.stall_s)
+                with lock:  # before the answer is sent: the client may ask again before this thread runs on
+                    fake.at_once -= 1
+                self.send(reply)
 
             def send(self, reply: Reply) -> None:
                 if reply.status == 0:
@@ -77,7 +76,6 @@ class FakeLLM:
                             time.sleep(0.02)
                         self.wfile.write(content)
                         return
-                    time.sleep(reply.stall_s)
                     self.send_response(reply.status)
                     soon = {"retry-after-ms": "1"} if reply.status >= 400 else {}
                     for name, value in {"content-type": "application/json", **(reply.headers or soon)}.items():
