@@ -199,7 +199,7 @@ def data_pairs(
     seed: options.Seed = 0,
 ) -> None:
     """Make training examples from plain documents by rules: no queries and no language model are needed."""
-    from embedwright.pairs.documents import columns_of
+    from embedwright.data.files.documents import columns_of
     from embedwright.pairs.make import make_pairs
 
     counts = make_pairs(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable
 
+from embedwright.data.files.documents import Document
 from embedwright.data.keys import exact_key
 from embedwright.data.schema import Example, Passage
-from embedwright.pairs.documents import Document, Made, Make
+from embedwright.pairs.way import Made, Make
 from embedwright.pairs.words import crop, window
 from embedwright.vectors import bm25
 

@@ -6,9 +6,10 @@ import random
 from collections.abc import Iterable, Sequence
 
 from embedwright.data.answers import class_id
+from embedwright.data.files.documents import Document
 from embedwright.data.keys import exact_key
 from embedwright.data.schema import Example, Passage
-from embedwright.pairs.documents import Document, Made, Make
+from embedwright.pairs.way import Made, Make
 
 TRIES = 50  # draws for one text, before there counts as none
 

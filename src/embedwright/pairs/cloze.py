@@ -10,8 +10,9 @@ import random
 import re
 from collections.abc import Iterator
 
-from embedwright.pairs.documents import Document, Made, pair
+from embedwright.data.files.documents import Document
 from embedwright.pairs.templates import PERSON
+from embedwright.pairs.way import Made, pair
 from embedwright.pairs.words import FUNCTION_WORDS, around, content, is_prose, sentences, unmarked
 
 MASKED = 0.5  # share of the passages from which the sentence is taken out, so that its words alone do not find them

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 
-from embedwright.pairs.documents import Document, Made, pair
+from embedwright.data.files.documents import Document
+from embedwright.pairs.way import Made, pair
 from embedwright.pairs.words import around, crop, is_prose, sentences, unmarked, window
 
 KEPT = 0.1  # share of the passages that keep the sentence: the inverse cloze task, arXiv 1906.00300

@@ -11,8 +11,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
+from embedwright.data.files.documents import Document
 from embedwright.data.schema import Example
-from embedwright.pairs.documents import Document, Made, Make, pair
+from embedwright.pairs.way import Made, Make, pair
 
 NAME_WORDS = 5  # the most of a name
 # The examples of use: nothing but quotes up to the end, each perhaps with its author.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from embedwright.config import did_you_mean
+from embedwright.data.files.documents import COLUMNS, Document, read_documents
 from embedwright.data.files.folders import stem_of
 from embedwright.data.files.quarantine import Quarantine
 from embedwright.data.files.table import write_examples
@@ -21,9 +22,9 @@ from embedwright.pairs import cut
 from embedwright.pairs.classes import classes
 from embedwright.pairs.cloze import cloze
 from embedwright.pairs.dictionary import gloss
-from embedwright.pairs.documents import COLUMNS, Document, Made, Make, read_documents
 from embedwright.pairs.swap import swap
 from embedwright.pairs.templates import templates
+from embedwright.pairs.way import Made, Make
 
 
 class Way(NamedTuple):

@@ -10,8 +10,9 @@ import random
 import re
 from dataclasses import replace
 
+from embedwright.data.files.documents import Document
 from embedwright.data.schema import Passage
-from embedwright.pairs.documents import Document, Made, pair
+from embedwright.pairs.way import Made, pair
 from embedwright.pairs.words import FUNCTION_WORDS, around, is_prose, sentences, unmarked
 
 FEWEST = 8  # words around the claim

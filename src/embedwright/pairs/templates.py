@@ -6,9 +6,10 @@ import random
 import re
 from collections.abc import Iterator
 
+from embedwright.data.files.documents import Document
 from embedwright.data.schema import Example
 from embedwright.pairs.dictionary import entry_of
-from embedwright.pairs.documents import Document, Made, pair
+from embedwright.pairs.way import Made, pair
 from embedwright.pairs.words import content, sentences, unmarked
 
 WHAT = ("what is {}?", "what is {}?", "what does {} mean?", "what is meant by {}?", "define {}", "{} definition")

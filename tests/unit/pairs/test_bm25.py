@@ -9,9 +9,9 @@ from collections import Counter
 
 import pytest
 
+from embedwright.data.files.documents import Document
 from embedwright.data.schema import Example
 from embedwright.pairs.bm25 import taught
-from embedwright.pairs.documents import Document
 
 NAMES = ["amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "haven", "inlet", "jewel"]
 

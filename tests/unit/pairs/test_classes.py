@@ -6,9 +6,9 @@ import random
 from collections import Counter
 
 from embedwright.data.answers import document_marks
+from embedwright.data.files.documents import Document
 from embedwright.data.schema import Example
 from embedwright.pairs.classes import classes
-from embedwright.pairs.documents import Document
 
 DOCUMENTS = [
     *(Document(f"game{i}", f"game {i}", "A", ("games",)) for i in range(30)),

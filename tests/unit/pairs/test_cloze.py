@@ -6,8 +6,8 @@ import random
 
 import pytest
 
+from embedwright.data.files.documents import Document
 from embedwright.pairs.cloze import cloze, questions
-from embedwright.pairs.documents import Document
 
 
 @pytest.mark.parametrize(

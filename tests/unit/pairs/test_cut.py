@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 
+from embedwright.data.files.documents import Document
 from embedwright.data.schema import Passage
 from embedwright.pairs.cut import crops, sentence, summary, title
-from embedwright.pairs.documents import Document
 
 FIRST = "Perl is a programming language by Larry Wall."
 REST = ["Its users share modules on a large archive.", "Many system administrators write short scripts in it."]

@@ -6,9 +6,9 @@ import random
 
 import pytest
 
+from embedwright.data.files.documents import Document
 from embedwright.data.schema import Example
 from embedwright.pairs.dictionary import entry_of, gloss
-from embedwright.pairs.documents import Document
 
 WALK = Document("walk", 'walk fast; in step; "He marched into the room"; "The soldiers march"', "march, parade")
 PROTEST = Document("protest", 'walk in protest; "Thousands marched against the war"', "demonstrate, march")

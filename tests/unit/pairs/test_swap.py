@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 import re
 
+from embedwright.data.files.documents import Document
 from embedwright.data.schema import Example
-from embedwright.pairs.documents import Document
 from embedwright.pairs.swap import swap
 
 CLAIM = "The first release of 1987 ran on Unix (BSD 4.2) with about 12,500 lines of carefully written source code."

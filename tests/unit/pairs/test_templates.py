@@ -6,8 +6,8 @@ import random
 
 import pytest
 
+from embedwright.data.files.documents import Document
 from embedwright.data.schema import Example
-from embedwright.pairs.documents import Document
 from embedwright.pairs.templates import TERM, WHAT, templates
 
 

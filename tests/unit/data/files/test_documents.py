@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from embedwright.data.files.documents import Document, columns_of, read_documents
 from embedwright.data.schema import DataError, Passage
 from embedwright.errors import InputError, NotFoundError
-from embedwright.pairs.documents import Document, columns_of, read_documents
 
 
 def read(path: Path, *columns: str) -> tuple[list[Document], list[str]]:

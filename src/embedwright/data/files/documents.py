@@ -1,9 +1,8 @@
-"""Reads the documents that `data pairs` makes examples from: rows of data files, lines of a text, files of a folder."""
+"""Reads plain documents: rows of data files, lines of a text, files of a folder."""
 
 from __future__ import annotations
 
 import json
-import random
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from embedwright.data.files.beir import corpus_files
 from embedwright.data.files.folders import is_beir, is_data, stem_of
 from embedwright.data.files.rows import Row, plain_name, read_rows, text_rows
 from embedwright.data.keys import exact_key
-from embedwright.data.schema import DataError, Example, Passage, id_of, label_of, text_of
+from embedwright.data.schema import DataError, Passage, id_of, label_of, text_of
 from embedwright.errors import InputError, NotFoundError
 
 OnBad = Callable[[int, bytes, DataError, Path], None]  # number of the line, its bytes, the reason, the file
@@ -55,15 +54,6 @@ class Document:
     def passage(self, text: str) -> Passage:
         """Returns a text of this document as a passage that is no negative of others of its family."""
         return Passage(text, self.family)
-
-
-Made = list[Example] | str  # of one document: examples without an id, or the reason why there are none
-Make = Callable[[Document, random.Random], Made]
-
-
-def pair(document: Document, query: str, positive: str, kind: str = "") -> Example:
-    """Makes an example whose positive is a text of the document. `kind`: of a way that makes rows of several tasks."""
-    return Example("", kind, query, (document.passage(positive),))
 
 
 def columns_of(given: list[str]) -> dict[str, tuple[str, ...]]:
