@@ -31,6 +31,9 @@ from pathlib import Path
 from embedwright.demo.docstrings import build
 build(Path('$docs'), heldout_share=0.2, max_train=${DOCS:-3000}, max_queries=1000)"
 fi
+if [ ! -s "$docs/heldout/second-stage.yaml" ]; then
+  python "$here/within_library.py" "$docs/heldout"
+fi
 if [ ! -s "$docs/train/mined.jsonl" ]; then
   embedwright mine "$docs/train/pairs.jsonl" --teacher minilm --negatives 7 --out "$docs/train/mined.jsonl" \
     --task "Given the summary of a Python function or class, retrieve the rest of its documentation"

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from suite_files import Words, write_set
 
 from embedwright.config import load_yaml
+from embedwright.evaluation.suite import evaluate
 from embedwright.studies.ablate.file import Study, with_overrides
 from embedwright.training.recipe import Recipe, leaves
 
@@ -141,6 +145,32 @@ def test_numbers_of_data_mean_the_sets_that_they_are_meant_for() -> None:
     changed = {entry.path: other.path for entry, other in zip(before, after, strict=True) if entry != other}
     data = "runs/ablation-data/data"
     assert changed == {f"{data}/{name}.parquet": f"{data}/{name}-label.parquet" for name in ("clinc150", "newsgroups")}
+
+
+def test_within_a_library_a_query_has_the_documents_of_its_library_alone(tmp_path: Path) -> None:
+    """Against the same questions asked of each library as a corpus of its own."""
+    random = np.random.default_rng(0)
+
+    def text() -> str:
+        return " ".join(random.choice(["tide", "moon", "array", "graph", "axis", "node"], 5))
+
+    ids = [f"{library}.part{i % 3}:f{i}" for i in range(8) for library in ("numpy", "numpyro", "torch")]
+    corpus = {id_: f"{text()} {i}" for i, id_ in enumerate([*ids, "torch:load"])}
+    queries = {id_: text() for id_ in [*ids[:12], "torch:load"]}
+
+    def write(name: str, kept: str) -> float:
+        some, own = ({i: t for i, t in texts.items() if i.startswith(kept)} for texts in (queries, corpus))
+        write_set(tmp_path / name / "retrieval", some, own, {i: {i: 1} for i in some})
+        tasks = [{"name": "docs", "kind": "retrieval", "path": "retrieval", "instruction": "Find"}]
+        (tmp_path / name / "suite.yaml").write_text(json.dumps({"name": name, "tasks": tasks}))
+        return len(some) * evaluate(Words(), tmp_path / name / "suite.yaml").rows[0].value
+
+    write("all", "")
+    subprocess.run([sys.executable, str(FOLDER / "within_library.py"), str(tmp_path / "all")], check=True)
+    whole, within = evaluate(Words(), tmp_path / "all" / "second-stage.yaml").rows
+    alone = sum(write(name, begin) for name, begin in (("a", "numpy."), ("b", "numpyro."), ("c", "torch")))
+    assert (whole.task, within.task, within.metric) == ("docs", "docs-within-library", "nDCG@10")
+    assert within.value == pytest.approx(alone / len(queries), abs=1e-9) and within.value > whole.value
 
 
 @pytest.mark.long

@@ -37,9 +37,9 @@ def write_rows(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def write_suite(folder: Path, name: str, tasks: Sequence[Mapping[str, Any]]) -> None:
-    """Writes `folder/suite.yaml` with these tasks. The paths in them are relative to `folder`."""
-    write_json(folder / "suite.yaml", {"name": name, "tasks": tasks})  # JSON is YAML
+def write_suite(folder: Path, name: str, tasks: Sequence[Mapping[str, Any]], file: str = "suite.yaml") -> None:
+    """Writes a suite of these tasks into `folder`. The paths in them are relative to `folder`."""
+    write_json(folder / file, {"name": name, "tasks": tasks})  # JSON is YAML
 
 
 def write_beir(

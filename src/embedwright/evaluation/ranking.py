@@ -29,9 +29,20 @@ from embedwright.evaluation.tasks import SuiteTask, digest, read_columns, rows_o
 
 DEPTH = 1000  # hits of a query that are ranked, as in mteb; with equal scores, hits after the first 100 may matter
 CANDIDATES = 100  # that BM25 finds for a query, if the task does not say how many
+MEAN_COSINE, CENTRED = "mean_cosine", "nDCG@10_centred"  # read-outs of retrieval, no metrics
+_CENTRED_DEPTH = 100  # hits that are ranked for a read-out
 _BLOCK = 64  # queries whose scores of all chunks are in memory at once
 
 logger = logging.getLogger(__name__)
+
+
+class Vectors(NamedTuple):
+    """Unit vectors of the queries and of what is ranked for them: documents by id, or the `counts` chunks of each."""
+
+    query_QE: Embeddings
+    doc_CE: Embeddings
+    ids: list[str]
+    counts: list[int] | None = None
 
 
 class Search(NamedTuple):
@@ -44,15 +55,45 @@ class Search(NamedTuple):
 
 
 def score(encoder: Encoder | None, task: SuiteTask) -> Scored:
-    """Scores retrieval or reranking by the encoder's vectors, or by BM25 if there is no encoder."""
+    """Scores retrieval or reranking by the encoder's vectors, or by BM25 if there is no encoder.
+
+    Retrieval by vectors has two read-outs beside its metrics (`_readouts`), which cannot be its main score.
+    """
     search = _read(task)
-    run = _by_words(search) if encoder is None else _by_vectors(encoder, search, task)
-    if task.ignore_identical_ids:
-        run = {query: {doc: score for doc, score in hits.items() if doc != query} for query, hits in run.items()}
+    vectors = None if encoder is None else _encoded(encoder, search, task)
+    found = _metrics(search, _by_words(search) if vectors is None else _by_vectors(search, vectors), task)
+    if vectors is not None and task.kind == "retrieval":
+        found = replace(found, values=found.values | _readouts(search, vectors, task))
     judged = {query: search.qrels[query] for query in search.queries}
     lists = {query: sorted(docs) for query, docs in (search.candidates or {}).items()}
     data = digest(search.queries, search.corpus, judged, lists, [task.ignore_identical_ids])
-    return replace(metrics.ranking(run, search.qrels), data=data)
+    return replace(found, data=data)
+
+
+def _metrics(search: Search, run: Run, task: SuiteTask) -> Scored:
+    if task.ignore_identical_ids:
+        run = {query: {doc: score for doc, score in hits.items() if doc != query} for query, hits in run.items()}
+    return metrics.ranking(run, search.qrels)
+
+
+def _readouts(search: Search, vectors: Vectors, task: SuiteTask) -> dict[str, float]:
+    """Says how much the documents' vectors have in common, and what retrieval is without it.
+
+    `mean_cosine` is the mean over all pairs of two documents (or chunks). For `nDCG@10_centred`, the documents' mean
+    vector is subtracted from queries and documents, and each is scaled to length 1 again. Overwrites the documents'
+    vectors, so that a large corpus is in memory once. There are no read-outs of fewer than two documents.
+    """
+    query_QE, doc_CE = vectors.query_QE, vectors.doc_CE
+    if (count := len(doc_CE)) < 2:
+        return {}
+    sum_E = doc_CE.sum(axis=0, dtype=np.float64)
+    with_itself = np.einsum("ce,ce->", doc_CE, doc_CE, dtype=np.float64)
+    mean_cosine = float(sum_E @ sum_E - with_itself) / (count * (count - 1))
+    mean_E = (sum_E / count).astype(np.float32)
+    doc_CE -= mean_E
+    doc_CE /= np.maximum(np.linalg.norm(doc_CE, axis=1, keepdims=True), 1e-12)
+    run = _by_vectors(search, vectors._replace(query_QE=_unit(query_QE - mean_E)), depth=_CENTRED_DEPTH)
+    return {MEAN_COSINE: mean_cosine, CENTRED: _metrics(search, run, task).values["nDCG@10"]}
 
 
 # ---------------------------------------------------------------------------------------------------- what is ranked
@@ -188,31 +229,37 @@ def _bm25(search: Search, depth: int) -> dict[str, dict[str, float]]:
     return _named(search, np.where(score_QK > 0, score_QK, -np.inf), row_QK)
 
 
-def _by_vectors(encoder: Encoder, search: Search, task: SuiteTask) -> Run:
+def _encoded(encoder: Encoder, search: Search, task: SuiteTask) -> Vectors:
+    """Encodes the queries and what is ranked for them. Of a corpus with candidates, only these are encoded."""
     query_QE = _unit(encode_once(encoder, list(search.queries.values()), task.instruction))
     if search.candidates is not None:
-        return _of_candidates(encoder, search, query_QE)
-    texts = list(search.corpus.values())
-    if task.chunk_tokens:
-        parts = chunked(encoder, texts, task.chunk_tokens)
-        chunk_PE = _unit(encode_once(encoder, list(chain.from_iterable(parts))))
-        return _named(search, *_best_of_chunks(query_QE, chunk_PE, [len(own) for own in parts]))
+        named = set(chain.from_iterable(search.candidates.values()))
+        ids = [doc for doc in search.corpus if doc in named]
+        return Vectors(query_QE, _unit(encode_once(encoder, [search.corpus[doc] for doc in ids])), ids)
+    ids, texts = list(search.corpus), list(search.corpus.values())
+    if not task.chunk_tokens:
+        return Vectors(query_QE, _unit(encode_once(encoder, texts)), ids)
+    parts = chunked(encoder, texts, task.chunk_tokens)
+    chunk_PE = _unit(encode_once(encoder, list(chain.from_iterable(parts))))
+    return Vectors(query_QE, chunk_PE, ids, [len(own) for own in parts])
+
+
+def _by_vectors(search: Search, vectors: Vectors, depth: int = DEPTH) -> Run:
+    if search.candidates is not None:
+        return _of_candidates(search.candidates, vectors)
+    query_QE, doc_CE, ids, counts = vectors
+    if counts is not None:
+        return _named(search, *_best_of_chunks(query_QE, doc_CE, counts))
     faiss = threads.load_faiss()
-    count = min(DEPTH, len(texts))
-    found = faiss.knn(query_QE, _unit(encode_once(encoder, texts)), count, metric=faiss.METRIC_INNER_PRODUCT)
-    return _named(search, *found)
+    return _named(search, *faiss.knn(query_QE, doc_CE, min(depth, len(ids)), metric=faiss.METRIC_INNER_PRODUCT))
 
 
-def _of_candidates(encoder: Encoder, search: Search, query_QE: Embeddings) -> Run:
-    lists = search.candidates or {}
-    named = set(chain.from_iterable(lists.values()))
-    docs = [doc for doc in search.corpus if doc in named]
-    row_of = {doc: row for row, doc in enumerate(docs)}
-    doc_CE = _unit(encode_once(encoder, [search.corpus[doc] for doc in docs]))
+def _of_candidates(candidates: Mapping[str, Sequence[str]], vectors: Vectors) -> Run:
+    row_of = {doc: row for row, doc in enumerate(vectors.ids)}
     run = {}
-    for query_E, (query, own) in zip(query_QE, lists.items(), strict=True):
+    for query_E, (query, own) in zip(vectors.query_QE, candidates.items(), strict=True):
         # einsum, not a matrix product: equal documents then have equal scores wherever they stand
-        score_K = np.einsum("ke,e->k", doc_CE[[row_of[doc] for doc in own]], query_E)
+        score_K = np.einsum("ke,e->k", vectors.doc_CE[[row_of[doc] for doc in own]], query_E)
         run[query] = dict(zip(own, score_K.tolist(), strict=True))
     return run
 

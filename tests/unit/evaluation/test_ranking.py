@@ -104,6 +104,80 @@ def test_documents_shorter_than_a_chunk_score_as_whole(beir: Path) -> None:
     assert scored(Words(), beir, chunk_tokens=500).values == scored(Words(), beir).values
 
 
+# ---- read-outs
+
+
+class Offset(Words):
+    """The vectors of `Words`, which all lean the same way, and whose lengths differ."""
+
+    def encode(self, texts: Any, task: str | None = None) -> Any:
+        lean_E = 0.4 * np.random.default_rng(5).normal(size=24)
+        return ((super().encode(texts, task) + lean_E) * len(texts[0])).astype(np.float32)
+
+
+def by_hand(queries: dict[str, str], parts: dict[str, list[str]], own: bool = True) -> tuple[float, Any]:
+    """The mean cosine of all pairs of parts, and a run in which the parts' mean vector is subtracted: plain loops."""
+    unit = {
+        text: vector / np.linalg.norm(vector)
+        for text in [*queries.values(), *(part for some in parts.values() for part in some)]
+        for vector in [Offset().encode([text])[0].astype(np.float64)]
+    }
+    flat = [unit[part] for some in parts.values() for part in some]
+    cosines = [float(a @ b) for i, a in enumerate(flat) for j, b in enumerate(flat) if i != j]
+    mean = np.mean(flat, axis=0)
+
+    def centred(text: str) -> Any:
+        return (unit[text] - mean) / np.linalg.norm(unit[text] - mean)
+
+    run = {
+        query: {
+            doc: max(float(centred(part) @ centred(text)) for part in some)
+            for doc, some in parts.items()
+            if own or doc != query
+        }
+        for query, text in queries.items()
+    }
+    return float(np.mean(cosines)), run
+
+
+def test_read_outs_are_the_mean_cosine_of_all_pairs_and_ndcg_without_the_mean_vector(beir: Path) -> None:
+    queries, corpus = texts_of(beir, "queries"), texts_of(beir, "corpus")
+    cosine, run = by_hand(queries, {doc: [text] for doc, text in corpus.items()})
+    found = scored(Offset(), beir).values
+    assert found["mean_cosine"] == pytest.approx(cosine, abs=1e-6) and 0.3 < cosine < 0.95
+    assert found["nDCG@10_centred"] == pytest.approx(by_trec(beir, run)["nDCG@10"], abs=1e-9)
+    assert found["nDCG@10_centred"] != found["nDCG@10"]  # the score itself is of the vectors as they are
+    pull = {text: Offset().encode([text])[0].astype(np.float64) for text in [*queries.values(), *corpus.values()]}
+    unit = {text: vector / np.linalg.norm(vector) for text, vector in pull.items()}
+    plain = {q: {d: float(unit[text] @ unit[asked]) for d, text in corpus.items()} for q, asked in queries.items()}
+    assert found["nDCG@10"] == pytest.approx(by_trec(beir, plain)["nDCG@10"], abs=1e-9)
+
+
+def test_read_outs_of_chunks_and_without_identical_ids(tmp_path: Path) -> None:
+    corpus = {f"q{i}": sentence(i, 3 + i) + f" d{i}" for i in range(12)}
+    queries = {f"q{i}": sentence(50 + i, 3) for i in range(9)}
+    path = write_set(tmp_path / "set", queries, corpus, {f"q{i}": {f"q{(i * 5 + 1) % 12}": 1} for i in range(9)})
+    chunks = {
+        doc: [" ".join(text.split()[at : at + 4]) for at in range(0, len(text.split()), 4)]
+        for doc, text in corpus.items()
+    }
+    cosine, run = by_hand(queries, chunks, own=False)
+    found = scored(Offset(), path, chunk_tokens=4, ignore_identical_ids=True).values
+    assert found["mean_cosine"] == pytest.approx(cosine, abs=1e-6)
+    assert found["nDCG@10_centred"] == pytest.approx(by_trec(path, run)["nDCG@10"], abs=1e-9)
+
+
+def test_a_read_out_is_of_retrieval_by_vectors_and_never_the_main_score(beir: Path, tmp_path: Path) -> None:
+    for found in (scored(None, beir), scored(Words(), beir, "reranking", candidates="bm25", depth=5)):
+        assert "mean_cosine" not in found.values
+    (row,) = evaluate(Offset(), one_task(tmp_path, "{name: x, kind: retrieval, path: beir}")).rows
+    assert row.metric == "nDCG@10" and {"mean_cosine", "nDCG@10_centred"} < row.details.keys()
+    with pytest.raises(ValueError, match="mean_cosine"):
+        SuiteTask(name="x", kind="retrieval", path=beir, metric="mean_cosine")
+    one = write_set(tmp_path / "one", {"q": "tide"}, {"d": "the tide"}, {"q": {"d": 1}})
+    assert "mean_cosine" not in scored(Words(), one).values
+
+
 # ---- a smaller corpus
 
 
