@@ -133,7 +133,6 @@ MAY_IMPORT: dict[str, set[str]] = {
 # Modules without a test file of their own, and the file that tests them.
 TESTED_ELSEWHERE = {
     "training.batches.batch": "training/batches/test_make.py",
-    "training.batches.feed": "training/engine/test_step.py",
     "encoders.protocol": "mining/test_mine.py",
     "encoders.sharded": "training/engine/test_parallel.py",
     "mining.choose": "mining/test_mine.py",

@@ -100,7 +100,8 @@ class Recipe(Part):
         for stage in self.stages:
             values[f"stages.{stage.name}.data"] = stage.data
             chosen = stage.chosen()
-            fields = stage.model_dump(exclude={"name", "data", "optim", "loss", "sampling_alpha", "mine", "save"})
+            left_out = {"without_instruction", "loss", "sampling_alpha", "mine"}  # at their defaults
+            fields = stage.model_dump(exclude={"name", "data", "optim", "save"} | left_out)
             fields |= {f"loss.{key}": value for key, value in chosen.pop("loss", {}).items()} | chosen
             values |= {f"stages.{stage.name}.{key}": value for key, value in fields.items()}
             values |= {f"stages.{stage.name}.optim.{key}": value for key, value in stage.optim.model_dump().items()}
@@ -122,6 +123,9 @@ class Recipe(Part):
             content["model"].pop(key, None)
         for stage in content["stages"]:
             del stage["save"]
+            for part, key in ((stage, "without_instruction"), (stage["loss"], "spread_out")):
+                if not part[key]:  # runs that were begun before there was such a key go on
+                    del part[key]
             for entry in stage["data"]:
                 for key in ("path", "corpus", "rows"):
                     del entry[key]

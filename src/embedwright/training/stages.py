@@ -96,6 +96,8 @@ class LossPart(Part):
     """A query weighs (1 - p of its positive) ** focal. Source: KaLM-Embedding-V2."""
     same_tower: Literal["none", "queries", "both"] = "none"
     """More in-batch negatives: other queries; `both`: also documents against the positive. Source: GTE."""
+    spread_out: Weight = 0.0
+    """Weight of the mean squared cosine of different queries, and of different positives. Source: EmbeddingGemma."""
     dims: tuple[Positive, ...] = ()
     """Matryoshka: take the loss also on the first so many numbers of each vector. Source: arXiv 2205.13147."""
     scored: Literal["info_nce", "cosent"] = "info_nce"
@@ -162,6 +164,8 @@ class StagePart(Part):
     """Tasks mixed in each batch, or one task a batch. Source: paper, 2.2: blended."""
     temperature: PositiveNumber = 0.02
     """Divides the cosines in the softmax. Source: E5-Mistral; the paper names none."""
+    without_instruction: Share = 0.0
+    """Share of the rows that a step reads without their instruction, so that the model can also be used without."""
     loss: LossPart = LossPart()
     sampling_alpha: Share = 1.0
     """Draw an entry of `data` in proportion to weight * rows ** alpha: 1 by size, 0 equally. Source: mT5: 0.3."""
@@ -196,4 +200,5 @@ class StagePart(Part):
 
     def chosen(self) -> dict[str, Any]:
         """Lists what the stage adds to plain InfoNCE over the rows as they are; empty by default."""
-        return self.model_dump(mode="json", include={"loss", "sampling_alpha", "mine"}, exclude_defaults=True)
+        keys = {"without_instruction", "loss", "sampling_alpha", "mine"}
+        return self.model_dump(mode="json", include=keys, exclude_defaults=True)

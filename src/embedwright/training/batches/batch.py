@@ -19,14 +19,16 @@ class Masks:
     """Who is whose negative.
 
     `positive_Q`: the column of each query's positive. `negative_QC`: the columns that are its negatives. `own_QC`: its
-    hard negatives, those that its own row brought. `queries_QQ`: the other queries that are its negatives too, None if
-    the loss does not ask for them.
+    hard negatives, those that its own row brought. `queries_QQ`: the other queries that are its negatives too.
+    `distinct`: the queries (Q,) and the positives (C,) that the spread-out term compares, each text once. The last two
+    are None if the loss does not ask for them.
     """
 
     positive_Q: Ints
     negative_QC: Bools
     own_QC: Bools
     queries_QQ: Bools | None = None
+    distinct: tuple[Bools, Bools] | None = None
 
     def columns(self, row: int) -> list[int]:
         """Returns the columns that a query needs: its positive and its negatives, in order."""
@@ -64,6 +66,8 @@ class Batch:
         masks, group_Q = self.masks, self.targets.group_Q
         if masks.queries_QQ is not None and masks.queries_QQ.any():
             return False
+        if masks.distinct is not None and max(part.sum() for part in masks.distinct) > 1:
+            return False
         if group_Q is not None and np.bincount(group_Q + 1)[1:].max(initial=0) > 1:
             return False
         uses_C = masks.negative_QC.sum(axis=0) + np.bincount(masks.positive_Q, minlength=len(self.candidates))
@@ -85,6 +89,7 @@ class Batch:
                 masks.negative_QC[both],
                 masks.own_QC[both],
                 None if masks.queries_QQ is None else masks.queries_QQ[np.ix_(chosen, chosen)],
+                None if masks.distinct is None else (masks.distinct[0][chosen], masks.distinct[1][columns]),
             ),
             Targets(
                 None if targets.teacher_QC is None else targets.teacher_QC[both],

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
@@ -16,7 +16,7 @@ from embedwright import threads
 from embedwright.processes import Processes
 from embedwright.text import Contract, TextTokenizer, TokenizedText, tokenize
 from embedwright.training.batches.batch import Batch, Text
-from embedwright.training.batches.blend import Source, rows_at
+from embedwright.training.batches.blend import Row, Source, rows_at
 from embedwright.training.batches.make import make_batch
 from embedwright.training.recipe import Recipe
 
@@ -55,6 +55,10 @@ def batch_of_step(recipe: Recipe, number: int, sources: Sequence[Source], contra
         seed=recipe.seed,
         stage=stage.name,
     )
+    if stage.without_instruction:
+        # numbers of their own: the same positives and negatives are drawn whatever the share
+        numbers = np.random.default_rng([recipe.seed, number, step, 2]).random(len(rows))
+        rows = [_bare(row) if u < stage.without_instruction else row for row, u in zip(rows, numbers, strict=True)]
     return make_batch(
         rows,
         contract,
@@ -63,6 +67,10 @@ def batch_of_step(recipe: Recipe, number: int, sources: Sequence[Source], contra
         rng=np.random.default_rng([recipe.seed, number, step]),
         loss=stage.loss,
     )
+
+
+def _bare(row: Row) -> Row:
+    return replace(row, task=row.task.model_copy(update={"instruction": ""}))
 
 
 def local_batch(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -66,10 +66,13 @@ def make_batch(
     group_Q = _cosent_groups(drawn, loss)
     negative_QC[group_Q >= 0] = False
     own_QC &= negative_QC
-    queries_QQ = teacher_QC = score_Q = None
+    queries_QQ = distinct = teacher_QC = score_Q = None
     if loss.same_tower != "none":
         queries_QQ = _other_queries(drawn, answers, sharing_QQ)
         queries_QQ[group_Q >= 0] = False
+    if loss.spread_out:
+        queries = [one.query for one in drawn]
+        distinct = _first_of_each(queries, range(len(queries)), mark), _first_of_each(candidates, positive_Q, mark)
     if loss.distill is not None and loss.distill.score_weight:
         teacher_QC = _teacher_scores(drawn, own_QC)
     if loss.scored == "cosent":
@@ -78,7 +81,7 @@ def make_batch(
         [one.query for one in drawn],
         candidates,
         [one.row.example.id for one in drawn],
-        Masks(positive_Q, negative_QC, own_QC, queries_QQ),
+        Masks(positive_Q, negative_QC, own_QC, queries_QQ, distinct),
         Targets(teacher_QC, None if score_Q is None else group_Q, score_Q),
     )
 
@@ -179,6 +182,16 @@ def _other_queries(drawn: Sequence[Drawn], answers: Sequence[set[int]], sharing_
     for i, marks in enumerate(answers):
         stands_QQ[i, list(set().union(*(answered[mark] for mark in marks)))] = False
     return stands_QQ
+
+
+def _first_of_each(texts: Sequence[Text], places: Iterable[int], mark: Callable[[str], int]) -> Bools:
+    """Marks, of the texts at these places, the first of each, whatever its prefix."""
+    first: dict[int, int] = {}
+    for place in places:
+        first.setdefault(mark(texts[place][1]), int(place))
+    firsts = np.zeros(len(texts), dtype=bool)
+    firsts[list(first.values())] = True
+    return firsts
 
 
 def _teacher_scores(drawn: Sequence[Drawn], own_QC: Bools) -> NDArray[np.float32]:

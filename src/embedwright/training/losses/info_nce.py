@@ -81,6 +81,18 @@ def cosent(q_SE: Tensor, d_SE: Tensor, score_S: Tensor, temperature: float) -> T
     return F.pad((cos_S[None, :] - cos_S[:, None])[worse_SS], (1, 0)).logsumexp(0)
 
 
+def spread_out(vectors_NE: Tensor) -> Tensor:
+    """Computes the mean of cos(i, j) ** 2 over all pairs of different texts: 1/(N(N-1)) times the sum over i != j.
+
+    It is least where vectors stand at right angles. One text alone gives 0. Source: EmbeddingGemma (arXiv 2509.20354),
+    which adds that of a batch's queries and that of its positives; the second moment of the global orthogonal
+    regulariser (arXiv 1708.06320), without its margin 1/E and without its first moment.
+    """
+    with torch.autocast(vectors_NE.device.type, enabled=False):
+        cos_NN = torch.triu(vectors_NE @ vectors_NE.T, diagonal=1)
+    return cos_NN.square().sum() / max(len(cos_NN) * (len(cos_NN) - 1) / 2, 1)
+
+
 def score_distillation(
     q_QE: Tensor, c_CE: Tensor, teacher_QC: Tensor, temperature: float, teacher_temperature: float
 ) -> Tensor:

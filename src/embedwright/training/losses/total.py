@@ -17,6 +17,7 @@ from embedwright.training.losses.info_nce import (
     cut,
     info_nce,
     score_distillation,
+    spread_out,
     vector_distance,
     vector_distillation,
 )
@@ -40,9 +41,9 @@ def batch_loss(
     `q_QE` and `c_CE` are the unit-length float32 vectors of the queries and candidates; `teacher` holds the same two of
     `stage.loss.distill.teacher`. The parts of a separable batch add up to the loss of the whole.
 
-    The loss is InfoNCE, or CoSENT over the scored rows of a task (its value counts once for each of them), plus the KL
-    divergence from the teacher's scores. With `dims` it is the mean over these widths and the full one. The distance to
-    the teacher's vectors is added at the full width.
+    The loss is InfoNCE, or CoSENT over the scored rows of a task (its value counts once for each of them), plus the
+    spread-out term and the KL divergence from the teacher's scores. With `dims` it is the mean over these widths and
+    the full one. The distance to the teacher's vectors is added at the full width.
 
     Raises:
         InputError: The batch or the teacher's vectors are not made for the stage's loss.
@@ -106,6 +107,9 @@ def _at_one_width(q_QE: Tensor, c_CE: Tensor, masks: Masks, targets: Targets, st
             rows = _on(q_QE, np.flatnonzero(group_Q == group))
             score_S = _on(q_QE, score_Q)[rows]
             value = value + len(rows) / total * cosent(q_QE[rows], c_CE[positive_Q[rows]], score_S, stage.temperature)
+    if loss.spread_out:
+        distinct_Q, distinct_C = (_on(q_QE, part) for part in _needed(masks.distinct, "distinct"))
+        value = value + loss.spread_out * (spread_out(q_QE[distinct_Q]) + spread_out(c_CE[distinct_C]))
     if loss.distill is not None and loss.distill.score_weight:
         teacher_QC = _on(q_QE, _needed(targets.teacher_QC, "teacher_QC"))
         temperature = loss.distill.temperature or stage.temperature

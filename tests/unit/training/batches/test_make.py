@@ -479,9 +479,27 @@ def test_queries_that_a_loss_joins_are_not_alone() -> None:
     assert not only_queries.separable()
 
 
+def test_texts_to_be_spread_out_are_those_that_differ_whatever_their_prefix() -> None:
+    asked = Task(name="plain", instruction="Find it", symmetric=True)
+    rows = [
+        row("q1", "p 1", "n 1"),
+        row("Q1 ", "p 2", "n 2", asked),  # one query in two looks, with and without instruction
+        row("q3", "P 1", "p 2", asked),
+        row("q4", "p 4"),
+    ]
+    batch = batch_of(*rows, spread_out=1.0)
+    assert batch.masks.distinct is not None
+    distinct_Q, distinct_C = batch.masks.distinct
+    assert distinct_Q.tolist() == [True, False, True, True]
+    assert {batch.candidates[c][1] for c in np.flatnonzero(distinct_C)} == {"p 1", "p 2", "p 4"}
+    for some in (rows[:2], rows[::2], rows[2:]):  # one query or one positive alone has nothing to be compared with
+        assert not batch_of(*some, in_batch="none", hard_negatives=0, spread_out=1.0).separable()
+    assert batch_of(rows[0], spread_out=1.0).separable()
+
+
 def test_take_keeps_what_the_loss_needs() -> None:
     rows = [with_scores(row(f"q{i}", f"p {i}", [f"n {i}", f"m {i}"]), float(i) if i % 2 else None) for i in range(6)]
-    batch = batch_of(*rows, same_tower="both", scored="cosent", distill={"score_weight": 1.0})
+    batch = batch_of(*rows, same_tower="both", scored="cosent", spread_out=1.0, distill={"score_weight": 1.0})
     chosen = [4, 1, 2]
     part = batch.take(chosen)
     columns = [batch.candidates.index(c) for c in part.candidates]
@@ -489,7 +507,9 @@ def test_take_keeps_what_the_loss_needs() -> None:
     np.testing.assert_array_equal(part.masks.own_QC, batch.masks.own_QC[both])
     np.testing.assert_array_equal(part.targets.teacher_QC, batch.targets.teacher_QC[both])  # type: ignore[index,arg-type]
     np.testing.assert_array_equal(part.masks.queries_QQ, batch.masks.queries_QQ[np.ix_(chosen, chosen)])  # type: ignore[index]
+    for ours, whole, places in zip(part.masks.distinct, batch.masks.distinct, (chosen, columns), strict=True):  # type: ignore[arg-type]
+        np.testing.assert_array_equal(ours, whole[places])
     for name in ("group_Q", "score_Q"):
         np.testing.assert_array_equal(getattr(part.targets, name), getattr(batch.targets, name)[chosen])
     bare = batch_of(*rows).take(chosen)
-    assert bare.masks.queries_QQ is None and bare.targets == Targets()
+    assert bare.masks.queries_QQ is bare.masks.distinct is None and bare.targets == Targets()

@@ -28,9 +28,11 @@ CASES = {
     "gradcache, checkpointing": ("all", 60, True, 9),
     "by queries": ("none", 130, False, 9),
     "one query beyond the budget": ("none", 40, False, 9),
+    "spread out": ("none", 130, False, 9),
     "fewer queries than processes": ("all", 60, False, 1),
     "fewer queries than processes, by queries": ("none", 60, False, 1),
 }
+LOSS: dict[str, dict[str, Any]] = {"spread out": {"spread_out": 5.0}}  # beside InfoNCE
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +94,7 @@ def test_the_cases_differ_from_each_other(found: dict[str, Any]) -> None:
     assert losses["one forward"] == pytest.approx(losses["gradcache"], rel=1e-5)
     assert losses["by queries"] == pytest.approx(losses["one query beyond the budget"], rel=1e-5)
     assert losses["one forward"] > losses["by queries"] + 0.1
+    assert losses["spread out"] > losses["by queries"] + 0.1
 
 
 # ---- in the processes
@@ -110,7 +113,7 @@ def gradients_of(kind: str, case: str, decoder: str, processes: Processes) -> di
     from embedwright.training.engine.parallel import full, replicate
     from embedwright.training.engine.step import accumulate
     from embedwright.training.parts import TunePart
-    from embedwright.training.stages import DataPart, OptimPart, StagePart
+    from embedwright.training.stages import DataPart, LossPart, OptimPart, StagePart
 
     in_batch, budget, checkpointing, queries = CASES[case]
     model = Embedder.from_decoder(decoder, pooling="latent", latents=8, heads=4, multiple=1)
@@ -135,7 +138,15 @@ def gradients_of(kind: str, case: str, decoder: str, processes: Processes) -> di
         )
         for i in range(queries)
     ]
-    batch = make_batch(rows, model.contract, hard_negatives=3, in_batch=in_batch, rng=random)  # type: ignore[arg-type]
+    loss_part = LossPart(**LOSS.get(case, {}))
+    batch = make_batch(
+        rows,
+        model.contract,
+        hard_negatives=3,
+        in_batch=in_batch,  # type: ignore[arg-type]
+        rng=random,
+        loss=loss_part,
+    )
     optim = OptimPart(lr=1e-3, steps=2, batch_queries=queries)
     stage = StagePart(
         name="s",
@@ -143,6 +154,7 @@ def gradients_of(kind: str, case: str, decoder: str, processes: Processes) -> di
         in_batch_negatives=in_batch,  # type: ignore[arg-type]
         hard_negatives=3,
         temperature=0.1,
+        loss=loss_part,
         optim=optim,
     )
     replica = replicate(processes, model.network, kind)  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ from embedwright.training.losses.info_nce import (
     cut,
     info_nce,
     score_distillation,
+    spread_out,
     vector_distance,
     vector_distillation,
 )
@@ -212,6 +213,31 @@ def test_cosent_equals_sentence_transformers(temperature: float) -> None:
         assert (loss.item() == 0) == (len(set(scores)) == 1)
 
 
+# ---- spread out
+
+
+def test_spread_out_is_the_mean_over_pairs_and_the_regulariser_of_sentence_transformers() -> None:
+    """Which takes 1/E from the mean, as a margin; EmbeddingGemma's has none, says its own documentation."""
+    losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
+    stock = losses.GlobalOrthogonalRegularizationLoss(torch.nn.Identity(), mean_weight=None, aggregation="sum")
+    leaves = [raw(n, 6, seed=n) for n in (5, 3)]
+    ours = sum((spread_out(F.normalize(leaf, dim=1)) for leaf in leaves), torch.zeros(()))
+    by_hand = 0.0
+    for leaf in leaves:
+        unit_NE, n = F.normalize(leaf.detach(), dim=1), len(leaf)
+        pairs = [float(unit_NE[i] @ unit_NE[j]) ** 2 for i in range(n) for j in range(n) if i != j]
+        by_hand += sum(pairs) / (n * (n - 1))
+    assert ours.item() == pytest.approx(by_hand)
+    expected = stock.compute_loss_from_embeddings([F.normalize(leaf, dim=1) for leaf in leaves])["gor_second_moment"]
+    assert expected > 0.01  # the margin is passed in both columns, and then the gradients are equal
+    torch.testing.assert_close(ours, expected + 2 / 6, rtol=1e-9, atol=1e-12)
+    mine, theirs = (torch.autograd.grad(value, leaves) for value in (ours, expected))
+    torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-10)
+    alone = raw(1, 6)
+    spread_out(F.normalize(alone, dim=1)).backward()
+    assert spread_out(alone) == 0 and alone.grad is not None and not alone.grad.any()
+
+
 # ---- distillation
 
 
@@ -297,6 +323,7 @@ def test_autocast_leaves_every_loss_in_float32() -> None:
         lambda: info_nce(q, c, torch.arange(8), own, 0.02, queries_QQ=others, documents_QC=own, mask_above=0.1),
         lambda: info_nce(q, c, torch.arange(8), own, 0.02, hardness=5.0, hard_QC=own, focal=0.5),
         lambda: cosent(q, c[:8], scores, 0.02),
+        lambda: spread_out(q),
         lambda: score_distillation(q, c, teacher, 0.02, 0.1),
         lambda: vector_distance(cut(q, 7), cut(c[:8], 7)).sum(),
         lambda: vector_distillation(q[:, 0], c[:, 0], own),

@@ -33,6 +33,7 @@ EVERYTHING: dict[str, Any] = {
     "hardness": 5.0,
     "focal": 0.5,
     "same_tower": "both",
+    "spread_out": 3.0,
     "dims": [8, 4],
     "scored": "cosent",
     "distill": {"score_weight": 0.5, "temperature": 0.1, "vector_weight": 2.0, "teacher": "t"},
@@ -236,6 +237,26 @@ def test_scored_rows_go_to_cosent_by_task_and_the_others_to_info_nce(stock: Modu
     assert as_before.item() != ours.item()
 
 
+def test_spread_out_adds_the_mean_of_different_queries_and_that_of_different_positives() -> None:
+    """Against a loop; rows 2 and 3 ask and answer what row 0 does, and no hard negative counts."""
+    asked = stage({"spread_out": 3.0, "dims": [8]}, in_batch_negatives="none")
+    some = rows(6)
+    for i in (2, 3):
+        some[i] = Row(replace(some[i].example, query="q.0", positives=some[0].example.positives), some[0].task)
+    batch, plain = batch_of(some, asked), batch_of(some, stage({"dims": [8]}, in_batch_negatives="none"))
+    assert not batch.separable() and plain.masks.distinct is None
+    leaf, kept, widths = raw(6), [0, 1, 4, 5], []
+    for width in (E, 8):
+        unit = F.normalize(F.normalize(leaf, dim=-1)[..., :width], dim=-1)
+        sums = [(unit[i, k] @ unit[j, k]) ** 2 for k in (0, 1) for i in kept for j in kept if i != j]
+        widths.append(torch.stack(sums).sum() / (4 * 3))
+    own = vectors(leaf, batch)
+    ours = batch_loss(*own, batch, asked, 6)
+    expected = batch_loss(*own, plain, stage({"dims": [8]}), 6) + 3.0 * (widths[0] + widths[1]) / 2
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient(ours, leaf), gradient(expected, leaf), rtol=1e-4, atol=1e-6)
+
+
 # ---- parts and micro-batches
 
 
@@ -301,7 +322,8 @@ def test_a_budget_of_tokens_changes_no_gradient(tiny_decoder: Callable[..., Path
 
 def test_a_batch_made_without_the_loss_is_refused() -> None:
     leaf = raw(4)
-    for loss in ({"same_tower": "queries"}, {"scored": "cosent"}, {"distill": {"score_weight": 1.0}}):
+    needing = ({"same_tower": "queries"}, {"scored": "cosent"}, {"distill": {"score_weight": 1.0}}, {"spread_out": 1.0})
+    for loss in needing:
         asked = stage(loss)
         batch = batch_of(rows(4), asked, LossPart())
         with pytest.raises(ValueError, match="make_batch needs the stage's loss"):
