@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from small_wordnet import TEXT as ON_FERRIES
+from small_wordnet import write_wordnet
 from typer.testing import CliRunner
 
 from embedwright.cli.main import app
@@ -34,8 +36,9 @@ def run(*arguments: object) -> str:
 def document(i: int) -> dict[str, object]:
     name, things, other = NAMES[i % 12], THINGS[(5 * i + i // 12) % 12], NAMES[(i + 5) % 12]
     text = (
-        f"The {name} workshop {i} was founded by Ada {other} in 19{10 + i}, and it makes {things}. Its old customers "
-        f"order {things} by the dozen from the {name} catalogue. Nobody else in the valley near {other} sells them."
+        f"{ON_FERRIES} The {name} workshop {i} was founded by Ada {other} in 19{10 + i}, and it makes {things}. "
+        f"Its old customers order {things} by the dozen from the {name} catalogue. "
+        f"Nobody else in the valley near {other} sells them."
     )
     usage = f"a {name.lower()} of {things}"
     title = name.lower() if i % 3 else f"Who sells {things} in the valley?"
@@ -48,7 +51,8 @@ def test_documents_become_a_trained_model(
     monkeypatch.setenv("EMBEDWRIGHT_CACHE", str(tmp_path / "cache"))
     source, made, cleaned, mined = (tmp_path / f"{name}.jsonl" for name in ("docs", "made", "cleaned", "mined"))
     source.write_text("".join(json.dumps(document(i)) + "\n" for i in range(36)))
-    counts = json.loads(run("data", "pairs", source, "--how", ",".join(WAYS), "--out", made, "--licence", "mit"))
+    options = ["--licence", "mit", "--wordnet", write_wordnet(tmp_path / "wordnet")]
+    counts = json.loads(run("data", "pairs", source, "--how", ",".join(WAYS), "--out", made, *options))
     assert {way: count["examples"] > 0 for way, count in counts["ways"].items()} == dict.fromkeys(WAYS, True)
     giving = {row.task for row in open_examples(made) if row.negatives}
     assert giving == {f"docs-{kind}" for kind in ("bm25", "gloss", "gloss-usage", "swap", "classes")}

@@ -24,6 +24,7 @@ import typer.core
 import typer.main
 import yaml
 from fake_llm import Body, FakeLLM, Reply
+from small_wordnet import ENTRIES, TEXT, write_wordnet
 
 from embedwright.cli import main as cli
 from embedwright.cli import mining
@@ -264,6 +265,7 @@ CHANGES: dict[str, dict[str, tuple[str, str, Words]]] = {
         "column": ("files", "--column title=heading", {}),
         "per_document": ("files", "--per-document 3", CROPS),
         "negatives": ("files", "--negatives 1", {"how": "--how classes"}),
+        "wordnet": ("files", "--wordnet {other_wordnet}", {"how": "--how lemma", "wordnet": "--wordnet {wordnet}"}),
         "name": ("files", "--name mine", {}),
         "licence": ("files", "--licence MIT", {}),
         "seed": ("files", "--seed 1", CROPS),
@@ -357,7 +359,7 @@ def pair(i: int) -> dict[str, str]:
 def article(i: int) -> dict[str, Any]:
     sentences = [f"Number {i} says that {some((i, k), 12, 18)}." for k in range(6)]
     named = {"title": f"title{i} {some(i)}", "heading": f"heading{i} {some(-i)}"}
-    return {**named, "text": " ".join(sentences), "label": f"kind {i % 3}"}
+    return {**named, "text": " ".join([*sentences, TEXT]), "label": f"kind {i % 3}"}
 
 
 def write(file: Path, rows: Sequence[dict[str, Any]]) -> str:
@@ -413,6 +415,8 @@ def write_data(at: Path) -> Words:
             "beir": str(at / "beir"),
             "documents": write(at / "documents.jsonl", documents),
             "articles": write(at / "articles.jsonl", articles),
+            "wordnet": str(write_wordnet(at / "wordnet")),
+            "other_wordnet": str(write_wordnet(at / "other_wordnet", ENTRIES[:9])),
             "other_articles": write(at / "other_articles.jsonl", articles[:7]),
             "other_documents": write(at / "other.jsonl", [{**row, "text": f"{row['text']} too"} for row in documents]),
             "suite": str(Path(write(at / "suite" / "sts.jsonl", scored(12))).parent),

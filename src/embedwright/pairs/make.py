@@ -22,19 +22,27 @@ from embedwright.pairs import cut
 from embedwright.pairs.classes import classes
 from embedwright.pairs.cloze import cloze
 from embedwright.pairs.dictionary import gloss
+from embedwright.pairs.lemma import lemma
 from embedwright.pairs.swap import swap
 from embedwright.pairs.templates import templates
 from embedwright.pairs.way import Made, Make
+from embedwright.pairs.wordnet import WHERE, WordNet
+
+
+class Options(NamedTuple):
+    """Holds what some ways need: the most negatives of an example, and WordNet."""
+
+    negatives: int
+    wordnet: WordNet | None
 
 
 class Way(NamedTuple):
     """Names a way: `make` gets all documents, which it may read or not, and returns what makes the examples of one.
 
-    It also gets how many negatives an example has, where the way gives some. `draws`: another call for the same
-    document makes other examples.
+    It also gets the options of ways. `draws`: another call for the same document makes other examples.
     """
 
-    make: Callable[[Iterable[Document], int], Make]
+    make: Callable[[Iterable[Document], Options], Make]
     draws: bool = False
 
 
@@ -46,10 +54,16 @@ class Meaning(NamedTuple):
     symmetric: bool = False
 
 
-def _bm25(documents: Iterable[Document], negatives: int) -> Make:
+def _bm25(documents: Iterable[Document], options: Options) -> Make:
     from embedwright.pairs.bm25 import taught  # needs a package that the other ways do without
 
-    return taught(documents, negatives)
+    return taught(documents, options.negatives)
+
+
+def _lemma(documents: Iterable[Document], options: Options) -> Make:
+    if options.wordnet is None:
+        raise InputError(f"--how lemma needs --wordnet FOLDER: {WHERE}")
+    return lemma(options.wordnet)
 
 
 WAYS: dict[str, Way] = {
@@ -60,9 +74,10 @@ WAYS: dict[str, Way] = {
     "bm25": Way(_bm25, draws=True),
     "cloze": Way(lambda *_: cloze, draws=True),
     "templates": Way(lambda *_: templates),
-    "gloss": Way(gloss, draws=True),
+    "gloss": Way(lambda documents, options: gloss(documents, options.negatives), draws=True),
     "swap": Way(lambda *_: swap, draws=True),
-    "classes": Way(classes, draws=True),
+    "classes": Way(lambda documents, options: classes(documents, options.negatives), draws=True),
+    "lemma": Way(_lemma, draws=True),
 }
 ANSWER = "Given a question, retrieve passages that answer the question"
 MEANINGS: dict[str, Meaning] = {
@@ -78,6 +93,7 @@ MEANINGS: dict[str, Meaning] = {
     "gloss-usage": Meaning("retrieval", "Given a word and its meaning, retrieve an example of its use"),
     "swap": Meaning("pair", "Given a claim, retrieve the passage that supports it"),
     "classes": Meaning("clustering", "Identify the category of the text", symmetric=True),
+    "lemma": Meaning("sts", "Retrieve semantically similar text", symmetric=True),
 }
 
 
@@ -89,6 +105,7 @@ def make_pairs(
     columns: Mapping[str, tuple[str, ...]] = COLUMNS,
     per_document: int = 1,
     negatives: int = 7,
+    wordnet: Path | None = None,
     name: str | None = None,
     licence: str = "",
     seed: int = 0,
@@ -101,13 +118,15 @@ def make_pairs(
     are read once for each way, and once before, to find bad lines: these are kept in `<out>.quarantine.jsonl`.
 
     `per_document`: how often a way that draws does so for a document; equal examples are written once. `negatives`: the
-    most of an example, where a way gives some. `licence`: of the documents, written into the tasks.
+    most of an example, where a way gives some. `wordnet`: the folder of WordNet's files, for `lemma`. `licence`: of the
+    documents, written into the tasks.
 
     Returns counts: `documents` read, lines `quarantined`, and for each way the `documents` that it used, the `examples`
     that it made, and the documents `skipped` by reason. Raises InputError for an unknown way, and DataError if there is
     no document, or no example.
     """
     ways = check_ways(how)
+    options = Options(negatives, WordNet(wordnet) if wordnet and "lemma" in ways else None)
     check_file(out)
     name = name or stem_of(path)
     quarantine_path = out.with_name(f"{out.name}.quarantine.jsonl")
@@ -121,7 +140,7 @@ def make_pairs(
 
     def examples() -> Iterator[Example]:
         for way in ways:
-            make = WAYS[way].make(all_of_them, negatives)
+            make = WAYS[way].make(all_of_them, options)
             draws = per_document if WAYS[way].draws else 1
             for document in all_of_them:
                 yield from _of_document(

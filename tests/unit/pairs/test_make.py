@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_wordnet import TEXT as ON_FERRIES
+from small_wordnet import write_wordnet
 from typer.testing import CliRunner
 
 from embedwright.cli import options
@@ -115,6 +117,16 @@ def test_nothing_is_written_where_nothing_comes_out(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["e.jsonl", "out.jsonl", "u.jsonl"]
 
 
+def test_lemma_needs_wordnet_and_writes_scored_rows(tmp_path: Path) -> None:
+    source = write(tmp_path / "d.jsonl", {"id": "a", "text": ON_FERRIES})
+    with pytest.raises(InputError, match=r"--how lemma needs --wordnet FOLDER.*wordnet-base"):
+        make_pairs(source, tmp_path / "o.jsonl", ["title", "lemma"])
+    make_pairs(source, tmp_path / "o.jsonl", ["lemma"], wordnet=write_wordnet(tmp_path / "wordnet"))
+    assert [row.score for row in read(tmp_path / "o.jsonl")] == [5.0, 4.0, 2.5, 1.5]
+    (task,) = tasks_beside(tmp_path / "o.jsonl").values()
+    assert (task.name, task.family, task.symmetric) == ("d-lemma", "sts", True) and task.instruction
+
+
 def test_every_way_has_a_meaning_and_every_meaning_a_way() -> None:
     assert {kind.split("-")[0] for kind in MEANINGS} == {*WAYS}
 
@@ -141,7 +153,8 @@ def test_properties_on_real_data(tmp_path: Path, name: str) -> None:
     packed = (REAL / f"{name}.pairs.jsonl.gz").read_bytes()
     lines = "".join(gzip.decompress(packed).decode().splitlines(keepends=True)[:800])
     (tmp_path / "d.jsonl").write_text(lines)
-    counts = make_pairs(tmp_path / "d.jsonl", tmp_path / "o.jsonl", [*WAYS], columns=PAIRS)
+    wordnet = write_wordnet(tmp_path / "wordnet")
+    counts = make_pairs(tmp_path / "d.jsonl", tmp_path / "o.jsonl", [*WAYS], columns=PAIRS, wordnet=wordnet)
     rows = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
     assert counts["documents"] == lines.count("\n") and counts["quarantined"] == 0
     assert sum(way["examples"] for way in counts["ways"].values()) == len(rows)
