@@ -30,14 +30,19 @@ TOPICS = "stages.generalist.data.1"
 RULE, TEACHER = "stages.retrieval.mine.rule", "stages.retrieval.mine.teacher"
 NEW_SETS = ("hover", "nfcorpus", "scifact", "miracl", "mrtydi")
 
+POOLINGS = {
+    "mean": {POOLING},
+    "mlp": {POOLING},
+    "mean-causal": {POOLING, CAUSAL},
+    "last-causal": {POOLING, CAUSAL},
+}
+
 # What differs from the baseline in each arm of each file. A key stands for all keys below it.
 EXPECTED: dict[str, dict[str, set[str]]] = {
-    "pooling": {
-        "mean": {POOLING},
-        "mlp": {POOLING},
+    "pooling": POOLINGS,
+    "pooling-controls": {
+        **POOLINGS,
         "latent-frozen": {"tune.freeze"},
-        "mean-causal": {POOLING, CAUSAL},
-        "last-causal": {POOLING, CAUSAL},
         "last": {POOLING},
         "latent-causal": {CAUSAL},
         "self": {POOLING},
@@ -108,6 +113,15 @@ def test_an_override_of_one_stage_leaves_another_alone_where_the_base_writes_bot
     assert after.stages[1].data[0].weight == 5 and after.stages[0] == before.stages[0]
 
 
+def test_the_controls_of_pooling_have_its_cells() -> None:
+    """So that these are not run again: equal but for the arms that come after them, and what these need."""
+    first, whole = (Study(FILES[name]).said.model_dump() for name in ("pooling", "pooling-controls"))
+    assert list(whole["arms"])[:5] == list(first["arms"]) and whole["arms"] | first["arms"] == whole["arms"]
+    assert set(first["pairs"]) < set(whole["pairs"]) and len(whole["arms"]) == 10
+    for key in first.keys() - {"arms", "pairs", "paper", "smoke", "run_on"}:
+        assert first[key] == whole[key], key
+
+
 @pytest.mark.parametrize("arm", [arm for arm in EXPECTED["depth"] if arm.startswith("full")])
 def test_the_pooling_block_trains_at_one_rate_in_lora_and_full(arm: str) -> None:
     study = Study(FILES["depth"])
@@ -123,7 +137,7 @@ def test_a_file_has_the_size_of_its_cells(file: str) -> None:
     for arm in said.arms:
         for stage in study.recipe(arm, 1).stages:
             assert all(entry.path.startswith(("runs/ablation-data/", "data/nv-embed-v2/")) for entry in stage.data)
-    if said.run_on is None:
+    if said.run_on in (None, "1 GPU"):
         recipe = study.recipe(said.baseline, 1)
         assert (recipe.model.layers, recipe.model.max_tokens) == (8 if file == "second-stage" else 16, 256)
         assert said.suite == "dev-mini" or file == "second-stage"
@@ -171,6 +185,22 @@ def test_within_a_library_a_query_has_the_documents_of_its_library_alone(tmp_pat
     alone = sum(write(name, begin) for name, begin in (("a", "numpy."), ("b", "numpyro."), ("c", "torch")))
     assert (whole.task, within.task, within.metric) == ("docs", "docs-within-library", "nDCG@10")
     assert within.value == pytest.approx(alone / len(queries), abs=1e-9) and within.value > whole.value
+
+
+def test_git_keeps_of_a_study_what_it_needs_to_be_shown_and_to_go_on() -> None:
+    """The files that `test_a_study_goes_on_elsewhere_from_its_results_alone` copies, and nothing else of a cell."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("no checkout")
+    cell, kept = "docs/results/ablations/pooling/latent/seed-1", ("result.json", "scores.json", "scores.items.npz")
+    files = [f"docs/results/ablations/pooling/{name}.json" for name in ("study", "budget")]
+    others = [
+        f"{cell}/{name}" for name in ("cell.json", "log.txt", "metrics.jsonl", "recipe.yaml", "checkpoints/1/x.pt")
+    ]
+    asked = [*files, *(f"{cell}/{name}" for name in kept), *others]
+    done = subprocess.run(
+        ["git", "check-ignore", "--no-index", *asked], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == others, done.stderr
 
 
 @pytest.mark.long

@@ -174,6 +174,7 @@ CHANGES: dict[str, dict[str, tuple[str, str, Words]]] = {
         "jobs": ("said", "--jobs 2", {}),
         "smoke": ("names", "--smoke", {}),
         "only": ("names", "--only plain/1 --only warm/1", {}),
+        "look": ("names", "--look", {}),
     },
     "mine": {
         "examples": ("files", "{own}", NAIVE),

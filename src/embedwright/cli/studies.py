@@ -22,6 +22,7 @@ def ablate(
     smoke: Annotated[bool, opt("Run one tiny cell instead, to see that the file runs.", "--smoke")] = False,
     only: Annotated[list[str] | None, opt("Cell to run, as ARM/SEED. Repeatable. Default: all.")] = None,
     anyway: Annotated[bool, opt("Run a file here that is marked for another machine.", "--anyway")] = False,
+    look: Annotated[bool, opt("Run nothing: compare the cells that are done, and write study.json.", "--look")] = False,
 ) -> None:
     """Train and score each arm of an ablation with each seed, and compare. Run it again to go on after a stop.
 
@@ -30,7 +31,7 @@ def ablate(
     from embedwright.studies.ablate.study import ablate as run
     from embedwright.studies.ablate.table import render
 
-    study = run(file, out, side_by_side=jobs, smoke=smoke, only=only or (), anyway=anyway, say=say)
+    study = run(file, out, side_by_side=jobs, smoke=smoke, only=only or (), anyway=anyway, look=look, say=say)
     say(render(study))
     if study["failed"]:
         typer.echo(f"embedwright: failed: {', '.join(study['failed'])}", err=True)

@@ -38,6 +38,7 @@ METRICS: dict[Kind, tuple[str, ...]] = {  # the first is the main one
     "sts": ("cosine_spearman", "cosine_pearson"),
     "pair": ("cosine_ap",),
 }
+READOUTS = ("mean_cosine", "nDCG@10_centred")  # of retrieval by vectors: beside the scores, and no metrics
 SEED = 42  # mteb's default seed, so the few-shot draws and clusters are the same
 EXPERIMENTS, SAMPLES_PER_LABEL = 10, 8  # mteb's AbsTaskClassification
 CLUSTERINGS = 3  # mteb runs k-means once; the result moves by about a point with the seed, so three are averaged

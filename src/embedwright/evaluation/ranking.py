@@ -24,12 +24,11 @@ from embedwright.data.schema import DataError, id_of
 from embedwright.encoders.protocol import Encoder, encode_finite
 from embedwright.evaluation import metrics
 from embedwright.evaluation.chunks import chunked
-from embedwright.evaluation.metrics import SEED, Embeddings, Qrels, Run, Scored
+from embedwright.evaluation.metrics import READOUTS, SEED, Embeddings, Qrels, Run, Scored
 from embedwright.evaluation.tasks import SuiteTask, digest, read_columns, rows_of, split_of
 
 DEPTH = 1000  # hits of a query that are ranked, as in mteb; with equal scores, hits after the first 100 may matter
 CANDIDATES = 100  # that BM25 finds for a query, if the task does not say how many
-MEAN_COSINE, CENTRED = "mean_cosine", "nDCG@10_centred"  # read-outs of retrieval, no metrics
 _CENTRED_DEPTH = 100  # hits that are ranked for a read-out
 _BLOCK = 64  # queries whose scores of all chunks are in memory at once
 
@@ -93,7 +92,7 @@ def _readouts(search: Search, vectors: Vectors, task: SuiteTask) -> dict[str, fl
     doc_CE -= mean_E
     doc_CE /= np.maximum(np.linalg.norm(doc_CE, axis=1, keepdims=True), 1e-12)
     run = _by_vectors(search, vectors._replace(query_QE=_unit(query_QE - mean_E)), depth=_CENTRED_DEPTH)
-    return {MEAN_COSINE: mean_cosine, CENTRED: _metrics(search, run, task).values["nDCG@10"]}
+    return dict(zip(READOUTS, (mean_cosine, _metrics(search, run, task).values["nDCG@10"]), strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------- what is ranked

@@ -114,6 +114,17 @@ def compare(
         InputError: A candidate has nothing that can be compared with the baseline, there is only one, or `equivalent`
             is not a finite number above 0.
     """
+    rows, left_out = differences(candidates, equivalent, draws, seed)
+    return Comparison(candidates[0].name, claimed(rows, equivalent), left_out, equivalent, draws, seed)
+
+
+def differences(
+    candidates: Sequence[Candidate], equivalent: float | None, draws: int = DRAWS, seed: int = SEED
+) -> tuple[list[Difference], tuple[str, ...]]:
+    """Returns the rows of `compare` before their p-values are corrected, and what was left out.
+
+    The rows of several calls can be claimed together.
+    """
     if len(candidates) < 2:
         raise InputError("a comparison needs a baseline and at least one other")
     if equivalent is not None and not 0 < equivalent < math.inf:
@@ -141,7 +152,7 @@ def compare(
     rows: list[Difference] = []
     for other, own in zip(others, pairs, strict=True):
         rows += _rows(other.name, own, _how(baseline, other), equivalent)
-    return Comparison(baseline.name, _claimed(rows, equivalent), tuple(left_out), equivalent, draws, seed)
+    return rows, tuple(left_out)
 
 
 def _by_task(candidate: Candidate) -> tuple[dict[Key, list[Result]], dict[Key, str]]:
@@ -301,7 +312,7 @@ def _of_seeds(base_S: Floats, other_S: Floats, how: str) -> list[statistics.Nois
     return [statistics.of_mean(values) for values in sides if len(values) > 1]
 
 
-def _claimed(rows: Sequence[Difference], equivalent: float | None) -> tuple[Difference, ...]:
+def claimed(rows: Sequence[Difference], equivalent: float | None) -> tuple[Difference, ...]:
     """Corrects the p-values of all rows for their number, and says what they allow to claim."""
     corrected = iter(statistics.holm([row.p for row in rows if row.p is not None]))
     equal = iter(statistics.holm([row.p_equivalent for row in rows if row.p_equivalent is not None]))

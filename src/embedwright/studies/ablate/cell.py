@@ -71,7 +71,8 @@ def trained(folder: Path, spec: Spec, recipe: Recipe) -> Spec:
     keep(folder, spec, results, model.fingerprint())
     result["seconds"]["evaluation"] = results.seconds
     scores = {row.task: row.value for row in results.rows}
-    return result | {"scores": scores, "mean": fmean(scores.values())}
+    details = {row.task: row.details for row in results.rows if row.details}
+    return result | {"scores": scores, "mean": fmean(scores.values()), "details": details}
 
 
 def keep(folder: Path, spec: Spec, results: Results, fingerprint: dict[str, Any]) -> None:

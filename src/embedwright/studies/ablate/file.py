@@ -86,6 +86,7 @@ class Ablation(Part):
     rates: Rates | None = None
     paper: Paper | None = None
     equivalent: PositiveNumber | None = None
+    pairs: tuple[tuple[Text, Text], ...] = ()  # further comparisons: an arm, and the arm that it is compared with
     run_on: Text | None = None
     smoke: Smoke = Smoke()
 
@@ -98,12 +99,17 @@ class Ablation(Part):
             "baseline": [self.baseline],
             "smoke.arms": self.smoke.arms,
             "paper.scores": self.paper.scores if self.paper else (),
+            "pairs": [arm for pair in self.pairs for arm in pair],
         }.items():
             for name in names:
                 if name not in self.arms:
                     raise InputError(f"{key}: {name!r} is no arm{did_you_mean(name, self.arms)}")
         if len(set(self.seeds)) < len(self.seeds) or (self.rates and self.rates.seed in self.seeds):
             raise InputError("seeds: need different numbers, and a tuning seed (rates.seed) that is none of them")
+        if any(arm == other or self.baseline == other for arm, other in self.pairs):
+            raise InputError(
+                "pairs: an arm and another one, which is not the baseline: that one all arms are compared with"
+            )
         if self.name == SMOKE:
             raise InputError(f"name: {SMOKE!r} is the folder of smoke tests: choose another name")
         if (self.suite is None) == (self.benchmark is None):

@@ -36,7 +36,8 @@ class Job:
     """One process: the folder that it fills, what it runs, and what its `cell.json` says.
 
     `key` is equal for two jobs exactly when their results are. Where `wanted` has a job of another key, whose result
-    stays as it is, the folder gets the key as a suffix.
+    stays as it is, the folder gets the key as a suffix. `result.json` tells the key, too: a job whose folder came from
+    elsewhere with its results alone is done.
     """
 
     wanted: Path
@@ -47,7 +48,7 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        other = _read(self.wanted / "cell.json")
+        other = _read(self.wanted / "cell.json") or _read(self.wanted / "result.json")
         return self.wanted if other is None or other["key"] == self.key else Path(f"{self.wanted}-{self.key}")
 
     @property

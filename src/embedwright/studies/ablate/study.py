@@ -43,7 +43,8 @@ from embedwright.training.stages import StagePart
 
 Cell = tuple[str, int]  # arm and seed
 _MEASURED = ("unit", "fixed", "steps", "seconds")
-_TOLD = ("arm", "seed", "rate", "recipe", "mean", "scores", "seconds", "tokens", "peak_mb", "failed")
+_SCORES = ("mean", "scores", "details")
+_TOLD = ("arm", "seed", "rate", "recipe", *_SCORES, "seconds", "tokens", "peak_mb", "failed")
 
 
 def ablate(
@@ -54,6 +55,7 @@ def ablate(
     smoke: bool = False,
     only: Sequence[str] = (),
     anyway: bool = False,
+    look: bool = False,
     say: Say = lambda line: None,
 ) -> dict[str, Any]:
     """Runs the cells of an ablation that have no result yet, each in a process of its own.
@@ -65,6 +67,7 @@ def ablate(
         smoke: Run one tiny cell instead, whose scores mean nothing.
         only: Cells to run, as `ARM/SEED`. Default: all.
         anyway: Run a file on this machine that is marked for another one (`run_on`).
+        look: Run nothing: compare the cells that have a result, and write `study.json`.
         say: A function that gets lines of progress.
 
     Returns:
@@ -75,18 +78,18 @@ def ablate(
         Interrupted: SIGTERM or SIGINT stopped the cells, each after a checkpoint.
     """
     study = Study(file)
-    processes = 1 if smoke else _processes(study, anyway)
+    processes = 1 if smoke or look else _processes(study, anyway)
     check_folder(out)
     folder = out.expanduser() / (SMOKE if smoke else "") / study.said.name
     work = _Work(study, folder, smoke, processes)
     cells = work.cells(only)
     work.check()
-    if smoke:
+    if smoke and not look:
         shutil.rmtree(folder, ignore_errors=True)
     arms, seeds = (list(dict.fromkeys(part)) for part in zip(*cells, strict=True))
 
     def run(jobs: Iterable[Job | None]) -> None:
-        work.failed |= run_jobs([job for job in jobs if job is not None], side_by_side, say)
+        work.failed |= run_jobs([job for job in jobs if job is not None and not look], side_by_side, say)
 
     try:
         if study.said.budget and not smoke:
@@ -95,7 +98,8 @@ def ablate(
         if study.said.shared_stages:
             run(work.shared(seed) for seed in [*seeds, *work.tuning_seeds])
         run(trial for arm in arms for trial in work.trials(arm))
-        run(work.cell(*cell) for cell in sorted(cells, key=lambda cell: cell[1]))  # so that a part of them is balanced
+        # seed by seed, the baseline first: wherever it stops, most cells have the one that they are compared with
+        run(work.cell(*cell) for cell in sorted(cells, key=lambda cell: (cell[1], cell[0] != study.said.baseline)))
     finally:  # of an interrupted study, too
         write_json(folder / "study.json", found := work.found())
     return found
@@ -264,6 +268,12 @@ class _Work:
         trials = [trial for arm in self.arms for trial in self.trials(arm)]
         cells = {(arm, seed): self.cell(arm, seed) for arm in self.arms for seed in self.seeds}
         missing = [f"{arm}/{seed}" for (arm, seed), job in cells.items() if job is None or job.result is None]
+        scores = {} if self.smoke else self._scores(cells, shared)
+        bound = self.said.equivalent
+        pairs = [
+            compared(other, {name: scores.get(name, {}) for name in (other, arm)}, bound)
+            for arm, other in self.said.pairs
+        ]
         return {
             "study": self.said.name,
             "smoke": self.smoke,
@@ -276,7 +286,8 @@ class _Work:
             "cells": [self._told(job) for job in cells.values() if job and job.result],
             "trials": [self._told(job) for job in trials if job and job.result],
             "shared_stages": [self._told(job) for job in shared if job and job.result],
-            "comparison": None if self.smoke else compared(self.said, self._scores(cells, shared)),
+            "comparison": compared(self.said.baseline, scores, bound),
+            "pairs": [pair for pair in pairs if pair is not None],
         }
 
     def _failures(self) -> dict[str, str]:
@@ -299,7 +310,7 @@ class _Work:
         return found
 
     def _told(self, job: Job) -> dict[str, Any]:
-        hidden = ("mean", "scores") if self.smoke else ()
+        hidden = _SCORES if self.smoke else ()
         kept = {key: value for key, value in (job.result or {}).items() if key in _TOLD and key not in hidden}
         return {"folder": str(job.folder.relative_to(self.folder))} | kept
 

@@ -7,27 +7,52 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from embedwright.evaluation.compare.compare import MEAN, Candidate, compare
+import numpy as np
+
+from embedwright.evaluation.compare.compare import (
+    DRAWS,
+    MEAN,
+    NONE_SHOWN,
+    SEED,
+    Candidate,
+    Comparison,
+    Difference,
+    claimed,
+    differences,
+)
+from embedwright.evaluation.compare.statistics import half_width, of_mean
+from embedwright.evaluation.metrics import READOUTS
 from embedwright.evaluation.results import Results
-from embedwright.studies.ablate.file import Ablation
 from embedwright.training.plan import columns
 
 HEAD = ["arm", "seeds", "score", "difference", "95 % interval", "p (Holm)", "smallest visible", "claim"]
 
 
-def compared(said: Ablation, scores: Mapping[str, Mapping[int, Results]]) -> dict[str, Any] | None:
-    """Compares each arm with the baseline, over its seeds and items. None while there are no two arms to compare.
+def compared(
+    baseline: str, scores: Mapping[str, Mapping[int, Results]], equivalent: float | None
+) -> dict[str, Any] | None:
+    """Compares each arm with the baseline, over the seeds that both have and their items.
 
-    If an arm lacks seeds and all others are whole, it is compared on the seeds that it shares with the baseline.
+    `scores` are the results of each arm by seed. The p-values of all arms are corrected together. Returns None while no
+    arm shares a seed with the baseline.
     """
-    arms = [said.baseline, *(arm for arm in scores if arm != said.baseline)]
-    candidates = [
-        Candidate(arm, {seed: [found] for seed, found in scores[arm].items()}) for arm in arms if arm in scores
-    ]
-    if len(candidates) < 2 or candidates[0].name != said.baseline:
+    ours = scores.get(baseline, {})
+    together: dict[tuple[int, ...], list[str]] = {}
+    for arm in scores:
+        if arm != baseline and (shared := tuple(seed for seed in ours if seed in scores[arm])):
+            together.setdefault(shared, []).append(arm)
+    rows: list[Difference] = []
+    left_out: list[str] = []
+    for shared, arms in together.items():
+        sides = [Candidate(arm, {seed: [scores[arm][seed]] for seed in shared}) for arm in (baseline, *arms)]
+        found, reasons = differences(sides, equivalent)
+        rows += found
+        left_out += reasons
+    if not rows:
         return None
-    found: dict[str, Any] = json.loads(compare(candidates, equivalent=said.equivalent).to_json())
-    return found
+    whole = Comparison(baseline, claimed(rows, equivalent), tuple(left_out), equivalent, DRAWS, SEED)
+    told: dict[str, Any] = json.loads(whole.to_json())
+    return told
 
 
 def render(study: Mapping[str, Any]) -> str:
@@ -35,7 +60,7 @@ def render(study: Mapping[str, Any]) -> str:
     if study["smoke"]:
         lines = [f"{study['study']}: smoke test of {len(study['cells'])} cells; its scores mean nothing"]
     else:
-        lines = [*_table(study), *_rates(study["trials"])]
+        lines = [*_table(study), *_readouts(study["cells"], study["baseline"]), *_rates(study["trials"])]
     if study["missing"]:
         lines.append(f"NOT WHOLE, missing cells: {', '.join(study['missing'])}")
     return "\n".join([*lines, *(f"{name}: {reason}" for name, reason in study["failed"].items())])
@@ -51,8 +76,8 @@ def _table(study: Mapping[str, Any]) -> list[str]:
     if not scores:
         return []
     compared = study["comparison"] or {"rows": [], "baseline": study["baseline"]}
-    means = {row["candidate"]: row for row in compared["rows"] if row["kind"] == "tasks"}
-    rows = means or {row["candidate"]: row for row in compared["rows"]}
+    rows = {row["candidate"]: row for row in _main(compared["rows"])}
+    means = any(row["kind"] == "tasks" for row in rows.values())
     paper = study["paper"] or {"scores": {}}
     head = [*HEAD, *(["paper", "its difference"] if study["paper"] else [])]
     lines = [head]
@@ -69,9 +94,65 @@ def _table(study: Mapping[str, Any]) -> list[str]:
     ]
     if means:
         shown += ["each task:", *_tasks([row for row in compared["rows"] if row["task"] != MEAN])]
+    for pair in study.get("pairs", ()):
+        row = _main(pair["rows"])[-1]
+        told = columns([["", *HEAD[2:]], [row["candidate"], f"{row['score']:.2f}", *_difference(row)]])
+        shown += [f"against {pair['baseline']}:", *told]
+    if rows:
+        shown += _could_see(study, [*rows.values()])
     if study["paper"]:
         shown.append(f"paper: {paper['what']} ({paper['source']})")
     return shown
+
+
+def _main(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Returns the rows of the mean over tasks, or of the only task."""
+    return [row for row in rows if row["kind"] == "tasks"] or list(rows)
+
+
+def _could_see(study: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Says what a study of so many seeds could have found, and what its intervals do not cover."""
+    seeds: dict[str, set[int]] = {}
+    for cell in [*study.get("shared_stages", ()), *study["cells"]]:
+        seeds.setdefault(cell["arm"], set()).add(cell["seed"])
+    ours = seeds.get(study["baseline"], set())
+    common = {row["candidate"]: len(ours & seeds.get(row["candidate"], set())) for row in rows}
+    lines = []
+    for count in sorted({*common.values()}):
+        arms = [row for row in rows if common[row["candidate"]] == count]
+        seen = [row["smallest"] for row in arms if row["smallest"] is not None]
+        which = "" if len({*common.values()}) == 1 else f" ({', '.join(row['candidate'] for row in arms)})"
+        if count < 2:
+            lines.append(
+                f"one seed{which}: an interval covers the items of these runs alone. Another seed may differ by more: "
+                "nothing is claimed of the arms"
+            )
+        elif seen:
+            span = f"{min(seen):.2f}" if len(seen) == 1 else f"{min(seen):.2f} to {max(seen):.2f}"
+            lines.append(
+                f"{count} pairs of seeds{which}: a true difference of {span} points is found in four cases of five"
+            )
+    return lines
+
+
+def _readouts(cells: Sequence[Mapping[str, Any]], baseline: str) -> list[str]:
+    """Returns one line for each read-out of a retrieval task and arm, with intervals over the seeds in pairs."""
+    found: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
+    for cell in cells:
+        for task, details in cell.get("details", {}).items():
+            for name in READOUTS:
+                if name in details:
+                    found.setdefault((task, name), {}).setdefault(cell["arm"], {})[cell["seed"]] = 100 * details[name]
+    lines = [["task", "read-out", "arm", "mean", "difference", "95 % interval"]]
+    for (task, name), arms in found.items():
+        for arm, own in arms.items():
+            ours = arms.get(baseline, {})
+            change = np.array([own[seed] - ours[seed] for seed in own if seed in ours and arm != baseline])
+            half = half_width([of_mean(change)]) if len(change) > 1 else None
+            interval = "-" if half is None else f"{change.mean() - half:+.2f} to {change.mean() + half:+.2f}"
+            mean = f"{change.mean():+.2f}" if len(change) else "-"
+            lines.append([task, name, arm, f"{fmean(own.values()):.2f}", mean, interval])
+    return ["read-outs, x100, intervals over seeds, no claims:", *columns(lines)] if found else []
 
 
 def _tasks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -86,7 +167,10 @@ def _difference(row: Mapping[str, Any]) -> list[str]:
     known = row.get("low") is not None
     interval = f"{row['low']:+.2f} to {row['high']:+.2f}" if known else "-"
     numbers = [_number(row.get(key), form) for key, form in (("p_holm", ".3f"), ("smallest", ".2f"))]
-    return [_number(row.get("difference"), "+.2f"), interval, *numbers, row.get("claim") or "-"]
+    claim = row.get("claim") or "-"
+    if "seeds" not in row.get("over", "seeds") and claim not in ("-", NONE_SHOWN):
+        claim += ", these runs"  # with one seed, the training itself may have made the difference
+    return [_number(row.get("difference"), "+.2f"), interval, *numbers, claim]
 
 
 def _number(value: float | None, form: str) -> str:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from embedwright.errors import InputError
-from embedwright.evaluation.results import read_results
+from embedwright.evaluation.results import Result, Results, read_results, write_results
+from embedwright.studies.ablate import cell as ablate_cell
 from embedwright.studies.ablate.study import ablate
 from embedwright.training.recipe import Recipe
+from embedwright.training.run.signals import Interrupted
 from embedwright.training.train import train
 
 Make = Callable[..., Path]
@@ -30,6 +35,21 @@ def results(out: Path) -> dict[str, dict[str, Any]]:
     return {name: {key: value for key, value in result.items() if key != "seconds"} for name, result in found.items()}
 
 
+@pytest.fixture
+def untrained(monkeypatch: pytest.MonkeyPatch, started: list[Path]) -> list[Path]:
+    """As `started`, for tests of what runs when: a cell trains nothing, and its score depends on its name."""
+
+    def scored(folder: Path, spec: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+        random = np.random.default_rng(zlib.crc32(spec["name"].encode()))
+        score = random.random(20)
+        row = Result("docs", "retrieval", "nDCG@10", score.mean(), items={"score": score, "id": np.arange(20)})
+        write_results(folder / "scores.json", Results("s", (row,), 1.0))
+        return {"recipe": recipe.hash(), "seconds": {}, "tokens": 9, "scores": {"docs": row.value}, "mean": row.value}
+
+    monkeypatch.setattr(ablate_cell, "trained", scored)
+    return started
+
+
 def test_each_cell_is_a_run_that_is_scored_once(ablation: Make, started: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     study = ablate(ablation(), out)
@@ -43,6 +63,7 @@ def test_each_cell_is_a_run_that_is_scored_once(ablation: Make, started: list[Pa
     assert study == json.loads((out / "tiny" / "study.json").read_text())
     assert len({cell["mean"] for cell in study["cells"]}) > 2
     mean = {arm: sum(cell["mean"] for cell in study["cells"] if cell["arm"] == arm) / 2 for arm in ("plain", "warm")}
+    assert all(cell["details"]["sts"].keys() == {"cosine_pearson"} for cell in study["cells"])
     [row] = study["comparison"]["rows"]
     assert (row["candidate"], row["over"]) == ("warm", "seeds, items")
     assert row["difference"] == pytest.approx(100 * (mean["warm"] - mean["plain"]))
@@ -167,3 +188,101 @@ def test_a_smoke_test_is_tiny_apart_and_without_numbers(ablation: Make, started:
     with pytest.raises(InputError, match="smoke test"):
         read_results(started[0] / "scores.json")
     assert not any(key in cell for key in ("mean", "scores")) and not (out / "tiny").exists()
+
+
+def test_trials_of_all_arms_come_first_then_whole_seeds_with_the_baseline_first(
+    ablation: Make, untrained: list[Path], tmp_path: Path
+) -> None:
+    """Wherever it stops, no arm is ahead of the baseline, and no seed begins before the last one is whole."""
+    out = tmp_path / "out"
+    rates = {"factors": [1, 3], "seed": 9, "length": 0.5}
+    arms = {"warm": {"stages.second.temperature": 0.5}, "plain": {}, "hot": {"stages.second.temperature": 0.9}}
+    ablate(ablation(arms=arms, rates=rates, seeds=[2, 1]), out)
+    found = names(untrained, out)
+    trials = [f"{arm}/rate-{factor}/seed-9" for arm in arms for factor in (1, 3)]
+    assert found[:6] == trials
+    assert found[6:] == [f"{arm}/seed-{seed}" for seed in (1, 2) for arm in ("plain", "warm", "hot")]
+
+
+def test_a_study_that_was_stopped_has_compared_what_it_has(
+    ablation: Make, untrained: list[Path], tmp_path: Path
+) -> None:
+    """Seed 1 is whole and seed 2 has one arm: that arm is compared on two seeds and the other on one."""
+    out, done = tmp_path / "out", list[str]()
+
+    def say(line: str) -> None:
+        done.append(line)
+        if sum(line.startswith("[") for line in done) == 5:
+            raise Interrupted("SIGTERM")
+
+    arms = {"plain": {}, "warm": {"stages.second.temperature": 0.5}, "hot": {"stages.second.temperature": 0.9}}
+    with pytest.raises(Interrupted):
+        ablate(ablation(arms=arms), out, say=say)
+    study = json.loads((out / "tiny" / "study.json").read_text())
+    assert study["missing"] == ["hot/2"]
+    mean = {(cell["arm"], cell["seed"]): 100 * cell["mean"] for cell in study["cells"]}
+    rows = {row["candidate"]: row for row in study["comparison"]["rows"]}
+    pairs = {seed: mean["warm", seed] - mean["plain", seed] for seed in (1, 2)}
+    assert rows["warm"]["difference"] == pytest.approx(sum(pairs.values()) / 2) and "seeds" in rows["warm"]["over"]
+    assert rows["hot"]["difference"] == pytest.approx(mean["hot", 1] - mean["plain", 1])
+    assert rows["hot"]["over"] == "items"
+
+
+def test_a_look_runs_nothing_and_writes_what_is_there(ablation: Make, untrained: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert ablate(ablation(), out, look=True)["cells"] == [] and untrained == []
+    ablate(ablation(), out, only=["plain/1", "warm/1"])
+    whole = (out / "tiny" / "study.json").read_bytes()
+    (out / "tiny" / "study.json").unlink()
+    study = ablate(ablation(), out, look=True)
+    assert len(untrained) == 2 and (out / "tiny" / "study.json").read_bytes() == whole
+    assert study["missing"] == ["plain/2", "warm/2"] and study["comparison"]["rows"][0]["over"] == "items"
+
+
+KEPT = ("study.json", "budget.json", "result.json", "scores.json", "scores.items.npz")
+
+
+def test_a_study_goes_on_elsewhere_from_its_results_alone(
+    ablation: Make, untrained: list[Path], tmp_path: Path
+) -> None:
+    """Only what `docs/results/ablations` keeps is copied. The trials are done, and so are seed 1 and its comparison."""
+    out, other = tmp_path / "out", tmp_path / "other"
+    file = ablation(rates={"factors": [1, 3], "seed": 9, "length": 0.5}, shared_stages=1, budget={"tokens": 9000})
+    ablate(file, out, only=["plain/1", "warm/1"])
+    before = len(untrained)
+    for path in out.rglob("*"):
+        if path.name in KEPT:
+            (other / path.relative_to(out)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, other / path.relative_to(out))
+    assert {path.name for path in other.rglob("*") if path.is_file()} == {*KEPT}
+    there = ablate(file, out, look=True)
+    assert ablate(file, other, look=True) == there and len(untrained) == before
+    study = ablate(file, other)
+    new = [str(folder.relative_to(other / "tiny")) for folder in untrained[before:]]
+    assert new == ["shared-stages/seed-2", "plain/seed-2", "warm/seed-2"]
+    assert study["missing"] == [] and len(study["trials"]) == 4
+    assert study == ablate(file, out) | {"cells": study["cells"], "shared_stages": study["shared_stages"]}
+
+
+def test_a_cell_whose_shared_stage_has_only_its_result_says_so(
+    ablation: Make, started: list[Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    file = ablation(shared_stages=1)
+    ablate(file, out, only=["plain/1"])
+    shutil.rmtree(out / "tiny" / "shared-stages" / "seed-1" / "stages")
+    study = ablate(file, out, only=["warm/1"])
+    assert "shared-stages/seed-1" in study["failed"]["tiny/warm/seed-1"]
+
+
+def test_a_further_pair_of_arms_is_compared(ablation: Make, untrained: list[Path], tmp_path: Path) -> None:
+    arms = {"plain": {}, "warm": {"stages.second.temperature": 0.5}, "hot": {"stages.second.temperature": 0.9}}
+    study = ablate(ablation(arms=arms, pairs=[["hot", "warm"]]), tmp_path / "out")
+    mean = {arm: sum(100 * cell["mean"] for cell in study["cells"] if cell["arm"] == arm) / 2 for arm in arms}
+    [pair] = study["pairs"]
+    [row] = pair["rows"]
+    assert (pair["baseline"], row["candidate"]) == ("warm", "hot")
+    assert row["difference"] == pytest.approx(mean["hot"] - mean["warm"])
+    for pairs, message in (([["hot", "cold"]], "pairs: 'cold' is no arm"), ([["hot", "plain"]], "pairs: an arm and")):
+        with pytest.raises(InputError, match=message):
+            ablate(ablation(arms=arms, pairs=pairs), tmp_path / "out")
