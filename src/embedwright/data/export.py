@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -27,11 +28,15 @@ def to_columns(examples: Iterable[Example], negatives: int, report: Counter[str]
 
     sentence-transformers' losses take one positive and the same number of negatives in every row. So an example gives a
     row for each of its positives, and one with fewer negatives gives none. The instruction is not in the texts: it is a
-    prompt of their trainer. `report` counts `examples`, `rows`, `fewer_negatives` (examples left out),
-    `more_positives` (rows beyond the first of an example), `negatives_cut` (passages).
+    prompt of their trainer. `report` counts `examples`, `rows`, `fewer_negatives` and `below_threshold` (examples left
+    out, the latter for a score too low for a positive), `more_positives` (rows beyond the first of an example),
+    `negatives_cut` (passages).
     """
     for example in examples:
         report["examples"] += 1
+        if not example.positives:
+            report["below_threshold"] += 1
+            continue
         if len(example.negatives) < negatives:
             report["fewer_negatives"] += 1
             continue
@@ -67,7 +72,10 @@ def export(
     tasks = table.rows_by_task()
     if task is not None and task not in tasks:
         raise DataError(f"{path}: no task {task!r}; it has {', '.join(tasks)}")
-    had = table.negatives_per_row() if task is None else table.negatives_per_row()[tasks[task]]
+    chosen = np.arange(len(table)) if task is None else tasks[task]
+    had = table.negatives_per_row()[chosen[table.positives_per_row()[chosen] > 0]]
+    if not len(had):
+        raise DataError(f"{path}: no scored pair reaches the threshold, so that none has a positive")
     negatives = int(had.min()) if negatives is None else negatives
     report = Counter(dict.fromkeys(("examples", "rows", "fewer_negatives", "more_positives", "negatives_cut"), 0))
     rows = to_columns((example for example in table if task in (None, example.task)), negatives, report)

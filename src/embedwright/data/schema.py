@@ -51,7 +51,11 @@ class Passage:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """Holds one training row: a query, passages that answer it, and passages that do not, any number of each."""
+    """Holds one training row: a query, passages that answer it, and passages that do not, any number of each.
+
+    A pair whose `score` is too low for an answer has no positive: its other text is the one negative. CoSENT learns
+    from it, InfoNCE does not.
+    """
 
     id: str
     task: str
@@ -62,6 +66,11 @@ class Example:
     negative_scores: tuple[float, ...] | None = None
     score: float | None = None
     language: str | None = None
+
+    @property
+    def paired(self) -> tuple[Passage, ...]:
+        """Returns the passages that `score` may be of: the positives, or the negative of a pair without any."""
+        return self.positives or self.negatives
 
 
 EXAMPLE_KEYS = tuple(Example.__dataclass_fields__)  # a row has the keys of the dataclass
@@ -79,8 +88,8 @@ def parse_example(
     positives = _passages(row.get("positives"), "positives", corpus)
     negatives = _passages(row.get("negatives"), "negatives", corpus)
     query = text_of(row.get("query"), "query")
-    if not positives:
-        raise DataError("no positive")
+    if not positives and (row.get("score") is None or len(negatives) != 1):
+        raise DataError("no positive")  # nor is it a pair whose score is too low for one
     return Example(
         id=default_id if row.get("id") is None else id_of(row["id"], "id"),
         task=text_of(row["task"], "task") if row.get("task") else default_task,

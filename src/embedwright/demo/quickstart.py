@@ -86,7 +86,7 @@ def recipe_for(
 def _prepare(data: Path, out: Path, instruction: str, teacher: str) -> None:
     say(f"your pairs: {data}")
     table = open_examples(data, task="own")
-    read, described = list(table), table.tasks
+    read, described = [row for row in table if row.positives], table.tasks
     answers = Answers(read)
     duplicates = Report()
     kept = list(clean(read, duplicates))

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
 
@@ -66,6 +67,7 @@ def mine(
     only. Equal scores rank in the order of the corpus.
 
     Negatives that an example came with stay in front; those that are equal to an answer or to the query are removed.
+    Scored pairs below the threshold, which have no positive (`Example`), stay as they are.
 
     Memory: the examples, for each document its id and 9 bytes, and per teacher the vectors of corpus and positives.
     `corpus` is read in order, a few times, one text at a time: it may be a view of a file.
@@ -131,7 +133,8 @@ def mine(
         raise InputError(f"positives must be lowest or each, not {positives!r}")
     rows = list(map(_checked, examples))
     answers, instructions = answers or Answers(rows), _instructions(rows, task, tasks or {})
-    queries = [q for row in rows for q in _queries(row, answers.of(row), positives, instructions[row.task])]
+    queries_of = [list(_queries(row, answers.of(row), positives, instructions[row.task])) for row in rows]
+    queries = [query for own in queries_of for query in own]
     pool = make_pool(corpus, [query.example for query in queries], (p for query in queries for p in query.answers))
     if not pool.ids:
         raise DataError("the corpus holds no text: nothing to mine from")
@@ -150,7 +153,10 @@ def mine(
     teachers = [teacher_of_pool(one, pool, searched, seed, folder, advance) for one in given]
     settings = MiningSettings(rule, margin, negatives, sample_from, seed, ensemble, RANDOM not in given)
     miner = Miner(pool, teachers, settings)
-    mined = [filled for start in range(0, len(queries), _TILE) for filled in miner.fill(queries[start : start + _TILE])]
+    filled = (one for start in range(0, len(queries), _TILE) for one in miner.fill(queries[start : start + _TILE]))
+    mined = [
+        one for row, own in zip(rows, queries_of, strict=True) for one in (islice(filled, len(own)) if own else [row])
+    ]
 
     report = MiningReport(
         rule,
@@ -158,9 +164,10 @@ def mine(
         len(given),
         ensemble if len(given) > 1 else None,
         round(time.perf_counter() - started, 3),
-        len(mined),
+        len(queries),
         len(pool.ids),
         **miner.count,
+        without_positive=len(mined) - len(queries),
         scores=miner.histogram.to_json(),
     )
     logger.info("mined %s", report.counts())
@@ -168,9 +175,9 @@ def mine(
 
 
 def _checked(example: Example) -> Example:
-    """Raises DataError if query or positives are missing."""
+    """Raises DataError if query or positives are missing, the latter without the score of a pair."""
     text_of(example.query, f"example {example.id!r}: query")
-    if not example.positives:
+    if not example.positives and example.score is None:
         raise DataError(f"example {example.id!r}: no positive, so that its answers cannot be told from negatives")
     return example
 
@@ -186,7 +193,9 @@ def _instructions(rows: Iterable[Example], task: str | None, tasks: Mapping[str,
 def _queries(
     example: Example, answers: tuple[Passage, ...], positives: Positives, instruction: str | None
 ) -> Iterator[MiningQuery]:
-    """Gives the queries of an example: one, or one for each positive."""
+    """Gives the queries of an example: one, or one for each positive; none if it has no positive."""
+    if not example.positives:
+        return
     left = example.negatives
     if left:
         marks = marks_of(example.task, answers) | {text_mark(example.query)}

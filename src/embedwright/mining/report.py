@@ -50,7 +50,8 @@ class MiningReport:
     `removed_duplicates`, are the eligible ones. Those are looked at one by one until a query has enough:
     `removed_near_duplicate` were passed over, `negatives` were taken. `removed_given` counts negatives that the
     examples came with and that repeat an answer or the query. `queries_short` queries got fewer negatives than asked
-    for. Where several teachers rank for every query, the candidates of each teacher count.
+    for. Where several teachers rank for every query, the candidates of each teacher count. `without_positive` counts
+    scored pairs below the threshold, which are kept as they are.
     """
 
     rule: str
@@ -69,6 +70,7 @@ class MiningReport:
     removed_given: int = 0
     negatives: int = 0
     queries_short: int = 0
+    without_positive: int = 0
     scores: dict[str, Any] = field(default_factory=dict)  # a Histogram's JSON
 
     def to_json(self) -> dict[str, Any]:

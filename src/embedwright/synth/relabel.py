@@ -95,8 +95,9 @@ def relabel_file(
 def relabel(examples: Iterable[Example], judge: Judge, action: Action, count: Counter[str]) -> Iterator[Example]:
     """Yields `examples` in order, without the negatives that `judge` calls positives; `promote` makes them positives.
 
-    All examples stay, even one that has no negative left. A negative without a verdict stays a negative. A passage that
-    answers the question in any of the examples (`data.answers`) is a positive, and the judge is not asked about it.
+    All examples stay: one that has no negative left, and a scored pair without a positive, as it is. A negative without
+    a verdict stays a negative. A passage that answers the question in any of the examples (`data.answers`) is a
+    positive, and the judge is not asked about it.
     `examples` is a list or a table; it is read three times, with 256 examples in memory.
 
     `count` gets `negatives` = `kept` + `positive`. `known` of the positive answer the question in some row, and
@@ -107,7 +108,10 @@ def relabel(examples: Iterable[Example], judge: Judge, action: Action, count: Co
         raise InputError(f"action must be drop or promote, not {action!r}")
     answers, rows = AnswerMarks(examples), iter(examples)
     while chunk := list(islice(rows, _CHUNK)):
-        pairs = [list(zip(_candidates(example), _known(example, answers), strict=True)) for example in chunk]
+        pairs = [
+            list(zip(_candidates(example), _known(example, answers), strict=True)) if example.positives else []
+            for example in chunk
+        ]
         asked = list(dict.fromkeys(candidate for own in pairs for candidate, known in own if not known))
         verdicts = dict(zip(asked, judge(asked) if asked else [], strict=True))
         for example, own in zip(chunk, pairs, strict=True):

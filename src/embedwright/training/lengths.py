@@ -133,7 +133,9 @@ class _StandIn(Source):
 
     def row(self, number: int) -> Row:
         row = super().row(number)
+        if not row.example.positives:  # a scored pair, for which nothing is mined
+            return row
         others = [Source.row(self, (number + i) % len(self.rows)) for i in range(1, self.count + 1)]
-        negatives = tuple(other.example.positives[0] for other in others)
+        negatives = tuple(other.example.paired[0] for other in others)
         example = replace(row.example, negatives=negatives, positive_scores=None, negative_scores=None)
         return Row(example, row.task)

@@ -114,7 +114,9 @@ def _mine(
     asked = stage.mine
     assert asked is not None
     rows = (source.table[int(row)] for row in source.rows)
-    bare = [replace(row, negatives=(), positive_scores=None, negative_scores=None) for row in rows]
+    bare = [
+        replace(row, negatives=(), positive_scores=None, negative_scores=None) if row.positives else row for row in rows
+    ]
     found, report = mine(
         bare,
         _corpus(stage, source),

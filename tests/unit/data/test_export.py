@@ -46,6 +46,17 @@ def test_examples_with_fewer_negatives_than_asked_for_are_left_out_and_counted()
     assert report == Counter(examples=3, rows=2, fewer_negatives=1, negatives_cut=1)
 
 
+def test_scored_pairs_without_a_positive_are_left_out_and_counted(tmp_path: Path) -> None:
+    low = Example("low", "t", "q", (), (Passage("n"),), score=1.0)
+    write_examples(tmp_path / "x.jsonl", [low, *EXAMPLES])
+    counts = export(tmp_path / "x.jsonl", tmp_path / "out.parquet")
+    assert (counts["examples"], counts["rows"], counts["below_threshold"], counts["negatives_cut"]) == (4, 4, 1, 3)
+    assert "q" not in {row["anchor"] for row in columns(tmp_path / "out.parquet")}
+    write_examples(tmp_path / "low.jsonl", [low])
+    with pytest.raises(DataError, match="no scored pair reaches the threshold"):
+        export(tmp_path / "low.jsonl", tmp_path / "out.parquet")
+
+
 def test_no_negatives_give_pairs(tmp_path: Path) -> None:
     write_examples(tmp_path / "x.jsonl", [example(0, 1, 0), example(1, 1, 2)])
     counts = export(tmp_path / "x.jsonl", tmp_path / "out.parquet")

@@ -20,9 +20,10 @@ FULL = Example(
     language="en",
 )
 PLAIN = Example(id="q2", task="nq", query="q", positives=(Passage("p"),))
+LOW = Example(id="q3", task="sts", query="a", positives=(), negatives=(Passage("b"),), score=1.0)
 
 
-@pytest.mark.parametrize("example", [FULL, PLAIN])
+@pytest.mark.parametrize("example", [FULL, PLAIN, LOW])
 def test_a_row_is_its_example_again(example: Example) -> None:
     row = json.loads(json.dumps(to_row(example)))
     assert parse_example(row, default_task="other", default_id="other") == example
@@ -30,6 +31,11 @@ def test_a_row_is_its_example_again(example: Example) -> None:
 
 def test_the_row_has_no_key_that_is_not_set() -> None:
     assert to_row(PLAIN) == {"id": "q2", "task": "nq", "query": "q", "positives": ["p"]}
+
+
+def test_what_is_paired_with_a_query() -> None:
+    assert (FULL.paired, LOW.paired) == (FULL.positives, (Passage("b"),))
+    assert to_row(LOW)["positives"] == []  # the key tells a file of examples
 
 
 def test_defaults_stand_in_for_what_the_row_leaves_out() -> None:
@@ -54,6 +60,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "blank query": ({"query": " \n\t"}, "query is empty"),
     "query of a wrong type": ({"query": 3}, "query: expected a text, not int"),
     "no positive": ({"positives": []}, "no positive"),
+    "no positive and no score": ({"positives": [], "negatives": ["n"]}, "no positive"),
+    "a score of no pair": ({"positives": [], "score": 1.0}, "no positive"),
+    "a score of several pairs": ({"positives": [], "negatives": ["n", "m"], "score": 1.0}, "no positive"),
     "positives not a list": ({"positives": "p"}, "positives: expected a list, not str"),
     "empty positive": ({"positives": ["p", ""]}, r"positives\[1\] is empty"),
     "number as negative": ({"negatives": [1.5]}, r"negatives\[0\]: expected a text, not float"),

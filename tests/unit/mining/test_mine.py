@@ -278,6 +278,22 @@ def test_no_positive_of_a_query_is_a_negative_of_another() -> None:
 LONG = "the tides are caused by the pull of the moon and the sun on all of the oceans of the earth"
 
 
+@pytest.mark.parametrize("positives", ["lowest", "each"])
+def test_scored_pairs_without_a_positive_stay_in_their_place_and_change_nothing(positives: Any) -> None:
+    teacher = on_a_line({"p1": 0.9, "p2": 0.8, "p3": 0.7, "a": 0.5, "b": 0.4, "low": 0.85})
+    rows = [replace(example("p1", "p2"), score=4.0), replace(example("p3"), id="e2", score=5.0)]
+    low = [Example(f"l{i}", "t", "q", (), (Passage("low"),), score=float(i)) for i in range(3)]
+    corpus = {name: name for name in ("p1", "p2", "p3", "a", "b")}
+    settings: dict[str, Any] = {"rule": "naive", "negatives": 2, "positives": positives}
+    plain, before = mine(rows, corpus, teacher, **settings)
+    found, report = mine([low[0], rows[0], low[1], rows[1], low[2]], corpus, teacher, **settings)
+    first = len(plain) - 1
+    assert found == [low[0], *plain[:first], low[1], *plain[first:], low[2]] and first == (
+        2 if positives == "each" else 1
+    )
+    assert report.without_positive == 3 and report.queries == before.queries == len(plain)
+
+
 def test_a_near_duplicate_of_a_positive_is_never_a_negative() -> None:
     corpus = {
         "1": f"{LONG}, twice a day",  # 17 of 20 shingles are shared

@@ -104,6 +104,13 @@ def test_promote() -> None:
     assert found[0].positive_scores is None and report["scores_removed"] == 1
 
 
+def test_scored_pairs_without_a_positive_stay_as_they_are() -> None:
+    low = Example("low", "t", "query 0", (), (Passage("yes to low"),), score=1.0)
+    for action in ("drop", "promote"):
+        found, report = relabel([low, example(0, "yes1 no1")], oracle, action)  # type: ignore[arg-type]
+        assert found[0] is low and report["examples"] == 2 and report["negatives"] == 2
+
+
 def test_another_action_is_refused() -> None:
     with pytest.raises(ValueError, match="drop or promote, not 'remove'"):
         relabel(EXAMPLES, oracle, "remove")

@@ -130,3 +130,18 @@ def test_other_documents_stand_in_the_place_of_negatives_that_the_run_mines(aske
     example = stood_in.row(8).example
     assert example.query == "where is 8" and [text.text for text in example.negatives] == ["0 is here", "1 is here"]
     assert stand_ins(stage.model_copy(update={"mine": None}), sources) == sources
+
+
+def test_scored_pairs_count_as_cosent_reads_them_also_where_the_run_mines(asked: Any, tmp_path: Path) -> None:
+    rows = [{"text1": f"text {i}", "text2": f"other {i}" + " longer" * i, "score": i} for i in range(6)]
+    (tmp_path / "sts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    optim = {"lr": 1e-3, "steps": 1, "batch_queries": 12}
+    data = [{"path": str(tmp_path / "sts.jsonl"), "task": {"name": "own"}}]
+    recipe = asked("mean", data=data, optim=optim, loss={"scored": "cosent"})
+    model = Embedder.from_decoder(recipe.model.base, pooling="mean")
+    total = sum(len(model.tokenize([row[key]]).ids_T) for row in rows for key in ("text1", "text2"))
+    assert one(recipe).step == total  # in both directions, and equal texts of a step count once
+    assert one(asked("mean", data=data, optim=optim, loss={"scored": "cosent"}, mine={"negatives": 3})).step == total
+    few = one(asked("mean", data=data, optim=optim | {"batch_queries": 4}))
+    high = sum(len(model.tokenize([row[key]]).ids_T) for row in rows[4:] for key in ("text1", "text2"))
+    assert few.step == high

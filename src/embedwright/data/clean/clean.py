@@ -1,7 +1,8 @@
 """Cleans training examples of unwanted rows, repeats, and leaks from evaluation data.
 
 The rules, in this order: licence, language, length, repeats of an earlier row, repeats within a row, leaks. A query
-that breaks a rule removes its row. A passage that breaks one is cut out of its row; a row without a positive goes.
+that breaks a rule removes its row. A passage that breaks one is cut out of its row; a row that loses its last positive
+goes, and so does a scored pair below the threshold, which has none, if its other text breaks a rule.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ def clean(
 
     `examples` are read twice, so they are a table or a list. A row repeats an earlier one of its task if their queries
     repeat the same text and so does one positive of each (`by="both"`); `query` and `positive` look at that side alone,
-    `none` leaves the rule out. `repeats` says what texts repeat. Within a row, a positive goes that repeats an earlier
+    `none` leaves the rule out. Scored pairs below the threshold repeat each other alone. `repeats` says what texts
+    repeat. Within a row, a positive goes that repeats an earlier
     one, and a negative that repeats the query, a positive or an earlier negative.
 
     `on_leak` gets every text that leaks: `row` (from 1) and `id` of its example, side, rule, score, the evaluation file
@@ -121,7 +123,7 @@ def clean_file(
 
 def _row_faults(examples: Iterable[Example], filters: Filters, by: By) -> bytearray:
     """Returns what is wrong with each row as a whole, as a number of _FAULTS."""
-    faults, tasks, shapes = bytearray(), dict[str, int](), array("q")
+    faults, tasks, shapes = bytearray(), dict[tuple[str, bool], int](), array("q")
 
     def texts() -> Iterator[str]:
         for example in examples:
@@ -131,8 +133,8 @@ def _row_faults(examples: Iterable[Example], filters: Filters, by: By) -> bytear
             if left is None:
                 continue
             compared = [] if by == "positive" else [left.query]
-            compared += [] if by == "query" else [passage.text for passage in left.positives]
-            shapes.extend((tasks.setdefault(left.task, len(tasks)), len(compared)))
+            compared += [] if by == "query" else [passage.text for passage in left.paired]
+            shapes.extend((tasks.setdefault((left.task, bool(left.positives)), len(tasks)), len(compared)))
             yield from compared
 
     if by == "none":
@@ -212,7 +214,7 @@ def _judged(example: Example, faulty: Collection[int], reason: str, report: Repo
 def _without(example: Example, faulty: Collection[int]) -> Example | None:
     """Returns `example` without the passages at the `faulty` places, and their scores.
 
-    It is None if the query is among them, or no positive is left.
+    It is None if the query is among them, or the last of its `paired` passages.
     """
     if not faulty:
         return example
@@ -224,7 +226,8 @@ def _without(example: Example, faulty: Collection[int]) -> Example | None:
         changes[f"{side}s"] = tuple(passages[i] for i in stay)
         changes[f"{side}_scores"] = None if scores is None else tuple(scores[i] for i in stay)
         start += len(passages)
-    return None if 0 in faulty or not changes["positives"] else replace(example, **changes)
+    kept = replace(example, **changes)
+    return None if 0 in faulty or not (kept.positives if example.positives else kept.negatives) else kept
 
 
 def _misfits(example: Example, filters: Filters) -> set[int]:

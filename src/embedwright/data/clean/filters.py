@@ -76,12 +76,12 @@ def _matches(licence: str, patterns: Collection[str]) -> bool:
 
 
 def _language_fault(example: Example, languages: Collection[str]) -> str | None:
-    """Judges the language of a row: its own `language` if it has one, else that of query and positives together."""
+    """Judges the language of a row: its own `language` if it has one, else that of query and paired texts together."""
     if not languages:
         return None
     if example.language is not None:
         return None if example.language.replace("_", "-").split("-")[0].lower() in languages else "language"
-    text = "\n".join((example.query, *(passage.text for passage in example.positives)))[:SEEN]
+    text = "\n".join((example.query, *(passage.text for passage in example.paired)))[:SEEN]
     found, probability = _identifier().classify(text)
     return "language" if found not in languages and probability >= SURE else None
 

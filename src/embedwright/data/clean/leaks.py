@@ -91,7 +91,7 @@ def _of_file(path: Path) -> Iterator[EvalText]:
     def parse(row: Row, row_id: str) -> list[EvalText]:
         if kind == "example":
             example = parse_example(row, default_task="", default_id=row_id)
-            texts = [example.query, *(passage.text for passage in example.positives)]
+            texts = [example.query, *(passage.text for passage in example.paired)]
             return [EvalText(str(path), example.id, text) for text in texts]
         name = parse_fields(kind, row, row_id)["id"]
         return [EvalText(str(path), name, row[key]) for key in KINDS[kind].texts]

@@ -147,7 +147,8 @@ class LabelledRows(RowKind):
 class ScoredRows(RowKind):
     """A row has two texts and a score of their similarity. `scale` and `threshold` are in its units.
 
-    Pairs that reach the threshold become an example in each direction (NV-Embed, section 3.3).
+    A pair becomes an example in each direction. In pairs that reach the threshold, the other text is the positive
+    (NV-Embed, section 3.3); in those below it, the negative (`Example`).
     """
 
     kind: Literal["scored"] = "scored"
@@ -166,11 +167,12 @@ class ScoredRows(RowKind):
 
     def examples(self, rows: Iterable[Fields], job: Conversion) -> Iterator[Example]:
         for row in rows:
-            if row["score"] < self.threshold:
-                job.report["below_threshold"] += 1
-                continue
-            for end, query, positive in (("ab", row["text1"], row["text2"]), ("ba", row["text2"], row["text1"])):
-                yield replace(job.example(f"{row['id']}:{end}", query, [Passage(positive)]), score=row["score"])
+            low = row["score"] < self.threshold
+            job.report["below_threshold"] += low
+            for end, query, text in (("ab", row["text1"], row["text2"]), ("ba", row["text2"], row["text1"])):
+                other = [Passage(text)]
+                example = job.example(f"{row['id']}:{end}", query, [] if low else other, other if low else [])
+                yield replace(example, score=row["score"])
 
 
 class NliRows(RowKind):

@@ -65,7 +65,8 @@ class ExampleTable:
 
     `fingerprint` is the SHA-256 (hex) of content, task, seed and format, so equal fingerprints mean equal rows.
     `tasks` are those that the file beside it describes, by name.
-    `report` counts the rows read, the examples made, and what was left out, by reason.
+    `report` counts the rows read, the examples made, and what was left out, by reason. `below_threshold` leaves nothing
+    out: it counts the scored pairs whose examples have no positive.
     `quarantine` is the file of the bad lines, if their number `quarantined` is not 0. `bad_lines` has the first few.
     """
 
@@ -113,7 +114,19 @@ class ExampleTable:
 
     def negatives_per_row(self) -> NDArray[np.int64]:
         """Returns how many negatives each example has, as int64 (rows,)."""
-        counts: NDArray[Any] = pc.list_value_length(self._column("negatives")).fill_null(0).to_numpy()
+        return self._passages_per_row("negatives")
+
+    def positives_per_row(self) -> NDArray[np.int64]:
+        """Returns how many positives each example has: 0 of a pair with a score below the threshold."""
+        return self._passages_per_row("positives")
+
+    def has_score(self) -> NDArray[np.bool_]:
+        """Returns whether each example has a score of its pair."""
+        has: NDArray[np.bool_] = self._column("score").is_valid().to_numpy()
+        return has
+
+    def _passages_per_row(self, column: str) -> NDArray[np.int64]:
+        counts: NDArray[Any] = pc.list_value_length(self._column(column)).fill_null(0).to_numpy()
         return counts.astype(np.int64)
 
     def _column(self, name: str) -> pa.ChunkedArray:
@@ -233,6 +246,8 @@ def _fingerprint(job: _Job, stem: str) -> str:
     names = [stem_of(file) for file in files] if job.path.is_dir() else []  # ids of rows are made of them
     words = None if job.is_beir else class_names(job.path, "label")  # may stand beside the files
     parts = [FORMAT, stem, job.task, job.seed, job.negatives, job.corpus is not None, digests, names, words]
+    if not job.is_beir and detect_kind(job.path) == "scored":
+        parts.append("all pairs")  # not only those that reach the threshold, as in the tables of older versions
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -39,7 +39,8 @@ def pair_charts(encoder: Encoder, recipe: Recipe, folder: Path) -> list[Chart]:
         if len(charts) == TASKS or (key := (source.task.name, source.table.path)) in seen:
             continue
         seen.add(key)
-        usable = source.rows[source.table.negatives_per_row()[source.rows] > 0]
+        per_row = source.table.negatives_per_row(), source.table.positives_per_row()
+        usable = source.rows[np.minimum(*per_row)[source.rows] > 0]
         if len(usable) < 2:  # a random pair needs two rows
             continue
         # not in the order of the file, where neighbours may share a label: a row's neighbour gives its random pair

@@ -46,7 +46,7 @@ def make_batch(
     A candidate is not a negative of a query if any row of the batch lists its text or its document as an answer to that
     query, or if its text is the query's. A row whose task has in-batch negatives `none` neither uses nor gives
     candidates. `loss` is the stage's and decides which targets are made (None: none). Rows with a score bring their
-    positive alone where the loss is CoSENT.
+    pair alone where the loss is CoSENT, and the other text stands in the place of a positive, whatever the score.
     """
     loss = loss or LossPart()
     drawn, candidates = _draw(rows, contract, hard_negatives, rng, loss)
@@ -100,10 +100,12 @@ def _draw(
         example, task = row.example, row.task
         prefix = contract.prefix(task.instruction)
         document_prefix = prefix if task.symmetric else contract.prefix(None)
-        pick = int(rng.integers(len(example.positives)))
+        by_cosent = _by_cosent(example, loss)
+        paired = example.paired if by_cosent else example.positives
+        pick = int(rng.integers(len(paired)))
         order = rng.permutation(len(example.negatives))
-        picks = [] if _by_cosent(example, loss) else sorted(order[:hard_negatives].tolist())
-        positive = column(document_prefix, example.positives[pick].text)
+        picks = [] if by_cosent else sorted(order[:hard_negatives].tolist())
+        positive = column(document_prefix, paired[pick].text)
         negatives = {j: column(document_prefix, example.negatives[j].text) for j in picks}
         drawn.append(Drawn(row, (prefix, example.query), pick, positive, negatives))
     return drawn, list(columns)
@@ -199,7 +201,7 @@ def _teacher_scores(drawn: Sequence[Drawn], own_QC: Bools) -> NDArray[np.float32
     teacher_QC = np.full(own_QC.shape, np.nan, dtype=np.float32)
     for i, one in enumerate(drawn):
         given, against = one.row.example.positive_scores, one.row.example.negative_scores
-        if given is None or against is None:
+        if not given or against is None:
             continue
         for j, column in one.negatives.items():
             if own_QC[i, column]:

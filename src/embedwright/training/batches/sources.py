@@ -151,7 +151,24 @@ def _check(recipe: Recipe, stage: StagePart, source: Source, where: str) -> Sour
         if recipe.strict and not (task.instruction and task.licence):
             missing = "instruction" if not task.instruction else "licence"
             raise ConfigError(f"{where}: task {task.name!r} has no {missing}, and the recipe is strict")
+    source = _with_pairs(stage, source, where)
     return source if stage.mine is not None and is_mined(source) else trainable(stage, source, where)
+
+
+def _with_pairs(stage: StagePart, source: Source, where: str) -> Source:
+    """Returns the source with the rows that the loss can learn from: all for CoSENT, those with a positive for InfoNCE.
+
+    Raises ConfigError if there is none.
+    """
+    if stage.loss.scored == "cosent":
+        return source
+    rows = source.rows[source.table.positives_per_row()[source.rows] > 0]
+    if not len(rows):
+        raise ConfigError(
+            f"{where}: no scored pair of task {source.task.name!r} reaches the threshold (docs/data.md), so that there "
+            "is no positive: use loss.scored: cosent, which learns from all pairs, or bring the scores to the scale"
+        )
+    return replace(source, rows=rows)
 
 
 def is_mined(source: Source) -> bool:
@@ -170,12 +187,16 @@ def trainable(stage: StagePart, source: Source, where: str) -> Source:
     task = source.task
     if (task.in_batch_negatives or stage.in_batch_negatives) != "none":
         return source
-    usable = source.rows[source.table.negatives_per_row()[source.rows] > 0]
+    has_negatives = source.table.negatives_per_row()[source.rows] > 0
+    compares = has_negatives & (stage.hard_negatives > 0)
+    if stage.loss.scored == "cosent":  # compares scored rows with each other
+        compares |= source.table.has_score()[source.rows]
+    usable = source.rows[compares]
     without = len(source.rows) - len(usable)
-    if stage.hard_negatives == 0 or not len(usable):
+    if not len(usable):
         raise ConfigError(
             f"{where}: task {task.name!r} takes no in-batch negatives, and "
-            + ("hard_negatives is 0" if len(usable) else f"none of its {without} rows has negatives of its own")
+            + ("hard_negatives is 0" if has_negatives.any() else f"none of its {without} rows has negatives of its own")
             + ": it would train nothing (mine negatives, or allow in-batch ones)"
         )
     if without:

@@ -124,9 +124,17 @@ def warn_if_inert(records: Sequence[dict[str, Any]]) -> None:
 
 
 def chance(batch: Batch) -> float:
-    """Returns the loss of a model that cannot tell candidates apart: the mean of log(number of candidates)."""
-    stands_Q = batch.masks.negative_QC.sum(axis=1) + 1
-    return float(np.log(stands_Q).mean())
+    """Returns the loss of a model that cannot tell texts apart: the mean of log(number of candidates).
+
+    For rows that CoSENT takes, it is the log of 1 + the number of pairs of their group that it orders.
+    """
+    chance_Q = np.log(batch.masks.negative_QC.sum(axis=1) + 1)
+    group_Q, score_Q = batch.targets.group_Q, batch.targets.score_Q
+    if group_Q is not None and score_Q is not None:
+        for group in set(group_Q.tolist()) - {-1}:
+            score_S = score_Q[group_Q == group]
+            chance_Q[group_Q == group] = np.log1p((score_S[:, None] > score_S).sum())
+    return float(chance_Q.mean())
 
 
 def stuck(records: Sequence[dict[str, Any]]) -> bool:

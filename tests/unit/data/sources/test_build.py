@@ -221,9 +221,9 @@ def test_bad_rows_of_a_folder_are_kept_as_json(tmp_path: Path) -> None:
 def test_nothing_is_written_where_nothing_comes_out(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     out.write_text("of before")
-    source = write(tmp_path / "in.jsonl", [{"sentence1": "a", "sentence2": "b", "score": 1.0}])
-    with pytest.raises(DataError, match=r"sts12: no example \({'rows': 1, 'below_threshold': 1}\)"):
-        build(load_catalog()["sts12"], out, source=source)
+    source = write(tmp_path / "in.jsonl", [{"premise": "a", "hypothesis": "b", "label": 1}])
+    with pytest.raises(DataError, match=r"nli: no example \({'rows': 1, 'no_positive': 1}\)"):
+        build(load_catalog()["nli"], out, source=source)
     with pytest.raises(DataError, match=r"no example \(.*in.jsonl:1: no column 'query'"):
         build(load_catalog()["nq"], out, source=source)
     assert out.read_text() == "of before"

@@ -188,9 +188,11 @@ def test_pairs_at_the_threshold_go_in_both_directions() -> None:
     ]
     for name, score in (("sts12", 5), ("stsb", 5)):
         examples, report, bad = run(name, rows)
-        assert sides(examples) == [("a", ["b"], []), ("b", ["a"], []), ("e", ["f"], []), ("f", ["e"], [])]
+        high, low = [e for e in examples if e.positives], [e for e in examples if not e.positives]
+        assert sides(high) == [("a", ["b"], []), ("b", ["a"], []), ("e", ["f"], []), ("f", ["e"], [])]
+        assert sides(low) == [("c", [], ["d"]), ("d", [], ["c"])]
         assert [e.id for e in examples[:2]] == [f"{name}:1:ab", f"{name}:1:ba"]
-        assert [e.score for e in examples] == [4, 4, score, score]
+        assert [e.score for e in examples] == [4, 4, 3.999, 3.999, score, score]
         assert report == {"rows": 5, "below_threshold": 1}
         assert bad == [(4, "score 5.2 is not on the scale from 0 to 5"), (5, "score: expected a number, not NoneType")]
 
@@ -198,7 +200,8 @@ def test_pairs_at_the_threshold_go_in_both_directions() -> None:
 def test_the_scale_of_sts22_ends_at_four() -> None:
     rows = [{"sentence1": "a", "sentence2": "b", "score": score} for score in (4, 3.67, 4.5, 0)]
     examples, report, bad = run("sts22", rows)
-    assert len(examples) == 2 and report["below_threshold"] == 1
+    assert [(e.score, len(e.positives)) for e in examples] == [(4, 1), (4, 1), (3.67, 0), (3.67, 0)]
+    assert report["below_threshold"] == 1
     assert [number for number, _ in bad] == [3, 4] and "from 1 to 4" in bad[0][1]
 
 

@@ -461,6 +461,18 @@ def test_rows_of_cosent_have_no_negatives_and_still_give() -> None:
         assert a.candidates[-2:] == b.candidates[-2:]
 
 
+def test_a_pair_below_the_threshold_is_compared_by_cosent_and_answers_nothing() -> None:
+    low = Row(Example("low", "plain", "q0", (), (Passage("n 0"),), score=1.0), PLAIN)
+    rows = [low, with_scores(row("q1", "p 1"), 4.5), row("q0", "p 2", "n 2")]
+    batch = batch_of(*rows, scored="cosent", distill={"score_weight": 1.0})
+    assert batch.targets.group_Q is not None and batch.targets.score_Q is not None
+    assert batch.candidates[batch.masks.positive_Q[0]][1] == "n 0" and batch.targets.score_Q[0] == 1.0
+    assert batch.targets.group_Q.tolist() == [0, 0, -1]
+    assert negatives(batch) == [set(), set(), {"n 0", "p 1", "n 2"}]  # its own question, and n 0 is no answer to it
+    with pytest.raises(ValueError, match="high <= 0"):
+        batch_of(*rows)  # InfoNCE has no use for it: sources leave it out
+
+
 def test_queries_that_a_loss_joins_are_not_alone() -> None:
     plain = [row(f"q{i}", f"p {i}", [f"n {i}"]) for i in range(3)]
     scored = [with_scores(some, float(i)) for i, some in enumerate(plain)]

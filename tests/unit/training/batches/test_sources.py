@@ -190,6 +190,28 @@ def test_a_task_that_would_train_nothing_is_refused(tmp_path: Path) -> None:
     open_one({"path": whole, "task": on}, in_batch_negatives="none", hard_negatives=0)
 
 
+def test_cosent_gets_all_scored_pairs_and_info_nce_those_with_a_positive(tmp_path: Path) -> None:
+    pairs = [{"text1": f"a{i}", "text2": f"b{i}", "score": i} for i in (1, 4, 0, 5, 3)]
+    path = write(tmp_path / "sts.jsonl", *pairs)
+    for change in ({}, {"in_batch_negatives": "none", "hard_negatives": 0}):
+        (all_,) = open_one({"path": path, "task": ONE}, loss={"scored": "cosent"}, **change)
+        assert all_.rows.tolist() == list(range(10)) and all_.share == 10
+    (high,) = open_one({"path": path, "task": ONE})
+    assert high.rows.tolist() == [2, 3, 6, 7] and high.share == 4
+    assert [high.row(i).example.score for i in range(4)] == [4, 4, 5, 5]
+    mixed = write(tmp_path / "mixed.jsonl", *rows(3, negatives=0), *rows(2), rows(1, negatives=0)[0] | {"score": 0.5})
+    (some,) = open_one(
+        {"path": mixed, "task": ONE}, loss={"scored": "cosent"}, in_batch_negatives="none", hard_negatives=1
+    )
+    assert some.rows.tolist() == [3, 4, 5]  # a negative of its own, or a score
+    low = write(tmp_path / "low.jsonl", *(pair | {"score": pair["score"] / 5} for pair in pairs))
+    open_one({"path": low, "task": ONE}, loss={"scored": "cosent"})
+    with pytest.raises(
+        ConfigError, match=r"stages\.first\.data\.0: no scored pair of task 'one' reaches the threshold"
+    ):
+        open_one({"path": low, "task": ONE})
+
+
 def test_a_missing_file_names_the_key(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", *rows(2))
     first = stage({"path": path})

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch import nn
 
 from embedwright.model.embedder import Embedder
 from embedwright.processes import ALONE
-from embedwright.training.batches.batch import Batch, Masks
+from embedwright.training.batches.batch import Batch, Masks, Targets
+from embedwright.training.losses.info_nce import cosent
 from embedwright.training.run.watch import (
     TRIES,
     UPDATES,
@@ -158,6 +160,16 @@ def batch(allowed_QC: list[list[bool]]) -> Batch:
 def test_chance_is_the_loss_of_equal_scores() -> None:
     allowed = batch([[False, True, True, True], [False, True, False, False], [False] * 4])
     assert chance(allowed) == pytest.approx((math.log(4) + math.log(2) + 0) / 3)
+
+
+def test_chance_of_scored_rows_is_cosent_of_equal_cosines() -> None:
+    plain = batch([[False, True, True, True], *[[False] * 4] * 4])
+    targets = Targets(group_Q=np.array([-1, 0, 0, 0, 1]), score_Q=np.array([np.nan, 1.0, 3.0, 3.0, 2.0]))
+    one = torch.tensor([[1.0, 0.0]])
+    rows = one.expand(3, 2)
+    blind = cosent(rows, rows, torch.tensor([1.0, 3.0, 3.0]), 0.05).item()  # two pairs to be ordered
+    assert blind == pytest.approx(math.log(3))
+    assert chance(replace(plain, targets=targets)) == pytest.approx((math.log(4) + 3 * blind + 0) / 5)
 
 
 def test_a_loss_that_stays_at_chance_is_stuck() -> None:
