@@ -20,13 +20,14 @@ from typing import Any
 import typer
 import typer.cli
 import typer.main
+import verdicts
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from embedwright.cli.main import app
 from embedwright.data.schema import Task
 from embedwright.data.sources.catalog import load_catalog, markdown
-from embedwright.evaluation.results import Results, read_results, table
+from embedwright.evaluation.results import Results, read_without_items, table
 from embedwright.studies.ablate import table as ablate_table
 from embedwright.training import parts, stages
 from embedwright.training.recipe import Recipe
@@ -228,8 +229,9 @@ def _default(value: Any) -> str:
 RESULTS = """# Results
 
 What was really run, made by `scripts/make_docs.py` from the JSON files in [results](results), as `embedwright eval
-MODEL SUITE --out docs/results` and `ablate` write them. Higher is better. Seconds are those of a shared machine. The
-draws of an evaluation (the rows that a classifier learns from, first centres of k-means) have the seed 42.
+MODEL SUITE --out docs/results` and `embedwright ablate FILE --out docs/results/ablations` write them. Higher is
+better. Seconds are those of a shared machine. The draws of an evaluation (the rows that a classifier learns from,
+first centres of k-means) have the seed 42.
 
 Not run: nothing on a GPU, and no published benchmark. The machine had no access to the sets of MTEB and AIR-Bench, so
 none of the paper's scores is measured again here. [`embedwright bench`](evaluation.md) does that where they are.
@@ -249,6 +251,7 @@ def results(folder: Path) -> str:
     """The page of all results in `folder`, by suite and study. Exits with the name of a file that says too little."""
     studies = sorted(folder.rglob("study.json"))
     inside = {file for study in studies for file in study.parent.rglob("*.json")}
+    inside |= {*(folder / "ablations").rglob("*.json")}  # a study that runs there has no study.json yet
     suites: dict[str, dict[str, Results]] = {}
     for file in sorted({*folder.rglob("*.json")} - inside):
         found = checked(file)
@@ -256,7 +259,7 @@ def results(folder: Path) -> str:
         if found.about["model"] in columns:
             sys.exit(f"{file}: a second result of {found.about['model']} on {found.suite}")
         columns[found.about["model"]] = found
-    lines = [RESULTS]
+    lines = [RESULTS, *verdicts.page(folder)]
     for suite, of_suite in suites.items():
         # the first has all tasks, whose order the table takes
         columns = dict(sorted(of_suite.items(), key=lambda item: -len(item[1].rows)))
@@ -277,14 +280,15 @@ def results(folder: Path) -> str:
 
 
 def study(file: Path) -> list[str]:
-    """The table of an ablation and how its cells were made. Their `scores.json` lie where `ablate` has left them."""
+    """The table of an ablation and how its runs were made. Their `scores.json` lie where `ablate` has left them."""
     said = json.loads(file.read_text(encoding="utf-8"))
-    if said["smoke"] or not said["cells"]:
+    runs = [*said["cells"], *said.get("shared_stages", ()), *said["trials"]]
+    if said["smoke"] or not runs:
         sys.exit(f"{file}: a smoke test, or a study without a cell, is not shown")
-    cells = [checked(file.parent / cell["folder"] / "scores.json") for cell in said["cells"]]
-    seeds = ", ".join(sorted({str(cell["seed"]) for cell in said["cells"]}))
-    seconds = sum(sum(cell["seconds"].values()) for cell in said["cells"])
-    how = f"- {len(cells)} cells of seeds {seeds}, {seconds:,.0f} s of training and evaluation: "
+    cells = [checked(file.parent / run["folder"] / "scores.json") for run in runs if "failed" not in run]
+    seeds = ", ".join(map(str, sorted({run["seed"] for run in said["cells"]}))) or "none yet"
+    seconds = sum(sum(run["seconds"].values()) for run in runs)
+    how = f"- {len(said['cells'])} cells of seeds {seeds}, {len(said['trials'])} trials of rates, {seconds:,.0f} s: "
     where = sorted({place(cell) for cell in cells})
     how += f"`{cells[0].about['command']}`, {cells[0].about['date'][:10]}, on {'; '.join(where)}."
     return [f"## Study `{said['study']}`\n", "```", ablate_table.render(said), "```\n", how, ""]
@@ -292,7 +296,7 @@ def study(file: Path) -> list[str]:
 
 def checked(file: Path) -> Results:
     """The results of a file that says how they were made."""
-    found = read_results(file)
+    found = read_without_items(file)
     if lacking := [key for key in NEEDED if not found.about.get(key)]:
         sys.exit(f"{file}: about has no {', '.join(lacking)}: a number without these is not shown")
     return found

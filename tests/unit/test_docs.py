@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from pathlib import Path
-from typing import Any
 
+import make_docs
 import pytest
 import torch
 from torch import nn
@@ -24,22 +23,14 @@ PAGES = [
 ]
 
 
-def make_docs() -> Any:
-    spec = importlib.util.spec_from_file_location("make_docs", ROOT / "scripts" / "make_docs.py")
-    assert spec is not None and spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script
-
-
 def test_the_made_pages_are_what_the_program_makes() -> None:
-    stale = [path.name for path, text in make_docs().pages().items() if path.read_text(encoding="utf-8") != text]
+    stale = [path.name for path, text in make_docs.pages().items() if path.read_text(encoding="utf-8") != text]
     assert stale == [], "run python scripts/make_docs.py"
 
 
 def test_a_result_without_its_command_machine_or_date_is_refused(tmp_path: Path) -> None:
     """A number is on the page of results only with what it takes to repeat it."""
-    page, written = make_docs().results, sorted((DOCS / "results").rglob("*.json"))
+    page, written = make_docs.results, sorted((DOCS / "results").rglob("*.json"))
     assert written
     saved = json.loads(written[0].read_text(encoding="utf-8"))
     file = tmp_path / "model" / "suite.json"
@@ -69,15 +60,19 @@ def test_a_study_is_shown_with_seeds_and_command_and_a_smoke_test_is_not(tmp_pat
     (tmp_path / "study.json").write_text(json.dumps(said))
     for cell in cells:
         (tmp_path / cell["folder"] / "scores.json").write_text(json.dumps(saved))
-    text = make_docs().results(tmp_path)
-    assert "## Study `pooling`" in text and "2 cells of seeds 3, 120 s" in text and saved["about"]["command"] in text
+    text = make_docs.results(tmp_path)
+    assert (
+        "## Study `pooling`" in text
+        and "2 cells of seeds 3, 0 trials of rates, 120 s:" in text
+        and saved["about"]["command"] in text
+    )
     assert re.search(r"a +1 +50\.00", text) and "## Suite" not in text
     (tmp_path / "b" / "seed-3" / "scores.json").write_text(json.dumps(saved | {"about": {}}))
     with pytest.raises(SystemExit, match=r"b/seed-3/scores.json: about has no model, command"):
-        make_docs().results(tmp_path)
+        make_docs.results(tmp_path)
     (tmp_path / "study.json").write_text(json.dumps(said | {"smoke": True}))
     with pytest.raises(SystemExit, match=r"study.json: a smoke test"):
-        make_docs().results(tmp_path)
+        make_docs.results(tmp_path)
 
 
 def test_every_link_leads_to_a_file_and_a_heading() -> None:

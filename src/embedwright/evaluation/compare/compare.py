@@ -31,8 +31,8 @@ METHOD = (
     "mean has no interval if such tasks have more than a fifth of its weight and there are no seeds. In the interval "
     "(95 %), each source has Student's t for its degrees of freedom. The t-distribution with it gives the "
     "two-sided p-value, the larger p-value of both one-sided tests, and the smallest difference that would have been "
-    "seen (80 % power). `p_holm` and `p_equivalent` are corrected for all comparisons of the table (Holm). A claim "
-    "needs one of them below 0.05."
+    "seen (80 % power). `p_holm` and `p_equivalent` are `p` and `p_within`, corrected for all comparisons of the "
+    "table (Holm). A claim needs one of them below 0.05."
 )
 PAIRED, ONE, APART = "pairs of seeds", "one training run against several", "other seeds, or a model that has none"
 MEAN, HIGHER, LOWER, NONE_SHOWN = "mean", "higher", "lower", "none shown"
@@ -76,6 +76,7 @@ class Difference:
     smallest: float | None = None
     p: float | None = None
     p_holm: float | None = None
+    p_within: float | None = None
     p_equivalent: float | None = None
     claim: str = ""
 
@@ -300,7 +301,7 @@ def _difference(
         high=difference + half,
         smallest=statistics.smallest_seen(noise),
         p=statistics.p_value(difference, noise),
-        p_equivalent=None if equivalent is None else statistics.p_equivalent(difference, noise, equivalent),
+        p_within=None if equivalent is None else statistics.p_equivalent(difference, noise, equivalent),
     )
 
 
@@ -315,7 +316,7 @@ def _of_seeds(base_S: Floats, other_S: Floats, how: str) -> list[statistics.Nois
 def claimed(rows: Sequence[Difference], equivalent: float | None) -> tuple[Difference, ...]:
     """Corrects the p-values of all rows for their number, and says what they allow to claim."""
     corrected = iter(statistics.holm([row.p for row in rows if row.p is not None]))
-    equal = iter(statistics.holm([row.p_equivalent for row in rows if row.p_equivalent is not None]))
+    equal = iter(statistics.holm([row.p_within for row in rows if row.p_within is not None]))
     claimed = []
     for row in rows:
         if row.p is not None:

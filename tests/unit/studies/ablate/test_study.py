@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import make_docs
 import numpy as np
 import pytest
 import yaml
@@ -18,6 +19,7 @@ from embedwright.errors import InputError
 from embedwright.evaluation.results import Result, Results, read_results, write_results
 from embedwright.studies.ablate import cell as ablate_cell
 from embedwright.studies.ablate.study import ablate
+from embedwright.studies.ablate.table import render
 from embedwright.training.recipe import Recipe
 from embedwright.training.run.signals import Interrupted
 from embedwright.training.train import train
@@ -67,6 +69,9 @@ def test_each_cell_is_a_run_that_is_scored_once(ablation: Make, started: list[Pa
     [row] = study["comparison"]["rows"]
     assert (row["candidate"], row["over"]) == ("warm", "seeds, items")
     assert row["difference"] == pytest.approx(100 * (mean["warm"] - mean["plain"]))
+
+    text = make_docs.results(out)  # as it is shown once it lies in docs/results/ablations
+    assert "## Study `tiny`" in text and "4 cells of seeds 1, 2, 0 trials" in text and render(study) in text
 
     # the same recipe by hand: the base with seed and override, trained and scored without the study
     tree = yaml.safe_load((tmp_path / "base.yaml").read_text())

@@ -1,0 +1,149 @@
+"""What was found here of each claim of the papers: the first table of docs/results.md.
+
+`claims.yaml` says which two arms of which study decide a claim. Their difference is as the study's `study.json` has it.
+Only differences over several training seeds decide. Their p-values are corrected for the claims of one study (Holm).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import yaml
+
+from embedwright.evaluation.compare.statistics import LEVEL, holm
+
+HOLDS, NOT, UNRESOLVED, NOT_RUN = "holds here", "does not hold here", "cannot be resolved at this size", "not run"
+HEAD = [
+    "claim",
+    "verdict",
+    "difference",
+    "95 % interval",
+    "p (Holm)",
+    "smallest visible",
+    "seeds",
+    "tokens a cell",
+    "paper",
+]
+TEXT = """## Claims of the paper
+
+What was found of each claim of NV-Embed (arXiv 2405.17428), and of NV-Retriever's on mining (arXiv 2407.15831). A
+difference is that of the two arms in brackets, in points, over training seeds in pairs and over items. A claim holds,
+or the other way round does, if p is below 0.05; "no difference" takes two one-sided tests within the study's bound.
+Both are corrected for the claims of one study (Holm). All else cannot be resolved: the smallest visible difference is
+the true one that so many seeds find in four cases of five. The paper's numbers are single runs of a 7B decoder, means
+over 56 tasks of MTEB unless a row says otherwise; ours are of a small decoder cut in depth, on other data. Made from
+[claims.yaml](results/claims.yaml).
+"""
+Claim = Mapping[str, Any]
+Study = Mapping[str, Any]
+
+
+def page(folder: Path) -> list[str]:
+    """The table and what others found; nothing where there is no file of claims. `folder` is docs/results."""
+    file = folder / "claims.yaml"
+    if not file.is_file():
+        return []
+    claims = yaml.safe_load(file.read_text(encoding="utf-8"))
+    studies = {said["study"]: said for said in map(_read, sorted((folder / "ablations").glob("*/study.json")))}
+    lines = [TEXT, f"| {' | '.join(HEAD)} |", "|" + "---|" * len(HEAD)]
+    lines += [
+        f"| {' | '.join(_cells(claim, found))} |" for claim, found in zip(claims, decided(claims, studies), strict=True)
+    ]
+    told = [f"- {claim['claim']}: {'; '.join(claim['others'])}." for claim in claims if claim.get("others")]
+    return [*lines, "", "What others found:", "", *told, ""]
+
+
+def _read(file: Path) -> Study:
+    said: Study = json.loads(file.read_text(encoding="utf-8"))
+    return said
+
+
+def decided(claims: Sequence[Claim], studies: Mapping[str, Study]) -> list[dict[str, Any]]:
+    """What is known of each claim: its verdict, and the numbers that it comes from."""
+    found = [difference(claim, studies[claim["study"]]) if claim["study"] in studies else {} for claim in claims]
+    for study in studies:
+        own = [
+            each
+            for claim, each in zip(claims, found, strict=True)
+            if claim["study"] == study and each.get("p") is not None
+        ]
+        for name, key in (("p", "p_holm"), ("p_within", "p_equivalent")):
+            some = [each for each in own if each[name] is not None]
+            for each, corrected in zip(some, holm([each[name] for each in some]), strict=True):
+                each[key] = corrected
+    return [
+        each | {"verdict": verdict(each, studies.get(claim["study"]))}
+        for claim, each in zip(claims, found, strict=True)
+    ]
+
+
+def difference(claim: Claim, study: Study) -> dict[str, Any]:
+    """How much better the better arm is, from the study's comparison of the two. Empty while it has none of them."""
+    better, worse = claim["better"], claim["worse"]
+    runs = [*study["cells"], *study.get("shared_stages", ())]
+    seeds = {arm: {run["seed"] for run in runs if run["arm"] == arm} for arm in (better, worse)}
+    tokens = [run["tokens"] for run in runs if run["arm"] in (better, worse) and "tokens" in run]
+    for compared in filter(None, [study["comparison"], *study.get("pairs", ())]):
+        rows = [row for row in compared["rows"] if {row["candidate"], compared["baseline"]} == {better, worse}]
+        if "task" in claim:
+            rows = [row for row in rows if row["task"] == claim["task"]]
+        elif len(rows) > 1:
+            rows = [row for row in rows if row["kind"] == "tasks"]
+        if not rows:
+            continue
+        [row] = rows
+        sign = 1 if row["candidate"] == better else -1
+        told = {"difference": sign * row["difference"], "seeds": len(seeds[better] & seeds[worse])}
+        told |= {
+            "tokens": fmean(tokens) if tokens else None,
+            "smallest": row["smallest"],
+            "bound": compared["equivalent"],
+        }
+        if row["low"] is not None:
+            told |= dict(zip(("low", "high"), sorted((sign * row["low"], sign * row["high"])), strict=True))
+        if "seeds" in row["over"]:
+            told |= {"p": row["p"], "p_within": row["p_within"]}
+        return told
+    return {}
+
+
+def verdict(found: Mapping[str, Any], study: Study | None) -> str:
+    if not found:
+        return NOT_RUN + (" yet: no seed of both arms" if study else "")
+    if found.get("p_holm") is None:
+        return f"{UNRESOLVED}: one run each"
+    equal = found.get("p_equivalent", 1) < LEVEL
+    within = f"within {found['bound']:g}" if equal else ""
+    if found["p_holm"] >= LEVEL:
+        return f"{NOT}: no difference, {within}" if equal else UNRESOLVED
+    told = HOLDS if found["difference"] > 0 else f"{NOT}: the other way round"
+    return f"{told}, {within}" if equal else told
+
+
+def _cells(claim: Claim, found: Mapping[str, Any]) -> list[str]:
+    def number(key: str, form: str) -> str:
+        return format(found[key], form) if found.get(key) is not None else "-"
+
+    interval = f"{found['low']:+.2f} to {found['high']:+.2f}" if "low" in found else "-"
+    arms = f"{claim['study']}: {claim['better']} - {claim['worse']}" + (f", {claim['task']}" if "task" in claim else "")
+    verdict = f"**{found['verdict']}**" if found["verdict"].startswith((HOLDS, NOT)) else found["verdict"]
+    cells = [
+        f"{claim['claim']} (`{arms}`)",
+        verdict,
+        number("difference", "+.2f"),
+        interval,
+    ]
+    cells += [number("p_holm", ".3f"), number("smallest", ".2f"), number("seeds", "d"), number("tokens", ",.0f")]
+    return [*cells, _paper(claim.get("paper"))]
+
+
+def _paper(said: Mapping[str, Any] | None) -> str:
+    if said is None:
+        return "not in it"
+    if "better" not in said:
+        return str(said["where"])
+    return f"{said['better'] - said['worse']:+.2f} ({said['better']:.2f}, {said['worse']:.2f}; {said['where']})"

@@ -1,0 +1,156 @@
+"""The verdicts on the papers' claims are right where the truth is known, and the file of claims fits the studies."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import verdicts
+import yaml
+from scipy import stats
+
+from embedwright.evaluation.results import Result, Results
+from embedwright.studies.ablate.file import Study
+from embedwright.studies.ablate.table import compared
+
+ROOT = Path(__file__).parents[2]
+CLAIMS = yaml.safe_load((ROOT / "docs" / "results" / "claims.yaml").read_text(encoding="utf-8"))
+
+# What each arm has more than the baseline, in points, in `docs`, and how much it varies with the seed.
+TRUTH = {"base": (0.0, 0.1), "worse": (-3.0, 0.3), "alike": (0.05, 0.1), "noisy": (0.3, 3.0), "better": (2.0, 0.3)}
+
+
+def study(seeds: int, arms: dict[str, tuple[float, float]] = TRUTH) -> dict[str, Any]:
+    """As `ablate` writes it. A second task, `topics`, has the same scores with all signs turned."""
+    random = np.random.default_rng(4)
+    change = {(arm, seed): random.normal(mean, sd) for arm, (mean, sd) in arms.items() for seed in range(seeds)}
+    change["better", 0] = 2.2  # so that no arm has the one seed of another study
+    spread = random.normal(0, 0.05, 50)
+
+    def results(points: float) -> Results:
+        rows = []
+        for name, value in (("docs", 0.5 + points / 100), ("topics", 0.5 - points / 300)):
+            items = {"score": value + spread - spread.mean(), "id": np.arange(50)}
+            rows.append(Result(name, "retrieval", "nDCG@10", value, items=items))
+        return Results("s", tuple(rows), 1.0)
+
+    found = {arm: {seed: results(change[arm, seed]) for seed in range(seeds)} for arm in arms}
+    pair = compared("worse", {"worse": found["worse"], "better": found["better"]}, 0.5)
+    cells = [{"arm": arm, "seed": seed, "tokens": 600_000 + 10 * seed} for arm, seed in change]
+    return {"study": "s", "cells": cells, "comparison": compared("base", found, 0.5), "pairs": [pair], "change": change}
+
+
+def claim(better: str, worse: str, task: str | None = "docs", name: str = "s") -> dict[str, Any]:
+    return {"claim": "c", "study": name, "better": better, "worse": worse} | ({"task": task} if task else {})
+
+
+def test_each_verdict_is_that_of_the_truth() -> None:
+    claims = [
+        claim("base", "worse"),
+        claim("better", "base"),
+        claim("base", "better"),
+        claim("alike", "base"),
+        claim("noisy", "base"),
+        claim("better", "worse"),
+        claim("better", "worse", "topics"),
+        claim("better", "gone"),
+        claim("better", "noisy"),
+        claim("better", "base", name="other"),
+    ]
+    found = verdicts.decided(claims, {"s": study(6)})
+    assert [each["verdict"] for each in found] == [
+        "holds here",
+        "holds here",
+        "does not hold here: the other way round",
+        "does not hold here: no difference, within 0.5",
+        "cannot be resolved at this size",
+        "holds here",
+        "does not hold here: the other way round",
+        "not run yet: no seed of both arms",
+        "not run yet: no seed of both arms",  # they have run, and nobody asked for that pair
+        "not run",
+    ]
+
+
+def test_numbers_are_those_of_the_paired_t_test_corrected_by_holm() -> None:
+    """By scipy and by hand: a difference, its interval and p-values, whichever of the two arms is the baseline."""
+    said = study(6)
+    names = [("base", "worse"), ("alike", "base"), ("better", "worse")]
+    found = verdicts.decided([claim(*arms) for arms in names], {"s": said})
+    p: list[float] = []
+    within: list[float] = []
+    for each, (better, worse) in zip(found, names, strict=True):
+        left, right = ([said["change"][arm, seed] for seed in range(6)] for arm in (better, worse))
+        expected = stats.ttest_rel(left, right)
+        low, high = expected.confidence_interval()
+        assert each["difference"] == pytest.approx(np.mean(left) - np.mean(right))
+        assert (each["low"], each["high"]) == pytest.approx((low, high), rel=1e-6)
+        p.append(expected.pvalue)
+        change = np.subtract(left, right)
+        tests = [
+            stats.ttest_1samp(change, bound, alternative=side) for bound, side in ((-0.5, "greater"), (0.5, "less"))
+        ]
+        within.append(max(test.pvalue for test in tests))
+        assert each["seeds"] == 6 and each["tokens"] == 600_025
+    for key, values in (("p_holm", p), ("p_equivalent", within)):
+        order = np.argsort(values)
+        by_hand = np.maximum.accumulate([min(1.0, (3 - rank) * values[place]) for rank, place in enumerate(order)])
+        assert [found[place][key] for place in order] == pytest.approx(by_hand.tolist(), rel=1e-6)
+
+
+def test_one_seed_decides_nothing() -> None:
+    """Three points over 50 items whose noise is far below them."""
+    said = study(1)
+    for row in said["comparison"]["rows"]:
+        row |= {"low": row["difference"] - 0.1, "high": row["difference"] + 0.1, "over": "items", "p": 1e-9}
+    [found] = verdicts.decided([claim("base", "worse")], {"s": said})
+    assert found["verdict"] == "cannot be resolved at this size: one run each" and found["seeds"] == 1
+
+
+def test_a_claim_of_the_mean_takes_the_mean_over_tasks() -> None:
+    said = study(6)
+    [found] = verdicts.decided([claim("better", "base", None)], {"s": said})
+    change = np.mean([said["change"]["better", seed] - said["change"]["base", seed] for seed in range(6)])
+    assert found["difference"] == pytest.approx(change * (1 - 1 / 3) / 2)
+
+
+def test_the_page_has_a_row_for_each_claim(tmp_path: Path) -> None:
+    assert verdicts.page(tmp_path) == []
+    rows = [
+        claim("better", "base")
+        | {"paper": {"where": "Table 3", "better": 72.31, "worse": 71.71}, "others": ["x: 60.2"]},
+        claim("better", "base", name="other"),
+    ]
+    (tmp_path / "claims.yaml").write_text(yaml.safe_dump(rows))
+    assert "| not run |" in verdicts.page(tmp_path)[3]
+    (tmp_path / "ablations" / "s").mkdir(parents=True)
+    said = study(6)
+    del said["change"]
+    (tmp_path / "ablations" / "s" / "study.json").write_text(json.dumps(said))
+    lines = verdicts.page(tmp_path)
+    assert lines[3].startswith("| c (`s: better - base, docs`) | **holds here** | +")
+    assert lines[3].endswith("| 6 | 600,025 | +0.60 (72.31, 71.71; Table 3) |")
+    assert "| not run | - | - | - | - | - | - | not in it |" in lines[4] and "- c: x: 60.2." in lines
+
+
+@pytest.mark.parametrize("number", range(len(CLAIMS)))
+def test_a_claim_is_of_arms_that_its_study_compares(number: int) -> None:
+    """And the paper's numbers are those that stand in the study."""
+    said = CLAIMS[number]
+    assert {"claim", "study", "better", "worse"} <= said.keys() <= {*claim("", ""), "paper", "others"}
+    files = sorted((ROOT / "recipes" / "ablations").glob("*.yaml"))
+    studies = [one for one in (Study(file).said for file in files) if one.name == said["study"]]
+    arms = {said["better"], said["worse"]}
+    fitting = [one for one in studies if arms <= {*one.arms, "shared-stages"}]
+    assert fitting, f"no study {said['study']} has {arms}"
+    for one in fitting:
+        assert one.baseline in arms or any({*pair} == arms for pair in one.pairs)
+        assert one.equivalent == 0.5 or one.run_on == "8 GPUs"
+        paper = said.get("paper", {"where": ""})
+        theirs = one.paper.scores if one.paper and "task" not in said and "teachers" not in paper["where"] else {}
+        for side in ("better", "worse"):
+            if said[side] in theirs and "better" in paper:
+                assert theirs[said[side]] == paper[side]
