@@ -49,7 +49,7 @@ ROOMS += [
     "training",
     "training/batches",
 ]
-ROOMS += ["training/losses", "training/engine", "training/run", "evaluation", "evaluation/bench"]
+ROOMS += ["training/losses", "training/engine", "training/masked", "training/run", "evaluation", "evaluation/bench"]
 ROOMS += ["evaluation/compare", "studies", "studies/ablate", "studies/report"]
 ROOMS += ["cli", "demo"]
 CATALOGUE = "<!-- embedwright data list --markdown -->\n", "<!-- end -->"
@@ -64,6 +64,8 @@ SECTIONS: dict[str, type[BaseModel]] = {  # by the place of the part in the file
     "stages.loss.distill": stages.DistillPart,
     "stages.optim": stages.OptimPart,
     "stages, of kind: mine": stages.MinePart,
+    "stages, of kind: mntp": stages.MaskedPart,
+    "stages.text, of kind: mntp": stages.TextPart,
     "run": parts.RunPart,
     "eval": parts.EvalPart,
 }

@@ -6,7 +6,7 @@ torchrun or accelerate starts the processes. One process alone waits for nobody 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -67,6 +67,15 @@ class Processes:
     def total(self, value: float) -> float:
         """Returns the sum of all processes' values, in float64."""
         return self._reduced(value, dist.ReduceOp.SUM) if self.count > 1 else value
+
+    def add_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Replaces each parameter's gradient by the sum of all processes' gradients. One that has none counts as 0."""
+        if self.count == 1:
+            return
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
 
     def wait(self) -> None:
         """Waits until all processes are here."""

@@ -66,6 +66,7 @@ TRAINING = [
     "training.batches",
     "training.losses",
     "training.engine",
+    "training.masked",
     "training.run",
     "training.steps",
     "training.cost",

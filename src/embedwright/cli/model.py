@@ -95,6 +95,8 @@ def _refuse_older_model(out: Path) -> None:
 
 def _keep(plan: Recipe, model: Embedder) -> None:
     """Saves the trained model into the run's folder, shows its scores and says how to search with it."""
+    from embedwright.training.stages import StagePart
+
     run = Path(plan.run.out)
     folder = run / "model"
     if folder.exists():
@@ -103,7 +105,8 @@ def _keep(plan: Recipe, model: Embedder) -> None:
         model.save(folder)
         shutil.copyfile(run / "README.md", folder / "README.md")
     show_run(run)
-    instruction = getattr(plan.stages[0].data[0].task, "instruction", "")
+    tasks = (stage.data[0].task for stage in plan.stages if isinstance(stage, StagePart))
+    instruction = getattr(next(tasks, None), "instruction", "")
     asked = f' --task "{instruction}"' if instruction else ""
     say(
         f'model: {folder}   (in Python: Embedder.load("{folder}"))\n'

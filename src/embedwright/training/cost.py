@@ -49,6 +49,7 @@ class Sizes:
     inputs: int
     linears: int
     norms: int
+    vocabulary: int
     pooling: nn.Module
 
 
@@ -94,6 +95,7 @@ def sizes_of(recipe: Recipe) -> Sizes:
         inputs=sum(m.in_features for m in _linears(layer)),
         linears=len(_linears(layer)),
         norms=sum(of_norms.get(name, widths["hidden"]) for name in norms),
+        vocabulary=config.vocab_size,
         pooling=head,
         **widths,
     )

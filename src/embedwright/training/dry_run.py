@@ -60,7 +60,7 @@ def measure(recipe: Recipe, count: int = 2) -> tuple[list[Measured], Embedder]:
         tokenizer, contract = model.text_tokenizer, model.contract
         tokens = sampled(recipe, number, sources[number], tokenizer, contract, LOOKED_AT_ROWS)
         teacher = teacher_of(stage, sources[number], contract, model.network.config.hidden_size)
-        optimizer = make_optimizer(model.network, recipe.tune, stage.optim)
+        optimizer = make_optimizer(steps.part(number), recipe.tune, stage.optim)
         batch = steps.batch(number, stand_ins(stage, sources[number]), tokens.largest_step, teacher)
         records = []
         for _ in range(count):

@@ -11,9 +11,11 @@ from embedwright.text import Contract, TextTokenizer
 from embedwright.training.batches.blend import Row, Source
 from embedwright.training.batches.feed import batch_of_step, tokenize_texts
 from embedwright.training.batches.sources import is_mined, open_sources
+from embedwright.training.masked.batch import Masker
+from embedwright.training.masked.batch import batch_of_step as masked_batch
 from embedwright.training.recipe import Recipe
 from embedwright.training.run.start import longest_of, naming_the_model, reading_of
-from embedwright.training.stages import StagePart
+from embedwright.training.stages import MaskedPart, Stage
 
 SAMPLED_ROWS = 512  # of a stage: enough for a mean within a few percent
 
@@ -51,7 +53,7 @@ def tokens_of(recipe: Recipe, there: list[list[bool]]) -> list[Tokens]:
     Raises OSError if the base's tokenizer cannot be had, ConfigError if training would refuse the data.
     """
     parts = tuple(
-        part.model_copy(update={"data": tuple(e for e, is_there in zip(part.data, found, strict=True) if is_there)})
+        part.model_copy(update={part.reads: tuple(e for e, is_there in zip(part.data, found, strict=True) if is_there)})
         for part, found in zip(recipe.stages, there, strict=True)
     )
     sources = open_sources(recipe.model_copy(update={"stages": parts}))
@@ -81,20 +83,17 @@ def sampled(
     """
     optim = recipe.stages[number].optim
     count = min(optim.steps, -(-rows // optim.batch_queries))
-    kinds: dict[str, list[int]] = {"queries": [], "positives": [], "negatives": []}
+    kinds: dict[str, list[int]] = {}
     sizes: dict[int, int] = {}
     padded = []
     stood_in = stand_ins(recipe.stages[number], sources)
     for step in (i * optim.steps // count for i in range(count)):
-        batch = batch_of_step(recipe, number, stood_in, contract, step)
-        tokens = tokenize_texts(tokenizer, contract, [*batch.queries, *batch.candidates])
-        queries, candidates = ([len(tokens[text].ids) for text in texts] for texts in (batch.queries, batch.candidates))
-        positive = set(batch.masks.positive_Q.tolist())
-        kinds["queries"] += queries
-        for column, length in enumerate(candidates):
-            kinds["positives" if column in positive else "negatives"].append(length)
-        sizes[step] = sum(len(read.ids) for read in tokens.values())
-        padded.append(sum(len(side) * max(side) for side in (queries, candidates)))
+        found, sizes[step] = _texts_of_step(recipe, number, stood_in, tokenizer, contract, step)
+        for kind, lengths in found.items():
+            kinds.setdefault(kind, []).extend(lengths)
+        first, *others = found.values()
+        sides = (side for side in (first, [length for other in others for length in other]) if side)
+        padded.append(sum(len(side) * max(side) for side in sides))
     largest_step = max(sizes, key=sizes.__getitem__)
     return Tokens(
         rows=count * optim.batch_queries,
@@ -106,13 +105,32 @@ def sampled(
     )
 
 
+def _texts_of_step(
+    recipe: Recipe, number: int, sources: Sequence[Source], tokenizer: TextTokenizer, contract: Contract, step: int
+) -> tuple[dict[str, list[int]], int]:
+    """Returns the lengths of the step's texts by kind, and the tokens of the distinct ones."""
+    stage = recipe.stages[number]
+    if isinstance(stage, MaskedPart):
+        masked = masked_batch(recipe, number, sources, Masker(stage, tokenizer, contract), step)
+        texts = [len(text.read.ids) for text in masked.texts]
+        return {"texts": texts}, sum(texts)
+    batch = batch_of_step(recipe, number, sources, contract, step)
+    tokens = tokenize_texts(tokenizer, contract, [*batch.queries, *batch.candidates])
+    queries, candidates = ([len(tokens[text].ids) for text in texts] for texts in (batch.queries, batch.candidates))
+    kinds: dict[str, list[int]] = {"queries": queries, "positives": [], "negatives": []}
+    positive = set(batch.masks.positive_Q.tolist())
+    for column, length in enumerate(candidates):
+        kinds["positives" if column in positive else "negatives"].append(length)
+    return kinds, sum(len(read.ids) for read in tokens.values())
+
+
 def summary(lengths: list[int]) -> Lengths:
     median, most = np.percentile(lengths, [50, 95], method="lower")
     return Lengths(float(np.mean(lengths)), int(median), int(most), max(lengths))
 
 
-def _at_most(part: StagePart, longest: int) -> Tokens:
-    tokens = part.optim.batch_queries * (2 + part.hard_negatives) * longest
+def _at_most(part: Stage, longest: int) -> Tokens:
+    tokens = part.optim.batch_queries * part.texts_a_row * longest
     kinds = {"texts": Lengths(longest, longest, longest, longest)}
     return Tokens(0, kinds, float(tokens), tokens, 0, float(tokens))
 
@@ -120,7 +138,7 @@ def _at_most(part: StagePart, longest: int) -> Tokens:
 # ---- negatives that are not there yet
 
 
-def stand_ins(stage: StagePart, sources: Sequence[Source]) -> list[Source]:
+def stand_ins(stage: Stage, sources: Sequence[Source]) -> list[Source]:
     """Returns the sources of a stage, with other rows' positives in the place of negatives that the run will mine."""
     if stage.mine is None:
         return list(sources)

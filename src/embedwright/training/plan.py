@@ -11,7 +11,7 @@ from embedwright.training.batches.sources import drawable_rows
 from embedwright.training.cost import GB, Kind, Memory, NoEstimate, Sizes, memory_of, sizes_of
 from embedwright.training.lengths import Tokens, tokens_of
 from embedwright.training.recipe import Recipe, expand
-from embedwright.training.stages import StagePart
+from embedwright.training.stages import DataPart, MaskedPart, Stage, TextPart
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +28,8 @@ class EntryPlan:
 class StagePlan:
     """The size of a stage. `tokens` is None if base or tokenizer cannot be had.
 
-    `queries` are drawn in all steps together; `texts` are these with a positive and the hard negatives of each. `rows`
-    and `passes` go by the data whose size is known.
+    `queries` are drawn in all steps together; `texts` are these with a positive and the hard negatives of each. Of a
+    masked phase, both are the documents. `rows` and `passes` go by the data whose size is known.
     """
 
     name: str
@@ -66,8 +66,9 @@ def plan(recipe: Recipe) -> list[StagePlan]:
     return [_stage(recipe, stage) for stage in recipe.stages]
 
 
-def _stage(recipe: Recipe, stage: StagePart) -> StagePlan:
-    counted = [(entry, *_rows(recipe, stage, number)) for number, entry in enumerate(stage.data)]
+def _stage(recipe: Recipe, stage: Stage) -> StagePlan:
+    data: Sequence[DataPart | TextPart] = stage.data
+    counted = [(entry, *_rows(recipe, stage, number)) for number, entry in enumerate(data)]
     weights = [share(entry.weight, rows or 0, stage.sampling_alpha) for entry, rows, _ in counted]
     total = sum(weights) or 1.0
     entries = tuple(
@@ -76,11 +77,11 @@ def _stage(recipe: Recipe, stage: StagePart) -> StagePlan:
     )
     rows, steps = sum(entry.rows or 0 for entry in entries), stage.optim.steps
     queries = steps * stage.optim.batch_queries
-    texts = queries * (2 + stage.hard_negatives)
+    texts = queries * stage.texts_a_row
     return StagePlan(stage.name, entries, rows, steps, queries, texts, queries / rows if rows else 0.0)
 
 
-def _rows(recipe: Recipe, stage: StagePart, number: int) -> tuple[int | None, str]:
+def _rows(recipe: Recipe, stage: Stage, number: int) -> tuple[int | None, str]:
     entry = stage.data[number]
     try:
         return drawable_rows(recipe, stage, number), "counted"
@@ -102,6 +103,8 @@ def largest_memory(recipe: Recipe, tokens: Sequence[Tokens], sizes: Sizes, kind:
         micro_batch = min(-(-found.largest // processes), max(recipe.run.batch_tokens, longest))
         queries = part.optim.batch_queries
         scores = 0 if part.in_batch_negatives == "none" else queries * queries * (1 + part.hard_negatives)
+        if isinstance(part, MaskedPart):
+            scores = round(micro_batch * part.mask_share) * sizes.vocabulary
         needed.append(memory_of(recipe, sizes, micro_batch, kind, scores=scores, processes=processes))
     return max(needed, key=lambda memory: memory.total)
 
@@ -117,7 +120,12 @@ def render(recipe: Recipe, stages: Sequence[StagePlan]) -> list[str]:
         lines.append(
             f"stage {stage.name}: {stage.rows:,} rows of {len(stage.entries)} files"
             + (f" ({unknown} of unknown size)" if unknown else "")
-            + f", {stage.steps:,} steps, {stage.queries:,} queries ({stage.passes:.2f} passes), {stage.texts:,} texts"
+            + f", {stage.steps:,} steps, "
+            + (
+                f"{stage.queries:,} documents ({stage.passes:.2f} passes)"
+                if isinstance(part, MaskedPart)
+                else f"{stage.queries:,} queries ({stage.passes:.2f} passes), {stage.texts:,} texts"
+            )
         )
         width = max(len(entry.path) for entry in stage.entries)
         for entry in stage.entries:
@@ -134,7 +142,7 @@ def render(recipe: Recipe, stages: Sequence[StagePlan]) -> list[str]:
         values = recipe.values_by_key()
         lines.append("values, and where they come from:")
         for key, source in recipe.provenance.items():
-            shown = f"{len(values[key])} files" if key.endswith(".data") else values[key]
+            shown = f"{len(values[key])} files" if key.endswith((".data", ".text")) else values[key]
             lines.append(f"  {key:<45} {shown!s:<28} {source}")
     return lines
 

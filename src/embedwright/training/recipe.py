@@ -10,15 +10,27 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from embedwright.config import ConfigError, did_you_mean, load_yaml, validate
 from embedwright.errors import InputError, NotFoundError
 from embedwright.training.parts import EvalPart, Flag, ModelPart, NotNegative, Part, RunPart, Text, TunePart
-from embedwright.training.stages import StagePart
+from embedwright.training.stages import MaskedPart, StagePart
 
 PACKAGED = Path(__file__).parents[1] / "recipes"
+KINDS = ("train", "mine", "mntp")  # of a stage in the file
 SOURCES = ("paper", "released code", "sister model", "guess")  # of a recipe's values, the surest first
+
+
+def _kind_of(stage: Any) -> str:
+    kind = stage.get("kind") if isinstance(stage, dict) else getattr(stage, "kind", None)
+    return "MaskedPart" if kind == "mntp" else "StagePart"
+
+
+# one branch is chosen first: pydantic would report the mistakes that a stage makes as one of the other kind as well
+StageOfKind = Annotated[
+    Annotated[StagePart, Tag("StagePart")] | Annotated[MaskedPart, Tag("MaskedPart")], Discriminator(_kind_of)
+]
 
 
 class Recipe(Part):
@@ -32,7 +44,7 @@ class Recipe(Part):
     """A missing instruction or licence is an error."""
     model: ModelPart
     tune: TunePart = TunePart()
-    stages: Annotated[tuple[StagePart, ...], Field(min_length=1)]
+    stages: Annotated[tuple[StageOfKind, ...], Field(min_length=1)]
     run: RunPart
     eval: EvalPart = EvalPart()
     provenance: dict[str, str] | None = None
@@ -58,6 +70,12 @@ class Recipe(Part):
             raise InputError("tune.method: qlora holds a decoder (model.base) in 4 bits; use lora for model.from")
         if self.tune.method == "qlora" and self.run.parallel == "fsdp":
             raise InputError("run.parallel: fsdp cannot cut the 4-bit weights of tune.method: qlora; use ddp")
+        return self
+
+    @model_validator(mode="after")
+    def _masked_phase_is_whole(self) -> Recipe:
+        if self.run.parallel == "fsdp" and any(isinstance(stage, MaskedPart) for stage in self.stages):
+            raise InputError("run.parallel: fsdp cuts the embedding that a stage of kind: mntp needs whole; use ddp")
         return self
 
     @model_validator(mode="after")
@@ -98,10 +116,10 @@ class Recipe(Part):
         for part in ("model", "tune"):
             values |= {f"{part}.{key}": value for key, value in getattr(self, part).model_dump().items()}
         for stage in self.stages:
-            values[f"stages.{stage.name}.data"] = stage.data
+            values[f"stages.{stage.name}.{stage.reads}"] = stage.data
             chosen = stage.chosen()
             left_out = {"without_instruction", "loss", "sampling_alpha", "mine"}  # at their defaults
-            fields = stage.model_dump(exclude={"name", "data", "optim", "save"} | left_out)
+            fields = stage.model_dump(exclude={"name", stage.reads, "optim", "save"} | left_out)
             fields |= {f"loss.{key}": value for key, value in chosen.pop("loss", {}).items()} | chosen
             values |= {f"stages.{stage.name}.{key}": value for key, value in fields.items()}
             values |= {f"stages.{stage.name}.optim.{key}": value for key, value in stage.optim.model_dump().items()}
@@ -123,12 +141,12 @@ class Recipe(Part):
             content["model"].pop(key, None)
         for stage in content["stages"]:
             del stage["save"]
-            for part, key in ((stage, "without_instruction"), (stage["loss"], "spread_out")):
-                if not part[key]:  # runs that were begun before there was such a key go on
-                    del part[key]
-            for entry in stage["data"]:
+            for part, key in ((stage, "without_instruction"), (stage.get("loss", {}), "spread_out")):
+                if not part.get(key):  # runs that were begun before there was such a key go on
+                    part.pop(key, None)
+            for entry in stage.get("data") or stage["text"]:
                 for key in ("path", "corpus", "rows"):
-                    del entry[key]
+                    entry.pop(key, None)
         content["run"] = {"precision": self.run.precision}
         del content["tune"]["gradient_checkpointing"]
         if self.eval.decides:
@@ -145,10 +163,9 @@ def _parsed(content: dict[str, Any], where: str) -> Recipe:
     for place, stage in enumerate(content["stages"] if isinstance(content.get("stages"), list) else []):
         if not isinstance(stage, dict):
             raise ConfigError(f"{where}: stages.{place}: expected a mapping of keys, found {type(stage).__name__}")
-        rest = dict(stage)
-        kind = rest.pop("kind", "train")
-        if kind not in ("train", "mine"):
-            raise ConfigError(f"{where}: stages.{place}.kind: {kind!r} is neither train nor mine")
+        kind, rest = _kind_and_rest(stage, f"{where}: stages.{place}")
+        if waiting is not None and kind == "mntp":
+            raise ConfigError(f"{where}: stages.{waiting[0]}: mines negatives, and the stage after it uses none")
         if waiting is not None and (kind == "mine" or "mine" in rest):
             raise ConfigError(f"{where}: stages.{place}: negatives are mined for it by stages.{waiting[0]} already")
         if kind == "mine":
@@ -162,6 +179,8 @@ def _parsed(content: dict[str, Any], where: str) -> Recipe:
 
     def in_file(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
         match loc:
+            case ("stages", number, "StagePart" | "MaskedPart", *rest):
+                return in_file(("stages", number, *rest))
             case ("stages", number, "data", entry, "task", "Task" | "bare", *rest):
                 return in_file(("stages", number, "data", entry, "task", *rest))
             case ("stages", int(number), "mine", *rest) if places[number][1] is not None:
@@ -171,6 +190,14 @@ def _parsed(content: dict[str, Any], where: str) -> Recipe:
         return loc
 
     return validate(Recipe, content | {"stages": stages} if stages else content, where, in_file)
+
+
+def _kind_and_rest(stage: dict[str, Any], where: str) -> tuple[str, dict[str, Any]]:
+    """Returns the kind of a stage and the keys of its part, of which `kind` is one in a masked phase."""
+    kind = stage.get("kind", "train")
+    if kind not in KINDS:
+        raise ConfigError(f"{where}.kind: {kind!r} is none of {', '.join(KINDS)}")
+    return kind, {key: value for key, value in stage.items() if key != "kind" or kind == "mntp"}
 
 
 def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:

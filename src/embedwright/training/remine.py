@@ -32,14 +32,14 @@ from embedwright.training.batches.blend import Rows, Source
 from embedwright.training.batches.sources import entry_of, is_mined, trainable, with_shares
 from embedwright.training.recipe import Recipe, expand
 from embedwright.training.run.checkpoint import RunState
-from embedwright.training.stages import PREVIOUS, StagePart
+from embedwright.training.stages import PREVIOUS, Stage, StagePart
 
 logger = logging.getLogger(__name__)
 
 _WHOLE = "run.json"  # written last; says which run this belongs to
 
 
-def refresh_every(stage: StagePart) -> int:
+def refresh_every(stage: Stage) -> int:
     """Returns how many steps of a stage share their negatives: all, unless the stage mines again on the way."""
     every = None if stage.mine is None else stage.mine.every
     return every or stage.optim.steps

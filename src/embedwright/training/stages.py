@@ -1,9 +1,9 @@
-"""A stage of a recipe: its data, its loss, its optimizer, and the mining before it."""
+"""A stage of a recipe: its data, its loss, its optimizer, and the mining before it; or a masked phase."""
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
@@ -47,7 +47,7 @@ class OptimPart(Part):
     steps: Positive
     """Length of the stage. Unit: steps. Source: recalled: 20,000, then 18,000."""
     batch_queries: Positive
-    """Queries of a step, over all processes. Unit: queries. Source: recalled: 128."""
+    """Queries of a step, over all processes; of `kind: mntp`, texts. Unit: queries. Source: recalled: 128."""
     warmup_steps: NotNegative = 0
     """The learning rate rises linearly over these steps. Unit: steps. Source: recalled: 500."""
     clip: PositiveNumber = 1.0
@@ -153,6 +153,8 @@ def _folder_name(name: str) -> str:
 class StagePart(Part):
     """One pass of contrastive training over a blend of data, with an optimizer of its own."""
 
+    reads: ClassVar = "data"  # the key that lists what it reads
+
     name: Annotated[Text, AfterValidator(_folder_name)]
     """Names the stage in messages, files and scores."""
     data: Annotated[tuple[DataPart, ...], Field(min_length=1)]
@@ -198,7 +200,69 @@ class StagePart(Part):
                 raise InputError(f"data.{number} has the path and task of data.{first}: raise its weight instead")
         return self
 
+    @property
+    def texts_a_row(self) -> int:
+        return 2 + self.hard_negatives
+
     def chosen(self) -> dict[str, Any]:
         """Lists what the stage adds to plain InfoNCE over the rows as they are; empty by default."""
         keys = {"without_instruction", "loss", "sampling_alpha", "mine"}
         return self.model_dump(mode="json", include=keys, exclude_defaults=True)
+
+
+class TextPart(Part):
+    """One source of plain text for a masked phase: what `data pairs` reads, too (docs/pairs.md)."""
+
+    # keys of other data that text has not
+    corpus: ClassVar[None] = None
+    task: ClassVar[None] = None
+    rows: ClassVar[None] = None
+    weight: ClassVar[float] = 1.0
+
+    path: Text
+    """Rows with `text` and `title`, a .txt with a text a line, or a folder of such or of pages; also `${VARIABLE}`."""
+    licence: str = ""
+    """Of the text, for the model card."""
+
+
+class MaskedPart(Part):
+    """A masked phase before contrastive training: masked next-token prediction on plain text (docs/losses.md).
+
+    In a recipe, a stage of `kind: mntp`. It trains the backbone, never the pooling block.
+    """
+
+    # it compares no texts with each other
+    reads: ClassVar = "text"
+    in_batch_negatives: ClassVar[InBatch] = "none"
+    hard_negatives: ClassVar[int] = 0
+    texts_a_row: ClassVar[int] = 1
+    sampling_alpha: ClassVar[float] = 1.0
+    mine: ClassVar[None] = None
+    loss: ClassVar[LossPart] = LossPart()
+
+    name: Annotated[Text, AfterValidator(_folder_name)]
+    """Names the stage in messages, files and scores."""
+    kind: Literal["mntp"]
+    """Makes the stage a masked phase."""
+    text: Annotated[tuple[TextPart, ...], Field(min_length=1)]
+    mask_token: Text
+    """Stands for masked tokens: one token of the model's tokenizer. Source: LLM2Vec: _."""
+    mask_share: Annotated[Number, Field(gt=0, lt=1)] = 0.2
+    """Share of a text's tokens that are masked. Unit: share of tokens. Source: LLM2Vec, its Llama models: 0.2."""
+    heldout: NotNegative = 200
+    """Documents kept out of training; the loss on them is measured before and after. Unit: documents."""
+    optim: OptimPart
+    save: Flag = False
+    """As of any stage."""
+
+    @property
+    def data(self) -> tuple[TextPart, ...]:
+        """The sources of text, under the name that they have in other stages."""
+        return self.text
+
+    def chosen(self) -> dict[str, Any]:
+        """Lists what makes up the objective."""
+        return self.model_dump(mode="json", include={"kind", "mask_token", "mask_share"})
+
+
+Stage = StagePart | MaskedPart

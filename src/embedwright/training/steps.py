@@ -9,46 +9,71 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from embedwright.model.embedder import Embedder
 from embedwright.processes import Processes
 from embedwright.training.batches.blend import Source
 from embedwright.training.batches.feed import LocalBatch, Teach, batch_of_step, local_batch
+from embedwright.training.batches.sources import heldout_texts
 from embedwright.training.engine.optim import learning_rate, update
 from embedwright.training.engine.parallel import replicate
 from embedwright.training.engine.step import accumulate
+from embedwright.training.masked import batch as masked_batches
+from embedwright.training.masked import loss as masked
+from embedwright.training.masked.batch import MaskedBatch, Masker
 from embedwright.training.recipe import Recipe
 from embedwright.training.run import memory
 from embedwright.training.run.watch import HeadActivity, chance
+from embedwright.training.stages import MaskedPart, StagePart
 
 _LOOK_EVERY = 10  # steps between two looks at what the pooling block does
 
 
 class Steps:
-    """The steps of a recipe on its model, one process's part of each. Stages go by their number, steps from 0."""
+    """The steps of a recipe on its model, one process's part of each. Stages go by their number, steps from 0.
+
+    Raises ConfigError if a masked phase lacks its mask token or its head.
+    """
 
     def __init__(self, recipe: Recipe, model: Embedder, processes: Processes) -> None:
         self.recipe, self.model, self.processes = recipe, model, processes
         self.activity = HeadActivity(model.network.head)  # before FSDP cuts the head
         self.replica = replicate(processes, model.network, recipe.run.parallel)
+        self.maskers = {
+            number: Masker(stage, model.text_tokenizer, model.contract)
+            for number, stage in enumerate(recipe.stages)
+            if isinstance(stage, MaskedPart)
+        }
+        self.language_head = masked.language_head(model.network, recipe.model) if self.maskers else None
 
-    def batch(self, number: int, sources: Sequence[Source], step: int, teach: Teach | None) -> LocalBatch:
+    def part(self, number: int) -> nn.Module:
+        """Returns the part of the network that a stage trains: a masked phase leaves the pooling block as it is."""
+        backbone: nn.Module = self.model.network.backbone
+        return backbone if number in self.maskers else self.model.network
+
+    def batch(self, number: int, sources: Sequence[Source], step: int, teach: Teach | None) -> LocalBatch | MaskedBatch:
         """Makes this process's part of a step's batch. It asks no other process, so it may run ahead of its step."""
         model = self.model
+        if number in self.maskers:
+            return masked_batches.batch_of_step(
+                self.recipe, number, sources, self.maskers[number], step, self.processes
+            )
         batch = batch_of_step(self.recipe, number, sources, model.contract, step)
         return local_batch(batch, model.text_tokenizer, model.contract, self.processes, teach)
 
     def take(
-        self, number: int, step: int, local: LocalBatch, optimizer: torch.optim.Optimizer
+        self, number: int, step: int, local: LocalBatch | MaskedBatch, optimizer: torch.optim.Optimizer
     ) -> tuple[dict[str, Any], str | None]:
         """Updates the weights. Returns the step's record, and what is not finite: then nothing was updated."""
         recipe, stage, device = self.recipe, self.recipe.stages[number], self.model.device
         optim = stage.optim
         started = time.perf_counter()
         memory.forget_peak(device)
-        self.activity.looks = step % _LOOK_EVERY == 0 or step == optim.steps - 1
+        looks = step % _LOOK_EVERY == 0 or step == optim.steps - 1
+        self.activity.looks = looks and number not in self.maskers
         seed = int(np.random.default_rng([recipe.seed, number, step, 1]).integers(2**62))
-        loss, tokens = accumulate(self.replica, local, stage, batch_tokens=recipe.run.batch_tokens, seed=seed)
+        loss, tokens, known = self._accumulate(number, local, seed)
         lr = learning_rate(optim, step)
         norm, problem = math.nan, None
         try:
@@ -63,13 +88,31 @@ class Steps:
             "stage": stage.name,
             "step": step + 1,
             "loss": loss if math.isfinite(loss) else None,
-            "chance": chance(local.batch),
+            "chance": known,
             "lr": lr,
             "grad_norm": norm if math.isfinite(norm) else None,
             "tokens": tokens,
             "seconds": round(time.perf_counter() - started, 4),
             "peak_mb": None if peak is None else round(peak / 2**20),
-            "ids": local.batch.ids_hash(),
+            "ids": local.ids_hash(),
             **self.activity.take(),
         }
         return record, problem
+
+    def _accumulate(self, number: int, local: LocalBatch | MaskedBatch, seed: int) -> tuple[float, int, float]:
+        """Adds the gradient. Returns the loss, the tokens, and the loss of a model that knows nothing."""
+        stage, budget = self.recipe.stages[number], self.recipe.run.batch_tokens
+        if isinstance(local, MaskedBatch):
+            network, head = self.model.network, self.language_head
+            loss, tokens = masked.accumulate(network, head, local, self.processes, batch_tokens=budget, seed=seed)
+            return loss, tokens, math.log(self.maskers[number].vocabulary)
+        assert isinstance(stage, StagePart)
+        loss, tokens = accumulate(self.replica, local, stage, batch_tokens=budget, seed=seed)
+        return loss, tokens, chance(local.batch)
+
+    def heldout(self, number: int, sources: Sequence[Source]) -> dict[str, float]:
+        """Measures a masked phase on its held-out documents. All processes must call it."""
+        texts, masker = heldout_texts(sources), self.maskers[number]
+        own = masked_batches.heldout_batch(self.recipe, number, texts, masker, self.processes)
+        network, budget = self.model.network, self.recipe.run.batch_tokens
+        return {"documents": len(texts)} | masked.measure(network, self.language_head, own, self.processes, budget)

@@ -20,10 +20,11 @@ from embedwright.model.interop.card import facts, model_card
 from embedwright.model.verify import probe
 from embedwright.processes import Processes, start
 from embedwright.training.batches.blend import Source
-from embedwright.training.batches.feed import LocalBatch, ahead
+from embedwright.training.batches.feed import LocalBatch, Made, ahead
 from embedwright.training.batches.sources import data_fingerprint, source_fingerprints
 from embedwright.training.engine.optim import make_optimizer
 from embedwright.training.engine.parallel import trained
+from embedwright.training.masked.batch import MaskedBatch
 from embedwright.training.recipe import Recipe, differences
 from embedwright.training.remine import refresh_every, refreshed
 from embedwright.training.run.checkpoint import (
@@ -38,6 +39,7 @@ from embedwright.training.run.checkpoint import (
 from embedwright.training.run.checks import check_reading, check_saved, open_checked, stage_folder
 from embedwright.training.run.distill import teacher_of
 from embedwright.training.run.folder import card_facts, describe_run
+from embedwright.training.run.heldout import measured_once
 from embedwright.training.run.scores import Scores
 from embedwright.training.run.signals import Interrupted, StopRequest, stop_on_signal
 from embedwright.training.run.start import (
@@ -51,7 +53,7 @@ from embedwright.training.run.start import (
 )
 from embedwright.training.run.track import Tracker
 from embedwright.training.run.watch import MovedWeights, NonFinite, stuck, warn_if_inert
-from embedwright.training.stages import START, StagePart
+from embedwright.training.stages import START, Stage
 from embedwright.training.steps import Steps
 
 logger = logging.getLogger(__name__)
@@ -143,10 +145,12 @@ class _Run:
     def stage(self, sources: list[Source], state: RunState, resumed: Path | None) -> None:
         """Runs a stage from `state` to its end. `resumed` has the optimizer of one that began."""
         recipe, network, scores, stage = self.recipe, self.model.network, self.scores, self.recipe.stages[state.stage]
-        optimizer = make_optimizer(network, recipe.tune, stage.optim)
+        part = self.steps.part(state.stage)
+        optimizer = make_optimizer(part, recipe.tune, stage.optim)
         if resumed is not None:
             restore_optimizer(resumed, optimizer)
-        moved = MovedWeights(network, optimizer, self.processes)
+        moved = MovedWeights(part, optimizer, self.processes)
+        self.measure(state.stage, sources, 0)
         records: list[dict[str, Any]] = []
         every, last = recipe.eval.every, stage.optim.steps
         with closing(self.batches(sources, state)) as batches:
@@ -171,6 +175,7 @@ class _Run:
         if recipe.eval.best:
             load_trained(self.model, scores.best_weights(stage.name))
             probe.check(network)
+        self.measure(state.stage, sources, last)
         if stage.save:  # before a checkpoint that is past this stage: until then, a killed run ends the stage again
             save_copy(recipe, self.model, self.processes, stage_folder(self.out, stage.name))
         if recipe.eval.decides:  # the stage ended on other weights than those of its last checkpoint
@@ -181,7 +186,21 @@ class _Run:
             if self.listeners.tracker is not None:
                 self.listeners.tracker.evaluation(record)
 
-    def batches(self, sources: list[Source], state: RunState) -> Generator[tuple[int, LocalBatch], None, None]:
+    def measure(self, number: int, sources: list[Source], step: int) -> None:
+        """Measures the loss of a masked phase on its held-out documents, once at each point. Others have none."""
+        stage = self.recipe.stages[number]
+        if not getattr(stage, "heldout", 0):
+            return
+        found = measured_once(self.out, stage.name, step, lambda: self.steps.heldout(number, sources), self.processes)
+        if found is not None and self.listeners.on_evaluation is not None:
+            self.listeners.on_evaluation(
+                f"{stage.name}, step {step}: masked loss {found['loss']:.3f}, {found['accuracy']:.1%} told right, of "
+                f"{found['masked']:,} masked tokens in {found['documents']} held-out documents"
+            )
+
+    def batches(
+        self, sources: list[Source], state: RunState
+    ) -> Generator[tuple[int, LocalBatch | MaskedBatch], None, None]:
         """Yields each step of a stage with its local batch, in order, made `run.workers` steps ahead of their use.
 
         Where a stage mines again, no batch is made ahead of the step after which it mines.
@@ -190,7 +209,7 @@ class _Run:
         teacher = teacher_of(stage, sources, model.contract, model.network.config.hidden_size)
         now = sources
 
-        def make(step: int) -> LocalBatch:
+        def make(step: int) -> LocalBatch | MaskedBatch:
             return self.steps.batch(state.stage, now, step, teacher)
 
         for begin in range(0, stage.optim.steps, every := refresh_every(stage)):
@@ -202,16 +221,18 @@ class _Run:
                 now = refreshed(recipe, stage, sources, state, begin, model, self.processes, say)
             yield from ahead(make, steps, recipe.run.workers)
 
-    def step(self, local: LocalBatch, number: int, step: int, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    def step(
+        self, local: LocalBatch | MaskedBatch, number: int, step: int, optimizer: torch.optim.Optimizer
+    ) -> dict[str, Any]:
         """Takes a step and returns its record; counts steps that are not finite."""
         record, problem = self.steps.take(number, step, local, optimizer)
         if problem is None:
             self.nonfinite.fine()
         else:
-            self.nonfinite.note(record["stage"], step + 1, problem, local.batch.ids)
+            self.nonfinite.note(record["stage"], step + 1, problem, local.ids)
         return record
 
-    def report(self, stage: StagePart, records: list[dict[str, Any]]) -> None:
+    def report(self, stage: Stage, records: list[dict[str, Any]]) -> None:
         if self.listeners.tracker is not None:
             self.listeners.tracker.step(records[-1])
         if self.listeners.on_step is not None:
@@ -228,7 +249,7 @@ class _Run:
         save_checkpoint(self.out / "checkpoints", state, moved, optimizer, keep, self.processes)
 
 
-def _with_waits(batches: Iterator[tuple[int, LocalBatch]]) -> Iterator[tuple[int, LocalBatch, float]]:
+def _with_waits(batches: Iterator[tuple[int, Made]]) -> Iterator[tuple[int, Made, float]]:
     """Adds the seconds that each batch was waited for: about zero where tokenisation keeps ahead."""
     asked = time.perf_counter()
     for step, local in batches:

@@ -53,6 +53,16 @@ def parts_in(annotation: Any) -> list[type[BaseModel]]:
 MINED = {"stages.mine": {"teacher": "previous", "negatives": 3, "depth": 20}, "stages.optim.steps": 4}
 SCORES = {"stages.loss": {"distill": {"score_weight": 1.0, "temperature": 0.1}}}
 VECTORS = {"stages.loss": {"distill": {"vector_weight": 1.0, "teacher": "{embedder}"}}}
+MASKED = {
+    "stages": {
+        "name": "masked",
+        "kind": "mntp",
+        "text": [{"path": "{corpus}"}],
+        "mask_token": "_",
+        "heldout": 2,
+        "optim": {"lr": 3e-2, "steps": 2, "batch_queries": 6},
+    }
+}
 JUDGED = {"eval": {"suites": ["falling"], "every": 1}, "stages.optim.steps": 4}
 TASK = {"name": "pairs", "instruction": "Find its answer"}
 WITH_TASK = {"stages.data.0.task": TASK}
@@ -116,6 +126,12 @@ CHANGES: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "stages.mine.sampled": ("loss", True, MINED),
     "stages.mine.sample_from": ("loss", 1, MINED | {"stages.mine.sampled": True, "stages.mine.negatives": 1}),
     "stages.mine.every": ("loss", 2, MINED),
+    "stages.kind": ("error", "mine", MASKED),
+    "stages.text.path": ("loss", "{other_corpus}", MASKED),
+    "stages.text.licence": ("card", "MIT", MASKED),
+    "stages.mask_token": ("loss", "e", MASKED),
+    "stages.mask_share": ("loss", 0.5, MASKED),
+    "stages.heldout": ("rows", 5, MASKED),
     "stages.save": ("files", True, {}),
     "stages.optim.lr": ("weights", 1e-3, {}),
     "stages.optim.steps": ("rows", 3, {}),

@@ -179,7 +179,7 @@ def test_a_stage_that_mines_is_part_of_the_one_behind_it(tmp_path: Path) -> None
         ({"teacher": "minilm"}, r"recipe: stages\.1: .*minilm does not change .* leave every out"),
         ({"sampled": True, "sample_from": 3}, r"recipe: stages\.1: .*sample_from 3 is too few"),
         ({"sample_from": 30}, r"recipe: stages\.1: .*sampled is off"),
-        ({"kind": "mien"}, r"recipe: stages\.1\.kind: 'mien' is neither train nor mine"),
+        ({"kind": "mien"}, r"recipe: stages\.1\.kind: 'mien' is none of train, mine, mntp"),
     ],
 )
 def test_a_mistake_in_a_stage_that_mines_is_named_by_its_place(change: dict[str, Any], says: str) -> None:

@@ -116,16 +116,25 @@ def _shown(value: object, column: str) -> str:
     return text
 
 
-def _rows(path: Path) -> Iterator[tuple[Path, int, bytes, Row]]:
+def document_files(path: Path) -> list[Path]:
+    """Returns the files that `read_documents` reads, in its order. Raises FileNotFoundError if there is nothing."""
     if not path.exists():
         raise NotFoundError(f"{path} does not exist")
-    pages = _pages(path)
-    for page in pages:
-        yield page, 1, b"", _page(page, path)
-    if not pages and plain_name(path.name).endswith(".txt"):
+    return _pages(path) or ([path] if _is_text(path) else corpus_files(path))
+
+
+def _is_text(path: Path) -> bool:
+    return path.is_file() and plain_name(path.name).endswith(".txt")
+
+
+def _rows(path: Path) -> Iterator[tuple[Path, int, bytes, Row]]:
+    files = document_files(path)
+    if _pages(path):
+        yield from ((page, 1, b"", _page(page, path)) for page in files)
+    elif _is_text(path):
         yield from ((path, number, raw, row) for number, raw, row in text_rows(path))
-    elif not pages:
-        yield from ((file, *numbered) for file in corpus_files(path) for numbered in read_rows(file))
+    else:
+        yield from ((file, *numbered) for file in files for numbered in read_rows(file))
 
 
 def _pages(path: Path) -> list[Path]:

@@ -30,6 +30,7 @@ from embedwright.cache import cache_folder
 from embedwright.data.files.beir import beir_files, read_beir, read_corpus
 from embedwright.data.files.class_names import class_names
 from embedwright.data.files.conversion import Conversion
+from embedwright.data.files.documents import COLUMNS, document_files, read_documents
 from embedwright.data.files.folders import data_files, is_beir, stem_of
 from embedwright.data.files.kinds import KINDS, Row, detect_kind, parse_fields
 from embedwright.data.files.quarantine import Quarantine, good_rows
@@ -129,6 +130,10 @@ class ExampleTable:
         counts: NDArray[Any] = pc.list_value_length(self._column(column)).fill_null(0).to_numpy()
         return counts.astype(np.int64)
 
+    def first_positives(self) -> pa.ChunkedArray:
+        """Returns the text of each row's first positive, as one column."""
+        return pc.struct_field(pc.list_element(self._column("positives"), 0), "text")
+
     def _column(self, name: str) -> pa.ChunkedArray:
         batches = (self._reader.get_batch(i) for i in range(self._reader.num_record_batches))
         return pa.chunked_array([batch.column(name) for batch in batches])
@@ -152,11 +157,23 @@ def open_examples(
     Raises FileNotFoundError, and DataError if no example comes out, or a corpus or BEIR folder has a bad line.
     """
     path, corpus = Path(path), None if corpus is None else Path(corpus)
-    stem = stem_of(path)
-    job = _Job(path, corpus, stem if task is None else task, seed, negatives)
+    job = _Job(path, corpus, stem_of(path) if task is None else task, seed, negatives)
+    return _opened(job, Path(cache) if cache else cache_folder())
+
+
+def open_documents(path: Path) -> ExampleTable:
+    """Opens plain documents (`data.files.documents`) as rows without a query, each with its title and text as positive.
+
+    They are converted and cached as examples are, and bad lines are kept in `quarantine`. Raises FileNotFoundError, and
+    DataError if there is no document.
+    """
+    return _opened(_Job(path, None, stem_of(path), 0, 0, plain=True), cache_folder())
+
+
+def _opened(job: _Job, cache: Path) -> ExampleTable:
+    path, stem = job.path, stem_of(job.path)
     fingerprint = _fingerprint(job, stem)
-    folder = (Path(cache) if cache else cache_folder()) / "data"
-    arrow = folder / f"{stem[:80]}-{fingerprint[:16]}.arrow"
+    arrow = cache / "data" / f"{stem[:80]}-{fingerprint[:16]}.arrow"
     try:
         table = ExampleTable(path, arrow)
     except (pa.ArrowInvalid, OSError, ValueError, KeyError, TypeError) as error:
@@ -226,6 +243,7 @@ class _Job:
     task: str
     seed: int
     negatives: int
+    plain: bool = False  # documents, not examples
 
     @property
     def is_beir(self) -> bool:
@@ -238,6 +256,11 @@ class _Job:
 
 
 def _fingerprint(job: _Job, stem: str) -> str:
+    if job.plain:
+        files = document_files(job.path)
+        names = [str(file.relative_to(job.path)) for file in files if file != job.path]
+        parts = [FORMAT, stem, "plain", [sha256_of(file) for file in files], names]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     files = [
         *(beir_files(job.path, job.split) if job.is_beir else data_files(job.path)),
         *(data_files(job.corpus) if job.corpus else []),
@@ -281,6 +304,11 @@ def _convert(job: _Job, arrow: Path, fingerprint: str) -> None:
 
 def _examples(job: _Job, quarantine: Quarantine, report: Counter[str]) -> Iterator[Example]:
     conversion = Conversion(task=job.task, seed=job.seed, negatives=job.negatives, report=report)
+    if job.plain:
+        for document in read_documents(job.path, COLUMNS, quarantine.add):
+            report["rows"] += 1
+            yield Example(document.id, job.task, "", (Passage(document.whole),))
+        return
     if job.is_beir:
         beir = read_beir(job.path, job.split)
         report["rows"] = len(beir.qrels)

@@ -20,7 +20,7 @@ from embedwright.training.batches.blend import Source
 from embedwright.training.lengths import sampled
 from embedwright.training.recipe import Recipe
 from embedwright.training.run.start import reading_of
-from embedwright.training.stages import OptimPart, StagePart
+from embedwright.training.stages import OptimPart, Stage
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Cost:
 
 
 def factors(
-    budget: float, costs: Mapping[str, Cost], stages: Mapping[str, Sequence[StagePart]], baseline: str, shared: int
+    budget: float, costs: Mapping[str, Cost], stages: Mapping[str, Sequence[Stage]], baseline: str, shared: int
 ) -> tuple[float, dict[str, float]]:
     """Returns the factor of the first `shared` stages, and that of the other stages of each arm.
 
@@ -50,7 +50,7 @@ def factors(
     return common, each
 
 
-def _factor(left: float, costs: Sequence[float], stages: Sequence[StagePart], arm: str) -> float:
+def _factor(left: float, costs: Sequence[float], stages: Sequence[Stage], arm: str) -> float:
     whole = sum(cost * stage.optim.steps for cost, stage in zip(costs, stages, strict=True))
     factor = left / whole
     if any(factor * stage.optim.steps < 1 for stage in stages):
@@ -62,7 +62,7 @@ def _factor(left: float, costs: Sequence[float], stages: Sequence[StagePart], ar
     return factor
 
 
-def scaled(stages: Sequence[StagePart], factor: float, lr: float = 1.0) -> tuple[StagePart, ...]:
+def scaled(stages: Sequence[Stage], factor: float, lr: float = 1.0) -> tuple[Stage, ...]:
     """Scales the steps and the warm-up of stages by `factor` (at least one step is left), and their rates by `lr`."""
     return tuple(stage.model_copy(update={"optim": _scaled(stage.optim, factor, lr)}) for stage in stages)
 
@@ -96,6 +96,6 @@ class TokenCounter:
         return vectors_NE
 
 
-def as_written(stages: Sequence[StagePart]) -> dict[str, Any]:
+def as_written(stages: Sequence[Stage]) -> dict[str, Any]:
     """Lists steps, warm-up and rate of each stage by its name."""
     return {stage.name: stage.optim.model_dump(include={"steps", "warmup_steps", "lr"}) for stage in stages}

@@ -17,7 +17,7 @@ from embedwright.training.batches.blend import Source
 from embedwright.training.batches.sources import data_fingerprint
 from embedwright.training.recipe import Recipe
 from embedwright.training.run.checks import open_suite
-from embedwright.training.stages import PREVIOUS, StagePart
+from embedwright.training.stages import PREVIOUS, Stage
 
 
 def of_stages(recipe: Recipe, sources: Sequence[list[Source]]) -> list[str]:
@@ -41,7 +41,7 @@ def of_suite(suite: Suite) -> list[Any]:
     return tasks
 
 
-def _teachers(stage: StagePart) -> list[str]:
+def _teachers(stage: Stage) -> list[str]:
     """Fingerprints the teachers that are folders. A hub id is known by its name alone: the recipe has it."""
     found = []
     for name in (part.teacher for part in (stage.mine, stage.loss.distill) if part is not None):

@@ -39,7 +39,7 @@ from embedwright.training.batches.blend import Source
 from embedwright.training.recipe import Recipe
 from embedwright.training.run.checks import open_checked, stage_folder
 from embedwright.training.run.start import origin_fingerprint
-from embedwright.training.stages import StagePart
+from embedwright.training.stages import Stage
 
 Cell = tuple[str, int]  # arm and seed
 _MEASURED = ("unit", "fixed", "steps", "seconds")
@@ -178,7 +178,7 @@ class _Work:
         spec |= {"smoke": self.smoke, "benchmark": self.benchmark, "suite": self.suite}
         return Job(self.folder / place, key, recipe, spec, self.processes)
 
-    def _stages(self, arm: str) -> tuple[StagePart, ...]:
+    def _stages(self, arm: str) -> tuple[Stage, ...]:
         return self._recipe(arm, self.seeds[0]).stages
 
     # ---- budget

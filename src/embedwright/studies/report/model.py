@@ -20,6 +20,7 @@ from embedwright.studies.report.map import text_map
 from embedwright.studies.report.pairs import mining_charts, pair_charts
 from embedwright.training.recipe import Recipe, expand
 from embedwright.training.run.checks import open_suite
+from embedwright.training.stages import StagePart
 
 Say = Callable[[str], None]
 
@@ -67,7 +68,7 @@ def _map(encoder: Encoder, recipe: Recipe) -> dict[str, Any]:
     for task in _tasks(recipe):
         if task.kind in ("clustering", "classification"):
             return {"task": task.name} | text_map(encoder, task.path, task.instruction)
-    for entry in (entry for stage in recipe.stages for entry in stage.data):
+    for entry in (entry for stage in recipe.stages if isinstance(stage, StagePart) for entry in stage.data):
         path = expand(entry.path)
         if path.is_file() and detect_kind(path) == "labelled":
             instruction = entry.task.instruction if isinstance(entry.task, Task) else ""

@@ -13,9 +13,10 @@ from safetensors import SafetensorError, safe_open
 
 from embedwright.errors import InputError
 from embedwright.training.recipe import Recipe, leaves
+from embedwright.training.run.heldout import FILE as HELDOUT
 from embedwright.training.run.scores import Record, read_evaluations
 from embedwright.training.run.track import read_records
-from embedwright.training.stages import START, StagePart
+from embedwright.training.stages import START, Stage, StagePart
 
 Row = dict[str, Any]
 Chart = dict[str, Any]
@@ -107,6 +108,9 @@ def _facts(recipe: Recipe, folder: Path, steps: Sequence[Row]) -> list[tuple[str
     adapters = f", rank {tune.rank}, alpha {tune.alpha}, dropout {tune.dropout:g}"
     facts["Tuning"] = tune.method + ("" if tune.method == "full" else adapters)
     facts |= {"Precision": recipe.run.precision, "Seed": str(recipe.seed)}
+    if measured := read_records(folder / HELDOUT):
+        told = ", then ".join(f"{one['loss']:.3f} ({point_name(one)})" for one in measured)
+        facts["Masked loss, held-out"] = told
     if steps:
         tokens, seconds = sum(step["tokens"] for step in steps), sum(step["seconds"] for step in steps)
         facts["Training"] = f"{len(steps):,} steps, {tokens:,} tokens in {_duration(seconds)}"
@@ -132,7 +136,7 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min" if minutes else f"{seconds:.1f} s"
 
 
-def _stage(stage: StagePart) -> Row:
+def _stage(stage: Stage) -> Row:
     optim = stage.optim
     return {
         "stage": stage.name,
@@ -142,7 +146,7 @@ def _stage(stage: StagePart) -> Row:
         "warm-up steps": optim.warmup_steps,
         "in-batch negatives": stage.in_batch_negatives,
         "hard negatives": stage.hard_negatives,
-        "temperature": f"{stage.temperature:g}",
+        "temperature": f"{stage.temperature:g}" if isinstance(stage, StagePart) else "-",
         "more": ", ".join(f"{key} {value}" for key, value in leaves(stage.chosen()) if key) or "-",
     }
 

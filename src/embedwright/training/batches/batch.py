@@ -14,6 +14,11 @@ Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
 
 
+def ids_hash(ids: Sequence[str]) -> str:
+    """Hashes the ids of a step's rows: equal hashes mean equal rows in the same order."""
+    return hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class Masks:
     """Who is whose negative.
@@ -59,7 +64,7 @@ class Batch:
     targets: Targets = Targets()
 
     def ids_hash(self) -> str:
-        return hashlib.sha256("\n".join(self.ids).encode()).hexdigest()[:16]
+        return ids_hash(self.ids)
 
     def separable(self) -> bool:
         """Says whether the batch may be split without changing the loss: no query needs another's texts."""

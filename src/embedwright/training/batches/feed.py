@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -19,7 +20,9 @@ from embedwright.training.batches.batch import Batch, Text
 from embedwright.training.batches.blend import Row, Source, rows_at
 from embedwright.training.batches.make import make_batch
 from embedwright.training.recipe import Recipe
+from embedwright.training.stages import StagePart
 
+Made = TypeVar("Made")
 Teach = Callable[[Sequence[Text]], Tensor]  # what a teacher makes of texts: (N, E) float32
 
 
@@ -39,6 +42,13 @@ class LocalBatch:
     teacher_NE: Tensor | None = None
 
     @property
+    def ids(self) -> list[str]:
+        return self.batch.ids
+
+    def ids_hash(self) -> str:
+        return self.batch.ids_hash()
+
+    @property
     def filler(self) -> TokenizedText:
         """Some text, for a process that has fewer micro-batches than others, or none."""
         return next(iter(self.tokens.values()))
@@ -47,6 +57,7 @@ class LocalBatch:
 def batch_of_step(recipe: Recipe, number: int, sources: Sequence[Source], contract: Contract, step: int) -> Batch:
     """Returns the batch of a step of stage `number`, both from 0. It depends on its arguments alone."""
     stage = recipe.stages[number]
+    assert isinstance(stage, StagePart)
     rows = rows_at(
         sources,
         step,
@@ -110,15 +121,13 @@ def tokenize_texts(tokenizer: TextTokenizer, contract: Contract, texts: Sequence
     }
 
 
-def ahead(
-    make: Callable[[int], LocalBatch], steps: Iterable[int], workers: int
-) -> Generator[tuple[int, LocalBatch], None, None]:
+def ahead(make: Callable[[int], Made], steps: Iterable[int], workers: int) -> Generator[tuple[int, Made], None, None]:
     """Yields each step with its local batch, in order. `workers` threads make as many batches ahead of use."""
     if workers == 0:
         yield from ((step, make(step)) for step in steps)
         return
     with ThreadPoolExecutor(workers, initializer=threads.free) as pool:
-        waiting: list[tuple[int, Future[LocalBatch]]] = []
+        waiting: list[tuple[int, Future[Made]]] = []
         try:
             for step in steps:
                 waiting.append((step, pool.submit(make, step)))

@@ -9,15 +9,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from embedwright.config import ConfigError
-from embedwright.data.files.table import ExampleTable, open_examples
+from embedwright.data.files.folders import stem_of
+from embedwright.data.files.table import ExampleTable, open_documents, open_examples
 from embedwright.data.schema import Task
 from embedwright.data.sources.catalog import find_task
 from embedwright.errors import NotFoundError
-from embedwright.training.batches.blend import Source, share
+from embedwright.training.batches.blend import Source, permuted, share
 from embedwright.training.recipe import Recipe, expand
-from embedwright.training.stages import DataPart, StagePart
+from embedwright.training.stages import DataPart, MaskedPart, Stage, StagePart, TextPart
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +35,11 @@ def open_sources(recipe: Recipe) -> list[list[Source]]:
     return [_stage_sources(recipe, stage, known) for stage in recipe.stages]
 
 
-def drawable_rows(recipe: Recipe, stage: StagePart, number: int) -> int:
-    """Counts the rows of entry `number` of the stage's data that training can draw. Raises as `open_sources` does."""
+def drawable_rows(recipe: Recipe, stage: Stage, number: int) -> int:
+    """Counts the rows of entry `number` of the stage's data that training can draw. Raises as `open_sources` does.
+
+    Of plain text, it counts held-out documents too.
+    """
     return sum(len(source.rows) for source in _checked_sources(recipe, stage, number, _described(recipe)))
 
 
@@ -57,7 +63,7 @@ def data_fingerprint(stages: list[list[Source]]) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def entry_of(stage: StagePart, source: Source) -> DataPart:
+def entry_of(stage: Stage, source: Source) -> DataPart | TextPart:
     """Returns the entry of the stage's data that a source comes from: its number begins the source's name."""
     return stage.data[int(_number_of(source))]
 
@@ -77,14 +83,16 @@ def open_table(recipe: Recipe, stage: StagePart, entry: DataPart) -> ExampleTabl
     )
 
 
-def _stage_sources(recipe: Recipe, stage: StagePart, known: dict[str, Task]) -> list[Source]:
+def _stage_sources(recipe: Recipe, stage: Stage, known: dict[str, Task]) -> list[Source]:
     sources = [source for number in range(len(stage.data)) for source in _checked_sources(recipe, stage, number, known)]
+    if isinstance(stage, MaskedPart):
+        return with_shares(stage, _without_heldout(recipe, stage, sources))
     if stage.mine is not None and not any(map(is_mined, sources)):
         raise ConfigError(f"recipe {recipe.name}: stages.{stage.name}: none of its data can be mined (docs/mining.md)")
     return with_shares(stage, sources)
 
 
-def with_shares(stage: StagePart, sources: Sequence[Source]) -> list[Source]:
+def with_shares(stage: Stage, sources: Sequence[Source]) -> list[Source]:
     """Returns the sources of a stage, each with its share of the draws, by the rows that it can draw.
 
     An entry of `data` has one share by all its rows, which its tasks part by their rows.
@@ -103,8 +111,10 @@ def with_shares(stage: StagePart, sources: Sequence[Source]) -> list[Source]:
     ]
 
 
-def _checked_sources(recipe: Recipe, stage: StagePart, number: int, known: dict[str, Task]) -> list[Source]:
-    where = f"recipe {recipe.name}: stages.{stage.name}.data.{number}"
+def _checked_sources(recipe: Recipe, stage: Stage, number: int, known: dict[str, Task]) -> list[Source]:
+    where = f"recipe {recipe.name}: stages.{stage.name}.{stage.reads}.{number}"
+    if isinstance(stage, MaskedPart):
+        return [_text_source(recipe, stage.text[number], f"{number}#", where)]
     return [_check(recipe, stage, source, where) for source in _entry_sources(recipe, stage, number, known, where)]
 
 
@@ -133,6 +143,42 @@ def _entry_sources(recipe: Recipe, stage: StagePart, number: int, known: dict[st
         # the name keys the order of rows, which must not change when the data is moved
         sources.append(Source(f"{number}#{name}", table, rows, task))
     return sources
+
+
+def _text_source(recipe: Recipe, entry: TextPart, name: str, where: str) -> Source:
+    if recipe.strict and not entry.licence:
+        raise ConfigError(f"{where}: the text has no licence, and the recipe is strict")
+    try:
+        table = open_documents(expand(entry.path))
+    except FileNotFoundError as error:
+        raise NotFoundError(f"{where}: {error}") from error
+    task = Task(name=stem_of(table.path), licence=entry.licence)
+    return Source(f"{name}{task.name}", table, np.arange(len(table)), task)
+
+
+def _without_heldout(recipe: Recipe, stage: MaskedPart, sources: Sequence[Source]) -> list[Source]:
+    """Returns the sources without the documents that the stage holds out, and without others of the same text."""
+    total, where = sum(len(source.rows) for source in sources), f"recipe {recipe.name}: stages.{stage.name}.heldout"
+    if stage.heldout >= total:
+        raise ConfigError(f"{where}: {stage.heldout} of {total} documents leave none to train on")
+    key = f"{recipe.seed}/{stage.name}/heldout"
+    drawn = np.sort([permuted(i, total, key) for i in range(stage.heldout)])
+    texts = pa.chunked_array([chunk for source in sources for chunk in source.table.first_positives().chunks])
+    held = pc.is_in(texts, texts.take(pa.array(drawn, pa.int64()))).to_numpy()
+    ends = np.cumsum([len(source.rows) for source in sources])
+    kept = [np.flatnonzero(~part) for part in np.split(held, ends[:-1])]
+    if not all(len(rows) for rows in kept):
+        raise ConfigError(f"{where}: the held-out documents are all of a source: hold out fewer, or give more text")
+    return [replace(source, rows=rows) for source, rows in zip(sources, kept, strict=True)]
+
+
+def heldout_texts(sources: Sequence[Source]) -> list[str]:
+    """Returns the texts that a masked phase holds out, each once."""
+    found: dict[str, None] = {}
+    for source in sources:
+        for row in np.setdiff1d(np.arange(len(source.table)), source.rows):
+            found[source.table[int(row)].positives[0].text] = None
+    return list(found)
 
 
 def _kinds(tasks: Iterable[Task]) -> dict[str, list[Task]]:

@@ -21,7 +21,7 @@ from embedwright.training.losses.info_nce import (
     vector_distance,
     vector_distillation,
 )
-from embedwright.training.stages import StagePart
+from embedwright.training.stages import Stage, StagePart
 
 Value = TypeVar("Value")
 
@@ -63,7 +63,7 @@ def batch_loss(
     return value
 
 
-def check_widths(stage: StagePart, width: int, teacher_width: int | None = None) -> None:
+def check_widths(stage: Stage, width: int, teacher_width: int | None = None) -> None:
     """Raises ConfigError if the stage's `dims` are not below the model's `width`, or the teacher's width is another."""
     for dim in stage.loss.dims:
         if dim >= width:

@@ -14,7 +14,7 @@ from embedwright.text import Contract
 from embedwright.training.batches.batch import Text
 from embedwright.training.batches.blend import Source
 from embedwright.training.losses.total import check_widths
-from embedwright.training.stages import StagePart
+from embedwright.training.stages import Stage
 
 
 class Teacher:
@@ -37,7 +37,7 @@ class Teacher:
         return torch.from_numpy(np.concatenate(list(parts.values()))[back])
 
 
-def teacher_of(stage: StagePart, sources: Sequence[Source], contract: Contract, width: int) -> Teacher | None:
+def teacher_of(stage: Stage, sources: Sequence[Source], contract: Contract, width: int) -> Teacher | None:
     """Opens the teacher of a stage that distils vectors, else returns None. Raises ConfigError if its width is not
     `width`.
     """

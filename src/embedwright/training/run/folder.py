@@ -21,7 +21,7 @@ from embedwright.training.batches.blend import Source
 from embedwright.training.batches.sources import data_fingerprint, entry_of
 from embedwright.training.recipe import Recipe, differences, leaves
 from embedwright.training.run.scores import mean_scores
-from embedwright.training.stages import StagePart
+from embedwright.training.stages import Stage
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ def card_facts(
     }
 
 
-def _source(stage: StagePart, source: Source, all_of_stage: Sequence[Source]) -> dict[str, Any]:
+def _source(stage: Stage, source: Source, all_of_stage: Sequence[Source]) -> dict[str, Any]:
     entry = entry_of(stage, source)
     tasks = list(source.tasks.values()) or [source.task]
     return {
@@ -137,7 +137,7 @@ def _source(stage: StagePart, source: Source, all_of_stage: Sequence[Source]) ->
     }
 
 
-def _losses(stage: StagePart) -> Iterator[tuple[str, Any]]:
+def _losses(stage: Stage) -> Iterator[tuple[str, Any]]:
     keys = {"in_batch_negatives", "hard_negatives", "batching", "temperature"}
     return leaves(stage.model_dump(include=keys) | stage.chosen())
 

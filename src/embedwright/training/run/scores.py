@@ -26,6 +26,7 @@ from embedwright.model.embedder import Embedder
 from embedwright.processes import Processes
 from embedwright.training.engine.parallel import whole
 from embedwright.training.parts import EvalPart
+from embedwright.training.run import heldout
 from embedwright.training.run.checks import open_suite
 from embedwright.training.run.track import read_records, write_records
 from embedwright.training.stages import START
@@ -56,7 +57,8 @@ class Scores:
         """Removes what a run left that ended before its first checkpoint."""
         self.records = []
         if self.processes.first:
-            (self.out / "evaluations.jsonl").unlink(missing_ok=True)
+            for file in ("evaluations.jsonl", heldout.FILE):
+                (self.out / file).unlink(missing_ok=True)
             for folder in ("best", "items"):
                 shutil.rmtree(self.out / folder, ignore_errors=True)
 

@@ -54,6 +54,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, tiny_decoder: Callable[..., 
                 results.setdefault(kind, {}).setdefault(count, {})[case] = losses, tensors
     shared = {n: [np.load(folder / f"shared-{n}-{rank}.npz") for rank in range(n)] for n in COUNTS}
     results["shared"] = {n: [part["vectors"] for part in parts] for n, parts in shared.items()}
+    results["masked"] = {n: [dict(np.load(folder / f"masked-{n}-{rank}.npz")) for rank in range(n)] for n in COUNTS}
     results["encoded"] = {n: [int(part["encoded"]) for part in parts] for n, parts in shared.items()}
     return results
 
@@ -86,6 +87,17 @@ def test_a_teacher_is_shared_and_each_process_has_all(found: dict[str, Any], cou
     assert all(np.array_equal(vectors, many[0]) for vectors in many)  # so that all mine the same
     np.testing.assert_allclose(many[0], alone, atol=1e-5)
     assert max(found["encoded"][count]) < 5  # and none has encoded all of them
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_many_processes_give_the_masked_loss_and_its_gradient_of_one(found: dict[str, Any], count: int) -> None:
+    """Of five texts, and of one, which leaves processes without a text. The pooling block gets no gradient."""
+    [one] = found["masked"][1]
+    assert len(one) > 80 and not any("head" in name for name in one)
+    for other in found["masked"][count]:
+        assert other.keys() == one.keys()
+        for name, value in one.items():
+            np.testing.assert_allclose(other[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
 def test_the_cases_differ_from_each_other(found: dict[str, Any]) -> None:
@@ -173,6 +185,41 @@ def gradients_of(kind: str, case: str, decoder: str, processes: Processes) -> di
     )
 
 
+def masked(decoder: str, processes: Processes) -> dict[str, Any]:
+    """Loss, gradient and held-out measure of masked texts, on a network that a run of several stages has wrapped."""
+    import torch
+
+    from embedwright.model.embedder import Embedder
+    from embedwright.text import TokenizedText
+    from embedwright.training.engine.parallel import replicate
+    from embedwright.training.masked.batch import MaskedBatch, MaskedText
+    from embedwright.training.masked.loss import accumulate, language_head, measure
+    from embedwright.training.parts import ModelPart
+
+    model = Embedder.from_decoder(decoder, pooling="latent", latents=4, heads=2, multiple=1)
+    torch.manual_seed(0)
+    model.add_lora(4, 8)
+    for parameter in model.network.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    replicate(processes, model.network)
+    head = language_head(model.network, ModelPart(base=decoder))
+    random, found = np.random.default_rng(0), dict[str, Any]()
+    for lengths in ((9, 30, 5, 30, 17), (12,)):
+        ids = [random.integers(2, 400, length) for length in lengths]
+        texts = [MaskedText(TokenizedText(i, i > 0), np.array([1, 4]), np.array([7, 9])) for i in ids]
+        own = processes.split(lengths)[processes.rank]
+        batch = MaskedBatch([], [texts[i] for i in own])
+        loss, tokens = accumulate(model.network, head, batch, processes, batch_tokens=40, seed=0)
+        numbers = {"loss": loss, "tokens": tokens, **measure(model.network, head, batch.texts, processes, 40)}
+        found |= {f"{len(lengths)} {name}": number for name, number in numbers.items()}
+        for name, parameter in model.network.named_parameters():
+            if parameter.grad is not None:
+                found[f"{len(lengths)} {name}"] = parameter.grad.numpy().copy()
+            parameter.grad = None
+    return found
+
+
 def shared(decoder: str, processes: Processes) -> dict[str, Any]:
     """Five texts of very different lengths, asked of a teacher in every process alike."""
     from embedwright.encoders.sharded import ShardedEncoder
@@ -204,6 +251,7 @@ def main(folder: Path, decoder: str) -> None:
             for number, case in enumerate(CASES):
                 np.savez(folder / f"{kind}-{count}-{rank}-{number}.npz", **gradients_of(kind, case, decoder, processes))
         np.savez(folder / f"shared-{count}-{rank}.npz", **shared(decoder, processes))
+        np.savez(folder / f"masked-{count}-{rank}.npz", **masked(decoder, processes))
         processes.wait()
 
     gradients_of("ddp", next(iter(CASES)), decoder, ALONE)  # imports the rest, once for all children

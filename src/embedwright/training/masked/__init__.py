@@ -1,0 +1,1 @@
+"""The masked phase: masked next-token prediction on plain text, before contrastive training."""

@@ -1,0 +1,133 @@
+"""The texts of a step of a masked phase: a window of each document, some of its tokens masked.
+
+L tokens of a text, M masked ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedwright.config import ConfigError, did_you_mean
+from embedwright.processes import ALONE, Processes
+from embedwright.text import Contract, TextTokenizer, TokenizedText, tokenize
+from embedwright.training.batches.batch import ids_hash
+from embedwright.training.batches.blend import Source, rows_at
+from embedwright.training.recipe import Recipe
+from embedwright.training.stages import MaskedPart
+
+# Of the masked tokens, so many become the mask token, and so many another token; the others stay. Source: BERT, arXiv
+# 1810.04805, and LLM2Vec's run_mntp.py, which takes transformers' DataCollatorForLanguageModeling for its Llama models.
+MASKED, ANOTHER = 0.8, 0.1
+UNCUT = 2**30  # more tokens than any text has
+_CHARACTERS = 20  # of a document that are read for each token of a window
+
+_STEP, _HELDOUT = 3, 4  # keys of the random numbers
+
+
+class MaskedText(NamedTuple):
+    """One text of L tokens. At `places` (M,) other tokens may stand in it; `targets` (M,) are its own."""
+
+    read: TokenizedText
+    places: NDArray[np.int64]
+    targets: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class MaskedBatch:
+    """The texts of one step. `ids`: of the documents of all processes. `texts`: those of this process."""
+
+    ids: list[str]
+    texts: list[MaskedText]
+
+    def ids_hash(self) -> str:
+        return ids_hash(self.ids)
+
+
+class Masker:
+    """Reads documents as the model reads them, and masks some of their tokens."""
+
+    def __init__(self, stage: MaskedPart, tokenizer: TextTokenizer, contract: Contract) -> None:
+        """Raises ConfigError if the stage's mask token is no token of the tokenizer."""
+        self.stage, self.tokenizer, self.contract = stage, tokenizer, contract
+        self.token = mask_id(stage, tokenizer)
+        self.vocabulary = tokenizer.plain.get_vocab_size()
+
+    def __call__(self, texts: Sequence[str], keys: Sequence[Sequence[int]]) -> list[MaskedText]:
+        """Masks each text, which is a document without an instruction. What is masked follows from its key alone."""
+        draws = [np.random.default_rng(key) for key in keys]
+        most = _CHARACTERS * self.contract.max_tokens
+        starts = [_start(len(text), most, draw) for text, draw in zip(texts, draws, strict=True)]
+        cut = [text[start : start + most] for text, start in zip(texts, starts, strict=True)]
+        read = tokenize(self.tokenizer, self.contract, cut, self.contract.prefix(None), UNCUT)
+        return [self._masked(one, draw) for one, draw in zip(read, draws, strict=True)]
+
+    def _masked(self, read: TokenizedText, draw: np.random.Generator) -> MaskedText:
+        read, own = self._window(read, draw)
+        own = own[own > 0]  # the first token of all has none before it to tell it from
+        chosen = draw.random(len(own)) < self.stage.mask_share
+        if len(own) and not chosen.any():
+            chosen[draw.integers(len(own))] = True
+        places, ids = own[chosen], read.ids.copy()
+        fate = draw.random(len(places))
+        ids[places[fate < MASKED]] = self.token
+        others = places[fate >= 1 - ANOTHER]
+        ids[others] = draw.integers(self.vocabulary, size=len(others))
+        return MaskedText(TokenizedText(ids, read.pool), places, read.ids[places])
+
+    def _window(self, read: TokenizedText, draw: np.random.Generator) -> tuple[TokenizedText, NDArray[np.int64]]:
+        """Cuts a text to the model's length, anywhere; what stands around it stays. Also returns the text's places."""
+        special = [id for id in (*self.contract.bos_ids, self.contract.eos_id) if id is not None]
+        own = np.flatnonzero(read.pool & ~np.isin(read.ids, special))
+        excess = len(read.ids) - self.contract.max_tokens
+        if excess <= 0 or not len(own):
+            return read, own
+        start = own[0] + draw.integers(len(own) - max(len(own) - excess, 1) + 1)
+        kept = np.r_[0 : own[0], start : start + len(own) - excess, own[-1] + 1 : len(read.ids)]
+        return TokenizedText(read.ids[kept], read.pool[kept]), own[: len(own) - excess]
+
+
+def _start(length: int, most: int, draw: np.random.Generator) -> int:
+    return int(draw.integers(length - most + 1)) if length > most else 0
+
+
+def mask_id(stage: MaskedPart, tokenizer: TextTokenizer) -> int:
+    """Returns the id of the stage's mask token. Raises ConfigError, which names a near token, if it is none."""
+    found: int | None = tokenizer.plain.token_to_id(stage.mask_token)
+    if found is None:
+        ids = tokenizer.plain.encode(stage.mask_token, add_special_tokens=False).ids
+        if len(ids) != 1:
+            known = tokenizer.plain.get_vocab()
+            raise ConfigError(
+                f"stages.{stage.name}.mask_token: {stage.mask_token!r} is {len(ids)} tokens of the model's tokenizer, "
+                f"and must be one{did_you_mean(stage.mask_token, known)}; `_` is one as a rule"
+            )
+        found = ids[0]
+    return found
+
+
+def batch_of_step(
+    recipe: Recipe, number: int, sources: Sequence[Source], masker: Masker, step: int, processes: Processes = ALONE
+) -> MaskedBatch:
+    """Returns the batch of a step of stage `number`, both from 0, with the texts of this process.
+
+    It depends on its arguments alone: what is masked in a row follows from seed, stage, step and the row's place.
+    """
+    optim, name = recipe.stages[number].optim, recipe.stages[number].name
+    rows = rows_at(sources, step, batch_queries=optim.batch_queries, batching="blended", seed=recipe.seed, stage=name)
+    texts = [row.example.positives[0].text for row in rows]
+    own = processes.split([len(text) for text in texts])[processes.rank]
+    keys = [[recipe.seed, number, step, _STEP, i] for i in own]
+    return MaskedBatch([row.example.id for row in rows], masker([texts[i] for i in own], keys))
+
+
+def heldout_batch(
+    recipe: Recipe, number: int, texts: Sequence[str], masker: Masker, processes: Processes = ALONE
+) -> list[MaskedText]:
+    """Masks the held-out texts of stage `number`, always alike. Returns those of this process."""
+    own = processes.split([len(text) for text in texts])[processes.rank]
+    return masker([texts[i] for i in own], [[recipe.seed, number, 0, _HELDOUT, i] for i in own])
