@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import itertools
 import json
 import logging
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +26,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from embedwright.cache import cache_folder
+from embedwright.data.files.arrow import SCHEMA, batches_of, example_of
 from embedwright.data.files.beir import beir_files, read_beir, read_corpus
 from embedwright.data.files.class_names import class_names
 from embedwright.data.files.conversion import Conversion
@@ -44,21 +44,6 @@ T = TypeVar("T")
 
 FORMAT = 3  # part of the cache key: raise it when a conversion or the schema changes
 BATCH_ROWS = 256  # every batch of the file but the last has so many: row i is in batch i // BATCH_ROWS
-
-_PASSAGES = pa.list_(pa.struct([("text", pa.large_string()), ("id", pa.large_string())]))
-SCHEMA = pa.schema(
-    {
-        "id": pa.large_string(),
-        "task": pa.large_string(),
-        "query": pa.large_string(),
-        "positives": _PASSAGES,
-        "negatives": _PASSAGES,
-        "positive_scores": pa.list_(pa.float64()),
-        "negative_scores": pa.list_(pa.float64()),
-        "score": pa.float64(),
-        "language": pa.large_string(),
-    }
-)
 
 
 class ExampleTable:
@@ -93,17 +78,17 @@ class ExampleTable:
         if not 0 <= i < len(self):
             raise IndexError(f"{self.path}: row {operator.index(index)} of {len(self)}")
         batch = self._reader.get_batch(i // BATCH_ROWS)
-        return _example(batch.slice(i % BATCH_ROWS, 1).to_pylist()[0])
+        return example_of(batch.slice(i % BATCH_ROWS, 1).to_pylist()[0])
 
     def __iter__(self) -> Iterator[Example]:
         for i in range(self._stream.num_record_batches):
-            yield from map(_example, self._stream.get_batch(i).to_pylist())
+            yield from map(example_of, self._stream.get_batch(i).to_pylist())
 
     def without_negatives(self) -> Iterator[Example]:
         """Yields the examples with id, task, query and positives alone. It does not read the other columns."""
         for i in range(self._stream.num_record_batches):
             batch = self._stream.get_batch(i).select(["id", "task", "query", "positives"])
-            yield from (_example(row | {"negatives": ()}) for row in batch.to_pylist())
+            yield from (example_of(row | {"negatives": ()}) for row in batch.to_pylist())
 
     def rows_by_task(self) -> dict[str, NDArray[np.int64]]:
         """Maps task name to its row numbers, ascending. Tasks come in the order of their first row."""
@@ -131,7 +116,6 @@ class ExampleTable:
         return counts.astype(np.int64)
 
     def first_positives(self) -> pa.ChunkedArray:
-        """Returns the text of each row's first positive, as one column."""
         return pc.struct_field(pc.list_element(self._column("positives"), 0), "text")
 
     def _column(self, name: str) -> pa.ChunkedArray:
@@ -162,10 +146,9 @@ def open_examples(
 
 
 def open_documents(path: Path) -> ExampleTable:
-    """Opens plain documents (`data.files.documents`) as rows without a query, each with its title and text as positive.
+    """Opens plain documents (`data.files.documents`) as rows without a query, whose positive is title and text.
 
-    They are converted and cached as examples are, and bad lines are kept in `quarantine`. Raises FileNotFoundError, and
-    DataError if there is no document.
+    Cache, bad lines and errors are as in `open_examples`.
     """
     return _opened(_Job(path, None, stem_of(path), 0, 0, plain=True), cache_folder())
 
@@ -220,7 +203,7 @@ def _counted(items: Iterable[T], counts: Counter[str], key: Callable[[T], str]) 
 def _write(path: Path, examples: Iterable[Example]) -> None:
     if path.suffix == ".parquet":
         with pq.ParquetWriter(path, SCHEMA) as writer:
-            for batch in _batches(examples, 4096):
+            for batch in batches_of(examples, 4096):
                 writer.write_batch(batch)
         return
     with ExitStack() as stack:
@@ -257,10 +240,8 @@ class _Job:
 
 def _fingerprint(job: _Job, stem: str) -> str:
     if job.plain:
-        files = document_files(job.path)
-        names = [str(file.relative_to(job.path)) for file in files if file != job.path]
-        parts = [FORMAT, stem, "plain", [sha256_of(file) for file in files], names]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        found = {str(file.relative_to(job.path)): sha256_of(file) for file in document_files(job.path)}
+        return hashlib.sha256(json.dumps([FORMAT, stem, found]).encode()).hexdigest()
     files = [
         *(beir_files(job.path, job.split) if job.is_beir else data_files(job.path)),
         *(data_files(job.corpus) if job.corpus else []),
@@ -287,7 +268,7 @@ def _convert(job: _Job, arrow: Path, fingerprint: str) -> None:
             pa.ipc.new_file(str(part), SCHEMA) as writer,
         ):
             try:
-                for batch in _batches(_examples(job, quarantine, report), BATCH_ROWS):
+                for batch in batches_of(_examples(job, quarantine, report), BATCH_ROWS):
                     writer.write_batch(batch)
                     report["examples"] += batch.num_rows
             except DataError as error:
@@ -335,28 +316,3 @@ def _parsed(job: _Job, parse: Callable[[Row, str], T], quarantine: Quarantine, r
         for value in good_rows(read_rows(file), parse, stem_of(file), quarantine, file):
             report["rows"] += 1
             yield value
-
-
-# ---------------------------------------------------------------------------------------------------- Arrow
-
-
-def _batches(examples: Iterable[Example], size: int) -> Iterator[pa.RecordBatch]:
-    rows = iter(examples)
-    while chunk := list(itertools.islice(rows, size)):
-        yield pa.RecordBatch.from_pylist([_record(example) for example in chunk], schema=SCHEMA)
-
-
-def _record(example: Example) -> dict[str, Any]:
-    record = {key: getattr(example, key) for key in SCHEMA.names}
-    for key in ("positives", "negatives"):
-        record[key] = [{"text": passage.text, "id": passage.id} for passage in record[key]]
-    return record
-
-
-def _example(row: Mapping[str, Any]) -> Example:
-    values = dict(row)
-    for key in ("positives", "negatives"):
-        values[key] = tuple(Passage(**passage) for passage in values[key])
-    for key in ("positive_scores", "negative_scores"):
-        values[key] = None if values.get(key) is None else tuple(values[key])
-    return Example(**values)

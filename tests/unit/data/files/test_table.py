@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from embedwright.data.files import table as table_module
-from embedwright.data.files.table import BATCH_ROWS, ExampleTable, open_examples, write_examples
+from embedwright.data.files.table import BATCH_ROWS, ExampleTable, open_documents, open_examples, write_examples
 from embedwright.data.schema import DataError, Example, Passage
 
 
@@ -330,3 +330,21 @@ def test_a_link_has_its_own_name(tmp_path: Path, cache: Path, monkeypatch: pytes
     (tmp_path / "nq.jsonl").symlink_to(tmp_path / "5f2a90ae")
     (example,) = open_examples(tmp_path / "nq.jsonl", cache=cache)
     assert (example.task, example.id) == ("nq", "nq:1")
+
+
+def test_documents_become_rows_without_a_query(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text('{"id": 7, "title": "T", "text": "body"}\n{"title": "none"}\n{"text": "x"}\n')
+    table = open_documents(tmp_path / "d.jsonl")
+    assert list(table) == [Example("7", "d", "", (Passage("T body"),)), Example("d:3", "d", "", (Passage("x"),))]
+    assert table.first_positives().to_pylist() == ["T body", "x"]
+    assert table.report == {"rows": 2, "examples": 2, "quarantined": 1}
+    (tmp_path / "pages").mkdir()
+    (tmp_path / "pages" / "a.txt").write_text("one\ntwo")
+    pages = open_documents(tmp_path / "pages")
+    assert [(row.id, row.positives[0].text) for row in pages] == [("a.txt", "one\ntwo")]
+    (tmp_path / "pages" / "a.txt").rename(tmp_path / "pages" / "b.txt")
+    assert open_documents(tmp_path / "pages")[0].id == "b.txt", "another name is another row"
+    assert open_documents(tmp_path / "d.jsonl").fingerprint == table.fingerprint != pages.fingerprint
+    with pytest.raises(DataError, match=r"empty\.txt: no example"):
+        (tmp_path / "empty.txt").write_text("\n")
+        open_documents(tmp_path / "empty.txt")
