@@ -16,7 +16,7 @@ endif
 
 BENCH_MODELS := smollm2-135m gemma3-270m qwen3-0.6b-shape
 
-.PHONY: help setup demo test test-long lint types examples docs bench gpu-smoke ablate-smoke clean
+.PHONY: help setup demo test test-long lint types examples docs bench gpu-smoke ablate-smoke twins-smoke clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F '\t' '{printf "  %-12s  %s\n", $$1, $$2}'
@@ -74,6 +74,12 @@ ablate-smoke: setup  ## One tiny cell of each file of recipes/ablations/: shows 
 	@mkdir -p runs/ablate-smoke
 	@cd runs/ablate-smoke; export PATH="$(CURDIR)/$(BIN):$$PATH"; ROWS=60 DOCS=200 ../../recipes/ablations/data.sh; \
 	  for file in ../../recipes/ablations/*.yaml; do echo "== $$file"; embedwright ablate $$file --smoke --out out; done
+
+twins-smoke: setup  ## All four corners of benchmarks/twins, tiny: shows that they run; needs EMBEDWRIGHT_DATA
+	@mkdir -p runs/twins-smoke && rm -rf runs/twins-smoke/out
+	@cd runs/twins-smoke; export PATH="$(CURDIR)/$(BIN):$$PATH"; ROWS=60 DOCS=200 ../../recipes/ablations/data.sh; \
+	  python ../../benchmarks/twins/data.py runs/ablation-data data
+	@TWINS_DATA=runs/twins-smoke/data $(BIN)/python benchmarks/twins/run.py benchmarks/twins/smoke.yaml --out runs/twins-smoke/out
 
 clean:  ## Remove caches and build output; .venv and runs/ stay
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache

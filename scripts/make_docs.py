@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import importlib.util
 import inspect
 import json
 import re
@@ -278,7 +279,17 @@ def results(folder: Path) -> str:
             lines.append(f"- `{name}`: {MODELS.get(name, '')} {made(found)}".replace("  ", " "))
             places.setdefault(place(found), []).append(name)
         lines += [f"- On {where}: {', '.join(names)}." for where, names in places.items()] + [""]
-    return "\n".join([*lines, *(line for file in studies for line in study(file))]).rstrip() + "\n"
+    lines += [line for file in studies for line in study(file)]
+    return "\n".join([*lines, *twins().page(folder / "twins")]).rstrip() + "\n"
+
+
+def twins() -> Any:
+    """The script that makes the tables of benchmarks/twins, as a module."""
+    spec = importlib.util.spec_from_file_location("table", ROOT / "benchmarks" / "twins" / "table.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def study(file: Path) -> list[str]:

@@ -42,7 +42,8 @@ def document(i: int) -> dict[str, object]:
     )
     usage = f"a {name.lower()} of {things}"
     title = name.lower() if i % 3 else f"Who sells {things} in the valley?"
-    return {"_id": f"d{i}", "title": title, "text": f'{text}; "{usage}"', "tags": ["craft", "trade"][i % 2]}
+    links = {"see_also": f"d{i + 1}", "tags": ["craft", "trade"][i % 2]}
+    return {"_id": f"d{i}", "title": title, "text": f'{text}; "{usage}"', **links}
 
 
 def test_documents_become_a_trained_model(
@@ -83,3 +84,51 @@ def test_documents_become_a_trained_model(
     )
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps if "loss" in step] == [1, 2] and all(step["loss"] > 0 for step in steps)
+
+
+def test_documents_of_one_source_are_never_each_others_negatives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through `data pairs`, `mine` and a batch; without sources, the same documents are."""
+    monkeypatch.setenv("EMBEDWRIGHT_CACHE", str(tmp_path / "cache"))
+    names = [f"z{chr(97 + i % 26)}{chr(97 + i // 26)}z" for i in range(36)]  # one in any eight words of its document
+
+    def sold(i: int) -> dict[str, object]:
+        kinds = [THINGS[(i + k) % 12] for k in range(8)]
+        text = " ".join(f"People of {names[i]} sell {kind} and {names[i]} jars." for kind in kinds)
+        return {"_id": f"d{i}", "text": text, "source": f"p{i // 6}", "tags": f"t{i % 6}", "links": f"d{(i + 7) % 36}"}
+
+    documents = [sold(i) for i in range(36)]
+    ways = ["crops", "sentence", "classes", "see-also"]
+
+    def sources(text: str) -> set[str]:
+        return {str(documents[i]["source"]) for i, name in enumerate(names) if name in text}
+
+    def met(name: str, rows: list[dict[str, object]]) -> tuple[set[bool], set[bool]]:
+        """Returns whether a mined negative, and one of the batch, was of the query's own source."""
+        of_id = {str(row["_id"]): str(documents[int(str(row["_id"])[1:])]["source"]) for row in rows}
+        found, shared = set[bool](), set[bool]()
+        for way in ways:
+            given, made, mined = (tmp_path / f"{part}-{name}-{way}.jsonl" for part in ("docs", "made", "mined"))
+            given.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            run("data", "pairs", given, "--how", way, "--out", made, "--negatives", "1", "--name", "d")
+            run("mine", made, "--out", mined, "--teacher", "bm25", "--negatives", "3", "--rule", "naive")
+            tasks, own = read_tasks(tasks_file(mined)), list(open_examples(mined))
+            assert sum(len(row.negatives) for row in own) > 36, way
+            asked = [of_id[row.id.split(":")[1]] for row in own]
+            for row, source in zip(own, asked, strict=True):
+                found |= {source in sources(passage.text) for passage in row.negatives}
+            batch = make_batch(
+                [Row(row, tasks[row.task]) for row in own],
+                Contract(eos_id=1),
+                hard_negatives=3,
+                in_batch="all",
+                rng=np.random.default_rng(0),
+            )
+            for source, negative_C in zip(asked, batch.masks.negative_QC, strict=True):
+                shared |= {source in sources(batch.candidates[c][1]) for c in np.flatnonzero(negative_C)}
+        return found, shared
+
+    assert met("with", documents) == ({False}, {False})
+    without = [{key: value for key, value in row.items() if key != "source"} for row in documents]
+    assert met("without", without) == ({False, True}, {False, True})

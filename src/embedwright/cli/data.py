@@ -190,7 +190,7 @@ def data_pairs(
     out: options.Out,
     column: Annotated[
         list[str] | None,
-        opt("Column of rows that is the text, title, id, label or source, as title=summary. Repeatable."),
+        opt("Column of rows that is the text, title, id, label, source or links, as title=summary. Repeatable."),
     ] = None,
     per_document: Annotated[int, opt("Number of draws of a document, for ways that draw.", min=1)] = 1,
     negatives: Annotated[int, opt("Most negatives of an example, for `bm25`, `gloss` and `classes`.", min=1)] = 7,

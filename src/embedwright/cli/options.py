@@ -75,7 +75,8 @@ Form = Annotated[
 OnlyLabels = Annotated[
     list[str] | None, opt("Keep rows of this label only. Repeatable. Default: all labels.", "--label")
 ]
-WAYS = "title, summary, crops, sentence, bm25, cloze, templates, gloss, swap, classes, lemma"  # those of `data pairs`
+# Those of `data pairs`.
+WAYS = "title, summary, crops, sentence, bm25, cloze, templates, gloss, swap, classes, see-also, lemma"
 Seed = Annotated[int, opt("Seed of all random draws.")]
 PerExample = Annotated[int, opt("Number of negatives of an example that is made of labels.", min=1)]
 Against = Annotated[

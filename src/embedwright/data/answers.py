@@ -43,9 +43,12 @@ def marks_of(task: str, passages: Iterable[Passage]) -> set[int]:
 
 def document_marks(task: str, passage: Passage) -> list[int]:
     """Returns the number of the passage's document, if it has an id, or one for each class of a `class_id`."""
-    if passage.id is None:
-        return []
-    return [id_mark(task, part) for part in passage.id.split(_AND)]
+    return [id_mark(task, part) for part in ids_of(passage)]
+
+
+def ids_of(passage: Passage) -> list[str]:
+    """Returns the id of the passage's document, if it has one, or the parts of a `class_id`."""
+    return [] if passage.id is None else passage.id.split(_AND)
 
 
 def class_id(labels: Iterable[str]) -> str:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from embedwright.data.answers import question_of, text_mark
+from embedwright.data.answers import ids_of, question_of, text_mark
 from embedwright.data.keys import are_near, shingles, word_key
 from embedwright.data.schema import Example
 from embedwright.mining.pool import Pool
@@ -126,9 +126,9 @@ class Miner:
     def _exclusions(self, query: MiningQuery) -> Exclusions:
         example, answers = query.example, query.answers
         return Exclusions(
-            self.pool.rows_with_id(example.task, answers),
+            self.pool.rows_with_id(example.task, dict.fromkeys(id for answer in answers for id in ids_of(answer))),
             [text_mark(text) for text in (example.query, *(p.text for p in answers))],
-            self.pool.rows_with_id(example.task, example.negatives),
+            self.pool.rows_with_id(example.task, (p.id for p in example.negatives if p.id is not None)),
             [text_mark(p.text) for p in example.negatives],
         )
 

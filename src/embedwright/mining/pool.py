@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from embedwright.data.answers import text_mark
+from embedwright.data.answers import ids_of, text_mark
 from embedwright.data.schema import Example, Passage
 from embedwright.encoders.protocol import Encoder
 from embedwright.vectors.shards import Vectors
@@ -25,8 +25,8 @@ class Documents(dict[str, str]):
     """Positives as a corpus: id -> text.
 
     Two tasks, or two chunks of one document, may use one id for different texts. So a document's id here is not always
-    the id that rows give it. `named` maps (task, id in its rows) to the ids here; `given` maps an id here to the id
-    that each task gives it.
+    the id that rows give it. `named` maps (task, id in its rows, or a part of a `class_id`) to the ids here; `given`
+    maps an id here to the id that each task gives it.
     """
 
     def __init__(self) -> None:
@@ -54,7 +54,8 @@ def positives_of(examples: Iterable[Example]) -> Documents:
         key = next(free) if first in documents or (not own and first in reserved) else first
         documents[key] = text
         for task, id in own:
-            documents.named[task, id].append(key)
+            for part in dict.fromkeys([id, *ids_of(Passage(text, id))]):
+                documents.named[task, part].append(key)
             documents.given[key].setdefault(task, id)
     return documents
 
@@ -84,9 +85,9 @@ class Pool:
         self.keys[asked] = np.fromiter((text_mark(self.text(row)) for row in asked.tolist()), np.int64, len(asked))
         return self.keys[rows]
 
-    def rows_with_id(self, task: str, passages: Iterable[Passage]) -> list[int]:
-        """Returns the rows of the documents that an example of `task` means by the ids of these passages."""
-        ids = [p.id for p in passages if p.id is not None and (task, p.id) not in self.foreign]
+    def rows_with_id(self, task: str, ids: Iterable[str]) -> list[int]:
+        """Returns the rows of the documents that an example of `task` means by these ids, or parts of a `class_id`."""
+        ids = [id for id in ids if (task, id) not in self.foreign]
         if isinstance(self.corpus, Documents):
             ids = [key for id in ids for key in self.corpus.named.get((task, id), ())]
         return [self.row_of_id[id] for id in ids if id in self.row_of_id]

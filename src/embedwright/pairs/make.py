@@ -23,6 +23,7 @@ from embedwright.pairs.classes import classes
 from embedwright.pairs.cloze import cloze
 from embedwright.pairs.dictionary import gloss
 from embedwright.pairs.lemma import lemma
+from embedwright.pairs.links import see_also
 from embedwright.pairs.swap import swap
 from embedwright.pairs.templates import templates
 from embedwright.pairs.way import Made, Make
@@ -77,6 +78,7 @@ WAYS: dict[str, Way] = {
     "gloss": Way(lambda documents, options: gloss(documents, options.negatives), draws=True),
     "swap": Way(lambda *_: swap, draws=True),
     "classes": Way(lambda documents, options: classes(documents, options.negatives), draws=True),
+    "see-also": Way(lambda documents, _: see_also(documents)),
     "lemma": Way(_lemma, draws=True),
 }
 ANSWER = "Given a question, retrieve passages that answer the question"
@@ -93,6 +95,7 @@ MEANINGS: dict[str, Meaning] = {
     "gloss-usage": Meaning("retrieval", "Given a word and its meaning, retrieve an example of its use"),
     "swap": Meaning("pair", "Given a claim, retrieve the passage that supports it"),
     "classes": Meaning("clustering", "Identify the category of the text", symmetric=True),
+    "see-also": Meaning("retrieval", "Given a text, retrieve texts on related subjects", symmetric=True),
     "lemma": Meaning("sts", "Retrieve semantically similar text", symmetric=True),
 }
 
@@ -114,7 +117,7 @@ def make_pairs(
 
     The ways follow each other in the file, each in the order of the documents, with their tasks `<name>-<way>` beside
     it (`name`: by default the file's). What a way draws for a document depends on `seed`, the way and the document's id
-    alone; `bm25`, `gloss` and `classes` look at other documents, too, and hold them in memory. The documents
+    alone; `bm25`, `gloss`, `classes` and `see-also` look at other documents, too, and hold them in memory. Documents
     are read once for each way, and once before, to find bad lines: these are kept in `<out>.quarantine.jsonl`.
 
     `per_document`: how often a way that draws does so for a document; equal examples are written once. `negatives`: the

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+from embedwright.data.answers import class_id, ids_of
 from embedwright.data.schema import Example, Passage
 from embedwright.mining.pool import make_pool, positives_of
 
@@ -29,7 +30,7 @@ def test_every_text_is_a_document_and_ids_lead_to_their_texts() -> None:
         for row in rows:
             for p in row.positives:
                 same_id = {o.text for r in rows if r.task == row.task for o in r.positives if p.id and o.id == p.id}
-                assert {pool.text(place) for place in pool.rows_with_id(row.task, [p])} == same_id
+                assert {pool.text(place) for place in pool.rows_with_id(row.task, [p.id] if p.id else [])} == same_id
             for place in range(len(pool.ids)):
                 known = pool.passage(row.task, place)
                 meant = {o.text for r in rows if r.task == row.task for o in r.positives if o.id == known.id}
@@ -49,7 +50,19 @@ def test_an_id_of_a_corpus_is_that_of_the_task_whose_text_it_has() -> None:
         Example("e1", "b", "q", (Passage("text of b", "42"),)),
     ]
     pool = make_pool({"42": "TEXT of a", "7": "else"}, rows, ())
-    assert pool.rows_with_id("a", rows[0].positives) == [0] and pool.rows_with_id("b", rows[1].positives) == []
+    assert pool.rows_with_id("a", ["42"]) == [0] and pool.rows_with_id("b", ["42"]) == []
     assert pool.passage("b", 0).id is None and pool.passage("a", 0).id == "42" and pool.passage("b", 1).id == "7"
     unknown = make_pool({"42": "a third text"}, rows, ())  # no row's own: the safe side
-    assert unknown.rows_with_id("a", rows[0].positives) == unknown.rows_with_id("b", rows[1].positives) == [0]
+    assert unknown.rows_with_id("a", ["42"]) == unknown.rows_with_id("b", ["42"]) == [0]
+
+
+def test_a_part_of_a_class_id_finds_all_documents_that_have_it() -> None:
+    texts = {"one": ["x", "y"], "two": ["y"], "three": ["z", "x"], "four": ["z"]}
+    rows = [Example(text, "t", "q", (Passage(text, class_id(labels)),)) for text, labels in texts.items()]
+    pool = make_pool(positives_of(rows), rows, ())
+
+    def found(*labels: str) -> set[str]:
+        return {pool.text(row) for row in pool.rows_with_id("t", ids_of(Passage("", class_id(labels))))}
+
+    assert found("x") == {"one", "three"} and found("x", "z") == {"one", "three", "four"} and not found("w")
+    assert {pool.text(row) for row in pool.rows_with_id("t", [class_id(["x", "y"])])} == {"one"}

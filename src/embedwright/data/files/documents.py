@@ -26,6 +26,7 @@ COLUMNS = {
     "id": ("_id", "id"),
     "label": ("label", "tags"),
     "source": ("source",),
+    "links": ("see_also", "links"),
 }
 _PAGES = (".txt", ".md")  # files of a folder that are a document each
 _HEADING = re.compile(r"\A\s*#\s+(.+?)\s*#*\s*\n")
@@ -33,13 +34,17 @@ _HEADING = re.compile(r"\A\s*#\s+(.+?)\s*#*\s*\n")
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Holds one document. `labels` are its classes; documents of one `source` are never each other's negatives."""
+    """Holds one document. `labels` are its classes; documents of one `source` are never each other's negatives.
+
+    `links` are ids or titles of documents that it names: those of its row, not those in its text.
+    """
 
     id: str
     text: str
     title: str = ""
     labels: tuple[str, ...] = ()
     source: str = ""
+    links: tuple[str, ...] = ()
 
     @property
     def whole(self) -> str:
@@ -97,14 +102,15 @@ def _document(row: Mapping[str, Any], columns: Mapping[str, tuple[str, ...]], de
 
     if value("text")[0] is None:
         raise DataError(f"no {columns['text'][0]}; the row has {', '.join(map(str, row))[:100]} (--column text=NAME)")
-    text, title, id_, label, source = map(value, ("text", "title", "id", "label", "source"))
-    labels = label[0] if isinstance(label[0], list | tuple) else [label[0]]
+    text, title, id_, label, source, link = map(value, ("text", "title", "id", "label", "source", "links"))
+    labels, links = (one[0] if isinstance(one[0], list | tuple) else [one[0]] for one in (label, link))
     return Document(
         id=default_id if id_[0] is None else id_of(*id_),
         text=_shown(*text),
         title="" if title[0] is None or title[0] == "" else " ".join(_shown(*title).split()),
         labels=tuple(label_of(item, label[1]) for item in labels if item is not None),
         source="" if source[0] is None else id_of(*source),
+        links=tuple(str(item) for item in links if isinstance(item, str | int)),  # others name no document
     )
 
 

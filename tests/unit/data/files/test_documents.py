@@ -37,11 +37,24 @@ def test_rows_give_text_title_id_labels_and_source(tmp_path: Path) -> None:
     assert read(tmp_path / "p.parquet") == ([Document("p:1", "only text")], [])
 
 
+def test_links_are_ids_and_titles(tmp_path: Path) -> None:
+    rows = [
+        {"id": "a", "text": "one", "see_also": ["b", 7, {"url": "x"}, None]},
+        {"id": "b", "text": "two", "links": "Title of c"},
+        {"id": "c", "text": "three", "links": {"not": "a list"}},
+    ]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    documents, bad = read(tmp_path / "d.jsonl")
+    assert [document.links for document in documents] == [("b", "7"), ("Title of c",), ()] and not bad
+    documents, _ = read(tmp_path / "d.jsonl", "links=id")
+    assert [document.links for document in documents] == [("a",), ("b",), ("c",)]
+
+
 def test_columns_can_be_named(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_text('{"query": "short", "positive": "long", "package": 5, "text": "not read"}\n')
     named = ("title=query", "text=positive", "source=package")
     assert read(tmp_path / "d.jsonl", *named)[0] == [Document("d:1", "long", "short", (), "5")]
-    with pytest.raises(InputError, match=r"'titel=x'.*text, title, id, label, source.*did you mean 'title'"):
+    with pytest.raises(InputError, match=r"'titel=x'.*text, title, id, label, source, links.*did you mean 'title'"):
         columns_of(["titel=x"])
     with pytest.raises(InputError, match="PART=COLUMN"):
         columns_of(["title"])
