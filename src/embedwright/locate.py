@@ -59,7 +59,9 @@ def local(name: str | Path) -> Path | None:
     with blaming(f"model {written[:100]!r}", "is no name of a file or folder"):
         path = Path(name).expanduser()
         if (path / "recipe.yaml").is_file() and not (path / "config.json").exists():
-            raise InputError(f"{written} is the folder of a run; the model of one that has ended is {path / 'model'}")
+            raise InputError(
+                f"{written} is the folder of a run; one that has ended has {path / 'model'}, {path / 'adapter'} or both"
+            )
         if path.exists():
             return path
     if written.startswith((".", "/", "~")) or written.partition("@")[0].count("/") > 1 or path.suffix == ".gguf":

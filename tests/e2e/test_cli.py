@@ -271,7 +271,7 @@ def test_own_pairs_are_prepared_trained_and_resumed(
 
     answer = command(*arguments)
     assert answer.code == 0, answer.err
-    assert "left as it is" in answer.out and "start 0" in answer.out and "15/15" not in answer.out
+    assert f"model: {out / 'model'} " in answer.out and "start 0" in answer.out and "15/15" not in answer.out
     assert opened == ["small"] and before == {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
 
     write(data, own_pairs(70))

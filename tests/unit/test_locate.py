@@ -45,7 +45,7 @@ def test_a_path_to_nothing_is_no_hub_id(name: str, monkeypatch: pytest.MonkeyPat
 
 def test_the_folder_of_a_run_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").touch()
-    with pytest.raises(InputError, match=r"is the folder of a run; the model of one that has ended is .*model$"):
+    with pytest.raises(InputError, match=r"is the folder of a run; one that has ended has .*model, .*adapter or both$"):
         find(tmp_path)
     (tmp_path / "config.json").touch()
     assert find(tmp_path).path == tmp_path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -17,7 +16,6 @@ from embedwright.cli.options import arg, opt
 from embedwright.errors import InputError
 
 if TYPE_CHECKING:
-    from embedwright.model.embedder import Embedder
     from embedwright.training.recipe import Recipe
 
 
@@ -41,6 +39,7 @@ def train(
     from embedwright.demo import quickstart
     from embedwright.processes import joined
     from embedwright.training.recipe import Recipe
+    from embedwright.training.run.save import check_no_older
     from embedwright.training.train import train as run
 
     if (recipe is None) == (data is None):
@@ -54,7 +53,7 @@ def train(
             raise InputError("--data mines first, which is for one process: start many of them with a recipe file")
         if out is None:
             raise InputError("--data needs --out, the folder that the run is kept in")
-        _refuse_older_model(out)
+        check_no_older(out)
         plan = quickstart.recipe_for(
             data, base, out, layers=layers, instruction=instruction or quickstart.INSTRUCTION, teacher=teacher
         )
@@ -75,45 +74,30 @@ def train(
             if first:
                 say("\n".join(lines))
         return
-    _refuse_older_model(Path(plan.run.out))
-    model = run(plan, on_step=training(plan), on_evaluation=lambda line: say(f"  {line}"))
+    run(plan, on_step=training(plan), on_evaluation=lambda line: say(f"  {line}"))
     with joined() as first:
         if first:
-            _keep(plan, model)
+            _show(plan)
 
 
-def _refuse_older_model(out: Path) -> None:
-    """Raises InputError for a model without its run's checkpoints: it would be taken for the result of this run.
-
-    With checkpoints, `train` itself refuses another recipe, other data and another base.
-    """
-    if (out / "model").exists() and not any((out / "checkpoints").glob("[!.]*")):
-        raise InputError(
-            f"{out / 'model'} is of an older run, whose checkpoints are gone: move it, or choose another --out"
-        )
-
-
-def _keep(plan: Recipe, model: Embedder) -> None:
-    """Saves the trained model into the run's folder, shows its scores and says how to search with it."""
+def _show(plan: Recipe) -> None:
+    """Shows the scores of a finished run, and says how to search with its model."""
+    from embedwright.training.run.save import kept_forms
     from embedwright.training.stages import StagePart
 
-    run = Path(plan.run.out)
-    folder = run / "model"
-    if folder.exists():
-        say(f"{folder} is there already: left as it is")
-    else:
-        model.save(folder)
-        shutil.copyfile(run / "README.md", folder / "README.md")
-    show_run(run)
+    show_run(Path(plan.run.out))
     tasks = (stage.data[0].task for stage in plan.stages if isinstance(stage, StagePart))
     instruction = getattr(next(tasks, None), "instruction", "")
     asked = f' --task "{instruction}"' if instruction else ""
-    say(
-        f'model: {folder}   (in Python: Embedder.load("{folder}"))\n'
-        "search with it, in a file of texts (.txt, or JSONL with `text`):\n"
-        f"  embedwright index {folder} texts.jsonl {folder.with_name('index')}\n"
-        f'  embedwright search {folder} {folder.with_name("index")} "your query"{asked}'
-    )
+    folders = list(kept_forms(plan).values())
+    for folder in folders:
+        say(f'model: {folder}   (in Python: Embedder.load("{folder}"))')
+    for folder in folders[:1]:
+        say(
+            "search with it, in a file of texts (.txt, or JSONL with `text`):\n"
+            f"  embedwright index {folder} texts.jsonl {folder.with_name('index')}\n"
+            f'  embedwright search {folder} {folder.with_name("index")} "your query"{asked}'
+        )
 
 
 def merge(

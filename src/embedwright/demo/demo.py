@@ -46,6 +46,7 @@ def run(recipe: Recipe) -> list[str]:
     if the saved model gives other vectors than the trained one.
     """
     started = time.perf_counter()
+    recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"save": ("merged",), "dtype": "float32"})})
     out = Path(recipe.run.out)
     data = out / "data"
     task = recipe.stages[0].data[0].task
@@ -71,7 +72,7 @@ def run(recipe: Recipe) -> list[str]:
     for before, after in pairwise(["raw", *stages]):
         say(f"  {after}: {len(_higher(rows, before, after))} of {len(rows)} scores are higher than those of {before}")
     part(f"the model, saved to {out / 'model'} and opened again")
-    opened = _save_and_open(model, out / "model")
+    opened = _opened(model, out / "model")
     part("search in the documentation that was held out")
     corpus = data / "heldout" / "retrieval" / "corpus.jsonl"
     _search(opened, corpus, instruction)
@@ -158,9 +159,7 @@ def _higher(rows: list[Row], before: str, after: str) -> list[Row]:
     return [row for row in rows if float(row[after] or 0) > float(row[before] or 0)]
 
 
-def _save_and_open(model: Embedder, folder: Path) -> Embedder:
-    if not folder.exists():
-        model.save(folder)
+def _opened(model: Embedder, folder: Path) -> Embedder:
     opened = Embedder.load(folder)
     texts = ["a text", "another text, to compare", *QUESTIONS]
     difference = float(np.abs(opened.encode(texts) - model.encode(texts)).max())

@@ -143,21 +143,26 @@ class Embedder:
         selftest.check(network, model.text_tokenizer, folder, reload)
         return model
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, dtype: str | None = None) -> None:
         """Saves the model into a new folder.
 
         Models with `mean` or `last` pooling also open in plain sentence-transformers, the others once embedwright is
         imported. A model with unmerged adapters is saved as an adapter folder in peft's format: LoRA, pooling block,
         and where the base is.
 
+        Args:
+            path: The folder, new or empty.
+            dtype: `float32`, `bfloat16` or `float16`: the type of every weight in the folder. Default: as in memory.
+
         Raises:
             FileExistsError: The folder is not empty.
-            ValueError: The model is folded, or the weights below the adapters are on no disk.
+            ValueError: The model is folded, the weights below the adapters are on no disk, or a weight does not fit
+                into float16.
             ProbeError: The adapters are not active.
         """
         if isinstance(self.network.head, FoldedLatent):
             raise InputError(FOLDED)
-        save_network(self.network, self.own_tokenizer, Path(path))
+        save_network(self.network, self.own_tokenizer, Path(path), None if dtype is None else dtype_named(dtype))
         if not has_lora(self.network.backbone):
             stock = opens_as_stock(self.network, self.text_tokenizer)
             self.network.origin = origin_of(path, self.network.backbone, "stock" if stock else "whole")

@@ -16,7 +16,7 @@ from transformers import AutoModel
 from embedwright.errors import InputError
 from embedwright.model.pooling import GatedBlock, LatentPooling, SelfPooling, make_head
 from embedwright.training.recipe import Recipe
-from embedwright.training.run.start import naming_the_model, shape_of
+from embedwright.training.run.start import naming_the_model, rank_of, shape_of
 
 GB = 10**9
 Kind = Literal["cpu", "cuda"]
@@ -69,7 +69,7 @@ def sizes_of(recipe: Recipe) -> Sizes:
     if any(parameter.ndim > 2 for parameter in layer.parameters()) or len(matrices) % config.num_hidden_layers:
         raise NoEstimate(f"{spec.name} has layers of several kinds, or experts, which this count does not know")
     full = tune.method == "full"
-    adapters = 0 if full else sum(tune.rank * (m.in_features + m.out_features) for m in matrices)
+    adapters = 0 if full else sum(rank_of(recipe) * (m.in_features + m.out_features) for m in matrices)
     decoder, in_head = _count(backbone), _count(head)
     frozen = head.latents.numel() if tune.freeze and isinstance(head, LatentPooling) else 0
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -198,7 +198,7 @@ def kept_by_layer(recipe: Recipe, sizes: Sizes, kind: Kind) -> int:
         inputs = s.inputs * width  # autocast makes each linear layer a copy
     else:
         inputs = (2 * s.hidden + s.attention + s.wide) * width  # layers that read the same states share them
-    narrow = 0 if full else s.linears * tune.rank * width
+    narrow = 0 if full else s.linears * rank_of(recipe) * width
     norms = 4 * s.norms * (2 if full else 1)  # in float32; where its weight is trained, the normed states too
     attention = 2 * (s.attention + s.keys) * width + 4 * s.heads  # queries, keys, values, output; log-sums
     gated = 3 * s.wide * width  # gate, its activation, and what it is multiplied with

@@ -108,6 +108,8 @@ class TunePart(Part):
     """Rank of the adapters. Source: paper, v1."""
     alpha: Positive = 32
     """The adapters' output is scaled by alpha / rank. Source: paper, v1."""
+    adapters: Literal["fresh", "continue"] = "fresh"
+    """Adapters of `model.from`: merge them and add new ones, or train them on, with their rank and alpha."""
     dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.1
     """Dropout on the adapters' input. Unit: probability. Source: paper, v1."""
     pooling_lr_ratio: PositiveNumber = 1.0
@@ -117,13 +119,20 @@ class TunePart(Part):
     gradient_checkpointing: Flag = False
     """Compute activations again in the backward pass: less memory, more time, same result."""
 
+    @model_serializer(mode="wrap")
+    def _as_it_acts(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves out what the adapters decide that train on. A recipe without such adapters keeps its older hash."""
+        left_out = ("rank", "alpha") if self.adapters == "continue" else ("adapters",)
+        return {key: value for key, value in dump(self).items() if key not in left_out}
 
-def _listed(trackers: Any) -> Any:
+
+def _listed(names: Any) -> Any:
     """Turns one name into a list, and the name `none` into an empty list. Anything else is returned as it is."""
-    return ([] if trackers == "none" else [trackers]) if isinstance(trackers, str) else trackers
+    return ([] if names == "none" else [names]) if isinstance(names, str) else names
 
 
 Tracker = Literal["tensorboard", "wandb", "trackio"]
+Form = Literal["adapter", "merged"]
 
 
 class RunPart(Part):
@@ -145,6 +154,10 @@ class RunPart(Part):
     """How many processes share the work (docs/distributed.md)."""
     tracker: Annotated[tuple[Tracker, ...], BeforeValidator(_listed)] = ("tensorboard",)
     """`tensorboard`, `wandb`, `trackio`, `none`, or a list (docs/runs.md)."""
+    save: Annotated[tuple[Form, ...], BeforeValidator(_listed)] = ("merged",)
+    """What is kept of the model: `merged`, the whole; `adapter`, without the base; both, or `none` (docs/runs.md)."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the weights that are saved."""
 
 
 class EvalPart(Part):

@@ -85,6 +85,20 @@ class Recipe(Part):
         return self
 
     @model_validator(mode="after")
+    def _adapters_are_there(self) -> Recipe:
+        if self.tune.adapters == "continue" and not (self.model.from_ and self.tune.method == "lora"):
+            raise InputError("tune.adapters: continue trains the adapters of model.from on, by method lora alone")
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_saved_is_there(self) -> Recipe:
+        if "adapter" in self.run.save and self.tune.method == "full":
+            raise InputError("run.save: tune.method full trains no adapters: leave adapter out, or tune by lora")
+        if not self.run.save and (keeps := [stage.name for stage in self.stages if stage.save]):
+            raise InputError(f"stages.{keeps[0]}.save keeps the forms of run.save, and that names none")
+        return self
+
+    @model_validator(mode="after")
     def _stage_names_differ(self) -> Recipe:
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):

@@ -174,7 +174,7 @@ class StagePart(Part):
     mine: MinePart | None = None
     optim: OptimPart
     save: Flag = False
-    """Keep the model of the end of the stage in `<run.out>/stages/<name>/`, for another run's `model.from`."""
+    """Keep the forms of `run.save` at the stage's end in `<run.out>/stages/<name>/`, for another run's `model.from`."""
 
     @model_validator(mode="after")
     def _uses_what_is_mined(self) -> StagePart:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from embedwright.config import ConfigError
-from embedwright.files import remove_leftovers, write_text
+from embedwright.files import remove_leftovers
 from embedwright.host import own_random_numbers
 from embedwright.model.embedder import Embedder
 from embedwright.model.interop.card import facts, model_card
@@ -36,21 +36,14 @@ from embedwright.training.run.checkpoint import (
     restore_optimizer,
     save_checkpoint,
 )
-from embedwright.training.run.checks import check_reading, check_saved, open_checked, stage_folder
+from embedwright.training.run.checks import check_reading, open_checked
 from embedwright.training.run.distill import teacher_of
 from embedwright.training.run.folder import card_facts, describe_run
 from embedwright.training.run.heldout import measured_once
+from embedwright.training.run.save import check_saved, save_end, save_stage
 from embedwright.training.run.scores import Scores
 from embedwright.training.run.signals import Interrupted, StopRequest, stop_on_signal
-from embedwright.training.run.start import (
-    finish,
-    load_trained,
-    naming_the_model,
-    origin_fingerprint,
-    save_copy,
-    start_model,
-    whole_model,
-)
+from embedwright.training.run.start import load_trained, naming_the_model, origin_fingerprint, start_model
 from embedwright.training.run.track import Tracker
 from embedwright.training.run.watch import MovedWeights, NonFinite, stuck, warn_if_inert
 from embedwright.training.stages import START, Stage
@@ -91,7 +84,7 @@ def train(recipe: Recipe, *, on_step: OnStep | None = None, on_evaluation: OnEva
     checkpoint = _newest(out / "checkpoints", processes)
     if checkpoint is not None:
         state = _continue(checkpoint, state, out)
-    check_saved(recipe, out, checkpoint is not None, state.stage)
+    check_saved(recipe, checkpoint is not None, state.stage)
     model = start_model(recipe, processes)
     check_reading(recipe, sources, model)
     out.mkdir(parents=True, exist_ok=True)
@@ -117,11 +110,12 @@ def train(recipe: Recipe, *, on_step: OnStep | None = None, on_evaluation: OnEva
         for number in range(state.stage, len(recipe.stages)):
             begin = replace(state, stage=number, step=state.step if number == state.stage else 0)
             run.stage(sources[number], begin, checkpoint if begin.step else None)
-    model = finish(whole_model(recipe, model, processes))
-    if processes.first:
-        known = facts(model.network, model.text_tokenizer) | card_facts(recipe, sources, scores.records)
-        write_text(out / "README.md", model_card(known.pop("name"), path="model", **known))
-    return model
+    told = card_facts(recipe, sources, scores.records)
+
+    def card(saved: Embedder, path: str) -> str:
+        return model_card(path=path, **facts(saved.network, saved.text_tokenizer) | told)
+
+    return save_end(recipe, model, processes, card)
 
 
 @dataclass(frozen=True)
@@ -177,7 +171,7 @@ class _Run:
             probe.check(network)
         self.measure(state.stage, sources, last)
         if stage.save:  # before a checkpoint that is past this stage: until then, a killed run ends the stage again
-            save_copy(recipe, self.model, self.processes, stage_folder(self.out, stage.name))
+            save_stage(recipe, self.model, self.processes, stage.name)
         if recipe.eval.decides:  # the stage ended on other weights than those of its last checkpoint
             self.save(replace(state, stage=state.stage + 1, step=0), None)
 

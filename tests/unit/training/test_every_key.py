@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from pydantic import BaseModel
 
 from embedwright.config import ConfigError
@@ -86,6 +87,7 @@ CHANGES: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "tune.method": ("weights", "full", {}),
     "tune.rank": ("weights", 3, {}),
     "tune.alpha": ("weights", 7, {}),
+    "tune.adapters": ("weights", "continue", {"model.from": "{adapted}"}),
     "tune.dropout": ("weights", 0.5, {}),
     "tune.pooling_lr_ratio": ("weights", 0.1, {}),
     "tune.freeze": ("weights", ["latents"], {}),
@@ -145,6 +147,8 @@ CHANGES: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "run.precision": ("loss", "bf16", {}),
     "run.batch_tokens": ("weights", 20, {}),  # other dropout masks
     "run.tracker": ("files", ["tensorboard"], {}),
+    "run.save": ("files", ["adapter", "merged"], {}),
+    "run.dtype": ("saved", "bfloat16", {}),
     "eval.suites": ("files", ["falling"], {}),
     "eval.every": ("files", 2, JUDGED),
     "eval.best": ("weights", True, JUDGED),
@@ -196,7 +200,13 @@ def places(
     ids = [{"query": text(f"q{i}"), "positives": [{"id": f"d{i}"}]} for i in range(12)]
     tiny_embedder("mean", seed=3).save(at / "embedder")
     tiny_embedder("mean", "qwen3").save(at / "other")
+    adapted = tiny_embedder("mean", seed=3).add_lora(2, 4)
+    for name, parameter in adapted.network.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
+    adapted.save(at / "adapted")
     return {
+        "adapted": str(at / "adapted"),
         "decoder": str(tiny_decoder("llama")),
         "other_decoder": str(tiny_decoder("qwen3")),
         "embedder": str(at / "embedder"),
@@ -291,6 +301,7 @@ def outcome(
             "loss": [record["loss"] for record in records],
             "weights": model.encode(TEXTS, task="Find its answer").tobytes(),
             "files": files_of(out),
+            "saved": [file.stat().st_size for file in sorted(out.glob("model/*.safetensors"))],
             "place": str(out),
             "card": (out / "README.md").read_text(),
             "error": "",

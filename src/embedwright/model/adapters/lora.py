@@ -84,6 +84,14 @@ def inject_lora(root: Any, config: Any, *, mixed: bool = False) -> None:
             parameter.data = parameter.data.float()
 
 
+def train_on(backbone: Any, *, dropout: float, mixed: bool) -> None:
+    """Prepares adapters that were loaded for more training, in place, as `add_lora` prepares fresh ones."""
+    for _, layer in _lora_layers(backbone):
+        layer.lora_dropout["default"] = nn.Dropout(dropout) if dropout else nn.Identity()
+        layer.cast_input_dtype_enabled = not mixed
+    backbone.peft_config["default"].lora_dropout = dropout
+
+
 def has_lora(backbone: nn.Module) -> bool:
     return any("lora_" in name for name, _ in backbone.named_parameters())
 

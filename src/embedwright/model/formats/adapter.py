@@ -49,13 +49,14 @@ _HARMLESS = {"modules_to_save": ["head"], "init_lora_weights": "gaussian"}  # be
 OpenEmbedder = Callable[..., tuple[EmbedwrightModel, Any]]
 
 
-def write_adapter(network: EmbedwrightModel, folder: Path) -> None:
-    """Writes the adapters and the pooling block of `network` into an empty folder.
+def write_adapter(network: EmbedwrightModel, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Writes the adapters and the pooling block of `network` into an empty folder, in `dtype` (None: as they are).
 
     Raises InputError if the weights below the adapters are not those that were read from disk.
     """
     backbone, origin = network.backbone, network.origin
-    if origin is None or not same_samples(origin.samples, weight_samples(backbone)):
+    samples = weight_samples(backbone)  # in the type of the weights, in which the base is opened again
+    if origin is None or not same_samples(origin.samples, samples):
         where = "are on no disk" if origin is None else f"are not those of {origin.name} any more"
         raise InputError(
             f"the weights below the adapters {where}, so the adapters alone would be of no use: "
@@ -72,7 +73,8 @@ def write_adapter(network: EmbedwrightModel, folder: Path) -> None:
     config.modules_to_save = ["head"] if head else None
     config.task_type, config.inference_mode = "FEATURE_EXTRACTION", True
     config.save_pretrained(folder)
-    for file, tensors in ((_WEIGHTS, lora | head), (_SAMPLES, origin.samples)):
+    trained = {name: tensor.to(dtype or tensor.dtype) for name, tensor in (lora | head).items()}
+    for file, tensors in ((_WEIGHTS, trained), (_SAMPLES, samples)):
         save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, folder / file, metadata={"format": "pt"})
     decoder = {
         "layers": backbone.config.num_hidden_layers,

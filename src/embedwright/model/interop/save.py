@@ -8,6 +8,8 @@ imported (design, section 7). `embedwright.json` holds the contract in the first
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +37,16 @@ from embedwright.text import TextTokenizer, private_copy, tokenize
 _BOUNDARY_PROBES = ("word", "Word", "2 words", "(x)", "été", "漢字", "_name", "-1", "a\nb")
 
 
-def save_network(network: EmbedwrightModel, tokenizer: Any, path: Path) -> None:
+def save_network(network: EmbedwrightModel, tokenizer: Any, path: Path, dtype: torch.dtype | None = None) -> None:
     """See `Embedder.save`."""
     check_new_folder(path)
     if in_four_bits(network.backbone):
         raise InputError(f"cannot save: {ONLY_TRAINED}")
     probe.check(network)
     text_tokenizer = TextTokenizer(tokenizer.backend_tokenizer)
-    with whole_folder(path) as temp:
+    with whole_folder(path) as temp, rounded(network, dtype):  # so that the vectors on record are of what is stored
         if has_lora(network.backbone):
-            write_adapter(network, temp)
+            write_adapter(network, temp, dtype)
         elif opens_as_stock(network, text_tokenizer):
             _save_stock(network, tokenizer, temp)
         else:
@@ -54,6 +56,31 @@ def save_network(network: EmbedwrightModel, tokenizer: Any, path: Path) -> None:
             hidden = network.backbone.config.hidden_size
             _write_json(temp, sentence_transformers_files(network.contract, "mean", hidden, OUR_TRANSFORMER))
         selftest.write(network, text_tokenizer, temp)
+
+
+@contextmanager
+def rounded(network: EmbedwrightModel, dtype: torch.dtype | None) -> Iterator[None]:
+    """Within the block the weights that `save_network` writes have the values that they have in `dtype`.
+
+    Those of a whole model are in `dtype`, embeddings and norms included. Adapters and the pooling block above them stay
+    in float32, as they are when their folder is loaded. Raises InputError for a weight that is not finite in `dtype`.
+    """
+    adapters = has_lora(network.backbone)
+    kept = {
+        name: (parameter, parameter.data)
+        for name, parameter in network.named_parameters()
+        if dtype is not None and (not adapters or "lora_" in name or name.startswith("head."))
+    }
+    try:
+        for name, (parameter, exact) in kept.items():
+            low = exact.to(dtype)
+            if not low.isfinite().all():
+                raise InputError(f"{name} has values that {dtype} cannot hold: save in bfloat16 or float32")
+            parameter.data = low.float() if adapters else low
+        yield
+    finally:
+        for parameter, exact in kept.values():
+            parameter.data = exact
 
 
 def opens_as_stock(network: EmbedwrightModel, tokenizer: TextTokenizer) -> bool:

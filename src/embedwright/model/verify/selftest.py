@@ -116,6 +116,7 @@ def _computed(network: EmbedwrightModel, tokenizer: TextTokenizer) -> tuple[list
         with evaluating(network):
             return texts, network.embed(packed).cpu().numpy()
     with stock(network) as twin, _in_float32(twin):
+        twin.mixed = False  # that of a network that trains in bf16
         states_TD = twin.head(twin.hidden(packed).float(), packed)
         vectors_NE = F.normalize(reduce(states_TD, packed, twin.pooling.kind), dim=-1)
     return texts, vectors_NE.cpu().numpy()

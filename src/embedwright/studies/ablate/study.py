@@ -37,7 +37,7 @@ from embedwright.studies.ablate.jobs import Job, Say, run_jobs
 from embedwright.studies.ablate.table import compared
 from embedwright.training.batches.blend import Source
 from embedwright.training.recipe import Recipe
-from embedwright.training.run.checks import open_checked, stage_folder
+from embedwright.training.run.checks import open_checked
 from embedwright.training.run.start import origin_fingerprint
 from embedwright.training.stages import Stage
 
@@ -164,7 +164,11 @@ class _Work:
         return self.opened[asked]
 
     def _recipe(self, arm: str, seed: int) -> Recipe:
-        return self.study.recipe(arm, seed, smoke=self.smoke)
+        """Returns the recipe of a cell, which keeps no model: its scores are what a study is made for."""
+        recipe = self.study.recipe(arm, seed, smoke=self.smoke)
+        stages = tuple(stage.model_copy(update={"save": False}) for stage in recipe.stages)
+        run = recipe.run.model_copy(update={"save": (), "dtype": "float32"})
+        return recipe.model_copy(update={"stages": stages, "run": run})
 
     def _job(self, kind: str, arm: str, place: str, recipe: Recipe, begin: Job | None = None, **facts: Any) -> Job:
         """Makes a job. Its key covers recipe, content of the data and of the model that it begins with, and suite."""
@@ -221,9 +225,9 @@ class _Work:
         if not self.factors:
             return None
         recipe = self._recipe(self.arms[0], seed)  # any arm: they do not differ in these stages
-        *before, last = scaled(recipe.stages[: self.said.shared_stages], self.common)
-        stages = (*before, last.model_copy(update={"save": True}))
-        named = {"name": f"{self.said.name} {SHARED} seed {seed}", "stages": stages}
+        stages = tuple(scaled(recipe.stages[: self.said.shared_stages], self.common))
+        run = recipe.run.model_copy(update={"save": ("merged",)})
+        named = {"name": f"{self.said.name} {SHARED} seed {seed}", "stages": stages, "run": run}
         return self._job("shared", self.arms[0], f"{SHARED}/seed-{seed}", recipe.model_copy(update=named))
 
     def trials(self, arm: str) -> list[Job | None]:
@@ -258,7 +262,7 @@ class _Work:
         if factor is None or (count and ((begin := self.shared(seed)) is None or begin.result is None)):
             return None
         recipe = self._recipe(arm, seed)
-        saved = stage_folder(begin.folder, begin.recipe.stages[-1].name) if begin else None
+        saved = begin.folder / "model" if begin else None
         recipe = _rest(recipe, count, factor * (tried.length if tried else 1.0), rate, saved)
         return self._job("cell", arm, place, recipe, begin, rate=rate, trial=tried is not None)
 

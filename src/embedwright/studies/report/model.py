@@ -20,6 +20,7 @@ from embedwright.studies.report.map import text_map
 from embedwright.studies.report.pairs import mining_charts, pair_charts
 from embedwright.training.recipe import Recipe, expand
 from embedwright.training.run.checks import open_suite
+from embedwright.training.run.save import saved_model
 from embedwright.training.stages import StagePart
 
 Say = Callable[[str], None]
@@ -33,11 +34,12 @@ def model_parts(folder: Path, say: Say) -> dict[str, Any]:
     recipe = Recipe.load(folder / "recipe.yaml")
     parts: dict[str, Any] = {"pairs": [], "mined": mining_charts(folder), "hits": None, "map": None}
     left_out: dict[str, str] = {}
-    if not (folder / "model").is_dir():
-        reason = f"{folder / 'model'} is not there: the run has not ended, or its model was moved"
+    saved = saved_model(folder)
+    if not saved.is_dir():
+        reason = f"{saved} is not there: the run has not ended, or its model was moved"
         return parts | {"left_out": dict.fromkeys(("pairs", "hits", "map"), reason)}
     try:
-        encoder = open_encoder(str(folder / "model"))
+        encoder = open_encoder(str(saved))
     except (InputError, ProbeError) as error:  # such as a folder that was copied in part
         return parts | {"left_out": dict.fromkeys(("pairs", "hits", "map"), str(error))}
 

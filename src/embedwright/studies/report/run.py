@@ -105,7 +105,8 @@ def _facts(recipe: Recipe, folder: Path, steps: Sequence[Row]) -> list[tuple[str
         facts["Longest text"] = f"{model.max_tokens} tokens"
     if parameters := _parameters(folder / "model"):
         facts["Parameters"] = f"{parameters / 1e6:,.1f} million"
-    adapters = f", rank {tune.rank}, alpha {tune.alpha}, dropout {tune.dropout:g}"
+    sizes = f"rank {tune.rank}, alpha {tune.alpha}" if tune.adapters == "fresh" else "the adapters that it came with"
+    adapters = f", {sizes}, dropout {tune.dropout:g}"
     facts["Tuning"] = tune.method + ("" if tune.method == "full" else adapters)
     facts |= {"Precision": recipe.run.precision, "Seed": str(recipe.seed)}
     if measured := read_records(folder / HELDOUT):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from embedwright.config import ConfigError
@@ -52,27 +51,6 @@ def open_checked(recipe: Recipe) -> list[list[Source]]:
     sources = open_sources(recipe)
     check_names(recipe)
     return sources
-
-
-def stage_folder(out: Path, stage: str) -> Path:
-    """Returns where `stages[].save` keeps the model of a stage."""
-    return out / "stages" / stage
-
-
-def check_saved(recipe: Recipe, out: Path, begun: bool, stage: int) -> None:
-    """Raises ConfigError if `stages[].save` cannot keep its word in a run that goes on in the stage of this number.
-
-    `begun` says whether the run has a checkpoint.
-    """
-    kept = out / "stages"
-    if not begun and kept.is_dir() and any(kept.iterdir()):
-        raise ConfigError(f"{kept} is of an older run, whose checkpoints are gone: move it, or choose another run.out")
-    for part in recipe.stages[:stage]:
-        if part.save and not stage_folder(out, part.name).is_dir():
-            raise ConfigError(
-                f"recipe {recipe.name}: stages.{part.name}.save: the run in {out} is past that stage and has not kept "
-                "its model: leave save out, or choose another run.out"
-            )
 
 
 def check_names(recipe: Recipe) -> None:

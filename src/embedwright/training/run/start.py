@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from embedwright.errors import InputError, naming
-from embedwright.host import own_random_numbers
-from embedwright.model.adapters.lora import has_lora, idle_adapters
+from embedwright.model.adapters.lora import has_lora, idle_adapters, train_on
 from embedwright.model.backbone import decoder_config
 from embedwright.model.embedder import Embedder
+from embedwright.model.formats.adapter import read_settings
 from embedwright.model.formats.base import new_contract, resolve_base
-from embedwright.model.formats.detect import check_decoder, check_embedder, content_fingerprint
+from embedwright.model.formats.detect import check_decoder, check_embedder, content_fingerprint, detect
 from embedwright.model.formats.open import outline
 from embedwright.model.pooling import WEIGHTLESS, LatentPooling, PoolingConfig, PoolingHead
 from embedwright.model.verify import probe
@@ -27,10 +26,11 @@ from embedwright.training.recipe import Recipe
 
 
 def start_model(recipe: Recipe, processes: Processes = ALONE) -> Embedder:
-    """Makes the model as it is before the first step, adds fresh adapters, and probes it.
+    """Makes the model as it is before the first step, adds adapters, and probes it.
 
-    It is a decoder with an identity head, or the embedder of `model.from` with its vectors unchanged: the adapters that
-    it came with are merged in float32, and those of the recipe start at zero. InputError names the recipe's key.
+    It is a decoder with an identity head, or the embedder of `model.from` with its vectors unchanged. The adapters that
+    it came with train on, or they are merged in float32 and those of the recipe start at zero. InputError names the
+    recipe's key.
     """
     tune, bf16 = recipe.tune, recipe.run.precision == "bf16"
     device = None if processes.device is None else str(processes.device)
@@ -39,7 +39,7 @@ def start_model(recipe: Recipe, processes: Processes = ALONE) -> Embedder:
         model = open_model(recipe, torch.bfloat16 if bf16 and tune.method != "full" else torch.float32, device)
     network = model.network
     network.mixed = bf16
-    if tune.method != "full":
+    if tune.method != "full" and tune.adapters == "fresh":
         torch.manual_seed(recipe.seed)
         model.add_lora(tune.rank, tune.alpha, tune.dropout)
     if tune.freeze:
@@ -81,19 +81,48 @@ def _from_decoder(recipe: Recipe, dtype: torch.dtype, device: str | None) -> Emb
 
 
 def _continued(recipe: Recipe, dtype: torch.dtype, device: str | None) -> Embedder:
-    check_embedder(recipe.model.name)
-    model = Embedder.load(recipe.model.name, device=device)
+    spec, trains_on, keeps = recipe.model, recipe.tune.adapters == "continue", "adapter" in recipe.run.save
+    check_embedder(spec.name)
+    if trains_on:
+        _check_sizes(recipe)
+    # adapters that train on stay on their base, which is opened in the type in which it is trained on
+    model = Embedder.load(spec.name, device=device, dtype=str(dtype).removeprefix("torch.") if trains_on else None)
     network = model.network
-    if has_lora(network.backbone):
+    contract = _shortened(spec, network.contract)
+    if keeps and contract != network.contract and network.origin is not None and network.origin.kind != "decoder":
+        raise InputError(
+            f"max_tokens={spec.shortened}: an adapter keeps the text contract of the embedder that it is saved without "
+            "(run.save): leave max_tokens out, or save merged alone"
+        )
+    if trains_on:
+        train_on(network.backbone, dropout=recipe.tune.dropout, mixed=recipe.run.precision == "bf16")
+    elif has_lora(network.backbone):
+        if keeps:
+            raise InputError(
+                f"{spec.name} has adapters, and fresh ones on top of them would have a base that is on no disk: write "
+                "tune: {adapters: continue}, or leave adapter out of run.save"
+            )
         network.float()  # so that merged weights are rounded once, if at all
         model.merge()
-    for parameter in network.backbone.parameters():  # not the buffers: rotary frequencies stay in float32
-        parameter.data = parameter.data.to(dtype)
-    network.head.float()
-    network.requires_grad_(True)
-    network.contract = _shortened(recipe.model, network.contract)
+    if not trains_on:
+        for parameter in network.backbone.parameters():  # not the buffers: rotary frequencies stay in float32
+            parameter.data = parameter.data.to(dtype)
+        network.head.float()
+        network.requires_grad_(True)
+    network.contract = contract
     network.config.contract = network.contract.model_dump()
     return Embedder(network, model.own_tokenizer)
+
+
+def _check_sizes(recipe: Recipe) -> None:
+    """Raises InputError if the recipe names another rank or alpha than that of the adapters that train on."""
+    stored, tune = lora_of(recipe.model.name), recipe.tune
+    for key, name in (("rank", "r"), ("alpha", "lora_alpha")):
+        if key in tune.model_fields_set and getattr(tune, key) != stored.get(name):
+            raise InputError(
+                f"tune.{key}={getattr(tune, key)}: the adapters of {recipe.model.name} have {stored.get(name)}, and "
+                "they train on as they are: leave it out"
+            )
 
 
 def _shortened(spec: ModelPart, contract: Contract) -> Contract:
@@ -123,6 +152,19 @@ def shape_of(spec: ModelPart) -> tuple[Any, PoolingConfig]:
         return found.decoder, found.pooling
     decoder = decoder_config(resolve_base(_decoder(spec), weights=False), attention=spec.attention, layers=spec.layers)
     return decoder, PoolingConfig(kind=spec.pooling, **_sizes(spec))
+
+
+def lora_of(name: str) -> dict[str, Any]:
+    """Reads the LoRA settings of an adapter folder, as peft has them. Raises InputError for another embedder."""
+    place, form = detect(name)
+    if form != "adapter":
+        raise InputError(f"{name} has no adapters to train on: leave tune.adapters out")
+    return read_settings(place.path).lora
+
+
+def rank_of(recipe: Recipe) -> int:
+    """Returns the rank of the adapters that the recipe trains."""
+    return recipe.tune.rank if recipe.tune.adapters == "fresh" else int(lora_of(recipe.model.name)["r"])
 
 
 def reading_of(spec: ModelPart) -> tuple[Any, Contract]:
@@ -155,9 +197,14 @@ def finish(model: Embedder) -> Embedder:
 
     Raises RuntimeError if one never moved, or if merging changes vectors.
     """
+    check_moved(model)
+    return merged(model)
+
+
+def check_moved(model: Embedder) -> None:
+    """Raises RuntimeError if training left an adapter at zero."""
     if has_lora(model.network.backbone) and (idle := idle_adapters(model.network.backbone)):
         raise RuntimeError(f"{len(idle)} LoRA adapters are still zero after training, e.g. {idle[0]}")
-    return merged(model)
 
 
 def merged(model: Embedder) -> Embedder:
@@ -192,23 +239,10 @@ def whole_model(recipe: Recipe, model: Embedder, processes: Processes) -> Embedd
     four_bit = recipe.tune.method == "qlora"
     if not four_bit and (processes.count == 1 or recipe.run.parallel == "ddp"):
         return model
-    return _with_weights(recipe, whole(model.network), torch.device("cpu") if four_bit else processes.device)
+    return with_weights(recipe, whole(model.network), torch.device("cpu") if four_bit else processes.device)
 
 
-def save_copy(recipe: Recipe, model: Embedder, processes: Processes, folder: Path) -> None:
-    """Saves the model as it now is into a new folder, adapters merged; the model itself stays as it is and trains on.
-
-    A copy is merged, on the CPU of rank 0: it takes 4 bytes a parameter there. A folder that exists is left as it is.
-    All processes must call this. Raises RuntimeError as `finish` does.
-    """
-    kept = whole(model.network)
-    if processes.first and not folder.exists():
-        with own_random_numbers():
-            finish(_with_weights(recipe, kept, torch.device("cpu"))).save(folder)
-    processes.wait()
-
-
-def _with_weights(recipe: Recipe, trained: dict[str, Tensor], device: torch.device | None) -> Embedder:
+def with_weights(recipe: Recipe, trained: dict[str, Tensor], device: torch.device | None) -> Embedder:
     """Makes the model of the recipe anew, neither sharded nor in 4 bits, and gives it these trained weights."""
     if recipe.tune.method == "qlora":
         plain = {"tune": recipe.tune.model_copy(update={"method": "lora"})}

@@ -47,7 +47,8 @@ def test_shared_stages_are_trained_once_a_seed_as_a_chain_of_runs_by_hand(
     by_hand = train(Recipe.parse(tree | rest | {"run": tree["run"] | {"out": str(tmp_path / "two")}}))
     cell = train(Recipe.load(out / "warm" / "seed-2" / "recipe.yaml"))  # it is done, and comes back as it is
     np.testing.assert_array_equal(cell.encode(TEXTS), by_hand.encode(TEXTS))
-    kept = Embedder.load(out / "shared-stages" / "seed-2" / "stages" / "first")
+    kept = Embedder.load(out / "shared-stages" / "seed-2" / "model")
+    assert not [folder for folder in out.rglob("model") if folder.parent.parent.name != "shared-stages"]
     [scored] = evaluate(kept, tmp_path / "suite").rows
     assert study["shared_stages"][1]["mean"] == pytest.approx(scored.value, abs=1e-6)
     np.testing.assert_array_equal(kept.encode(TEXTS), Embedder.load(tmp_path / "model").encode(TEXTS))

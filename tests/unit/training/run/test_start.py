@@ -338,7 +338,7 @@ def test_a_model_that_cannot_be_kept_any_more_is_named(content: dict[str, Any], 
     train(asked)
     train(asked)
     shutil.rmtree(out / "checkpoints")
-    with pytest.raises(ConfigError, match="stages is of an older run, whose checkpoints are gone"):
+    with pytest.raises(ConfigError, match="model is of an older run, whose checkpoints are gone"):
         train(asked)
 
 

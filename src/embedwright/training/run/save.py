@@ -1,0 +1,107 @@
+"""What a run leaves of its model: the forms of `run.save`, at its end and at the end of stages that say `save`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from embedwright.config import ConfigError
+from embedwright.files import write_text
+from embedwright.host import own_random_numbers
+from embedwright.model.embedder import Embedder
+from embedwright.model.formats.folder import is_adapter
+from embedwright.processes import Processes
+from embedwright.training.engine.parallel import whole
+from embedwright.training.parts import Form
+from embedwright.training.recipe import Recipe
+from embedwright.training.run.start import check_moved, finish, whole_model, with_weights
+
+Card = Callable[[Embedder, str], str]  # the model card of a model in this form, which is read from this path
+
+
+def kept_forms(recipe: Recipe, stage: str | None = None) -> dict[Form, Path]:
+    """Returns the folder of each form that `run.save` names, of the end of a stage or (None) of the run."""
+    out = Path(recipe.run.out)
+    merged = out / "stages" / stage if stage else out / "model"
+    folders: dict[Form, Path] = {"merged": merged, "adapter": (merged if stage else out) / "adapter"}
+    return {form: folder for form, folder in folders.items() if form in recipe.run.save}
+
+
+def saved_model(out: Path) -> Path:
+    """Returns the folder of the model that the run in `out` has saved: `model`, or `adapter` if it is there alone."""
+    return out / ("adapter" if is_adapter(out / "adapter") and not (out / "model").is_dir() else "model")
+
+
+def check_saved(recipe: Recipe, begun: bool, stage: int) -> None:
+    """Raises ConfigError if the run cannot keep its models, because it goes on in the stage of this number.
+
+    `begun` says whether the run has a checkpoint. Without one, a model that is there is not of this run.
+    """
+    out = Path(recipe.run.out)
+    if not begun:
+        check_no_older(out)
+    for part in recipe.stages[:stage]:
+        folders = kept_forms(recipe, part.name) if part.save else {}
+        if missing := [form for form, folder in folders.items() if not _is_model(folder)]:
+            raise ConfigError(
+                f"recipe {recipe.name}: stages.{part.name}.save: the run in {out} is past that stage and has not kept "
+                f"its model ({missing[0]}): leave save out, or choose another run.out"
+            )
+
+
+def check_no_older(out: Path) -> None:
+    """Raises ConfigError if a folder holds the models of a run without its checkpoints: they would count as new."""
+    for kept in (out / "model", out / "adapter", out / "stages"):
+        if kept.is_dir() and any(kept.iterdir()) and not any((out / "checkpoints").glob("[!.]*")):
+            raise ConfigError(
+                f"{kept} is of an older run, whose checkpoints are gone: move it, or choose another run.out (--out)"
+            )
+
+
+def save_stage(recipe: Recipe, model: Embedder, processes: Processes, stage: str) -> None:
+    """Saves the model as it now is in each form of `run.save`; the model itself stays as it is and trains on.
+
+    Each form is made of a copy, on the CPU of rank 0: it takes 4 bytes a parameter there. A folder that holds a model
+    is left as it is. All processes must call this. Raises RuntimeError as `finish` does.
+    """
+    trained = whole(model.network)
+    for form, folder in kept_forms(recipe, stage).items() if processes.first else ():
+        if not _is_model(folder):
+            with own_random_numbers():
+                copy = with_weights(recipe, trained, torch.device("cpu"))
+                check_moved(copy)
+                (copy if form == "adapter" else finish(copy)).save(folder, recipe.run.dtype)
+    processes.wait()
+
+
+def save_end(recipe: Recipe, model: Embedder, processes: Processes, card: Card) -> Embedder:
+    """Saves the trained model in each form of `run.save`, with its card, and returns it merged, in float32.
+
+    A folder that holds a model is left as it is. All processes must call this. Raises RuntimeError as `finish` does.
+    """
+    model = whole_model(recipe, model, processes)
+    check_moved(model)
+    folders = kept_forms(recipe) if processes.first else {}
+    if "adapter" in folders:
+        _save(recipe, model, folders["adapter"], card)
+    model = finish(model)
+    if "merged" in folders:
+        _save(recipe, model, folders["merged"], card)
+    if processes.first and not folders:
+        write_text(Path(recipe.run.out) / "README.md", card(model, "model"))
+    return model
+
+
+def _save(recipe: Recipe, model: Embedder, folder: Path, card: Card) -> None:
+    """Saves one form. Its card lies in the folder, and that of the last form in the run's folder too."""
+    text = card(model, folder.name)
+    if not _is_model(folder):
+        model.save(folder, recipe.run.dtype)
+        write_text(folder / "README.md", text)
+    write_text(Path(recipe.run.out) / "README.md", text)
+
+
+def _is_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file() or is_adapter(folder)
