@@ -138,32 +138,27 @@ class Embedder:
         """
         network, tokenizer = open_embedder(path, dtype=None if dtype is None else dtype_named(dtype), revision=revision)
         model = cls(network, tokenizer)._ready(device, backend)
-        folder = Path(network.config.name_or_path)
         reload = lambda kept: open_embedder(path, dtype=kept, revision=revision)[0]  # noqa: E731
-        selftest.check(network, model.text_tokenizer, folder, reload)
+        selftest.check(network, model.text_tokenizer, Path(network.config.name_or_path), reload)
         return model
 
     def save(self, path: str | Path, dtype: str | None = None) -> None:
-        """Saves the model into a new folder.
+        """Saves the model into a new folder. `dtype` is the type of the weights there; without it they keep theirs.
 
         Models with `mean` or `last` pooling also open in plain sentence-transformers, the others once embedwright is
         imported. A model with unmerged adapters is saved as an adapter folder in peft's format: LoRA, pooling block,
         and where the base is.
 
-        Args:
-            path: The folder, new or empty.
-            dtype: `float32`, `bfloat16` or `float16`: the type of every weight in the folder. Default: as in memory.
-
         Raises:
             FileExistsError: The folder is not empty.
-            ValueError: The model is folded, the weights below the adapters are on no disk, or a weight does not fit
-                into float16.
+            ValueError: The model is folded, the weights below adapters are on no disk, or one is too large for float16.
             ProbeError: The adapters are not active.
         """
         if isinstance(self.network.head, FoldedLatent):
             raise InputError(FOLDED)
         save_network(self.network, self.own_tokenizer, Path(path), None if dtype is None else dtype_named(dtype))
-        if not has_lora(self.network.backbone):
+        held = str(self.network.backbone.dtype).removeprefix("torch.")
+        if not has_lora(self.network.backbone) and dtype in (None, held):  # else the folder has other weights
             stock = opens_as_stock(self.network, self.text_tokenizer)
             self.network.origin = origin_of(path, self.network.backbone, "stock" if stock else "whole")
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -115,9 +116,10 @@ def test_sixteen_bits_change_nothing_in_memory(described: Make, tmp_path: Path) 
     plain = train(Recipe.parse(described("plain", ("first", "second"))))
     np.testing.assert_array_equal(vectors(low), vectors(plain))
     assert {p.dtype for p in low.network.parameters()} == {torch.float32}
-    assert sorted(path.name for path in (tmp_path / "plain").iterdir() if path.name in ("model", "adapter")) == [
-        "model"
-    ]
+    assert (tmp_path / "plain/model").exists() and not (tmp_path / "plain/adapter").exists()
+    tuned = Embedder(copy.deepcopy(low.network), low.tokenizer).add_lora(2)  # on other weights than the rounded ones
+    with pytest.raises(InputError, match=r"the weights below the adapters are not those of .*llama any more"):
+        tuned.save(tmp_path / "adapter")
     low.save(tmp_path / "again")
     plain.save(tmp_path / "other")
     again, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("again", "other"))
