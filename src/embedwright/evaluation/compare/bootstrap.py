@@ -22,6 +22,7 @@ from embedwright.evaluation.compare import statistics
 from embedwright.evaluation.compare.statistics import Floats
 from embedwright.evaluation.results import Items, Result
 
+FEW_DRAWS = 2_000  # give the width of one score's interval to about 2 %
 NEAR = 5e-4  # a score may differ so much from its items', which are rounded
 
 
@@ -128,6 +129,25 @@ def _scores(results: Sequence[Result], part: str, counts_BN: Floats) -> Floats:
     """Returns the score in each draw of each run of k-means (R, B), as mean over the training seeds."""
     mean_RB: Floats = np.mean([scores(result.metric, _of_part(result, part), counts_BN) for result in results], axis=0)
     return mean_RB
+
+
+def half_interval(suite: str, seeds: Sequence[Result]) -> float | None:
+    """Returns half the width of a score's 95 % interval, or None for a score without items or with some not finite.
+
+    It covers what other items would have given, by a bootstrap, and what other runs of k-means and other training seeds
+    would. The computation is that of `embedwright compare`, for one score instead of a difference.
+    """
+    try:
+        ordered = [same_order(seeds[0], row) for row in seeds]
+    except InputError:  # the seeds have other items
+        return None
+    (drawn,) = draw(random(0, suite, seeds[0].task), [ordered], FEW_DRAWS)
+    if min(drawn.items_P, default=0) < 2:
+        return None
+    if not all(np.isfinite(values).all() for values in (drawn.score_S, drawn.drawn_B, *drawn.runs)):
+        return None
+    few = [statistics.of_mean(values) for values in (drawn.score_S, *drawn.runs) if len(values) > 1]
+    return statistics.half_width([*few, *statistics.of_draws(drawn.drawn_PB, drawn.items_P)])
 
 
 def agrees(result: Result) -> bool:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from huggingface_hub import ModelCardData
 
+from embedwright.locate import PUBLISHED
 from embedwright.model.adapters.lora import has_lora
 from embedwright.model.interop.save import opens_as_stock
 from embedwright.model.network import EmbedwrightModel
@@ -56,30 +57,37 @@ def model_card(
     stages: Sequence[Row] = (),
     data: Sequence[Row] = (),
     scores: Sequence[Row] = (),
+    commands: Sequence[str] = (),
     path: str | None = None,
 ) -> str:
     """Returns the text of README.md.
 
     Args:
         form: The format of the folder, as `facts` says it.
-        base, license: Names as on the hub. A base that is no hub id is named in the text alone.
+        base, license: Names as on the hub, or a packaged name. Any other base is named in the text alone.
         stages, data, scores: The rows of three tables; the keys of the rows are the columns. Data rows have `task`,
             `rows`, `licence` and `source`; a source that is a data set on the hub goes into the front matter.
+        commands: How the model was trained and scored. `MODEL` in them becomes `path`.
         path: What a reader loads, if that is not `name`.
     """
-    from_hub = base if base and _HUB_ID.fullmatch(base) and not Path(base).exists() else None
+    hub_id, licence = PUBLISHED.get(base or "", (base, None))
+    from_hub = hub_id if hub_id and _HUB_ID.fullmatch(hub_id) and not Path(hub_id).exists() else None
     sources = [_DATASET.fullmatch(str(row.get("source") or "")) for row in data]
+    adapter = form == "adapter"
     front = ModelCardData(
         base_model=from_hub,
+        base_model_relation="adapter" if adapter and from_hub else None,
         datasets=list(dict.fromkeys(found[1] for found in sources if found)) or None,
         language=list(language) or None,
-        # the library whose own call opens the folder, without an import of another one
+        # the library whose own call gives the vectors, without an import of another one: peft would open an adapter
+        # folder, around a decoder that reads one way and pools nothing
         library_name="sentence-transformers" if form == "stock" else "embedwright",
         license=license,
         pipeline_tag="feature-extraction",
-        tags=["embedwright", "text-embeddings", *(["sentence-transformers"] if form != "adapter" else [])],
+        tags=["embedwright", "text-embeddings", *(["peft", "lora"] if adapter else ["sentence-transformers"])],
     )
     made = f", made from {base}" if base else ""
+    made += f" ({hub_id}, licence {licence})" if licence else ""
     sections = [
         f"---\n{front.to_yaml()}\n---",
         f"# {name}",
@@ -94,6 +102,9 @@ def model_card(
     for title, rows in (("Training", stages), ("Data", licensed), ("Scores", scores)):
         if rows:
             sections += [f"## {title}", _table(rows)]
+    if commands:
+        lines = "\n".join(command.replace("MODEL", path or name) for command in commands)
+        sections += ["## Commands", f"```sh\n{lines}\n```"]
     return "\n\n".join(sections) + "\n"
 
 

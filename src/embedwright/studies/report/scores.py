@@ -8,19 +8,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from embedwright.errors import InputError, NotFoundError
-from embedwright.evaluation.compare.bootstrap import draw, random, same_order
+from embedwright.evaluation.compare.bootstrap import half_interval
 from embedwright.evaluation.compare.read import RUN, STUDY, read_candidates, result_folders
-from embedwright.evaluation.compare.statistics import half_width, of_draws, of_mean
 from embedwright.evaluation.results import Result, Results, run_items_file, with_items
 from embedwright.studies.report.anchors import MEAN, published
 from embedwright.studies.report.run import point_name
 from embedwright.training.run.scores import read_evaluations
-
-DRAWS = 2_000  # give the width of an interval to about 2 %
-SEED = 0
 
 Score = dict[str, Any]
 
@@ -80,25 +74,6 @@ def score_tables(scored: Iterable[Scored]) -> list[dict[str, Any]]:
                 score = {"name": name, "value": value, "half": half_interval(suite, rows)}
                 suites.setdefault(suite, {}).setdefault((task, metric), []).append(score)
     return [_table(suite, tasks) for suite, tasks in suites.items()]
-
-
-def half_interval(suite: str, seeds: Sequence[Result]) -> float | None:
-    """Returns half the width of a score's 95 % interval, or None for a score without items or with some not finite.
-
-    It covers what other items would have given, by a bootstrap, and what other runs of k-means and other training seeds
-    would. The computation is that of `embedwright compare`, for one score instead of a difference.
-    """
-    try:
-        ordered = [same_order(seeds[0], row) for row in seeds]
-    except InputError:  # the seeds have other items
-        return None
-    (drawn,) = draw(random(SEED, suite, seeds[0].task), [ordered], DRAWS)
-    if min(drawn.items_P, default=0) < 2:
-        return None
-    if not all(np.isfinite(values).all() for values in (drawn.score_S, drawn.drawn_B, *drawn.runs)):
-        return None
-    few = [of_mean(values) for values in (drawn.score_S, *drawn.runs) if len(values) > 1]
-    return half_width([*few, *of_draws(drawn.drawn_PB, drawn.items_P)])
 
 
 def _table(suite: str, tasks: Mapping[tuple[str, str], list[Score]]) -> dict[str, Any]:

@@ -16,10 +16,14 @@ from typing import Any
 import torch
 import yaml
 
+from embedwright.evaluation.compare.bootstrap import half_interval
+from embedwright.evaluation.results import Result, Results, run_items_file, with_items
+from embedwright.evaluation.suite import Suite
 from embedwright.files import write_text
 from embedwright.training.batches.blend import Source
 from embedwright.training.batches.sources import data_fingerprint, entry_of
-from embedwright.training.recipe import Recipe, differences, leaves
+from embedwright.training.recipe import Recipe, differences, expand, leaves
+from embedwright.training.run.checks import open_suite
 from embedwright.training.run.scores import mean_scores
 from embedwright.training.stages import Stage
 
@@ -95,7 +99,8 @@ def card_facts(
 
     `stages` has name, planned steps, batch (queries a step), lr and losses; `data` has path (last part), task, licence,
     source and rows. `scores` compares the untrained model (`before`, None if unknown) with the weights that the run
-    ends on (`after`); it is empty if these were not evaluated. `evaluations` are the records of `evaluations.jsonl`.
+    ends on (`after`), with an interval over the items that the run keeps; it is empty if these were not evaluated.
+    `commands` train the model and score it. `evaluations` are the records of `evaluations.jsonl`.
     """
     listed = [_source(stage, source, own) for stage, own in zip(recipe.stages, sources, strict=True) for source in own]
     entries = [
@@ -117,7 +122,13 @@ def card_facts(
         ],
         "data": [entry for place, entry in enumerate(entries) if entry not in entries[:place]],
         "scores": _scores(recipe, evaluations),
+        "commands": ["embedwright train recipe.yaml", *map(_command, recipe.eval.suites)],
     }
+
+
+def _command(suite: str) -> str:
+    verb = "eval" if isinstance(open_suite(suite), Suite) else "bench"
+    return f"embedwright {verb} MODEL {_without_folder(str(expand(suite)))}"
 
 
 def _source(stage: Stage, source: Source, all_of_stage: Sequence[Source]) -> dict[str, Any]:
@@ -158,11 +169,25 @@ def _scores(recipe: Recipe, evaluations: Sequence[Mapping[str, Any]]) -> list[di
     before = {
         (suite, row["task"]): row["value"] for suite, row in _rows(e for e in evaluations if e["stage"] == "start")
     }
+    ends = [each for each in evaluations if (each["stage"], each["step"]) == (stage, last)]
+    intervals = dict(_intervals(Path(recipe.run.out), ends))
     return [
         {"suite": suite, "task": row["task"], "metric": row["metric"]}
         | {"before": before.get((suite, row["task"])), "after": row["value"]}
-        for suite, row in _rows(e for e in evaluations if (e["stage"], e["step"]) == (stage, last))
+        | intervals.get((suite, row["task"]), {})
+        for suite, row in _rows(iter(ends))
     ]
+
+
+def _intervals(out: Path, evaluations: Sequence[Mapping[str, Any]]) -> Iterator[tuple[tuple[str, str], dict[str, str]]]:
+    """Yields suite and task, and the 95 % interval, of each score whose items the run in `out` keeps."""
+    for record in evaluations:
+        found = record["results"]
+        results = Results(found["suite"], tuple(Result(**row) for row in found["rows"]), 0.0)
+        for row in with_items(results, run_items_file(out, record["stage"], record["step"], record["suite"])).rows:
+            if half := half_interval(results.suite, [row]):
+                text = f"{row.value - half:.4f} to {row.value + half:.4f}"
+                yield (results.suite, row.task), {"95 % interval": text}
 
 
 def _rows(evaluations: Iterator[Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[str, Any]]]:

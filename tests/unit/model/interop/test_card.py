@@ -12,6 +12,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
+from embedwright.locate import PACKAGED, PUBLISHED
 from embedwright.model.embedder import Embedder
 from embedwright.model.interop.card import facts, model_card
 from embedwright.model.verify.selftest import TASK
@@ -65,10 +66,26 @@ def test_what_nobody_said_is_not_in_it(tiny_embedder: Make) -> None:
     assert sections(card).keys() == {"Use", "What it reads"} and "None" not in card.content
 
 
-@pytest.mark.parametrize(("base", "in_front"), [("me/base", True), ("smollm2-135m", False), ("a/path/of/mine", False)])
+@pytest.mark.parametrize(("base", "in_front"), [("me/base", True), ("mine-135m", False), ("a/path/of/mine", False)])
 def test_a_base_that_is_on_no_hub_stands_in_the_text_alone(base: str, in_front: bool, tiny_embedder: Make) -> None:
     card = card_of(tiny_embedder("latent"), base=base)
     assert card.data.base_model == (base if in_front else None) and f"made from {base}" in card.text
+
+
+def test_an_adapter_on_a_packaged_base_is_one_on_the_hub_too(tiny_embedder: Make) -> None:
+    assert PUBLISHED.keys() == PACKAGED.keys()
+    commands = ["embedwright train recipe.yaml", "embedwright eval MODEL dev"]
+    card = card_of(tiny_embedder("mean").add_lora(2), base="smollm2-135m", commands=commands, path="results/s1")
+    assert card.data.to_dict() == {
+        "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "base_model_relation": "adapter",
+        "library_name": "embedwright",
+        "pipeline_tag": "feature-extraction",
+        "tags": ["embedwright", "text-embeddings", "peft", "lora"],
+    }
+    assert "made from smollm2-135m (HuggingFaceTB/SmolLM2-135M-Instruct, licence apache-2.0):" in card.text
+    told = sections(card)["Commands"].strip()
+    assert told == "```sh\nembedwright train recipe.yaml\nembedwright eval results/s1 dev\n```"
 
 
 def test_a_folder_of_this_machine_is_nobodys_business(

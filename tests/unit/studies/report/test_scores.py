@@ -7,8 +7,9 @@ import pytest
 from scipy import stats
 
 from embedwright.errors import InputError, NotFoundError
+from embedwright.evaluation.compare.bootstrap import half_interval
 from embedwright.evaluation.results import Result, Results, write_results
-from embedwright.studies.report.scores import Scored, half_interval, read_scores, score_tables
+from embedwright.studies.report.scores import Scored, read_scores, score_tables
 
 
 def results(suite: str, value: float, model: str) -> Results:

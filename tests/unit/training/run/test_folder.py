@@ -10,9 +10,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 
+from embedwright.evaluation.results import Result, Results, run_items_file, write_items
 from embedwright.model.interop.card import model_card
 from embedwright.text import Contract
 from embedwright.training.batches.blend import Source, rows_at
@@ -287,6 +290,7 @@ def test_the_facts_of_a_card(recipe: Recipe) -> None:
     assert [(s["name"], s["steps"], s["batch"]) for s in facts["stages"]] == [("first", 9, 4), ("second", 3, 4)]
     losses = "in_batch_negatives all, hard_negatives 1, batching blended, temperature 0.02"
     assert [(s["lr"], s["losses"]) for s in facts["stages"]] == [(2e-5, losses), (1e-7, losses)]
+    assert facts["commands"] == ["embedwright train recipe.yaml"]
     assert facts["data"] == [
         {"path": "a.jsonl", "task": "plain", "licence": "CC0", "source": "", "rows": 12},
         {"path": "a.jsonl", "task": "two", "licence": "", "source": "", "rows": 6},
@@ -298,6 +302,20 @@ def test_the_facts_of_a_card(recipe: Recipe) -> None:
         ("dev", "code", "spearman", 0.6, 0.2),
         ("late", "news", "spearman", 0.7, None),
     ]
+
+
+def test_scores_have_intervals_where_the_run_keeps_their_items(recipe: Recipe, out: Path) -> None:
+    random = np.random.default_rng(0)
+    score = random.uniform(size=300)
+    evaluations = [evaluated("start", 0, docs=0.1), evaluated("second", 3, docs=float(score.mean()), code=0.6)]
+    items = {"score": score, "id": np.arange(300)}
+    row = Result("docs", "sts", "spearman", float(score.mean()), items=items)
+    write_items(run_items_file(out, "second", 3, "x/dev.yaml"), Results("dev", (row,), 0.0))
+    docs, code = card_facts(recipe, open_sources(recipe), evaluations)["scores"]
+    expected = stats.ttest_1samp(score, 0).confidence_interval(0.95)
+    low, high = map(float, docs["95 % interval"].split(" to "))
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=2e-3)
+    assert "95 % interval" not in code and docs["before"] == 0.1
 
 
 def test_the_scores_are_those_of_the_weights_that_a_run_ends_on(content: dict[str, Any]) -> None:
