@@ -35,22 +35,45 @@ made() { # NAME TEXT COUNT WAYS [MORE...]: examples of a text's documents, clean
   clean "$1"
 }
 
-clean() { # NAME: raw/ to clean/
+clean() { # NAME [REPEATS]: raw/ to clean/
   [ -s "$out/clean/$1.jsonl" ] && return
   say "clean $1"
   embedwright data clean "$out/raw/$1.jsonl" --against "$EMBEDWRIGHT_DATA/dev" --language en \
-    --out "$out/clean/$1.jsonl" >"$out/clean/$1.json"
+    --repeats "${2:-both}" --out "$out/clean/$1.jsonl" >"$out/clean/$1.json"
 }
 
 taken() { # STAGE NAME FROM COUNT: COUNT rows of clean/NAME from row FROM on, in an order that is drawn
   local from=$out/clean/$2.jsonl
-  cp "$from.tasks.jsonl" "$out/$1/$2.jsonl.tasks.jsonl"
+  [ ! -e "$from.tasks.jsonl" ] || cp "$from.tasks.jsonl" "$out/$1/$2.jsonl.tasks.jsonl"
   shuf --random-source="$from" "$from" | awk -v first="$3" -v count="$4" 'NR >= first && NR < first + count' |
     put "$out/$1/$2.jsonl"
 }
 
 whole() { # STAGE NAME [COUNT]: rows that are not mined: they have negatives, or need none
   [ -s "$out/$1/$2.jsonl" ] || taken "$1" "$2" 1 "${3:-1000000}"
+}
+
+lemmas() { # TEXT: sentences that differ in one word; such pairs repeat each other by design
+  if [ ! -s "$out/clean/$1-lemma.jsonl" ]; then
+    say "pairs $1-lemma"
+    some "$1" 4000
+    embedwright data pairs "$out/some/$1.jsonl" --how lemma --name "$1" --out "$out/raw/$1-lemma.jsonl" \
+      --licence "$(cat "$out/text/$1.licence")" --wordnet $out/text/apt/files/wordnet-base/usr/share/wordnet \
+      >"$out/raw/$1-lemma.json"
+    clean "$1-lemma" none
+  fi
+  whole 2 "$1-lemma" 2000
+}
+
+kept() { # NAME: the rows of raw/ that clean/ keeps, with negatives that differ from their positive in one word alone
+  [ -s "$out/2/$1.jsonl" ] && return
+  python -c "
+import json, sys
+clean, raw = ([(json.loads(line)['id'], line) for line in open(name)] for name in sys.argv[1:])
+ids = {id_ for id_, _ in clean}
+sys.stdout.writelines(line for id_, line in raw if id_ in ids)" "$out/clean/$1.jsonl" "$out/raw/$1.jsonl" |
+    put "$out/mine/$1.jsonl"
+  mv "$out/mine/$1.jsonl" "$out/clean/$1.jsonl"
 }
 
 staged() { # NAME COUNT: the first COUNT rows for the second stage, all others for the first, mined by BM25
@@ -83,12 +106,15 @@ for text in debian manuals prose terms; do
   made $text-asked $text "$asked" cloze,templates --per-document 2
   staged $text-asked 800
   made $text-swap $text "$asked" swap
+  kept $text-swap
   whole 2 $text-swap 1000
 done
 for text in wordnet gcide; do
-  made $text $text "$asked" title,gloss,templates
+  made $text $text "$docs" title,gloss,templates
   staged $text 1200
 done
+lemmas prose
+lemmas manuals
 made news news "$docs" crops
 staged news 800
 for text in debian manuals prose news; do # BM25 as the teacher: these rows have its negatives
@@ -96,7 +122,7 @@ for text in debian manuals prose news; do # BM25 as the teacher: these rows have
   whole 1 $text-bm25
 done
 for text in debian wordnet gcide; do
-  made $text-classes $text "$docs" classes --negatives 4
+  made $text-classes $text "$((docs / 2))" classes --negatives 4
   whole 2 $text-classes 2000
 done
 
@@ -117,5 +143,7 @@ staged perlfaq 100
 labelled clinc150 clinc150.labeled.jsonl.gz 4000
 labelled newsgroups newsgroups20.labeled.jsonl.gz 4000
 labelled sentiment review-sentiment.labeled.jsonl.gz 4000
-[ -s $out/2/sts.jsonl ] || gzip -dc "$EMBEDWRIGHT_DATA/train/sts12-13.scored.jsonl.gz" | put $out/2/sts.jsonl
+[ -s $out/raw/sts.jsonl ] || gzip -dc "$EMBEDWRIGHT_DATA/train/sts12-13.scored.jsonl.gz" | put $out/raw/sts.jsonl
+clean sts none
+whole 2 sts
 say "done: $(cat $out/1/*.jsonl | wc -l) rows of the first stage, $(cat $out/2/*.jsonl | wc -l) of the second"
