@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,10 +27,14 @@ from embedwright.pairs.cloze import cloze
 from embedwright.pairs.dictionary import gloss
 from embedwright.pairs.lemma import lemma
 from embedwright.pairs.links import see_also
+from embedwright.pairs.parts import Counts, Parts
 from embedwright.pairs.swap import swap
 from embedwright.pairs.templates import templates
 from embedwright.pairs.way import Made, Make
 from embedwright.pairs.wordnet import WHERE, WordNet
+
+FORMAT = 1  # of the parts: raise it when a way makes other examples
+BLOCK = 2048  # documents of a part: what a killed run loses at most
 
 
 class Options(NamedTuple):
@@ -62,8 +69,7 @@ def _bm25(documents: Iterable[Document], options: Options) -> Make:
 
 
 def _lemma(documents: Iterable[Document], options: Options) -> Make:
-    if options.wordnet is None:
-        raise InputError(f"--how lemma needs --wordnet FOLDER: {WHERE}")
+    assert options.wordnet is not None
     return lemma(options.wordnet)
 
 
@@ -118,7 +124,8 @@ def make_pairs(
     The ways follow each other in the file, each in the order of the documents, with their tasks `<name>-<way>` beside
     it (`name`: by default the file's). What a way draws for a document depends on `seed`, the way and the document's id
     alone; `bm25`, `gloss`, `classes` and `see-also` look at other documents, too, and hold them in memory. Documents
-    are read once for each way, and once before, to find bad lines: these are kept in `<out>.quarantine.jsonl`.
+    are read once for each way, and once before, to find bad lines: these are kept in `<out>.quarantine.jsonl`. What is
+    made waits in the folder `<out>.parts`. The same call, after a kill, goes on from there.
 
     `per_document`: how often a way that draws does so for a document; equal examples are written once. `negatives`: the
     most of an example, where a way gives some. `wordnet`: the folder of WordNet's files, for `lemma`. `licence`: of the
@@ -129,27 +136,43 @@ def make_pairs(
     no document, or no example.
     """
     ways = check_ways(how)
-    options = Options(negatives, WordNet(wordnet) if wordnet and "lemma" in ways else None)
+    if "lemma" in ways and wordnet is None:
+        raise InputError(f"--how lemma needs --wordnet FOLDER: {WHERE}")
     check_file(out)
+    options = Options(negatives, WordNet(wordnet) if wordnet and "lemma" in ways else None)
     name = name or stem_of(path)
     quarantine_path = out.with_name(f"{out.name}.quarantine.jsonl")
     quarantine_path.unlink(missing_ok=True)
     with Quarantine(path, quarantine_path) as quarantine:
-        documents = sum(1 for _ in read_documents(path, columns, quarantine.add))
+        documents, digest = 0, hashlib.sha256()
+        for document in read_documents(path, columns, quarantine.add):
+            documents += 1
+            digest.update(repr(document).encode())
     if not documents:
         raise DataError(f"{path}: no document ({[*quarantine.reasons, 'it is empty'][0]})")
     all_of_them = _Documents(path, columns)
     counts: dict[str, Any] = {way: {"documents": 0, "examples": 0, "skipped": Counter()} for way in ways}
 
+    facts = {"format": FORMAT, "documents": digest.hexdigest(), "seed": seed, "per_document": per_document}
+    facts |= {"negatives": negatives, "wordnet": options.wordnet.digest if options.wordnet else None}
+    parts = Parts(out.with_name(f"{out.name}.parts"), facts)
+
+    def of_block(way: str, make: Callable[[], Make], block: list[Document], count: Counts) -> Iterator[Example]:
+        count.update(documents=0, examples=0, skipped=Counter())
+        draws = range(per_document if WAYS[way].draws else 1)
+        for document in block:
+            yield from _of_document(way, make(), document, [f"{seed}:{way}:{document.id}:{n}" for n in draws], count)
+
     def examples() -> Iterator[Example]:
         for way in ways:
-            make = WAYS[way].make(all_of_them, options)
-            draws = per_document if WAYS[way].draws else 1
-            for document in all_of_them:
-                yield from _of_document(
-                    way, make, document, [f"{seed}:{way}:{document.id}:{n}" for n in range(draws)], counts[way]
-                )
+            make = cache(partial(WAYS[way].make, all_of_them, options))  # read when a part is missing, and once
+            for number, block in enumerate(_blocks(all_of_them)):
+                count, made = parts.part(f"{way}-{number}", partial(of_block, way, make, block))
+                for key, value in count.items():
+                    counts[way][key] += Counter(value) if key == "skipped" else value
+                yield from made
         if not any(count["examples"] for count in counts.values()):
+            parts.remove()
             raise DataError(f"{path}: no example of {documents} documents ({_reasons(counts)})")
 
     tasks = {
@@ -162,6 +185,7 @@ def make_pairs(
         for kind, meaning in MEANINGS.items()
     }
     write_examples(out, (replace(example, task=f"{name}-{example.task}") for example in examples()), tasks)
+    parts.remove()
     return {"documents": documents, "quarantined": quarantine.count, "ways": counts}
 
 
@@ -185,9 +209,13 @@ class _Documents:
         return read_documents(self.path, self.columns, lambda *_: None)
 
 
-def _of_document(
-    way: str, make: Make, document: Document, seeds: Sequence[str], count: dict[str, Any]
-) -> Iterator[Example]:
+def _blocks(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    given = iter(documents)
+    while block := list(islice(given, BLOCK)):
+        yield block
+
+
+def _of_document(way: str, make: Make, document: Document, seeds: Sequence[str], count: Counts) -> Iterator[Example]:
     """Yields the examples of one document, one draw a seed, with their ids and the kind of row as their task."""
     found: dict[tuple[str, str], Example] = {}
     reasons = []

@@ -20,7 +20,8 @@ from embedwright.data.files.table import open_examples
 from embedwright.data.files.tasks import tasks_beside
 from embedwright.data.keys import exact_key
 from embedwright.data.schema import DataError, Example
-from embedwright.errors import InputError
+from embedwright.errors import InputError, OutputExistsError
+from embedwright.pairs import make
 from embedwright.pairs.make import MEANINGS, WAYS, make_pairs
 
 REAL = Path(os.environ.get("EMBEDWRIGHT_DATA", "none")) / "train"
@@ -114,7 +115,7 @@ def test_nothing_is_written_where_nothing_comes_out(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="name at least one way"):
         make_pairs(untitled, out, [])
     assert out.read_text() == "before"
-    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["e.jsonl", "out.jsonl", "u.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "cache") == ["e.jsonl", "out.jsonl", "u.jsonl"]
 
 
 def test_lemma_needs_wordnet_and_writes_scored_rows(tmp_path: Path) -> None:
@@ -125,6 +126,57 @@ def test_lemma_needs_wordnet_and_writes_scored_rows(tmp_path: Path) -> None:
     assert [row.score for row in read(tmp_path / "o.jsonl")] == [5.0, 4.0, 2.5, 1.5]
     (task,) = tasks_beside(tmp_path / "o.jsonl").values()
     assert (task.name, task.family, task.symmetric) == ("d-lemma", "sts", True) and task.instruction
+
+
+def test_a_stopped_run_goes_on_and_other_inputs_start_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def docs(name: str, last: str) -> Path:
+        texts = [{"id": f"d{i}", "title": f"t{i}", "text": f"{ON_FERRIES} {i} {TEXT}"} for i in range(7)]
+        return write(tmp_path / name, *texts, {"id": "d7", "title": last, "text": TEXT})
+
+    first, other = docs("d.jsonl", "t7"), docs("other.jsonl", "another title")
+    nets = [write_wordnet(tmp_path / "w"), write_wordnet(tmp_path / "w2", uses={"bank": [9, 1]})]
+    out, parts = tmp_path / "o.jsonl", tmp_path / "o.jsonl.parts"
+    monkeypatch.setattr(make, "BLOCK", 3)
+    given: dict[str, Any] = {"path": first, "how": ["title", "crops", "lemma"], "wordnet": nets[0], "name": "n"}
+
+    def stopped(at: int, **settings: Any) -> set[str]:
+        """Stops before that document, counted over all ways; returns the documents that were done before."""
+        done: list[str] = []
+
+        def one(way: str, _: Any, document: Any, *rest: Any) -> Any:
+            if len(done) == at:
+                raise KeyboardInterrupt
+            done.append(f"{way}:{document.id}")
+            return real(way, _, document, *rest)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            real = make._of_document
+            patch.setattr(make, "_of_document", one)
+            make_pairs(out=out, **{**given, **settings})
+        return {*done}
+
+    whole = make_pairs(out=tmp_path / "whole.jsonl", **given)
+    expected = (tmp_path / "whole.jsonl").read_bytes()
+    assert not out.exists() and len(stopped(5)) == 5 and [*parts.glob("title-*")]
+    assert "title:d2" not in stopped(20) and "title:d3" not in stopped(1)  # its first parts are there
+    assert make_pairs(out=out, **given) == whole and out.read_bytes() == expected and not parts.exists()
+    for change in ({"path": other}, {"seed": 1}, {"per_document": 2}, {"negatives": 3}, {"wordnet": nets[1]}):
+        stopped(9)
+        assert "title:d0" in stopped(5, **change), change
+        assert make_pairs(out=out, **given) == whole and out.read_bytes() == expected
+    stopped(9)
+    more = [*given["how"], "sentence"]  # other ways, and what the tasks are called, leave the parts as they are
+    assert "title:d0" not in stopped(9, how=more, name="m", licence="mit")
+    make_pairs(out=out, **{**given, "how": more})
+    assert out.read_bytes().startswith(expected)
+
+
+def test_a_folder_of_somebody_else_stays(tmp_path: Path) -> None:
+    (tmp_path / "o.jsonl.parts").mkdir()
+    (tmp_path / "o.jsonl.parts" / "mine").write_text("mine")
+    with pytest.raises(OutputExistsError, match=r"o\.jsonl\.parts"):
+        make_pairs(write(tmp_path / "d.jsonl", {"title": "a", "text": TEXT}), tmp_path / "o.jsonl", ["title"])
+    assert (tmp_path / "o.jsonl.parts" / "mine").read_text() == "mine"
 
 
 def test_every_way_has_a_meaning_and_every_meaning_a_way() -> None:
