@@ -111,6 +111,7 @@ def _prepare(data: Path, out: Path, instruction: str, teacher: str) -> None:
     _refuse_few(data, len(with_negatives), "with a hard negative")
     counts = {
         "rows read": len(read),
+        "rows left out, since their score is too low for an answer": len(table) - len(read),
         "exact duplicates left out": duplicates.removed["repeated_exact"],
         "near duplicates left out": duplicates.removed["repeated_near"],
         "queries held out, to score the model before and after": len(heldout),

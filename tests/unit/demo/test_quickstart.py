@@ -121,6 +121,16 @@ def test_a_query_that_is_a_document_too_is_no_hit_and_pairs_hold_in_both_directi
     assert found.rows[0].value == pytest.approx(1.0)
 
 
+def test_of_scored_pairs_those_train_that_reach_the_threshold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(5)
+    rows = [{"text1": words(rng, 6), "text2": words(rng, 6), "score": i % 2 * 5} for i in range(80)]
+    folder, report = prepared(tmp_path, rows, monkeypatch)
+    low = {text for row in rows if row["score"] == 0 for text in (row["text1"], row["text2"])}
+    assert report["rows read"] == report["rows left out, since their score is too low for an answer"] == 80
+    train = read(folder / "train.jsonl")
+    assert len(train) >= 60 and not low & {text for row in train for text in texts_of(row)}
+
+
 def test_rows_that_answer_themselves_alone_cannot_be_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(5)
     rows = [{"query": text, "positives": [text.upper()]} for text in (words(rng, 6) for _ in range(40))]

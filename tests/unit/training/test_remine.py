@@ -100,6 +100,25 @@ def test_rows_keep_their_place_and_get_what_mining_finds(content: dict[str, Any]
     assert model.network.training  # as it was found
 
 
+def test_scored_pairs_below_the_threshold_keep_place_and_text(content: dict[str, Any], tmp_path: Path) -> None:
+    pairs = [{"text1": f"a{i} moon", "text2": f"b{i} tide", "score": i % 6} for i in range(24)]
+    (tmp_path / "scored.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    content["stages"][0] |= {"teacher": "random"}
+    content["stages"][0].pop("every")
+    content["stages"][1] |= {"data": [{"path": str(tmp_path / "scored.jsonl"), "task": {"name": "pairs"}}]}
+    for loss, count in (("cosent", 48), ("info_nce", 16)):
+        content["stages"][1]["loss"] = {"scored": loss}
+        content["run"]["out"] = str(tmp_path / loss)
+        recipe = Recipe.parse(content)
+        before = opened(recipe)
+        after = refreshed(recipe, recipe.stages[0], before, STATE, 0, start_model(recipe), ALONE)
+        old, new = examples(before[0]), examples(after[0])
+        assert len(old) == len(new) == count
+        for a, b in zip(old, new, strict=True):
+            assert (a.id, a.positives, a.score) == (b.id, b.positives, b.score)
+            assert len(b.negatives) == 3 if a.positives else b == a
+
+
 def test_another_teacher_and_a_corpus_of_its_own(
     content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_embedder: Callable[..., Embedder]
 ) -> None:

@@ -31,12 +31,13 @@ class Axes:
         return vectors
 
 
-def recipe(path: Path, **task: Any) -> Recipe:
+def recipe(path: Path, scored: str = "info_nce", **task: Any) -> Recipe:
     stage = {
         "name": "only",
         "data": [{"path": str(path), "task": {"name": "t", "instruction": "Find it", **task}}],
         "in_batch_negatives": "all",
         "hard_negatives": 1,
+        "loss": {"scored": scored},
         "optim": {"lr": 1e-3, "steps": 1, "batch_queries": 2},
     }
     stages = [stage, {**stage, "name": "again"}]
@@ -71,6 +72,14 @@ def test_each_kind_of_pair_has_its_cosines(rows: Path, tmp_path: Path) -> None:
     assert charts[0]["note"].startswith("In 100% of 8 sampled rows")
     assert encoder.asked["q1"] == "Find it" and encoder.asked["p1"] is None and encoder.asked["n1"] is None
     assert "q0" not in encoder.asked  # a row without negatives
+
+
+def test_scored_pairs_without_a_positive_are_no_pair_of_a_row(rows: Path, tmp_path: Path) -> None:
+    low = [{"query": f"q{i}", "positives": [], "negatives": [f"m{i}"], "score": 1.0} for i in range(12)]
+    both = tmp_path / "both.jsonl"
+    both.write_text(rows.read_text() + "".join(json.dumps(row) + "\n" for row in low))
+    [plain], [charts] = (pair_charts(Axes(), recipe(file, "cosent"), tmp_path) for file in (rows, both))
+    assert counts(charts) == counts(plain) and charts["note"] == plain["note"]
 
 
 def test_a_symmetric_task_has_its_instruction_on_all_texts(rows: Path, tmp_path: Path) -> None:
