@@ -60,18 +60,22 @@ def render(study: Mapping[str, Any]) -> str:
     if study["smoke"]:
         lines = [f"{study['study']}: smoke test of {len(study['cells'])} cells; its scores mean nothing"]
     else:
-        lines = [*_table(study), *_readouts(study["cells"], study["baseline"]), *_rates(study["trials"])]
+        lines = [*_table(study), *_readouts(_runs(study), study["baseline"]), *_rates(study["trials"])]
     if study["missing"]:
         lines.append(f"NOT WHOLE, missing cells: {', '.join(study['missing'])}")
     return "\n".join([*lines, *(f"{name}: {reason}" for name, reason in study["failed"].items())])
 
 
+def _runs(study: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Returns the cells, after the shared stages of their seeds: those of the trials are no row of a table."""
+    seeds = {cell["seed"] for cell in study["cells"]}
+    return [*(run for run in study.get("shared_stages", ()) if run["seed"] in seeds), *study["cells"]]
+
+
 def _table(study: Mapping[str, Any]) -> list[str]:
     """Returns one line an arm. Differences are of the mean over tasks, or of the only task."""
     scores: dict[str, list[float]] = {}
-    seeds = {cell["seed"] for cell in study["cells"]}  # the shared stages have those of the trials, too
-    shared = [run for run in study.get("shared_stages", ()) if run["seed"] in seeds]
-    for cell in [*shared, *study["cells"]]:
+    for cell in _runs(study):
         scores.setdefault(cell["arm"], []).append(100 * cell["mean"])
     if not scores:
         return []
@@ -113,7 +117,7 @@ def _main(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 def _could_see(study: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Says what a study of so many seeds could have found, and what its intervals do not cover."""
     seeds: dict[str, set[int]] = {}
-    for cell in [*study.get("shared_stages", ()), *study["cells"]]:
+    for cell in _runs(study):
         seeds.setdefault(cell["arm"], set()).add(cell["seed"])
     ours = seeds.get(study["baseline"], set())
     common = {row["candidate"]: len(ours & seeds.get(row["candidate"], set())) for row in rows}

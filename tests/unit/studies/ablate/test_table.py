@@ -164,11 +164,14 @@ def test_read_outs_are_means_and_paired_differences(study: dict[str, Any]) -> No
         cell | {"details": {"docs": {"mean_cosine": cosine[cell["arm"]][cell["seed"] - 1], "MRR@10": 0.1}, "sts": {}}}
         for cell in study["cells"]
     ]
-    lines = render(study | {"cells": cells}).splitlines()
+    first = {"arm": "shared-stages", "mean": 0.4, "details": {"docs": {"mean_cosine": 0.2}}}
+    shared = [first | {"seed": seed} for seed in (1, 2, 100)]
+    lines = render(study | {"cells": cells, "shared_stages": shared}).splitlines()
     at = next(place for place, line in enumerate(lines) if line.startswith("read-outs"))
-    assert lines[at + 2].split() == ["docs", "mean_cosine", "plain", "32.00", "-", "-"]
+    assert lines[at + 2].split()[:5] == ["docs", "mean_cosine", "shared-stages", "20.00", "-12.00"]
+    assert lines[at + 3].split() == ["docs", "mean_cosine", "plain", "32.00", "-", "-"]
     low, high = stats.t.interval(0.95, 1, 22, stats.sem([20, 24]))
-    assert lines[at + 3].split() == [
+    assert lines[at + 4].split() == [
         "docs",
         "mean_cosine",
         "warm",
