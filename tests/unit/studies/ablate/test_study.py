@@ -252,7 +252,9 @@ def test_a_study_goes_on_elsewhere_from_its_results_alone(
 ) -> None:
     """Only what `docs/results/ablations` keeps is copied. The trials are done, and so are seed 1 and its comparison."""
     out, other = tmp_path / "out", tmp_path / "other"
-    file = ablation(rates={"factors": [1, 3], "seed": 9, "length": 0.5}, shared_stages=1, budget={"tokens": 9000})
+    keys: dict[str, Any] = {"shared_stages": 1, "budget": {"tokens": 9000}}
+    keys["rates"] = {"factors": [1, 3], "seed": 9, "length": 0.5}
+    file = ablation(**keys)
     ablate(file, out, only=["plain/1", "warm/1"])
     before = len(untrained)
     for path in out.rglob("*"):
@@ -262,6 +264,10 @@ def test_a_study_goes_on_elsewhere_from_its_results_alone(
     assert {path.name for path in other.rglob("*") if path.is_file()} == {*KEPT}
     there = ablate(file, out, look=True)
     assert ablate(file, other, look=True) == there and len(untrained) == before
+    changed = {"plain": {}, "warm": {"stages.second.temperature": 0.2}}
+    cut = ablate(ablation(arms=changed, **keys), other, look=True)
+    assert [cell["arm"] for cell in cut["cells"]] == ["plain"]  # the results of another warm arm are none of this one
+    file = ablation(**keys)
     study = ablate(file, other)
     new = [str(folder.relative_to(other / "tiny")) for folder in untrained[before:]]
     assert new == ["shared-stages/seed-2", "plain/seed-2", "warm/seed-2"]
