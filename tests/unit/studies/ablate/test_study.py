@@ -281,7 +281,7 @@ def test_a_cell_whose_shared_stage_has_only_its_result_says_so(
     out = tmp_path / "out"
     file = ablation(shared_stages=1)
     ablate(file, out, only=["plain/1"])
-    shutil.rmtree(out / "tiny" / "shared-stages" / "seed-1" / "stages")
+    shutil.rmtree(out / "tiny" / "shared-stages" / "seed-1" / "model")
     study = ablate(file, out, only=["warm/1"])
     assert "shared-stages/seed-1" in study["failed"]["tiny/warm/seed-1"]
 
