@@ -296,9 +296,10 @@ def study(file: Path) -> list[str]:
     """The table of an ablation and how its runs were made. Their `scores.json` lie where `ablate` has left them."""
     said = json.loads(file.read_text(encoding="utf-8"))
     runs = [*said["cells"], *said.get("shared_stages", ()), *said["trials"]]
-    if said["smoke"] or not runs:
-        sys.exit(f"{file}: a smoke test, or a study without a cell, is not shown")
-    cells = [checked(file.parent / run["folder"] / "scores.json") for run in runs if "failed" not in run]
+    scored = [] if said["smoke"] else [run["folder"] for run in runs if "failed" not in run]
+    if not scored:
+        sys.exit(f"{file}: a smoke test, or a study without a score, is not shown")
+    cells = [checked(file.parent / folder / "scores.json") for folder in scored]
     seeds = ", ".join(map(str, sorted({run["seed"] for run in said["cells"]}))) or "none yet"
     seconds = sum(sum(run["seconds"].values()) for run in runs)
     how = f"- {len(said['cells'])} cells of seeds {seeds}, {len(said['trials'])} trials of rates, {seconds:,.0f} s: "

@@ -67,6 +67,11 @@ def test_a_study_is_shown_with_seeds_and_command_and_a_smoke_test_is_not(tmp_pat
         and saved["about"]["command"] in text
     )
     assert re.search(r"a +1 +50\.00", text) and "## Suite" not in text
+    trials = [cell | {"rate": 3} for cell in cells] + [{"arm": "b", "rate": 1, "seconds": {}, "failed": "it diverged"}]
+    (tmp_path / "study.json").write_text(json.dumps(said | {"cells": [], "trials": trials}))
+    text = make_docs.results(tmp_path)
+    assert "0 cells of seeds none yet, 3 trials of rates, 120 s:" in text and "rates of b: x1 failed, x3 40.00" in text
+    (tmp_path / "study.json").write_text(json.dumps(said))
     (tmp_path / "b" / "seed-3" / "scores.json").write_text(json.dumps(saved | {"about": {}}))
     with pytest.raises(SystemExit, match=r"b/seed-3/scores.json: about has no model, command"):
         make_docs.results(tmp_path)
