@@ -52,6 +52,7 @@ def main() -> None:
     """Runs the command. Exit codes: 0 done, 1 failed, 2 bad input, 75 interrupted and resumable."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     logging.getLogger("embedwright.model.formats.gguf").setLevel(logging.INFO)  # it converts for half a minute, once
+    logging.getLogger("embedwright.training.run.distill").setLevel(logging.INFO)  # a teacher may encode for hours
     _quiet_libraries()
     try:
         if code := app(standalone_mode=False):  # typer returns the code of an exit, or 130 for an interrupt

@@ -16,7 +16,7 @@ from embedwright.training.lengths import Tokens, sampled, stand_ins
 from embedwright.training.plan import columns
 from embedwright.training.recipe import Recipe
 from embedwright.training.run.checks import check_reading, open_checked
-from embedwright.training.run.distill import teacher_of
+from embedwright.training.run.distill import projection_to, teacher_of
 from embedwright.training.run.start import start_model
 from embedwright.training.steps import Steps
 
@@ -59,9 +59,11 @@ def measure(recipe: Recipe, count: int = 2) -> tuple[list[Measured], Embedder]:
     for number, stage in enumerate(recipe.stages):
         tokenizer, contract = model.text_tokenizer, model.contract
         tokens = sampled(recipe, number, sources[number], tokenizer, contract, LOOKED_AT_ROWS)
-        teacher = teacher_of(stage, sources[number], contract, model.network.config.hidden_size)
-        optimizer = make_optimizer(steps.part(number), recipe.tune, stage.optim)
-        batch = steps.batch(number, stand_ins(stage, sources[number]), tokens.largest_step, teacher)
+        teacher = teacher_of(stage, sources[number], contract)
+        projection = projection_to(teacher, recipe, number, model)
+        optimizer = make_optimizer(steps.part(number), recipe.tune, stage.optim, projection)
+        teach = None if teacher is None else teacher.encode
+        batch = steps.batch(number, stand_ins(stage, sources[number]), tokens.largest_step, teach)
         records = []
         for _ in range(count):
             record, problem = steps.take(number, tokens.largest_step, batch, optimizer)

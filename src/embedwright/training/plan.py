@@ -102,7 +102,9 @@ def largest_memory(recipe: Recipe, tokens: Sequence[Tokens], sizes: Sizes, kind:
         longest = max(lengths.longest for lengths in found.kinds.values())
         micro_batch = min(-(-found.largest // processes), max(recipe.run.batch_tokens, longest))
         queries = part.optim.batch_queries
-        scores = 0 if part.in_batch_negatives == "none" else queries * queries * (1 + part.hard_negatives)
+        similar = part.loss.distill is not None and part.loss.distill.similarity_weight > 0
+        shared = similar or part.in_batch_negatives != "none"
+        scores = queries * queries * (1 + part.hard_negatives) * (2 if similar else 1) if shared else 0
         if isinstance(part, MaskedPart):
             scores = round(micro_batch * part.mask_share) * sizes.vocabulary
         needed.append(memory_of(recipe, sizes, micro_batch, kind, scores=scores, processes=processes))
@@ -134,6 +136,9 @@ def render(recipe: Recipe, stages: Sequence[StagePlan]) -> list[str]:
         if part.mine is not None:
             again = f" and every {part.mine.every} steps" if part.mine.every else ""
             lines.append(f"  hard negatives are mined before it{again} by {part.mine.teacher}: mining is not counted")
+        if part.loss.distill is not None and part.loss.distill.teacher:
+            teachers = ", ".join(part.loss.distill.teacher)
+            lines.append(f"  {teachers}: encodes each of its texts once, before the first step, which is not counted")
         if stage.tokens is not None:
             lines += _token_lines(stage, stage.tokens)
     total, queries = sum(stage.steps for stage in stages), sum(stage.queries for stage in stages)

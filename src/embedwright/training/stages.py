@@ -5,7 +5,16 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    SerializerFunctionWrapHandler,
+    Tag,
+    model_serializer,
+    model_validator,
+)
 
 from embedwright.data.schema import InBatch, Task
 from embedwright.errors import InputError
@@ -62,27 +71,45 @@ class OptimPart(Part):
         return self
 
 
+def _as_list(names: Any) -> Any:
+    return [] if names is None else [names] if isinstance(names, str) else names
+
+
 class DistillPart(Part):
     """Terms beside the stage's loss that follow a teacher."""
 
     score_weight: Weight = 0.0
     """Weight of the KL term between the model's softmax and that of the row's scores. Source: arXiv 2010.11386."""
     temperature: PositiveNumber | None = None
-    """Of the row's scores; without it, the stage's."""
+    """Of the row's scores and of the teacher's cosines; without it, the stage's."""
     vector_weight: Weight = 0.0
-    """Weight of the distance to the teacher's vectors. Source: EmbedDistill, arXiv 2301.12005."""
-    teacher: Text | None = None
-    """The model whose vectors `vector_weight` follows; of the same width."""
+    """Weight of the distance to the teacher's vectors, of any width. Source: EmbedDistill, arXiv 2301.12005."""
+    similarity_weight: Weight = 0.0
+    """Weight of the KL term as above, over the teacher's cosines of each query and all candidates of the batch."""
+    teacher: Annotated[tuple[Text, ...], BeforeValidator(_as_list)] = ()
+    """The model that `vector_weight` and `similarity_weight` follow. Several count as one, by their mean cosine."""
 
     @model_validator(mode="after")
     def _says_what_to_follow(self) -> DistillPart:
-        if not (self.score_weight or self.vector_weight):
-            raise InputError("needs score_weight, vector_weight, or both")
-        if bool(self.vector_weight) != bool(self.teacher):
-            raise InputError("vector_weight and teacher need each other")
-        if self.temperature and not self.score_weight:
-            raise InputError("temperature is of the scores, and score_weight is 0")
+        if not (self.score_weight or self.vector_weight or self.similarity_weight):
+            raise InputError("needs score_weight, vector_weight or similarity_weight")
+        if bool(self.vector_weight or self.similarity_weight) != bool(self.teacher):
+            raise InputError("a teacher and vector_weight or similarity_weight need each other")
+        if self.temperature and not (self.score_weight or self.similarity_weight):
+            raise InputError("temperature is of the scores, and neither score_weight nor similarity_weight is above 0")
+        if len(set(self.teacher)) != len(self.teacher):
+            raise InputError(f"teacher: {list(self.teacher)} names one model twice")
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Writes one teacher as its name, and no weight of 0 for similarities: older runs keep their hash."""
+        values: dict[str, Any] = dump(self)
+        if not self.similarity_weight:
+            values.pop("similarity_weight", None)
+        if "teacher" in values and len(self.teacher) < 2:
+            values["teacher"] = self.teacher[0] if self.teacher else None
+        return values
 
 
 class LossPart(Part):

@@ -16,7 +16,7 @@ from embedwright.processes import Processes
 from embedwright.training.batches.blend import Source
 from embedwright.training.batches.feed import LocalBatch, Teach, batch_of_step, local_batch
 from embedwright.training.batches.sources import heldout_texts
-from embedwright.training.engine.optim import learning_rate, update
+from embedwright.training.engine.optim import learning_rate, projection_of, update
 from embedwright.training.engine.parallel import replicate
 from embedwright.training.engine.step import accumulate
 from embedwright.training.masked import batch as masked_batches
@@ -73,7 +73,7 @@ class Steps:
         looks = step % _LOOK_EVERY == 0 or step == optim.steps - 1
         self.activity.looks = looks and number not in self.maskers
         seed = int(np.random.default_rng([recipe.seed, number, step, 1]).integers(2**62))
-        loss, tokens, known = self._accumulate(number, local, seed)
+        loss, tokens, known = self._accumulate(number, local, seed, projection_of(optimizer))
         lr = learning_rate(optim, step)
         norm, problem = math.nan, None
         try:
@@ -99,7 +99,9 @@ class Steps:
         }
         return record, problem
 
-    def _accumulate(self, number: int, local: LocalBatch | MaskedBatch, seed: int) -> tuple[float, int, float]:
+    def _accumulate(
+        self, number: int, local: LocalBatch | MaskedBatch, seed: int, projection: nn.Parameter | None
+    ) -> tuple[float, int, float]:
         """Adds the gradient. Returns the loss, the tokens, and the loss of a model that knows nothing."""
         stage, budget = self.recipe.stages[number], self.recipe.run.batch_tokens
         if isinstance(local, MaskedBatch):
@@ -107,7 +109,7 @@ class Steps:
             loss, tokens = masked.accumulate(network, head, local, self.processes, batch_tokens=budget, seed=seed)
             return loss, tokens, math.log(self.maskers[number].vocabulary)
         assert isinstance(stage, StagePart)
-        loss, tokens = accumulate(self.replica, local, stage, batch_tokens=budget, seed=seed)
+        loss, tokens = accumulate(self.replica, local, stage, batch_tokens=budget, seed=seed, projection=projection)
         return loss, tokens, chance(local.batch)
 
     def heldout(self, number: int, sources: Sequence[Source]) -> dict[str, float]:

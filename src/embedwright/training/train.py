@@ -20,7 +20,7 @@ from embedwright.model.interop.card import facts, model_card
 from embedwright.model.verify import probe
 from embedwright.processes import Processes, start
 from embedwright.training.batches.blend import Source
-from embedwright.training.batches.feed import LocalBatch, Made, ahead
+from embedwright.training.batches.feed import LocalBatch, Made, ahead, batch_of_step
 from embedwright.training.batches.sources import data_fingerprint, source_fingerprints
 from embedwright.training.engine.optim import make_optimizer
 from embedwright.training.engine.parallel import trained
@@ -37,7 +37,7 @@ from embedwright.training.run.checkpoint import (
     save_checkpoint,
 )
 from embedwright.training.run.checks import check_reading, open_checked
-from embedwright.training.run.distill import teacher_of
+from embedwright.training.run.distill import Teacher, projection_to, teacher_of
 from embedwright.training.run.folder import card_facts, describe_run
 from embedwright.training.run.heldout import measured_once
 from embedwright.training.run.save import check_saved, save_end, save_stage
@@ -141,14 +141,17 @@ class _Run:
         """Runs a stage from `state` to its end. `resumed` has the optimizer of one that began."""
         recipe, network, scores, stage = self.recipe, self.model.network, self.scores, self.recipe.stages[state.stage]
         part = self.steps.part(state.stage)
-        optimizer = make_optimizer(part, recipe.tune, stage.optim)
+        teacher = teacher_of(stage, sources, self.model.contract)
+        optimizer = make_optimizer(
+            part, recipe.tune, stage.optim, projection_to(teacher, recipe, state.stage, self.model)
+        )
         if resumed is not None:
             restore_optimizer(resumed, optimizer)
         moved = MovedWeights(part, optimizer, self.processes)
         self.measure(state.stage, sources, 0)
         records: list[dict[str, Any]] = []
         every, last = recipe.eval.every, stage.optim.steps
-        with closing(self.batches(sources, state)) as batches:
+        with closing(self.batches(sources, state, teacher)) as batches:
             for step, local, waited in _with_waits(batches):
                 if step and every and step % every == 0:  # here, so that a resumed run does it too
                     self.evaluate(stage.name, step)
@@ -194,27 +197,35 @@ class _Run:
             )
 
     def batches(
-        self, sources: list[Source], state: RunState
+        self, sources: list[Source], state: RunState, teacher: Teacher | None
     ) -> Generator[tuple[int, LocalBatch | MaskedBatch], None, None]:
         """Yields each step of a stage with its local batch, in order, made `run.workers` steps ahead of their use.
 
-        Where a stage mines again, no batch is made ahead of the step after which it mines.
+        Where a stage mines again, no batch is made ahead of the step after which it mines. A teacher has encoded the
+        texts of all steps up to there before the first of them.
         """
         recipe, model, stage = self.recipe, self.model, self.recipe.stages[state.stage]
-        teacher = teacher_of(stage, sources, model.contract, model.network.config.hidden_size)
         now = sources
 
         def make(step: int) -> LocalBatch | MaskedBatch:
             return self.steps.batch(state.stage, now, step, teacher)
 
         for begin in range(0, stage.optim.steps, every := refresh_every(stage)):
-            steps = range(max(begin, state.step), min(begin + every, stage.optim.steps))
+            end = min(begin + every, stage.optim.steps)
+            steps = range(max(begin, state.step), end)
             if not steps:
                 continue
             if stage.mine is not None:  # the step before has finished, so the current weights do the mining
                 say = self.listeners.on_evaluation
                 now = refreshed(recipe, stage, sources, state, begin, model, self.processes, say)
+            if teacher is not None:  # of a resumed run the same texts, since its vectors are then the same to the bit
+                of_all = (batch_of_step(recipe, state.stage, now, model.contract, step) for step in range(begin, end))
+                teacher.prepare(of_all, self.processes, self.stop_if_asked)
             yield from ahead(make, steps, recipe.run.workers)
+
+    def stop_if_asked(self) -> None:
+        if self.processes.most(self.stop_requested.signal is not None):
+            raise Interrupted(f"{self.stop_requested.signal or 'signal'} while a teacher encoded: its vectors are kept")
 
     def step(
         self, local: LocalBatch | MaskedBatch, number: int, step: int, optimizer: torch.optim.Optimizer

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from embedwright.errors import NotFoundError
+from embedwright.model.embedder import Embedder
 from embedwright.training import dry_run as module
 from embedwright.training.dry_run import HEAD, dry_run
 from embedwright.training.recipe import Recipe
+from embedwright.training.run import distill
 from embedwright.training.steps import Steps
 from embedwright.training.train import train
 
@@ -69,6 +71,18 @@ def test_it_takes_two_steps_of_each_stage_on_the_largest_batch_and_writes_nothin
     assert f"{ones[1]['peak_mb'] * 2**20 / 1e9:.2f}" == table[1].split()[4]
     assert records[2]["tokens"] > 1.3 * ones[0]["tokens"]  # with documents in the place of negatives
     assert last.startswith("all steps: ") and "Not included: evaluation, mining" in last
+
+
+def test_a_teacher_takes_part_and_keeps_nothing(
+    content: dict[str, Any], tmp_path: Path, tiny_embedder: Callable[..., Embedder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EMBEDWRIGHT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(distill, "open_encoder", lambda name: tiny_embedder("mean", name))
+    content["stages"] = content["stages"][:1]
+    follows = {"vector_weight": 1.0, "similarity_weight": 1.0, "teacher": ["llama", "qwen3"]}  # 64 numbers in all
+    content["stages"][0]["loss"] = {"distill": follows}
+    assert dry_run(Recipe.parse(content))[2].split()[0] == "one"
+    assert not (tmp_path / "cache" / "teachers").exists()
 
 
 def test_of_many_steps_it_looks_at_some(content: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

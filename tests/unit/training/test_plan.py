@@ -18,6 +18,7 @@ from embedwright.training.cost import GB, memory_of, sizes_of
 from embedwright.training.lengths import Tokens, tokens_of
 from embedwright.training.plan import largest_memory, plan, render, report
 from embedwright.training.recipe import Recipe
+from embedwright.training.stages import DistillPart, LossPart
 
 OPTIM = {"lr": 1e-3, "steps": 50, "batch_queries": 4}
 CONTENT: dict[str, Any] = {
@@ -104,6 +105,19 @@ def test_mining_inside_the_run_is_said_and_not_counted(pairs: str) -> None:
     small = Recipe.parse(content)
     lines = [line for line in render(small, plan(small)) if "mined" in line]
     assert len(lines) == 1 and "mined before it and every 20 steps by" in lines[0]
+
+
+def test_a_teacher_is_said_and_its_scores_take_memory(tiny: Any) -> None:
+    plain = tiny()
+    distill = {"similarity_weight": 1.0, "vector_weight": 1.0, "teacher": ["minilm", "no/such-model"]}
+    loss = LossPart(distill=DistillPart(**distill))  # type: ignore[arg-type]
+    small = plain.model_copy(update={"stages": tuple(s.model_copy(update={"loss": loss}) for s in plain.stages)})
+    lines = [line for line in report(small).splitlines() if "minilm, no/such-model" in line]
+    assert len(lines) == 2 and all("encodes each of its texts once" in line for line in lines)
+    tokens, sizes = counted(small), sizes_of(small)
+    largest = max(stage.largest for stage in tokens)
+    found = largest_memory(small, tokens, sizes, "cuda")
+    assert found == memory_of(small, sizes, largest, "cuda", scores=2 * 4 * 4 * 4)
 
 
 def test_provenance_is_printed_with_the_values(pairs: str) -> None:

@@ -44,8 +44,9 @@ def of_suite(suite: Suite) -> list[Any]:
 def _teachers(stage: Stage) -> list[str]:
     """Fingerprints the teachers that are folders. A hub id is known by its name alone: the recipe has it."""
     found = []
-    for name in (part.teacher for part in (stage.mine, stage.loss.distill) if part is not None):
-        if name and name != PREVIOUS and (packaged(place := split_family(name)[1]) or local(place)):
+    followed = [] if stage.loss.distill is None else stage.loss.distill.teacher
+    for name in [*([] if stage.mine is None else [stage.mine.teacher]), *followed]:
+        if name != PREVIOUS and (packaged(place := split_family(name)[1]) or local(place)):
             found.append(content_fingerprint(name))
     return found
 

@@ -42,15 +42,17 @@ class Masks:
 
 @dataclass(frozen=True)
 class Targets:
-    """Scores that a loss learns from. Each is None if the stage's loss does not use it.
+    """What a loss learns from beside the vectors. Each is None, or False, if the stage's loss does not use it.
 
     `teacher_QC`: a teacher's scores of the positive and of the own negatives, NaN elsewhere. `score_Q`: each pair's
-    score for CoSENT, which orders the pairs of one `group_Q` (-1: CoSENT leaves the row out).
+    score for CoSENT, which orders the pairs of one `group_Q` (-1: CoSENT leaves the row out). `similarities`: a teacher
+    compares each query with all candidates of the batch.
     """
 
     teacher_QC: NDArray[np.float32] | None = None
     group_Q: Ints | None = None
     score_Q: NDArray[np.float64] | None = None
+    similarities: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Batch:
     def separable(self) -> bool:
         """Says whether the batch may be split without changing the loss: no query needs another's texts."""
         masks, group_Q = self.masks, self.targets.group_Q
-        if masks.queries_QQ is not None and masks.queries_QQ.any():
+        if self.targets.similarities or (masks.queries_QQ is not None and masks.queries_QQ.any()):
             return False
         if masks.distinct is not None and max(part.sum() for part in masks.distinct) > 1:
             return False
@@ -100,5 +102,6 @@ class Batch:
                 None if targets.teacher_QC is None else targets.teacher_QC[both],
                 None if targets.group_Q is None else targets.group_Q[chosen],
                 None if targets.score_Q is None else targets.score_Q[chosen],
+                targets.similarities,
             ),
         )

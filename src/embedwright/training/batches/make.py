@@ -82,7 +82,12 @@ def make_batch(
         candidates,
         [one.row.example.id for one in drawn],
         Masks(positive_Q, negative_QC, own_QC, queries_QQ, distinct),
-        Targets(teacher_QC, None if score_Q is None else group_Q, score_Q),
+        Targets(
+            teacher_QC,
+            None if score_Q is None else group_Q,
+            score_Q,
+            loss.distill is not None and loss.distill.similarity_weight > 0,
+        ),
     )
 
 

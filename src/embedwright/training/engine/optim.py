@@ -13,14 +13,20 @@ from embedwright.training.parts import TunePart
 from embedwright.training.stages import OptimPart
 
 
-def make_optimizer(network: nn.Module, tune: TunePart, optim: OptimPart) -> torch.optim.Optimizer:
-    """Makes AdamW over the trained weights: groups for backbone and head, no decay on latents, norms and biases."""
+def make_optimizer(
+    network: nn.Module, tune: TunePart, optim: OptimPart, projection: nn.Parameter | None = None
+) -> torch.optim.Optimizer:
+    """Makes AdamW over the trained weights: groups for backbone and head, no decay on latents, norms and biases.
+
+    A `projection` to a teacher's width trains along at the head's rate. It lives in the optimizer of its stage alone,
+    not in the network, so that no saved model has it.
+    """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
             decays = parameter.ndim >= 2 and "norm" not in name and not name.endswith("latents")
             groups.setdefault((name.startswith("head."), decays), []).append(parameter)
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [
             {
                 "params": parameters,
@@ -31,6 +37,15 @@ def make_optimizer(network: nn.Module, tune: TunePart, optim: OptimPart) -> torc
             for (in_head, decays), parameters in groups.items()
         ]
     )
+    if projection is not None:
+        group = {"params": [projection], "lr": optim.lr, "lr_ratio": tune.pooling_lr_ratio, "projection": True}
+        optimizer.add_param_group(group | {"weight_decay": optim.weight_decay})
+    return optimizer
+
+
+def projection_of(optimizer: torch.optim.Optimizer) -> nn.Parameter | None:
+    """Returns the projection that the optimizer trains along with the network, if there is one."""
+    return next((group["params"][0] for group in optimizer.param_groups if group.get("projection")), None)
 
 
 def learning_rate(optim: OptimPart, step: int) -> float:
@@ -41,13 +56,17 @@ def learning_rate(optim: OptimPart, step: int) -> float:
 
 
 def update(network: nn.Module, optimizer: torch.optim.Optimizer, lr: float, clip: float) -> float:
-    """Clips the gradient, takes a step and zeroes it. Returns its norm before clipping.
+    """Clips the gradient, takes a step and zeroes it. Returns its norm before clipping, a projection's included.
 
     Raises FloatingPointError, and takes no step, if the norm is not finite.
     """
     trained: Sequence[nn.Parameter] = [p for p in network.parameters() if p.requires_grad]
     # whole before it is compared: of gradients that are cut, each process has a part of the norm
     whole = full(torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
+    projection = projection_of(optimizer)
+    if projection is not None and projection.grad is not None:  # on its own: it is never cut
+        whole = torch.linalg.vector_norm(torch.stack([whole, projection.grad.norm()]))
+        torch.nn.utils.clip_grads_with_norm_([projection], clip, whole)
     torch.nn.utils.clip_grads_with_norm_(trained, clip, whole)
     norm = float(whole)
     if not np.isfinite(norm):

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from embedwright.packing import batches, pack
 from embedwright.training.batches.batch import Batch, Text
@@ -21,9 +21,17 @@ from embedwright.training.stages import StagePart
 
 
 def accumulate(
-    replica: Replica, local: LocalBatch, stage: StagePart, *, batch_tokens: int, seed: int
+    replica: Replica,
+    local: LocalBatch,
+    stage: StagePart,
+    *,
+    batch_tokens: int,
+    seed: int,
+    projection: nn.Parameter | None = None,
 ) -> tuple[float, int]:
     """Adds the gradient of the batch's loss to the parameters. Returns the loss and the tokens of all processes.
+
+    `projection` is of a stage whose teacher has vectors of another width, and gets its gradient too.
 
     A batch of at most `batch_tokens` takes one forward. A larger one is split by queries where it is separable, which
     is exact and takes one pass. GradCache does the rest: batches that are not separable, and queries that are larger
@@ -37,11 +45,23 @@ def accumulate(
         sizes = [_size(local, row) for row in local.rows]
         if not processes.most(max(sizes, default=0) > batch_tokens):
             groups = [[local.rows[i] for i in group] for group in batches(sizes, batch_tokens)]
-            return _by_queries(replica, local, groups, stage, seed), total
-    return _cached(replica, local, stage, batch_tokens, seed), total
+            loss = _by_queries(replica, local, groups, stage, seed, projection)
+            if projection is not None:  # no part of the network, whose gradients are averaged on the way
+                processes.add_gradients([projection])
+                if projection.grad is not None:
+                    projection.grad /= processes.count
+            return loss, total
+    return _cached(replica, local, stage, batch_tokens, seed, projection), total
 
 
-def _by_queries(replica: Replica, local: LocalBatch, groups: list[list[int]], stage: StagePart, seed: int) -> float:
+def _by_queries(
+    replica: Replica,
+    local: LocalBatch,
+    groups: list[list[int]],
+    stage: StagePart,
+    seed: int,
+    projection: nn.Parameter | None,
+) -> float:
     """Accumulates the gradient over groups of queries, each with its own candidates. Returns the loss."""
     processes, device = replica.processes, replica.device
     own = {text: i for i, text in enumerate(local.texts[processes.rank])}
@@ -59,14 +79,24 @@ def _by_queries(replica: Replica, local: LocalBatch, groups: list[list[int]], st
             place = {text: at for at, text in enumerate(texts)}
             rows = [own[text] for text in texts]
             teacher_NE = None if local.teacher_NE is None else local.teacher_NE[rows].to(device)
-            part = _loss(embedded_NE, teacher_NE, batch, place, stage, len(local.batch.queries))
+            part = _loss(embedded_NE, teacher_NE, batch, place, stage, len(local.batch.queries), projection)
             (part * processes.count).backward()
             loss += part.item()
     return processes.total(loss)
 
 
-def _cached(replica: Replica, local: LocalBatch, stage: StagePart, batch_tokens: int, seed: int) -> float:
-    """Runs GradCache over this process's texts, with the loss of the whole batch. Returns the loss."""
+def _cached(
+    replica: Replica,
+    local: LocalBatch,
+    stage: StagePart,
+    batch_tokens: int,
+    seed: int,
+    projection: nn.Parameter | None,
+) -> float:
+    """Runs GradCache over this process's texts, with the loss of the whole batch. Returns the loss.
+
+    Every process has the whole gradient of `projection` from it.
+    """
     processes, device = replica.processes, replica.device
     own = local.texts[processes.rank]
     groups = list(batches([len(local.tokens[text].ids) for text in own], batch_tokens))
@@ -83,7 +113,7 @@ def _cached(replica: Replica, local: LocalBatch, stage: StagePart, batch_tokens:
 
     def loss_of(embedded_NE: Tensor) -> Tensor:
         gathered_NE = processes.gather(embedded_NE[back], sizes)
-        return _loss(gathered_NE, teacher_NE, local.batch, place, stage, len(local.batch.queries))
+        return _loss(gathered_NE, teacher_NE, local.batch, place, stage, len(local.batch.queries), projection)
 
     return gradcache.backward(replica.embed, packed, loss_of, seed, processes=processes.count, syncing=replica.syncing)
 
@@ -102,6 +132,7 @@ def _loss(
     place: Mapping[Text, int],
     stage: StagePart,
     total: int,
+    projection: nn.Parameter | None,
 ) -> Tensor:
     query_Q, candidate_C = (
         torch.tensor([place[text] for text in texts], device=embedded_NE.device)
@@ -109,5 +140,12 @@ def _loss(
     )
     teacher = None if teacher_NE is None else (teacher_NE[query_Q], teacher_NE[candidate_C])
     return batch_loss(
-        embedded_NE[query_Q], embedded_NE[candidate_C], batch.masks, batch.targets, stage, total=total, teacher=teacher
+        embedded_NE[query_Q],
+        embedded_NE[candidate_C],
+        batch.masks,
+        batch.targets,
+        stage,
+        total=total,
+        teacher=teacher,
+        projection_TE=projection,
     )

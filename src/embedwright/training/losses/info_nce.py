@@ -112,6 +112,12 @@ def score_distillation(
     return (theirs.exp().masked_fill(unknown, 0.0) * (theirs - ours)).sum() / len(q_QE)
 
 
+def cosines(q_QE: Tensor, c_CE: Tensor) -> Tensor:
+    """Computes the cosine of each query and each candidate (Q, C), whatever the length of their vectors."""
+    with torch.autocast(q_QE.device.type, enabled=False):
+        return F.normalize(q_QE, dim=-1) @ F.normalize(c_CE, dim=-1).T
+
+
 def vector_distance(own_NE: Tensor, teacher_NE: Tensor) -> Tensor:
     """Computes 1 - cosine of each text's vector and the teacher's, which may be of any length: float (N,).
 
@@ -120,6 +126,12 @@ def vector_distance(own_NE: Tensor, teacher_NE: Tensor) -> Tensor:
     """
     with torch.autocast(own_NE.device.type, enabled=False):
         return 1 - (own_NE * F.normalize(teacher_NE, dim=-1)).sum(-1)
+
+
+def projected(vectors_NE: Tensor, projection_TE: Tensor) -> Tensor:
+    """Maps vectors linearly to another width, at unit length again (LEAF, arXiv 2509.12539)."""
+    with torch.autocast(vectors_NE.device.type, enabled=False):
+        return F.normalize(vectors_NE @ projection_TE.T, dim=-1)
 
 
 def vector_distillation(distance_Q: Tensor, distance_C: Tensor, own_QC: Tensor) -> Tensor:

@@ -14,8 +14,10 @@ from embedwright.errors import InputError
 from embedwright.training.batches.batch import Masks, Targets
 from embedwright.training.losses.info_nce import (
     cosent,
+    cosines,
     cut,
     info_nce,
+    projected,
     score_distillation,
     spread_out,
     vector_distance,
@@ -35,50 +37,56 @@ def batch_loss(
     *,
     total: int,
     teacher: tuple[Tensor, Tensor] | None = None,
+    projection_TE: Tensor | None = None,
 ) -> Tensor:
     """Returns the summed loss of these queries, divided by `total`: the number of queries of the whole step.
 
     `q_QE` and `c_CE` are the unit-length float32 vectors of the queries and candidates; `teacher` holds the same two of
-    `stage.loss.distill.teacher`. The parts of a separable batch add up to the loss of the whole.
+    `stage.loss.distill.teacher`, which may be of another width T. Through `projection_TE` they are compared with ours.
+    The parts of a separable batch add up to the loss of the whole.
 
     The loss is InfoNCE, or CoSENT over the scored rows of a task (its value counts once for each of them), plus the
-    spread-out term and the KL divergence from the teacher's scores. With `dims` it is the mean over these widths and
-    the full one. The distance to the teacher's vectors is added at the full width.
+    spread-out term and the KL divergences from a row's scores and from the teacher's cosines. With `dims` it is the
+    mean over these widths and the full one. The distance to the teacher's vectors is added at the full width.
 
     Raises:
         InputError: The batch or the teacher's vectors are not made for the stage's loss.
         ConfigError: See `check_widths`.
     """
     loss, weight = stage.loss, len(q_QE) / total
-    check_widths(stage, q_QE.shape[1], None if teacher is None else teacher[0].shape[1])
-    values = [_at_one_width(q_QE, c_CE, masks, targets, stage, total)]
-    values += [_at_one_width(cut(q_QE, dim), cut(c_CE, dim), masks, targets, stage, total) for dim in loss.dims]
+    check_widths(stage, q_QE.shape[1])
+    if loss.distill is not None and loss.distill.teacher and teacher is None:
+        raise InputError(f"stages.{stage.name}.loss.distill: vectors of {', '.join(loss.distill.teacher)} are missing")
+    widths = [(q_QE, c_CE), *((cut(q_QE, dim), cut(c_CE, dim)) for dim in loss.dims)]
+    values = [_at_one_width(*vectors, masks, targets, stage, total, teacher) for vectors in widths]
     value = torch.stack(values).mean()
-    if loss.distill is not None and loss.distill.vector_weight:
-        if teacher is None:
-            raise InputError(f"stages.{stage.name}.loss.distill: vectors of {loss.distill.teacher} are missing")
+    if loss.distill is not None and loss.distill.vector_weight and teacher is not None:
+        if projection_TE is not None:
+            q_QE, c_CE = projected(q_QE, projection_TE), projected(c_CE, projection_TE)
         distance_Q, distance_C = vector_distance(q_QE, teacher[0]), vector_distance(c_CE, teacher[1])
         texts_QC = _on(q_QE, masks.own_QC).scatter(1, _on(q_QE, masks.positive_Q)[:, None], True)
         value = value + loss.distill.vector_weight * weight * vector_distillation(distance_Q, distance_C, texts_QC)
     return value
 
 
-def check_widths(stage: Stage, width: int, teacher_width: int | None = None) -> None:
-    """Raises ConfigError if the stage's `dims` are not below the model's `width`, or the teacher's width is another."""
+def check_widths(stage: Stage, width: int) -> None:
+    """Raises ConfigError if the stage's `dims` are not below the model's `width`."""
     for dim in stage.loss.dims:
         if dim >= width:
             raise ConfigError(
                 f"stages.{stage.name}.loss.dims: {dim} is not below the model's {width} numbers, which always count"
             )
-    if teacher_width is not None and teacher_width != width:
-        teacher = stage.loss.distill and stage.loss.distill.teacher
-        raise ConfigError(
-            f"stages.{stage.name}.loss.distill.teacher: vectors of {teacher} have {teacher_width} numbers, the "
-            f"model's {width}; distil its scores instead, or choose a teacher of this width"
-        )
 
 
-def _at_one_width(q_QE: Tensor, c_CE: Tensor, masks: Masks, targets: Targets, stage: StagePart, total: int) -> Tensor:
+def _at_one_width(
+    q_QE: Tensor,
+    c_CE: Tensor,
+    masks: Masks,
+    targets: Targets,
+    stage: StagePart,
+    total: int,
+    teacher: tuple[Tensor, Tensor] | None,
+) -> Tensor:
     loss, weight = stage.loss, len(q_QE) / total
     positive_Q, negative_QC = _on(q_QE, masks.positive_Q), _on(q_QE, masks.negative_QC)
     queries_QQ = documents_QC = hard_QC = None
@@ -115,6 +123,11 @@ def _at_one_width(q_QE: Tensor, c_CE: Tensor, masks: Masks, targets: Targets, st
         temperature = loss.distill.temperature or stage.temperature
         value = value + loss.distill.score_weight * weight * score_distillation(
             q_QE, c_CE, teacher_QC, stage.temperature, temperature
+        )
+    if loss.distill is not None and loss.distill.similarity_weight and teacher is not None:
+        temperature = loss.distill.temperature or stage.temperature
+        value = value + loss.distill.similarity_weight * weight * score_distillation(
+            q_QE, c_CE, cosines(*teacher), stage.temperature, temperature
         )
     return value
 

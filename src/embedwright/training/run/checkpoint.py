@@ -14,13 +14,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from embedwright.errors import InputError
 from embedwright.files import remove_leftovers, sha256_of, whole_folder
 from embedwright.processes import ALONE, Processes
+from embedwright.training.engine.optim import projection_of
 from embedwright.training.engine.parallel import full, like
 
 logger = logging.getLogger(__name__)
 
 _WEIGHTS, _OPTIMIZER, _STATE, _MANIFEST = "weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+_PROJECTION = "projection"  # beside the moments: it is of the stage, not of the model
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,9 @@ def save_checkpoint(
         for index, values in moments["state"].items()
         for name, value in values.items()
     }
+    projection = None if optimizer is None else projection_of(optimizer)
+    if projection is not None:
+        tensors[_PROJECTION] = _whole(projection, processes)
     final = folder / state.folder
     if processes.first:
         if final.exists():  # the same step again, after a resume from an older one
@@ -119,11 +125,17 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def restore_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Loads the optimizer's moments and step counts. Raises ValueError if its parameter groups differ."""
+    """Loads the optimizer's moments and step counts, and its projection. Raises ValueError if its parameters differ."""
     numbers = json.loads((checkpoint / _STATE).read_text())["optimizer"]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Any]] = {}
-    for key, tensor in load_file(checkpoint / _OPTIMIZER).items():
+    tensors = load_file(checkpoint / _OPTIMIZER)
+    projection, kept = projection_of(optimizer), tensors.pop(_PROJECTION, None)
+    if (None if projection is None else projection.shape) != (None if kept is None else kept.shape):
+        raise InputError(f"{checkpoint} is of a teacher with vectors of another width: take that one, or a new run.out")
+    if projection is not None and kept is not None:
+        projection.data.copy_(kept)
+    for key, tensor in tensors.items():
         index, _, name = key.partition(".")
         state.setdefault(int(index), {})[name] = like(tensor, parameters[int(index)])
     optimizer.load_state_dict({"state": state, "param_groups": numbers})

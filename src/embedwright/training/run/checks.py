@@ -60,12 +60,10 @@ def check_names(recipe: Recipe) -> None:
             open_suite(suite)
     for stage in recipe.stages:
         mine, distill = stage.mine, stage.loss.distill
-        teachers = {
-            "mine.teacher": mine.teacher if mine else None,
-            "loss.distill.teacher": distill.teacher if distill else None,
-        }
-        for key, name in teachers.items():
-            if name and name != PREVIOUS:
+        teachers = [("mine.teacher", mine.teacher)] if mine else []
+        teachers += [("loss.distill.teacher", name) for name in distill.teacher] if distill else []
+        for key, name in teachers:
+            if name != PREVIOUS:
                 with naming(f"recipe {recipe.name}: stages.{stage.name}.{key}"):
                     _check_encoder(name)
 

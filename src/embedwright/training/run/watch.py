@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from embedwright.model.pooling import LatentPooling
 from embedwright.processes import Processes
 from embedwright.training.batches.batch import Batch
+from embedwright.training.engine.optim import projection_of
 from embedwright.training.engine.parallel import trained
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,8 @@ class MovedWeights:
     """
 
     def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer, processes: Processes) -> None:
-        self.trained = trained(network)
+        projection = projection_of(optimizer)
+        self.trained = trained(network) | ({} if projection is None else {"projection": projection})
         self.reached: set[str] = set()
         self.moved: set[str] = set()
         self.updates, self.processes = 0, processes

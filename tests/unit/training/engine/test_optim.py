@@ -10,7 +10,7 @@ from torch import nn
 
 from embedwright.model.embedder import Embedder
 from embedwright.model.pooling import WEIGHTLESS, Kind
-from embedwright.training.engine.optim import learning_rate, make_optimizer, update
+from embedwright.training.engine.optim import learning_rate, make_optimizer, projection_of, update
 from embedwright.training.parts import TunePart
 from embedwright.training.stages import OptimPart
 
@@ -79,3 +79,22 @@ def test_update_clips_and_scales_the_learning_rate_by_group() -> None:
     assert norm == pytest.approx(10 * 8**0.5)
     assert torch.allclose(linear.weight, torch.tensor(1 - 0.1 / 8**0.5))
     assert torch.allclose(linear.bias, torch.tensor(1 - 0.05 / 8**0.5))
+
+
+def test_a_projection_trains_at_the_heads_rate_and_counts_in_the_clip() -> None:
+    linear, projection = nn.Linear(3, 2), nn.Parameter(torch.ones(4, 2))
+    before = [p.detach().clone() for p in (*linear.parameters(), projection)]
+    tune, optim = TunePart(pooling_lr_ratio=3.0), OptimPart(lr=0.1, steps=1, batch_queries=1)
+    assert projection_of(make_optimizer(linear, tune, optim)) is None
+    optimizer = make_optimizer(linear, tune, optim, projection)
+    assert projection_of(optimizer) is projection
+    for parameter in (*linear.parameters(), projection):
+        parameter.grad = torch.full_like(parameter, 10.0)
+    assert update(linear, optimizer, lr=0.1, clip=1.0) == pytest.approx(10 * 16**0.5)
+    assert projection.grad is None
+    state = [optimizer.state[p]["exp_avg"] / 0.1 for p in (*linear.parameters(), projection)]  # 0.1: AdamW's own
+    assert all(torch.allclose(moment, torch.tensor(1 / 16**0.5)) for moment in state)
+    moved = [(p.detach() - old).abs() for p, old in zip((*linear.parameters(), projection), before, strict=True)]
+    assert all(
+        torch.allclose(by, torch.tensor(rate), rtol=1e-3) for by, rate in zip(moved, (0.1, 0.1, 0.3), strict=True)
+    )

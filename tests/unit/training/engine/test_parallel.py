@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,18 @@ CASES = {
     "by queries": ("none", 130, False, 9),
     "one query beyond the budget": ("none", 40, False, 9),
     "spread out": ("none", 130, False, 9),
+    "projection and similarities, gradcache": ("none", 60, False, 9),
+    "projection, by queries": ("none", 60, False, 3),
     "fewer queries than processes": ("all", 60, False, 1),
     "fewer queries than processes, by queries": ("none", 60, False, 1),
 }
-LOSS: dict[str, dict[str, Any]] = {"spread out": {"spread_out": 5.0}}  # beside InfoNCE
+LOSS: dict[str, dict[str, Any]] = {  # beside InfoNCE
+    "spread out": {"spread_out": 5.0},
+    "projection and similarities, gradcache": {
+        "distill": {"vector_weight": 2.0, "similarity_weight": 2.0, "teacher": ["t"]}
+    },
+    "projection, by queries": {"distill": {"vector_weight": 2.0, "teacher": ["t"]}},
+}
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +64,8 @@ def found(tmp_path_factory: pytest.TempPathFactory, tiny_decoder: Callable[..., 
     results["shared"] = {n: [part["vectors"] for part in parts] for n, parts in shared.items()}
     results["masked"] = {n: [dict(np.load(folder / f"masked-{n}-{rank}.npz")) for rank in range(n)] for n in COUNTS}
     results["encoded"] = {n: [int(part["encoded"]) for part in parts] for n, parts in shared.items()}
+    results["kept"] = {n: [part["kept"] for part in parts] for n, parts in shared.items()}
+    results["kept_encoded"] = {n: [int(part["kept_encoded"]) for part in parts] for n, parts in shared.items()}
     return results
 
 
@@ -100,6 +110,15 @@ def test_many_processes_give_the_masked_loss_and_its_gradient_of_one(found: dict
             np.testing.assert_allclose(other[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.parametrize("count", COUNTS)
+def test_what_a_teacher_encodes_is_shared_and_all_read_it(found: dict[str, Any], count: int) -> None:
+    [alone] = found["shared"][1]
+    encoded = found["kept_encoded"][count]
+    assert sum(encoded) == 5 and (max(encoded) < 5 or count == 1)
+    for vectors in found["kept"][count]:
+        np.testing.assert_allclose(vectors, alone, atol=1e-5)
+
+
 def test_the_cases_differ_from_each_other(found: dict[str, Any]) -> None:
     """Else the test above would compare one thing with itself."""
     losses = {case: found["ddp"][1][case][0][0] for case in CASES}
@@ -107,6 +126,8 @@ def test_the_cases_differ_from_each_other(found: dict[str, Any]) -> None:
     assert losses["by queries"] == pytest.approx(losses["one query beyond the budget"], rel=1e-5)
     assert losses["one forward"] > losses["by queries"] + 0.1
     assert losses["spread out"] > losses["by queries"] + 0.1
+    for case in ("projection and similarities, gradcache", "projection, by queries"):
+        assert np.linalg.norm(found["ddp"][1][case][1]["projection"]) > 1e-3
 
 
 # ---- in the processes
@@ -121,7 +142,7 @@ def gradients_of(kind: str, case: str, decoder: str, processes: Processes) -> di
     from embedwright.training.batches.blend import Row
     from embedwright.training.batches.feed import local_batch
     from embedwright.training.batches.make import make_batch
-    from embedwright.training.engine.optim import make_optimizer, update
+    from embedwright.training.engine.optim import make_optimizer, projection_of, update
     from embedwright.training.engine.parallel import full, replicate
     from embedwright.training.engine.step import accumulate
     from embedwright.training.parts import TunePart
@@ -171,10 +192,17 @@ def gradients_of(kind: str, case: str, decoder: str, processes: Processes) -> di
     )
     replica = replicate(processes, model.network, kind)  # type: ignore[arg-type]
     model.encode(["a tide"])  # as a run evaluates: what trains is looked up behind it
-    optimizer = make_optimizer(model.network, TunePart(), optim)
-    local = local_batch(batch, model.text_tokenizer, model.contract, processes)
-    loss, _ = accumulate(replica, local, stage, batch_tokens=budget, seed=1)
+    projection = torch.nn.Parameter(torch.tensor(random.standard_normal((24, 32)) / 6, dtype=torch.float32))
+    optimizer = make_optimizer(model.network, TunePart(), optim, projection if "projection" in case else None)
+
+    def teach(texts: Sequence[tuple[str, str]]) -> torch.Tensor:
+        seeds = [int.from_bytes("".join(text).encode()) % 2**32 for text in texts]
+        return torch.stack([torch.randn(24, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+    local = local_batch(batch, model.text_tokenizer, model.contract, processes, teach if "projection" in case else None)
+    loss, _ = accumulate(replica, local, stage, batch_tokens=budget, seed=1, projection=projection_of(optimizer))
     trained = {name: p for name, p in model.network.named_parameters() if p.requires_grad}
+    trained |= {"projection": projection} if "projection" in case else {}
     assert all(p.grad is not None for p in trained.values())
     found = {name: full(p.grad).numpy().copy() for name, p in trained.items() if p.grad is not None}
     norm = update(model.network, optimizer, 1e-2, clip=0.5)
@@ -224,6 +252,8 @@ def shared(decoder: str, processes: Processes) -> dict[str, Any]:
     """Five texts of very different lengths, asked of a teacher in every process alike."""
     from embedwright.encoders.sharded import ShardedEncoder
     from embedwright.model.embedder import Embedder
+    from embedwright.training.batches.batch import Batch, Masks
+    from embedwright.training.run.distill import Teacher
 
     model, encoded = Embedder.from_decoder(decoder, pooling="mean"), 0
 
@@ -233,10 +263,18 @@ def shared(decoder: str, processes: Processes) -> dict[str, Any]:
             encoded += len(texts)
             return model.encode(texts, task=task)
 
-    vectors = ShardedEncoder(Counted(), processes).encode(
-        [f"{'a tide ' * n}moon" for n in (1, 30, 2, 9, 0)], task="Find it"
-    )
-    return {"vectors": vectors, "encoded": encoded}
+        def fingerprint(self) -> dict[str, str]:
+            return {"processes": str(processes.count)}  # so that none finds what fewer have kept
+
+    texts = [f"{'a tide ' * n}moon" for n in (1, 30, 2, 9, 0)]
+    vectors = ShardedEncoder(Counted(), processes).encode(texts, task="Find it")
+    by_sharding, encoded = encoded, 0
+    teacher, asked = Teacher([Counted()], {"Q: ": "Find it"}), [("Q: ", text) for text in texts]
+    nothing = np.zeros((5, 0), dtype=bool)
+    batch = Batch(asked, [], [], Masks(np.zeros(5, dtype=np.int64), nothing, nothing))
+    teacher.prepare([batch, batch], processes, lambda: None)
+    kept = {"kept": teacher(asked).numpy(), "kept_encoded": encoded - 1}  # and one for its width
+    return {"vectors": vectors, "encoded": by_sharding} | kept
 
 
 def main(folder: Path, decoder: str) -> None:

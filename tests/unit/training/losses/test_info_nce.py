@@ -13,8 +13,10 @@ from embedwright.training.batches.blend import Row
 from embedwright.training.batches.make import make_batch
 from embedwright.training.losses.info_nce import (
     cosent,
+    cosines,
     cut,
     info_nce,
+    projected,
     score_distillation,
     spread_out,
     vector_distance,
@@ -327,6 +329,8 @@ def test_autocast_leaves_every_loss_in_float32() -> None:
         lambda: score_distillation(q, c, teacher, 0.02, 0.1),
         lambda: vector_distance(cut(q, 7), cut(c[:8], 7)).sum(),
         lambda: vector_distillation(q[:, 0], c[:, 0], own),
+        lambda: cosines(3 * q, c).sum(),
+        lambda: projected(q, 3 * c).sum(),
     ]
     for call in calls:
         plain = call()

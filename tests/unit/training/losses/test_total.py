@@ -36,7 +36,13 @@ EVERYTHING: dict[str, Any] = {
     "spread_out": 3.0,
     "dims": [8, 4],
     "scored": "cosent",
-    "distill": {"score_weight": 0.5, "temperature": 0.1, "vector_weight": 2.0, "teacher": "t"},
+    "distill": {
+        "score_weight": 0.5,
+        "temperature": 0.1,
+        "vector_weight": 2.0,
+        "similarity_weight": 1.5,
+        "teacher": ["t", "u"],
+    },
 }
 
 
@@ -75,16 +81,19 @@ def batch_loss(
     *,
     teacher_QE: Tensor | None = None,
     teacher_CE: Tensor | None = None,
+    projection_TE: Tensor | None = None,
 ) -> Tensor:
     teacher = None if teacher_QE is None or teacher_CE is None else (teacher_QE, teacher_CE)
-    return losses.batch_loss(q_QE, c_CE, batch.masks, batch.targets, asked, total=total, teacher=teacher)
+    return losses.batch_loss(
+        q_QE, c_CE, batch.masks, batch.targets, asked, total=total, teacher=teacher, projection_TE=projection_TE
+    )
 
 
-def raw(n: int, kinds: str = "qpn", seed: int = 0) -> Tensor:
-    """A leaf (n, kinds, E); the texts of a row resemble each other."""
+def raw(n: int, kinds: str = "qpn", seed: int = 0, width: int = E) -> Tensor:
+    """A leaf (n, kinds, width); the texts of a row resemble each other."""
     generator = torch.Generator().manual_seed(seed)
-    near = torch.randn(n, 1, E, generator=generator)
-    return (near + torch.randn(n, len(kinds), E, generator=generator)).requires_grad_()
+    near = torch.randn(n, 1, width, generator=generator)
+    return (near + torch.randn(n, len(kinds), width, generator=generator)).requires_grad_()
 
 
 def vectors(leaf: Tensor, batch: Batch, kinds: str = "qpn") -> tuple[Tensor, Tensor]:
@@ -210,6 +219,43 @@ def test_distillation_equals_theirs_beside_the_contrastive_loss(stock: ModuleTyp
     torch.testing.assert_close(gradient(ours, leaf), gradient(expected, leaf), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("temperature", [None, 0.2])
+def test_similarities_of_a_query_and_all_candidates_follow_the_teachers(temperature: float | None) -> None:
+    wanted = {"similarity_weight": 0.7, "temperature": temperature, "teacher": "t"}
+    asked, kinds = stage({"distill": wanted, "dims": [8]}), "qpn"
+    batch, leaf, teacher = batch_of(rows(6), asked), raw(6, kinds), 3 * raw(6, kinds, seed=5, width=24).detach()
+    teacher_QE, teacher_CE = vectors(teacher, batch, kinds)
+    ours = batch_loss(*vectors(leaf, batch, kinds), batch, asked, 6, teacher_QE=teacher_QE, teacher_CE=teacher_CE)
+
+    cosine = nn.CosineSimilarity(dim=-1)
+    texts = [(row, kind) for row in range(6) for kind in (1, 2)]  # all positives and negatives of the batch
+    terms = []
+    for query in range(6):
+        theirs = torch.stack([cosine(teacher[query, 0], teacher[text]) for text in texts]) / (temperature or 0.05)
+        for width in (E, 8):
+            own = torch.stack([cosine(leaf[query, 0, :width], leaf[text][:width]) for text in texts]) / 0.05
+            terms.append(F.kl_div(own.log_softmax(0), theirs.softmax(0), reduction="sum"))
+    expected = batch_loss(*vectors(leaf, batch, kinds), batch, stage({"dims": [8]}), 6)
+    expected = expected + 0.7 * torch.stack(terms).mean()
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient(ours, leaf), gradient(expected, leaf), rtol=1e-4, atol=1e-6)
+
+
+def test_a_teacher_of_another_width_is_followed_through_the_projection() -> None:
+    asked, kinds = stage({"distill": {"vector_weight": 3.0, "teacher": "t"}}), "qpn"
+    batch, leaf, teacher = batch_of(rows(6), asked), raw(6, kinds), raw(6, kinds, seed=5, width=24).detach()
+    teacher_QE, teacher_CE = vectors(teacher, batch, kinds)
+    projection = torch.randn(24, E, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    ours = batch_loss(
+        *vectors(leaf, batch), batch, asked, 6, teacher_QE=teacher_QE, teacher_CE=teacher_CE, projection_TE=projection
+    )
+    distances = 1 - nn.CosineSimilarity(dim=-1)(leaf @ projection.T, teacher)  # (6, kinds): all are a row's own
+    expected = batch_loss(*vectors(leaf, batch), batch, stage(), 6) + 3.0 * distances.mean()
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    for trained in (leaf, projection):
+        torch.testing.assert_close(gradient(ours, trained), gradient(expected, trained), rtol=1e-4, atol=1e-6)
+
+
 def test_scored_rows_go_to_cosent_by_task_and_the_others_to_info_nce(stock: ModuleType) -> None:
     asked = stage({"scored": "cosent"})
     plain, off = Task(name="plain"), Task(name="off", in_batch_negatives="none")
@@ -271,23 +317,28 @@ def scored_rows(kinds: str = "qpnm") -> list[Row]:
     return made
 
 
-ALONE_TOO = {key: EVERYTHING[key] for key in ("mask_above", "hardness", "focal", "dims", "distill")}
+ALONE_TOO = {key: EVERYTHING[key] for key in ("mask_above", "hardness", "focal", "dims")}
+ALONE_TOO["distill"] = {"score_weight": 0.5, "temperature": 0.1, "vector_weight": 2.0, "teacher": "t"}
 
 
-def test_parts_of_a_batch_that_shares_nothing_add_up() -> None:
+@pytest.mark.parametrize("width", [E, 24, 7])
+def test_parts_of_a_batch_that_shares_nothing_add_up(width: int) -> None:
+    """With a teacher of the model's width, and of others."""
     asked, kinds = stage(ALONE_TOO, in_batch_negatives="none"), "qpnm"
-    batch, leaf, teacher = batch_of(scored_rows(), asked), raw(9, kinds), raw(9, kinds, seed=5).detach()
+    batch, leaf, teacher = batch_of(scored_rows(), asked), raw(9, kinds), raw(9, kinds, seed=5, width=width).detach()
+    projection = None if width == E else torch.eye(width, E).requires_grad_()
 
     def loss_of(part: Batch) -> Tensor:
         teacher_QE, teacher_CE = vectors(teacher, part, kinds)
         own = vectors(leaf, part, kinds)
-        return batch_loss(*own, part, asked, 9, teacher_QE=teacher_QE, teacher_CE=teacher_CE)
+        return batch_loss(*own, part, asked, 9, teacher_QE=teacher_QE, teacher_CE=teacher_CE, projection_TE=projection)
 
     assert batch.separable()
     whole = loss_of(batch)
     parts = sum((loss_of(batch.take(some)) for some in ([4, 0], [1, 2, 3, 8], [5], [7, 6])), torch.zeros(()))
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(gradient(parts, leaf), gradient(whole, leaf), rtol=1e-4, atol=1e-6)
+    for trained in (leaf, *([] if projection is None else [projection])):
+        torch.testing.assert_close(gradient(parts, trained), gradient(whole, trained), rtol=1e-4, atol=1e-6)
 
 
 def test_every_key_of_the_loss_is_tried_here() -> None:
@@ -296,22 +347,30 @@ def test_every_key_of_the_loss_is_tried_here() -> None:
 
 @pytest.mark.parametrize("chosen", ["alone", "joined", *EVERYTHING])
 def test_a_budget_of_tokens_changes_no_gradient(tiny_decoder: Callable[..., Path], chosen: str) -> None:
-    """All that needs no teacher's vectors, through the step: one forward against many. Each key also by itself."""
-    everything = EVERYTHING | {"distill": {"score_weight": 0.5}}
-    keys = {"alone": ALONE_TOO, "joined": EVERYTHING}.get(chosen, {chosen: None})
-    asked = stage({key: everything[key] for key in keys}, in_batch_negatives="all" if chosen == "joined" else "none")
+    """Through the step: one forward against many, with a teacher of another width. Each key also by itself."""
+    keys = {"alone": ALONE_TOO, "joined": EVERYTHING}.get(chosen, {chosen: EVERYTHING.get(chosen)})
+    asked = stage(keys, in_batch_negatives="all" if chosen == "joined" else "none")
     model = Embedder.from_decoder(tiny_decoder("qwen3"), pooling="mean")
     model.network.train()
     batch = batch_of(scored_rows(), asked)
     if chosen in ("alone", "joined"):
         assert batch.separable() == (chosen == "alone")
+    projection = nn.Parameter(torch.randn(24, model.embedding_dim, generator=torch.Generator().manual_seed(0)))
+
+    def teach(texts: Sequence[tuple[str, str]]) -> Tensor:
+        seeds = [int.from_bytes("".join(text).encode()) % 2**32 for text in texts]
+        return torch.stack([torch.randn(24, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
     found = []
     for budget in (10_000, 30):
-        local = local_batch(batch, model.text_tokenizer, model.contract, ALONE)
-        value, _ = accumulate(replicate(ALONE, model.network), local, asked, batch_tokens=budget, seed=0)
-        gradients = [p.grad for p in model.network.parameters() if p.grad is not None]
+        local = local_batch(batch, model.text_tokenizer, model.contract, ALONE, teach)
+        replica = replicate(ALONE, model.network)
+        value, _ = accumulate(replica, local, asked, batch_tokens=budget, seed=0, projection=projection)
+        gradients = [p.grad for p in (*model.network.parameters(), projection) if p.grad is not None]
+        assert (projection.grad is not None and bool(projection.grad.any())) == ("distill" in keys)
         found.append((value, torch.cat([g.flatten() for g in gradients])))
         model.network.zero_grad(set_to_none=True)
+        projection.grad = None
     (whole, expected), (split, ours) = found
     assert split == pytest.approx(whole, rel=1e-5)
     assert (ours - expected).norm() < 2e-5 * expected.norm()
@@ -330,19 +389,16 @@ def test_a_batch_made_without_the_loss_is_refused() -> None:
             batch_loss(*vectors(leaf, batch), batch, asked, 4)
 
 
-def test_missing_vectors_and_wrong_widths_are_named() -> None:
+def test_missing_vectors_and_widths_that_are_too_large_are_named() -> None:
     asked = stage({"distill": {"vector_weight": 1.0, "teacher": "big"}})
     batch = batch_of(rows(4), asked)
     own = vectors(raw(4), batch)
     with pytest.raises(ValueError, match=r"stages\.s\.loss\.distill: vectors of big are missing"):
         batch_loss(*own, batch, asked, 4)
-    wide = [torch.ones(len(v), 24) for v in own]
-    with pytest.raises(ConfigError, match=r"stages\.s\.loss\.distill\.teacher: vectors of big have 24 numbers, .* 16"):
-        batch_loss(*own, batch, asked, 4, teacher_QE=wide[0], teacher_CE=wide[1])
     for dim in (E, E + 1):
         with pytest.raises(ConfigError, match=rf"stages\.s\.loss\.dims: {dim} is not below the model's 16"):
             check_widths(stage({"dims": [4, dim]}), E)
-    check_widths(stage({"dims": [E - 1]}), E, E)
+    check_widths(stage({"dims": [E - 1]}), E)
 
 
 def test_autocast_changes_nothing() -> None:

@@ -2,19 +2,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
+from scipy.stats import spearmanr
 
-from embedwright.config import ConfigError
+from embedwright.errors import InputError
 from embedwright.model.embedder import Embedder
 from embedwright.training.batches.sources import open_sources
 from embedwright.training.recipe import Recipe
 from embedwright.training.run import distill
-from embedwright.training.run.distill import Teacher, teacher_of
+from embedwright.training.run.checkpoint import read_weights
+from embedwright.training.run.distill import Teacher, projection_to, teacher_of
+from embedwright.training.run.signals import Interrupted
 from embedwright.training.run.start import start_model
+from embedwright.training.stages import DistillPart, LossPart
 from embedwright.training.train import train
 
 ASKED = "Find its answer"
@@ -48,30 +55,215 @@ def recipe(tmp_path: Path, tiny_decoder: Callable[..., Path]) -> Recipe:
     return Recipe.parse(content)
 
 
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.fsync", lambda handle: None)
+
+
+class Part:
+    """A teacher of another width: some of the numbers of an embedder, each text at a time."""
+
+    def __init__(self, embedder: Embedder, width: int = 16, fails_at: int | None = None) -> None:
+        self.embedder, self.width, self.fails_at, self.texts = embedder, width, fails_at, list[str]()
+
+    def encode(self, texts: list[str], task: str | None = None) -> Any:
+        self.texts += texts
+        if self.fails_at is not None and len(self.texts) > self.fails_at:
+            raise KeyboardInterrupt
+        return np.concatenate([self.embedder.encode([text], task=task) for text in texts])[:, : self.width]
+
+    def fingerprint(self) -> dict[str, str]:
+        return self.embedder.fingerprint() | {"width": str(self.width)}
+
+
+def followed(recipe: Recipe, out: Path, steps: int = 20, run: dict[str, Any] | None = None, **weights: Any) -> Recipe:
+    """The recipe with another way to follow its teacher."""
+    [stage] = recipe.stages
+    loss = LossPart(distill=DistillPart(teacher=("teacher",), **weights))
+    optim = stage.optim.model_copy(update={"steps": steps})
+    change = {"stages": (stage.model_copy(update={"loss": loss, "optim": optim}),)}
+    change |= {"run": recipe.run.model_copy(update={"out": str(out)} | (run or {}))}
+    return recipe.model_copy(update=change)
+
+
+def records_of(recipe: Recipe, stop: int | None = None) -> list[dict[str, Any]]:
+    records: list[dict[str, Any]] = []
+
+    def on_step(record: dict[str, Any]) -> None:
+        records.append({key: record[key] for key in ("step", "loss", "grad_norm", "ids")})
+        if record["step"] == stop:
+            raise Interrupted
+
+    with pytest.raises(Interrupted) if stop else nullcontext():
+        train(recipe, on_step=on_step)
+    return records
+
+
+# ---- the teacher
+
+
 def test_a_text_is_encoded_under_the_instruction_behind_its_prefix(teacher: Embedder) -> None:
-    asked = Teacher(teacher, {"Q: ": ASKED, "": None})
-    found = asked([("", "the moon"), ("Q: ", "the moon"), ("", "a tide")])
+    asked = Teacher([teacher], {"Q: ": ASKED, "": None})
+    found = asked.encode([("", "the moon"), ("Q: ", "the moon"), ("", "a tide")])
     expected = [teacher.encode(["the moon"]), teacher.encode(["the moon"], task=ASKED), teacher.encode(["a tide"])]
     np.testing.assert_allclose(found, np.concatenate(expected), atol=1e-6)
     assert np.abs(expected[0] - expected[1]).max() > 0.01
 
 
+def test_the_cosine_of_several_teachers_is_the_mean_of_theirs(
+    teacher: Embedder, tiny_embedder: Callable[..., Embedder]
+) -> None:
+    class Longer(Part):
+        def encode(self, texts: list[str], task: str | None = None) -> Any:
+            return 7 * super().encode(texts, task)
+
+    other = tiny_embedder("mean", "qwen3")
+    asked = Teacher([teacher, Longer(other, 8)], {"": None})
+    texts = ["the moon", "a tide", "a dog"]
+    found = asked.encode([("", text) for text in texts])
+    assert asked.width == found.shape[1] == 40
+    own, theirs = teacher.encode(texts), other.encode(texts)[:, :8]
+    theirs /= np.linalg.norm(theirs, axis=1, keepdims=True)
+    np.testing.assert_allclose(found @ found.T, (own @ own.T + theirs @ theirs.T) / 2, atol=1e-6)
+
+
 def test_a_stage_that_follows_no_vectors_opens_no_teacher(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distill, "open_encoder", None)
-    plain = recipe.stages[0].model_copy(update={"loss": type(recipe.stages[0].loss)()})
-    assert teacher_of(plain, open_sources(recipe)[0], start_model(recipe).contract, 32) is None
+    plain = recipe.stages[0].model_copy(update={"loss": LossPart()})
+    model = start_model(recipe)
+    assert teacher_of(plain, open_sources(recipe)[0], model.contract) is None
+    assert projection_to(None, recipe, 0, model) is None
 
 
-def test_a_teacher_of_another_width_is_refused_before_the_first_step(
-    recipe: Recipe, teacher: Embedder, monkeypatch: pytest.MonkeyPatch
+def test_each_text_is_encoded_before_the_first_step_and_once_for_all_runs(
+    recipe: Recipe,
+    teacher: Embedder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    class Narrow:
-        def encode(self, texts: list[str], task: str | None = None) -> Any:
-            return teacher.encode(texts, task=task)[:, :16]
+    caplog.set_level("INFO", "embedwright.training.run.distill")
+    first, second = Part(teacher), Part(teacher)
+    runs = [followed(recipe, tmp_path / name, vector_weight=1.0, similarity_weight=1.0) for name in "ab"]
+    monkeypatch.setenv("EMBEDWRIGHT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(distill, "open_encoder", lambda name: first)
+    encoded: list[int] = []
+    train(runs[0], on_step=lambda record: encoded.append(len(first.texts)))
+    texts = [text for text in first.texts if text != "a text"]  # which tells its width
+    assert len(set(texts)) == len(texts) == 41  # 20 queries and their positives, and the negative of all
+    assert set(encoded) == {len(first.texts)}
+    assert "encoded 41 texts in" in caplog.text and "vectors of 0 texts were kept" in caplog.text
+    monkeypatch.setattr(distill, "open_encoder", lambda name: second)
+    train(runs[1])
+    assert second.texts == ["a text"] and "vectors of 41 texts were kept from before" in caplog.text
 
-    monkeypatch.setattr(distill, "open_encoder", lambda name: Narrow())
-    with pytest.raises(ConfigError, match="vectors of teacher have 16 numbers, the model's 32"):
-        train(recipe)
+
+# ---- a teacher of another width
+
+
+def test_projections_differ_by_stage_and_are_the_same_again(recipe: Recipe, teacher: Embedder) -> None:
+    two = recipe.model_copy(update={"stages": recipe.stages * 2})
+    wide, model = Teacher([Part(teacher)], {"": None}), start_model(recipe)
+    drawn = [projection_to(wide, two, number, model) for number in (0, 1, 0)]
+    assert all(one is not None and one.shape == (16, 32) for one in drawn)
+    assert torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[0], drawn[1])  # type: ignore[arg-type]
+    assert projection_to(Teacher([teacher], {"": None}), two, 0, model) is None  # of the same width
+    similar = followed(recipe, Path("x"), similarity_weight=1.0)
+    assert projection_to(wide, similar, 0, model) is None
+
+
+@pytest.mark.parametrize("in_batch", ["none", "all"])
+def test_a_run_in_pieces_equals_the_run_in_one(
+    recipe: Recipe, teacher: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_batch: str
+) -> None:
+    """With a cache each, and stopped while the teacher encodes too."""
+    monkeypatch.setattr(distill, "_CHUNK", 9)
+    [stage] = recipe.stages
+    recipe = recipe.model_copy(update={"stages": (stage.model_copy(update={"in_batch_negatives": in_batch}),)})
+    monkeypatch.setattr(distill, "open_encoder", lambda name: Part(teacher))
+    weights = {"vector_weight": 3.0} | ({"similarity_weight": 0.5} if in_batch == "all" else {})
+    keys = {"checkpoint_every": 2, "batch_tokens": 40}
+    monkeypatch.setenv("EMBEDWRIGHT_CACHE", str(tmp_path / "one-cache"))
+    whole = records_of(followed(recipe, tmp_path / "one", 4, keys, **weights))
+    monkeypatch.setenv("EMBEDWRIGHT_CACHE", str(tmp_path / "pieces-cache"))
+    pieces = followed(recipe, tmp_path / "pieces", 4, keys, **weights)
+    monkeypatch.setattr(distill, "open_encoder", lambda name: Part(teacher, fails_at=20))
+    with pytest.raises(KeyboardInterrupt):
+        train(pieces)
+    monkeypatch.setattr(distill, "open_encoder", lambda name: Part(teacher))
+    found = records_of(pieces, stop=3) + records_of(pieces)[1:]
+    assert found == whole
+    files = [
+        load_file(tmp_path / name / "checkpoints" / "00-0000004" / "optimizer.safetensors")
+        for name in ("one", "pieces")
+    ]
+    assert files[0].keys() == files[1].keys() and "projection" in files[0]
+    assert all(torch.equal(tensor, files[1][name]) for name, tensor in files[0].items())
+    start = projection_to(Teacher([Part(teacher)], {"": None}), pieces, 0, start_model(pieces))
+    assert not torch.equal(files[0]["projection"], start)  # type: ignore[arg-type]
+
+
+def test_the_projection_trains_and_is_in_no_saved_model(
+    recipe: Recipe, teacher: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distill, "open_encoder", lambda name: Part(teacher))
+    saving = followed(recipe, tmp_path / "followed", vector_weight=1.0)
+    [stage] = saving.stages
+    saving = saving.model_copy(update={"stages": (stage.model_copy(update={"save": True, "temperature": 100.0}),)})
+    losses = [record["loss"] for record in records_of(saving)]
+    assert losses[-1] < losses[0] - 0.3
+    [file] = (tmp_path / "followed" / "stages").rglob("model.safetensors")
+    train(saving).save(tmp_path / "model")
+    for saved in (file, tmp_path / "model" / "model.safetensors"):
+        assert not any("projection" in name for name in load_file(saved))
+    assert "projection" not in read_weights(tmp_path / "followed" / "checkpoints" / "00-0000020")
+
+
+def test_a_checkpoint_of_a_teacher_of_another_width_is_refused(
+    recipe: Recipe, teacher: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = followed(recipe, tmp_path / "run", 4, {"checkpoint_every": 2}, vector_weight=1.0)
+    monkeypatch.setattr(distill, "open_encoder", lambda name: Part(teacher))
+    records_of(run, stop=3)
+    monkeypatch.setattr(distill, "open_encoder", lambda name: Part(teacher, 8))
+    with pytest.raises(InputError, match=r"00-0000002 is of a teacher with vectors of another width"):
+        train(run)
+
+
+def test_threads_and_micro_batches_change_no_loss(
+    recipe: Recipe, teacher: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distill, "open_encoder", lambda name: Part(teacher))
+    found = []
+    for number, run in enumerate(({"workers": 0}, {"workers": 3}, {"batch_tokens": 40})):
+        asked = followed(recipe, tmp_path / str(number), 4, run, vector_weight=1.0, similarity_weight=1.0)
+        found.append(records_of(asked))
+    assert found[0] == found[1]
+    assert [one["loss"] for one in found[2]] == pytest.approx([one["loss"] for one in found[0]], rel=1e-4)
+
+
+# ---- what it is for
+
+
+def test_a_student_takes_on_the_similarities_of_its_teacher(
+    recipe: Recipe, teacher: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distill, "open_encoder", lambda name: Part(teacher))
+    similar = followed(recipe, tmp_path / "run", 40, similarity_weight=100.0, temperature=0.05)
+    [stage] = similar.stages
+    similar = similar.model_copy(update={"stages": (stage.model_copy(update={"temperature": 0.05}),)})
+    queries, passages = [f"q{i} tide" for i in range(20)], [f"p{i} the moon and {i}" for i in range(20)]
+
+    def cosines(model: Any) -> Any:
+        return model.encode(queries, task=ASKED) @ model.encode(passages).T
+
+    vectors = Part(teacher).encode(queries, ASKED), Part(teacher).encode(passages)
+    target = np.divide(*(lambda q, c: (q @ c.T, np.outer(*(np.linalg.norm(v, axis=1) for v in (q, c)))))(*vectors))
+    ranks = [
+        np.mean([spearmanr(own, theirs).statistic for own, theirs in zip(cosines(model), target, strict=True)])
+        for model in (start_model(similar), train(similar))
+    ]
+    assert 1 - ranks[1] < 0.4 * (1 - ranks[0]), ranks
 
 
 @pytest.mark.parametrize("in_batch", ["none", "all"])

@@ -16,7 +16,9 @@ from torch import nn
 from embedwright.model.embedder import Embedder
 from embedwright.processes import ALONE
 from embedwright.training.batches.batch import Batch, Masks, Targets
+from embedwright.training.engine.optim import make_optimizer
 from embedwright.training.losses.info_nce import cosent
+from embedwright.training.parts import TunePart
 from embedwright.training.run.watch import (
     TRIES,
     UPDATES,
@@ -27,6 +29,7 @@ from embedwright.training.run.watch import (
     stuck,
     warn_if_inert,
 )
+from embedwright.training.stages import OptimPart
 
 
 def trained(rate: float = 0.1) -> tuple[nn.Linear, torch.optim.Optimizer, MovedWeights]:
@@ -56,6 +59,17 @@ def test_a_tensor_without_a_gradient_is_named_at_the_last_of_the_first_updates()
         update(linear, optimizer, bias=0.0)
     with pytest.raises(RuntimeError, match=r"1 of 2 trained tensors had no gradient in 10 updates, e\.g\. bias"):
         update(linear, optimizer, bias=0.0)
+
+
+def test_a_projection_that_stands_still_is_named() -> None:
+    linear, projection = nn.Linear(3, 2), nn.Parameter(torch.ones(4, 2))
+    optim = OptimPart(lr=0.1, steps=1, batch_queries=1)
+    optimizer = make_optimizer(linear, TunePart(), optim, projection)
+    MovedWeights(linear, optimizer, ALONE)
+    for _ in range(UPDATES - 1):
+        update(linear, optimizer)
+    with pytest.raises(RuntimeError, match=r"1 of 3 trained tensors had no gradient .*, e\.g\. projection"):
+        update(linear, optimizer)
 
 
 def test_a_gradient_that_moves_nothing_is_named_too() -> None:
