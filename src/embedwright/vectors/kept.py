@@ -63,7 +63,7 @@ class KeptVectors:
         for i, one in enumerate(asked):
             if (place := self._place.get(_key(one))) is None:
                 raise InputError(
-                    f"{self.folder} has no vector of {one[1][:100]!r}: EMBEDWRIGHT_CACHE must be one for all"
+                    f"{self.folder} has no vector of {one[1][:100]!r}: all processes need one EMBEDWRIGHT_CACHE"
                 )
             rows_of.setdefault(place[0], []).append((i, place[1]))
         parts = [vectors_of(read_shard(path))[[row for _, row in rows]] for path, rows in rows_of.items()]
