@@ -35,7 +35,8 @@ Found = dict[str, Any]
 class OwnNegatives(nn.Module):
     """InfoNCE of each row over its own positive and negatives alone, for which the library has no loss.
 
-    Texts go through the model in mini-batches, as in the cached loss, but once: rows do not need each other.
+    Rows do not need each other: a few at a time go forward and backward, once, in little memory. The Trainer's own
+    backward then has nothing left to do.
     """
 
     def __init__(self, model: SentenceTransformer, scale: float, rows: int) -> None:
@@ -43,13 +44,16 @@ class OwnNegatives(nn.Module):
         self.model, self.scale, self.rows = model, scale, rows
 
     def forward(self, features: Sequence[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
-        query, *documents = [nn.functional.normalize(self.embedded(column), dim=-1) for column in features]
-        scores = torch.stack([(query * document).sum(dim=-1) for document in documents], dim=1)
-        return nn.functional.cross_entropy(self.scale * scores, torch.zeros(len(scores), dtype=torch.long))
-
-    def embedded(self, column: dict[str, Tensor]) -> Tensor:
-        parts = (_create_minibatch(column, i, i + self.rows) for i in range(0, len(column["input_ids"]), self.rows))
-        return torch.cat([self.model(part)["sentence_embedding"] for part in parts])
+        count, value = len(features[0]["input_ids"]), torch.zeros(())
+        for i in range(0, count, self.rows):
+            parts = [self.model(_create_minibatch(column, i, i + self.rows)) for column in features]
+            query, *documents = [nn.functional.normalize(part["sentence_embedding"], dim=-1) for part in parts]
+            scores = torch.stack([(query * document).sum(dim=-1) for document in documents], dim=1)
+            first = torch.zeros(len(scores), dtype=torch.long)
+            loss = nn.functional.cross_entropy(self.scale * scores, first, reduction="sum") / count
+            loss.backward()
+            value += loss.detach()
+        return value.requires_grad_()
 
 
 class Clock(TrainerCallback):
