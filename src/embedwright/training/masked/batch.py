@@ -52,16 +52,23 @@ class Masker:
     """Reads documents as the model reads them, and masks some of their tokens."""
 
     def __init__(self, stage: MaskedPart, tokenizer: TextTokenizer, contract: Contract) -> None:
-        """Raises ConfigError if the stage's mask token is no token of the tokenizer."""
+        """Raises ConfigError, which names a near token, if the stage's mask token is no token of the tokenizer."""
         self.stage, self.tokenizer, self.contract = stage, tokenizer, contract
-        self.token = mask_id(stage, tokenizer)
-        self.vocabulary = tokenizer.plain.get_vocab_size()
+        self.vocabulary, name = tokenizer.plain.get_vocab_size(), stage.mask_token
+        known = tokenizer.plain.token_to_id(name)
+        ids = tokenizer.plain.encode(name, add_special_tokens=False).ids if known is None else [known]
+        if len(ids) != 1:
+            raise ConfigError(
+                f"stages.{stage.name}.mask_token: {name!r} is {len(ids)} tokens of the model's tokenizer, and must be "
+                f"one{did_you_mean(name, tokenizer.plain.get_vocab())}; `_` is one as a rule"
+            )
+        self.token: int = ids[0]
 
     def __call__(self, texts: Sequence[str], keys: Sequence[Sequence[int]]) -> list[MaskedText]:
         """Masks each text, which is a document without an instruction. What is masked follows from its key alone."""
         draws = [np.random.default_rng(key) for key in keys]
         most = _CHARACTERS * self.contract.max_tokens
-        starts = [_start(len(text), most, draw) for text, draw in zip(texts, draws, strict=True)]
+        starts = [draw.integers(max(len(text) - most, 0) + 1) for text, draw in zip(texts, draws, strict=True)]
         cut = [text[start : start + most] for text, start in zip(texts, starts, strict=True)]
         read = tokenize(self.tokenizer, self.contract, cut, self.contract.prefix(None), UNCUT)
         return [self._masked(one, draw) for one, draw in zip(read, draws, strict=True)]
@@ -89,25 +96,6 @@ class Masker:
         start = own[0] + draw.integers(len(own) - max(len(own) - excess, 1) + 1)
         kept = np.r_[0 : own[0], start : start + len(own) - excess, own[-1] + 1 : len(read.ids)]
         return TokenizedText(read.ids[kept], read.pool[kept]), own[: len(own) - excess]
-
-
-def _start(length: int, most: int, draw: np.random.Generator) -> int:
-    return int(draw.integers(length - most + 1)) if length > most else 0
-
-
-def mask_id(stage: MaskedPart, tokenizer: TextTokenizer) -> int:
-    """Returns the id of the stage's mask token. Raises ConfigError, which names a near token, if it is none."""
-    found: int | None = tokenizer.plain.token_to_id(stage.mask_token)
-    if found is None:
-        ids = tokenizer.plain.encode(stage.mask_token, add_special_tokens=False).ids
-        if len(ids) != 1:
-            known = tokenizer.plain.get_vocab()
-            raise ConfigError(
-                f"stages.{stage.name}.mask_token: {stage.mask_token!r} is {len(ids)} tokens of the model's tokenizer, "
-                f"and must be one{did_you_mean(stage.mask_token, known)}; `_` is one as a rule"
-            )
-        found = ids[0]
-    return found
 
 
 def batch_of_step(

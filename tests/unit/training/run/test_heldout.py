@@ -197,6 +197,10 @@ def test_plan_dry_run_report_and_card_know_the_phase(run: Run, content: dict[str
     assert masked.largest == max(one["tokens"] for one in found)
     said = report(run.recipe)
     assert "stage masked: 84 rows of 2 files, 30 steps, 240 documents (2.86 passes)" in said
+    absent = copy.deepcopy(content)
+    absent["stages"][0]["text"] = [{"path": "to-come.jsonl"}]
+    unseen = report(recipe_of(absent, run.out))
+    assert "to-come.jsonl          ?" in unseen and "at most 192 tokens a step, 5,760 in all" in unseen
     assert "masked" in dry_run(run.recipe)[2]
     page = read_run(run.out)
     assert [stage["temperature"] for stage in page["stages"]] == ["-", "0.1"]
