@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 
 from embedwright.data.files.documents import Document
 from embedwright.pairs.templates import PERSON
@@ -16,7 +17,7 @@ from embedwright.pairs.way import Made, pair
 from embedwright.pairs.words import FUNCTION_WORDS, around, content, is_prose, sentences, unmarked
 
 MASKED = 0.5  # share of the passages from which the sentence is taken out, so that its words alone do not find them
-DROPPED = 0.1  # share of the words that a question lacks: people do not ask in the words of the text
+DROPPED = 0.2  # share of the articles and modifiers that a question lacks: people do not ask in the words of the text
 ASKED = 3  # the fewest words of a question that say something
 FEWEST = 12  # words of a passage without its sentence
 
@@ -25,9 +26,10 @@ _CLAUSE = re.compile(rf"{_SUBJECT} (?P<verb>is|are|was|were|can|could|will|must|
 _INSERTS = re.compile(r"\s*[(\[][^()\[\]]*[)\]]")
 _TWO = re.compile(r"[a-z]{3}\. ")  # two sentences in one, where the second begins with a small letter
 _END = re.compile(
-    r"(?:[;:]|,? (?:which|who|where|whose|although|because|while|but|unless)\b"
+    r"(?:[;:]|,? (?:which|who|where|whose|although|though|because|since|while|but|unless|as it)\b"
     r"|, (?:and|or|as|so|with|it|this|they|the) ).*"
 )
+_POINTING = re.compile(r"\b(?:this|these|those)\b")
 _NEXT = re.compile(r"(?:,| and\b).*")  # what else was done, or by whom
 
 # A passive: adverbs, what was done, and anywhere after it who did it, where and when.
@@ -69,6 +71,7 @@ _VAGUE = (
     - _ARTICLES
     - {"of", "for", "to", "and", "in", "on", "with", "at", "by", "from", "or", "all"}
 )
+_TERMS = {f"The {name}" for name in ("term", "word", "name", "name itself", "original", "first", "latter", "former")}
 _NOT_FIRST = (FUNCTION_WORDS | {"currently", "note", "usually", "often", "later", "now"}) - _ARTICLES
 
 
@@ -86,8 +89,16 @@ def cloze(document: Document, rng: random.Random) -> Made:
     masked = rng.random() < MASKED and len(f"{before} {after}".split()) >= FEWEST
     passage = [document.title, before, *([] if masked else [pieces[at]]), after]
     wh, *words = question.split()
-    kept = [word for word in words if rng.random() >= DROPPED]
-    return [pair(document, " ".join([wh, *kept]).rstrip(" ,.") + "?", " ".join(filter(None, passage)))]
+    dropped = [rng.random() < DROPPED and _is_spare(*two) for two in pairwise([*words, ""])]
+    kept = [word for number, word in enumerate(words) if number < 2 or not dropped[number]]  # the verb stays
+    asked_for = kept if len(content(" ".join(kept))) >= ASKED else words
+    return [pair(document, " ".join([wh, *asked_for]).rstrip(" ,.") + "?", " ".join(filter(None, passage)))]
+
+
+def _is_spare(word: str, after: str) -> bool:
+    """Tells whether a question reads well without a word: an article, or one that goes with the word after it."""
+    plain = word.isalpha() and word[0].islower() and after[:1].isalpha() and not _PASSIVE.match(after)
+    return word in _ARTICLES or (plain and FUNCTION_WORDS.isdisjoint((word, after.lower())))
 
 
 def questions(sentence: str) -> Iterator[tuple[str, str]]:
@@ -108,6 +119,8 @@ def questions(sentence: str) -> Iterator[tuple[str, str]]:
         yield from _of_passive(subject, verb, passive, rest)
     starts = rest.split()[0].lower()
     if starts in FUNCTION_WORDS - _ARTICLES - {"be"} or not (_is_named(subject) or starts in ("a", "an")):
+        return
+    if _PERSONS_NAME.fullmatch(rest) or _POINTING.search(rest):
         return
     person = _PERSONS_NAME.fullmatch(subject) and PERSON.match(rest)
     yield from _asking("what", f"{'who' if person else 'what'} {verb}", rest)
@@ -131,7 +144,7 @@ def _of_passive(subject: str, verb: str, passive: re.Match[str], rest: str) -> I
 def _subject(words: str) -> str:
     """Returns a subject as it stands inside a question, or nothing if it is vague or no subject."""
     first, *others = words.split()
-    if first.lower() in _NOT_FIRST or first.endswith("ly") or len(others) > 7 or {*others} & _VAGUE:
+    if words in _TERMS or first.lower() in _NOT_FIRST or first.endswith("ly") or len(others) > 7 or {*others} & _VAGUE:
         return ""
     return " ".join([first.lower() if first in ("A", "An", "The") else first, *others])
 
