@@ -48,18 +48,14 @@ def page(folder: Path) -> list[str]:
     if not file.is_file():
         return []
     claims = yaml.safe_load(file.read_text(encoding="utf-8"))
-    studies = {said["study"]: said for said in map(_read, sorted((folder / "ablations").glob("*/study.json")))}
+    files = sorted((folder / "ablations").glob("*/study.json"))
+    studies = {said["study"]: said for file in files for said in [json.loads(file.read_text(encoding="utf-8"))]}
     lines = [TEXT, f"| {' | '.join(HEAD)} |", "|" + "---|" * len(HEAD)]
     lines += [
         f"| {' | '.join(_cells(claim, found))} |" for claim, found in zip(claims, decided(claims, studies), strict=True)
     ]
     told = [f"- {claim['claim']}: {'; '.join(claim['others'])}." for claim in claims if claim.get("others")]
     return [*lines, "", "What others found:", "", *told, ""]
-
-
-def _read(file: Path) -> Study:
-    said: Study = json.loads(file.read_text(encoding="utf-8"))
-    return said
 
 
 def decided(claims: Sequence[Claim], studies: Mapping[str, Study]) -> list[dict[str, Any]]:

@@ -106,9 +106,9 @@ class Ablation(Part):
                     raise InputError(f"{key}: {name!r} is no arm{did_you_mean(name, self.arms)}")
         if len(set(self.seeds)) < len(self.seeds) or (self.rates and self.rates.seed in self.seeds):
             raise InputError("seeds: need different numbers, and a tuning seed (rates.seed) that is none of them")
-        if any(arm == other or self.baseline == other for arm, other in self.pairs):
+        if twice := [arm for arm, other in self.pairs if other in (arm, self.baseline)]:
             raise InputError(
-                "pairs: an arm and another one, which is not the baseline: that one all arms are compared with"
+                f"pairs: {twice[0]!r} needs another arm beside it, and not the baseline: all arms have that one"
             )
         if self.name == SMOKE:
             raise InputError(f"name: {SMOKE!r} is the folder of smoke tests: choose another name")

@@ -294,6 +294,9 @@ def test_a_further_pair_of_arms_is_compared(ablation: Make, untrained: list[Path
     [row] = pair["rows"]
     assert (pair["baseline"], row["candidate"]) == ("warm", "hot")
     assert row["difference"] == pytest.approx(mean["hot"] - mean["warm"])
-    for pairs, message in (([["hot", "cold"]], "pairs: 'cold' is no arm"), ([["hot", "plain"]], "pairs: an arm and")):
+    for pairs, message in (
+        ([["hot", "cold"]], "pairs: 'cold' is no arm"),
+        ([["hot", "plain"]], "pairs: 'hot' needs another arm"),
+    ):
         with pytest.raises(InputError, match=message):
             ablate(ablation(arms=arms, pairs=pairs), tmp_path / "out")
