@@ -102,7 +102,7 @@ def test_the_passage_lacks_the_sentence_in_half_of_the_rows_and_the_question_som
     "sentence",
     [
         "The term was coined by Ada Lovelace in the late 1950s at some old institute.",
-        "The HP president for many years now is Lewis E. Platt.",
+        "The president of HP is Lewis E. Platt.",
         "Berkeley Pascal is the best known one of these languages.",
     ],
 )
