@@ -27,6 +27,9 @@ LONGER = (1, 40, 150)  # for the doctor: more than a block of keys
 # How far an element may be off, in units in the last place of the largest of its row; and a row, in those of its
 # length. Seen on a real model of thirty layers: 67 and 41 in float32, where sums come in another order; 5.1 and 2.2 in
 # 16 bits, where a gated block rounds less often than the stock one.
+# A weight's gradient is a sum over tokens, of which most may cancel: of adapters on keys in bfloat16, the stock one was
+# seen 6.9 off the gradient in float32, and ours 0.8. So a row of such a gradient has this many times the room.
+_CANCELS = 4.0
 _LIMITS = {torch.float32: (256.0, 128.0), torch.bfloat16: (16.0, 6.0), torch.float16: (16.0, 6.0)}
 
 
@@ -120,9 +123,10 @@ def _gradient_fault(block: Block, module: nn.Module) -> str | None:
                 random = torch.Generator().manual_seed(0)
                 upstream = torch.randn(out.shape, generator=random).to(out)
                 gradients.append(torch.autograd.grad(out, [*leaves, *trains], upstream))
-        for found, expected in zip(*gradients, strict=True):
+        for place, (found, expected) in enumerate(zip(*gradients, strict=True)):
             # as one row, because some rows hold nothing but rounding
-            off = _off(found.flatten(), expected.flatten(), torch.bfloat16 if autocast else _coarsest(block))
+            dtype, room = torch.bfloat16 if autocast else _coarsest(block), _CANCELS if place >= len(states) else 1.0
+            off = _off(found.flatten(), expected.flatten(), dtype, room)
             if off is not None:
                 return f"has a gradient that is {off:.0f} units in the last place off transformers' own"
     return None
@@ -168,7 +172,7 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _off(found: Tensor, expected: Tensor, dtype: torch.dtype) -> float | None:
+def _off(found: Tensor, expected: Tensor, dtype: torch.dtype, room: float = 1.0) -> float | None:
     """Returns the largest difference, in units in the last place of its row's largest element; None within limits."""
     if found.shape != expected.shape or found.dtype != expected.dtype:
         return float("inf")
@@ -177,4 +181,4 @@ def _off(found: Tensor, expected: Tensor, dtype: torch.dtype) -> float | None:
     element = float((apart.abs().amax(-1) / size.abs().amax(-1).clamp_min(tiny)).max() / unit)
     row = float((apart.norm(dim=-1) / size.norm(dim=-1).clamp_min(tiny)).max() / unit)
     most, of_row = _LIMITS[dtype]
-    return None if element <= most and row <= of_row else element  # NaN exceeds every limit
+    return None if element <= room * most and row <= room * of_row else element  # NaN exceeds every limit
