@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -73,7 +74,8 @@ class Steps:
         looks = step % _LOOK_EVERY == 0 or step == optim.steps - 1
         self.activity.looks = looks and number not in self.maskers
         seed = int(np.random.default_rng([recipe.seed, number, step, 1]).integers(2**62))
-        loss, tokens, known = self._accumulate(number, local, seed, projection_of(optimizer))
+        self.replica = replace(self.replica, projection=projection_of(optimizer))
+        loss, tokens, known = self._accumulate(number, local, seed)
         lr = learning_rate(optim, step)
         norm, problem = math.nan, None
         try:
@@ -99,9 +101,7 @@ class Steps:
         }
         return record, problem
 
-    def _accumulate(
-        self, number: int, local: LocalBatch | MaskedBatch, seed: int, projection: nn.Parameter | None
-    ) -> tuple[float, int, float]:
+    def _accumulate(self, number: int, local: LocalBatch | MaskedBatch, seed: int) -> tuple[float, int, float]:
         """Adds the gradient. Returns the loss, the tokens, and the loss of a model that knows nothing."""
         stage, budget = self.recipe.stages[number], self.recipe.run.batch_tokens
         if isinstance(local, MaskedBatch):
@@ -109,7 +109,7 @@ class Steps:
             loss, tokens = masked.accumulate(network, head, local, self.processes, batch_tokens=budget, seed=seed)
             return loss, tokens, math.log(self.maskers[number].vocabulary)
         assert isinstance(stage, StagePart)
-        loss, tokens = accumulate(self.replica, local, stage, batch_tokens=budget, seed=seed, projection=projection)
+        loss, tokens = accumulate(self.replica, local, stage, batch_tokens=budget, seed=seed)
         return loss, tokens, chance(local.batch)
 
     def heldout(self, number: int, sources: Sequence[Source]) -> dict[str, float]:

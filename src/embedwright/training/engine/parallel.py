@@ -28,14 +28,15 @@ class Replica:
     """A network as one process trains it.
 
     `embed(packed)` gives (N, E) with gradient. `syncing(last)` surrounds forward and backward of a micro-batch: only
-    the
-    last one of a step averages the gradients over the processes.
+    the last one of a step averages the gradients over the processes. `projection` trains along in a stage whose teacher
+    has vectors of another width: it is no part of the network, and each process has all of it.
     """
 
     processes: Processes
     embed: Callable[[PackedTexts], Tensor]
     syncing: Callable[[bool], AbstractContextManager[Any]]
     device: torch.device
+    projection: nn.Parameter | None = None
 
 
 def replicate(processes: Processes, network: Any, kind: Kind = "ddp") -> Replica:

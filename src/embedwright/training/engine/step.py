@@ -21,17 +21,9 @@ from embedwright.training.stages import StagePart
 
 
 def accumulate(
-    replica: Replica,
-    local: LocalBatch,
-    stage: StagePart,
-    *,
-    batch_tokens: int,
-    seed: int,
-    projection: nn.Parameter | None = None,
+    replica: Replica, local: LocalBatch, stage: StagePart, *, batch_tokens: int, seed: int
 ) -> tuple[float, int]:
     """Adds the gradient of the batch's loss to the parameters. Returns the loss and the tokens of all processes.
-
-    `projection` is of a stage whose teacher has vectors of another width, and gets its gradient too.
 
     A batch of at most `batch_tokens` takes one forward. A larger one is split by queries where it is separable, which
     is exact and takes one pass. GradCache does the rest: batches that are not separable, and queries that are larger
@@ -45,23 +37,16 @@ def accumulate(
         sizes = [_size(local, row) for row in local.rows]
         if not processes.most(max(sizes, default=0) > batch_tokens):
             groups = [[local.rows[i] for i in group] for group in batches(sizes, batch_tokens)]
-            loss = _by_queries(replica, local, groups, stage, seed, projection)
-            if projection is not None:  # no part of the network, whose gradients are averaged on the way
-                processes.add_gradients([projection])
-                if projection.grad is not None:
-                    projection.grad /= processes.count
+            loss = _by_queries(replica, local, groups, stage, seed)
+            if replica.projection is not None:  # no part of the network, whose gradients are averaged on the way
+                processes.add_gradients([replica.projection])
+                if replica.projection.grad is not None:
+                    replica.projection.grad /= processes.count
             return loss, total
-    return _cached(replica, local, stage, batch_tokens, seed, projection), total
+    return _cached(replica, local, stage, batch_tokens, seed), total
 
 
-def _by_queries(
-    replica: Replica,
-    local: LocalBatch,
-    groups: list[list[int]],
-    stage: StagePart,
-    seed: int,
-    projection: nn.Parameter | None,
-) -> float:
+def _by_queries(replica: Replica, local: LocalBatch, groups: list[list[int]], stage: StagePart, seed: int) -> float:
     """Accumulates the gradient over groups of queries, each with its own candidates. Returns the loss."""
     processes, device = replica.processes, replica.device
     own = {text: i for i, text in enumerate(local.texts[processes.rank])}
@@ -79,23 +64,16 @@ def _by_queries(
             place = {text: at for at, text in enumerate(texts)}
             rows = [own[text] for text in texts]
             teacher_NE = None if local.teacher_NE is None else local.teacher_NE[rows].to(device)
-            part = _loss(embedded_NE, teacher_NE, batch, place, stage, len(local.batch.queries), projection)
+            part = _loss(embedded_NE, teacher_NE, batch, place, stage, len(local.batch.queries), replica.projection)
             (part * processes.count).backward()
             loss += part.item()
     return processes.total(loss)
 
 
-def _cached(
-    replica: Replica,
-    local: LocalBatch,
-    stage: StagePart,
-    batch_tokens: int,
-    seed: int,
-    projection: nn.Parameter | None,
-) -> float:
+def _cached(replica: Replica, local: LocalBatch, stage: StagePart, batch_tokens: int, seed: int) -> float:
     """Runs GradCache over this process's texts, with the loss of the whole batch. Returns the loss.
 
-    Every process has the whole gradient of `projection` from it.
+    Every process has the whole gradient of a projection from it.
     """
     processes, device = replica.processes, replica.device
     own = local.texts[processes.rank]
@@ -113,7 +91,7 @@ def _cached(
 
     def loss_of(embedded_NE: Tensor) -> Tensor:
         gathered_NE = processes.gather(embedded_NE[back], sizes)
-        return _loss(gathered_NE, teacher_NE, local.batch, place, stage, len(local.batch.queries), projection)
+        return _loss(gathered_NE, teacher_NE, local.batch, place, stage, len(local.batch.queries), replica.projection)
 
     return gradcache.backward(replica.embed, packed, loss_of, seed, processes=processes.count, syncing=replica.syncing)
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +201,8 @@ def gradients_of(kind: str, case: str, decoder: str, processes: Processes) -> di
         return torch.stack([torch.randn(24, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
     local = local_batch(batch, model.text_tokenizer, model.contract, processes, teach if "projection" in case else None)
-    loss, _ = accumulate(replica, local, stage, batch_tokens=budget, seed=1, projection=projection_of(optimizer))
+    replica = replace(replica, projection=projection_of(optimizer))
+    loss, _ = accumulate(replica, local, stage, batch_tokens=budget, seed=1)
     trained = {name: p for name, p in model.network.named_parameters() if p.requires_grad}
     trained |= {"projection": projection} if "projection" in case else {}
     assert all(p.grad is not None for p in trained.values())

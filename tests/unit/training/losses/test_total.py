@@ -364,8 +364,8 @@ def test_a_budget_of_tokens_changes_no_gradient(tiny_decoder: Callable[..., Path
     found = []
     for budget in (10_000, 30):
         local = local_batch(batch, model.text_tokenizer, model.contract, ALONE, teach)
-        replica = replicate(ALONE, model.network)
-        value, _ = accumulate(replica, local, asked, batch_tokens=budget, seed=0, projection=projection)
+        replica = replace(replicate(ALONE, model.network), projection=projection)
+        value, _ = accumulate(replica, local, asked, batch_tokens=budget, seed=0)
         gradients = [p.grad for p in (*model.network.parameters(), projection) if p.grad is not None]
         assert (projection.grad is not None and bool(projection.grad.any())) == ("distill" in keys)
         found.append((value, torch.cat([g.flatten() for g in gradients])))
