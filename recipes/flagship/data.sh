@@ -146,4 +146,5 @@ labelled sentiment review-sentiment.labeled.jsonl.gz 4000
 [ -s $out/raw/sts.jsonl ] || gzip -dc "$EMBEDWRIGHT_DATA/train/sts12-13.scored.jsonl.gz" | put $out/raw/sts.jsonl
 clean sts none
 whole 2 sts
-say "done: $(cat $out/1/*.jsonl | wc -l) rows of the first stage, $(cat $out/2/*.jsonl | wc -l) of the second"
+rows() { cat $out/"$1"/*.jsonl | grep -c positives; } # without the tasks beside them
+say "done: $(rows 1) rows of the first stage, $(rows 2) of the second"

@@ -15,7 +15,7 @@ from types import ModuleType
 import pytest
 
 from embedwright.data.schema import Task
-from embedwright.training.recipe import Recipe
+from embedwright.training.recipe import Recipe, leaves
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "recipes" / "flagship"
@@ -208,6 +208,18 @@ def test_the_recipe_is_valid_and_its_data_is_made_by_the_script(file: Path) -> N
         # texts of one class are not each other's negatives
         labels = [task for task in described if task.family in ("classification", "clustering")]
         assert all(task.in_batch_negatives == "none" for task in labels)
+
+
+def test_the_distilled_twin_differs_by_its_teacher_alone() -> None:
+    plain, distilled = (
+        dict(leaves(Recipe.load(ROOT / "recipes" / f"{name}.yaml").model_dump(mode="json")))
+        for name in ("flagship-135m", "flagship-135m-distilled")
+    )
+    assert {key for key in plain.keys() | distilled.keys() if plain.get(key) != distilled.get(key)} == {
+        "name",
+        "run.out",
+        *(key for key in distilled if ".loss.distill" in key),
+    }
 
 
 @pytest.mark.long
