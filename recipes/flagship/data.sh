@@ -2,7 +2,7 @@
 # Prepares all data of flagship-135m.yaml in runs/flagship-data, below the folder that it is started in. No neural model
 # takes part: pairs are made by rules, negatives are mined by BM25, and the second stage mines again inside the run.
 #   EMBEDWRIGHT_DATA=FOLDER recipes/flagship/data.sh     FOLDER/train has labelled files, FOLDER/dev what must not leak
-# Needs apt (Debian or Ubuntu, no root) for the texts; texts.py says what to do elsewhere. 25 minutes on two cores.
+# Needs apt (Debian or Ubuntu, no root) for the texts; texts.py says what to do elsewhere. It took 40 minutes on two busy cores.
 # DOCS documents of each text become passages (default 10000), ASKED of them questions (default 20000).
 # What is there already is not made again: after a stop, start it again. README.md says what each file is for.
 #   text/NAME.jsonl       documents, with text/NAME.licence
