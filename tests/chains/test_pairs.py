@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from embedwright.cli.main import app
 from embedwright.data.files.table import open_examples
 from embedwright.data.files.tasks import read_tasks, tasks_file
+from embedwright.data.schema import Example
 from embedwright.pairs.make import MEANINGS, WAYS
 from embedwright.text import Contract
 from embedwright.training.batches.blend import Row
@@ -70,7 +71,11 @@ def test_documents_become_a_trained_model(
     before = {example.id: example for example in open_examples(made)}
     taught = [row for row in open_examples(cleaned) if row.task == "docs-bm25"]
     assert taught and all(row.positive_scores == before[row.id].positive_scores for row in taught)
-    assert all(len(row.negatives) == len(row.negative_scores or ()) >= 2 for row in open_examples(mined))
+    by_task: dict[bool, list[Example]] = {True: [], False: []}
+    for row in open_examples(mined):
+        by_task[row.task == "docs-summary"].append(row)
+    assert all(len(row.negatives) == len(row.negative_scores or ()) >= 2 for row in by_task[False])
+    assert by_task[True] and not any(row.negatives for row in by_task[True])  # one question, which all documents answer
     stage = {"name": "s", "data": [{"path": str(mined)}], "in_batch_negatives": "all", "hard_negatives": 2}
     stage |= {"loss": {"distill": {"score_weight": 1.0, "temperature": 3.0}}}
     stage |= {"optim": {"lr": 1e-3, "steps": 2, "batch_queries": 16}}
@@ -89,7 +94,7 @@ def test_documents_become_a_trained_model(
 def test_documents_of_one_source_are_never_each_others_negatives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Through `data pairs`, `mine` and a batch; without sources, the same documents are."""
+    """Through `data pairs`, `mine` and a batch, in rows of other ways, too; without sources, the same documents are."""
     monkeypatch.setenv("EMBEDWRIGHT_CACHE", str(tmp_path / "cache"))
     names = [f"z{chr(97 + i % 26)}{chr(97 + i // 26)}z" for i in range(36)]  # one in any eight words of its document
 
@@ -99,7 +104,7 @@ def test_documents_of_one_source_are_never_each_others_negatives(
         return {"_id": f"d{i}", "text": text, "source": f"p{i // 6}", "tags": f"t{i % 6}", "links": f"d{(i + 7) % 36}"}
 
     documents = [sold(i) for i in range(36)]
-    ways = ["crops", "sentence", "classes", "see-also"]
+    ways = ["crops", "sentence", "classes", "see-also", "crops,sentence,classes,see-also"]
 
     def sources(text: str) -> set[str]:
         return {str(documents[i]["source"]) for i, name in enumerate(names) if name in text}

@@ -2,7 +2,7 @@
 
 A question is a task and the exact key of a query. Its answers are the positives of all its rows. A pair counts in both
 directions: if a query is a positive of another row of its task, that row's query is an answer, too. Document ids are
-compared within a task only.
+compared within a task, but for those that name their collection (`wiki::123`): they name one document in all tasks.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from embedwright.data.schema import Example, Passage
 
 _CHUNK = 4096  # rows
 _AND = "\x1f"  # ASCII's separator of units: no id has it
+_IN = "::"  # between a collection and a document of it
 
 
 def question_of(task: str, query: str) -> int:
@@ -51,14 +52,24 @@ def ids_of(passage: Passage) -> list[str]:
     return [] if passage.id is None else passage.id.split(_AND)
 
 
-def class_id(labels: Iterable[str]) -> str:
-    """Returns the id of a text with these labels. Texts that share a label answer each other."""
-    return _AND.join(f"class {label}" for label in labels)
+def class_id(labels: Iterable[str], documents: Iterable[str] = ()) -> str:
+    """Returns the id of a text with these labels, and of these documents. Texts that share one answer each other."""
+    return _AND.join([*(f"class {label}" for label in labels), *documents])
+
+
+def collection_id(collection: str, id: str) -> str:
+    """Returns an id that holds in all tasks, of one that holds in a collection: each of its parts names it."""
+    return _AND.join(f"{collection}{_IN}{part}" for part in id.split(_AND))
+
+
+def scope_of(task: str, document: str) -> str:
+    """Returns where a document's id holds: in the task of its row, or in all tasks (an empty string)."""
+    return "" if _IN in document else task
 
 
 def id_mark(task: str, document: str) -> int:
     """Returns a number for the document that rows of `task` name by this id."""
-    return _number(f"{task}\0\0{document}")
+    return _number(f"{scope_of(task, document)}\0\0{document}")
 
 
 def _number(key: str) -> int:

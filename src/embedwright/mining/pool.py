@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from embedwright.data.answers import ids_of, text_mark
+from embedwright.data.answers import ids_of, scope_of, text_mark
 from embedwright.data.schema import Example, Passage
 from embedwright.encoders.protocol import Encoder
 from embedwright.vectors.shards import Vectors
@@ -25,8 +25,8 @@ class Documents(dict[str, str]):
     """Positives as a corpus: id -> text.
 
     Two tasks, or two chunks of one document, may use one id for different texts. So a document's id here is not always
-    the id that rows give it. `named` maps (task, id in its rows, or a part of a `class_id`) to the ids here; `given`
-    maps an id here to the id that each task gives it.
+    the id that rows give it. `named` maps (`scope_of` an id in rows, the id or a part of a `class_id`) to the ids here;
+    `given` maps an id here to the id that each task gives it.
     """
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ def positives_of(examples: Iterable[Example]) -> Documents:
         documents[key] = text
         for task, id in own:
             for part in dict.fromkeys([id, *ids_of(Passage(text, id))]):
-                documents.named[task, part].append(key)
+                documents.named[scope_of(task, part), part].append(key)
             documents.given[key].setdefault(task, id)
     return documents
 
@@ -89,7 +89,7 @@ class Pool:
         """Returns the rows of the documents that an example of `task` means by these ids, or parts of a `class_id`."""
         ids = [id for id in ids if (task, id) not in self.foreign]
         if isinstance(self.corpus, Documents):
-            ids = [key for id in ids for key in self.corpus.named.get((task, id), ())]
+            ids = [key for id in ids for key in self.corpus.named.get((scope_of(task, id), id), ())]
         return [self.row_of_id[id] for id in ids if id in self.row_of_id]
 
     def rows_of_texts(self, passages: Iterable[Passage]) -> list[int]:
@@ -102,7 +102,8 @@ class Pool:
         id, text = self.ids[row], self.text(row)
         if not isinstance(self.corpus, Documents):
             return Passage(text, None if (task, id) in self.foreign else id)
-        own = self.corpus.given.get(id, {}).get(task)
+        given = self.corpus.given.get(id, {})
+        own = given.get(task) or next((id for id in given.values() if not scope_of(task, id)), None)
         return Passage(text, own or (None if (task, id) in self.corpus.named else id))
 
     def encoded(self, encoder: Encoder, folder: Path | None, advance: Callable[[int], None]) -> tuple[Vectors, Vectors]:

@@ -72,6 +72,5 @@ def _draw(
 def _passage(document: Document, beside: Document | None = None) -> Passage:
     """Returns a document whose id holds its labels and its family, after those of the document `beside` it."""
     both = [each for each in (beside, document) if each]
-    return Passage(
-        document.whole, class_id(dict.fromkeys(mark for each in both for mark in (*each.labels, each.family)))
-    )
+    labels = dict.fromkeys(label for each in both for label in each.labels)
+    return Passage(document.whole, class_id(labels, dict.fromkeys(each.family for each in both)))

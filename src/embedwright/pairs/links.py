@@ -43,8 +43,10 @@ def see_also(documents: Iterable[Document]) -> Make:
         if len(others) > MOST:
             return "names_many"
         close = [other for other in others if times[other.id] <= MOST]
-        positives = (Passage(other.whole, class_id((document.family, other.family))) for other in close)
-        return [Example("", "", document.whole, tuple(positives))] if close else "named_by_many"
+        if not close:
+            return "named_by_many"
+        both = ((other, class_id((), dict.fromkeys((document.family, other.family)))) for other in close)
+        return [Example("", "", document.whole, tuple(Passage(other.whole, id) for other, id in both))]
 
     return make
 

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from embedwright.config import did_you_mean
+from embedwright.data.answers import collection_id
 from embedwright.data.files.documents import COLUMNS, Document, read_documents
 from embedwright.data.files.folders import stem_of
 from embedwright.data.files.quarantine import Quarantine
 from embedwright.data.files.table import write_examples
 from embedwright.data.keys import exact_key
-from embedwright.data.schema import DataError, Example, Family, Task
+from embedwright.data.schema import DataError, Example, Family, Passage, Task
 from embedwright.errors import InputError
 from embedwright.files import check_file
 from embedwright.pairs import cut
@@ -184,9 +185,19 @@ def make_pairs(
         )
         for kind, meaning in MEANINGS.items()
     }
-    write_examples(out, (replace(example, task=f"{name}-{example.task}") for example in examples()), tasks)
+    write_examples(out, (_of_collection(name, example) for example in examples()), tasks)
     parts.remove()
     return {"documents": documents, "quarantined": quarantine.count, "ways": counts}
+
+
+def _of_collection(name: str, example: Example) -> Example:
+    """Names the collection in the task and in all ids, so that a document is known in the rows of other ways, too."""
+
+    def within(passages: Sequence[Passage]) -> tuple[Passage, ...]:
+        return tuple(replace(one, id=None if one.id is None else collection_id(name, one.id)) for one in passages)
+
+    task, positives, negatives = f"{name}-{example.task}", within(example.positives), within(example.negatives)
+    return replace(example, task=task, positives=positives, negatives=negatives)
 
 
 def check_ways(how: Sequence[str]) -> list[str]:

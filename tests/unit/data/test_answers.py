@@ -64,4 +64,5 @@ def test_a_question_without_another_row_keeps_its_own_positives() -> None:
 def test_numbers_are_the_same_in_every_process() -> None:
     assert text_mark("Tides") == text_mark(" tides") == 1065114850601568925
     assert question_of("t", "q") != question_of("u", "q") and id_mark("t", "1") != id_mark("u", "1")
+    assert id_mark("t", "wiki::1") == id_mark("u", "wiki::1") != id_mark("u", "news::1")
     assert marks_of("t", [Passage("A", "1"), Passage("a")]) == {text_mark("a"), id_mark("t", "1")}

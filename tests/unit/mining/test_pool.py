@@ -66,3 +66,12 @@ def test_a_part_of_a_class_id_finds_all_documents_that_have_it() -> None:
 
     assert found("x") == {"one", "three"} and found("x", "z") == {"one", "three", "four"} and not found("w")
     assert {pool.text(row) for row in pool.rows_with_id("t", [class_id(["x", "y"])])} == {"one"}
+
+
+def test_a_document_of_a_collection_is_found_from_every_task_under_its_id() -> None:
+    rows = [
+        Example(f"e{i}", task, "q", (Passage(text, "wiki::1"),)) for i, (task, text) in enumerate(["ax", "by", "az"])
+    ]
+    pool = make_pool(positives_of(rows), rows, ())
+    assert {pool.text(row) for row in pool.rows_with_id("b", ["wiki::1"])} == {"x", "y", "z"}
+    assert {pool.passage("c", row).id for row in range(3)} == {"wiki::1"}

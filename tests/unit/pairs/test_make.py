@@ -58,7 +58,7 @@ def test_rows_tasks_and_counts(tmp_path: Path) -> None:
         },
     }
     a, b = read(tmp_path / "out.parquet")
-    assert (a.id, a.task, a.query, a.positives[0].id) == ("title:a:0", "d-title", "Perl", "a")
+    assert (a.id, a.task, a.query, a.positives[0].id) == ("title:a:0", "d-title", "Perl", "d::a")
     assert (b.id, b.task) == ("summary:a:0", "d-summary")
     assert (tmp_path / "out.parquet.quarantine.jsonl").read_text() == "{\n"
     tasks = tasks_beside(tmp_path / "out.parquet")

@@ -22,9 +22,10 @@ from embedwright.packing import PackedTexts
 
 logger = logging.getLogger(__name__)
 
-# Largest distance between the unit vectors of merged and unmerged weights, by their type. In 16 bits rounding alone
-# moves those of a deep model by a quarter of this, so each layer is proved in float32 as well, to a relative 1e-4.
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.1, torch.bfloat16: 0.5}
+# Largest distance between the unit vectors of merged and unmerged weights, by their type. Rounding alone moves those of
+# a deep model by a tenth of this in 32 bits, by a quarter in 16. So each layer is proved in float32 as well, to a
+# relative 1e-4.
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
 _LAYER_TOLERANCE = 1e-4
 _LOST = "this model is lost, load it again"
 

@@ -203,6 +203,11 @@ def test_equal_ids_of_two_tasks_are_two_documents() -> None:
     assert negatives(batch_of(*rows)) == [{"p2"}, {"p1"}]
 
 
+def test_a_document_of_a_collection_is_the_same_in_all_tasks() -> None:
+    rows = [row("q1", "p1@wiki::42", (), Task(name="a")), row("q2", "p2@wiki::42", ("p3@wiki::7",), Task(name="b"))]
+    assert negatives(batch_of(*rows)) == [{"p3"}, {"p3"}]
+
+
 def test_no_text_of_a_rows_class_stands_against_it() -> None:
     named = ["cat", "dog", "cow", "hen"]
     label_of = {f"{label} {n}": (label,) for label in named for n in range(8)}
