@@ -12,6 +12,7 @@ from embedwright.config import ConfigError
 from embedwright.model.pooling import Kind
 from embedwright.training.parts import ModelPart
 from embedwright.training.recipe import Recipe
+from embedwright.training.stages import MaskedPart
 
 
 def stage(name: str) -> dict[str, Any]:
@@ -30,12 +31,17 @@ def stage(name: str) -> dict[str, Any]:
     }
 
 
+def masked() -> dict[str, Any]:
+    optim = {"lr": 2e-5, "warmup_steps": 20, "steps": 300, "batch_queries": 64}
+    return {"name": "masked", "kind": "mntp", "text": [{"path": "docs.jsonl"}], "mask_token": "_", "optim": optim}
+
+
 def content() -> dict[str, Any]:
     return {
         "name": "laptop",
         "model": {"base": "smollm2-135m"},
         "tune": {},
-        "stages": [stage("retrieval"), stage("generalist")],
+        "stages": [stage("retrieval"), stage("generalist"), masked()],
         "run": {"out": "runs/laptop"},
         "eval": {"every": 100, "suites": ["dev"]},
     }
@@ -115,6 +121,8 @@ def fields(part: type[BaseModel], path: str = "") -> Iterator[tuple[str, Any]]:
 
 def below(annotation: Any, path: str) -> Iterator[tuple[str, Any]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        if annotation is MaskedPart:
+            path = path.replace("stages.0", "stages.2")  # the masked one of `content`
         yield from fields(annotation, f"{path}.")
         return
     inner = typing.get_args(annotation)
@@ -130,7 +138,7 @@ def below(annotation: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 KEYS = [(path, kind) for path, kind in fields(Recipe) if not path.startswith("run.tracker")]
-MAY_BE_EMPTY = ("task.instruction", "task.licence", "task.source")
+MAY_BE_EMPTY = ("task.instruction", "licence", "task.source")
 BAD: dict[Any, tuple[Any, ...]] = {
     int: (True, "3", 3.0, 3.5, math.inf, math.nan, -1, [3]),
     float: (True, "3", "0.5", "inf", "nan", math.inf, -math.inf, math.nan, [0.5]),
