@@ -57,8 +57,10 @@ def batch_loss(
     check_widths(stage, q_QE.shape[1])
     if loss.distill is not None and loss.distill.teacher and teacher is None:
         raise InputError(f"stages.{stage.name}.loss.distill: vectors of {', '.join(loss.distill.teacher)} are missing")
-    widths = [(q_QE, c_CE), *((cut(q_QE, dim), cut(c_CE, dim)) for dim in loss.dims)]
-    values = [_at_one_width(*vectors, masks, targets, stage, total, teacher) for vectors in widths]
+    values = [_at_one_width(q_QE, c_CE, masks, targets, stage, total, teacher)]
+    # each cut stands beside its loss: autograd adds up gradients in the order of the calls
+    for dim in loss.dims:
+        values.append(_at_one_width(cut(q_QE, dim), cut(c_CE, dim), masks, targets, stage, total, teacher))
     value = torch.stack(values).mean()
     if loss.distill is not None and loss.distill.vector_weight and teacher is not None:
         if projection_TE is not None:
