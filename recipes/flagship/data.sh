@@ -65,21 +65,13 @@ lemmas() { # TEXT: sentences that differ in one word; such pairs repeat each oth
   whole 2 "$1-lemma" 2000
 }
 
-kept() { # NAME: the rows of raw/ that clean/ keeps, with negatives that differ from their positive in one word alone
-  [ -s "$out/2/$1.jsonl" ] && return
-  python -c "
-import json, sys
-clean, raw = ([(json.loads(line)['id'], line) for line in open(name)] for name in sys.argv[1:])
-ids = {id_ for id_, _ in clean}
-sys.stdout.writelines(line for id_, line in raw if id_ in ids)" "$out/clean/$1.jsonl" "$out/raw/$1.jsonl" |
-    put "$out/mine/$1.jsonl"
-  mv "$out/mine/$1.jsonl" "$out/clean/$1.jsonl"
-}
-
-staged() { # NAME COUNT: the first COUNT rows for the second stage, all others for the first, mined by BM25
-  whole 2 "$1" "$2"
+staged() { # NAME COUNT: the first COUNT rows (of few, half) for the second stage, all others for the first, by BM25
+  local half count=$2
+  half=$(($(wc -l <"$out/clean/$1.jsonl") / 2))
+  count=$((half < count ? half : count))
+  whole 2 "$1" "$count"
   [ -s "$out/1/$1.jsonl" ] && return
-  taken mine "$1" "$(($2 + 1))" 1000000
+  taken mine "$1" "$((count + 1))" 1000000
   say "mine $1"
   embedwright mine "$out/mine/$1.jsonl" --teacher bm25 --negatives 1 --out "$out/1/$1.jsonl" >"$out/1/$1.json"
 }
@@ -106,7 +98,6 @@ for text in debian manuals prose terms; do
   made $text-asked $text "$asked" cloze,templates --per-document 2
   staged $text-asked 800
   made $text-swap $text "$asked" swap
-  kept $text-swap
   whole 2 $text-swap 1000
 done
 for text in wordnet gcide; do

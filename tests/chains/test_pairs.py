@@ -19,7 +19,9 @@ from embedwright.data.schema import Example
 from embedwright.pairs.make import MEANINGS, WAYS
 from embedwright.text import Contract
 from embedwright.training.batches.blend import Row
+from embedwright.training.batches.feed import batch_of_step
 from embedwright.training.batches.make import make_batch
+from embedwright.training.batches.sources import open_sources
 from embedwright.training.recipe import Recipe
 from embedwright.training.train import train
 
@@ -56,7 +58,7 @@ def test_documents_become_a_trained_model(
     options = ["--licence", "mit", "--wordnet", write_wordnet(tmp_path / "wordnet")]
     counts = json.loads(run("data", "pairs", source, "--how", ",".join(WAYS), "--out", made, *options))
     assert {way: count["examples"] > 0 for way, count in counts["ways"].items()} == dict.fromkeys(WAYS, True)
-    giving = {row.task for row in open_examples(made) if row.negatives}
+    giving = {row.task for row in open_examples(made) if row.positives and row.negatives}
     assert giving == {f"docs-{kind}" for kind in ("bm25", "gloss", "gloss-usage", "swap", "classes")}
     for name in giving:
         task = read_tasks(tasks_file(made))[name]
@@ -74,7 +76,7 @@ def test_documents_become_a_trained_model(
     by_task: dict[bool, list[Example]] = {True: [], False: []}
     for row in open_examples(mined):
         by_task[row.task == "docs-summary"].append(row)
-    assert all(len(row.negatives) == len(row.negative_scores or ()) >= 2 for row in by_task[False])
+    assert all(len(row.negatives) == len(row.negative_scores or ()) >= 2 for row in by_task[False] if row.positives)
     assert by_task[True] and not any(row.negatives for row in by_task[True])  # one question, which all documents answer
     stage = {"name": "s", "data": [{"path": str(mined)}], "in_batch_negatives": "all", "hard_negatives": 2}
     stage |= {"loss": {"distill": {"score_weight": 1.0, "temperature": 3.0}}}
@@ -89,6 +91,36 @@ def test_documents_become_a_trained_model(
     )
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps if "loss" in step] == [1, 2] and all(step["loss"] > 0 for step in steps)
+
+
+def test_pairs_that_differ_in_one_word_reach_their_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cleaning leaves `swap` its negatives; CoSENT gets all scores of `lemma`, InfoNCE its pairs of 4 and above."""
+    monkeypatch.setenv("EMBEDWRIGHT_CACHE", str(tmp_path / "cache"))
+    source, made, cleaned = (tmp_path / f"{name}.jsonl" for name in ("docs", "made", "cleaned"))
+    source.write_text("".join(json.dumps(document(i)) + "\n" for i in range(36)))
+    run("data", "pairs", source, "--how", "swap", "--out", made)
+    run("data", "clean", made, "--out", cleaned)
+    before, after = ({row.id: row for row in open_examples(file)} for file in (made, cleaned))
+    assert len(after) > 6 and all(len(row.negatives) == 1 and row == before[id_] for id_, row in after.items())
+
+    run("data", "pairs", source, "--how", "lemma", "--out", made, "--wordnet", write_wordnet(tmp_path / "wordnet"))
+    run("data", "clean", made, "--out", cleaned, "--repeats", "none")
+    pairs = [json.loads(line) for line in made.read_text().splitlines()]
+    other = {pair["id"]: (pair.get("positives") or pair["negatives"])[0]["text"] for pair in pairs}
+    assert {pair["score"] for pair in pairs} == {5.0, 4.0, 2.5, 1.5}
+    for loss, least in ({"scored": "cosent"}, 0), ({}, 4):
+        taken = {pair["id"]: pair["score"] for pair in pairs if pair["score"] >= least}
+        stage = {"name": "s", "data": [{"path": str(cleaned)}], "in_batch_negatives": "all", "hard_negatives": 0}
+        stage |= {"loss": loss, "optim": {"lr": 1e-3, "steps": 1, "batch_queries": len(taken)}}
+        recipe = Recipe.parse({"name": "r", "model": {"base": "b"}, "stages": [stage], "run": {"out": "o"}})
+        batch = batch_of_step(recipe, 0, open_sources(recipe)[0], Contract(eos_id=1), 0)
+        assert sorted(batch.ids) == sorted(taken)
+        assert all(
+            batch.candidates[c][1] == other[id_] for c, id_ in zip(batch.masks.positive_Q, batch.ids, strict=True)
+        )
+        if loss:
+            assert batch.targets.score_Q is not None
+            assert dict(zip(batch.ids, batch.targets.score_Q.tolist(), strict=True)) == taken
 
 
 def test_documents_of_one_source_are_never_each_others_negatives(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 
+from embedwright.data.files.conversion import scored
 from embedwright.data.files.documents import Document
 from embedwright.pairs.way import Made, Make, pair
 from embedwright.pairs.wordnet import Sense, WordNet
@@ -41,7 +41,7 @@ def lemma(wordnet: WordNet) -> Make:
                 for relation, word in _related(sentence[start:end], sense, wordnet):
                     found.setdefault(relation, []).append((sentence, _with(sentence, start, end, word)))
         return [
-            replace(pair(document, *rng.choice(found[relation])), score=score)
+            scored(pair(document, *rng.choice(found[relation])), score)
             for relation, score in SCORES.items()
             if relation in found
         ] or "nothing_to_replace"

@@ -34,7 +34,7 @@ from embedwright.pairs.templates import templates
 from embedwright.pairs.way import Made, Make
 from embedwright.pairs.wordnet import WHERE, WordNet
 
-FORMAT = 1  # of the parts: raise it when a way makes other examples
+FORMAT = 2  # of the parts: raise it when a way makes other examples
 BLOCK = 2048  # documents of a part: what a killed run loses at most
 
 
@@ -238,7 +238,7 @@ def _of_document(way: str, make: Make, document: Document, seeds: Sequence[str],
             reasons.append(made)
             continue
         for one in made:
-            found.setdefault((one.query, one.positives[0].text), one)
+            found.setdefault((one.query, one.paired[0].text), one)
     if not found:
         count["skipped"][reasons[0]] += 1
         return
@@ -249,15 +249,15 @@ def _of_document(way: str, make: Make, document: Document, seeds: Sequence[str],
 
 
 def _sound(made: Made) -> Made:
-    """Leaves out examples whose query says what a positive does, and negatives that say what either of them does."""
+    """Leaves out examples whose query is a paired text, and negatives that are the query or a positive."""
     if isinstance(made, str):
         return made
     sound = []
     for one in made:
-        right = {exact_key(passage.text) for passage in one.positives}
-        if "" in right or exact_key(one.query) in {"", *right}:
+        paired = {exact_key(passage.text) for passage in one.paired}
+        if "" in paired or exact_key(one.query) in {"", *paired}:
             continue
-        right.add(exact_key(one.query))
+        right = {exact_key(text) for text in (one.query, *(passage.text for passage in one.positives))}
         stay = [i for i, passage in enumerate(one.negatives) if exact_key(passage.text) not in right]
         scores = one.negative_scores
         sound.append(

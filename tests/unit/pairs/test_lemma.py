@@ -24,8 +24,11 @@ def changes(tmp_path: Path) -> Callable[[str], Changes]:
     def of(text: str) -> Changes:
         made = [make(Document("d", text), random.Random(seed)) for seed in range(60)]
         rows = [row for rows in made if not isinstance(rows, str) for row in rows]
-        assert all(row.positives[0].id == "d" and not row.negatives for row in rows)
-        return {(row.score, row.query, row.positives[0].text) for row in rows}
+        # a low score is no answer: the other text is the negative
+        sides = [(row.score, *map(len, (row.positives, row.negatives))) for row in rows]
+        assert set(sides) <= {(5.0, 1, 0), (4.0, 1, 0), (2.5, 0, 1), (1.5, 0, 1)}
+        assert all(row.paired[0].id == "d" for row in rows)
+        return {(row.score, row.query, row.paired[0].text) for row in rows}
 
     return of
 

@@ -56,21 +56,23 @@ def clean(
     by: By = "both",
     held_out: EvalTexts | None = None,
     on_leak: Callable[[Leaked], None] | None = None,
+    pair_tasks: Collection[str] = (),
 ) -> Iterator[Example]:
     """Yields the examples that break no rule, in order, without the passages that break one; `report` gets the counts.
 
     `examples` are read twice, so they are a table or a list. A row repeats an earlier one of its task if their queries
     repeat the same text and so does one positive of each (`by="both"`); `query` and `positive` look at that side alone,
     `none` leaves the rule out. Scored pairs below the threshold repeat each other alone. `repeats` says what texts
-    repeat. Within a row, a positive goes that repeats an earlier
-    one, and a negative that repeats the query, a positive or an earlier negative.
+    repeat. Within a row, a positive goes that repeats an earlier one, and a negative that repeats the query, a positive
+    or an earlier negative. In rows of `pair_tasks` (those of family `pair`) and in scored pairs below the threshold, a
+    negative may nearly repeat the query or a positive: such rows are there to tell the two apart.
 
     `on_leak` gets every text that leaks: `row` (from 1) and `id` of its example, side, rule, score, the evaluation file
     and its row, both texts cut to 200 characters. Memory: what `repeats` takes for the queries and positives, 200 bytes
     a row, and `held_out`.
     """
     filters = filters or Filters()
-    rows = _kept(examples, _row_faults(examples, filters, by), filters, report)
+    rows = _kept(examples, _row_faults(examples, filters, by), filters, report, pair_tasks)
     if held_out is not None:
         rows = _unleaked(rows, held_out, report, on_leak)
     for _, example in rows:
@@ -105,8 +107,12 @@ def clean_file(
             if lines is not None:
                 lines.write(json.dumps({"file": str(path), **leaked}, ensure_ascii=False).encode() + b"\n")
 
+        pair_tasks = {task.name for task in table.tasks.values() if task.family == "pair"}
+
         def cleaned() -> Iterator[Example]:
-            yield from clean(table, report, filters=filters, by=by, held_out=held_out, on_leak=note)
+            yield from clean(
+                table, report, filters=filters, by=by, held_out=held_out, on_leak=note, pair_tasks=pair_tasks
+            )
             if not report.kept and out is not None:
                 raise DataError(f"{path}: no row is left ({', '.join(f'{k} {n}' for k, n in report.removed.items())})")
 
@@ -156,7 +162,7 @@ def _row_faults(examples: Iterable[Example], filters: Filters, by: By) -> bytear
 
 
 def _kept(
-    examples: Iterable[Example], faults: bytearray, filters: Filters, report: Report
+    examples: Iterable[Example], faults: bytearray, filters: Filters, report: Report, pair_tasks: Collection[str]
 ) -> Iterator[tuple[int, Example]]:
     """Yields (number from 1, example) of rows without a fault, less passages of a wrong length and repeats."""
     for number, (example, fault) in enumerate(zip(examples, faults, strict=True), start=1):
@@ -164,7 +170,10 @@ def _kept(
             report.removed[_FAULTS[fault]] += 1
             continue
         left = _judged(example, _misfits(example, filters), "length", report)
-        if left and (left := _judged(left, _repeats_inside(left), "repeated", report)):
+        if left is None:
+            continue
+        nearly = left.task not in pair_tasks and bool(left.positives)
+        if left := _judged(left, _repeats_inside(left, nearly), "repeated", report):
             yield number, left
 
 
@@ -235,14 +244,18 @@ def _misfits(example: Example, filters: Filters) -> set[int]:
     return {place for place, text in enumerate(_texts(example)) if not fits(text, filters)}
 
 
-def _repeats_inside(example: Example) -> set[int]:
-    """Returns the places of positives that repeat an earlier one, and of negatives that repeat any text before."""
+def _repeats_inside(example: Example, nearly: bool) -> set[int]:
+    """Returns the places of positives that repeat an earlier one, and of negatives that repeat any text before.
+
+    Without `nearly`, query and positives are repeated by equal negatives alone.
+    """
     faulty: set[int] = set()
     seen: dict[str, set[str]] = {}
     query, *passages = map(both_keys, _texts(example))
     for place, (exact, near) in enumerate(passages, start=1):
         if place == len(example.positives) + 1:
             seen[query[0]] = shingles(query[1])
+            seen = seen if nearly else {key: set() for key in seen}
         own = shingles(near)
         if exact in seen or any(are_near(own, other) for other in seen.values()):
             faulty.add(place)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from embedwright.data.keys import exact_key
 from embedwright.data.labels import Form
 from embedwright.data.schema import Example, Passage
+
+THRESHOLD = 4.0  # of a score from 0 to 5: a pair below it is no positive (NV-Embed, section 3.3)
 
 
 @dataclass(kw_only=True)
@@ -63,6 +65,13 @@ class Conversion:
                 yield self.example(prefix + query, queries[query], positives)
             else:
                 self.report["no_positive" if queries.get(query) else "query_without_text"] += 1
+
+
+def scored(pair: Example, score: float, threshold: float = THRESHOLD) -> Example:
+    """Gives a pair (one positive, no negatives) its score. Below the threshold, its positive becomes its negative."""
+    if score >= threshold:
+        return replace(pair, score=score)
+    return replace(pair, positives=(), negatives=pair.positives, score=score)
 
 
 def each_once(passages: Iterable[Passage]) -> dict[str, Passage]:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from embedwright.data.files.conversion import Conversion, each_once
+from embedwright.data.files.conversion import THRESHOLD, Conversion, each_once, scored
 from embedwright.data.files.folders import data_files
 from embedwright.data.files.rows import read_rows
 from embedwright.data.keys import exact_key
@@ -147,8 +147,8 @@ class LabelledRows(RowKind):
 class ScoredRows(RowKind):
     """A row has two texts and a score of their similarity. `scale` and `threshold` are in its units.
 
-    A pair becomes an example in each direction. In pairs that reach the threshold, the other text is the positive
-    (NV-Embed, section 3.3); in those below it, the negative (`Example`).
+    A pair becomes an example in each direction. In pairs that reach the threshold, the other text is the positive; in
+    those below it, the negative (`Example`).
     """
 
     kind: Literal["scored"] = "scored"
@@ -156,7 +156,7 @@ class ScoredRows(RowKind):
     text2: str
     score: str
     scale: tuple[float, float] = (0.0, 5.0)
-    threshold: float = 4.0
+    threshold: float = THRESHOLD
 
     def _parse(self, row: Row) -> Fields:
         score = number_of(value_at(row, self.score), self.score)
@@ -167,12 +167,10 @@ class ScoredRows(RowKind):
 
     def examples(self, rows: Iterable[Fields], job: Conversion) -> Iterator[Example]:
         for row in rows:
-            low = row["score"] < self.threshold
-            job.report["below_threshold"] += low
+            job.report["below_threshold"] += row["score"] < self.threshold
             for end, query, text in (("ab", row["text1"], row["text2"]), ("ba", row["text2"], row["text1"])):
-                other = [Passage(text)]
-                example = job.example(f"{row['id']}:{end}", query, [] if low else other, other if low else [])
-                yield replace(example, score=row["score"])
+                example = job.example(f"{row['id']}:{end}", query, [Passage(text)])
+                yield scored(example, row["score"], self.threshold)
 
 
 class NliRows(RowKind):

@@ -18,7 +18,7 @@ from embedwright.data.clean.filters import Filters
 from embedwright.data.clean.leaks import EvalTexts
 from embedwright.data.clean.repeats import repeats
 from embedwright.data.files.table import open_examples, write_examples
-from embedwright.data.schema import DataError, Example, Passage
+from embedwright.data.schema import DataError, Example, Passage, Task
 
 
 def example(name: str, query: str, *positives: str, negatives: tuple[str, ...] = (), task: str = "t") -> Example:
@@ -124,6 +124,29 @@ def test_repeats_within_a_row_are_cut_with_their_scores() -> None:
         negative_scores=(0.1, 0.5),
     )
     assert report.cut == {"repeated": 5} and not report.removed
+
+
+def test_pair_tasks_and_low_scored_pairs_keep_negatives_that_nearly_repeat_query_or_positive(tmp_path: Path) -> None:
+    others = [" ".join([*LONG[:i], f"x{i}", *LONG[i + 1 :]]) for i in range(5)]  # near TEXT and each other
+    row = replace(
+        example(
+            "a", others[0], TEXT, others[1], negatives=(others[2], TEXT.upper(), others[0], others[3], "n"), task="p"
+        ),
+        negative_scores=(0.1, 0.2, 0.3, 0.4, 0.5),
+    )
+    low = replace(example("low", TEXT, negatives=(others[4],), task="s"), score=2.5)
+    high = replace(example("high", TEXT, "p", negatives=(others[4],), task="s"), score=4.5)
+    tasks = [Task(name="p", family="pair"), Task(name="s", family="sts")]
+    for name, task in (("pair.parquet", "p"), ("plain.jsonl", "plain")):
+        rows = [replace(row, task=task), low, replace(low, id="equal", negatives=(Passage(TEXT),)), high]
+        write_examples(tmp_path / name, rows, {task.name: task for task in tasks})
+        report = clean_file(tmp_path / name, tmp_path / "out.jsonl", by="none")
+        first, *others_left = open_examples(tmp_path / "out.jsonl")
+        assert first.positives == (Passage(TEXT),)  # of positives, one that nearly repeats another still goes
+        kept = [(others[2], 0.1), ("n", 0.5)] if task == "p" else [("n", 0.5)]
+        assert [*zip((one.text for one in first.negatives), first.negative_scores or (), strict=True)] == kept
+        assert others_left == [low, replace(high, negatives=())]
+        assert report["rows_removed"] == {"repeated": 1}
 
 
 def test_a_row_without_fault_comes_back_as_it_was() -> None:
