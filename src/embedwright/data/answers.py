@@ -62,6 +62,11 @@ def collection_id(collection: str, id: str) -> str:
     return _AND.join(f"{collection}{_IN}{part}" for part in id.split(_AND))
 
 
+def id_within(document: str) -> str:
+    """Returns the id that a document has in its collection: what follows the collection's name, else an empty text."""
+    return document.partition(_IN)[2]
+
+
 def scope_of(task: str, document: str) -> str:
     """Returns where a document's id holds: in the task of its row, or in all tasks (an empty string)."""
     return "" if _IN in document else task

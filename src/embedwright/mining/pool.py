@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from embedwright.data.answers import ids_of, scope_of, text_mark
+from embedwright.data.answers import id_within, ids_of, scope_of, text_mark
 from embedwright.data.schema import Example, Passage
 from embedwright.encoders.protocol import Encoder
 from embedwright.vectors.shards import Vectors
@@ -69,7 +69,8 @@ class Pool:
     lacking: list[str]  # (P - C)
     keys: NDArray[np.int64]  # (P), filled where `known`
     known: NDArray[np.bool_]  # (P)
-    row_of_id: dict[str, int]  # for documents that the examples name
+    row_of_id: dict[str, int]  # by the ids that the examples name documents by
+    id_in_rows: dict[str, str]  # of documents whose collection the corpus does not name, and the examples do
     row_of_text: dict[str, int]  # for the examples' passages
     foreign: set[tuple[str, str]]  # (task, id) which the task gives to another document than the corpus does
 
@@ -101,7 +102,7 @@ class Pool:
         """
         id, text = self.ids[row], self.text(row)
         if not isinstance(self.corpus, Documents):
-            return Passage(text, None if (task, id) in self.foreign else id)
+            return Passage(text, None if (task, id) in self.foreign else self.id_in_rows.get(id, id))
         given = self.corpus.given.get(id, {})
         own = given.get(task) or next((id for id in given.values() if not scope_of(task, id)), None)
         return Passage(text, own or (None if (task, id) in self.corpus.named else id))
@@ -116,11 +117,17 @@ class Pool:
 
 
 def make_pool(corpus: Mapping[str, str], examples: Sequence[Example], answers: Iterable[Passage]) -> Pool:
-    """Makes the pool of a corpus and examples. `answers` of other examples are only compared, not encoded."""
+    """Makes the pool of a corpus and examples. `answers` of other examples are only compared, not encoded.
+
+    Where the examples name a document with its collection (`wiki::123`), a corpus may also have it as `123`.
+    """
     passages = [p for example in examples for p in (*example.positives, *example.negatives)]
-    wanted_ids = {p.id for p in chain(passages, answers)}
+    wanted_ids = {id for p in chain(passages, answers) for id in ids_of(p)}
     row_of_text = dict.fromkeys((p.text for p in passages), -1)
     made_here = isinstance(corpus, Documents)
+    of_collections: dict[str, list[str]] = defaultdict(list)  # the ids in the rows by those within the collection
+    for id in () if made_here else filter(id_within, wanted_ids):
+        of_collections[id_within(id)].append(id)
     ids: list[str] = []
     row_of_id: dict[str, int] = {}
     for id_, text in corpus.items():
@@ -130,12 +137,16 @@ def make_pool(corpus: Mapping[str, str], examples: Sequence[Example], answers: I
             row_of_text[text] = len(ids)
         if made_here or id_ in wanted_ids:
             row_of_id[id_] = len(ids)
+        for id in of_collections.get(id_, ()):
+            row_of_id.setdefault(id, len(ids))
         ids.append(id_)
     lacking = [text for text, row in row_of_text.items() if row == -1]
     row_of_text.update(zip(lacking, range(len(ids), len(ids) + len(lacking)), strict=True))
     rows = len(ids) + len(lacking)
     foreign = set() if made_here else _foreign(corpus, examples, row_of_id)
-    return Pool(corpus, ids, lacking, np.empty(rows, np.int64), np.zeros(rows, bool), row_of_id, row_of_text, foreign)
+    in_rows = {id: named[0] for id, named in of_collections.items() if len(named) == 1 and id not in wanted_ids}
+    keys, known = np.empty(rows, np.int64), np.zeros(rows, bool)
+    return Pool(corpus, ids, lacking, keys, known, row_of_id, in_rows, row_of_text, foreign)
 
 
 def _foreign(
@@ -151,7 +162,7 @@ def _foreign(
     texts: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for example in examples:
         for passage in (*example.positives, *example.negatives):
-            if passage.id is not None and passage.id in row_of_id:
+            if passage.id is not None and passage.id in row_of_id and scope_of(example.task, passage.id):
                 texts[passage.id][example.task].add(passage.text)
     foreign = set()
     for id, by_task in texts.items():

@@ -75,3 +75,18 @@ def test_a_document_of_a_collection_is_found_from_every_task_under_its_id() -> N
     pool = make_pool(positives_of(rows), rows, ())
     assert {pool.text(row) for row in pool.rows_with_id("b", ["wiki::1"])} == {"x", "y", "z"}
     assert {pool.passage("c", row).id for row in range(3)} == {"wiki::1"}
+
+
+def test_a_corpus_may_lack_the_name_of_the_collection() -> None:
+    """Else `data pairs` followed by `mine --corpus` of the same documents takes each one against its own query."""
+    own, other = Passage("a part of one", "wiki::1"), Passage("two", class_id([], ["wiki::2", "wiki::3"]))
+    rows = [Example("e0", "a", "q", (own,)), Example("e1", "b", "q", (other,)), Example("e2", "b", "q", (own,))]
+    pool = make_pool({"1": "all of one", "2": "two", "3": "three", "4": "four"}, rows, ())
+    assert pool.rows_with_id("a", ["wiki::1"]) == pool.rows_with_id("b", ["wiki::1"]) == [0]
+    assert pool.rows_with_id("b", ids_of(other)) == [1, 2] and pool.rows_with_id("a", ["wiki::4", "news::1"]) == []
+    assert [pool.passage("a", row).id for row in range(4)] == ["wiki::1", "wiki::2", "wiki::3", "4"]
+    both = make_pool(
+        {"1": "one of wiki", "news::1": "of news"}, [*rows, Example("e3", "a", "q", (Passage("x", "news::1"),))], ()
+    )
+    assert both.rows_with_id("a", ["news::1"]) == [1] and both.rows_with_id("a", ["wiki::1"]) == [0]
+    assert both.passage("a", 0).id == "1"  # of either collection, for all that is known
