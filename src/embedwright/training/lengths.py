@@ -52,10 +52,7 @@ def tokens_of(recipe: Recipe, there: list[list[bool]]) -> list[Tokens]:
 
     Raises OSError if the base's tokenizer cannot be had, ConfigError if training would refuse the data.
     """
-    parts = tuple(
-        part.model_copy(update={part.reads: tuple(e for e, is_there in zip(part.data, found, strict=True) if is_there)})
-        for part, found in zip(recipe.stages, there, strict=True)
-    )
+    parts = tuple(_part_that_is_there(part, found) for part, found in zip(recipe.stages, there, strict=True))
     sources = open_sources(recipe.model_copy(update={"stages": parts}))
     with naming_the_model(recipe):
         if not any(sources):  # then the tokenizer need not be there
@@ -67,6 +64,13 @@ def tokens_of(recipe: Recipe, there: list[list[bool]]) -> list[Tokens]:
         sampled(recipe, number, own, own_tokenizer, contract) if own else _at_most(parts[number], contract.max_tokens)
         for number, own in enumerate(sources)
     ]
+
+
+def _part_that_is_there(part: Stage, there: Sequence[bool]) -> Stage:
+    found = tuple(entry for entry, is_there in zip(part.data, there, strict=True) if is_there)
+    # a part of the text may have fewer documents than are held out of all
+    kept = {"heldout": 0} if isinstance(part, MaskedPart) and not all(there) else {}
+    return part.model_copy(update={part.reads: found} | kept)
 
 
 def sampled(

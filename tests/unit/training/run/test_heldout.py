@@ -201,6 +201,9 @@ def test_plan_dry_run_report_and_card_know_the_phase(run: Run, content: dict[str
     absent["stages"][0]["text"] = [{"path": "to-come.jsonl"}]
     unseen = report(recipe_of(absent, run.out))
     assert "to-come.jsonl          ?" in unseen and "at most 192 tokens a step, 5,760 in all" in unseen
+    absent["stages"][0]["text"] = [*content["stages"][0]["text"], {"path": "to-come.jsonl"}]
+    absent["stages"][0]["heldout"] = 1000  # of all that there will be
+    assert "all are like the 2 files that are there" in report(recipe_of(absent, run.out))
     assert "masked" in dry_run(run.recipe)[2]
     page = read_run(run.out)
     assert [stage["temperature"] for stage in page["stages"]] == ["-", "0.1"]
