@@ -131,6 +131,11 @@ class LossPart(Part):
     """The loss of rows with a score. Source: CoSENT."""
     distill: DistillPart | None = None
 
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """The models whose vectors the loss follows."""
+        return () if self.distill is None else self.distill.teacher
+
     @model_validator(mode="after")
     def _dims_differ(self) -> LossPart:
         if len(set(self.dims)) != len(self.dims):

@@ -43,7 +43,7 @@ from embedwright.training.run.heldout import measured_once
 from embedwright.training.run.save import check_saved, save_end, save_stage
 from embedwright.training.run.scores import Scores
 from embedwright.training.run.signals import Interrupted, StopRequest, stop_on_signal
-from embedwright.training.run.start import load_trained, naming_the_model, origin_fingerprint, start_model
+from embedwright.training.run.start import contents_of, load_trained, naming_the_model, origin_fingerprint, start_model
 from embedwright.training.run.track import Tracker
 from embedwright.training.run.watch import MovedWeights, NonFinite, stuck, warn_if_inert
 from embedwright.training.stages import START, Stage
@@ -68,8 +68,8 @@ def train(recipe: Recipe, *, on_step: OnStep | None = None, on_evaluation: OnEva
         The embedder in float32, adapters merged. With `tune.method: qlora` it is on the CPU.
 
     Raises:
-        ConfigError: The folder holds a run of another recipe, or of other data; or a package is missing that
-            `tune.method` needs.
+        ConfigError: The folder holds a run of another recipe, model or teacher, or of other data; or a package is
+            missing that `tune.method` needs.
         Interrupted: SIGTERM or SIGINT stopped the run, after a checkpoint. It is a KeyboardInterrupt.
         FloatingPointError: Three steps in a row were not finite. A checkpoint from before them is kept.
         RuntimeError: Some weights did not move.
@@ -80,6 +80,7 @@ def train(recipe: Recipe, *, on_step: OnStep | None = None, on_evaluation: OnEva
     with naming_the_model(recipe):
         origin = origin_fingerprint(recipe.model)
     facts_of = {"recipe": recipe.decisive(), "data": source_fingerprints(recipe, sources), "model": {"files": origin}}
+    facts_of["teacher"] = contents_of(name for stage in recipe.stages for name in stage.loss.teachers)
     state = RunState(0, 0, recipe.hash(), data_fingerprint(sources), origin, facts_of)
     checkpoint = _newest(out / "checkpoints", processes)
     if checkpoint is not None:
@@ -275,8 +276,11 @@ def _newest(folder: Path, processes: Processes) -> Path | None:
 
 def _continue(checkpoint: Path, state: RunState, out: Path) -> RunState:
     found = read_state(checkpoint)
-    for what in ("recipe", "data", "model"):
-        if getattr(found, what) != getattr(state, what):
+    same = {what: getattr(found, what) == getattr(state, what) for what in ("recipe", "data", "model")}
+    teachers = state.facts["teacher"]
+    same["teacher"] = found.facts.get("teacher", teachers) == teachers  # older checkpoints do not tell
+    for what, is_same in same.items():
+        if not is_same:
             raise ConfigError(
                 f"{out} holds a run of another {what} ({differences(found.facts.get(what), state.facts.get(what))}): "
                 "choose another run.out, or remove that folder"

@@ -10,13 +10,11 @@ from typing import Any
 
 from embedwright.evaluation.suite import Suite
 from embedwright.files import sha256_of
-from embedwright.locate import local, packaged
-from embedwright.model.formats.detect import content_fingerprint
-from embedwright.model.formats.families import split_family
 from embedwright.training.batches.blend import Source
 from embedwright.training.batches.sources import data_fingerprint
 from embedwright.training.recipe import Recipe
 from embedwright.training.run.checks import open_suite
+from embedwright.training.run.start import contents_of
 from embedwright.training.stages import PREVIOUS, Stage
 
 
@@ -43,12 +41,8 @@ def of_suite(suite: Suite) -> list[Any]:
 
 def _teachers(stage: Stage) -> list[str]:
     """Fingerprints the teachers that are folders. A hub id is known by its name alone: the recipe has it."""
-    found = []
-    followed = [] if stage.loss.distill is None else stage.loss.distill.teacher
-    for name in [*([] if stage.mine is None else [stage.mine.teacher]), *followed]:
-        if name != PREVIOUS and (packaged(place := split_family(name)[1]) or local(place)):
-            found.append(content_fingerprint(name))
-    return found
+    names = [*([] if stage.mine is None else [stage.mine.teacher]), *stage.loss.teachers]
+    return [found for name in names if name != PREVIOUS for found in contents_of([name]).values()]
 
 
 def _files(path: Path) -> str:

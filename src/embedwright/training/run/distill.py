@@ -93,7 +93,9 @@ def teacher_of(stage: Stage, sources: Sequence[Source], contract: Contract) -> T
     if distill is None or not distill.teacher:
         return None
     tasks = [task for source in sources for task in (source.task, *source.tasks.values())]
-    instructions = {contract.prefix(asked): asked for asked in [None, *(task.instruction or None for task in tasks)]}
+    # of equal prefixes the last counts: a query without an instruction is a document, or has the model's default one
+    asked = ["", None, *(task.instruction or None for task in tasks)]
+    instructions = {contract.prefix(instruction): instruction for instruction in asked}
     return Teacher([as_encoder(open_encoder(name)) for name in distill.teacher], instructions)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -9,12 +10,14 @@ import torch
 from torch import Tensor
 
 from embedwright.errors import InputError, naming
+from embedwright.locate import local, packaged
 from embedwright.model.adapters.lora import has_lora, idle_adapters, train_on
 from embedwright.model.backbone import decoder_config
 from embedwright.model.embedder import Embedder
 from embedwright.model.formats.adapter import read_settings
 from embedwright.model.formats.base import new_contract, resolve_base
 from embedwright.model.formats.detect import check_decoder, check_embedder, content_fingerprint, detect
+from embedwright.model.formats.families import split_family
 from embedwright.model.formats.open import outline
 from embedwright.model.pooling import WEIGHTLESS, LatentPooling, PoolingConfig, PoolingHead
 from embedwright.model.verify import probe
@@ -142,6 +145,12 @@ def origin_fingerprint(spec: ModelPart) -> str:
     """Fingerprints the files of the decoder or embedder that the run begins with."""
     (check_embedder if spec.from_ else check_decoder)(spec.name)
     return content_fingerprint(spec.name)
+
+
+def contents_of(names: Iterable[str]) -> dict[str, str]:
+    """Fingerprints the models that lie here, by name. A hub id is left out: it is known by its name alone."""
+    here = (name for name in names if packaged(place := split_family(name)[1]) or local(place))
+    return {name: content_fingerprint(name) for name in here}
 
 
 def shape_of(spec: ModelPart) -> tuple[Any, PoolingConfig]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,8 +13,10 @@ import torch
 from safetensors.torch import load_file
 from scipy.stats import spearmanr
 
+from embedwright.config import ConfigError
 from embedwright.errors import InputError
 from embedwright.model.embedder import Embedder
+from embedwright.training.batches.feed import batch_of_step
 from embedwright.training.batches.sources import open_sources
 from embedwright.training.recipe import Recipe
 from embedwright.training.run import distill
@@ -108,6 +111,25 @@ def test_a_text_is_encoded_under_the_instruction_behind_its_prefix(teacher: Embe
     expected = [teacher.encode(["the moon"]), teacher.encode(["the moon"], task=ASKED), teacher.encode(["a tide"])]
     np.testing.assert_allclose(found, np.concatenate(expected), atol=1e-6)
     assert np.abs(expected[0] - expected[1]).max() > 0.01
+
+
+def test_a_row_without_its_instruction_is_a_query_where_the_model_has_a_default_one(
+    recipe: Recipe, teacher: Embedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Published embedders that train on have one (`model.from: qwen3-embedding:...`)."""
+    monkeypatch.setattr(distill, "open_encoder", lambda name: teacher)
+    bare = followed(recipe, Path("x"), similarity_weight=1.0)
+    [stage] = bare.stages
+    bare = bare.model_copy(update={"stages": (stage.model_copy(update={"without_instruction": 1.0}),)})
+    [sources], own = open_sources(bare), start_model(bare).contract
+    for default, asked in (("Find the page", ""), ("", None)):
+        contract = own.model_copy(update={"default_task": default})
+        batch = batch_of_step(bare, 0, sources, contract, 0)
+        follows = teacher_of(bare.stages[0], sources, contract)
+        assert follows is not None
+        expected = teacher.encode([text for _, text in batch.queries], task=asked)
+        np.testing.assert_allclose(follows.encode(batch.queries), expected, atol=1e-6)
+        np.testing.assert_allclose(follows.encode([("", "a")]), teacher.encode(["a"]), atol=1e-6)
 
 
 def test_the_cosine_of_several_teachers_is_the_mean_of_theirs(
@@ -228,6 +250,30 @@ def test_a_checkpoint_of_a_teacher_of_another_width_is_refused(
     monkeypatch.setattr(distill, "open_encoder", lambda name: Part(teacher, 8))
     with pytest.raises(InputError, match=r"00-0000002 is of a teacher with vectors of another width"):
         train(run)
+
+
+def test_a_run_goes_on_with_its_own_teacher_alone(
+    recipe: Recipe, tiny_embedder: Callable[..., Embedder], tmp_path: Path
+) -> None:
+    folder = tmp_path / "teacher"
+    tiny_embedder("mean").save(folder)
+    [stage] = recipe.stages
+    optim = stage.optim.model_copy(update={"steps": 4})
+    loss = LossPart(distill=DistillPart(teacher=(str(folder),), similarity_weight=1.0))
+    run = recipe.model_copy(
+        update={
+            "stages": (stage.model_copy(update={"loss": loss, "optim": optim}),),
+            "run": recipe.run.model_copy(update={"checkpoint_every": 2}),
+        }
+    )
+    records_of(run, stop=3)
+    folder.rename(tmp_path / "own")
+    tiny_embedder("mean", "qwen3").save(folder)  # another model of the same width, in its place
+    with pytest.raises(ConfigError, match=r"a run of another teacher \(.*teacher: \w+ -> \w+\)"):
+        train(run)
+    shutil.rmtree(folder)
+    (tmp_path / "own").rename(folder)
+    assert [record["step"] for record in records_of(run)] == [3, 4]
 
 
 def test_threads_and_micro_batches_change_no_loss(
