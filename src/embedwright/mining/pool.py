@@ -144,7 +144,11 @@ def make_pool(corpus: Mapping[str, str], examples: Sequence[Example], answers: I
     row_of_text.update(zip(lacking, range(len(ids), len(ids) + len(lacking)), strict=True))
     rows = len(ids) + len(lacking)
     foreign = set() if made_here else _foreign(corpus, examples, row_of_id)
-    in_rows = {id: named[0] for id, named in of_collections.items() if len(named) == 1 and id not in wanted_ids}
+    in_rows = {
+        id: named[0]
+        for id, named in of_collections.items()
+        if len(named) == 1 and id not in wanted_ids and named[0] in row_of_id and ids[row_of_id[named[0]]] == id
+    }
     keys, known = np.empty(rows, np.int64), np.zeros(rows, bool)
     return Pool(corpus, ids, lacking, keys, known, row_of_id, in_rows, row_of_text, foreign)
 

@@ -90,3 +90,7 @@ def test_a_corpus_may_lack_the_name_of_the_collection() -> None:
     )
     assert both.rows_with_id("a", ["news::1"]) == [1] and both.rows_with_id("a", ["wiki::1"]) == [0]
     assert both.passage("a", 0).id == "1"  # of either collection, for all that is known
+    perl = make_pool(
+        {"Dumper": "a class", "Data::Dumper": "prints"}, [Example("e", "t", "q", (Passage("p", "Data::Dumper"),))], ()
+    )
+    assert perl.rows_with_id("t", ["Data::Dumper"]) == [1] and perl.passage("t", 0).id == "Dumper"  # such ids are whole
