@@ -38,6 +38,7 @@ from embedwright.studies.ablate.table import compared
 from embedwright.training.batches.blend import Source
 from embedwright.training.recipe import Recipe
 from embedwright.training.run.checks import open_checked
+from embedwright.training.run.save import saved_model
 from embedwright.training.run.start import origin_fingerprint
 from embedwright.training.stages import Stage
 
@@ -226,7 +227,8 @@ class _Work:
             return None
         recipe = self._recipe(self.arms[0], seed)  # any arm: they do not differ in these stages
         stages = tuple(scaled(recipe.stages[: self.said.shared_stages], self.common))
-        run = recipe.run.model_copy(update={"save": ("merged",)})
+        form = "adapter" if recipe.tune.adapters == "continue" else "merged"  # what the other stages train on
+        run = recipe.run.model_copy(update={"save": (form,)})
         named = {"name": f"{self.said.name} {SHARED} seed {seed}", "stages": stages, "run": run}
         return self._job("shared", self.arms[0], f"{SHARED}/seed-{seed}", recipe.model_copy(update=named))
 
@@ -262,7 +264,7 @@ class _Work:
         if factor is None or (count and ((begin := self.shared(seed)) is None or begin.result is None)):
             return None
         recipe = self._recipe(arm, seed)
-        saved = begin.folder / "model" if begin else None
+        saved = saved_model(begin.folder) if begin else None
         recipe = _rest(recipe, count, factor * (tried.length if tried else 1.0), rate, saved)
         return self._job("cell", arm, place, recipe, begin, rate=rate, trial=tried is not None)
 

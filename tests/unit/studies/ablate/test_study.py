@@ -17,6 +17,7 @@ import yaml
 
 from embedwright.errors import InputError
 from embedwright.evaluation.results import Result, Results, read_results, write_results
+from embedwright.model.embedder import Embedder
 from embedwright.studies.ablate import cell as ablate_cell
 from embedwright.studies.ablate.study import ablate
 from embedwright.studies.ablate.table import render
@@ -284,6 +285,27 @@ def test_a_cell_whose_shared_stage_has_only_its_result_says_so(
     shutil.rmtree(out / "tiny" / "shared-stages" / "seed-1" / "model")
     study = ablate(file, out, only=["warm/1"])
     assert "shared-stages/seed-1" in study["failed"]["tiny/warm/seed-1"]
+
+
+def test_adapters_that_train_on_do_so_after_the_shared_stages_too(
+    ablation: Make, started: list[Path], tiny_embedder: Callable[..., Embedder], tmp_path: Path
+) -> None:
+    model, out = tiny_embedder("mean"), tmp_path / "out"
+    model.add_lora(2)
+    model.save(tmp_path / "adapter")
+    file = ablation(shared_stages=1)
+    base = yaml.safe_load((tmp_path / "base.yaml").read_text())
+    base |= {"model": {"from": str(tmp_path / "adapter")}, "tune": {"adapters": "continue", "dropout": 0.0}}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    assert ablate(file, out, only=["plain/1"])["failed"] == {}
+    # equals one run of both stages: nothing here is drawn that follows from the number of a stage, such as dropout
+    tree = base | {"seed": 1, "run": base["run"] | {"out": str(tmp_path / "whole"), "workers": 0}}
+    train(Recipe.parse(tree))
+    whole, rest = (
+        [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (tmp_path / "whole", out / "tiny" / "plain" / "seed-1")
+    )
+    assert rest == pytest.approx(whole[-len(rest) :], rel=1e-5)
 
 
 def test_a_further_pair_of_arms_is_compared(ablation: Make, untrained: list[Path], tmp_path: Path) -> None:
