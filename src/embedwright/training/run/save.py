@@ -99,6 +99,7 @@ def _save(recipe: Recipe, model: Embedder, folder: Path, card: Card) -> None:
     text = card(model, folder.name)
     if not _is_model(folder):
         model.save(folder, recipe.run.dtype)
+    if not (folder / "README.md").exists():  # on its own: a run that is killed between the two goes on here
         write_text(folder / "README.md", text)
     write_text(Path(recipe.run.out) / "README.md", text)
 

@@ -132,6 +132,18 @@ def test_a_run_may_save_nothing(described: Make, tmp_path: Path) -> None:
     assert "README.md" in names and not names & {"model", "adapter", "stages"}
 
 
+def test_a_model_without_its_card_gets_one_and_a_card_stays_as_it_is(described: Make, tmp_path: Path) -> None:
+    recipe, card = Recipe.parse(described("run")), tmp_path / "run/model/README.md"
+    train(recipe)
+    told = card.read_text()
+    card.unlink()  # as where a run is killed after it has saved the model
+    train(recipe)
+    assert card.read_text() == told
+    card.write_text("mine")
+    train(recipe)
+    assert card.read_text() == "mine"
+
+
 def test_a_weight_too_large_for_float16_is_named(tiny_embedder: Callable[..., Embedder], tmp_path: Path) -> None:
     model = tiny_embedder("mean")
     with torch.no_grad():
