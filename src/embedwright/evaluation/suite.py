@@ -131,6 +131,15 @@ def run_suite(model: Any, suite: Suite | Path | str, progress: Callable[[str], N
 # ---------------------------------------------------------------------------------------------------- suites
 
 
+def is_suite(name: str) -> bool:
+    """Says whether a name is that of a packaged suite, or of a file or folder that is there."""
+    return name in _packaged() or Path(name).exists()
+
+
+def _packaged() -> list[str]:
+    return sorted(file.stem for file in PACKAGED.glob("*.yaml"))
+
+
 def load_suite(suite: Path | str) -> Suite:
     """Opens the suite of a YAML file, of a folder, or of a packaged name, and checks all its paths.
 
@@ -138,7 +147,7 @@ def load_suite(suite: Path | str) -> Suite:
     The keys of the first row decide the kind. Labelled rows mean classification; clustering has the same keys and needs
     a YAML file. Raises FileNotFoundError and ValueError before anything is encoded.
     """
-    packaged = sorted(file.stem for file in PACKAGED.glob("*.yaml"))
+    packaged = _packaged()
     path = Path(suite).absolute()
     if str(suite) in packaged and (isinstance(suite, str) or not path.exists()):
         path = PACKAGED / f"{suite}.yaml"

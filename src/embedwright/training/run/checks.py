@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from embedwright.config import ConfigError
 from embedwright.errors import InputError, NotFoundError, naming
-from embedwright.evaluation.suite import Suite, load_suite
+from embedwright.evaluation.suite import Suite, is_suite, load_suite
 from embedwright.locate import local, packaged
 from embedwright.model.adapters import fourbit
 from embedwright.model.embedder import Embedder
@@ -23,14 +24,18 @@ if TYPE_CHECKING:
     from embedwright.evaluation.bench.names import Chosen
 
 
+def of_files(name: str) -> bool:
+    """Says whether a suite of a recipe can only be one of files: else the name may be mteb's. It opens nothing."""
+    return "/" in name or "$" in name or Path(name).suffix in (".yaml", ".yml") or is_suite(name)
+
+
 def open_suite(name: str) -> Suite | Chosen:
     """Opens a suite of a recipe: a packaged name, a path with variables, or else a benchmark or task of mteb.
 
     Raises NotFoundError with the nearest names, InputError for a suite with mistakes. No data of mteb are looked for.
     """
-    path = expand(name)
-    if "/" in name or "$" in name or path.suffix in (".yaml", ".yml"):
-        return load_suite(path)
+    if of_files(name):
+        return load_suite(name if is_suite(name) else expand(name))
     try:
         return load_suite(name)
     except NotFoundError as lacking:

@@ -18,12 +18,11 @@ import yaml
 
 from embedwright.evaluation.compare.bootstrap import half_interval
 from embedwright.evaluation.results import Result, Results, run_items_file, with_items
-from embedwright.evaluation.suite import Suite
 from embedwright.files import write_text
 from embedwright.training.batches.blend import Source
 from embedwright.training.batches.sources import data_fingerprint, entry_of
-from embedwright.training.recipe import Recipe, differences, expand, leaves
-from embedwright.training.run.checks import open_suite
+from embedwright.training.recipe import Recipe, differences, leaves
+from embedwright.training.run.checks import of_files
 from embedwright.training.run.scores import mean_scores
 from embedwright.training.stages import Stage
 
@@ -127,8 +126,7 @@ def card_facts(
 
 
 def _command(suite: str) -> str:
-    verb = "eval" if isinstance(open_suite(suite), Suite) else "bench"
-    return f"embedwright {verb} MODEL {_without_folder(str(expand(suite)))}"
+    return f"embedwright eval MODEL {Path(suite).name}" if of_files(suite) else f"embedwright bench MODEL {suite}"
 
 
 def _source(stage: Stage, source: Source, all_of_stage: Sequence[Source]) -> dict[str, Any]:

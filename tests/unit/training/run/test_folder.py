@@ -328,6 +328,17 @@ def test_the_scores_are_those_of_the_weights_that_a_run_ends_on(content: dict[st
     assert card_facts(recipe, open_sources(recipe), evaluations[:1])["scores"] == []  # nothing of the last stage
 
 
+def test_commands_score_the_model_again_and_need_no_suite(
+    content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content["eval"] = {"suites": ["dev", "${SUITES}/own.yaml", "gone/own.yaml", "NanoBEIR"]}
+    monkeypatch.delenv("EMBEDWRIGHT_DATA", raising=False)
+    commands = card_facts(Recipe.parse(content), [[], []], [])["commands"]
+    assert [command.removeprefix("embedwright ") for command in commands[1:]] == [
+        *("eval MODEL dev", "eval MODEL own.yaml", "eval MODEL own.yaml", "bench MODEL NanoBEIR"),
+    ]
+
+
 def test_a_card_names_no_folder(content: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "my-decoder").mkdir()
     content["model"]["base"] = str(tmp_path / "my-decoder")
