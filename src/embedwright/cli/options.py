@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from embedwright.cli.display import say
+from embedwright.data.files.parts import Shard
 from embedwright.errors import InputError
 from embedwright.files import check_file, check_folder, check_new_folder
 
@@ -49,13 +50,42 @@ results_to_write = to_write(check_results)
 file_to_write, folder_to_write, new_folder = map(to_write, (check_file, check_folder, check_new_folder))
 
 
-def check_rows_file(path: Path) -> Path:
+def check_rows_name(path: Path) -> Path:
     """Refuses a name that ends as another format's files do. `data build` may also write a folder."""
     if path.suffix in (".csv", ".tsv", ".json", ".txt", ".arrow", ".zst"):
         raise InputError(f"--out {path}: rows are written as .jsonl, .jsonl.gz or .parquet, not as {path.suffix}")
-    return check_file(path)
+    return path
 
 
+def check_rows_file(path: Path) -> Path:
+    return check_file(check_rows_name(path))
+
+
+def check_out(out: Path, shard: Shard | None) -> None:
+    """Checks that `out` can be written: a file, or with `shard` a folder of parts. For commands with `PartsOut`."""
+    if shard is None:
+        check_file(out)
+    else:
+        check_folder(out)
+
+
+PartsOut = Annotated[
+    Path,
+    opt(
+        "File to write: .jsonl, .jsonl.gz or .parquet; with --shard, a folder of such.",
+        "--out",
+        callback=to_write(check_rows_name),
+    ),
+]
+ShardOption = Annotated[
+    Shard | None,
+    opt(
+        "Read and write part I of N alone, from 0/N to N-1/N: jobs of their own, each of which goes on by itself.",
+        "--shard",
+        parser=Shard.parse,
+        metavar="I/N",
+    ),
+]
 Out = Annotated[Path, opt("File to write: .jsonl, .jsonl.gz or .parquet.", "--out", callback=to_write(check_rows_file))]
 Model = Annotated[str, arg("Model: a folder, a hub id, or `minilm`.")]
 Texts = Annotated[Path, arg("JSONL or Parquet with `text`, or plain .txt with a text a line.")]

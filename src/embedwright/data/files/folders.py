@@ -20,8 +20,9 @@ log = logging.getLogger(__name__)
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 _BESIDE = (".tasks.jsonl", ".quarantine.jsonl", ".leaks.jsonl", ".brainstorm.jsonl", ".report.json")
 _NO_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "report.json"}
-_NO_DATA |= {"manifest.json", "config.json"}
+_NO_DATA |= {"manifest.json", "config.json", "parts.json"}
 _SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}(-[0-9a-f]+)?")
+_PART = re.compile(r"part-(\d{5})-of-(\d{5})")  # of the files that `parts` writes
 _SPLITS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval"}
 
 
@@ -62,7 +63,8 @@ def data_files(path: Path, split: str = "train") -> list[Path]:
     """Returns the files of a data set in the order of their names: the file itself, or those of a folder.
 
     If a folder has several splits, these are the files of `split`. Raises FileNotFoundError, and DataError if the
-    folder has no data, if none of its splits is `split`, or if it may hold the same rows in two formats.
+    folder has no data, if none of its splits is `split`, if it may hold the same rows in two formats, or if it lacks
+    some of its parts.
     """
     if path.is_file():
         return [path]
@@ -85,6 +87,7 @@ def data_files(path: Path, split: str = "train") -> list[Path]:
     bare = [stem_of(file) for file in chosen]
     if twice := [file.name for file, name in zip(chosen, bare, strict=True) if bare.count(name) > 1]:
         raise DataError(f"{path} holds {' and '.join(twice[:2])}, which may be the same rows: name the file")
+    _check_parts(path, bare)
     return chosen
 
 
@@ -92,6 +95,18 @@ _EXPECTED = (
     "Data is a file or a folder of files (.jsonl, .json, .csv, .tsv, .parquet, .arrow, also .gz or .zst), a folder of"
     " `datasets`, or a BEIR folder (corpus.jsonl, queries.jsonl, qrels/)"
 )
+
+
+def _check_parts(folder: Path, names: Sequence[str]) -> None:
+    """Raises DataError if the files are parts of a whole, and some are missing."""
+    parts = [part.groups() for name in names if (part := _PART.fullmatch(name))]
+    for count in sorted({count for _, count in parts}):
+        there = {int(index) for index, of in parts if of == count}
+        if missing := [index for index in range(int(count)) if index not in there]:
+            raise DataError(
+                f"{folder} is unfinished: of {int(count)} parts, {len(missing)} are missing (first "
+                f"part-{missing[0]:05d}-of-{count}): run --shard {missing[0]}/{int(count)} of the command that wrote it"
+            )
 
 
 def _split_of(file: Path) -> str:

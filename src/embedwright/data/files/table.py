@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, SupportsIndex, TypeVar
 
@@ -83,6 +84,11 @@ class ExampleTable:
     def __iter__(self) -> Iterator[Example]:
         for i in range(self._stream.num_record_batches):
             yield from map(example_of, self._stream.get_batch(i).to_pylist())
+
+    def select(self, rows: Iterable[int]) -> Iterator[Example]:
+        """Yields the examples of these rows, whose numbers ascend. Batches without one of them are not read."""
+        for number, own in groupby(rows, lambda row: row // BATCH_ROWS):
+            yield from map(example_of, self._stream.get_batch(number).take([r % BATCH_ROWS for r in own]).to_pylist())
 
     def without_negatives(self) -> Iterator[Example]:
         """Yields the examples with id, task, query and positives alone. It does not read the other columns."""

@@ -24,9 +24,9 @@ def tasks_file(examples: Path) -> Path:
 
 
 def tasks_beside(examples: Path) -> dict[str, Task]:
-    """Reads the tasks in the file beside these examples. Without such a file there are none."""
-    file = tasks_file(examples)
-    return read_tasks(file) if file.is_file() else {}
+    """Reads the tasks in the file beside these examples, and those beside the files of a folder, if there are any."""
+    files = [tasks_file(examples), *sorted(examples.glob("*.tasks.jsonl"))]
+    return merge_tasks((file, read_tasks(file)) for file in files if file.is_file())
 
 
 def read_tasks(path: Path) -> dict[str, Task]:

@@ -59,8 +59,8 @@ def test_a_copy_of_a_hub_repository_gives_its_training_split(tmp_path: Path) -> 
 def test_left_overs_and_what_stands_beside_are_no_data(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", *rows(0))
     write(tmp_path / "b.jsonl", *rows(2))
+    write(tmp_path / "a.jsonl.tasks.jsonl", {"name": "t"})
     beside = [
-        "a.jsonl.tasks.jsonl",
         "a.jsonl.quarantine.jsonl",
         "a.jsonl.leaks.jsonl",
         ".a.1f2e3d.jsonl",

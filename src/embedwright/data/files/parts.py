@@ -1,0 +1,109 @@
+"""Parts of long work: `--shard I/N` reads part I of N of the rows, and writes part I of N of a folder.
+
+Parts are counted from 0, as Slurm's arrays are. A part is a file `part-00003-of-00010.jsonl`, written aside and
+renamed, or a folder of that name. Its report follows it: a part that has one is done, and is not made again. The file
+`parts.json` of the folder names what decides the rows, and parts of other settings are refused. Together the files are
+one data set (`folders`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from embedwright.errors import InputError, OutputExistsError
+from embedwright.files import check_folder, write_json
+
+if TYPE_CHECKING:  # the command reads `Shard` before it knows whether it reads data
+    from embedwright.data.files.table import ExampleTable
+    from embedwright.data.schema import Example
+
+Counts = dict[str, Any]
+
+_SETTINGS = "parts.json"
+_MOST = 99_999  # five digits, by which folders of parts are known
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Part `index` of `count`, from 0."""
+
+    index: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """Reads `3/10`. Raises InputError for anything else, and for 10/10: the last part of ten is 9/10."""
+        index, slash, count = text.partition("/")
+        if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count) <= _MOST):
+            raise InputError(f"{text!r}: expected I/N, a part and how many there are, from 0/N to N-1/N, as in 0/10")
+        return cls(int(index), int(count))
+
+    def rows(self, total: int) -> range:
+        """Returns the rows of this part: all parts, one after the other, are all rows in order."""
+        return range(total * self.index // self.count, total * (self.index + 1) // self.count)
+
+    def file(self, out: Path) -> Path:
+        """Returns the path of this part in the folder `out`. The format is that of the folder's name, else JSONL."""
+        ends = (".parquet", ".jsonl.gz", ".jsonl")
+        suffix = next((end for end in ends if out.name.endswith(end)), ".jsonl")
+        return out / f"part-{self.index:05d}-of-{self.count:05d}{suffix}"
+
+
+class PartOfTable:
+    """Some rows of a table, by their ascending numbers. It has `len`, and iteration reads these rows alone."""
+
+    def __init__(self, table: ExampleTable, rows: Sequence[int]) -> None:
+        self.table, self.rows = table, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Example]:
+        return self.table.select(self.rows)
+
+
+def write_part(out: Path, shard: Shard, settings: Mapping[str, Any], write: Callable[[Path], Counts]) -> Counts:
+    """Lets `write` write the file of this part, whole or not at all, unless it is done. Returns the counts of `write`.
+
+    `settings` are all that decides the rows of all parts, as JSON. Several processes may write parts of one folder.
+    Raises InputError if it holds parts of other settings or of another number of parts, and OutputExistsError if it
+    holds something else.
+    """
+    file = shard.file(out)
+    report = file.with_name(f"{file.name}.report.json")
+    settings = {**settings, "parts": shard.count}
+    check_folder(out)
+    claim(out, settings)
+    if file.exists() and report.is_file():
+        done: Counts = json.loads(report.read_text(encoding="utf-8"))
+        return done
+    counts = write(file)
+    try:
+        claim(out, settings)  # two commands with other settings may have begun at one moment
+    except InputError:
+        file.unlink()
+        raise
+    write_json(report, counts)
+    return counts
+
+
+def claim(out: Path, settings: Mapping[str, Any]) -> None:
+    """Makes `out` the folder of parts of these settings. Raises as `write_part` if it is that of others."""
+    known = out / _SETTINGS
+    if not known.is_file():
+        if out.is_dir() and (others := [entry.name for entry in out.iterdir() if not entry.name.startswith(".")]):
+            if not known.is_file():  # else another process has made it meanwhile
+                raise OutputExistsError(f"{out} holds {others[0]} and no {_SETTINGS}: choose a new folder for parts")
+        else:
+            write_json(known, settings)
+    found, wanted = json.loads(known.read_text(encoding="utf-8")), json.loads(json.dumps(settings))
+    for key in sorted({*found, *wanted}):
+        if found.get(key) != wanted.get(key):
+            raise InputError(
+                f"{out} holds parts made with {key} {found.get(key)!r}, and this is {wanted.get(key)!r}: "
+                "choose a new folder, or remove this one"
+            )
