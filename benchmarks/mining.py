@@ -41,7 +41,7 @@ from sentence_transformers.util import dot_score, mine_hard_negatives, pairwise_
 
 from embedwright.cpu import kernels, onednn  # noqa: E402
 from embedwright.data.schema import Example, Passage  # noqa: E402
-from embedwright.mining import choose  # noqa: E402
+from embedwright.mining import choose, rank  # noqa: E402
 from embedwright.mining.mine import mine  # noqa: E402
 from embedwright.vectors import search as topk  # noqa: E402
 
@@ -61,7 +61,7 @@ PARTS = (
     (kernels, "dots", "scores in float64"),
     (topk, "_merged", "ranking"),
     (kernels, "quantised", "quantising"),
-    (choose, "top_k", "rest of the search"),
+    (rank, "top_k", "rest of the search"),
     (choose.Pool, "keys_of", "same texts"),
     (choose.Miner, "_take", "near-duplicates, choice"),
 )

@@ -117,7 +117,7 @@ def reaches(product_QN: Tensor, columns: tuple[Tensor, ...], bounds: tuple[Tenso
 def dots(query_QE: Tensor, document_NE: Tensor, query_F: Tensor, document_F: Tensor) -> Tensor:
     """Computes the inner products, float32 (F,), of the given pairs of query and document, summed in float64.
 
-    Queries are float64, documents float32, both contiguous; the indices are int64.
+    Queries and documents are float32 and contiguous; the indices are int64.
     """
     out_F = document_NE.new_empty(len(query_F))
     _run("dots", query_QE, document_NE, query_F, document_F, out_F, len(query_F), query_QE.shape[1])
@@ -213,7 +213,7 @@ def _search_examples(query_QE: Tensor, document_NE: Tensor) -> Iterator[tuple[st
     yield "quantise", (lost_NE.abs().amax(1) > 0.51 * moved_NE.abs().amax(1) / 127).sum(), scale_N.new_zeros(())
     exact_QN = query_QE.double() @ document_NE.double().t()
     pair = torch.tensor([[3, 0, 3], [1, 2, 4]], device="cpu")
-    yield "dots", dots(query_QE.double(), document_NE, *pair), exact_QN[tuple(pair)]
+    yield "dots", dots(query_QE, document_NE, *pair), exact_QN[tuple(pair)]
     bounds = query_QE.new_tensor([2.0**-10, 0, 0, 1.5])[:, None].repeat(1, 5).unbind()
     columns = query_QE.new_ones(3, len(document_NE)).unbind()
     product_QN = (exact_QN * 2**10).round().int()

@@ -18,10 +18,11 @@ from embedwright.data.answers import ids_of, question_of, text_mark
 from embedwright.data.keys import are_near, shingles, word_key
 from embedwright.data.schema import Example
 from embedwright.mining.pool import Pool
-from embedwright.mining.rank import MiningQuery, Teacher
+from embedwright.mining.rank import Candidates, MiningQuery, Teacher, Tile
 from embedwright.mining.report import Histogram
 from embedwright.mining.rules import Eligible, Ensemble, Exclusions, Rule, eligible, in_turn, sample_order, teacher_of
 
+_TILE = 2048  # queries that are encoded at once, and chosen for at once
 Ranked = tuple[int, float]  # a row of the pool and its score
 Words = tuple[str, set[str]]  # a text's word key and its shingles
 
@@ -66,12 +67,24 @@ class Miner:
     questions: dict[int, _Question] = field(default_factory=dict, init=False)  # of the queries at work
 
     def fill(self, queries: Sequence[MiningQuery]) -> Iterator[Example]:
-        """Gives the examples with their negatives. All queries given are held in memory at once."""
+        """Gives the examples with their negatives. The corpus is read once; all queries given are held in memory."""
+        tiles = [queries[start : start + _TILE] for start in range(0, len(queries), _TILE)]
+        asked = [[self._asking(number, tile) for tile in tiles] for number in range(len(self.teachers))]
+        ranked = [
+            teacher([[tile[q] for q in own] for tile, own in zip(tiles, each, strict=True)])
+            for teacher, each in zip(self.teachers, asked, strict=True)
+        ]
+        for number, tile in enumerate(tiles):
+            yield from self._filled(tile, [each[number] for each in asked], [next(each) for each in ranked])
+
+    def _filled(
+        self, queries: Tile, asked: Sequence[Sequence[int]], candidates: Sequence[Candidates]
+    ) -> Iterator[Example]:
+        """`asked` are the queries that each teacher has ranked `candidates` for."""
         self.questions.clear()
         proposals: list[list[Proposal]] = [[] for _ in queries]
-        for number in range(len(self.teachers)):
-            own = [q for q, query in enumerate(queries) if self._asks(number, query)]
-            for q, proposal in zip(own, self._propose(number, [queries[q] for q in own]), strict=True):
+        for number, (own, found) in enumerate(zip(asked, candidates, strict=True)):
+            for q, proposal in zip(own, self._propose(number, [queries[q] for q in own], found), strict=True):
                 proposals[q].append(proposal)
         for query, proposed in zip(queries, proposals, strict=True):
             taken = self._take(query, proposed)
@@ -88,17 +101,20 @@ class Miner:
             self._count_scores("negatives", np.array(scores))
             yield filled
 
-    def _asks(self, number: int, query: MiningQuery) -> bool:
+    def _asking(self, number: int, queries: Tile) -> list[int]:
+        """Returns the queries that teacher `number` is asked for."""
         teachers, settings = len(self.teachers), self.settings
-        crossed = teachers > 1 and settings.ensemble == "cross-sample"
-        return not crossed or teacher_of(query.example.id, teachers, settings.seed) == number
+        if teachers == 1 or settings.ensemble != "cross-sample":
+            return list(range(len(queries)))
+        drawn = (teacher_of(query.example.id, teachers, settings.seed) for query in queries)
+        return [q for q, one in enumerate(drawn) if one == number]
 
-    def _propose(self, number: int, queries: Sequence[MiningQuery]) -> Iterator[Proposal]:
+    def _propose(self, number: int, queries: Tile, candidates: Candidates) -> Iterator[Proposal]:
         """Returns what teacher `number` proposes for each query."""
         if not queries:
             return
         pool, settings = self.pool, self.settings
-        rows_QK, scores_QK, listed_QK, own = self.teachers[number](queries)
+        rows_QK, scores_QK, listed_QK, own = candidates
         positives = [some[: len(query.example.positives)] for some, query in zip(own, queries, strict=True)]
         lowest_Q = np.array([min(some) for some in positives], dtype=np.float32)
         excluded = [self._exclusions(query) for query in queries]

@@ -35,7 +35,7 @@ from embedwright.mining.rules import (
 
 logger = logging.getLogger(__name__)
 
-_TILE = 2048  # queries encoded and searched at once
+_AT_ONCE = 2**17  # queries searched at once: the corpus is read once for so many
 SEARCHED_PER_SAMPLED = 10  # candidates looked at for each that may be drawn: the rule takes most away
 
 
@@ -153,7 +153,9 @@ def mine(
     teachers = [teacher_of_pool(one, pool, searched, seed, folder, advance) for one in given]
     settings = MiningSettings(rule, margin, negatives, sample_from, seed, ensemble, RANDOM not in given)
     miner = Miner(pool, teachers, settings)
-    filled = (one for start in range(0, len(queries), _TILE) for one in miner.fill(queries[start : start + _TILE]))
+    filled = (
+        one for start in range(0, len(queries), _AT_ONCE) for one in miner.fill(queries[start : start + _AT_ONCE])
+    )
     mined = [
         one for row, own in zip(rows, queries_of, strict=True) for one in (islice(filled, len(own)) if own else [row])
     ]

@@ -1,7 +1,8 @@
 """Ranks documents for queries: by the vectors of a model, by BM25, or by chance.
 
-`mine` calls a teacher through one function, which takes queries and returns ranked candidates. Besides models, there
-are two teachers by name, the baselines of NV-Retriever (arXiv 2407.15831): `bm25` and `random`.
+`mine` calls a teacher through one function, which takes queries in tiles and gives ranked candidates tile by tile. A
+model encodes a tile at a time and searches for all of them at once, so that vectors on disk are read once. Besides
+models, there are two teachers by name, the baselines of NV-Retriever (arXiv 2407.15831): `bm25` and `random`.
 
 `Q` queries, `K` candidates of one query, `F` pairs of a query and a passage, `E` embedding.
 """
@@ -9,7 +10,7 @@ are two teachers by name, the baselines of NV-Retriever (arXiv 2407.15831): `bm2
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,7 +46,8 @@ class Candidates(NamedTuple):
     own: list[NDArray[np.float32]]  # for each query, the scores of its positives, then of its given negatives
 
 
-Teacher = Callable[[Sequence[MiningQuery]], Candidates]
+Tile = Sequence[MiningQuery]
+Teacher = Callable[[Sequence[Tile]], Iterator[Candidates]]
 
 
 def teacher_of_pool(
@@ -60,36 +62,42 @@ def teacher_of_pool(
     """
     if isinstance(teacher, str):
         if teacher == RANDOM:
-            return lambda queries: _by_chance(queries, pool, depth, seed, advance)
+            return lambda tiles: (_by_chance(tile, pool, depth, seed, advance) for tile in tiles)
         from embedwright.vectors import bm25
 
         index = bm25.index(map(pool.text, range(len(pool.keys))))
         advance(len(pool.keys))
-        return lambda queries: _by_words(queries, pool, index, depth, advance)
+        return lambda tiles: (_by_words(tile, pool, index, depth, advance) for tile in tiles)
     documents, everything = pool.encoded(teacher, folder, advance)
-    return lambda queries: _by_vectors(queries, pool, teacher, documents, everything, depth, advance)
+    return lambda tiles: _by_vectors(tiles, pool, teacher, documents, everything, depth, advance)
 
 
 def _by_vectors(
-    queries: Sequence[MiningQuery],
+    tiles: Sequence[Tile],
     pool: Pool,
     encoder: Encoder,
     documents: Vectors,
     everything: Vectors,
     depth: int,
     advance: Advance,
-) -> Candidates:
-    queries_QE = _encoded(encoder, queries)
-    advance(len(queries))
+) -> Iterator[Candidates]:
+    ends = np.cumsum([len(tile) for tile in tiles])
+    queries_QE = np.empty((int(ends[-1]), documents.shape[1]), np.float32)
+    for tile, end in zip(tiles, ends.tolist(), strict=True):
+        if tile:
+            queries_QE[end - len(tile) : end] = _encoded(encoder, tile)
+            advance(len(tile))
     scores_QK, rows_QK = top_k(queries_QE, documents, depth)
-    rows = _own_rows(pool, queries)
-    lengths = [len(some) for some in rows]
+    rows = [own for tile in tiles for own in _own_rows(pool, tile)]
+    lengths = np.array([len(own) for own in rows], np.int64)
     row_F = np.fromiter(chain.from_iterable(rows), np.int64)
-    own_F = pair_scores(queries_QE, everything, np.arange(len(rows)).repeat(lengths), row_F)
-    return Candidates(rows_QK, scores_QK, np.ones(rows_QK.shape, bool), np.split(own_F, np.cumsum(lengths)[:-1]))
+    own = np.split(pair_scores(queries_QE, everything, np.arange(len(rows)).repeat(lengths), row_F), lengths.cumsum())
+    for tile, end in zip(tiles, ends.tolist(), strict=True):
+        at = slice(end - len(tile), end)
+        yield Candidates(rows_QK[at], scores_QK[at], np.ones(rows_QK[at].shape, bool), own[at])
 
 
-def _by_words(queries: Sequence[MiningQuery], pool: Pool, index: Any, depth: int, advance: Advance) -> Candidates:
+def _by_words(queries: Tile, pool: Pool, index: Any, depth: int, advance: Advance) -> Candidates:
     """Ranks by BM25 over all texts of the pool. A document that shares no word with the query is no candidate."""
     from embedwright.vectors import bm25
 
@@ -104,7 +112,7 @@ def _by_words(queries: Sequence[MiningQuery], pool: Pool, index: Any, depth: int
     return Candidates(rows_QK, scores_QK, scores_QK > 0, own)
 
 
-def _by_chance(queries: Sequence[MiningQuery], pool: Pool, depth: int, seed: int, advance: Advance) -> Candidates:
+def _by_chance(queries: Tile, pool: Pool, depth: int, seed: int, advance: Advance) -> Candidates:
     """Draws documents, each as likely as any other, none twice, seeded per example id. All scores are 0."""
     shape = len(queries), min(depth, len(pool.ids))
     rows_QK = np.empty(shape, np.int64)
@@ -117,12 +125,12 @@ def _by_chance(queries: Sequence[MiningQuery], pool: Pool, depth: int, seed: int
     return Candidates(rows_QK, np.zeros(shape, np.float32), np.ones(shape, bool), own)
 
 
-def _own_rows(pool: Pool, queries: Sequence[MiningQuery]) -> list[list[int]]:
+def _own_rows(pool: Pool, queries: Tile) -> list[list[int]]:
     """Returns the rows of each query's positives, then of the negatives that it came with."""
     return [pool.rows_of_texts((*query.example.positives, *query.example.negatives)) for query in queries]
 
 
-def _encoded(encoder: Encoder, queries: Sequence[MiningQuery]) -> NDArray[np.float32]:
+def _encoded(encoder: Encoder, queries: Tile) -> NDArray[np.float32]:
     """Returns the vectors of the queries, each under its instruction."""
     by_instruction: dict[str | None, list[int]] = {}
     for q, query in enumerate(queries):

@@ -2,7 +2,7 @@
 
 Each block is multiplied coarsely first, in int8 where the processor has it, else in float32. That only nominates: each
 document which may be among a query's best, by a bound on what the coarse product is off, is then scored in float64. So
-the result is that of brute force.
+the result is that of brute force. A GPU nominates by tiles too, in float32, and scores in float64 itself.
 
 `Q` queries, `C` documents of the corpus, `E` embedding, `N` documents of a block, `F` pairs of a query and a document,
 `K` the best of one query, `W` these and what is merged into them.
@@ -26,8 +26,12 @@ from embedwright.vectors.shards import Vectors, as_tensor, as_vectors
 
 _QUERIES = 512  # queries and documents of one product: 4 MB, which a processor's last cache holds
 _DOCUMENTS = 2048
+_GPU_QUERIES = 2048  # the same on a GPU: 0.5 GB
+_GPU_DOCUMENTS = 65_536
 _WASTED = 0.2  # of the pairs of a block: where int8 nominates more, float32, which nominates few, is faster
 _ROWS = 256  # of pairs that are scored at once without kernels, so that they stay in a core's own cache
+_GPU_ROWS = 2**14
+_TF32 = 2.0**-8  # what a product of a GPU is off at most, relative to the lengths, where the host has allowed TF32
 _NO_ROW = 2**32 - 1
 
 
@@ -38,15 +42,18 @@ class Nominator(Protocol):
 
 
 def top_k(
-    queries_QE: NDArray[Any], corpus: NDArray[Any] | Vectors, k: int
+    queries_QE: NDArray[Any], corpus: NDArray[Any] | Vectors, k: int, device: torch.device | str | None = None
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Finds the `k` largest inner products of each query, exactly.
 
     A score is the inner product of the float32 vectors, summed in float64 and rounded to float32. Equal scores come in
     the order of the corpus, also where the cut falls between them. `k` is cut to the size of the corpus.
 
-    `corpus` (C, E) may be larger than memory: beside it and the result, this holds a block of it (2048 documents), 4 MB
-    for products, and 9 E + 8 k bytes per query.
+    `corpus` (C, E) may be larger than memory, and is read once, whatever the number of queries. Beside it and the
+    result, this holds a block of it (2048 documents), 4 MB for products, and 5 E + 8 k bytes per query.
+
+    `device` multiplies and scores; default: a GPU where torch has one, else the CPU. A GPU holds the queries, 65,536
+    documents and 1.5 GB for products. It may add the float64 products in another order than the CPU.
 
     Returns:
         Scores float32 (Q, k), descending, and their rows int64 (Q, k).
@@ -64,20 +71,21 @@ def top_k(
     key_QK = np.full((len(queries_QE), k), _NONE)
     if not key_QK.size:
         return _scores(key_QK), key_QK
-    query_QE = as_tensor(queries_QE)
-    exact_QE = query_QE.double()
+    query_QE = as_tensor(queries_QE).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     _check(query_QE, "query", 0)
+    on_cpu = _on_cpu(query_QE)
     nominator: Nominator = _Float32Nominator(query_QE)
-    for first, documents_NE in vectors.tiles(_DOCUMENTS):
-        document_NE = as_tensor(documents_NE)
+    for first, documents_NE in vectors.tiles(_DOCUMENTS if on_cpu else _GPU_DOCUMENTS):
+        document_NE = as_tensor(documents_NE).to(query_QE.device)
         _check(document_NE, "document", first)
-        if first == 0 and int8.available(vectors.shape[1]):
+        if first == 0 and on_cpu and int8.available(vectors.shape[1]):
             nominator = Int8Nominator(query_QE, document_NE.mean(0), _QUERIES)
         floor_Q = _scores(key_QK[:, -1]) if first else _first_floor(query_QE, document_NE, k)
         nominated = 0
-        for start, may_QN in nominator.nominate(document_NE, as_tensor(floor_Q)):
-            query_F, column_F = divmod(np.flatnonzero(may_QN.numpy()), len(documents_NE))
-            found_F = _exact(exact_QE[start:], document_NE, query_F, column_F)
+        for start, may_QN in nominator.nominate(document_NE, as_tensor(floor_Q).to(query_QE.device)):
+            marked_F = np.flatnonzero(may_QN.numpy()) if on_cpu else may_QN.flatten().nonzero()[:, 0].cpu().numpy()
+            query_F, column_F = divmod(marked_F, len(documents_NE))
+            found_F = _exact(query_QE[start:], document_NE, query_F, column_F)
             own = slice(start, start + len(may_QN))
             key_QK[own] = _merged(key_QK[own], _keys(found_F, column_F + first), query_F)
             nominated += len(query_F)
@@ -95,12 +103,12 @@ def pair_scores(
     """
     order_F = np.argsort(row_F, kind="stable")
     query_F, row_F = query_F[order_F], row_F[order_F]
-    exact_QE = as_tensor(np.ascontiguousarray(queries_QE)).double()
+    query_QE = as_tensor(np.ascontiguousarray(queries_QE))
     scores_F = np.empty(len(row_F), np.float32)
     for first, documents_NE in vectors.tiles_with(row_F):
         start, end = np.searchsorted(row_F, (first, first + len(documents_NE)))
         scores_F[order_F[start:end]] = _exact(
-            exact_QE, as_tensor(documents_NE), query_F[start:end], row_F[start:end] - first
+            query_QE, as_tensor(documents_NE), query_F[start:end], row_F[start:end] - first
         )
     return scores_F
 
@@ -110,18 +118,28 @@ class _Float32Nominator:
 
     def __init__(self, query_QE: Tensor) -> None:
         self.query_QE = query_QE
-        self.off_Q = slack(query_QE.shape[1]) * query_QE.norm(dim=1)
+        self.at_once = _QUERIES if _on_cpu(query_QE) else _GPU_QUERIES
+        self.off_Q = (slack(query_QE.shape[1]) + (0 if _on_cpu(query_QE) else _TF32)) * query_QE.norm(dim=1)
 
     def nominate(self, document_NE: Tensor, floor_Q: Tensor) -> Iterator[tuple[int, Tensor]]:
         length_N = document_NE.norm(dim=1)
-        for start in range(0, len(floor_Q), _QUERIES):
-            own = slice(start, start + _QUERIES)
+        for start in range(0, len(floor_Q), self.at_once):
+            own = slice(start, start + self.at_once)
             most_QN = _product(self.query_QE[own], document_NE).add_(torch.outer(self.off_Q[own], length_N)).add_(TINY)
             yield start, ~(most_QN < floor_Q[own, None])  # what is not a number may be anything
 
 
+def _on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu"
+
+
 def _product(query_QE: Tensor, document_NE: Tensor) -> Tensor:
-    """Multiplies in true float32. torch's products are bfloat16 where the host has allowed that; numpy's never are."""
+    """Multiplies in float32; a GPU in TF32 where the host has allowed that.
+
+    On a CPU, torch's products are bfloat16 where the host has allowed that; numpy's never are.
+    """
+    if not _on_cpu(query_QE):
+        return query_QE @ document_NE.T
     backend: Any = torch.backends.mkldnn
     if onednn.available() and backend.matmul.fp32_precision in ("none", "ieee"):
         return onednn.linear(query_QE, document_NE, None)
@@ -133,25 +151,35 @@ def _first_floor(query_QE: Tensor, document_NE: Tensor, k: int) -> NDArray[np.fl
     floor_Q = np.full(len(query_QE), -np.inf, np.float32)
     if k > len(document_NE):
         return floor_Q
-    for start in range(0, len(floor_Q), _QUERIES):
-        own_QE = query_QE[start : start + _QUERIES]
-        likely_QK = _product(own_QE, document_NE).topk(k, sorted=False).indices.numpy()
-        scores_F = _exact(own_QE.double(), document_NE, np.arange(len(own_QE)).repeat(k), likely_QK.ravel())
-        floor_Q[start : start + _QUERIES] = scores_F.reshape(-1, k).min(1)
+    at_once = _QUERIES if _on_cpu(query_QE) else _GPU_QUERIES
+    for start in range(0, len(floor_Q), at_once):
+        own_QE = query_QE[start : start + at_once]
+        likely_QK = _product(own_QE, document_NE).topk(k, sorted=False).indices.cpu().numpy()
+        scores_F = _exact(own_QE, document_NE, np.arange(len(own_QE)).repeat(k), likely_QK.ravel())
+        floor_Q[start : start + at_once] = scores_F.reshape(-1, k).min(1)
     return floor_Q
 
 
 def _exact(
-    exact_QE: Tensor, document_NE: Tensor, query_F: NDArray[np.int64], document_F: NDArray[np.int64]
+    query_QE: Tensor, document_NE: Tensor, query_F: NDArray[np.int64], document_F: NDArray[np.int64]
 ) -> NDArray[np.float32]:
-    """Scores pairs, float32 (F,): inner products of queries in float64 and documents in float32, summed in float64."""
-    if kernels.available():
-        return kernels.dots(exact_QE, document_NE, as_tensor(query_F), as_tensor(document_F)).numpy()
+    """Scores pairs, float32 (F,): inner products of float32 vectors, summed in float64."""
+    if (on_cpu := _on_cpu(query_QE)) and kernels.available():
+        return kernels.dots(query_QE, document_NE, as_tensor(query_F), as_tensor(document_F)).numpy()
     scores_F = np.empty(len(query_F), np.float32)
-    for start in range(0, len(query_F), _ROWS):
-        own = slice(start, start + _ROWS)
+    size = _ROWS if on_cpu else _GPU_ROWS
+    for start in range(0, len(query_F), size):
+        own = slice(start, start + size)
         # not a matrix product: a row's sum must not depend on its neighbours, or copies would score differently
-        scores_F[own] = (document_NE.numpy()[document_F[own]] * exact_QE.numpy()[query_F[own]]).sum(1)
+        if on_cpu:
+            query_FE = query_QE.numpy()[query_F[own]].astype(np.float64)
+            scores_F[own] = (document_NE.numpy()[document_F[own]] * query_FE).sum(1)
+        else:  # of as many rows each time: a GPU adds in an order that depends on it
+            query, document = (
+                as_tensor(np.resize(some[own], size)).to(query_QE.device) for some in (query_F, document_F)
+            )
+            found_F = (query_QE[query].double() * document_NE[document].double()).sum(1).float()
+            scores_F[own] = found_F[: len(query_F) - start].cpu().numpy()
     return scores_F
 
 

@@ -192,8 +192,8 @@ def test_inner_products_are_summed_in_float64(needs_kernels: None, width: int) -
     queries, documents = (torch.randn(n, width, generator=random) * 1e3 for n in (5, 40))
     documents[30] = documents[3]
     query, document = torch.randint(5, (200,), generator=random), torch.randint(40, (200,), generator=random)
-    found = kernels.dots(queries.double(), documents, query, document)
+    found = kernels.dots(queries, documents, query, document)
     expected = (queries[query].double() * documents[document].double()).sum(1).float()
     torch.testing.assert_close(found, expected, rtol=1.2e-7, atol=0)
-    twice = kernels.dots(queries.double(), documents, torch.zeros(2, dtype=torch.int64), torch.tensor([3, 30]))
+    twice = kernels.dots(queries, documents, torch.zeros(2, dtype=torch.int64), torch.tensor([3, 30]))
     assert twice[0] == twice[1]

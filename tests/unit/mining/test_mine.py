@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise, zip_longest
@@ -14,11 +15,14 @@ import numpy as np
 import pytest
 
 from embedwright.data.schema import DataError, Example, Passage, Task
+from embedwright.mining import choose
+from embedwright.mining import mine as mine_module
 from embedwright.mining.mine import mine
 from embedwright.mining.pool import positives_of
 from embedwright.mining.report import KINDS
 from embedwright.mining.rules import BEST_MARGIN, Ensemble, Rule, teacher_of
 from embedwright.model.embedder import Embedder
+from embedwright.vectors.shards import Vectors
 
 
 class Lookup:
@@ -169,6 +173,28 @@ def test_an_ensemble_equals_brute_force(ensemble: Ensemble, rule: Rule, margin: 
         scores = tuple(float(query[row.query] @ query[p.text]) for p in row.negatives)
         assert row.negative_scores == (scores if crossed else None)
         assert (row.positive_scores is None) != crossed
+
+
+@pytest.mark.parametrize("ensemble", get_args(Ensemble))
+@pytest.mark.parametrize(("at_once", "passes"), [(100, 1), (16, 3)])
+def test_the_corpus_is_read_once_for_many_tiles_of_queries(
+    ensemble: Ensemble, at_once: int, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus, rows, teachers = whole_numbers()
+    settings: dict[str, Any] = {"depth": 30, "seed": 3, "ensemble": ensemble}
+    whole, before = mine(rows, corpus, list(map(Lookup, teachers)), **settings)
+    read, tiles = Counter[Any](), Vectors.tiles
+
+    def counted(self: Vectors, size: int) -> Iterator[Any]:
+        read[self] += 1
+        return tiles(self, size)
+
+    monkeypatch.setattr(Vectors, "tiles", counted)
+    monkeypatch.setattr(choose, "_TILE", 4)
+    monkeypatch.setattr(mine_module, "_AT_ONCE", at_once)
+    found, report = mine(rows, corpus, list(map(Lookup, teachers)), **settings)
+    assert found == whole and replace(report, seconds=0).counts() == replace(before, seconds=0).counts()
+    assert list(read.values()) == [passes] * 3
 
 
 # ---- the rules, by hand

@@ -41,11 +41,14 @@ def whole(queries: int, documents: int, width: int = 4) -> tuple[np.ndarray, np.
     return tuple(random.integers(-2, 3, (n, width)).astype(np.float32) for n in (queries, documents))
 
 
-@pytest.fixture(params=["int8", "float32", "float32, no kernels"])
+@pytest.fixture(params=["int8", "float32", "float32, no kernels", "float32, as on a GPU"])
 def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What nominates: products of int8 or float32."""
-    dtype, _, without = request.param.partition(", ")
-    if without:
+    """What nominates: products of int8 or float32. What a GPU does is done by the CPU here: no test runs on a GPU."""
+    dtype, _, where = request.param.partition(", ")
+    if where == "as on a GPU":
+        monkeypatch.setattr(search, "_on_cpu", lambda x: False)
+        monkeypatch.setattr(kernels, "dots", lambda *_: pytest.fail("a kernel for CPUs"))
+    elif where:
         monkeypatch.setattr(kernels, "available", lambda: False)
     elif not kernels.available():
         pytest.skip(f"kernels {kernels.described()}")
@@ -60,8 +63,10 @@ def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def small_blocks(product: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks so small that a few hundred vectors cross many of them. No nomination is too much."""
-    for name, size in {"_QUERIES": 8, "_DOCUMENTS": 80, "_ROWS": 16, "_WASTED": 1}.items():
+    for name, size in {"_QUERIES": 8, "_DOCUMENTS": 80, "_ROWS": 16}.items():
         monkeypatch.setattr(search, name, size)
+        monkeypatch.setattr(search, f"_GPU{name}", size)
+    monkeypatch.setattr(search, "_WASTED", 1)
 
 
 @pytest.mark.parametrize("make", [real, whole])
@@ -239,6 +244,22 @@ def test_a_product_that_is_off_by_its_bound_is_put_right(small_blocks: None, mon
     queries, corpus = real(11, 700)
     corpus[::2] = corpus[1::2] + 1e-7 * real(1, 350, seed=4)[1]  # twins, and the cut goes between two
     monkeypatch.setattr(search, "_product", off_by_its_bound)
+    assert_same(top_k(queries, corpus, 31), brute_force(queries, corpus, 31))
+
+
+def in_tf32(query_QE: Any, document_NE: Any) -> Any:
+    """Numbers cut to 10 bits, as a GPU multiplies where the host allows it."""
+    cut = [(x.view(torch.int32) & ~0x1FFF).view(torch.float32) for x in (query_QE, document_NE)]
+    return cut[0] @ cut[1].T
+
+
+@pytest.mark.parametrize("product", ["float32, as on a GPU"], indirect=True)
+def test_products_of_a_gpu_in_tf32_are_put_right(small_blocks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    queries, corpus = real(11, 700)
+    corpus[::2] = corpus[1::2] + 1e-4 * real(1, 350, seed=4)[1]
+    coarse = in_tf32(torch.from_numpy(queries), torch.from_numpy(corpus)).numpy()
+    assert not np.array_equal(np.argsort(-coarse, kind="stable")[:, :31], brute_force(queries, corpus, 31)[1])
+    monkeypatch.setattr(search, "_product", in_tf32)
     assert_same(top_k(queries, corpus, 31), brute_force(queries, corpus, 31))
 
 

@@ -93,7 +93,6 @@ void reach(void *job) {
 /* ---- inner products */
 
 typedef double vd __attribute__((vector_size(64)));
-typedef vd vd_any __attribute__((aligned(8), may_alias));
 typedef float vf8 __attribute__((vector_size(32), aligned(4), may_alias));
 
 INLINE vd eight(const float *x) {
@@ -104,24 +103,23 @@ INLINE vd eight(const float *x) {
 #endif
 }
 
-static float inner(const double *a, const float *b, long width) { /* of these two alone: copies score alike */
+static float inner(const float *a, const float *b, long width) { /* of these two alone: copies score alike */
     vd even = {0}, odd = {0};
     double sum = 0;
     long i = 0;
     for (; i + 16 <= width; i += 16) {
-        even += *(const vd_any *)(a + i) * eight(b + i);
-        odd += *(const vd_any *)(a + i + 8) * eight(b + i + 8);
+        even += eight(a + i) * eight(b + i); /* exact: twice 24 bits */
+        odd += eight(a + i + 8) * eight(b + i + 8);
     }
-    for (; i < width; i++) sum += a[i] * b[i];
+    for (; i < width; i++) sum += (double)a[i] * b[i];
     even += odd;
     for (int j = 0; j < 8; j++) sum += even[j];
     return (float)sum;
 }
 
 typedef struct {
-    const double *queries;
-    const float *documents;          /* both rows of `width` */
-    const int64_t *query, *document; /* of a pair */
+    const float *queries, *documents; /* both rows of `width` */
+    const int64_t *query, *document;  /* of a pair */
     float *out;
     long pairs, width, next;
 } Dots;
