@@ -223,6 +223,8 @@ CHANGES: dict[str, dict[str, tuple[str, str, Words]]] = {
         "out": ("names", "--out elsewhere.parquet", {}),
         "source": ("files", "--source {few_kinds}", {}),
         "limit": ("files", "--limit 5", {}),
+        "share": ("files", "--share 1", {"name": "{sampled_entry}", "source": "--source {own}"}),
+        "corpus_out": ("names", "--corpus-out corpus.jsonl", {"name": "{entry}", "source": "--source {own}"}),
         "seed": ("files", "--seed 1", EXAMPLES),
         "form": ("files", "--form example", {"form": "--form label"}),
         "negatives": ("files", "--negatives 1", {}),
@@ -390,6 +392,7 @@ def write_data(at: Path) -> Words:
     entry["marks"] = dict.fromkeys(("columns", "source", "instructions", "samples", "target"), "guess")
     texts = {
         "entry": yaml.safe_dump(entry),
+        "sampled_entry": yaml.safe_dump(entry | {"samples": 8}),
         "other_entry": yaml.safe_dump(entry | {"instructions": ["Find another"]}),
         "licences": "first: CC-BY-4.0\nsecond: MIT\n",
         "other_licences": "first: MIT\nsecond: CC-BY-4.0\n",

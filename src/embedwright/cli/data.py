@@ -40,6 +40,13 @@ def data_build(
     out: Annotated[Path, opt("File to write; for `docstrings`, a folder.", "--out")],
     source: Annotated[Path | None, opt("File or folder to read. Default: the hub.")] = None,
     limit: Annotated[int | None, opt("Number of rows or queries to take. Default: all.", min=1)] = None,
+    share: Annotated[
+        float | None, opt("Share to take of the samples in `data list`, and of the corpus. Default: all rows.")
+    ] = None,
+    corpus_out: Annotated[
+        Path | None,
+        opt("File for the documents that `mine --corpus` searches. Default: none.", callback=options.rows_to_write),
+    ] = None,
     seed: options.Seed = 0,
     form: options.Form = None,
     negatives: options.PerExample = 7,
@@ -63,6 +70,8 @@ def data_build(
         out,
         source=source,
         limit=limit,
+        share=share,
+        corpus_out=corpus_out,
         seed=seed,
         form=form,
         negatives=negatives,

@@ -86,7 +86,8 @@ ShardOption = Annotated[
         metavar="I/N",
     ),
 ]
-Out = Annotated[Path, opt("File to write: .jsonl, .jsonl.gz or .parquet.", "--out", callback=to_write(check_rows_file))]
+rows_to_write = to_write(check_rows_file)
+Out = Annotated[Path, opt("File to write: .jsonl, .jsonl.gz or .parquet.", "--out", callback=rows_to_write)]
 Model = Annotated[str, arg("Model: a folder, a hub id, or `minilm`.")]
 Texts = Annotated[Path, arg("JSONL or Parquet with `text`, or plain .txt with a text a line.")]
 TaskOption = Annotated[str | None, opt("Instruction for these texts, if they are queries.", "--task")]

@@ -1,14 +1,19 @@
-"""Examples as batches of Arrow: the columns of their files."""
+"""Examples as batches of Arrow: the columns of their files. Writes rows of any columns as Parquet or JSON Lines."""
 
 from __future__ import annotations
 
+import gzip
 import itertools
+import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from embedwright.data.schema import Example, Passage
+from embedwright.data.schema import Example, Passage, to_row
 
 _PASSAGES = pa.list_(pa.struct([("text", pa.large_string()), ("id", pa.large_string())]))
 SCHEMA = pa.schema(
@@ -28,9 +33,40 @@ SCHEMA = pa.schema(
 
 def batches_of(examples: Iterable[Example], size: int) -> Iterator[pa.RecordBatch]:
     """Yields the examples as batches of `size` rows; the last may have fewer."""
-    rows = iter(examples)
+    return _batches(map(_record, examples), SCHEMA, size)
+
+
+def _batches(rows: Iterable[Mapping[str, Any]], schema: pa.Schema, size: int) -> Iterator[pa.RecordBatch]:
+    rows = iter(rows)
     while chunk := list(itertools.islice(rows, size)):
-        yield pa.RecordBatch.from_pylist([_record(example) for example in chunk], schema=SCHEMA)
+        yield pa.RecordBatch.from_pylist(chunk, schema=schema)
+
+
+def write_example_rows(path: Path, examples: Iterable[Example]) -> int:
+    """Writes examples as `write_rows` does; in JSON Lines, without the keys that are not set."""
+    return write_rows(path, map(_record if path.suffix == ".parquet" else to_row, examples), SCHEMA)
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> int:
+    """Writes rows as Parquet of this schema, or as JSON Lines (.gz compresses), by the suffix of `path`.
+
+    Returns their number.
+    """
+    written = 0
+    if path.suffix == ".parquet":
+        with pq.ParquetWriter(path, schema) as writer:
+            for batch in _batches(rows, schema, 4096):
+                writer.write_batch(batch)
+                written += batch.num_rows
+        return written
+    with ExitStack() as stack:
+        out: Any = stack.enter_context(path.open("wb"))
+        if path.suffix == ".gz":  # no name and no time in its header: the same rows give the same bytes
+            out = stack.enter_context(gzip.GzipFile("", "wb", fileobj=out, mtime=0))
+        for row in rows:
+            out.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+            written += 1
+    return written
 
 
 def _record(example: Example) -> dict[str, Any]:

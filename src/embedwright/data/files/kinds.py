@@ -61,6 +61,10 @@ class RowKind(BaseModel):
     def examples(self, rows: Iterable[Fields], job: Conversion) -> Iterator[Example]:
         """Yields the examples that rows of such fields become."""
 
+    def documents(self, row: Fields) -> list[Passage]:
+        """Returns the texts of a row that other rows may be answered by: mining searches them."""
+        return []
+
 
 class PairRows(RowKind):
     """A row has a query and its answer, and it may have hard negatives.
@@ -87,6 +91,9 @@ class PairRows(RowKind):
     def examples(self, rows: Iterable[Fields], job: Conversion) -> Iterator[Example]:
         for row in rows:
             yield job.example(row["id"], row["query"], row["positives"], row["negatives"])
+
+    def documents(self, row: Fields) -> list[Passage]:
+        return [*row["positives"], *row["negatives"]]
 
 
 def by_query(rows: Iterable[Fields]) -> Iterable[Fields]:
@@ -172,6 +179,9 @@ class ScoredRows(RowKind):
                 example = job.example(f"{row['id']}:{end}", query, [Passage(text)])
                 yield scored(example, row["score"], self.threshold)
 
+    def documents(self, row: Fields) -> list[Passage]:
+        return [Passage(row["text1"]), Passage(row["text2"])]
+
 
 class NliRows(RowKind):
     """A row has premise, hypothesis and label. Other labels are counted and left out; if `binary`, they are errors.
@@ -209,6 +219,9 @@ class NliRows(RowKind):
                 yield job.example(ids[0], premise, each_once(map(Passage, entailed)).values(), map(Passage, hard))
             else:
                 job.report["no_positive"] += len(ids)
+
+    def documents(self, row: Fields) -> list[Passage]:
+        return [Passage(row["hypothesis"])]
 
 
 # ---------------------------------------------------------------------------------------------------- data files

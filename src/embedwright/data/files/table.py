@@ -6,14 +6,12 @@ are converted: a negative may come from any line of the file.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import logging
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -23,11 +21,10 @@ from typing import Any, SupportsIndex, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from embedwright.cache import cache_folder
-from embedwright.data.files.arrow import SCHEMA, batches_of, example_of
+from embedwright.data.files.arrow import SCHEMA, batches_of, example_of, write_example_rows
 from embedwright.data.files.beir import beir_files, read_beir, read_corpus
 from embedwright.data.files.class_names import class_names
 from embedwright.data.files.conversion import Conversion
@@ -37,7 +34,7 @@ from embedwright.data.files.kinds import KINDS, Row, detect_kind, parse_fields
 from embedwright.data.files.quarantine import Quarantine, good_rows
 from embedwright.data.files.rows import read_rows
 from embedwright.data.files.tasks import Tasks, tasks_beside, tasks_file, write_tasks
-from embedwright.data.schema import DataError, Example, Passage, parse_example, to_row
+from embedwright.data.schema import DataError, Example, Passage, parse_example
 from embedwright.files import sha256_of, whole_file
 
 log = logging.getLogger(__name__)
@@ -194,7 +191,7 @@ def write_examples(path: Path | str, examples: Iterable[Example], tasks: Tasks |
     path = Path(path)
     used: Counter[str] = Counter()
     with whole_file(path) as part:
-        _write(part, _counted(examples, used, lambda example: example.task))
+        write_example_rows(part, _counted(examples, used, lambda example: example.task))
         # before the rows: a run that is stopped between the two leaves no row without its task
         write_tasks(tasks_file(path), (task for name, task in (tasks or {}).items() if name in used))
     return used.total()
@@ -204,20 +201,6 @@ def _counted(items: Iterable[T], counts: Counter[str], key: Callable[[T], str]) 
     for item in items:
         counts[key(item)] += 1
         yield item
-
-
-def _write(path: Path, examples: Iterable[Example]) -> None:
-    if path.suffix == ".parquet":
-        with pq.ParquetWriter(path, SCHEMA) as writer:
-            for batch in batches_of(examples, 4096):
-                writer.write_batch(batch)
-        return
-    with ExitStack() as stack:
-        out: Any = stack.enter_context(path.open("wb"))
-        if path.suffix == ".gz":  # no name and no time in its header: the same examples give the same bytes
-            out = stack.enter_context(gzip.GzipFile("", "wb", fileobj=out, mtime=0))
-        for example in examples:
-            out.write(json.dumps(to_row(example), ensure_ascii=False, allow_nan=False).encode() + b"\n")
 
 
 # ---------------------------------------------------------------------------------------------------- conversion

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from embedwright.data.answers import text_mark
 from embedwright.data.files.class_names import class_names, names_of
 from embedwright.data.files.folders import data_files, is_beside, is_data, is_one_set, stem_of
 from embedwright.data.files.kinds import LabelledRows, detect_kind
@@ -20,8 +21,9 @@ from embedwright.data.files.tasks import tasks_beside
 from embedwright.data.labels import Form
 from embedwright.data.schema import DataError, Example, Task
 from embedwright.data.sources.catalog import BeirRows, Entry, EvidenceRows, find_task
-from embedwright.data.sources.convert import Job, Table, convert
-from embedwright.errors import NotFoundError, OutOfReachError
+from embedwright.data.sources.convert import Job, OpenTable, Table, convert
+from embedwright.data.sources.corpus import write_corpus
+from embedwright.errors import InputError, NotFoundError, OutOfReachError
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +36,8 @@ def build(
     *,
     source: Path | None = None,
     limit: int | None = None,
+    share: float | None = None,
+    corpus_out: Path | None = None,
     seed: int = 0,
     form: Form | None = None,
     negatives: int = 7,
@@ -42,15 +46,21 @@ def build(
 ) -> dict[str, int]:
     """Writes the examples of `entry` to `out` (.jsonl, .jsonl.gz or .parquet), whole or not at all. Returns the counts.
 
-    It writes their tasks beside it. Rows come from the hub, streamed if `limit` is given, or from `source`: a file
-    (JSONL, .gz, Parquet) or a folder (the configs of a repository, or the files that `entry.files` names). `convert`
-    says what `limit` does, and what is in memory. `form` says how labels become examples (default: `entry.form`);
+    It writes their tasks beside it. Rows come from the hub, streamed if some are drawn and no corpus is kept, or from
+    `source`: a file (JSONL, .gz, Parquet) or a folder (the configs of a repository, or the files that `entry.files`
+    names). `convert` says what `limit` does, and what is in memory; `share` is a limit by the set's number of samples
+    (`Entry.drawn`). `corpus_out` gets the documents that mining searches (`write_corpus`), all of them under a `limit`,
+    cut by a `share`. It is there whenever `out` is. `form` says how labels become examples (default: `entry.form`);
     `known` closes their list; `negatives` is their number per example. Bad rows are logged, counted and kept in
     `<out>.quarantine.jsonl`. A set that is not pinned to a commit is a warning, or under `strict` a DataError. Raises
     FileNotFoundError, ConnectionError if the hub is out of reach, and DataError if no example comes out.
     """
     quarantine_path = out.with_name(f"{out.name}.quarantine.jsonl")
-    _check(entry, source, form, strict)
+    _check(entry, source, form, corpus_out, strict)
+    if share is not None:
+        if limit is not None:
+            raise InputError("a limit and a share are both given: leave one out")
+        limit = entry.drawn(share)
     quarantine_path.unlink(missing_ok=True)
     with Quarantine(source or Path(entry.hub or entry.name), quarantine_path) as quarantine:
         job = Job(
@@ -63,9 +73,13 @@ def build(
             known=known,
             quarantine=quarantine,
         )
-        rows = partial(open_table, source=source, streaming=limit is not None, names=job.names)
+        streaming = limit is not None and corpus_out is None  # a corpus is read once more
+        rows = partial(open_table, source=source, streaming=streaming, names=job.names)
+        examples = _require_any(convert(job, rows), job)
+        if corpus_out is not None:
+            examples = _with_corpus(examples, corpus_out, job, rows, 1.0 if share is None else share)
         try:
-            written = write_examples(out, _require_any(convert(job, rows), job), job.tasks)
+            written = write_examples(out, examples, job.tasks)
         except DataError as error:
             raise error if source is None or str(source) in str(error) else DataError(f"{source}: {error}") from None
     counts = {key: count for key, count in job.report.items() if count or key == "rows"}
@@ -195,11 +209,13 @@ def _naming(where: str) -> Iterator[None]:
         raise DataError(f"{where}: {error}") from error
 
 
-def _check(entry: Entry, source: Path | None, form: Form | None, strict: bool) -> None:
+def _check(entry: Entry, source: Path | None, form: Form | None, corpus_out: Path | None, strict: bool) -> None:
     """Raises for what cannot work, before anything is read, and warns of a set that is not pinned."""
     labelled = isinstance(entry.rows, LabelledRows)
     if form is not None and not labelled:
         raise DataError(f"{entry.name}: its rows have no labels, so no form")
+    if corpus_out is not None and labelled:
+        raise DataError(f"{entry.name}: its rows have labels, so there is no corpus to mine from")
     if source is not None:
         if not source.exists():
             raise NotFoundError(f"{source} does not exist")
@@ -218,6 +234,16 @@ def _check(entry: Entry, source: Path | None, form: Form | None, strict: bool) -
         if strict:
             raise DataError(message)
         log.warning("%s", message)
+
+
+def _with_corpus(examples: Iterator[Example], path: Path, job: Job, rows: OpenTable, share: float) -> Iterator[Example]:
+    """Yields `examples`, then writes the corpus. The file of the examples gets its name only after that."""
+    answers: set[int] = set()
+    for example in examples:
+        if share < 1:
+            answers.update(text_mark(passage.text) for passage in example.positives)
+        yield example
+    job.report["corpus"] = write_corpus(path, job, rows, share=share, answers=answers)
 
 
 def _require_any(examples: Iterator[Example], job: Job) -> Iterator[Example]:

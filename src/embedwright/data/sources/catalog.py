@@ -24,6 +24,7 @@ Target = Literal["passage", "label", "example"]  # label: the text of the label
 # Where a value comes from: `confirmed` (a source that was read), `sister` (a confirmed value of a sister model or mix),
 # `recalled` (from memory of the paper, not confirmed), `derived` (follows from other values), `guess` (our choice).
 Mark = Literal["confirmed", "sister", "recalled", "derived", "guess"]
+FEWEST = 500  # rows of a set that any share draws: a share of few rows has no two texts of one class
 
 
 class _Frozen(BaseModel):
@@ -101,6 +102,18 @@ class Entry(_Frozen):
         """Says how its labels become examples: as in the newest version that has it. None means no labels."""
         target = self.target[max(self.target)]
         return None if target == "passage" else target
+
+    def drawn(self, share: float) -> int | None:
+        """Returns how many rows `share` of the set's samples are, at least FEWEST. None means all rows.
+
+        Of scored pairs, 1 means all rows: their samples count those that reach the threshold, in both directions.
+        """
+        if not 0 < share <= 1:
+            raise InputError(f"a share of {share:g} is not above 0 and at most 1")
+        if self.samples is None:
+            raise InputError(f"{self.name}: its number of samples is not known: give a limit instead of a share")
+        whole = self.rows.kind == "scored" and share == 1
+        return None if whole else max(round(share * self.samples), min(FEWEST, self.samples))
 
     def tasks(self, form: str | None = None) -> list[Task]:
         """Returns one Task for each wording of the instruction: `name`, `name.2`, ...

@@ -17,6 +17,7 @@ from embedwright.data.files.conversion import Conversion
 from embedwright.data.files.kinds import (
     Fields,
     LabelledRows,
+    NliRows,
     PairRows,
     Row,
     by_query,
@@ -63,17 +64,31 @@ class Job(Conversion):
         self.tasks.update({task.name: task for task in self.entry.tasks(form)})
 
 
+def table_of(entry: Entry) -> Table:
+    """Returns where the rows of a set are; of a BEIR set, its judgements but for the config."""
+    return Table(entry.hub, entry.revision or entry.branch, entry.config, entry.split, entry.files)
+
+
+def corpus_of(entry: Entry) -> Table | None:
+    """Returns where the documents of a set are, if it has a table of them."""
+    if isinstance(entry.rows, BeirRows):
+        return replace(table_of(entry), config="corpus", split="corpus")
+    if isinstance(entry.rows, EvidenceRows):
+        return Table(entry.rows.pages.hub, entry.rows.pages.revision, "corpus", "corpus")
+    return None
+
+
 def convert(job: Job, open_table: OpenTable) -> Iterator[Example]:
     """Yields the examples of `job.entry`, in the order of its rows.
 
-    `job.limit` takes a uniform sample of so many rows (of a BEIR set and of grouped pairs: queries) that `job.seed`
-    decides, from all files: files are often sorted, and the first of several is one part of the set. Memory, besides
-    the sample: one row of pairs and scored pairs, all of grouped pairs; of labelled rows and NLI those that are used;
-    of a BEIR set and of claims the queries and the documents that are judged for them.
+    `job.limit` takes a uniform sample of so many rows (of a BEIR set and of grouped pairs: queries; of NLI: premises
+    that entail something) that `job.seed` decides, from all files: files are often sorted, and the first of several is
+    one part of the set. Memory, besides the sample: one row of pairs and scored pairs, all of grouped pairs and NLI; of
+    labelled rows those that are used; of a BEIR set and of claims the queries and the documents judged for them.
     Raises DataError for a corpus with a bad row, and where the first HOPELESS rows are all bad.
     """
     entry, spec = job.entry, job.entry.rows
-    table = Table(entry.hub, entry.revision or entry.branch, entry.config, entry.split, entry.files)
+    table = table_of(entry)
     if not isinstance(spec, LabelledRows):
         job.on_form(None)
     if isinstance(spec, BeirRows):
@@ -88,6 +103,8 @@ def convert(job: Job, open_table: OpenTable) -> Iterator[Example]:
     rows = _fields(open_table(table), spec.fields, job)
     if isinstance(spec, PairRows) and spec.grouped:
         rows = by_query(rows)
+    if isinstance(spec, NliRows):
+        return iter(_sampled(spec.examples(rows, job), limit, job))
     return spec.examples(_sampled(rows, limit, job), job)
 
 
@@ -129,7 +146,7 @@ def _from_beir(qrels: Table, open_table: OpenTable, job: Job) -> Iterator[Exampl
     """Yields one example for each query with a judgement above 0, with all its documents."""
     relevant: dict[str, dict[str, None]] = {}  # query id -> the ids of its documents
     for number, _, row in open_table(replace(qrels, config="default")):
-        with _row_of("default", number, row) as sound:
+        with row_of("default", number, row) as sound:
             query, document = (id_of(value_at(sound, key), key) for key in ("query-id", "corpus-id"))
             score = number_of(value_at(sound, "score"), "score")
         job.report["rows"] += 1
@@ -138,10 +155,11 @@ def _from_beir(qrels: Table, open_table: OpenTable, job: Job) -> Iterator[Exampl
             relevant.setdefault(query, {})[document] = None
     relevant = dict(_sampled(relevant.items(), job.limit, job))
     wanted = {document for documents in relevant.values() for document in documents}
-    queries, corpus = (
+    looked_up = (
         _look_up(open_table(replace(qrels, config=config, split=config)), "_id", ids, config)
         for config, ids in (("queries", relevant), ("corpus", wanted))
     )
+    queries, corpus = ({id: passage.text for id, passage in found.items()} for found in looked_up)
     yield from job.judged(relevant, queries, corpus, prefix=f"{job.entry.name}:")
 
 
@@ -158,10 +176,11 @@ def _from_evidence(spec: EvidenceRows, claims: Table, open_table: OpenTable, job
 
     rows = list(_sampled(_fields(open_table(claims), parse, job), job.limit, job))
     wanted = {title for row in rows for title in row["titles"]}
-    pages = Table(spec.pages.hub, spec.pages.revision, "corpus", "corpus")
-    texts = _look_up(open_table(pages), "title", wanted, "corpus")
+    corpus = corpus_of(job.entry)
+    assert corpus is not None
+    pages = _look_up(open_table(corpus), "title", wanted, "corpus")
     for row in rows:
-        positives = [Passage(texts[title]) for title in row["titles"] if title in texts]
+        positives = [pages[title] for title in row["titles"] if title in pages]
         job.report["page_without_text"] += len(row["titles"]) - len(positives)
         if positives:
             yield job.example(row["id"], row["query"], positives)
@@ -169,20 +188,20 @@ def _from_evidence(spec: EvidenceRows, claims: Table, open_table: OpenTable, job
             job.report["no_positive"] += 1
 
 
-def _look_up(rows: Rows, key: str, wanted: Container[str], config: str) -> dict[str, str]:
-    """Maps each key that is `wanted` to its first text. Rows with an empty text are left out."""
-    found: dict[str, str] = {}
+def _look_up(rows: Rows, key: str, wanted: Container[str], config: str) -> dict[str, Passage]:
+    """Maps each key that is `wanted` to the first text and its id. Rows with an empty text are left out."""
+    found: dict[str, Passage] = {}
     for number, _, row in rows:
-        with _row_of(config, number, row) as sound:
+        with row_of(config, number, row) as sound:
             value = value_at(sound, key)
             name = value if isinstance(value, str) else id_of(value, key)  # a title may be anything
             if name in wanted and (text := document_text(sound)):
-                found.setdefault(name, text)
+                found.setdefault(name, Passage(text, id_of(value_at(sound, "_id"), "_id")))
     return found
 
 
 @contextmanager
-def _row_of(config: str, number: int, row: Row | DataError) -> Iterator[Row]:
+def row_of(config: str, number: int, row: Row | DataError) -> Iterator[Row]:
     """Gives a row of a table that is looked up. A DataError of the block names table and row."""
     try:
         if isinstance(row, DataError):
