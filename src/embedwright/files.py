@@ -7,6 +7,7 @@ write removes what it has made. A killed process leaves at most a hidden file or
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -14,9 +15,9 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from embedwright.errors import InputError, OutputExistsError
 
@@ -110,6 +111,30 @@ def whole_lines(path: str | Path) -> list[str]:
     final = _real(path)
     content = final.read_bytes() if final.exists() else b""
     return content[: content.rfind(b"\n") + 1].decode().split("\n")[:-1]
+
+
+@contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Holds a lock that one process at a time can have. Its file is there as long as a process has or awaits it."""
+    while not (stream := _locked(file)):
+        pass
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        stream.close()
+
+
+def _locked(file: Path) -> IO[bytes] | None:
+    """Waits for a lock, and returns its open file. None if another process has removed the file meanwhile."""
+    with suppress(FileNotFoundError), ExitStack() as opened:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        stream = opened.enter_context(file.open("wb"))
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        if os.path.samestat(os.fstat(stream.fileno()), file.stat()):
+            opened.pop_all()
+            return stream
+    return None
 
 
 def sha256_of(file: Path) -> str:

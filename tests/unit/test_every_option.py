@@ -149,6 +149,7 @@ CHANGES: dict[str, dict[str, tuple[str, str, Words]]] = {
         "source": ("files", "{other_documents}", {}),
         "out": ("names", "elsewhere", {}),
         "task": ("files", "--task 'Find it'", {}),
+        "shard": ("names", "--shard 0/2", {}),
     },
     "index": {
         "model": ("files", "{other}", {}),
@@ -211,6 +212,7 @@ CHANGES: dict[str, dict[str, tuple[str, str, Words]]] = {
         "seed": ("files", "--seed 1", {}),
         "licence": ("files", "--licence MIT", {}),
         "prompts": ("asked", "--prompts {prompts}", {}),
+        "shard": ("names", "--shard 0/2", {}),
         **LIMITS,
     },
     "data list": {
@@ -253,6 +255,7 @@ CHANGES: dict[str, dict[str, tuple[str, str, Words]]] = {
         "licence": ("files", "--licence 'CC-BY*'", LICENCES),
         "not_licence": ("files", "--not-licence 'CC-BY*'", LICENCES),
         "licences": ("files", "--licences {other_licences}", {**LICENCES, "licence": "--licence 'CC-BY*'"}),
+        "shard": ("names", "--shard 0/2", {}),
     },
     "data export": {
         "path": ("files", "{few_examples}", {}),
@@ -292,6 +295,7 @@ CHANGES: dict[str, dict[str, tuple[str, str, Words]]] = {
         "threshold": ("files", "--threshold 0.9", SCORED),
         "action": ("files", "--action promote", {}),
         "tasks": ("asked", "--tasks {tasks}", {}),
+        "shard": ("names", "--shard 0/2", {}),
         **LIMITS,
     },
 }

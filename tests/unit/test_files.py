@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from embedwright.files import (
     check_folder,
     check_new_folder,
     file_name,
+    locked,
     remove_leftovers,
     whole_file,
     whole_folder,
@@ -214,3 +216,22 @@ def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path: Path) -
 def test_any_name_becomes_a_name_of_a_file(name: str, written: str, tmp_path: Path) -> None:
     assert file_name(name) == written
     write_text(tmp_path / written, "there")
+
+
+def test_a_lock_lets_one_in_at_a_time_and_leaves_no_file(tmp_path: Path) -> None:
+    inside, most = 0, list[int]()
+
+    def enter() -> None:
+        nonlocal inside
+        for _ in range(20):
+            with locked(tmp_path / "new" / ".lock"):
+                inside += 1
+                most.append(inside)
+                inside -= 1
+
+    threads = [threading.Thread(target=enter) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 80 and not list((tmp_path / "new").iterdir())

@@ -106,11 +106,13 @@ def data_check(
 @data_app.command("clean")
 def data_clean(
     path: options.DataPath,
-    out: options.Out,
+    out: options.PartsOut,
     against: options.Against = None,
     corpus: options.WithCorpus = False,
     bm25: options.Bm25 = 0.9,
-    leaks: Annotated[Path | None, opt("File for the leaks (JSONL). Default: OUT.leaks.jsonl.")] = None,
+    leaks: Annotated[
+        Path | None, opt("File for the leaks (JSONL). Default: OUT.leaks.jsonl; with --shard, that of the part.")
+    ] = None,
     repeats: Annotated[
         Literal["both", "query", "positive", "none"], opt("Sides that must repeat an earlier row for a row to go.")
     ] = "both",
@@ -124,13 +126,20 @@ def data_clean(
     ] = None,
     not_licence: Annotated[list[str] | None, opt("Drop tasks of this licence, as *-NC*. Repeatable.")] = None,
     licences: Annotated[Path | None, opt("YAML file of tasks' licences, besides the catalogue's.")] = None,
+    shard: options.ShardOption = None,
 ) -> None:
-    """Remove unwanted rows, duplicates and leaks from evaluation data, and report what went and why."""
+    """Remove unwanted rows, duplicates and leaks from evaluation data, and report what went and why.
+
+    With --shard, near-duplicates are found within a part alone; exact ones are found everywhere.
+    """
     from embedwright.config import load_texts
     from embedwright.data.clean.clean import clean_file
     from embedwright.data.clean.filters import Filters
     from embedwright.data.clean.leaks import EvalTexts
 
+    options.check_out(out, shard)
+    if shard and leaks:
+        raise InputError("--leaks: with --shard, the leaks of each part lie beside it")
     filters = Filters(
         licences=load_texts(licences) if licences else {},
         allow=tuple(licence or ()),
@@ -143,7 +152,7 @@ def data_clean(
     )
     held_out = EvalTexts(against, corpus=corpus, bm25=bm25 or None) if against else None
     leaks = (leaks or out.with_name(f"{out.name}.leaks.jsonl")) if held_out else None
-    say_json(clean_file(path, out, leaks_to=leaks, filters=filters, by=repeats, held_out=held_out))
+    say_json(clean_file(path, out, leaks_to=leaks, filters=filters, by=repeats, held_out=held_out, shard=shard))
 
 
 @data_app.command("export")

@@ -12,6 +12,7 @@ import typer
 from embedwright.cli import options
 from embedwright.cli.display import counter
 from embedwright.cli.options import arg, opt, say_json
+from embedwright.data.files.parts import Shard
 from embedwright.errors import InputError, blaming
 from embedwright.files import write_json
 from embedwright.llm.client import Client, Server
@@ -98,7 +99,7 @@ def mine(
 
 
 def synth(
-    out: options.Out,
+    out: options.PartsOut,
     base_url: Annotated[str, opt("Address of an OpenAI-compatible server: http://127.0.0.1:8000/v1.")],
     model: Annotated[list[str], opt("Model, as the server names it. Repeatable: each example draws one of them.")],
     count: Annotated[int, opt("Number of examples, of all types together.", min=1)],
@@ -114,6 +115,7 @@ def synth(
     max_tokens: options.MaxTokens = 2048,
     timeout: options.Timeout = 300.0,
     api_key_env: options.KeyVariable = None,
+    shard: options.ShardOption = None,
 ) -> None:
     """Write training examples with a language model: brainstorm tasks, then write examples of each task.
 
@@ -122,20 +124,21 @@ def synth(
     from embedwright.synth.plan import PROMPTS, Plan, Prompts, split_evenly
     from embedwright.synth.synthesize import synthesize
 
+    options.check_out(out, shard)
     kinds = split_evenly(count, types.lower().split(","))
     plan = Plan(kinds, tuple(model), per_task=per_task, seed=seed, prompts=Prompts.load(prompts or PROMPTS))
     limits = {"concurrency": concurrency, "max_tokens": max_tokens, "token_budget": token_budget}
-    with _client(out, timeout, base_url=base_url, api_key_env=api_key_env, **limits) as client:
-        report = synthesize(out, client, plan, licence=licence, progress=counter("examples"))
+    with _client(out, shard, timeout, base_url=base_url, api_key_env=api_key_env, **limits) as client:
+        report = synthesize(out, client, plan, licence=licence, progress=counter("examples"), shard=shard)
     say_json(report)
-    if not report["written"]:
+    if not report["written"] and not shard:
         sys.stderr.write(f"embedwright: {out}: no usable example came out, nothing written\n")
         raise typer.Exit(1)
 
 
 def relabel(
     path: Annotated[Path, arg("Examples with mined negatives.")],
-    out: options.Out,
+    out: options.PartsOut,
     base_url: Annotated[str | None, opt("Address of an OpenAI-compatible server.")] = None,
     model: Annotated[str | None, opt("Model that judges, as the server names it.")] = None,
     cross_encoder: Annotated[str | None, opt("Folder or hub id of a cross-encoder.")] = None,
@@ -149,6 +152,7 @@ def relabel(
     max_tokens: options.MaxTokens = 512,
     timeout: options.Timeout = 300.0,
     api_key_env: options.KeyVariable = None,
+    shard: options.ShardOption = None,
 ) -> None:
     """Find negatives that are in truth positives, by a language model or a cross-encoder.
 
@@ -157,19 +161,21 @@ def relabel(
     from embedwright.data.files.tasks import merge_tasks, read_tasks, tasks_beside, tasks_file
     from embedwright.synth.relabel import Judge, judge_by_model, judge_by_scores, relabel_file
 
+    options.check_out(out, shard)
     described = merge_tasks([(tasks_file(path), tasks_beside(path)), *([(tasks, read_tasks(tasks))] if tasks else [])])
 
-    def run(judge: Judge) -> dict[str, Any]:
-        return relabel_file(path, out, judge, action, tasks=described, progress=counter("examples"))
+    def run(judge: Judge, name: str) -> dict[str, Any]:
+        given: dict[str, Any] = {"tasks": described, "shard": shard, "judged_by": name}
+        return relabel_file(path, out, judge, action, progress=counter("examples"), **given)
 
     if cross_encoder is not None and threshold is not None and base_url is None and model is None:
-        say_json(run(judge_by_scores(_cross_encoder(cross_encoder), threshold)))
+        say_json(run(judge_by_scores(_cross_encoder(cross_encoder), threshold), f"{cross_encoder} from {threshold}"))
         return
     if base_url is None or model is None or cross_encoder is not None or threshold is not None:
         raise InputError("name the judge: --base-url and --model, or --cross-encoder and --threshold")
     limits = {"concurrency": concurrency, "max_tokens": max_tokens, "token_budget": token_budget}
-    with _client(out, timeout, base_url=base_url, api_key_env=api_key_env, **limits) as client:
-        say_json(run(judge_by_model(client, model, described)) | {"client": dict(client.counts)})
+    with _client(out, shard, timeout, base_url=base_url, api_key_env=api_key_env, **limits) as client:
+        say_json(run(judge_by_model(client, model, described), model) | {"client": dict(client.counts)})
 
 
 def _cross_encoder(name: str) -> Any:
@@ -181,8 +187,9 @@ def _cross_encoder(name: str) -> Any:
         return CrossEncoder(name, trust_remote_code=False)
 
 
-def _client(out: Path, timeout: float, **settings: Any) -> Client:
-    """Returns a client of the server with these settings. It keeps the answers beside `out`."""
+def _client(out: Path, shard: Shard | None, timeout: float, **settings: Any) -> Client:
+    """Returns a client of the server with these settings. It keeps the answers beside `out`, or beside the part."""
     if not (timeout > 0 and math.isfinite(timeout)):
         raise InputError(f"--timeout {timeout}: a number of seconds above 0")
-    return Client(Server(timeout_s=timeout, **settings), out.with_name(f"{out.name}.answers.sqlite"))
+    file = shard.file(out) if shard else out
+    return Client(Server(timeout_s=timeout, **settings), file.with_name(f"{file.name}.answers.sqlite"))

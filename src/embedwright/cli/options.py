@@ -80,7 +80,7 @@ PartsOut = Annotated[
 ShardOption = Annotated[
     Shard | None,
     opt(
-        "Read and write part I of N alone, from 0/N to N-1/N: jobs of their own, each of which goes on by itself.",
+        "Read and write part I of N alone, from 0/N to N-1/N. Default: all.",
         "--shard",
         parser=Shard.parse,
         metavar="I/N",

@@ -6,6 +6,8 @@ model judges it. The best mining rule leaves about half of them (NV-Retriever, a
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from embedwright.data.answers import AnswerMarks, marks_of, text_mark
+from embedwright.data.files.parts import PartOfTable, Shard, write_part
 from embedwright.data.files.table import open_as_named, write_examples
 from embedwright.data.files.tasks import Tasks
 from embedwright.data.schema import Example, Passage, Task
@@ -74,31 +77,52 @@ def relabel_file(
     *,
     tasks: Tasks | None = None,
     progress: Callable[[int, int], None] | None = None,
+    shard: Shard | None = None,
+    judged_by: str = "",
 ) -> dict[str, Any]:
     """Runs `relabel` from file to file, for data of any size, and returns its counts as JSON.
 
-    `tasks` are written beside `out`, together with those that lie beside `path`.
+    `tasks` are written beside `out`, together with those that lie beside `path`. With `shard`, `out` is a folder of
+    parts (`write_part`), which together have all rows in order; `judged_by` says which judge it is. The answers to a
+    question are still those of all rows, which each part reads.
     """
     table = open_as_named(path)
-    count = Counter(dict.fromkeys(COUNTED, 0))
+    described = {**table.tasks, **(tasks or {})}
+    given = PartOfTable(table, (shard or Shard(0, 1)).rows(len(table)))
 
-    def relabelled() -> Iterator[Example]:
-        for example in relabel(table, judge, action, count):
-            if progress is not None:
-                progress(count["examples"], len(table))
-            yield example
+    def relabelled(file: Path) -> dict[str, Any]:
+        count = Counter(dict.fromkeys(COUNTED, 0))
 
-    write_examples(out, relabelled(), {**table.tasks, **(tasks or {})})
-    return {"read": table.report, "action": action, **count}
+        def rows() -> Iterator[Example]:
+            for example in relabel(given, judge, action, count, AnswerMarks(table)):
+                if progress is not None:
+                    progress(count["examples"], len(given))
+                yield example
+
+        write_examples(file, rows(), described)
+        return {"read": table.report, "action": action, **count}
+
+    if shard is None:
+        return relabelled(out)
+    instructions = json.dumps({name: task.instruction for name, task in described.items()}, sort_keys=True)
+    settings = {"command": "data relabel", "rows": table.fingerprint, "action": action, "judge": judged_by}
+    settings["instructions"] = hashlib.sha256(instructions.encode()).hexdigest()
+    return write_part(out, shard, settings, relabelled)
 
 
-def relabel(examples: Iterable[Example], judge: Judge, action: Action, count: Counter[str]) -> Iterator[Example]:
+def relabel(
+    examples: Iterable[Example],
+    judge: Judge,
+    action: Action,
+    count: Counter[str],
+    answers: AnswerMarks | None = None,
+) -> Iterator[Example]:
     """Yields `examples` in order, without the negatives that `judge` calls positives; `promote` makes them positives.
 
     All examples stay: one that has no negative left, and a scored pair without a positive, as it is. A negative without
     a verdict stays a negative. A passage that answers the question in any of the examples (`data.answers`) is a
     positive, and the judge is not asked about it.
-    `examples` is a list or a table; it is read three times, with 256 examples in memory.
+    `examples` is a list or a table; it is read three times, or once with the `answers`, with 256 examples in memory.
 
     `count` gets `negatives` = `kept` + `positive`. `known` of the positive answer the question in some row, and
     `undecided` of the kept have no verdict. `without_negatives` counts examples that lost all negatives, and
@@ -106,7 +130,7 @@ def relabel(examples: Iterable[Example], judge: Judge, action: Action, count: Co
     """
     if action not in ("drop", "promote"):
         raise InputError(f"action must be drop or promote, not {action!r}")
-    answers, rows = AnswerMarks(examples), iter(examples)
+    answers, rows = answers or AnswerMarks(examples), iter(examples)
     while chunk := list(islice(rows, _CHUNK)):
         pairs = [
             list(zip(_candidates(example), _known(example, answers), strict=True)) if example.positives else []

@@ -10,13 +10,16 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from embedwright.data.clean.repeats import DiskList, repeats
+from embedwright.data.files.parts import Shard, write_part
 from embedwright.data.files.table import write_examples
 from embedwright.data.keys import word_key
 from embedwright.data.schema import Example, Passage, Task, parse_example, to_row
+from embedwright.files import locked
 from embedwright.llm.client import Client, Failure
 from embedwright.synth.brainstorm import brainstorm, is_text
 from embedwright.synth.diversity import Diversity
@@ -24,7 +27,13 @@ from embedwright.synth.plan import Kind, Plan
 
 
 def synthesize(
-    out: Path, client: Client, plan: Plan, *, licence: str = "", progress: Callable[[int, int], None] | None = None
+    out: Path,
+    client: Client,
+    plan: Plan,
+    *,
+    licence: str = "",
+    progress: Callable[[int, int], None] | None = None,
+    shard: Shard | None = None,
 ) -> dict[str, Any]:
     """Asks for the plan's examples, and writes the usable ones to `out` in the plan's order, with their tasks beside.
 
@@ -34,15 +43,56 @@ def synthesize(
 
     Returns counts: `asked` rows = `written` + the sum of `dropped`, which is by kind and reason; `tasks` of step 1 by
     kind; `client`, those of `Client.counts`; and the `diversity` of the rows written.
+
+    With `shard`, `out` is a folder of parts (`write_part`), which together have the plan's rows in its order. All parts
+    share one file of tasks: the first that runs asks for them, the others wait. Repeats go within a part alone; `data
+    clean` finds those of several parts.
     """
-    tasks: dict[Kind, list[Task]] = {}
-    brainstormed: dict[str, dict[str, int]] = {}
-    for kind in plan.counts:
-        wordings, brainstormed[kind] = brainstorm(client, out.with_name(f"{out.name}.brainstorm.jsonl"), plan, kind)
-        tasks[kind] = [_task(plan, kind, wording, licence) for wording in wordings]
+    if shard is None:
+        return _synthesized(out, client, plan, _tasks(out, client, plan, licence), progress)
+    settings = {"command": "synth", "counts": plan.counts, "models": plan.models, "per_task": plan.per_task}
+    prompts = hashlib.sha256(plan.prompts.model_dump_json().encode()).hexdigest()
+    settings |= {"seed": plan.seed, "prompts": prompts, "licence": licence}
+
+    def part(file: Path) -> dict[str, Any]:
+        return _synthesized(file, client, plan, _tasks(out, client, plan, licence), progress, shard)
+
+    return write_part(out, shard, settings, part)
+
+
+class _Tasks(NamedTuple):
+    """The tasks of step 1 by kind, and counts of how they came."""
+
+    of: dict[Kind, list[Task]]
+    counts: dict[str, dict[str, int]]
+
+
+def _tasks(out: Path, client: Client, plan: Plan, licence: str) -> _Tasks:
+    """Does step 1. One process at a time asks; the others then find the tasks in the file."""
+    found = _Tasks({}, {})
+    file = out.with_name(f"{out.name}.brainstorm.jsonl")
+    with locked(file.with_name(f".{file.name}.lock")):
+        for kind in plan.counts:
+            wordings, found.counts[kind] = brainstorm(client, file, plan, kind)
+            found.of[kind] = [_task(plan, kind, wording, licence) for wording in wordings]
+    return found
+
+
+def _synthesized(
+    out: Path,
+    client: Client,
+    plan: Plan,
+    tasks: _Tasks,
+    progress: Callable[[int, int], None] | None,
+    shard: Shard | None = None,
+) -> dict[str, Any]:
+    """Does step 2 for all rows of the plan, or for a part, which is written though it be empty."""
+    total = sum(plan.counts.values())
+    own = shard.rows(total) if shard else range(total)
+    numbers = list(islice(plan.rows(), own.start, own.stop))
     dropped: dict[str, Counter[str]] = {kind: Counter() for kind in plan.counts}
     rows = DiskList()
-    for kind, number, made in _made(client, plan, tasks, progress):
+    for kind, number, made in _made(client, plan, numbers, tasks.of, progress):
         if isinstance(made, str):
             dropped[kind][made] += 1
         else:
@@ -60,13 +110,13 @@ def synthesize(
             yield example
 
     written = 0
-    if len(rows):
-        written = write_examples(out, kept(), {task.name: task for of_kind in tasks.values() for task in of_kind})
+    if len(rows) or shard:
+        written = write_examples(out, kept(), {task.name: task for of_kind in tasks.of.values() for task in of_kind})
     return {
-        "asked": sum(plan.counts.values()),
+        "asked": len(numbers),
         "written": written,
         "dropped": {kind: dict(sorted(count.items())) for kind, count in dropped.items()},
-        "tasks": brainstormed,
+        "tasks": tasks.counts,
         "client": dict(client.counts),
         "diversity": diversity.to_json(),
     }
@@ -85,25 +135,28 @@ def _task(plan: Plan, kind: Kind, wording: str, licence: str) -> Task:
 
 
 def _made(
-    client: Client, plan: Plan, tasks: Mapping[Kind, Sequence[Task]], progress: Callable[[int, int], None] | None
+    client: Client,
+    plan: Plan,
+    numbers: Sequence[tuple[Kind, int]],
+    tasks: Mapping[Kind, Sequence[Task]],
+    progress: Callable[[int, int], None] | None,
 ) -> Iterator[tuple[Kind, int, Example | str]]:
-    """Does step 2: yields (kind, number, the example or why there is none) for each row of the plan, in order."""
+    """Yields (kind, number, the example or why there is none) for each of these rows of the plan, in order."""
 
     def rows() -> Iterator[tuple[Kind, int, Task | None]]:
-        for kind, number in plan.rows():
+        for kind, number in numbers:
             # neighbours share a task, so that a longer run gives these rows the same tasks
             place = number // plan.per_task if plan.prompts.kinds[kind].brainstorm else 0
             yield kind, number, tasks[kind][place] if place < len(tasks[kind]) else None
 
     answers = client.ask(plan.question(kind, number, task) for kind, number, task in rows() if task)
-    total = sum(plan.counts.values())
     for done, (kind, number, task) in enumerate(rows(), 1):
         if task is None:
             yield kind, number, "no_task"
             continue
         answer = next(answers)
         if progress is not None:
-            progress(done, total)
+            progress(done, len(numbers))
         yield kind, number, answer.reason if isinstance(answer, Failure) else _example(plan, kind, number, task, answer)
 
 

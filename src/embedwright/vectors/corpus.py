@@ -9,6 +9,7 @@ from typing import Any
 
 from embedwright.data.files.beir import corpus_rows, document_text
 from embedwright.data.files.folders import stem_of
+from embedwright.data.files.parts import Shard
 from embedwright.data.files.rows import plain_name, text_rows
 from embedwright.data.schema import DataError, id_of
 from embedwright.encoders.protocol import Encoder, as_encoder
@@ -26,6 +27,7 @@ def encode_corpus(
     task: str | None = None,
     shard_rows: int = 10_000,
     progress: Callable[[int, int], None] | None = None,
+    shard: Shard | None = None,
 ) -> Path:
     """Encodes the documents of `source` into the folder `out`, and returns it. Called again, it does what is missing.
 
@@ -39,6 +41,8 @@ def encode_corpus(
         task: an instruction for the documents, which most models want without.
         shard_rows: documents of a shard.
         progress: `progress(done, total)` counts documents.
+        shard: encode these shards of the folder alone. Other processes encode the others, at the same time or later;
+            all together write the files of one run. Each reads the whole source to check it.
 
     Raises:
         DataError: a bad line, or an id that occurs twice; the message names file and line.
@@ -50,32 +54,36 @@ def encode_corpus(
     if not seen.texts:
         raise DataError(f"{source}: no document")
     encoder, done = as_encoder(model), 0
-    _claim(out, encoder, seen, shard_rows, task)
+    manifest = _claim(out, encoder, seen, shard_rows, task)
+    own = (shard or Shard(0, 1)).rows(len(seen.digests))
+    total = min(own.stop * shard_rows, seen.texts) - min(own.start * shard_rows, seen.texts)
 
     def advance(documents: int) -> None:
         nonlocal done
         done += documents
         if progress:
-            progress(done, seen.texts)
+            progress(done, total)
 
-    fill(out, encoder, _documents(source), seen, columns=("id", "text"), advance=advance)
-    logger.info("%s: %d documents of %s", out, seen.texts, source)
+    fill(out, manifest, encoder, _documents(source), seen, columns=("id", "text"), advance=advance, own=own)
+    if Manifest.read(out) != manifest:  # two commands may have begun at one moment: those vectors count for nothing
+        raise InputError(f"{out} was taken by a command with other settings meanwhile: take a new folder")
+    logger.info("%s: %d documents of %s", out, total, source)
     return out
 
 
-def _claim(out: Path, encoder: Encoder, seen: Survey, shard_rows: int, task: str | None) -> None:
+def _claim(out: Path, encoder: Encoder, seen: Survey, shard_rows: int, task: str | None) -> Manifest:
     """Makes `out` the folder of these documents by this model. Raises ValueError if it holds anything else."""
     if not (out / "manifest.json").exists():
         if strays := [*out.glob("shard-*"), *out.glob("index.faiss")]:
             raise InputError(f"{out} holds {strays[0].name} but no manifest.json: take a new or empty folder")
         claim(out, encoder, seen, shard_rows, task)
-        return
     manifest = Manifest.read(out)
     now = {"source_sha256": seen.digests[-1], "task": task, "shard_rows": shard_rows}
     for key, value in now.items():
         if (before := getattr(manifest, key)) != value:
             raise InputError(f"{out} was encoded with {key} {before!r}, this is {value!r}: take a new or empty folder")
     check_model(out, encoder)
+    return manifest
 
 
 def _documents(source: Path) -> Iterator[tuple[str, str]]:

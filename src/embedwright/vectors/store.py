@@ -121,7 +121,8 @@ def encode_texts(
         if seen.texts != total:
             raise InputError(f"of {total} texts, the corpus gave {seen.texts} when it was read again")
         home = _home(folder, encoder, seen, size)
-        return fill(home, encoder, ((text,) for text in texts()), seen, advance=advance)
+        fill(home, Manifest.read(home), encoder, ((text,) for text in texts()), seen, advance=advance)
+        return open_vectors(home)
     rows = [min(size, total - start) for start in range(0, total, size)]
     given, blocks = iter(texts()), list[NDArray[np.float32]]()
     for wanted in rows:
@@ -169,28 +170,33 @@ def claim(
 
 def fill(
     folder: Path,
+    manifest: Manifest,
     encoder: Encoder,
     rows: Iterable[Row],
     seen: Survey,
     *,
     columns: Sequence[str] = (),
     advance: Callable[[int], None],
-) -> Vectors:
-    """Encodes the shards that a claimed folder lacks, and returns all vectors. `columns`: the names of stored columns.
+    own: range | None = None,
+) -> None:
+    """Encodes the shards that a claimed folder lacks: all, or the `own` of several processes that share the work.
 
-    Raises ValueError if the rows are not those of the survey.
+    `columns` are the names of stored columns. Raises ValueError if the rows are not those of the survey.
     """
-    manifest, given, digest = Manifest.read(folder), iter(rows), hashlib.sha256()
-    for (path, wanted), expected in zip(manifest.shards(folder), seen.digests, strict=True):
+    given, digest = iter(rows), hashlib.sha256()
+    own = range(len(seen.digests)) if own is None else own
+    for shard, ((path, wanted), expected) in enumerate(zip(manifest.shards(folder), seen.digests, strict=True)):
+        if shard == own.stop:
+            break
         chunk = list(islice(given, wanted))
         if _digested(digest, chunk) != expected:
             raise InputError(f"of {seen.texts} texts, the corpus gave others when it was read again")
-        if not _complete(path, wanted, manifest):
+        if shard in own and not _complete(path, wanted, manifest):
             vectors_NE = encode_finite(encoder, [row[-1] for row in chunk], manifest.task)
             stored = zip(columns, zip(*chunk, strict=True), strict=False)
             write_shard(path, vectors_NE, dict(stored), {_OWNER: manifest.digest()})
-        advance(wanted)
-    return open_vectors(folder)
+        if shard in own:
+            advance(wanted)
 
 
 def open_vectors(folder: Path) -> Vectors:

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from embedwright.data.files.parts import Shard
 from embedwright.data.schema import DataError
 from embedwright.model.embedder import Embedder
 from embedwright.vectors.corpus import encode_corpus
@@ -239,3 +240,20 @@ def test_a_folder_of_shards_is_a_corpus(tmp_path: Path) -> None:
         (folder / f"x-0000{shard}-of-00002.jsonl").write_text(f'{{"text": "text {shard}"}}\n')
     ids, texts, _ = read_vectors(encode_corpus(Hashed(), folder, tmp_path / "out"))
     assert texts == ["text 0", "text 1"] and len(set(ids)) == 2
+
+
+def test_processes_that_begin_at_one_moment_share_a_folder_or_are_refused(tmp_path: Path) -> None:
+    """Both find the folder empty. Vectors of the one that comes too late are not taken for those of the other."""
+    source = write_source(tmp_path / "corpus.jsonl", TEXTS)
+
+    class Late(Hashed):
+        def encode(self, texts: Sequence[str], task: str | None = None) -> np.ndarray:
+            if len(texts) == 10:  # the folder is claimed, and the first shard comes
+                manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+                (tmp_path / "out/manifest.json").write_text(json.dumps(manifest | {"task": "of the rival"}))
+            return super().encode(texts, task)
+
+    with pytest.raises(ValueError, match="other settings meanwhile"):
+        encode_corpus(Late(), source, tmp_path / "out", shard_rows=10, shard=Shard(0, 3))
+    with pytest.raises(ValueError, match="3 of 3 shards are missing"):
+        open_vectors(tmp_path / "out")

@@ -12,18 +12,23 @@ from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
+from embedwright.data.answers import text_mark
 from embedwright.data.clean.filters import Filters, fits, row_fault
 from embedwright.data.clean.leaks import SHOWN, EvalTexts, Leak
 from embedwright.data.clean.repeats import repeats
 from embedwright.data.files.folders import stem_of
+from embedwright.data.files.parts import PartOfTable, Shard, write_part
 from embedwright.data.files.table import open_as_named, write_examples
 from embedwright.data.keys import are_near, both_keys, shingles
 from embedwright.data.schema import DataError, Example
+from embedwright.errors import InputError
 from embedwright.files import whole_file
 
 By = Literal["query", "positive", "both", "none"]
@@ -88,39 +93,64 @@ def clean_file(
     filters: Filters | None = None,
     by: By = "both",
     held_out: EvalTexts | None = None,
+    shard: Shard | None = None,
 ) -> dict[str, Any]:
     """Cleans the training data at `path` (any kind) into `out`; None only counts. Returns all counts.
 
     These are the table's counts, its rows by task, and those of `clean`. `leaks_to` gets the leakage report (JSONL).
     Both files are written whole or not at all. Raises what `open_examples` raises, and DataError if no row is left.
+
+    With `shard`, `out` is a folder of parts (`write_part`), and the leakage report of a part lies beside it. A part has
+    the rows whose queries have the same exact key, in their order: exact repeats are found as in one run, near-repeats
+    within a part alone. So `by` may not be `positive`.
     """
-    table, report = open_as_named(path), Report()
+    table = open_as_named(path)
     filters = filters or Filters()
     licences = {task.name: task.licence for task in table.tasks.values() if task.licence}
     licences |= filters.licences
     licences.setdefault("", licences.get(stem_of(path), ""))  # of rows that name no task: that of the file's name
     filters = replace(filters, licences=licences)
+    rules: dict[str, Any] = {"filters": filters, "by": by, "held_out": held_out}
+    if shard is None:
+        return _clean_rows(PartOfTable(table, range(len(table))), out, leaks_to, rules)
+    if out is None or by == "positive":
+        raise InputError("--shard deals rows by their query: it needs an output, and --repeats other than positive")
+    rows = array("q", (row for row, q in enumerate(table.queries()) if text_mark(q) % shard.count == shard.index))
+
+    def cleaned(file: Path) -> dict[str, Any]:
+        leaks = file.with_name(f"{file.name}.leaks.jsonl") if held_out else None
+        return _clean_rows(PartOfTable(table, rows), file, leaks, rules)
+
+    against = held_out.digest() if held_out else None
+    settings = {"command": "data clean", "rows": table.fingerprint, "filters": asdict(filters)}
+    return write_part(out, shard, settings | {"repeats": by, "against": against}, cleaned)
+
+
+def _clean_rows(given: PartOfTable, out: Path | None, leaks_to: Path | None, rules: dict[str, Any]) -> dict[str, Any]:
+    """Does the same as `clean_file`, of these rows. A part alone may have none left."""
+    table, report = given.table, Report()
+    pair_tasks = {task.name for task in table.tasks.values() if task.family == "pair"}
     with ExitStack() as stack:
         lines = stack.enter_context(stack.enter_context(whole_file(leaks_to)).open("wb")) if leaks_to else None
 
         def note(leaked: Leaked) -> None:
             if lines is not None:
-                lines.write(json.dumps({"file": str(path), **leaked}, ensure_ascii=False).encode() + b"\n")
-
-        pair_tasks = {task.name for task in table.tasks.values() if task.family == "pair"}
+                place = {"file": str(table.path), **leaked, "row": given.rows[leaked["row"] - 1] + 1}
+                lines.write(json.dumps(place, ensure_ascii=False).encode() + b"\n")
 
         def cleaned() -> Iterator[Example]:
-            yield from clean(
-                table, report, filters=filters, by=by, held_out=held_out, on_leak=note, pair_tasks=pair_tasks
-            )
-            if not report.kept and out is not None:
-                raise DataError(f"{path}: no row is left ({', '.join(f'{k} {n}' for k, n in report.removed.items())})")
+            yield from clean(given, report, on_leak=note, pair_tasks=pair_tasks, **rules)
+            if not report.kept and len(given) == len(table) and out is not None:
+                removed = ", ".join(f"{reason} {count}" for reason, count in report.removed.items())
+                raise DataError(f"{table.path}: no row is left ({removed})")
 
         if out is None:
             deque(cleaned(), maxlen=0)
         else:
             write_examples(out, cleaned(), table.tasks)
-    tasks = {task or stem_of(path): len(rows) for task, rows in table.rows_by_task().items()}
+    tasks = {
+        task or stem_of(table.path): int(np.isin(rows, given.rows).sum()) for task, rows in table.rows_by_task().items()
+    }
     return {**table.report, "tasks": tasks, **report.to_json()}
 
 

@@ -9,6 +9,7 @@ the order exact, near, bm25, and the first that holds names the leak.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
@@ -142,6 +143,13 @@ class EvalTexts:
 
     def __len__(self) -> int:
         return len(self._shown)
+
+    def digest(self) -> str:
+        """Returns a SHA-256 that is equal for evaluation texts of the same words and the same rule."""
+        digest = hashlib.sha256(repr(self._bm25 and self._bm25.threshold).encode())
+        for index in range(len(self)):
+            digest.update(self._known.near_keys[index].encode() + b"\n")
+        return digest.hexdigest()
 
     def find(self, texts: Sequence[str]) -> Iterator[Leak | None]:
         """Yields for each of `texts`, in order, its leak by the first rule that holds, or None."""

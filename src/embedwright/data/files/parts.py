@@ -9,6 +9,7 @@ one data set (`folders`).
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ Counts = dict[str, Any]
 
 _SETTINGS = "parts.json"
 _MOST = 99_999  # five digits, by which folders of parts are known
+_MAY_BE_THERE = re.compile(r"\..*|part-.*\.answers\.sqlite.*").fullmatch  # before the first part: files in the making
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,7 @@ def claim(out: Path, settings: Mapping[str, Any]) -> None:
     """Makes `out` the folder of parts of these settings. Raises as `write_part` if it is that of others."""
     known = out / _SETTINGS
     if not known.is_file():
-        if out.is_dir() and (others := [entry.name for entry in out.iterdir() if not entry.name.startswith(".")]):
+        if out.is_dir() and (others := [entry.name for entry in out.iterdir() if not _MAY_BE_THERE(entry.name)]):
             if not known.is_file():  # else another process has made it meanwhile
                 raise OutputExistsError(f"{out} holds {others[0]} and no {_SETTINGS}: choose a new folder for parts")
         else:
@@ -104,6 +106,6 @@ def claim(out: Path, settings: Mapping[str, Any]) -> None:
     for key in sorted({*found, *wanted}):
         if found.get(key) != wanted.get(key):
             raise InputError(
-                f"{out} holds parts made with {key} {found.get(key)!r}, and this is {wanted.get(key)!r}: "
+                f"{out} holds parts made with {key} {found.get(key)!r:.100}, and this is {wanted.get(key)!r:.100}: "
                 "choose a new folder, or remove this one"
             )

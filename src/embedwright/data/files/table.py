@@ -101,6 +101,11 @@ class ExampleTable:
         ends = np.cumsum(np.bincount(codes, minlength=len(tasks.dictionary)))
         return dict(zip(tasks.dictionary.to_pylist(), np.split(order, ends[:-1]), strict=True))
 
+    def queries(self) -> Iterator[str]:
+        """Yields the query of each row. It does not read the other columns."""
+        for i in range(self._stream.num_record_batches):
+            yield from self._stream.get_batch(i).column("query").to_pylist()
+
     def negatives_per_row(self) -> NDArray[np.int64]:
         """Returns how many negatives each example has, as int64 (rows,)."""
         return self._passages_per_row("negatives")

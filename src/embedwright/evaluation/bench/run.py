@@ -10,19 +10,17 @@ subsets that are done, and the vectors of a large corpus are kept in shards.
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
 import random
 import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import mteb
 import numpy as np
@@ -37,7 +35,7 @@ from embedwright.evaluation.bench.items import KINDS, remove_broken, write_items
 from embedwright.evaluation.bench.names import Chosen
 from embedwright.evaluation.mteb import MtebEncoder, instruction_of
 from embedwright.evaluation.results import Result, Results, parts_scored, read_arrays
-from embedwright.files import remove_leftovers, whole_file, write_text
+from embedwright.files import locked, remove_leftovers, whole_file, write_text
 from embedwright.host import own_random_numbers
 from embedwright.processes import ALONE, Processes
 
@@ -162,7 +160,7 @@ class Bench:
 
         Raises InputError if mteb ends without the result of a split or subset.
         """
-        with _lock(self.work / f".{task.metadata.name}.lock"):
+        with locked(self.work / f".{task.metadata.name}.lock"):
             if self.result(task) is None:
                 self._evaluate(task)
         if self.result(task) is None:
@@ -216,7 +214,7 @@ class Bench:
 
     def _writing(self) -> AbstractContextManager[None]:
         """Returns a lock on the folder of results: who has it knows that no other command writes there."""
-        return _lock(self.work / ".lock")
+        return locked(self.work / ".lock")
 
     def _publish(self, inside: Path, name: str) -> None:
         with self._writing():
@@ -311,30 +309,6 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-@contextmanager
-def _lock(file: Path) -> Iterator[None]:
-    """Holds a lock that one process at a time can have. Its file is there as long as a process has or awaits it."""
-    while not (stream := _locked(file)):
-        pass
-    try:
-        yield
-    finally:
-        file.unlink(missing_ok=True)
-        stream.close()
-
-
-def _locked(file: Path) -> IO[bytes] | None:
-    """Waits for a lock, and returns its open file. None if another process has removed the file meanwhile."""
-    with suppress(FileNotFoundError), ExitStack() as opened:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        stream = opened.enter_context(file.open("wb"))
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        if os.path.samestat(os.fstat(stream.fileno()), file.stat()):
-            opened.pop_all()
-            return stream
-    return None
 
 
 def _copy(source: Path, target: Path) -> None:
