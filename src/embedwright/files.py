@@ -115,7 +115,11 @@ def whole_lines(path: str | Path) -> list[str]:
 
 @contextmanager
 def locked(file: Path) -> Iterator[None]:
-    """Holds a lock that one process at a time can have. Its file is there as long as a process has or awaits it."""
+    """Holds a lock that one process at a time can have. Its file is there as long as a process has or awaits it.
+
+    The system takes the lock from a process that ends in any way. A file system without locks holds nobody back: two
+    processes may then do the same work, and what they write is whole all the same.
+    """
     while not (stream := _locked(file)):
         pass
     try:
@@ -130,7 +134,11 @@ def _locked(file: Path) -> IO[bytes] | None:
     with suppress(FileNotFoundError), ExitStack() as opened:
         file.parent.mkdir(parents=True, exist_ok=True)
         stream = opened.enter_context(file.open("wb"))
-        fcntl.flock(stream, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
+                raise
         if os.path.samestat(os.fstat(stream.fileno()), file.stat()):
             opened.pop_all()
             return stream

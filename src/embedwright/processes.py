@@ -5,10 +5,12 @@ torchrun or accelerate starts the processes. One process alone waits for nobody 
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -17,14 +19,23 @@ from torch import Tensor
 
 from embedwright.errors import InputError
 
+# The others wait for rank 0 while it converts data, mines, scores or saves, and that may take hours. A process that
+# dies is noticed at once, since its connections close.
+_PATIENCE = timedelta(days=1)
+
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among `count`."""
+    """This process among `count`.
+
+    `channel` is the group of the same processes through which they talk: over the CPU, and with a time limit of its
+    own. None is the default group.
+    """
 
     rank: int = 0
     count: int = 1
     device: torch.device | None = None  # None: wherever the model goes by itself
+    channel: Any = None
 
     @property
     def first(self) -> bool:
@@ -79,7 +90,66 @@ class Processes:
 
     def wait(self) -> None:
         """Waits until all processes are here."""
-        self.most(0)
+        self.each(None)
+
+    def told(self, value: Any = None) -> Any:
+        """Returns rank 0's `value` in every process. It must be JSON; what the others give is not looked at."""
+        if self.count == 1:
+            return value
+        content = json.dumps(value).encode() if self.first else b""
+        size = torch.tensor([len(content)])
+        dist.broadcast(size, 0, group=self.channel)
+        sent = _bytes(content, int(size))
+        dist.broadcast(sent, 0, group=self.channel)
+        return json.loads(sent.numpy().tobytes())
+
+    def each(self, value: Any) -> list[Any]:
+        """Returns the values of all processes, by rank, in every process. They must be JSON."""
+        if self.count == 1:
+            return [value]
+        content = json.dumps(value).encode()
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.count)]
+        dist.all_gather(sizes, torch.tensor([len(content)]), group=self.channel)
+        longest = max(map(int, sizes))
+        parts = [_bytes(b"", longest) for _ in range(self.count)]
+        dist.all_gather(parts, _bytes(content, longest), group=self.channel)
+        return [json.loads(part.numpy().tobytes()[: int(size)]) for part, size in zip(parts, sizes, strict=True)]
+
+    def decided(self, decide: Callable[[], Any]) -> Any:
+        """Calls `decide` in rank 0 alone. Returns its answer, which must be JSON, or raises its error in every process.
+
+        So nothing that depends on a clock, a disk or rounding is decided by each process for itself.
+        """
+        answer = None
+        with self.together():
+            if self.first:
+                answer = decide()
+        return self.told(answer)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Runs a block in every process and waits for all at its end. An error in one of them raises in all.
+
+        Each process must come to the end of the block by itself: the block may not ask the others for anything.
+        """
+        error = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        self.agree(error)
+
+    def agree(self, error: Exception | None) -> None:
+        """Raises in every process if one of them has an error: its own, or else that of the first that has one.
+
+        The error of another process is an InputError if it was one there, else a RuntimeError. It names the process.
+        """
+        of_each = self.each(error and [str(error) or type(error).__name__, isinstance(error, InputError)])
+        if error is not None:
+            raise error
+        for rank, of_other in enumerate(of_each):
+            if of_other:
+                raise (InputError if of_other[1] else RuntimeError)(f"process {rank}: {of_other[0]}")
 
     def _reduced(self, value: float, how: Any) -> float:
         found = torch.tensor(value, dtype=torch.float64, device=self.device)
@@ -88,6 +158,12 @@ class Processes:
 
 
 ALONE = Processes()
+_channel: Any = None  # of the group that this process is in
+
+
+def _bytes(content: bytes, size: int) -> Tensor:
+    """Returns a tensor of `size` bytes that begins with `content`."""
+    return torch.frombuffer(bytearray(content.ljust(size, b"\0")), dtype=torch.uint8)
 
 
 def start() -> Processes:
@@ -104,14 +180,18 @@ def start() -> Processes:
     state = PartialState(cpu=not torch.cuda.is_available())
     if state.num_processes != asked:
         raise InputError(f"{asked} processes were started and {state.num_processes} are in the group")
-    return Processes(state.process_index, state.num_processes, state.device)
+    global _channel
+    _channel = _channel or dist.new_group(backend="gloo", timeout=_PATIENCE)
+    return Processes(state.process_index, state.num_processes, state.device, _channel)
 
 
 @contextmanager
-def joined() -> Iterator[bool]:
-    """Joins the group for a `with` block, waits for all at its end, and leaves. Yields whether this is rank 0."""
+def joined() -> Iterator[Processes]:
+    """Joins the group for a `with` block, and leaves it once all are at its end."""
+    global _channel
     processes = start()
-    yield processes.first
+    yield processes
     processes.wait()
     if processes.count > 1:
         dist.destroy_process_group()
+        _channel = None

@@ -235,3 +235,15 @@ def test_a_lock_lets_one_in_at_a_time_and_leaves_no_file(tmp_path: Path) -> None
     for thread in threads:
         thread.join()
     assert most == [1] * 80 and not list((tmp_path / "new").iterdir())
+
+
+def test_without_locks_on_a_file_system_nobody_is_held_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*given: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    with locked(tmp_path / ".lock"), locked(tmp_path / ".lock2"):
+        pass
+    monkeypatch.setattr("fcntl.flock", lambda *given: (_ for _ in ()).throw(OSError(errno.EIO, "the disk failed")))
+    with pytest.raises(OSError, match="failed"), locked(tmp_path / ".lock"):
+        pass

@@ -135,7 +135,6 @@ MAY_IMPORT: dict[str, set[str]] = {
 TESTED_ELSEWHERE = {
     "training.batches.batch": "training/batches/test_make.py",
     "encoders.protocol": "mining/test_mine.py",
-    "encoders.sharded": "training/engine/test_parallel.py",
     "mining.choose": "mining/test_mine.py",
     "cpu.attention": "cpu/test_blocks.py",
     "model.verify.by_hand": "model/verify/test_doctor.py",

@@ -1,8 +1,16 @@
 from __future__ import annotations
 
-import numpy as np
+import os
+from pathlib import Path
+from typing import Any, cast
 
-from embedwright.processes import Processes
+import groups
+import numpy as np
+import pytest
+from groups import raised
+
+from embedwright.errors import InputError
+from embedwright.processes import ALONE, Processes, joined, start
 
 
 def test_parts_are_of_about_equal_cost_and_leave_nothing_out() -> None:
@@ -20,3 +28,74 @@ def test_one_process_asks_nobody() -> None:
     alone = Processes()
     assert (alone.most(3), alone.total(2.5), alone.first) == (3, 2.5, True)
     alone.wait()
+
+
+def test_one_process_decides_for_itself() -> None:
+    assert ALONE.decided(lambda: 3) == ALONE.told(3) == 3 and ALONE.each("a") == ["a"]
+    with pytest.raises(ZeroDivisionError), ALONE.together():
+        _ = 1 / 0
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return groups.run(__file__, tmp_path_factory.mktemp("g"), {"in_a_group": (3,), "one_dies": (3,)})
+
+
+@pytest.fixture
+def group(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """What three processes found, by rank."""
+    return cast(list[dict[str, Any]], found["in_a_group"][3])
+
+
+def test_all_hear_what_rank_0_decides(group: list[dict[str, Any]]) -> None:
+    assert [one["told"] for one in group] == [["rank 0", 0.1, None]] * 3
+    assert [one["decided"] for one in group] == [0] * 3
+    assert [one["each"] for one in group] == [["", "é", "éé"]] * 3
+
+
+def test_an_error_of_one_process_reaches_all(group: list[dict[str, Any]]) -> None:
+    bad, other = ("InputError: row 7 is bad", "InputError: process 1: row 7 is bad")
+    assert [one["bad input"] for one in group] == [other, bad, other]
+    assert [one["failure"] for one in group] == ["RuntimeError: process 2: no disk"] * 2 + ["OSError: no disk"]
+    assert [one["of rank 0"] for one in group] == ["InputError: no"] + ["InputError: process 0: no"] * 2
+    assert [one["after"] for one in group] == [[0, 1, 2]] * 3  # and the group is as it was
+
+
+def test_a_process_that_dies_ends_the_others_at_once(found: dict[str, Any]) -> None:
+    ends = found["one_dies"][3]
+    assert ends[1] is None and all("Error" in error for error in (ends[0], ends[2]))
+
+
+# ---- in the processes
+
+
+def in_a_group(folder: Path) -> dict[str, Any]:
+    processes = start()
+    rank = processes.rank
+
+    def fail(who: int, error: Exception) -> None:
+        with processes.together():
+            if rank == who:
+                raise error
+
+    def no() -> None:
+        raise InputError("no")
+
+    with joined() as again:
+        return {
+            "told": again.told((f"rank {rank}", rank + 0.1, None)),
+            "decided": processes.decided(lambda: rank),
+            "each": processes.each("é" * rank),
+            "bad input": raised(lambda: fail(1, InputError("row 7 is bad"))),
+            "failure": raised(lambda: fail(2, OSError("no disk"))),
+            "of rank 0": raised(lambda: processes.decided(no)),
+            "after": processes.each(rank),
+        }
+
+
+def one_dies(folder: Path) -> str | None:
+    processes = start()
+    processes.wait()
+    if processes.rank == 1:
+        os._exit(9)
+    return raised(lambda: processes.decided(lambda: 0))

@@ -69,14 +69,14 @@ def train(
     if dry:
         from embedwright.training.dry_run import dry_run
 
-        with joined() as first:
+        with joined() as group:
             lines = dry_run(plan)
-            if first:
+            if group.first:
                 say("\n".join(lines))
         return
     run(plan, on_step=training(plan), on_evaluation=lambda line: say(f"  {line}"))
-    with joined() as first:
-        if first:
+    with joined() as group:
+        if group.first:
             _show(plan)
 
 

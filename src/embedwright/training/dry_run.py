@@ -51,9 +51,10 @@ def measure(recipe: Recipe, count: int = 2) -> tuple[list[Measured], Embedder]:
     the most of any of them. InputError as in `train`, FloatingPointError if a loss or gradient is not finite.
     """
     processes = start()
-    sources = open_checked(recipe)
-    model = start_model(recipe, processes)
-    check_reading(recipe, sources, model)
+    with processes.together():
+        sources = open_checked(recipe)
+        model = start_model(recipe, processes)
+        check_reading(recipe, sources, model)
     steps = Steps(recipe, model, processes)
     found = []
     for number, stage in enumerate(recipe.stages):

@@ -9,7 +9,6 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from embedwright.data.files.beir import beir_files, read_corpus
 from embedwright.data.files.table import open_examples, write_examples
 from embedwright.encoders.open import open_encoder
 from embedwright.encoders.protocol import Encoder, as_encoder
-from embedwright.encoders.sharded import ShardedEncoder
+from embedwright.encoders.sharded import shared
 from embedwright.files import whole_folder, write_json
 from embedwright.mining.mine import mine
 from embedwright.mining.pool import positives_of
@@ -58,7 +57,7 @@ def refreshed(
     """Returns the stage's sources with the negatives that hold from step `begin` on. The run stands at `state`.
 
     Rows keep their order and number, so the draw of rows goes on unchanged. Negatives that rows came with are replaced.
-    Each process encodes a part of the texts, and all mine alike; rank 0 writes.
+    Each process encodes a part of the texts; rank 0 searches and writes, and the others read its files.
 
     Raises ConfigError if the mined files are gone together with the weights that mined them, or where no row of a
     source got a negative that it needs.
@@ -67,38 +66,40 @@ def refreshed(
     assert asked is not None
     folder = Path(recipe.run.out) / "mined" / stage.name / f"{begin:07d}"
     run = {"recipe": state.recipe, "data": state.data, "model": state.model}
-    there = (folder / _WHOLE).is_file() and json.loads((folder / _WHOLE).read_text()) == run
-    processes.wait()  # all have looked before the first one writes
+    there = processes.decided(lambda: (folder / _WHOLE).is_file() and json.loads((folder / _WHOLE).read_text()) == run)
     mined = [number for number, source in enumerate(sources) if is_mined(source)]
     if not there:
         if asked.teacher == PREVIOUS and begin < state.step:
             raise ConfigError(
                 f"{folder} is gone, and the weights of step {begin} that mined it are too: start in a new run.out"
             )
-        teacher = _teacher(asked.teacher, model, processes)
-        if processes.first:
+
+        def work(teachers: list[Encoder | str]) -> None:
             shutil.rmtree(folder, ignore_errors=True)  # of another run
-        with whole_folder(folder) if processes.first else nullcontext(folder) as temp:
-            answers = Answers(Rows(sources))
-            for number in mined:
-                _mine(recipe, stage, sources[number], answers, teacher, temp / f"{number:02d}", processes, say)
-            if processes.first:
+            with whole_folder(folder) as temp:
+                answers = Answers(Rows(sources))
+                for number in mined:
+                    _mine(recipe, stage, sources[number], answers, teachers[0], temp / f"{number:02d}", say)
                 write_json(temp / _WHOLE, run)
-        processes.wait()
+
+        with processes.together():
+            teacher = _teacher(asked.teacher, model)
+        shared([teacher], processes, work)
     fresh = list(sources)
-    for number in mined:
-        source = sources[number]
-        table = open_examples(folder / f"{number:02d}.parquet", seed=recipe.seed)
-        own = replace(source, table=table, rows=np.arange(len(table)))
-        fresh[number] = trainable(stage, own, f"stages.{stage.name}, mined after step {begin}: {source.name}")
+    with processes.together():
+        for number in mined:
+            source = sources[number]
+            table = open_examples(folder / f"{number:02d}.parquet", seed=recipe.seed)
+            own = replace(source, table=table, rows=np.arange(len(table)))
+            fresh[number] = trainable(stage, own, f"stages.{stage.name}, mined after step {begin}: {source.name}")
     return with_shares(stage, fresh)
 
 
-def _teacher(name: str, model: Embedder, processes: Processes) -> Encoder | str:
-    """Returns the teacher as `mine` takes it: a model whose work the processes share, or the name of a baseline."""
+def _teacher(name: str, model: Embedder) -> Encoder | str:
+    """Returns the teacher as `mine` takes it: a model, or the name of a baseline."""
     if name in NAMED:
         return name
-    return ShardedEncoder(model if name == PREVIOUS else as_encoder(open_encoder(name)), processes)
+    return model if name == PREVIOUS else as_encoder(open_encoder(name))
 
 
 def _mine(
@@ -108,7 +109,6 @@ def _mine(
     answers: Answers,
     teacher: Encoder | str,
     out: Path,
-    processes: Processes,
     say: Callable[[str], None] | None,
 ) -> None:
     asked = stage.mine
@@ -132,15 +132,14 @@ def _mine(
         answers=answers,
         seed=recipe.seed,
     )
-    if processes.first:
-        tasks = source.tasks or {source.task.name: source.task}
-        write_examples(out.with_suffix(".parquet"), found, tasks)
-        write_json(out.with_suffix(".json"), report.to_json())
-        counts = report.counts()
-        line = f"{stage.name}: mined {counts['negatives']} negatives for {counts['queries']} rows of {source.task.name}"
-        logger.info("%s", line)
-        if say is not None:
-            say(line)
+    tasks = source.tasks or {source.task.name: source.task}
+    write_examples(out.with_suffix(".parquet"), found, tasks)
+    write_json(out.with_suffix(".json"), report.to_json())
+    counts = report.counts()
+    line = f"{stage.name}: mined {counts['negatives']} negatives for {counts['queries']} rows of {source.task.name}"
+    logger.info("%s", line)
+    if say is not None:
+        say(line)
 
 
 def _corpus(stage: StagePart, source: Source) -> dict[str, str]:

@@ -79,9 +79,10 @@ class Steps:
         lr = learning_rate(optim, step)
         norm, problem = math.nan, None
         try:
-            if not math.isfinite(loss):
+            if self.processes.most(not math.isfinite(loss)):  # else one would skip what the others wait for
                 optimizer.zero_grad(set_to_none=True)
-                raise FloatingPointError(f"the loss is {loss}")
+                own = f"the loss is {loss}"
+                raise FloatingPointError("the loss of another process is not finite" if math.isfinite(loss) else own)
             norm = update(self.model.network, optimizer, lr, optim.clip)
         except FloatingPointError as error:
             problem = str(error)

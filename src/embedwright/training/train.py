@@ -12,26 +12,22 @@ from typing import Any
 
 import torch
 
-from embedwright.config import ConfigError
-from embedwright.files import remove_leftovers
 from embedwright.host import own_random_numbers
 from embedwright.model.embedder import Embedder
 from embedwright.model.interop.card import facts, model_card
 from embedwright.model.verify import probe
-from embedwright.processes import Processes, start
+from embedwright.processes import start
 from embedwright.training.batches.blend import Source
 from embedwright.training.batches.feed import LocalBatch, Made, ahead, batch_of_step
 from embedwright.training.batches.sources import data_fingerprint, source_fingerprints
 from embedwright.training.engine.optim import make_optimizer
 from embedwright.training.engine.parallel import trained
 from embedwright.training.masked.batch import MaskedBatch
-from embedwright.training.recipe import Recipe, differences
+from embedwright.training.recipe import Recipe
 from embedwright.training.remine import refresh_every, refreshed
 from embedwright.training.run.checkpoint import (
     RunState,
     keep_newest,
-    newest,
-    read_state,
     read_weights,
     restore_optimizer,
     save_checkpoint,
@@ -40,7 +36,8 @@ from embedwright.training.run.checks import check_reading, open_checked
 from embedwright.training.run.distill import Teacher, projection_to, teacher_of
 from embedwright.training.run.folder import card_facts, describe_run
 from embedwright.training.run.heldout import measured_once
-from embedwright.training.run.save import check_saved, save_end, save_stage
+from embedwright.training.run.resume import open_folder, where_to_go_on
+from embedwright.training.run.save import save_end, save_stage
 from embedwright.training.run.scores import Scores
 from embedwright.training.run.signals import Interrupted, StopRequest, stop_on_signal
 from embedwright.training.run.start import contents_of, load_trained, naming_the_model, origin_fingerprint, start_model
@@ -76,31 +73,33 @@ def train(recipe: Recipe, *, on_step: OnStep | None = None, on_evaluation: OnEva
     """
     processes = start()
     out = Path(recipe.run.out)
-    sources = open_checked(recipe)
-    with naming_the_model(recipe):
-        origin = origin_fingerprint(recipe.model)
-    facts_of = {"recipe": recipe.decisive(), "data": source_fingerprints(recipe, sources), "model": {"files": origin}}
-    facts_of["teacher"] = contents_of(name for stage in recipe.stages for name in stage.loss.teachers)
-    state = RunState(0, 0, recipe.hash(), data_fingerprint(sources), origin, facts_of)
-    checkpoint = _newest(out / "checkpoints", processes)
+    with processes.together():
+        sources = open_checked(recipe)
+        with naming_the_model(recipe):
+            origin = origin_fingerprint(recipe.model)
+        facts_of = {
+            "recipe": recipe.decisive(),
+            "data": source_fingerprints(recipe, sources),
+            "model": {"files": origin},
+        }
+        facts_of["teacher"] = contents_of(name for stage in recipe.stages for name in stage.loss.teachers)
+        state = RunState(0, 0, recipe.hash(), data_fingerprint(sources), origin, facts_of)
+    state, checkpoint = where_to_go_on(recipe, state, processes)
+    with processes.together():
+        model = start_model(recipe, processes)
+        check_reading(recipe, sources, model)
+    open_folder(out, processes)
     if checkpoint is not None:
-        state = _continue(checkpoint, state, out)
-    check_saved(recipe, checkpoint is not None, state.stage)
-    model = start_model(recipe, processes)
-    check_reading(recipe, sources, model)
-    out.mkdir(parents=True, exist_ok=True)
-    if processes.first:
-        remove_leftovers(out)
-    if checkpoint is not None:
-        load_trained(model, read_weights(checkpoint))
-        if processes.first:  # a run that was killed after its newest checkpoint had no time to
-            keep_newest(out / "checkpoints", recipe.run.keep)
+        with processes.together():
+            load_trained(model, read_weights(checkpoint))
     steps = Steps(recipe, model, processes)
     log: AbstractContextManager[Tracker | None] = nullcontext()
-    if processes.first:
-        describe_run(out, recipe, sources)
-        names, at = [stage.name for stage in recipe.stages], (state.stage, state.step)
-        log = Tracker(out, recipe.run.tracker, names, at, recipe.model_dump(mode="json"))
+    with processes.together():
+        if processes.first:
+            keep_newest(out / "checkpoints", recipe.run.keep)  # a run that was killed after its newest had no time to
+            describe_run(out, recipe, sources)
+            names, at = [stage.name for stage in recipe.stages], (state.stage, state.step)
+            log = Tracker(out, recipe.run.tracker, names, at, recipe.model_dump(mode="json"))
     with stop_on_signal() as stop_requested, log as tracker:
         scores = Scores(recipe.eval, out, model, processes)
         listeners = _Listeners(tracker, on_step, on_evaluation) if processes.first else _Listeners()
@@ -111,10 +110,9 @@ def train(recipe: Recipe, *, on_step: OnStep | None = None, on_evaluation: OnEva
         for number in range(state.stage, len(recipe.stages)):
             begin = replace(state, stage=number, step=state.step if number == state.stage else 0)
             run.stage(sources[number], begin, checkpoint if begin.step else None)
-    told = card_facts(recipe, sources, scores.records)
 
-    def card(saved: Embedder, path: str) -> str:
-        known = facts(saved.network, saved.text_tokenizer)
+    def card(saved: Embedder, path: str) -> str:  # of rank 0, which has the items of the scores
+        known, told = facts(saved.network, saved.text_tokenizer), card_facts(recipe, sources, scores.records)
         return model_card(path=path, **known | told | {"base": known["base"] or told["base"]})
 
     return save_end(recipe, model, processes, card)
@@ -142,7 +140,8 @@ class _Run:
         """Runs a stage from `state` to its end. `resumed` has the optimizer of one that began."""
         recipe, network, scores, stage = self.recipe, self.model.network, self.scores, self.recipe.stages[state.stage]
         part = self.steps.part(state.stage)
-        teacher = teacher_of(stage, sources, self.model.contract)
+        with self.processes.together():
+            teacher = teacher_of(stage, sources, self.model.contract)
         optimizer = make_optimizer(
             part, recipe.tune, stage.optim, projection_to(teacher, recipe, state.stage, self.model)
         )
@@ -169,11 +168,15 @@ class _Run:
                     raise Interrupted(f"{self.stop_requested.signal or 'signal'} after stage {stage.name}, step {done}")
         moved.check()
         warn_if_inert(records)
-        probe.check(network)
+        with self.processes.together():
+            probe.check(network)
         self.evaluate(stage.name, last)
         if recipe.eval.best:
-            load_trained(self.model, scores.best_weights(stage.name))
-            probe.check(network)
+            with self.processes.together():
+                best = scores.best_weights(stage.name)
+            load_trained(self.model, best)
+            with self.processes.together():
+                probe.check(network)
         self.measure(state.stage, sources, last)
         if stage.save:  # before a checkpoint that is past this stage: until then, a killed run ends the stage again
             save_stage(recipe, self.model, self.processes, stage.name)
@@ -262,28 +265,3 @@ def _with_waits(batches: Iterator[tuple[int, Made]]) -> Iterator[tuple[int, Made
     for step, local in batches:
         yield step, local, round(time.perf_counter() - asked, 4)
         asked = time.perf_counter()
-
-
-def _newest(folder: Path, processes: Processes) -> Path | None:
-    """Finds the newest checkpoint, the same in all processes: rank 0 removes damaged ones before the others look."""
-    if not processes.first:
-        processes.wait()
-    found = newest(folder)
-    if processes.first:
-        processes.wait()
-    return found
-
-
-def _continue(checkpoint: Path, state: RunState, out: Path) -> RunState:
-    found = read_state(checkpoint)
-    same = {what: getattr(found, what) == getattr(state, what) for what in ("recipe", "data", "model")}
-    teachers = state.facts["teacher"]
-    same["teacher"] = found.facts.get("teacher", teachers) == teachers  # older checkpoints do not tell
-    for what, is_same in same.items():
-        if not is_same:
-            raise ConfigError(
-                f"{out} holds a run of another {what} ({differences(found.facts.get(what), state.facts.get(what))}): "
-                "choose another run.out, or remove that folder"
-            )
-    logger.info("resuming %s at stage %d, step %d", out, found.stage, found.step)
-    return found

@@ -278,7 +278,7 @@ def test_wordings_of_one_set_are_mined_each_under_its_own(
             return np.random.default_rng(0).normal(size=(len(texts), 8)).astype(np.float32)
 
     model, before = start_model(recipe), opened(recipe)
-    monkeypatch.setattr(refresh, "ShardedEncoder", lambda teacher, processes: Teacher())
+    monkeypatch.setattr(refresh, "_teacher", lambda name, model: Teacher())
     after = refreshed(recipe, recipe.stages[0], before, STATE, 0, model, ALONE)
     assert all(len(row.negatives) == 3 for row in examples(after[0]))
     assert {asked[row["query"]] for row in rows[::2]} == {"Wording 0"}

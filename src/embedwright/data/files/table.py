@@ -35,12 +35,14 @@ from embedwright.data.files.quarantine import Quarantine, good_rows
 from embedwright.data.files.rows import read_rows
 from embedwright.data.files.tasks import Tasks, tasks_beside, tasks_file, write_tasks
 from embedwright.data.schema import DataError, Example, Passage, parse_example
-from embedwright.files import sha256_of, whole_file
+from embedwright.files import locked, sha256_of, whole_file
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 FORMAT = 3  # part of the cache key: raise it when a conversion or the schema changes
+# what opening no file, or a damaged one, raises
+_NOT_THERE = (pa.ArrowInvalid, OSError, ValueError, KeyError, TypeError)
 BATCH_ROWS = 256  # every batch of the file but the last has so many: row i is in batch i // BATCH_ROWS
 
 
@@ -167,11 +169,15 @@ def _opened(job: _Job, cache: Path) -> ExampleTable:
     arrow = cache / "data" / f"{stem[:80]}-{fingerprint[:16]}.arrow"
     try:
         table = ExampleTable(path, arrow)
-    except (pa.ArrowInvalid, OSError, ValueError, KeyError, TypeError) as error:
-        if not isinstance(error, FileNotFoundError):
-            log.warning("%s: damaged (%s), made again", arrow, error)
-        _convert(job, arrow, fingerprint)
-        return ExampleTable(path, arrow)
+    except _NOT_THERE:
+        with locked(arrow.with_name(f".{arrow.name}.lock")):  # one process converts, the others wait for the file
+            try:
+                table = ExampleTable(path, arrow)
+            except _NOT_THERE as error:
+                if not isinstance(error, FileNotFoundError):
+                    log.warning("%s: damaged (%s), made again", arrow, error)
+                _convert(job, arrow, fingerprint)
+                return ExampleTable(path, arrow)
     for line in table.bad_lines:
         log.warning("%s", line)
     if table.quarantined:

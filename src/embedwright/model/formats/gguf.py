@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from embedwright.cache import cache_folder
 from embedwright.errors import InputError, MissingPackageError, OutputExistsError, blaming
-from embedwright.files import sha256_of, whole_folder, write_json
+from embedwright.files import locked, sha256_of, whole_folder, write_json
 from embedwright.model.backbone import check_report
 from embedwright.text import load_tokenizer
 
@@ -35,21 +35,25 @@ def convert_gguf(file: Path) -> Path:
     A damaged conversion is made again. Raises InputError if the file lacks weights or holds weights that have no place.
     """
     out = cache_folder("gguf", f"{file.stem}-{sha256_of(file)[:16]}")
-    if out.exists():
-        if _is_whole(out):
-            return out
-        logger.warning("%s is damaged: it is made again", out)
-        shutil.rmtree(out, ignore_errors=True) if out.is_dir() else out.unlink()
-    logger.info("converting %s to %s (once)", file.name, out)
-    model, tokenizer = _read(file)
-    try:
-        with whole_folder(out) as temp:
-            model.save_pretrained(temp)
-            tokenizer.save_pretrained(temp)
-            write_json(temp / _MADE, {path.name: _state(path) | {"sha256": sha256_of(path)} for path in temp.iterdir()})
-    except OutputExistsError:  # another process has made it meanwhile
-        if not _is_whole(out):
-            raise
+    if _is_whole(out):
+        return out
+    with locked(out.with_name(f".{out.name}.lock")):  # one process converts, the others wait for the folder
+        if out.exists():
+            if _is_whole(out):
+                return out
+            logger.warning("%s is damaged: it is made again", out)
+            shutil.rmtree(out, ignore_errors=True) if out.is_dir() else out.unlink()
+        logger.info("converting %s to %s (once)", file.name, out)
+        model, tokenizer = _read(file)
+        try:
+            with whole_folder(out) as temp:
+                model.save_pretrained(temp)
+                tokenizer.save_pretrained(temp)
+                made = {path.name: _state(path) | {"sha256": sha256_of(path)} for path in temp.iterdir()}
+                write_json(temp / _MADE, made)
+        except OutputExistsError:  # another process has made it meanwhile
+            if not _is_whole(out):
+                raise
     return out
 
 

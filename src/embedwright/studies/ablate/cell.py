@@ -43,8 +43,8 @@ def main(folder: Path, started: float) -> None:
         if spec.get("trial") and _is_of_the_rate(error):
             write_json(folder / "result.json", spec | {"failed": f"{type(error).__name__}: {error}", "seconds": {}})
         raise
-    with joined() as first:
-        if first:
+    with joined() as processes:
+        if processes.first:
             write_json(folder / "result.json", spec | result)
 
 

@@ -58,20 +58,20 @@ class Teacher:
         Each process encodes a part, and all must call it. `pause` is called before each chunk. Chunks depend on
         `batches` alone and are kept whole, so a run that was killed on the way gets the vectors of an unbroken one.
         """
-        self._kept = [KeptVectors(encoder, cache_folder("teachers")) for encoder in self.encoders]
-        processes.wait()  # all have looked before the first one writes
+        with processes.together():  # all have looked before the first one writes
+            self._kept = [KeptVectors(encoder, cache_folder("teachers")) for encoder in self.encoders]
         texts, encoded, seconds, minutes = 0, 0, 0.0, 1
         for chunk in _chunks(batches, _CHUNK * processes.count):
             pause()
             own = self._asked([chunk[i] for i in processes.split([len(text) for _, text in chunk])[processes.rank]])
             started = time.perf_counter()
-            encoded += sum(kept.fill(own) for kept in self._kept)
+            with processes.together():
+                encoded += sum(kept.fill(own) for kept in self._kept)
             seconds += time.perf_counter() - started
             texts += len(chunk)
             if processes.first and seconds > 60 * minutes:
                 minutes += 1
                 logger.info("the teacher has vectors of %d texts so far", texts)
-        processes.wait()
         for kept in self._kept:
             kept.refresh()
         total = int(processes.total(encoded))

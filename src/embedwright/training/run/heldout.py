@@ -16,11 +16,9 @@ def measured_once(
     out: Path, stage: str, step: int, measure: Callable[[], dict[str, float]], processes: Processes
 ) -> dict[str, Any] | None:
     """Measures at this point of the run, keeps the record and returns it; None where it has one already."""
-    records = read_records(out / FILE)
-    processes.wait()  # all have read the file before one of them writes
+    records = processes.decided(lambda: read_records(out / FILE))
     if any((record["stage"], record["step"]) == (stage, step) for record in records):
         return None
     record = {"stage": stage, "step": step, **measure()}
-    if processes.first:
-        write_records(out / FILE, [*records, record])
+    processes.decided(lambda: write_records(out / FILE, [*records, record]))
     return record

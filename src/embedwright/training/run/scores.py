@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from embedwright.encoders.sharded import shared
 from embedwright.errors import InputError
 from embedwright.evaluation.results import Results, run_items_file, write_items
 from embedwright.evaluation.suite import Suite, run_suite
@@ -42,7 +43,7 @@ def read_evaluations(out: Path) -> list[Record]:
 
 
 class Scores:
-    """The evaluations of one run. Every process runs the suites (those of a cut model must); rank 0 writes."""
+    """The evaluations of one run. Rank 0 scores and writes; all processes encode, and hold its records."""
 
     def __init__(self, part: EvalPart, out: Path, model: Embedder, processes: Processes) -> None:
         self.part, self.out, self.model, self.processes = part, out, model, processes
@@ -50,35 +51,40 @@ class Scores:
             raise InputError(
                 f"eval.suites: two of {', '.join(part.suites)} have one file name for their items: rename one"
             )
-        self.records = read_evaluations(out)
-        processes.wait()  # all have read it before one of them writes
+        self.records: list[Record] = processes.decided(lambda: read_evaluations(out))
 
     def forget(self) -> None:
         """Removes what a run left that ended before its first checkpoint."""
         self.records = []
-        if self.processes.first:
-            for file in ("evaluations.jsonl", heldout.FILE):
-                (self.out / file).unlink(missing_ok=True)
-            for folder in ("best", "items"):
-                shutil.rmtree(self.out / folder, ignore_errors=True)
+        with self.processes.together():
+            if self.processes.first:
+                for file in ("evaluations.jsonl", heldout.FILE):
+                    (self.out / file).unlink(missing_ok=True)
+                for folder in ("best", "items"):
+                    shutil.rmtree(self.out / folder, ignore_errors=True)
 
     def evaluate(self, stage: str, step: int, progress: Callable[[str], None] | None = None) -> list[Record]:
         """Runs the suites without a result at this point, keeps the best weights, and returns the new records."""
         have = {record["suite"] for record in self.records if (record["stage"], record["step"]) == (stage, step)}
         fresh: list[Record] = []
-        for suite in self.part.suites:
-            if suite not in have:
-                results = score_suite(self.model, suite, progress or logger.info)
-                self._keep_items(stage, step, suite, results)
-                fresh.append({"stage": stage, "step": step, "suite": suite, "results": json.loads(results.to_json())})
+
+        def work(models: list[Any]) -> None:
+            for suite in self.part.suites:
+                if suite not in have:
+                    found = score_suite(models[0], suite, progress or logger.info)
+                    write_items(run_items_file(self.out, stage, step, suite), found)
+                    fresh.append({"stage": stage, "step": step, "suite": suite, "results": json.loads(found.to_json())})
+
+        shared([self.model], self.processes, work)
+        fresh = self.processes.told(fresh)
         if not fresh:
             return []
         self.records += fresh
         scores = self._scores(stage, step)
         if self.part.best and stage != START and scores[-1] == max(scores):
             self._keep_weights(stage, step)
-        if self.processes.first:  # after weights and items: a run that is killed in between evaluates again
-            write_records(self.out / "evaluations.jsonl", self.records)
+        # after weights and items: a run that is killed in between evaluates again
+        self.processes.decided(lambda: write_records(self.out / "evaluations.jsonl", self.records))
         return fresh
 
     def gave_up(self, stage: str, step: int) -> bool:
@@ -98,17 +104,13 @@ class Scores:
             logger.info("stage %s ends on the weights of its step %s, the best evaluated", stage, step)
             return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  no mapping
 
-    def _keep_items(self, stage: str, step: int, suite: str, results: Results) -> None:
-        if self.processes.first:
-            write_items(run_items_file(self.out, stage, step, suite), results)
-
     def _keep_weights(self, stage: str, step: int) -> None:
         trained = whole(self.model.network)
-        if self.processes.first:
-            tensors = {name: tensor.cpu().contiguous() for name, tensor in trained.items()}
-            with whole_file(self._best_file(stage)) as temp:
-                save_file(tensors, temp, metadata={"step": str(step)})
-        self.processes.wait()
+        with self.processes.together():
+            if self.processes.first:
+                tensors = {name: tensor.cpu().contiguous() for name, tensor in trained.items()}
+                with whole_file(self._best_file(stage)) as temp:
+                    save_file(tensors, temp, metadata={"step": str(step)})
 
     def _best_file(self, stage: str) -> Path:
         """Each stage has a file of its own, because the next stage evaluates before its first checkpoint."""

@@ -262,11 +262,19 @@ def test_what_cannot_be_opened(tmp_path: Path, cache: Path) -> None:
 
 
 def _open_many(path: Path, cache: Path, start: Any, results: Any) -> None:
+    convert, converted = table_module._convert, 0
+
+    def counted(*job: Any) -> None:
+        nonlocal converted
+        converted += 1
+        convert(*job)
+
+    table_module._convert = counted
     start.wait()
-    results.put(Counter(e.query for e in open_examples(path, cache=cache)))
+    results.put((Counter(e.query for e in open_examples(path, cache=cache)), converted))
 
 
-def test_processes_that_open_at_once_all_get_the_whole_table(tmp_path: Path, cache: Path) -> None:
+def test_of_processes_that_open_at_once_one_converts_and_all_get_the_whole_table(tmp_path: Path, cache: Path) -> None:
     path = write(tmp_path / "x.jsonl", *({"query": f"q{i}", "positive": "p"} for i in range(3000)))
     context = multiprocessing.get_context("fork")
     start, results = context.Event(), context.Queue()
@@ -274,10 +282,42 @@ def test_processes_that_open_at_once_all_get_the_whole_table(tmp_path: Path, cac
     for worker in workers:
         worker.start()
     start.set()
-    assert all(results.get(timeout=30) == Counter(f"q{i}" for i in range(3000)) for _ in workers)
+    found = [results.get(timeout=30) for _ in workers]
+    assert all(rows == Counter(f"q{i}" for i in range(3000)) for rows, _ in found)
+    assert sum(converted for _, converted in found) == 1
     for worker in workers:
         worker.join()
     assert len(list(cache.rglob("*"))) == 2  # the folder `data` and one Arrow file
+
+
+def _convert_for_ever(path: Path, cache: Path, at_work: Any) -> None:
+    def stuck(*job: Any) -> None:
+        at_work.set()
+        time.sleep(600)
+
+    table_module._convert = stuck
+    open_examples(path, cache=cache)
+
+
+def test_a_process_waits_for_one_that_converts_and_converts_itself_once_that_one_is_killed(
+    tmp_path: Path, cache: Path
+) -> None:
+    path = write(tmp_path / "x.jsonl", *({"query": f"q{i}", "positive": "p"} for i in range(9)))
+    context = multiprocessing.get_context("fork")
+    at_work, start, results = context.Event(), context.Event(), context.Queue()
+    first = context.Process(target=_convert_for_ever, args=(path, cache, at_work))
+    second = context.Process(target=_open_many, args=(path, cache, start, results))
+    start.set()
+    first.start()
+    assert at_work.wait(30)
+    second.start()
+    second.join(0.5)
+    assert second.is_alive() and results.empty()
+    first.kill()
+    rows, converted = results.get(timeout=30)
+    second.join()
+    assert len(rows) == 9 and converted == 1
+    assert sorted(file.suffix for file in cache.rglob("*")) == ["", ".arrow"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists the mappings of a process")

@@ -62,9 +62,8 @@ def found(tmp_path_factory: pytest.TempPathFactory, tiny_decoder: Callable[..., 
                 losses = [float(part["loss"]) for part in parts]
                 results.setdefault(kind, {}).setdefault(count, {})[case] = losses, tensors
     shared = {n: [np.load(folder / f"shared-{n}-{rank}.npz") for rank in range(n)] for n in COUNTS}
-    results["shared"] = {n: [part["vectors"] for part in parts] for n, parts in shared.items()}
+    results["alone"] = shared[1][0]["alone"]
     results["masked"] = {n: [dict(np.load(folder / f"masked-{n}-{rank}.npz")) for rank in range(n)] for n in COUNTS}
-    results["encoded"] = {n: [int(part["encoded"]) for part in parts] for n, parts in shared.items()}
     results["kept"] = {n: [part["kept"] for part in parts] for n, parts in shared.items()}
     results["kept_encoded"] = {n: [int(part["kept_encoded"]) for part in parts] for n, parts in shared.items()}
     return results
@@ -92,15 +91,6 @@ def test_many_processes_give_the_loss_and_gradient_of_one(
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_a_teacher_is_shared_and_each_process_has_all(found: dict[str, Any], count: int) -> None:
-    [alone], many = found["shared"][1], found["shared"][count]
-    assert alone.shape == (5, 32)
-    assert all(np.array_equal(vectors, many[0]) for vectors in many)  # so that all mine the same
-    np.testing.assert_allclose(many[0], alone, atol=1e-5)
-    assert max(found["encoded"][count]) < 5  # and none has encoded all of them
-
-
-@pytest.mark.parametrize("count", [2, 4])
 def test_many_processes_give_the_masked_loss_and_its_gradient_of_one(found: dict[str, Any], count: int) -> None:
     """Of five texts, and of one, which leaves processes without a text. The pooling block gets no gradient."""
     [one] = found["masked"][1]
@@ -113,11 +103,10 @@ def test_many_processes_give_the_masked_loss_and_its_gradient_of_one(found: dict
 
 @pytest.mark.parametrize("count", COUNTS)
 def test_what_a_teacher_encodes_is_shared_and_all_read_it(found: dict[str, Any], count: int) -> None:
-    [alone] = found["shared"][1]
     encoded = found["kept_encoded"][count]
     assert sum(encoded) == 5 and (max(encoded) < 5 or count == 1)
     for vectors in found["kept"][count]:
-        np.testing.assert_allclose(vectors, alone, atol=1e-5)
+        np.testing.assert_allclose(vectors, found["alone"], atol=1e-5)
 
 
 def test_the_cases_differ_from_each_other(found: dict[str, Any]) -> None:
@@ -252,7 +241,6 @@ def masked(decoder: str, processes: Processes) -> dict[str, Any]:
 
 def shared(decoder: str, processes: Processes) -> dict[str, Any]:
     """Five texts of very different lengths, asked of a teacher in every process alike."""
-    from embedwright.encoders.sharded import ShardedEncoder
     from embedwright.model.embedder import Embedder
     from embedwright.training.batches.batch import Batch, Masks
     from embedwright.training.run.distill import Teacher
@@ -269,14 +257,12 @@ def shared(decoder: str, processes: Processes) -> dict[str, Any]:
             return {"processes": str(processes.count)}  # so that none finds what fewer have kept
 
     texts = [f"{'a tide ' * n}moon" for n in (1, 30, 2, 9, 0)]
-    vectors = ShardedEncoder(Counted(), processes).encode(texts, task="Find it")
-    by_sharding, encoded = encoded, 0
     teacher, asked = Teacher([Counted()], {"Q: ": "Find it"}), [("Q: ", text) for text in texts]
     nothing = np.zeros((5, 0), dtype=bool)
     batch = Batch(asked, [], [], Masks(np.zeros(5, dtype=np.int64), nothing, nothing))
     teacher.prepare([batch, batch], processes, lambda: None)
     kept = {"kept": teacher(asked).numpy(), "kept_encoded": encoded - 1}  # and one for its width
-    return {"vectors": vectors, "encoded": by_sharding} | kept
+    return {"alone": model.encode(texts, task="Find it")} | kept
 
 
 def main(folder: Path, decoder: str) -> None:
