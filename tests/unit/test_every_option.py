@@ -295,6 +295,7 @@ CHANGES: dict[str, dict[str, tuple[str, str, Words]]] = {
         "threshold": ("files", "--threshold 0.9", SCORED),
         "action": ("files", "--action promote", {}),
         "tasks": ("asked", "--tasks {tasks}", {}),
+        "max_chars": ("asked", "--max-chars 9", {}),
         "shard": ("names", "--shard 0/2", {}),
         **LIMITS,
     },

@@ -147,6 +147,9 @@ def relabel(
         Literal["drop", "promote"], opt("What happens to a negative that is judged a positive.")
     ] = "drop",
     tasks: Annotated[Path | None, opt("File of the rows' tasks (JSONL), besides that of the examples.")] = None,
+    max_chars: Annotated[
+        int | None, opt("Most characters of each text that a language model reads. Default: all.", min=1)
+    ] = None,
     concurrency: options.Concurrency = 8,
     token_budget: options.TokenBudget = None,
     max_tokens: options.MaxTokens = 512,
@@ -175,7 +178,8 @@ def relabel(
         raise InputError("name the judge: --base-url and --model, or --cross-encoder and --threshold")
     limits = {"concurrency": concurrency, "max_tokens": max_tokens, "token_budget": token_budget}
     with _client(out, shard, timeout, base_url=base_url, api_key_env=api_key_env, **limits) as client:
-        say_json(run(judge_by_model(client, model, described), model) | {"client": dict(client.counts)})
+        judged_by = model if max_chars is None else f"{model}, {max_chars} characters"
+        say_json(run(judge_by_model(client, model, described, max_chars), judged_by) | {"client": dict(client.counts)})
 
 
 def _cross_encoder(name: str) -> Any:

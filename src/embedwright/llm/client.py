@@ -116,7 +116,7 @@ class Client:
         self._slots = asyncio.Semaphore(server.concurrency)
         self._settled = asyncio.Condition()
         self._spent, self._reserved = self._cache.tokens(), 0
-        self._unanswered = 0  # questions given up since the last answer
+        self._unanswered = 0.0  # questions given up since the last answer
         self._fatal: ServerError | None = None
 
     def __enter__(self) -> Client:
@@ -131,7 +131,8 @@ class Client:
         """Yields the answer to each question, in order, as the fields of its schema; or a Failure.
 
         Holds `4 * concurrency` questions in memory. Raises ServerError if the server refuses every question (401, 403,
-        404, no JSON schemas), or if `concurrency + 3` questions in a row have failed after all their retries.
+        404, no JSON schemas), or if `concurrency + 3` questions in a row have failed after all their retries. Of those
+        that it refuses alone once it has answered others, such as prompts that are too long, ten count as one.
         """
         waiting = iter(questions)
         begun: deque[asyncio.Task[dict[str, Any] | Failure]] = deque()
@@ -193,7 +194,7 @@ class Client:
             completion = await self._request(request)
             self._cache.put(_key(question, attempt), completion)
             self._spent += completion.tokens
-            self._unanswered = 0
+            self._unanswered = 0.0
             self.counts.update(answers=1, tokens=completion.tokens)
             return completion
         finally:
@@ -241,7 +242,8 @@ class Client:
 
     def _given_up(self, reason: str, message: str, fatal: bool = False) -> Exception:
         """Returns the exception for a question without an answer, a ServerError if it ends the whole run."""
-        self._unanswered += 1
+        alone = reason == "refused" and (self.counts["answers"] or self.counts["cached"])
+        self._unanswered += 0.1 if alone else 1
         message = self.endpoint.hide(message)
         if self._fatal is None and (fatal or self._unanswered >= self.server.concurrency + 3):
             self._fatal = ServerError(f"{self.endpoint.url}: {message} (answers so far are kept: {self._cache.path})")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -26,8 +27,11 @@ from embedwright.data.sources.catalog import find_task
 from embedwright.errors import InputError
 from embedwright.llm.client import Answer, Client, Failure, Question
 
+log = logging.getLogger(__name__)
+
 Action = Literal["drop", "promote"]
 _CHUNK = 256  # examples in memory at a time
+_NAMED = 5  # negatives without a verdict that are named one by one, or a few more
 
 _PROMPT = """\
 You judge search results. {task}
@@ -139,6 +143,10 @@ def relabel(
         asked = list(dict.fromkeys(candidate for own in pairs for candidate, known in own if not known))
         verdicts = dict(zip(asked, judge(asked) if asked else [], strict=True))
         for example, own in zip(chunk, pairs, strict=True):
+            if count["undecided"] < _NAMED:
+                for candidate in (one for one, known in own if not known and verdicts[one] is None):
+                    shown = len(candidate.passage), candidate.passage[:60]
+                    log.warning("example %r: no verdict on a negative of %d characters: %r", example.id, *shown)
             count["known"] += sum(known for _, known in own)
             yield _relabelled(example, [known or verdicts[candidate] for candidate, known in own], action, count)
 
@@ -168,11 +176,17 @@ def judge_by_scores(model: Any, threshold: float) -> Judge:
     return judge
 
 
-def judge_by_model(client: Client, model: str, tasks: Mapping[str, Task] | None = None) -> Judge:
-    """Returns a judge that asks a language model, with the instruction of the row's task (`tasks` or the catalogue)."""
+def judge_by_model(
+    client: Client, model: str, tasks: Mapping[str, Task] | None = None, max_chars: int | None = None
+) -> Judge:
+    """Returns a judge that asks a language model, with the instruction of the row's task (`tasks` or the catalogue).
+
+    `max_chars` is how much of each text it reads.
+    """
 
     def judge(candidates: Sequence[Candidate]) -> list[bool | None]:
-        answers = client.ask(_question(candidate, model, tasks or {}) for candidate in candidates)
+        shown = (Candidate(one.task, *(text[:max_chars] for text in one[1:])) for one in candidates)
+        answers = client.ask(_question(candidate, model, tasks or {}) for candidate in shown)
         return [None if isinstance(answer, Failure) else answer["verdict"] == "positive" for answer in answers]
 
     return judge

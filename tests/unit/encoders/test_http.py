@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -31,20 +34,30 @@ class Server:
         self.requests: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self.said = "not now"
+        self.too_long, self.refusals = 400, 0
         self.failures: list[int] = []
+        self.longest = 10**9  # characters of a text, with its template
+        self.retry_after: dict[str, str] = {"retry-after-ms": "1"}
+        self.before: Callable[[], Any] = lambda: None  # what happens while a request is under way
+        self.times: list[float] = []
         self.spoil: Callable[[list[dict[str, Any]]], Any] = lambda data: data
         server = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 server.keys.append(self.headers["Authorization"])
+                server.times.append(time.monotonic())
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                server.before()
                 status = server.failures.pop(0) if server.failures else 200
+                if status == 200 and any(len(text) > server.longest for text in body["input"]):
+                    status, server.refusals = server.too_long, server.refusals + 1
                 answer = json.dumps(
                     server.answer(self.path, body) if status == 200 else {"error": {"message": server.said}}
                 ).encode()
                 self.send_response(status)
-                self.send_header("retry-after-ms", "1")
+                for name, value in server.retry_after.items():
+                    self.send_header(name, value)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(answer)))
                 self.end_headers()
@@ -89,7 +102,8 @@ def test_order_is_kept_over_batches(server: Server, batch: int, monkeypatch: pyt
     encoder = HttpEncoder(server.url, "bge")
     found = encoder.encode(TEXTS)
     assert found.dtype == np.float32 and np.allclose(found, unit(TEXTS), atol=1e-6)
-    assert [request["input"] for request in server.requests] == [TEXTS[i : i + batch] for i in range(0, 6, batch)]
+    asked = sorted((request["input"] for request in server.requests), key=lambda texts: TEXTS.index(texts[0]))
+    assert asked == [TEXTS[i : i + batch] for i in range(0, 6, batch)]
     assert {(r["path"], r["model"], r["encoding_format"]) for r in server.requests} == {
         ("/v1/embeddings", "bge", "float")
     }
@@ -123,10 +137,107 @@ def test_a_server_that_is_busy_is_asked_again(server: Server, monkeypatch: pytes
     monkeypatch.setattr(http, "_RETRIES", 2)
     with pytest.raises(RuntimeError, match=rf"{server.url}, model bge, text 'seven' and 5 more: .*500"):
         HttpEncoder(server.url, "bge").encode(TEXTS)
-    server.failures = [400]
-    with pytest.raises(RuntimeError, match="400"):
-        HttpEncoder(server.url, "bge").encode(TEXTS)
     assert server.failures == []
+
+
+def test_a_server_is_left_as_long_in_peace_as_it_asks(server: Server) -> None:
+    server.failures, server.retry_after = [429], {"Retry-After": "1"}
+    assert np.allclose(HttpEncoder(server.url, "bge").encode(TEXTS), unit(TEXTS), atol=1e-6)
+    assert len(server.times) == 2 and server.times[1] - server.times[0] >= 1
+
+
+def test_several_requests_are_under_way_at_once(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each request is answered only when four are there."""
+    together = threading.Barrier(4)
+    monkeypatch.setattr(http, "_BATCH", 1)
+    monkeypatch.setattr(http, "_AT_ONCE", 4)
+    lock, under_way, most = threading.Lock(), 0, 0
+
+    def meet() -> None:
+        nonlocal under_way, most
+        with lock:
+            under_way += 1
+            most = max(most, under_way)
+        together.wait(timeout=60)
+        with lock:
+            under_way -= 1
+
+    server.before = meet
+    texts = [f"text {i}" for i in range(12)]
+    assert np.allclose(HttpEncoder(server.url, "bge").encode(texts), unit(texts), atol=1e-6)
+    assert most == 4
+
+
+def test_an_encoder_works_inside_of_a_running_loop(server: Server) -> None:
+    async def of_a_notebook() -> np.ndarray:
+        return HttpEncoder(server.url, "bge").encode(TEXTS)
+
+    assert np.allclose(asyncio.run(of_a_notebook()), unit(TEXTS), atol=1e-6)
+
+
+def test_an_outage_is_waited_out_by_an_encoder_that_was_answered_before(
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(http, "_RETRIES", 1)
+    monkeypatch.setattr(http, "_PAUSE_S", 0.001)
+    monkeypatch.setattr(http, "_BATCH", 2)
+    encoder = HttpEncoder(server.url, "bge")
+    server.failures = [503] * 2
+    with pytest.raises(RuntimeError, match="503"):  # as a wrong address
+        encoder.encode(["first"])
+    encoder.encode(["first"])
+    server.requests.clear()
+    server.failures = [503] * 40
+    assert np.allclose(encoder.encode(TEXTS), unit(TEXTS), atol=1e-6) and not server.failures
+    assert sum(len(request["input"]) for request in server.requests) == len(TEXTS)  # each was answered once
+    assert "asked again in" in caplog.text
+    monkeypatch.setattr(http, "_OUTAGE_S", 0.0)
+    server.failures = [503] * 40
+    with pytest.raises(RuntimeError, match="503"):
+        encoder.encode(TEXTS)
+
+
+@pytest.mark.parametrize("too_long", [400, 413, 422, 500])
+def test_a_text_that_is_too_long_is_named_and_costs_no_other(
+    server: Server, too_long: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http, "_RETRIES", 0)
+    server.longest, server.too_long, server.said = 40, too_long, "input is too large to process"
+    encoder = HttpEncoder(server.url, "bge", document_template="{text}</s>")
+    texts = [f"text {i}" for i in range(60)]
+    texts[7], texts[33] = "seven " * 20, "thirty " * 30
+    with pytest.raises(
+        http.RefusedTextsError, match=r"2 texts were refused.* 120 characters: 'seven .*too large"
+    ) as caught:
+        encoder.encode(texts)
+    assert caught.value.texts == [texts[7], texts[33]]
+    taken = [text.removesuffix("</s>") for request in server.requests for text in request["input"]]
+    assert sorted(taken) == sorted(set(texts) - {texts[7], texts[33]})  # each once
+    assert server.refusals <= 2 * (1 + 6)  # in halves, not one by one
+
+
+def test_a_text_that_is_too_long_is_cut_by_choice_and_keeps_the_end_of_its_template(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.longest = 40
+    encoder = HttpEncoder(server.url, "bge", document_template="{text}</s>", cut=True)
+    texts = ["short", "seven " * 2000, "e"]
+    with caplog.at_level(logging.WARNING):
+        vectors = encoder.encode(texts)
+    taken = max((r["input"][0] for r in server.requests if len(r["input"]) == 1), key=len)
+    assert taken.endswith("</s>") and 36 < len(taken) <= 40 and texts[1].startswith(taken.removesuffix("</s>"))
+    expected = unit(["short</s>", taken, "e</s>"])
+    assert np.allclose(vectors, expected, atol=1e-6)
+    assert "a text is cut from 12000 to" in caplog.text and "'seven seven" in caplog.text
+
+
+def test_a_server_that_refuses_all_is_not_asked_for_each(server: Server) -> None:
+    server.longest, server.said = -1, "no such model here"
+    with pytest.raises(RuntimeError, match="no such model here"):
+        HttpEncoder(server.url, "bge").encode([f"text {i}" for i in range(2000)])
+    assert server.refusals < 300
+    with pytest.raises(RuntimeError, match="no such model here"):
+        HttpEncoder(server.url, "bge").encode(["one", "two"])
 
 
 @pytest.mark.parametrize(

@@ -245,6 +245,20 @@ def test_a_bad_request_is_of_its_question_alone(serve: Any, ask: Ask) -> None:
     assert answers == [Failure("refused"), RED, RED] and len(fake.requests) == 3
 
 
+def test_many_bad_requests_in_a_row_do_not_end_it_once_it_has_answered(serve: Any, ask: Ask) -> None:
+    """As the prompts of one long text do; a server that refuses all from the beginning is given up."""
+    fake = serve(lambda body, n: Reply(status=400) if "long" in body["messages"][0]["content"] else red(body, n))
+    long = [question("too long", seed=str(i)) for i in range(30)]
+    answers, _ = ask(fake, [question(), *long, question(seed="1")], concurrency=1)
+    assert answers == [RED, *[Failure("refused")] * 30, RED]
+    assert ask(fake, [question(), *long[:8], question(seed="1")], concurrency=1)[0][-1] == RED  # all of it is kept
+    with pytest.raises(ServerError, match="400"):
+        ask(fake, [question("long", seed=f"{i}") for i in range(30)], concurrency=1)
+    fake.reply = lambda body, n: Reply(status=400)
+    with pytest.raises(ServerError, match="400"):
+        ask(fake, [question(), *[question("other", seed=str(i)) for i in range(100)]], concurrency=1)
+
+
 def test_the_budget_is_not_passed(serve: Any, ask: Ask) -> None:
     fake = serve(lambda body, n: Reply('{"name": "red"}', tokens=50, stall_s=0.02))
     questions = [question(seed=str(i)) for i in range(20)]

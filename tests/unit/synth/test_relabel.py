@@ -209,6 +209,21 @@ def test_a_language_model(fake: FakeLLM, tmp_path: Path) -> None:
     assert "The task" not in fake.prompts[-1] and len(fake.requests) == 13
 
 
+def test_a_text_that_is_too_long_is_named_or_cut_and_costs_no_other(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def short_sighted(body: Body, n: int) -> Reply:
+        return Reply(status=400) if len(body["messages"][0]["content"]) > 1500 else verdict(body, n)
+
+    rows = [example(i, f"no {'yes' * (400 if i == 3 else 1)} yes") for i in range(5)]
+    with FakeLLM(short_sighted) as fake, Client(Server(base_url=fake.url), tmp_path / "a.sqlite") as client:
+        found, report = relabel(rows, judge_by_model(client, "m"))
+        assert [len(one.negatives) for one in found] == [1, 1, 1, 2, 1] and report["undecided"] == 1
+        assert "example '3': no verdict on a negative of 1205 characters: 'yesyesyes" in caplog.text
+        found, report = relabel(rows, judge_by_model(client, "m", max_chars=50))
+        assert [len(one.negatives) for one in found] == [1] * 5 and report["undecided"] == 0
+
+
 def test_a_draft_does_not_flip_a_verdict(tmp_path: Path) -> None:
     """A reasoning model drafts the opposite first, and once never comes to its end."""
 
