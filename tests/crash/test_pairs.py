@@ -50,9 +50,9 @@ def main(folder: Path, plan: dict[str, list[int]]) -> None:
     from kills import die_in
 
     from embedwright import files
-    from embedwright.pairs import bm25, make, parts  # noqa: F401  # imported once
+    from embedwright.pairs import bm25, make  # noqa: F401  # imported once
 
-    owners = {"_of_document": make, "fsync": files.os, "replace": Path, "rmtree": parts.shutil}
+    owners = {"_of_document": make, "fsync": files.os, "replace": Path, "rmtree": make.shutil}
     make.BLOCK = 4
     source = folder / "docs.jsonl"
     texts = [" ".join(f"word{i * k % 17} of {i}" for k in range(9)) for i in range(23)]
@@ -75,8 +75,8 @@ def main(folder: Path, plan: dict[str, list[int]]) -> None:
         return {path.name: path.read_bytes() for path in (folder / name).iterdir() if not path.name.startswith(".")}
 
     def made(name: str) -> dict[str, int]:
-        """The parts that are there, and when they were written."""
-        found = (folder / name / "o.jsonl.gz.parts").glob("*.jsonl")
+        """The parts that are done, and when they were."""
+        found = (folder / name / "o.jsonl.gz.parts").glob("*.report.json")
         return {path.name: path.stat().st_mtime_ns for path in found if not path.name.startswith(".")}
 
     assert run("whole")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,19 +17,20 @@ from embedwright.config import did_you_mean
 from embedwright.data.answers import collection_id
 from embedwright.data.files.documents import COLUMNS, Document, read_documents
 from embedwright.data.files.folders import stem_of
-from embedwright.data.files.quarantine import Quarantine
+from embedwright.data.files.parts import Counts, claim, write_once
+from embedwright.data.files.quarantine import Quarantine, good_rows
+from embedwright.data.files.rows import read_rows
 from embedwright.data.files.table import write_examples
 from embedwright.data.keys import exact_key
-from embedwright.data.schema import DataError, Example, Family, Passage, Task
-from embedwright.errors import InputError
-from embedwright.files import check_file
+from embedwright.data.schema import DataError, Example, Family, Passage, Task, parse_example
+from embedwright.errors import InputError, OutputExistsError
+from embedwright.files import check_file, remove_leftovers
 from embedwright.pairs import cut
 from embedwright.pairs.classes import classes
 from embedwright.pairs.cloze import cloze
 from embedwright.pairs.dictionary import gloss
 from embedwright.pairs.lemma import lemma
 from embedwright.pairs.links import see_also
-from embedwright.pairs.parts import Counts, Parts
 from embedwright.pairs.swap import swap
 from embedwright.pairs.templates import templates
 from embedwright.pairs.way import Made, Make
@@ -156,24 +158,32 @@ def make_pairs(
 
     facts = {"format": FORMAT, "documents": digest.hexdigest(), "seed": seed, "per_document": per_document}
     facts |= {"negatives": negatives, "wordnet": options.wordnet.digest if options.wordnet else None}
-    parts = Parts(out.with_name(f"{out.name}.parts"), facts)
+    parts = out.with_name(f"{out.name}.parts")
+    _clear(parts, facts)
 
-    def of_block(way: str, make: Callable[[], Make], block: list[Document], count: Counts) -> Iterator[Example]:
-        count.update(documents=0, examples=0, skipped=Counter())
+    def write_block(way: str, make: Callable[[], Make], block: list[Document], file: Path) -> Counts:
+        count: Counts = {"documents": 0, "examples": 0, "skipped": Counter()}
         draws = range(per_document if WAYS[way].draws else 1)
-        for document in block:
-            yield from _of_document(way, make(), document, [f"{seed}:{way}:{document.id}:{n}" for n in draws], count)
+
+        def of_block() -> Iterator[Example]:
+            for document in block:
+                seeds = [f"{seed}:{way}:{document.id}:{n}" for n in draws]
+                yield from _of_document(way, make(), document, seeds, count)
+
+        write_examples(file, of_block())
+        return count
 
     def examples() -> Iterator[Example]:
         for way in ways:
             make = cache(partial(WAYS[way].make, all_of_them, options))  # read when a part is missing, and once
             for number, block in enumerate(_blocks(all_of_them)):
-                count, made = parts.part(f"{way}-{number}", partial(of_block, way, make, block))
+                file = parts / f"{way}-{number}.jsonl"
+                count = write_once(file, facts, partial(write_block, way, make, block))
                 for key, value in count.items():
                     counts[way][key] += Counter(value) if key == "skipped" else value
-                yield from made
+                yield from good_rows(read_rows(file), _example, file.name, None, file)
         if not any(count["examples"] for count in counts.values()):
-            parts.remove()
+            shutil.rmtree(parts)
             raise DataError(f"{path}: no example of {documents} documents ({_reasons(counts)})")
 
     tasks = {
@@ -186,8 +196,23 @@ def make_pairs(
         for kind, meaning in MEANINGS.items()
     }
     write_examples(out, (_of_collection(name, example) for example in examples()), tasks)
-    parts.remove()
+    shutil.rmtree(parts)
     return {"documents": documents, "quarantined": quarantine.count, "ways": counts}
+
+
+def _example(row: Mapping[str, Any], _: str) -> Example:
+    return parse_example(row, default_task="")
+
+
+def _clear(parts: Path, facts: Counts) -> None:
+    """Makes the folder ready for parts of these facts. Removes those of others, and what a killed run has left."""
+    remove_leftovers(parts)
+    try:
+        claim(parts, facts)
+    except OutputExistsError:
+        raise
+    except InputError:
+        shutil.rmtree(parts)
 
 
 def _of_collection(name: str, example: Example) -> Example:

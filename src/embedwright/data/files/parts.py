@@ -69,23 +69,27 @@ class PartOfTable:
 
 
 def write_part(out: Path, shard: Shard, settings: Mapping[str, Any], write: Callable[[Path], Counts]) -> Counts:
-    """Lets `write` write the file of this part, whole or not at all, unless it is done. Returns the counts of `write`.
+    """Lets `write` write this part of the folder `out`, unless it is done. Several processes may write others.
 
-    `settings` are all that decides the rows of all parts, as JSON. Several processes may write parts of one folder.
-    Raises InputError if it holds parts of other settings or of another number of parts, and OutputExistsError if it
-    holds something else.
+    `settings` are all that decides the rows of all parts, as JSON. Returns and raises as `write_once`.
     """
-    file = shard.file(out)
-    report = file.with_name(f"{file.name}.report.json")
-    settings = {**settings, "parts": shard.count}
     check_folder(out)
-    claim(out, settings)
+    return write_once(shard.file(out), {**settings, "parts": shard.count}, write)
+
+
+def write_once(file: Path, settings: Mapping[str, Any], write: Callable[[Path], Counts]) -> Counts:
+    """Lets `write` write a file, whole or not at all, unless its report says that it is done. Returns its counts.
+
+    Raises InputError if the folder holds files of other settings, and OutputExistsError if it holds something else.
+    """
+    report = file.with_name(f"{file.name}.report.json")
+    claim(file.parent, settings)
     if file.exists() and report.is_file():
         done: Counts = json.loads(report.read_text(encoding="utf-8"))
         return done
     counts = write(file)
     try:
-        claim(out, settings)  # two commands with other settings may have begun at one moment
+        claim(file.parent, settings)  # two commands with other settings may have begun at one moment
     except InputError:
         file.unlink()
         raise
