@@ -21,8 +21,11 @@ from embedwright.mining.rules import NAMED, Ensemble, Positives, Rule
 
 def mine(
     examples: Annotated[Path, arg("Training examples or pairs.")],
-    out: options.Out,
-    corpus: Annotated[Path | None, opt('Documents to mine from, rows {"_id", "text"}. Default: all positives.')] = None,
+    out: options.PartsOut,
+    corpus: Annotated[
+        Path | None,
+        opt('Documents to mine from: rows {"_id", "text"}, or what `encode` wrote of them. Default: all positives.'),
+    ] = None,
     teacher: Annotated[
         list[str] | None,
         opt("Teacher: folder, hub id, bm25, random or http://HOST/v1#MODEL. Repeatable. Default: minilm."),
@@ -42,6 +45,7 @@ def mine(
     vectors: Annotated[
         Path | None, opt("Folder that keeps vectors of documents.", callback=options.folder_to_write)
     ] = None,
+    precision: options.StoredPrecision = "float32",
     report: Annotated[Path | None, opt("Folder for report.json.", callback=options.folder_to_write)] = None,
     query_template: Annotated[str | None, opt("Query for an HTTP teacher, with {task} and {text}.")] = None,
     document_template: Annotated[str | None, opt("Document for an HTTP teacher, with {text}.")] = None,
@@ -49,53 +53,62 @@ def mine(
         list[str] | None,
         opt("Environment variable with an HTTP teacher's API key; for several, HOST=NAME. Repeatable."),
     ] = None,
+    shard: options.ShardOption = None,
 ) -> None:
     """Find hard negatives with one or more teacher models, and leave out those that are probably positives."""
-    from embedwright.data.files.beir import read_corpus
-    from embedwright.data.files.table import open_as_named, write_examples
+    from embedwright.data.files.corpus import DocumentTable, open_corpus
+    from embedwright.data.files.parts import PartOfTable, write_part
+    from embedwright.data.files.table import open_as_named
     from embedwright.encoders.http import HttpEncoder
     from embedwright.encoders.open import open_encoder
     from embedwright.endpoint import key_variables
     from embedwright.mining.mine import mine as run
     from embedwright.mining.pool import positives_of
+    from embedwright.vectors.corpus import is_encoded, open_encoded
 
+    options.check_out(out, shard)
     table = open_as_named(examples)
-    rows = list(table)
-    pool = read_corpus(corpus) if corpus else positives_of(rows)
+    pool = (open_encoded if is_encoded(corpus) else open_corpus)(corpus) if corpus else positives_of(table)
     given = {"query_template": query_template, "document_template": document_template}
     templates = {key: template for key, template in given.items() if template is not None}
     names = teacher or ["minilm"]
     keys = key_variables(api_key_env or [], [name for name in names if "://" in name])
-    teachers = [
-        HttpEncoder.from_url(name, api_key_env=keys.get(name), **templates)
-        if "://" in name
-        else name
-        if name in NAMED
-        else open_encoder(name)
-        for name in names
-    ]
-    found, counts = run(
-        rows,
-        pool,
-        teachers,
-        rule=rule,
-        margin=margin,
-        negatives=negatives,
-        depth=depth,
-        task=task,
-        tasks=table.tasks,
-        positives=positives,
-        sampled=sampled,
-        sample_from=sample_from,
-        seed=seed,
-        ensemble=ensemble,
-        vectors=vectors,
-        progress=counter("texts"),
-    )
-    write_examples(out, found, table.tasks)
+    chosen: dict[str, Any] = {
+        "rule": rule,
+        "margin": margin,
+        "negatives": negatives,
+        "depth": depth,
+        "task": task,
+        "positives": positives,
+        "sampled": sampled,
+        "sample_from": sample_from,
+        "seed": seed,
+        "ensemble": ensemble,
+        "precision": precision,
+    }
+
+    def write(file: Path) -> dict[str, Any]:
+        teachers = [
+            HttpEncoder.from_url(name, api_key_env=keys.get(name), **templates)
+            if "://" in name
+            else name
+            if name in NAMED
+            else open_encoder(name)
+            for name in names
+        ]
+        rows = PartOfTable(table, shard.rows(len(table))) if shard else table
+        where: dict[str, Any] = {"part_of": table, "tasks": table.tasks, "vectors": vectors, "out": file}
+        return run(rows, pool, teachers, **chosen, **where, progress=counter("texts"))[1].to_json()
+
+    if shard:
+        identity = pool.identity if isinstance(pool, DocumentTable) else None
+        known = {"examples": table.fingerprint, "corpus": identity, "teachers": names, **templates, **chosen}
+        counts = write_part(out, shard, known, write)
+    else:
+        counts = write(out)
     if report:
-        write_json(report / "report.json", counts.to_json())
-    say_json(counts.counts())
+        write_json(report / "report.json", counts)
+    say_json({key: value for key, value in counts.items() if key != "scores"})
 
 
 def synth(

@@ -151,13 +151,15 @@ def encode(
     source: options.Texts,
     out: Annotated[Path, arg("Folder for the vectors (Arrow shards).", callback=options.folder_to_write)],
     task: options.TaskOption = None,
+    precision: options.StoredPrecision = "float32",
     shard: options.ShardOption = None,
 ) -> None:
     """Encode a file of texts into Arrow shards. Run it again to go on after a stop."""
     from embedwright.encoders.open import open_encoder
     from embedwright.vectors.corpus import encode_corpus
 
-    encode_corpus(open_encoder(model), source, out, task=task, progress=counter("texts"), shard=shard)
+    how: dict[str, Any] = {"task": task, "precision": precision, "shard": shard}
+    encode_corpus(open_encoder(model), source, out, progress=counter("texts"), **how)
     say(f"{out}")
 
 

@@ -86,6 +86,9 @@ ShardOption = Annotated[
         metavar="I/N",
     ),
 ]
+StoredPrecision = Annotated[
+    Literal["float32", "float16"], opt("Number type of stored vectors; float16 halves them.", "--precision")
+]
 rows_to_write = to_write(check_rows_file)
 Out = Annotated[Path, opt("File to write: .jsonl, .jsonl.gz or .parquet.", "--out", callback=rows_to_write)]
 Model = Annotated[str, arg("Model: a folder, a hub id, or `minilm`.")]

@@ -60,7 +60,7 @@ class Miner:
     """Fills queries with negatives, and counts what it finds."""
 
     pool: Pool
-    teachers: Sequence[Teacher]
+    teachers: list[Teacher]
     settings: MiningSettings
     count: Counter[str] = field(default_factory=Counter, init=False)
     histogram: Histogram = field(default_factory=Histogram, init=False)
@@ -156,7 +156,7 @@ class Miner:
         question = self._question(query)
         before = dict(_words(p.text) for p in query.example.negatives)
         for row, score in ranked:
-            own = _words(self.pool.text(row))
+            own = _words(self.pool.document(row)[1])
             if row not in question.near:
                 question.near[row] = _repeats(own, question.words)
             if question.near[row] or _repeats(own, before):
@@ -179,7 +179,7 @@ class Miner:
             if key in keys:
                 if self.settings.ensemble != "intra-sample-duplicates":
                     continue
-            elif _repeats(own := _words(self.pool.text(row)), before):  # what another teacher proposed
+            elif _repeats(own := _words(self.pool.document(row)[1]), before):  # what another teacher proposed
                 near_copies.add(row)
                 continue
             else:

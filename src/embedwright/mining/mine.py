@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import replace
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
 
 from embedwright.data.answers import Answers, marks_of, text_mark
+from embedwright.data.files.table import write_examples
 from embedwright.data.schema import DataError, Example, Passage, Task, text_of
 from embedwright.data.sources.catalog import find_task
 from embedwright.encoders.protocol import as_encoder
 from embedwright.errors import InputError
 from embedwright.mining.choose import Miner, MiningSettings
-from embedwright.mining.pool import make_pool
-from embedwright.mining.rank import MiningQuery, teacher_of_pool
+from embedwright.mining.pool import Corpus, Pool
+from embedwright.mining.rank import MiningQuery, Teacher, teacher_of_pool
 from embedwright.mining.report import MiningReport
 from embedwright.mining.rules import (
     NAMED,
@@ -32,6 +34,7 @@ from embedwright.mining.rules import (
     check_settings,
     check_teachers,
 )
+from embedwright.vectors.store import StoredPrecision, encode_texts
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +44,7 @@ SEARCHED_PER_SAMPLED = 10  # candidates looked at for each that may be drawn: th
 
 def mine(
     examples: Iterable[Example],
-    corpus: Mapping[str, str],
+    corpus: Corpus,
     teacher: Any,
     *,
     rule: Rule = "perc",
@@ -57,6 +60,9 @@ def mine(
     positives: Positives = "lowest",
     answers: Answers | None = None,
     vectors: Path | str | None = None,
+    precision: StoredPrecision = "float32",
+    part_of: Iterable[Example] | None = None,
+    out: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[Example], MiningReport]:
     """Fills each example up to `negatives` hard negatives from the exact top `depth` of a corpus.
@@ -69,12 +75,13 @@ def mine(
     Negatives that an example came with stay in front; those that are equal to an answer or to the query are removed.
     Scored pairs below the threshold, which have no positive (`Example`), stay as they are.
 
-    Memory: the examples, for each document its id and 9 bytes, and per teacher the vectors of corpus and positives.
-    `corpus` is read in order, a few times, one text at a time: it may be a view of a file.
+    Memory: 40 bytes a document (and its id, where `corpus` is a mapping), 8 an example, 32 for each id of its passages;
+    131,072 examples at work with their vectors; and per teacher the vectors of the corpus, unless they are on disk.
+    Examples and corpus may be tables on disk, `open_examples` and `open_corpus`.
 
     Args:
-        examples: queries with their positives.
-        corpus: document id -> text.
+        examples: queries with their positives. A list or a table is read a few times; anything else is held.
+        corpus: document id -> text. It is read in order, a few times, one text at a time.
         teacher: anything that `as_encoder` takes, or a list of such. A score is the inner product of its vectors.
             By name: `bm25` ranks by its own scores over the words of the bare query, and a document that shares no word
             with it is no candidate; `random` draws from the whole corpus, seeded per example id. It has no scores, so
@@ -106,6 +113,10 @@ def mine(
         answers: the answers to all questions; default: those of `examples`.
         vectors: a folder to keep the vectors in (`encode_texts`), of which memory then holds one shard. A run that was
             stopped goes on at the next shard; one by another rule encodes queries alone.
+        precision: of stored vectors, in memory or on disk. `float16` halves them: scores are those of the rounded ones.
+        part_of: all examples, if `examples` are a part of them: their answers and ids count, so that parts that are
+            mined one by one are what all are together.
+        out: a file to write the examples to as they come (`write_examples`, with `tasks`), in place of a list.
         progress: `progress(done, total)` counts encoded texts.
 
     Returns:
@@ -125,22 +136,21 @@ def mine(
     check_teachers(given, rule, margin, sampled)
     margin = check_settings(rule, margin, negatives, depth)
     sample_from = check_sampling(sampled, sample_from, negatives)
-    if not given:
-        raise InputError("no teacher")
-    if ensemble not in get_args(Ensemble):
-        raise InputError(f"ensemble must be one of {', '.join(get_args(Ensemble))}, not {ensemble!r}")
-    if positives not in get_args(Positives):
-        raise InputError(f"positives must be lowest or each, not {positives!r}")
-    rows = list(map(_checked, examples))
-    answers, instructions = answers or Answers(rows), _instructions(rows, task, tasks or {})
-    queries_of = [list(_queries(row, answers.of(row), positives, instructions[row.task])) for row in rows]
-    queries = [query for own in queries_of for query in own]
-    pool = make_pool(corpus, [query.example for query in queries], (p for query in queries for p in query.answers))
-    if not pool.ids:
-        raise DataError("the corpus holds no text: nothing to mine from")
-    rankings = 1 if ensemble == "cross-sample" else len(given)
-    total = (0 if RANDOM in given else len(given) * len(pool.keys)) + rankings * len(queries)
-    read = 0
+    _check_choices(given, ensemble, positives)
+    rows = examples if isinstance(examples, Sized) else list(examples)
+    wanted = sum(_number_of_queries(_checked(row), positives) for row in rows)
+    everything = rows if part_of is None else part_of
+    all_answers = answers or Answers(everything)
+    of_others = (p for row in everything for p in answers.of(row)) if answers else ()
+    instruction_of = cache(lambda name: _instruction(name, task, tasks or {}))
+
+    def queries_of(row: Example) -> list[MiningQuery]:
+        return list(_queries(row, all_answers.of(row), positives, instruction_of(row.task)))
+
+    pool = Pool(corpus, everything, of_others)
+    encoding = 0 if RANDOM in given else len(given)
+    total = encoding * len(pool) + wanted * (1 if ensemble == "cross-sample" else len(given))
+    read = written = 0
 
     def advance(texts: int) -> None:
         nonlocal read
@@ -148,32 +158,62 @@ def mine(
         if progress:
             progress(read, total)
 
-    folder = None if vectors is None else Path(vectors)
-    searched = max(depth, SEARCHED_PER_SAMPLED * sample_from) if sampled else depth
-    teachers = [teacher_of_pool(one, pool, searched, seed, folder, advance) for one in given]
     settings = MiningSettings(rule, margin, negatives, sample_from, seed, ensemble, RANDOM not in given)
-    miner = Miner(pool, teachers, settings)
-    filled = (
-        one for start in range(0, len(queries), _AT_ONCE) for one in miner.fill(queries[start : start + _AT_ONCE])
-    )
-    mined = [
-        one for row, own in zip(rows, queries_of, strict=True) for one in (islice(filled, len(own)) if own else [row])
-    ]
+    miner = Miner(pool, [], settings)
 
+    def open_teachers() -> list[Teacher]:
+        folder = None if vectors is None else Path(vectors)
+        encode = partial(encode_texts, folder=folder, precision=precision, advance=advance)
+        searched = max(depth, SEARCHED_PER_SAMPLED * sample_from) if sampled else depth
+
+        def passages() -> Iterator[Example]:
+            return (query.example for row in everything for query in queries_of(row))
+
+        return [teacher_of_pool(one, pool, passages, searched, seed, encode, advance) for one in given]
+
+    def mined() -> Iterator[Example]:
+        nonlocal total, written
+        coming = iter(rows)
+        while chunk := list(islice(coming, _AT_ONCE)):
+            asked = [queries_of(row) for row in chunk]
+            queries = [query for own in asked for query in own]
+            pool.take(query.example for query in queries)
+            total += encoding * len(pool.lacking)
+            miner.teachers = miner.teachers or open_teachers()
+            filled = miner.fill(queries)
+            for row, own in zip(chunk, asked, strict=True):
+                found = list(islice(filled, len(own))) if own else [row]
+                written += len(found)
+                yield from found
+
+    found: list[Example] = []
+    if out is None:
+        found = list(mined())
+    else:
+        write_examples(out, mined(), tasks)
     report = MiningReport(
         rule,
         margin,
         len(given),
         ensemble if len(given) > 1 else None,
         round(time.perf_counter() - started, 3),
-        len(queries),
-        len(pool.ids),
+        wanted,
+        len(pool),
         **miner.count,
-        without_positive=len(mined) - len(queries),
+        without_positive=written - wanted,
         scores=miner.histogram.to_json(),
     )
     logger.info("mined %s", report.counts())
-    return mined, report
+    return found, report
+
+
+def _check_choices(teachers: Sequence[Any], ensemble: str, positives: str) -> None:
+    if not teachers:
+        raise InputError("no teacher")
+    if ensemble not in get_args(Ensemble):
+        raise InputError(f"ensemble must be one of {', '.join(get_args(Ensemble))}, not {ensemble!r}")
+    if positives not in get_args(Positives):
+        raise InputError(f"positives must be lowest or each, not {positives!r}")
 
 
 def _checked(example: Example) -> Example:
@@ -184,12 +224,16 @@ def _checked(example: Example) -> Example:
     return example
 
 
-def _instructions(rows: Iterable[Example], task: str | None, tasks: Mapping[str, Task]) -> dict[str, str | None]:
-    """Returns the instruction of each task that rows name: `task`, or else the task's own, which is empty if it is
-    unknown.
-    """
-    own = {name: tasks.get(name) or find_task(name) for name in {row.task for row in rows}}
-    return {name: task if task != "" else known.instruction if known else "" for name, known in own.items()}
+def _number_of_queries(example: Example, positives: Positives) -> int:
+    return len(example.positives) if positives == "each" else bool(example.positives)
+
+
+def _instruction(name: str, task: str | None, tasks: Mapping[str, Task]) -> str | None:
+    """Returns the instruction of rows of the task `name`: `task`, or else its own, which is empty if it is unknown."""
+    if task != "":
+        return task
+    known = tasks.get(name) or find_task(name)
+    return known.instruction if known else ""
 
 
 def _queries(

@@ -1,24 +1,27 @@
 """The texts that mining encodes and compares: the documents of a corpus, and the passages of the examples.
 
-`C` documents of the corpus, `P` rows of the pool (the documents, then the passages that the corpus lacks).
+A corpus may be larger than memory, and so may the examples: beside the queries at work, memory holds numbers alone, 40
+bytes a document and 32 for each id that a passage has.
+
+`C` documents of the corpus, `P` ids of passages.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, count
-from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from embedwright.data.answers import id_within, ids_of, scope_of, text_mark
-from embedwright.data.schema import Example, Passage
-from embedwright.encoders.protocol import Encoder
-from embedwright.vectors.shards import Vectors
-from embedwright.vectors.store import encode_texts
+from embedwright.data.files.corpus import DocumentTable
+from embedwright.data.schema import DataError, Example, Passage
+
+Corpus = Mapping[str, str] | DocumentTable  # document id -> text
 
 
 class Documents(dict[str, str]):
@@ -60,122 +63,183 @@ def positives_of(examples: Iterable[Example]) -> Documents:
     return documents
 
 
-@dataclass(frozen=True, slots=True)
 class Pool:
-    """All texts to encode: the documents of the corpus, then the passages that it lacks, each once."""
+    """The documents of a corpus that have text, by row. The rows after them are texts that it lacks."""
 
-    corpus: Mapping[str, str]
-    ids: list[str]  # (C), of documents that have text
-    lacking: list[str]  # (P - C)
-    keys: NDArray[np.int64]  # (P), filled where `known`
-    known: NDArray[np.bool_]  # (P)
-    row_of_id: dict[str, int]  # by the ids that the examples name documents by
-    id_in_rows: dict[str, str]  # of documents whose collection the corpus does not name, and the examples do
-    row_of_text: dict[str, int]  # for the examples' passages
-    foreign: set[tuple[str, str]]  # (task, id) which the task gives to another document than the corpus does
+    def __init__(self, corpus: Corpus, rows: Iterable[Example], answers: Iterable[Passage]) -> None:
+        """`rows` are all examples, and are read twice. `answers` are those that other data sets give.
 
-    def text(self, row: int) -> str:
-        return self.corpus[self.ids[row]] if row < len(self.ids) else self.lacking[row - len(self.ids)]
+        Where the rows name a document with its collection (`wiki::123`), a corpus may also have it as `123`.
+        """
+        self.corpus = corpus
+        self.made_here = corpus if isinstance(corpus, Documents) else None
+        numbers, names, ids, texts = array("I"), list[str](), array("q"), array("q")
+        documents: Iterable[tuple[str, str]] = corpus.items()
+        for number, (id, text) in enumerate(documents):
+            if text and not text.isspace():
+                numbers.append(number) if isinstance(corpus, DocumentTable) else names.append(id)
+                ids.append(hash(id))
+                texts.append(hash(text))
+        if not ids:
+            raise DataError("the corpus holds no text: nothing to mine from")
+        self._place: Sequence[Any] = numbers or names  # by row, where the corpus has the document
+        self._by_id, self._by_text = _First(ids), _First(texts)
+        self.keys, self._known = np.empty(len(ids), np.int64), np.zeros(len(ids), bool)
+        self.row_of_text: dict[str, int] = {}  # of the queries at work
+        self.lacking: list[str] = []
+        self._foreign: set[tuple[str, str]] = set()  # (task, id) which the task gives to another document
+        self._names = None
+        if not self.made_here:
+            passages = chain(((row.task, p) for row in rows for p in _passages(row)), (("", p) for p in answers))
+            self._names = _names(passages)
+            shared = set(self._names.shared[self._by_id.of(self._names.shared) >= 0].tolist())
+            self._foreign = self._foreigners(rows, shared) if shared else set()
+
+    def __len__(self) -> int:
+        return len(self._place)
+
+    def document(self, row: int) -> tuple[str, str]:
+        """Returns id and text of a document."""
+        if isinstance(self.corpus, DocumentTable):
+            return self.corpus[self._place[row]]
+        return self._place[row], self.corpus[self._place[row]]
+
+    def texts(self) -> Iterator[str]:
+        """Yields the text of each document, in order."""
+        return (text for _, text in self.corpus.items() if text and not text.isspace())
 
     def keys_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns the `text_mark` of each row. It is made on first use, since most documents of a large corpus never
-        rank.
-        """
-        asked = np.unique(rows[~self.known[rows]])
-        self.known[asked] = True
-        self.keys[asked] = np.fromiter((text_mark(self.text(row)) for row in asked.tolist()), np.int64, len(asked))
+        """Returns the `text_mark` of each document. It is made on first use, since most of them never rank."""
+        asked = np.unique(rows[~self._known[rows]])
+        self._known[asked] = True
+        marks = (text_mark(self.document(row)[1]) for row in asked.tolist())
+        self.keys[asked] = np.fromiter(marks, np.int64, len(asked))
         return self.keys[rows]
 
     def rows_with_id(self, task: str, ids: Iterable[str]) -> list[int]:
         """Returns the rows of the documents that an example of `task` means by these ids, or parts of a `class_id`."""
-        ids = [id for id in ids if (task, id) not in self.foreign]
-        if isinstance(self.corpus, Documents):
-            ids = [key for id in ids for key in self.corpus.named.get((scope_of(task, id), id), ())]
-        return [self.row_of_id[id] for id in ids if id in self.row_of_id]
+        ids = [id for id in ids if (task, id) not in self._foreign]
+        if self.made_here is not None:
+            ids = [key for id in ids for key in self.made_here.named.get((scope_of(task, id), id), ())]
+        rows = self._by_id.find(ids)
+        if self._names and self._names.collections:
+            bare = list(map(id_within, ids))
+            named = (rows < 0) & (self._names.ids.find(ids) >= 0) & list(map(bool, bare))
+            rows = np.where(named, self._by_id.find(bare), rows)
+        return list(rows[rows >= 0].tolist())
 
-    def rows_of_texts(self, passages: Iterable[Passage]) -> list[int]:
-        return [self.row_of_text[p.text] for p in passages]
+    def take(self, examples: Iterable[Example]) -> None:
+        """Makes the passages of these examples those at work: `row_of_text` has them, `lacking` the others."""
+        self.row_of_text, self.lacking = self.rows_of(examples)
+
+    def rows_of(self, examples: Iterable[Example]) -> tuple[dict[str, int], list[str]]:
+        """Returns the row of each passage's text, and the texts of the rows after the documents."""
+        texts = list(dict.fromkeys(p.text for example in examples for p in _passages(example)))
+        rows = self._by_text.find(texts)
+        lacking = np.flatnonzero(rows < 0)
+        rows[lacking] = len(self) + np.arange(len(lacking))
+        return dict(zip(texts, rows.tolist(), strict=True)), [texts[i] for i in lacking.tolist()]
 
     def passage(self, task: str, row: int) -> Passage:
         """Returns a document under the id that `task` gives it; without an id where the id means another document
         there.
         """
-        id, text = self.ids[row], self.text(row)
-        if not isinstance(self.corpus, Documents):
-            return Passage(text, None if (task, id) in self.foreign else self.id_in_rows.get(id, id))
-        given = self.corpus.given.get(id, {})
+        id, text = self.document(row)
+        if self.made_here is None:
+            return Passage(text, None if (task, id) in self._foreign else self._id_in_rows(id))
+        given = self.made_here.given.get(id, {})
         own = given.get(task) or next((id for id in given.values() if not scope_of(task, id)), None)
-        return Passage(text, own or (None if (task, id) in self.corpus.named else id))
+        return Passage(text, own or (None if (task, id) in self.made_here.named else id))
 
-    def encoded(self, encoder: Encoder, folder: Path | None, advance: Callable[[int], None]) -> tuple[Vectors, Vectors]:
-        """Encodes all rows. Returns the vectors of the corpus, and those of all rows."""
-        documents = encode_texts(
-            encoder, lambda: _with_text(self.corpus.values()), len(self.ids), folder=folder, advance=advance
-        )
-        lacking = encode_texts(encoder, lambda: self.lacking, len(self.lacking), folder=folder, advance=advance)
-        return documents, documents + lacking
+    def _id_in_rows(self, id: str) -> str:
+        """Returns the id with the collection that rows name, if the corpus does not name it and it is one only."""
+        if not (self._names and self._names.collections):
+            return id
+        place = int(self._names.bare.find([id])[0])
+        if place < 0 or self._names.ids.find([id])[0] >= 0:
+            return id
+        named = f"{self._names.collections[self._names.collection_of[place]]}::{id}"
+        return id if self._by_id.find([named])[0] >= 0 else named
 
+    def _foreigners(self, rows: Iterable[Example], shared: set[int]) -> set[tuple[str, str]]:
+        """Finds the (task, id) that name another document in the task than in the corpus, among `shared` ids.
 
-def make_pool(corpus: Mapping[str, str], examples: Sequence[Example], answers: Iterable[Passage]) -> Pool:
-    """Makes the pool of a corpus and examples. `answers` of other examples are only compared, not encoded.
-
-    Where the examples name a document with its collection (`wiki::123`), a corpus may also have it as `123`.
-    """
-    passages = [p for example in examples for p in (*example.positives, *example.negatives)]
-    wanted_ids = {id for p in chain(passages, answers) for id in ids_of(p)}
-    row_of_text = dict.fromkeys((p.text for p in passages), -1)
-    made_here = isinstance(corpus, Documents)
-    of_collections: dict[str, list[str]] = defaultdict(list)  # the ids in the rows by those within the collection
-    for id in () if made_here else filter(id_within, wanted_ids):
-        of_collections[id_within(id)].append(id)
-    ids: list[str] = []
-    row_of_id: dict[str, int] = {}
-    for id_, text in corpus.items():
-        if not text or text.isspace():
-            continue
-        if row_of_text.get(text) == -1:
-            row_of_text[text] = len(ids)
-        if made_here or id_ in wanted_ids:
-            row_of_id[id_] = len(ids)
-        for id in of_collections.get(id_, ()):
-            row_of_id.setdefault(id, len(ids))
-        ids.append(id_)
-    lacking = [text for text, row in row_of_text.items() if row == -1]
-    row_of_text.update(zip(lacking, range(len(ids), len(ids) + len(lacking)), strict=True))
-    rows = len(ids) + len(lacking)
-    foreign = set() if made_here else _foreign(corpus, examples, row_of_id)
-    in_rows = {
-        id: named[0]
-        for id, named in of_collections.items()
-        if len(named) == 1 and id not in wanted_ids and named[0] in row_of_id and ids[row_of_id[named[0]]] == id
-    }
-    keys, known = np.empty(rows, np.int64), np.zeros(rows, bool)
-    return Pool(corpus, ids, lacking, keys, known, row_of_id, in_rows, row_of_text, foreign)
-
-
-def _foreign(
-    corpus: Mapping[str, str], examples: Sequence[Example], row_of_id: Mapping[str, int]
-) -> set[tuple[str, str]]:
-    """Finds the (task, id) that name another document in the task than in the corpus.
-
-    The document's text in the corpus is then that of another task's passage with this id, and of none of the task's
-    own passages.
-    """
-    if len({example.task for example in examples}) < 2:
-        return set()
-    texts: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
-    for example in examples:
-        for passage in (*example.positives, *example.negatives):
-            if passage.id is not None and passage.id in row_of_id and scope_of(example.task, passage.id):
-                texts[passage.id][example.task].add(passage.text)
-    foreign = set()
-    for id, by_task in texts.items():
-        if len(by_task) > 1:
-            there = text_mark(corpus[id])
-            own = {task for task, some in by_task.items() if there in set(map(text_mark, some))}
+        The document's text in the corpus is then that of another task's passage with this id, and of none of the
+        task's own passages.
+        """
+        texts: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
+        for example in rows:
+            for p in _passages(example):
+                if p.id is not None and hash(p.id) in shared and scope_of(example.task, p.id):
+                    texts[p.id][example.task].add(text_mark(p.text))
+        foreign = set()
+        for id, by_task in texts.items():
+            there = text_mark(self.document(int(self._by_id.find([id])[0]))[1])
+            own = {task for task, marks in by_task.items() if there in marks}
             foreign |= {(task, id) for task in by_task.keys() - own} if own else set()
-    return foreign
+        return foreign
 
 
-def _with_text(texts: Iterable[str]) -> Iterator[str]:
-    return (text for text in texts if text and not text.isspace())
+class _First:
+    """Finds the first place of a text among many, of which it keeps Python's own hashes: 64 bits, as `text_mark`."""
+
+    def __init__(self, hashes: array[int] | NDArray[np.int64]) -> None:
+        given = np.array(hashes, np.int64)
+        self.order = np.argsort(given, kind="stable").astype(np.uint32)
+        self.sorted = given[self.order]
+
+    def find(self, texts: Collection[str]) -> NDArray[np.int64]:
+        """Returns the place of each text, -1 if it is not there."""
+        return self.of(np.fromiter(map(hash, texts), np.int64, len(texts)))
+
+    def of(self, hashes: NDArray[np.int64]) -> NDArray[np.int64]:
+        place = np.searchsorted(self.sorted, hashes)
+        found = np.full(len(hashes), -1)
+        there = place < len(self.sorted)
+        there[there] = self.sorted[place[there]] == hashes[there]
+        found[there] = self.order[place[there]]
+        return found
+
+
+class _Names(NamedTuple):
+    """How rows name documents."""
+
+    ids: _First  # all of them
+    shared: NDArray[np.int64]  # hashes of those that several tasks use
+    bare: _First  # ids within a collection, of those that one collection alone has
+    collection_of: NDArray[np.int64]  # for each of `bare`
+    collections: list[str]
+
+
+def _names(passages: Iterable[tuple[str, Passage]]) -> _Names:
+    ids, tasks, bare, collections = array("q"), array("i"), array("q"), array("i")
+    task_numbers: dict[str, int] = {}
+    collection_numbers: dict[str, int] = {}
+    for task, passage in passages:
+        for id in ids_of(passage):
+            ids.append(hash(id))
+            tasks.append(task_numbers.setdefault(task, len(task_numbers)))
+            if within := id_within(id):
+                bare.append(hash(within))
+                collections.append(collection_numbers.setdefault(id[: -len(within) - 2], len(collection_numbers)))
+    all_ids, several_tasks, _ = _grouped(ids, tasks)
+    all_bare, several, first = _grouped(bare, collections)
+    return _Names(
+        _First(all_ids), all_ids[several_tasks], _First(all_bare[~several]), first[~several], list(collection_numbers)
+    )
+
+
+def _grouped(keys: array[int], values: array[int]) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64]]:
+    """Returns each key once, ascending, whether it occurs with several values, and one of them."""
+    key_P, value_P = np.array(keys, np.int64), np.array(values, np.int64)
+    order_P = np.argsort(key_P, kind="stable")
+    key_P, value_P = key_P[order_P], value_P[order_P]
+    starts = np.flatnonzero(np.diff(key_P, prepend=key_P[:1] - 1))
+    if not len(starts):
+        return key_P, np.zeros(0, bool), value_P
+    least = np.minimum.reduceat(value_P, starts)
+    return key_P[starts], least != np.maximum.reduceat(value_P, starts), least
+
+
+def _passages(example: Example) -> Iterator[Passage]:
+    return chain(example.positives, example.negatives)

@@ -9,21 +9,26 @@ models, there are two teachers by name, the baselines of NV-Retriever (arXiv 240
 
 from __future__ import annotations
 
+import logging
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from embedwright.data.files.corpus import DocumentTable
 from embedwright.data.schema import Example, Passage
 from embedwright.encoders.protocol import Encoder, encode_finite
 from embedwright.mining.pool import Pool
 from embedwright.mining.rules import RANDOM
 from embedwright.vectors.search import pair_scores, top_k
 from embedwright.vectors.shards import Vectors
+from embedwright.vectors.store import Manifest, open_vectors, other_model
+
+logger = logging.getLogger(__name__)
 
 Advance = Callable[[int], None]  # is told of so many more texts that a teacher has read
 
@@ -50,26 +55,51 @@ Tile = Sequence[MiningQuery]
 Teacher = Callable[[Sequence[Tile]], Iterator[Candidates]]
 
 
+Encode = Callable[[Encoder, Callable[[], Iterable[str]], int], Vectors]  # as `encode_texts`
+
+
 def teacher_of_pool(
-    teacher: Encoder | str, pool: Pool, depth: int, seed: int, folder: Path | None, advance: Advance
+    teacher: Encoder | str,
+    pool: Pool,
+    everything: Callable[[], Iterable[Example]],
+    depth: int,
+    seed: int,
+    encode: Encode,
+    advance: Advance,
 ) -> Teacher:
     """Returns the function that ranks the best `depth` documents of the pool for queries.
 
     Args:
-        teacher: a model, `bm25` or `random`. A model encodes the pool here, BM25 indexes it.
+        teacher: a model, `bm25` or `random`. A model encodes the documents here, BM25 indexes the pool.
+        everything: gives all examples, whose passages BM25 counts words of.
         seed: of `random`.
-        folder: where a model's vectors are kept.
+        encode: encodes texts, and keeps the vectors where that is asked for.
     """
     if isinstance(teacher, str):
         if teacher == RANDOM:
             return lambda tiles: (_by_chance(tile, pool, depth, seed, advance) for tile in tiles)
         from embedwright.vectors import bm25
 
-        index = bm25.index(map(pool.text, range(len(pool.keys))))
-        advance(len(pool.keys))
-        return lambda tiles: (_by_words(tile, pool, index, depth, advance) for tile in tiles)
-    documents, everything = pool.encoded(teacher, folder, advance)
-    return lambda tiles: _by_vectors(tiles, pool, teacher, documents, everything, depth, advance)
+        _, lacking = pool.rows_of(everything())
+        index = bm25.index(chain(pool.texts(), lacking))
+        advance(len(pool) + len(lacking))
+        others = {text: row for row, text in enumerate(lacking, start=len(pool))}
+        return lambda tiles: (_by_words(tile, pool, index, others, depth, advance) for tile in tiles)
+    documents = _encoded_documents(teacher, pool, encode, advance)
+    return lambda tiles: _by_vectors(tiles, pool, teacher, documents, depth, encode, advance)
+
+
+def _encoded_documents(encoder: Encoder, pool: Pool, encode: Encode, advance: Advance) -> Vectors:
+    """Returns the vectors of all documents: those that lie beside them, if they are this model's, else made here."""
+    table = pool.corpus if isinstance(pool.corpus, DocumentTable) else None
+    if table and table.encoded and len(table) == len(pool):
+        manifest = Manifest.read(table.encoded)
+        other = other_model(table.encoded, encoder, lambda texts: encode_finite(encoder, texts, manifest.task))
+        if other is None and manifest.task is None:
+            advance(len(pool))
+            return open_vectors(table.encoded)
+        logger.warning("%s: its vectors are not this teacher's (%s): encoded again", table.encoded, other or "a task")
+    return encode(encoder, pool.texts, len(pool))
 
 
 def _by_vectors(
@@ -77,10 +107,11 @@ def _by_vectors(
     pool: Pool,
     encoder: Encoder,
     documents: Vectors,
-    everything: Vectors,
     depth: int,
+    encode: Encode,
     advance: Advance,
 ) -> Iterator[Candidates]:
+    everything = documents + encode(encoder, lambda: pool.lacking, len(pool.lacking))
     ends = np.cumsum([len(tile) for tile in tiles])
     queries_QE = np.empty((int(ends[-1]), documents.shape[1]), np.float32)
     for tile, end in zip(tiles, ends.tolist(), strict=True):
@@ -88,7 +119,7 @@ def _by_vectors(
             queries_QE[end - len(tile) : end] = _encoded(encoder, tile)
             advance(len(tile))
     scores_QK, rows_QK = top_k(queries_QE, documents, depth)
-    rows = [own for tile in tiles for own in _own_rows(pool, tile)]
+    rows = [own for tile in tiles for own in _own_rows(tile, pool.row_of_text)]
     lengths = np.array([len(own) for own in rows], np.int64)
     row_F = np.fromiter(chain.from_iterable(rows), np.int64)
     own = np.split(pair_scores(queries_QE, everything, np.arange(len(rows)).repeat(lengths), row_F), lengths.cumsum())
@@ -97,15 +128,20 @@ def _by_vectors(
         yield Candidates(rows_QK[at], scores_QK[at], np.ones(rows_QK[at].shape, bool), own[at])
 
 
-def _by_words(queries: Tile, pool: Pool, index: Any, depth: int, advance: Advance) -> Candidates:
-    """Ranks by BM25 over all texts of the pool. A document that shares no word with the query is no candidate."""
+def _by_words(
+    queries: Tile, pool: Pool, index: Any, others: dict[str, int], depth: int, advance: Advance
+) -> Candidates:
+    """Ranks by BM25 over all texts of the pool, `others` among them. A document that shares no word with the query is
+    no candidate.
+    """
     from embedwright.vectors import bm25
 
-    shape = len(queries), min(depth, len(pool.ids))
+    shape = len(queries), min(depth, len(pool))
     rows_QK, scores_QK, own = np.empty(shape, np.int64), np.empty(shape, np.float32), []
-    for q, (query, rows) in enumerate(zip(queries, _own_rows(pool, queries), strict=True)):
+    own_rows = _own_rows(queries, ChainMap(others, pool.row_of_text))
+    for q, (query, rows) in enumerate(zip(queries, own_rows, strict=True)):
         score_N = bm25.scores(index, query.example.query)
-        rows_QK[q] = bm25.best(score_N[: len(pool.ids)], depth)
+        rows_QK[q] = bm25.best(score_N[: len(pool)], depth)
         scores_QK[q] = score_N[rows_QK[q]]
         own.append(score_N[rows])
     advance(len(queries))
@@ -114,20 +150,21 @@ def _by_words(queries: Tile, pool: Pool, index: Any, depth: int, advance: Advanc
 
 def _by_chance(queries: Tile, pool: Pool, depth: int, seed: int, advance: Advance) -> Candidates:
     """Draws documents, each as likely as any other, none twice, seeded per example id. All scores are 0."""
-    shape = len(queries), min(depth, len(pool.ids))
+    shape = len(queries), min(depth, len(pool))
     rows_QK = np.empty(shape, np.int64)
     for q, query in enumerate(queries):
         # the word in front keeps this apart from other draws of the same seed and example
         random = np.random.default_rng([*RANDOM.encode(), seed, zlib.crc32(query.example.id.encode())])
-        rows_QK[q] = random.choice(len(pool.ids), shape[1], replace=False)
+        rows_QK[q] = random.choice(len(pool), shape[1], replace=False)
     advance(len(queries))
-    own = [np.zeros(len(rows), np.float32) for rows in _own_rows(pool, queries)]
+    own = [np.zeros(len(rows), np.float32) for rows in _own_rows(queries, pool.row_of_text)]
     return Candidates(rows_QK, np.zeros(shape, np.float32), np.ones(shape, bool), own)
 
 
-def _own_rows(pool: Pool, queries: Tile) -> list[list[int]]:
+def _own_rows(queries: Tile, row_of_text: Mapping[str, int]) -> list[list[int]]:
     """Returns the rows of each query's positives, then of the negatives that it came with."""
-    return [pool.rows_of_texts((*query.example.positives, *query.example.negatives)) for query in queries]
+    passages = ((*query.example.positives, *query.example.negatives) for query in queries)
+    return [[row_of_text[p.text] for p in own] for own in passages]
 
 
 def _encoded(encoder: Encoder, queries: Tile) -> NDArray[np.float32]:

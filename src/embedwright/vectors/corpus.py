@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from embedwright.data.files.beir import corpus_rows, document_text
+from embedwright.data.files.corpus import DocumentTable
 from embedwright.data.files.folders import stem_of
 from embedwright.data.files.parts import Shard
 from embedwright.data.files.rows import plain_name, text_rows
 from embedwright.data.schema import DataError, id_of
 from embedwright.encoders.protocol import Encoder, as_encoder
 from embedwright.errors import InputError
-from embedwright.vectors.store import Manifest, Survey, check_model, claim, fill, survey
+from embedwright.vectors.shards import read_shard
+from embedwright.vectors.store import Manifest, StoredPrecision, Survey, check_model, claim, fill, open_vectors, shard_path, survey
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +28,7 @@ def encode_corpus(
     *,
     task: str | None = None,
     shard_rows: int = 10_000,
+    precision: StoredPrecision = "float32",
     progress: Callable[[int, int], None] | None = None,
     shard: Shard | None = None,
 ) -> Path:
@@ -40,6 +43,7 @@ def encode_corpus(
         out: a new folder, or one that a run before has begun.
         task: an instruction for the documents, which most models want without.
         shard_rows: documents of a shard.
+        precision: of the vectors on disk; `float16` halves them.
         progress: `progress(done, total)` counts documents.
         shard: encode these shards of the folder alone. Other processes encode the others, at the same time or later;
             all together write the files of one run. Each reads the whole source to check it.
@@ -54,7 +58,7 @@ def encode_corpus(
     if not seen.texts:
         raise DataError(f"{source}: no document")
     encoder, done = as_encoder(model), 0
-    manifest = _claim(out, encoder, seen, shard_rows, task)
+    manifest = _claim(out, encoder, seen, shard_rows, task, precision)
     own = (shard or Shard(0, 1)).rows(len(seen.digests))
     total = min(own.stop * shard_rows, seen.texts) - min(own.start * shard_rows, seen.texts)
 
@@ -71,14 +75,30 @@ def encode_corpus(
     return out
 
 
-def _claim(out: Path, encoder: Encoder, seen: Survey, shard_rows: int, task: str | None) -> Manifest:
+def is_encoded(folder: Path) -> bool:
+    """Says whether a folder holds what `encode_corpus` writes."""
+    return (folder / "manifest.json").is_file() and shard_path(folder, 0).is_file()
+
+
+def open_encoded(folder: Path) -> DocumentTable:
+    """Opens the documents of a folder that `encode_corpus` has filled. Raises as `open_vectors`."""
+    vectors = open_vectors(folder)
+    files = [block for block in vectors.blocks if isinstance(block, Path)]
+    if files and "id" not in read_shard(files[0]).schema.names:
+        raise InputError(f"{folder} holds vectors without documents: take a folder that `encode` or `index` wrote")
+    return DocumentTable(files, Manifest.read(folder).source_sha256, encoded=folder)
+
+
+def _claim(
+    out: Path, encoder: Encoder, seen: Survey, shard_rows: int, task: str | None, precision: StoredPrecision
+) -> Manifest:
     """Makes `out` the folder of these documents by this model. Raises ValueError if it holds anything else."""
     if not (out / "manifest.json").exists():
         if strays := [*out.glob("shard-*"), *out.glob("index.faiss")]:
             raise InputError(f"{out} holds {strays[0].name} but no manifest.json: take a new or empty folder")
-        claim(out, encoder, seen, shard_rows, task)
+        claim(out, encoder, seen, shard_rows, task, precision)
     manifest = Manifest.read(out)
-    now = {"source_sha256": seen.digests[-1], "task": task, "shard_rows": shard_rows}
+    now = {"source_sha256": seen.digests[-1], "task": task, "shard_rows": shard_rows, "precision": precision}
     for key, value in now.items():
         if (before := getattr(manifest, key)) != value:
             raise InputError(f"{out} was encoded with {key} {before!r}, this is {value!r}: take a new or empty folder")

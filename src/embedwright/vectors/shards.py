@@ -23,7 +23,7 @@ _TILE = 4096  # rows read at once where some of them are wanted
 
 
 class Vectors:
-    """Float32 (C, E), as blocks: arrays, or paths of shards."""
+    """Float32 (C, E), as blocks: arrays, or paths of shards, which may hold them in float16."""
 
     def __init__(self, blocks: Sequence[NDArray[Any] | Path], rows: Sequence[int], width: int) -> None:
         """`rows` of each block."""
@@ -85,14 +85,14 @@ def read_shard(path: Path) -> pa.RecordBatch:
     return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
 
 
-def vectors_of(shard: pa.RecordBatch) -> NDArray[np.float32]:
+def vectors_of(shard: pa.RecordBatch) -> NDArray[Any]:
     """Returns the vectors (N, E) of a shard: a view of the file."""
-    flat: NDArray[np.float32] = shard["vector"].flatten().to_numpy()
+    flat: NDArray[Any] = shard["vector"].flatten().to_numpy()
     return flat.reshape(shard.num_rows, -1)
 
 
 def write_shard(
-    path: Path, vectors_NE: NDArray[np.float32], columns: Mapping[str, Sequence[str]], metadata: dict[bytes, bytes]
+    path: Path, vectors_NE: NDArray[Any], columns: Mapping[str, Sequence[str]], metadata: dict[bytes, bytes]
 ) -> None:
     """Writes vectors and columns of texts, whole or not at all."""
     vector = pa.FixedSizeListArray.from_arrays(pa.array(vectors_NE.ravel()), vectors_NE.shape[1])
