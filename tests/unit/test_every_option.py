@@ -149,6 +149,7 @@ CHANGES: dict[str, dict[str, tuple[str, str, Words]]] = {
         "source": ("files", "{other_documents}", {}),
         "out": ("names", "elsewhere", {}),
         "task": ("files", "--task 'Find it'", {}),
+        "precision": ("files", "--precision float16", {}),
         "shard": ("names", "--shard 0/2", {}),
     },
     "index": {
@@ -197,6 +198,8 @@ CHANGES: dict[str, dict[str, tuple[str, str, Words]]] = {
             {**NAIVE, "teacher": "--teacher {model} --teacher {other}"},
         ),
         "vectors": ("names", "--vectors kept", NAIVE),
+        "precision": ("names", "--precision float16", {**NAIVE, "vectors": "--vectors kept"}),
+        "shard": ("names", "--shard 0/2", NAIVE),
         "report": ("names", "--report report", NAIVE),
         "query_template": ("asked", "--query-template 'Q {text}'", HTTP),
         "document_template": ("asked", "--document-template 'D {text}'", HTTP),

@@ -121,6 +121,8 @@ class Pool:
         ids = [id for id in ids if (task, id) not in self._foreign]
         if self.made_here is not None:
             ids = [key for id in ids for key in self.made_here.named.get((scope_of(task, id), id), ())]
+        if not ids:
+            return []
         rows = self._by_id.find(ids)
         if self._names and self._names.collections:
             bare = list(map(id_within, ids))

@@ -16,7 +16,17 @@ from embedwright.data.schema import DataError, id_of
 from embedwright.encoders.protocol import Encoder, as_encoder
 from embedwright.errors import InputError
 from embedwright.vectors.shards import read_shard
-from embedwright.vectors.store import Manifest, StoredPrecision, Survey, check_model, claim, fill, open_vectors, shard_path, survey
+from embedwright.vectors.store import (
+    Manifest,
+    StoredPrecision,
+    Survey,
+    check_model,
+    claim,
+    fill,
+    open_vectors,
+    shard_path,
+    survey,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -14,6 +14,9 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
+from embedwright.data.files.corpus import open_corpus
+from embedwright.data.files.parts import PartOfTable, Shard
+from embedwright.data.files.table import open_examples, write_examples
 from embedwright.data.schema import DataError, Example, Passage, Task
 from embedwright.mining import choose
 from embedwright.mining import mine as mine_module
@@ -22,6 +25,7 @@ from embedwright.mining.pool import positives_of
 from embedwright.mining.report import KINDS
 from embedwright.mining.rules import BEST_MARGIN, Ensemble, Rule, teacher_of
 from embedwright.model.embedder import Embedder
+from embedwright.vectors.corpus import encode_corpus, open_encoded
 from embedwright.vectors.shards import Vectors
 
 
@@ -542,6 +546,113 @@ def test_a_corpus_may_be_a_view_that_is_read_one_by_one() -> None:
             raise AssertionError("it may not know")
 
     assert mine(rows, View(), Lookup(vectors), depth=30)[0] == mine(rows, corpus, Lookup(vectors), depth=30)[0]
+
+
+# ---- data that memory does not hold
+
+
+def on_disk(folder: Path, rows: Sequence[Example], corpus: Mapping[str, str]) -> tuple[Path, Path]:
+    lines = [json.dumps({"_id": id, "text": text}) + "\n" for id, text in corpus.items()]
+    (folder / "corpus.jsonl").write_text("".join(lines))
+    write_examples(folder / "rows.jsonl", rows)
+    return folder / "rows.jsonl", folder / "corpus.jsonl"
+
+
+def several_tasks() -> tuple[list[Example], dict[str, str]]:
+    """Two tasks that use the same ids for different documents, and a collection that the corpus does not name."""
+    rows = []
+    for i in range(23):
+        task, own = "ab"[i % 2], Passage(f"{'ab'[i % 2]} has {i // 2}", str(i // 2))
+        wiki = Passage(f"wiki has {i}", f"wiki::w{i}")
+        lacking = Passage(f"nobody has {i % 5}")
+        rows.append(Example(f"e{i}", task, f"which wiki {i // 3}", (own, wiki)[i % 2 :], (lacking,) if i % 4 else ()))
+    corpus = {str(i): f"a has {i}" for i in range(12)} | {f"w{i}": f"wiki has {i}" for i in range(30)} | {"none": " "}
+    return rows, corpus
+
+
+class ByLetters:
+    """A teacher that knows no batch: a text's vector is counted from its letters."""
+
+    def encode(self, texts: Sequence[str], task: str | None = None) -> np.ndarray:
+        return np.array(
+            [[text.count(c) + 0.1 * (ord(text[-1]) % 7) for c in "abhiqw 0123"] for text in texts], np.float32
+        )
+
+
+@pytest.mark.parametrize("teacher", [[ByLetters()], ["bm25"], ["bm25", ByLetters()], ["random"]])
+@pytest.mark.parametrize("positives", ["lowest", "each"])
+def test_parts_and_tables_give_what_all_in_memory_gives(
+    teacher: Any, positives: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, corpus = several_tasks()
+    settings: dict[str, Any] = {"rule": "naive", "depth": 20, "negatives": 5, "positives": positives, "tasks": {}}
+    whole, report = mine(rows, corpus, teacher, **settings)
+    assert any(p.id and "wiki::" in p.id for row in whole for p in row.negatives)
+    files = on_disk(tmp_path, rows, corpus)
+    table, documents = open_examples(files[0]), open_corpus(files[1])
+    monkeypatch.setattr(mine_module, "_AT_ONCE", 3)
+    monkeypatch.setattr(choose, "_TILE", 2)
+    together, counted = list[Example](), Counter[str]()
+    for index in range(4):
+        part = PartOfTable(table, Shard(index, 4).rows(len(table)))
+        out = tmp_path / f"{index}.parquet"
+        found, counts = mine(part, documents, teacher, part_of=table, out=out, **settings)
+        assert found == []
+        together += open_examples(out)
+        counted.update(queries=counts.queries, candidates=counts.candidates, negatives=counts.negatives)
+    assert together == whole
+    assert counted == {key: getattr(report, key) for key in counted}
+
+
+def test_a_part_knows_the_answers_and_ids_of_the_others() -> None:
+    """Else a positive of a row in another part is a negative here."""
+    rows = rows_of(("q", "moon"), ("q", "sun"), ("r", "dog"))
+    corpus, teacher = positives_of(rows), Lookup(dict.fromkeys(["q", "r", "moon", "sun", "dog"], (1.0,)))
+    for own, expected in ((rows[:1], {"dog"}), (rows[2:], {"moon", "sun"})):
+        mined, _ = mine(own, corpus, teacher, rule="naive", part_of=rows)
+        assert {p.text for p in mined[0].negatives} == expected
+    assert {p.text for p in mine(rows[:1], corpus, teacher, rule="naive")[0][0].negatives} == {"sun", "dog"}
+
+
+def test_what_was_encoded_is_mined_without_encoding_it_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows, corpus = several_tasks()
+    corpus.pop("none")
+    files = on_disk(tmp_path, rows, corpus)
+    teacher = Lookup({text: ByLetters().encode([text])[0] for text in [*corpus.values(), *texts_in(rows)]})
+    encode_corpus(teacher, files[1], tmp_path / "encoded", shard_rows=10)
+    teacher.asked.clear()
+    mined, _ = mine(rows, open_encoded(tmp_path / "encoded"), teacher, rule="naive")
+    asked = {text for text, task in teacher.asked if task is None}
+    assert len(asked & set(corpus.values())) <= 4  # the probes
+    assert mined == mine(rows, corpus, teacher, rule="naive")[0] and not caplog.text
+    other = Lookup({text: 2 * vector for text, vector in teacher.vectors.items()})
+    assert mine(rows, open_encoded(tmp_path / "encoded"), other, rule="naive")[0] != mined
+    assert "not this teacher's" in caplog.text
+
+
+def texts_in(rows: Sequence[Example]) -> list[str]:
+    return [text for row in rows for text in (row.query, *(p.text for p in (*row.positives, *row.negatives)))]
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_vectors_in_float16_give_the_exact_scores_of_the_rounded_vectors(kept: bool, tmp_path: Path) -> None:
+    rows, corpus = several_tasks()
+    random = np.random.default_rng(0)
+    vectors = {text: random.standard_normal(8).astype(np.float32) for text in [*corpus.values(), *texts_in(rows)]}
+    stored = {text: vector.astype(np.float16).astype(np.float32) for text, vector in vectors.items()}
+    settings: dict[str, Any] = {"rule": "naive", "negatives": 5, "depth": 20}
+    folder = tmp_path / "kept" if kept else None
+    for _ in range(2):
+        mined, _ = mine(rows, corpus, Lookup(vectors), precision="float16", vectors=folder, **settings)
+        for row in mined:
+            scores = [float(np.float32(vectors[row.query].astype(float) @ stored[p.text])) for p in row.negatives]
+            assert row.negative_scores == tuple(scores)
+    assert mined != mine(rows, corpus, Lookup(vectors), vectors=folder, **settings)[0]  # its own place
+    if kept:
+        sizes = {file.stat().st_size for file in tmp_path.rglob("shard-00000.arrow")}
+        assert len(list(tmp_path.rglob("manifest.json"))) == 4 and len(sizes) == 4
+    with pytest.raises(ValueError, match="too large for float16: take float32"):
+        mine(rows, corpus, Lookup({text: 1e5 * vector for text, vector in vectors.items()}), precision="float16")
 
 
 # ---- errors

@@ -68,20 +68,25 @@ def read_corpus(path: Path) -> dict[str, str]:
     FileNotFoundError, and DataError naming file and line.
     """
     corpus: dict[str, str] = {}
+    for where, document, text in corpus_documents(path):
+        if document in corpus:
+            raise DataError(f"{where}: id {document[:60]!r} twice")
+        corpus[document] = text
+    if not corpus:
+        raise DataError(f"{path}: no document")
+    return corpus
+
+
+def corpus_documents(path: Path) -> Iterator[tuple[str, str, str]]:
+    """Yields file:line, id and text of each document, as `read_corpus` reads them, but an id may occur twice."""
     for file, number, row in corpus_rows(path):
         try:
             if isinstance(row, DataError):
                 raise row
             key = "_id" if row.get("_id") is not None else "id"
-            document = id_of(row.get(key), key)
-            if document in corpus:
-                raise DataError(f"{key} {document[:60]!r} twice")
-            corpus[document] = document_text(row)
+            yield f"{file}:{number}", id_of(row.get(key), key), document_text(row)
         except DataError as error:
             raise DataError(f"{file}:{number}: {error}") from None
-    if not corpus:
-        raise DataError(f"{path}: no document")
-    return corpus
 
 
 def corpus_rows(path: Path) -> Iterator[tuple[Path, int, dict[str, Any] | DataError]]:

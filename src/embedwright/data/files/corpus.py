@@ -18,9 +18,8 @@ import numpy as np
 import pyarrow as pa
 
 from embedwright.cache import cache_folder
-from embedwright.data.files.beir import corpus_files, corpus_rows, document_text
+from embedwright.data.files.beir import corpus_documents, corpus_files, read_corpus
 from embedwright.data.files.folders import stem_of
-from embedwright.data.schema import DataError, id_of
 from embedwright.files import sha256_of, whole_file
 
 _FORMAT = 1  # part of the cache key
@@ -73,36 +72,11 @@ def open_corpus(path: Path) -> DocumentTable:
 
 
 def _convert(path: Path, arrow: Path) -> None:
-    documents, marks = _documents(path), array("q")
+    documents, marks = corpus_documents(path), array("q")
     with whole_file(arrow) as part, pa.ipc.new_file(str(part), _SCHEMA) as writer:
         while chunk := list(islice(documents, _ROWS)):
-            marks.extend(hash(id) for _, id, _ in chunk)
-            columns = {"id": [id for _, id, _ in chunk], "text": [text for *_, text in chunk]}
-            writer.write_batch(pa.RecordBatch.from_pydict(columns, _SCHEMA))
-        if not marks:
-            raise DataError(f"{path}: no document")
-        ascending = np.sort(np.array(marks))
-        _refuse_twice(path, set(ascending[1:][ascending[1:] == ascending[:-1]].tolist()))
-
-
-def _refuse_twice(path: Path, marks: set[int]) -> None:
-    """Raises DataError for the first id that occurs twice, among ids with these hashes."""
-    seen = set[str]()
-    for where, id, _ in _documents(path) if marks else ():
-        if id in seen:
-            raise DataError(f"{where}: id {id[:60]!r} twice")
-        if hash(id) in marks:
-            seen.add(id)
-
-
-def _documents(path: Path) -> Iterator[tuple[str, str, str]]:
-    """Yields file and line, id and text. A document may be empty, as some of BEIR's are."""
-    for file, number, row in corpus_rows(path):
-        where = f"{file}:{number}"
-        try:
-            if isinstance(row, DataError):
-                raise row
-            key = "_id" if row.get("_id") is not None else "id"
-            yield where, id_of(row.get(key), key), document_text(row)
-        except DataError as error:
-            raise DataError(f"{where}: {error}") from None
+            _, ids, texts = zip(*chunk, strict=True)
+            marks.extend(map(hash, ids))
+            writer.write_batch(pa.RecordBatch.from_pydict({"id": list(ids), "text": list(texts)}, _SCHEMA))
+        if not marks or len(np.unique(np.array(marks))) < len(marks):
+            read_corpus(path)  # which names the id that occurs twice, and its line

@@ -74,7 +74,7 @@ def test_several_splits_must_be_told_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ({"_id": "d1", "text": "again"}, "_id 'd1' twice"),
+        ({"_id": "d1", "text": "again"}, "id 'd1' twice"),
         ({"text": "x"}, "no id"),
         ({"_id": "d3"}, "no text"),
         ({"_id": "d3", "text": 5}, "text: expected a text, not int"),

@@ -1,0 +1,72 @@
+"""Corpora on disk: the documents of `read_corpus` in its order, converted once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from embedwright.data.files import corpus as corpus_module
+from embedwright.data.files.beir import read_corpus
+from embedwright.data.files.corpus import open_corpus
+from embedwright.data.schema import DataError
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMBEDWRIGHT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(corpus_module, "_ROWS", 7)  # many batches
+
+
+def write(path: Path, *rows: Any) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def documents(count: int) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = [
+        {"_id": f"d{i}", "title": f"No. {i % 3}" * (i % 2), "text": f"text {i}"} for i in range(count)
+    ]
+    return [*rows, {"_id": "blank", "text": ""}, {"id": 7, "text": "two\nlines"}]
+
+
+def test_a_table_has_the_documents_of_the_file_in_order(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.jsonl", *documents(20))
+    expected = list(read_corpus(path).items())
+    table = open_corpus(path)
+    assert list(table.items()) == list(table.items()) == expected and len(table) == 22
+    assert [table[row] for row in range(22)] == expected
+
+
+def test_it_is_converted_once_and_again_when_the_content_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "c.jsonl", *documents(20))
+    first, converted = open_corpus(path), corpus_module._convert
+    monkeypatch.setattr(corpus_module, "_convert", lambda *_: pytest.fail("converted again"))
+    again = open_corpus(path.rename(tmp_path / "other.jsonl").rename(path))
+    assert again.identity == first.identity
+    monkeypatch.setattr(corpus_module, "_convert", converted)
+    changed = open_corpus(write(path, *documents(3)))
+    assert changed.identity != first.identity and len(changed) == 5 and len(first) == 22
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (
+            [{"_id": "a", "text": "x"}, {"_id": "b", "text": "y"}, {"_id": "a", "text": "z"}],
+            r"c\.jsonl:3: id 'a' twice",
+        ),
+        ([{"_id": "a", "text": "x"}, {"_id": "b"}], r"c\.jsonl:2: no text"),
+        ([{"text": "x"}], r"c\.jsonl:1: no id"),
+    ],
+)
+def test_a_bad_line_is_an_error_and_leaves_nothing(rows: list[Any], said: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "c.jsonl", *rows)
+    for read in (open_corpus, read_corpus):
+        with pytest.raises(DataError, match=said):
+            read(path)
+    assert not list((tmp_path / "cache").rglob("*.arrow"))
