@@ -210,6 +210,8 @@ def _words(schema: dict[str, Any]) -> str:
     if "enum" in schema:
         return ", ".join(f"`{value}`" for value in schema["enum"])
     kind = schema.get("type", "object")
+    if "prefixItems" in schema:
+        return f"list of {len(schema['prefixItems'])}: {_words(schema['prefixItems'][0])}"
     if kind == "array":
         return f"list of {_words(schema['items'])}"
     bounds = [f"{sign} {schema[key]:g}" for key, sign in BOUNDS.items() if abs(schema.get(key, 2**63)) < 2**63]

@@ -55,7 +55,8 @@ class Recipe(Part):
         if self.provenance is None:
             return self
         keys = set(self.values_by_key())
-        if missing := sorted(keys - set(self.provenance)):
+        optional = {f"stages.{stage.name}.optim.{key}" for stage in self.stages for key in stage.optim.added}
+        if missing := sorted(keys - optional - set(self.provenance)):
             raise InputError(f"provenance: says nothing of {missing[0]}")
         for key, said in self.provenance.items():
             if key not in keys:
@@ -153,11 +154,13 @@ class Recipe(Part):
         content = self.model_dump(mode="json", exclude={"name", "strict", "eval", "provenance"})
         for key in ("base", "from"):
             content["model"].pop(key, None)
-        for stage in content["stages"]:
+        for stage, part in zip(content["stages"], self.stages, strict=True):
             del stage["save"]
-            for part, key in ((stage, "without_instruction"), (stage.get("loss", {}), "spread_out")):
-                if not part.get(key):  # runs that were begun before there was such a key go on
-                    part.pop(key, None)
+            for key in part.optim.added:
+                del stage["optim"][key]
+            for holder, key in ((stage, "without_instruction"), (stage.get("loss", {}), "spread_out")):
+                if not holder.get(key):  # runs that were begun before there was such a key go on
+                    holder.pop(key, None)
             for entry in stage.get("data") or stage["text"]:
                 for key in ("path", "corpus", "rows"):
                     entry.pop(key, None)

@@ -49,7 +49,7 @@ class DataPart(Part):
 
 
 class OptimPart(Part):
-    """AdamW with linear warm-up and linear decay to zero; `clip` bounds the gradient's norm."""
+    """AdamW with linear warm-up, then the decay of `schedule`; `clip` bounds the gradient's norm."""
 
     lr: PositiveNumber
     """Highest learning rate. Source: recalled from the paper's appendix: 2e-5, then 1.5e-5."""
@@ -63,6 +63,17 @@ class OptimPart(Part):
     """Upper bound of the gradient's norm. Source: the usual value."""
     weight_decay: Weight = 0.0
     """AdamW's; latents, norms and biases have none. Source: recalled: 0.03."""
+    betas: tuple[Annotated[Number, Field(ge=0, lt=1)], Annotated[Number, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """The share of each of AdamW's two moments that stays from step to step. Source: Adam, arXiv 1412.6980."""
+    eps: PositiveNumber = 1e-8
+    """Added to the root of AdamW's second moment, by which a step is divided. Source: Adam."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """The learning rate after the warm-up: it falls to zero by a line or half a cosine, or stays. Source: recalled."""
+
+    @property
+    def added(self) -> set[str]:
+        """The keys that older recipes and runs lack, as far as they are at their defaults here."""
+        return {"betas", "eps", "schedule"} - self.model_dump(exclude_defaults=True).keys()
 
     @model_validator(mode="after")
     def _warm_up_ends(self) -> OptimPart:

@@ -261,6 +261,31 @@ def test_the_hash_follows_all_that_decides_the_weights_and_nothing_else() -> Non
     assert {"seed", "stages.0.optim.lr", "stages.0.data.0.weight", "run.precision", "stages.1.name"} <= changed
 
 
+def test_keys_that_older_runs_lack_change_their_hash_only_by_another_value() -> None:
+    before, optim = Recipe.parse(content()), "stages.0.optim"
+    assert not {"betas", "eps", "schedule"} & before.decisive()["stages"][0]["optim"].keys()
+    defaults = {"betas": [0.9, 0.999], "eps": 1e-8, "schedule": "linear"}
+    others = {"betas": [0.9, 0.95], "eps": 1e-6, "schedule": "constant"}
+    for key in defaults:
+        assert Recipe.parse(put(content(), f"{optim}.{key}", defaults[key])).hash() == before.hash()
+        assert Recipe.parse(put(content(), f"{optim}.{key}", others[key])).hash() != before.hash()
+    said = dict.fromkeys(before.values_by_key(), "guess") | {"stages.retrieval.optim.betas": "paper: says so"}
+    Recipe.parse(put(content(), "provenance", said))
+    del said["stages.retrieval.optim.betas"], said["stages.retrieval.optim.eps"]
+    Recipe.parse(put(content(), "provenance", said))  # of a recipe that is older than the keys
+    with pytest.raises(ConfigError, match=r"says nothing of stages\.retrieval\.optim\.eps"):
+        Recipe.parse(put(put(content(), f"{optim}.eps", 1e-6), "provenance", said))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [("betas", [0.9, 1.0], "betas.1"), ("betas", [0.9], "betas"), ("eps", 0, "eps"), ("schedule", "step", "cosine")],
+)
+def test_bad_values_of_the_optimizer_are_named(key: str, value: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        Recipe.parse(put(content(), f"stages.0.optim.{key}", value))
+
+
 def test_the_hash_takes_equal_numbers_as_equal(tmp_path: Path) -> None:
     same = load(tmp_path, RECIPE.replace("lr: 2e-5", "lr: 0.00002"))
     assert same.hash() == Recipe.parse(content()).hash()

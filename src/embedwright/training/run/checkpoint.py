@@ -127,6 +127,8 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
 def restore_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
     """Loads the optimizer's moments and step counts, and its projection. Raises ValueError if its parameters differ."""
     numbers = json.loads((checkpoint / _STATE).read_text())["optimizer"]
+    for saved, group in zip(numbers, optimizer.param_groups, strict=False):  # torch refuses another number of groups
+        saved["fused"] = group["fused"]  # the kernel of this device, not of that on which the checkpoint was written
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Any]] = {}
     tensors = load_file(checkpoint / _OPTIMIZER)

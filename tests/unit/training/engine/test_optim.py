@@ -4,9 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import get_scheduler
 
 from embedwright.model.embedder import Embedder
 from embedwright.model.pooling import WEIGHTLESS, Kind
@@ -26,7 +29,48 @@ def test_the_learning_rate_warms_up_and_decays_linearly() -> None:
     assert [learning_rate(plain, step) for step in range(4)] == [2.0, 1.5, 1.0, 0.5]
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_after_the_warm_up_the_rate_is_that_of_transformers(schedule: str) -> None:
+    """Whose own warm-up begins at a rate of zero."""
+    optim = OptimPart(lr=3e-4, steps=37, batch_queries=1, warmup_steps=5, schedule=schedule)  # type: ignore[arg-type]
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=3e-4)
+    theirs = get_scheduler(schedule, optimizer, num_warmup_steps=0, num_training_steps=32)
+    for step in range(5, 37):
+        assert learning_rate(optim, step) == pytest.approx(theirs.get_last_lr()[0], rel=1e-9)
+        optimizer.step()
+        theirs.step()
+    assert [learning_rate(optim, step) for step in range(5)] == pytest.approx([3e-4 * n / 5 for n in range(1, 6)])
+
+
 # ---- the optimizer
+
+
+def test_betas_and_eps_are_those_of_the_recipe() -> None:
+    """One update by hand, after Adam's paper, algorithm 1."""
+    linear = nn.Linear(2, 1, bias=False)
+    before = linear.weight.detach().clone()
+    optim = OptimPart(lr=0.1, steps=1, batch_queries=1, betas=(0.5, 0.75), eps=0.3)
+    optimizer = make_optimizer(linear, TunePart(), optim)
+    for gradient in ([[1.0, -2.0]], [[3.0, 0.5]]):
+        linear.weight.grad = torch.tensor(gradient)
+        optimizer.step()
+    m = v = np.zeros((1, 2))
+    expected = before.double().numpy()
+    for t, g in enumerate(np.array([[[1.0, -2.0]], [[3.0, 0.5]]]), start=1):
+        m, v = 0.5 * m + 0.5 * g, 0.75 * v + 0.25 * g**2
+        expected = expected - 0.1 * (m / (1 - 0.5**t)) / (np.sqrt(v / (1 - 0.75**t)) + 0.3)
+    np.testing.assert_allclose(linear.weight.detach().numpy(), expected, rtol=1e-5)
+
+
+def test_the_fused_kernel_is_asked_for_on_a_gpu_alone() -> None:
+    """Weights that only pretend to be on a GPU: there is none here."""
+    optim = OptimPart(lr=0.1, steps=1, batch_queries=1)
+    for device in ("cpu", "cuda"):
+        with FakeTensorMode():
+            network = nn.Module()
+            network.weight = nn.Parameter(torch.empty(3, 2, device=device))
+            optimizer = make_optimizer(network, TunePart(), optim)
+        assert [group["fused"] for group in optimizer.param_groups] == [True if device == "cuda" else None]
 
 
 @pytest.mark.parametrize("pooling", get_args(Kind))

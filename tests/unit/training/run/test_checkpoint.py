@@ -93,6 +93,26 @@ def test_weights_keep_their_precision(tmp_path: Path) -> None:
     assert all(found[n].dtype == weights[n].dtype and torch.equal(found[n], weights[n]) for n in weights)
 
 
+@pytest.mark.parametrize(("written", "read"), [(True, None), (None, True)])
+def test_the_kernel_of_the_optimizer_is_that_of_the_device_at_hand(
+    tmp_path: Path, written: bool | None, read: bool | None
+) -> None:
+    model, other = network(), network()
+    made, fresh = (
+        torch.optim.AdamW(model.parameters(), fused=written),
+        torch.optim.AdamW(other.parameters(), fused=read),
+    )
+    train(model, made, range(3))
+    folder = save_checkpoint(tmp_path, RunState(0, 3, "r", "d"), dict(model.named_parameters()), made, keep=1)
+    other.load_state_dict(read_weights(folder))
+    restore_optimizer(folder, fresh)
+    assert [group["fused"] for group in fresh.param_groups] == [read]
+    for run, its in ((model, made), (other, fresh)):
+        train(run, its, range(3, 6))
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
 def test_another_optimizer_is_refused(tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
     with pytest.raises(ValueError, match="group"):
