@@ -47,14 +47,14 @@ class PackedTexts:
     def to(self, device: torch.device | str) -> PackedTexts:
         return replace(
             self,
-            ids_T=_moved(self.ids_T, device),
-            position_T=_moved(self.position_T, device),
-            cu_seqlens=_moved(self.cu_seqlens, device),
-            pool_mask_T=_moved(self.pool_mask_T, device),
+            ids_T=moved(self.ids_T, device),
+            position_T=moved(self.position_T, device),
+            cu_seqlens=moved(self.cu_seqlens, device),
+            pool_mask_T=moved(self.pool_mask_T, device),
         )
 
 
-def _moved(tensor: Tensor, device: torch.device | str) -> Tensor:
+def moved(tensor: Tensor, device: torch.device | str) -> Tensor:
     """Copies to a GPU from pinned memory. From other memory the copy would wait for the GPU's whole queue."""
     if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)

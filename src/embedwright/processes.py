@@ -73,11 +73,15 @@ class Processes:
 
     def most(self, value: int) -> int:
         """Returns the largest of all processes' values."""
-        return int(self._reduced(value, dist.ReduceOp.MAX)) if self.count > 1 else value
+        return int(self._reduced([value], dist.ReduceOp.MAX)[0]) if self.count > 1 else value
 
     def total(self, value: float) -> float:
         """Returns the sum of all processes' values, in float64."""
-        return self._reduced(value, dist.ReduceOp.SUM) if self.count > 1 else value
+        return self.totals(value)[0]
+
+    def totals(self, *values: float) -> list[float]:
+        """Returns the sum of each value over all processes, in float64. It takes one message for all of them."""
+        return self._reduced(values, dist.ReduceOp.SUM) if self.count > 1 else list(values)
 
     def add_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Replaces each parameter's gradient by the sum of all processes' gradients. One that has none counts as 0."""
@@ -151,10 +155,11 @@ class Processes:
             if of_other:
                 raise (InputError if of_other[1] else RuntimeError)(f"process {rank}: {of_other[0]}")
 
-    def _reduced(self, value: float, how: Any) -> float:
-        found = torch.tensor(value, dtype=torch.float64, device=self.device)
+    def _reduced(self, values: Sequence[float], how: Any) -> list[float]:
+        found = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(found, how)
-        return float(found.item())
+        reduced: list[float] = found.tolist()
+        return reduced
 
 
 ALONE = Processes()

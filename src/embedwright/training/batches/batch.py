@@ -19,6 +19,14 @@ def ids_hash(ids: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
 
 
+def pays(encoded: float, distinct: float) -> bool:
+    """Says whether parts that together encode `encoded` tokens cost no more than GradCache over the `distinct` ones.
+
+    GradCache encodes all texts once more: to a forward and a backward, which is two forwards, it adds one.
+    """
+    return 3 * encoded <= 4 * distinct
+
+
 @dataclass(frozen=True)
 class Masks:
     """Who is whose negative.
@@ -68,8 +76,15 @@ class Batch:
     def ids_hash(self) -> str:
         return ids_hash(self.ids)
 
+    def texts(self, row: int) -> list[Text]:
+        """Returns the texts that a query needs: itself, its positive and its negatives."""
+        return [self.queries[row], *(self.candidates[column] for column in self.masks.columns(row))]
+
     def separable(self) -> bool:
-        """Says whether the batch may be split without changing the loss: no query needs another's texts."""
+        """Says whether the batch may be split without changing the loss: no query needs what another's row brought.
+
+        A text that several rows brought, such as the name of a class, is no hindrance: each part encodes it.
+        """
         masks, group_Q = self.masks, self.targets.group_Q
         if self.targets.similarities or (masks.queries_QQ is not None and masks.queries_QQ.any()):
             return False
@@ -78,7 +93,7 @@ class Batch:
         if group_Q is not None and np.bincount(group_Q + 1)[1:].max(initial=0) > 1:
             return False
         uses_C = masks.negative_QC.sum(axis=0) + np.bincount(masks.positive_Q, minlength=len(self.candidates))
-        return bool((uses_C <= 1).all())
+        return not (masks.negative_QC & ~masks.own_QC)[:, uses_C > 1].any()
 
     def take(self, rows: Sequence[int]) -> Batch:
         """Returns the batch of these queries alone, with the candidates that they use."""

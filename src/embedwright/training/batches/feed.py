@@ -16,7 +16,7 @@ from torch import Tensor
 from embedwright import threads
 from embedwright.processes import Processes
 from embedwright.text import Contract, TextTokenizer, TokenizedText, tokenize
-from embedwright.training.batches.batch import Batch, Text
+from embedwright.training.batches.batch import Batch, Text, pays
 from embedwright.training.batches.blend import Row, Source, rows_at
 from embedwright.training.batches.make import make_batch
 from embedwright.training.recipe import Recipe
@@ -31,8 +31,8 @@ class LocalBatch:
     """One process's part of a batch. `texts`: the distinct texts of each process. `tokens`: those of this one's texts.
 
     `rows`: this process's queries where the batch is separable, so that each process, and each micro-batch, needs its
-    own texts alone; else None. `teacher_NE`: the vectors that the stage's teacher gives this process's texts, in their
-    order.
+    own texts alone; else None. A text that rows of several processes share is then among the texts of each.
+    `teacher_NE`: the vectors that the stage's teacher gives this process's texts, in their order.
     """
 
     batch: Batch
@@ -91,22 +91,24 @@ def local_batch(
 
     It asks no other process, so that it can be made ahead of its step.
     """
-    rows: list[int] | None = None
+    distinct = list(dict.fromkeys([*batch.queries, *batch.candidates]))
+    parts = processes.split([len(prefix) + len(text) for prefix, text in distinct])
+    texts, rows = [[distinct[i] for i in part] for part in parts], None
     if batch.separable():
-        columns = [batch.masks.columns(i) for i in range(len(batch.queries))]
-        needed = [[query, *(batch.candidates[c] for c in columns[i])] for i, query in enumerate(batch.queries)]
-        parts = processes.split([sum(len(text) for _, text in texts) for texts in needed])
-        texts = [list(dict.fromkeys(text for i in part for text in needed[i])) for part in parts]
-        rows = parts[processes.rank]
-    else:
-        distinct = list(dict.fromkeys([*batch.queries, *batch.candidates]))
-        parts = processes.split([len(prefix) + len(text) for prefix, text in distinct])
-        texts = [[distinct[i] for i in part] for part in parts]
+        needed = [batch.texts(row) for row in range(len(batch.queries))]
+        parts = processes.split([_letters(some) for some in needed])
+        by_rows = [list(dict.fromkeys(text for i in part for text in needed[i])) for part in parts]
+        if pays(sum(map(_letters, by_rows)), _letters(distinct)):
+            texts, rows = by_rows, parts[processes.rank]
     own = texts[processes.rank]
     some = own or batch.queries[:1]
     # a process without texts has an empty part of what all gather
     teacher_NE = None if teach is None else teach(some)[: len(own)]
     return LocalBatch(batch, texts, rows, tokenize_texts(tokenizer, contract, some), teacher_NE)
+
+
+def _letters(texts: Iterable[Text]) -> int:
+    return sum(len(text) for _, text in texts)
 
 
 def tokenize_texts(tokenizer: TextTokenizer, contract: Contract, texts: Sequence[Text]) -> dict[Text, TokenizedText]:

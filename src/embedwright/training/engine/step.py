@@ -5,14 +5,14 @@ N texts of a batch, Q queries, E embedding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from embedwright.packing import batches, pack
-from embedwright.training.batches.batch import Batch, Text
+from embedwright.packing import batches, moved, pack
+from embedwright.training.batches.batch import Batch, Text, pays
 from embedwright.training.batches.feed import LocalBatch
 from embedwright.training.engine import gradcache
 from embedwright.training.engine.parallel import Replica
@@ -26,31 +26,36 @@ def accumulate(
     """Adds the gradient of the batch's loss to the parameters. Returns the loss and the tokens of all processes.
 
     A batch of at most `batch_tokens` takes one forward. A larger one is split by queries where it is separable, which
-    is exact and takes one pass. GradCache does the rest: batches that are not separable, and queries that are larger
-    than `batch_tokens` by themselves.
+    is exact and takes one pass; each part encodes its texts, also those that it shares with others. GradCache does the
+    rest: batches that are not separable, queries that are larger than `batch_tokens` by themselves, and batches that
+    share so much that all texts twice are fewer tokens.
     """
     processes = replica.processes
-    own = local.texts[processes.rank]
-    total = int(processes.total(sum(len(local.tokens[text].ids) for text in own)))
+    own, elsewhere = local.texts[processes.rank], set[Text]().union(*local.texts[: processes.rank])
+    groups = None if local.rows is None else _grouped(local, batch_tokens)
+    encoded = [_size(local, (text for row in group for text in local.batch.texts(row))) for group in groups or ()]
+    total, distinct, again, too_large = processes.totals(
+        _size(local, (text for text in own if text not in elsewhere)),
+        _size(local, own),
+        sum(encoded),
+        max(encoded, default=0) > batch_tokens,
+    )
     seed += 1_000_003 * processes.rank
-    if local.rows is not None:
-        sizes = [_size(local, row) for row in local.rows]
-        if not processes.most(max(sizes, default=0) > batch_tokens):
-            groups = [[local.rows[i] for i in group] for group in batches(sizes, batch_tokens)]
-            loss = _by_queries(replica, local, groups, stage, seed)
-            if replica.projection is not None:  # no part of the network, whose gradients are averaged on the way
-                processes.add_gradients([replica.projection])
-                if replica.projection.grad is not None:
-                    replica.projection.grad /= processes.count
-            return loss, total
-    return _cached(replica, local, stage, batch_tokens, seed), total
+    if groups is not None and not too_large and pays(again, distinct):
+        loss = _by_queries(replica, local, groups, stage, seed)
+        if replica.projection is not None:  # no part of the network, whose gradients are averaged on the way
+            processes.add_gradients([replica.projection])
+            if replica.projection.grad is not None:
+                replica.projection.grad /= processes.count
+        return loss, int(total)
+    return _cached(replica, local, stage, batch_tokens, seed), int(total)
 
 
 def _by_queries(replica: Replica, local: LocalBatch, groups: list[list[int]], stage: StagePart, seed: int) -> float:
     """Accumulates the gradient over groups of queries, each with its own candidates. Returns the loss."""
     processes, device = replica.processes, replica.device
     own = {text: i for i, text in enumerate(local.texts[processes.rank])}
-    loss, count = 0.0, processes.most(len(groups))
+    losses, count = list[Tensor](), processes.most(len(groups))
     for i in range(count):
         torch.manual_seed(seed + i)
         with replica.syncing(i == count - 1):
@@ -63,11 +68,12 @@ def _by_queries(replica: Replica, local: LocalBatch, groups: list[list[int]], st
             embedded_NE = replica.embed(pack([local.tokens[text] for text in texts]).to(device))
             place = {text: at for at, text in enumerate(texts)}
             rows = [own[text] for text in texts]
-            teacher_NE = None if local.teacher_NE is None else local.teacher_NE[rows].to(device)
+            teacher_NE = None if local.teacher_NE is None else moved(local.teacher_NE[rows], device)
             part = _loss(embedded_NE, teacher_NE, batch, place, stage, len(local.batch.queries), replica.projection)
             (part * processes.count).backward()
-            loss += part.item()
-    return processes.total(loss)
+            losses.append(part.detach())
+    # read at the end alone: a GPU would stand still until the next part is packed and sent
+    return processes.total(sum(torch.stack(losses).tolist()) if losses else 0.0)
 
 
 def _cached(replica: Replica, local: LocalBatch, stage: StagePart, batch_tokens: int, seed: int) -> float:
@@ -81,13 +87,13 @@ def _cached(replica: Replica, local: LocalBatch, stage: StagePart, batch_tokens:
     missing = processes.most(len(groups)) - len(groups)
     packed = [pack([local.tokens[own[i]] for i in group]).to(device) for group in groups]
     packed += [pack([local.filler]).to(device)] * missing
-    back = torch.tensor(np.argsort([i for group in groups for i in group]), dtype=torch.int64, device=device)
+    back = moved(torch.from_numpy(np.argsort(np.array([i for group in groups for i in group], dtype=np.int64))), device)
     sizes = [len(texts) for texts in local.texts]
     place: dict[Text, int] = {}
     for at, text in enumerate(text for texts in local.texts for text in texts):
         place.setdefault(text, at)
 
-    teacher_NE = None if local.teacher_NE is None else processes.gather(local.teacher_NE.to(device), sizes)
+    teacher_NE = None if local.teacher_NE is None else processes.gather(moved(local.teacher_NE, device), sizes)
 
     def loss_of(embedded_NE: Tensor) -> Tensor:
         gathered_NE = processes.gather(embedded_NE[back], sizes)
@@ -96,11 +102,26 @@ def _cached(replica: Replica, local: LocalBatch, stage: StagePart, batch_tokens:
     return gradcache.backward(replica.embed, packed, loss_of, seed, processes=processes.count, syncing=replica.syncing)
 
 
-def _size(local: LocalBatch, row: int) -> int:
-    """Counts the tokens of a query and of its candidates."""
-    batch = local.batch
-    texts = [batch.queries[row], *(batch.candidates[c] for c in batch.masks.columns(row))]
-    return sum(len(local.tokens[text].ids) for text in texts)
+def _grouped(local: LocalBatch, batch_tokens: int) -> list[list[int]]:
+    """Groups this process's queries: the distinct texts of a group have at most `batch_tokens` tokens.
+
+    Those with the most tokens come first. A query that is larger than `batch_tokens` is a group of its own.
+    """
+    groups: list[list[int]] = []
+    held: set[Text] = set()
+    for row in sorted(local.rows or (), key=lambda row: -_size(local, local.batch.texts(row))):
+        texts = local.batch.texts(row)
+        if not groups or _size(local, held.union(texts)) > batch_tokens:
+            groups.append([])
+            held = set()
+        groups[-1].append(row)
+        held.update(texts)
+    return groups
+
+
+def _size(local: LocalBatch, texts: Iterable[Text]) -> int:
+    """Counts the tokens of the distinct ones of these texts."""
+    return sum(len(local.tokens[text].ids) for text in set(texts))
 
 
 def _loss(
@@ -113,7 +134,7 @@ def _loss(
     projection: nn.Parameter | None,
 ) -> Tensor:
     query_Q, candidate_C = (
-        torch.tensor([place[text] for text in texts], device=embedded_NE.device)
+        moved(torch.tensor([place[text] for text in texts]), embedded_NE.device)
         for texts in (batch.queries, batch.candidates)
     )
     teacher = None if teacher_NE is None else (teacher_NE[query_Q], teacher_NE[candidate_C])

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from embedwright.packing import moved
+
 
 def info_nce(
     q_QE: Tensor,
@@ -72,13 +74,15 @@ def cosent(q_SE: Tensor, d_SE: Tensor, score_S: Tensor, temperature: float) -> T
     """Computes log(1 + sum over i, j with score_i > score_j of exp((cos_j - cos_i)/temperature)), cos_i = cos(q_i,
     d_i).
 
-    It asks for the order of the cosines alone, so `score_S` may be on any scale; pairs of equal score ask nothing.
+    It asks for the order of the cosines alone, so `score_S` may be on any scale; pairs of equal score ask nothing. Of
+    scores in the CPU's memory, a GPU is not waited for.
     Source: CoSENT, Su 2022 (kexue.fm/archives/8847), and IEEE/ACM TASLP 2024, doi 10.1109/TASLP.2024.3402087.
     """
     with torch.autocast(q_SE.device.type, enabled=False):
         cos_S = (q_SE * d_SE).sum(1) / temperature
-    worse_SS = score_S[:, None] > score_S[None, :]
-    return F.pad((cos_S[None, :] - cos_S[:, None])[worse_SS], (1, 0)).logsumexp(0)
+    ordered = (score_S[:, None] > score_S[None, :]).nonzero(as_tuple=True)
+    better, worse = (moved(places, cos_S.device) for places in ordered)
+    return F.pad((cos_S[None, :] - cos_S[:, None])[better, worse], (1, 0)).logsumexp(0)
 
 
 def spread_out(vectors_NE: Tensor) -> Tensor:
@@ -99,15 +103,17 @@ def score_distillation(
     """Computes the mean over queries of KL(softmax(teacher/teacher_temperature) || softmax(cos/temperature)).
 
     Both softmaxes are over the candidates that `teacher_QC` float has a score for, NaN elsewhere; a query with fewer
-    than two gives 0. There is no factor temperature ** 2. Source: Lin et al. (arXiv 2010.11386); as contrastive
+    than two gives 0. A GPU is not waited for if `teacher_QC` is in the CPU's memory. There is no factor temperature **
+    2. Source: Lin et al. (arXiv 2010.11386); as contrastive
     distillation in KaLM-Embedding-V2 (arXiv 2506.20923).
     """
     known_QC = ~teacher_QC.isnan()
     rows = known_QC.any(1).nonzero().squeeze(1)  # the softmax of no score at all would be NaN
-    unknown = ~known_QC[rows]
+    unknown, teacher = (moved(of_rows, q_QE.device) for of_rows in (~known_QC[rows], teacher_QC[rows]))
+    rows = moved(rows, q_QE.device)
     with torch.autocast(q_QE.device.type, enabled=False):
         scores = (q_QE[rows] @ c_CE.T / temperature).masked_fill(unknown, float("-inf"))
-    teacher = (teacher_QC[rows] / teacher_temperature).masked_fill(unknown, float("-inf"))
+    teacher = (teacher / teacher_temperature).masked_fill(unknown, float("-inf"))
     ours, theirs = (x.log_softmax(1).masked_fill(unknown, 0.0) for x in (scores, teacher))
     return (theirs.exp().masked_fill(unknown, 0.0) * (theirs - ours)).sum() / len(q_QE)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from embedwright.config import ConfigError
 from embedwright.errors import InputError
+from embedwright.packing import moved
 from embedwright.training.batches.batch import Masks, Targets
 from embedwright.training.losses.info_nce import (
     cosent,
@@ -114,14 +115,15 @@ def _at_one_width(
     if loss.scored == "cosent":  # such rows have no negatives: InfoNCE gave 0 for them
         group_Q, score_Q = _needed(targets.group_Q, "group_Q"), _needed(targets.score_Q, "score_Q")
         for group in np.unique(group_Q[group_Q >= 0]):
-            rows = _on(q_QE, np.flatnonzero(group_Q == group))
-            score_S = _on(q_QE, score_Q)[rows]
+            own = np.flatnonzero(group_Q == group)
+            rows, score_S = _on(q_QE, own), torch.from_numpy(score_Q[own])
             value = value + len(rows) / total * cosent(q_QE[rows], c_CE[positive_Q[rows]], score_S, stage.temperature)
     if loss.spread_out:
-        distinct_Q, distinct_C = (_on(q_QE, part) for part in _needed(masks.distinct, "distinct"))
+        # places instead of truth values, which a GPU would have to count first
+        distinct_Q, distinct_C = (_on(q_QE, np.flatnonzero(part)) for part in _needed(masks.distinct, "distinct"))
         value = value + loss.spread_out * (spread_out(q_QE[distinct_Q]) + spread_out(c_CE[distinct_C]))
     if loss.distill is not None and loss.distill.score_weight:
-        teacher_QC = _on(q_QE, _needed(targets.teacher_QC, "teacher_QC"))
+        teacher_QC = torch.from_numpy(_needed(targets.teacher_QC, "teacher_QC"))
         temperature = loss.distill.temperature or stage.temperature
         value = value + loss.distill.score_weight * weight * score_distillation(
             q_QE, c_CE, teacher_QC, stage.temperature, temperature
@@ -135,7 +137,7 @@ def _at_one_width(
 
 
 def _on(vectors: Tensor, array: NDArray[np.generic]) -> Tensor:
-    return torch.from_numpy(array).to(vectors.device)
+    return moved(torch.from_numpy(array), vectors.device)
 
 
 def _needed(value: Value | None, name: str) -> Value:

@@ -96,7 +96,7 @@ class HeadActivity:
     """
 
     def __init__(self, head: nn.Module) -> None:
-        self.looks, self.found = False, dict[str, float]()
+        self.looks, self.found = False, dict[str, tuple[Tensor, float]]()  # a number on the device, and what divides it
         if any(True for _ in head.parameters()):
             head.register_forward_hook(self._see)
 
@@ -106,16 +106,16 @@ class HeadActivity:
         self.looks = False
         with torch.no_grad():
             h_TD, out_TD = (x[:_TOKENS].detach() for x in (inputs[0], output))
-            self.found["head_change"] = float(((out_TD - h_TD).norm(dim=-1) / h_TD.norm(dim=-1)).mean())
+            self.found["head_change"] = ((out_TD - h_TD).norm(dim=-1) / h_TD.norm(dim=-1)).mean(), 1.0
             if isinstance(head, LatentPooling):
                 weights_HTR = head.attention_weights(h_TD).float()
                 entropy = -(weights_HTR * weights_HTR.clamp_min(1e-12).log()).sum(-1).mean()
-                self.found["head_entropy"] = float(entropy) / math.log(max(weights_HTR.shape[-1], 2))
+                self.found["head_entropy"] = entropy, math.log(max(weights_HTR.shape[-1], 2))
 
     def take(self) -> dict[str, float]:
-        """Returns what was measured since the last call."""
+        """Returns what was measured since the last call: after the step, when a GPU is waited for anyway."""
         found, self.found = self.found, {}
-        return found
+        return {name: float(value) / by for name, (value, by) in found.items()}
 
 
 def warn_if_inert(records: Sequence[dict[str, Any]]) -> None:

@@ -304,19 +304,25 @@ def test_take_keeps_each_query_its_positive_and_its_negatives() -> None:
         assert sorted(part.candidates) == sorted(used)
 
 
-def test_alone_is_true_where_no_candidate_serves_two_queries() -> None:
+def test_a_batch_is_separable_where_no_query_needs_what_another_row_brought() -> None:
+    """A text that several rows brought may serve all of them."""
     random = np.random.default_rng(2)
     outcomes = []
     for trial in range(300):
         rows = random_rows(random)[: 1 + trial % 4]
         batch = batch_of(*rows, in_batch=["none", "all"][trial % 2], hard_negatives=trial % 3, seed=trial)
         users: dict[int, set[int]] = {}
+        brought: dict[int, set[int]] = {}
         for i in range(len(rows)):
-            for c in {*np.flatnonzero(batch.masks.negative_QC[i]), batch.masks.positive_Q[i]}:
+            positive = int(batch.masks.positive_Q[i])
+            for c in {*np.flatnonzero(batch.masks.negative_QC[i]), positive}:
                 users.setdefault(int(c), set()).add(i)
-        outcomes.append(batch.separable())
-        assert batch.separable() == all(len(who) == 1 for who in users.values())
-    assert 30 < sum(outcomes) < 270
+            for c in {*np.flatnonzero(batch.masks.own_QC[i]), positive}:
+                brought.setdefault(int(c), set()).add(i)
+        assert batch.separable() == all(len(who) == 1 or who == brought[c] for c, who in users.items())
+        outcomes.append((batch.separable(), all(len(who) == 1 for who in users.values())))
+    counts = {outcome: outcomes.count(outcome) for outcome in set(outcomes)}
+    assert counts.keys() == {(True, True), (True, False), (False, False)} and min(counts.values()) > 20
 
 
 def test_the_hash_of_ids_follows_the_rows_and_their_order() -> None:

@@ -29,6 +29,7 @@ CASES = {
     "gradcache, checkpointing": ("all", 60, True, 9),
     "by queries": ("none", 130, False, 9),
     "one query beyond the budget": ("none", 40, False, 9),
+    "shared names, by queries": ("none", 130, False, 9),
     "spread out": ("none", 130, False, 9),
     "projection and similarities, gradcache": ("none", 60, False, 9),
     "projection, by queries": ("none", 60, False, 3),
@@ -77,7 +78,8 @@ def test_many_processes_give_the_loss_and_gradient_of_one(
     [loss], ours = found["ddp"][1][case]
     losses, theirs = found[kind][count][case]
     assert losses == pytest.approx([loss] * count, rel=1e-6)
-    gradients = [name for name in ours if name != "norm" and not name.startswith("after ")]
+    assert theirs["tokens"] == ours["tokens"]
+    gradients = [name for name in ours if name not in ("norm", "tokens") and not name.startswith("after ")]
     assert ours.keys() == theirs.keys() and len(gradients) > 40
     largest = max(float(np.linalg.norm(ours[name])) for name in gradients)
     for name in gradients:
@@ -154,9 +156,16 @@ def gradients_of(kind: str, case: str, decoder: str, processes: Processes) -> di
         return Passage(" ".join([tag, *random.choice(["tide", "moon", "sea", "rise", "fall"], random.integers(1, 14))]))
 
     task = Task(name="t", instruction="Find what answers it")
+    names = (Passage("a name"), Passage("another")) if case.startswith("shared names") else ()
     rows = [
         Row(
-            Example(f"{i}", "t", text(f"q{i}").text, (text(f"p{i}"),), tuple(text(f"n{i}") for _ in range(i % 3 + 1))),
+            Example(
+                f"{i}",
+                "t",
+                text(f"q{i}").text,
+                (text(f"p{i}"),),
+                tuple(text(f"n{i}") for _ in range(i % (3 - len(names)) + 1)) + names,
+            ),
             task,
         )
         for i in range(queries)
@@ -191,14 +200,15 @@ def gradients_of(kind: str, case: str, decoder: str, processes: Processes) -> di
 
     local = local_batch(batch, model.text_tokenizer, model.contract, processes, teach if "projection" in case else None)
     replica = replace(replica, projection=projection_of(optimizer))
-    loss, _ = accumulate(replica, local, stage, batch_tokens=budget, seed=1)
+    assert (local.rows is not None) == ("queries" in case or "query" in case), "so that the case is what it is called"
+    loss, tokens = accumulate(replica, local, stage, batch_tokens=budget, seed=1)
     trained = {name: p for name, p in model.network.named_parameters() if p.requires_grad}
     trained |= {"projection": projection} if "projection" in case else {}
     assert all(p.grad is not None for p in trained.values())
     found = {name: full(p.grad).numpy().copy() for name, p in trained.items() if p.grad is not None}
     norm = update(model.network, optimizer, 1e-2, clip=0.5)
     return (
-        {"loss": loss, "norm": norm}
+        {"loss": loss, "norm": norm, "tokens": tokens}
         | found
         | {f"after {name}": full(p.detach()).numpy() for name, p in trained.items()}
     )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, get_args
 
 import numpy as np
@@ -94,7 +95,7 @@ def test_a_batch_beyond_the_budget_gives_the_gradient_of_the_whole(
 ) -> None:
     model = make(shaken=True)
     batch = batch_of(model, in_batch, shared=shared)
-    assert batch.separable() == (in_batch == "none" and not shared)
+    assert batch.separable() == (in_batch == "none")
     loss, plain = reference(model, batch, 0.05)
     tokens = sum(len(t.ids) for t in local_of(model, batch).tokens.values())
     forwards: list[tuple[int, bool]] = []
@@ -120,6 +121,69 @@ def test_a_batch_beyond_the_budget_gives_the_gradient_of_the_whole(
             assert all(with_graph for _, with_graph in forwards)
         elif not batch.separable():
             assert [with_graph for _, with_graph in forwards].count(False) == (len(forwards) - 1) / 2
+
+
+def labelled(model: Embedder, rows: int = 12, classes: int = 4, length: int = 1) -> Batch:
+    """Rows of a task of `classes` classes, whose names are the positive or the negatives of every row."""
+    names = [Passage(" ".join([f"class {number}"] * length)) for number in range(classes)]
+    task = Task(name="t", instruction="Name its class", symmetric=True)
+    examples = [
+        Example(
+            f"{i}",
+            "t",
+            f"text {i} " + "moon " * (1 + i % 5),
+            (names[i % classes],),
+            tuple(name for name in names if name is not names[i % classes]),
+        )
+        for i in range(rows)
+    ]
+    return make_batch(
+        [Row(example, task) for example in examples],
+        model.contract,
+        hard_negatives=classes - 1,
+        in_batch="none",
+        rng=np.random.default_rng(0),
+    )
+
+
+@pytest.mark.parametrize(("length", "budget", "twice"), [(1, 500, False), (1, 10_000, False), (6, 500, True)])
+def test_shared_class_names_are_encoded_in_each_part_unless_all_texts_twice_are_fewer_tokens(
+    make: Callable[..., Embedder], monkeypatch: pytest.MonkeyPatch, length: int, budget: int, twice: bool
+) -> None:
+    model = make(shaken=True)
+    batch = labelled(model, length=length)
+    assert batch.separable() and len(batch.candidates) == 4
+    loss, plain = reference(model, batch, 0.05)
+    distinct = sum(len(read.ids) for read in local_of(model, batch).tokens.values())
+    forwards: list[tuple[int, bool]] = []
+    embed = model.network.embed
+
+    def counted(packed: PackedTexts) -> Tensor:
+        forwards.append((len(packed.ids_T), torch.is_grad_enabled()))
+        return embed(packed)
+
+    monkeypatch.setattr(model.network, "embed", counted)
+    assert step(model, batch, batch_tokens=budget, seed=1) == (pytest.approx(loss, rel=1e-5), distinct)
+    assert difference(grads(model), plain) < 2e-5
+    sizes, with_graph = zip(*forwards, strict=True)
+    assert max(sizes) <= budget and all(with_graph) != twice
+    if budget > distinct:
+        assert sizes == (distinct,)
+    elif not twice:  # what is encoded more than once is bounded
+        assert len(sizes) > 1 and distinct < sum(sizes) <= 4 / 3 * distinct
+
+
+def test_in_one_forward_the_way_by_queries_draws_the_dropout_of_gradcache(make: Callable[..., Embedder]) -> None:
+    model = make(shaken=True, dropout=0.3)
+    batch = labelled(model)
+    local, distinct = local_of(model, batch), list(dict.fromkeys([*batch.queries, *batch.candidates]))
+    assert local.rows is not None
+    found = []
+    for same in (local, replace(local, rows=None, texts=[distinct])):
+        loss, _ = accumulate(replicate(ALONE, model.network), same, STAGE, batch_tokens=10_000, seed=3)
+        found.append((loss, grads(model)))
+    (loss, ours), (cached, theirs) = found
+    assert loss == pytest.approx(cached, rel=1e-6) and difference(ours, theirs) < 2e-6  # rows in another order
 
 
 def test_each_distinct_text_is_embedded_once(make: Callable[..., Embedder]) -> None:
