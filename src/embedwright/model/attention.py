@@ -29,6 +29,7 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, float, tuple[int, int]], Tens
 # decides, and the probe holds it to the config.
 _WITHOUT_EFFECT = {"is_causal", "position_ids", "cache_position", "output_hidden_states", "return_dict"}
 _MASKED_ROWS = 512  # of a text under a mask, at a time
+_FLASH_DIM = 256  # the widest head of torch's varlen kernel: a pooling block may have wider ones
 # Arguments for torch's varlen kernel, where its version knows them: 2.11 takes grouped heads unasked and never splits.
 # A split depends on the longest text, so that a vector would depend on its batch.
 _WISHES = {"enable_gqa": True, "num_splits": 1}
@@ -91,12 +92,14 @@ def attend(
 ) -> Tensor:
     """Computes attention within each text (T, H, d), and is the one place where a kernel is chosen.
 
-    A GPU in 16 bits takes torch's kernel for texts of any length. Inference elsewhere takes the caller's `kernel` if it
-    accepts the inputs. Otherwise each run of equally long texts is one batch. `training` is also true in GradCache's
-    first pass, which has no gradient but must give the numbers of the second.
+    A GPU in 16 bits takes torch's kernel for texts of any length, up to the widest head that it knows. Inference
+    elsewhere takes the caller's `kernel` if it accepts the inputs. Otherwise each run of equally long texts is one
+    batch. `training` is also true in GradCache's first pass, which has no gradient but must give the numbers of the
+    second.
     """
     training = training or torch.is_grad_enabled()
-    if q_HTd.dtype in (torch.float16, torch.bfloat16) and _has_flash(q_HTd.device):
+    in_16_bits = q_HTd.dtype in (torch.float16, torch.bfloat16) and q_HTd.shape[-1] <= _FLASH_DIM
+    if in_16_bits and _has_flash(q_HTd.device):
         return _any_lengths(q_HTd, k_KTd, v_KTd, packed, causal, scale, window)
     if not training and kernel is not None:
         out_THd = kernel(q_HTd, k_KTd, v_KTd, packed.cu_seqlens, scale, flash_window(causal, window))

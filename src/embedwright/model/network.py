@@ -5,6 +5,7 @@ N texts, L longest, T packed tokens, D hidden, E embedding (= D).
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ class EmbedwrightModel(PreTrainedModel):
         self.cpu_fault: str | None = None  # why `cpu.accelerate` left the fast path off
         if config.head_dtype == "float32":
             self._keep_in_fp32_modules_strict = {"head"}  # whatever dtype is asked for
-        self.mixed = False  # training in bf16: the backbone multiplies in bf16, whatever the dtype of its adapters
+        self.mixed = False  # training in bf16: products are in bf16, whatever the dtype of adapters and head
         self.sharded = False  # by FSDP, which cannot use tensors that a forward in inference mode made
         self.longest = longest_alike(backbone.config)  # tokens of a text
         self.post_init()
@@ -132,13 +133,17 @@ class EmbedwrightModel(PreTrainedModel):
         return hidden
 
     def tokens(self, packed: PackedTexts) -> Tensor:
-        """Returns the token states just before pooling (T, D), in the head's dtype."""
+        """Returns the token states just before pooling (T, D), in the head's dtype.
+
+        In training in bf16 the head multiplies in bf16 too; its norms, its softmax and its sums stay in float32.
+        """
         hidden_TD = self.hidden(packed)
         hidden_TD = hidden_TD.to(next(self.head.parameters(), hidden_TD).dtype)
-        if self.head.token_wise and not torch.is_grad_enabled():  # slices bound the memory of a long text
-            return torch.cat([self.head(slice_SD, packed) for slice_SD in hidden_TD.split(HEAD_SLICE)])
-        outputs: Tensor = self.head(hidden_TD, packed)
-        return outputs
+        with torch.autocast(hidden_TD.device.type, torch.bfloat16) if self.mixed else nullcontext():
+            if self.head.token_wise and not torch.is_grad_enabled():  # slices bound the memory of a long text
+                return torch.cat([self.head(slice_SD, packed) for slice_SD in hidden_TD.split(HEAD_SLICE)])
+            outputs: Tensor = self.head(hidden_TD, packed)
+            return outputs
 
     def embed(self, packed: PackedTexts) -> Tensor:
         """Embeds the texts: (N, E) float32 of unit length, in the order of `packed`. Keeps the gradient."""

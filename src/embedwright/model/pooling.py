@@ -111,13 +111,21 @@ class LatentPooling(nn.Module):
     def attention_weights(self, x_TD: Tensor) -> Tensor:
         """Returns the attention of each token over the latents: (H, T, R), summing to 1 over R."""
         keys, _ = self.attention.keys_values(self.latents)
-        scores_HTR: Tensor = self.attention.queries(x_TD) @ keys.transpose(1, 2)
-        weights_HTR: Tensor = (scores_HTR * self.attention.head_dim**-0.5).softmax(-1)
+        return self._weights(self.attention.queries(x_TD), keys)
+
+    def _weights(self, queries: Tensor, keys: Tensor) -> Tensor:
+        scores_HTR: Tensor = queries @ keys.transpose(1, 2)
+        weights_HTR: Tensor = (scores_HTR * self.attention.head_dim**-0.5).softmax(-1, dtype=torch.float32)
         return weights_HTR
 
     def forward(self, x_TD: Tensor, packed: PackedTexts) -> Tensor:
         keys, values = self.attention.keys_values(self.latents)
-        mixed_HTd = F.scaled_dot_product_attention(self.attention.queries(x_TD), keys, values)
+        queries = self.attention.queries(x_TD)
+        if torch.is_autocast_enabled(x_TD.device.type):
+            # Fused kernels take heads of at most 256 numbers, and torch's other form multiplies bfloat16 in float32.
+            mixed_HTd = self._weights(queries, keys) @ values
+        else:
+            mixed_HTd = F.scaled_dot_product_attention(queries, keys, values)
         x_TD = x_TD + self.attention.to_out(mixed_HTd.transpose(0, 1).flatten(1))
         out: Tensor = self.feed_forward(x_TD)
         return out
@@ -262,8 +270,12 @@ def reduce(x_TD: Tensor, packed: PackedTexts, kind: Kind) -> Tensor:
     """
     if kind == "last":
         return x_TD[packed.cu_seqlens[1:].long() - 1].float()
-    weight_T1 = packed.pool_mask_T[:, None].float()
-    text_T = torch.repeat_interleave(packed.lengths_N, output_size=len(x_TD))
-    sum_ND = x_TD.new_zeros(len(packed), x_TD.shape[1], dtype=torch.float32).index_add(0, text_T, x_TD * weight_T1)
-    count_N1 = weight_T1.new_zeros(len(packed), 1).index_add(0, text_T, weight_T1)
+    weight_T = packed.pool_mask_T.float()
+    # the sum of a bag is in the order of its tokens; `index_add` adds on a GPU in any order
+    bags: dict[str, Any] = {"mode": "sum", "per_sample_weights": weight_T, "include_last_offset": True}
+    token_T = torch.arange(len(x_TD), dtype=torch.int32, device=x_TD.device)
+    sum_ND, count_N1 = (
+        F.embedding_bag(token_T, values, packed.cu_seqlens, **bags)
+        for values in (x_TD.float(), torch.ones_like(weight_T)[:, None])
+    )
     return sum_ND / count_N1

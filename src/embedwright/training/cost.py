@@ -153,10 +153,10 @@ def memory_of(recipe: Recipe, sizes: Sizes, tokens: int, kind: Kind, *, scores: 
     weights = stored * sizes.decoder - saved + 4 * (sizes.adapters + sizes.head)
     trained = 4 * sizes.trained // spread  # bytes; the optimizer has two of them
 
-    layer, head = kept_by_layer(recipe, sizes, kind), kept_by_head(sizes.pooling, sizes.hidden)
+    layer, head = kept_by_layer(recipe, sizes, kind), kept_by_head(sizes.pooling, sizes.hidden, low)
     gated = max((block.narrow.in_features for block in _gated_blocks(sizes.pooling)), default=0)
     # gradients at the widest place of each, while what they are made from is still there
-    layer_work, head_work = width * (2 * sizes.wide + sizes.hidden), 8 * gated + 4 * sizes.hidden
+    layer_work, head_work = width * (2 * sizes.wide + sizes.hidden), 2 * width * gated + 4 * sizes.hidden
     ends = 8 * sizes.hidden  # the final norm
     if recipe.tune.gradient_checkpointing:  # each layer keeps its input; one at a time is computed again
         states = 4 if full and low else width  # autocast leaves the sums between layers in float32
@@ -168,6 +168,8 @@ def memory_of(recipe: Recipe, sizes: Sizes, tokens: int, kind: Kind, *, scores: 
     copies = 2 * sizes.linear if full and low else 0  # autocast's, of the weights
     if recipe.tune.gradient_checkpointing:
         copies //= sizes.layers
+    if low:
+        copies += 2 * sum(linear.weight.numel() for linear in _linears(sizes.pooling))
     activations = tokens * kept + copies
     work = tokens * (peak - kept) + 16 * scores
     if full:  # the gradient of a matrix, before it is added to what is there
@@ -205,15 +207,16 @@ def kept_by_layer(recipe: Recipe, sizes: Sizes, kind: Kind) -> int:
     return inputs + narrow + norms + attention + gated
 
 
-def kept_by_head(head: nn.Module, hidden: int) -> int:
-    """Counts the bytes that autograd keeps per token in the pooling block, which computes in float32."""
-    kept = sum(2 * hidden + 4 * block.narrow.in_features for block in _gated_blocks(head))
+def kept_by_head(head: nn.Module, hidden: int, low: bool = False) -> int:
+    """Counts the bytes that autograd keeps per token in the pooling block. `low`: its products are in bf16."""
+    width, states = 2 if low else 4, 4 * hidden  # what norms read is in float32
+    kept = sum(states + width * (hidden + 4 * block.narrow.in_features) for block in _gated_blocks(head))
     if isinstance(head, LatentPooling):
-        inner = head.attention.to_q.out_features
-        kept += 2 * hidden + 2 * inner + head.attention.heads * len(head.latents)
+        softmax = head.attention.heads * len(head.latents)
+        kept += states + width * (hidden + 2 * head.attention.to_q.out_features) + (6 if low else 4) * softmax
     elif isinstance(head, SelfPooling):
-        kept += 3 * hidden + 5 * head.attention.to_q.out_features
-    return 4 * kept
+        kept += states + width * (2 * hidden + 5 * head.attention.to_q.out_features)
+    return kept
 
 
 def _gated_blocks(head: nn.Module) -> list[GatedBlock]:

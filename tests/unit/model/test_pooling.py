@@ -130,14 +130,15 @@ def test_attention_weights_are_those_of_the_forward(packed: PackedTexts, states_
 
 
 class LargestSeen(TorchDispatchMode):
-    """Elements of the largest tensor of `dtype` that any operation gives."""
+    """Elements of the largest tensor of `dtype` that any operation gives, and the names of all operations."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
-        self.dtype, self.elements = dtype, 0
+        self.dtype, self.elements, self.names = dtype, 0, set[str]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        self.names.add(func.overloadpacket.__name__.rstrip("_"))
         for tensor in out if isinstance(out, tuple | list) else [out]:
             if isinstance(tensor, Tensor) and tensor.dtype == self.dtype and tensor._base is None:
                 self.elements = max(self.elements, tensor.numel())
@@ -267,6 +268,57 @@ def test_self_attention_sees_whole_texts_always(
     np.testing.assert_allclose(model.encode(["a longer text, " * 9]), expected, rtol=0, atol=1e-6)
 
 
+# ---- training in bf16
+
+
+class TypesSeen(TorchDispatchMode):
+    """The types of the tensors that each operation takes, and of those that a softmax gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.types: dict[str, set[torch.dtype]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
+        given = [out] if name == "_softmax" else [x for x in args if isinstance(x, Tensor)]
+        self.types.setdefault(name, set()).update(x.dtype for x in given if x.dtype.is_floating_point)
+        return out
+
+
+@pytest.mark.parametrize("kind", KINDS_WITH_WEIGHTS)
+def test_in_bf16_a_head_multiplies_in_bfloat16_and_norms_and_sums_in_float32(
+    kind: str, tiny_embedder: Callable[..., Embedder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head alone, over the same states. The loss and its gradient stay near those of float32."""
+    network = tiny_embedder(kind).network.train()
+    with_random_weights(network.head).requires_grad_()
+    for parameter in network.head.parameters():
+        parameter.data *= 0.5
+    packed = tiny_embedder(kind).tokenize([f"{word} and " * n for n, word in enumerate(("moon", "tide", "sea") * 4, 2)])
+    states_TD = network.hidden(packed).detach()
+    monkeypatch.setattr(network, "hidden", lambda _: states_TD)
+    products = {"mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product_flash_attention_for_cpu"}
+    found = []
+    for network.mixed in (False, True):
+        network.zero_grad(set_to_none=True)
+        with TypesSeen() as seen:
+            vectors_NE = network.embed(packed)
+        used = {name: types for name, types in seen.types.items() if name in products}
+        assert used and set().union(*used.values()) == {torch.bfloat16 if network.mixed else torch.float32}
+        for name in ("native_layer_norm", "_softmax", "_embedding_bag", "div"):
+            assert seen.types.get(name, {torch.float32}) == {torch.float32}, name
+        assert network.mixed or set().union(*seen.types.values()) == {torch.float32}
+        scores_NN = vectors_NE[:6] @ vectors_NE[6:].T / 0.02
+        loss = torch.nn.functional.cross_entropy(scores_NN, torch.arange(6))
+        loss.backward()
+        gradient = torch.cat([p.grad.flatten() for p in network.head.parameters() if p.grad is not None])
+        found.append((loss.item(), vectors_NE.detach(), gradient))
+    (loss, exact_NE, exact), (near, near_NE, approximate) = found
+    assert near_NE.dtype == torch.float32 and 0 < (near_NE - exact_NE).norm(dim=-1).max() < 0.01
+    assert loss > 0.5 and near == pytest.approx(loss, rel=0.01)
+    assert torch.nn.functional.cosine_similarity(exact, approximate, dim=0) > 0.999
+
+
 # ---- how they start
 
 
@@ -357,6 +409,25 @@ def test_mean_is_over_the_pooled_tokens_alone(packed: PackedTexts, states_TD: Te
 
     left_out_TD = torch.where(packed.pool_mask_T[:, None], states_TD, states_TD + 100)
     assert torch.equal(reduce(left_out_TD, packed, "mean"), reduce(states_TD, packed, "mean"))
+
+
+def test_the_mean_adds_tokens_in_their_order_and_knows_no_atomics() -> None:
+    """Numbers of which another order has another sum."""
+    packed = pack([TokenizedText(np.zeros(n, np.int64), np.arange(n) % 3 != 1) for n in LENGTHS])
+    exponents = torch.arange(sum(LENGTHS)) * 7919 % 13 * 4 - 24
+    states_TD = ((-2.0) ** exponents[:, None] * torch.arange(1.1, 3)).requires_grad_()
+    with LargestSeen(torch.float32) as seen:
+        got_ND = reduce(states_TD, packed, "mean")
+        got_ND.sum().backward()
+    assert not {"index_add", "scatter_add", "index_put", "cumsum"} & seen.names and "_embedding_bag" in seen.names
+    sums, texts = [], zip(states_TD.split(LENGTHS), packed.pool_mask_T.split(LENGTHS), strict=True)
+    for text_TD, pool_T in texts:
+        kept = text_TD.detach().numpy()[pool_T.numpy()]
+        sums.append([sum(rows, np.zeros(2, np.float32)) / np.float32(len(kept)) for rows in (kept, kept[::-1])])
+    np.testing.assert_array_equal(got_ND.detach().numpy(), [forward for forward, _ in sums])
+    assert any((forward != back).any() for forward, back in sums)
+    shares = [pool_T / pool_T.sum() for pool_T in packed.pool_mask_T.split(LENGTHS)]
+    torch.testing.assert_close(states_TD.grad, torch.cat(shares)[:, None].expand(-1, 2))
 
 
 def test_last_is_the_last_token_of_each_text(packed: PackedTexts, states_TD: Tensor) -> None:

@@ -328,13 +328,18 @@ def test_tokens_scores_and_a_gpus_own_part(made: Any) -> None:
     assert many.activations + many.work >= many.gradients
 
 
+@pytest.mark.parametrize("low", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("pooling", [kind for kind in POOLINGS if kind not in WEIGHTLESS])
-def test_what_the_pooling_block_keeps(made: Any, packed: PackedTexts, pooling: str) -> None:
+def test_what_the_pooling_block_keeps(made: Any, packed: PackedTexts, pooling: str, low: bool) -> None:
     recipe, model = made("llama", pooling, heads=4, latents=64)  # attention is a good part of it
     hidden_TD = torch.randn(TOKENS, 32, requires_grad=True)
-    kept = kept_bytes(model.network, lambda: model.network.head(hidden_TD, packed))
-    assert kept_by_head(sizes_of(recipe).pooling, 32) * TOKENS == pytest.approx(kept, rel=0.05)
-    assert kept_by_head(nn.Identity(), 32) == 0
+    model.network.hidden = lambda _: hidden_TD
+    model.network.mixed = low
+    kept = kept_bytes(model.network, lambda: model.network.tokens(packed))
+    if low:  # copies of the weights
+        kept -= sum(2 * m.weight.numel() for m in model.network.head.modules() if isinstance(m, nn.Linear))
+    assert kept_by_head(sizes_of(recipe).pooling, 32, low) * TOKENS == pytest.approx(kept, rel=0.05)
+    assert kept_by_head(nn.Identity(), 32, low) == 0
 
 
 def test_norms_within_attention_count_by_their_width(made: Any) -> None:
