@@ -171,8 +171,11 @@ def _bytes(content: bytes, size: int) -> Tensor:
     return torch.frombuffer(bytearray(content.ljust(size, b"\0")), dtype=torch.uint8)
 
 
-def start() -> Processes:
+def start(minutes: float | None = None) -> Processes:
     """Joins the group that torchrun or accelerate started, if one of them did.
+
+    A process that waits longer than `minutes` for the others in a step ends with an error (None: torch's own limit).
+    Only the first call of a process sets it.
 
     Raises:
         InputError: The group has another size than the environment says.
@@ -182,7 +185,8 @@ def start() -> Processes:
         return Processes()
     from accelerate import PartialState
 
-    state = PartialState(cpu=not torch.cuda.is_available())
+    limit = {} if minutes is None else {"timeout": timedelta(minutes=minutes)}
+    state = PartialState(cpu=not torch.cuda.is_available(), **limit)
     if state.num_processes != asked:
         raise InputError(f"{asked} processes were started and {state.num_processes} are in the group")
     global _channel

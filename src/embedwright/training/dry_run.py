@@ -50,7 +50,7 @@ def measure(recipe: Recipe, count: int = 2) -> tuple[list[Measured], Embedder]:
     others the median counts. Neither reads nor writes `run.out`. All processes must call this; memory and seconds are
     the most of any of them. InputError as in `train`, FloatingPointError if a loss or gradient is not finite.
     """
-    processes = start()
+    processes = start(recipe.run.timeout_minutes)
     with processes.together():
         sources = open_checked(recipe)
         model = start_model(recipe, processes)

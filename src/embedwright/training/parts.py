@@ -152,6 +152,8 @@ class RunPart(Part):
     """Batches that are tokenised ahead. Unit: batches."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """How many processes share the work (docs/distributed.md)."""
+    timeout_minutes: PositiveNumber = 30
+    """A process that waits longer than this for the others in a step ends the run with an error. Unit: minutes."""
     tracker: Annotated[tuple[Tracker, ...], BeforeValidator(_listed)] = ("tensorboard",)
     """`tensorboard`, `wandb`, `trackio`, `none`, or a list (docs/runs.md)."""
     save: Annotated[tuple[Form, ...], BeforeValidator(_listed)] = ("merged",)

@@ -71,7 +71,7 @@ def train(recipe: Recipe, *, on_step: OnStep | None = None, on_evaluation: OnEva
         FloatingPointError: Three steps in a row were not finite. A checkpoint from before them is kept.
         RuntimeError: Some weights did not move.
     """
-    processes = start()
+    processes = start(recipe.run.timeout_minutes)
     out = Path(recipe.run.out)
     with processes.together():
         sources = open_checked(recipe)

@@ -165,6 +165,7 @@ EXCEPTIONS = {
     "stages.data.rows": ("for --plan, where the file is absent", "unit/training/test_plan.py::test_rows_are_counted"),
     "tune.gradient_checkpointing": ("less memory", "unit/training/test_train.py::test_gradient_checkpointing_gives"),
     "run.workers": ("less waiting", "unit/training/test_train.py::test_the_order_of_rows_is_the_same_from_any_step"),
+    "run.timeout_minutes": ("for many processes", "unit/training/engine/test_parallel.py::test_a_group_has_the_time"),
     "run.parallel": ("for many processes", "unit/training/engine/test_parallel.py::test_"),
 }
 

@@ -27,9 +27,10 @@ Kind = Literal["ddp", "fsdp"]
 class Replica:
     """A network as one process trains it.
 
-    `embed(packed)` gives (N, E) with gradient. `syncing(last)` surrounds forward and backward of a micro-batch: only
-    the last one of a step averages the gradients over the processes. `projection` trains along in a stage whose teacher
-    has vectors of another width: it is no part of the network, and each process has all of it.
+    `embed(packed)` gives (N, E) with gradient. `syncing(last)` surrounds forward and backward of a micro-batch. A copy
+    averages its gradients over the processes at the last one of a step. A sharded network does so at each, since it
+    would keep whole gradients till then. `projection` trains along in a stage whose teacher has vectors of another
+    width: it is no part of the network, and each process has all of it.
     """
 
     processes: Processes
@@ -53,14 +54,8 @@ def replicate(processes: Processes, network: Any, kind: Kind = "ddp") -> Replica
             _Embed(network), broadcast_buffers=False, gradient_as_bucket_view=True
         )
         return Replica(processes, copy, lambda last: nullcontext() if last else copy.no_sync(), device)
-    roots = shard(network)
-
-    def syncing(last: bool) -> AbstractContextManager[Any]:
-        for root in roots:
-            root.set_requires_gradient_sync(last)
-        return nullcontext()
-
-    return Replica(processes, network.embed, syncing, device)
+    shard(network)
+    return Replica(processes, network.embed, lambda _: nullcontext(), device)
 
 
 class _Embed(nn.Module):
@@ -75,22 +70,25 @@ class _Embed(nn.Module):
         return embedded
 
 
-def shard(network: Any) -> list[Any]:
-    """Shards a network with FSDP2, in place. Returns the FSDP roots: backbone and head.
+def shard(network: Any) -> None:
+    """Shards a network with FSDP2, in place.
 
-    Both are roots of their own, so whatever calls them (training, `encode`, the probe) gathers their weights. They are
-    sharded again after each forward, which FSDP does not do for roots: an optimizer that is made after an evaluation
-    would get the gathered copies, and train nothing.
+    Backbone and head are roots of their own, so whatever calls them (training, `encode`, the probe) gathers their
+    weights. They are sharded again after each forward, which FSDP does not do for roots: an optimizer that is made
+    after an evaluation would get the gathered copies, and train nothing.
+
+    A bf16 run gathers the weights of its layers in bfloat16, and sums their gradients in float32. Autocast alone would
+    keep a copy of every layer for the backward pass. The states between layers and all outside them stay in float32.
     """
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    low = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for layer in network.backbone.layers:
-        fully_shard(layer)
-    roots = [part for part in (network.backbone, network.head) if any(True for _ in part.parameters())]
-    for part in roots:
-        fully_shard(part, reshard_after_forward=True)
+        fully_shard(layer, mp_policy=low if network.mixed else MixedPrecisionPolicy())
+    for part in (network.backbone, network.head):
+        if any(True for _ in part.parameters()):
+            fully_shard(part, reshard_after_forward=True)
     network.sharded = True
-    return roots
 
 
 def trained(network: Any) -> dict[str, Tensor]:
