@@ -1,10 +1,15 @@
-"""The cache folder for conversions (weights, training rows, kernels), and the check of files others could write."""
+"""The cache folder for conversions (weights, training rows, kernels): what lies there, and who may write there."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import stat
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from embedwright.errors import InputError
 
@@ -13,6 +18,56 @@ def cache_folder(*parts: str) -> Path:
     """Returns a path in `$EMBEDWRIGHT_CACHE` or `~/.cache/embedwright`. Does not create it."""
     root = os.environ.get("EMBEDWRIGHT_CACHE")
     return (Path(root) if root else Path.home() / ".cache" / "embedwright").joinpath(*parts)
+
+
+class Cached(NamedTuple):
+    """A file or folder of the cache: its name below the cache folder, bytes, time of its last change in seconds.
+
+    `users` are the processes of this machine and user that have a file of it open. Only Linux tells them.
+    """
+
+    name: str
+    size: int
+    changed: float
+    users: tuple[int, ...]
+
+
+def cached() -> list[Cached]:
+    """Returns what lies in the cache, by name."""
+    root = cache_folder().resolve()
+    users = defaultdict[str, set[int]](set)
+    for process, file in _open_files():
+        if file.startswith(f"{root}{os.sep}"):
+            users["/".join(Path(file).relative_to(root).parts[:2])].add(process)
+    found = []
+    for path in sorted(root.glob("*/*")):
+        name = path.relative_to(root).as_posix()
+        stats = [file.lstat() for file in (path, *path.rglob("*"))]
+        size = sum(one.st_size for one in stats if stat.S_ISREG(one.st_mode))
+        found.append(Cached(name, size, max(one.st_mtime for one in stats), tuple(sorted(users[name]))))
+    return found
+
+
+def remove(entry: Cached) -> None:
+    """Removes a file or folder of the cache. It is made again when it is needed."""
+    path = cache_folder(entry.name)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _open_files() -> Iterator[tuple[int, str]]:
+    """Yields (process, path) of files that processes have open or mapped, as far as Linux shows them to this user."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        files = set[str]()
+        with suppress(OSError):  # of another user, or it has ended
+            fields = (line.split(maxsplit=5) for line in (folder / "maps").read_text(errors="replace").splitlines())
+            files.update(one[5] for one in fields if len(one) > 5)
+            for link in (folder / "fd").iterdir():
+                with suppress(OSError):  # it is closed by now
+                    files.add(str(link.readlink()))
+        yield from ((int(folder.name), file) for file in files)
 
 
 def check_private(path: Path) -> None:

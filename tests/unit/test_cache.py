@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from pathlib import Path
 
 import pytest
 
-from embedwright.cache import cache_folder, check_private
+from embedwright.cache import cache_folder, cached, check_private, remove
 from embedwright.errors import InputError
 
 
 def test_the_folder_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EMBEDWRIGHT_CACHE", str(tmp_path))
     assert cache_folder("a", "b") == tmp_path / "a" / "b" and not (tmp_path / "a").exists()
+
+
+def test_what_lies_in_the_cache_is_known_with_size_age_and_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EMBEDWRIGHT_CACHE", str(tmp_path))
+    assert cached() == []
+    elsewhere = tmp_path.parent / f"{tmp_path.name}-elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "precious").write_text("mine")
+    for name, size in (("data/a.arrow", 10), ("data/.b.lock", 0), ("gguf/model/config.json", 3), ("gguf/model/w/x", 4)):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x" * size)
+        os.utime(tmp_path / name, (0, 1000))
+    os.utime(tmp_path / "gguf/model/w/x", (0, 5_000_000_000))
+    (tmp_path / "data/link").symlink_to(elsewhere)
+    with (tmp_path / "gguf/model/w/x").open():
+        entries = {entry.name: entry for entry in cached()}
+        assert entries["gguf/model"] == ("gguf/model", 7, 5_000_000_000.0, (os.getpid(),))
+    assert entries["data/a.arrow"] == ("data/a.arrow", 10, 1000.0, ())
+    with (tmp_path / "data/a.arrow").open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ):
+        os.close(os.dup(file.fileno()))
+        assert {entry.name: entry.users for entry in cached()}["data/a.arrow"] == (os.getpid(),)
+    for entry in cached():
+        remove(entry)
+    assert cached() == [] and (elsewhere / "precious").read_text() == "mine"
 
 
 @pytest.mark.parametrize("mode", [0o700, 0o755, 0o600, 0o444])

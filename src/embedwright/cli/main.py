@@ -11,6 +11,7 @@ from collections.abc import Callable
 import typer
 
 from embedwright.cli import evaluation, mining, model, studies
+from embedwright.cli.cache import cache_app
 from embedwright.cli.data import data_app
 from embedwright.errors import InputError
 
@@ -43,6 +44,7 @@ VERBS: dict[str, Callable[..., None]] = {
 for name, verb in VERBS.items():
     app.command(name)(verb)
 app.add_typer(data_app, name="data")
+app.add_typer(cache_app, name="cache")
 data_app.command("relabel")(mining.relabel)
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 75
