@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,29 @@ def test_a_damaged_conversion_is_made_again(damage: Callable[[Path], Any], write
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
-def test_two_processes_at_once(write_gguf: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_several_at_once_one_converts_and_the_others_wait(
+    write_gguf: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, read, made = write_gguf(), ours._read, list[Path]()
+
+    def counted(path: Path) -> Any:
+        made.append(path)
+        return read(path)
+
+    monkeypatch.setattr(ours, "_read", counted)
+    with ThreadPoolExecutor(3) as pool:
+        folders = set(pool.map(convert_gguf, [file] * 3))
+    assert len(made) == len(folders) == 1
+    assert [path.name for path in file.parent.glob(".*")] == []
+
+
+def test_two_processes_at_once_where_the_file_system_has_no_locks(
+    write_gguf: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr("fcntl.flock", none)
     file, read = write_gguf(), ours._read
     made = []
 
