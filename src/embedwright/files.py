@@ -28,16 +28,17 @@ _TEMP = re.compile(r"\..*\.[0-9a-f]{12}(\.\w+){0,2}")  # the names that `_temp_s
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path to write to, and renames it to `path` when the block ends.
 
-    Expands `~`, follows a link and makes missing parent folders. A replaced file keeps its mode. If the block raises,
-    the old file stays as it was. The temporary name has the suffixes of `path`.
+    Expands `~`, follows a link and makes missing parent folders. A replaced file keeps its mode, a new one is
+    readable by whom the umask allows. If the block raises, the old file stays as it was. The temporary name has the
+    suffixes of `path`.
     """
     final = _real(path)
     parents = _make_parents(final)
     temp = _temp_sibling(final)
     try:
+        usual = _usual_mode(temp)
         yield temp
-        if final.exists():
-            temp.chmod(final.stat().st_mode & 0o7777)
+        temp.chmod(final.stat().st_mode & 0o7777 if final.exists() else temp.stat().st_mode | usual)
         sync(temp)
         temp.replace(final)
     except BaseException:
@@ -77,7 +78,10 @@ def whole_folder(path: str | Path, mode: int = 0o777) -> Iterator[Path]:
     temp = _temp_sibling(final / "folder" if stays else final)
     try:
         temp.mkdir(mode)
+        usual = _usual_mode(temp / "file")
         yield temp
+        for file in (path for path in temp.rglob("*") if path.is_file() and not path.is_symlink()):
+            file.chmod(file.stat().st_mode | usual)
         if final.is_dir():
             temp.chmod(final.stat().st_mode & 0o7777)
         sync_tree(temp)
@@ -234,6 +238,17 @@ def _fill(final: Path, temp: Path) -> None:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
         raise
     temp.rmdir()
+
+
+def _usual_mode(free: Path) -> int:
+    """Returns the mode of a new file, 0o666 less the umask. Some writers, such as safetensors, keep others out.
+
+    `free` is a path at which a file is made for a moment: a process can learn its umask only by setting it.
+    """
+    free.touch(exist_ok=False)
+    mode = free.stat().st_mode & 0o666
+    free.unlink()
+    return mode
 
 
 def remove_leftovers(folder: Path) -> None:

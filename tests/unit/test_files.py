@@ -6,6 +6,8 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from embedwright.errors import InputError, OutputExistsError
 from embedwright.files import (
@@ -67,6 +69,22 @@ def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
         (temp / "half").write_text("")
         raise KeyError
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_others_may_read_what_the_umask_allows_whichever_writer_made_it(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        with whole_file(tmp_path / "one.safetensors") as temp:
+            save_file({"a": torch.zeros(1)}, temp)  # makes its files with mode 0o600
+        with whole_folder(tmp_path / "model") as folder:
+            save_file({"a": torch.zeros(1)}, folder / "weights.safetensors")
+            (folder / "run.sh").touch(0o755)
+    finally:
+        os.umask(before)
+    modes = [(tmp_path / name).stat().st_mode & 0o777 for name in ("one.safetensors", "model/weights.safetensors")]
+    assert modes == [mode, mode]
+    assert (tmp_path / "model/run.sh").stat().st_mode & 0o777 == 0o755 & ~umask
 
 
 def test_an_empty_folder_keeps_its_mode_also_behind_a_link(tmp_path: Path) -> None:
