@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from embedwright.processes import ALONE
 from embedwright.training.batches.sources import open_sources
@@ -63,3 +66,71 @@ def test_a_loss_that_is_not_finite_updates_nothing(recipe: Recipe) -> None:
     assert record["loss"] is None and record["grad_norm"] is None and problem == "the loss is nan"
     for name, tensor in trained(model.network).items():
         assert torch.equal(tensor.nan_to_num(7), before[name].nan_to_num(7)) and tensor.grad is None
+
+
+# ---- what a GPU is waited for
+
+
+class Waits(TorchDispatchMode):
+    """Notes operations whose result the host needs, so that a GPU's whole queue is waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, func.overloadpacket.__name__
+        by_truth = name.startswith("index") and any(
+            isinstance(x, torch.Tensor) and x.dtype == torch.bool for x in tree_leaves(args[1:])
+        )
+        unsized = name == "repeat_interleave" and "output_size" not in kwargs
+        if by_truth or unsized or name in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_dim"):
+            self.found.append(name)
+        return func(*args, **kwargs)
+
+
+class Reads(TorchFunctionMode):
+    """Notes the ways of reading a tensor that are no operation."""
+
+    def __init__(self, found: list[str]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if (name := getattr(func, "__name__", "")) in ("tolist", "cpu", "numpy"):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+ALL = {"mask_above": 0.1, "hardness": 5.0, "focal": 0.5, "spread_out": 0.1, "dims": [8]}
+
+
+@pytest.mark.parametrize(
+    ("in_batch", "loss", "budget"),
+    [("all", {}, 8192), ("all", ALL | {"same_tower": "both"}, 40), ("none", {}, 40), ("none", ALL, 40)],
+    ids=["one forward", "GradCache", "by queries", "GradCache, no in-batch negatives"],
+)
+def test_a_step_reads_two_numbers_back_however_it_is_split(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, in_batch: str, loss: dict[str, Any], budget: int
+) -> None:
+    """The loss and the gradient's norm. Every tenth step two more, of the pooling block, when those are there."""
+    tree = recipe.model_dump(mode="json")
+    tree["model"] |= {"pooling": "latent", "latents": 4, "heads": 2, "multiple": 1}
+    tree["stages"][0] |= {"in_batch_negatives": in_batch, "loss": loss, "hard_negatives": 1}
+    tree["run"] |= {"batch_tokens": budget, "precision": "bf16"}
+    rows = [{"query": f"q{i} tide", "positives": [f"p{i} the moon"], "negatives": [f"n{i} sea"]} for i in range(20)]
+    Path(tree["stages"][0]["data"][0]["path"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = Recipe.parse(tree)
+    model = start_model(recipe)
+    steps, sources = Steps(recipe, model, ALONE), open_sources(recipe)[0]
+    optimizer = make_optimizer(model.network, recipe.tune, recipe.stages[0].optim)
+    monkeypatch.setattr(optimizer, "step", lambda: None)  # on a CPU it reads its own count, which lies there
+    calls: list[int] = []
+    model.network.head.register_forward_hook(lambda *_: calls.append(1))
+    for step, reads in ((0, 4), (3, 2)):
+        local = steps.batch(0, sources, step, None)
+        calls.clear()
+        with Waits() as waits, Reads(waits.found):
+            _, problem = steps.take(0, step, local, optimizer)
+        assert problem is None and (len(calls) > 1) == (budget == 40)
+        assert len(waits.found) == reads and set(waits.found) <= {"_local_scalar_dense", "tolist"}, waits.found
