@@ -17,6 +17,7 @@ import json  # noqa: E402
 import statistics  # noqa: E402
 import sys  # noqa: E402
 import tempfile  # noqa: E402
+import warnings  # noqa: E402
 from collections.abc import Callable, Mapping, Sequence  # noqa: E402
 from contextlib import suppress  # noqa: E402
 from itertools import product  # noqa: E402
@@ -34,6 +35,7 @@ from torch import Tensor  # noqa: E402
 from embedwright.cpu.accelerate import stock  # noqa: E402
 from embedwright.model.attention import attend  # noqa: E402
 from embedwright.model.embedder import Embedder  # noqa: E402
+from embedwright.model.pooling import PoolingConfig, make_head, reduce  # noqa: E402
 from embedwright.packing import pack  # noqa: E402
 from embedwright.text import TokenizedText  # noqa: E402
 
@@ -45,6 +47,8 @@ TOLERANCES = {
     "packed to single, float32": 1e-4,
     "packed to single, bfloat16": 2e-2,
     "gradients to stock sdpa's, float32": 5e-4,
+    "latent pooling twice, float32": 0.0,
+    "its products in bfloat16": 1e-2,
 }
 ALIKE = 5e-3  # relative, of the losses of both sides, in bfloat16
 NO_WORSE = 1.1  # times sentence-transformers' own distance from float32, in bfloat16
@@ -105,7 +109,7 @@ def main() -> None:
 def checks(exact: Embedder, low: Embedder) -> dict[str, float]:
     """The largest difference of each kind, by the names of TOLERANCES; infinite where something is not finite."""
     forward, backward = attention()
-    found = [forward, backward, packed_to_single(exact), packed_to_single(low), gradients(exact)]
+    found = [forward, backward, packed_to_single(exact), packed_to_single(low), gradients(exact), *latent_pooling()]
     return {
         name: float(np.nan_to_num(seen, nan=np.inf)) for name, seen in zip(TOLERANCES, map(float, found), strict=True)
     }
@@ -161,6 +165,28 @@ def _gradients(model: Embedder, texts: list[str]) -> list[Tensor]:
     vectors_NE = model.embed(model.tokenize(texts))
     wanted_NE = torch.randn(vectors_NE.shape, generator=torch.Generator().manual_seed(0)).to(vectors_NE.device)
     return list(torch.autograd.grad((vectors_NE * wanted_NE).sum(), weights))
+
+
+def latent_pooling() -> tuple[float, float]:
+    """Vectors and gradients of the pooling block at NV-Embed's head width, which no fused kernel takes: the difference
+    of two equal runs, and that of bfloat16 products to float32."""
+    random = torch.Generator("cuda").manual_seed(0)
+    lengths = [700, 350, 350, 64, 17, 1]
+    packed = pack([TokenizedText(np.zeros(n, np.int64), np.ones(n, bool)) for n in lengths]).to("cuda")
+    head = make_head(PoolingConfig(heads=2, head_dim=4096), 1024).cuda()
+    for weight in head.parameters():
+        torch.nn.init.normal_(weight, std=weight.shape[-1] ** -0.5, generator=random)
+    states_TD = torch.randn(sum(lengths), 1024, generator=random, device="cuda")
+    wanted_ND = torch.randn(len(lengths), 1024, generator=random, device="cuda")
+
+    def run(low: bool) -> list[Tensor]:
+        with torch.autocast("cuda", torch.bfloat16, enabled=low):
+            tokens_TD = head(states_TD, packed)
+        vectors_NE = torch.nn.functional.normalize(reduce(tokens_TD, packed, "latent"), dim=-1)
+        return [vectors_NE, *torch.autograd.grad((vectors_NE * wanted_ND).sum(), list(head.parameters()))]
+
+    exact = run(False)
+    return relative(run(False), exact), relative(run(True)[:1], exact[:1])
 
 
 # ---- speed
@@ -241,6 +267,7 @@ def training(folder: Path, count: int) -> dict[str, Any]:
         "tokens_per_second": {side: mine.tokens / statistics.median(found) for side, found in seconds.items()},
         "ours_is_faster": {side: ratio(seconds["peer"], found) for side, found in seconds.items() if side != "peer"},
         "step_mb": {side: memory(run)[1] for side, run in runs.items()},
+        "step_waits": {name: waits(lambda budget=budget: mine.step(texts, budget)) for name, budget in budgets.items()},
     }
 
 
@@ -250,6 +277,18 @@ def peer_step(folder: Path, texts: tuple[list[str], ...], kind: str, size: int) 
     loss = peer.backward(texts)
     train.gradients(peer.backbone)
     return loss, statistics.median(_synchronized({"step": lambda: peer.step(texts)}, 2)["step"])
+
+
+def waits(run: Callable[[], Any]) -> list[str]:
+    """Where the host waits for the GPU, as far as torch notices it: two numbers of a step are read back."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return [f"{Path(one.filename).name}:{one.lineno}" for one in caught if "synchronizing" in str(one.message)]
 
 
 def memory(run: Callable[[], Any]) -> tuple[Any, float]:
