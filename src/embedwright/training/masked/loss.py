@@ -24,7 +24,7 @@ from embedwright.model.formats.base import resolve_base
 from embedwright.model.formats.folder import weights_in
 from embedwright.model.network import EmbedwrightModel
 from embedwright.model.verify.modes import evaluating
-from embedwright.packing import batches, pack
+from embedwright.packing import batches, moved, pack
 from embedwright.processes import Processes
 from embedwright.training.masked.batch import MaskedBatch, MaskedText
 from embedwright.training.parts import ModelPart
@@ -81,12 +81,13 @@ def accumulate(
     """
     sizes = [len(text.read.ids) for text in batch.texts]
     masked = max(processes.total(sum(len(text.places) for text in batch.texts)), 1)
-    loss = 0.0
+    sums = list[Tensor]()
     for i, group in enumerate(batches(sizes, batch_tokens)):
         torch.manual_seed(seed + 1_000_003 * processes.rank + i)
         summed, _ = masked_loss(network, head, [batch.texts[j] for j in group])
         (summed / masked).backward()
-        loss += summed.item() / masked
+        sums.append(summed.detach())
+    loss = sum(summed / masked for summed in torch.stack(sums).tolist()) if sums else 0.0  # a GPU waits once
     processes.add_gradients(parameter for parameter in network.backbone.parameters() if parameter.requires_grad)
     return processes.total(loss), int(processes.total(sum(sizes)))
 
@@ -115,7 +116,7 @@ def masked_loss(network: EmbedwrightModel, head: Any, texts: Sequence[MaskedText
     starts = np.cumsum([0, *(len(text.read.ids) for text in texts)])
     before = [text.places + start - 1 for text, start in zip(texts, starts, strict=False)]
     before_M, target_M = (
-        torch.from_numpy(np.concatenate(parts)).to(device) for parts in (before, [text.targets for text in texts])
+        moved(torch.from_numpy(np.concatenate(parts)), device) for parts in (before, [text.targets for text in texts])
     )
     hidden_MD = network.hidden(packed)[before_M]
     with torch.autocast(device.type, torch.bfloat16, enabled=network.mixed):
