@@ -148,8 +148,9 @@ def mine(
         return list(_queries(row, all_answers.of(row), positives, instruction_of(row.task)))
 
     pool = Pool(corpus, everything, of_others)
-    encoding = 0 if RANDOM in given else len(given)
-    total = encoding * len(pool) + wanted * (1 if ensemble == "cross-sample" else len(given))
+    total = (0 if RANDOM in given else len(given)) * len(pool) + wanted * (
+        1 if ensemble == "cross-sample" else len(given)
+    )
     read = written = 0
 
     def advance(texts: int) -> None:
@@ -178,7 +179,7 @@ def mine(
             asked = [queries_of(row) for row in chunk]
             queries = [query for own in asked for query in own]
             pool.take(query.example for query in queries)
-            total += encoding * len(pool.lacking)
+            total += sum(one not in NAMED for one in given) * len(pool.lacking)
             miner.teachers = miner.teachers or open_teachers()
             filled = miner.fill(queries)
             for row, own in zip(chunk, asked, strict=True):

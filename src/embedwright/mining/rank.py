@@ -82,7 +82,7 @@ def teacher_of_pool(
 
         _, lacking = pool.rows_of(everything())
         index = bm25.index(chain(pool.texts(), lacking))
-        advance(len(pool) + len(lacking))
+        advance(len(pool))
         others = {text: row for row, text in enumerate(lacking, start=len(pool))}
         return lambda tiles: (_by_words(tile, pool, index, others, depth, advance) for tile in tiles)
     documents = _encoded_documents(teacher, pool, encode, advance)

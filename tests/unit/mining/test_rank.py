@@ -17,6 +17,7 @@ from embedwright.cli.main import app
 from embedwright.data.files.table import open_examples
 from embedwright.data.schema import Example, Passage
 from embedwright.errors import InputError
+from embedwright.mining.choose import Miner
 from embedwright.mining.mine import mine
 from embedwright.mining.rules import teacher_of
 
@@ -192,3 +193,30 @@ def test_the_command_takes_them_by_name(tmp_path: Path, monkeypatch: pytest.Monk
         words = f"mine rows.jsonl --corpus corpus.jsonl --teacher {name} --rule {rule} --out o.jsonl"
         app(words.split(), standalone_mode=False)
         assert ids(list(open_examples(Path("o.jsonl")))) == ids(mine(rows, corpus, name, rule=rule)[0])  # type: ignore[arg-type]
+
+
+def test_the_command_mines_parts_that_are_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part that was killed is mined again, one that is done is not, and other settings are refused."""
+    monkeypatch.chdir(tmp_path)
+    corpus, rows = lexical()
+    lines = [{"id": r.id, "task": "t", "query": r.query, "positives": [r.positives[0].text]} for r in rows]
+    Path("rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    Path("corpus.jsonl").write_text("".join(json.dumps({"_id": i, "text": t}) + "\n" for i, t in corpus.items()))
+
+    def run(out: str, *more: str) -> None:
+        words = "mine rows.jsonl --corpus corpus.jsonl --teacher bm25 --rule naive"
+        app([*words.split(), "--out", out, *more], standalone_mode=False)
+
+    run("whole.parquet")
+    for part in ("2/3", "0/3"):
+        run("parts.parquet", "--shard", part)
+    written = {path: path.stat().st_mtime_ns for path in Path("parts.parquet").glob("*.parquet")}
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(Miner, "_take", lambda *_: (_ for _ in ()).throw(MemoryError))
+        run("parts.parquet", "--shard", "1/3")
+    with pytest.raises(InputError, match=r"negatives 7, and this is 3"):
+        run("parts.parquet", "--shard", "1/3", "--negatives", "3")
+    for part in ("1/3", "2/3"):
+        run("parts.parquet", "--shard", part)
+    assert list(open_examples(Path("parts.parquet"))) == list(open_examples(Path("whole.parquet")))
+    assert len(written) == 2 and all(path.stat().st_mtime_ns == time for path, time in written.items())
