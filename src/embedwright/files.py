@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import re
@@ -147,6 +148,19 @@ def _locked(file: Path) -> IO[bytes] | None:
             opened.pop_all()
             return stream
     return None
+
+
+class HashedFile(io.BufferedWriter):
+    """A new file for writing that hashes its bytes as they come, so that nobody reads them again for it."""
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(io.FileIO(path, "wb"))
+        self.sha256, self.bytes = hashlib.sha256(), 0
+
+    def write(self, content: Any, /) -> int:
+        self.sha256.update(content)
+        self.bytes += memoryview(content).nbytes
+        return super().write(content)
 
 
 def sha256_of(file: Path) -> str:

@@ -28,8 +28,8 @@ from embedwright.training.remine import refresh_every, refreshed
 from embedwright.training.run.checkpoint import (
     RunState,
     keep_newest,
-    read_weights,
     restore_optimizer,
+    restore_weights,
     save_checkpoint,
 )
 from embedwright.training.run.checks import check_reading, open_checked
@@ -62,7 +62,8 @@ def train(recipe: Recipe, *, on_step: OnStep | None = None, on_evaluation: OnEva
         on_evaluation: Called with lines of progress. With several processes, in rank 0 alone.
 
     Returns:
-        The embedder in float32, adapters merged. With `tune.method: qlora` it is on the CPU.
+        The embedder in float32, adapters merged. With `tune.method: qlora`, or of several processes, it is on the CPU.
+        The other processes than rank 0 get the model as it trained.
 
     Raises:
         ConfigError: The folder holds a run of another recipe, model or teacher, or of other data; or a package is
@@ -89,10 +90,10 @@ def train(recipe: Recipe, *, on_step: OnStep | None = None, on_evaluation: OnEva
         model = start_model(recipe, processes)
         check_reading(recipe, sources, model)
     open_folder(out, processes)
+    steps = Steps(recipe, model, processes)
     if checkpoint is not None:
         with processes.together():
-            load_trained(model, read_weights(checkpoint))
-    steps = Steps(recipe, model, processes)
+            restore_weights(checkpoint, trained(model.network))
     log: AbstractContextManager[Tracker | None] = nullcontext()
     with processes.together():
         if processes.first:
@@ -146,7 +147,8 @@ class _Run:
             part, recipe.tune, stage.optim, projection_to(teacher, recipe, state.stage, self.model)
         )
         if resumed is not None:
-            restore_optimizer(resumed, optimizer)
+            with self.processes.together():
+                restore_optimizer(resumed, optimizer)
         moved = MovedWeights(part, optimizer, self.processes)
         self.measure(state.stage, sources, 0)
         records: list[dict[str, Any]] = []

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from embedwright.config import ConfigError
 from embedwright.data.files.table import open_examples
@@ -21,7 +22,7 @@ from embedwright.training.batches.blend import Source
 from embedwright.training.batches.sources import open_sources
 from embedwright.training.recipe import Recipe
 from embedwright.training.remine import refreshed
-from embedwright.training.run.checkpoint import RunState, read_weights
+from embedwright.training.run.checkpoint import RunState
 from embedwright.training.run.start import load_trained, start_model
 from embedwright.training.train import train
 
@@ -191,7 +192,7 @@ def test_each_refresh_is_by_the_model_of_its_step(content: dict[str, Any]) -> No
     model = start_model(recipe)
     for folder in folders:
         if folder.name != "0000000":
-            load_trained(model, read_weights(out / "checkpoints" / f"00-{folder.name}"))
+            load_trained(model, load_file(out / "checkpoints" / f"00-{folder.name}" / "weights.safetensors"))
         assert negatives(folder) == mined_by(model, opened(recipe)[0]), folder.name
     assert negatives(folders[0]) != negatives(folders[1])
 

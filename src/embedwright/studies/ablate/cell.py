@@ -56,6 +56,7 @@ def _is_of_the_rate(error: Exception) -> bool:
 
 def trained(folder: Path, spec: Spec, recipe: Recipe) -> Spec:
     """Trains and scores the model. Returns what it took and the main scores."""
+    from embedwright.processes import start
     from embedwright.training.run.track import read_records
     from embedwright.training.train import train
 
@@ -67,25 +68,28 @@ def trained(folder: Path, spec: Spec, recipe: Recipe) -> Spec:
         "tokens": sum(record["tokens"] for record in records),
         "peak_mb": max((record["peak_mb"] or 0 for record in records), default=0),
     }
-    results = score(model, spec, folder / "bench")
-    keep(folder, spec, results, model.fingerprint())
-    result["seconds"]["evaluation"] = results.seconds
-    scores = {row.task: row.value for row in results.rows}
-    details = {row.task: row.details for row in results.rows if row.details}
-    return result | {"scores": scores, "mean": fmean(scores.values()), "details": details}
+
+    def scored() -> Spec:  # by rank 0, which alone has the finished model
+        results = score(model, spec, folder / "bench")
+        keep(folder, spec, results, model.fingerprint())
+        result["seconds"]["evaluation"] = results.seconds
+        scores = {row.task: row.value for row in results.rows}
+        details = {row.task: row.details for row in results.rows if row.details}
+        return result | {"scores": scores, "mean": fmean(scores.values()), "details": details}
+
+    found: Spec = start().decided(scored)
+    return found
 
 
 def keep(folder: Path, spec: Spec, results: Results, fingerprint: dict[str, Any]) -> None:
-    """Writes `scores.json` with the items of each score beside it. Rank 0 does it alone."""
+    """Writes `scores.json` with the items of each score beside it."""
     from embedwright.evaluation.about import about
     from embedwright.evaluation.results import write_results
-    from embedwright.processes import start
 
     facts = about(spec["name"], fingerprint) | {"command": spec["command"], "seed": spec["seed"]}
     if spec["smoke"]:
         facts["smoke"] = True
-    if start().first:
-        write_results(folder / "scores.json", replace(results, about=facts))
+    write_results(folder / "scores.json", replace(results, about=facts))
 
 
 def score(model: Any, spec: Spec, folder: Path) -> Results:
@@ -104,12 +108,12 @@ def bench(model: Any, spec: Spec, folder: Path) -> Results:
     from embedwright.evaluation.compare.read import read_candidates
     from embedwright.evaluation.mteb import MtebEncoder
     from embedwright.evaluation.results import Results
-    from embedwright.processes import start
+    from embedwright.processes import ALONE
 
     began = time.monotonic()
     chosen = choose(spec["benchmark"])
     work = Bench(MtebEncoder(model, name=f"embedwright/{spec['arm']}-{spec['seed']}"), folder)
-    if failed := work.run(chosen.tasks, start()):
+    if failed := work.run(chosen.tasks, ALONE):
         raise RuntimeError("; ".join(f"{task}: {reason}" for task, reason in failed.items()))
     [found] = [results for results in read_candidates([str(work.folder)])[0].seeds.values()]
     rows = tuple(row for results in found for row in results.rows)

@@ -96,9 +96,17 @@ def trained(network: Any) -> dict[str, Tensor]:
     return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
 
 
-def whole(network: Any) -> dict[str, Tensor]:
-    """Returns the trained parameters, whole, in every process. All processes must call it."""
-    return {name: full(parameter.detach()) for name, parameter in trained(network).items()}
+def whole(network: Any, processes: Processes) -> dict[str, Tensor]:
+    """Gathers the trained parameters on the CPU of rank 0, one at a time; the other processes get none of them.
+
+    All processes must call it.
+    """
+    found = {}
+    for name, parameter in trained(network).items():
+        gathered = full(parameter.detach())
+        if processes.first:
+            found[name] = gathered.cpu().contiguous()
+    return found
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -111,9 +119,9 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def like(tensor: Tensor, cut: Tensor) -> Tensor:
-    """Returns this process's part of a whole tensor, sharded as `cut` is."""
+    """Returns this process's part of a whole tensor, which every process has, sharded as `cut` is."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
-    if not isinstance(cut, DTensor) or tensor.shape != cut.shape:
+    if not isinstance(cut, DTensor):
         return tensor
-    return distribute_tensor(tensor.to(cut.device), cut.device_mesh, cut.placements)
+    return distribute_tensor(tensor.to(cut.device), cut.device_mesh, cut.placements, src_data_rank=None)

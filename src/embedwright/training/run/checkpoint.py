@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 import uuid
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from embedwright.errors import InputError
 from embedwright.files import remove_leftovers, sha256_of, whole_folder
 from embedwright.processes import ALONE, Processes
 from embedwright.training.engine.optim import projection_of
-from embedwright.training.engine.parallel import full, like
+from embedwright.training.run.tensors import Digest, read, sizes, write, write_parts, write_text
 
 logger = logging.getLogger(__name__)
 
 _WEIGHTS, _OPTIMIZER, _STATE, _MANIFEST = "weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 _PROJECTION = "projection"  # beside the moments: it is of the stage, not of the model
+_OF_OPTIMIZER = re.compile(rf"\d+\.(step|exp_avg|exp_avg_sq)|{_PROJECTION}")
 
 
 @dataclass(frozen=True)
@@ -56,35 +58,44 @@ def save_checkpoint(
 ) -> Path:
     """Writes a checkpoint below `folder`, then removes all but the newest `keep`.
 
-    `optimizer` is None between stages. All processes must call this. Rank 0 writes whole tensors, so any number of
-    processes can go on from them. Raises OSError if it cannot write; older checkpoints stay as they are.
+    `optimizer` is None between stages. All processes must call this. Rank 0 writes whole tensors; of sharded ones each
+    process writes its part. Any number of processes can go on from either. Raises OSError in all of them if one cannot
+    write; older checkpoints stay as they are.
     """
-    trained = {name: _whole(tensor, processes) for name, tensor in weights.items()}
     moments = {"state": {}, "param_groups": []} if optimizer is None else optimizer.state_dict()
-    tensors = {
-        f"{index}.{name}": _whole(value, processes)
-        for index, values in moments["state"].items()
-        for name, value in values.items()
-    }
+    tensors = {f"{index}.{name}": value for index, values in moments["state"].items() for name, value in values.items()}
     projection = None if optimizer is None else projection_of(optimizer)
     if projection is not None:
-        tensors[_PROJECTION] = _whole(projection, processes)
+        tensors[_PROJECTION] = projection.detach()
     final = folder / state.folder
-    if processes.first:
-        if final.exists():  # the same step again, after a resume from an older one
-            shutil.rmtree(final)
-        try:
-            with whole_folder(final) as temp:
-                save_file(trained, temp / _WEIGHTS)
-                save_file(tensors, temp / _OPTIMIZER)
-                (temp / _STATE).write_text(json.dumps({"run": asdict(state), "optimizer": moments["param_groups"]}))
-                files = {name: _digest(temp / name) for name in (_WEIGHTS, _OPTIMIZER, _STATE)}
+    about = {"run": asdict(state), "optimizer": moments["param_groups"]}
+    try:
+        with ExitStack() as stack:
+
+            def begin() -> str:
+                if final.exists():  # the same step again, after a resume from an older one
+                    shutil.rmtree(final)
+                return str(stack.enter_context(whole_folder(final)))
+
+            temp = Path(processes.decided(begin))
+            files: dict[str, Digest] = {}
+            if any(hasattr(tensor, "full_tensor") for tensor in weights.values()):
+                files = write_parts(temp, {name: w.detach() for name, w in weights.items()} | tensors, processes)
+
+            def end() -> None:
+                if not files:
+                    files.update(
+                        {_WEIGHTS: write(temp / _WEIGHTS, weights), _OPTIMIZER: write(temp / _OPTIMIZER, tensors)}
+                    )
+                files[_STATE] = write_text(temp / _STATE, json.dumps(about))
                 manifest = {"files": files, "recipe": state.recipe, "processes": processes.count}
                 (temp / _MANIFEST).write_text(json.dumps(manifest, indent=2))
-        except Exception as error:  # safetensors has errors of its own for a disk that is full
-            raise OSError(f"checkpoint {final} could not be written ({error}); the one before is intact") from error
-        keep_newest(folder, keep)
-    processes.wait()
+                stack.close()
+                keep_newest(folder, keep)
+
+            processes.decided(end)
+    except Exception as error:  # safetensors has errors of its own for a disk that is full
+        raise OSError(f"checkpoint {final} could not be written ({error}); the one before is intact") from error
     return final
 
 
@@ -92,12 +103,6 @@ def keep_newest(folder: Path, keep: int) -> None:
     """Removes all but the newest `keep` checkpoints."""
     for old in _complete(folder)[:-keep]:
         shutil.rmtree(old)
-
-
-def _whole(tensor: Tensor, processes: Processes) -> Tensor:
-    """Gathers a tensor on the CPU of rank 0; other ranks take part and keep nothing."""
-    whole = full(tensor.detach())
-    return whole.cpu().contiguous() if processes.first else whole.new_empty(0)
 
 
 def newest(folder: Path) -> Path | None:
@@ -119,9 +124,12 @@ def read_state(checkpoint: Path) -> RunState:
     return RunState(**json.loads((checkpoint / _STATE).read_text())["run"])
 
 
-def read_weights(checkpoint: Path) -> dict[str, Tensor]:
-    weights: dict[str, Tensor] = load_file(checkpoint / _WEIGHTS)
-    return weights
+def restore_weights(checkpoint: Path, own: dict[str, Tensor]) -> None:
+    """Reads the weights into the trained tensors, of sharded ones this process's part. InputError if names differ."""
+    stored = {name for name in sizes(checkpoint) if not _OF_OPTIMIZER.fullmatch(name)}
+    if own.keys() != stored:
+        raise InputError(f"checkpoint and model differ in {sorted(own.keys() ^ stored)[:3]}")
+    read(checkpoint, {name: parameter.detach() for name, parameter in own.items()})
 
 
 def restore_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
@@ -130,16 +138,18 @@ def restore_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> Non
     for saved, group in zip(numbers, optimizer.param_groups, strict=False):  # torch refuses another number of groups
         saved["fused"] = group["fused"]  # the kernel of this device, not of that on which the checkpoint was written
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state: dict[int, dict[str, Any]] = {}
-    tensors = load_file(checkpoint / _OPTIMIZER)
-    projection, kept = projection_of(optimizer), tensors.pop(_PROJECTION, None)
-    if (None if projection is None else projection.shape) != (None if kept is None else kept.shape):
+    stored = {name: size for name, size in sizes(checkpoint).items() if _OF_OPTIMIZER.fullmatch(name)}
+    projection = projection_of(optimizer)
+    if (None if projection is None else projection.shape) != stored.pop(_PROJECTION, None):
         raise InputError(f"{checkpoint} is of a teacher with vectors of another width: take that one, or a new run.out")
-    if projection is not None and kept is not None:
-        projection.data.copy_(kept)
-    for key, tensor in tensors.items():
+    state: dict[int, dict[str, Any]] = {}
+    for key, size in stored.items():
         index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = like(tensor, parameters[int(index)])
+        parameter = parameters[int(index)]
+        moment = torch.zeros_like(parameter) if parameter.shape == size else torch.zeros(size)
+        state.setdefault(int(index), {})[name] = moment.detach()
+    tensors = {f"{index}.{name}": moment for index, moments in state.items() for name, moment in moments.items()}
+    read(checkpoint, tensors if projection is None else tensors | {_PROJECTION: projection.detach()})
     optimizer.load_state_dict({"state": state, "param_groups": numbers})
 
 
@@ -151,12 +161,9 @@ def _problem(checkpoint: Path) -> str | None:
     try:
         files = json.loads((checkpoint / _MANIFEST).read_text())["files"]
         for name, expected in files.items():
-            if _digest(checkpoint / name) != expected:
+            file = checkpoint / name
+            if {"sha256": sha256_of(file), "bytes": file.stat().st_size} != expected:
                 return f"{name} has other content than its manifest says"
     except (OSError, ValueError, KeyError) as error:
         return f"{type(error).__name__}: {error}"
     return None
-
-
-def _digest(path: Path) -> dict[str, Any]:
-    return {"sha256": sha256_of(path), "bytes": path.stat().st_size}

@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from embedwright.config import ConfigError
 from embedwright.files import write_text
 from embedwright.host import own_random_numbers
 from embedwright.model.embedder import Embedder
 from embedwright.model.formats.folder import is_adapter
 from embedwright.processes import Processes
-from embedwright.training.engine.parallel import whole
 from embedwright.training.parts import Form
 from embedwright.training.recipe import Recipe
-from embedwright.training.run.start import check_moved, finish, whole_model, with_weights
+from embedwright.training.run.start import check_moved, copied, finish
 
 Card = Callable[[Embedder, str], str]  # the model card of a model in this form, which is read from this path
 
@@ -66,30 +63,43 @@ def save_stage(recipe: Recipe, model: Embedder, processes: Processes, stage: str
     Each form is made of a copy, on the CPU of rank 0: it takes 4 bytes a parameter there. A folder that holds a model
     is left as it is. All processes must call this. Raises RuntimeError as `finish` does.
     """
-    trained = whole(model.network)
-    for form, folder in kept_forms(recipe, stage).items() if processes.first else ():
-        if not _is_model(folder):
-            with own_random_numbers():
-                copy = with_weights(recipe, trained, torch.device("cpu"))
-                check_moved(copy)
-                (copy if form == "adapter" else finish(copy)).save(folder, recipe.run.dtype)
-    processes.wait()
+    folders = kept_forms(recipe, stage)
+    lacking = processes.decided(lambda: [form for form, folder in folders.items() if not _is_model(folder)])
+    for form in lacking:
+        with own_random_numbers():
+            copy = copied(recipe, model, processes)
+            with processes.together():
+                if copy is not None:
+                    check_moved(copy)
+                    (copy if form == "adapter" else finish(copy)).save(folders[form], recipe.run.dtype)
 
 
 def save_end(recipe: Recipe, model: Embedder, processes: Processes, card: Card) -> Embedder:
     """Saves the trained model in each form of `run.save`, with its card, and returns it merged, in float32.
 
-    A folder that holds a model is left as it is. All processes must call this. Raises RuntimeError as `finish` does.
+    Of several processes rank 0 does so alone, on its CPU, where the model takes 4 bytes a parameter; the others return
+    theirs as it trained. A folder that holds a model is left as it is. All processes must call this. Raises
+    RuntimeError as `finish` does.
     """
-    model = whole_model(recipe, model, processes)
+    if recipe.tune.method == "qlora" or model.network.sharded:
+        model = copied(recipe, model, processes) or model
+    with processes.together():
+        if processes.first:
+            if processes.count > 1:
+                model.network.cpu()
+            model = _finished(recipe, model, card)
+    return model
+
+
+def _finished(recipe: Recipe, model: Embedder, card: Card) -> Embedder:
     check_moved(model)
-    folders = kept_forms(recipe) if processes.first else {}
+    folders = kept_forms(recipe)
     if "adapter" in folders:
         _save(recipe, model, folders["adapter"], card)
     model = finish(model)
     if "merged" in folders:
         _save(recipe, model, folders["merged"], card)
-    if processes.first and not folders:
+    if not folders:
         write_text(Path(recipe.run.out) / "README.md", card(model, "model"))
     return model
 

@@ -105,12 +105,11 @@ class Scores:
             return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  no mapping
 
     def _keep_weights(self, stage: str, step: int) -> None:
-        trained = whole(self.model.network)
+        trained = whole(self.model.network, self.processes)
         with self.processes.together():
             if self.processes.first:
-                tensors = {name: tensor.cpu().contiguous() for name, tensor in trained.items()}
                 with whole_file(self._best_file(stage)) as temp:
-                    save_file(tensors, temp, metadata={"step": str(step)})
+                    save_file(trained, temp, metadata={"step": str(step)})
 
     def _best_file(self, stage: str) -> Path:
         """Each stage has a file of its own, because the next stage evaluates before its first checkpoint."""

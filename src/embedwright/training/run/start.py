@@ -23,7 +23,7 @@ from embedwright.model.pooling import WEIGHTLESS, LatentPooling, PoolingConfig, 
 from embedwright.model.verify import probe
 from embedwright.processes import ALONE, Processes
 from embedwright.text import Contract, load_tokenizer
-from embedwright.training.engine.parallel import like, trained, whole
+from embedwright.training.engine.parallel import full, like, trained
 from embedwright.training.parts import ModelPart
 from embedwright.training.recipe import Recipe
 
@@ -240,22 +240,22 @@ def load_trained(model: Embedder, weights: dict[str, Tensor]) -> None:
             parameter.copy_(like(weights[name], parameter))
 
 
-def whole_model(recipe: Recipe, model: Embedder, processes: Processes) -> Embedder:
-    """Returns the model neither sharded nor in 4 bits, since such a model cannot be merged or saved.
+def copied(recipe: Recipe, model: Embedder, processes: Processes) -> Embedder | None:
+    """Makes the trained model anew on the CPU of rank 0, neither sharded nor in 4 bits; None in the other processes.
 
-    Adapters that trained on 4 bits are put on the base in float32, on the CPU: the GPU may have no room for it.
+    It takes 4 bytes a parameter there: the base is opened, then each trained tensor is gathered and put in its place.
+    All processes must call this.
     """
-    four_bit = recipe.tune.method == "qlora"
-    if not four_bit and (processes.count == 1 or recipe.run.parallel == "ddp"):
-        return model
-    return with_weights(recipe, whole(model.network), torch.device("cpu") if four_bit else processes.device)
-
-
-def with_weights(recipe: Recipe, trained: dict[str, Tensor], device: torch.device | None) -> Embedder:
-    """Makes the model of the recipe anew, neither sharded nor in 4 bits, and gives it these trained weights."""
     if recipe.tune.method == "qlora":
         plain = {"tune": recipe.tune.model_copy(update={"method": "lora"})}
         recipe = recipe.model_copy(update=plain | {"run": recipe.run.model_copy(update={"precision": "fp32"})})
-    uncut = start_model(recipe, Processes(device=device))
-    load_trained(uncut, trained)
-    return uncut
+    copy = None
+    with processes.together():
+        if processes.first:
+            copy = start_model(recipe, Processes(device=torch.device("cpu")))
+    own = {} if copy is None else trained(copy.network)
+    for name, parameter in trained(model.network).items():
+        gathered = full(parameter.detach())
+        if copy is not None:
+            own[name].data.copy_(gathered)
+    return copy

@@ -10,6 +10,7 @@ import mteb
 import numpy as np
 import pytest
 from mteb.mocks import MOCK_TASK_TEST_GRID
+from safetensors.torch import load_file
 
 from embedwright.config import ConfigError
 from embedwright.errors import InputError
@@ -19,7 +20,6 @@ from embedwright.evaluation.results import Result, Results
 from embedwright.training.recipe import Recipe
 from embedwright.training.run import checks
 from embedwright.training.run import scores as module
-from embedwright.training.run.checkpoint import read_weights
 from embedwright.training.run.start import finish, load_trained, start_model
 from embedwright.training.train import train
 
@@ -85,13 +85,13 @@ def test_each_stage_ends_on_its_best_weights(content: dict[str, Any], monkeypatc
     recipe = Recipe.parse(content)
     model = train(recipe)
     best = start_model(recipe)
-    load_trained(best, read_weights(Path(recipe.run.out) / "checkpoints" / "01-0000004"))
+    load_trained(best, load_file(Path(recipe.run.out) / "checkpoints" / "01-0000004" / "weights.safetensors"))
     np.testing.assert_array_equal(model.encode(TEXTS), finish(best).encode(TEXTS))
-    first = read_weights(Path(recipe.run.out) / "checkpoints" / "00-0000006")
-    second = read_weights(Path(recipe.run.out) / "checkpoints" / "01-0000001")
+    first = load_file(Path(recipe.run.out) / "checkpoints" / "00-0000006" / "weights.safetensors")
+    second = load_file(Path(recipe.run.out) / "checkpoints" / "01-0000001" / "weights.safetensors")
     # the second stage began with what the first had at step 4, the last of equals, and not at step 6: AdamW's first
     # step is as long as the learning rate in every number
-    kept = read_weights(Path(recipe.run.out) / "checkpoints" / "00-0000004")
+    kept = load_file(Path(recipe.run.out) / "checkpoints" / "00-0000004" / "weights.safetensors")
     near, far = (max(float((second[n] - weights[n]).abs().max()) for n in second) for weights in (kept, first))
     assert near < 1.001e-2 < far
 
