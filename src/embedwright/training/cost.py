@@ -142,7 +142,8 @@ def memory_of(recipe: Recipe, sizes: Sizes, tokens: int, kind: Kind, *, scores: 
     """Sums the memory of a step whose largest micro-batch has `tokens` tokens, and whose batch has `scores` scores.
 
     With `run.parallel: fsdp`, each process holds its part of weights, gradients and optimizer; it holds whole what lies
-    outside the layers, and two layers at a time. On a CPU the libraries take about half a GB more.
+    outside the layers, and two layers at a time; and for a moment the gradients of one of these, twice, as they are
+    and as they are sent. On a CPU the libraries take about half a GB more.
     """
     low, full = recipe.run.precision == "bf16", recipe.tune.method == "full"
     width = 2 if low else 4  # bytes of an element of the decoder's states
@@ -165,14 +166,14 @@ def memory_of(recipe: Recipe, sizes: Sizes, tokens: int, kind: Kind, *, scores: 
     else:
         kept = sizes.layers * layer + ends + head
         peak = kept + max(head_work, layer_work - head)
-    copies = 2 * sizes.linear if full and low else 0  # autocast's, of the weights
+    copies = 2 * sizes.linear if full and low and spread == 1 else 0  # autocast's, of weights not gathered in bfloat16
     if recipe.tune.gradient_checkpointing:
         copies //= sizes.layers
     if low:
         copies += 2 * sum(linear.weight.numel() for linear in _linears(sizes.pooling))
     activations = tokens * kept + copies
     work = tokens * (peak - kept) + 16 * scores
-    if full:  # the gradient of a matrix, before it is added to what is there
+    if full and spread == 1:  # the gradient of a matrix, before it is added to what is there
         work += 4 * sizes.wide * sizes.hidden
     if four_bit:  # a matrix as it is multiplied with
         work += width * sizes.wide * sizes.hidden
@@ -181,8 +182,9 @@ def memory_of(recipe: Recipe, sizes: Sizes, tokens: int, kind: Kind, *, scores: 
 
     static = weights // spread
     if spread > 1:
-        outside = stored * (sizes.decoder - sizes.layers * sizes.layer) + 4 * sizes.head
-        static += outside + 2 * (stored * sizes.layer + 4 * sizes.adapters // sizes.layers)
+        outside = sizes.decoder - sizes.layers * sizes.layer
+        static += stored * outside + 4 * sizes.head + 2 * (width * sizes.layer + 4 * sizes.adapters // sizes.layers)
+        work += max(8 * sizes.head, (width + 4) * sizes.layer, 8 * outside) if full else 8 * sizes.head
     used = static + 3 * trained + activations + work
     reserve = _GPU_RESERVE + int(_GPU_GAPS * used) if kind == "cuda" else int(_CPU_GAPS * used)
     return Memory(static, trained, 2 * trained, activations, work, reserve)

@@ -168,19 +168,32 @@ def _token_lines(stage: StagePlan, tokens: Tokens) -> list[str]:
 
 
 def render_memory(recipe: Recipe, tokens: Sequence[Tokens], sizes: Sizes, processes: int = 1) -> list[str]:
-    """Parameters, and memory by part on a GPU and, for one process, on a CPU, as lines of text."""
+    """Parameters, and memory by part, as lines of text: of one process on a GPU and on a CPU.
+
+    Of several processes, which have a GPU each, as the recipe has them, then with the other `run.parallel`.
+    """
     parts = f"LoRA {sizes.adapters:,}" if sizes.adapters else f"decoder {sizes.decoder:,}"
     total = sizes.decoder + sizes.adapters + sizes.head
-    each = "" if processes == 1 else f", each of {processes} ({recipe.run.parallel})"
     names = ["weights", "gradients", "optimizer", "activations", "work", "reserve", "total"]
-    kinds: list[tuple[Kind, str]] = [("cuda", f"GPU{each}"), ("cpu", "CPU")]
+    wanted: list[tuple[str, Recipe, Kind]] = [("GPU", recipe, "cuda"), ("CPU", recipe, "cpu")]
+    if processes > 1:
+        ways = [
+            recipe.run.parallel,
+            *({"ddp", "fsdp"} - {recipe.run.parallel} if recipe.tune.method != "qlora" else ()),
+        ]
+        runs = [(way, recipe.run.model_copy(update={"parallel": way})) for way in ways]
+        wanted = [
+            (f"GPU, each of {processes} ({way})", recipe.model_copy(update={"run": run}), "cuda") for way, run in runs
+        ]
     rows = []
-    for kind, name in kinds[: 1 if processes > 1 else 2]:  # many processes have a GPU each
-        memory = largest_memory(recipe, tokens, sizes, kind, processes=processes)
+    for name, one, kind in wanted:
+        memory = largest_memory(one, tokens, sizes, kind, processes=processes)
         rows.append([name, *(f"{getattr(memory, part) / GB:.2f}" for part in names)])
+    saves = f"at the end rank 0 merges and saves on its CPU, in {4 * total / GB:.2f} GB"
     return [
         f"parameters: {total:,}, of which {sizes.trained:,} train ({parts}, pooling block {sizes.head:,})",
         *columns([["memory in GB", *names], *rows]),
+        *([saves] if processes > 1 else []),
         "a sum, not a measurement; `--dry-run` measures memory and time on this device",
     ]
 

@@ -303,18 +303,24 @@ def test_qlora_is_what_bitsandbytes_and_peft_keep(
     assert found.activations + found.work == pytest.approx(most_bytes(model, packed), rel=0.2)
 
 
-def test_fsdp_cuts_what_ddp_repeats(made: Any) -> None:
-    recipe, model = made("llama", "latent", "full")
+@pytest.mark.parametrize(("precision", "width"), [("fp32", 4), ("bf16", 2)])
+def test_fsdp_cuts_what_ddp_repeats(made: Any, precision: str, width: int) -> None:
+    recipe, model = made("llama", "latent", "full", precision)
     one = memory(recipe)
     assert memory(recipe, processes=4) == one  # ddp
     cut = memory(recipe.model_copy(update={"run": recipe.run.model_copy(update={"parallel": "fsdp"})}), processes=4)
     network = model.network
-    size = lambda module: sum(4 * p.numel() for p in module.parameters())  # noqa: E731
-    layer = size(network.backbone.layers[0])
-    outside = size(network) - 3 * layer
-    assert cut.weights == size(network) // 4 + outside + 2 * layer
-    assert (cut.gradients, cut.optimizer) == (size(network) // 4, 2 * (size(network) // 4))
-    assert (cut.activations, cut.work) == (one.activations, one.work)
+    count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+    layer, head, every = count(network.backbone.layers[0]), count(network.head), count(network)
+    outside = every - 3 * layer
+    assert cut.weights == 4 * every // 4 + 4 * outside + 2 * width * layer  # layers are gathered in the run's type
+    assert (cut.gradients, cut.optimizer) == (4 * every // 4, 2 * (4 * every // 4))
+    linears = [m for m in network.backbone.modules() if isinstance(m, nn.Linear)]
+    copies = sum(2 * m.weight.numel() for m in linears) if precision == "bf16" else 0
+    assert cut.activations == one.activations - copies  # and autocast needs no copies of them
+    widest, hidden = linears[-1].in_features, linears[-1].out_features
+    whole = max(8 * head, (width + 4) * layer, 8 * (outside - head))
+    assert cut.work == one.work - 4 * widest * hidden + whole
 
 
 def test_tokens_scores_and_a_gpus_own_part(made: Any) -> None:

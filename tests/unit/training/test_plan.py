@@ -241,7 +241,11 @@ def test_the_report_has_it_all(tiny: Any) -> None:
         memory = largest_memory(small, tokens, sizes, kind)  # type: ignore[arg-type]
         assert [name, *(f"{value / GB:.2f}" for value in (*astuple(memory), memory.total))] in lines
     many = report(tiny(parallel="fsdp"), processes=8)
-    assert "GPU, each of 8 (fsdp)" in many and "CPU" not in many
+    cut, copied = (next(line.split() for line in many.splitlines() if f"8 ({way})" in line) for way in ("fsdp", "ddp"))
+    assert many.index("8 (fsdp)") < many.index("8 (ddp)") and float(cut[5]) <= float(copied[5])
+    total = sizes.decoder + sizes.adapters + sizes.head
+    assert f"rank 0 merges and saves on its CPU, in {4 * total / GB:.2f} GB" in many and "  CPU" not in many
+    assert "(ddp)" in report(tiny(), processes=8) and "rank 0" not in text
 
 
 def test_the_report_gives_a_bound_where_no_file_is_there(tiny: Any, tmp_path: Path) -> None:
