@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, PositiveInt, StrictBool, model_validator
 
 from embedwright.config import did_you_mean
+from embedwright.data.files.beir import beir_splits
 from embedwright.data.files.folders import data_files, stem_of
 from embedwright.data.files.quarantine import good_rows
 from embedwright.data.files.rows import read_rows
@@ -84,7 +85,7 @@ def _texts_of(value: object, key: str) -> list[str]:
 
 def split_of(folder: Path) -> str | None:
     """Returns the split of a BEIR folder to evaluate on: `test`, if it has one."""
-    return "test" if any(folder.glob("qrels/test.tsv*")) else None
+    return "test" if "test" in beir_splits(folder) else None
 
 
 # Rows may have other keys. A file of a folder is of the first kind whose keys it has.

@@ -12,7 +12,7 @@ from typing import Any
 
 from embedwright.data.files.folders import data_files, is_beir
 from embedwright.data.files.rows import read_rows, text_lines
-from embedwright.data.schema import DataError, id_of, text_of
+from embedwright.data.schema import DataError, id_of, number_of, text_of
 from embedwright.errors import NotFoundError
 
 
@@ -26,7 +26,7 @@ class Beir:
 
 
 def read_beir(folder: Path, split: str | None = None) -> Beir:
-    """Reads `corpus.jsonl[.gz]`, `queries.jsonl[.gz]` and `qrels/<split>.tsv[.gz]` of `folder`.
+    """Reads `corpus.jsonl[.gz]`, `queries.jsonl[.gz]` and `qrels/<split>.tsv[.gz]` (or `.jsonl`) of `folder`.
 
     `split` may be left out where there is one. A document's text is title, space, text. Raises FileNotFoundError, and
     DataError naming file and line: on a bad line, an id that occurs twice, a judgement of an unknown query or document.
@@ -50,8 +50,8 @@ def beir_files(folder: Path, split: str | None = None) -> tuple[Path, Path, Path
 
 def beir_splits(folder: Path) -> dict[str, Path]:
     """Maps each split of a BEIR folder to its file of judgements."""
-    found = sorted((*(folder / "qrels").glob("[!.]*.tsv"), *(folder / "qrels").glob("[!.]*.tsv.gz")))
-    return {path.name.removesuffix(".gz").removesuffix(".tsv"): path for path in found}
+    found = sorted(path for end in (".tsv", ".tsv.gz", ".jsonl") for path in (folder / "qrels").glob(f"[!.]*{end}"))
+    return {path.name.removesuffix(".gz").removesuffix(".tsv").removesuffix(".jsonl"): path for path in found}
 
 
 def _plain_or_gz(path: Path) -> Path:
@@ -126,7 +126,13 @@ def _read_qrels(path: Path, corpus: Mapping[str, str], queries: Mapping[str, str
 
 
 def read_judgements(path: Path) -> Iterator[tuple[str, str, str, int]]:
-    """Yields (file:line, query id, document id, relevance) of a qrels file. Raises DataError naming the line."""
+    """Yields (file:line, query id, document id, relevance) of a qrels file. Raises DataError naming the line.
+
+    The file has tab-separated lines below a header, as BEIR's own, or a JSON object a line, as mteb's copies of them.
+    """
+    if path.suffix == ".jsonl":
+        yield from _judgements_of_rows(path)
+        return
     for number, raw, _ in text_lines(path):
         if raw.isspace():
             continue
@@ -142,3 +148,17 @@ def read_judgements(path: Path) -> Iterator[tuple[str, str, str, int]]:
         if len(fields) != 3 or not fields[2].removeprefix("-").isdecimal():
             raise DataError(f"{where}: expected query id, document id and a whole number, separated by tabs")
         yield where, fields[0], fields[1], int(fields[2])
+
+
+def _judgements_of_rows(path: Path) -> Iterator[tuple[str, str, str, int]]:
+    for number, _, row in read_rows(path):
+        try:
+            if isinstance(row, DataError):
+                raise row
+            query, document = (id_of(row.get(key), key) for key in ("query-id", "corpus-id"))
+            score = number_of(row.get("score"), "score")
+            if not score.is_integer():
+                raise DataError(f"score {score:g} is no whole number")
+        except DataError as error:
+            raise DataError(f"{path}:{number}: {error}") from None
+        yield f"{path}:{number}", query, document, int(score)

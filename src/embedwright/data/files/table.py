@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from embedwright.cache import cache_folder
 from embedwright.data.files.arrow import SCHEMA, batches_of, example_of, write_example_rows
-from embedwright.data.files.beir import beir_files, read_beir, read_corpus
+from embedwright.data.files.beir import beir_files, beir_splits, read_beir, read_corpus
 from embedwright.data.files.class_names import class_names
 from embedwright.data.files.conversion import Conversion
 from embedwright.data.files.documents import COLUMNS, document_files, read_documents
@@ -235,7 +235,7 @@ class _Job:
     @property
     def split(self) -> str | None:
         """Returns `train` if the BEIR folder has that split, which training reads."""
-        return "train" if any((self.path / "qrels" / f"train.tsv{end}").is_file() for end in ("", ".gz")) else None
+        return "train" if "train" in beir_splits(self.path) else None
 
 
 def _fingerprint(job: _Job, stem: str) -> str:

@@ -54,6 +54,21 @@ def test_bad_qrels_name_file_and_line(qrels: str, message: str, tmp_path: Path) 
         read_beir(beir_folder(tmp_path / "b", qrels=qrels))
 
 
+def test_judgements_in_the_form_of_mteb_are_the_same(tmp_path: Path) -> None:
+    """mteb's copies of BEIR on the hub have `qrels/test.jsonl` with these columns (card of mteb/scifact)."""
+    folder = beir_folder(tmp_path / "b")
+    expected = read_beir(folder)
+    rows = [("q1", "d1", 1.0), ("q1", "d2", 0.0), ("q2", "d2", 2.0)]
+    lines = [dump({"query-id": query, "corpus-id": document, "score": score}) for query, document, score in rows]
+    (folder / "qrels" / "test.tsv").unlink()
+    (folder / "qrels" / "test.jsonl").write_bytes(b"\n".join(lines))
+    assert read_beir(folder) == expected == read_beir(folder, "test")
+    for line, said in ((b'{"query-id": "q1", "score": 1}', "no corpus-id"), (lines[0].replace(b"1.0", b"0.5"), "0.5")):
+        (folder / "qrels" / "test.jsonl").write_bytes(lines[0] + b"\n" + line)
+        with pytest.raises(DataError, match=rf"test\.jsonl:2: .*{said}"):
+            read_beir(folder)
+
+
 def test_qrels_without_their_header_are_refused(tmp_path: Path) -> None:
     folder = beir_folder(tmp_path / "b")
     (folder / "qrels" / "test.tsv").write_text("q1\t0\td1\t1\n")  # TREC's form

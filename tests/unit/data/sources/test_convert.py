@@ -159,7 +159,8 @@ def test_triples_of_a_query_become_one_example(name: str) -> None:
 # ---- NLI and scored pairs
 
 
-def test_entailment_is_positive_and_the_rest_a_hard_negative() -> None:
+@pytest.mark.parametrize("name", ["nli", "multi_nli"])
+def test_entailment_is_positive_and_the_rest_a_hard_negative(name: str) -> None:
     rows = [
         {"premise": "A man sleeps.", "hypothesis": "Someone rests.", "label": 0},
         {"premise": "A dog runs.", "hypothesis": "A cat runs.", "label": 2},
@@ -171,9 +172,9 @@ def test_entailment_is_positive_and_the_rest_a_hard_negative() -> None:
         {"premise": "A dog runs.", "hypothesis": "It is outside.", "label": 1},
         {"premise": "A dog runs.", "hypothesis": "", "label": 0},
     ]
-    examples, report, bad = run("nli", rows)
+    examples, report, bad = run(name, rows)
     expected = ("A man sleeps.", ["Someone rests.", "A person is asleep."], ["He dreams of tea.", "He dances."])
-    assert sides(examples) == [expected] and examples[0].id == "nli:1"
+    assert sides(examples) == [expected] and examples[0].id == f"{name}:1"
     assert report == {"rows": 9, "other_label": 1, "no_positive": 2, "conflicting": 1}
     assert bad == [(9, "hypothesis is empty")]
 

@@ -1,0 +1,264 @@
+"""`recipes/nv-embed-v2.sh` on local copies of sets of every kind, whose files and columns are those of the sets' own
+cards and scripts (`stand_ins.nv_embed` cites them): no hub, but the script and all commands are the real ones.
+
+The script runs as it is. Its `embedwright` hands each command to this process, which has imported everything already.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
+from pathlib import Path
+
+import pytest
+from fake_llm import Body, FakeLLM, Reply
+from stand_ins import nv_embed, words, write
+
+from embedwright.cli import main as cli
+from embedwright.data.files.beir import read_corpus
+from embedwright.data.files.table import open_examples
+from embedwright.data.schema import Example
+from embedwright.data.sources.catalog import find_task, load_catalog
+from embedwright.model.embedder import Embedder
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+MINED = ["scifact", "hover", "nq", "squad", "miracl", "nli", "multi_nli", "sts22"]
+LABELLED = ["amazon_polarity", "biorxiv_p2p", "reddit_s2s"]
+HELD_OUT = [f"report {i} {words('report', i)}" for i in range(1, 10)] + [f"AFL 4 &amp; {words('AFL', 4, count=5)}"]
+CLIENT = """#!{python} -SE
+import json, os, socket, sys
+with socket.socket(socket.AF_UNIX) as server:
+    server.connect({path!r})
+    server.sendall(json.dumps(sys.argv[1:]).encode())
+    server.shutdown(socket.SHUT_WR)
+    code, out, err = json.loads(b"".join(iter(lambda: server.recv(65536), b"")) or '[1, "", ""]')
+sys.stdout.write(out)
+sys.stderr.write(err)
+sys.exit(code)
+"""
+
+
+class Script:
+    """Runs the script in a folder, and keeps the commands that it calls."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.calls, self.patch = folder, list[list[str]](), monkeypatch
+        for name in (
+            "TRANSFORMERS_VERBOSITY",
+            "HF_HUB_DISABLE_PROGRESS_BARS",
+            "TQDM_DISABLE",
+            "TOKENIZERS_PARALLELISM",
+        ):
+            monkeypatch.setenv(name, "error" if name == "TRANSFORMERS_VERBOSITY" else "1")  # so that main leaves none
+        monkeypatch.chdir(folder)
+        monkeypatch.setenv("EMBEDWRIGHT_CACHE", str(folder / "cache"))
+        (folder / "bin").mkdir()
+        client = folder / "bin" / "embedwright"
+        client.write_text(CLIENT.format(python=sys.executable, path="socket"))
+        client.chmod(0o755)
+
+    def run(self, *, kill_at: int = 0, kill: str = "", **settings: str) -> tuple[int, str, str]:
+        """Returns exit status, table and messages. The `kill_at`-th command is killed `before` or `after` its work."""
+        self.calls.clear()
+        Path("socket").unlink(missing_ok=True)
+        environment = {"PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", "EVAL": "eval", "SOURCES": "sources"}
+        environment |= {"OUT": "out", "SHARE": "0.001", "TEACHER": "bm25", "LLM_URL": "none"} | settings
+        with (
+            socket.socket(socket.AF_UNIX) as server,
+            Path("said").open("w+") as said,
+            Path("table").open("w+") as table,
+        ):
+            server.bind("socket")
+            server.listen()
+            server.settimeout(0.05)
+            script = subprocess.Popen(
+                [RECIPES / "nv-embed-v2.sh"], env=environment, stdout=table, stderr=said, start_new_session=True
+            )
+            while script.poll() is None:
+                try:
+                    asked, _ = server.accept()
+                except TimeoutError:
+                    continue
+                with asked:
+                    command = json.loads(b"".join(iter(partial(asked.recv, 65536), b"")))
+                    counted = command[1:2] != ["list"]
+                    self.calls += [command] if counted else []
+                    fatal = counted and len(self.calls) == kill_at
+                    answer = None if fatal and kill == "before" else self.command(command)
+                    if fatal:
+                        os.killpg(script.pid, signal.SIGKILL)
+                    else:
+                        asked.sendall(json.dumps(answer).encode())
+            said.seek(0)
+            table.seek(0)
+            return script.returncode, table.read(), said.read()
+
+    def command(self, words: list[str]) -> tuple[int, str, str]:
+        self.patch.setattr(sys, "argv", ["embedwright", *words])
+        code, out, err = 0, io.StringIO(), io.StringIO()
+        with redirect_stdout(out), redirect_stderr(err):
+            try:
+                cli.main()
+            except SystemExit as stop:
+                code = int(stop.code or 0)
+        return code, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Script:
+    nv_embed(tmp_path / "sources")
+    leaked = [{"text1": text, "text2": f"nothing else {i}", "score": 1.0} for i, text in enumerate(HELD_OUT[:-1])]
+    write(tmp_path / "eval" / "sts.jsonl", leaked)
+    write(tmp_path / "eval" / "topics.jsonl", [{"text": HELD_OUT[-1], "label": "x"}])
+    return Script(tmp_path, monkeypatch)
+
+
+def examples(name: str) -> list[Example]:
+    return list(open_examples(Path("out") / f"{name}.parquet"))
+
+
+def verbs(script: Script) -> list[str]:
+    return [call[1] if call[0] == "data" else call[0] for call in script.calls]
+
+
+def rows_of(table: str) -> dict[str, dict[str, int]]:
+    header, *lines = (line.split() for line in table.splitlines() if not line[:2].isdigit())
+    return {
+        line[0]: dict(zip(header[1:], (int(cell.replace(",", "")) for cell in line[1:]), strict=True)) for line in lines
+    }
+
+
+def test_sets_of_every_kind_from_their_files_to_mined_examples(
+    script: Script, tiny_embedder: Callable[..., Embedder]
+) -> None:
+    tiny_embedder("mean").save("teacher")
+    status, table, said = script.run(SETS=" ".join(MINED + LABELLED), TEACHER="teacher")
+    assert status == 0, said
+    counts = rows_of(table)
+    assert list(counts) == [*MINED, *LABELLED, "all"]
+    for name in MINED:
+        made, corpus, task = examples(name), read_corpus(Path("out/corpus") / f"{name}.parquet"), load_catalog()[name]
+        assert counts[name]["out"] == len(made) > 5 and counts[name]["corpus"] == len(corpus)
+        negatives = [negative for example in made for negative in example.negatives]
+        texts = set(corpus.values())
+        assert negatives and {negative.text for negative in negatives} <= texts
+        assert all(find_task(example.task) in task.tasks() for example in made)
+        for example in made:
+            known = {p.text for p in example.positives}
+            assert not known & {n.text for n in example.negatives}
+    # mined from documents that no row is answered by
+    answers = {p.text for example in examples("scifact") for p in example.positives}
+    assert any(n.text not in answers for example in examples("scifact") for n in example.negatives)
+    assert counts["squad"] | {"drawn": 30, "corpus": 10} == counts["squad"]
+    assert counts["hover"] | {"drawn": 30, "corpus": 60} == counts["hover"]
+    assert counts["nli"]["rows"] == 120 and counts["nli"]["drawn"] == 30
+    for example in examples("nli"):
+        assert [p.text[0] for p in example.positives] == ["0"] and {n.text[0] for n in example.negatives} >= {"1", "2"}
+    assert {e.positives[0].text for e in examples("amazon_polarity")} == {"positive", "negative"}
+    assert len({e.query for e in examples("biorxiv_p2p")}) == counts["biorxiv_p2p"]["out"] == 60
+    # what is in the evaluation sets is in no file, whichever way it came
+    assert counts["reddit_s2s"]["leaks"] >= 1 and counts["sts22"]["leaks"] == 18
+    assert counts["sts22"]["cut"] >= 1  # they are in the corpus, and were mined
+    for name in MINED + LABELLED:
+        for example in examples(name):
+            some = [example.query, *(p.text for p in (*example.positives, *example.negatives))]
+            assert not set(some) & set(HELD_OUT)
+    assert counts["all"]["out"] == sum(counts[name]["out"] for name in MINED + LABELLED)
+
+
+def test_what_is_there_by_the_same_settings_is_not_made_again(
+    script: Script, tiny_embedder: Callable[..., Embedder]
+) -> None:
+    first = script.run(SETS="nq imbd")
+    assert first[0] == 1 and "did you mean" in first[2] and "not done: imbd" in first[2]
+    assert verbs(script)[:4] == ["build", "clean", "mine", "clean"]
+    made = Path("out/nq.parquet").read_bytes()
+    status, table, _ = script.run(SETS="nq")
+    assert (status, script.calls, rows_of(table)["nq"]) == (0, [], rows_of(first[1])["nq"])
+    Path("sources/nq/README.md").rename("sources/nq/card")  # mining with another teacher does not build again
+    tiny_embedder("mean").save("teacher")
+    script.run(SETS="nq", TEACHER="teacher")
+    assert verbs(script) == ["mine", "clean"]
+    Path("sources/nq/card").rename("sources/nq/README.md")
+    assert Path("out/nq.parquet").read_bytes() != made
+    script.run(SETS="nq", SHARE="0.5")
+    assert verbs(script) == ["build", "clean", "mine", "clean"]
+    Path("out/mined/nq.parquet").unlink()
+    script.run(SETS="nq", SHARE="0.5")
+    assert verbs(script) == ["mine"]
+    status, _, said = script.run(SETS="nq", SHARE="0.5", EVAL="absent")
+    assert status == 1 and "absent does not exist" in said and verbs(script) == ["clean"]
+
+
+def kill(script: Script, sets: str, points: list[tuple[int, str]]) -> None:
+    """Kills the script at each point of its way, starts it again, and compares what it made with an unbroken run."""
+    assert script.run(SETS=sets)[0] == 0
+    names, commands = sets.split(), len(script.calls)
+    files = [Path("out") / f"{place}.parquet" for name in names for place in (name, f"corpus/{name}")]
+    whole = {file: file.read_bytes() for file in files if file.exists()}
+    for number, when in points or [(n, when) for n in range(1, commands + 1) for when in ("before", "after")]:
+        shutil.rmtree("out")
+        assert script.run(SETS=sets, kill_at=number, kill=when)[0] == -signal.SIGKILL
+        assert script.run(SETS=sets)[0] == 0
+        assert (
+            len(script.calls) == commands + 1 - number
+        )  # the killed one is done again, whether its file is there or not
+        assert {file: file.read_bytes() for file in files if file.exists()} == whole
+
+
+def test_killed_it_goes_on_and_makes_the_same(script: Script) -> None:
+    kill(script, "nq", [(2, "before"), (3, "after")])
+
+
+@pytest.mark.long
+def test_killed_anywhere_it_goes_on_and_makes_the_same(script: Script) -> None:
+    kill(script, "scifact amazon_polarity", [])
+
+
+def test_nothing_begins_without_what_it_needs(script: Script) -> None:
+    for settings, said in (
+        ({"EVAL": ""}, "EVAL: set it"),
+        ({"LLM_URL": ""}, "LLM_URL: set it"),
+        ({"LLM_URL": "x"}, "LLM_MODEL: set it"),
+    ):
+        status, _, message = script.run(SETS="nq", **settings)
+        assert status and said in message and not Path("out").exists()
+
+
+def test_version_one_has_labels_by_their_texts_and_other_sts_negatives(script: Script) -> None:
+    status, _, said = script.run(SETS="biorxiv_p2p sts22", VERSION="v1")
+    assert status == 0, said
+    assert {e.positives[0].text for e in examples("biorxiv_p2p")} == {"cell biology", "genetics", "neuroscience"}
+    assert "bm25" in script.calls[4]
+
+
+def author(body: Body, n: int) -> Reply:
+    """A model that does as it is asked: twenty tasks, or other words for each key of the example."""
+    prompt, seed = body["messages"][0]["content"], body["seed"]
+    if '"tasks"' in prompt:
+        return Reply(json.dumps({"tasks": [f"Given {words(seed, i)}, find it" for i in range(20)]}))
+    return Reply(json.dumps({key: words(seed, key) for key in re.findall(r'"(\w+)"', prompt)}))
+
+
+@pytest.mark.long
+def test_synthetic_examples_are_cleaned_and_mined_too(script: Script) -> None:
+    with FakeLLM(author) as server:
+        settings = {"SETS": "amazon_polarity", "LLM_URL": server.url, "LLM_MODEL": "m"}
+        status, table, said = script.run(**settings)
+        assert status == 0, said
+        asked = len(server.requests)
+        assert script.run(**settings)[0] == 0 and script.calls == [] and len(server.requests) == asked
+    made = examples("synthetic")
+    assert rows_of(table)["synthetic"]["out"] == len(made) > 50
+    assert max(len(example.negatives) for example in made) == 7
+    assert len({example.task for example in made}) > 20 and not [e for e in made if find_task(e.task)]
