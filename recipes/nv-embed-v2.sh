@@ -4,7 +4,7 @@
 #   EVAL=FOLDER LLM_URL=http://HOST/v1 LLM_MODEL=NAME recipes/nv-embed-v2.sh
 # Kill it at any time and start it again: a step whose file is there by the same settings is not done again.
 #   EVAL       what must not leak: files, and BEIR folders, of the test sets (docs/cleaning.md)
-#   OUT        where the data goes (data/nv-embed-v2)
+#   OUT        where the data goes (data/nv-embed-v2): retrieval/ is read by stage 1, retrieval/ and others/ by stage 2
 #   SHARE      of each set's number of samples, and of its corpus: 0.001 is a rehearsal (1)
 #   TEACHER    model that mines (intfloat/e5-mistral-7b-instruct, the paper's)
 #   LAUNCH     put before the mining: "torchrun --nproc-per-node 8 --no-python" for 8 GPUs (nothing)
@@ -12,8 +12,8 @@
 #   SOURCES    folder of local copies: SOURCES/NAME is read instead of the hub. reddit_s2s and stackexchange_s2s are on no hub
 #   SETS       names of sets (all of `embedwright data list`)
 #   VERSION    v2, or v1: the sets of nv-embed-v1.yaml, labels by their texts, no synthetic data (v2)
-# In OUT: raw/ corpus/ clean/ mined/ NAME.parquet, with what each command reported (*.report.json) and the commands that
-# led to a file (*.made); a command that runs writes FILE.report.part; vectors/ of the corpora may go once all is mined.
+# Also in OUT: raw/ corpus/ clean/ mined/, and beside each file what its command reported (*.report.json) and the commands
+# that led to it (*.made); a command that runs writes FILE.report.part; vectors/ may go once all is mined.
 set -uo pipefail
 : "${EVAL:?set it to the folder of evaluation data that must not leak into training}"
 version=${VERSION:-v2} share=${SHARE:-1} teacher=${TEACHER:-intfloat/e5-mistral-7b-instruct}
@@ -24,7 +24,7 @@ out=${OUT:-data/nv-embed-$version}
 trap 'exit 130' INT TERM
 list=$(embedwright data list --version "$version") || exit
 names=${SETS:-$(awk 'NR > 1 { print $1 }' <<<"$list")}
-mkdir -p "$out"/{raw,corpus,clean,mined} || exit
+mkdir -p "$out"/{raw,corpus,clean,mined,retrieval,others} || exit
 
 # Called with the file that a command writes (last word), the command runs, unless the file is there by this command and
 # those before it. `made` is the text of all commands of a set so far, so that another setting does all later steps again.
@@ -41,7 +41,7 @@ step() { # COMMAND... FILE
 
 build() { embedwright data build "${@:1:$#-1}" --out "${*: -1}"; }
 clean() { embedwright data clean "${@:1:$#-1}" --out "${*: -1}"; }
-mine() { ${LAUNCH:-} embedwright mine "${@:1:$#-1}" --vectors "$out/vectors" --out "${*: -1}"; }
+mine() { ${LAUNCH:-} embedwright mine "${@:1:$#-1}" --vectors "$out/vectors" --precision float16 --out "${*: -1}"; }
 synth() { embedwright synth --base-url "$LLM_URL" "${@:1:$#-1}" --out "${*: -1}"; }
 
 mined() { # NAME [--corpus FILE]
@@ -50,19 +50,20 @@ mined() { # NAME [--corpus FILE]
   step clean "$out/raw/$1.parquet" --against "$EVAL" "$out/clean/$1.parquet" &&
     step mine "$out/clean/$1.parquet" "${@:2}" --teacher "$by" --negatives 7 "$out/mined/$1.parquet" &&
     # negatives come from the whole corpus: once more for equal and nearly equal texts, not for repeats of rows
-    step clean "$out/mined/$1.parquet" --against "$EVAL" --repeats none --bm25 0 "$out/$1.parquet"
+    step clean "$out/mined/$1.parquet" --against "$EVAL" --repeats none --bm25 0 "$place/$1.parquet"
 }
 
 one() { # NAME: a set of the catalogue
-  local kind family options=(--share "$share")
+  local kind family place=$out/others options=(--share "$share")
   kind=$(awk -F '  +' -v name="$1" '$1 == name { print $5 }' <<<"$list")
   family=$(awk -F '  +' -v name="$1" '$1 == name { print $2 }' <<<"$list")
+  [ "$family" = retrieval ] && place=$out/retrieval
   made=
   [ -e "${SOURCES:-/none}/$1" ] && options+=(--source "$SOURCES/$1")
   if [ "$kind" = labelled ]; then
     [ "$version" = v1 ] && options+=(--form label)
     step build "$1" "${options[@]}" "$out/raw/$1.parquet" &&
-      step clean "$out/raw/$1.parquet" --against "$EVAL" "$out/$1.parquet"
+      step clean "$out/raw/$1.parquet" --against "$EVAL" "$place/$1.parquet"
   else
     step build "$1" "${options[@]}" --corpus-out "$out/corpus/$1.parquet" "$out/raw/$1.parquet" &&
       mined "$1" --corpus "$out/corpus/$1.parquet"
@@ -70,7 +71,7 @@ one() { # NAME: a set of the catalogue
 }
 
 written() { # examples that the language model writes, whose corpus are their own documents
-  local family=retrieval count
+  local family=retrieval place=$out/retrieval count
   count=$(awk -v share="$share" 'BEGIN { n = int(120000 * share + 0.5); print n < 60 ? 60 : n }')
   made=
   step synth --count "$count" --model "$LLM_MODEL" --types short-long,long-short,short-short \
@@ -98,7 +99,8 @@ columns = ["rows", "drawn", "corpus", "bad", "repeats", "leaks", "clean", "negat
 lines = [["set", *columns]]
 total = dict.fromkeys(columns, 0)
 for name in names:
-    raw, mined, last = report(f"raw/{name}"), report(f"mined/{name}"), report(name)
+    raw, mined = report(f"raw/{name}"), report(f"mined/{name}")
+    last = report(f"retrieval/{name}") or report(f"others/{name}")
     clean = report(f"clean/{name}") or last
     removed = clean.get("rows_removed", {})
     row = {

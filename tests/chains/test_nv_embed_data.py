@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import yaml
 from fake_llm import Body, FakeLLM, Reply
 from stand_ins import nv_embed, words, write
 
@@ -30,6 +31,9 @@ from embedwright.data.files.table import open_examples
 from embedwright.data.schema import Example
 from embedwright.data.sources.catalog import find_task, load_catalog
 from embedwright.model.embedder import Embedder
+from embedwright.training.plan import plan
+from embedwright.training.recipe import Recipe
+from embedwright.training.train import train
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 MINED = ["scifact", "hover", "nq", "squad", "miracl", "nli", "multi_nli", "sts22"]
@@ -123,8 +127,13 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Script:
     return Script(tmp_path, monkeypatch)
 
 
+def file_of(name: str) -> Path:
+    retrieval = name == "synthetic" or load_catalog()[name].family == "retrieval"
+    return Path("out", "retrieval" if retrieval else "others", f"{name}.parquet")
+
+
 def examples(name: str) -> list[Example]:
-    return list(open_examples(Path("out") / f"{name}.parquet"))
+    return list(open_examples(file_of(name)))
 
 
 def verbs(script: Script) -> list[str]:
@@ -174,6 +183,10 @@ def test_sets_of_every_kind_from_their_files_to_mined_examples(
             some = [example.query, *(p.text for p in (*example.positives, *example.negatives))]
             assert not set(some) & set(HELD_OUT)
     assert counts["all"]["out"] == sum(counts[name]["out"] for name in MINED + LABELLED)
+    # recipes read the two folders as a whole, too
+    folders = [open_examples(Path("out") / place) for place in ("retrieval", "others")]
+    assert sum(map(len, folders)) == counts["all"]["out"]
+    assert {"nli", "nli.2", "scifact"} <= folders[0].tasks.keys() and folders[1].tasks["sts22"].symmetric
 
 
 def test_what_is_there_by_the_same_settings_is_not_made_again(
@@ -182,7 +195,7 @@ def test_what_is_there_by_the_same_settings_is_not_made_again(
     first = script.run(SETS="nq imbd")
     assert first[0] == 1 and "did you mean" in first[2] and "not done: imbd" in first[2]
     assert verbs(script)[:4] == ["build", "clean", "mine", "clean"]
-    made = Path("out/nq.parquet").read_bytes()
+    made = file_of("nq").read_bytes()
     status, table, _ = script.run(SETS="nq")
     assert (status, script.calls, rows_of(table)["nq"]) == (0, [], rows_of(first[1])["nq"])
     Path("sources/nq/README.md").rename("sources/nq/card")  # mining with another teacher does not build again
@@ -190,7 +203,7 @@ def test_what_is_there_by_the_same_settings_is_not_made_again(
     script.run(SETS="nq", TEACHER="teacher")
     assert verbs(script) == ["mine", "clean"]
     Path("sources/nq/card").rename("sources/nq/README.md")
-    assert Path("out/nq.parquet").read_bytes() != made
+    assert file_of("nq").read_bytes() != made
     script.run(SETS="nq", SHARE="0.5")
     assert verbs(script) == ["build", "clean", "mine", "clean"]
     Path("out/mined/nq.parquet").unlink()
@@ -204,7 +217,7 @@ def kill(script: Script, sets: str, points: list[tuple[int, str]]) -> None:
     """Kills the script at each point of its way, starts it again, and compares what it made with an unbroken run."""
     assert script.run(SETS=sets)[0] == 0
     names, commands = sets.split(), len(script.calls)
-    files = [Path("out") / f"{place}.parquet" for name in names for place in (name, f"corpus/{name}")]
+    files = [file for name in names for file in (file_of(name), Path("out/corpus") / f"{name}.parquet")]
     whole = {file: file.read_bytes() for file in files if file.exists()}
     for number, when in points or [(n, when) for n in range(1, commands + 1) for when in ("before", "after")]:
         shutil.rmtree("out")
@@ -248,6 +261,22 @@ def author(body: Body, n: int) -> Reply:
     if '"tasks"' in prompt:
         return Reply(json.dumps({"tasks": [f"Given {words(seed, i)}, find it" for i in range(20)]}))
     return Reply(json.dumps({key: words(seed, key) for key in re.findall(r'"(\w+)"', prompt)}))
+
+
+@pytest.mark.long
+def test_the_rehearsal_trains_on_what_the_script_makes(script: Script, tiny_decoder: Callable[..., Path]) -> None:
+    """rehearsal-1b.yaml as it is, but for a tiny decoder on a CPU, fewer steps and no suites of the hub."""
+    assert script.run(SETS=" ".join(MINED + LABELLED), OUT="data/rehearsal")[0] == 0
+    content = yaml.safe_load((RECIPES / "rehearsal-1b.yaml").read_text())
+    content["model"] |= {"base": str(tiny_decoder("llama")), "heads": 2, "head_dim": 8, "latents": 6, "max_tokens": 64}
+    content["run"] |= {"precision": "fp32", "tracker": "none"}
+    content["eval"] = {}
+    for stage in content["stages"]:
+        stage["optim"] |= {"steps": 3, "warmup_steps": 1, "batch_queries": 16}
+    recipe = Recipe.parse(content)
+    assert [stage.rows for stage in plan(recipe)] != [8600, 8600 + 12800]  # counted, not those that it expects
+    train(recipe)
+    assert Embedder.load("runs/rehearsal-1b/model").encode(["a tide"]).shape == (1, 32)
 
 
 @pytest.mark.long

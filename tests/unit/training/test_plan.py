@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import astuple, replace
 from pathlib import Path
@@ -9,9 +10,10 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import LlamaConfig, Qwen3Config
 
 from embedwright.config import ConfigError
-from embedwright.data.sources.catalog import find_entry
+from embedwright.data.sources.catalog import find_entry, load_catalog
 from embedwright.training.batches.blend import rows_at
 from embedwright.training.batches.sources import data_fingerprint, open_sources
 from embedwright.training.cost import GB, memory_of, sizes_of
@@ -20,6 +22,7 @@ from embedwright.training.plan import largest_memory, plan, render, report
 from embedwright.training.recipe import Recipe
 from embedwright.training.stages import DistillPart, LossPart
 
+RECIPES = Path(__file__).parents[3] / "recipes"
 OPTIM = {"lr": 1e-3, "steps": 50, "batch_queries": 4}
 CONTENT: dict[str, Any] = {
     "name": "small",
@@ -261,8 +264,50 @@ def test_a_base_that_is_not_here_leaves_tokens_and_memory_unknown(pairs: str) ->
     assert "unknown (recipe small: model.base: no/such-decoder is not on this disk" in text.splitlines()[-1]
 
 
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_recipe_has_a_plan_before_its_data_is_there(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMBEDWRIGHT_DATA", "absent")
+    monkeypatch.chdir(file.parent)
+    recipe = Recipe.load(file)
+    text = "\n".join(render(recipe, plan(recipe)))
+    assert all(stage.name in text and f"{stage.optim.steps:,}" in text for stage in recipe.stages)
+
+
+# the decoders' own sizes, as their config.json has them
+QWEN = {"hidden_size": 1024, "num_hidden_layers": 28, "intermediate_size": 3072, "num_attention_heads": 16}
+QWEN |= {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936, "tie_word_embeddings": True}
+LLAMA = {"hidden_size": 2048, "num_hidden_layers": 22, "intermediate_size": 5632, "num_attention_heads": 32}
+LLAMA |= {"num_key_value_heads": 4, "vocab_size": 32_000}
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "gigabytes"),
+    [("qwen3-0.6b", Qwen3Config(**QWEN), 24), ("rehearsal-1b", LlamaConfig(**LLAMA), 80)],
+)
+def test_a_recipe_fits_the_gpu_that_it_names(
+    name: str, config: Any, gigabytes: int, tmp_path: Path, tiny_decoder: Any
+) -> None:
+    for file in tiny_decoder("llama").glob("tokenizer*"):
+        shutil.copy(file, tmp_path)
+    config.save_pretrained(tmp_path)
+    content = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
+    content["model"]["base"] = str(tmp_path)
+    own = Recipe.parse(content)
+    tokens = tokens_of(own, [[False] * len(stage.data) for stage in own.stages])
+    memory = largest_memory(own, tokens, sizes_of(own), "cuda")
+    assert 2 < memory.total / GB < gigabytes
+
+
+def test_nv_embed_v1_names_every_set_of_its_version() -> None:
+    stages = yaml.safe_load((RECIPES / "nv-embed-v1.yaml").read_text())["stages"]
+    named = [{entry["task"] for entry in stage["data"]} for stage in stages]
+    entries = [entry for entry in load_catalog().values() if "v1" in entry.target]
+    assert named[1] == {entry.name for entry in entries}
+    assert named[0] == {entry.name for entry in entries if entry.family == "retrieval"}
+
+
 def test_the_plan_of_nv_embed_v2_names_every_set_of_the_catalogue() -> None:
-    file = Path(__file__).parents[3] / "recipes" / "nv-embed-v2.yaml"
+    file = RECIPES / "nv-embed-v2.yaml"
     stages = yaml.safe_load(file.read_text())["stages"]
     named = [{entry.get("task") for entry in stage["data"]} - {None} for stage in stages]
     entries = [entry for entry in map(find_entry, sorted(named[1])) if "v2" in entry.target]

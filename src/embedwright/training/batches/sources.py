@@ -85,7 +85,9 @@ def open_table(recipe: Recipe, stage: StagePart, entry: DataPart) -> ExampleTabl
 
 def _stage_sources(recipe: Recipe, stage: Stage, known: dict[str, Task]) -> list[Source]:
     sources = [source for number in range(len(stage.data)) for source in _checked_sources(recipe, stage, number, known)]
-    if isinstance(stage, MaskedPart) and sources:  # a plan leaves out what is not there yet
+    if not sources:  # a plan leaves out what is not there yet
+        return []
+    if isinstance(stage, MaskedPart):
         sources = _without_heldout(recipe, stage, sources)
     if stage.mine is not None and not any(map(is_mined, sources)):
         raise ConfigError(f"recipe {recipe.name}: stages.{stage.name}: none of its data can be mined (docs/mining.md)")
