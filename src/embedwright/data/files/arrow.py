@@ -29,6 +29,8 @@ SCHEMA = pa.schema(
         "language": pa.large_string(),
     }
 )
+MARK = {b"embedwright": b"examples 1"}  # in Parquet files of examples: they are known by it (`own`)
+BATCH_ROWS = 256  # of a batch, and of a row group: what is read for one row
 
 
 def batches_of(examples: Iterable[Example], size: int) -> Iterator[pa.RecordBatch]:
@@ -44,18 +46,20 @@ def _batches(rows: Iterable[Mapping[str, Any]], schema: pa.Schema, size: int) ->
 
 def write_example_rows(path: Path, examples: Iterable[Example]) -> int:
     """Writes examples as `write_rows` does; in JSON Lines, without the keys that are not set."""
-    return write_rows(path, map(_record if path.suffix == ".parquet" else to_row, examples), SCHEMA)
+    rows = map(_record if path.suffix == ".parquet" else to_row, examples)
+    return write_rows(path, rows, SCHEMA.with_metadata(MARK), BATCH_ROWS)
 
 
-def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> int:
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema, group: int = 4096) -> int:
     """Writes rows as Parquet of this schema, or as JSON Lines (.gz compresses), by the suffix of `path`.
 
-    Returns their number.
+    Returns their number. `group`: rows of a row group of Parquet.
     """
     written = 0
     if path.suffix == ".parquet":
-        with pq.ParquetWriter(path, schema) as writer:
-            for batch in _batches(rows, schema, 4096):
+        # without statistics, which would repeat texts at the end of the file
+        with pq.ParquetWriter(path, schema, write_statistics=False) as writer:
+            for batch in _batches(rows, schema, group):
                 writer.write_batch(batch)
                 written += batch.num_rows
         return written

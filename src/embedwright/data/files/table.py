@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import operator
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -24,13 +25,14 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from embedwright.cache import cache_folder
-from embedwright.data.files.arrow import SCHEMA, batches_of, example_of, write_example_rows
+from embedwright.data.files.arrow import BATCH_ROWS, SCHEMA, batches_of, example_of, write_example_rows
 from embedwright.data.files.beir import beir_files, beir_splits, read_beir, read_corpus
 from embedwright.data.files.class_names import class_names
 from embedwright.data.files.conversion import Conversion
 from embedwright.data.files.documents import COLUMNS, document_files, read_documents
 from embedwright.data.files.folders import data_files, is_beir, stem_of
 from embedwright.data.files.kinds import KINDS, Row, detect_kind, parse_fields
+from embedwright.data.files.own import OwnParquet, are_own
 from embedwright.data.files.quarantine import Quarantine, good_rows
 from embedwright.data.files.rows import read_rows
 from embedwright.data.files.tasks import Tasks, tasks_beside, tasks_file, write_tasks
@@ -43,11 +45,12 @@ T = TypeVar("T")
 FORMAT = 3  # part of the cache key: raise it when a conversion or the schema changes
 # what opening no file, or a damaged one, raises
 _NOT_THERE = (pa.ArrowInvalid, OSError, ValueError, KeyError, TypeError)
-BATCH_ROWS = 256  # every batch of the file but the last has so many: row i is in batch i // BATCH_ROWS
 
 
 class ExampleTable:
-    """Gives the examples of one data set from a mapped file: it has `len`, `[i]` and iteration.
+    """Gives the examples of one data set from a mapped file, or from our own Parquet files as they are.
+
+    It has `len`, `[i]` and iteration.
 
     `fingerprint` is the SHA-256 (hex) of content, task, seed and format, so equal fingerprints mean equal rows.
     `tasks` are those that the file beside it describes, by name.
@@ -56,13 +59,22 @@ class ExampleTable:
     `quarantine` is the file of the bad lines, if their number `quarantined` is not 0. `bad_lines` has the first few.
     """
 
-    def __init__(self, path: Path, arrow: Path) -> None:
+    def __init__(self, path: Path, arrow: Path, own: OwnParquet | None = None, fingerprint: str = "") -> None:
+        """With `own`, which have no report, there is no file `arrow`, and the `fingerprint` must be given."""
         self.path, self.arrow = path, arrow
         self.tasks = tasks_beside(path)
-        self._reader = pa.ipc.open_file(pa.memory_map(str(arrow)))
-        self._stream = pa.ipc.open_file(pa.OSFile(str(arrow)))  # not mapped: pages read once would count as memory
-        last = self._reader.get_batch_with_custom_metadata(self._reader.num_record_batches - 1)
-        meta = json.loads(last.custom_metadata["embedwright"])
+        if own is not None:
+            self._reader: Any = own
+            self._stream: Any = own
+            self._starts = own.starts
+            counts = {"rows": own.starts[-1], "examples": own.starts[-1], "quarantined": 0}
+            meta: dict[str, Any] = {"fingerprint": fingerprint, "report": counts, "bad_lines": []}
+        else:
+            self._reader = pa.ipc.open_file(pa.memory_map(str(arrow)))
+            self._stream = pa.ipc.open_file(pa.OSFile(str(arrow)))  # not mapped: pages read once would count as memory
+            last = self._reader.get_batch_with_custom_metadata(self._reader.num_record_batches - 1)
+            meta = json.loads(last.custom_metadata["embedwright"])
+            self._starts = [*range(0, meta["report"]["examples"], BATCH_ROWS)]
         self.fingerprint: str = meta["fingerprint"]
         self.report: dict[str, int] = meta["report"]
         self.quarantined = self.report["quarantined"]
@@ -77,8 +89,8 @@ class ExampleTable:
         i += len(self) if i < 0 else 0
         if not 0 <= i < len(self):
             raise IndexError(f"{self.path}: row {operator.index(index)} of {len(self)}")
-        batch = self._reader.get_batch(i // BATCH_ROWS)
-        return example_of(batch.slice(i % BATCH_ROWS, 1).to_pylist()[0])
+        number = self._batch_of(i)
+        return example_of(self._reader.get_batch(number).slice(i - self._starts[number], 1).to_pylist()[0])
 
     def __iter__(self) -> Iterator[Example]:
         for i in range(self._stream.num_record_batches):
@@ -86,13 +98,14 @@ class ExampleTable:
 
     def select(self, rows: Iterable[int]) -> Iterator[Example]:
         """Yields the examples of these rows, whose numbers ascend. Batches without one of them are not read."""
-        for number, own in groupby(rows, lambda row: row // BATCH_ROWS):
-            yield from map(example_of, self._stream.get_batch(number).take([r % BATCH_ROWS for r in own]).to_pylist())
+        for number, own in groupby(rows, self._batch_of):
+            places = [row - self._starts[number] for row in own]
+            yield from map(example_of, self._stream.get_batch(number).take(places).to_pylist())
 
     def without_negatives(self) -> Iterator[Example]:
         """Yields the examples with id, task, query and positives alone. It does not read the other columns."""
         for i in range(self._stream.num_record_batches):
-            batch = self._stream.get_batch(i).select(["id", "task", "query", "positives"])
+            batch = _columns(self._stream, i, ["id", "task", "query", "positives"])
             yield from (example_of(row | {"negatives": ()}) for row in batch.to_pylist())
 
     def rows_by_task(self) -> dict[str, NDArray[np.int64]]:
@@ -106,7 +119,7 @@ class ExampleTable:
     def queries(self) -> Iterator[str]:
         """Yields the query of each row. It does not read the other columns."""
         for i in range(self._stream.num_record_batches):
-            yield from self._stream.get_batch(i).column("query").to_pylist()
+            yield from _columns(self._stream, i, ["query"]).column("query").to_pylist()
 
     def negatives_per_row(self) -> NDArray[np.int64]:
         """Returns how many negatives each example has, as int64 (rows,)."""
@@ -122,15 +135,24 @@ class ExampleTable:
         return has
 
     def _passages_per_row(self, column: str) -> NDArray[np.int64]:
-        counts: NDArray[Any] = pc.list_value_length(self._column(column)).fill_null(0).to_numpy()
+        part = f"{column}.list.element.id" if isinstance(self._reader, OwnParquet) else column  # without the texts
+        counts: NDArray[Any] = pc.list_value_length(self._column(column, part)).fill_null(0).to_numpy()
         return counts.astype(np.int64)
 
     def first_positives(self) -> pa.ChunkedArray:
         return pc.struct_field(pc.list_element(self._column("positives"), 0), "text")
 
-    def _column(self, name: str) -> pa.ChunkedArray:
-        batches = (self._reader.get_batch(i) for i in range(self._reader.num_record_batches))
+    def _column(self, name: str, part: str = "") -> pa.ChunkedArray:
+        batches = (_columns(self._reader, i, [part or name]) for i in range(self._reader.num_record_batches))
         return pa.chunked_array([batch.column(name) for batch in batches])
+
+    def _batch_of(self, row: int) -> int:
+        return bisect_right(self._starts, row) - 1
+
+
+def _columns(reader: Any, number: int, names: list[str]) -> pa.RecordBatch:
+    own = isinstance(reader, OwnParquet)
+    return reader.get_batch(number, names) if own else reader.get_batch(number).select(names)
 
 
 def open_examples(
@@ -188,10 +210,15 @@ def _opened(job: _Job, cache: Path) -> ExampleTable:
 def open_as_named(path: Path) -> ExampleTable:
     """Opens training data that will be written again: a row that names no task keeps none, unless one is described.
 
-    What such a row trains as is said where it is trained: by the recipe, or by the name that its file then has.
+    What such a row trains as is said where it is trained: by the recipe, or by the name that its file then has. Our own
+    Parquet is read in place. Training draws single rows, which a mapped file gives a hundred times as fast.
     """
     stem = stem_of(path)
-    return open_examples(path, task=stem if stem in tasks_beside(path) else "")
+    task = stem if stem in tasks_beside(path) else ""
+    job = _Job(path, None, task, 0, 7)
+    if path.exists() and not job.is_beir and are_own(files := data_files(path)):
+        return ExampleTable(path, path, OwnParquet(files, task), _fingerprint(job, stem))
+    return open_examples(path, task=task)
 
 
 def write_examples(path: Path | str, examples: Iterable[Example], tasks: Tasks | None = None) -> int:
