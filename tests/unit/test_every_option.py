@@ -312,6 +312,10 @@ EXCEPTIONS = {
         "it refuses without",
         "unit/studies/ablate/test_study.py::test_a_file_for_another_machine_runs_here_if_asked",
     ),
+    "mine.cut": (
+        "the server here takes all",
+        "unit/encoders/test_http.py::test_mine_names_what_is_too_long_or_cuts_it",
+    ),
     "data build.strict": ("needs the hub", "e2e/test_cli.py::test_a_set_is_built_by_name_or_from_a_file_of_ones_own"),
     "demo.recipe": ("a demo takes minutes", "e2e/test_wheel.py::test_the_wheel_has_all_that_a_demo_needs"),
 }

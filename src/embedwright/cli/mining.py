@@ -49,6 +49,7 @@ def mine(
     report: Annotated[Path | None, opt("Folder for report.json.", callback=options.folder_to_write)] = None,
     query_template: Annotated[str | None, opt("Query for an HTTP teacher, with {task} and {text}.")] = None,
     document_template: Annotated[str | None, opt("Document for an HTTP teacher, with {text}.")] = None,
+    cut: Annotated[bool, opt("Cut texts that an HTTP teacher refuses for their length.", "--cut")] = False,
     api_key_env: Annotated[
         list[str] | None,
         opt("Environment variable with an HTTP teacher's API key; for several, HOST=NAME. Repeatable."),
@@ -69,7 +70,7 @@ def mine(
     options.check_out(out, shard)
     table = open_as_named(examples)
     pool = (open_encoded if is_encoded(corpus) else open_corpus)(corpus) if corpus else positives_of(table)
-    given = {"query_template": query_template, "document_template": document_template}
+    given = {"query_template": query_template, "document_template": document_template, "cut": cut or None}
     templates = {key: template for key, template in given.items() if template is not None}
     names = teacher or ["minilm"]
     keys = key_variables(api_key_env or [], [name for name in names if "://" in name])

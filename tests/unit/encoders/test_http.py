@@ -10,10 +10,12 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from fake_llm import command
 
 from embedwright.data.schema import Example, Passage
 from embedwright.encoders import http
@@ -229,6 +231,19 @@ def test_a_text_that_is_too_long_is_cut_by_choice_and_keeps_the_end_of_its_templ
     expected = unit(["short</s>", taken, "e</s>"])
     assert np.allclose(vectors, expected, atol=1e-6)
     assert "a text is cut from 12000 to" in caplog.text and "'seven seven" in caplog.text
+
+
+def test_mine_names_what_is_too_long_or_cuts_it(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.longest = 60
+    rows = [{"id": f"{i}", "query": f"q{i}", "positives": [f"{'very ' * (30 if i == 2 else 1)}{i}"]} for i in range(5)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mine = ("mine", tmp_path / "x.jsonl", "--out", tmp_path / "mined.jsonl", "--teacher", f"{server.url}#m")
+    mine = (*mine, "--rule", "naive", "--task", "find")
+    assert command(monkeypatch, *mine) == 2
+    assert "1 texts were refused, each alone; the first has 151 characters: 'very very" in capsys.readouterr().err
+    assert command(monkeypatch, *mine, "--cut") == 0 and (tmp_path / "mined.jsonl").exists()
 
 
 def test_a_server_that_refuses_all_is_not_asked_for_each(server: Server) -> None:
