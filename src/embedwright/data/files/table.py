@@ -211,7 +211,7 @@ def open_as_named(path: Path) -> ExampleTable:
     """Opens training data that will be written again: a row that names no task keeps none, unless one is described.
 
     What such a row trains as is said where it is trained: by the recipe, or by the name that its file then has. Our own
-    Parquet is read in place. Training draws single rows, which a mapped file gives a hundred times as fast.
+    Parquet is read in place. Training draws single rows, which a mapped file gives thirty times as fast.
     """
     stem = stem_of(path)
     task = stem if stem in tasks_beside(path) else ""
