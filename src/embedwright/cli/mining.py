@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +21,30 @@ from embedwright.llm.client import Client, Server
 from embedwright.mining.rules import NAMED, Ensemble, Positives, Rule
 
 
+def _naming_refused(verb: Callable[..., None]) -> Callable[..., None]:
+    """Makes `mine` name file and row of texts that a teacher refuses for their length."""
+
+    @wraps(verb)
+    def call(examples: Path, *, corpus: Path | None = None, **given: Any) -> None:
+        from embedwright.data.files.beir import corpus_rows, document_text
+        from embedwright.data.files.table import open_as_named
+        from embedwright.encoders.http import RefusedTextsError
+
+        try:
+            verb(examples, corpus=corpus, **given)
+        except RefusedTextsError as error:
+            texts, places = set(error.texts), list[str]()
+            for number, example in enumerate(open_as_named(examples), start=1):
+                if not texts.isdisjoint([example.query, *(passage.text for passage in example.positives)]):
+                    places.append(f"{examples}: row {number}, id {example.id!r}")
+            rows = corpus_rows(corpus) if corpus else ()
+            places += [f"{file}:{n}" for file, n, row in rows if isinstance(row, dict) and document_text(row) in texts]
+            raise InputError("\n".join([f"{error}, or --cut:", *places[:20]])) from None
+
+    return call
+
+
+@_naming_refused
 def mine(
     examples: Annotated[Path, arg("Training examples or pairs.")],
     out: options.PartsOut,

@@ -242,7 +242,14 @@ def test_mine_names_what_is_too_long_or_cuts_it(
     mine = ("mine", tmp_path / "x.jsonl", "--out", tmp_path / "mined.jsonl", "--teacher", f"{server.url}#m")
     mine = (*mine, "--rule", "naive", "--task", "find")
     assert command(monkeypatch, *mine) == 2
-    assert "1 texts were refused, each alone; the first has 151 characters: 'very very" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "1 texts were refused, each alone; the first has 151 characters: 'very very" in said
+    assert said.splitlines()[1:] == [f"{tmp_path / 'x.jsonl'}: row 3, id '2'"]
+    documents = [{"_id": "a", "text": "short"}, {"_id": "b", "title": "A", "text": "long " * 20}]
+    (tmp_path / "docs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in documents))
+    assert command(monkeypatch, *mine, "--corpus", tmp_path / "docs.jsonl") == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'docs.jsonl'}:2" in said
     assert command(monkeypatch, *mine, "--cut") == 0 and (tmp_path / "mined.jsonl").exists()
 
 
