@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,7 +34,7 @@ def evaluate(
         ),
     ] = None,
 ) -> None:
-    """Score models on a suite of local data sets, side by side."""
+    """Score models on a suite of local data sets, side by side. Under torchrun, all processes encode."""
     from embedwright.evaluation.suite import load_suite
 
     opened = load_suite(suite)
@@ -55,7 +56,7 @@ def bench(
 ) -> None:
     """Score a model on MTEB or AIR-Bench.
 
-    Run it again to go on after a stop. Under torchrun, the processes share the tasks.
+    Run it again to go on after a stop. Under torchrun, all processes encode, each a part of the texts.
     """
     air = [name for name in names if name.lower().startswith("air-bench")]
     if air and len(air) < len(names):
@@ -65,30 +66,29 @@ def bench(
 
 def run_mteb(model: str, names: Sequence[str], out: Path, max_tokens: int | None) -> None:
     """Runs MTEB benchmarks or tasks, prints their tables, and exits with 1 if a task failed."""
-    from embedwright.encoders.http import HttpEncoder
-    from embedwright.encoders.open import open_encoder
+    from embedwright.encoders.sharded import shared
     from embedwright.evaluation.bench.names import choose, name_of
     from embedwright.evaluation.bench.run import Bench
     from embedwright.evaluation.bench.table import lines, released_as
     from embedwright.evaluation.mteb import MtebEncoder
-    from embedwright.processes import start
+    from embedwright.processes import joined
 
     chosen = [choose(name) for name in names]  # before anything is loaded
-    processes = start()
-    encoder = HttpEncoder.from_url(model) if "://" in model else open_encoder(model)
-    wrapped = MtebEncoder(encoder, max_tokens=max_tokens, name=name_of(model))
-    work = Bench(wrapped, out)
-    tell = say if processes.first else lambda line: None
-    if processes.first:
+
+    def work(encoders: list[Any]) -> dict[str, str]:
+        wrapped = MtebEncoder(encoders[0], max_tokens=max_tokens, name=name_of(model))
         wrapped.watch = lambda: counter("documents")
-    tell(f"{work.meta.name}, revision {work.meta.revision}: results in {work.folder}")
-    for revision, tasks in work.others().items():
-        tell(f"left as it is, another model, instructions or mteb: revision {revision}, {len(tasks)} results")
-    failed = work.run([task for each in chosen for task in each.tasks], processes, tell)
-    if not processes.first:
-        return
-    for each in chosen:
-        say("\n" + "\n".join(lines(each, work, released_as(model))))
+        bench = Bench(wrapped, out)
+        say(f"{bench.meta.name}, revision {bench.meta.revision}: results in {bench.folder}")
+        for revision, tasks in bench.others().items():
+            say(f"left as it is, another model, instructions or mteb: revision {revision}, {len(tasks)} results")
+        failed = bench.run([task for each in chosen for task in each.tasks], say)
+        for each in chosen:
+            say("\n" + "\n".join(lines(each, bench, released_as(model))))
+        return failed
+
+    with joined() as processes:
+        failed = shared(partial(_model_or_server, model), processes, work)
     if failed:
         say(f"\nfailed: {len(failed)}. The others are kept. Run the same command again for these alone:")
         for name, reason in failed.items():
@@ -96,37 +96,38 @@ def run_mteb(model: str, names: Sequence[str], out: Path, max_tokens: int | None
         raise typer.Exit(1)
 
 
-def run_airbench(model: str, names: Sequence[str], out: Path, max_tokens: int | None) -> None:
-    """Runs sets of AIR-Bench, prints scores and where a submission lies, and exits with 1 if a set failed."""
+def _model_or_server(model: str) -> list[Any]:
     from embedwright.encoders.http import HttpEncoder
     from embedwright.encoders.open import open_encoder
+
+    return [HttpEncoder.from_url(model) if "://" in model else open_encoder(model)]
+
+
+def run_airbench(model: str, names: Sequence[str], out: Path, max_tokens: int | None) -> None:
+    """Runs sets of AIR-Bench, prints scores and where a submission lies, and exits with 1 if a set failed."""
+    from embedwright.encoders.sharded import shared
     from embedwright.evaluation.bench import airbench
     from embedwright.evaluation.bench.airbench_sets import choose, sets_file
     from embedwright.evaluation.results import render
-    from embedwright.processes import start
+    from embedwright.processes import joined
 
     sets = choose(*names)  # before anything is loaded
-    processes = start()
-    encoder = HttpEncoder.from_url(model) if "://" in model else open_encoder(model)
     home = out / "air-bench" / file_name(model.rpartition("#")[2] if "://" in model else model)
-    failed = airbench.bench(
-        encoder,
-        model,
-        sets,
-        home,
-        max_tokens=max_tokens,
-        processes=processes,
-        progress=say,
-        advance=counter("documents"),
-    )
-    if processes.first:
+
+    def work(encoders: list[Any]) -> dict[str, str]:
+        advance = counter("documents")
+        failed = airbench.bench(encoders[0], model, sets, home, max_tokens=max_tokens, progress=say, advance=advance)
         if rows := airbench.table(home, sets):
             say("\n" + render(rows))
             say("published scores are those of version 24.04: other questions, and some other corpora")
         if packed := airbench.pack(home):
             say(f"\nsearch results of the test splits: {packed}")
             say(f"to submit them, upload that file at {airbench.LEADERBOARD} for version {sets_file()['version']}")
-    if failed and processes.first:
+        return failed
+
+    with joined() as processes:
+        failed = shared(partial(_model_or_server, model), processes, work)
+    if failed:
         say(f"\n{len(failed)} of {len(sets)} sets failed. Run the same command again for these alone:")
         for name, reason in failed.items():
             say(f"  {name}: {reason}")
@@ -202,21 +203,31 @@ def compare(
 def score(models: Sequence[str], suite: Suite | str, files: Mapping[str, Path] | None = None) -> None:
     """Scores models on a suite, writes each one's results to its file, and prints the scores side by side."""
     from embedwright.encoders.open import open_encoder
+    from embedwright.encoders.sharded import shared
     from embedwright.evaluation.results import render, table, write_results
     from embedwright.evaluation.suite import BM25
     from embedwright.evaluation.suite import evaluate as run
+    from embedwright.processes import joined
 
     columns: dict[str, Results] = {}
-    for model in dict.fromkeys(models):
+
+    def opened(model: str) -> list[Any]:
+        return [model if model == BM25 else open_encoder(model)]
+
+    def work(model: str, encoders: list[Any]) -> None:
         if len(models) > 1:
             say(model)
-        opened = model if model == BM25 else open_encoder(model)
         if files and model != BM25:
-            _refuse_to_replace(files[model], model, opened)
-        columns[model] = run(opened, suite, name=model, progress=say)
+            _refuse_to_replace(files[model], model, encoders[0])
+        columns[model] = run(encoders[0], suite, name=model, progress=say)
         if files:  # now, so that the scores of this one outlive a failure of the next
             write_results(files[model], columns[model])
-    say(render(table(columns)))
+
+    with joined() as processes:
+        for model in dict.fromkeys(models):
+            shared(partial(opened, model), processes, partial(work, model))
+        if processes.first:
+            say(render(table(columns)))
 
 
 def show_run(out: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -154,13 +155,14 @@ def encode(
     precision: options.StoredPrecision = "float32",
     shard: options.ShardOption = None,
 ) -> None:
-    """Encode a file of texts into Arrow shards. Run it again to go on after a stop."""
-    from embedwright.encoders.open import open_encoder
+    """Encode a file of texts into Arrow shards. Run it again to go on after a stop.
+
+    Under torchrun, all processes encode, each a part of the texts.
+    """
     from embedwright.vectors.corpus import encode_corpus
 
     how: dict[str, Any] = {"task": task, "precision": precision, "shard": shard}
-    encode_corpus(open_encoder(model), source, out, progress=counter("texts"), **how)
-    say(f"{out}")
+    _with_all(model, lambda encoder: say(f"{encode_corpus(encoder, source, out, progress=counter('texts'), **how)}"))
 
 
 def index(
@@ -168,11 +170,23 @@ def index(
     source: options.Texts,
     out: Annotated[Path, arg("Folder for vectors and index.", callback=options.folder_to_write)],
 ) -> None:
-    """Encode a corpus and build an exact index over it."""
+    """Encode a corpus and build an exact index over it. Under torchrun, all processes encode."""
+    from embedwright.vectors.corpus import encode_corpus
     from embedwright.vectors.index import build_index
 
-    encode(model, source, out)
-    say(f"{build_index(out)}")
+    _with_all(
+        model, lambda encoder: say(f"{build_index(encode_corpus(encoder, source, out, progress=counter('texts')))}")
+    )
+
+
+def _with_all(model: str, work: Callable[[Any], None]) -> None:
+    """Opens a model in every process that torchrun has started, and runs `work` in the first, where all encode."""
+    from embedwright.encoders.open import open_encoder
+    from embedwright.encoders.sharded import shared
+    from embedwright.processes import joined
+
+    with joined() as processes:
+        shared(lambda: [open_encoder(model)], processes, lambda own: work(own[0]))
 
 
 def search(

@@ -21,16 +21,21 @@ Ranker = Encoder | str  # what ranks without vectors, such as BM25, goes by its 
 _BLOCK = 8192  # texts of a process that are encoded and sent at a time
 
 
-def shared(encoders: Sequence[Ranker], processes: Processes, work: Callable[[list[Ranker]], Result]) -> Result | None:
+def shared(
+    opened: Callable[[], Sequence[Ranker]], processes: Processes, work: Callable[[list[Any]], Result]
+) -> Result | None:
     """Runs `work` in rank 0, with encoders that all processes share, and returns its result there, None elsewhere.
 
-    All processes must call this with the same encoders, in order. Rank 0 alone reads, scores, searches and writes; the
-    others encode their part of the texts that it asks for. A name in place of an encoder stays as it is.
+    All processes must call this, and `opened` gives the same encoders in each. Rank 0 alone reads, scores, searches and
+    writes; the others encode their part of the texts that it asks for. A name among the encoders stays as it is.
 
-    An error in rank 0 raises in all processes. One of any process while it encodes is raised by `encode` in rank 0.
+    An error in rank 0 or in `opened` raises in all processes. One of any process while it encodes is raised by `encode`
+    in rank 0.
     """
+    with processes.together():
+        encoders = list(opened())
     if processes.count == 1:
-        return work(list(encoders))
+        return work(encoders)
     if not processes.first:
         while (asked := processes.told())["texts"] is not None:
             try:
@@ -40,17 +45,21 @@ def shared(encoders: Sequence[Ranker], processes: Processes, work: Callable[[lis
             _gathered(part, rows, processes)
         processes.agree(None)
         return None
-    own: list[Ranker] = []
-    for number, one in enumerate(encoders):
-        own.append(one if isinstance(one, str) else ShardedEncoder(one, number, processes))
     found, error = None, None
     try:
-        found = work(own)
+        found = work(
+            [one if isinstance(one, str) else ShardedEncoder(one, i, processes) for i, one in enumerate(encoders)]
+        )
     except Exception as caught:
         error = caught
     processes.told({"texts": None})
     processes.agree(error)
     return found
+
+
+def itself(encoder: Any) -> Any:
+    """Returns the encoder that all processes share, or any other as it is: what its tokenizer and its class are."""
+    return encoder.encoder if isinstance(encoder, ShardedEncoder) else encoder
 
 
 class ShardedEncoder:

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from embedwright.encoders.protocol import Encoder
 from embedwright.encoders.sentence_transformers import SentenceTransformerEncoder
+from embedwright.encoders.sharded import itself
 from embedwright.errors import InputError
 from embedwright.model.embedder import Embedder
 from embedwright.text import TextTokenizer
@@ -23,7 +24,7 @@ def chunked(encoder: Encoder, texts: Sequence[str], size: int) -> list[list[str]
     An encoder without a tokenizer (a server, a user's own object) counts words between spaces. Raises InputError for
     a chunk that the encoder would cut, since what is cut off would be in no chunk.
     """
-    tokenizer, room = _reading(encoder)
+    tokenizer, room = _reading(itself(encoder))
 
     def spans(text: str) -> Spans:
         if tokenizer is None:

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from embedwright.config import load_yaml
 from embedwright.encoders.options import WithOptions
 from embedwright.encoders.protocol import Encoder, as_encoder
+from embedwright.encoders.sharded import itself
 from embedwright.errors import InputError
 from embedwright.fingerprint import Facts, fingerprint_of
 from embedwright.model.embedder import Embedder
@@ -56,10 +57,9 @@ class MtebEncoder(AbsEncoder):
         batch_tokens: int | None = None,
         name: str = "embedwright/model",
     ) -> None:
-        if max_tokens is not None and not isinstance(model, Embedder):
-            raise InputError(
-                f"max_tokens={max_tokens}: a {type(model).__name__} cuts texts where it wants: leave it out"
-            )
+        own = itself(model)
+        if max_tokens is not None and not isinstance(own, Embedder):
+            raise InputError(f"max_tokens={max_tokens}: a {type(own).__name__} cuts texts where it wants: leave it out")
         self.model, self.instructions = as_encoder(model), dict(instructions or {})
         given = {"max_tokens": max_tokens, "batch_tokens": batch_tokens}
         self.options = {key: value for key, value in given.items() if value is not None}
@@ -69,11 +69,11 @@ class MtebEncoder(AbsEncoder):
         decides = [_identity(self.model), self.instructions, max_tokens, TABLE.read_text(encoding="utf-8")]
         decides.append(version("mteb"))  # which also pins the data sets: other versions give other scores
         known: dict[str, Any] = {}
-        if isinstance(model, Embedder):
+        if isinstance(own, Embedder):
             known = {
-                "n_parameters": sum(p.numel() for p in model.network.parameters()),
-                "max_tokens": max_tokens or model.max_tokens,
-                "embed_dim": model.embedding_dim,
+                "n_parameters": sum(p.numel() for p in own.network.parameters()),
+                "max_tokens": max_tokens or own.max_tokens,
+                "embed_dim": own.embedding_dim,
                 "framework": ["PyTorch"],
             }
         self.mteb_model_meta = ModelMeta.create_empty(

@@ -82,9 +82,7 @@ def refreshed(
                     _mine(recipe, stage, sources[number], answers, teachers[0], temp / f"{number:02d}", say)
                 write_json(temp / _WHOLE, run)
 
-        with processes.together():
-            teacher = _teacher(asked.teacher, model)
-        shared([teacher], processes, work)
+        shared(lambda: [_teacher(asked.teacher, model)], processes, work)
     fresh = list(sources)
     with processes.together():
         for number in mined:

@@ -87,7 +87,7 @@ def test_where_rank_0_dies_the_others_do_not_wait(found: dict[str, Any]) -> None
 
 
 def test_one_process_works_with_the_encoders_themselves(alone: Embedder) -> None:
-    assert shared([alone, "bm25"], ALONE, lambda own: own) == [alone, "bm25"]
+    assert shared(lambda: [alone, "bm25"], ALONE, lambda own: own) == [alone, "bm25"]
 
 
 # ---- in the processes
@@ -137,7 +137,7 @@ def in_a_group(folder: Path, decoder: str) -> dict[str, Any]:
         nonlocal now
         now = name
         encoded[name] = []
-        vectors = shared([model], processes, lambda own: cast(Any, own[0]).encode(*given, **options))
+        vectors = shared(lambda: [model], processes, lambda own: cast(Any, own[0]).encode(*given, **options))
         found[name] = None if vectors is None else vectors.tolist()
 
     asked("vectors", TEXTS, "Find it")
@@ -156,19 +156,19 @@ def in_a_group(folder: Path, decoder: str) -> dict[str, Any]:
         found["after"] = own[1].encode(TEXTS, "Find it").tolist()
         return "of rank 0"
 
-    found["result"] = shared([broken, model], processes, work)
+    found["result"] = shared(lambda: [broken, model], processes, work)
 
     def fail(own: list[Any]) -> None:
         own[0].encode(TEXTS)
         raise InputError("no such suite")
 
-    found["of rank 0"] = raised(lambda: shared([model], processes, fail))
+    found["of rank 0"] = raised(lambda: shared(lambda: [model], processes, fail))
 
     def several(own: list[Any]) -> list[Any]:
         values = [one.encode(TEXTS)[:, 0].tolist() for one in own[1:]]
         return [own[0], *values, own[2].fingerprint()]
 
-    found["several"] = shared(["bm25", Constant(1), Constant(2)], processes, several)
+    found["several"] = shared(lambda: ["bm25", Constant(1), Constant(2)], processes, several)
     return found | {"encoded": encoded}
 
 
@@ -180,4 +180,4 @@ def one_dies(folder: Path, decoder: str) -> str | None:
         own[0].encode(TEXTS)
         os._exit(9)
 
-    return raised(lambda: shared([Constant(1)], processes, work))
+    return raised(lambda: shared(lambda: [Constant(1)], processes, work))

@@ -30,6 +30,7 @@ from huggingface_hub import constants
 
 from embedwright.encoders.options import WithOptions
 from embedwright.encoders.protocol import Encoder, encode_finite
+from embedwright.encoders.sharded import itself
 from embedwright.errors import InputError, OutOfReachError, blaming
 from embedwright.evaluation.about import about
 from embedwright.evaluation.bench.airbench_sets import NAME, AirSet, sets_file
@@ -38,7 +39,6 @@ from embedwright.evaluation.results import Result, Results, Row, read_results, w
 from embedwright.files import whole_file, write_json, write_text
 from embedwright.fingerprint import differences, fingerprint_of
 from embedwright.model.embedder import Embedder
-from embedwright.processes import ALONE, Processes
 from embedwright.vectors.search import top_k
 from embedwright.vectors.store import encode_texts
 
@@ -46,8 +46,6 @@ LEADERBOARD = "https://huggingface.co/spaces/AIR-Bench/leaderboard"
 MAIN = {"qa": "nDCG@10", "long-doc": "Recall@10"}
 DEPTH = 1000  # hits of a query in a submission
 _MEASURES = {"nDCG@10": "ndcg_cut_10", "Recall@10": "recall_10", "MAP@10": "map_cut_10", "Recall@100": "recall_100"}
-
-_POLL_S = 0.5  # how often rank 0 looks for what the other processes have done
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +59,6 @@ def bench(
     home: Path,
     *,
     max_tokens: int | None = None,
-    processes: Processes = ALONE,
     progress: Callable[[str], None],
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, str]:
@@ -76,9 +73,8 @@ def bench(
         sets: What `choose` returns.
         home: The folder of this model's results.
         max_tokens: Tokens after which a text is cut. Default: where the model cuts.
-        processes: The processes that share the sets. Rank 0 waits for the others.
         progress: A function that gets lines.
-        advance: A function that gets the number of documents done, and that of all documents of this process.
+        advance: A function that gets the number of documents done, and that of all documents.
 
     Returns:
         Why a set failed, by its name. The results of the others are kept.
@@ -87,29 +83,23 @@ def bench(
         InputError: `home` has results of another model, instruction, version or length.
     """
     if max_tokens is not None:
-        if not isinstance(encoder, Embedder):
-            raise InputError(f"max_tokens={max_tokens}: a {type(encoder).__name__} cuts texts where it wants")
+        if not isinstance(own := itself(encoder), Embedder):
+            raise InputError(f"max_tokens={max_tokens}: a {type(own).__name__} cuts texts where it wants")
         encoder = WithOptions(encoder, {"max_tokens": max_tokens})
     version, instruction = sets_file()["version"], sets_file()["instruction"]
     facts = about(model, fingerprint_of(encoder)) | {"instruction": instruction, "version": version}
     _claim(home, {key: facts[key] for key in ("model", "fingerprint", "instruction", "version")})
     todo = {one: [split for split in one.splits if not _file(home, one, split).exists()] for one in sets}
-    failures = {one: home / "failed" / f"{one.name}.txt" for one in sets}
-    if processes.first:
-        for file in failures.values():  # not those of another command, which may await them
-            file.unlink(missing_ok=True)
-        progress(f"sets: {len(sets)}, done before: {sum(not splits for splits in todo.values())}")
-    processes.wait()
-    left = [one for one in sets if todo[one]]
-    mine = [left[i] for i in processes.split([one.documents for one in left])[processes.rank]]
-    total, done, unreached = sum(one.documents for one in mine), 0, False
+    progress(f"sets: {len(sets)}, done before: {sum(not splits for splits in todo.values())}")
+    left, failed = [one for one in sets if todo[one]], dict[str, str]()
+    total, done, unreached = sum(one.documents for one in left), 0, False
 
     def count(documents: int) -> None:
         nonlocal done
         done += documents
         advance(done, total)
 
-    for one in mine:
+    for one in left:
         where = f"[{left.index(one) + 1}/{len(left)}] {one.name}"
         progress(f"{where} ({', '.join(todo[one])}): {one.documents:,} documents")
         try:
@@ -118,16 +108,9 @@ def bench(
         except Exception as error:  # of any set: the others go on
             logger.debug("%s failed", one.name, exc_info=True)
             unreached |= isinstance(error, OutOfReachError)
-            reason = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
-            write_text(failures[one], reason)
+            failed[one.name] = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
             progress(f"{where}: FAILED")
-    while processes.first and not all(failures[one].exists() or _is_done(home, one) for one in left):
-        time.sleep(_POLL_S)
-    return {one.name: file.read_text(encoding="utf-8") for one, file in failures.items() if file.exists()}
-
-
-def _is_done(home: Path, one: AirSet) -> bool:
-    return all(_file(home, one, split).exists() for split in one.splits)
+    return failed
 
 
 def _claim(home: Path, own: dict[str, Any]) -> None:

@@ -37,11 +37,9 @@ from embedwright.evaluation.mteb import MtebEncoder, instruction_of
 from embedwright.evaluation.results import Result, Results, parts_scored, read_arrays
 from embedwright.files import locked, remove_leftovers, whole_file, write_text
 from embedwright.host import own_random_numbers
-from embedwright.processes import ALONE, Processes
 
 Say = Callable[[str], None]
 
-_POLL_S = 0.5  # how often rank 0 looks for what the other processes have done
 _UNKNOWN_SIZE = 1_000_000  # characters of a task whose size mteb does not know
 
 
@@ -55,7 +53,7 @@ def score_tasks(model: Any, chosen: Chosen, say: Say) -> Results:
     with own_random_numbers(), TemporaryDirectory() as folder:  # mteb seeds the generators that training draws from
         # a model that is cut over processes has no fingerprint
         bench = Bench(MtebEncoder(SimpleNamespace(encode=model.encode)), Path(folder))
-        if failed := bench.run(chosen.tasks, say=say):
+        if failed := bench.run(chosen.tasks, say):
             raise InputError("; ".join(f"{chosen.name}: {name}: {reason}" for name, reason in failed.items()))
         rows = tuple(bench.row(task) for task in chosen.tasks)
     return Results(chosen.name, rows, time.perf_counter() - started, {"mteb": mteb.__version__})
@@ -96,64 +94,32 @@ class Bench:
                 found.setdefault(path.parent.name, []).append(path.stem)
         return found
 
-    def run(
-        self, tasks: Sequence[AbsTask], processes: Processes = ALONE, say: Say = lambda line: None
-    ) -> dict[str, str]:
-        """Runs the tasks that have no result. Returns the reason of each that failed, by its name; the others are kept.
-
-        Each process runs its part. Rank 0 says what is done, waits for the others, and knows all reasons.
-        """
+    def run(self, tasks: Sequence[AbsTask], say: Say = lambda line: None) -> dict[str, str]:
+        """Runs the tasks that have no result. Returns the reason of each that failed, by its name; others are kept."""
         units: dict[str, list[AbsTask]] = {}
         for task in tasks:  # two benchmarks may ask for other subsets of one task
             units.setdefault(task.metadata.name, []).append(task)
         todo = {name: some for name, some in units.items() if not all(map(self.result, some))}
         sizes = {name: sum(map(size, some)) for name, some in todo.items()}
-        names = sorted(todo, key=lambda name: sizes[name])  # the small ones first: a mistake shows early
-        if processes.first:
-            self._forget(names)
+        with self._writing():
+            remove_leftovers(self.folder)  # of killed processes, which mteb would read as results
         say(f"{len(units)} tasks, {len(units) - len(todo)} of them done before")
-        processes.wait()
-        mine = {names[i] for i in processes.split([sizes[name] for name in names])[processes.rank]}
-        watch = _Watch(sizes, len(units), say)
-        for name in names:
-            if name not in mine:
-                continue
+        watch, failed = _Watch(sizes, len(units), say), dict[str, str]()
+        for name in sorted(todo, key=lambda name: sizes[name]):  # the small ones first: a mistake shows early
             try:
                 for task in todo[name]:
                     self._run(task)
             except Exception as error:  # of any task: the others go on
                 logging.getLogger(__name__).debug("%s failed", name, exc_info=True)
-                kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
-                write_text(self.work / name / "failed.txt", f"{kind}{error}")
-            watch.done(name, self._state(todo[name]))
-        while processes.first and watch.left:
-            for name in list(watch.left):
-                if (state := self._state(todo[name])) is not None:
-                    watch.done(name, state)
-            time.sleep(_POLL_S if watch.left else 0)
-        files = {name: self.work / name / "failed.txt" for name in names}
-        failed = {name: file.read_text(encoding="utf-8") for name, file in files.items() if file.is_file()}
-        if processes.first:
-            with suppress(OSError):  # tasks that failed, or of another command or model, are unfinished
-                for folder in (self.work, self.work.parent, self.work.parent.parent):
-                    folder.rmdir()
+                failed[name] = f"{'' if isinstance(error, InputError) else f'{type(error).__name__}: '}{error}"
+                watch.done(name, "failed")
+            else:
+                found: Any = self.result(todo[name][0])
+                watch.done(name, f"{todo[name][0].metadata.main_score} {found.get_score():.4f}")
+        with suppress(OSError):  # tasks that failed, or of another command or model, are unfinished
+            for folder in (self.work, self.work.parent, self.work.parent.parent):
+                folder.rmdir()
         return failed
-
-    def _forget(self, names: Sequence[str]) -> None:
-        """Removes earlier failures of tasks, and what killed processes left, which mteb would read as results."""
-        with self._writing():
-            remove_leftovers(self.folder)
-        for name in names:
-            (self.work / name / "failed.txt").unlink(missing_ok=True)
-
-    def _state(self, tasks: Sequence[AbsTask]) -> str | None:
-        """Returns how tasks of one name ended, in words; None while they are under way."""
-        failed = self.work / tasks[0].metadata.name / "failed.txt"
-        if failed.is_file():
-            return "failed"
-        if all(results := [self.result(task) for task in tasks]):
-            return f"{tasks[0].metadata.main_score} {results[0].get_score():.4f}"  # type: ignore[union-attr]
-        return None
 
     def _run(self, task: AbsTask) -> None:
         """Gets the result of a task that has none. Waits for another command that is at it.
@@ -253,7 +219,7 @@ class _Watch:
         self.left, self.total, self.say = dict(sizes), total, say
         self.started, self.all = time.monotonic(), sum(sizes.values())
 
-    def done(self, name: str, state: str | None) -> None:
+    def done(self, name: str, state: str) -> None:
         del self.left[name]
         rest, passed = sum(self.left.values()), time.monotonic() - self.started
         left = f", about {_clock(passed * rest / max(self.all - rest, 1))} left" if rest else ""

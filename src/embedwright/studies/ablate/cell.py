@@ -108,12 +108,11 @@ def bench(model: Any, spec: Spec, folder: Path) -> Results:
     from embedwright.evaluation.compare.read import read_candidates
     from embedwright.evaluation.mteb import MtebEncoder
     from embedwright.evaluation.results import Results
-    from embedwright.processes import ALONE
 
     began = time.monotonic()
     chosen = choose(spec["benchmark"])
     work = Bench(MtebEncoder(model, name=f"embedwright/{spec['arm']}-{spec['seed']}"), folder)
-    if failed := work.run(chosen.tasks, ALONE):
+    if failed := work.run(chosen.tasks):
         raise RuntimeError("; ".join(f"{task}: {reason}" for task, reason in failed.items()))
     [found] = [results for results in read_candidates([str(work.folder)])[0].seeds.values()]
     rows = tuple(row for results in found for row in results.rows)

@@ -75,7 +75,7 @@ class Scores:
                     write_items(run_items_file(self.out, stage, step, suite), found)
                     fresh.append({"stage": stage, "step": step, "suite": suite, "results": json.loads(found.to_json())})
 
-        shared([self.model], self.processes, work)
+        shared(lambda: [self.model], self.processes, work)
         fresh = self.processes.told(fresh)
         if not fresh:
             return []

@@ -14,7 +14,6 @@ import statistics
 import subprocess
 import sys
 import textwrap
-import threading
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +32,6 @@ from embedwright.evaluation.bench import airbench, airbench_sets
 from embedwright.evaluation.bench.airbench import bench, pack, table
 from embedwright.evaluation.bench.airbench_sets import choose
 from embedwright.evaluation.results import read_results
-from embedwright.processes import Processes
 
 VERSION = "AIR-Bench_24.05"
 MODULES = (statistics, textwrap, shutil, zipfile, subprocess, socket, json, inspect, os, math)
@@ -244,31 +242,6 @@ def test_results_of_another_model_are_not_mixed(hub: dict[str, Any], tmp_path: P
         bench(Words(), "words", sets, tmp_path / "words", progress=lambda line: None)
 
 
-def test_two_processes_do_what_one_does(hub: dict[str, Any], tmp_path: Path) -> None:
-    """Each its own set, at once; rank 0 waits, and knows what failed elsewhere."""
-    sets = [*choose("AIR-Bench/qa/arxiv/en"), *choose("AIR-Bench/book/dev"), *choose("AIR-Bench/finance/ar/dev")]
-    barrier, models, failed = threading.Barrier(2), [Words(), Words()], [dict[str, str](), dict[str, str]()]
-
-    class Pair(Processes):
-        def wait(self) -> None:
-            barrier.wait()
-
-    def run(rank: int) -> None:
-        pair = Pair(rank, 2)
-        failed[rank] = bench(models[rank], "w", sets, tmp_path / "two", processes=pair, progress=lambda line: None)
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    bench(Words(), "w", sets, tmp_path / "one", progress=lambda line: None)
-    for name in ("qa_arxiv_en", "long-doc_book_en_a-brief-history-of-time_stephen-hawking"):
-        one, two = (read_results(tmp_path / run / f"{name}.json").rows for run in ("one", "two"))
-        assert one == two
-    assert all(model.encoded for model in models) and list(failed[0]) == ["qa_finance_ar"]
-
-
 def test_max_tokens_cuts_texts_and_is_part_of_the_results(
     hub: dict[str, Any], tmp_path: Path, tiny_embedder: Any
 ) -> None:
@@ -295,7 +268,6 @@ def test_a_set_that_is_not_here_is_named_with_its_cache_and_the_rest_is_kept(
     failed = bench(Words(), "words", sets, tmp_path / "words", progress=said.append)
     assert list(failed) == ["qa_law_en"]
     bench(Words(), "words", choose("AIR-Bench/qa/arxiv/dev"), tmp_path / "words", progress=said.append)
-    assert (tmp_path / "words" / "failed" / "qa_law_en.txt").exists()  # another command may be waiting for it
     message = failed["qa_law_en"]
     place = tmp_path / "hub" / "datasets--AIR-Bench--qa_law_en"
     assert f"AIR-Bench/qa_law_en: the hub cannot be reached, and its cache {place} lacks corpus_default" in message

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -20,7 +19,6 @@ from numpy.typing import NDArray
 from embedwright.evaluation.bench import run as bench
 from embedwright.evaluation.bench.run import Bench, size
 from embedwright.evaluation.mteb import MtebEncoder
-from embedwright.processes import Processes
 
 TASKS = {task.metadata.name: task for task in MOCK_TASK_TEST_GRID}
 SOME = ["MockRetrievalTask", "MockSTSTask", "MockClassificationTask", "MockMultilingualRetrievalTask"]
@@ -143,26 +141,6 @@ def test_another_version_of_mteb_has_another_revision(tmp_path: Path, monkeypatc
     after = bench_of(tmp_path)
     assert after.result(TASKS["MockSTSTask"]) is None
     assert after.others() == {before.folder.name: ["MockSTSTask"]}
-
-
-def test_two_processes_have_the_tasks_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = [*SOME, "MockMultilingualClusteringFastTask", "MockPairClassificationTask"]
-    tasks = [type(TASKS[name])() for name in names]
-    alone = bench_of(tmp_path / "one")
-    assert alone.run(tasks) == {}
-    together, said = threading.Barrier(2, timeout=60), list[str]()
-    monkeypatch.setattr(Processes, "wait", lambda self: together.wait())
-    works = [bench_of(tmp_path / "two", Toy()) for _ in range(2)]
-    with ThreadPoolExecutor(2) as pool:
-        ends = [pool.submit(works[rank].run, tasks, Processes(rank, 2), [said.append, str][rank]) for rank in range(2)]
-        assert ends[0].result(timeout=60) == {} and ends[1].result(timeout=60) is not None
-    work = works[0]
-    models = [work.encoder.model for work in works]
-    assert all(model.texts for model in models)
-    assert scores(work) == scores(alone)
-    assert len([line for line in said if line.startswith("[")]) == len(scores(alone))
-    settings = [sorted((w.folder / "run_settings.jsonl").read_text().splitlines()) for w in (alone, work)]
-    assert settings[0] == settings[1]
 
 
 def test_an_aggregate_task_keeps_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
