@@ -82,24 +82,26 @@ def mine(
     ] = None,
     shard: options.ShardOption = None,
 ) -> None:
-    """Find hard negatives with one or more teacher models, and leave out those that are probably positives."""
+    """Find hard negatives with one or more teacher models, and leave out those that are probably positives.
+
+    Under torchrun, all processes encode, each a part of the texts.
+    """
     from embedwright.data.files.corpus import DocumentTable, open_corpus
-    from embedwright.data.files.parts import PartOfTable, write_part
+    from embedwright.data.files.parts import PartOfTable, is_done, write_part
     from embedwright.data.files.table import open_as_named
     from embedwright.encoders.http import HttpEncoder
     from embedwright.encoders.open import open_encoder
+    from embedwright.encoders.sharded import shared
     from embedwright.endpoint import key_variables
     from embedwright.mining.mine import mine as run
     from embedwright.mining.pool import positives_of
+    from embedwright.processes import joined
     from embedwright.vectors.corpus import is_encoded, open_encoded
 
     options.check_out(out, shard)
-    table = open_as_named(examples)
-    pool = (open_encoded if is_encoded(corpus) else open_corpus)(corpus) if corpus else positives_of(table)
     given = {"query_template": query_template, "document_template": document_template, "cut": cut or None}
     templates = {key: template for key, template in given.items() if template is not None}
     names = teacher or ["minilm"]
-    keys = key_variables(api_key_env or [], [name for name in names if "://" in name])
     chosen: dict[str, Any] = {
         "rule": rule,
         "margin": margin,
@@ -114,8 +116,9 @@ def mine(
         "precision": precision,
     }
 
-    def write(file: Path) -> dict[str, Any]:
-        teachers = [
+    def opened() -> list[Any]:
+        keys = key_variables(api_key_env or [], [name for name in names if "://" in name])
+        return [
             HttpEncoder.from_url(name, api_key_env=keys.get(name), **templates)
             if "://" in name
             else name
@@ -123,19 +126,30 @@ def mine(
             else open_encoder(name)
             for name in names
         ]
-        rows = PartOfTable(table, shard.rows(len(table))) if shard else table
-        where: dict[str, Any] = {"part_of": table, "tasks": table.tasks, "vectors": vectors, "out": file}
-        return run(rows, pool, teachers, **chosen, **where, progress=counter("texts"))[1].to_json()
 
-    if shard:
-        identity = pool.identity if isinstance(pool, DocumentTable) else None
-        known = {"examples": table.fingerprint, "corpus": identity, "teachers": names, **templates, **chosen}
-        counts = write_part(out, shard, known, write)
-    else:
-        counts = write(out)
-    if report:
-        write_json(report / "report.json", counts)
-    say_json({key: value for key, value in counts.items() if key != "scores"})
+    def work(teachers: list[Any]) -> None:
+        def write(file: Path) -> dict[str, Any]:
+            rows = PartOfTable(table, shard.rows(len(table))) if shard else table
+            where: dict[str, Any] = {"part_of": table, "tasks": table.tasks, "vectors": vectors, "out": file}
+            return run(rows, pool, teachers, **chosen, **where, progress=counter("texts"))[1].to_json()
+
+        if shard:
+            identity = pool.identity if isinstance(pool, DocumentTable) else None
+            known = {"examples": table.fingerprint, "corpus": identity, "teachers": names, **templates, **chosen}
+            counts = write_part(out, shard, known, write)
+        else:
+            counts = write(out)
+        if report:
+            write_json(report / "report.json", counts)
+        say_json({key: value for key, value in counts.items() if key != "scores"})
+
+    with joined() as processes:
+        with processes.together():  # before a teacher is loaded: bad rows show at once
+            if processes.first:
+                table = open_as_named(examples)
+                pool = (open_encoded if is_encoded(corpus) else open_corpus)(corpus) if corpus else positives_of(table)
+        done = processes.decided(lambda: shard is not None and is_done(shard.file(out)))
+        shared(lambda: [] if done else opened(), processes, work)
 
 
 def synth(

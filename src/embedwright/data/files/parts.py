@@ -82,9 +82,9 @@ def write_once(file: Path, settings: Mapping[str, Any], write: Callable[[Path], 
 
     Raises InputError if the folder holds files of other settings, and OutputExistsError if it holds something else.
     """
-    report = file.with_name(f"{file.name}.report.json")
+    report = _report(file)
     claim(file.parent, settings)
-    if file.exists() and report.is_file():
+    if is_done(file):
         done: Counts = json.loads(report.read_text(encoding="utf-8"))
         return done
     counts = write(file)
@@ -95,6 +95,15 @@ def write_once(file: Path, settings: Mapping[str, Any], write: Callable[[Path], 
         raise
     write_json(report, counts)
     return counts
+
+
+def is_done(file: Path) -> bool:
+    """Says whether a file is there with its report, so that it is not written again."""
+    return file.exists() and _report(file).is_file()
+
+
+def _report(file: Path) -> Path:
+    return file.with_name(f"{file.name}.report.json")
 
 
 def claim(out: Path, settings: Mapping[str, Any]) -> None:
