@@ -82,7 +82,6 @@ def _main() -> None:
     os.dup2(2, 1)  # what a test prints is no answer
     for line in sys.stdin:
         file, folder, counts, arguments = json.loads(line)
-        os.environ["EMBEDWRIGHT_CACHE"] = str(Path(folder) / "cache")
         spec = importlib.util.spec_from_file_location("tested", file)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
