@@ -116,7 +116,7 @@ def _count(module: nn.Module) -> int:
 class Memory:
     """Bytes on one device at the peak of a step.
 
-    `work` is what is there for a moment beside the kept activations, or what the optimizer takes after them. `reserve`
+    `work` is what is there for a moment beside the kept activations. `reserve`
     is overhead: a GPU's context, gaps between blocks.
     """
 
@@ -177,8 +177,6 @@ def memory_of(recipe: Recipe, sizes: Sizes, tokens: int, kind: Kind, *, scores: 
         work += 4 * sizes.wide * sizes.hidden
     if four_bit:  # a matrix as it is multiplied with
         work += width * sizes.wide * sizes.hidden
-    if kind == "cuda":  # there AdamW takes all tensors at once, when the activations are gone
-        work = max(work, trained - activations)
 
     static = weights // spread
     if spread > 1:

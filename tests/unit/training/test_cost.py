@@ -330,8 +330,8 @@ def test_tokens_scores_and_a_gpus_own_part(made: Any) -> None:
     assert (large.activations, large.work) == (3 * small.activations, 3 * small.work)
     assert memory(recipe, scores=1000).work == small.work + 16_000  # scores, masked, their softmax, the gradient
     assert small.reserve == (small.total - small.reserve) // 3 and memory(recipe, "cuda").reserve > GB
-    many = memory_of(recipe, sizes, 1, "cuda")  # AdamW at work when the activations are gone
-    assert many.activations + many.work >= many.gradients
+    few = memory_of(recipe, sizes, 1, "cuda")  # the fused AdamW takes nothing beside what it updates
+    assert few.activations + few.work < few.gradients
 
 
 @pytest.mark.parametrize("low", [False, True], ids=["fp32", "bf16"])
