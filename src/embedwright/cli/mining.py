@@ -188,6 +188,7 @@ def synth(
     if not report["written"] and not shard:
         sys.stderr.write(f"embedwright: {out}: no usable example came out, nothing written\n")
         raise typer.Exit(1)
+    _check_answered(report, out)
 
 
 def relabel(
@@ -221,8 +222,8 @@ def relabel(
     options.check_out(out, shard)
     described = merge_tasks([(tasks_file(path), tasks_beside(path)), *([(tasks, read_tasks(tasks))] if tasks else [])])
 
-    def run(judge: Judge, name: str) -> dict[str, Any]:
-        given: dict[str, Any] = {"tasks": described, "shard": shard, "judged_by": name}
+    def run(judge: Judge, name: str, client: Client | None = None) -> dict[str, Any]:
+        given: dict[str, Any] = {"tasks": described, "shard": shard, "judged_by": name, "client": client}
         return relabel_file(path, out, judge, action, progress=counter("examples"), **given)
 
     if cross_encoder is not None and threshold is not None and base_url is None and model is None:
@@ -233,7 +234,17 @@ def relabel(
     limits = {"concurrency": concurrency, "max_tokens": max_tokens, "token_budget": token_budget}
     with _client(out, shard, timeout, base_url=base_url, api_key_env=api_key_env, **limits) as client:
         judged_by = model if max_chars is None else f"{model}, {max_chars} characters"
-        say_json(run(judge_by_model(client, model, described, max_chars), judged_by) | {"client": dict(client.counts)})
+        report = run(judge_by_model(client, model, described, max_chars), judged_by, client)
+    say_json(report)
+    _check_answered(report, out)
+
+
+def _check_answered(report: dict[str, Any], out: Path) -> None:
+    """Exits with 1 if the same command, run again, would ask for more."""
+    if count := report.get("unanswered"):
+        again = "run the same command again; if --token-budget is spent, with a larger one"
+        sys.stderr.write(f"embedwright: {out}: {count} questions have no answer yet: {again}\n")
+        raise typer.Exit(1)
 
 
 def _cross_encoder(name: str) -> Any:

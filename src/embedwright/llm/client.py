@@ -91,7 +91,8 @@ class Client:
 
     `counts` has the `requests` sent, the `answers` received, the `cached` ones, and the `tokens` paid for; failed
     requests by kind (`http_429`, ..., `timeout`, `connection`, `bad_body`); and useless answers by kind (`bad_json`,
-    `wrong_schema`, `only_reasoning`, `truncated`).
+    `wrong_schema`, `only_reasoning`, `truncated`). `unanswered` questions may have an answer when they are asked again:
+    the budget was spent, or the server failed.
     """
 
     def __init__(self, server: Server, cache: Path) -> None:
@@ -116,7 +117,8 @@ class Client:
         self._slots = asyncio.Semaphore(server.concurrency)
         self._settled = asyncio.Condition()
         self._spent, self._reserved = self._cache.tokens(), 0
-        self._unanswered = 0.0  # questions given up since the last answer
+        self.unanswered = 0
+        self._in_vain = 0.0  # questions given up since the last answer
         self._fatal: ServerError | None = None
 
     def __enter__(self) -> Client:
@@ -162,6 +164,7 @@ class Client:
                     try:
                         known = await self._completion(question, attempt)
                     except _NoAnswerError as error:
+                        self.unanswered += str(error) in ("budget", "server_error")
                         return Failure(str(error))
                 else:
                     self.counts["cached"] += 1
@@ -194,7 +197,7 @@ class Client:
             completion = await self._request(request)
             self._cache.put(_key(question, attempt), completion)
             self._spent += completion.tokens
-            self._unanswered = 0.0
+            self._in_vain = 0.0
             self.counts.update(answers=1, tokens=completion.tokens)
             return completion
         finally:
@@ -243,9 +246,9 @@ class Client:
     def _given_up(self, reason: str, message: str, fatal: bool = False) -> Exception:
         """Returns the exception for a question without an answer, a ServerError if it ends the whole run."""
         alone = reason == "refused" and (self.counts["answers"] or self.counts["cached"])
-        self._unanswered += 0.1 if alone else 1
+        self._in_vain += 0.1 if alone else 1
         message = self.endpoint.hide(message)
-        if self._fatal is None and (fatal or self._unanswered >= self.server.concurrency + 3):
+        if self._fatal is None and (fatal or self._in_vain >= self.server.concurrency + 3):
             self._fatal = ServerError(f"{self.endpoint.url}: {message} (answers so far are kept: {self._cache.path})")
         if self._fatal is not None:
             return self._fatal

@@ -83,12 +83,14 @@ def relabel_file(
     progress: Callable[[int, int], None] | None = None,
     shard: Shard | None = None,
     judged_by: str = "",
+    client: Client | None = None,
 ) -> dict[str, Any]:
     """Runs `relabel` from file to file, for data of any size, and returns its counts as JSON.
 
     `tasks` are written beside `out`, together with those that lie beside `path`. With `shard`, `out` is a folder of
     parts (`write_part`), which together have all rows in order; `judged_by` says which judge it is. The answers to a
-    question are still those of all rows, which each part reads.
+    question are still those of all rows, which each part reads. `client` is that of a judge by model: its counts are
+    reported, and a part with `unanswered` questions is not done.
     """
     table = open_as_named(path)
     described = {**table.tasks, **(tasks or {})}
@@ -104,7 +106,8 @@ def relabel_file(
                 yield example
 
         write_examples(file, rows(), described)
-        return {"read": table.report, "action": action, **count}
+        asked = {"client": dict(client.counts), "unanswered": client.unanswered} if client else {}
+        return {"read": table.report, "action": action, **count, **asked}
 
     if shard is None:
         return relabelled(out)

@@ -42,11 +42,11 @@ def synthesize(
     not answer; the client's cache and `OUT.brainstorm.jsonl` keep everything, and the same call goes on from there.
 
     Returns counts: `asked` rows = `written` + the sum of `dropped`, which is by kind and reason; `tasks` of step 1 by
-    kind; `client`, those of `Client.counts`; and the `diversity` of the rows written.
+    kind; `client`, those of `Client.counts`; `unanswered`, of the client; and the `diversity` of the rows written.
 
     With `shard`, `out` is a folder of parts (`write_part`), which together have the plan's rows in its order. All parts
-    share one file of tasks: the first that runs asks for them, the others wait. Repeats go within a part alone; `data
-    clean` finds those of several parts.
+    share one file of tasks: the first that runs asks for them, the others wait. A part with `unanswered` questions is
+    not done. Repeats go within a part alone; `data clean` finds those of several parts.
     """
     if shard is None:
         return _synthesized(out, client, plan, _tasks(out, client, plan, licence), progress)
@@ -118,6 +118,7 @@ def _synthesized(
         "dropped": {kind: dict(sorted(count.items())) for kind, count in dropped.items()},
         "tasks": tasks.counts,
         "client": dict(client.counts),
+        "unanswered": client.unanswered,
         "diversity": diversity.to_json(),
     }
 

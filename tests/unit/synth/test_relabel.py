@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from fake_llm import Body, FakeLLM, Reply, command
 
+from embedwright.data.files.parts import Shard
 from embedwright.data.files.table import open_examples, write_examples
 from embedwright.data.schema import Example, Passage, Task
 from embedwright.llm.client import Client, Server
-from embedwright.synth.relabel import Action, Candidate, Judge, judge_by_model, judge_by_scores
+from embedwright.synth.relabel import Action, Candidate, Judge, judge_by_model, judge_by_scores, relabel_file
 from embedwright.synth.relabel import relabel as stream
 
 
@@ -222,6 +223,25 @@ def test_a_text_that_is_too_long_is_named_or_cut_and_costs_no_other(
         assert "example '3': no verdict on a negative of 1205 characters: 'yesyesyes" in caplog.text
         found, report = relabel(rows, judge_by_model(client, "m", max_chars=50))
         assert [len(one.negatives) for one in found] == [1] * 5 and report["undecided"] == 0
+
+
+def test_a_part_that_lacks_verdicts_is_not_done(fake: FakeLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A budget leaves questions for the next run; what the model answers without a verdict is left as it is."""
+    monkeypatch.setenv("EMBEDWRIGHT_CACHE", str(tmp_path / "cache"))
+    write_examples(tmp_path / "in.jsonl", EXAMPLES)
+
+    def part(budget: int | None) -> dict[str, Any]:
+        server = Server(base_url=fake.url, attempts=2, token_budget=budget)
+        with Client(server, tmp_path / "a.sqlite") as client:
+            judge, where = judge_by_model(client, "m"), (tmp_path / "in.jsonl", tmp_path / "parts")
+            return relabel_file(*where, judge, shard=Shard(0, 1), client=client)
+
+    report = part(budget=1)
+    assert report["undecided"] == report["unanswered"] == 9 and not fake.requests
+    for _ in range(2):  # the second time it is done
+        report = part(budget=None)
+        assert report["undecided"] == 1 and report["unanswered"] == 0 and len(fake.requests) == 10
+    assert list(open_examples(tmp_path / "parts")) == relabel(EXAMPLES, oracle)[0]
 
 
 def test_a_draft_does_not_flip_a_verdict(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from fake_llm import Body, FakeLLM, Reply, command
 
+from embedwright.data.files.parts import Shard
 from embedwright.data.files.table import open_examples
 from embedwright.data.files.tasks import read_tasks, tasks_file
 from embedwright.data.schema import Example
@@ -266,6 +267,37 @@ def test_the_budget_ends_it_with_what_there_is(serve: Serve, run: Run) -> None:
     assert report["written"] == len(examples) == len(fake.requests) == 5
     assert report["dropped"]["sts"]["budget"] + report["dropped"]["bitext"]["budget"] == 15
     assert len({example.id.split(":")[0] for example in examples}) == 2  # some of each
+
+
+def test_a_part_that_lacks_answers_is_not_done(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake, out = serve(), tmp_path / "parts"
+    options = ("synth", "--out", out, "--base-url", fake.url, "--model", "a", "--count", 12, "--types", "sts")
+    assert command(monkeypatch, *options, "--shard", "0/2", "--token-budget", 1) == 1
+    assert "6 questions have no answer yet" in capsys.readouterr().err and not fake.requests
+    for _ in range(2):  # the second time it is done
+        assert command(monkeypatch, *options, "--shard", "0/2") == 0
+        assert '"written": 6' in capsys.readouterr().out and len(fake.requests) == 6
+
+
+def test_a_part_whose_brainstorm_failed_is_not_done(serve: Serve, tmp_path: Path) -> None:
+    """Of two parts, the second finds the tasks; a task that the server gave nothing usable for is not waited for."""
+    replies: list[Callable[[Body, int], Reply]] = [lambda body, n: Reply(status=500)]
+    fake, plan = serve(lambda body, n: replies[-1](body, n)), Plan({"short-long": 4}, ("m",))
+
+    def part(index: int) -> dict[str, Any]:
+        with Client(Server(base_url=fake.url, retries=0), tmp_path / f"{index}.sqlite") as client:
+            return synthesize(tmp_path / "parts", client, plan, shard=Shard(index, 2))
+
+    report = part(0)
+    assert report["dropped"]["short-long"] == {"no_task": 2} and report["unanswered"] == 4
+    replies.append(author)
+    for index in (0, 1, 0):
+        report = part(index)
+        assert report["written"] == 2 and report["unanswered"] == 0
+    assert len(fake.requests) == 4 + 1 + 4
+    assert len(list(open_examples(tmp_path / "parts", cache=tmp_path / "cache"))) == 4
 
 
 def test_the_command(

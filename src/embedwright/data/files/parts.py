@@ -1,9 +1,9 @@
 """Parts of long work: `--shard I/N` reads part I of N of the rows, and writes part I of N of a folder.
 
 Parts are counted from 0, as Slurm's arrays are. A part is a file `part-00003-of-00010.jsonl`, written aside and
-renamed, or a folder of that name. Its report follows it: a part that has one is done, and is not made again. The file
-`parts.json` of the folder names what decides the rows, and parts of other settings are refused. Together the files are
-one data set (`folders`).
+renamed, or a folder of that name. Its report follows it: a part that has one is done, and is not made again. A part
+with `unanswered` questions gets none, and is made again. The file `parts.json` of the folder names what decides the
+rows, and parts of other settings are refused. Together the files are one data set (`folders`).
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ def write_part(out: Path, shard: Shard, settings: Mapping[str, Any], write: Call
 def write_once(file: Path, settings: Mapping[str, Any], write: Callable[[Path], Counts]) -> Counts:
     """Lets `write` write a file, whole or not at all, unless its report says that it is done. Returns its counts.
 
+    If `unanswered` is among the counts and not 0, the file gets no report: the same call makes it again.
     Raises InputError if the folder holds files of other settings, and OutputExistsError if it holds something else.
     """
     report = _report(file)
@@ -93,7 +94,10 @@ def write_once(file: Path, settings: Mapping[str, Any], write: Callable[[Path], 
     except InputError:
         file.unlink()
         raise
-    write_json(report, counts)
+    if counts.get("unanswered"):
+        report.unlink(missing_ok=True)  # of a file that was removed by hand
+    else:
+        write_json(report, counts)
     return counts
 
 
