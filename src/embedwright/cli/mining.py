@@ -89,6 +89,7 @@ def mine(
     from embedwright.data.files.corpus import DocumentTable, open_corpus
     from embedwright.data.files.parts import PartOfTable, is_done, write_part
     from embedwright.data.files.table import open_as_named
+    from embedwright.data.files.tasks import digest_of
     from embedwright.encoders.http import HttpEncoder
     from embedwright.encoders.open import open_encoder
     from embedwright.encoders.sharded import shared
@@ -99,6 +100,8 @@ def mine(
     from embedwright.vectors.corpus import is_encoded, open_encoded
 
     options.check_out(out, shard)
+    if shard and report:
+        raise InputError("--report is of all rows: with --shard, each part's report lies beside it, in OUT")
     given = {"query_template": query_template, "document_template": document_template, "cut": cut or None}
     templates = {key: template for key, template in given.items() if template is not None}
     names = teacher or ["minilm"]
@@ -136,6 +139,7 @@ def mine(
         if shard:
             identity = pool.identity if isinstance(pool, DocumentTable) else None
             known = {"examples": table.fingerprint, "corpus": identity, "teachers": names, **templates, **chosen}
+            known["tasks"] = digest_of(table.tasks)  # whose instructions go before the queries
             counts = write_part(out, shard, known, write)
         else:
             counts = write(out)

@@ -6,8 +6,6 @@ model judges it. The best mining rule leaves about half of them (NV-Retriever, a
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +19,7 @@ import numpy as np
 from embedwright.data.answers import AnswerMarks, marks_of, text_mark
 from embedwright.data.files.parts import PartOfTable, Shard, write_part
 from embedwright.data.files.table import open_as_named, write_examples
-from embedwright.data.files.tasks import Tasks
+from embedwright.data.files.tasks import Tasks, digest_of
 from embedwright.data.schema import Example, Passage, Task
 from embedwright.data.sources.catalog import find_task
 from embedwright.errors import InputError
@@ -111,9 +109,8 @@ def relabel_file(
 
     if shard is None:
         return relabelled(out)
-    instructions = json.dumps({name: task.instruction for name, task in described.items()}, sort_keys=True)
     settings = {"command": "data relabel", "rows": table.fingerprint, "action": action, "judge": judged_by}
-    settings["instructions"] = hashlib.sha256(instructions.encode()).hexdigest()
+    settings["tasks"] = digest_of(described)
     return write_part(out, shard, settings, relabelled)
 
 

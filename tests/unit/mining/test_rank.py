@@ -216,6 +216,12 @@ def test_the_command_mines_parts_that_are_the_whole(tmp_path: Path, monkeypatch:
         run("parts.parquet", "--shard", "1/3")
     with pytest.raises(InputError, match=r"negatives 7, and this is 3"):
         run("parts.parquet", "--shard", "1/3", "--negatives", "3")
+    with pytest.raises(InputError, match="each part's report lies beside it"):
+        run("parts.parquet", "--shard", "1/3", "--report", "report")
+    Path("rows.jsonl.tasks.jsonl").write_text('{"name": "t", "instruction": "Find another thing"}\n')
+    with pytest.raises(InputError, match="parts made with tasks"):
+        run("parts.parquet", "--shard", "1/3")
+    Path("rows.jsonl.tasks.jsonl").unlink()
     for part in ("1/3", "2/3"):
         run("parts.parquet", "--shard", part)
     assert list(open_examples(Path("parts.parquet"))) == list(open_examples(Path("whole.parquet")))

@@ -5,6 +5,7 @@ Every command that writes examples writes the tasks of its rows there, and every
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -52,6 +53,12 @@ def merge_tasks(described: Iterable[tuple[Path, Tasks]]) -> dict[str, Task]:
                 raise DataError(f"task {name!r} is another in {path} than in {first[name]} ({change}): rename one")
             first.setdefault(name, path)
     return merged
+
+
+def digest_of(tasks: Tasks) -> str:
+    """Returns a SHA-256 (hex) of all that these tasks say, whatever their order."""
+    said = {name: task.model_dump() for name, task in tasks.items()}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def write_tasks(path: Path, tasks: Iterable[Task]) -> None:
