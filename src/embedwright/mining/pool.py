@@ -82,7 +82,7 @@ class Pool:
                 texts.append(hash(text))
         if not ids:
             raise DataError("the corpus holds no text: nothing to mine from")
-        self._place: Sequence[Any] = numbers or names  # by row, where the corpus has the document
+        self.place: Sequence[Any] = numbers or names  # by row, where the corpus has the document
         self._by_id, self._by_text = _First(ids), _First(texts)
         self.keys, self._known = np.empty(len(ids), np.int64), np.zeros(len(ids), bool)
         self.row_of_text: dict[str, int] = {}  # of the queries at work
@@ -96,13 +96,13 @@ class Pool:
             self._foreign = self._foreigners(rows, shared) if shared else set()
 
     def __len__(self) -> int:
-        return len(self._place)
+        return len(self.place)
 
     def document(self, row: int) -> tuple[str, str]:
         """Returns id and text of a document."""
         if isinstance(self.corpus, DocumentTable):
-            return self.corpus[self._place[row]]
-        return self._place[row], self.corpus[self._place[row]]
+            return self.corpus[self.place[row]]
+        return self.place[row], self.corpus[self.place[row]]
 
     def texts(self) -> Iterator[str]:
         """Yields the text of each document, in order."""

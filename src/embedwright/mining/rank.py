@@ -92,12 +92,12 @@ def teacher_of_pool(
 def _encoded_documents(encoder: Encoder, pool: Pool, encode: Encode, advance: Advance) -> Vectors:
     """Returns the vectors of all documents: those that lie beside them, if they are this model's, else made here."""
     table = pool.corpus if isinstance(pool.corpus, DocumentTable) else None
-    if table and table.encoded and len(table) == len(pool):
+    if table and table.encoded:
         manifest = Manifest.read(table.encoded)
         other = other_model(table.encoded, encoder, lambda texts: encode_finite(encoder, texts, manifest.task))
         if other is None and manifest.task is None:
             advance(len(pool))
-            return open_vectors(table.encoded)
+            return open_vectors(table.encoded).of_shards(np.array(pool.place, np.int64))  # those with text
         logger.warning("%s: its vectors are not this teacher's (%s): encoded again", table.encoded, other or "a task")
     return encode(encoder, pool.texts, len(pool))
 

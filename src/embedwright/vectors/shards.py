@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -22,10 +22,17 @@ from embedwright.files import whole_file
 _TILE = 4096  # rows read at once where some of them are wanted
 
 
+class SomeOfShard(NamedTuple):
+    """Some rows of a shard."""
+
+    path: Path
+    rows: NDArray[np.int64]
+
+
 class Vectors:
     """Float32 (C, E), as blocks: arrays, or paths of shards, which may hold them in float16."""
 
-    def __init__(self, blocks: Sequence[NDArray[Any] | Path], rows: Sequence[int], width: int) -> None:
+    def __init__(self, blocks: Sequence[NDArray[Any] | Path | SomeOfShard], rows: Sequence[int], width: int) -> None:
         """`rows` of each block."""
         self.blocks, self.rows = blocks, rows
         self.shape = sum(rows), width
@@ -36,6 +43,17 @@ class Vectors:
     def __add__(self, other: Vectors) -> Vectors:
         """Returns the rows of both, those of `other` after the own ones."""
         return Vectors([*self.blocks, *other.blocks], [*self.rows, *other.rows], self.shape[1])
+
+    def of_shards(self, rows_F: NDArray[np.int64]) -> Vectors:
+        """Returns these rows, which ascend, of vectors whose blocks are all shards. Nothing is read."""
+        ends = np.cumsum(self.rows)
+        parts = np.split(rows_F, np.searchsorted(rows_F, ends[:-1]))
+        blocks = [
+            SomeOfShard(block, part - start) if len(part) < rows else block
+            for block, part, start, rows in zip(self.blocks, parts, ends - self.rows, self.rows, strict=True)
+            if isinstance(block, Path)
+        ]
+        return Vectors(blocks, list(map(len, parts)), self.shape[1])
 
     def tiles(self, size: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """Gives all rows in order, up to `size` at a time, with the number of the first. Small blocks are joined."""
@@ -58,8 +76,11 @@ class Vectors:
             for first in range(0, rows, size):
                 end = min(first + size, rows)
                 if rows_F is None or np.diff(np.searchsorted(rows_F, (start + first, start + end))):
-                    array = vectors_of(read_shard(block)) if isinstance(block, Path) else block
-                    yield start + first, np.ascontiguousarray(array[first:end], dtype=np.float32)
+                    if isinstance(block, SomeOfShard):
+                        array = vectors_of(read_shard(block.path))[block.rows[first:end]]
+                    else:
+                        array = (vectors_of(read_shard(block)) if isinstance(block, Path) else block)[first:end]
+                    yield start + first, np.ascontiguousarray(array, dtype=np.float32)
             start += rows
 
 
