@@ -24,7 +24,6 @@ from embedwright.vectors.store import (
     claim,
     fill,
     open_vectors,
-    shard_path,
     survey,
 )
 
@@ -38,7 +37,7 @@ def encode_corpus(
     *,
     task: str | None = None,
     shard_rows: int = 10_000,
-    precision: StoredPrecision = "float32",
+    precision: StoredPrecision | None = None,
     progress: Callable[[int, int], None] | None = None,
     shard: Shard | None = None,
 ) -> Path:
@@ -53,7 +52,7 @@ def encode_corpus(
         out: a new folder, or one that a run before has begun.
         task: an instruction for the documents, which most models want without.
         shard_rows: documents of a shard.
-        precision: of the vectors on disk; `float16` halves them.
+        precision: of the vectors on disk; `float16` halves them. Default: that of the folder, `float32` for a new one.
         progress: `progress(done, total)` counts documents.
         shard: encode these shards of the folder alone. Other processes encode the others, at the same time or later;
             all together write the files of one run. Each reads the whole source to check it.
@@ -86,8 +85,8 @@ def encode_corpus(
 
 
 def is_encoded(folder: Path) -> bool:
-    """Says whether a folder holds what `encode_corpus` writes."""
-    return (folder / "manifest.json").is_file() and shard_path(folder, 0).is_file()
+    """Says whether a folder is one that `encode_corpus` writes, though shards be missing."""
+    return (folder / "manifest.json").is_file() and (folder / "probes.arrow").is_file()
 
 
 def open_encoded(folder: Path) -> DocumentTable:
@@ -100,15 +99,16 @@ def open_encoded(folder: Path) -> DocumentTable:
 
 
 def _claim(
-    out: Path, encoder: Encoder, seen: Survey, shard_rows: int, task: str | None, precision: StoredPrecision
+    out: Path, encoder: Encoder, seen: Survey, shard_rows: int, task: str | None, precision: StoredPrecision | None
 ) -> Manifest:
     """Makes `out` the folder of these documents by this model. Raises ValueError if it holds anything else."""
     if not (out / "manifest.json").exists():
         if strays := [*out.glob("shard-*"), *out.glob("index.faiss")]:
             raise InputError(f"{out} holds {strays[0].name} but no manifest.json: take a new or empty folder")
-        claim(out, encoder, seen, shard_rows, task, precision)
+        claim(out, encoder, seen, shard_rows, task, precision or "float32")
     manifest = Manifest.read(out)
-    now = {"source_sha256": seen.digests[-1], "task": task, "shard_rows": shard_rows, "precision": precision}
+    now = {"source_sha256": seen.digests[-1], "task": task, "shard_rows": shard_rows}
+    now["precision"] = precision or manifest.precision
     for key, value in now.items():
         if (before := getattr(manifest, key)) != value:
             raise InputError(f"{out} was encoded with {key} {before!r}, this is {value!r}: take a new or empty folder")

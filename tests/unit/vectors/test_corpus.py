@@ -10,14 +10,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fake_llm import command
 
 from embedwright.data.files.parts import Shard
 from embedwright.data.schema import DataError
 from embedwright.model.embedder import Embedder
-from embedwright.vectors.corpus import encode_corpus
+from embedwright.vectors.corpus import encode_corpus, is_encoded, open_encoded
 from embedwright.vectors.index import build_index, search
 from embedwright.vectors.shards import read_shard, vectors_of, write_shard
-from embedwright.vectors.store import encode_texts, open_vectors
+from embedwright.vectors.store import Manifest, encode_texts, open_vectors
 
 
 class Hashed:
@@ -90,6 +91,24 @@ def test_a_run_that_stopped_encodes_only_what_is_missing(tmp_path: Path) -> None
     assert [text for text in model.asked if text in TEXTS] == [*probes, *TEXTS[5:15], *TEXTS[20:]]
     assert read_vectors(out)[1] == TEXTS
     np.testing.assert_array_equal(read_vectors(out)[2], np.stack([model.vector(text) for text in TEXTS]))
+
+
+def test_a_corpus_in_float16_is_indexed_and_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = write_source(tmp_path / "corpus.jsonl", TEXTS), tmp_path / "out"
+    encode_corpus(Hashed(), source, out, precision="float16")
+    monkeypatch.setattr("embedwright.encoders.open.open_encoder", lambda name: Hashed())
+    assert command(monkeypatch, "index", "m", source, out) == 0
+    assert Manifest.read(out).precision == "float16" and (out / "index.faiss").is_file()
+    with pytest.raises(ValueError, match="with precision 'float16', this is 'float32'"):
+        encode_corpus(Hashed(), source, out, precision="float32")
+
+
+def test_an_unfinished_folder_is_known_as_such_whichever_shard_is_missing(tmp_path: Path) -> None:
+    source, out = write_source(tmp_path / "corpus.jsonl", TEXTS), tmp_path / "out"
+    encode_corpus(Hashed(), source, out, shard_rows=10, shard=Shard(1, 2))
+    assert not is_encoded(tmp_path) and is_encoded(out)
+    with pytest.raises(ValueError, match="unfinished, 1 of 3 shards"):
+        open_encoded(out)
 
 
 def test_what_changed_in_between_is_refused(tmp_path: Path) -> None:
