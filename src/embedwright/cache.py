@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import stat
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 from embedwright.errors import InputError
+
+_MADE_ASIDE = re.compile(r"\.[0-9a-f]{12}(?=\.|$)")  # what `files` adds to a name until all is written
 
 
 def cache_folder(*parts: str) -> Path:
@@ -23,7 +27,8 @@ def cache_folder(*parts: str) -> Path:
 class Cached(NamedTuple):
     """A file or folder of the cache: its name below the cache folder, bytes, time of its last change in seconds.
 
-    `users` are the processes of this machine and user that have a file of it open. Only Linux tells them.
+    `users` are the processes of this machine and user that have a file of it open, or are making it. Only Linux tells
+    them.
     """
 
     name: str
@@ -42,10 +47,20 @@ def cached() -> list[Cached]:
     found = []
     for path in sorted(root.glob("*/*")):
         name = path.relative_to(root).as_posix()
-        stats = [file.lstat() for file in (path, *path.rglob("*"))]
+        if not (stats := list(_stats(path))):
+            continue  # a file in the making has its final name by now
+        if path.name.startswith("."):  # of a folder in the making, a process has the lock open, if no file
+            users[name] |= users[f"{_MADE_ASIDE.sub('', name)}.lock"]
         size = sum(one.st_size for one in stats if stat.S_ISREG(one.st_mode))
         found.append(Cached(name, size, max(one.st_mtime for one in stats), tuple(sorted(users[name]))))
     return found
+
+
+def _stats(path: Path) -> Iterator[os.stat_result]:
+    """Yields the status of a file, or of a folder and all in it, without what is removed meanwhile."""
+    for file in (path, *(Path(at, name) for at, *names in os.walk(path) for name in chain(*names))):
+        with suppress(FileNotFoundError):
+            yield file.lstat()
 
 
 def remove(entry: Cached) -> None:

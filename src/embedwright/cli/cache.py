@@ -12,7 +12,7 @@ from embedwright.cli.display import say
 from embedwright.cli.options import arg, opt
 from embedwright.errors import InputError
 
-cache_app = typer.Typer(help="Show and clear conversions that are kept for the next time.", no_args_is_help=True)
+cache_app = typer.Typer(help="Show or clear the cache of converted data and models.", no_args_is_help=True)
 
 
 @cache_app.command("list")
@@ -30,7 +30,7 @@ def cache_clear(
     names: Annotated[list[str], arg("What to remove: `data`, `gguf`, ..., or single names of `cache list`.")],
     days: Annotated[float, opt("Age from which entries are removed.", min=0)] = 0.0,
 ) -> None:
-    """Remove entries of the cache. They are made again when they are needed. What a process has open stays."""
+    """Remove entries of the cache. They are made again when needed. On Linux, what a process has open stays."""
     entries = cached()
     for name in names:
         if not any(_is(entry, name) for entry in entries):

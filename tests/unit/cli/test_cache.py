@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from fake_llm import command
 
+from embedwright.files import locked
+
 
 @pytest.fixture(autouse=True)
 def entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -33,6 +35,24 @@ def test_list_shows_names_sizes_ages_and_who_uses_them(
     assert new.split()[:5] == ["2.00", "MB", "0.0", "days", "data/new.arrow"] and str(os.getpid()) in new
     assert old.split() == ["2.00", "MB", "40.0", "days", "data/old.arrow"] and model.endswith("gguf/model")
     assert total.split()[:5] == ["6.00", "MB", "in", "3", "entries"] and str(entries) in total
+
+
+def test_what_goes_meanwhile_is_not_shown_and_what_is_in_the_making_stays(
+    entries: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (entries / "gguf/.other.0123456789ab.5").mkdir()
+    found = [*entries.glob("*/*"), entries / "data/.gone.0123456789ab", entries / "gguf/.other.5.lock"]
+    glob = Path.glob
+    monkeypatch.setattr(Path, "glob", lambda path, pattern: found if pattern == "*/*" else glob(path, pattern))
+    with locked(entries / "gguf/.other.5.lock"):
+        assert command(monkeypatch, "cache", "list") == 0 and "gone" not in capsys.readouterr().out
+        assert command(monkeypatch, "cache", "clear", "gguf") == 0
+    said = capsys.readouterr().out
+    assert (
+        f"gguf/.other.0123456789ab.5 stays: process {os.getpid()}" in said
+        and (entries / "gguf/.other.0123456789ab.5").is_dir()
+    )
+    assert command(monkeypatch, "cache", "clear", "gguf") == 0 and not (entries / "gguf/.other.0123456789ab.5").exists()
 
 
 def test_clear_removes_what_is_named(

@@ -20,7 +20,7 @@ import pyarrow as pa
 from embedwright.cache import cache_folder
 from embedwright.data.files.beir import corpus_documents, corpus_files, read_corpus
 from embedwright.data.files.folders import stem_of
-from embedwright.files import sha256_of, whole_file
+from embedwright.files import locked, sha256_of, whole_file
 
 _FORMAT = 1  # part of the cache key
 _ROWS = 4096  # of a batch
@@ -67,7 +67,9 @@ def open_corpus(path: Path) -> DocumentTable:
     identity = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     arrow = cache_folder() / "data" / f"{stem_of(path)[:80]}-corpus-{identity[:16]}.arrow"
     if not arrow.is_file():
-        _convert(path, arrow)
+        with locked(arrow.with_name(f".{arrow.name}.lock")):  # one process converts, the others wait for the file
+            if not arrow.is_file():
+                _convert(path, arrow)
     return DocumentTable([arrow], identity)
 
 

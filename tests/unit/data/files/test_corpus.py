@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,19 @@ def test_it_is_converted_once_and_again_when_the_content_changes(
     monkeypatch.setattr(corpus_module, "_convert", converted)
     changed = open_corpus(write(path, *documents(3)))
     assert changed.identity != first.identity and len(changed) == 5 and len(first) == 22
+
+
+def test_what_another_process_converts_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, convert = write(tmp_path / "c.jsonl", *documents(20)), corpus_module._convert
+
+    @contextmanager
+    def waits(lock: Path) -> Iterator[None]:
+        convert(path, lock.with_name(lock.name[1:].removesuffix(".lock")))  # by another process, while this one waits
+        yield
+
+    monkeypatch.setattr(corpus_module, "locked", waits)
+    monkeypatch.setattr(corpus_module, "_convert", lambda *_: pytest.fail("converted again"))
+    assert len(open_corpus(path)) == 22
 
 
 @pytest.mark.parametrize(
