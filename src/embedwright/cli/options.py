@@ -129,5 +129,9 @@ Concurrency = Annotated[int, opt("Number of requests that are under way at once.
 MaxTokens = Annotated[int, opt("Largest number of tokens of one answer.", min=1)]
 Timeout = Annotated[float, opt("Time limit of one request, in seconds.")]
 TokenBudget = Annotated[
-    int | None, opt("Stop before all runs together have paid for so many tokens. Default: no limit.", min=1)
+    int | None,
+    opt(
+        "Stop before all runs together, with --shard those of a part, have paid for so many tokens. Default: no limit.",
+        min=1,
+    ),
 ]

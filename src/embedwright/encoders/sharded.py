@@ -88,7 +88,7 @@ class ShardedEncoder:
         return found if len(place) == len(texts) else found[[place[text] for text in texts]]
 
     def fingerprint(self) -> Facts | None:
-        """Returns the encoder's; None of a model that is cut."""
+        """Returns the encoder's fingerprint, or None if its weights are sharded over the processes."""
         return None if _is_cut(self.encoder) else fingerprint_of(self.encoder)
 
 

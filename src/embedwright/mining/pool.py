@@ -131,7 +131,7 @@ class Pool:
         return list(rows[rows >= 0].tolist())
 
     def take(self, examples: Iterable[Example]) -> None:
-        """Makes the passages of these examples those at work: `row_of_text` has them, `lacking` the others."""
+        """Looks up the passages of these examples, the current chunk: sets `row_of_text` and `lacking`."""
         self.row_of_text, self.lacking = self.rows_of(examples)
 
     def rows_of(self, examples: Iterable[Example]) -> tuple[dict[str, int], list[str]]:

@@ -79,7 +79,7 @@ class Manifest:
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest().encode()
 
     def shards(self, folder: Path) -> Iterator[tuple[Path, int]]:
-        """Each shard's path and its number of texts."""
+        """Yields the path of each shard and how many texts it has."""
         for start in range(0, self.count, self.shard_rows):
             yield shard_path(folder, start // self.shard_rows), min(self.shard_rows, self.count - start)
 
@@ -190,7 +190,7 @@ def fill(
     advance: Callable[[int], None],
     own: range | None = None,
 ) -> None:
-    """Encodes the shards that a claimed folder lacks: all, or the `own` of several processes that share the work.
+    """Encodes the shards that a claimed folder lacks: all, or only those in `own`.
 
     `columns` are the names of stored columns. Raises ValueError if the rows are not those of the survey.
     """

@@ -244,6 +244,24 @@ def test_a_part_that_lacks_verdicts_is_not_done(fake: FakeLLM, tmp_path: Path, m
     assert list(open_examples(tmp_path / "parts")) == relabel(EXAMPLES, oracle)[0]
 
 
+def test_parts_of_another_action_cost_no_answer_again(
+    fake: FakeLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("EMBEDWRIGHT_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "parts"
+    write_examples(tmp_path / "in.jsonl", EXAMPLES)
+    options = ("data", "relabel", tmp_path / "in.jsonl", "--out", out, "--base-url", fake.url, "--model", "m")
+    assert command(monkeypatch, *options, "--shard", "0/1") == 0
+    asked = len(fake.requests)
+    options = (*options, "--shard", "0/1", "--action", "promote")
+    assert command(monkeypatch, *options) == 2 and "but for its *.answers.sqlite" in capsys.readouterr().err
+    for file in out.iterdir():
+        if not file.match("*.answers.sqlite*"):
+            file.unlink()
+    assert command(monkeypatch, *options) == 0 and len(fake.requests) == asked
+    assert list(open_examples(out)) == relabel(EXAMPLES, oracle, "promote")[0]
+
+
 def test_a_draft_does_not_flip_a_verdict(tmp_path: Path) -> None:
     """A reasoning model drafts the opposite first, and once never comes to its end."""
 

@@ -119,10 +119,11 @@ def claim(out: Path, settings: Mapping[str, Any]) -> None:
                 raise OutputExistsError(f"{out} holds {others[0]} and no {_SETTINGS}: choose a new folder for parts")
         else:
             write_json(known, settings)
+    kept = ", but for its *.answers.sqlite: they are paid for" if any(out.glob("*.answers.sqlite")) else ""
     found, wanted = json.loads(known.read_text(encoding="utf-8")), json.loads(json.dumps(settings))
     for key in sorted({*found, *wanted}):
         if found.get(key) != wanted.get(key):
             raise InputError(
                 f"{out} holds parts made with {key} {found.get(key)!r:.100}, and this is {wanted.get(key)!r:.100}: "
-                "choose a new folder, or remove this one"
+                f"choose a new folder, or remove this one{kept}"
             )

@@ -32,7 +32,7 @@ def write_corpus(
 
     A set with a corpus gives its documents that have text. Any other gives the passages of all its rows, each text
     once, under their ids, else under the id of the first row (`nq:17`, and `nq:17#2` for a second text of it).
-    A `share` below 1 leaves the first FIRST documents, those whose `text_mark` is in `answers`, and that share of the
+    A `share` below 1 keeps the first FIRST documents, those whose `text_mark` is in `answers`, and that share of the
     others, which `job.seed` draws. Memory: one row; of a set without a corpus also 200 bytes for each different text.
     """
     table = corpus_of(job.entry)
