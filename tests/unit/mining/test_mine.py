@@ -619,7 +619,7 @@ def test_what_was_encoded_is_mined_without_encoding_it_again(tmp_path: Path, cap
     corpus = {"first": " "} | given | {f"none{i}": " " for i in range(20)}  # and two shards without text
     files = on_disk(tmp_path, rows, corpus)
     teacher = Lookup({text: ByLetters().encode([text])[0] for text in [*corpus.values(), *texts_in(rows)]})
-    teacher.vectors[" "] = np.full(11, 9, np.float32)  # it would be everyone's best
+    teacher.vectors[""] = np.full(11, 9, np.float32)  # it would be everyone's best
     encode_corpus(teacher, files[1], tmp_path / "encoded", shard_rows=10)
     teacher.asked.clear()
     mined, _ = mine(rows, open_encoded(tmp_path / "encoded"), teacher, rule="naive")
