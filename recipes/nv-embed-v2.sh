@@ -2,7 +2,8 @@
 # All training data of nv-embed-v2.yaml by one command: each set of the catalogue is built with its corpus, cleaned of
 # repeats and of what leaks from your evaluation sets, and mined in its corpus under each row's own instruction.
 #   EVAL=FOLDER LLM_URL=http://HOST/v1 LLM_MODEL=NAME recipes/nv-embed-v2.sh
-# Kill it at any time and start it again: a step whose file is there by the same settings is not done again.
+# Kill it at any time and start it again: a step whose file is there by the same settings is not done again. Where EVAL
+# holds other files than before, all is cleaned and mined again; a change in SOURCES is not seen.
 #   EVAL       what must not leak: files, and BEIR folders, of the test sets (docs/cleaning.md)
 #   OUT        where the data goes (data/nv-embed-v2): retrieval/ is read by stage 1, retrieval/ and others/ by stage 2
 #   SHARE      of each set's number of samples, and of its corpus: 0.001 is a rehearsal (1)
@@ -24,12 +25,14 @@ out=${OUT:-data/nv-embed-$version}
 trap 'exit 130' INT TERM
 list=$(embedwright data list --version "$version") || exit
 names=${SETS:-$(awk 'NR > 1 { print $1 }' <<<"$list")}
+held_out=$(find -L "$EVAL" -type f -exec cksum {} + 2>/dev/null | sort | cksum)
 mkdir -p "$out"/{raw,corpus,clean,mined,retrieval,others} || exit
 
 # Called with the file that a command writes (last word), the command runs, unless the file is there by this command and
 # those before it. `made` is the text of all commands of a set so far, so that another setting does all later steps again.
 step() { # COMMAND... FILE
   local file=${*: -1}
+  [ "$1" = clean ] && made+="EVAL holds $held_out"$'\n'
   made+="$*"$'\n'
   if [ -s "$file" ] && [ "$(cat "$file.made" 2>/dev/null)" = "${made%$'\n'}" ]; then return; fi
   echo "$(date +%T) $1 $file"

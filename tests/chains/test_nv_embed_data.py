@@ -209,6 +209,9 @@ def test_what_is_there_by_the_same_settings_is_not_made_again(
     Path("out/mined/nq.parquet").unlink()
     script.run(SETS="nq", SHARE="0.5")
     assert verbs(script) == ["mine"]
+    shutil.copytree("eval", "eval/more")  # what leaks is looked for again when there is more that must not
+    script.run(SETS="nq", SHARE="0.5")
+    assert verbs(script) == ["clean", "mine", "clean"]
     status, _, said = script.run(SETS="nq", SHARE="0.5", EVAL="absent")
     assert status == 1 and "absent does not exist" in said and verbs(script) == ["clean"]
 
