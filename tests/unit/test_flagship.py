@@ -14,6 +14,7 @@ from types import ModuleType
 
 import pytest
 
+from embedwright import Embedder
 from embedwright.data.schema import Task
 from embedwright.training.recipe import Recipe, leaves
 
@@ -267,3 +268,22 @@ def test_the_script_makes_all_that_the_recipe_reads_and_nothing_twice(
             assert [json.loads(line) for line in (tmp_path / entry.path).read_text().splitlines()], entry.path
     assert {line.split()[1] for line in run().splitlines()} == {"texts", "done:"}
     assert {file: file.stat().st_mtime_ns for file in made} == made
+
+
+def test_the_delivered_flagship_loads_with_its_base_and_searches() -> None:
+    folder = ROOT / "results" / "flagship"
+    assert sum(file.stat().st_size for file in (ROOT / "results").rglob("*") if file.is_file()) < 40e6
+    model = Embedder.load(folder)  # held to its record of vectors when it is loaded
+    assert (model.embedding_dim, model.max_tokens) == (576, 256)
+    texts = [
+        "Yeast eats sugar and gives off carbon dioxide, which makes dough rise.",
+        "The gravity of the moon pulls the oceans, which makes the tides.",
+        "A stack returns first what was put on it last.",
+    ]
+    asked = [
+        "why does the sea go up and down?",
+        "what makes bread grow in the oven?",
+        "data structure, last in first out",
+    ]
+    scores = model.encode(asked, task="Given a question, retrieve passages that answer it") @ model.encode(texts).T
+    assert scores.argmax(axis=1).tolist() == [1, 0, 2]
