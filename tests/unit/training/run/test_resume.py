@@ -56,7 +56,7 @@ def test_all_do_what_the_first_process_decides(found: dict[str, Any]) -> None:
     first, second = found["a_run"][2]
     assert first["stopped"] == "signal after stage retrieval, step 2"
     assert second["stopped"] == "SIGTERM after stage retrieval, step 2"  # the signal came to this process alone
-    assert first["vectors"] == second["vectors"]
+    np.testing.assert_allclose(first["vectors"], second["vectors"], atol=1e-4)  # rank 0 alone has merged its adapters
     records = [json.loads(line) for line in (found["folder"] / "run" / "evaluations.jsonl").read_text().splitlines()]
     # no better score in two evaluations after that of step 2, by the numbers of the first process
     assert [record["step"] for record in records] == [0, 2, 4, 6]
@@ -171,7 +171,7 @@ def a_run(folder: Path, decoder: str) -> dict[str, Any]:
     except Interrupted as error:
         stopped = str(error)
     model = train(Recipe.parse(content(folder, decoder)))
-    vectors = [round(float(x), 5) for x in model.encode(TEXTS).ravel()]
+    vectors = model.encode(TEXTS).ravel().tolist()
     return {"stopped": stopped, "vectors": vectors, "scored": scored, "seen": sorted(seen)}
 
 
