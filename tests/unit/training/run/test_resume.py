@@ -31,8 +31,7 @@ from embedwright.training.train import train
 
 TEXTS = ["how do tides work?", "the moon"]
 # What the others must read of the run's folder: rank 0 has told them that it is there.
-MAY_READ = r"checkpoints/\d\d-\d{7}/(weights|optimizer)\.safetensors|checkpoints/\d\d-\d{7}/state\.json"
-MAY_READ += r"|mined/(?!.*run\.json).*|best/\w+\.safetensors|\.processes\.[0-9a-f]{12}"
+MAY_READ = r"checkpoints/\d\d-\d{7}(/.*)?|mined/(?!.*run\.json).*|best/\w+\.safetensors|\.processes\.[0-9a-f]{12}"
 
 
 def pairs(file: Path, count: int) -> str:
