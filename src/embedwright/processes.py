@@ -24,6 +24,10 @@ from embedwright.errors import InputError
 _PATIENCE = timedelta(days=1)
 
 
+class OtherProcessError(RuntimeError):
+    """An error of another process of the group that was not about the user's input."""
+
+
 @dataclass(frozen=True)
 class Processes:
     """This process among `count`.
@@ -146,14 +150,15 @@ class Processes:
     def agree(self, error: Exception | None) -> None:
         """Raises in every process if one of them has an error: its own, or else that of the first that has one.
 
-        The error of another process is an InputError if it was one there, else a RuntimeError. It names the process.
+        The error of another process is an InputError if it was one there, else an OtherProcessError, and names
+        the process.
         """
         of_each = self.each(error and [str(error) or type(error).__name__, isinstance(error, InputError)])
         if error is not None:
             raise error
         for rank, of_other in enumerate(of_each):
             if of_other:
-                raise (InputError if of_other[1] else RuntimeError)(f"process {rank}: {of_other[0]}")
+                raise (InputError if of_other[1] else OtherProcessError)(f"process {rank}: {of_other[0]}")
 
     def _reduced(self, values: Sequence[float], how: Any) -> list[float]:
         found = torch.tensor(values, dtype=torch.float64, device=self.device)

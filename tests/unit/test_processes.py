@@ -56,7 +56,7 @@ def test_all_hear_what_rank_0_decides(group: list[dict[str, Any]]) -> None:
 def test_an_error_of_one_process_reaches_all(group: list[dict[str, Any]]) -> None:
     bad, other = ("InputError: row 7 is bad", "InputError: process 1: row 7 is bad")
     assert [one["bad input"] for one in group] == [other, bad, other]
-    assert [one["failure"] for one in group] == ["RuntimeError: process 2: no disk"] * 2 + ["OSError: no disk"]
+    assert [one["failure"] for one in group] == ["OtherProcessError: process 2: no disk"] * 2 + ["OSError: no disk"]
     assert [one["of rank 0"] for one in group] == ["InputError: no"] + ["InputError: process 0: no"] * 2
     assert [one["after"] for one in group] == [[0, 1, 2]] * 3  # and the group is as it was
 

@@ -140,7 +140,9 @@ class EmbedwrightModel(PreTrainedModel):
         hidden_TD = self.hidden(packed)
         hidden_TD = hidden_TD.to(next(self.head.parameters(), hidden_TD).dtype)
         with torch.autocast(hidden_TD.device.type, torch.bfloat16) if self.mixed else nullcontext():
-            if self.head.token_wise and not torch.is_grad_enabled():  # slices bound the memory of a long text
+            # Slices bound the memory of a long text. In training `batch_tokens` does, and processes that share a head
+            # must call it equally often.
+            if self.head.token_wise and not (torch.is_grad_enabled() or self.training):
                 return torch.cat([self.head(slice_SD, packed) for slice_SD in hidden_TD.split(HEAD_SLICE)])
             outputs: Tensor = self.head(hidden_TD, packed)
             return outputs

@@ -49,9 +49,14 @@ def main(folder: Path, started: float) -> None:
 
 
 def _is_of_the_rate(error: Exception) -> bool:
-    """Says whether a trial that is run again would fail again. Memory, disk and network are not of the rate."""
+    """Says whether a trial that is run again would fail again. Memory, disk and network are not of the rate.
+
+    What happened in another process is not known here: that one says it.
+    """
+    from embedwright.processes import OtherProcessError
+
     of_torch = type(error).__module__.partition(".")[0] == "torch"  # its memory, its devices, other processes
-    return not (of_torch or isinstance(error, (OSError, MemoryError, ImportError)))
+    return not (of_torch or isinstance(error, (OSError, MemoryError, ImportError, OtherProcessError)))
 
 
 def trained(folder: Path, spec: Spec, recipe: Recipe) -> Spec:

@@ -22,7 +22,7 @@ def ids_hash(ids: Sequence[str]) -> str:
 def pays(encoded: float, distinct: float) -> bool:
     """Says whether parts that together encode `encoded` tokens cost no more than GradCache over the `distinct` ones.
 
-    GradCache encodes all texts once more: to a forward and a backward, which is two forwards, it adds one.
+    A forward and its backward cost as much as three forwards; GradCache adds a fourth.
     """
     return 3 * encoded <= 4 * distinct
 

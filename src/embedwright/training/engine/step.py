@@ -27,8 +27,8 @@ def accumulate(
 
     A batch of at most `batch_tokens` takes one forward. A larger one is split by queries where it is separable, which
     is exact and takes one pass; each part encodes its texts, also those that it shares with others. GradCache does the
-    rest: batches that are not separable, queries that are larger than `batch_tokens` by themselves, and batches that
-    share so much that all texts twice are fewer tokens.
+    rest: batches that are not separable, queries that are larger than `batch_tokens` by themselves, and batches whose
+    parts would together encode over a third more tokens than the batch has.
     """
     processes = replica.processes
     own, elsewhere = local.texts[processes.rank], set[Text]().union(*local.texts[: processes.rank])

@@ -16,6 +16,7 @@ import yaml
 from embedwright.errors import InputError
 from embedwright.evaluation.suite import evaluate
 from embedwright.model.embedder import Embedder
+from embedwright.processes import OtherProcessError
 from embedwright.studies.ablate.study import ablate
 from embedwright.training.recipe import Recipe
 from embedwright.training.train import train
@@ -95,7 +96,13 @@ def test_a_rate_that_really_diverges_loses(ablation: Make, started: list[Path], 
 
 
 @pytest.mark.parametrize(
-    "error", [FloatingPointError("gradient norm is inf"), OSError("no space left"), torch.OutOfMemoryError("full")]
+    "error",
+    [
+        FloatingPointError("gradient norm is inf"),
+        OSError("no space left"),
+        torch.OutOfMemoryError("full"),
+        OtherProcessError("process 1: no space left"),
+    ],
 )
 def test_a_rate_that_fails_loses_once_and_its_arm_goes_on(
     ablation: Make, started: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception

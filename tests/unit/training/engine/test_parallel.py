@@ -336,7 +336,10 @@ def main(folder: Path, decoder: str, counts: Sequence[int]) -> None:
     import torch
     import torch.distributed as dist
 
+    from embedwright.model import network
     from embedwright.processes import ALONE, start
+
+    network.HEAD_SLICE = 16  # shorter than the texts of a process: a head in slices would be gathered once for each
 
     def work(rank: int, count: int, port: int) -> None:
         group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
