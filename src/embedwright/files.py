@@ -79,7 +79,7 @@ def whole_folder(path: str | Path, mode: int = 0o777) -> Iterator[Path]:
     temp = _temp_sibling(final / "folder" if stays else final)
     try:
         temp.mkdir(mode)
-        usual = _usual_mode(temp / "file")
+        usual = _usual_mode(temp / "file") & mode
         yield temp
         for file in (path for path in temp.rglob("*") if path.is_file() and not path.is_symlink()):
             file.chmod(file.stat().st_mode | usual)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 KILLS = 50
-CALLS = ("mkdir", "save_file", "write_text", "fsync", "rename", "rmtree")
+CALLS = ("mkdir", "write", "write_text", "fsync", "rename", "rmtree")
 
 
 def test_fifty_kills_inside_a_save_lose_no_more_than_that_save(tmp_path: Path) -> None:
@@ -39,6 +39,7 @@ def main(folder: Path) -> None:
     import numpy as np
     import torch
     from kills import die_in
+    from safetensors.torch import load_file
 
     from embedwright.training.run import checkpoint
 
@@ -59,7 +60,7 @@ def main(folder: Path) -> None:
     def verify() -> int:
         found = checkpoint.newest(folder / "run")
         assert found is not None
-        step, had = checkpoint.read_state(found).step, checkpoint.read_weights(found)
+        step, had = checkpoint.read_state(found).step, load_file(found / "weights.safetensors")
         assert all(torch.equal(tensor, weights(step)[name]) for name, tensor in had.items()) and len(had) == 2
         checkpoint.restore_optimizer(found, optimizer(0))
         return step
@@ -77,7 +78,7 @@ def main(folder: Path) -> None:
             os.kill(child, signal.SIGKILL)
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
-    owners: dict[str, Any] = {"fsync": os, "rmtree": shutil, "save_file": checkpoint}
+    owners: dict[str, Any] = {"fsync": os, "rmtree": shutil, "write": checkpoint, "write_text": checkpoint}
     random = np.random.default_rng(3)
     turns = itertools.chain([(name, number) for name in CALLS for number in range(1, 8)], itertools.repeat(None))
     save(1)

@@ -381,7 +381,7 @@ def test_labels_take_a_form_words_and_a_closed_list(command: Command, tmp_path: 
 
 def test_the_catalogue_is_listed(command: Command) -> None:
     whole = command("data", "list").out.splitlines()
-    assert len(whole) == 43 and whole[0].startswith("name ")
+    assert len(whole) == 44 and whole[0].startswith("name ")
     some = command("data", "list", "--family", "clustering", "--version", "v1").out.splitlines()
     assert [line.split()[0] for line in some[1:]][::6] == ["arxiv_p2p", "twenty_newsgroups"] and len(some) == 8
     assert "| msmarco | Given a web search query" in command("data", "list", "--markdown").out

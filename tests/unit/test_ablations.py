@@ -77,8 +77,8 @@ EXPECTED: dict[str, dict[str, set[str]]] = {
     "depth": {f"lora-{n}": {"model.layers"} for n in (8, 12, 22, 30)}
     | {f"full-{n}": FULL | {"model.layers"} for n in (8, 12, 22, 30)}
     | {"full-16": FULL},
-    "s2": {"s2": {f"stages.{s}.data.{n}.weight" for s in ("retrieval", "generalist") for n in range(11, 16)}},
-    "s3": {"s3": {f"stages.{s}.data.16.weight" for s in ("retrieval", "generalist")}},
+    "s2": {"s2": {f"stages.{s}.data.{n}.weight" for s in ("retrieval", "generalist") for n in range(12, 17)}},
+    "s3": {"s3": {f"stages.{s}.data.17.weight" for s in ("retrieval", "generalist")}},
 }
 
 

@@ -134,7 +134,7 @@ CHANGES: dict[str, dict[str, tuple[str, str, Words]]] = {
     "bench": {
         "model": ("said", "{near}", {}),
         "names": ("said", "NFCorpus", {}),
-        "out": ("names", "--out elsewhere", {}),
+        "out": ("said", "--out elsewhere", {}),
         "max_tokens": ("said", "--max-tokens 16", {}),
     },
     "merge": {

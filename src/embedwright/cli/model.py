@@ -174,9 +174,12 @@ def index(
     from embedwright.vectors.corpus import encode_corpus
     from embedwright.vectors.index import build_index
 
-    _with_all(
-        model, lambda encoder: say(f"{build_index(encode_corpus(encoder, source, out, progress=counter('texts')))}")
-    )
+    def work(encoder: Any) -> None:
+        folder = encode_corpus(encoder, source, out, progress=counter("texts"))
+        say(str(folder))
+        say(str(build_index(folder)))
+
+    _with_all(model, work)
 
 
 def _with_all(model: str, work: Callable[[Any], None]) -> None:

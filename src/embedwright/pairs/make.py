@@ -170,7 +170,7 @@ def make_pairs(
                 seeds = [f"{seed}:{way}:{document.id}:{n}" for n in draws]
                 yield from _of_document(way, make(), document, seeds, count)
 
-        write_examples(file, of_block())
+        write_examples(file, of_block(), {})
         return count
 
     def examples() -> Iterator[Example]:

@@ -27,13 +27,17 @@ def stage(name: str) -> dict[str, Any]:
             "distill": {"score_weight": 1.0, "temperature": 0.1, "vector_weight": 1.0, "teacher": ["t"]},
         },
         "mine": {"negatives": 2, "margin": 0.9},
-        "optim": {"lr": 2e-5, "warmup_steps": 20, "steps": 300, "batch_queries": 64},
+        "optim": optim(),
     }
 
 
 def masked() -> dict[str, Any]:
-    optim = {"lr": 2e-5, "warmup_steps": 20, "steps": 300, "batch_queries": 64}
-    return {"name": "masked", "kind": "mntp", "text": [{"path": "docs.jsonl"}], "mask_token": "_", "optim": optim}
+    text = [{"path": "docs.jsonl"}]
+    return {"name": "masked", "kind": "mntp", "text": text, "mask_token": "_", "optim": optim()}
+
+
+def optim() -> dict[str, Any]:
+    return {"lr": 2e-5, "warmup_steps": 20, "steps": 300, "batch_queries": 64, "betas": [0.9, 0.999]}
 
 
 def content() -> dict[str, Any]:

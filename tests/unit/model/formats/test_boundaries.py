@@ -164,7 +164,7 @@ def test_a_conversion_is_whole_or_not_there(
     for at in range(counted.steps - 1):
         with pytest.raises(OSError, match="No space left"), full_disk(at):
             gguf.convert_gguf(file)
-        assert listing(disk) == {}, f"stopped at step {at}"
+        assert set(listing(disk)) <= {"cache", "cache/gguf"}, f"stopped at step {at}"
     assert gguf.convert_gguf(file) == out
     assert set(listing(disk)) == whole
 

@@ -20,7 +20,6 @@ from embedwright.training.batches.feed import batch_of_step
 from embedwright.training.batches.sources import open_sources
 from embedwright.training.recipe import Recipe
 from embedwright.training.run import distill
-from embedwright.training.run.checkpoint import read_weights
 from embedwright.training.run.distill import Teacher, projection_to, teacher_of
 from embedwright.training.run.signals import Interrupted
 from embedwright.training.run.start import start_model
@@ -238,7 +237,7 @@ def test_the_projection_trains_and_is_in_no_saved_model(
     train(saving).save(tmp_path / "model")
     for saved in (file, tmp_path / "model" / "model.safetensors"):
         assert not any("projection" in name for name in load_file(saved))
-    assert "projection" not in read_weights(tmp_path / "followed" / "checkpoints" / "00-0000020")
+    assert "projection" not in load_file(tmp_path / "followed" / "checkpoints" / "00-0000020" / "weights.safetensors")
 
 
 def test_a_checkpoint_of_a_teacher_of_another_width_is_refused(
