@@ -164,7 +164,9 @@ def test_a_conversion_is_whole_or_not_there(
     for at in range(counted.steps - 1):
         with pytest.raises(OSError, match="No space left"), full_disk(at):
             gguf.convert_gguf(file)
-        assert set(listing(disk)) <= {"cache", "cache/gguf"}, f"stopped at step {at}"
+        left = set(listing(disk))  # the lock's folder stays; an error after the last rename finds all in place
+        assert left <= {"cache", "cache/gguf"} or left == whole, f"stopped at step {at}"
+        shutil.rmtree(disk / "cache", ignore_errors=True)
     assert gguf.convert_gguf(file) == out
     assert set(listing(disk)) == whole
 
