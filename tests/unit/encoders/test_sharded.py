@@ -66,7 +66,7 @@ def test_an_error_of_any_process_is_one_of_encode_and_the_next_call_is_fine(foun
     first = found["in_a_group"][count][0]
     longest = TEXTS[1][:100]
     assert first["bad text"].endswith(f"'{longest}': cannot be read") and first["bad text"].startswith("InputError")
-    assert first["bad model"] == "RuntimeError: process 1: weights cannot be opened"
+    assert first["bad model"] == "OtherProcessError: process 1: weights cannot be opened"
     np.testing.assert_allclose(first["after"], first["vectors"], atol=2e-6)
 
 

@@ -93,7 +93,7 @@ def test_what_one_process_lacks_is_an_error_in_all(found: dict[str, Any], case: 
 
 def test_a_disk_that_fails_rank_0_is_an_error_in_all(found: dict[str, Any]) -> None:
     first, second = (one["no disk"] for one in found["other_places"][2])
-    assert first == "OSError: no space left" and second == "RuntimeError: process 0: no space left"
+    assert first == "OSError: no space left" and second == "OtherProcessError: process 0: no space left"
 
 
 # ---- in the processes
