@@ -43,6 +43,7 @@ ROOMS += [
     "data/files",
     "data/sources",
     "data/clean",
+    "index",
     "pairs",
     "mining",
     "llm",

@@ -16,7 +16,7 @@ import pytest
 
 import embedwright.encoders.open
 import embedwright.evaluation.suite  # once, and not in each process
-import embedwright.vectors.index  # noqa: F401
+import embedwright.index.faiss_file  # noqa: F401
 from embedwright.cli.main import app
 from embedwright.data.files.table import open_examples
 from embedwright.model.embedder import Embedder

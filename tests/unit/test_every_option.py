@@ -29,12 +29,12 @@ from small_wordnet import ENTRIES, TEXT, write_wordnet
 from embedwright.cli import main as cli
 from embedwright.cli import mining
 from embedwright.evaluation.results import Result, Results, write_results
+from embedwright.index.faiss_file import build_index
 from embedwright.llm.client import Server
 from embedwright.model.embedder import Embedder
 from embedwright.studies.ablate import jobs as ablate_jobs
 from embedwright.synth.plan import PROMPTS
 from embedwright.vectors.corpus import encode_corpus
-from embedwright.vectors.index import build_index
 
 TESTS = Path(__file__).parents[1]
 Words = dict[str, str]  # of a command line, by the parameter that they are for

@@ -25,10 +25,11 @@ from transformers.utils import logging as transformers_logging
 
 from embedwright import Embedder, Recipe, evaluate, mine, train
 from embedwright.data.schema import Example, Passage
+from embedwright.index.faiss_file import build_index
+from embedwright.index.index import Index
 from embedwright.model.formats.nvembed_export import export_nvembed
 from embedwright.model.verify.doctor import examine_name
 from embedwright.vectors.corpus import encode_corpus
-from embedwright.vectors.index import build_index, search
 
 TEXTS = [f"text {i} of the moon and of {i * i} tides" for i in range(12)]
 NVEMBED = Path(__file__).parents[1] / "parity" / "fixtures" / "nvembed-tiny-v2"
@@ -140,7 +141,7 @@ CALLS: dict[str, Callable[[Path, Path, Path], Any]] = {
     "search": lambda saved, base, out: (
         encode_corpus(Embedder.load(saved / "latent"), saved / "texts.jsonl", out / "index"),
         build_index(out / "index"),
-        search(out / "index", Embedder.load(saved / "latent"), TEXTS[:2]),
+        Index.open(out / "index").search(Embedder.load(saved / "latent"), TEXTS[:2]),
     ),
     "export": lambda saved, base, out: export_nvembed(Embedder.load(NVEMBED), out / "export"),
     "doctor": lambda saved, base, out: examine_name(str(saved / "latent")),

@@ -86,7 +86,17 @@ TOP = "__init__"  # the names that `from embedwright import ...` gives
 EVERYTHING = (
     BOTTOM
     | TRAINERS_USE
-    | {*TRAINING, "registration", "llm", "synth", "pairs", "studies.ablate", "studies.report", "model.verify.doctor"}
+    | {
+        *TRAINING,
+        "registration",
+        "index",
+        "llm",
+        "synth",
+        "pairs",
+        "studies.ablate",
+        "studies.report",
+        "model.verify.doctor",
+    }
     | {
         "model.formats.nvembed_export",
         "model.formats.soup",
@@ -119,6 +129,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model.verify.by_hand": BOTTOM | {"encoders", *MODEL},
     "model.verify.doctor": BOTTOM | {"encoders", "encoders.open", "model.verify.by_hand", *MODEL},
     "vectors": BOTTOM | {"encoders", "cpu", "text", *DATA[:5]},
+    "index": BOTTOM | {*SEARCH, *DATA[:5], *MODEL},
     "mining": BOTTOM | {*SEARCH, *DATA},
     "pairs": BOTTOM | {*SEARCH, *DATA},
     "llm": BOTTOM,
@@ -308,7 +319,7 @@ def test_the_allow_list_is_short_and_true() -> None:
         ("mining.mine", "from embedwright import Embedder", f"1: mining imports {TOP}"),
         ("mining.mine", "import importlib\nimportlib.import_module('embedwright.encoders.open')", "2: mining imports"),
         ("evaluation.suite", "from embedwright.training.train import train", "1: evaluation imports training.train"),
-        ("vectors.index", "if True:\n    from embedwright.evaluation import metrics", "2: vectors imports evaluation"),
+        ("vectors.search", "if True:\n    from embedwright.evaluation import metrics", "2: vectors imports evaluation"),
         ("training.losses.total", "from ..engine import step", "1: training.losses imports training.engine"),
         (TOP, "from embedwright.cli.main import main", "1: imports the entry point cli"),
         ("training.train", "from embedwright.demo.quickstart import run", "1: imports the entry point demo"),

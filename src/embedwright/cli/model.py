@@ -171,8 +171,8 @@ def index(
     out: Annotated[Path, arg("Folder for vectors and index.", callback=options.folder_to_write)],
 ) -> None:
     """Encode a corpus and build an exact index over it. Under torchrun, all processes encode."""
+    from embedwright.index.faiss_file import build_index
     from embedwright.vectors.corpus import encode_corpus
-    from embedwright.vectors.index import build_index
 
     def work(encoder: Any) -> None:
         folder = encode_corpus(encoder, source, out, progress=counter("texts"))
@@ -201,9 +201,10 @@ def search(
 ) -> None:
     """Search an index."""
     from embedwright.encoders.open import open_encoder
-    from embedwright.vectors.index import search as run
+    from embedwright.index.index import Index
 
-    for query, hits in zip(queries, run(folder, open_encoder(model), queries, k=k, task=task), strict=True):
+    found = Index.open(folder).search(open_encoder(model), queries, k=k, task=task)
+    for query, hits in zip(queries, found, strict=True):
         say(query)
         for hit in hits:
             say(f"  {hit.score:.4f}  {hit.id}  {' '.join(hit.text.split())[:100]}")

@@ -14,9 +14,10 @@ from fake_llm import command
 
 from embedwright.data.files.parts import Shard
 from embedwright.data.schema import DataError
+from embedwright.index.faiss_file import build_index
+from embedwright.index.index import Index
 from embedwright.model.embedder import Embedder
 from embedwright.vectors.corpus import encode_corpus, is_encoded, open_encoded
-from embedwright.vectors.index import build_index, search
 from embedwright.vectors.shards import read_shard, vectors_of, write_shard
 from embedwright.vectors.store import Manifest, encode_texts, open_vectors
 
@@ -169,9 +170,9 @@ def test_vectors_are_known_by_the_fingerprint_of_their_model(
     build_index(out)
     folded = Embedder.load(tmp_path / "elsewhere").fold()
     monkeypatch.setattr(folded, "encode", lambda texts, task=None: model.encode(texts, task))
-    assert search(out, folded, ["moon"], k=1)[0][0].text == "moon"
+    assert Index.open(out).search(folded, ["moon"], k=1)[0][0].text == "moon"
     with pytest.raises(ValueError, match=r"contract.max_tokens \(512, now 8\)"):
-        search(out, shorter, ["moon"])
+        Index.open(out).search(shorter, ["moon"])
 
 
 def test_a_bfloat16_model_knows_its_vectors_again(
