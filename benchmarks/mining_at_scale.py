@@ -37,9 +37,9 @@ import numpy as np  # noqa: E402
 import texts  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 
-from embedwright.data.files.corpus import open_corpus  # noqa: E402
-from embedwright.data.files.table import open_examples  # noqa: E402
 from embedwright.data.schema import Example, Passage  # noqa: E402
+from embedwright.data.tables.documents import open_corpus  # noqa: E402
+from embedwright.data.tables.table import open_examples  # noqa: E402
 from embedwright.encoders.open import open_encoder  # noqa: E402
 from embedwright.mining import mine as mining  # noqa: E402
 from embedwright.mining.pool import positives_of  # noqa: E402

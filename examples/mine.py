@@ -19,8 +19,8 @@ from pathlib import Path
 from sentence_transformers import SentenceTransformer
 
 from embedwright import Example, mine
-from embedwright.data.files.table import open_examples, write_examples
 from embedwright.data.schema import Passage
+from embedwright.data.tables.table import open_examples, write_examples
 
 MODULES = ["argparse", "collections", "datetime", "functools", "heapq", "logging", "random", "shutil", "statistics"]
 MODULES += ["unittest.mock", "difflib", "pathlib", "string", "subprocess", "tarfile", "tempfile", "textwrap"]

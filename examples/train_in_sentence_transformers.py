@@ -24,8 +24,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from embedwright.data.clean.clean import Report, clean
 from embedwright.data.export import export
-from embedwright.data.files.table import write_examples
 from embedwright.data.labels import label_triples
+from embedwright.data.tables.table import write_examples
 
 MODULES = ["argparse", "datetime", "logging", "pathlib", "shutil", "statistics", "tarfile", "threading", "zipfile"]
 NEGATIVES = 3

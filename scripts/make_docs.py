@@ -41,6 +41,7 @@ ROOMS = ["", "model", "model/adapters", "model/formats", "model/interop", "model
 ROOMS += [
     "data",
     "data/files",
+    "data/tables",
     "data/sources",
     "data/clean",
     "index",

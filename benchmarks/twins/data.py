@@ -17,8 +17,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from embedwright.data.files.table import open_examples
 from embedwright.data.schema import Example, Passage, to_row
+from embedwright.data.tables.table import open_examples
 from embedwright.files import write_text
 
 NAMES = ("debian", "foldoc", "wordnet", "perlfaq", "clinc150", "newsgroups", "sentiment")

@@ -27,9 +27,9 @@ from stand_ins import nv_embed, words, write
 
 from embedwright.cli import main as cli
 from embedwright.data.files.beir import read_corpus
-from embedwright.data.files.table import open_examples
 from embedwright.data.schema import Example
 from embedwright.data.sources.catalog import find_task, load_catalog
+from embedwright.data.tables.table import open_examples
 from embedwright.model.embedder import Embedder
 from embedwright.training.plan import plan
 from embedwright.training.recipe import Recipe

@@ -13,9 +13,9 @@ from small_wordnet import write_wordnet
 from typer.testing import CliRunner
 
 from embedwright.cli.main import app
-from embedwright.data.files.table import open_examples
 from embedwright.data.files.tasks import read_tasks, tasks_file
 from embedwright.data.schema import Example
+from embedwright.data.tables.table import open_examples
 from embedwright.pairs.make import MEANINGS, WAYS
 from embedwright.text import Contract
 from embedwright.training.batches.blend import Row

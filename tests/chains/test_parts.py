@@ -14,9 +14,9 @@ import pytest
 import yaml
 from fake_llm import Body, FakeLLM, Reply, command
 
-from embedwright.data.files.table import open_examples
 from embedwright.data.files.tasks import write_tasks
 from embedwright.data.schema import Example, Task
+from embedwright.data.tables.table import open_examples
 from embedwright.model.embedder import Embedder
 from embedwright.vectors.corpus import encode_corpus
 

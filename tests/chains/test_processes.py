@@ -18,7 +18,7 @@ import embedwright.encoders.open
 import embedwright.evaluation.suite  # once, and not in each process
 import embedwright.index.faiss_file  # noqa: F401
 from embedwright.cli.main import app
-from embedwright.data.files.table import open_examples
+from embedwright.data.tables.table import open_examples
 from embedwright.model.embedder import Embedder
 from embedwright.vectors.shards import read_shard, vectors_of
 

@@ -18,7 +18,7 @@ import yaml
 from safetensors.torch import save_file
 
 from embedwright.cli import main as cli
-from embedwright.data.files.table import open_examples
+from embedwright.data.tables.table import open_examples
 from embedwright.demo import docstrings
 from embedwright.evaluation.results import read_results
 from embedwright.model.embedder import Embedder

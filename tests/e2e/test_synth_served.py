@@ -20,8 +20,8 @@ from typing import Any
 
 import pytest
 
-from embedwright.data.files.table import open_examples
 from embedwright.data.files.tasks import read_tasks, tasks_file
+from embedwright.data.tables.table import open_examples
 
 PROGRAM = shutil.which(os.environ.get("LLAMA_SERVER", "llama-server"))
 THREADS = {"OMP_NUM_THREADS": "1"}

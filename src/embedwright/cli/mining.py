@@ -27,7 +27,7 @@ def _naming_refused(verb: Callable[..., None]) -> Callable[..., None]:
     @wraps(verb)
     def call(examples: Path, *, corpus: Path | None = None, **given: Any) -> None:
         from embedwright.data.files.beir import corpus_rows, document_text
-        from embedwright.data.files.table import open_as_named
+        from embedwright.data.tables.table import open_as_named
         from embedwright.encoders.http import RefusedTextsError
 
         try:
@@ -86,10 +86,10 @@ def mine(
 
     Under torchrun, all processes encode, each a part of the texts.
     """
-    from embedwright.data.files.corpus import DocumentTable, open_corpus
-    from embedwright.data.files.parts import PartOfTable, is_done, write_part
-    from embedwright.data.files.table import open_as_named
+    from embedwright.data.files.parts import is_done, write_part
     from embedwright.data.files.tasks import digest_of
+    from embedwright.data.tables.documents import DocumentTable, open_corpus
+    from embedwright.data.tables.table import PartOfTable, open_as_named
     from embedwright.encoders.http import HttpEncoder
     from embedwright.encoders.open import open_encoder
     from embedwright.encoders.sharded import shared

@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embedwright.data.files.table import open_examples
 from embedwright.data.files.tasks import tasks_file, write_tasks
 from embedwright.data.schema import DataError, Example
+from embedwright.data.tables.table import open_examples
 from embedwright.errors import InputError
 from embedwright.files import whole_file
 

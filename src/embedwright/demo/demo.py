@@ -16,7 +16,7 @@ import numpy as np
 
 from embedwright.cli.display import clock, counter, say, tell, training
 from embedwright.data.files.beir import read_corpus
-from embedwright.data.files.table import open_examples, write_examples
+from embedwright.data.tables.table import open_examples, write_examples
 from embedwright.demo import docstrings
 from embedwright.encoders.open import open_encoder
 from embedwright.evaluation.results import Results, Row, read_results, render, table, write_results

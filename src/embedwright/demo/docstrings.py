@@ -17,9 +17,9 @@ from pathlib import Path
 
 from embedwright.data.clean.clean import Report, clean
 from embedwright.data.clean.repeats import repeats
-from embedwright.data.files.table import write_examples
 from embedwright.data.keys import near_key
 from embedwright.data.schema import Example, Passage, Task
+from embedwright.data.tables.table import write_examples
 from embedwright.demo.heldout import without_leaks, write_beir, write_rows, write_suite
 from embedwright.errors import InputError
 from embedwright.files import whole_folder, write_json

@@ -12,8 +12,8 @@ from embedwright.cli.display import counter, say, tell
 from embedwright.config import ConfigError
 from embedwright.data.answers import Answers, marks_of, text_mark
 from embedwright.data.clean.clean import Report, clean
-from embedwright.data.files.table import open_examples, write_examples
 from embedwright.data.schema import Example
+from embedwright.data.tables.table import open_examples, write_examples
 from embedwright.demo.heldout import without_leaks, write_beir, write_suite
 from embedwright.encoders.open import open_encoder
 from embedwright.files import whole_folder, write_json

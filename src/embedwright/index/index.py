@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from embedwright.data.files.corpus import DocumentTable
+from embedwright.data.tables.documents import DocumentTable
 from embedwright.encoders.protocol import Encoder, as_encoder, encode_finite
 from embedwright.errors import InputError
 from embedwright.vectors.corpus import open_encoded

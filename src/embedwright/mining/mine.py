@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from embedwright.data.answers import Answers, marks_of, text_mark
-from embedwright.data.files.table import write_examples
 from embedwright.data.schema import DataError, Example, Passage, Task, text_of
 from embedwright.data.sources.catalog import find_task
+from embedwright.data.tables.table import write_examples
 from embedwright.encoders.protocol import as_encoder
 from embedwright.errors import InputError
 from embedwright.mining.choose import Miner, MiningSettings

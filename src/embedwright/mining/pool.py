@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedwright.data.answers import id_within, ids_of, scope_of, text_mark
-from embedwright.data.files.corpus import DocumentTable
 from embedwright.data.schema import DataError, Example, Passage
+from embedwright.data.tables.documents import DocumentTable
 
 Corpus = Mapping[str, str] | DocumentTable  # document id -> text
 

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from embedwright.data.files.corpus import DocumentTable
 from embedwright.data.schema import Example, Passage
+from embedwright.data.tables.documents import DocumentTable
 from embedwright.encoders.protocol import Encoder, encode_finite
 from embedwright.mining.pool import Pool
 from embedwright.mining.rules import RANDOM

@@ -20,9 +20,9 @@ from embedwright.data.files.folders import stem_of
 from embedwright.data.files.parts import Counts, claim, write_once
 from embedwright.data.files.quarantine import Quarantine, good_rows
 from embedwright.data.files.rows import read_rows
-from embedwright.data.files.table import write_examples
 from embedwright.data.keys import exact_key
 from embedwright.data.schema import DataError, Example, Family, Passage, Task, parse_example
+from embedwright.data.tables.table import write_examples
 from embedwright.errors import InputError, OutputExistsError
 from embedwright.files import check_file, remove_leftovers
 from embedwright.pairs import cut

@@ -17,11 +17,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from embedwright.data.answers import AnswerMarks, marks_of, text_mark
-from embedwright.data.files.parts import PartOfTable, Shard, write_part
-from embedwright.data.files.table import open_as_named, write_examples
+from embedwright.data.files.parts import Shard, write_part
 from embedwright.data.files.tasks import Tasks, digest_of
 from embedwright.data.schema import Example, Passage, Task
 from embedwright.data.sources.catalog import find_task
+from embedwright.data.tables.table import PartOfTable, open_as_named, write_examples
 from embedwright.errors import InputError
 from embedwright.llm.client import Answer, Client, Failure, Question
 

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 from embedwright.data.clean.repeats import DiskList, repeats
 from embedwright.data.files.parts import Shard, write_part
-from embedwright.data.files.table import write_examples
 from embedwright.data.keys import word_key
 from embedwright.data.schema import Example, Passage, Task, parse_example, to_row
+from embedwright.data.tables.table import write_examples
 from embedwright.files import locked
 from embedwright.llm.client import Client, Failure
 from embedwright.synth.brainstorm import brainstorm, is_text

@@ -17,7 +17,7 @@ import numpy as np
 from embedwright.config import ConfigError
 from embedwright.data.answers import Answers
 from embedwright.data.files.beir import beir_files, read_corpus
-from embedwright.data.files.table import open_examples, write_examples
+from embedwright.data.tables.table import open_examples, write_examples
 from embedwright.encoders.open import open_encoder
 from embedwright.encoders.protocol import Encoder, as_encoder
 from embedwright.encoders.sharded import shared

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from embedwright.data.files.beir import corpus_rows, document_text
-from embedwright.data.files.corpus import DocumentTable
 from embedwright.data.files.folders import stem_of
 from embedwright.data.files.parts import Shard
 from embedwright.data.files.rows import plain_name, text_rows
 from embedwright.data.schema import DataError, id_of
+from embedwright.data.tables.documents import DocumentTable
 from embedwright.encoders.protocol import Encoder, as_encoder
 from embedwright.errors import InputError
 from embedwright.vectors.shards import read_shard

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedwright.data.export import export, to_columns
-from embedwright.data.files.table import write_examples
 from embedwright.data.schema import DataError, Example, Passage
+from embedwright.data.tables.table import write_examples
 
 
 def example(i: int, positives: int, negatives: int, task: str = "t") -> Example:

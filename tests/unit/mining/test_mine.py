@@ -14,10 +14,10 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
-from embedwright.data.files.corpus import open_corpus
-from embedwright.data.files.parts import PartOfTable, Shard
-from embedwright.data.files.table import open_examples, write_examples
+from embedwright.data.files.parts import Shard
 from embedwright.data.schema import DataError, Example, Passage, Task
+from embedwright.data.tables.documents import open_corpus
+from embedwright.data.tables.table import PartOfTable, open_examples, write_examples
 from embedwright.mining import choose
 from embedwright.mining import mine as mine_module
 from embedwright.mining.mine import mine

@@ -14,8 +14,8 @@ import pytest
 from scipy.stats import chisquare
 
 from embedwright.cli.main import app
-from embedwright.data.files.table import open_examples
 from embedwright.data.schema import Example, Passage
+from embedwright.data.tables.table import open_examples
 from embedwright.errors import InputError
 from embedwright.mining.choose import Miner
 from embedwright.mining.mine import mine

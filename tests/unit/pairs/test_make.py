@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 from embedwright.cli import options
 from embedwright.cli.main import app
 from embedwright.data.files.documents import columns_of
-from embedwright.data.files.table import open_examples
 from embedwright.data.files.tasks import tasks_beside
 from embedwright.data.keys import exact_key
 from embedwright.data.schema import DataError, Example
+from embedwright.data.tables.table import open_examples
 from embedwright.errors import InputError, OutputExistsError
 from embedwright.pairs import make
 from embedwright.pairs.make import MEANINGS, WAYS, make_pairs

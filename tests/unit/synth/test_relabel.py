@@ -13,8 +13,8 @@ import pytest
 from fake_llm import Body, FakeLLM, Reply, command
 
 from embedwright.data.files.parts import Shard
-from embedwright.data.files.table import open_examples, write_examples
 from embedwright.data.schema import Example, Passage, Task
+from embedwright.data.tables.table import open_examples, write_examples
 from embedwright.llm.client import Client, Server
 from embedwright.synth.relabel import Action, Candidate, Judge, judge_by_model, judge_by_scores, relabel_file
 from embedwright.synth.relabel import relabel as stream

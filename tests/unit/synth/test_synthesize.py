@@ -14,9 +14,9 @@ import pytest
 from fake_llm import Body, FakeLLM, Reply, command
 
 from embedwright.data.files.parts import Shard
-from embedwright.data.files.table import open_examples
 from embedwright.data.files.tasks import read_tasks, tasks_file
 from embedwright.data.schema import Example
+from embedwright.data.tables.table import open_examples
 from embedwright.llm.client import Client, Server
 from embedwright.synth.plan import KINDS, Kind, Plan
 from embedwright.synth.synthesize import synthesize

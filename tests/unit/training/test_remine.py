@@ -11,8 +11,8 @@ import pytest
 from safetensors.torch import load_file
 
 from embedwright.config import ConfigError
-from embedwright.data.files.table import open_examples
 from embedwright.data.schema import Example
+from embedwright.data.tables.table import open_examples
 from embedwright.mining.mine import mine
 from embedwright.mining.pool import positives_of
 from embedwright.model.embedder import Embedder

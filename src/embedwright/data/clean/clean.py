@@ -24,10 +24,10 @@ from embedwright.data.clean.filters import Filters, fits, row_fault
 from embedwright.data.clean.leaks import SHOWN, EvalTexts, Leak
 from embedwright.data.clean.repeats import repeats
 from embedwright.data.files.folders import stem_of
-from embedwright.data.files.parts import PartOfTable, Shard, write_part
-from embedwright.data.files.table import open_as_named, write_examples
+from embedwright.data.files.parts import Shard, write_part
 from embedwright.data.keys import are_near, both_keys, shingles
 from embedwright.data.schema import DataError, Example
+from embedwright.data.tables.table import PartOfTable, open_as_named, write_examples
 from embedwright.errors import InputError
 from embedwright.files import whole_file
 

@@ -22,8 +22,9 @@ import numpy as np
 
 from embedwright.data.clean.repeats import DiskList, DuplicateIndex
 from embedwright.data.files.beir import beir_files, beir_splits, read_corpus, read_judgements
+from embedwright.data.files.columns import Row
 from embedwright.data.files.folders import data_files, is_beir, is_data
-from embedwright.data.files.kinds import KINDS, Row, detect_kind, parse_fields
+from embedwright.data.files.kinds import KINDS, detect_kind, parse_fields
 from embedwright.data.files.quarantine import good_rows
 from embedwright.data.files.rows import read_rows
 from embedwright.data.keys import near_key

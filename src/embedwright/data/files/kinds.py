@@ -6,13 +6,14 @@ Data files have the columns of `KINDS`, which tell the kind of a file. A public 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from embedwright.data.files.columns import Columns, Row, text_at, value_at
 from embedwright.data.files.conversion import THRESHOLD, Conversion, each_once, scored
 from embedwright.data.files.folders import data_files
 from embedwright.data.files.rows import read_rows
@@ -28,15 +29,11 @@ from embedwright.data.schema import (
     id_of,
     label_of,
     number_of,
-    text_of,
 )
 
 Kind = Literal["example", "pairs", "labelled", "scored", "pair-labelled"]
-Row = Mapping[str, Any]
 Fields = dict[str, Any]  # the checked values of a row
 
-# One column, or several that are joined by a space; `texts.0` is the first item of the list in `texts`.
-Columns = Annotated[tuple[str, ...], BeforeValidator(lambda v: [v] if isinstance(v, str) else v), Field(min_length=1)]
 LabelNames = Annotated[tuple[str, ...], BeforeValidator(lambda v: [str(x) for x in v] if isinstance(v, list) else v)]
 Words = Annotated[
     dict[str, str], BeforeValidator(lambda v: {str(k): text for k, text in v.items()} if isinstance(v, dict) else v)
@@ -291,30 +288,3 @@ def _check_kind(row: Row, kind: Kind) -> None:
     check_keys(row, (*KINDS[kind].needs, *KINDS[kind].optional))
     if missing := [key for key in KINDS[kind].needs if row.get(key) is None]:
         raise DataError(f"no {missing[0]}")
-
-
-# ---------------------------------------------------------------------------------------------------- values
-
-
-def value_at(row: Row, path: str) -> Any:
-    """Returns the value of column `path`: `a.b` is a key, and `a.0` an item, of the value of `a`. Raises DataError."""
-    if path in row:
-        return row[path]
-    value: Any = row
-    for part in path.split("."):
-        if isinstance(value, Mapping) and part in value:
-            value = value[part]
-        elif isinstance(value, list | tuple) and part.isdecimal() and int(part) < len(value):
-            value = value[int(part)]
-        else:
-            raise DataError(f"no column {path!r}; the row has {', '.join(map(str, row))[:200]}")
-    return value
-
-
-def text_at(row: Row, columns: Columns) -> str:
-    """Returns the text of one column, or of several joined by a space. Raises DataError if all of them are empty."""
-    if len(columns) == 1:
-        return text_of(value_at(row, columns[0]), columns[0])
-    values = [(value_at(row, column), column) for column in columns]
-    texts = [text_of(value, column) for value, column in values if value is not None and value != ""]
-    return text_of(" ".join(texts), " and ".join(columns))

@@ -10,17 +10,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from embedwright.errors import InputError, OutputExistsError
 from embedwright.files import check_folder, write_json
-
-if TYPE_CHECKING:  # the command reads `Shard` before it knows whether it reads data
-    from embedwright.data.files.table import ExampleTable
-    from embedwright.data.schema import Example
 
 Counts = dict[str, Any]
 
@@ -53,19 +49,6 @@ class Shard:
         ends = (".parquet", ".jsonl.gz", ".jsonl")
         suffix = next((end for end in ends if out.name.endswith(end)), ".jsonl")
         return out / f"part-{self.index:05d}-of-{self.count:05d}{suffix}"
-
-
-class PartOfTable:
-    """Some rows of a table, by their ascending numbers. It has `len`, and iteration reads these rows alone."""
-
-    def __init__(self, table: ExampleTable, rows: Sequence[int]) -> None:
-        self.table, self.rows = table, rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __iter__(self) -> Iterator[Example]:
-        return self.table.select(self.rows)
 
 
 def write_part(out: Path, shard: Shard, settings: Mapping[str, Any], write: Callable[[Path], Counts]) -> Counts:

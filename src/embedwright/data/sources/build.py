@@ -16,13 +16,13 @@ from embedwright.data.files.folders import data_files, is_beside, is_data, is_on
 from embedwright.data.files.kinds import LabelledRows, detect_kind
 from embedwright.data.files.quarantine import Quarantine
 from embedwright.data.files.rows import Rows, read_rows
-from embedwright.data.files.table import write_examples
 from embedwright.data.files.tasks import tasks_beside
 from embedwright.data.labels import Form
 from embedwright.data.schema import DataError, Example, Task
 from embedwright.data.sources.catalog import BeirRows, Entry, EvidenceRows, find_task
 from embedwright.data.sources.convert import Job, OpenTable, Table, convert
 from embedwright.data.sources.corpus import write_corpus
+from embedwright.data.tables.table import write_examples
 from embedwright.errors import InputError, NotFoundError, OutOfReachError
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from embedwright.config import did_you_mean, load_yaml, validate
-from embedwright.data.files.kinds import Columns, LabelledRows, NliRows, PairRows, ScoredRows
+from embedwright.data.files.columns import Columns
+from embedwright.data.files.kinds import LabelledRows, NliRows, PairRows, ScoredRows
 from embedwright.data.schema import Family, Task
 from embedwright.errors import InputError
 

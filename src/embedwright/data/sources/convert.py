@@ -13,16 +13,14 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from embedwright.data.files.beir import document_text
+from embedwright.data.files.columns import Row, text_at, value_at
 from embedwright.data.files.conversion import Conversion
 from embedwright.data.files.kinds import (
     Fields,
     LabelledRows,
     NliRows,
     PairRows,
-    Row,
     by_query,
-    text_at,
-    value_at,
 )
 from embedwright.data.files.quarantine import Quarantine, good_rows
 from embedwright.data.files.rows import Rows

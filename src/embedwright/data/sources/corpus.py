@@ -10,13 +10,13 @@ from pathlib import Path
 import pyarrow as pa
 
 from embedwright.data.answers import id_mark, text_mark
-from embedwright.data.files.arrow import write_rows
 from embedwright.data.files.beir import document_text
-from embedwright.data.files.kinds import value_at
+from embedwright.data.files.columns import value_at
 from embedwright.data.files.rows import Rows
 from embedwright.data.schema import DataError, id_of
 from embedwright.data.sources.catalog import BeirRows, EvidenceRows
 from embedwright.data.sources.convert import Job, OpenTable, corpus_of, row_of, table_of
+from embedwright.data.tables.arrow import write_rows
 from embedwright.files import whole_file
 
 SCHEMA = pa.schema({"_id": pa.large_string(), "text": pa.large_string()})

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from embedwright.data.files.table import open_examples
+from embedwright.data.tables.table import open_examples
 from embedwright.encoders.protocol import Encoder, encode_finite
 from embedwright.mining.report import KINDS
 from embedwright.studies.report.run import Chart, chart

@@ -14,8 +14,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from embedwright.data.files.table import ExampleTable
 from embedwright.data.schema import Example, Task
+from embedwright.data.tables.table import ExampleTable
 
 
 @dataclass(frozen=True)

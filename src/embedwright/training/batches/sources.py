@@ -14,9 +14,9 @@ import pyarrow.compute as pc
 
 from embedwright.config import ConfigError
 from embedwright.data.files.folders import stem_of
-from embedwright.data.files.table import ExampleTable, open_documents, open_examples
 from embedwright.data.schema import Task
 from embedwright.data.sources.catalog import find_task
+from embedwright.data.tables.table import ExampleTable, open_documents, open_examples
 from embedwright.errors import NotFoundError
 from embedwright.training.batches.blend import Source, permuted, share
 from embedwright.training.recipe import Recipe, expand

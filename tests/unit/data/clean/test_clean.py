@@ -17,8 +17,8 @@ from embedwright.data.clean.clean import By, Report, clean, clean_file
 from embedwright.data.clean.filters import Filters
 from embedwright.data.clean.leaks import EvalTexts
 from embedwright.data.clean.repeats import repeats
-from embedwright.data.files.table import open_examples, write_examples
 from embedwright.data.schema import DataError, Example, Passage, Task
+from embedwright.data.tables.table import open_examples, write_examples
 
 
 def example(name: str, query: str, *positives: str, negatives: tuple[str, ...] = (), task: str = "t") -> Example:

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from embedwright.data.clean.leaks import LONGER, SHOWN, Bm25, EvalTexts, read_eval_texts
-from embedwright.data.files.table import write_examples
 from embedwright.data.keys import NEAR, exact_key, jaccard, near_key, shingles
 from embedwright.data.schema import DataError
+from embedwright.data.tables.table import write_examples
 
 Row = dict[str, Any]
 

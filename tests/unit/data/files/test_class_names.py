@@ -9,9 +9,9 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
 from embedwright.data.files.class_names import class_names
-from embedwright.data.files.table import open_examples
 from embedwright.data.schema import DataError
 from embedwright.data.sources.build import label_file
+from embedwright.data.tables.table import open_examples
 
 ROWS = [{"text": f"text {i}", "label": i % 2} for i in range(4)]
 NAMES = {"0": "bad", "1": "good"}

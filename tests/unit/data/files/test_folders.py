@@ -11,8 +11,8 @@ from datasets import Dataset, DatasetDict
 
 from embedwright.data.files.beir import read_corpus
 from embedwright.data.files.folders import data_files, stem_of
-from embedwright.data.files.table import ExampleTable, open_examples
 from embedwright.data.schema import DataError
+from embedwright.data.tables.table import ExampleTable, open_examples
 
 
 def rows(start: int, count: int = 2) -> list[dict[str, str]]:

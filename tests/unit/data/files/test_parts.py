@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from embedwright.data.files import parts
-from embedwright.data.files.parts import PartOfTable, Shard, write_part
-from embedwright.data.files.table import BATCH_ROWS, open_examples, write_examples
+from embedwright.data.files.parts import Shard, write_part
 from embedwright.data.schema import DataError, Example, Passage, Task
+from embedwright.data.tables.table import BATCH_ROWS, PartOfTable, open_examples, write_examples
 from embedwright.errors import InputError, OutputExistsError
 
 

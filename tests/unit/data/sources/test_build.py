@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from stand_ins import beir, repository, write
 
-from embedwright.data.files.table import open_examples
 from embedwright.data.schema import DataError, Example
 from embedwright.data.sources import build as module
 from embedwright.data.sources.build import build, label_file, open_table
 from embedwright.data.sources.catalog import Entry, load_catalog
 from embedwright.data.sources.convert import Table
+from embedwright.data.tables.table import open_examples
 
 REAL = os.environ.get("EMBEDWRIGHT_DATA")
 needs_data = pytest.mark.skipif(not REAL, reason="EMBEDWRIGHT_DATA is not set")

@@ -11,12 +11,12 @@ import pytest
 from stand_ins import beir, repository, write
 
 from embedwright.data.files.beir import read_corpus
-from embedwright.data.files.table import open_examples
 from embedwright.data.schema import DataError, Example
 from embedwright.data.sources import catalog
 from embedwright.data.sources import corpus as corpus_module
 from embedwright.data.sources.build import build
 from embedwright.data.sources.catalog import load_catalog
+from embedwright.data.tables.table import open_examples
 from embedwright.errors import InputError
 from embedwright.mining.mine import mine
 

@@ -109,8 +109,8 @@ def test_rows_that_a_stage_has_mined_are_read_from_the_run(rows: Path, tmp_path:
 
 
 def write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
-    from embedwright.data.files.table import write_examples
     from embedwright.data.schema import parse_example
+    from embedwright.data.tables.table import write_examples
 
     write_examples(file, [parse_example(row, default_task="t", default_id=str(i)) for i, row in enumerate(rows)])
 

@@ -1,20 +1,13 @@
-"""Converts any training data once to rows of `Example` in an Arrow file, which an `ExampleTable` maps into memory.
-
-Pairs, scored pairs and examples are converted row by row. Labelled and pair-labelled rows are held in memory while they
-are converted: a negative may come from any line of the file.
-"""
+"""Tables of examples: `ExampleTable` maps what was converted once (`convert`), or reads our own Parquet in place."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import operator
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, SupportsIndex, TypeVar
@@ -25,24 +18,17 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from embedwright.cache import cache_folder
-from embedwright.data.files.arrow import BATCH_ROWS, SCHEMA, batches_of, example_of, write_example_rows
-from embedwright.data.files.beir import beir_files, beir_splits, read_beir, read_corpus
-from embedwright.data.files.class_names import class_names
-from embedwright.data.files.conversion import Conversion
-from embedwright.data.files.documents import COLUMNS, document_files, read_documents
-from embedwright.data.files.folders import data_files, is_beir, stem_of
-from embedwright.data.files.kinds import KINDS, Row, detect_kind, parse_fields
-from embedwright.data.files.own import OwnParquet, are_own
-from embedwright.data.files.quarantine import Quarantine, good_rows
-from embedwright.data.files.rows import read_rows
+from embedwright.data.files.folders import data_files, stem_of
 from embedwright.data.files.tasks import Tasks, tasks_beside, tasks_file, write_tasks
-from embedwright.data.schema import DataError, Example, Passage, parse_example
-from embedwright.files import locked, sha256_of, whole_file
+from embedwright.data.schema import Example
+from embedwright.data.tables.arrow import BATCH_ROWS, example_of, write_example_rows
+from embedwright.data.tables.convert import Job, convert, fingerprint_of, quarantine_file
+from embedwright.data.tables.own import OwnParquet, are_own
+from embedwright.files import locked, whole_file
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-FORMAT = 3  # part of the cache key: raise it when a conversion or the schema changes
 # what opening no file, or a damaged one, raises
 _NOT_THERE = (pa.ArrowInvalid, OSError, ValueError, KeyError, TypeError)
 
@@ -79,7 +65,7 @@ class ExampleTable:
         self.report: dict[str, int] = meta["report"]
         self.quarantined = self.report["quarantined"]
         self.bad_lines: list[str] = meta["bad_lines"]
-        self.quarantine = _quarantine_path(arrow)
+        self.quarantine = quarantine_file(arrow)
 
     def __len__(self) -> int:
         return self.report["examples"]
@@ -150,6 +136,19 @@ class ExampleTable:
         return bisect_right(self._starts, row) - 1
 
 
+class PartOfTable:
+    """Some rows of a table, by their ascending numbers. It has `len`, and iteration reads these rows alone."""
+
+    def __init__(self, table: ExampleTable, rows: Sequence[int]) -> None:
+        self.table, self.rows = table, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Example]:
+        return self.table.select(self.rows)
+
+
 def _columns(reader: Any, number: int, names: list[str]) -> pa.RecordBatch:
     own = isinstance(reader, OwnParquet)
     return reader.get_batch(number, names) if own else reader.get_batch(number).select(names)
@@ -173,7 +172,7 @@ def open_examples(
     Raises FileNotFoundError, and DataError if no example comes out, or a corpus or BEIR folder has a bad line.
     """
     path, corpus = Path(path), None if corpus is None else Path(corpus)
-    job = _Job(path, corpus, stem_of(path) if task is None else task, seed, negatives)
+    job = Job(path, corpus, stem_of(path) if task is None else task, seed, negatives)
     return _opened(job, Path(cache) if cache else cache_folder())
 
 
@@ -182,12 +181,12 @@ def open_documents(path: Path) -> ExampleTable:
 
     Cache, bad lines and errors are as in `open_examples`.
     """
-    return _opened(_Job(path, None, stem_of(path), 0, 0, plain=True), cache_folder())
+    return _opened(Job(path, None, stem_of(path), 0, 0, plain=True), cache_folder())
 
 
-def _opened(job: _Job, cache: Path) -> ExampleTable:
+def _opened(job: Job, cache: Path) -> ExampleTable:
     path, stem = job.path, stem_of(job.path)
-    fingerprint = _fingerprint(job, stem)
+    fingerprint = fingerprint_of(job, stem)
     arrow = cache / "data" / f"{stem[:80]}-{fingerprint[:16]}.arrow"
     try:
         table = ExampleTable(path, arrow)
@@ -198,7 +197,7 @@ def _opened(job: _Job, cache: Path) -> ExampleTable:
             except _NOT_THERE as error:
                 if not isinstance(error, FileNotFoundError):
                     log.warning("%s: damaged (%s), made again", arrow, error)
-                _convert(job, arrow, fingerprint)
+                convert(job, arrow, fingerprint)
                 return ExampleTable(path, arrow)
     for line in table.bad_lines:
         log.warning("%s", line)
@@ -215,9 +214,9 @@ def open_as_named(path: Path) -> ExampleTable:
     """
     stem = stem_of(path)
     task = stem if stem in tasks_beside(path) else ""
-    job = _Job(path, None, task, 0, 7)
+    job = Job(path, None, task, 0, 7)
     if path.exists() and not job.is_beir and are_own(files := data_files(path)):
-        return ExampleTable(path, path, OwnParquet(files, task), _fingerprint(job, stem))
+        return ExampleTable(path, path, OwnParquet(files, task), fingerprint_of(job, stem))
     return open_examples(path, task=task)
 
 
@@ -239,107 +238,3 @@ def _counted(items: Iterable[T], counts: Counter[str], key: Callable[[T], str]) 
     for item in items:
         counts[key(item)] += 1
         yield item
-
-
-# ---------------------------------------------------------------------------------------------------- conversion
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """Holds what decides the rows of a table."""
-
-    path: Path
-    corpus: Path | None
-    task: str
-    seed: int
-    negatives: int
-    plain: bool = False  # documents, not examples
-
-    @property
-    def is_beir(self) -> bool:
-        return self.path.is_dir() and is_beir(self.path)
-
-    @property
-    def split(self) -> str | None:
-        """Returns `train` if the BEIR folder has that split, which training reads."""
-        return "train" if "train" in beir_splits(self.path) else None
-
-
-def _fingerprint(job: _Job, stem: str) -> str:
-    if job.plain:
-        found = {str(file.relative_to(job.path)): sha256_of(file) for file in document_files(job.path)}
-        return hashlib.sha256(json.dumps([FORMAT, stem, found]).encode()).hexdigest()
-    files = [
-        *(beir_files(job.path, job.split) if job.is_beir else data_files(job.path)),
-        *(data_files(job.corpus) if job.corpus else []),
-    ]
-    digests = [sha256_of(file) for file in files]
-    names = [stem_of(file) for file in files] if job.path.is_dir() else []  # ids of rows are made of them
-    words = None if job.is_beir else class_names(job.path, "label")  # may stand beside the files
-    parts = [FORMAT, stem, job.task, job.seed, job.negatives, job.corpus is not None, digests, names, words]
-    if not job.is_beir and detect_kind(job.path) == "scored":
-        parts.append("all pairs")  # not only those that reach the threshold, as in the tables of older versions
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _quarantine_path(arrow: Path) -> Path:
-    return arrow.with_suffix(".quarantine.jsonl")
-
-
-def _convert(job: _Job, arrow: Path, fingerprint: str) -> None:
-    """Writes the Arrow file of `job`. Its last batch has no rows and carries the report, which is known at the end."""
-    report: Counter[str] = Counter(rows=0)
-    with whole_file(arrow) as part:
-        with (
-            Quarantine(job.path, _quarantine_path(arrow)) as quarantine,
-            pa.ipc.new_file(str(part), SCHEMA) as writer,
-        ):
-            try:
-                for batch in batches_of(_examples(job, quarantine, report), BATCH_ROWS):
-                    writer.write_batch(batch)
-                    report["examples"] += batch.num_rows
-            except DataError as error:
-                raise error if str(job.path) in str(error) else DataError(f"{job.path}: {error}") from None
-            report["quarantined"] = quarantine.count
-            counts = {key: n for key, n in report.items() if n or key in ("rows", "examples", "quarantined")}
-            meta = {"fingerprint": fingerprint, "report": counts, "bad_lines": quarantine.reasons}
-            empty = pa.RecordBatch.from_pylist([], schema=SCHEMA)
-            writer.write_batch(empty, custom_metadata={"embedwright": json.dumps(meta)})
-        if not report["examples"]:
-            raise DataError(f"{job.path}: no example ({[*quarantine.reasons, counts][0]})")
-    log.info("%s: %s", job.path, ", ".join(f"{key} {n}" for key, n in counts.items()))
-
-
-def _examples(job: _Job, quarantine: Quarantine, report: Counter[str]) -> Iterator[Example]:
-    conversion = Conversion(task=job.task, seed=job.seed, negatives=job.negatives, report=report)
-    if job.plain:
-        for document in read_documents(job.path, COLUMNS, quarantine.add):
-            report["rows"] += 1
-            yield Example(document.id, job.task, "", (Passage(document.whole),))
-        return
-    if job.is_beir:
-        beir = read_beir(job.path, job.split)
-        report["rows"] = len(beir.qrels)
-        relevant = {query: [d for d, score in judged.items() if score > 0] for query, judged in beir.qrels.items()}
-        yield from conversion.judged(relevant, beir.queries, beir.corpus)
-        return
-    kind = detect_kind(job.path)
-    spec = KINDS[kind].rows
-    if spec is None:
-        corpus = None if job.corpus is None else read_corpus(job.corpus)
-
-        def parse_as_example(row: Row, row_id: str) -> Example:
-            return parse_example(row, default_task=job.task, default_id=row_id, corpus=corpus)
-
-        yield from _parsed(job, parse_as_example, quarantine, report)
-    else:
-        conversion.names["label"] = class_names(job.path, "label") or {}
-        yield from spec.examples(_parsed(job, partial(parse_fields, kind), quarantine, report), conversion)
-
-
-def _parsed(job: _Job, parse: Callable[[Row, str], T], quarantine: Quarantine, report: Counter[str]) -> Iterator[T]:
-    """Yields `parse(row, an id for a row that has none)` of the good rows, and counts them."""
-    for file in data_files(job.path):
-        for value in good_rows(read_rows(file), parse, stem_of(file), quarantine, file):
-            report["rows"] += 1
-            yield value

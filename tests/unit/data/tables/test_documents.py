@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from embedwright.data.files import corpus as corpus_module
 from embedwright.data.files.beir import read_corpus
-from embedwright.data.files.corpus import open_corpus
 from embedwright.data.schema import DataError
+from embedwright.data.tables import documents as corpus_module
+from embedwright.data.tables.documents import open_corpus
 
 
 @pytest.fixture(autouse=True)

@@ -9,10 +9,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from embedwright.data.files.own import OwnParquet
-from embedwright.data.files.table import ExampleTable, open_as_named, open_examples, write_examples
 from embedwright.data.files.tasks import write_tasks
 from embedwright.data.schema import DataError, Example, Passage, Task
+from embedwright.data.tables.own import OwnParquet
+from embedwright.data.tables.table import ExampleTable, open_as_named, open_examples, write_examples
 
 
 def example(i: int) -> Example:

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from embedwright.data.files.arrow import MARK, SCHEMA
 from embedwright.data.schema import DataError
+from embedwright.data.tables.arrow import MARK, SCHEMA
 
 
 class OwnParquet:

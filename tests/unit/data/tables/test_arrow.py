@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from embedwright.data.files.arrow import SCHEMA, batches_of, example_of
 from embedwright.data.schema import Example, Passage
+from embedwright.data.tables.arrow import SCHEMA, batches_of, example_of
 
 
 def test_examples_come_back_from_batches_as_they_were() -> None:
