@@ -70,10 +70,14 @@ def freed() -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
+def cores() -> int:
+    """Returns how many cores this process may use: more than this thread's one, where a bound OpenMP holds it there."""
+    with freed():
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def load_faiss() -> Any:
-    """Loads faiss and returns the module. Its OpenMP takes the cores of the thread that loads it for
-    all.
-    """
+    """Loads faiss and returns the module. Its OpenMP takes the cores of the thread that loads it for all."""
     with freed():
         import faiss
     return faiss

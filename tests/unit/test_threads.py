@@ -104,6 +104,7 @@ def test_the_command_gives_a_bound_thread_its_cores_back(fresh: pytest.MonkeyPat
     os.sched_setaffinity(0, one)  # as a bound OpenMP does
     with threads.freed():
         assert os.sched_getaffinity(0) == two_cores
+    assert threads.cores() == 2
     assert os.sched_getaffinity(0) == one
     threads.free()
     assert os.sched_getaffinity(0) == two_cores
@@ -117,6 +118,7 @@ def test_in_other_programs_a_thread_keeps_its_cores(fresh: pytest.MonkeyPatch, t
     os.sched_setaffinity(0, one)  # the program's own choice
     with threads.freed():
         assert os.sched_getaffinity(0) == one
+    assert threads.cores() == 1
     threads.free()
     assert os.sched_getaffinity(0) == one
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shlex
 import sys
@@ -10,6 +9,8 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from embedwright.threads import cores
 
 VERSIONS = ("embedwright", "torch", "transformers", "sentence-transformers", "mteb", "scikit-learn", "bm25s", "numpy")
 
@@ -25,7 +26,8 @@ def about(model: str, fingerprint: dict[str, str] | None = None) -> dict[str, An
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {
             "processor": processor(),
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "cores": cores(),
+            "threads": torch.get_num_threads(),
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
             "system": platform.system(),
         },

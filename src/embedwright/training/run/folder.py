@@ -19,6 +19,7 @@ import yaml
 from embedwright.evaluation.compare.bootstrap import half_interval
 from embedwright.evaluation.results import Result, Results, run_items_file, with_items
 from embedwright.files import write_text
+from embedwright.threads import cores
 from embedwright.training.batches.blend import Source
 from embedwright.training.batches.sources import data_fingerprint, entry_of
 from embedwright.training.recipe import Recipe, differences, leaves
@@ -72,7 +73,7 @@ def environment() -> dict[str, Any]:
         "commit": _commit(Path(__file__).resolve().parents[4]),
         "device": torch.cuda.get_device_name() if gpus else _cpu(),
         "gpus": gpus,
-        "cores": os.cpu_count(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
     }
