@@ -68,11 +68,21 @@ class Contract(BaseModel):
     def prefix(self, task: str | None) -> str:
         """Returns the string in front of a query with instruction `task`, or in front of a document (None).
 
-        An empty task means the model's default instruction.
+        An empty task means the default one. Without any, a query is read as a document if its template has a {task}.
         """
-        if task == "":
-            task = self.default_task
-        return self.query_template.replace("{task}", task) if task else self.document_template
+        task = self.default_task if task == "" else task
+        if task or (task is not None and "{task}" not in self.query_template):
+            return self.query_template.replace("{task}", task)
+        return self.document_template
+
+    def query_task(self, task: str | None) -> str:
+        """Returns `task`, or the empty one for None. Raises InputError if the model then has no instruction."""
+        if task is None and "{task}" in self.query_template and not self.default_task:
+            raise InputError(
+                "the model has no instruction of its own for queries, and would read them as documents: give that of "
+                'its training as the task, or an empty task, task="", to have them read so'
+            )
+        return task or ""
 
 
 class TextTokenizer:
@@ -266,8 +276,7 @@ def _by_offsets(
         # a decoder's BOS, in front, is an attention sink with an outsized state
         pool = np.concatenate([front, pooled, back])
         pool[-1] |= contract.eos_id is not None
-        if contract.mask_rule == "all":
-            pool[:] = True
+        pool |= contract.mask_rule == "all"
         ids = [*frame.front, *ids[:kept], *ids[body:], *frame.back]
         result.append(TokenizedText(np.array(ids, dtype=np.int64), pool))
     return result
@@ -281,11 +290,8 @@ def _text_tokens(
     Only these may be truncated: tokens that reach into the suffix always stay.
     """
     begin, end = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
-    start = len(frame.prefix)
-    stop = start + len(text)
-    pooled = np.ones(len(offsets), dtype=bool)
-    if frame.prefix:
-        pooled = end > start
+    start, stop = len(frame.prefix), len(frame.prefix) + len(text)
+    pooled = end > start if frame.prefix else np.ones(len(offsets), dtype=bool)
     if boundary:
         for n in np.flatnonzero((begin < start) & (end > start)):
             pooled[n] = not text[: end[n] - start].isspace()

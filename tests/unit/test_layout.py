@@ -146,7 +146,6 @@ MAY_IMPORT: dict[str, set[str]] = {
 # Modules without a test file of their own, and the file that tests them.
 TESTED_ELSEWHERE = {
     "training.batches.batch": "training/batches/test_make.py",
-    "encoders.protocol": "mining/test_mine.py",
     "mining.choose": "mining/test_mine.py",
     "cpu.attention": "cpu/test_blocks.py",
     "model.verify.by_hand": "model/verify/test_doctor.py",

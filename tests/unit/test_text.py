@@ -387,6 +387,8 @@ def test_a_contract_is_data() -> None:
         Contract(eos_id=7, default_task="find", document_template="passage: ").prefix("") == "Instruct: find\nQuery: "
     )
     assert Contract(eos_id=7, default_task="find", document_template="passage: ").prefix(None) == "passage: "
+    fixed = Contract(eos_id=7, query_template="query: ", document_template="passage: ")
+    assert fixed.prefix("") == fixed.prefix("find") == "query: " and fixed.prefix(None) == "passage: "
     for foreign in ({"eos_id": None}, {"eos_id": 1, "query_suffix": "!"}, {"eos_id": 1, "template_specials": True}):
         for rule in ("count", "boundary"):
             with pytest.raises(ValidationError, match=f"not by '{rule}'"):

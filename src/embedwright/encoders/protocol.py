@@ -38,9 +38,23 @@ def as_encoder(model: Any) -> Encoder:
     return encoder
 
 
+def encode_queries(encoder: Encoder, queries: Sequence[str], task: str | None = None) -> NDArray[np.float32]:
+    """Encodes queries to float32 (N, E), under `task` or the model's own instruction.
+
+    An encoder with `encode_query` knows best whether it has one: `Embedder.encode_query` raises ValueError if not. Any
+    other gets the empty task. Raises as `encode_finite`, too.
+    """
+    own = getattr(encoder, "encode_query", None)
+    return _checked(encoder.encode(queries, task=task or "") if own is None else own(queries, task=task), queries)
+
+
 def encode_finite(encoder: Encoder, texts: Sequence[str], task: str | None = None) -> NDArray[np.float32]:
     """Encodes to float32 (N, E). Raises ValueError for another shape, or naming a text whose vector is not finite."""
-    vectors_NE = np.ascontiguousarray(encoder.encode(texts, task=task), dtype=np.float32)
+    return _checked(encoder.encode(texts, task=task), texts)
+
+
+def _checked(vectors: Any, texts: Sequence[str]) -> NDArray[np.float32]:
+    vectors_NE = np.ascontiguousarray(vectors, dtype=np.float32)
     if vectors_NE.ndim != 2 or len(vectors_NE) != len(texts):
         raise InputError(f"the model gave {vectors_NE.shape} for {len(texts)} texts")
     with np.errstate(over="ignore", invalid="ignore"):

@@ -36,6 +36,14 @@ class SentenceTransformerEncoder:
         vectors = encode(texts, prompt_name=self.prompt_name(task), normalize_embeddings=True, show_progress_bar=False)
         return np.asarray(vectors, dtype=np.float32)
 
+    def encode_query(self, texts: Sequence[str], task: str | None = None) -> NDArray[np.float32]:
+        """Encodes queries, under the model's own prompt."""
+        return self.encode(texts, task or "")
+
+    def encode_document(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Encodes documents, under the model's own prompt."""
+        return self.encode(texts)
+
     def prompt_name(self, task: str | None) -> str | None:
         """Returns the name of the prompt that these texts get; None if the model has none for their side."""
         # by name: sentence-transformers itself stops at its own empty `document` and never sees a `passage`

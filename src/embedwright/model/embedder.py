@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -30,7 +29,7 @@ from embedwright.model.pooling import FOLDED, FoldedLatent, Kind, PoolingConfig
 from embedwright.model.verify import probe, selftest
 from embedwright.model.verify.modes import evaluating
 from embedwright.packing import PackedTexts, pack
-from embedwright.text import Contract, NoTokenError, TextTokenizer, check_texts, private_copy, read
+from embedwright.text import Contract, TextTokenizer, check_texts, private_copy, read
 
 Backend = Literal["packed", "sdpa", "eager"]
 
@@ -311,28 +310,30 @@ class Embedder:
         in_front, limit = encode.frame(self.contract, self.longest, task, prefix, max_tokens)
         batch_tokens = self._batch_tokens() if batch_tokens is None else batch_tokens
         encode.check_sizes(dim, batch_tokens, precision, self.embedding_dim)
-        unique = list(dict.fromkeys(texts))
-        vectors = np.empty((len(unique), self.embedding_dim), dtype=np.float32)
-        found = encode.vectors_of(
-            unique,
-            lambda some: read(self.text_tokenizer, self.contract, list(some), in_front, limit),
-            self._embed_alone,
-            self.device,
-            batch_tokens,
-        )
         try:
-            with evaluating(self.network), encode.progress_bar(len(unique), progress) as bar:
-                for rows, embedded in found:
-                    vectors[rows] = embedded
-                    bar.update(len(rows))
-        except NoTokenError as error:  # its index is among the distinct texts: name the caller's
-            raise NoTokenError(error.prefix, error.limit, texts.index(unique[error.index])) from None
+            with evaluating(self.network):
+                vectors = encode.encoded(
+                    texts,
+                    lambda some: read(self.text_tokenizer, self.contract, list(some), in_front, limit),
+                    self._embed_alone,
+                    (self.device, batch_tokens, self.embedding_dim),
+                    progress,
+                )
         except encode.NotFiniteError as error:
-            raise encode.NotFiniteError(texts.index(unique[error.index]), self.network.backbone.dtype) from None
-        if len(unique) != len(texts):
-            row = {text: i for i, text in enumerate(unique)}
-            vectors = vectors[[row[text] for text in texts]]
+            raise encode.NotFiniteError(error.index, self.network.backbone.dtype) from None
         return encode.quantize(vectors if dim is None else encode.shortened(vectors, dim), precision)
+
+    def encode_query(self, texts: Sequence[str], task: str | None = None, **options: Any) -> NDArray[Any]:
+        """Encodes queries, under the instruction `task` or the model's own. `options` are those of `encode`.
+
+        Raises ValueError if there is neither, since queries would be read as documents. `task=""` has it do so.
+        """
+        task = self.contract.query_task(task) if options.get("prefix") is None else task
+        return self.encode(texts, task, **options)
+
+    def encode_document(self, texts: Sequence[str], **options: Any) -> NDArray[Any]:
+        """Encodes documents. `options` are those of `encode`; a document has no task."""
+        return self.encode(texts, None, **options)
 
     def _embed_alone(self, packed: PackedTexts) -> Tensor:
         """Embeds without gradients."""
@@ -340,9 +341,7 @@ class Embedder:
             return self.embed(packed)
 
     def _batch_tokens(self) -> int:
-        """Returns the default of `batch_tokens`. Larger ones are up to a tenth faster on two threads, and take more
-        memory.
-        """
+        """Returns the default of `batch_tokens`. Larger ones take more memory, and are at most a tenth faster."""
         return max(1024, 256 * torch.get_num_threads()) if self.device.type == "cpu" else 32_768
 
     def embed(self, packed: PackedTexts) -> Tensor:

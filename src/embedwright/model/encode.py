@@ -35,6 +35,36 @@ class NotFiniteError(InputError):
         super().__init__(f"texts[{index}]: the model computes no finite vector of it in {name}: {help}")
 
 
+def encoded(
+    texts: list[str],
+    read: Callable[[Sequence[str]], list[TokenizedText]],
+    embed: Callable[[PackedTexts], Tensor],
+    sizes: tuple[torch.device, int, int],
+    progress: bool,
+) -> NDArray[np.float32]:
+    """Encodes each distinct text once. Returns float32 (N, E), in the order of the texts.
+
+    `sizes` are the model's device, `batch_tokens` and E. Raises as `vectors_of`, naming the index in `texts`.
+    """
+    device, batch_tokens, width = sizes
+    unique = list(dict.fromkeys(texts))
+    vectors = np.empty((len(unique), width), dtype=np.float32)
+    try:
+        with progress_bar(len(unique), progress) as bar:
+            for rows, found in vectors_of(unique, read, embed, device, batch_tokens):
+                vectors[rows] = found
+                bar.update(len(rows))
+    except NoTokenError as error:
+        raise NoTokenError(error.prefix, error.limit, texts.index(unique[error.index])) from None
+    except NotFiniteError as error:
+        raise NotFiniteError(texts.index(unique[error.index])) from None
+    if len(unique) == len(texts):
+        return vectors
+    row = {text: i for i, text in enumerate(unique)}
+    repeated: NDArray[np.float32] = vectors[[row[text] for text in texts]]
+    return repeated
+
+
 def vectors_of(
     texts: Sequence[str],
     read: Callable[[Sequence[str]], list[TokenizedText]],

@@ -37,6 +37,8 @@ def test_the_models_own_prompts_go_by_side(minilm: Any, prompts: dict[str, str],
         encoder = SentenceTransformerEncoder(minilm)
         found = [encoder.encode(TEXTS, task="Find it"), encoder.encode(TEXTS)]
         assert np.array_equal(found[0], encoder.encode(TEXTS, task=""))  # a query without an instruction
+        assert np.array_equal(found[0], encoder.encode_query(TEXTS))
+        assert np.array_equal(found[1], encoder.encode_document(TEXTS))
     finally:
         minilm.prompts = before
     for vectors, reference in zip(found, expected, strict=True):

@@ -118,6 +118,51 @@ def test_task_is_the_template_and_prefix_is_raw(model: Embedder, tiny_embedder: 
     np.testing.assert_array_equal(mean.encode(texts, TASK), mean.encode(texts, prefix=boundary))
 
 
+def with_contract(model: Embedder, **fields: Any) -> Embedder:
+    """The same network, read in another way."""
+    contract = model.contract.model_copy(update=fields)
+    model.network.contract, model.network.config.contract = contract, contract.model_dump()
+    return Embedder(model.network, model.tokenizer)
+
+
+@pytest.mark.parametrize("pooling", ["latent", "mean"])
+def test_each_side_has_its_method_as_in_sentence_transformers(
+    pooling: Any, tiny_embedder: Callable[..., Embedder], tmp_path: Path
+) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    model = with_contract(tiny_embedder(pooling), default_task=TASK)
+    model.save(tmp_path / "model")
+    theirs, texts = SentenceTransformer(str(tmp_path / "model"), device="cpu"), made_up_texts(4)
+    np.testing.assert_allclose(model.encode_query(texts), theirs.encode_query(texts), atol=1e-6)
+    np.testing.assert_allclose(model.encode_document(texts), theirs.encode_document(texts), atol=1e-6)
+    np.testing.assert_array_equal(model.encode_query(texts), model.encode(texts, task=TASK))
+    np.testing.assert_array_equal(
+        model.encode_query(texts, "Find another", dim=8), model.encode(texts, "Find another", dim=8)
+    )
+    assert np.abs(model.encode_query(texts) - model.encode_document(texts)).max() > 1e-3
+
+
+def test_queries_never_become_documents_unsaid(model: Embedder) -> None:
+    """Where a model has no instruction of its own, as those that are trained here."""
+    texts = made_up_texts(4)
+    with pytest.raises(ValueError, match="no instruction of its own") as refused:
+        model.encode_query(texts)
+    assert 'task=""' in str(refused.value)
+    for asked in ({"task": ""}, {"prefix": ""}):
+        np.testing.assert_array_equal(model.encode_query(texts, **asked), model.encode_document(texts))  # type: ignore[arg-type]
+    np.testing.assert_array_equal(model.encode_query(texts, TASK), model.encode(texts, TASK))
+    with pytest.raises(TypeError, match="task"):
+        model.encode_document(texts, task=TASK)
+
+
+def test_a_fixed_query_template_needs_no_instruction(tiny_embedder: Callable[..., Embedder]) -> None:
+    model, texts = with_contract(tiny_embedder("latent"), query_template="query: "), made_up_texts(4)
+    for found in (model.encode_query(texts), model.encode(texts, task=""), model.encode_query(texts, TASK)):
+        np.testing.assert_array_equal(found, model.encode(texts, prefix="query: "))
+    assert np.abs(model.encode_query(texts) - model.encode(texts)).max() > 1e-3
+
+
 @pytest.mark.parametrize("pooling", ["latent", "mean"])
 def test_the_instruction_is_read_but_not_pooled(pooling: Any, tiny_embedder: Callable[..., Embedder]) -> None:
     model = tiny_embedder(pooling)

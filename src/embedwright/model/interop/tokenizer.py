@@ -186,8 +186,7 @@ def sentence_transformers_files(
         ("1_Pooling", "sentence_transformers.sentence_transformer.modules.pooling.Pooling"),
         ("2_Normalize", "sentence_transformers.base.modules.normalize.Normalize"),
     )
-    query, document = contract.query_template, contract.document_template
-    query = contract.prefix("") if "{task}" in query else query
+    query, document = contract.prefix(""), contract.document_template
     return {
         "modules.json": [
             {"idx": i, "name": str(i), "path": path, "type": kind} for i, (path, kind) in enumerate(modules)
