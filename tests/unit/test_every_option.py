@@ -29,12 +29,11 @@ from small_wordnet import ENTRIES, TEXT, write_wordnet
 from embedwright.cli import main as cli
 from embedwright.cli import mining
 from embedwright.evaluation.results import Result, Results, write_results
-from embedwright.index.faiss_file import build_index
+from embedwright.index.build import build_index
 from embedwright.llm.client import Server
 from embedwright.model.embedder import Embedder
 from embedwright.studies.ablate import jobs as ablate_jobs
 from embedwright.synth.plan import PROMPTS
-from embedwright.vectors.corpus import encode_corpus
 
 TESTS = Path(__file__).parents[1]
 Words = dict[str, str]  # of a command line, by the parameter that they are for
@@ -156,6 +155,11 @@ CHANGES: dict[str, dict[str, tuple[str, str, Words]]] = {
         "model": ("files", "{other}", {}),
         "source": ("files", "{other_documents}", {}),
         "out": ("names", "elsewhere", {}),
+        "chunk_tokens": ("files", "--chunk-tokens 4", {}),
+        "overlap": ("files", "--overlap 2", {"chunk_tokens": "--chunk-tokens 4"}),
+        "metadata": ("files", "--metadata part", {}),
+        "precision": ("files", "--precision float16", {}),
+        "faiss": ("names", "--faiss", {}),
     },
     "search": {
         "model": ("error", "{other}", {}),
@@ -163,6 +167,8 @@ CHANGES: dict[str, dict[str, tuple[str, str, Words]]] = {
         "queries": ("said", "'the moon' tides", {}),
         "k": ("said", "--k 2", {}),
         "task": ("said", "--task 'Find it'", {}),
+        "where": ("said", "--where part=odd", {}),
+        "each_chunk": ("said", "--chunks", {}),
     },
     "export": {
         "model": ("files", "{other_nvembed}", {}),
@@ -394,7 +400,7 @@ def write_data(at: Path) -> Words:
     german = {"query": "Wie entstehen die Gezeiten?", "positives": ["Durch die Anziehungskraft des Mondes."]}
     examples += [examples[0], {**german, "negatives": ["Das weiß niemand so genau."], "task": "first"}]
     held = [{"text": examples[3]["query"], "label": "x"}, {"text": " ".join(examples[5]["query"].split()[::-1])}]
-    documents = [{"_id": f"d{i}", "text": f"d{i} {some(('d', i))}"} for i in range(10)]
+    documents = [{"_id": f"d{i}", "text": f"d{i} {some(('d', i))}", "part": ["even", "odd"][i % 2]} for i in range(10)]
     copied = [{"_id": "c", "text": examples[6]["positives"][0]}]
     articles = [article(i) for i in range(12)]
     write(at / "beir" / "queries.jsonl", [{"_id": "q", "text": "something else"}])
@@ -557,8 +563,7 @@ def places(
     at = tmp_path_factory.mktemp("every-option")
     found = write_data(at) | write_models(at, tiny_decoder, tiny_embedder)
     for name, documents in (("index", "documents"), ("other_index", "other_documents")):
-        encode_corpus(Embedder.load(found["model"]), Path(found[documents]), at / name)
-        build_index(at / name)
+        build_index(Embedder.load(found["model"]), Path(found[documents]), at / name, chunk_tokens=4, metadata=["all"])
         found[name] = str(at / name)
     found["recipe"] = write_recipe(at / "recipe.yaml", found, 1)
     found["other_recipe"] = write_recipe(at / "other.yaml", found, 2)

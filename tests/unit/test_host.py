@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from embedwright import Embedder, Recipe, evaluate, mine, train
 from embedwright.data.schema import Example, Passage
-from embedwright.index.faiss_file import build_index
+from embedwright.index.faiss_file import write_faiss
 from embedwright.index.index import Index
 from embedwright.model.formats.nvembed_export import export_nvembed
 from embedwright.model.verify.doctor import examine_name
@@ -140,7 +140,7 @@ CALLS: dict[str, Callable[[Path, Path, Path], Any]] = {
     ),
     "search": lambda saved, base, out: (
         encode_corpus(Embedder.load(saved / "latent"), saved / "texts.jsonl", out / "index"),
-        build_index(out / "index"),
+        write_faiss(out / "index"),
         Index.open(out / "index").search(Embedder.load(saved / "latent"), TEXTS[:2]),
     ),
     "export": lambda saved, base, out: export_nvembed(Embedder.load(NVEMBED), out / "export"),

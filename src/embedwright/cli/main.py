@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import typer
 
-from embedwright.cli import evaluation, mining, model, studies
+from embedwright.cli import evaluation, index, mining, model, studies
 from embedwright.cli.cache import cache_app
 from embedwright.cli.data import data_app
 from embedwright.errors import InputError
@@ -35,7 +35,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "ablate": studies.ablate,
     "report": studies.report,
     "encode": model.encode,
-    "index": model.index,
+    "index": index.index,
     "search": model.search,
     "merge": model.merge,
     "export": model.export,

@@ -1,4 +1,4 @@
-"""The commands that make a model and use it: `train`, `merge`, `encode`, `index`, `search`, `export`, `doctor`."""
+"""The commands that make a model and use it: `train`, `merge`, `encode`, `search`, `export`, `doctor`."""
 
 from __future__ import annotations
 
@@ -162,27 +162,10 @@ def encode(
     from embedwright.vectors.corpus import encode_corpus
 
     how: dict[str, Any] = {"task": task, "precision": precision, "shard": shard}
-    _with_all(model, lambda encoder: say(f"{encode_corpus(encoder, source, out, progress=counter('texts'), **how)}"))
+    with_all(model, lambda encoder: say(f"{encode_corpus(encoder, source, out, progress=counter('texts'), **how)}"))
 
 
-def index(
-    model: options.Model,
-    source: options.Texts,
-    out: Annotated[Path, arg("Folder for vectors and index.", callback=options.folder_to_write)],
-) -> None:
-    """Encode a corpus and build an exact index over it. Under torchrun, all processes encode."""
-    from embedwright.index.faiss_file import build_index
-    from embedwright.vectors.corpus import encode_corpus
-
-    def work(encoder: Any) -> None:
-        folder = encode_corpus(encoder, source, out, progress=counter("texts"))
-        say(str(folder))
-        say(str(build_index(folder)))
-
-    _with_all(model, work)
-
-
-def _with_all(model: str, work: Callable[[Any], None]) -> None:
+def with_all(model: str, work: Callable[[Any], None]) -> None:
     """Opens a model in every process that torchrun has started, and runs `work` in the first, where all encode."""
     from embedwright.encoders.open import open_encoder
     from embedwright.encoders.sharded import shared
@@ -198,16 +181,22 @@ def search(
     queries: Annotated[list[str], arg("One or more queries, each in quotes.")],
     k: Annotated[int, opt("Number of hits of a query.")] = 5,
     task: options.TaskOption = None,
+    where: Annotated[
+        list[str] | None,
+        opt("Condition on the metadata, as lang=en, year>=2020 or `lang in en,de`. Repeatable: all must hold."),
+    ] = None,
+    each_chunk: Annotated[bool, opt("Show each chunk as a hit, not the best one of a document.", "--chunks")] = False,
 ) -> None:
     """Search an index."""
     from embedwright.encoders.open import open_encoder
     from embedwright.index.index import Index
 
-    found = Index.open(folder).search(open_encoder(model), queries, k=k, task=task)
+    found = Index.open(folder).search(open_encoder(model), queries, k, task, where, each_chunk=each_chunk)
     for query, hits in zip(queries, found, strict=True):
         say(query)
         for hit in hits:
-            say(f"  {hit.score:.4f}  {hit.id}  {' '.join(hit.text.split())[:100]}")
+            shown = f"{hit.title} {hit.text[hit.start : hit.end]}"
+            say(f"  {hit.score:.4f}  {hit.id}  {' '.join(shown.split())[:100]}")
 
 
 def export(

@@ -21,9 +21,9 @@ from embedwright.data.files.beir import read_beir
 from embedwright.data.files.folders import is_data
 from embedwright.data.files.rows import text_lines
 from embedwright.data.schema import DataError, id_of
+from embedwright.encoders.chunks import chunked
 from embedwright.encoders.protocol import Encoder, encode_finite
 from embedwright.evaluation import metrics
-from embedwright.evaluation.chunks import chunked
 from embedwright.evaluation.metrics import READOUTS, SEED, Embeddings, Qrels, Run, Scored
 from embedwright.evaluation.tasks import SuiteTask, digest, read_columns, rows_of, split_of
 

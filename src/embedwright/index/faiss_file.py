@@ -1,4 +1,4 @@
-"""Writes a faiss index of an encoded corpus, for other programs."""
+"""Writes a faiss index of an index's vectors, for other programs."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ from pathlib import Path
 
 from embedwright import threads
 from embedwright.files import whole_file
-from embedwright.vectors.store import open_vectors
+from embedwright.index.index import Index
 
 _ROWS = 4096  # added to the index at once
 
 
-def build_index(folder: Path) -> Path:
+def write_faiss(folder: Path) -> Path:
     """Writes `index.faiss`, a flat inner-product index of all vectors in `folder`, for other programs that read faiss.
 
-    Its row i is document i of the shards. `search` does not need it. Raises ValueError if encoding has not finished.
+    Its row i is chunk i of the shards, where chunks of deleted documents do not count; without chunking, a document is
+    a chunk. `search` does not need it. Raises ValueError if encoding has not finished.
     """
     faiss = threads.load_faiss()
-    vectors = open_vectors(folder)
+    vectors = Index.open(folder).live_vectors()
     index = faiss.IndexFlatIP(vectors.shape[1])
     for _, tile_NE in vectors.tiles(_ROWS):
         index.add(tile_NE)

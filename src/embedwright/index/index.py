@@ -1,23 +1,30 @@
-"""`Index`: an encoded corpus, opened for search. The search is exact, and one hit stands for one document."""
+"""`Index`: an encoded corpus, opened for search. The search is exact, and one hit stands for one document.
+
+`Q` queries, `C` chunks, `N` documents, `E` embedding, `F` chunks that are searched, `K` the best of one query.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from embedwright.data.tables.documents import DocumentTable
 from embedwright.encoders.protocol import Encoder, as_encoder, encode_finite
 from embedwright.errors import InputError
+from embedwright.index import documents as docs
+from embedwright.index.layout import Layout, Part
+from embedwright.index.where import Where, matching
 from embedwright.vectors.corpus import open_encoded
 from embedwright.vectors.search import top_k
-from embedwright.vectors.shards import Vectors
+from embedwright.vectors.shards import Vectors, read_shard
 from embedwright.vectors.store import Manifest, check_model, open_vectors
 
-Where = Mapping[str, Any] | Sequence[str]
+_CHUNKS = 4  # searched for each document that is wanted, at first
 
 
 class Hit(NamedTuple):
@@ -37,13 +44,30 @@ class Hit(NamedTuple):
 
 
 class Index:
-    """An index on disk, opened for search. Make one with `Index.open`.
+    """An index on disk, opened for search. Make one with `Index.open`; open it again after a change.
 
-    `manifest` says how it was made, `vectors` has one row for each chunk.
+    `manifest` says how its vectors were made, `layout` its settings. `vectors` has a row for each chunk, and so has
+    `chunks`: `document` (the row in `documents`), `start`, `end`. `live_N` is false for deleted documents.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, vectors: Vectors, table: DocumentTable) -> None:
-        self.folder, self.manifest, self.vectors, self._table = folder, manifest, vectors, table
+    def __init__(self, folder: Path, layout: Layout | None) -> None:
+        self.folder, self.layout = folder, layout or Layout(parts=(Part(folder="."),))
+        if not self.layout.parts:
+            raise InputError(f"{folder} is unfinished: run the same `index` command again")
+        self.manifest = Manifest.read(folder / self.layout.parts[0].folder)
+        self.types = self.layout.metadata
+        opened = [_open_part(folder / part.folder, part, plain=layout is None) for part in self.layout.parts]
+        self.vectors = Vectors([], [], self.manifest.dimension)
+        self.documents = docs.open_table([file for part in opened for file in part.documents], self.types)
+        chunks, first = [], 0
+        for part in opened:
+            self.vectors += part.vectors
+            own = part.chunks
+            chunks.append(own.set_column(0, "document", pc.add(own["document"], first)))
+            first += len(part.live_N)
+        self.chunks = pa.concat_tables(chunks)
+        self.live_N = np.concatenate([part.live_N for part in opened])
+        self._document_C = self.chunks["document"].to_numpy()
         self._checked: tuple[Any, Encoder] | None = None
 
     @classmethod
@@ -52,19 +76,23 @@ class Index:
 
         Raises FileNotFoundError if nothing is encoded there, and ValueError where encoding has not finished.
         """
-        folder = Path(folder)
-        return cls(folder, Manifest.read(folder), open_vectors(folder), open_encoded(folder))
+        return cls(Path(folder), Layout.read(Path(folder)))
 
     def facts(self) -> dict[str, Any]:
         """Returns what the index holds: counts, the model's fingerprint, dimension, precision, metadata columns."""
         return {
-            "documents": len(self._table),
-            "chunks": len(self.vectors),
+            "documents": int(self.live_N.sum()),
+            "chunks": int(self.live_N[self._document_C].sum()),
             "model": self.manifest.model,
             "dimension": self.manifest.dimension,
             "precision": self.manifest.precision,
-            "metadata": dict[str, str](),
+            "metadata": dict(self.types),
         }
+
+    def live_vectors(self) -> Vectors:
+        """Returns the vectors of all chunks whose documents are not deleted."""
+        row_F = np.flatnonzero(self.live_N[self._document_C])
+        return self.vectors if len(row_F) == len(self.vectors) else self.vectors.of_rows(row_F)
 
     def check(self, model: Any) -> Encoder:
         """Returns `model` as an encoder. Raises ValueError, naming what differs, unless it made this index.
@@ -73,38 +101,111 @@ class Index:
         """
         if self._checked is None or self._checked[0] is not model:
             encoder = as_encoder(model)
-            check_model(self.folder, encoder)
+            check_model(self.folder / self.layout.parts[0].folder, encoder)
             self._checked = model, encoder
         return self._checked[1]
 
     def search(
-        self, model: Any, queries: Sequence[str], k: int = 10, task: str | None = None, where: Where | None = None
+        self,
+        model: Any,
+        queries: Sequence[str],
+        k: int = 10,
+        task: str | None = None,
+        where: Where | None = None,
+        *,
+        each_chunk: bool = False,
     ) -> list[list[Hit]]:
         """Finds the `k` best documents of each query, best first; fewer where fewer match.
 
-        `task` is the instruction of the queries; None means the model's default one. `where` filters by metadata.
-        Raises ValueError for another model than the one that made the index, naming what differs.
+        Args:
+            model: the model that made the index.
+            queries: a list of texts.
+            k: number of hits of a query.
+            task: the instruction of the queries. None: the model's default one.
+            where: conditions on the metadata, as `["lang=en", "year>=2020"]` or `{"lang": "en"}`. Documents are
+                filtered first, and the search is exact over what is left.
+            each_chunk: each chunk is a hit. Default: one hit for a document, with its best chunk.
+
+        Raises ValueError for another model than the one that made the index, naming what differs, and for a condition
+        that cannot be read.
         """
         encoder = self.check(model)
         if isinstance(queries, str):
             raise InputError("queries is one text: give a list of texts")
         if not queries:
             return []
-        return self.search_vectors(encode_finite(encoder, queries, task or ""), k, where)
+        return self.search_vectors(encode_finite(encoder, queries, task or ""), k, where, each_chunk=each_chunk)
 
     def search_vectors(
-        self, queries_QE: NDArray[np.float32], k: int = 10, where: Where | None = None
+        self,
+        queries_QE: NDArray[np.float32],
+        k: int = 10,
+        where: Where | None = None,
+        *,
+        each_chunk: bool = False,
     ) -> list[list[Hit]]:
         """Does the same for queries that this index's model has encoded."""
-        if where:
-            raise InputError(f"{self.folder} has no metadata to filter by")
-        scores_QK, rows_QK = top_k(queries_QE, self.vectors, k)
-        documents = {row: self._table[row] for row in np.unique(rows_QK).tolist()}
-        return [
-            [_hit(*documents[row], score) for score, row in zip(scores, rows, strict=True)]
-            for scores, rows in zip(scores_QK.tolist(), rows_QK.tolist(), strict=True)
-        ]
+        wanted_N = self.live_N & matching(self.documents, self.types, where) if where else self.live_N
+        row_F = np.flatnonzero(wanted_N[self._document_C])
+        vectors = self.vectors if len(row_F) == len(self.vectors) else self.vectors.of_rows(row_F)
+        document_F = np.arange(len(row_F)) if each_chunk else self._document_C[row_F]
+        best = _best(queries_QE, vectors, document_F, k)
+        row_H = np.unique([row_F[row] for found in best for _, row in found]).astype(np.int64)
+        found = dict(zip(row_H.tolist(), self._chunks_at(row_H), strict=True))
+        return [[found[row_F[row]]._replace(score=score) for score, row in hits] for hits in best]
+
+    def _chunks_at(self, row_H: NDArray[np.int64]) -> list[Hit]:
+        """Returns chunks as hits without a score."""
+        chunks = self.chunks.take(pa.array(row_H)).to_pydict()
+        rows = np.unique(chunks["document"]).astype(np.int64).tolist()
+        document_of = dict(zip(rows, docs.take(self.documents, rows), strict=True))
+        hits = []
+        for row, start, end in zip(chunks["document"], chunks["start"], chunks["end"], strict=True):
+            id, title, text, metadata = document_of[row]
+            hits.append(Hit(id, 0.0, text, title, start, end, metadata))
+        return hits
 
 
-def _hit(id: str, text: str, score: float) -> Hit:
-    return Hit(id, score, text, "", 0, len(text), {})
+class _OpenPart(NamedTuple):
+    vectors: Vectors
+    documents: list[Path]
+    chunks: pa.Table
+    live_N: NDArray[np.bool_]
+
+
+def _open_part(folder: Path, part: Part, plain: bool) -> _OpenPart:
+    """Opens a part. A plain one is a folder of `encode`, whose shards hold the documents."""
+    vectors = open_vectors(folder)
+    shards = [block for block in vectors.blocks if isinstance(block, Path)]
+    if plain:
+        open_encoded(folder)  # raises for vectors without documents
+        table = docs.open_table(shards, {})
+        length = pc.utf8_length(table["text"])
+        columns = {"document": np.arange(len(table)), "start": np.zeros(len(table), np.int64), "end": length}
+        return _OpenPart(vectors, shards, pa.table(columns), np.ones(len(table), np.bool_))
+    file = folder / "documents.arrow"
+    live_N = np.ones(len(docs.open_table([file], {})), np.bool_)
+    live_N[list(part.deleted)] = False
+    batches = [read_shard(shard).select(["document", "start", "end"]) for shard in shards]
+    chunks = pa.Table.from_batches([batch.replace_schema_metadata(None) for batch in batches])
+    return _OpenPart(vectors, [file], chunks, live_N)
+
+
+def _best(
+    queries_QE: NDArray[np.float32], vectors: Vectors, document_F: NDArray[np.int64], k: int
+) -> list[list[tuple[float, int]]]:
+    """Finds score and row of the best chunk of the `k` best documents of each query.
+
+    The best chunks hold the best documents in order. Where they hold too few, more chunks are searched.
+    """
+    several = len(document_F) > 0 and len(np.unique(document_F)) < len(document_F)
+    found: list[list[tuple[float, int]]] = [[] for _ in queries_QE]
+    open_Q, depth = np.arange(len(queries_QE)), k * _CHUNKS if several else k
+    while len(open_Q):
+        scores_QK, rows_QK = top_k(queries_QE[open_Q], vectors, depth)
+        for q, scores, rows in zip(open_Q.tolist(), scores_QK.tolist(), rows_QK, strict=True):
+            first = np.unique(document_F[rows], return_index=True)[1]
+            found[q] = [(scores[place], int(rows[place])) for place in sorted(first.tolist())[:k]]
+        open_Q = np.array([q for q in open_Q if len(found[q]) < k and depth < len(vectors)], np.int64)
+        depth *= _CHUNKS
+    return found

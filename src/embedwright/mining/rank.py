@@ -97,7 +97,7 @@ def _encoded_documents(encoder: Encoder, pool: Pool, encode: Encode, advance: Ad
         other = other_model(table.encoded, encoder, lambda texts: encode_finite(encoder, texts, manifest.task))
         if other is None and manifest.task is None:
             advance(len(pool))
-            return open_vectors(table.encoded).of_shards(np.array(pool.place, np.int64))  # those with text
+            return open_vectors(table.encoded).of_rows(np.array(pool.place, np.int64))  # those with text
         logger.warning("%s: its vectors are not this teacher's (%s): encoded again", table.encoded, other or "a task")
     return encode(encoder, pool.texts, len(pool))
 

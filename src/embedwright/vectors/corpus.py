@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from embedwright.data.files.beir import corpus_rows, document_text
+from embedwright.data.files.beir import title_and_text, with_title
+from embedwright.data.files.documents import document_rows
 from embedwright.data.files.folders import stem_of
 from embedwright.data.files.parts import Shard
-from embedwright.data.files.rows import plain_name, text_rows
 from embedwright.data.schema import DataError, id_of
 from embedwright.data.tables.documents import DocumentTable
 from embedwright.encoders.protocol import Encoder, as_encoder
@@ -18,6 +19,7 @@ from embedwright.errors import InputError
 from embedwright.vectors.shards import read_shard
 from embedwright.vectors.store import (
     Manifest,
+    Row,
     StoredPrecision,
     Survey,
     check_model,
@@ -29,6 +31,18 @@ from embedwright.vectors.store import (
 
 logger = logging.getLogger(__name__)
 
+Progress = Callable[[int, int], None]  # told how many are done, of how many
+
+
+class SourceRow(NamedTuple):
+    """A document as it was read, and the whole row, which may say more. `where` names file and line."""
+
+    where: str
+    id: str
+    title: str
+    text: str
+    row: Mapping[str, Any]
+
 
 def encode_corpus(
     model: Any,
@@ -38,7 +52,7 @@ def encode_corpus(
     task: str | None = None,
     shard_rows: int = 10_000,
     precision: StoredPrecision | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     shard: Shard | None = None,
 ) -> Path:
     """Encodes the documents of `source` into the folder `out`, and returns it. Called again, it does what is missing.
@@ -47,8 +61,7 @@ def encode_corpus(
 
     Args:
         model: anything that `as_encoder` takes.
-        source: a data file, a folder of such, or a BEIR folder. Its rows have `text`, optional `title` (put in front,
-            with a space) and optional `_id` or `id` (else the number of the line); a `.txt` has one text per line.
+        source: what `read_source` reads. A title is put in front of its text, with a space.
         out: a new folder, or one that a run before has begun.
         task: an instruction for the documents, which most models want without.
         shard_rows: documents of a shard.
@@ -61,27 +74,47 @@ def encode_corpus(
         DataError: a bad line, or an id that occurs twice; the message names file and line.
         ValueError: `out` holds something else: vectors of another source, task, shard size or model.
     """
+    rows = lambda: ((row.id, with_title(row.title, row.text)) for row in read_source(source))  # noqa: E731
+    how: dict[str, Any] = {"task": task, "shard_rows": shard_rows, "precision": precision}
+    encode_rows(as_encoder(model), rows, out, ("id", "text"), **how, progress=progress, shard=shard)
+    return out
+
+
+def encode_rows(
+    encoder: Encoder,
+    rows: Callable[[], Iterable[Row]],
+    out: Path,
+    columns: Sequence[str],
+    *,
+    task: str | None = None,
+    shard_rows: int = 10_000,
+    precision: StoredPrecision | None = None,
+    progress: Progress | None = None,
+    shard: Shard | None = None,
+) -> Manifest:
+    """Does the work of `encode_corpus` for rows that `rows()` gives anew each time: what is stored, then the text.
+
+    `columns` names what is stored. It may include the text, which comes last.
+    """
     if shard_rows < 1:
         raise InputError(f"shard_rows must be at least 1, not {shard_rows}")
-    seen = survey(_documents(source), shard_rows)
-    if not seen.texts:
-        raise DataError(f"{source}: no document")
-    encoder, done = as_encoder(model), 0
+    seen = survey(rows(), shard_rows)
+    done = 0
     manifest = _claim(out, encoder, seen, shard_rows, task, precision)
     own = (shard or Shard(0, 1)).rows(len(seen.digests))
     total = min(own.stop * shard_rows, seen.texts) - min(own.start * shard_rows, seen.texts)
 
-    def advance(documents: int) -> None:
+    def advance(texts: int) -> None:
         nonlocal done
-        done += documents
+        done += texts
         if progress:
             progress(done, total)
 
-    fill(out, manifest, encoder, _documents(source), seen, columns=("id", "text"), advance=advance, own=own)
+    fill(out, manifest, encoder, rows(), seen, columns=columns, advance=advance, own=own)
     if Manifest.read(out) != manifest:  # two commands may have begun at one moment: those vectors count for nothing
         raise InputError(f"{out} was taken by a command with other settings meanwhile: take a new folder")
-    logger.info("%s: %d documents of %s", out, total, source)
-    return out
+    logger.info("%s: %d texts", out, total)
+    return manifest
 
 
 def is_encoded(folder: Path) -> bool:
@@ -90,12 +123,21 @@ def is_encoded(folder: Path) -> bool:
 
 
 def open_encoded(folder: Path) -> DocumentTable:
-    """Opens the documents of a folder that `encode_corpus` has filled. Raises as `open_vectors`."""
-    vectors = open_vectors(folder)
+    """Opens the documents of a folder that `encode` or `index` has filled, one for each vector.
+
+    Raises as `open_vectors`, and ValueError for an index of chunks or one that was changed: the rows of its vectors are
+    no longer those of its documents.
+    """
+    vectors, identity = open_vectors(folder), Manifest.read(folder).source_sha256
     files = [block for block in vectors.blocks if isinstance(block, Path)]
+    if (documents := folder / "documents.arrow").is_file():
+        layout = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        if layout["chunk_tokens"] or layout["parts"] != [{"folder": ".", "deleted": []}]:
+            raise InputError(f"{folder} is an index of chunks, or was changed: run `encode` on the corpus instead")
+        return DocumentTable([documents], identity, encoded=folder)
     if files and "id" not in read_shard(files[0]).schema.names:
         raise InputError(f"{folder} holds vectors without documents: take a folder that `encode` or `index` wrote")
-    return DocumentTable(files, Manifest.read(folder).source_sha256, encoded=folder)
+    return DocumentTable(files, identity, encoded=folder)
 
 
 def _claim(
@@ -116,10 +158,15 @@ def _claim(
     return manifest
 
 
-def _documents(source: Path) -> Iterator[tuple[str, str]]:
-    """Returns (id, text) of each document. Raises DataError naming file and line."""
+def read_source(source: Path) -> Iterator[SourceRow]:
+    """Yields the documents of a data file, a folder of such, a BEIR folder, or a folder of `.txt` and `.md` files.
+
+    Rows have `text`, optional `title` and optional `_id` or `id` (else the number of the line); a `.txt` has one text
+    per line. In a folder of texts each file is a document: its id is the path, its title the first heading or the
+    file's name. Raises DataError, naming file and line, for a bad row or an id that occurs twice.
+    """
     seen: set[str] = set()
-    for file, number, row in _rows(source):
+    for file, number, _, row in document_rows(source, file_titles=True):
         try:
             if isinstance(row, DataError):
                 raise row
@@ -128,15 +175,10 @@ def _documents(source: Path) -> Iterator[tuple[str, str]]:
             id_ = number_as_id if row.get(key) is None else id_of(row[key], key)
             if id_ in seen:
                 raise DataError(f"id {id_[:60]!r} twice")
-            text = document_text(row)
+            title, text = title_and_text(row)
         except DataError as error:
             raise DataError(f"{file}:{number}: {error}") from None
         seen.add(id_)
-        yield id_, text
-
-
-def _rows(source: Path) -> Iterator[tuple[Path, int, Mapping[str, Any] | DataError]]:
-    if plain_name(source.name).endswith(".txt"):
-        yield from ((source, number, row) for number, _, row in text_rows(source))
-    else:
-        yield from corpus_rows(source)
+        yield SourceRow(f"{file}:{number}", id_, title, text, row)
+    if not seen:
+        raise DataError(f"{source}: no document")

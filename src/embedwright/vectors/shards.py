@@ -23,9 +23,9 @@ _TILE = 4096  # rows read at once where some of them are wanted
 
 
 class SomeOfShard(NamedTuple):
-    """Some rows of a shard."""
+    """Some rows of a shard or an array."""
 
-    path: Path
+    block: NDArray[Any] | Path
     rows: NDArray[np.int64]
 
 
@@ -44,14 +44,14 @@ class Vectors:
         """Returns the rows of both, those of `other` after the own ones."""
         return Vectors([*self.blocks, *other.blocks], [*self.rows, *other.rows], self.shape[1])
 
-    def of_shards(self, rows_F: NDArray[np.int64]) -> Vectors:
-        """Returns these rows, which ascend, of vectors whose blocks are all shards. Nothing is read."""
+    def of_rows(self, rows_F: NDArray[np.int64]) -> Vectors:
+        """Returns these rows, which ascend, of vectors whose blocks are whole. Nothing is read."""
         ends = np.cumsum(self.rows)
         parts = np.split(rows_F, np.searchsorted(rows_F, ends[:-1]))
         blocks = [
             SomeOfShard(block, part - start) if len(part) < rows else block
             for block, part, start, rows in zip(self.blocks, parts, ends - self.rows, self.rows, strict=True)
-            if isinstance(block, Path)
+            if not isinstance(block, SomeOfShard)
         ]
         return Vectors(blocks, list(map(len, parts)), self.shape[1])
 
@@ -76,10 +76,9 @@ class Vectors:
             for first in range(0, rows, size):
                 end = min(first + size, rows)
                 if rows_F is None or np.diff(np.searchsorted(rows_F, (start + first, start + end))):
-                    if isinstance(block, SomeOfShard):
-                        array = vectors_of(read_shard(block.path))[block.rows[first:end]]
-                    else:
-                        array = (vectors_of(read_shard(block)) if isinstance(block, Path) else block)[first:end]
+                    whole = block.block if isinstance(block, SomeOfShard) else block
+                    own = block.rows[first:end] if isinstance(block, SomeOfShard) else slice(first, end)
+                    array = (vectors_of(read_shard(whole)) if isinstance(whole, Path) else whole)[own]
                     yield start + first, np.ascontiguousarray(array, dtype=np.float32)
             start += rows
 
@@ -113,11 +112,14 @@ def vectors_of(shard: pa.RecordBatch) -> NDArray[Any]:
 
 
 def write_shard(
-    path: Path, vectors_NE: NDArray[Any], columns: Mapping[str, Sequence[str]], metadata: dict[bytes, bytes]
+    path: Path, vectors_NE: NDArray[Any], columns: Mapping[str, Sequence[Any]], metadata: dict[bytes, bytes]
 ) -> None:
-    """Writes vectors and columns of texts, whole or not at all."""
+    """Writes vectors and columns of texts or of whole numbers, whole or not at all."""
     vector = pa.FixedSizeListArray.from_arrays(pa.array(vectors_NE.ravel()), vectors_NE.shape[1])
-    texts = {name: pa.array(values, pa.large_string()) for name, values in columns.items()}
-    batch = pa.RecordBatch.from_pydict({**texts, "vector": vector}).replace_schema_metadata(metadata)
+    beside = {
+        name: pa.array(values, pa.int64() if isinstance(values[0], int) else pa.large_string())
+        for name, values in columns.items()
+    }
+    batch = pa.RecordBatch.from_pydict({**beside, "vector": vector}).replace_schema_metadata(metadata)
     with whole_file(path) as temp, pa.ipc.new_file(str(temp), batch.schema) as writer:
         writer.write_batch(batch)

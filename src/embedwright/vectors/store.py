@@ -2,7 +2,8 @@
 
 A folder holds `manifest.json` (what is encoded, how, and by which model), `probes.arrow` (a few of the texts with their
 vectors) and `shard-00000.arrow` and so on: Arrow files with a column `vector` (fixed-size list of float32 or float16)
-and, for a corpus, `id` and `text`. Each is whole or absent.
+and, for a corpus, `id` and `text`; for an index, `document`, `start` and `end` (`index.layout`). Each is whole or
+absent.
 
 `C` texts, `N` texts of a tile, `E` embedding.
 """
@@ -34,7 +35,7 @@ from embedwright.vectors.shards import Vectors, read_shard, vectors_of, write_sh
 logger = logging.getLogger(__name__)
 
 StoredPrecision = Literal["float32", "float16"]
-Row = tuple[str, ...]  # of a text: the columns that are stored beside its vector; the text comes last
+Row = tuple[Any, ...]  # of a text: the columns that are stored beside its vector; the text comes last
 
 _FORMAT = 2  # 1: Parquet shards of a corpus, .npy blocks of mining
 _OWNER = b"embedwright.manifest"  # in each shard's metadata: the digest of the manifest that it was written under

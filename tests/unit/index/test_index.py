@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from small_index import Rounded, small_corpus
 
-from embedwright.index.faiss_file import build_index
+from embedwright.index.faiss_file import write_faiss
 from embedwright.index.index import Hit, Index
 from embedwright.vectors.corpus import encode_corpus
 from embedwright.vectors.store import encode_texts
@@ -76,5 +76,5 @@ def test_an_index_of_other_vectors_is_not_read(folder: Path, tmp_path: Path) -> 
     """What `search` reads are the vectors themselves; `index.faiss` is for other programs."""
     expected = Index.open(folder).search(Rounded(), ["query"])
     other = encode_corpus(Rounded(salt="other"), tmp_path / "corpus.jsonl", tmp_path / "other", shard_rows=10)
-    build_index(other).replace(folder / "index.faiss")
+    write_faiss(other).replace(folder / "index.faiss")
     assert Index.open(folder).search(Rounded(), ["query"]) == expected

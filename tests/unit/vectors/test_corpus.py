@@ -14,7 +14,7 @@ from fake_llm import command
 
 from embedwright.data.files.parts import Shard
 from embedwright.data.schema import DataError
-from embedwright.index.faiss_file import build_index
+from embedwright.index.faiss_file import write_faiss
 from embedwright.index.index import Index
 from embedwright.model.embedder import Embedder
 from embedwright.vectors.corpus import encode_corpus, is_encoded, open_encoded
@@ -98,7 +98,8 @@ def test_a_corpus_in_float16_is_indexed_and_gone_on_with(tmp_path: Path, monkeyp
     source, out = write_source(tmp_path / "corpus.jsonl", TEXTS), tmp_path / "out"
     encode_corpus(Hashed(), source, out, precision="float16")
     monkeypatch.setattr("embedwright.encoders.open.open_encoder", lambda name: Hashed())
-    assert command(monkeypatch, "index", "m", source, out) == 0
+    assert command(monkeypatch, "index", "m", source, out, "--faiss") == 0
+    assert command(monkeypatch, "index", "m", source, out, "--chunk-tokens", "9") == 2
     assert Manifest.read(out).precision == "float16" and (out / "index.faiss").is_file()
     with pytest.raises(ValueError, match="with precision 'float16', this is 'float32'"):
         encode_corpus(Hashed(), source, out, precision="float32")
@@ -167,7 +168,7 @@ def test_vectors_are_known_by_the_fingerprint_of_their_model(
     resume(Embedder.load(tmp_path / "elsewhere"))
     np.testing.assert_allclose(read_vectors(out)[2], model.encode(texts), atol=1e-6)
 
-    build_index(out)
+    write_faiss(out)
     folded = Embedder.load(tmp_path / "elsewhere").fold()
     monkeypatch.setattr(folded, "encode", lambda texts, task=None: model.encode(texts, task))
     assert Index.open(out).search(folded, ["moon"], k=1)[0][0].text == "moon"

@@ -102,12 +102,22 @@ def corpus_files(path: Path) -> list[Path]:
 
 def document_text(row: Mapping[str, Any]) -> str:
     """Returns title, space, text. Either may be empty, as some of BEIR's are. Raises DataError if there is no text."""
+    return with_title(*title_and_text(row))
+
+
+def title_and_text(row: Mapping[str, Any]) -> tuple[str, str]:
+    """Returns title and text of a document. Either may be empty. Raises DataError if there is no text."""
     if row.get("text") is None:
         raise DataError("no text")
     title, text = (
         "" if (value := row.get(key)) is None or (isinstance(value, str) and not value.strip()) else text_of(value, key)
         for key in ("title", "text")
     )
+    return title, text
+
+
+def with_title(title: str, text: str) -> str:
+    """Returns what a model reads of a document: title, space, text."""
     return f"{title} {text}".strip() if title else text
 
 

@@ -81,7 +81,7 @@ def read_documents(path: Path, columns: Mapping[str, tuple[str, ...]], on_bad: O
     text, or the id of an earlier one. Holds one row in memory, and 100 bytes for each id.
     """
     ids: set[str] = set()
-    for file, number, raw, row in _rows(path):
+    for file, number, raw, row in document_rows(path):
         try:
             if isinstance(row, DataError):
                 raise row
@@ -133,10 +133,14 @@ def _is_text(path: Path) -> bool:
     return path.is_file() and plain_name(path.name).endswith(".txt")
 
 
-def _rows(path: Path) -> Iterator[tuple[Path, int, bytes, Row]]:
+def document_rows(path: Path, file_titles: bool = False) -> Iterator[tuple[Path, int, bytes, Row]]:
+    """Yields file, number, bytes and content of each row that `read_documents` reads.
+
+    With `file_titles`, a file that is a document without a heading has its name as title.
+    """
     files = document_files(path)
     if _pages(path):
-        yield from ((page, 1, b"", _page(page, path)) for page in files)
+        yield from ((page, 1, b"", _page(page, path, file_titles)) for page in files)
     elif _is_text(path):
         yield from ((path, number, raw, row) for number, raw, row in text_rows(path))
     else:
@@ -153,7 +157,7 @@ def _pages(path: Path) -> list[Path]:
     return sorted(f for f in found if not any(part.startswith(".") for part in f.relative_to(path).parts))
 
 
-def _page(file: Path, root: Path) -> Row:
+def _page(file: Path, root: Path, file_titles: bool) -> Row:
     raw = file.read_bytes()
     try:
         text = raw.decode("utf-8-sig")
@@ -161,4 +165,5 @@ def _page(file: Path, root: Path) -> Row:
         return DataError(f"not UTF-8 at byte {error.start}")
     heading = _HEADING.match(text) if file.suffix == ".md" else None
     name = file.name if file == root else file.relative_to(root).as_posix()
-    return {"id": name, "title": heading[1] if heading else None, "text": text[heading.end() :] if heading else text}
+    title = heading[1] if heading else file.stem if file_titles else None
+    return {"id": name, "title": title, "text": text[heading.end() :] if heading else text}

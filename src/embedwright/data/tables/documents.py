@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from embedwright.cache import cache_folder
-from embedwright.data.files.beir import corpus_documents, corpus_files, read_corpus
+from embedwright.data.files.beir import corpus_documents, corpus_files, read_corpus, with_title
 from embedwright.data.files.folders import stem_of
 from embedwright.files import locked, sha256_of, whole_file
 
@@ -29,7 +29,10 @@ _SCHEMA = pa.schema({"id": pa.large_string(), "text": pa.large_string()})
 
 
 class DocumentTable:
-    """The documents of Arrow files with the columns `id` and `text`, in order: it has `len`, `[row]` and `items()`."""
+    """The documents of Arrow files with the columns `id` and `text`, in order: it has `len`, `[row]` and `items()`.
+
+    Where there is a column `title`, it is put in front of the text.
+    """
 
     def __init__(self, files: Sequence[Path], identity: str, encoded: Path | None = None) -> None:
         """`identity` is equal for equal documents; `encoded` is the folder that also has their vectors."""
@@ -47,18 +50,25 @@ class DocumentTable:
         file, i = self._batches[number]
         batch = self._open(file).get_batch(i)
         place = row - self._ends[number] + batch.num_rows
-        return batch["id"][place].as_py(), batch["text"][place].as_py()
+        return next(_documents(batch.slice(place, 1)))
 
     def items(self) -> Iterator[tuple[str, str]]:
         """Yields id and text of all documents. Files are read, not mapped: pages read once would count as memory."""
         for file in self.files:
-            columns = list(map(self._open(file).schema.get_field_index, _SCHEMA.names))
+            names = self._open(file).schema.names
+            columns = [names.index(name) for name in ("id", "title", "text") if name in names]
             reader = pa.ipc.open_file(pa.OSFile(str(file)), options=pa.ipc.IpcReadOptions(included_fields=columns))
             for number in range(reader.num_record_batches):
                 batch = reader.get_batch(number)
                 for start in range(0, batch.num_rows, _ROWS):
-                    part = batch.slice(start, _ROWS)
-                    yield from zip(part["id"].to_pylist(), part["text"].to_pylist(), strict=True)
+                    yield from _documents(batch.slice(start, _ROWS))
+
+
+def _documents(batch: pa.RecordBatch) -> Iterator[tuple[str, str]]:
+    ids, texts = batch["id"].to_pylist(), batch["text"].to_pylist()
+    if "title" in batch.schema.names:
+        texts = list(map(with_title, batch["title"].to_pylist(), texts))
+    yield from zip(ids, texts, strict=True)
 
 
 def open_corpus(path: Path) -> DocumentTable:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from suite_files import Words
 
+from embedwright.encoders.chunks import chunked
 from embedwright.encoders.sentence_transformers import SentenceTransformerEncoder
-from embedwright.evaluation.chunks import chunked
 from embedwright.model.embedder import Embedder
 
 LONG = "The moon pulls at the sea.  Its gravity,\nand that of the sun, make 🌊 tides — twice a day, in most places."

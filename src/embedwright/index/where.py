@@ -1,0 +1,119 @@
+"""Filters by metadata: conditions such as `lang=en`, `year>=2020` or `lang in en,de`, checked exactly."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from embedwright.config import did_you_mean
+from embedwright.errors import InputError
+from embedwright.index.documents import Types
+from embedwright.index.layout import ColumnType
+
+logger = logging.getLogger(__name__)
+
+Where = Mapping[str, Any] | Sequence[str]
+
+_COMPARE = {
+    "=": pc.equal,
+    "!=": pc.not_equal,
+    "<": pc.less,
+    "<=": pc.less_equal,
+    ">": pc.greater,
+    ">=": pc.greater_equal,
+}
+_CONDITION = re.compile(r"\s*(.*?)(?:\s*(!=|<=|>=|==?|<|>)|\s(in)\s)\s*(.*?)\s*", re.DOTALL)
+_PYTHON = {"text": str, "int": int | float, "float": int | float, "bool": bool}
+
+
+class Condition(NamedTuple):
+    """What a document must have: a column, how it is compared, and with which values; `in` alone takes several."""
+
+    column: str
+    how: str
+    values: list[Any]
+
+
+def matching(table: pa.Table, types: Types, where: Where) -> NDArray[np.bool_]:
+    """Says for each document whether all conditions hold for it. One that lacks the value matches no condition.
+
+    `where` is a list of texts, or a mapping of columns to the value that they have, or to a list of possible values.
+    Raises InputError for an unknown column or a value of another type, naming the nearest. A text that no document has
+    is no error: it is warned of.
+    """
+    found_N = np.ones(len(table), np.bool_)
+    for condition in conditions(where, types):
+        column, how, values = condition
+        kind = pa.array(values).type if types[column] == "int" else table.schema.field(column).type
+        if how == "in":
+            mask = pc.is_in(table[column], value_set=pa.array(values, kind))
+        else:
+            mask = _COMPARE[how](table[column], pa.scalar(values[0], kind))
+        own_N = pc.fill_null(mask, False).to_numpy()
+        if not own_N.any() and types[column] == "text" and how in ("=", "in"):
+            there = [value for value in pc.unique(table[column]).to_pylist() if value is not None]
+            logger.warning("no document has %s %s%s", column, ", ".join(values), did_you_mean(values[0], there))
+        found_N &= own_N
+    return found_N
+
+
+def conditions(where: Where, types: Types) -> list[Condition]:
+    """Reads conditions, each value as its column's type."""
+    if isinstance(where, str):
+        raise InputError(f"where is one text: give a list, [{where!r}]")
+    if isinstance(where, Mapping):
+        given = [
+            (column, "in", list(value)) if isinstance(value, list | tuple) else (column, "=", [value])
+            for column, value in where.items()
+        ]
+    else:
+        given = [_split(text) for text in where]
+    return [_checked(column, how, values, types) for column, how, values in given]
+
+
+def _split(text: str) -> tuple[str, str, list[Any]]:
+    if not (match := _CONDITION.fullmatch(text)):
+        raise InputError(f"where {text!r}: expected a column, one of {', '.join(_COMPARE)} or in, and a value")
+    column, sign, word, value = match.groups()
+    if word:
+        return column, "in", [part.strip() for part in value.split(",")]
+    return column, sign.replace("==", "="), [value]
+
+
+def _checked(column: str, how: str, values: list[Any], types: Types) -> Condition:
+    if column not in types:
+        hint = did_you_mean(column, types) or f"; the index has {', '.join(types) or 'no metadata'}"
+        raise InputError(f"where: no metadata column {column!r}{hint}")
+    kind = types[column]
+    if kind == "bool" and how not in ("=", "!=", "in"):
+        raise InputError(f"where: {column} is true or false, which {how} does not compare: take = or !=")
+    return Condition(column, how, [_value(value, column, kind) for value in values])
+
+
+def _value(value: Any, column: str, kind: ColumnType) -> Any:
+    if isinstance(value, str) and kind != "text":
+        value = _read(value, column, kind)
+    if not isinstance(value, _PYTHON[kind]) or (isinstance(value, bool) and kind != "bool"):
+        raise InputError(f"where: {column} holds {kind}, not {str(value)[:60]!r}")
+    return value
+
+
+def _read(value: str, column: str, kind: ColumnType) -> Any:
+    if kind == "bool":
+        words = {"true": True, "false": False}
+        if value not in words:
+            raise InputError(f"where: {column} is true or false, not {value!r}{did_you_mean(value, words)}")
+        return words[value]
+    for number in (int, float):
+        try:
+            return number(value)
+        except ValueError:
+            continue
+    raise InputError(f"where: {column} holds {kind}, not {value!r}")

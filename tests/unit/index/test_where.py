@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import itertools
+import json
+import operator
+from typing import Any
+
+import numpy as np
+import pytest
+from small_index import Rounded
+
+from embedwright.index.build import build_index
+from embedwright.index.index import Index
+
+LANGS, YEARS, RATES, DRAFTS = ["en", "de", None, "fr"], [2019, 2020, 2021, None], [0.5, 2, None], [True, False, None]
+HOW = {"=": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
+
+
+def rows() -> list[dict[str, Any]]:
+    found = []
+    for i, (lang, year, rate, draft) in enumerate(itertools.product(LANGS, YEARS, RATES, DRAFTS)):
+        given = {"lang": lang, "year": year, "rate": rate, "draft": draft, "tags": ["x"]}
+        meta = {key: value for key, value in given.items() if value is not None}
+        found.append({"_id": f"d{i}", "text": f"text {i}", **meta})
+    return found
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> Index:
+    at = tmp_path_factory.mktemp("where")
+    (at / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()))
+    return Index.open(build_index(Rounded(), at / "c.jsonl", at / "index", metadata=["all"], shard_rows=50))
+
+
+def holds(row: dict[str, Any], condition: str) -> bool:
+    column, how, text = condition.split(" ")
+    if (value := row.get(column)) is None:
+        return False
+    read = {"lang": str, "year": float, "rate": float, "draft": {"true": True, "false": False}.get}[column]
+    if how == "in":
+        return value in [read(part) for part in text.split(",")]
+    return bool(HOW[how](value, read(text)))
+
+
+SINGLE = [
+    *(f"lang {how} {value}" for how in HOW for value in ("en", "de", "es")),
+    *(f"year {how} {value}" for how in HOW for value in ("2020", "2020.5")),
+    *(f"rate {how} {value}" for how in HOW for value in ("2", "0.5")),
+    *(f"draft {how} {value}" for how in ("=", "!=") for value in ("true", "false")),
+    *("lang in en,fr", "year in 2019,2021", "rate in 0.5", "draft in true,false"),
+]
+
+
+def test_filters_are_those_of_a_loop_and_the_search_behind_them_is_exact(index: Index) -> None:
+    everything = rows()
+    vectors, query = Rounded().encode([row["text"] for row in everything]), Rounded().encode(["q"], "")
+    order = np.argsort(-(vectors @ query[0]), kind="stable").tolist()
+    pairs = [*([one] for one in SINGLE), *map(list, itertools.combinations(SINGLE, 2))]
+    for where in [[], *pairs]:
+        expected = [row["_id"] for row in map(everything.__getitem__, order) if all(holds(row, c) for c in where)]
+        (hits,) = index.search_vectors(query, 7, where)
+        assert [hit.id for hit in hits] == expected[:7], where
+    (hits,) = index.search_vectors(query, 999, ["lang=en"])
+    assert len(hits) == sum(row.get("lang") == "en" for row in everything)
+
+
+def test_a_mapping_says_the_same(index: Index) -> None:
+    query = Rounded().encode(["q"], "")
+    for mapping, texts in (
+        ({"lang": "en", "year": 2020}, ["lang=en", "year==2020"]),
+        ({"lang": ["en", "fr"], "draft": True}, [" lang in en, fr ", "draft=true"]),
+    ):
+        hits = index.search_vectors(query, 99, mapping)
+        assert hits == index.search_vectors(query, 99, texts) and hits[0]
+    metadata = hits[0][0].metadata
+    assert metadata.keys() == {"lang", "year", "rate", "draft"} and metadata["draft"] is True
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        (["langs=en"], "no metadata column 'langs'.*did you mean 'lang'"),
+        (["tags=x"], "no metadata column 'tags'"),
+        (["year=late"], "year holds int, not 'late'"),
+        (["draft=ture"], "did you mean 'true'"),
+        (["draft<true"], "take = or !="),
+        (["lang"], "expected a column"),
+        ({"year": "2020x"}, "year holds int"),
+        ({"lang": 3}, "lang holds text, not '3'"),
+        ({"year": True}, "year holds int"),
+        ("lang=en", "give a list"),
+    ],
+)
+def test_bad_conditions_are_named(index: Index, where: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        index.search_vectors(Rounded().encode(["q"], ""), 3, where)
+
+
+def test_a_text_that_no_document_has_is_warned_of(index: Index, caplog: pytest.LogCaptureFixture) -> None:
+    assert index.search_vectors(Rounded().encode(["q"], ""), 3, ["lang=enn"]) == [[]]
+    assert "no document has lang enn (did you mean 'en'?)" in caplog.text
