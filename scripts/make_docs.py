@@ -49,6 +49,7 @@ ROOMS += [
     "mining",
     "llm",
     "synth",
+    "serve",
     "training",
     "training/batches",
 ]

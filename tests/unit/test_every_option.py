@@ -24,7 +24,9 @@ import typer.core
 import typer.main
 import yaml
 from fake_llm import Body, FakeLLM, Reply
+from fastapi import FastAPI
 from small_wordnet import ENTRIES, TEXT, write_wordnet
+from starlette.testclient import TestClient
 
 from embedwright.cli import main as cli
 from embedwright.cli import mining
@@ -32,6 +34,7 @@ from embedwright.evaluation.results import Result, Results, write_results
 from embedwright.index.build import build_index
 from embedwright.llm.client import Server
 from embedwright.model.embedder import Embedder
+from embedwright.serve import run as serve_run
 from embedwright.studies.ablate import jobs as ablate_jobs
 from embedwright.synth.plan import PROMPTS
 
@@ -62,6 +65,7 @@ BASE: dict[str, Words] = {
     "encode": {"model": "{model}", "source": "{documents}", "out": "OUT"},
     "index": {"model": "{model}", "source": "{documents}", "out": "OUT"},
     "search": {"model": "{model}", "folder": "{index}", "queries": "tides"},
+    "serve": {"model": "{model}"},
     "export": {"model": "{nvembed}", "out": "OUT"},
     "doctor": {},
     "ablate": {"file": "{ablation}", "out": "--out OUT"},
@@ -174,6 +178,21 @@ CHANGES: dict[str, dict[str, tuple[str, str, Words]]] = {
         "model": ("files", "{other_nvembed}", {}),
         "out": ("names", "elsewhere", {}),
         "layout": ("error", "--format another", {}),  # there is one as yet
+    },
+    "serve": {
+        "model": ("said", "{other}", {}),
+        "host": ("said", "--host ::1", {}),
+        "port": ("said", "--port 7", {}),
+        "name": ("said", "--name another", {}),
+        "api_key_env": ("said", "--api-key-env SOME_KEY", {}),
+        "api_key_file": ("said", "--api-key-file {keys}", {}),
+        "token_ids": ("said", "--token-ids", {}),
+        "max_tokens": ("said", "--max-tokens 9", {}),
+        "max_inputs": ("said", "--max-inputs 2", {}),
+        "max_body": ("said", "--max-body 40", {}),
+        "batch_tokens": ("said", "--batch-tokens 7", {}),
+        "queue_tokens": ("said", "--queue-tokens 7", {}),
+        "drain": ("said", "--drain 7", {}),
     },
     "doctor": {"model": ("said", "{model}", {})},
     "ablate": {
@@ -416,6 +435,7 @@ def write_data(at: Path) -> Words:
         "other_entry": yaml.safe_dump(entry | {"instructions": ["Find another"]}),
         "licences": "first: CC-BY-4.0\nsecond: MIT\n",
         "other_licences": "first: MIT\nsecond: CC-BY-4.0\n",
+        "keys": "a-key\n",
         "words": "".join(f"{i}: word{i}\n" for i in range(6)),
         "other_words": "".join(f"{i}: name{i}\n" for i in range(6)),
         "prompts": PROMPTS.read_text().replace("one training example", "a single training example"),
@@ -513,6 +533,17 @@ class Finished:
 
     def poll(self) -> int:
         return 0
+
+
+def asked_once(app: FastAPI, listening: Any, drain_s: float) -> None:
+    """Stands for the running of a server: it is asked a few times, with a key of each kind and without."""
+    batcher = app.state.server.batcher
+    print(listening.getsockname(), drain_s, batcher.batch_tokens, batcher.queue_tokens)
+    with TestClient(app, "http://localhost") as client:
+        for headers in ({}, {"Authorization": "Bearer some-key"}, {"Authorization": "Bearer a-key"}):
+            for texts in ("tides " * 9, ["a", "b", "c"], [5, 6]):
+                sent = {"input": texts, "dimensions": 2}
+                print(client.post("/v1/embeddings", json=sent, headers=headers).text)
 
 
 def answer(body: Body, n: int) -> Reply:
@@ -642,6 +673,8 @@ def run(places: Words, servers: dict[str, FakeLLM], tmp_path_factory: pytest.Tem
         patch.setattr("sentence_transformers.CrossEncoder", Overlap)
         patch.setattr(mining, "Server", partial(Server, retries=0))
         patch.setattr("os.fsync", lambda handle: None)
+        patch.setattr(serve_run, "run", asked_once)
+        patch.setattr(serve_run, "listen", lambda *place: SimpleNamespace(getsockname=lambda: place))
         patch.setattr(ablate_jobs, "subprocess", SimpleNamespace(Popen=Finished, DEVNULL=None))
         known = cache(lambda command, words: call(command, dict(words)))
         yield lambda command, words: known(command, tuple(words.items()))

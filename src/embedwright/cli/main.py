@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import typer
 
-from embedwright.cli import evaluation, index, mining, model, studies
+from embedwright.cli import evaluation, index, mining, model, serve, studies
 from embedwright.cli.cache import cache_app
 from embedwright.cli.data import data_app
 from embedwright.errors import InputError
@@ -37,6 +37,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "encode": model.encode,
     "index": index.index,
     "search": model.search,
+    "serve": serve.serve,
     "merge": model.merge,
     "export": model.export,
     "doctor": model.doctor,

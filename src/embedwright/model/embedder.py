@@ -308,7 +308,7 @@ class Embedder:
         """
         texts = check_texts(texts)
         in_front, limit = encode.frame(self.contract, self.longest, task, prefix, max_tokens)
-        batch_tokens = self._batch_tokens() if batch_tokens is None else batch_tokens
+        batch_tokens = self.batch_tokens if batch_tokens is None else batch_tokens
         encode.check_sizes(dim, batch_tokens, precision, self.embedding_dim)
         try:
             with evaluating(self.network):
@@ -340,8 +340,9 @@ class Embedder:
         with torch.inference_mode(not self.network.sharded), torch.no_grad():
             return self.embed(packed)
 
-    def _batch_tokens(self) -> int:
-        """Returns the default of `batch_tokens`. Larger ones take more memory, and are at most a tenth faster."""
+    @property
+    def batch_tokens(self) -> int:
+        """The default of `batch_tokens`. Larger ones take more memory, and are at most a tenth faster."""
         return max(1024, 256 * torch.get_num_threads()) if self.device.type == "cpu" else 32_768
 
     def embed(self, packed: PackedTexts) -> Tensor:

@@ -1,0 +1,53 @@
+"""The command `serve`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from embedwright.cli import options
+from embedwright.cli.display import say
+from embedwright.cli.options import opt
+from embedwright.errors import InputError, MissingPackageError
+
+
+def serve(
+    model: options.Model,
+    host: Annotated[str, opt("Address to listen at. One that others can reach needs a key.")] = "127.0.0.1",
+    port: Annotated[int, opt("Port to listen at; 0 takes a free one.", min=0, max=65535)] = 8000,
+    name: Annotated[str | None, opt("The model's name for clients. Default: the last part of its path.")] = None,
+    api_key_env: Annotated[str | None, opt("NAME of the environment variable that holds the API key.")] = None,
+    api_key_file: Annotated[Path | None, opt("File of API keys, one a line.")] = None,
+    token_ids: Annotated[bool, opt("Take the model's own token ids in place of texts.", "--token-ids")] = False,
+    max_tokens: Annotated[int | None, opt("Tokens after which a text is cut. Default: the model's.", min=1)] = None,
+    max_inputs: Annotated[int, opt("Texts of a request at most.", min=1)] = 256,
+    max_body: Annotated[int, opt("Bytes of a request at most.", min=1)] = 2_000_000,
+    batch_tokens: Annotated[
+        int | None, opt("Tokens of a batch at most. Default: what `encode` takes on this device.", min=1)
+    ] = None,
+    queue_tokens: Annotated[
+        int | None, opt("Tokens that wait at most; more get 429. Default: those of 16 batches.", min=1)
+    ] = None,
+    drain: Annotated[float, opt("Seconds in which a stopped server answers what it has accepted.", min=0)] = 10.0,
+) -> None:
+    """Serve a model over HTTP, as OpenAI's clients ask for vectors: POST /v1/embeddings."""
+    try:
+        from embedwright.serve.app import Limits, create_app
+        from embedwright.serve.run import listen, read_keys, run
+    except ImportError as error:
+        raise MissingPackageError(f"serve needs more packages ({error}): pip install 'embedwright[serve]'") from error
+    from embedwright.encoders.open import open_encoder
+    from embedwright.model.embedder import Embedder
+
+    keys = read_keys(api_key_env, api_key_file)
+    listening = listen(host, port, keys)  # a port that is taken is said before a model is loaded
+    opened = open_encoder(model)
+    if not isinstance(opened, Embedder):
+        raise InputError(f"{model} opens through sentence-transformers: serve needs a decoder, whose texts it packs")
+    limits = Limits(max_inputs, max_body, max_tokens, batch_tokens, queue_tokens)
+    name = name or Path(model).name
+    app = create_app(opened, name=name, keys=keys, limits=limits, token_ids=token_ids)
+    place, number = listening.getsockname()[:2]
+    at = f"[{place}]" if ":" in place else place
+    say(f"{name} at http://{at}:{number}/v1 ({opened.embedding_dim} dimensions, {len(keys) or 'no'} keys)")
+    run(app, listening, drain)

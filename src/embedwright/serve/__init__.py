@@ -1,0 +1,1 @@
+"""The server: vectors and search over HTTP, as OpenAI's clients ask for them"""

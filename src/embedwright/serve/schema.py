@@ -1,0 +1,131 @@
+"""What clients send and get: the models of the requests and answers, with the bounds that OpenAPI shows."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema, create_model
+
+TOKEN_IDS = (
+    "token ids are not taken: ids of another model's vocabulary would give wrong vectors without an error. Send text "
+    "(in LangChain: OpenAIEmbeddings(check_embedding_ctx_length=False))"
+)
+
+
+def _whole(value: Any) -> Any:
+    """Takes 1.0, which JSON Schema calls an integer, and neither true nor "1", which pydantic takes by itself."""
+    if isinstance(value, bool) or not isinstance(value, int | float | None):
+        raise ValueError("this is no whole number")
+    return value
+
+
+# The bounds come first: behind a validator they would be missing in the OpenAPI schema.
+def whole_number(least: int, most: int) -> Any:
+    """Makes the type of a whole number within bounds."""
+    return Annotated[int, Field(ge=least, le=most), BeforeValidator(_whole)]
+
+
+class EmbeddingRequest(BaseModel):
+    """Texts to encode. `input_type` and `task` are not OpenAI's: they say on which side of a search the texts are."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    input: list[str | list[int]]
+    model: str | None = Field(None, description="Name of the model, as /v1/models lists it.")
+    encoding_format: Literal["float", "base64"] | None = Field(
+        None, description="`base64` holds little-endian float32 numbers. Default: float."
+    )
+    dimensions: int | None = None
+    user: str | None = Field(None, description="Ignored.")
+    input_type: Literal["query", "document"] | None = Field(
+        None,
+        description="Side of the texts; a query without `task` gets the model's own. Default: query with a task.",
+    )
+    task: str | None = Field(None, description="Instruction of queries; empty for the model's own.")
+
+
+def embedding_request(width: int, max_inputs: int, token_ids: bool) -> type[EmbeddingRequest]:
+    """Makes the model of a request for vectors of `width` numbers. Token ids are refused without `token_ids`."""
+    many = {"type": "array", "minItems": 1, "maxItems": max_inputs}
+    ids = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
+    forms = [{"type": "string"}, many | {"items": {"type": "string"}}]
+    forms += [ids, many | {"items": ids}] if token_ids else []
+
+    def texts(value: Any) -> list[str | list[int]]:
+        return _inputs(value, max_inputs, token_ids)
+
+    fields: dict[str, Any] = {
+        "input": (Annotated[Any, PlainValidator(texts), WithJsonSchema({"anyOf": forms})], ...),
+        "dimensions": (whole_number(1, width) | None, Field(None, description="Keep the first ones, of unit length.")),
+    }
+    return create_model("EmbeddingRequest", __base__=EmbeddingRequest, **fields)
+
+
+def _inputs(value: Any, max_inputs: int, token_ids: bool) -> list[str | list[int]]:
+    """Returns a request's texts, or lists of token ids, as a list. Raises ValueError, whose message the client gets."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list) or not value:
+        raise ValueError("send a text, or a list of texts that is not empty")
+    if all(_is_id(item) for item in value):
+        value = [value]
+    if len(value) > max_inputs:
+        raise ValueError(
+            f"{len(value)} texts are too many: send at most {max_inputs} in a request "
+            "(LangChain: chunk_size; LlamaIndex: embed_batch_size)"
+        )
+    if all(isinstance(item, list) and item and all(map(_is_id, item)) for item in value):
+        if not token_ids:
+            raise ValueError(TOKEN_IDS)
+        return [[int(id) for id in ids] for ids in value]
+    for i, item in enumerate(value):
+        if not isinstance(item, str):
+            raise ValueError(f"input[{i}] is no text")
+    return list(value)
+
+
+def _is_id(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return value >= 0 and float(value).is_integer()
+
+
+# ---- answers, for OpenAPI; the server writes them itself
+
+
+class Embedding(BaseModel):
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class Usage(BaseModel):
+    """Tokens that the model read: instruction, text and special tokens, after texts that are too long are cut."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingAnswer(BaseModel):
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: Usage
+
+
+class Model(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "embedwright"
+    dimension: int
+    max_tokens: int
+
+
+class Models(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class Status(BaseModel):
+    status: str

@@ -1,0 +1,91 @@
+"""One tiny model behind a real uvicorn, shared by the tests of the server; and others where a test needs its own."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple
+
+import pytest
+import uvicorn
+from fastapi import FastAPI
+
+from embedwright.model.embedder import Embedder
+from embedwright.serve.app import create_app
+
+
+class Answer(NamedTuple):
+    status: int
+    headers: dict[str, str]
+    raw: bytes
+
+    @property
+    def body(self) -> Any:
+        return json.loads(self.raw)
+
+
+class Running(NamedTuple):
+    """A server in a thread of this process."""
+
+    app: FastAPI
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    def ask(
+        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None, raw: bytes | None = None
+    ) -> Answer:
+        """Asks by the standard library alone."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        sent = raw if body is None else json.dumps(body).encode()
+        connection.request(method, path, sent, {"Content-Type": "application/json", **(headers or {})})
+        answer = connection.getresponse()
+        found = Answer(answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read())
+        connection.close()
+        return found
+
+    def embed(self, body: Any = None, **how: Any) -> Answer:
+        return self.ask("POST", "/v1/embeddings", body, **how)
+
+
+@contextmanager
+def running(app: FastAPI) -> Iterator[Running]:
+    listening = socket.create_server(("127.0.0.1", 0), backlog=512)
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
+    thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    yield Running(app, listening.getsockname()[1])
+    server.should_exit = True
+    thread.join(20)
+
+
+@pytest.fixture(scope="session")
+def model(tiny_embedder: Callable[..., Embedder]) -> Embedder:
+    return tiny_embedder("latent")
+
+
+@pytest.fixture(scope="session")
+def serving(model: Embedder) -> Callable[..., AbstractContextManager[Running]]:
+    """`serving(**options of create_app)`: a server of its own, for as long as the block runs."""
+
+    def serve(own: Embedder = model, **options: Any) -> AbstractContextManager[Running]:
+        return running(create_app(own, **{"name": "tiny", **options}))
+
+    return serve
+
+
+@pytest.fixture(scope="session")
+def server(serving: Callable[..., AbstractContextManager[Running]]) -> Iterator[Running]:
+    """The shared server. Leave it as it is."""
+    with serving() as made:
+        yield made
