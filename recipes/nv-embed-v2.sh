@@ -73,17 +73,22 @@ one() { # NAME: a set of the catalogue
   fi
 }
 
-written() { # examples that the language model writes, whose corpus are their own documents
+# What the language model writes: a third of each type. Two types come with a negative of its own and keep it. Those of
+# short-short have none: they are mined among their own positives, apart, so that a label is no negative of a question.
+written() {
   local family=retrieval place=$out/retrieval count
-  count=$(awk -v share="$share" 'BEGIN { n = int(120000 * share + 0.5); print n < 60 ? 60 : n }')
+  count=$(awk -v share="$share" 'BEGIN { n = int(40000 * share + 0.5); print n < 20 ? 20 : n }')
   made=
-  step synth --count "$count" --model "$LLM_MODEL" --types short-long,long-short,short-short \
-    "$out/raw/synthetic.parquet" && mined synthetic
+  step synth --count $((2 * count)) --model "$LLM_MODEL" --types short-long,long-short "$out/raw/synthetic.parquet" &&
+    step clean "$out/raw/synthetic.parquet" --against "$EVAL" "$place/synthetic.parquet" || return
+  made=
+  step synth --count "$count" --model "$LLM_MODEL" --types short-short "$out/raw/synthetic_short.parquet" &&
+    mined synthetic_short
 }
 
 failed=()
 for name in $names; do one "$name" || failed+=("$name"); done
-[ "$LLM_URL" = none ] || { names+=" synthetic" && written; } || failed+=(synthetic)
+[ "$LLM_URL" = none ] || { names+=" synthetic synthetic_short" && written; } || failed+=(synthetic)
 
 python3 - "$out" $names <<'PYTHON'
 import json, sys

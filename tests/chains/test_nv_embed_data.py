@@ -19,7 +19,9 @@ from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import groups
 import pytest
 import yaml
 from fake_llm import Body, FakeLLM, Reply
@@ -108,6 +110,10 @@ class Script:
             return script.returncode, table.read(), said.read()
 
     def command(self, words: list[str]) -> tuple[int, str, str]:
+        if words[0] == "two":  # LAUNCH: `two embedwright mine ...`
+            found = groups.run(__file__, self.folder, {"launched": (2,)}, *words[2:])["launched"][2]
+            errors = [str(one["error"]) for one in found if one["error"]]
+            return bool(errors), "".join(one["said"] for one in found), "\n".join(errors)
         self.patch.setattr(sys, "argv", ["embedwright", *words])
         code, out, err = 0, io.StringIO(), io.StringIO()
         with redirect_stdout(out), redirect_stderr(err):
@@ -128,7 +134,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Script:
 
 
 def file_of(name: str) -> Path:
-    retrieval = name == "synthetic" or load_catalog()[name].family == "retrieval"
+    retrieval = name.startswith("synthetic") or load_catalog()[name].family == "retrieval"
     return Path("out", "retrieval" if retrieval else "others", f"{name}.parquet")
 
 
@@ -282,15 +288,49 @@ def test_the_rehearsal_trains_on_what_the_script_makes(script: Script, tiny_deco
     assert Embedder.load("runs/rehearsal-1b/model").encode(["a tide"]).shape == (1, 32)
 
 
-@pytest.mark.long
-def test_synthetic_examples_are_cleaned_and_mined_too(script: Script) -> None:
+def test_of_synthetic_examples_those_that_came_without_negatives_are_mined(script: Script) -> None:
     with FakeLLM(author) as server:
-        settings = {"SETS": "amazon_polarity", "LLM_URL": server.url, "LLM_MODEL": "m"}
+        settings = {"SETS": " ", "LLM_URL": server.url, "LLM_MODEL": "m"}
         status, table, said = script.run(**settings)
         assert status == 0, said
         asked = len(server.requests)
         assert script.run(**settings)[0] == 0 and script.calls == [] and len(server.requests) == asked
-    made = examples("synthetic")
-    assert rows_of(table)["synthetic"]["out"] == len(made) > 50
-    assert max(len(example.negatives) for example in made) == 7
-    assert len({example.task for example in made}) > 20 and not [e for e in made if find_task(e.task)]
+    written, short = examples("synthetic"), examples("synthetic_short")
+    assert rows_of(table)["synthetic"]["out"] == len(written) > 20
+    assert {e.id.rpartition(":")[0] for e in written} == {"synthetic-short-long", "synthetic-long-short"}
+    assert all(len(example.negatives) == 1 and example.negative_scores is None for example in written)
+    assert rows_of(table)["synthetic_short"]["negatives"] == sum(len(example.negatives) for example in short)
+    positives = {passage.text for example in short for passage in example.positives}
+    assert max(len(e.negatives) for e in short) == 7 and {n.text for e in short for n in e.negatives} <= positives
+    assert len({e.task for e in written + short}) > 20 and not [e for e in written + short if find_task(e.task)]
+
+
+TWO = """#!/bin/sh
+exec {client} two "$@"
+"""
+
+
+def launched(folder: Path, *words: str) -> dict[str, Any]:
+    """Runs a command in this process of a group, and tells what it printed."""
+    os.chdir(folder)
+    os.environ["EMBEDWRIGHT_CACHE"] = str(folder / "cache")
+    said = io.StringIO()
+    with redirect_stdout(said):
+        error = groups.raised(lambda: cli.app(list(words), standalone_mode=False))
+    return {"said": said.getvalue(), "error": error}
+
+
+def test_two_processes_mine_what_one_does(script: Script, tiny_embedder: Callable[..., Embedder]) -> None:
+    """LAUNCH starts the real command in a group of two, as torchrun does."""
+    tiny_embedder("mean").save("teacher")
+    assert script.run(SETS="nq", TEACHER="teacher")[0] == 0
+    alone = examples("nq")
+    launcher = script.folder / "bin" / "two"
+    launcher.write_text(TWO.format(client=script.folder / "bin" / "embedwright"))
+    launcher.chmod(0o755)
+    status, table, said = script.run(SETS="nq", TEACHER="teacher", LAUNCH="two", OUT="out2")
+    assert status == 0, said
+    assert [call[0] for call in script.calls if "mine" in call] == ["two"]
+    mined = open_examples(Path("out2/retrieval/nq.parquet"))
+    assert [row.negatives for row in mined] == [row.negatives for row in alone] and alone[0].negatives
+    assert rows_of(table)["nq"]["negatives"] > 0
