@@ -19,7 +19,6 @@ from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import groups
 import pytest
@@ -38,6 +37,7 @@ from embedwright.training.recipe import Recipe
 from embedwright.training.train import train
 
 RECIPES = Path(__file__).parents[2] / "recipes"
+PROCESSES = Path(__file__).with_name("test_processes.py")  # runs a command in each process of a group
 MINED = ["scifact", "hover", "nq", "squad", "miracl", "nli", "multi_nli", "sts22"]
 LABELLED = ["amazon_polarity", "biorxiv_p2p", "reddit_s2s"]
 HELD_OUT = [f"report {i} {words('report', i)}" for i in range(1, 10)] + [f"AFL 4 &amp; {words('AFL', 4, count=5)}"]
@@ -111,7 +111,7 @@ class Script:
 
     def command(self, words: list[str]) -> tuple[int, str, str]:
         if words[0] == "two":  # LAUNCH: `two embedwright mine ...`
-            found = groups.run(__file__, self.folder, {"launched": (2,)}, *words[2:])["launched"][2]
+            found = groups.run(str(PROCESSES), self.folder, {"given": (2,)}, *words[2:])["given"][2]
             errors = [str(one["error"]) for one in found if one["error"]]
             return bool(errors), "".join(one["said"] for one in found), "\n".join(errors)
         self.patch.setattr(sys, "argv", ["embedwright", *words])
@@ -308,16 +308,6 @@ def test_of_synthetic_examples_those_that_came_without_negatives_are_mined(scrip
 TWO = """#!/bin/sh
 exec {client} two "$@"
 """
-
-
-def launched(folder: Path, *words: str) -> dict[str, Any]:
-    """Runs a command in this process of a group, and tells what it printed."""
-    os.chdir(folder)
-    os.environ["EMBEDWRIGHT_CACHE"] = str(folder / "cache")
-    said = io.StringIO()
-    with redirect_stdout(said):
-        error = groups.raised(lambda: cli.app(list(words), standalone_mode=False))
-    return {"said": said.getvalue(), "error": error}
 
 
 def test_two_processes_mine_what_one_does(script: Script, tiny_embedder: Callable[..., Embedder]) -> None:

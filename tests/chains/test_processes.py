@@ -134,3 +134,9 @@ def mined(folder: Path) -> dict[str, Any]:
 
 def failed(folder: Path) -> dict[str, Any]:
     return command("eval", folder / "model", folder / "bad.yaml")
+
+
+def given(folder: Path, *words: str) -> dict[str, Any]:
+    os.chdir(folder)
+    os.environ["EMBEDWRIGHT_CACHE"] = str(folder / "cache")
+    return command(*words)
