@@ -68,8 +68,8 @@ one() { # NAME: a set of the catalogue
     step build "$1" "${options[@]}" "$out/raw/$1.parquet" &&
       step clean "$out/raw/$1.parquet" --against "$EVAL" "$place/$1.parquet"
   else
-    step build "$1" "${options[@]}" --corpus-out "$out/corpus/$1.parquet" "$out/raw/$1.parquet" &&
-      mined "$1" --corpus "$out/corpus/$1.parquet"
+    step build "$1" "${options[@]}" --corpus-out "$out/corpus/$1.arrow" "$out/raw/$1.parquet" &&
+      mined "$1" --corpus "$out/corpus/$1.arrow"
   fi
 }
 

@@ -97,6 +97,17 @@ def whole_folder(path: str | Path, mode: int = 0o777) -> Iterator[Path]:
     sync(final if stays else final.parent)
 
 
+@contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """Yields a hidden folder beside `path`, for files on the way to it, and removes it when the block ends."""
+    folder = _temp_sibling(path)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
 def append_line(path: str | Path, line: str) -> None:
     """Adds a line of UTF-8 text to a file that only grows. First removes a half line that a killed process left."""
     final = _real(path)

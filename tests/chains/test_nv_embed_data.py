@@ -162,7 +162,7 @@ def test_sets_of_every_kind_from_their_files_to_mined_examples(
     counts = rows_of(table)
     assert list(counts) == [*MINED, *LABELLED, "all"]
     for name in MINED:
-        made, corpus, task = examples(name), read_corpus(Path("out/corpus") / f"{name}.parquet"), load_catalog()[name]
+        made, corpus, task = examples(name), read_corpus(Path("out/corpus") / f"{name}.arrow"), load_catalog()[name]
         assert counts[name]["out"] == len(made) > 5 and counts[name]["corpus"] == len(corpus)
         negatives = [negative for example in made for negative in example.negatives]
         texts = set(corpus.values())
@@ -226,7 +226,7 @@ def kill(script: Script, sets: str, points: list[tuple[int, str]]) -> None:
     """Kills the script at each point of its way, starts it again, and compares what it made with an unbroken run."""
     assert script.run(SETS=sets)[0] == 0
     names, commands = sets.split(), len(script.calls)
-    files = [file for name in names for file in (file_of(name), Path("out/corpus") / f"{name}.parquet")]
+    files = [file for name in names for file in (file_of(name), Path("out/corpus") / f"{name}.arrow")]
     whole = {file: file.read_bytes() for file in files if file.exists()}
     for number, when in points or [(n, when) for n in range(1, commands + 1) for when in ("before", "after")]:
         shutil.rmtree("out")

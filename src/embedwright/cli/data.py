@@ -45,7 +45,10 @@ def data_build(
     ] = None,
     corpus_out: Annotated[
         Path | None,
-        opt("File for the documents that `mine --corpus` searches. Default: none.", callback=options.rows_to_write),
+        opt(
+            "File for the documents that `mine --corpus` searches; it reads .arrow in place. Default: none.",
+            callback=options.corpus_to_write,
+        ),
     ] = None,
     seed: options.Seed = 0,
     form: options.Form = None,

@@ -90,6 +90,7 @@ StoredPrecision = Annotated[
     Literal["float32", "float16"], opt("Number type of stored vectors; float16 halves them.", "--precision")
 ]
 rows_to_write = to_write(check_rows_file)
+corpus_to_write = to_write(lambda path: check_file(path) if path.suffix == ".arrow" else check_rows_file(path))
 Out = Annotated[Path, opt("File to write: .jsonl, .jsonl.gz or .parquet.", "--out", callback=rows_to_write)]
 Model = Annotated[str, arg("Model: a folder, a hub id, or `minilm`.")]
 Texts = Annotated[Path, arg("JSONL or Parquet with `text`, or plain .txt with a text a line.")]

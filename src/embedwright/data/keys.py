@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from array import array
+from collections.abc import Iterable
+
+import numpy as np
 
 NEAR = 0.8  # Jaccard from which two texts are near-duplicates: the usual value (Lee et al. 2022, arXiv 2107.06499)
 SHINGLE_WORDS = 3
@@ -103,3 +107,18 @@ def are_near(a: set[str], b: set[str]) -> bool:
     """Tells whether texts with these shingles are near-duplicates."""
     few, many = (len(a), len(b)) if len(a) < len(b) else (len(b), len(a))
     return few >= NEAR * many > 0 and jaccard(a, b) >= NEAR
+
+
+def first_repeat(marks: array[int], texts: Iterable[str]) -> int | None:
+    """Returns the place of the first text that repeats an earlier one as it is, or None.
+
+    `marks` are the hashes of the texts, so that memory holds 8 bytes a text. These are read where two marks are equal.
+    """
+    hashes, counts = np.unique(np.array(marks, np.int64), return_counts=True)
+    twice, seen = set(hashes[counts > 1].tolist()), set[str]()
+    for place, text in enumerate(texts) if twice else ():
+        if hash(text) in twice:
+            if text in seen:
+                return place
+            seen.add(text)
+    return None

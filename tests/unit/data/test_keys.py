@@ -2,12 +2,23 @@
 
 import ast
 import random
+from array import array
 from pathlib import Path
 
 import pytest
 
 import embedwright
-from embedwright.data.keys import NEAR, are_near, both_keys, exact_key, jaccard, near_key, shingles, word_key
+from embedwright.data.keys import (
+    NEAR,
+    are_near,
+    both_keys,
+    exact_key,
+    first_repeat,
+    jaccard,
+    near_key,
+    shingles,
+    word_key,
+)
 
 
 @pytest.mark.parametrize(
@@ -116,3 +127,13 @@ def test_no_other_module_decides_when_texts_are_the_same() -> None:
     assert found.pop("data/keys.py") >= {"normalize", "casefold", "lower"}
     extra = {file: names - NOT_FOR_SAMENESS.get(file, set()) for file, names in found.items()}
     assert {file: names for file, names in extra.items() if names} == {}
+
+
+def test_the_first_repeat_is_found_by_marks_and_confirmed_by_the_texts() -> None:
+    def found(*texts: str) -> int | None:
+        return first_repeat(array("q", map(hash, texts)), iter(texts))
+
+    assert found("a", "b", "c") is None and found() is None
+    assert found("a", "b", "c", "b", "a") == 3
+    assert first_repeat(array("q", [7, 7]), ["a", "b"]) is None  # equal marks of other texts
+    assert first_repeat(array("q", [1, 2]), map(pytest.fail, ["read"])) is None

@@ -5,13 +5,13 @@ A bad line is an error here: a document that is silently missing would change ev
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from embedwright.data.files.folders import data_files, is_beir
-from embedwright.data.files.rows import read_rows, text_lines
+from embedwright.data.files.rows import Row, read_rows, text_lines
 from embedwright.data.schema import DataError, id_of, number_of, text_of
 from embedwright.errors import NotFoundError
 
@@ -79,7 +79,12 @@ def read_corpus(path: Path) -> dict[str, str]:
 
 def corpus_documents(path: Path) -> Iterator[tuple[str, str, str]]:
     """Yields file:line, id and text of each document, as `read_corpus` reads them, but an id may occur twice."""
-    for file, number, row in corpus_rows(path):
+    return documents_of(corpus_rows(path))
+
+
+def documents_of(rows: Iterable[tuple[Path, int, Row]]) -> Iterator[tuple[str, str, str]]:
+    """Yields the same for rows as `corpus_rows` gives them."""
+    for file, number, row in rows:
         try:
             if isinstance(row, DataError):
                 raise row
@@ -89,7 +94,7 @@ def corpus_documents(path: Path) -> Iterator[tuple[str, str, str]]:
             raise DataError(f"{file}:{number}: {error}") from None
 
 
-def corpus_rows(path: Path) -> Iterator[tuple[Path, int, dict[str, Any] | DataError]]:
+def corpus_rows(path: Path) -> Iterator[tuple[Path, int, Row]]:
     """Yields (file, number, row) for each document of a file, a folder of files, or a BEIR folder."""
     for file in corpus_files(path):
         yield from ((file, number, row) for number, _, row in read_rows(file))

@@ -251,6 +251,7 @@ KINDS: dict[Kind, FileKind] = {
     "scored": FileKind(_SCORED, ("text1", "text2"), ("score",)),
     "pair-labelled": FileKind(_PAIR_LABELLED, ("text1", "text2"), ("label",)),
 }
+ROW_BY_ROW: set[Kind] = {"example", "pairs", "scored"}  # whose examples do not depend on other rows
 _EXPECTED = "A row has the keys " + ", or ".join(" and ".join(kind.needs) for kind in KINDS.values())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -36,9 +37,7 @@ class Quarantine:
 
     def add(self, number: int, line: bytes, error: DataError, file: Path | None = None) -> None:
         """Keeps one bad line of `file` (default: the source), or the next piece of the line that came last."""
-        if self._file is None:
-            self._file = self._open.enter_context(self._open.enter_context(whole_file(self.path)).open("wb"))
-        self._file.write(line)
+        self._opened().write(line)
         place = (file or self.source, number)
         if place == self._last:
             return
@@ -47,6 +46,22 @@ class Quarantine:
         if self.count <= LOGGED:
             self.reasons.append(f"{place[0]}:{number}: {error}")
             log.warning("%s", self.reasons[-1])
+
+    def extend(self, path: Path, count: int, reasons: list[str]) -> None:
+        """Adds the `count` bad lines of another quarantine, whose file is `path`, and its first few `reasons`."""
+        if not count:
+            return
+        for reason in reasons[: max(LOGGED - self.count, 0)]:
+            self.reasons.append(reason)
+            log.warning("%s", reason)
+        self.count += count
+        with path.open("rb") as lines:
+            shutil.copyfileobj(lines, self._opened())
+
+    def _opened(self) -> BinaryIO:
+        if self._file is None:
+            self._file = self._open.enter_context(self._open.enter_context(whole_file(self.path)).open("wb"))
+        return self._file
 
     def __enter__(self) -> Quarantine:
         return self

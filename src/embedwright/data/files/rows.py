@@ -81,14 +81,17 @@ def opened_table(path: Path) -> Iterator[tuple[pa.Schema, Iterable[pa.RecordBatc
         raise DataError(f"{path}: broken {kind} file: {error}") from error
 
 
-def text_lines(path: Path) -> Iterator[tuple[int, bytes, bool]]:
+def text_lines(path: Path, start: int = 0, end: int = 0, before: int = 0) -> Iterator[tuple[int, bytes, bool]]:
     """Yields (number from 1, bytes without a byte order mark, whether it is whole) for each line of a text file.
 
-    Unpacks gzip and zstd. A line longer than MAX_LINE comes in pieces that share one number, and is not whole.
+    Unpacks gzip and zstd. A line longer than MAX_LINE comes in pieces that share one number, and is not whole. With an
+    `end`, it reads the bytes from `start` to there alone, which `before` lines precede.
     """
-    number = 0
+    number = before
     with _unpacked(path, lambda: f"{path}:{number + 1}") as stream:
-        while raw := stream.readline(MAX_LINE):
+        if end:
+            stream.seek(start)
+        while (not end or stream.tell() < end) and (raw := stream.readline(MAX_LINE)):
             number += 1
             whole = raw.endswith(b"\n") or len(raw) < MAX_LINE
             yield number, raw.removeprefix(BOM), whole
@@ -113,6 +116,11 @@ def text_rows(path: Path) -> Rows:
 def plain_name(name: str) -> str:
     """Returns a file's name without the suffix of a packed file."""
     return name.removesuffix(".gz").removesuffix(".zst")
+
+
+def is_csv(path: Path) -> bool:
+    """Tells whether a file has cells of CSV or TSV. Its name says it, since its bytes cannot."""
+    return plain_name(path.name).lower().endswith((".csv", ".tsv"))
 
 
 def _head(path: Path) -> bytes:
@@ -148,8 +156,7 @@ def _unpacked(path: Path, where: Callable[[], str] | None = None) -> Iterator[Bi
 
 
 def _text_rows(path: Path) -> Rows:
-    name = plain_name(path.name).lower()
-    if name.endswith((".csv", ".tsv")):
+    if is_csv(path):
         yield from _csv_rows(path)
         return
     lines = text_lines(path)
@@ -164,6 +171,11 @@ def _text_rows(path: Path) -> Rows:
             raise DataError(f"{path}: one JSON object over several lines: write a row a line, or one array of rows")
         yield _row(number, raw, whole)
         break
+    yield from line_rows(lines)
+
+
+def line_rows(lines: Iterable[tuple[int, bytes, bool]]) -> Rows:
+    """Yields the rows of `text_lines` that hold a JSON object each."""
     for number, raw, whole in lines:
         if not whole or not raw.isspace():
             yield _row(number, raw, whole)

@@ -17,6 +17,7 @@ from embedwright.data.schema import DataError, id_of
 from embedwright.data.sources.catalog import BeirRows, EvidenceRows
 from embedwright.data.sources.convert import Job, OpenTable, corpus_of, row_of, table_of
 from embedwright.data.tables.arrow import write_rows
+from embedwright.data.tables.documents import write_documents
 from embedwright.files import whole_file
 
 SCHEMA = pa.schema({"_id": pa.large_string(), "text": pa.large_string()})
@@ -29,6 +30,8 @@ def write_corpus(
     path: Path, job: Job, open_table: OpenTable, *, share: float = 1.0, answers: Container[int] = ()
 ) -> int:
     """Writes rows {"_id", "text"} (.jsonl, .jsonl.gz or .parquet), whole or not at all. Returns their number.
+
+    As .arrow it is what `open_corpus` reads in place: mining then makes no copy of it.
 
     A set with a corpus gives its documents that have text. Any other gives the passages of all its rows, each text
     once, under their ids, else under the id of the first row (`nq:17`, and `nq:17#2` for a second text of it).
@@ -44,6 +47,8 @@ def write_corpus(
         if share >= 1 or rng.random() < share or number < FIRST or text_mark(text) in answers
     )
     with whole_file(path) as part:
+        if path.suffix == ".arrow":
+            return write_documents(part, kept)
         return write_rows(part, ({"_id": id, "text": text} for id, text in kept), SCHEMA)
 
 

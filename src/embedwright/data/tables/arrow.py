@@ -44,6 +44,18 @@ def _batches(rows: Iterable[Mapping[str, Any]], schema: pa.Schema, size: int) ->
         yield pa.RecordBatch.from_pylist(chunk, schema=schema)
 
 
+def rebatched(batches: Iterable[pa.RecordBatch], size: int) -> Iterator[pa.RecordBatch]:
+    """Yields the rows of these batches as batches of `size` rows; the last may have fewer."""
+    rest: list[pa.RecordBatch] = []
+    for batch in batches:
+        while batch.num_rows >= (lacking := size - sum(part.num_rows for part in rest)):
+            yield pa.concat_batches([*rest, batch.slice(0, lacking)])
+            rest, batch = [], batch.slice(lacking)
+        rest += [batch] if batch.num_rows else []
+    if rest:
+        yield pa.concat_batches(rest)
+
+
 def write_example_rows(path: Path, examples: Iterable[Example]) -> int:
     """Writes examples as `write_rows` does; in JSON Lines, without the keys that are not set."""
     rows = map(_record if path.suffix == ".parquet" else to_row, examples)

@@ -10,8 +10,8 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -24,12 +24,13 @@ from embedwright.data.files.columns import Row
 from embedwright.data.files.conversion import Conversion
 from embedwright.data.files.documents import COLUMNS, document_files, read_documents
 from embedwright.data.files.folders import data_files, is_beir, stem_of
-from embedwright.data.files.kinds import KINDS, detect_kind, parse_fields
+from embedwright.data.files.kinds import KINDS, ROW_BY_ROW, detect_kind, parse_fields
+from embedwright.data.files.pieces import Piece, are_large, pieces_of
 from embedwright.data.files.quarantine import Quarantine, good_rows
-from embedwright.data.files.rows import read_rows
 from embedwright.data.schema import DataError, Example, Passage, parse_example
-from embedwright.data.tables.arrow import BATCH_ROWS, SCHEMA, batches_of
-from embedwright.files import sha256_of, whole_file
+from embedwright.data.tables.arrow import BATCH_ROWS, SCHEMA, batches_of, rebatched
+from embedwright.data.tables.workers import Facts, in_processes
+from embedwright.files import scratch_folder, sha256_of, whole_file
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -90,7 +91,7 @@ def convert(job: Job, arrow: Path, fingerprint: str) -> None:
             pa.ipc.new_file(str(part), SCHEMA) as writer,
         ):
             try:
-                for batch in batches_of(_examples(job, quarantine, report), BATCH_ROWS):
+                for batch in _batches(job, quarantine, report, arrow):
                     writer.write_batch(batch)
                     report["examples"] += batch.num_rows
             except DataError as error:
@@ -105,7 +106,34 @@ def convert(job: Job, arrow: Path, fingerprint: str) -> None:
     log.info("%s: %s", job.path, ", ".join(f"{key} {n}" for key, n in counts.items()))
 
 
-def _examples(job: Job, quarantine: Quarantine, report: Counter[str]) -> Iterator[Example]:
+def _batches(job: Job, quarantine: Quarantine, report: Counter[str], arrow: Path) -> Iterator[pa.RecordBatch]:
+    """Yields the batches of `job`. Large data whose rows stand alone is converted by all cores."""
+    files = [] if job.plain or job.is_beir else data_files(job.path)
+    if not are_large(files) or job.corpus or detect_kind(job.path) not in ROW_BY_ROW:
+        yield from batches_of(_examples(job, map(Piece, files), quarantine, report), BATCH_ROWS)
+        return
+
+    def made(folder: Path) -> Iterator[pa.RecordBatch]:
+        for facts, file, batches in in_processes(convert_piece, pieces_of(files), asdict(job), folder):
+            report.update(facts["report"])
+            quarantine.extend(quarantine_file(file), facts["quarantined"], facts["reasons"])
+            yield from batches
+
+    with scratch_folder(arrow) as folder:
+        yield from rebatched(made(folder), BATCH_ROWS)
+
+
+def convert_piece(piece: Piece, job: Facts, out: Path) -> Facts:
+    """Writes the examples of a piece of a `Job`, and its bad lines beside them. Returns the counts."""
+    report = Counter(rows=0)
+    with Quarantine(piece.file, quarantine_file(out)) as quarantine, pa.ipc.new_file(str(out), SCHEMA) as writer:
+        examples = _examples(Job(**{**job, "path": Path(job["path"])}), [piece], quarantine, report)
+        for batch in batches_of(examples, BATCH_ROWS):
+            writer.write_batch(batch)
+    return {"report": report, "quarantined": quarantine.count, "reasons": quarantine.reasons}
+
+
+def _examples(job: Job, pieces: Iterable[Piece], quarantine: Quarantine, report: Counter[str]) -> Iterator[Example]:
     conversion = Conversion(task=job.task, seed=job.seed, negatives=job.negatives, report=report)
     if job.plain:
         for document in read_documents(job.path, COLUMNS, quarantine.add):
@@ -126,15 +154,17 @@ def _examples(job: Job, quarantine: Quarantine, report: Counter[str]) -> Iterato
         def parse_as_example(row: Row, row_id: str) -> Example:
             return parse_example(row, default_task=job.task, default_id=row_id, corpus=corpus)
 
-        yield from _parsed(job, parse_as_example, quarantine, report)
+        yield from _parsed(pieces, parse_as_example, quarantine, report)
     else:
         conversion.names["label"] = class_names(job.path, "label") or {}
-        yield from spec.examples(_parsed(job, partial(parse_fields, kind), quarantine, report), conversion)
+        yield from spec.examples(_parsed(pieces, partial(parse_fields, kind), quarantine, report), conversion)
 
 
-def _parsed(job: Job, parse: Callable[[Row, str], T], quarantine: Quarantine, report: Counter[str]) -> Iterator[T]:
+def _parsed(
+    pieces: Iterable[Piece], parse: Callable[[Row, str], T], quarantine: Quarantine, report: Counter[str]
+) -> Iterator[T]:
     """Yields `parse(row, an id for a row that has none)` of the good rows, and counts them."""
-    for file in data_files(job.path):
-        for value in good_rows(read_rows(file), parse, stem_of(file), quarantine, file):
+    for piece in pieces:
+        for value in good_rows(piece.rows(), parse, stem_of(piece.file), quarantine, piece.file):
             report["rows"] += 1
             yield value

@@ -9,23 +9,28 @@ import hashlib
 import json
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import lru_cache
 from itertools import accumulate, islice
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 
 from embedwright.cache import cache_folder
-from embedwright.data.files.beir import corpus_documents, corpus_files, read_corpus, with_title
+from embedwright.data.files.beir import corpus_documents, corpus_files, documents_of, with_title
 from embedwright.data.files.folders import stem_of
-from embedwright.files import locked, sha256_of, whole_file
+from embedwright.data.files.pieces import Piece, are_large, pieces_of
+from embedwright.data.keys import first_repeat
+from embedwright.data.schema import DataError
+from embedwright.data.tables.arrow import rebatched
+from embedwright.data.tables.workers import Facts, in_processes
+from embedwright.files import locked, scratch_folder, sha256_of, whole_file
 
 _FORMAT = 1  # part of the cache key
 _ROWS = 4096  # of a batch
 _OPEN = 64  # files that are mapped at once
-_SCHEMA = pa.schema({"id": pa.large_string(), "text": pa.large_string()})
+_SCHEMA = pa.schema({"id": pa.large_string(), "text": pa.large_string()}, {"embedwright": "documents 1"})
 
 
 class DocumentTable:
@@ -72,9 +77,15 @@ def _documents(batch: pa.RecordBatch) -> Iterator[tuple[str, str]]:
 
 
 def open_corpus(path: Path) -> DocumentTable:
-    """Opens a corpus as `read_corpus` reads it, and raises as that does. Converts it once into the cache."""
-    facts = [_FORMAT, [sha256_of(file) for file in corpus_files(path)]]
+    """Opens a corpus as `read_corpus` reads it, and raises as that does.
+
+    What `write_documents` wrote is read in place, anything else is converted once into the cache.
+    """
+    files = corpus_files(path)
+    facts = [_FORMAT, [sha256_of(file) for file in files]]
     identity = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    if len(files) == 1 and _is_own(files[0]):
+        return DocumentTable(files, identity)
     arrow = cache_folder() / "data" / f"{stem_of(path)[:80]}-corpus-{identity[:16]}.arrow"
     if not arrow.is_file():
         with locked(arrow.with_name(f".{arrow.name}.lock")):  # one process converts, the others wait for the file
@@ -83,12 +94,64 @@ def open_corpus(path: Path) -> DocumentTable:
     return DocumentTable([arrow], identity)
 
 
+def write_documents(path: Path, documents: Iterable[tuple[str, str]]) -> int:
+    """Writes ids and texts as an Arrow file that `open_corpus` reads in place. Returns the number of documents.
+
+    Memory: 8 bytes a document. Raises DataError, in the end, if an id occurs twice.
+    """
+    marks = _write(path, _batches(documents))
+    if marks and (place := first_repeat(marks, (id for id, _ in DocumentTable([path], "").items()))) is not None:
+        raise DataError(f"document {place + 1}: id {DocumentTable([path], '')[place][0][:60]!r} twice")
+    return len(marks)
+
+
+def _is_own(file: Path) -> bool:
+    try:
+        return file.suffix == ".arrow" and pa.ipc.open_file(pa.memory_map(str(file))).schema.equals(_SCHEMA, True)
+    except pa.ArrowInvalid:  # a stream, or damaged
+        return False
+
+
 def _convert(path: Path, arrow: Path) -> None:
-    documents, marks = corpus_documents(path), array("q")
-    with whole_file(arrow) as part, pa.ipc.new_file(str(part), _SCHEMA) as writer:
-        while chunk := list(islice(documents, _ROWS)):
-            _, ids, texts = zip(*chunk, strict=True)
-            marks.extend(map(hash, ids))
-            writer.write_batch(pa.RecordBatch.from_pydict({"id": list(ids), "text": list(texts)}, _SCHEMA))
-        if not marks or len(np.unique(np.array(marks))) < len(marks):
-            read_corpus(path)  # which names the id that occurs twice, and its line
+    files = corpus_files(path)
+
+    def made(folder: Path) -> Iterator[pa.RecordBatch]:
+        for _, _, batches in in_processes(convert_piece, pieces_of(files), {}, folder):
+            yield from batches
+
+    with whole_file(arrow) as part, ExitStack() as stack:
+        if are_large(files):
+            batches = rebatched(made(stack.enter_context(scratch_folder(arrow))), _ROWS)
+        else:
+            batches = _batches((id, text) for _, id, text in corpus_documents(path))
+        marks = _write(part, batches)
+        if not marks:
+            raise DataError(f"{path}: no document")
+        if (place := first_repeat(marks, (id for _, id, _ in corpus_documents(path)))) is not None:
+            where, id, _ = next(islice(corpus_documents(path), place, None))
+            raise DataError(f"{where}: id {id[:60]!r} twice")
+
+
+def convert_piece(piece: Piece, _: Facts, out: Path) -> Facts:
+    """Writes the documents of a piece."""
+    rows = ((piece.file, number, row) for number, _, row in piece.rows())
+    _write(out, _batches((id, text) for _, id, text in documents_of(rows)))
+    return {}
+
+
+def _batches(documents: Iterable[tuple[str, str]]) -> Iterator[pa.RecordBatch]:
+    given = iter(documents)
+    while chunk := list(islice(given, _ROWS)):
+        yield pa.RecordBatch.from_arrays(
+            [pa.array(column, pa.large_string()) for column in zip(*chunk, strict=True)], schema=_SCHEMA
+        )
+
+
+def _write(path: Path, batches: Iterable[pa.RecordBatch]) -> array[int]:
+    """Writes the batches, and returns a mark of each id."""
+    marks = array("q")
+    with pa.ipc.new_file(str(path), _SCHEMA) as writer:
+        for batch in batches:
+            marks.extend(map(hash, batch["id"].to_pylist()))
+            writer.write_batch(batch)
+    return marks

@@ -16,7 +16,8 @@ from embedwright.data.sources import catalog
 from embedwright.data.sources import corpus as corpus_module
 from embedwright.data.sources.build import build
 from embedwright.data.sources.catalog import load_catalog
-from embedwright.data.tables.table import open_examples
+from embedwright.data.tables.documents import open_corpus
+from embedwright.data.tables.table import open_as_named, open_examples
 from embedwright.errors import InputError
 from embedwright.mining.mine import mine
 
@@ -186,3 +187,13 @@ def test_jsonl_and_parquet_hold_the_same(tmp_path: Path) -> None:
         found.append(read_corpus(tmp_path / name))
     assert found[0] == found[1] == found[2] == {f"nq:{i + 1}": f"ä {i}" for i in range(3)}
     assert json.loads((tmp_path / "c.jsonl").read_text().splitlines()[0]) == {"_id": "nq:1", "text": "ä 0"}
+
+
+def test_an_arrow_corpus_is_mined_without_a_copy(tmp_path: Path) -> None:
+    corpus, source = tmp_path / "corpus.arrow", beir(tmp_path / "set")
+    counts = build(load_catalog()["scifact"], tmp_path / "out.parquet", source=source, corpus_out=corpus)
+    assert counts["corpus"] == 9
+    examples = open_as_named(tmp_path / "out.parquet")
+    mined, _ = mine(examples, open_corpus(corpus), "random", rule="naive", negatives=2)
+    assert {n.text for row in mined for n in row.negatives} <= set(read_corpus(corpus).values())
+    assert not (tmp_path / "cache").exists()

@@ -8,18 +8,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from embedwright.data.files.beir import read_corpus
 from embedwright.data.schema import DataError
-from embedwright.data.tables import documents as corpus_module
-from embedwright.data.tables.documents import open_corpus
+from embedwright.data.tables import documents as documents_module
+from embedwright.data.tables.documents import open_corpus, write_documents
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EMBEDWRIGHT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(corpus_module, "_ROWS", 7)  # many batches
+    monkeypatch.setattr(documents_module, "_ROWS", 7)  # many batches
 
 
 def write(path: Path, *rows: Any) -> Path:
@@ -46,25 +47,25 @@ def test_it_is_converted_once_and_again_when_the_content_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path / "c.jsonl", *documents(20))
-    first, converted = open_corpus(path), corpus_module._convert
-    monkeypatch.setattr(corpus_module, "_convert", lambda *_: pytest.fail("converted again"))
+    first, converted = open_corpus(path), documents_module._convert
+    monkeypatch.setattr(documents_module, "_convert", lambda *_: pytest.fail("converted again"))
     again = open_corpus(path.rename(tmp_path / "other.jsonl").rename(path))
     assert again.identity == first.identity
-    monkeypatch.setattr(corpus_module, "_convert", converted)
+    monkeypatch.setattr(documents_module, "_convert", converted)
     changed = open_corpus(write(path, *documents(3)))
     assert changed.identity != first.identity and len(changed) == 5 and len(first) == 22
 
 
 def test_what_another_process_converts_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, convert = write(tmp_path / "c.jsonl", *documents(20)), corpus_module._convert
+    path, convert = write(tmp_path / "c.jsonl", *documents(20)), documents_module._convert
 
     @contextmanager
     def waits(lock: Path) -> Iterator[None]:
         convert(path, lock.with_name(lock.name[1:].removesuffix(".lock")))  # by another process, while this one waits
         yield
 
-    monkeypatch.setattr(corpus_module, "locked", waits)
-    monkeypatch.setattr(corpus_module, "_convert", lambda *_: pytest.fail("converted again"))
+    monkeypatch.setattr(documents_module, "locked", waits)
+    monkeypatch.setattr(documents_module, "_convert", lambda *_: pytest.fail("converted again"))
     assert len(open_corpus(path)) == 22
 
 
@@ -85,3 +86,21 @@ def test_a_bad_line_is_an_error_and_leaves_nothing(rows: list[Any], said: str, t
         with pytest.raises(DataError, match=said):
             read(path)
     assert not list((tmp_path / "cache").rglob("*.arrow"))
+
+
+def test_what_we_wrote_is_read_in_place(tmp_path: Path) -> None:
+    rows = [(f"d{i}", f"text {i}" * (i % 3)) for i in range(20)]
+    path = tmp_path / "c.arrow"
+    assert write_documents(path, iter(rows)) == 20
+    table = open_corpus(path)
+    assert list(table.items()) == rows == list(read_corpus(path).items()) and table[19] == rows[19]
+    assert table.files == [path] and not (tmp_path / "cache").exists()
+    other = pa.table({"id": ["a"], "text": ["x"], "title": ["T"]})  # of others: a title goes in front
+    with pa.ipc.new_file(str(tmp_path / "o.arrow"), other.schema) as writer:
+        writer.write_table(other)
+    assert list(open_corpus(tmp_path / "o.arrow").items()) == [("a", "T x")]
+
+
+def test_an_id_that_is_written_twice_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="document 3: id 'a' twice"):
+        write_documents(tmp_path / "c.arrow", [("a", "x"), ("b", "y"), ("a", "z"), ("b", "z")])

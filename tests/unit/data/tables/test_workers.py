@@ -1,0 +1,148 @@
+"""Conversion by several processes: the bytes, the messages and the counts are those of one process."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from embedwright.data.files import pieces as pieces_module
+from embedwright.data.files.beir import read_corpus
+from embedwright.data.schema import DataError
+from embedwright.data.tables import documents, workers
+from embedwright.data.tables.documents import open_corpus
+from embedwright.data.tables.table import ExampleTable, open_examples
+
+ROWS = [
+    {
+        "query": f"q{i} 漢字 {'x' * (i % 90)}",
+        "positives": [f"p{i}", {"id": i, "text": f"p{i}b"}],
+        "negatives": [f"n{k}" for k in range(i % 4)] + [f"p{i}"] * (i % 7 == 0),
+        **({"positive_scores": [0.5, 1 / 3]} if i % 3 == 0 else {}),
+        **({"language": "en"} if i > 600 else {}),
+    }
+    for i in range(900)
+]
+BAD = {4: '{"query": ', 301: "[]", 302: '{"query": "q", "positives": "p"}', 700: '{"query": "", "positives": ["p"]}'}
+BAD |= {800 + i: f'{{"i": {i}}}' for i in range(5)}
+
+
+@pytest.fixture
+def several(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Turns on what large data has: two processes, pieces of a few rows."""
+    monkeypatch.setattr(pieces_module, "_LARGE", 0)
+    monkeypatch.setattr(pieces_module, "_BYTES", 20_000)
+    monkeypatch.setattr(pieces_module, "cores", lambda: 2)
+    monkeypatch.setattr(workers, "cores", lambda: 2)
+    return monkeypatch
+
+
+def files_of(cache: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted((cache / "data").iterdir())}
+
+
+def test_examples_are_byte_for_byte_those_of_one_process(
+    tmp_path: Path, several: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    lines = [BAD.get(i, json.dumps(row)) + "\n" for i, row in enumerate(ROWS)]
+    (folder / "a.jsonl").write_text("".join(lines[:500]))
+    (folder / "b.jsonl").write_text("".join(lines[500:]))
+    started: list[str] = []
+    popen = subprocess.Popen
+    several.setattr(subprocess, "Popen", lambda *words, **how: started.append("one") or popen(*words, **how))
+    found: list[tuple[ExampleTable, list[str]]] = []
+    for cache, large in (("many", 0), ("one", 1 << 60)):
+        several.setattr(pieces_module, "_LARGE", large)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            table = open_examples(folder, cache=tmp_path / cache)
+        found.append((table, [message.replace(cache, "") for message in caplog.messages]))
+    assert started == ["one", "one"]  # and none by the second conversion
+    assert files_of(tmp_path / "many") == files_of(tmp_path / "one") and len(files_of(tmp_path / "one")) == 2
+    (many, said), (one, said_by_one) = found
+    assert list(many) == list(one) and many.report == one.report
+    assert said == said_by_one and any(f"{folder / 'a.jsonl'}:302: " in message for message in said)
+    assert many.quarantined == len(BAD) and len(many.bad_lines) == 5
+    assert many.quarantine.read_text().splitlines() == [BAD[i] for i in sorted(BAD)]
+
+
+def test_counts_are_those_of_all_pieces(tmp_path: Path, several: pytest.MonkeyPatch) -> None:
+    rows = [{"text1": f"a{i}", "text2": f"b{i}" if i % 9 else f"a{i}", "score": i % 6} for i in range(900)]
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = open_examples(path, cache=tmp_path / "cache")
+    assert table.report == {"rows": 900, "examples": 1800, "below_threshold": 600, "quarantined": 0}
+    assert [row.id for row in table] == [f"x:{i}:{end}" for i in range(1, 901) for end in ("ab", "ba")]
+
+
+def write_corpus(path: Path, *more: dict[str, object]) -> Path:
+    rows = [{"_id": i, "title": f"T{i}" * (i % 2), "text": f"text {i}"} for i in range(900)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *more]))
+    return path
+
+
+def test_a_corpus_is_byte_for_byte_that_of_one_process(tmp_path: Path, several: pytest.MonkeyPatch) -> None:
+    several.setattr(documents, "_ROWS", 64)
+    path = write_corpus(tmp_path / "c.jsonl")
+    for cache, large in (("many", 0), ("one", 1 << 60)):
+        several.setattr(pieces_module, "_LARGE", large)
+        several.setenv("EMBEDWRIGHT_CACHE", str(tmp_path / cache))
+        assert list(open_corpus(path).items()) == list(read_corpus(path).items())
+    assert files_of(tmp_path / "many") == files_of(tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ([{"_id": 17, "text": "again"}, {"_id": 3, "text": "again"}], r"c\.jsonl:901: id '17' twice"),
+        ([{"_id": "x"}, {"text": "no id"}], r"c\.jsonl:901: no text"),
+    ],
+)
+def test_an_error_names_file_and_line_and_leaves_nothing(
+    more: list[dict[str, object]], said: str, tmp_path: Path, several: pytest.MonkeyPatch
+) -> None:
+    several.setenv("EMBEDWRIGHT_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(DataError, match=said):
+        open_corpus(write_corpus(tmp_path / "c.jsonl", *more))
+    assert list((tmp_path / "cache" / "data").iterdir()) == []
+
+
+def die(*_: object) -> dict[str, object]:
+    os._exit(9)
+
+
+def test_a_process_that_dies_is_named_and_leaves_nothing(tmp_path: Path, several: pytest.MonkeyPatch) -> None:
+    several.setenv("EMBEDWRIGHT_CACHE", str(tmp_path / "cache"))
+    several.setitem(sys.modules, "killed", sys.modules[__name__])
+    (tmp_path / "killed.py").write_text("import os\n\n\ndef die(*_):\n    os._exit(9)\n")
+    several.syspath_prepend(tmp_path)
+    several.setattr(die, "__module__", "killed")
+    several.setattr(documents, "convert_piece", die)
+    with pytest.raises(RuntimeError, match=r"c\.jsonl: the process that read it has ended with status 9"):
+        open_corpus(write_corpus(tmp_path / "c.jsonl"))
+    assert list((tmp_path / "cache" / "data").iterdir()) == []
+
+
+def test_a_script_without_a_guard_is_not_run_again(tmp_path: Path) -> None:
+    """As the processes of `multiprocessing` would, which then wait for the lock of the first."""
+    write_corpus(tmp_path / "c.jsonl")
+    (tmp_path / "script.py").write_text(
+        "from pathlib import Path\n"
+        "from embedwright.data.files import pieces\n"
+        "from embedwright.data.tables import workers\n"
+        "from embedwright.data.tables.documents import open_corpus\n"
+        "pieces._LARGE = 0; pieces._BYTES = 20_000; pieces.cores = workers.cores = lambda: 2\n"
+        "print(len(open_corpus(Path('c.jsonl'))))\n"
+    )
+    environment = os.environ | {"EMBEDWRIGHT_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert (done.stdout, done.stderr) == ("900\n", "")
