@@ -26,6 +26,29 @@ FLAGS = (
     "--remote-debugging-pipe",
 )
 
+# the lowest contrast of a text on what lies behind it, as WCAG 2 computes it
+CONTRAST = """(() => {
+  const parts = (c) => c.match(/[\\d.]+/g).map(Number);
+  const light = (c) => parts(c).slice(0, 3).map((v) => v / 255)
+    .map((v) => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const behind = (node) => {
+    for (; node; node = node.parentElement) {
+      const c = getComputedStyle(node).backgroundColor;
+      if ((parts(c)[3] ?? 1) > 0) return c;
+    }
+    return "rgb(255, 255, 255)";
+  };
+  let lowest = [99, ""];
+  for (const node of document.querySelectorAll("body *")) {
+    if (![...node.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim()) || !node.offsetParent) continue;
+    const [a, b] = [light(getComputedStyle(node).color), light(behind(node))];
+    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    if (ratio < lowest[0]) lowest = [ratio, node.tagName + ": " + node.textContent.slice(0, 40)];
+  }
+  return lowest;
+})()"""
+
 
 def chromium() -> str | None:
     """Finds the browser."""
@@ -84,12 +107,14 @@ class Browser:
                 assert "error" not in answer, f"{method}: {answer['error']}"
                 return answer["result"]
 
-    def open(self, file: Path, width: int, height: int, theme: str, touch: bool = False) -> None:
-        """Opens a file at this size of the window, in the theme `light` or `dark`, and waits until it is drawn."""
+    def open(self, page: Path | str, width: int, height: int, theme: str, touch: bool = False) -> None:
+        """Opens a file or an address at this size of the window, in the theme `light` or `dark`, and waits until it is
+        drawn.
+        """
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=touch)
         self.call("Emulation.setTouchEmulationEnabled", enabled=touch)
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": theme}])
-        self.page, self.loaded = file.absolute().as_uri(), False
+        self.page, self.loaded = page if isinstance(page, str) else page.absolute().as_uri(), False
         self.faults, self.requests = [], []
         self.call("Page.navigate", url=self.page)
         ends = time.monotonic() + 60

@@ -15,12 +15,10 @@ from embedwright.encoders.protocol import Encoder, encode_finite
 from embedwright.errors import InputError
 from embedwright.evaluation.tasks import rows_of
 from embedwright.studies.report.hits import shortened
+from embedwright.vectors.plane import SEED, in_plane
 
 POINTS = 2_000
 NEIGHBOURS = 10
-FEWEST = 100  # texts that t-SNE needs with its usual perplexity of 30; fewer are laid out by PCA
-SEED = 0
-ROUNDING = 1e-6  # of a unit vector in float32; t-SNE crashes the process if no text differs from the others
 
 Vectors = NDArray[np.float32]
 
@@ -28,9 +26,9 @@ Vectors = NDArray[np.float32]
 def text_map(encoder: Encoder, path: Path, instruction: str) -> dict[str, Any]:
     """Encodes a sample of labelled rows, lays it out, and returns points, texts and labels, the largest label first.
 
-    t-SNE keeps neighbours together, while distances between groups mean little. `near` is the part of the nearest
-    neighbours in all dimensions that have the same label, and `chance` what random neighbours would give. Raises
-    InputError if the file cannot be read, or if there is nothing to tell apart: fewer than two rows, or equal vectors.
+    `near` is the part of the nearest neighbours in all dimensions that have the same label, and `chance` what random
+    neighbours would give. Raises InputError if the file cannot be read, or if there is nothing to tell apart: fewer
+    than two rows, or equal vectors.
     """
     rows = list(rows_of(path, "test", _text_and_label))
     if len(rows) < 2:
@@ -38,12 +36,10 @@ def text_map(encoder: Encoder, path: Path, instruction: str) -> dict[str, Any]:
     drawn = np.sort(np.random.default_rng(SEED).permutation(len(rows))[:POINTS])
     texts, labels = [rows[i][0] for i in drawn], [rows[i][1] for i in drawn]
     vectors_NE = encode_finite(encoder, texts, instruction or None)
-    if np.ptp(vectors_NE, axis=0).max() < ROUNDING:
-        raise InputError(f"the vectors of all {len(texts)} texts of {path.name} are equal, so a map has one point")
     names = [name for name, _ in Counter(labels).most_common()]
     place = {name: number for number, name in enumerate(names)}
     label_N = np.array([place[label] for label in labels])
-    layout_N2, method = _layout(vectors_NE)
+    layout_N2, method = in_plane(vectors_NE, f"texts of {path.name}")
     return {
         "method": method,
         "labels": [{"name": shortened(name, 60), "count": int(n)} for name, n in Counter(labels).most_common()],
@@ -59,25 +55,6 @@ def text_map(encoder: Encoder, path: Path, instruction: str) -> dict[str, Any]:
 
 def _text_and_label(row: Mapping[str, Any], _: str) -> tuple[str, str]:
     return text_of(row.get("text"), "text"), label_of(row.get("label"), "label")
-
-
-def _layout(vectors_NE: Vectors) -> tuple[NDArray[np.float64], str]:
-    """Returns coordinates between 0 and 1, with one scale for both axes, and the name of the method."""
-    from sklearn.decomposition import PCA
-    from sklearn.manifold import TSNE
-
-    count, width = vectors_NE.shape
-    if count < FEWEST:
-        method, found = "PCA", PCA(2, random_state=SEED)
-        layout_N2 = found.fit_transform(vectors_NE)
-        method = f"PCA; the two axes hold {found.explained_variance_ratio_.sum():.0%} of the variance"
-    else:
-        method = f"t-SNE (perplexity 30, seed {SEED}), which keeps neighbours; distances between groups mean little"
-        reduced_NE = PCA(min(50, width), random_state=SEED).fit_transform(vectors_NE)
-        layout_N2 = TSNE(2, perplexity=30, init="pca", random_state=SEED).fit_transform(reduced_NE)
-    low = layout_N2.min(axis=0)
-    span = float((layout_N2.max(axis=0) - low).max()) or 1.0
-    return (layout_N2 - low) / span, method
 
 
 def _same_label(vectors_NE: Vectors, label_N: NDArray[np.int64]) -> float:

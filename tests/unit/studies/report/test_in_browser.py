@@ -7,33 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browser import Browser, chromium
+from browser import CONTRAST, Browser, chromium
 
 from embedwright.studies.report.page import report
 
 DESKTOP, PHONE = (1280, 900), (375, 812)
-# the lowest contrast of a text on what lies behind it, as WCAG 2 computes it
-CONTRAST = """(() => {
-  const parts = (c) => c.match(/[\\d.]+/g).map(Number);
-  const light = (c) => parts(c).slice(0, 3).map((v) => v / 255)
-    .map((v) => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
-    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
-  const behind = (node) => {
-    for (; node; node = node.parentElement) {
-      const c = getComputedStyle(node).backgroundColor;
-      if ((parts(c)[3] ?? 1) > 0) return c;
-    }
-    return "rgb(255, 255, 255)";
-  };
-  let lowest = [99, ""];
-  for (const node of document.querySelectorAll("body *")) {
-    if (![...node.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim()) || !node.offsetParent) continue;
-    const [a, b] = [light(getComputedStyle(node).color), light(behind(node))];
-    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-    if (ratio < lowest[0]) lowest = [ratio, node.tagName + ": " + node.textContent.slice(0, 40)];
-  }
-  return lowest;
-})()"""
 
 
 @pytest.fixture(scope="module")
