@@ -181,6 +181,7 @@ CHANGES: dict[str, dict[str, tuple[str, str, Words]]] = {
     },
     "serve": {
         "model": ("said", "{other}", {}),
+        "index": ("said", "--index {index}", {}),
         "host": ("said", "--host ::1", {}),
         "port": ("said", "--port 7", {}),
         "name": ("said", "--name another", {}),
@@ -540,6 +541,7 @@ def asked_once(app: FastAPI, listening: Any, drain_s: float) -> None:
     batcher = app.state.server.batcher
     print(listening.getsockname(), drain_s, batcher.batch_tokens, batcher.queue_tokens)
     with TestClient(app, "http://localhost") as client:
+        print(client.get("/index").text)
         for headers in ({}, {"Authorization": "Bearer some-key"}, {"Authorization": "Bearer a-key"}):
             for texts in ("tides " * 9, ["a", "b", "c"], [5, 6]):
                 sent = {"input": texts, "dimensions": 2}

@@ -8,11 +8,12 @@ from typing import Annotated
 from embedwright.cli import options
 from embedwright.cli.display import say
 from embedwright.cli.options import opt
-from embedwright.errors import InputError, MissingPackageError
+from embedwright.errors import MissingPackageError
 
 
 def serve(
     model: options.Model,
+    index: Annotated[Path | None, opt("Index that the model has made, to be searched at /search.")] = None,
     host: Annotated[str, opt("Address to listen at. One that others can reach needs a key.")] = "127.0.0.1",
     port: Annotated[int, opt("Port to listen at; 0 takes a free one.", min=0, max=65535)] = 8000,
     name: Annotated[str | None, opt("The model's name for clients. Default: the last part of its path.")] = None,
@@ -32,22 +33,21 @@ def serve(
 ) -> None:
     """Serve a model over HTTP, as OpenAI's clients ask for vectors: POST /v1/embeddings."""
     try:
-        from embedwright.serve.app import Limits, create_app
+        from embedwright.serve.app import create_app
         from embedwright.serve.run import listen, read_keys, run
+        from embedwright.serve.server import Limits
     except ImportError as error:
         raise MissingPackageError(f"serve needs more packages ({error}): pip install 'embedwright[serve]'") from error
     from embedwright.encoders.open import open_encoder
-    from embedwright.model.embedder import Embedder
+    from embedwright.index.index import Index
 
     keys = read_keys(api_key_env, api_key_file)
     listening = listen(host, port, keys)  # a port that is taken is said before a model is loaded
-    opened = open_encoder(model)
-    if not isinstance(opened, Embedder):
-        raise InputError(f"{model} opens through sentence-transformers: serve needs a decoder, whose texts it packs")
+    searched = None if index is None else Index.open(index)
     limits = Limits(max_inputs, max_body, max_tokens, batch_tokens, queue_tokens)
     name = name or Path(model).name
-    app = create_app(opened, name=name, keys=keys, limits=limits, token_ids=token_ids)
+    app = create_app(open_encoder(model), name=name, index=searched, keys=keys, limits=limits, token_ids=token_ids)
     place, number = listening.getsockname()[:2]
     at = f"[{place}]" if ":" in place else place
-    say(f"{name} at http://{at}:{number}/v1 ({opened.embedding_dim} dimensions, {len(keys) or 'no'} keys)")
+    say(f"{name} at http://{at}:{number}/v1{'' if index is None else f', {index} at /search'}")
     run(app, listening, drain)

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
-import time
 from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,111 +13,22 @@ from fastapi.responses import Response
 from numpy.typing import NDArray
 from pydantic_core import to_json
 
-from embedwright import threads
-from embedwright.config import did_you_mean
-from embedwright.errors import InputError, InputTypeError
+from embedwright.errors import InputTypeError
+from embedwright.index.index import Index
 from embedwright.model import encode
 from embedwright.model.embedder import Embedder
-from embedwright.model.verify.modes import evaluating
-from embedwright.serve.batcher import Batcher
-from embedwright.serve.errors import ApiError, ErrorAnswer, add_handlers
-from embedwright.serve.guard import Guard, Traffic
-from embedwright.serve.metrics import Metrics
-from embedwright.serve.packed import PackedModel
+from embedwright.serve.errors import ERRORS, ApiError, ErrorAnswer, add_handlers
+from embedwright.serve.guard import Guard
 from embedwright.serve.schema import EmbeddingAnswer, EmbeddingRequest, Model, Models, Status, embedding_request
-from embedwright.text import TokenizedText
-
-_QUEUED_BATCHES = 16
-_READERS = 2  # threads that tokenise
-ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorAnswer, "description": "The request is wrong; `param` names the field."},
-    401: {"model": ErrorAnswer, "description": "The API key is missing or wrong."},
-    403: {"model": ErrorAnswer, "description": "The server has no key, and was asked under another name."},
-    404: {"model": ErrorAnswer, "description": "There is no such model or path."},
-    408: {"model": ErrorAnswer, "description": "The body did not arrive in time."},
-    413: {"model": ErrorAnswer, "description": "The body is too large."},
-    429: {"model": ErrorAnswer, "description": "The queue is full; Retry-After says when to ask again."},
-    503: {"model": ErrorAnswer, "description": "The server stops, or the model has failed on a text."},
-    "default": {"model": ErrorAnswer, "description": "Any other error."},
-}
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a server takes. None: worked out from the model."""
-
-    max_inputs: int = 256  # texts of a request
-    max_body: int = 2_000_000  # bytes of a request
-    max_tokens: int | None = None  # of a text, which is cut after them
-    batch_tokens: int | None = None  # of a batch
-    queue_tokens: int | None = None  # of the texts that wait
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value is not None and value < 1:
-                raise InputError(f"{name}={value} must be positive")
-
-
-class Server:
-    """A model behind a batcher, with the requests that are under way: what the paths of an app share."""
-
-    def __init__(self, model: Embedder, name: str, limits: Limits) -> None:
-        self.name, self.limits, self.created = name, limits, int(time.time())
-        self.packed, self.traffic, self.metrics = PackedModel(model, limits.max_tokens), Traffic(), Metrics()
-        batch_tokens = limits.batch_tokens or model.batch_tokens
-        queue_tokens = limits.queue_tokens or _QUEUED_BATCHES * batch_tokens
-        self.batcher = Batcher(self.packed.embed, batch_tokens, queue_tokens, self.metrics)
-        self.metrics.queue.set_function(lambda: self.batcher.waiting_tokens)
-        self.metrics.under_way.set_function(lambda: self.traffic.under_way)
-        self.readers = ThreadPoolExecutor(_READERS, "embedwright-read", initializer=threads.free)
-
-    @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
-        """Context manager: the thread of the model runs within the block."""
-        with evaluating(self.packed.model.network):
-            self.batcher.start()
-            yield
-            await asyncio.get_running_loop().run_in_executor(None, self.batcher.close, 5.0)
-        self.readers.shutdown(wait=False, cancel_futures=True)
-
-    def check_name(self, name: str | None) -> None:
-        """Raises ApiError 404 for the name of another model, whose vectors the client would take these for."""
-        if name is not None and name != self.name:
-            near = did_you_mean(name, [self.name])
-            message = f"there is no such model{near}; this server has {self.name!r}"
-            raise ApiError(404, message, "model", "model_not_found")
-
-    def task(self, asked: EmbeddingRequest) -> str | None:
-        """Returns the `task` of `Embedder.encode` for a request: None for documents.
-
-        Raises ApiError 400 for documents with a task, and InputError for queries without one where the model has none.
-        """
-        if asked.input_type == "query":
-            return self.packed.model.contract.query_task(asked.task)
-        if asked.input_type == "document" and asked.task is not None:
-            raise ApiError(400, "documents have no task: send it with input_type: query", "task")
-        return asked.task
-
-    async def encode(self, texts: Sequence[str], task: str | None) -> tuple[NDArray[np.float32], int]:
-        """Returns the vectors of texts, as `Embedder.encode` gives them, and the number of tokens that were read.
-
-        Raises ApiError if there is no room in the queue, the server stops, or the model fails.
-        """
-        self.batcher.check_room()
-        read = asyncio.get_running_loop().run_in_executor(self.readers, self.packed.read, texts, task)
-        tokenized: list[TokenizedText] = await read
-        vectors_NE = await self.batcher.encode(tokenized)
-        lengths = [len(text.ids) for text in tokenized]
-        self.metrics.texts.inc(len(lengths))
-        self.metrics.tokens.inc(sum(lengths))
-        self.metrics.cut.inc(sum(length >= self.packed.max_tokens for length in lengths))
-        return vectors_NE, sum(lengths)
+from embedwright.serve.search import add_search
+from embedwright.serve.server import Limits, Server
 
 
 def create_app(
-    model: Embedder,
+    model: Any,
     *,
     name: str,
+    index: Index | None = None,
     keys: Sequence[str] = (),
     limits: Limits | None = None,
     token_ids: bool = False,
@@ -131,15 +38,19 @@ def create_app(
     Args:
         model: What `open_encoder` opens, if its texts can be packed: an `Embedder`.
         name: The model's name for clients.
+        index: An index that this model has made, to be searched at /search.
         keys: API keys, any of which a client may send. Without one, the server answers as localhost alone.
         limits: What it takes.
         token_ids: Take the model's own token ids in place of texts.
 
     Raises:
         TypeError: The model is no `Embedder`.
+        ValueError: Another model has made the index.
     """
     if not isinstance(model, Embedder):
         raise InputTypeError(f"{name} opens through sentence-transformers: serve packs texts, which needs a decoder")
+    if index is not None:
+        index.check(model)
     server = Server(model, name, limits or Limits())
 
     @asynccontextmanager
@@ -156,6 +67,8 @@ def create_app(
     add_handlers(app)
     _add_health(app, server)
     _add_embeddings(app, server, embedding_request(model.embedding_dim, server.limits.max_inputs, token_ids))
+    if index is not None:
+        add_search(app, server, index)
     return app
 
 

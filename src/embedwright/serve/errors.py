@@ -50,6 +50,19 @@ class ApiError(Exception):
         return JSONResponse(ErrorAnswer(error=detail).model_dump(), self.status, self.headers)
 
 
+ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorAnswer, "description": "The request is wrong; `param` names the field."},
+    401: {"model": ErrorAnswer, "description": "The API key is missing or wrong."},
+    403: {"model": ErrorAnswer, "description": "The server has no key, and was asked under another name."},
+    404: {"model": ErrorAnswer, "description": "There is no such model or path."},
+    408: {"model": ErrorAnswer, "description": "The body did not arrive in time."},
+    413: {"model": ErrorAnswer, "description": "The body is too large."},
+    429: {"model": ErrorAnswer, "description": "The queue is full; Retry-After says when to ask again."},
+    503: {"model": ErrorAnswer, "description": "The server stops, or the model has failed on a text."},
+    "default": {"model": ErrorAnswer, "description": "Any other error."},
+}
+
+
 def busy(message: str, status: int, code: str, seconds: float) -> ApiError:
     """Makes the answer of a server that takes no more for now. The client may ask again after `seconds`."""
     return ApiError(status, message, code=code, headers={"Retry-After": str(max(1, round(seconds)))})

@@ -14,7 +14,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from embedwright.errors import InputError, blaming
-from embedwright.serve.app import Server
+from embedwright.serve.server import Server
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _ANSWERS_S = 2  # after the drain: to write the last answers
@@ -27,6 +27,7 @@ def run(app: FastAPI, listening: socket.socket, drain_s: float) -> None:
     ends all at once.
     """
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+    logging.getLogger("embedwright.index").setLevel(logging.ERROR)  # it warns of filters that match nothing, and quotes
     config = uvicorn.Config(
         app,
         log_config=None,

@@ -19,6 +19,9 @@ def _whole(value: Any) -> Any:
     return value
 
 
+MOST_HITS = 1000
+
+
 # The bounds come first: behind a validator they would be missing in the OpenAPI schema.
 def whole_number(least: int, most: int) -> Any:
     """Makes the type of a whole number within bounds."""
@@ -46,6 +49,33 @@ class EmbeddingRequest(BaseModel):
 
 def embedding_request(width: int, max_inputs: int, token_ids: bool) -> type[EmbeddingRequest]:
     """Makes the model of a request for vectors of `width` numbers. Token ids are refused without `token_ids`."""
+    cut = Field(None, description="Keep the first numbers of each vector, and normalise again.")
+    fields: dict[str, Any] = {
+        "input": (_texts_type(max_inputs, token_ids), ...),
+        "dimensions": (whole_number(1, width) | None, cut),
+    }
+    return create_model("EmbeddingRequest", __base__=EmbeddingRequest, **fields)
+
+
+class SearchRequest(BaseModel):
+    """Queries to search the index for."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    query: list[str]
+    k: whole_number(1, MOST_HITS) = Field(10, description="Hits of a query.")  # type: ignore[valid-type]
+    task: str | None = Field(None, description="Instruction of the queries; empty for none. Default: the model's own.")
+    where: list[str] | None = Field(None, description="Conditions on the metadata, as `lang=en` or `year>=2020`.")
+
+
+def search_request(max_inputs: int) -> type[SearchRequest]:
+    """Makes the model of a request for so many queries at most."""
+    fields: dict[str, Any] = {"query": (_texts_type(max_inputs, token_ids=False), ...)}
+    return create_model("SearchRequest", __base__=SearchRequest, **fields)
+
+
+def _texts_type(max_inputs: int, token_ids: bool) -> Any:
+    """Makes the type of a text or a list of texts, which is read as a list."""
     many = {"type": "array", "minItems": 1, "maxItems": max_inputs}
     ids = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
     forms = [{"type": "string"}, many | {"items": {"type": "string"}}]
@@ -54,11 +84,7 @@ def embedding_request(width: int, max_inputs: int, token_ids: bool) -> type[Embe
     def texts(value: Any) -> list[str | list[int]]:
         return _inputs(value, max_inputs, token_ids)
 
-    fields: dict[str, Any] = {
-        "input": (Annotated[Any, PlainValidator(texts), WithJsonSchema({"anyOf": forms})], ...),
-        "dimensions": (whole_number(1, width) | None, Field(None, description="Keep the first ones, of unit length.")),
-    }
-    return create_model("EmbeddingRequest", __base__=EmbeddingRequest, **fields)
+    return Annotated[Any, PlainValidator(texts), WithJsonSchema({"anyOf": forms})]
 
 
 def _inputs(value: Any, max_inputs: int, token_ids: bool) -> list[str | list[int]]:
@@ -80,7 +106,7 @@ def _inputs(value: Any, max_inputs: int, token_ids: bool) -> list[str | list[int
         return [[int(id) for id in ids] for ids in value]
     for i, item in enumerate(value):
         if not isinstance(item, str):
-            raise ValueError(f"input[{i}] is no text")
+            raise ValueError(f"item {i} is no text")
     return list(value)
 
 
@@ -111,6 +137,43 @@ class EmbeddingAnswer(BaseModel):
     data: list[Embedding]
     model: str
     usage: Usage
+
+
+class FoundHit(BaseModel):
+    """A document; `start` and `end` are the characters of its best chunk, which the score is of."""
+
+    id: str
+    score: float
+    text: str
+    title: str
+    start: int
+    end: int
+    metadata: dict[str, Any]
+
+
+class Found(BaseModel):
+    query: str
+    task: str
+    hits: list[FoundHit]
+
+
+class SearchAnswer(BaseModel):
+    object: Literal["list"]
+    data: list[Found]
+    model: str
+    usage: Usage
+
+
+class IndexFacts(BaseModel):
+    """`metadata` has the type of each column; `task` is the instruction that a query without one gets."""
+
+    documents: int
+    chunks: int
+    model: str
+    dimension: int
+    precision: str
+    metadata: dict[str, str]
+    task: str | None
 
 
 class Model(BaseModel):

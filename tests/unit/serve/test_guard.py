@@ -12,7 +12,7 @@ from typing import Any
 import openai
 import pytest
 
-from embedwright.serve.app import Limits
+from embedwright.serve.server import Limits
 
 KEYS = ("first key", "zweiter Schlüssel")
 

@@ -85,7 +85,7 @@ def test_a_signal_ends_the_process_when_all_it_has_accepted_is_answered(model: E
     model.save(tmp_path / "model")
     # a batch for each text, so that the requests are still under way when the signal comes
     server = Process(tmp_path / "model", "--batch-tokens", "1", "--queue-tokens", "99999", "--drain", "60")
-    parts = [TEXTS[i * 64 :][:64] for i in range(4)]
+    parts = [TEXTS[i * 24 :][:24] for i in range(4)]
     answers: list[tuple[int, bytes]] = []
 
     def ask(texts: list[str]) -> None:

@@ -1,0 +1,117 @@
+"""/search gives what `Index.search` gives, over the same batcher as all other texts."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from embedwright.errors import InputError
+from embedwright.index.build import build_index
+from embedwright.index.index import Hit, Index
+from embedwright.model.embedder import Embedder
+from embedwright.serve.app import create_app
+
+TASK = "Find a passage"
+QUERIES = ["how do tides work?", "the quick brown fox"]
+
+
+@pytest.fixture(scope="module")
+def index(model: Embedder, tmp_path_factory: pytest.TempPathFactory) -> Index:
+    folder = tmp_path_factory.mktemp("index")
+    rows = [
+        {"_id": f"d{i}", "title": f"Part {i}", "text": f"Number {i} of the sea. " * (1 + i % 5), "year": 2000 + i}
+        for i in range(40)
+    ]
+    (folder / "documents.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    build_index(model, folder / "documents.jsonl", folder / "index", chunk_tokens=16, metadata=["year"])
+    return Index.open(folder / "index")
+
+
+@pytest.fixture(scope="module")
+def searched(serving: Any, index: Index) -> Iterator[Any]:
+    with serving(index=index) as made:
+        yield made
+
+
+def same(found: list[dict[str, Any]], expected: list[Hit]) -> bool:
+    plain = [hit._asdict() for hit in expected]
+    close = all(abs(one.pop("score") - other.pop("score")) < 1e-5 for one, other in zip(found, plain, strict=True))
+    return close and found == plain
+
+
+def test_hits_are_those_of_the_index(searched: Any, index: Index, model: Embedder) -> None:
+    answer = searched.ask("POST", "/search", {"query": QUERIES, "k": 7, "task": TASK, "where": ["year>=2010"]}).body
+    expected = index.search(model, QUERIES, 7, TASK, ["year>=2010"])
+    for row, query, hits in zip(answer["data"], QUERIES, expected, strict=True):
+        assert (row["query"], row["task"]) == (query, TASK)
+        assert len(hits) == 7 and same(row["hits"], hits)
+    assert answer["model"] == "tiny" and answer["usage"]["prompt_tokens"] == len(model.tokenize(QUERIES, TASK).ids_T)
+    one = searched.ask("POST", "/search", {"query": QUERIES[1], "task": ""}).body["data"]
+    assert len(one) == 1 and one[0]["task"] == "" and same(one[0]["hits"], index.search(model, QUERIES[1:], 10, "")[0])
+
+
+def test_the_models_own_task_is_taken_and_named(
+    serving: Any, tiny_embedder: Callable[..., Embedder], tmp_path: Path
+) -> None:
+    model = tiny_embedder("mean")
+    model.contract = model.network.contract = model.contract.model_copy(update={"default_task": TASK})
+    (tmp_path / "documents.txt").write_text("tides\nthe moon\nthe sea\n")
+    build_index(model, tmp_path / "documents.txt", tmp_path / "index")
+    index = Index.open(tmp_path / "index")
+    with serving(model, index=index) as server:
+        (found,) = server.ask("POST", "/search", {"query": QUERIES[0]}).body["data"]
+        assert server.ask("GET", "/index").body["task"] == TASK
+    assert found["task"] == TASK and same(found["hits"], index.search(model, QUERIES[:1], 10, TASK)[0])
+
+
+def test_the_index_is_described(searched: Any, index: Index) -> None:
+    facts = searched.ask("GET", "/index").body
+    assert facts == {
+        "documents": 40,
+        "chunks": len(index.vectors),
+        "model": "tiny",
+        "dimension": 32,
+        "precision": "float32",
+        "metadata": {"year": "int"},
+        "task": None,
+    }
+    assert facts["chunks"] > 40
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"query": "a"}, "no instruction of its own"),
+        ({"query": [], "task": ""}, "not empty"),
+        ({"query": ["a"] * 257, "task": ""}, "at most 256"),
+        ({"query": 3, "task": ""}, "a text"),
+        ({"query": "a", "task": "", "k": 0}, "greater than or equal to 1"),
+        ({"query": "a", "task": "", "k": 1001}, "less than or equal to 1000"),
+        ({"query": "a", "task": "", "k": True}, "whole number"),
+        ({"query": "a", "task": "", "where": ["yeer=3"]}, "year"),
+        ({"query": "a", "task": "", "where": "year=3"}, "list"),
+        ({"query": "a", "task": "", "filter": []}, "there is no field 'filter'"),
+    ],
+)
+def test_bad_searches_are_refused(searched: Any, body: dict[str, Any], words: str) -> None:
+    answer = searched.ask("POST", "/search", body)
+    assert answer.status == 400 and words in answer.body["error"]["message"]
+
+
+def test_another_model_is_refused_and_without_an_index_there_is_no_search(
+    server: Any, index: Index, tiny_embedder: Callable[..., Embedder]
+) -> None:
+    with pytest.raises(InputError, match="model"):
+        create_app(tiny_embedder("mean"), name="other", index=Index.open(index.folder))
+    assert server.ask("POST", "/search", {"query": "a"}).status == server.ask("GET", "/index").status == 404
+
+
+def test_a_search_is_not_logged(searched: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG):
+        assert searched.ask("POST", "/search", {"query": "a secret", "task": "", "where": ["year=1"]}).status == 200
+    assert "secret" not in caplog.text
