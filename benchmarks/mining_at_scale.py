@@ -7,7 +7,8 @@ real pairs on both sides, ours and sentence-transformers' `mine_hard_negatives`,
 
     python benchmarks/mining_at_scale.py search --documents 1000000 --width 768 --queries 100000
     python benchmarks/mining_at_scale.py memory --examples 20000 80000 320000
-    python benchmarks/mining_at_scale.py end-to-end --texts 50000 --model smollm2-135m
+    python benchmarks/mining_at_scale.py end-to-end --texts 50000 --model minilm
+    python benchmarks/mining_at_scale.py end-to-end --texts 50000 --model MERGED --dtype bfloat16
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from embedwright.data.tables.table import open_examples  # noqa: E402
 from embedwright.encoders.open import open_encoder  # noqa: E402
 from embedwright.mining import mine as mining  # noqa: E402
 from embedwright.mining.pool import positives_of  # noqa: E402
+from embedwright.model.embedder import Embedder  # noqa: E402
 from embedwright.vectors.search import top_k  # noqa: E402
 from embedwright.vectors.shards import Vectors, write_shard  # noqa: E402
 
@@ -73,7 +75,7 @@ def main() -> None:
     memory.add_argument("--folder", type=Path, help="internal")
     end = kinds.add_parser("end-to-end")
     end.add_argument("--texts", type=int, default=50_000, help="queries and documents together")
-    end.add_argument("--model", choices=("minilm", *models.NAMES), default="minilm")
+    end.add_argument("--model", default="minilm", help="minilm, or a folder that `embedwright merge` or `save` wrote")
     end.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     end.add_argument("--rounds", type=int, default=1)
     options = parser.parse_args()
@@ -278,9 +280,9 @@ def end_to_end(options: argparse.Namespace) -> None:
         if options.model == "minilm":
             teacher: Any = open_encoder("minilm")
             peer = teacher.model
-        else:
-            models.make_folders(options.model, Path(folder))
-            teacher = models.ours(options.model, Path(folder), options.dtype)
+        else:  # of sentence-transformers' own modules: both open it
+            (Path(folder) / "peer").symlink_to(Path(options.model).resolve())
+            teacher = Embedder.load(options.model, dtype=options.dtype)
             peer = models.peer(Path(folder), options.dtype)
         sample = [text for pair in pairs[:100] for text in pair]
         batch, tried = models.best_batch(peer, sample, None)
@@ -310,14 +312,15 @@ def end_to_end(options: argparse.Namespace) -> None:
         len(set(mine) & set(found["peer"].get(query, ()))) / max(1, len(mine))
         for mine, (query, _) in zip(found["ours"], pairs, strict=True)
     ]
+    name = Path(options.model).name
     figures = {
-        "size": {"texts": len(pairs) * 2, "model": options.model, "dtype": options.dtype, "texts_of": texts.source()},
+        "size": {"texts": len(pairs) * 2, "model": name, "dtype": options.dtype, "texts_of": texts.source()},
         "peer_batch": batch, "peer_batches": tried,
         "seconds": seconds, "ratio": ratio(seconds["peer"], seconds["ours"]),
         "negatives_that_the_peer_found_too": float(np.mean(shared)),
     }  # fmt: skip
     print(json.dumps(figures))
-    record(f"mine-end-to-end-{options.model}-{options.dtype}-{len(pairs) * 2}", figures, None)
+    record(f"mine-end-to-end-{name}-{options.dtype}-{len(pairs) * 2}", figures, None)
 
 
 def some_pairs(count: int) -> list[tuple[str, str]]:
