@@ -11,7 +11,7 @@ from __future__ import annotations
 from array import array
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from itertools import chain, count
+from itertools import chain, count, islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +21,7 @@ from embedwright.data.answers import id_within, ids_of, scope_of, text_mark
 from embedwright.data.schema import DataError, Example, Passage
 from embedwright.data.tables.documents import DocumentTable
 
+_CHUNK = 2**14  # examples whose texts are held while those that a corpus lacks are found
 Corpus = Mapping[str, str] | DocumentTable  # document id -> text
 
 
@@ -141,6 +142,13 @@ class Pool:
         lacking = np.flatnonzero(rows < 0)
         rows[lacking] = len(self) + np.arange(len(lacking))
         return dict(zip(texts, rows.tolist(), strict=True)), [texts[i] for i in lacking.tolist()]
+
+    def lacking_in(self, examples: Iterable[Example]) -> list[str]:
+        """Returns the texts of all examples that the corpus lacks, each once. The others are not held."""
+        lacking, given = dict[str, None](), iter(examples)
+        while chunk := list(islice(given, _CHUNK)):
+            lacking |= dict.fromkeys(self.rows_of(chunk)[1])
+        return list(lacking)
 
     def passage(self, task: str, row: int) -> Passage:
         """Returns a document under the id that `task` gives it; without an id where the id means another document

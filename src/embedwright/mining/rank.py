@@ -80,7 +80,7 @@ def teacher_of_pool(
             return lambda tiles: (_by_chance(tile, pool, depth, seed, advance) for tile in tiles)
         from embedwright.vectors import bm25
 
-        _, lacking = pool.rows_of(everything())
+        lacking = pool.lacking_in(everything())
         index = bm25.index(chain(pool.texts(), lacking))
         advance(len(pool))
         others = {text: row for row, text in enumerate(lacking, start=len(pool))}

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from embedwright.data.files.beir import title_and_text, with_title
+from embedwright.data.files.beir import document_of, with_title
 from embedwright.data.files.documents import document_rows
 from embedwright.data.files.folders import stem_of
 from embedwright.data.files.parts import Shard
-from embedwright.data.schema import DataError, id_of
+from embedwright.data.keys import first_repeat
+from embedwright.data.schema import DataError
 from embedwright.data.tables.documents import DocumentTable
 from embedwright.encoders.protocol import Encoder, as_encoder
 from embedwright.errors import InputError
@@ -163,22 +166,27 @@ def read_source(source: Path) -> Iterator[SourceRow]:
 
     Rows have `text`, optional `title` and optional `_id` or `id` (else the number of the line); a `.txt` has one text
     per line. In a folder of texts each file is a document: its id is the path, its title the first heading or the
-    file's name. Raises DataError, naming file and line, for a bad row or an id that occurs twice.
+    file's name. Raises DataError, naming file and line, for a bad row, and in the end for an id that occurs twice.
+    Memory: 8 bytes a document.
     """
-    seen: set[str] = set()
-    for file, number, _, row in document_rows(source, file_titles=True):
-        try:
-            if isinstance(row, DataError):
-                raise row
-            key = "_id" if row.get("_id") is not None else "id"
-            number_as_id = str(number) if file == source else f"{stem_of(file)}:{number}"
-            id_ = number_as_id if row.get(key) is None else id_of(row[key], key)
-            if id_ in seen:
-                raise DataError(f"id {id_[:60]!r} twice")
-            title, text = title_and_text(row)
-        except DataError as error:
-            raise DataError(f"{file}:{number}: {error}") from None
-        seen.add(id_)
-        yield SourceRow(f"{file}:{number}", id_, title, text, row)
-    if not seen:
+    marks = array("q")
+    for row in _rows(source):
+        marks.append(hash(row.id))
+        yield row
+    if not marks:
         raise DataError(f"{source}: no document")
+    if (place := first_repeat(marks, (row.id for row in _rows(source)))) is not None:
+        row = next(islice(_rows(source), place, None))
+        raise DataError(f"{row.where}: id {row.id[:60]!r} twice")
+
+
+def _rows(source: Path) -> Iterator[SourceRow]:
+    """Does the same, but an id may occur twice."""
+    for file, number, _, row in document_rows(source, file_titles=True):
+        where = f"{file}:{number}"
+        try:
+            id, title, text = document_of(row, str(number) if file == source else f"{stem_of(file)}:{number}")
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
+        assert not isinstance(row, DataError)
+        yield SourceRow(where, id, title, text, row)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,11 @@ from embedwright.cli.main import app
 from embedwright.data.schema import Example, Passage
 from embedwright.data.tables.table import open_examples
 from embedwright.errors import InputError
+from embedwright.mining import mine as mine_module
+from embedwright.mining import pool as pool_module
 from embedwright.mining.choose import Miner
 from embedwright.mining.mine import mine
+from embedwright.mining.pool import Pool
 from embedwright.mining.rules import teacher_of
 
 NOUNS = ["cat", "dog", "river", "stone", "house", "tree", "moon", "boat", "bread", "king", "rain", "song"]
@@ -81,6 +84,23 @@ def test_bm25_equals_bm25s_by_hand(rule: Any, margin: float | None) -> None:
         assert row.negative_scores == pytest.approx([score[column[p.text]] for p in row.negatives], rel=1e-6)
     if rule == "perc":  # nothing scores below a positive that shares no word with its question
         assert all(not row.negatives for row in mined[::5]) and any(row.negatives for row in mined)
+
+
+def test_bm25_holds_the_texts_of_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus, rows = lexical()
+    whole = mine(rows, corpus, "bm25", rule="naive", negatives=4)[0]
+    held, rows_of = list[int](), Pool.rows_of
+
+    def counted(self: Pool, examples: Iterable[Example]) -> tuple[dict[str, int], list[str]]:
+        found = rows_of(self, examples)
+        held.append(len(found[0]))
+        return found
+
+    monkeypatch.setattr(Pool, "rows_of", counted)
+    monkeypatch.setattr(pool_module, "_CHUNK", 3)
+    monkeypatch.setattr(mine_module, "_AT_ONCE", 3)
+    assert mine(rows, corpus, "bm25", rule="naive", negatives=4)[0] == whole
+    assert len(held) >= 20 and max(held) <= 3 * max(len(row.positives) + len(row.negatives) for row in rows)
 
 
 def test_perc_takes_what_bm25_ranks_below_the_positive_alone() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import tracemalloc
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from embedwright.data.schema import DataError
 from embedwright.index.faiss_file import write_faiss
 from embedwright.index.index import Index
 from embedwright.model.embedder import Embedder
-from embedwright.vectors.corpus import encode_corpus, is_encoded, open_encoded
+from embedwright.vectors.corpus import encode_corpus, is_encoded, open_encoded, read_source
 from embedwright.vectors.shards import read_shard, vectors_of, write_shard
 from embedwright.vectors.store import Manifest, encode_texts, open_vectors
 
@@ -230,6 +231,16 @@ def test_a_bad_line_is_named_before_anything_is_encoded(tmp_path: Path, content:
     with pytest.raises(DataError, match=reason):
         encode_corpus(model, source, tmp_path / "out")
     assert not model.asked and not (tmp_path / "out").exists()
+
+
+def test_reading_a_source_holds_eight_bytes_an_id(tmp_path: Path) -> None:
+    source = tmp_path / "c.jsonl"
+    source.write_text("".join(f'{{"_id": "a long id of a document {i}", "text": "x"}}\n' for i in range(20_000)))
+    tracemalloc.start()
+    assert sum(1 for _ in read_source(source)) == 20_000
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1.5e6  # a set of them takes 3 MB
 
 
 def test_a_bad_byte_in_a_plain_text(tmp_path: Path) -> None:

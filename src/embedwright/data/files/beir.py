@@ -86,12 +86,19 @@ def documents_of(rows: Iterable[tuple[Path, int, Row]]) -> Iterator[tuple[str, s
     """Yields the same for rows as `corpus_rows` gives them."""
     for file, number, row in rows:
         try:
-            if isinstance(row, DataError):
-                raise row
-            key = "_id" if row.get("_id") is not None else "id"
-            yield f"{file}:{number}", id_of(row.get(key), key), document_text(row)
+            id, title, text = document_of(row)
         except DataError as error:
             raise DataError(f"{file}:{number}: {error}") from None
+        yield f"{file}:{number}", id, with_title(title, text)
+
+
+def document_of(row: Row, default_id: str | None = None) -> tuple[str, str, str]:
+    """Returns id, title and text of a row. Raises DataError if it is none, or has no text, or no id and no default."""
+    if isinstance(row, DataError):
+        raise row
+    key = "_id" if row.get("_id") is not None else "id"
+    found = row.get(key)
+    return default_id if found is None and default_id else id_of(found, key), *title_and_text(row)
 
 
 def corpus_rows(path: Path) -> Iterator[tuple[Path, int, Row]]:
