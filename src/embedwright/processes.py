@@ -151,14 +151,18 @@ class Processes:
         """Raises in every process if one of them has an error: its own, or else that of the first that has one.
 
         The error of another process is an InputError if it was one there, else an OtherProcessError, and names
-        the process.
+        the process. It keeps the `texts` that the error is about.
         """
-        of_each = self.each(error and [str(error) or type(error).__name__, isinstance(error, InputError)])
+        texts = getattr(error, "texts", ())
+        of_each = self.each(error and [str(error) or type(error).__name__, isinstance(error, InputError), texts])
         if error is not None:
             raise error
         for rank, of_other in enumerate(of_each):
             if of_other:
-                raise (InputError if of_other[1] else OtherProcessError)(f"process {rank}: {of_other[0]}")
+                said, is_input, texts = of_other
+                other: Any = (InputError if is_input else OtherProcessError)(f"process {rank}: {said}")
+                other.texts = texts
+                raise other
 
     def _reduced(self, values: Sequence[float], how: Any) -> list[float]:
         found = torch.tensor(values, dtype=torch.float64, device=self.device)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any, cast
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from groups import raised
 
+from embedwright.encoders.http import RefusedTextsError
 from embedwright.errors import InputError
 from embedwright.processes import ALONE, Processes, joined, start
 
@@ -34,6 +36,22 @@ def test_one_process_decides_for_itself() -> None:
     assert ALONE.decided(lambda: 3) == ALONE.told(3) == 3 and ALONE.each("a") == ["a"]
     with pytest.raises(ZeroDivisionError), ALONE.together():
         _ = 1 / 0
+
+
+def test_the_error_of_another_process_keeps_the_texts_that_it_is_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`mine` names file and row of texts that a teacher refuses, whichever process asked for them."""
+    error, sent = RefusedTextsError("server", {"a text": "too long"}), list[Any]()
+
+    def each(self: Processes, value: Any) -> list[Any]:
+        sent.append(json.loads(json.dumps(value)))
+        return sent
+
+    monkeypatch.setattr(Processes, "each", each)
+    with pytest.raises(RefusedTextsError):
+        Processes(rank=1, count=2).agree(error)
+    with pytest.raises(InputError, match="process 0: server: 1 texts were refused") as raised:
+        Processes(rank=1, count=2).agree(None)
+    assert raised.value.texts == ["a text"]  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,7 @@ def data_build(
     source: Annotated[Path | None, opt("File or folder to read. Default: the hub.")] = None,
     limit: Annotated[int | None, opt("Number of rows or queries to take. Default: all.", min=1)] = None,
     share: Annotated[
-        float | None, opt("Share to take of the samples in `data list`, and of the corpus. Default: all rows.")
+        float | None, opt("Share of the samples in `data list`, of 500 rows at least, and of the corpus. Default: all.")
     ] = None,
     corpus_out: Annotated[
         Path | None,

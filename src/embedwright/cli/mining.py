@@ -17,6 +17,7 @@ from embedwright.cli.options import arg, opt, say_json
 from embedwright.data.files.parts import Shard
 from embedwright.errors import InputError, blaming
 from embedwright.files import write_json
+from embedwright.llm.answers import tokens_paid
 from embedwright.llm.client import Client, Server
 from embedwright.mining.rules import NAMED, Ensemble, Positives, Rule
 
@@ -28,12 +29,13 @@ def _naming_refused(verb: Callable[..., None]) -> Callable[..., None]:
     def call(examples: Path, *, corpus: Path | None = None, **given: Any) -> None:
         from embedwright.data.files.beir import corpus_rows, document_text
         from embedwright.data.tables.table import open_as_named
-        from embedwright.encoders.http import RefusedTextsError
 
         try:
             verb(examples, corpus=corpus, **given)
-        except RefusedTextsError as error:
-            texts, places = set(error.texts), list[str]()
+        except InputError as error:  # of another process under torchrun it is none of RefusedTextsError
+            if not (refused := getattr(error, "texts", ())):
+                raise
+            texts, places = set(refused), list[str]()
             for number, example in enumerate(open_as_named(examples), start=1):
                 if not texts.isdisjoint([example.query, *(passage.text for passage in example.positives)]):
                     places.append(f"{examples}: row {number}, id {example.id!r}")
@@ -261,8 +263,17 @@ def _cross_encoder(name: str) -> Any:
 
 
 def _client(out: Path, shard: Shard | None, timeout: float, **settings: Any) -> Client:
-    """Returns a client of the server with these settings. It keeps the answers beside `out`, or beside the part."""
+    """Returns a client of the server with these settings. It keeps the answers beside `out`, or beside the part.
+
+    A part also knows the answers that were paid for without parts, or with another number of them. What these leave of
+    the budget is shared by all parts alike, so that together they stay below it.
+    """
     if not (timeout > 0 and math.isfinite(timeout)):
         raise InputError(f"--timeout {timeout}: a number of seconds above 0")
-    file = shard.file(out) if shard else out
-    return Client(Server(timeout_s=timeout, **settings), file.with_name(f"{file.name}.answers.sqlite"))
+    file, earlier = shard.file(out) if shard else out, list[Path]()
+    if shard:
+        beside = [out.with_name(f"{out.name}.answers.sqlite"), *sorted(out.glob("part-*.answers.sqlite"))]
+        earlier = [path for path in beside if path.is_file() and f"-of-{shard.count:05d}." not in path.name]
+        if budget := settings["token_budget"]:
+            settings["token_budget"] = max((budget - sum(map(tokens_paid, earlier))) // shard.count, 1)
+    return Client(Server(timeout_s=timeout, **settings), file.with_name(f"{file.name}.answers.sqlite"), earlier)

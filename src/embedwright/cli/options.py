@@ -132,7 +132,7 @@ Timeout = Annotated[float, opt("Time limit of one request, in seconds.")]
 TokenBudget = Annotated[
     int | None,
     opt(
-        "Stop before all runs together, with --shard those of a part, have paid for so many tokens. Default: no limit.",
+        "Stop before all runs together have paid for so many tokens; part I of N pays an Nth. Default: no limit.",
         min=1,
     ),
 ]

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +43,29 @@ class Completion(NamedTuple):
     text: str
     cut_at: int
     tokens: int
+
+
+def read_completion(answer: Any, request: dict[str, Any]) -> Completion | None:
+    """Reads a chat completion, without reasoning in separate fields or parts. None if `answer` is something else."""
+    try:
+        choice = answer.choices[0]
+        content = choice.message.content
+        cut_at = request["max_tokens"] if choice.finish_reason == "length" else 0
+    except (AttributeError, IndexError, TypeError):
+        return None
+    if isinstance(content, list):  # Mistral's servers send parts, and `thinking` is one of them
+        texts = [part for part in content if isinstance(part, dict) and part.get("type") in ("text", "output_text")]
+        content = "".join(str(part.get("text") or "") for part in texts)
+    # JSON can spell half a surrogate pair, but no file can hold it
+    text = str(content or "").encode(errors="replace").decode()
+    used = getattr(answer.usage, "total_tokens", None)
+    tokens = used if isinstance(used, int) else tokens_of(request["messages"][0]["content"] + text)
+    return Completion(text, cut_at, tokens)
+
+
+def tokens_of(text: str) -> int:
+    """Estimates the tokens of a text by four characters each, which is usual for English."""
+    return len(text) // 4 + 1
 
 
 def read_answer(text: str, schema: type[BaseModel]) -> dict[str, Any]:
@@ -98,8 +121,12 @@ def answer_key(model: str, prompt: str, temperature: float, seed: str, attempt: 
 class AnswerFile:
     """Keeps answers by `answer_key` in an SQLite file that only this user can write. A kill never leaves half a row."""
 
-    def __init__(self, path: Path) -> None:
-        """Opens the file. Raises InputError if another user owns it or may write to it, or if it holds no answers."""
+    def __init__(self, path: Path, earlier: Sequence[Path] = ()) -> None:
+        """Opens the file, and those `earlier` ones whose answers it gives, too.
+
+        Raises InputError if another user owns it or may write to it, or if it holds no answers.
+        """
+        self._earlier = [AnswerFile(file) for file in earlier]
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         for part in ("", "-wal", "-shm", "-journal"):  # SQLite also reads rows from these files
@@ -118,7 +145,9 @@ class AnswerFile:
 
     def get(self, key: str) -> Completion | None:
         row = self._base.execute("SELECT text, cut, tokens FROM answers WHERE key = ?", (key,)).fetchone()
-        return None if row is None else Completion(*row)
+        if row is not None:
+            return Completion(*row)
+        return next((found for file in self._earlier if (found := file.get(key))), None)
 
     def put(self, key: str, completion: Completion) -> None:
         """Replaces an earlier answer of this key. The tokens add up, since both answers were paid for."""
@@ -129,8 +158,18 @@ class AnswerFile:
         )
 
     def tokens(self) -> int:
-        """Returns the tokens paid for in all runs."""
+        """Returns the tokens paid for in all runs, without those of earlier files."""
         return int(self._base.execute("SELECT COALESCE(SUM(tokens), 0) FROM answers").fetchone()[0])
 
     def close(self) -> None:
-        self._base.close()
+        for file in (*self._earlier, self):
+            file._base.close()
+
+
+def tokens_paid(path: Path) -> int:
+    """Returns the tokens that a file of answers was paid for with."""
+    file = AnswerFile(path)
+    try:
+        return file.tokens()
+    finally:
+        file.close()

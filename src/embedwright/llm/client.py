@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,7 +22,15 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from embedwright.endpoint import endpoint, refusal
 from embedwright.errors import MissingPackageError
-from embedwright.llm.answers import AnswerFile, BadAnswerError, Completion, answer_key, read_answer
+from embedwright.llm.answers import (
+    AnswerFile,
+    BadAnswerError,
+    Completion,
+    answer_key,
+    read_answer,
+    read_completion,
+    tokens_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +103,8 @@ class Client:
     the budget was spent, or the server failed.
     """
 
-    def __init__(self, server: Server, cache: Path) -> None:
+    def __init__(self, server: Server, cache: Path, earlier: Sequence[Path] = ()) -> None:
+        """`cache` is the file of answers. Those of the files `earlier` are known, too, and cost nothing."""
         try:
             from openai import AsyncOpenAI, DefaultAsyncHttpxClient
         except ImportError as error:
@@ -103,7 +112,7 @@ class Client:
         self.server = server
         self.endpoint = endpoint(server.base_url, server.api_key_env)
         self.counts: Counter[str] = Counter()
-        self._cache = AnswerFile(cache)
+        self._cache = AnswerFile(cache, earlier)
         self._openai = AsyncOpenAI(
             **self.endpoint.client,
             max_retries=server.retries,
@@ -187,7 +196,7 @@ class Client:
             "seed": int(_digest([question.seed, attempt])[:7], 16),
             "response_format": {"type": "json_schema", "json_schema": schema},
         }
-        estimate = _tokens_of(question.prompt) + self.server.max_tokens
+        estimate = tokens_of(question.prompt) + self.server.max_tokens
         async with self._settled:
             await self._settled.wait_for(lambda: self._reserved == 0 or self._affords(estimate))
             if not self._affords(estimate):
@@ -223,7 +232,7 @@ class Client:
         try:
             async with asyncio.timeout(timeout_s + retries * (timeout_s + _LONGEST_PAUSE_S)):
                 answer = await self._openai.chat.completions.create(**request)
-            completion = _read_completion(answer, request)
+            completion = read_completion(answer, request)
             if completion is not None:
                 return completion
             fault, message = "bad_body", f"no chat completion: {answer!r:.200}"
@@ -272,29 +281,6 @@ def _fits(known: Completion | None, schema: type[BaseModel]) -> bool:
         return known is not None and read_answer(known.text, schema) is not None
     except BadAnswerError:
         return False
-
-
-def _read_completion(answer: Any, request: dict[str, Any]) -> Completion | None:
-    """Reads a chat completion, without reasoning in separate fields or parts. None if `answer` is something else."""
-    try:
-        choice = answer.choices[0]
-        content = choice.message.content
-        cut_at = request["max_tokens"] if choice.finish_reason == "length" else 0
-    except (AttributeError, IndexError, TypeError):
-        return None
-    if isinstance(content, list):  # Mistral's servers send parts, and `thinking` is one of them
-        texts = [part for part in content if isinstance(part, dict) and part.get("type") in ("text", "output_text")]
-        content = "".join(str(part.get("text") or "") for part in texts)
-    # JSON can spell half a surrogate pair, but no file can hold it
-    text = str(content or "").encode(errors="replace").decode()
-    used = getattr(answer.usage, "total_tokens", None)
-    tokens = used if isinstance(used, int) else _tokens_of(request["messages"][0]["content"] + text)
-    return Completion(text, cut_at, tokens)
-
-
-def _tokens_of(text: str) -> int:
-    """Estimates the tokens of a text by four characters each, which is usual for English."""
-    return len(text) // 4 + 1
 
 
 def _digest(value: object) -> str:

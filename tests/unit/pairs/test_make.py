@@ -174,7 +174,7 @@ def test_a_stopped_run_goes_on_and_other_inputs_start_anew(tmp_path: Path, monke
 def test_a_folder_of_somebody_else_stays(tmp_path: Path) -> None:
     (tmp_path / "o.jsonl.parts").mkdir()
     (tmp_path / "o.jsonl.parts" / "mine").write_text("mine")
-    with pytest.raises(OutputExistsError, match=r"o\.jsonl\.parts"):
+    with pytest.raises(OutputExistsError, match=r"o\.jsonl\.parts holds mine .*: remove it, or"):
         make_pairs(write(tmp_path / "d.jsonl", {"title": "a", "text": TEXT}), tmp_path / "o.jsonl", ["title"])
     assert (tmp_path / "o.jsonl.parts" / "mine").read_text() == "mine"
 

@@ -281,6 +281,26 @@ def test_a_part_that_lacks_answers_is_not_done(
         assert '"written": 6' in capsys.readouterr().out and len(fake.requests) == 6
 
 
+def test_parts_share_the_budget_and_what_was_paid_for_other_parts(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake, out = serve(lambda body, n: Reply(author(body, n).text, tokens=1000)), tmp_path / "parts"
+    options = ("synth", "--out", out, "--base-url", fake.url, "--model", "a", "--count", 12, "--types", "sts")
+    limits = ("--token-budget", 8000, "--max-tokens", 900, "--concurrency", 1)
+
+    def run_all(count: int, *more: object) -> list[int]:
+        return [command(monkeypatch, *options, *limits, *more, "--shard", f"{i}/{count}") for i in range(count)]
+
+    assert run_all(2) == [1, 1] and len(fake.requests) == 6  # three of each: a fourth could pass 4,000
+    assert run_all(2) == [1, 1] and len(fake.requests) == 6  # over all runs
+    for file in [*out.glob("*.jsonl"), *out.glob("*.json")]:  # all but what was paid for
+        file.unlink()
+    assert run_all(3) == [1, 1, 1] and len(fake.requests) == 6  # of the 2,000 that are left, a third pays nothing
+    assert run_all(3, "--token-budget", 90000) == [0, 0, 0] and len(fake.requests) == 12
+    examples = list(open_examples(out, cache=tmp_path / "cache"))
+    assert [example.id for example in examples] == [f"synthetic-sts:{i}" for i in range(12)]
+
+
 def test_a_part_whose_brainstorm_failed_is_not_done(serve: Serve, tmp_path: Path) -> None:
     """Of two parts, the second finds the tasks; a task that the server gave nothing usable for is not waited for."""
     replies: list[Callable[[Body, int], Reply]] = [lambda body, n: Reply(status=500)]

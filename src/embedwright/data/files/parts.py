@@ -99,7 +99,10 @@ def claim(out: Path, settings: Mapping[str, Any]) -> None:
     if not known.is_file():
         if out.is_dir() and (others := [entry.name for entry in out.iterdir() if not _MAY_BE_THERE(entry.name)]):
             if not known.is_file():  # else another process has made it meanwhile
-                raise OutputExistsError(f"{out} holds {others[0]} and no {_SETTINGS}: choose a new folder for parts")
+                raise OutputExistsError(
+                    f"{out} holds {others[0]} and no {_SETTINGS}, so it is no folder of parts of this version: "
+                    "remove it, or choose another --out"
+                )
         else:
             write_json(known, settings)
     kept = ", but for its *.answers.sqlite: they are paid for" if any(out.glob("*.answers.sqlite")) else ""

@@ -186,6 +186,7 @@ def open_documents(path: Path) -> ExampleTable:
 
 def _opened(job: Job, cache: Path) -> ExampleTable:
     path, stem = job.path, stem_of(job.path)
+    tasks_beside(path)  # first: an error there is not one of the table
     fingerprint = fingerprint_of(job, stem)
     arrow = cache / "data" / f"{stem[:80]}-{fingerprint[:16]}.arrow"
     try:

@@ -15,6 +15,7 @@ import pytest
 from embedwright.data.schema import Example, Passage
 from embedwright.data.tables import table as table_module
 from embedwright.data.tables.table import BATCH_ROWS, ExampleTable, open_examples, write_examples
+from embedwright.errors import InputError
 
 
 def write(path: Path, *rows: Any) -> Path:
@@ -211,3 +212,26 @@ def test_reading_a_row_of_a_real_set_is_fast_enough_for_training(cache: Path) ->
     for i in range(0, len(table), 11):
         table[i]
     assert (time.perf_counter() - start) / (len(table) / 11) < 1e-3  # measured: 30 microseconds
+
+
+def test_bad_tasks_beside_the_data_are_no_damage(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are named before a conversion, and each time: what is converted is not made again for them."""
+    folder = tmp_path / "set"
+    for name in ("a", "b"):
+        write(folder / f"{name}.jsonl", {"query": name, "positive": "b"})
+    arrow = open_examples(folder, cache=cache).arrow
+    written = arrow.stat().st_mtime_ns
+    monkeypatch.setattr(table_module, "convert", lambda *_: pytest.fail("converted"))
+    for bad, said in (
+        ('{"name": "t", "family": "sts"}', "task 't' is another in"),
+        ('{"name": ', "b.jsonl.tasks.jsonl:1: not JSON"),
+        ('{"name": "t", "familly": "sts"}', "familly"),
+    ):
+        write(folder / "a.jsonl.tasks.jsonl", {"name": "t"})
+        write(folder / "b.jsonl.tasks.jsonl", bad)
+        for data in (folder, folder / "b.jsonl") if "another" not in said else (folder,):
+            with pytest.raises(InputError, match=said):
+                open_examples(data, cache=cache)
+    assert arrow.stat().st_mtime_ns == written and "damaged" not in caplog.text
