@@ -95,6 +95,8 @@ LICENCES = {"licences": "--licences {licences}"}
 LABELS = {"form": "--form label", "words": "--words {words}"}
 EXAMPLES = {"form": "--form example"}
 CROPS = {"how": "--how crops"}
+PAGE = {"index": "--index {index}", "ui": "--ui"}
+TWO = {**PAGE, "against": "--against {model}", "against_index": "--against-index {index}"}
 SCORED = {"base_url": "", "model": "", "cross_encoder": "--cross-encoder a", "threshold": "--threshold 0.5"}
 LIMITS: dict[str, tuple[str, str, Words]] = {
     "concurrency": ("at once", "--concurrency 1", {}),
@@ -182,6 +184,9 @@ CHANGES: dict[str, dict[str, tuple[str, str, Words]]] = {
     "serve": {
         "model": ("said", "{other}", {}),
         "index": ("said", "--index {index}", {}),
+        "ui": ("said", "", PAGE),
+        "against": ("error", "--against {other}", TWO),  # which has made no index
+        "against_index": ("said", "--against-index {other_index}", TWO),
         "host": ("said", "--host ::1", {}),
         "port": ("said", "--port 7", {}),
         "name": ("said", "--name another", {}),
@@ -541,7 +546,7 @@ def asked_once(app: FastAPI, listening: Any, drain_s: float) -> None:
     batcher = app.state.server.batcher
     print(listening.getsockname(), drain_s, batcher.batch_tokens, batcher.queue_tokens)
     with TestClient(app, "http://localhost") as client:
-        print(client.get("/index").text)
+        print(client.get("/index").text, client.get("/page/sides.json").text, client.get("/against/index").text)
         for headers in ({}, {"Authorization": "Bearer some-key"}, {"Authorization": "Bearer a-key"}):
             for texts in ("tides " * 9, ["a", "b", "c"], [5, 6]):
                 sent = {"input": texts, "dimensions": 2}

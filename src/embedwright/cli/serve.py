@@ -8,12 +8,15 @@ from typing import Annotated
 from embedwright.cli import options
 from embedwright.cli.display import say
 from embedwright.cli.options import opt
-from embedwright.errors import MissingPackageError
+from embedwright.errors import InputError, MissingPackageError
 
 
 def serve(
     model: options.Model,
     index: Annotated[Path | None, opt("Index that the model has made, to be searched at /search.")] = None,
+    ui: Annotated[bool, opt("Also serve a page that searches the index, for a browser.", "--ui")] = False,
+    against: Annotated[str | None, opt("With --ui: second model, shown side by side.")] = None,
+    against_index: Annotated[Path | None, opt("With --against: index that the second model has made.")] = None,
     host: Annotated[str, opt("Address to listen at. One that others can reach needs a key.")] = "127.0.0.1",
     port: Annotated[int, opt("Port to listen at; 0 takes a free one.", min=0, max=65535)] = 8000,
     name: Annotated[str | None, opt("The model's name for clients. Default: the last part of its path.")] = None,
@@ -41,13 +44,33 @@ def serve(
     from embedwright.encoders.open import open_encoder
     from embedwright.index.index import Index
 
+    if ui and index is None:
+        raise InputError("--ui is a page that searches an index: name it with --index")
+    if (against is None) != (against_index is None) or (against is not None and not ui):
+        raise InputError("--against and --against-index go together, with --ui")
     keys = read_keys(api_key_env, api_key_file)
     listening = listen(host, port, keys)  # a port that is taken is said before a model is loaded
     searched = None if index is None else Index.open(index)
     limits = Limits(max_inputs, max_body, max_tokens, batch_tokens, queue_tokens)
     name = name or Path(model).name
-    app = create_app(open_encoder(model), name=name, index=searched, keys=keys, limits=limits, token_ids=token_ids)
+    second = None
+    if against is not None and against_index is not None:
+        other = Path(against).name if Path(against).name != name else "/".join(Path(against).absolute().parts[-2:])
+        opened = Index.open(against_index)
+        second = create_app(open_encoder(against), name=other, index=opened, keys=keys, limits=limits)
+    app = create_app(
+        open_encoder(model),
+        name=name,
+        index=searched,
+        page=ui,
+        against=second,
+        keys=keys,
+        limits=limits,
+        token_ids=token_ids,
+    )
     place, number = listening.getsockname()[:2]
     at = f"[{place}]" if ":" in place else place
     say(f"{name} at http://{at}:{number}/v1{'' if index is None else f', {index} at /search'}")
+    if ui:
+        say(f"the page: http://{at}:{number}/")
     run(app, listening, drain)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from embedwright.model import encode
 from embedwright.model.embedder import Embedder
 from embedwright.serve.errors import ERRORS, ApiError, ErrorAnswer, add_handlers
 from embedwright.serve.guard import Guard
+from embedwright.serve.page import AGAINST, add_map, add_page
 from embedwright.serve.schema import EmbeddingAnswer, EmbeddingRequest, Model, Models, Status, embedding_request
 from embedwright.serve.search import add_search
 from embedwright.serve.server import Limits, Server
@@ -29,6 +30,8 @@ def create_app(
     *,
     name: str,
     index: Index | None = None,
+    page: bool = False,
+    against: FastAPI | None = None,
     keys: Sequence[str] = (),
     limits: Limits | None = None,
     token_ids: bool = False,
@@ -39,6 +42,8 @@ def create_app(
         model: What `open_encoder` opens, if its texts can be packed: an `Embedder`.
         name: The model's name for clients.
         index: An index that this model has made, to be searched at /search.
+        page: Show the page that searches the index, at /.
+        against: The app of a second model and its index, with the same keys. It lies at /against, for the page.
         keys: API keys, any of which a client may send. Without one, the server answers as localhost alone.
         limits: What it takes.
         token_ids: Take the model's own token ids in place of texts.
@@ -55,7 +60,9 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with server.running():
+        async with AsyncExitStack() as stack:
+            for each in (server, against.state.server) if against else (server,):
+                await stack.enter_async_context(each.running())
             yield
 
     # pages of documentation would load scripts from elsewhere
@@ -69,6 +76,11 @@ def create_app(
     _add_embeddings(app, server, embedding_request(model.embedding_dim, server.limits.max_inputs, token_ids))
     if index is not None:
         add_search(app, server, index)
+        add_map(app, index)
+    if page:
+        add_page(app, two=against is not None)
+    if against is not None:
+        app.mount(f"/{AGAINST}", against)
     return app
 
 

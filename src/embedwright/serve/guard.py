@@ -20,10 +20,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from embedwright.serve.errors import ApiError, busy
 from embedwright.serve.metrics import Metrics
+from embedwright.serve.page import PAGE_PATHS
 
 log = logging.getLogger(__name__)
 
-OPEN_PATHS = ("/health", "/ready")  # they want no key, and are answered while the server stops
+# They want no key, and are answered while the server stops. The page is static, and asks for the key itself.
+OPEN_PATHS = ("/health", "/ready", *PAGE_PATHS)
 _AT_ONCE = 1024  # requests under way: bounds the memory of their bodies' texts
 _BODY_S = 30.0  # a body that takes longer to arrive is given up
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")

@@ -9,12 +9,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import uvicorn
 from fastapi import FastAPI
 
+from embedwright.index.build import build_index
+from embedwright.index.index import Index
 from embedwright.model.embedder import Embedder
 from embedwright.serve.app import create_app
 
@@ -89,3 +93,45 @@ def server(serving: Callable[..., AbstractContextManager[Running]]) -> Iterator[
     """The shared server. Leave it as it is."""
     with serving() as made:
         yield made
+
+
+# ---- two indexes of the same documents, for the page
+
+
+@pytest.fixture(scope="session")
+def told(tiny_embedder: Callable[..., Embedder]) -> Embedder:
+    """A model with an instruction of its own."""
+    model = tiny_embedder("mean")
+    model.contract = model.contract.model_copy(update={"default_task": "Find the text about it"})
+    return model
+
+
+@pytest.fixture(scope="session")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Texts of several chunks, with emoji before them; one that is a script."""
+    words = ["tide", "moon", "sea", "rise", "fall", "gravity", "sun", "level", "dog", "fox"]
+    random = np.random.default_rng(0)
+    rows = [
+        {"id": f"d{i}", "title": f"Of {words[i % 10]}" if i % 3 else "", "year": 1990 + i, "lang": ["en", "de"][i % 2],
+         "text": "🌕🌊 " + " ".join(random.choice(words, 12 + 3 * i))}
+        for i in range(14)
+    ]  # fmt: skip
+    rows[4]["title"] = "<img src=x onerror=\"document.title='owned'\">"
+    rows[4]["text"] = "<script>document.title='owned'</script> " + rows[4]["title"] + rows[4]["text"]
+    rows[5]["lang"] = None
+    file = tmp_path_factory.mktemp("documents") / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture(scope="session")
+def index(told: Embedder, documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Index:
+    out = tmp_path_factory.mktemp("served") / "index"
+    return Index.open(build_index(told, documents, out, chunk_tokens=40, metadata=["year", "lang"]))
+
+
+@pytest.fixture(scope="session")
+def other(model: Embedder, documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Index:
+    """Of `model`, whole documents."""
+    out = tmp_path_factory.mktemp("other") / "index"
+    return Index.open(build_index(model, documents, out, metadata=["year", "lang"]))
