@@ -52,8 +52,8 @@ from embedwright.training.batches.feed import local_batch  # noqa: E402
 from embedwright.training.engine.optim import make_optimizer, update  # noqa: E402
 from embedwright.training.engine.parallel import replicate  # noqa: E402
 from embedwright.training.engine.step import accumulate  # noqa: E402
-from embedwright.training.parts import TunePart  # noqa: E402
-from embedwright.training.stages import DataPart, OptimPart, StagePart  # noqa: E402
+from embedwright.training.parts import OptimPart, TunePart  # noqa: E402
+from embedwright.training.stages import DataPart, StagePart  # noqa: E402
 
 MODEL = "smollm2-135m"
 QUERIES, RANK, TEMPERATURE, CLIP = 32, 16, 0.05, 1.0

@@ -66,7 +66,7 @@ SECTIONS: dict[str, type[BaseModel]] = {  # by the place of the part in the file
     "stages.data.task": Task,
     "stages.loss": stages.LossPart,
     "stages.loss.distill": stages.DistillPart,
-    "stages.optim": stages.OptimPart,
+    "stages.optim": parts.OptimPart,
     "stages, of kind: mine": stages.MinePart,
     "stages, of kind: mntp": stages.MaskedPart,
     "stages.text, of kind: mntp": stages.TextPart,

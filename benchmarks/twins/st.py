@@ -26,8 +26,9 @@ from transformers import TrainerCallback
 from embedwright.data.schema import Example, Task
 from embedwright.model.embedder import Embedder
 from embedwright.training.batches.blend import Source, rows_at
+from embedwright.training.parts import OptimPart
 from embedwright.training.recipe import Recipe
-from embedwright.training.stages import OptimPart, StagePart
+from embedwright.training.stages import StagePart
 
 Found = dict[str, Any]
 

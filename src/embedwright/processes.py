@@ -75,9 +75,9 @@ class Processes:
         each[self.rank] = own_NE
         return torch.cat(each)
 
-    def most(self, value: int) -> int:
-        """Returns the largest of all processes' values."""
-        return int(self._reduced([value], dist.ReduceOp.MAX)[0]) if self.count > 1 else value
+    def most(self, value: float) -> float:
+        """Returns the largest of all processes' values, in float64."""
+        return self._reduced([value], dist.ReduceOp.MAX)[0] if self.count > 1 else value
 
     def total(self, value: float) -> float:
         """Returns the sum of all processes' values, in float64."""
@@ -204,10 +204,10 @@ def start(minutes: float | None = None) -> Processes:
 
 
 @contextmanager
-def joined() -> Iterator[Processes]:
-    """Joins the group for a `with` block, and leaves it once all are at its end."""
+def joined(minutes: float | None = None) -> Iterator[Processes]:
+    """Joins the group for a `with` block (`start`), and leaves it once all are at its end."""
     global _channel
-    processes = start()
+    processes = start(minutes)
     yield processes
     processes.wait()
     if processes.count > 1:

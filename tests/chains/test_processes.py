@@ -20,9 +20,11 @@ import embedwright.index.faiss_file  # noqa: F401
 from embedwright.cli.main import app
 from embedwright.data.tables.table import open_examples
 from embedwright.model.embedder import Embedder
+from embedwright.training.steps import Steps
 from embedwright.vectors.shards import read_shard, vectors_of
 
-COUNTS = {"evaluated": (1, 2), "encoded": (1, 2), "indexed": (1, 3), "mined": (1, 2), "failed": (2,)}
+COUNTS = {"evaluated": (1, 2), "encoded": (1, 2), "indexed": (1, 3), "mined": (1, 2), "failed": (2,), "dry": (2,)}
+RUN = {"tracker": "none", "timeout_minutes": 7}
 
 
 def lines(file: Path, rows: list[dict[str, Any]]) -> None:
@@ -31,7 +33,9 @@ def lines(file: Path, rows: list[dict[str, Any]]) -> None:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory, tiny_embedder: Callable[..., Embedder]) -> dict[str, Any]:
+def found(
+    tmp_path_factory: pytest.TempPathFactory, tiny_embedder: Callable[..., Embedder], tiny_decoder: Callable[..., Path]
+) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("g")
     tiny_embedder("latent").save(folder / "model")
     random = np.random.default_rng(0)
@@ -52,7 +56,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, tiny_embedder: Callable[...,
         "- {name: beir, kind: retrieval, path: beir, chunk_tokens: 20, instruction: Find it}\n"
     )
     (folder / "bad.yaml").write_text("name: s\ntasks:\n- {name: sts, kind: sts, path: gone.jsonl}\n")
-    return groups.run(__file__, folder, COUNTS) | {"folder": folder}
+    return groups.run(__file__, folder, COUNTS, str(tiny_decoder("llama"))) | {"folder": folder}
 
 
 @pytest.mark.parametrize("verb", ["evaluated", "encoded", "indexed", "mined"])
@@ -89,6 +93,11 @@ def test_the_negatives_are_those_of_one_process(found: dict[str, Any]) -> None:
     assert [row.negatives for row in many] == [row.negatives for row in one] and one[0].negatives
 
 
+def test_a_dry_run_waits_as_long_as_the_recipe_says(found: dict[str, Any]) -> None:
+    first, second = found["dry"][2]
+    assert first["limit"] == second["limit"] == 7 * 60 and "2 processes (ddp)" in first["said"] and not second["said"]
+
+
 def test_bad_input_ends_all_processes(found: dict[str, Any]) -> None:
     first, second = found["failed"][2]
     assert "gone.jsonl" in first["error"] and "gone.jsonl" in second["error"]
@@ -115,24 +124,24 @@ def count_of() -> str:
     return os.environ["WORLD_SIZE"]
 
 
-def evaluated(folder: Path) -> dict[str, Any]:
+def evaluated(folder: Path, _: str) -> dict[str, Any]:
     return command("eval", folder / "model", folder / "suite.yaml", "--out", folder / f"scores-{count_of()}.json")
 
 
-def encoded(folder: Path) -> dict[str, Any]:
+def encoded(folder: Path, _: str) -> dict[str, Any]:
     return command("encode", folder / "model", folder / "docs.jsonl", folder / f"encoded-{count_of()}")
 
 
-def indexed(folder: Path) -> dict[str, Any]:
+def indexed(folder: Path, _: str) -> dict[str, Any]:
     return command("index", folder / "model", folder / "few.jsonl", folder / f"indexed-{count_of()}")
 
 
-def mined(folder: Path) -> dict[str, Any]:
+def mined(folder: Path, _: str) -> dict[str, Any]:
     out, teacher = folder / f"mined-{count_of()}.jsonl", folder / "model"
     return command("mine", folder / "pairs.jsonl", "--out", out, "--teacher", teacher, "--rule", "naive")
 
 
-def failed(folder: Path) -> dict[str, Any]:
+def failed(folder: Path, _: str) -> dict[str, Any]:
     return command("eval", folder / "model", folder / "bad.yaml")
 
 
@@ -140,3 +149,19 @@ def given(folder: Path, *words: str) -> dict[str, Any]:
     os.chdir(folder)
     os.environ["EMBEDWRIGHT_CACHE"] = str(folder / "cache")
     return command(*words)
+
+
+def dry(folder: Path, decoder: str) -> dict[str, Any]:
+    stage = {"name": "s", "data": [{"path": str(folder / "pairs.jsonl")}], "in_batch_negatives": "all"}
+    stage |= {"hard_negatives": 0, "optim": {"lr": 1e-3, "steps": 1, "batch_queries": 2}}
+    model = {"base": decoder, "pooling": "mean", "layers": 1}
+    recipe = {"name": "dry", "model": model, "stages": [stage], "run": RUN | {"out": str(folder / "run")}}
+    file, limits, take = folder / f"dry-{os.environ['RANK']}.yaml", list[float](), Steps.take
+    file.write_text(json.dumps(recipe))
+
+    def taken(*given: Any) -> Any:
+        limits.append(groups.limit())
+        return take(*given)
+
+    Steps.take = taken  # type: ignore[method-assign]
+    return command("train", file, "--dry-run") | {"limit": max(limits)}

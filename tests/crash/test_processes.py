@@ -1,25 +1,26 @@
-"""Of several processes one is killed, sleeps, or cannot read or write: all end, and another number of them goes on.
-
-Run as a script, this file forks the processes of a group (so that torch is imported once); gloo, on a CPU. No launcher
-watches them, so that whatever ends is ended by the library itself.
-"""
+"""Of several processes one is killed, sleeps, or cannot read or write: all end, and another number of them goes on."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import groups
 import numpy as np
 import pytest
+import torch
+
+from embedwright.files import HashedFile
+from embedwright.model.network import EmbedwrightModel
+from embedwright.processes import start
+from embedwright.training import steps, train
+from embedwright.training.recipe import Recipe
+from embedwright.training.run import start as models
 
 STEPS, CHECKPOINT_EVERY = 4, 2
 TEXTS = ["how do tides work?", "the moon", "a dog that does not mind, and a longer text after it"]
@@ -61,15 +62,13 @@ def recipe(folder: Path, decoder: Path, parallel: str) -> dict[str, Any]:
 
 
 def outcome(folder: Path, decoder: Path, parallel: str, plan: list[dict[str, Any]]) -> list[list[int]]:
-    """How the processes of each group ended: minus the signal, or the exit status; by rank."""
-    (folder / "job.json").write_text(json.dumps({"recipe": recipe(folder, decoder, parallel), "plan": plan}))
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
-    environment |= {"OMP_NUM_THREADS": "1", "EMBEDWRIGHT_CACHE": str(folder / "cache")}
-    command = [sys.executable, __file__, str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3000)
-    assert done.returncode == 0, done.stderr[-4000:]
-    ends: list[list[int]] = json.loads(done.stdout.splitlines()[-1])
-    return ends
+    """How the processes of each group ended, by rank (`groups.ends`)."""
+    content, found = json.dumps(recipe(folder, decoder, parallel)), []
+    for step in plan:
+        stuck = [1] if step.get("does") == "sleep" else []
+        groups.run(__file__, folder, {"work": (step["count"],)}, content, json.dumps(step), stuck=stuck)
+        found.append(groups.ends(folder, "work", step["count"]))
+    return found
 
 
 def losses(out: Path) -> dict[int, float]:
@@ -128,11 +127,6 @@ def test_a_slow_process_or_one_without_its_files_is_an_error_of_all(
 
 def arm(phase: str, does: str, sharded: bool) -> None:
     """Makes this process die, sleep or raise when it comes to a phase after the first checkpoint, or reads its data."""
-    import torch
-
-    from embedwright.files import HashedFile
-    from embedwright.model.network import EmbedwrightModel
-    from embedwright.training import steps, train
 
     def act() -> None:
         if does == "die":
@@ -171,80 +165,26 @@ def arm(phase: str, does: str, sharded: bool) -> None:
     setattr(owner, name, watched)
 
 
-def work(run: Any, folder: Path, step: dict[str, Any], rank: int) -> None:
-    import torch.distributed as dist
-
-    from embedwright.processes import start
-    from embedwright.training import train as module
-    from embedwright.training.run import start as models
-
-    opened = 0
-    make = models.start_model
+def work(folder: Path, content: str, told: str) -> None:
+    step, opened, make = json.loads(told), 0, models.start_model
 
     def counted(*args: Any, **options: Any) -> Any:
         nonlocal opened
         opened += 1
         return make(*args, **options)
 
-    models.start_model = module.start_model = counted
+    models.start_model = train.start_model = counted
+    groups.forbid_messages()
     out = folder / step["out"]
-    run = run.with_out(out)
+    run = Recipe.parse(json.loads(content)).with_out(out)
     run = run.model_copy(update={"run": run.run.model_copy(update={"timeout_minutes": step.get("minutes", 30.0)})})
-    if rank == 1 and "phase" in step:
+    processes = start(run.run.timeout_minutes)
+    if processes.rank == 1 and "phase" in step:
         arm(step["phase"], step["does"], run.run.parallel == "fsdp")
-    model = module.train(run)
-    of_each = start().each(opened)
-    if rank == 0:
+    model = train.train(run)
+    of_each = processes.each(opened)
+    if processes.first:
         (out / "models.json").write_text(json.dumps(of_each))
         assert model.device.type == "cpu" and not any(p.requires_grad for p in model.network.parameters())
         np.save(out / "vectors.npy", model.encode(TEXTS, task="Find its answer"))
-    if dist.is_initialized():
-        start().wait()
-
-
-def group(run: Any, folder: Path, step: dict[str, Any]) -> list[int]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = []
-    for rank in range(step["count"]):
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": step["count"], "LOCAL_WORLD_SIZE": step["count"]}
-                os.environ |= {name: str(value) for name, value in own.items()}
-                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-                work(run, folder, step, rank)
-                status = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(status)
-        children.append(child)
-    asleep = [child for rank, child in enumerate(children) if rank == 1 and step.get("does") == "sleep"]
-    ends = {child: os.waitpid(child, 0)[1] for child in children if child not in asleep}
-    for child in asleep:
-        os.kill(child, signal.SIGKILL)
-        ends[child] = os.waitpid(child, 0)[1]
-    return [os.waitstatus_to_exitcode(ends[child]) for child in children]
-
-
-def main(folder: Path) -> None:
-    import accelerate  # noqa: F401  once for all children
-    import torch.distributed.checkpoint.state_dict_saver
-    import torch.distributed.fsdp  # noqa: F401
-    from transformers.utils import logging as transformers_logging
-
-    from embedwright.training.recipe import Recipe
-    from embedwright.training.train import train
-
-    assert train
-    transformers_logging.disable_progress_bar()
-    job = json.loads((folder / "job.json").read_text())
-    run = Recipe.parse(job["recipe"])
-    print(json.dumps([group(run, folder, step) for step in job["plan"]]))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    processes.wait()

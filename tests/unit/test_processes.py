@@ -69,6 +69,7 @@ def test_all_hear_what_rank_0_decides(group: list[dict[str, Any]]) -> None:
     assert [one["told"] for one in group] == [["rank 0", 0.1, None]] * 3
     assert [one["decided"] for one in group] == [0] * 3
     assert [one["each"] for one in group] == [["", "é", "éé"]] * 3
+    assert [one["most"] for one in group] == [0.5] * 3
 
 
 def test_an_error_of_one_process_reaches_all(group: list[dict[str, Any]]) -> None:
@@ -104,6 +105,7 @@ def in_a_group(folder: Path) -> dict[str, Any]:
             "told": again.told((f"rank {rank}", rank + 0.1, None)),
             "decided": processes.decided(lambda: rank),
             "each": processes.each("é" * rank),
+            "most": processes.most(rank / 4),
             "bad input": raised(lambda: fail(1, InputError("row 7 is bad"))),
             "failure": raised(lambda: fail(2, OSError("no disk"))),
             "of rank 0": raised(lambda: processes.decided(no)),

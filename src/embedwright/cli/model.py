@@ -70,7 +70,7 @@ def train(
     if dry:
         from embedwright.training.dry_run import dry_run
 
-        with joined() as group:
+        with joined(plan.run.timeout_minutes) as group:
             lines = dry_run(plan)
             if group.first:
                 say("\n".join(lines))

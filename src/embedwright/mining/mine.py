@@ -38,7 +38,7 @@ from embedwright.vectors.store import StoredPrecision, encode_texts
 
 logger = logging.getLogger(__name__)
 
-_AT_ONCE = 2**17  # queries searched at once: the corpus is read once for so many
+AT_ONCE = 2**17  # queries searched at once: the corpus is read once for so many
 SEARCHED_PER_SAMPLED = 10  # candidates looked at for each that may be drawn: the rule takes most away
 
 
@@ -175,7 +175,7 @@ def mine(
     def mined() -> Iterator[Example]:
         nonlocal total, written
         coming = iter(rows)
-        while chunk := list(islice(coming, _AT_ONCE)):
+        while chunk := list(islice(coming, AT_ONCE)):
             asked = [queries_of(row) for row in chunk]
             queries = [query for own in asked for query in own]
             pool.take(query.example for query in queries)

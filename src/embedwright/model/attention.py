@@ -29,7 +29,9 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, float, tuple[int, int]], Tens
 # decides, and the probe holds it to the config.
 _WITHOUT_EFFECT = {"is_causal", "position_ids", "cache_position", "output_hidden_states", "return_dict"}
 _MASKED_ROWS = 512  # of a text under a mask, at a time
-_FLASH_DIM = 256  # the widest head of torch's varlen kernel: a pooling block may have wider ones
+# The widest head of torch's varlen kernel. A pooling block may have wider ones: then texts of one length are one call,
+# which a GPU gives to its memory-efficient kernel, in 16 bits too.
+_FLASH_DIM = 256
 # Arguments for torch's varlen kernel, where its version knows them: 2.11 takes grouped heads unasked and never splits.
 # A split depends on the longest text, so that a vector would depend on its batch.
 _WISHES = {"enable_gqa": True, "num_splits": 1}

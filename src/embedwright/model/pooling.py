@@ -122,7 +122,7 @@ class LatentPooling(nn.Module):
         keys, values = self.attention.keys_values(self.latents)
         queries = self.attention.queries(x_TD)
         if torch.is_autocast_enabled(x_TD.device.type):
-            # Fused kernels take heads of at most 256 numbers, and torch's other form multiplies bfloat16 in float32.
+            # Fused kernels want a dimension of texts, and torch's other form multiplies bfloat16 in float32.
             mixed_HTd = self._weights(queries, keys) @ values
         else:
             mixed_HTd = F.scaled_dot_product_attention(queries, keys, values)

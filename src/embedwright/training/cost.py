@@ -143,7 +143,8 @@ def memory_of(recipe: Recipe, sizes: Sizes, tokens: int, kind: Kind, *, scores: 
 
     With `run.parallel: fsdp`, each process holds its part of weights, gradients and optimizer; it holds whole what lies
     outside the layers, and two layers at a time; and for a moment the gradients of one of these, twice, as they are
-    and as they are sent. On a CPU the libraries take about half a GB more.
+    and as they are sent. At the start it holds the whole model, which it then cuts. On a CPU the
+    libraries take about half a GB more.
     """
     low, full = recipe.run.precision == "bf16", recipe.tune.method == "full"
     width = 2 if low else 4  # bytes of an element of the decoder's states
@@ -183,6 +184,7 @@ def memory_of(recipe: Recipe, sizes: Sizes, tokens: int, kind: Kind, *, scores: 
         outside = sizes.decoder - sizes.layers * sizes.layer
         static += stored * outside + 4 * sizes.head + 2 * (width * sizes.layer + 4 * sizes.adapters // sizes.layers)
         work += max(8 * sizes.head, (width + 4) * sizes.layer, 8 * outside) if full else 8 * sizes.head
+        work = max(work, weights - static - 3 * trained - activations)  # each process opens the whole model at first
     used = static + 3 * trained + activations + work
     reserve = _GPU_RESERVE + int(_GPU_GAPS * used) if kind == "cuda" else int(_CPU_GAPS * used)
     return Memory(static, trained, 2 * trained, activations, work, reserve)

@@ -71,8 +71,8 @@ def measure(recipe: Recipe, count: int = 2) -> tuple[list[Measured], Embedder]:
             if problem is not None:
                 raise FloatingPointError(f"stage {stage.name}, step {record['step']}: {problem}")
             records.append(record)
-        peak = processes.most(records[-1]["peak_mb"] or 0)
-        seconds = processes.most(round(median(record["seconds"] for record in records[1:]) * 1e4)) / 1e4
+        peak = int(processes.most(records[-1]["peak_mb"] or 0))
+        seconds = processes.most(median(record["seconds"] for record in records[1:]))
         found.append(Measured(stage.name, stage.optim.steps, tokens, peak, seconds))
     return found, model
 

@@ -35,8 +35,10 @@ class Tokens:
     """What goes through the model in a step: `step` and `padded` are means over the sampled steps.
 
     `largest` is the most tokens of a sampled step, `largest_step` the number of that step. Equal texts of a step count
-    once. `padded` is what queries and candidates would take if each side were padded to its longest. `rows` is how many
-    rows were sampled; 0 where no file is there: then every text counts at full length, and `kinds` has `texts` alone.
+    once. `apart` is what the largest step has where each query must encode its own texts, because processes share the
+    queries. `padded` is what queries and candidates would take if each side were padded to its longest. `rows` is how
+    many rows were sampled; 0 where no file is there: then every text counts at full length, and `kinds` has `texts`
+    alone.
     """
 
     rows: int
@@ -44,6 +46,7 @@ class Tokens:
     step: float
     largest: int
     largest_step: int
+    apart: int
     padded: float
 
 
@@ -89,10 +92,11 @@ def sampled(
     count = min(optim.steps, -(-rows // optim.batch_queries))
     kinds: dict[str, list[int]] = {}
     sizes: dict[int, int] = {}
-    padded = []
+    apart, padded = [], []
     stood_in = stand_ins(recipe.stages[number], sources)
     for step in (i * optim.steps // count for i in range(count)):
-        found, sizes[step] = _texts_of_step(recipe, number, stood_in, tokenizer, contract, step)
+        found, sizes[step], by_query = _texts_of_step(recipe, number, stood_in, tokenizer, contract, step)
+        apart.append(by_query)
         for kind, lengths in found.items():
             kinds.setdefault(kind, []).extend(lengths)
         first, *others = found.values()
@@ -105,19 +109,20 @@ def sampled(
         step=float(np.mean(list(sizes.values()))),
         largest=sizes[largest_step],
         largest_step=largest_step,
+        apart=max(apart),
         padded=float(np.mean(padded)),
     )
 
 
 def _texts_of_step(
     recipe: Recipe, number: int, sources: Sequence[Source], tokenizer: TextTokenizer, contract: Contract, step: int
-) -> tuple[dict[str, list[int]], int]:
-    """Returns the lengths of the step's texts by kind, and the tokens of the distinct ones."""
+) -> tuple[dict[str, list[int]], int, int]:
+    """Returns the lengths of the step's texts by kind, the tokens of the distinct ones, and those of `Tokens.apart`."""
     stage = recipe.stages[number]
     if isinstance(stage, MaskedPart):
         masked = masked_batch(recipe, number, sources, Masker(stage, tokenizer, contract), step)
         texts = [len(text.read.ids) for text in masked.texts]
-        return {"texts": texts}, sum(texts)
+        return {"texts": texts}, sum(texts), sum(texts)
     batch = batch_of_step(recipe, number, sources, contract, step)
     tokens = tokenize_texts(tokenizer, contract, [*batch.queries, *batch.candidates])
     queries, candidates = ([len(tokens[text].ids) for text in texts] for texts in (batch.queries, batch.candidates))
@@ -125,7 +130,11 @@ def _texts_of_step(
     positive = set(batch.masks.positive_Q.tolist())
     for column, length in enumerate(candidates):
         kinds["positives" if column in positive else "negatives"].append(length)
-    return kinds, sum(len(read.ids) for read in tokens.values())
+    distinct = sum(len(read.ids) for read in tokens.values())
+    if not batch.separable():
+        return kinds, distinct, distinct
+    needed = (set(batch.texts(row)) for row in range(len(batch.queries)))
+    return kinds, distinct, sum(len(tokens[text].ids) for texts in needed for text in texts)
 
 
 def summary(lengths: list[int]) -> Lengths:
@@ -136,7 +145,7 @@ def summary(lengths: list[int]) -> Lengths:
 def _at_most(part: Stage, longest: int) -> Tokens:
     tokens = part.optim.batch_queries * part.texts_a_row * longest
     kinds = {"texts": Lengths(longest, longest, longest, longest)}
-    return Tokens(0, kinds, float(tokens), tokens, 0, float(tokens))
+    return Tokens(0, kinds, float(tokens), tokens, 0, tokens, float(tokens))
 
 
 # ---- negatives that are not there yet

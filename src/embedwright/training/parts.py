@@ -126,6 +126,40 @@ class TunePart(Part):
         return {key: value for key, value in dump(self).items() if key not in left_out}
 
 
+class OptimPart(Part):
+    """AdamW with linear warm-up, then the decay of `schedule`; `clip` bounds the gradient's norm."""
+
+    lr: PositiveNumber
+    """Highest learning rate. Source: recalled from the paper's appendix: 2e-5, then 1.5e-5."""
+    steps: Positive
+    """Length of the stage. Unit: steps. Source: recalled: 20,000, then 18,000."""
+    batch_queries: Positive
+    """Queries of a step, over all processes; of `kind: mntp`, texts. Unit: queries. Source: recalled: 128."""
+    warmup_steps: NotNegative = 0
+    """The learning rate rises linearly over these steps. Unit: steps. Source: recalled: 500."""
+    clip: PositiveNumber = 1.0
+    """Upper bound of the gradient's norm. Source: the usual value."""
+    weight_decay: Weight = 0.0
+    """AdamW's; latents, norms and biases have none. Source: recalled: 0.03."""
+    betas: tuple[Annotated[Number, Field(ge=0, lt=1)], Annotated[Number, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """The share of each of AdamW's two moments that stays from step to step. Source: Adam, arXiv 1412.6980."""
+    eps: PositiveNumber = 1e-8
+    """Added to the root of AdamW's second moment, by which a step is divided. Source: Adam."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """The learning rate after the warm-up: falls to zero linearly or as half a cosine, or stays. Source: recalled."""
+
+    @property
+    def added(self) -> set[str]:
+        """The keys added later that have their default here: older recipes and runs do not know them."""
+        return {"betas", "eps", "schedule"} - self.model_dump(exclude_defaults=True).keys()
+
+    @model_validator(mode="after")
+    def _warm_up_ends(self) -> OptimPart:
+        if self.warmup_steps >= self.steps:
+            raise InputError(f"warmup_steps={self.warmup_steps} must be below steps={self.steps}")
+        return self
+
+
 def _listed(names: Any) -> Any:
     """Turns one name into a list, and the name `none` into an empty list. Anything else is returned as it is."""
     return ([] if names == "none" else [names]) if isinstance(names, str) else names

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from embedwright.data.sources.catalog import find_entry, load_catalog
+from embedwright.mining.mine import AT_ONCE
+from embedwright.mining.rules import NAMED
+from embedwright.training.batches.batch import most_encoded
 from embedwright.training.batches.blend import share
 from embedwright.training.batches.sources import drawable_rows
 from embedwright.training.cost import GB, Kind, Memory, NoEstimate, Sizes, memory_of, sizes_of
 from embedwright.training.lengths import Tokens, tokens_of
 from embedwright.training.recipe import Recipe, expand
 from embedwright.training.stages import DataPart, MaskedPart, Stage, TextPart
+from embedwright.vectors.search import gpu_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,14 +105,20 @@ def largest_memory(recipe: Recipe, tokens: Sequence[Tokens], sizes: Sizes, kind:
     for part, found in zip(recipe.stages, tokens, strict=True):
         # a text longer than batch_tokens is a micro-batch of its own
         longest = max(lengths.longest for lengths in found.kinds.values())
-        micro_batch = min(-(-found.largest // processes), max(recipe.run.batch_tokens, longest))
+        # a text that queries of several processes share is encoded by each
+        tokens_of_all = found.largest if processes == 1 else min(found.apart, most_encoded(found.largest))
+        micro_batch = min(math.ceil(tokens_of_all / processes), max(recipe.run.batch_tokens, longest))
         queries = part.optim.batch_queries
         similar = part.loss.distill is not None and part.loss.distill.similarity_weight > 0
         shared = similar or part.in_batch_negatives != "none"
         scores = queries * queries * (1 + part.hard_negatives) * (2 if similar else 1) if shared else 0
         if isinstance(part, MaskedPart):
             scores = round(micro_batch * part.mask_share) * sizes.vocabulary
-        needed.append(memory_of(recipe, sizes, micro_batch, kind, scores=scores, processes=processes))
+        memory = memory_of(recipe, sizes, micro_batch, kind, scores=scores, processes=processes)
+        if kind == "cuda" and part.mine is not None and part.mine.teacher not in NAMED:
+            search = gpu_bytes(AT_ONCE, sizes.hidden)  # in the place of a step's activations
+            memory = replace(memory, work=max(memory.work, search - memory.activations))
+        needed.append(memory)
     return max(needed, key=lambda memory: memory.total)
 
 
@@ -135,7 +146,8 @@ def render(recipe: Recipe, stages: Sequence[StagePlan]) -> list[str]:
             lines.append(f"  {entry.path:<{width}}  {rows:>9}  {entry.share:6.1%}  {entry.counted}")
         if part.mine is not None:
             again = f" and every {part.mine.every} steps" if part.mine.every else ""
-            lines.append(f"  hard negatives are mined before it{again} by {part.mine.teacher}: mining is not counted")
+            uncounted = "the time is not counted" + (", nor that model's memory" if part.mine.teachers else "")
+            lines.append(f"  hard negatives are mined before it{again} by {part.mine.teacher}: {uncounted}")
         if part.loss.distill is not None and part.loss.distill.teacher:
             teachers = ", ".join(part.loss.distill.teacher)
             lines.append(f"  {teachers}: encodes each of its texts once, before the first step, which is not counted")

@@ -221,7 +221,7 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Yields (dotted key, value) for everything that is not a mapping or a list with entries."""
     if isinstance(tree, dict | list) and tree:
         for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
-            yield from leaves(value, f"{path}.{key}".lstrip("."))
+            yield from leaves(value, f"{path}.{key}" if path else str(key))
     else:
         yield path, tree
 

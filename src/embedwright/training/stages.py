@@ -18,8 +18,19 @@ from pydantic import (
 
 from embedwright.data.schema import InBatch, Task
 from embedwright.errors import InputError
-from embedwright.mining.rules import Rule, check_sampling, check_settings, check_teachers
-from embedwright.training.parts import Flag, NotNegative, Number, Part, Positive, PositiveNumber, Share, Text, Weight
+from embedwright.mining.rules import NAMED, Rule, check_sampling, check_settings, check_teachers
+from embedwright.training.parts import (
+    Flag,
+    NotNegative,
+    Number,
+    OptimPart,
+    Part,
+    Positive,
+    PositiveNumber,
+    Share,
+    Text,
+    Weight,
+)
 
 PREVIOUS = "previous"  # teacher of a stage's negatives
 START = "start"  # what evaluations before the first stage are called
@@ -46,40 +57,6 @@ class DataPart(Part):
     """Multiplies the share of the draws that the number of rows gives."""
     rows: Positive | None = None
     """How many rows there will be; `--plan` uses it while the file is missing. Unit: rows."""
-
-
-class OptimPart(Part):
-    """AdamW with linear warm-up, then the decay of `schedule`; `clip` bounds the gradient's norm."""
-
-    lr: PositiveNumber
-    """Highest learning rate. Source: recalled from the paper's appendix: 2e-5, then 1.5e-5."""
-    steps: Positive
-    """Length of the stage. Unit: steps. Source: recalled: 20,000, then 18,000."""
-    batch_queries: Positive
-    """Queries of a step, over all processes; of `kind: mntp`, texts. Unit: queries. Source: recalled: 128."""
-    warmup_steps: NotNegative = 0
-    """The learning rate rises linearly over these steps. Unit: steps. Source: recalled: 500."""
-    clip: PositiveNumber = 1.0
-    """Upper bound of the gradient's norm. Source: the usual value."""
-    weight_decay: Weight = 0.0
-    """AdamW's; latents, norms and biases have none. Source: recalled: 0.03."""
-    betas: tuple[Annotated[Number, Field(ge=0, lt=1)], Annotated[Number, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    """The share of each of AdamW's two moments that stays from step to step. Source: Adam, arXiv 1412.6980."""
-    eps: PositiveNumber = 1e-8
-    """Added to the root of AdamW's second moment, by which a step is divided. Source: Adam."""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """The learning rate after the warm-up: it falls to zero by a line or half a cosine, or stays. Source: recalled."""
-
-    @property
-    def added(self) -> set[str]:
-        """The keys that older recipes and runs lack, as far as they are at their defaults here."""
-        return {"betas", "eps", "schedule"} - self.model_dump(exclude_defaults=True).keys()
-
-    @model_validator(mode="after")
-    def _warm_up_ends(self) -> OptimPart:
-        if self.warmup_steps >= self.steps:
-            raise InputError(f"warmup_steps={self.warmup_steps} must be below steps={self.steps}")
-        return self
 
 
 def _as_list(names: Any) -> Any:
@@ -173,6 +150,11 @@ class MinePart(Part):
     """With `sampled`: draw from the first so many that the rule lets pass; without it, 10. Unit: documents."""
     every: Positive | None = None
     """Mine again after so many steps of the stage; for `previous` alone. Unit: steps."""
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """The models beside the trained one whose vectors are searched."""
+        return () if self.teacher in (PREVIOUS, *NAMED) else (self.teacher,)
 
     @model_validator(mode="after")
     def _settings_fit(self) -> MinePart:

@@ -32,7 +32,7 @@ from embedwright.training.run.checkpoint import (
     restore_weights,
     save_checkpoint,
 )
-from embedwright.training.run.checks import check_reading, open_checked
+from embedwright.training.run.checks import check_reading, open_checked, teachers
 from embedwright.training.run.distill import Teacher, projection_to, teacher_of
 from embedwright.training.run.folder import card_facts, describe_run
 from embedwright.training.run.heldout import measured_once
@@ -62,8 +62,8 @@ def train(recipe: Recipe, *, on_step: OnStep | None = None, on_evaluation: OnEva
         on_evaluation: Called with lines of progress. With several processes, in rank 0 alone.
 
     Returns:
-        The embedder in float32, adapters merged. With `tune.method: qlora`, or of several processes, it is on the CPU.
-        The other processes than rank 0 get the model as it trained.
+        The embedder in float32, adapters merged, on the device where it trained; on the CPU where that lacks the room,
+        or of several processes. The other processes than rank 0 get the model as it trained.
 
     Raises:
         ConfigError: The folder holds a run of another recipe, model or teacher, or of other data; or a package is
@@ -83,7 +83,7 @@ def train(recipe: Recipe, *, on_step: OnStep | None = None, on_evaluation: OnEva
             "data": source_fingerprints(recipe, sources),
             "model": {"files": origin},
         }
-        facts_of["teacher"] = contents_of(name for stage in recipe.stages for name in stage.loss.teachers)
+        facts_of["teacher"] = contents_of(name for _, name in teachers(recipe))
         state = RunState(0, 0, recipe.hash(), data_fingerprint(sources), origin, facts_of)
     state, checkpoint = where_to_go_on(recipe, state, processes)
     with processes.together():
@@ -97,7 +97,8 @@ def train(recipe: Recipe, *, on_step: OnStep | None = None, on_evaluation: OnEva
     log: AbstractContextManager[Tracker | None] = nullcontext()
     with processes.together():
         if processes.first:
-            keep_newest(out / "checkpoints", recipe.run.keep)  # a run that was killed after its newest had no time to
+            # a run that was killed right after a checkpoint could not remove older ones
+            keep_newest(out / "checkpoints", recipe.run.keep)
             describe_run(out, recipe, sources)
             names, at = [stage.name for stage in recipe.stages], (state.stage, state.step)
             log = Tracker(out, recipe.run.tracker, names, at, recipe.model_dump(mode="json"))
@@ -139,7 +140,7 @@ class _Run:
 
     def stage(self, sources: list[Source], state: RunState, resumed: Path | None) -> None:
         """Runs a stage from `state` to its end. `resumed` has the optimizer of one that began."""
-        recipe, network, scores, stage = self.recipe, self.model.network, self.scores, self.recipe.stages[state.stage]
+        recipe, scores, stage = self.recipe, self.scores, self.recipe.stages[state.stage]
         part = self.steps.part(state.stage)
         with self.processes.together():
             teacher = teacher_of(stage, sources, self.model.contract)
@@ -170,20 +171,25 @@ class _Run:
                     raise Interrupted(f"{self.stop_requested.signal or 'signal'} after stage {stage.name}, step {done}")
         moved.check()
         warn_if_inert(records)
-        with self.processes.together():
-            probe.check(network)
+        self.probe()
         self.evaluate(stage.name, last)
         if recipe.eval.best:
             with self.processes.together():
                 best = scores.best_weights(stage.name)
             load_trained(self.model, best)
-            with self.processes.together():
-                probe.check(network)
+            self.probe()
         self.measure(state.stage, sources, last)
         if stage.save:  # before a checkpoint that is past this stage: until then, a killed run ends the stage again
             save_stage(recipe, self.model, self.processes, stage.name)
         if recipe.eval.decides:  # the stage ended on other weights than those of its last checkpoint
             self.save(replace(state, stage=state.stage + 1, step=0), None)
+
+    def probe(self) -> None:
+        """Probes the network. Raises ProbeError in all processes."""
+        network = self.model.network
+        # each forward of a sharded network asks the other processes, which all find the same in it
+        with nullcontext() if network.sharded else self.processes.together():
+            probe.check(network)
 
     def evaluate(self, stage: str, step: int) -> None:
         for record in self.scores.evaluate(stage, step, self.listeners.on_evaluation):

@@ -30,7 +30,7 @@ _GPU_QUERIES = 2048  # the same on a GPU: 0.5 GB
 _GPU_DOCUMENTS = 65_536
 _WASTED = 0.2  # of the pairs of a block: where int8 nominates more, float32, which nominates few, is faster
 _ROWS = 256  # of pairs that are scored at once without kernels, so that they stay in a core's own cache
-_GPU_ROWS = 2**14
+_GPU_ROWS, _GPU_NUMBERS = 2**14, 2**24  # at most so many pairs, and numbers of each side: 0.1 GB in float64
 _TF32 = 2.0**-8  # what a product of a GPU is off at most, relative to the lengths, where the host has allowed TF32
 _NO_ROW = 2**32 - 1
 
@@ -52,8 +52,8 @@ def top_k(
     `corpus` (C, E) may be larger than memory, and is read once, whatever the number of queries. Beside it and the
     result, this holds a block of it (2048 documents), 4 MB for products, and 5 E + 8 k bytes per query.
 
-    `device` multiplies and scores; default: a GPU where torch has one, else the CPU. A GPU holds the queries, 65,536
-    documents and 1.5 GB for products. It may add the float64 products in another order than the CPU.
+    `device` multiplies and scores; default: a GPU where torch has one, else the CPU. What a GPU holds: `gpu_bytes`. It
+    may add the float64 products in another order than the CPU.
 
     Returns:
         Scores float32 (Q, k), descending, and their rows int64 (Q, k).
@@ -91,7 +91,14 @@ def top_k(
             nominated += len(query_F)
         if nominated > _WASTED * len(queries_QE) * len(documents_NE):
             nominator = _Float32Nominator(query_QE)
+        del document_NE  # before a GPU gets the next ones
     return _scores(key_QK), key_QK & _NO_ROW
+
+
+def gpu_bytes(queries: int, width: int) -> int:
+    """Returns about how many bytes `top_k` holds on a GPU: vectors, products with their bounds, pairs in float64."""
+    pairs = 32 * min(width * _GPU_ROWS, _GPU_NUMBERS)
+    return 4 * width * (queries + _GPU_DOCUMENTS) + 9 * _GPU_QUERIES * _GPU_DOCUMENTS + pairs
 
 
 def pair_scores(
@@ -167,7 +174,7 @@ def _exact(
     if (on_cpu := _on_cpu(query_QE)) and kernels.available():
         return kernels.dots(query_QE, document_NE, as_tensor(query_F), as_tensor(document_F)).numpy()
     scores_F = np.empty(len(query_F), np.float32)
-    size = _ROWS if on_cpu else _GPU_ROWS
+    size = _ROWS if on_cpu else min(_GPU_ROWS, _GPU_NUMBERS // query_QE.shape[1])
     for start in range(0, len(query_F), size):
         own = slice(start, start + size)
         # not a matrix product: a row's sum must not depend on its neighbours, or copies would score differently

@@ -195,7 +195,7 @@ def test_the_corpus_is_read_once_for_many_tiles_of_queries(
 
     monkeypatch.setattr(Vectors, "tiles", counted)
     monkeypatch.setattr(choose, "_TILE", 4)
-    monkeypatch.setattr(mine_module, "_AT_ONCE", at_once)
+    monkeypatch.setattr(mine_module, "AT_ONCE", at_once)
     found, report = mine(rows, corpus, list(map(Lookup, teachers)), **settings)
     assert found == whole and replace(report, seconds=0).counts() == replace(before, seconds=0).counts()
     assert list(read.values()) == [passes] * 3
@@ -590,7 +590,7 @@ def test_parts_and_tables_give_what_all_in_memory_gives(
     assert any(p.id and "wiki::" in p.id for row in whole for p in row.negatives)
     files = on_disk(tmp_path, rows, corpus)
     table, documents = open_examples(files[0]), open_corpus(files[1])
-    monkeypatch.setattr(mine_module, "_AT_ONCE", 3)
+    monkeypatch.setattr(mine_module, "AT_ONCE", 3)
     monkeypatch.setattr(choose, "_TILE", 2)
     together, counted = list[Example](), Counter[str]()
     for index in range(4):

@@ -98,7 +98,7 @@ def test_bm25_holds_the_texts_of_a_few_rows_at_a_time(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(Pool, "rows_of", counted)
     monkeypatch.setattr(pool_module, "_CHUNK", 3)
-    monkeypatch.setattr(mine_module, "_AT_ONCE", 3)
+    monkeypatch.setattr(mine_module, "AT_ONCE", 3)
     assert mine(rows, corpus, "bm25", rule="naive", negatives=4)[0] == whole
     assert len(held) >= 20 and max(held) <= 3 * max(len(row.positives) + len(row.negatives) for row in rows)
 

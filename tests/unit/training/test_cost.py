@@ -3,9 +3,11 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 from peft.tuners.lora import Linear as PeftLinear
@@ -27,6 +29,7 @@ from embedwright.training.cost import (
     sizes_of,
 )
 from embedwright.training.recipe import Recipe
+from embedwright.vectors import search
 
 POOLINGS = get_args(Kind)
 TEXTS, LENGTH = 16, 64
@@ -321,6 +324,27 @@ def test_fsdp_cuts_what_ddp_repeats(made: Any, precision: str, width: int) -> No
     widest, hidden = linears[-1].in_features, linears[-1].out_features
     whole = max(8 * head, (width + 4) * layer, 8 * (outside - head))
     assert cut.work == one.work - 4 * widest * hidden + whole
+
+
+def test_at_the_start_each_process_of_fsdp_holds_the_whole_model(made: Any) -> None:
+    recipe, model = made("llama", "latent", "full", checkpointing=True)
+    cut = recipe.model_copy(update={"run": recipe.run.model_copy(update={"parallel": "fsdp"})})
+    sizes = sizes_of(recipe)
+    deep = replace(sizes, layers=sizes.layers + 500, decoder=sizes.decoder + 500 * sizes.layer)
+    found = memory_of(cut, deep, 1, "cuda", processes=10**6)
+    assert found.total - found.reserve == 4 * (sum(p.numel() for p in model.network.parameters()) + 500 * sizes.layer)
+
+
+def test_a_search_holds_what_is_counted_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code for a GPU, on the CPU."""
+    monkeypatch.setattr(search, "_on_cpu", lambda x: False)
+    for name, size in {"QUERIES": 64, "DOCUMENTS": 512, "ROWS": 4096, "NUMBERS": 4096}.items():
+        monkeypatch.setattr(search, f"_GPU_{name}", size)
+    random = np.random.default_rng(0)
+    queries, documents = (random.standard_normal((count, 64)).astype(np.float32) for count in (256, 2000))
+    with Live(nn.Module()) as live:
+        search.top_k(queries, documents, 30)
+    assert live.most == pytest.approx(search.gpu_bytes(256, 64), rel=0.1)
 
 
 def test_tokens_scores_and_a_gpus_own_part(made: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import sys
 import typing
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -27,6 +28,7 @@ from embedwright.model.verify import probe
 from embedwright.training.recipe import Recipe
 from embedwright.training.run import checks, folder
 from embedwright.training.run import scores as judge
+from embedwright.training.run.checkpoint import read_state
 from embedwright.training.train import train
 
 TESTS = Path(__file__).parents[2]
@@ -279,6 +281,15 @@ def files_of(out: Path) -> list[tuple[str, str]]:
     ]
 
 
+def compared(out: Path, tree: dict[str, Any], places: dict[str, str]) -> set[str]:
+    """The models whose content a run compares between its processes, and with its checkpoints."""
+    [*_, newest] = sorted((out / "checkpoints").iterdir())
+    facts = read_state(newest).facts
+    trained = tree["model"].get("from") or tree["model"]["base"]
+    assert facts["model"]["files"]
+    return {trained, *facts["teacher"], *([places["decoder"]] if trained == places["adapted"] else [])}
+
+
 @pytest.fixture(scope="module")
 def outcome(
     places: dict[str, str], tmp_path_factory: pytest.TempPathFactory
@@ -290,12 +301,18 @@ def outcome(
         return Results(suite.name, (Result("t", "sts", "spearman", scores[-1]),), 0.0)
 
     scores: list[float] = []
+    opened = set[str]()
+
+    def look(event: str, given: Any) -> None:
+        if event == "open" and str(given[0]).endswith("config.json"):
+            opened.add(str(Path(given[0]).parent))
 
     @cache
     def run(said: str) -> dict[str, Any]:
         tree = described(json.loads(said), places)
         out = Path(tree["run"].setdefault("out", str(tmp_path_factory.mktemp("run"))))
         scores.clear()
+        opened.clear()
         records: list[dict[str, Any]] = []
         try:
             model = train(Recipe.parse(tree), on_step=records.append)
@@ -308,6 +325,7 @@ def outcome(
             "files": files_of(out),
             "saved": [file.stat().st_size for file in sorted(out.glob("model/*.safetensors"))],
             "place": str(out),
+            "models": opened & {*places.values()} - compared(out, tree, places),
             "card": (out / "README.md").read_text(),
             "error": "",
         }
@@ -318,6 +336,7 @@ def outcome(
         patch.setattr("os.fsync", lambda handle: None)
         patch.setattr(judge, "run_suite", falling)
         patch.setattr(checks, "load_suite", lambda name: Suite.model_construct(name=str(name), tasks=()))
+        sys.addaudithook(look)  # there is no way to remove it
         yield lambda changes: run(json.dumps(changes))
 
 
@@ -329,6 +348,7 @@ def test_another_value_of_a_key_shows(key: str, outcome: Callable[..., dict[str,
     assert changed["error"] if where == "error" else not changed["error"]
     if where != "error":
         assert changed[where] != plain[where]
+        assert changed["models"] == set(), "models that the processes of a run do not compare (train.py)"
 
 
 def test_a_run_is_the_same_again(outcome: Callable[..., dict[str, Any]], places: dict[str, str]) -> None:

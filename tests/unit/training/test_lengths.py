@@ -76,6 +76,15 @@ def test_a_step_is_counted_as_the_model_reads_it(asked: Any, max_tokens: int) ->
         assert max(positives) == 24
 
 
+def test_texts_count_for_each_query_that_needs_them_where_processes_share_the_queries(asked: Any) -> None:
+    """Every row has the negative `no one knows`."""
+    model = Embedder.from_decoder(asked().model.base, latents=4, heads=2)
+    tokens = one(asked(in_batch_negatives="none"))
+    assert tokens.apart == tokens.largest + (ROWS - 1) * len(model.tokenize(["no one knows"]).ids_T)
+    together = one(asked())  # whose queries need the texts of others
+    assert together.apart == together.largest == tokens.largest
+
+
 def test_these_are_the_tokens_that_training_sees(asked: Any, tmp_path: Path) -> None:
     file = tmp_path / "many.jsonl"
     rows = [{"id": str(i), "task": "own", "query": f"q {i}"} for i in range(9)]

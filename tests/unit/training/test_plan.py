@@ -14,13 +14,17 @@ from transformers import LlamaConfig, Qwen3Config
 
 from embedwright.config import ConfigError
 from embedwright.data.sources.catalog import find_entry, load_catalog
+from embedwright.processes import Processes
+from embedwright.text import TextTokenizer
 from embedwright.training.batches.blend import rows_at
+from embedwright.training.batches.feed import batch_of_step, local_batch
 from embedwright.training.batches.sources import data_fingerprint, open_sources
 from embedwright.training.cost import GB, memory_of, sizes_of
 from embedwright.training.lengths import Tokens, tokens_of
 from embedwright.training.plan import largest_memory, plan, render, report
 from embedwright.training.recipe import Recipe
-from embedwright.training.stages import DistillPart, LossPart
+from embedwright.training.run.start import reading_of
+from embedwright.training.stages import DistillPart, LossPart, MinePart
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 OPTIM = {"lr": 1e-3, "steps": 50, "batch_queries": 4}
@@ -107,7 +111,10 @@ def test_mining_inside_the_run_is_said_and_not_counted(pairs: str) -> None:
     content["stages"].insert(0, {"kind": "mine", "every": 20})
     small = Recipe.parse(content)
     lines = [line for line in render(small, plan(small)) if "mined" in line]
-    assert len(lines) == 1 and "mined before it and every 20 steps by" in lines[0]
+    assert len(lines) == 1 and "mined before it and every 20 steps by previous: the time is not" in lines[0]
+    content["stages"][0] = {"kind": "mine", "teacher": "minilm"}
+    lines = render(small := Recipe.parse(content), plan(small))
+    assert any("by minilm: the time is not counted, nor that model's memory" in line for line in lines)
 
 
 def test_a_teacher_is_said_and_its_scores_take_memory(tiny: Any) -> None:
@@ -214,6 +221,51 @@ def test_the_memory_is_that_of_the_stage_and_batch_that_need_most(tiny: Any) -> 
     assert found == memory_of(small, sizes, largest, "cuda", scores=4 * 4 * 4)
     shared = largest_memory(small, tokens, sizes, "cuda", processes=2)
     assert shared.activations < 0.6 * found.activations
+
+
+def test_the_search_of_mining_takes_a_gpus_memory_in_the_place_of_a_step(tiny: Any) -> None:
+    plain = tiny()
+    tokens, sizes = counted(plain), sizes_of(plain)
+    search = 4 * 32 * (131_072 + 65_536) + 9 * 2048 * 65_536 + 32 * 16_384 * 32  # at the decoder's width of 32
+    alone = largest_memory(plain, tokens, sizes, "cuda")
+    for teacher, counts in (("previous", True), ("minilm", True), ("bm25", False)):
+        rule = {} if counts else {"rule": "naive"}
+        mine = MinePart(teacher=teacher, **rule)  # type: ignore[arg-type]
+        small = plain.model_copy(update={"stages": tuple(s.model_copy(update={"mine": mine}) for s in plain.stages)})
+        found = largest_memory(small, tokens, sizes, "cuda")
+        assert found.activations + found.work == (search if counts else alone.activations + alone.work)
+        assert found.weights == alone.weights
+        assert largest_memory(small, tokens, sizes, "cpu") == largest_memory(plain, tokens, sizes, "cpu")
+
+
+def test_texts_that_processes_share_are_encoded_by_each(tiny: Any, tmp_path: Path) -> None:
+    """Names of classes belong to many queries of a batch, which several processes share."""
+    names = [f"class {i}" for i in range(4)]
+    rows = [
+        {"query": f"text {i} " + "moon " * (i % 5), "positives": [name], "negatives": [n for n in names if n != name]}
+        for i, name in enumerate(names * 6)
+    ]
+    (tmp_path / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    content = tiny().model_dump()
+    data = [{"path": str(tmp_path / "labels.jsonl"), "task": {"name": "own", "instruction": "Name its class"}}]
+    optim = {"lr": 1e-3, "steps": 1, "batch_queries": 24}
+    content["stages"] = [
+        {"name": "one", "data": data, "in_batch_negatives": "none", "hard_negatives": 3, "optim": optim}
+    ]
+    small = Recipe.parse(content)
+    [tokens], sizes = tokens_of(small, [[True]]), sizes_of(small)
+    tokenizer, contract = reading_of(small.model)
+    batch = batch_of_step(small, 0, open_sources(small)[0], contract, 0)
+    assert batch.separable()
+    for count in (2, 3):
+        own = [
+            local_batch(batch, TextTokenizer(tokenizer.backend_tokenizer), contract, Processes(rank, count))
+            for rank in range(count)
+        ]
+        encoded = [sum(len(read.ids) for read in local.tokens.values()) for local in own]
+        assert sum(encoded) > tokens.largest
+        planned = largest_memory(small, [tokens], sizes, "cuda", processes=count)
+        assert planned.activations >= memory_of(small, sizes, sum(encoded) // count, "cuda").activations
 
 
 def test_a_batch_beyond_batch_tokens_takes_less_memory(tiny: Any) -> None:

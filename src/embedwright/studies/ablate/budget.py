@@ -18,9 +18,10 @@ from embedwright.errors import InputError
 from embedwright.text import Contract, TextTokenizer, tokenize
 from embedwright.training.batches.blend import Source
 from embedwright.training.lengths import sampled
+from embedwright.training.parts import OptimPart
 from embedwright.training.recipe import Recipe
 from embedwright.training.run.start import reading_of
-from embedwright.training.stages import OptimPart, Stage
+from embedwright.training.stages import Stage
 
 
 @dataclass(frozen=True)

@@ -8,22 +8,26 @@ process that was killed goes on from the newest checkpoint when it is started ag
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from embedwright import threads
 from embedwright.files import write_json
 
 if TYPE_CHECKING:  # torch is loaded only once this process is set up (`main`)
     from embedwright.evaluation.results import Results
+    from embedwright.model.embedder import Embedder
     from embedwright.training.recipe import Recipe
 
 Spec = dict[str, Any]
+T = TypeVar("T")
 
 
 def main(folder: Path, started: float) -> None:
@@ -61,7 +65,6 @@ def _is_of_the_rate(error: Exception) -> bool:
 
 def trained(folder: Path, spec: Spec, recipe: Recipe) -> Spec:
     """Trains and scores the model. Returns what it took and the main scores."""
-    from embedwright.processes import start
     from embedwright.training.run.track import read_records
     from embedwright.training.train import train
 
@@ -74,7 +77,7 @@ def trained(folder: Path, spec: Spec, recipe: Recipe) -> Spec:
         "peak_mb": max((record["peak_mb"] or 0 for record in records), default=0),
     }
 
-    def scored() -> Spec:  # by rank 0, which alone has the finished model
+    def scored(model: Any) -> Spec:
         results = score(model, spec, folder / "bench")
         keep(folder, spec, results, model.fingerprint())
         result["seconds"]["evaluation"] = results.seconds
@@ -82,7 +85,34 @@ def trained(folder: Path, spec: Spec, recipe: Recipe) -> Spec:
         details = {row.task: row.details for row in results.rows if row.details}
         return result | {"scores": scores, "mean": fmean(scores.values()), "details": details}
 
-    found: Spec = start().decided(scored)
+    return by_all(model, folder, scored)
+
+
+def by_all(model: Embedder, folder: Path, work: Callable[[Any], T]) -> T:
+    """Runs `work` in rank 0 with its model, whose texts all processes encode. Returns its result, JSON.
+
+    Rank 0 saves the model in `folder` for a while: each process opens it on its own device.
+    """
+    from embedwright.encoders.sharded import shared
+    from embedwright.model.embedder import Embedder
+    from embedwright.processes import start
+
+    processes = start()
+    if processes.count == 1:
+        return work(model)
+
+    place = folder / "to-score"
+
+    def save() -> None:
+        shutil.rmtree(place, ignore_errors=True)  # of a process that was killed
+        model.save(place)
+
+    processes.decided(save)
+    device = str(processes.device)
+    done = shared(lambda: [Embedder.load(place, device=device)], processes, lambda models: work(models[0]))
+    found: T = processes.told(done)
+    if processes.first:
+        shutil.rmtree(place)
     return found
 
 
@@ -126,13 +156,14 @@ def bench(model: Any, spec: Spec, folder: Path) -> Results:
 
 def measured(spec: Spec, recipe: Recipe, started: float) -> Spec:
     """Measures the seconds of a start with an evaluation, and those of a step of each stage."""
+    from embedwright.processes import start
     from embedwright.training.dry_run import measure
     from embedwright.training.run.start import merged, start_model
 
-    model = start_model(recipe)
+    model = start_model(recipe, start(recipe.run.timeout_minutes))
     began = time.time() - started
     with TemporaryDirectory() as temp:
-        evaluation = score(merged(model), spec, Path(temp)).seconds
+        evaluation = by_all(merged(model), Path(recipe.run.out), lambda model: score(model, spec, Path(temp)).seconds)
     del model
     stages, _ = measure(recipe, count=4)
     steps = [stage.seconds for stage in stages]

@@ -19,12 +19,13 @@ def ids_hash(ids: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
 
 
-def pays(encoded: float, distinct: float) -> bool:
-    """Says whether parts that together encode `encoded` tokens cost no more than GradCache over the `distinct` ones.
+def most_encoded(distinct: float) -> float:
+    """Returns how many tokens the parts of a batch may encode together, of so many in its distinct texts.
 
-    A forward and its backward cost as much as three forwards; GradCache adds a fourth.
+    Beyond that, GradCache costs less. A forward and its backward cost as much as three forwards; GradCache adds a
+    fourth.
     """
-    return 3 * encoded <= 4 * distinct
+    return 4 * distinct / 3
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from embedwright import threads
 from embedwright.processes import Processes
 from embedwright.text import Contract, TextTokenizer, TokenizedText, tokenize
-from embedwright.training.batches.batch import Batch, Text, pays
+from embedwright.training.batches.batch import Batch, Text, most_encoded
 from embedwright.training.batches.blend import Row, Source, rows_at
 from embedwright.training.batches.make import make_batch
 from embedwright.training.recipe import Recipe
@@ -30,8 +30,8 @@ Teach = Callable[[Sequence[Text]], Tensor]  # what a teacher makes of texts: (N,
 class LocalBatch:
     """One process's part of a batch. `texts`: the distinct texts of each process. `tokens`: those of this one's texts.
 
-    `rows`: this process's queries where the batch is separable, so that each process, and each micro-batch, needs its
-    own texts alone; else None. A text that rows of several processes share is then among the texts of each.
+    `rows`: this process's queries, where the work is shared by queries: the batch is separable, and texts that rows of
+    several processes share, which are then among the texts of each, are few enough. Else None.
     `teacher_NE`: the vectors that the stage's teacher gives this process's texts, in their order.
     """
 
@@ -98,7 +98,7 @@ def local_batch(
         needed = [batch.texts(row) for row in range(len(batch.queries))]
         parts = processes.split([_letters(some) for some in needed])
         by_rows = [list(dict.fromkeys(text for i in part for text in needed[i])) for part in parts]
-        if pays(sum(map(_letters, by_rows)), _letters(distinct)):
+        if sum(map(_letters, by_rows)) <= most_encoded(_letters(distinct)):
             texts, rows = by_rows, parts[processes.rank]
     own = texts[processes.rank]
     some = own or batch.queries[:1]

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from embedwright.training.engine.parallel import full
-from embedwright.training.parts import TunePart
-from embedwright.training.stages import OptimPart
+from embedwright.training.parts import OptimPart, TunePart
 
 
 def make_optimizer(

@@ -27,10 +27,10 @@ Kind = Literal["ddp", "fsdp"]
 class Replica:
     """A network as one process trains it.
 
-    `embed(packed)` gives (N, E) with gradient. `syncing(last)` surrounds forward and backward of a micro-batch. A copy
-    averages its gradients over the processes at the last one of a step. A sharded network does so at each, since it
-    would keep whole gradients till then. `projection` trains along in a stage whose teacher has vectors of another
-    width: it is no part of the network, and each process has all of it.
+    `embed(packed)` gives (N, E) with gradient. `syncing(last)` surrounds forward and backward of a micro-batch. DDP
+    averages gradients over the processes once a step, in its last micro-batch. FSDP does so in each micro-batch:
+    otherwise whole gradients would stay in memory until the last. `projection` trains along in a stage whose teacher
+    has vectors of another width: it is no part of the network, and each process has all of it.
     """
 
     processes: Processes
@@ -44,7 +44,8 @@ def replicate(processes: Processes, network: Any, kind: Kind = "ddp") -> Replica
     """Makes a network trainable by all processes, in place.
 
     `ddp` keeps the whole network in each process. `fsdp` (FSDP2) cuts every decoder layer, the rest of the backbone and
-    the head into one part a process.
+    the head into one part a process. Each process comes with the whole network: it is probed before it is cut, and no
+    process waits for weights from another.
     """
     device = next(network.parameters()).device
     if processes.count == 1:

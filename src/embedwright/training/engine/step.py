@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from embedwright.packing import batches, moved, pack
-from embedwright.training.batches.batch import Batch, Text, pays
+from embedwright.training.batches.batch import Batch, Text, most_encoded
 from embedwright.training.batches.feed import LocalBatch
 from embedwright.training.engine import gradcache
 from embedwright.training.engine.parallel import Replica
@@ -27,8 +27,8 @@ def accumulate(
 
     A batch of at most `batch_tokens` takes one forward. A larger one is split by queries where it is separable, which
     is exact and takes one pass; each part encodes its texts, also those that it shares with others. GradCache does the
-    rest: batches that are not separable, queries that are larger than `batch_tokens` by themselves, and batches whose
-    parts would together encode over a third more tokens than the batch has.
+    rest: batches that are not separable, batches with a query that is larger than `batch_tokens` by itself, and batches
+    whose parts would together encode over a third more tokens than the batch has.
     """
     processes = replica.processes
     own, elsewhere = local.texts[processes.rank], set[Text]().union(*local.texts[: processes.rank])
@@ -41,7 +41,7 @@ def accumulate(
         max(encoded, default=0) > batch_tokens,
     )
     seed += 1_000_003 * processes.rank
-    if groups is not None and not too_large and pays(again, distinct):
+    if groups is not None and not too_large and again <= most_encoded(distinct):
         loss = _by_queries(replica, local, groups, stage, seed)
         if replica.projection is not None:  # no part of the network, whose gradients are averaged on the way
             processes.add_gradients([replica.projection])
@@ -55,7 +55,7 @@ def _by_queries(replica: Replica, local: LocalBatch, groups: list[list[int]], st
     """Accumulates the gradient over groups of queries, each with its own candidates. Returns the loss."""
     processes, device = replica.processes, replica.device
     own = {text: i for i, text in enumerate(local.texts[processes.rank])}
-    losses, count = list[Tensor](), processes.most(len(groups))
+    losses, count = list[Tensor](), int(processes.most(len(groups)))
     for i in range(count):
         torch.manual_seed(seed + i)
         with replica.syncing(i == count - 1):
@@ -84,7 +84,7 @@ def _cached(replica: Replica, local: LocalBatch, stage: StagePart, batch_tokens:
     processes, device = replica.processes, replica.device
     own = local.texts[processes.rank]
     groups = list(batches([len(local.tokens[text].ids) for text in own], batch_tokens))
-    missing = processes.most(len(groups)) - len(groups)
+    missing = int(processes.most(len(groups))) - len(groups)
     packed = [pack([local.tokens[own[i]] for i in group]).to(device) for group in groups]
     packed += [pack([local.filler]).to(device)] * missing
     back = moved(torch.from_numpy(np.argsort(np.array([i for group in groups for i in group], dtype=np.int64))), device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +18,6 @@ from embedwright.training.batches.blend import Source
 from embedwright.training.batches.sources import open_sources
 from embedwright.training.losses.total import check_widths
 from embedwright.training.recipe import Recipe, expand
-from embedwright.training.stages import PREVIOUS
 
 if TYPE_CHECKING:
     from embedwright.evaluation.bench.names import Chosen
@@ -63,14 +62,16 @@ def check_names(recipe: Recipe) -> None:
     for number, suite in enumerate(recipe.eval.suites):
         with naming(f"recipe {recipe.name}: eval.suites.{number}"):
             open_suite(suite)
+    for key, name in teachers(recipe):
+        with naming(f"recipe {recipe.name}: {key}"):
+            _check_encoder(name)
+
+
+def teachers(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Yields the name of each model that is not trained and whose vectors decide what is trained, with its key."""
     for stage in recipe.stages:
-        mine, distill = stage.mine, stage.loss.distill
-        teachers = [("mine.teacher", mine.teacher)] if mine else []
-        teachers += [("loss.distill.teacher", name) for name in distill.teacher] if distill else []
-        for key, name in teachers:
-            if name != PREVIOUS:
-                with naming(f"recipe {recipe.name}: stages.{stage.name}.{key}"):
-                    _check_encoder(name)
+        yield from ((f"stages.{stage.name}.mine.teacher", name) for name in (stage.mine.teachers if stage.mine else ()))
+        yield from ((f"stages.{stage.name}.loss.distill.teacher", name) for name in stage.loss.teachers)
 
 
 def check_reading(recipe: Recipe, stages: Sequence[Sequence[Source]], model: Embedder) -> None:

@@ -28,7 +28,7 @@ def where_to_go_on(recipe: Recipe, fresh: RunState, processes: Processes) -> tup
     of_first = RunState(**processes.told(asdict(fresh)))
     with processes.together():
         if other := _other(of_first, fresh):
-            raise ConfigError(f"it reads another {other} than process 0: give all processes the same files")
+            raise ConfigError(f"its {other} differs from that of process 0: give all processes the same files")
 
     def look() -> tuple[dict[str, Any], str | None]:
         checkpoint = newest(out / "checkpoints")
@@ -53,7 +53,7 @@ def open_folder(out: Path, processes: Processes) -> None:
     def make() -> str:
         out.mkdir(parents=True, exist_ok=True)
         remove_leftovers(out)
-        name = f".processes.{uuid.uuid4().hex[:12]}"  # as of a leftover: a later start removes it
+        name = f".processes.{uuid.uuid4().hex[:12]}"  # like a leftover temporary file, so that a later start removes it
         write_text(out / name, "")
         return name
 
@@ -69,7 +69,7 @@ def _other(then: RunState, now: RunState) -> str | None:
     """Says what differs between two states of one run, and in what; None if nothing does."""
     pairs = {what: (getattr(then, what), getattr(now, what)) for what in ("recipe", "data", "model")}
     teachers = now.facts["teacher"]
-    pairs["teacher"] = then.facts.get("teacher", teachers), teachers  # older checkpoints do not tell
+    pairs["teacher"] = teachers | then.facts.get("teacher", {}), teachers  # older checkpoints do not tell of all
     for what, (before, after) in pairs.items():
         if before != after:
             return f"{what} ({differences(then.facts.get(what), now.facts.get(what))})"

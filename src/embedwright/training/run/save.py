@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 from embedwright.config import ConfigError
 from embedwright.files import write_text
@@ -14,6 +17,8 @@ from embedwright.processes import Processes
 from embedwright.training.parts import Form
 from embedwright.training.recipe import Recipe
 from embedwright.training.run.start import check_moved, copied, finish
+
+logger = logging.getLogger(__name__)
 
 Card = Callable[[Embedder, str], str]  # the model card of a model in this form, which is read from this path
 
@@ -77,18 +82,29 @@ def save_stage(recipe: Recipe, model: Embedder, processes: Processes, stage: str
 def save_end(recipe: Recipe, model: Embedder, processes: Processes, card: Card) -> Embedder:
     """Saves the trained model in each form of `run.save`, with its card, and returns it merged, in float32.
 
-    Of several processes rank 0 does so alone, on its CPU, where the model takes 4 bytes a parameter; the others return
-    theirs as it trained. A folder that holds a model is left as it is. All processes must call this. Raises
-    RuntimeError as `finish` does.
+    It is done on the CPU, where the model takes 4 bytes a parameter: a GPU that trains a model in bfloat16 need not
+    hold it in float32. Of several processes rank 0 does so alone; the others return theirs as it trained. A folder that
+    holds a model is left as it is. All processes must call this. Raises RuntimeError as `finish` does.
     """
+    device = model.device
     if recipe.tune.method == "qlora" or model.network.sharded:
         model = copied(recipe, model, processes) or model
     with processes.together():
         if processes.first:
-            if processes.count > 1:
-                model.network.cpu()
+            model.network.cpu()
             model = _finished(recipe, model, card)
+            if processes.count == 1:
+                _move(model, device)
     return model
+
+
+def _move(model: Embedder, device: torch.device) -> None:
+    """Moves a finished model to the device where it trained. Where that lacks the room, the model stays on the CPU."""
+    try:
+        model.network.to(device)
+    except torch.OutOfMemoryError:
+        model.network.cpu()
+        logger.warning("the model in float32 does not fit on %s beside what else is there: it is on the CPU", device)
 
 
 def _finished(recipe: Recipe, model: Embedder, card: Card) -> Embedder:

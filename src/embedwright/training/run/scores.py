@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from embedwright.encoders.protocol import Encoder
 from embedwright.encoders.sharded import shared
 from embedwright.errors import InputError
 from embedwright.evaluation.results import Results, run_items_file, write_items
@@ -68,7 +69,7 @@ class Scores:
         have = {record["suite"] for record in self.records if (record["stage"], record["step"]) == (stage, step)}
         fresh: list[Record] = []
 
-        def work(models: list[Any]) -> None:
+        def work(models: list[Encoder]) -> None:
             for suite in self.part.suites:
                 if suite not in have:
                     found = score_suite(models[0], suite, progress or logger.info)
@@ -120,8 +121,11 @@ class Scores:
         return [score for at, score in mean_scores(self.records, stage).items() if at <= step]
 
 
-def score_suite(model: Embedder, name: str, say: Callable[[str], None]) -> Results:
-    """Scores a model that trains on a suite of its recipe, which may be a benchmark or task of mteb."""
+def score_suite(model: Encoder, name: str, say: Callable[[str], None]) -> Results:
+    """Scores a model that trains on a suite of its recipe, which may be a benchmark or task of mteb.
+
+    Of several processes, the model is a `ShardedEncoder`.
+    """
     opened = open_suite(name)
     if isinstance(opened, Suite):
         return run_suite(model, opened, say)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import groups
 import numpy as np
 import pytest
 import torch
@@ -16,7 +17,8 @@ import yaml
 from embedwright.errors import InputError
 from embedwright.evaluation.suite import evaluate
 from embedwright.model.embedder import Embedder
-from embedwright.processes import OtherProcessError
+from embedwright.processes import OtherProcessError, start
+from embedwright.studies.ablate import cell as ablate_cell
 from embedwright.studies.ablate.study import ablate
 from embedwright.training.recipe import Recipe
 from embedwright.training.train import train
@@ -212,6 +214,34 @@ def test_data_of_a_benchmark_that_are_missing_end_the_command_before_the_first_c
 def test_an_unknown_benchmark_is_named(ablation: Make, started: list[Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"tiny\.yaml: benchmark: .*'NanoBIER'.*did you mean 'NanoBEIR'"):
         ablate(ablation(suite=None, benchmark="NanoBIER"), tmp_path / "out")
+
+
+def test_all_processes_of_a_cell_encode_its_texts(
+    tmp_path_factory: pytest.TempPathFactory, tiny_embedder: Callable[..., Embedder]
+) -> None:
+    folder = tmp_path_factory.mktemp("g")
+    tiny_embedder("mean").save(folder / "model")
+    found = groups.run(__file__, folder, {"scored": (1, 2)})
+    [alone], (first, second) = found["scored"][1], found["scored"][2]
+    assert first["vectors"] == second["vectors"]
+    np.testing.assert_allclose(first["vectors"], alone["vectors"], atol=2e-6)
+    assert sorted(first["encoded"] + second["encoded"]) == sorted(alone["encoded"]) == sorted(TEXTS)
+    assert first["encoded"] and second["encoded"]
+    assert [path.name for path in folder.iterdir() if path.is_dir()] == ["model"]
+
+
+def scored(folder: Path) -> dict[str, Any]:
+    """In one of the processes: rank 0 alone has the finished model."""
+    encode, encoded = Embedder.encode, list[str]()
+
+    def counted(self: Embedder, texts: list[str], **options: Any) -> Any:
+        encoded.extend(texts)
+        return encode(self, texts, **options)
+
+    model: Any = Embedder.load(folder / "model") if start().first else None
+    Embedder.encode = counted  # type: ignore[method-assign]
+    vectors = ablate_cell.by_all(model, folder, lambda model: model.encode(TEXTS).tolist())
+    return {"vectors": vectors, "encoded": encoded}
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])

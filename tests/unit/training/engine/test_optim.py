@@ -14,8 +14,7 @@ from transformers import get_scheduler
 from embedwright.model.embedder import Embedder
 from embedwright.model.pooling import WEIGHTLESS, Kind
 from embedwright.training.engine.optim import learning_rate, make_optimizer, projection_of, update
-from embedwright.training.parts import TunePart
-from embedwright.training.stages import OptimPart
+from embedwright.training.parts import OptimPart, TunePart
 
 OPTIM = OptimPart(lr=1e-2, steps=20, batch_queries=8, weight_decay=0.1)
 

@@ -21,8 +21,8 @@ from embedwright.training.batches.make import make_batch
 from embedwright.training.engine.optim import learning_rate, make_optimizer, update
 from embedwright.training.engine.parallel import replicate
 from embedwright.training.engine.step import accumulate
-from embedwright.training.parts import TunePart
-from embedwright.training.stages import DataPart, OptimPart, StagePart
+from embedwright.training.parts import OptimPart, TunePart
+from embedwright.training.stages import DataPart, StagePart
 
 Grads = dict[str, Tensor]
 OPTIM = OptimPart(lr=1e-2, steps=20, batch_queries=8, weight_decay=0.1)
@@ -64,6 +64,19 @@ def batch_of(model: Embedder, in_batch: Any, queries: int = 8, *, seed: int = 0,
     return make_batch(rows, model.contract, hard_negatives=2, in_batch=in_batch, rng=random)
 
 
+def counting(model: Embedder, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
+    """The tokens of each forward from here on, and whether it has a gradient."""
+    forwards: list[tuple[int, bool]] = []
+    embed = model.network.embed
+
+    def counted(packed: PackedTexts) -> Tensor:
+        forwards.append((len(packed.ids_T), torch.is_grad_enabled()))
+        return embed(packed)
+
+    monkeypatch.setattr(model.network, "embed", counted)
+    return forwards
+
+
 def grads(model: Embedder) -> Grads:
     found = {n: p.grad for n, p in model.network.named_parameters() if p.grad is not None}
     model.network.zero_grad(set_to_none=True)
@@ -98,14 +111,7 @@ def test_a_batch_beyond_the_budget_gives_the_gradient_of_the_whole(
     assert batch.separable() == (in_batch == "none")
     loss, plain = reference(model, batch, 0.05)
     tokens = sum(len(t.ids) for t in local_of(model, batch).tokens.values())
-    forwards: list[tuple[int, bool]] = []
-    embed = model.network.embed
-
-    def counted(packed: PackedTexts) -> Tensor:
-        forwards.append((len(packed.ids_T), torch.is_grad_enabled()))
-        return embed(packed)
-
-    monkeypatch.setattr(model.network, "embed", counted)
+    forwards = counting(model, monkeypatch)
     for budget, forward_passes in ((tokens, 1), (tokens // 3, 3), (200, 4), (40, 12)):
         forwards.clear()
         assert step(model, batch, batch_tokens=budget, seed=1) == (
@@ -147,7 +153,7 @@ def labelled(model: Embedder, rows: int = 12, classes: int = 4, length: int = 1)
 
 
 @pytest.mark.parametrize(("length", "budget", "twice"), [(1, 500, False), (1, 10_000, False), (6, 500, True)])
-def test_shared_class_names_are_encoded_in_each_part_unless_all_texts_twice_are_fewer_tokens(
+def test_shared_class_names_are_encoded_in_each_part_unless_gradcache_costs_less(
     make: Callable[..., Embedder], monkeypatch: pytest.MonkeyPatch, length: int, budget: int, twice: bool
 ) -> None:
     model = make(shaken=True)
@@ -155,14 +161,7 @@ def test_shared_class_names_are_encoded_in_each_part_unless_all_texts_twice_are_
     assert batch.separable() and len(batch.candidates) == 4
     loss, plain = reference(model, batch, 0.05)
     distinct = sum(len(read.ids) for read in local_of(model, batch).tokens.values())
-    forwards: list[tuple[int, bool]] = []
-    embed = model.network.embed
-
-    def counted(packed: PackedTexts) -> Tensor:
-        forwards.append((len(packed.ids_T), torch.is_grad_enabled()))
-        return embed(packed)
-
-    monkeypatch.setattr(model.network, "embed", counted)
+    forwards = counting(model, monkeypatch)
     assert step(model, batch, batch_tokens=budget, seed=1) == (pytest.approx(loss, rel=1e-5), distinct)
     assert difference(grads(model), plain) < 2e-5
     sizes, with_graph = zip(*forwards, strict=True)

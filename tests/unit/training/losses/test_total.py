@@ -25,7 +25,8 @@ from embedwright.training.engine.parallel import replicate
 from embedwright.training.engine.step import accumulate
 from embedwright.training.losses import total as losses
 from embedwright.training.losses.total import check_widths
-from embedwright.training.stages import DataPart, LossPart, OptimPart, StagePart
+from embedwright.training.parts import OptimPart
+from embedwright.training.stages import DataPart, LossPart, StagePart
 
 E = 16
 EVERYTHING: dict[str, Any] = {

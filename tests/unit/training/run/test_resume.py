@@ -22,6 +22,7 @@ import pytest
 from groups import raised
 
 from embedwright.evaluation.results import Result, Results
+from embedwright.model.embedder import Embedder
 from embedwright.processes import start
 from embedwright.training.recipe import Recipe
 from embedwright.training.run import resume, scores
@@ -41,8 +42,12 @@ def pairs(file: Path, count: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory, tiny_decoder: Callable[..., Path]) -> dict[str, Any]:
+def found(
+    tmp_path_factory: pytest.TempPathFactory, tiny_decoder: Callable[..., Path], tiny_embedder: Callable[..., Embedder]
+) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("g")
+    for seed, place in enumerate(("one", "other")):
+        tiny_embedder("mean", layers=1 + seed).save(folder / place / "teacher")
     pairs(folder / "pairs.jsonl", 20)
     scored = [{"text1": f"a tide {i}", "text2": f"the moon {i % 5}", "score": i % 6} for i in range(12)]
     (folder / "suite").mkdir()
@@ -79,8 +84,9 @@ def test_no_other_process_looks_for_itself_into_the_folder_of_the_run(found: dic
     [
         ("another folder", "run.out: .* is another folder here than in process 0"),
         ("an older folder", "run.out: .* is another folder here than in process 0"),
-        ("other data", r"it reads another data \(.*\) than process 0"),
-        ("another recipe", r"it reads another recipe \(.*batch_queries: 4 -> 5.*\) than process 0"),
+        ("other data", r"its data \(.*\) differs from that of process 0"),
+        ("another recipe", r"its recipe \(.*batch_queries: 4 -> 5.*\) differs from that of process 0"),
+        ("another miner", r"its teacher \(\./teacher: \w+ -> \w+\) differs from that of process 0"),
         ("no data", r"no such file|does not exist|No such file"),
         ("no suite", "no suite .*gone.yaml"),
     ],
@@ -179,9 +185,10 @@ def other_places(folder: Path, decoder: str) -> dict[str, str | None]:
     rank = start().rank
     found: dict[str, str | None] = {}
 
-    def ends(case: str, change: Callable[[dict[str, Any]], None]) -> None:
+    def ends(case: str, change: Callable[[dict[str, Any]], None], mined: dict[str, Any] | None = None) -> None:
         own = content(folder, decoder)
         own["run"]["out"] = str(folder / case)
+        own["stages"][0] |= mined or {}
         if rank == 1:
             change(own)
         found[case] = raised(lambda: train(Recipe.parse(own)))
@@ -197,6 +204,8 @@ def other_places(folder: Path, decoder: str) -> dict[str, str | None]:
     ends("an older folder", older)
     ends("other data", other_data)
     ends("another recipe", lambda own: own["stages"][1]["optim"].update(batch_queries=5))
+    os.chdir(folder / ("other" if rank else "one"))
+    ends("another miner", lambda own: None, {"teacher": "./teacher", "every": None})
     ends("no data", lambda own: own["stages"][1]["data"][0].update(path=str(folder / "gone.jsonl")))
     ends("no suite", lambda own: own["eval"].update(suites=[str(folder / "gone.yaml")]))
 

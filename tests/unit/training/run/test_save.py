@@ -17,9 +17,12 @@ from sentence_transformers import SentenceTransformer
 from embedwright.config import ConfigError
 from embedwright.errors import InputError
 from embedwright.model.embedder import Embedder
+from embedwright.model.network import EmbedwrightModel
 from embedwright.model.verify.doctor import examine_name
+from embedwright.processes import ALONE
 from embedwright.training.plan import report
 from embedwright.training.recipe import Recipe
+from embedwright.training.run import save
 from embedwright.training.run.start import rank_of, start_model
 from embedwright.training.train import train
 
@@ -124,6 +127,33 @@ def test_sixteen_bits_change_nothing_in_memory(described: Make, tmp_path: Path) 
     plain.save(tmp_path / "other")
     again, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("again", "other"))
     assert again == other
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_a_run_on_a_gpu_ends_on_the_cpu_and_the_model_goes_back_where_it_fits(
+    described: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: bool
+) -> None:
+    """No test has a GPU: it is what the network is told."""
+    done: list[str] = []
+
+    def told(name: str) -> Any:
+        def call(*given: Any) -> Any:
+            done.append(f"{name} {given[1]}" if name == "to" else name)
+            if name == "to" and not room:
+                raise torch.OutOfMemoryError("full")
+            return given[0]
+
+        return call
+
+    recipe = Recipe.parse(described("run"))
+    model = start_model(recipe)
+    for parameter in model.network.parameters():
+        parameter.data += 0.1
+    for owner, name in ((EmbedwrightModel, "cpu"), (EmbedwrightModel, "to"), (save, "finish"), (Embedder, "save")):
+        monkeypatch.setattr(owner, name, told(name))
+    monkeypatch.setattr(Embedder, "device", property(lambda self: torch.device("cuda", 1)))
+    assert save.save_end(recipe, model, ALONE, lambda saved, path: "a card") is model
+    assert done == ["cpu", "finish", "save", "to cuda:1", *([] if room else ["cpu"])]
 
 
 def test_a_run_may_save_nothing(described: Make, tmp_path: Path) -> None:

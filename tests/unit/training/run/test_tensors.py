@@ -1,21 +1,13 @@
-"""A checkpoint of sharded tensors: each process writes its part, and any number of processes read it to the bit.
-
-Run as a script, this file forks the processes of a group (so that torch is imported once); gloo, on a CPU.
-"""
+"""A checkpoint of sharded tensors: each process writes its part, and any number of processes read it to the bit."""
 
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-import traceback
-from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import groups
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -29,12 +21,9 @@ WRITERS, READERS = (1, 2, 4), (1, 3)
 
 
 def outcome(folder: Path, writers: tuple[int, ...], readers: tuple[int, ...]) -> dict[str, Any]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
-    command = [sys.executable, __file__, json.dumps([str(folder), writers, readers])]
-    environment |= {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=480)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return {file.stem: json.loads(file.read_text()) for file in folder.glob("*.json")}
+    """What each function returned in each process, by function, size of the group, and rank."""
+    wrote = groups.run(__file__, folder, {"write": writers, "fail": (2,)})
+    return wrote | groups.run(__file__, folder, {"read": readers}, json.dumps(writers))
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +33,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def check_equal(found: dict[str, Any], writers: int, readers: int) -> None:
-    read = [found[f"read-{writers}-{readers}-{rank}"] for rank in range(readers)]
+    read = [each[str(writers)] for each in found["read"][readers]]
     # 8 tensors of the network, two moments of each, a count of steps of each, and the projection with its own
     assert [each["compared"] for each in read] == [8 * 4 + 4] * readers
     assert [each["differ"] for each in read] == [[]] * readers
@@ -74,15 +63,13 @@ def test_each_process_writes_a_part_and_hashes_it_on_the_way(found: dict[str, An
         parts = {name: file["bytes"] for name, file in listed.items() if name.endswith(".safetensors")}
         assert len(parts) == writers and max(parts.values()) < 2 * min(parts.values())
         assert {Path(name).suffix for name in listed} == {".safetensors", ".json"}
-    for rank in range(4):
-        assert found[f"hashed-4-{rank}"] == 1  # a file of its own was written, and none was hashed by reading
+    assert found["write"][4] == [1] * 4  # a file of its own was written, and none was hashed by reading
 
 
 def test_a_process_that_cannot_write_is_an_error_of_all_and_the_older_checkpoint_stays(found: dict[str, Any]) -> None:
     for who in ("part", "first"):
-        for rank in range(2):
-            assert "could not be written" in found[f"{who}-{rank}"] and "intact" in found[f"{who}-{rank}"]
-            assert "no space" in found[f"{who}-{rank}"]
+        for errors in found["fail"][2]:
+            assert all(said in errors[who] for said in ("OSError", "could not be written", "intact", "no space"))
         left = sorted(path.name for path in (found["folder"] / f"full-{who}").iterdir())
         assert left == ["00-0000001"]
 
@@ -127,8 +114,9 @@ def save(where: Path, step: int, model: Any, processes: Processes) -> None:
     checkpoint.save_checkpoint(where, state, dict(network.named_parameters()), optimizer, 9, processes)
 
 
-def write(folder: Path, processes: Processes) -> None:
-    """Saves a network, what it is whole, and how many files this process wrote without hashing any by reading it."""
+def write(folder: Path) -> int:
+    """Saves a network, and what it is whole. Returns how many files this process wrote, none hashed by reading it."""
+    processes = start()
     made, hashed, init = [], checkpoint.sha256_of, files.HashedFile.__init__
 
     def counted(self: Any, path: Any) -> None:
@@ -143,24 +131,27 @@ def write(folder: Path, processes: Processes) -> None:
     whole = tensors_of(*model)
     if processes.first:
         save_file(whole, folder / f"{processes.count}.whole")
-    parts = sum(path.endswith(".safetensors") for path in made)
-    (folder / f"hashed-{processes.count}-{processes.rank}.json").write_text(json.dumps(parts))
+    processes.wait()
+    return sum(path.endswith(".safetensors") for path in made)
 
 
-def read(folder: Path, writers: Sequence[int], processes: Processes) -> None:
-    for count in writers:
+def read(folder: Path, writers: str) -> dict[str, Any]:
+    processes, found = start(), dict[str, Any]()
+    for count in json.loads(writers):
         network, optimizer = trained(processes.count, 9, 0)
         where = folder / f"{count}" / "00-0000002"
         checkpoint.restore_weights(where, dict(network.named_parameters()))
         checkpoint.restore_optimizer(where, optimizer)
         own, whole = tensors_of(network, optimizer), load_file(folder / f"{count}.whole")
         differ = [name for name in own.keys() | whole.keys() if not torch.equal(own[name], whole[name])]
-        said = json.dumps({"compared": len(own), "differ": differ})
-        (folder / f"read-{count}-{processes.count}-{processes.rank}.json").write_text(said)
+        found[str(count)] = {"compared": len(own), "differ": differ}
+    processes.wait()
+    return found
 
 
-def fail(folder: Path, processes: Processes) -> None:
+def fail(folder: Path) -> dict[str, Any]:
     """Rank 1 cannot write its part; then rank 0 cannot write the state."""
+    processes, found = start(), dict[str, Any]()
 
     def no_space(*_: Any) -> Any:
         raise OSError("no space left")
@@ -171,48 +162,7 @@ def fail(folder: Path, processes: Processes) -> None:
         kept = getattr(owner, name)
         if processes.rank == rank:
             setattr(owner, name, no_space)
-        try:
-            save(folder / f"full-{who}", 2, model, processes)
-        except OSError as error:
-            (folder / f"{who}-{processes.rank}.json").write_text(json.dumps(str(error)))
+        found[who] = groups.raised(partial(save, folder / f"full-{who}", 2, model, processes))
         setattr(owner, name, kept)
-
-
-def group(count: int, work: Callable[[Any], None]) -> None:
-    """Calls `work` in each process of a group of forked ones. Exits if one of them fails."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = []
-    for rank in range(count):
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-                os.environ |= {name: str(value) for name, value in own.items()}
-                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-                processes = start()
-                work(processes)
-                processes.wait()
-                status = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(status)
-        children.append(child)
-    if any([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]):
-        sys.exit(1)
-
-
-if __name__ == "__main__":
-    import accelerate  # noqa: F401  once for all children
-    import torch.distributed.checkpoint.state_dict_saver
-    import torch.distributed.fsdp
-
-    place, writing, reading = json.loads(sys.argv[1])
-    for count in writing:
-        group(count, partial(write, Path(place)))
-    for count in reading:
-        group(count, partial(read, Path(place), writing))
-    group(2, partial(fail, Path(place)))
+    processes.wait()
+    return found

@@ -18,7 +18,7 @@ from embedwright.processes import ALONE
 from embedwright.training.batches.batch import Batch, Masks, Targets
 from embedwright.training.engine.optim import make_optimizer
 from embedwright.training.losses.info_nce import cosent
-from embedwright.training.parts import TunePart
+from embedwright.training.parts import OptimPart, TunePart
 from embedwright.training.run.watch import (
     TRIES,
     UPDATES,
@@ -29,7 +29,6 @@ from embedwright.training.run.watch import (
     stuck,
     warn_if_inert,
 )
-from embedwright.training.stages import OptimPart
 
 
 def trained(rate: float = 0.1) -> tuple[nn.Linear, torch.optim.Optimizer, MovedWeights]:
