@@ -41,6 +41,16 @@ def lexical() -> tuple[dict[str, str], list[Example]]:
     return corpus, rows
 
 
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """rows.jsonl and corpus.jsonl of `lexical`, in a folder that commands are in."""
+    monkeypatch.chdir(tmp_path)
+    corpus, rows = lexical()
+    lines = [{"id": r.id, "task": "t", "query": r.query, "positives": [r.positives[0].text]} for r in rows]
+    Path("rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    Path("corpus.jsonl").write_text("".join(json.dumps({"_id": i, "text": t}) + "\n" for i, t in corpus.items()))
+
+
 def ids(rows: Sequence[Example]) -> list[list[str | None]]:
     return [[p.id for p in row.negatives] for row in rows]
 
@@ -203,25 +213,16 @@ def test_rules_that_a_teacher_cannot_follow(teacher: Any, settings: dict[str, An
         mine([Example("e", "t", "q", (Passage("!"),))], {"1": "?"}, "bm25")
 
 
-def test_the_command_takes_them_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_the_command_takes_them_by_name(files: None) -> None:
     corpus, rows = lexical()
-    lines = [{"id": r.id, "task": "t", "query": r.query, "positives": [r.positives[0].text]} for r in rows]
-    Path("rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    Path("corpus.jsonl").write_text("".join(json.dumps({"_id": i, "text": t}) + "\n" for i, t in corpus.items()))
     for name, rule in (("bm25", "naive"), ("random", "naive"), ("bm25", "perc")):
         words = f"mine rows.jsonl --corpus corpus.jsonl --teacher {name} --rule {rule} --out o.jsonl"
         app(words.split(), standalone_mode=False)
         assert ids(list(open_examples(Path("o.jsonl")))) == ids(mine(rows, corpus, name, rule=rule)[0])  # type: ignore[arg-type]
 
 
-def test_the_command_mines_parts_that_are_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_mines_parts_that_are_the_whole(files: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A part that was killed is mined again, one that is done is not, and other settings are refused."""
-    monkeypatch.chdir(tmp_path)
-    corpus, rows = lexical()
-    lines = [{"id": r.id, "task": "t", "query": r.query, "positives": [r.positives[0].text]} for r in rows]
-    Path("rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    Path("corpus.jsonl").write_text("".join(json.dumps({"_id": i, "text": t}) + "\n" for i, t in corpus.items()))
 
     def run(out: str, *more: str) -> None:
         words = "mine rows.jsonl --corpus corpus.jsonl --teacher bm25 --rule naive"

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
+from trees import errors_of, put
 
 from embedwright.config import ConfigError
 from embedwright.model.pooling import Kind
@@ -51,20 +52,8 @@ def content() -> dict[str, Any]:
     }
 
 
-def put(tree: Any, path: str, value: Any) -> Any:
-    """`tree` with the value at a dotted path replaced or added."""
-    *above, last = [int(part) if part.isdigit() else part for part in path.split(".")]
-    inner = tree
-    for part in above:
-        inner = inner[part]
-    inner[last] = value
-    return tree
-
-
 def errors(path: str, value: Any) -> list[str]:
-    with pytest.raises(ConfigError) as error:
-        Recipe.parse(put(content(), path, value))
-    return str(error.value).splitlines()
+    return errors_of(put(content(), path, value))
 
 
 @pytest.mark.parametrize(

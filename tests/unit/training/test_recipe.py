@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
+from trees import put
 
 from embedwright.config import ConfigError
 from embedwright.data.schema import Task
@@ -41,16 +42,6 @@ eval: {every: 100, suites: [dev]}
 
 def content() -> dict[str, Any]:
     return copy.deepcopy(yaml.safe_load(RECIPE))
-
-
-def put(tree: Any, path: str, value: Any) -> Any:
-    """`tree` with the value at a dotted path replaced or added."""
-    *above, last = [int(part) if part.isdigit() else part for part in path.split(".")]
-    inner = tree
-    for part in above:
-        inner = inner[part]
-    inner[last] = value
-    return tree
 
 
 def load(tmp_path: Path, text: str) -> Recipe:

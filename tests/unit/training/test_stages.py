@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from trees import errors_of, put
 
 from embedwright.config import ConfigError
 from embedwright.data.schema import Task
@@ -32,20 +33,8 @@ def content() -> dict[str, Any]:
     }
 
 
-def put(tree: Any, path: str, value: Any) -> Any:
-    """`tree` with the value at a dotted path replaced or added."""
-    *above, last = [int(part) if part.isdigit() else part for part in path.split(".")]
-    inner = tree
-    for part in above:
-        inner = inner[part]
-    inner[last] = value
-    return tree
-
-
 def errors(path: str, value: Any) -> list[str]:
-    with pytest.raises(ConfigError) as error:
-        Recipe.parse(put(content(), path, value))
-    return str(error.value).splitlines()
+    return errors_of(put(content(), path, value))
 
 
 def test_the_same_rows_twice_in_a_stage_are_refused() -> None:
