@@ -288,6 +288,7 @@ def test_the_rehearsal_trains_on_what_the_script_makes(script: Script, tiny_deco
     assert Embedder.load("runs/rehearsal-1b/model").encode(["a tide"]).shape == (1, 32)
 
 
+@pytest.mark.long
 def test_of_synthetic_examples_those_that_came_without_negatives_are_mined(script: Script) -> None:
     with FakeLLM(author) as server:
         settings = {"SETS": " ", "LLM_URL": server.url, "LLM_MODEL": "m"}

@@ -135,7 +135,7 @@ def mine(
     def work(teachers: list[Any]) -> None:
         def write(file: Path) -> dict[str, Any]:
             rows = PartOfTable(table, shard.rows(len(table))) if shard else table
-            where: dict[str, Any] = {"part_of": table, "tasks": table.tasks, "vectors": vectors, "out": file}
+            where: dict[str, Any] = {"tasks": table.tasks, "vectors": vectors, "out": file}
             return run(rows, pool, teachers, **chosen, **where, progress=counter("texts"))[1].to_json()
 
         if shard:

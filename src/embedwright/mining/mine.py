@@ -17,7 +17,7 @@ from typing import Any, get_args
 from embedwright.data.answers import Answers, marks_of, text_mark
 from embedwright.data.schema import DataError, Example, Passage, Task, text_of
 from embedwright.data.sources.catalog import find_task
-from embedwright.data.tables.table import write_examples
+from embedwright.data.tables.table import PartOfTable, write_examples
 from embedwright.encoders.protocol import as_encoder
 from embedwright.errors import InputError
 from embedwright.mining.choose import Miner, MiningSettings
@@ -61,7 +61,6 @@ def mine(
     answers: Answers | None = None,
     vectors: Path | str | None = None,
     precision: StoredPrecision = "float32",
-    part_of: Iterable[Example] | None = None,
     out: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[Example], MiningReport]:
@@ -77,10 +76,13 @@ def mine(
 
     Memory: 40 bytes a document (and its id, where `corpus` is a mapping), 8 an example, 32 for each id of its passages;
     131,072 examples at work with their vectors; and per teacher the vectors of the corpus, unless they are on disk.
+    `bm25` holds its index, the texts that the corpus lacks and, while it counts them, the words of all documents.
     Examples and corpus may be tables on disk, `open_examples` and `open_corpus`.
 
     Args:
-        examples: queries with their positives. A list or a table is read a few times; anything else is held.
+        examples: queries with their positives. A list or a table is read a few times; anything else is held. Of a
+            `PartOfTable`, the answers and ids of the whole table count, so that parts that are mined one by one are
+            what all are together.
         corpus: document id -> text. It is read in order, a few times, one text at a time.
         teacher: anything that `as_encoder` takes, or a list of such. A score is the inner product of its vectors.
             By name: `bm25` ranks by its own scores over the words of the bare query, and a document that shares no word
@@ -114,8 +116,6 @@ def mine(
         vectors: a folder to keep the vectors in (`encode_texts`), of which memory then holds one shard. A run that was
             stopped goes on at the next shard; one by another rule encodes queries alone.
         precision: of stored vectors, in memory or on disk. `float16` halves them: scores are those of the rounded ones.
-        part_of: all examples, if `examples` are a part of them: their answers and ids count, so that parts that are
-            mined one by one are what all are together.
         out: a file to write the examples to as they come (`write_examples`, with `tasks`), in place of a list.
         progress: `progress(done, total)` counts encoded texts.
 
@@ -139,7 +139,7 @@ def mine(
     _check_choices(given, ensemble, positives)
     rows = examples if isinstance(examples, Sized) else list(examples)
     wanted = sum(_number_of_queries(_checked(row), positives) for row in rows)
-    everything = rows if part_of is None else part_of
+    everything = rows.table if isinstance(rows, PartOfTable) else rows
     all_answers = answers or Answers(everything)
     of_others = (p for row in everything for p in answers.of(row)) if answers else ()
     instruction_of = cache(lambda name: _instruction(name, task, tasks or {}))

@@ -17,7 +17,7 @@ import pytest
 from embedwright.data.files.parts import Shard
 from embedwright.data.schema import DataError, Example, Passage, Task
 from embedwright.data.tables.documents import open_corpus
-from embedwright.data.tables.table import PartOfTable, open_examples, write_examples
+from embedwright.data.tables.table import PartOfTable, open_as_named, open_examples, write_examples
 from embedwright.mining import choose
 from embedwright.mining import mine as mine_module
 from embedwright.mining.mine import mine
@@ -596,7 +596,7 @@ def test_parts_and_tables_give_what_all_in_memory_gives(
     for index in range(4):
         part = PartOfTable(table, Shard(index, 4).rows(len(table)))
         out = tmp_path / f"{index}.parquet"
-        found, counts = mine(part, documents, teacher, part_of=table, out=out, **settings)
+        found, counts = mine(part, documents, teacher, out=out, **settings)
         assert found == []
         together += open_examples(out)
         counted.update(queries=counts.queries, candidates=counts.candidates, negatives=counts.negatives)
@@ -604,12 +604,14 @@ def test_parts_and_tables_give_what_all_in_memory_gives(
     assert counted == {key: getattr(report, key) for key in counted}
 
 
-def test_a_part_knows_the_answers_and_ids_of_the_others() -> None:
+def test_a_part_knows_the_answers_and_ids_of_the_others(tmp_path: Path) -> None:
     """Else a positive of a row in another part is a negative here."""
     rows = rows_of(("q", "moon"), ("q", "sun"), ("r", "dog"))
     corpus, teacher = positives_of(rows), Lookup(dict.fromkeys(["q", "r", "moon", "sun", "dog"], (1.0,)))
-    for own, expected in ((rows[:1], {"dog"}), (rows[2:], {"moon", "sun"})):
-        mined, _ = mine(own, corpus, teacher, rule="naive", part_of=rows)
+    write_examples(tmp_path / "rows.parquet", rows)
+    table = open_as_named(tmp_path / "rows.parquet")
+    for own, expected in (([0], {"dog"}), ([2], {"moon", "sun"})):
+        mined, _ = mine(PartOfTable(table, own), corpus, teacher, rule="naive")
         assert {p.text for p in mined[0].negatives} == expected
     assert {p.text for p in mine(rows[:1], corpus, teacher, rule="naive")[0][0].negatives} == {"sun", "dog"}
 

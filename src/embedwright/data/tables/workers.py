@@ -88,5 +88,8 @@ def _serve(work: Work) -> None:
             facts = work(Piece(Path(file), *place), settings, Path(out))
         except DataError as error:
             facts = {"error": str(error)}
-        answers.write(json.dumps(facts) + "\n")
-        answers.flush()
+        try:
+            answers.write(json.dumps(facts) + "\n")
+            answers.flush()
+        except BrokenPipeError:  # the process that asked was killed
+            os._exit(1)

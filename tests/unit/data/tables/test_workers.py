@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,7 @@ def test_counts_are_those_of_all_pieces(tmp_path: Path, several: pytest.MonkeyPa
     rows = [{"text1": f"a{i}", "text2": f"b{i}" if i % 9 else f"a{i}", "score": i % 6} for i in range(900)]
     path = tmp_path / "x.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    several.setattr(workers, "cores", lambda: 1)
     table = open_examples(path, cache=tmp_path / "cache")
     assert table.report == {"rows": 900, "examples": 1800, "below_threshold": 600, "quarantined": 0}
     assert [row.id for row in table] == [f"x:{i}:{end}" for i in range(1, 901) for end in ("ab", "ba")]
@@ -109,6 +111,7 @@ def test_an_error_names_file_and_line_and_leaves_nothing(
     more: list[dict[str, object]], said: str, tmp_path: Path, several: pytest.MonkeyPatch
 ) -> None:
     several.setenv("EMBEDWRIGHT_CACHE", str(tmp_path / "cache"))
+    several.setattr(workers, "cores", lambda: 1)
     with pytest.raises(DataError, match=said):
         open_corpus(write_corpus(tmp_path / "c.jsonl", *more))
     assert list((tmp_path / "cache" / "data").iterdir()) == []
@@ -146,3 +149,52 @@ def test_a_script_without_a_guard_is_not_run_again(tmp_path: Path) -> None:
         [sys.executable, "script.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
     )
     assert (done.stdout, done.stderr) == ("900\n", "")
+
+
+STUCK = """
+import subprocess, time
+from pathlib import Path
+from embedwright.data.files import pieces
+from embedwright.data.tables import workers
+from embedwright.data.tables.documents import open_corpus
+
+def popen(*words, _popen=subprocess.Popen, **how):
+    process = _popen(*words, **how)
+    print(process.pid, flush=True)
+    return process
+
+def answer(worker, piece, _answer=workers._answer):
+    facts = _answer(worker, piece)
+    if piece.start:
+        print("second", flush=True)
+        time.sleep(600)
+    return facts
+
+subprocess.Popen, workers._answer = popen, answer
+pieces._LARGE = 0; pieces._BYTES = 20_000; pieces.cores = workers.cores = lambda: 2
+open_corpus(Path("c.jsonl"))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="only Linux lists processes there")
+def test_a_killed_conversion_takes_its_processes_with_it_and_is_made_again(
+    tmp_path: Path, several: pytest.MonkeyPatch
+) -> None:
+    path = write_corpus(tmp_path / "c.jsonl")
+    several.setenv("EMBEDWRIGHT_CACHE", str(tmp_path / "cache"))
+    with subprocess.Popen([sys.executable, "-c", STUCK], cwd=tmp_path, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        *started, second = [first.stdout.readline().strip() for _ in range(3)]
+        assert second == "second" and all(alive(int(worker)) for worker in started)
+        first.kill()
+    while any(alive(int(worker)) for worker in started):
+        time.sleep(0.05)
+    assert list(open_corpus(path).items()) == list(read_corpus(path).items())
+
+
+def alive(process: int) -> bool:
+    """Whether a process runs; one that has ended may wait for its parent."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
