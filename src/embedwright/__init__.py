@@ -1,6 +1,6 @@
 """Embedwright: decoder-only LLMs as generalist text-embedding models.
 
-from embedwright import Embedder, Recipe, train, mine, evaluate
+from embedwright import Embedder, Index, Recipe, train, mine, evaluate
 
 Each name is loaded when it is first used, so that the import itself takes no time. The import also makes our model type
 known to transformers, once that is loaded.
@@ -15,17 +15,19 @@ from embedwright.registration import register_with_transformers
 if TYPE_CHECKING:
     from embedwright.data.schema import Example, Task
     from embedwright.evaluation.suite import evaluate
+    from embedwright.index.index import Index
     from embedwright.mining.mine import mine
     from embedwright.model.embedder import Embedder
     from embedwright.training.recipe import Recipe
     from embedwright.training.train import train
 
 __version__ = "0.1.0"
-__all__ = ["Embedder", "Example", "Recipe", "Task", "evaluate", "mine", "train"]
+__all__ = ["Embedder", "Example", "Index", "Recipe", "Task", "evaluate", "mine", "train"]
 
 _HOMES = {
     "Embedder": "model.embedder",
     "Example": "data.schema",
+    "Index": "index.index",
     "Recipe": "training.recipe",
     "Task": "data.schema",
     "evaluate": "evaluation.suite",

@@ -166,6 +166,12 @@ CHANGES: dict[str, dict[str, tuple[str, str, Words]]] = {
         "metadata": ("files", "--metadata part", {}),
         "precision": ("files", "--precision float16", {}),
         "faiss": ("names", "--faiss", {}),
+        "dim": ("files", "--dim 8", {}),
+        "append": ("error", "--append", {}),
+        "replace": ("error", "--replace", {}),
+        "delete": ("error", "--delete nothing", {}),
+        "compact": ("error", "--compact", {}),
+        "reencode": ("error", "--reencode", {}),
     },
     "search": {
         "model": ("error", "{other}", {}),

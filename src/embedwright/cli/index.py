@@ -9,6 +9,7 @@ from embedwright.cli import options
 from embedwright.cli.display import counter, say
 from embedwright.cli.model import with_all
 from embedwright.cli.options import arg, opt
+from embedwright.errors import InputError
 
 
 def index(
@@ -17,7 +18,13 @@ def index(
         Path,
         arg("JSONL or Parquet with `text`, a BEIR folder, a folder of .txt and .md, or a .txt with a text a line."),
     ],
-    out: Annotated[Path, arg("Folder for the index.", callback=options.folder_to_write)],
+    out: Annotated[
+        Path | None,
+        arg(
+            "Folder for the index. --delete, --compact and --reencode need no source: the folder stands in its place.",
+            callback=options.folder_to_write,
+        ),
+    ] = None,
     chunk_tokens: Annotated[
         int | None, opt("Cut documents into chunks of so many tokens of the model. Default: whole documents.", min=1)
     ] = None,
@@ -26,24 +33,70 @@ def index(
         str | None, opt("Columns to keep and filter by, as lang,year; or all. Default: none.", "--metadata")
     ] = None,
     precision: Annotated[
-        Literal["float32", "float16"] | None,
-        opt("Number type of stored vectors; float16 halves them. Default: that of the folder, float32 for a new one."),
+        Literal["float32", "float16", "int8", "binary"] | None,
+        opt(
+            "Number type of stored vectors; float16 halves them. int8 and binary nominate documents, which float32 "
+            "vectors on disk then score. Default: that of the folder, float32 for a new one."
+        ),
     ] = None,
+    dim: Annotated[
+        int | None, opt("Keep so many of the first numbers of a vector. Default: all of them.", min=1)
+    ] = None,
+    append: Annotated[bool, opt("Add the documents to an index; an id that it has is refused.", "--append")] = False,
+    replace: Annotated[bool, opt("Add the documents, in place of those with their ids.", "--replace")] = False,
+    delete: Annotated[list[str] | None, opt("Id of a document to delete. Repeatable.", metavar="ID")] = None,
+    compact: Annotated[bool, opt("Remove deleted documents from the disk.", "--compact")] = False,
+    reencode: Annotated[bool, opt("Encode all documents of an index with this model instead.", "--reencode")] = False,
     faiss: Annotated[bool, opt("Also write index.faiss, a copy of the vectors for other programs.")] = False,
 ) -> None:
-    """Make an index of documents, which `search` and `serve` read. Run it again to go on after a stop.
+    """Make an index of documents, which `search` and `serve` read, or change it. Run it again to go on after a stop.
 
-    Under torchrun, all processes encode.
+    A change counts whole or not at all, and encodes only what is new. Under torchrun, all processes encode.
     """
-    from embedwright.index.build import build_index
+    from embedwright.index import change
+    from embedwright.index.build import build_index, cost, recall
     from embedwright.index.faiss_file import write_faiss
+    from embedwright.index.index import Index
 
-    columns = [name.strip() for name in metadata.split(",")] if metadata else []
-    how: dict[str, Any] = {"chunk_tokens": chunk_tokens, "overlap": overlap, "metadata": columns}
+    asked = {"--append": append, "--replace": replace, "--delete": delete, "--compact": compact, "--reencode": reencode}
+    changes = [name for name, given in asked.items() if given]
+    if len(changes) > 1:
+        raise InputError(f"{' and '.join(changes)} are separate changes: run one after the other")
+    if changes and (chunk_tokens or overlap or metadata or precision or dim):
+        raise InputError(f"{changes[0]} keeps the settings of the index: leave out chunks, metadata, precision and dim")
+    if (out is None) != (changes in (["--delete"], ["--compact"], ["--reencode"])):
+        raise InputError("give MODEL SOURCE OUT; with --delete, --compact and --reencode, MODEL OUT")
+    folder = source if out is None else out
+    how: dict[str, Any] = {"chunk_tokens": chunk_tokens, "overlap": overlap, "precision": precision, "dim": dim}
+    how["metadata"] = [name.strip() for name in metadata.split(",")] if metadata else []
 
     def work(encoder: Any) -> None:
-        say(str(build_index(encoder, source, out, **how, precision=precision, progress=counter("texts"))))
-        if faiss:
-            say(str(write_faiss(out)))
+        progress = counter("texts")
+        if append or replace:
+            added, replaced = change.add(encoder, source, folder, replace=replace, progress=progress)
+            say(f"{folder}: {added:,} documents added, {replaced:,} replaced")
+        elif reencode:
+            chunks, tokens = cost(encoder, Index.open(folder))
+            say(f"to encode: {chunks:,} texts, {tokens:,} tokens; the time follows after the first shard")
+            change.reencode(encoder, folder, progress)
+        else:
+            build_index(encoder, source, folder, **how, progress=progress)
+        finish()
 
-    with_all(model, work)
+    def finish() -> None:
+        index = Index.open(folder)
+        held = index.facts()
+        say(f"{folder}: {held['documents']:,} documents, {held['chunks']:,} chunks, {held['precision']}")
+        if index.codes:
+            say(f"recall@10 against exact search: {recall(index):.4f} (chunks of it as queries)")
+        if faiss:
+            say(str(write_faiss(folder)))
+
+    if delete:
+        say(f"{folder}: {change.delete(folder, delete):,} documents deleted")
+        finish()
+    elif compact:
+        change.compact(folder)
+        finish()
+    else:
+        with_all(model, work)

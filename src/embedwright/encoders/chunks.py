@@ -79,6 +79,12 @@ def chunker(encoder: Encoder, size: int, overlap: int = 0) -> Callable[[str, str
     return cut
 
 
+def token_counter(encoder: Encoder) -> Callable[[str], int]:
+    """Returns a function that counts the tokens that the encoder reads of a document; words without a tokenizer."""
+    tokenizer, room = _reading(itself(encoder))
+    return lambda text: min(len(_tokens(tokenizer, text)), room if tokenizer is not None else sys.maxsize)
+
+
 def _tokens(tokenizer: Tokenizer | None, text: str) -> Spans:
     """Returns the characters of each token; of each word between spaces without a tokenizer."""
     if tokenizer is None:

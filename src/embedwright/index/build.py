@@ -5,19 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
 
 from embedwright.data.files.beir import with_title
-from embedwright.encoders.chunks import Chunk, chunker
+from embedwright.encoders.chunks import Chunk, chunker, token_counter
 from embedwright.encoders.protocol import Encoder, as_encoder
 from embedwright.errors import InputError
 from embedwright.index import documents as docs
+from embedwright.index.codes import Shortened, write_codes
 from embedwright.index.documents import Document
+from embedwright.index.index import Index, name_of
 from embedwright.index.layout import Layout, Part
 from embedwright.vectors.corpus import Progress, encode_corpus, encode_rows
-from embedwright.vectors.store import StoredPrecision
 
-_DOCUMENTS = "documents.arrow"
+DOCUMENTS = "documents.arrow"
+Precision = Literal["float32", "float16", "int8", "binary"]
 _READ = 1024  # documents read at once
 
 
@@ -29,7 +33,8 @@ def build_index(
     chunk_tokens: int | None = None,
     overlap: int = 0,
     metadata: Sequence[str] = (),
-    precision: StoredPrecision | None = None,
+    precision: Precision | None = None,
+    dim: int | None = None,
     shard_rows: int = 10_000,
     progress: Progress | None = None,
 ) -> Path:
@@ -42,7 +47,9 @@ def build_index(
         chunk_tokens: cut documents into chunks of so many of the model's tokens. Default: whole documents.
         overlap: tokens that a chunk shares with the one before it.
         metadata: columns to keep beside the documents, or `["all"]`.
-        precision: of the vectors on disk; `float16` halves them. Default: that of the folder, `float32` for a new one.
+        precision: of the vectors on disk; `float16` halves them. `int8` and `binary` are codes beside float32 vectors:
+            they nominate, and memory holds a quarter or a thirtieth. Default: that of the folder, or `float32`.
+        dim: keep so many of the first numbers of a vector, for models that were trained for it. Default: all.
         shard_rows: chunks of a shard.
         progress: `progress(done, total)` counts chunks.
 
@@ -51,20 +58,26 @@ def build_index(
         ValueError: `out` holds something else: another source, other settings, another model.
     """
     encoder = as_encoder(model)
-    settings: dict[str, Any] = {"chunk_tokens": chunk_tokens, "overlap": overlap}
-    settings["metadata"] = docs.find_types(source, list(metadata)) if metadata else {}
     layout = Layout.read(out)
-    how: dict[str, Any] = {"shard_rows": shard_rows, "precision": precision, "progress": progress}
+    codes = precision if precision in ("int8", "binary") else None
+    settings: dict[str, Any] = {"chunk_tokens": chunk_tokens, "overlap": overlap, "dim": dim, "codes": codes}
+    settings["metadata"] = docs.find_types(source, list(metadata)) if metadata else {}
+    stored = "float32" if codes else precision
+    how: dict[str, Any] = {"shard_rows": shard_rows, "precision": stored, "progress": progress}
     if layout is None:
         if (out / "manifest.json").is_file():  # as `encode` writes it, which can be searched as it is
-            if chunk_tokens or metadata:
+            if chunk_tokens or metadata or codes or dim:
                 raise InputError(f"{out} holds whole documents that `encode` wrote: take a new or empty folder")
             return encode_corpus(encoder, source, out, **how)
-        layout = Layout(**settings)
+        layout = Layout(**settings, model=name_of(encoder))
+    if precision is None:
+        settings["codes"] = layout.codes
     layout.check_same(out, **settings)
+    if layout.parts:
+        _check_model(out, encoder)
     read = partial(docs.read_documents, source, layout.metadata)
     digest = docs.digest_of(read())
-    if docs.written_digest(out / _DOCUMENTS) not in (None, digest):
+    if docs.written_digest(out / DOCUMENTS) not in (None, digest):
         raise InputError(f"{out} is an index of other documents: take a new folder, or --append or --replace")
     if not layout.parts:
         layout.write(out)
@@ -86,10 +99,59 @@ def encode_part(
 
     `documents()` gives the documents anew, `digest` is theirs, `how` is for `encode_rows`.
     """
-    if docs.written_digest(folder / _DOCUMENTS) != digest:
-        docs.write_documents(folder / _DOCUMENTS, documents(), layout.metadata, digest)
-    cut = chunker(encoder, layout.chunk_tokens, layout.overlap) if layout.chunk_tokens else _whole
-    encode_rows(encoder, partial(_chunk_rows, folder / _DOCUMENTS, cut), folder, ("document", "start", "end"), **how)
+    if docs.written_digest(folder / DOCUMENTS) != digest:
+        docs.write_documents(folder / DOCUMENTS, documents(), layout.metadata, digest)
+    cut = _chunks(encoder, layout)
+    encoder = Shortened(encoder, layout.dim) if layout.dim else encoder
+    encode_rows(encoder, partial(_chunk_rows, folder / DOCUMENTS, cut), folder, ("document", "start", "end"), **how)
+    if layout.codes:
+        write_codes(folder, layout.codes)
+
+
+def recall(index: Index, queries: int = 200, k: int = 10) -> float:
+    """Returns how much of an exact search's best `k` the codes of an index find, with chunks of it as queries.
+
+    A chunk that is a query does not count as found. Equal scores count as one.
+    """
+    row_F = index.live_rows()
+    if len(row_F) < 2:
+        return 1.0
+    own_Q = np.sort(np.random.default_rng(0).permutation(row_F)[:queries])
+    query_QE = index.vectors.take(own_Q)
+    exact_QK, found_QK = (index.top_k(query_QE, k + 1, row_F, exact)[0][:, 1:] for exact in (True, False))
+    return float((found_QK >= exact_QK[:, -1:]).mean())
+
+
+def cost(encoder: Encoder, index: Index) -> tuple[int, int]:
+    """Returns how many chunks, and tokens of them, `encoder` would read if it encoded all documents of an index."""
+    cut, count = _chunks(encoder, index.layout), token_counter(encoder)
+    chunks = tokens = 0
+    for document in live_documents(index):
+        for chunk in cut(document.title, document.text):
+            chunks, tokens = chunks + 1, tokens + count(chunk.read)
+    return chunks, tokens
+
+
+def live_documents(index: Index) -> Iterator[Document]:
+    """Yields the documents of an index that are not deleted."""
+    rows = np.flatnonzero(index.live_N).tolist()
+    for start in range(0, len(rows), _READ):
+        yield from docs.take(index.documents, rows[start : start + _READ])
+
+
+def _check_model(out: Path, encoder: Encoder) -> None:
+    index = Index.open(out)
+    try:
+        index.check(encoder)
+    except InputError as error:
+        chunks, tokens = cost(encoder, index)
+        raise InputError(
+            f"{error}; or --reencode, with which this model encodes its {chunks:,} chunks ({tokens:,} tokens) anew"
+        ) from None
+
+
+def _chunks(encoder: Encoder, layout: Layout) -> Callable[[str, str], list[Chunk]]:
+    return chunker(encoder, layout.chunk_tokens, layout.overlap) if layout.chunk_tokens else _whole
 
 
 def _whole(title: str, text: str) -> list[Chunk]:

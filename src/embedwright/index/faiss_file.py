@@ -18,11 +18,12 @@ def write_faiss(folder: Path) -> Path:
     a chunk. `search` does not need it. Raises ValueError if encoding has not finished.
     """
     faiss = threads.load_faiss()
-    vectors = Index.open(folder).live_vectors()
-    index = faiss.IndexFlatIP(vectors.shape[1])
+    index = Index.open(folder)
+    vectors = index.vectors.of_rows(index.live_rows())
+    flat = faiss.IndexFlatIP(vectors.shape[1])
     for _, tile_NE in vectors.tiles(_ROWS):
-        index.add(tile_NE)
+        flat.add(tile_NE)
     path = folder / "index.faiss"
     with whole_file(path) as temp:
-        faiss.write_index(index, str(temp))
+        faiss.write_index(flat, str(temp))
     return path

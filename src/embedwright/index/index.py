@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,14 +16,18 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from embedwright.encoders.protocol import Encoder, as_encoder, encode_finite
+from embedwright.encoders.sentence_transformers import SentenceTransformerEncoder
+from embedwright.encoders.sharded import itself
 from embedwright.errors import InputError
 from embedwright.index import documents as docs
+from embedwright.index.codes import Shortened, cut, nominated_top_k, read_codes
 from embedwright.index.layout import Layout, Part
 from embedwright.index.where import Where, matching
+from embedwright.model.embedder import Embedder
 from embedwright.vectors.corpus import open_encoded
 from embedwright.vectors.search import top_k
-from embedwright.vectors.shards import Vectors, read_shard
-from embedwright.vectors.store import Manifest, check_model, open_vectors
+from embedwright.vectors.shards import Vectors, read_shard, vectors_of
+from embedwright.vectors.store import Manifest, open_vectors, other_model
 
 _CHUNKS = 4  # searched for each document that is wanted, at first
 
@@ -54,10 +59,12 @@ class Index:
         self.folder, self.layout = folder, layout or Layout(parts=(Part(folder="."),))
         if not self.layout.parts:
             raise InputError(f"{folder} is unfinished: run the same `index` command again")
-        self.manifest = Manifest.read(folder / self.layout.parts[0].folder)
+        folders = [folder / part.folder for part in self.layout.parts]
+        self.manifest = Manifest.read(folders[0])
         self.types = self.layout.metadata
-        opened = [_open_part(folder / part.folder, part, plain=layout is None) for part in self.layout.parts]
+        opened = [_open_part(*both, plain=layout is None) for both in zip(folders, self.layout.parts, strict=True)]
         self.vectors = Vectors([], [], self.manifest.dimension)
+        self.codes = read_codes(folders, self.manifest.dimension) if self.layout.codes else None
         self.documents = docs.open_table([file for part in opened for file in part.documents], self.types)
         chunks, first = [], 0
         for part in opened:
@@ -66,6 +73,7 @@ class Index:
             chunks.append(own.set_column(0, "document", pc.add(own["document"], first)))
             first += len(part.live_N)
         self.chunks = pa.concat_tables(chunks)
+        self.sizes = [len(part.live_N) for part in opened]
         self.live_N = np.concatenate([part.live_N for part in opened])
         self._document_C = self.chunks["document"].to_numpy()
         self._checked: tuple[Any, Encoder] | None = None
@@ -79,20 +87,27 @@ class Index:
         return cls(Path(folder), Layout.read(Path(folder)))
 
     def facts(self) -> dict[str, Any]:
-        """Returns what the index holds: counts, the model's fingerprint, dimension, precision, metadata columns."""
+        """Returns what the index holds: counts, the model's name and fingerprint, dimension, precision, metadata."""
         return {
             "documents": int(self.live_N.sum()),
             "chunks": int(self.live_N[self._document_C].sum()),
-            "model": self.manifest.model,
+            "model": self.layout.model,
+            "fingerprint": self.manifest.model,
             "dimension": self.manifest.dimension,
-            "precision": self.manifest.precision,
+            "precision": self.layout.codes or self.manifest.precision,
             "metadata": dict(self.types),
         }
 
-    def live_vectors(self) -> Vectors:
-        """Returns the vectors of all chunks whose documents are not deleted."""
-        row_F = np.flatnonzero(self.live_N[self._document_C])
-        return self.vectors if len(row_F) == len(self.vectors) else self.vectors.of_rows(row_F)
+    def live_rows(self) -> NDArray[np.int64]:
+        """Returns the rows of all chunks whose documents are not deleted."""
+        return np.flatnonzero(self.live_N[self._document_C])
+
+    def difference(self, encoder: Encoder) -> str | None:
+        """Returns what tells `encoder` from the model that made the index; None if it is that model."""
+        reader = Shortened(encoder, self.layout.dim) if self.layout.dim else encoder
+        task = self.manifest.task
+        folder = self.folder / self.layout.parts[0].folder
+        return other_model(folder, reader, lambda texts: encode_finite(reader, texts, task))
 
     def check(self, model: Any) -> Encoder:
         """Returns `model` as an encoder. Raises ValueError, naming what differs, unless it made this index.
@@ -101,7 +116,11 @@ class Index:
         """
         if self._checked is None or self._checked[0] is not model:
             encoder = as_encoder(model)
-            check_model(self.folder / self.layout.parts[0].folder, encoder)
+            if other := self.difference(encoder):
+                raise InputError(
+                    f"{self.folder} was encoded by another model, {self.layout.model or 'without a name'}, than "
+                    f"{name_of(encoder)} ({other}): take that one, or a new or empty folder"
+                )
             self._checked = model, encoder
         return self._checked[1]
 
@@ -145,14 +164,30 @@ class Index:
         each_chunk: bool = False,
     ) -> list[list[Hit]]:
         """Does the same for queries that this index's model has encoded."""
+        if self.layout.dim and queries_QE.shape[1] != self.layout.dim:
+            queries_QE = cut(queries_QE, self.layout.dim)
         wanted_N = self.live_N & matching(self.documents, self.types, where) if where else self.live_N
         row_F = np.flatnonzero(wanted_N[self._document_C])
-        vectors = self.vectors if len(row_F) == len(self.vectors) else self.vectors.of_rows(row_F)
         document_F = np.arange(len(row_F)) if each_chunk else self._document_C[row_F]
-        best = _best(queries_QE, vectors, document_F, k)
+        best = _best(queries_QE, partial(self.top_k, row_F=row_F), document_F, k)
         row_H = np.unique([row_F[row] for found in best for _, row in found]).astype(np.int64)
         found = dict(zip(row_H.tolist(), self._chunks_at(row_H), strict=True))
         return [[found[row_F[row]]._replace(score=score) for score, row in hits] for hits in best]
+
+    def top_k(
+        self, queries_QE: NDArray[np.float32], k: int, row_F: NDArray[np.int64], exact: bool = False
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Finds scores and places in `row_F` of each query's best chunks among these rows, which ascend.
+
+        The codes nominate where the index has some, unless `exact`.
+        """
+        vectors, codes = (
+            all if all is None or len(row_F) == len(all) else all.of_rows(row_F) for all in (self.vectors, self.codes)
+        )
+        assert vectors is not None
+        if codes is None or self.layout.codes is None or exact:
+            return top_k(queries_QE, vectors, k)
+        return nominated_top_k(queries_QE, codes, vectors, k, self.layout.codes)
 
     def _chunks_at(self, row_H: NDArray[np.int64]) -> list[Hit]:
         """Returns chunks as hits without a score."""
@@ -175,8 +210,10 @@ class _OpenPart(NamedTuple):
 
 def _open_part(folder: Path, part: Part, plain: bool) -> _OpenPart:
     """Opens a part. A plain one is a folder of `encode`, whose shards hold the documents."""
-    vectors = open_vectors(folder)
-    shards = [block for block in vectors.blocks if isinstance(block, Path)]
+    found = open_vectors(folder)
+    shards = [block for block in found.blocks if isinstance(block, Path)]
+    # open files outlive a change of the index
+    vectors = Vectors([vectors_of(read_shard(shard)) for shard in shards], found.rows, found.shape[1])
     if plain:
         open_encoded(folder)  # raises for vectors without documents
         table = docs.open_table(shards, {})
@@ -191,8 +228,22 @@ def _open_part(folder: Path, part: Part, plain: bool) -> _OpenPart:
     return _OpenPart(vectors, [file], chunks, live_N)
 
 
+def name_of(encoder: Encoder) -> str:
+    """Returns the name that a model was opened by, for messages; its class where it has none."""
+    inner: Any = itself(encoder)
+    if isinstance(inner, Embedder):
+        return str(inner.network.config.name_or_path)
+    if isinstance(inner, SentenceTransformerEncoder):
+        network = getattr(inner.model[0], "auto_model", None)
+        return str(getattr(getattr(network, "config", None), "name_or_path", "")) or type(inner.model).__name__
+    return type(inner).__name__
+
+
 def _best(
-    queries_QE: NDArray[np.float32], vectors: Vectors, document_F: NDArray[np.int64], k: int
+    queries_QE: NDArray[np.float32],
+    find: Callable[[NDArray[np.float32], int], tuple[NDArray[np.float32], NDArray[np.int64]]],
+    document_F: NDArray[np.int64],
+    k: int,
 ) -> list[list[tuple[float, int]]]:
     """Finds score and row of the best chunk of the `k` best documents of each query.
 
@@ -202,10 +253,10 @@ def _best(
     found: list[list[tuple[float, int]]] = [[] for _ in queries_QE]
     open_Q, depth = np.arange(len(queries_QE)), k * _CHUNKS if several else k
     while len(open_Q):
-        scores_QK, rows_QK = top_k(queries_QE[open_Q], vectors, depth)
+        scores_QK, rows_QK = find(queries_QE[open_Q], depth)
         for q, scores, rows in zip(open_Q.tolist(), scores_QK.tolist(), rows_QK, strict=True):
             first = np.unique(document_F[rows], return_index=True)[1]
             found[q] = [(scores[place], int(rows[place])) for place in sorted(first.tolist())[:k]]
-        open_Q = np.array([q for q in open_Q if len(found[q]) < k and depth < len(vectors)], np.int64)
+        open_Q = np.array([q for q in open_Q if len(found[q]) < k and depth < len(document_F)], np.int64)
         depth *= _CHUNKS
     return found

@@ -5,6 +5,7 @@
     manifest.json       of the vectors: the model's fingerprint, dimension, precision and count (`vectors.store`)
     probes.arrow        a few texts with their vectors
     shard-00000.arrow   chunks: document (its row in documents.arrow), start and end (characters in its text), vector
+    codes.arrow         the vectors as int8 or as signs, where the index has such (`codes`)
     index.faiss         a copy of the vectors for other programs
     part-00001-.../     the same files but index.json and index.faiss: documents that were added later
 
@@ -44,8 +45,11 @@ class Layout(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal[1] = 1
+    model: str = ""  # its name, for messages; manifest.json has what identifies it
     chunk_tokens: int | None = None
     overlap: int = 0
+    dim: int | None = None  # numbers that are kept of a vector
+    codes: Literal["int8", "binary"] | None = None
     metadata: dict[str, ColumnType] = {}
     parts: tuple[Part, ...] = ()
 

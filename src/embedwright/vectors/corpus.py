@@ -121,7 +121,9 @@ def encode_rows(
 
 
 def is_encoded(folder: Path) -> bool:
-    """Says whether a folder is one that `encode_corpus` writes, though shards be missing."""
+    """Says whether a folder is one that `encode` or `index` writes, though shards be missing."""
+    if (folder / "index.json").is_file():
+        return True
     return (folder / "manifest.json").is_file() and (folder / "probes.arrow").is_file()
 
 
@@ -131,13 +133,19 @@ def open_encoded(folder: Path) -> DocumentTable:
     Raises as `open_vectors`, and ValueError for an index of chunks or one that was changed: the rows of its vectors are
     no longer those of its documents.
     """
+    if (layout := folder / "index.json").is_file():
+        said = json.loads(layout.read_text(encoding="utf-8"))
+        if said["chunk_tokens"] or said["dim"] or len(said["parts"]) != 1 or said["parts"][0]["deleted"]:
+            raise InputError(
+                f"{folder} is an index of chunks or of shortened vectors, is unfinished, or was changed: run `index "
+                "--compact` after changes, or `encode` on the corpus"
+            )
+        folder = folder / said["parts"][0]["folder"]
+        identity = Manifest.read(folder).source_sha256
+        open_vectors(folder)
+        return DocumentTable([folder / "documents.arrow"], identity, encoded=folder)
     vectors, identity = open_vectors(folder), Manifest.read(folder).source_sha256
     files = [block for block in vectors.blocks if isinstance(block, Path)]
-    if (documents := folder / "documents.arrow").is_file():
-        layout = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-        if layout["chunk_tokens"] or layout["parts"] != [{"folder": ".", "deleted": []}]:
-            raise InputError(f"{folder} is an index of chunks, or was changed: run `encode` on the corpus instead")
-        return DocumentTable([documents], identity, encoded=folder)
     if files and "id" not in read_shard(files[0]).schema.names:
         raise InputError(f"{folder} holds vectors without documents: take a folder that `encode` or `index` wrote")
     return DocumentTable(files, identity, encoded=folder)

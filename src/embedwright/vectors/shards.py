@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,17 +23,37 @@ from embedwright.files import whole_file
 _TILE = 4096  # rows read at once where some of them are wanted
 
 
+@dataclass(frozen=True, slots=True)
+class Coded:
+    """Vectors in a small form: int8, by which `scale_C` is multiplied, or signs, eight of them in a uint8."""
+
+    code_CB: NDArray[Any]
+    scale_C: NDArray[np.float32] | None
+    width: int
+
+    def __getitem__(self, rows: Any) -> NDArray[np.float32]:
+        """Returns these rows as float32; a sign is 1 or -1."""
+        code_NB = self.code_CB[rows]
+        if self.scale_C is None:
+            return np.unpackbits(code_NB, axis=1, count=self.width).astype(np.float32) * 2 - 1
+        vectors_NE: NDArray[np.float32] = code_NB.astype(np.float32) * self.scale_C[rows, None]
+        return vectors_NE
+
+
+Whole = NDArray[Any] | Path | Coded
+
+
 class SomeOfShard(NamedTuple):
     """Some rows of a shard or an array."""
 
-    block: NDArray[Any] | Path
+    block: Whole
     rows: NDArray[np.int64]
 
 
 class Vectors:
-    """Float32 (C, E), as blocks: arrays, or paths of shards, which may hold them in float16."""
+    """Float32 (C, E), as blocks: arrays, paths of shards, which may hold them in float16, or coded ones."""
 
-    def __init__(self, blocks: Sequence[NDArray[Any] | Path | SomeOfShard], rows: Sequence[int], width: int) -> None:
+    def __init__(self, blocks: Sequence[Whole | SomeOfShard], rows: Sequence[int], width: int) -> None:
         """`rows` of each block."""
         self.blocks, self.rows = blocks, rows
         self.shape = sum(rows), width
@@ -55,6 +76,16 @@ class Vectors:
         ]
         return Vectors(blocks, list(map(len, parts)), self.shape[1])
 
+    def take(self, rows_F: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Returns float32 (F, E): these rows, which ascend. Of blocks on disk nothing else is read."""
+        ends = np.cumsum(self.rows)
+        parts = np.split(rows_F, np.searchsorted(rows_F, ends[:-1]))
+        found = [
+            _rows(block, part - end + rows)
+            for block, part, end, rows in zip(self.blocks, parts, ends, self.rows, strict=True)
+        ]
+        return np.concatenate(found).astype(np.float32, copy=False)
+
     def tiles(self, size: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """Gives all rows in order, up to `size` at a time, with the number of the first. Small blocks are joined."""
         parts: list[NDArray[np.float32]] = []
@@ -76,11 +107,15 @@ class Vectors:
             for first in range(0, rows, size):
                 end = min(first + size, rows)
                 if rows_F is None or np.diff(np.searchsorted(rows_F, (start + first, start + end))):
-                    whole = block.block if isinstance(block, SomeOfShard) else block
-                    own = block.rows[first:end] if isinstance(block, SomeOfShard) else slice(first, end)
-                    array = (vectors_of(read_shard(whole)) if isinstance(whole, Path) else whole)[own]
-                    yield start + first, np.ascontiguousarray(array, dtype=np.float32)
+                    yield start + first, np.ascontiguousarray(_rows(block, slice(first, end)), dtype=np.float32)
             start += rows
+
+
+def _rows(block: Whole | SomeOfShard, rows: slice | NDArray[np.int64]) -> NDArray[Any]:
+    if isinstance(block, SomeOfShard):
+        return _rows(block.block, block.rows[rows])
+    found: NDArray[Any] = (vectors_of(read_shard(block)) if isinstance(block, Path) else block)[rows]
+    return found
 
 
 def as_vectors(vectors: NDArray[Any] | Vectors) -> Vectors:

@@ -223,6 +223,23 @@ def open_vectors(folder: Path) -> Vectors:
     return Vectors([path for path, _ in shards], [rows for _, rows in shards], manifest.dimension)
 
 
+def copy_vectors(
+    source: Path, out: Path, manifest: Manifest, vectors: Vectors, row_F: NDArray[np.int64], columns: dict[str, Any]
+) -> None:
+    """Writes some rows of stored vectors as a folder of their own, with the probes of `source`. Nothing is encoded.
+
+    `columns` are what is stored beside these rows.
+    """
+    owner = {_OWNER: manifest.digest()}
+    probes = read_shard(source / "probes.arrow")
+    write_shard(out / "probes.arrow", vectors_of(probes), {"text": probes["text"].to_pylist()}, owner)
+    for shard, (path, rows) in enumerate(manifest.shards(out)):
+        own = slice(shard * manifest.shard_rows, shard * manifest.shard_rows + rows)
+        beside = {name: values[own].tolist() for name, values in columns.items()}
+        write_shard(path, _stored(vectors.take(row_F[own]), manifest.precision), beside, owner)
+    write_json(out / "manifest.json", asdict(manifest))
+
+
 def check_model(folder: Path, encoder: Encoder) -> None:
     """Raises ValueError, naming what differs, unless `encoder` is the model that encoded `folder`."""
     task = Manifest.read(folder).task

@@ -22,6 +22,18 @@ class Rounded:
         return np.asarray(vectors, np.float32).reshape(len(texts), 6)
 
 
+class Counted(Rounded):
+    """Keeps what it was asked to encode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+
+    def encode(self, texts: Sequence[str], task: str | None = None) -> np.ndarray:
+        self.asked += texts if task is None else []
+        return super().encode(texts, task)
+
+
 def small_corpus(path: Path) -> Path:
     path.write_text("".join(json.dumps({"_id": f"d{i}", "text": f"text {i}"}) + "\n" for i in range(57)))
     return path

@@ -42,9 +42,10 @@ def test_facts_are_those_of_the_folder(folder: Path) -> None:
     assert Index.open(folder).facts() == {
         "documents": 57,
         "chunks": 57,
-        "model": None,
+        "model": "",
         "dimension": 6,
         "precision": "float32",
+        "fingerprint": None,
         "metadata": {},
     }
 

@@ -1,0 +1,189 @@
+"""Changes an index: adds, replaces and deletes documents, compacts it, or encodes it with another model.
+
+A change writes its files into a new part and then `index.json`. Killed before that, it leaves the index as it was, and
+the same call goes on where it stopped. What stays is not encoded again. One process changes an index at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace as changed
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from embedwright.config import did_you_mean
+from embedwright.encoders.protocol import as_encoder
+from embedwright.errors import InputError
+from embedwright.files import locked
+from embedwright.fingerprint import fingerprint_of
+from embedwright.index import documents as docs
+from embedwright.index.build import DOCUMENTS, encode_part, live_documents
+from embedwright.index.codes import write_codes
+from embedwright.index.documents import Document
+from embedwright.index.index import Index, name_of
+from embedwright.index.layout import Layout, Part
+from embedwright.vectors.corpus import Progress
+from embedwright.vectors.store import copy_vectors
+
+_READ = 1024  # documents read at once
+_NEAR = 10_000  # ids among which the nearest one is looked for
+
+
+class Change(NamedTuple):
+    """How many documents came, and how many of the index they replaced."""
+
+    added: int
+    replaced: int
+
+
+def add(model: Any, source: Path, out: Path, *, replace: bool = False, progress: Progress | None = None) -> Change:
+    """Adds the documents of a source to an index; those that it has already, word for word, are left out.
+
+    `replace` lets a document take the place of one with its id. `model` is the one that made the index, whose settings
+    count. Raises ValueError for another model, and without `replace` for an id whose document is another one.
+    """
+    with _changing(out) as index:
+        encoder = index.check(model)
+        row_of = {id: row for row, id in enumerate(index.documents["id"].to_pylist()) if index.live_N[row]}
+        new = partial(_new, index, row_of, source, replace)
+        replaced = [row for _, row in new()]
+        if not replaced:
+            _sweep(index.folder, index.layout.parts)
+            return Change(0, 0)
+
+        def documents() -> Iterator[Document]:
+            yield from (document for document, _ in new())
+
+        digest, manifest = docs.digest_of(documents()), index.manifest
+        home = _home(index, digest)
+        how: dict[str, Any] = {"shard_rows": manifest.shard_rows, "precision": manifest.precision}
+        encode_part(encoder, home, index.layout, documents, digest, **how, progress=progress)
+        gone = [row for row in replaced if row is not None]
+        _commit(index, *_without(index, gone), Part(folder=home.name))
+        return Change(len(replaced) - len(gone), len(gone))
+
+
+def delete(out: Path, ids: Sequence[str]) -> int:
+    """Deletes documents by id, and returns how many there were. Those deleted before count for nothing.
+
+    Their rows stay on disk until the index is compacted. Raises ValueError for an id that the index never had.
+    """
+    with _changing(out) as index:
+        row_of: dict[str, list[int]] = {id: [] for id in ids}
+        known = index.documents["id"].to_pylist()
+        for row, id in enumerate(known):
+            if id in row_of:
+                row_of[id].append(row)
+        if missing := [id for id, rows in row_of.items() if not rows]:
+            raise InputError(f"{out}: no document {missing[0]!r}{did_you_mean(missing[0], known[:_NEAR])}")
+        gone = [row for rows in row_of.values() for row in rows if index.live_N[row]]
+        if gone:
+            _commit(index, *_without(index, gone))
+        return len(gone)
+
+
+def compact(out: Path) -> None:
+    """Writes an index anew without its deleted documents, as one part. Nothing is encoded."""
+    with _changing(out) as index:
+        if len(index.layout.parts) == 1 and index.live_N.all():
+            _sweep(index.folder, index.layout.parts)
+            return
+        if not index.live_N.any():
+            raise InputError(f"{out}: all documents are deleted: delete the folder, and make a new index")
+        digest = docs.digest_of(live_documents(index))
+        home, first = _home(index, digest), index.folder / index.layout.parts[0].folder
+        docs.write_documents(home / DOCUMENTS, live_documents(index), index.types, digest)
+        row_F = index.live_rows()
+        columns = {name: index.chunks[name].to_numpy()[row_F] for name in index.chunks.column_names}
+        columns["document"] = (np.cumsum(index.live_N) - 1)[columns["document"]]
+        manifest = changed(index.manifest, source_sha256=digest, count=len(row_F))
+        copy_vectors(first, home, manifest, index.vectors, row_F, columns)
+        if index.layout.codes:
+            write_codes(home, index.layout.codes)
+        _commit(index, Part(folder=home.name))
+
+
+def reencode(model: Any, out: Path, progress: Progress | None = None) -> None:
+    """Encodes all documents of an index with another model, from the texts that it holds, and cuts them anew.
+
+    Until the last vector is written, the index stays that of the old model.
+    """
+    with _changing(out) as index:
+        encoder = as_encoder(model)
+        if index.difference(encoder) is None:
+            _sweep(index.folder, index.layout.parts)
+            return
+        digest, manifest = docs.digest_of(live_documents(index)), index.manifest
+        facts = json.dumps([digest, fingerprint_of(encoder)], sort_keys=True)
+        home = _home(index, hashlib.sha256(facts.encode()).hexdigest())
+        how: dict[str, Any] = {"shard_rows": manifest.shard_rows, "precision": manifest.precision}
+        encode_part(encoder, home, index.layout, partial(live_documents, index), digest, **how, progress=progress)
+        index.layout = index.layout.model_copy(update={"model": name_of(encoder)})
+        _commit(index, Part(folder=home.name))
+
+
+@contextmanager
+def _changing(out: Path) -> Iterator[Index]:
+    """Yields an index that no other process changes meanwhile."""
+    if Layout.read(out) is None:
+        raise InputError(f"{out} is no index that can be changed: make one with `embedwright index`")
+    with locked(out / ".change.lock"):
+        yield Index.open(out)
+
+
+def _new(index: Index, row_of: dict[str, int], source: Path, replace: bool) -> Iterator[tuple[Document, int | None]]:
+    """Yields the documents that the index lacks, each with the row of the one that it replaces."""
+    given = docs.read_documents(source, index.types)
+    while chunk := list(islice(given, _READ)):
+        rows = [row_of[document.id] for document in chunk if document.id in row_of]
+        before = dict(zip(rows, docs.take(index.documents, rows), strict=True))
+        for document in chunk:
+            row = row_of.get(document.id)
+            if row is not None and before[row] == document:
+                continue
+            if row is not None and not replace:
+                raise InputError(f"{index.folder} has another document {document.id[:60]!r}: take --replace")
+            yield document, row
+
+
+def _home(index: Index, digest: str) -> Path:
+    """Returns the folder of the next part. The same change gets the same one, so that it goes on there."""
+    number = max(int(part.folder.split("-")[1]) if part.folder != "." else 0 for part in index.layout.parts) + 1
+    return index.folder / f"part-{number:05d}-{digest[:12]}"
+
+
+def _without(index: Index, rows: Sequence[int]) -> list[Part]:
+    """Returns the parts with these documents deleted, too."""
+    start, parts = 0, []
+    for part, size in zip(index.layout.parts, index.sizes, strict=True):
+        own = {row - start for row in rows if start <= row < start + size}
+        parts.append(Part(folder=part.folder, deleted=tuple(sorted(own.union(part.deleted)))))
+        start += size
+    return parts
+
+
+def _commit(index: Index, *parts: Part) -> None:
+    """Makes a change count, then removes the files that no longer do."""
+    (index.folder / "index.faiss").unlink(missing_ok=True)  # it holds the vectors of before
+    index.layout.with_parts(*parts).write(index.folder)
+    _sweep(index.folder, parts)
+
+
+def _sweep(folder: Path, parts: Sequence[Part]) -> None:
+    """Removes what belongs to no part. An unfinished change of another kind is lost with it."""
+    kept = {part.folder for part in parts}
+    for part in folder.glob("part-*"):
+        if part.name not in kept:
+            shutil.rmtree(part)
+    if "." not in kept:
+        for pattern in (DOCUMENTS, "manifest.json", "probes.arrow", "codes.arrow", "shard-*.arrow"):
+            for file in folder.glob(pattern):
+                file.unlink()
