@@ -55,7 +55,7 @@ ROOMS += [
 ]
 ROOMS += ["training/losses", "training/engine", "training/masked", "training/run", "evaluation", "evaluation/bench"]
 ROOMS += ["evaluation/compare", "studies", "studies/ablate", "studies/report"]
-ROOMS += ["cli", "demo"]
+ROOMS += ["frameworks", "cli", "demo"]
 CATALOGUE = "<!-- embedwright data list --markdown -->\n", "<!-- end -->"
 SECTIONS: dict[str, type[BaseModel]] = {  # by the place of the part in the file
     "The recipe": Recipe,

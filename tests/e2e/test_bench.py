@@ -87,7 +87,7 @@ def run(place: Path, *words: object, processes: int = 1, code: int = 0) -> tuple
     done = subprocess.run(line, env=environment(place), capture_output=True, text=True, timeout=240)
     assert done.returncode == code, done.stdout + done.stderr[-3000:]
     counts = [int(line.partition(": ")[2]) for line in done.stderr.splitlines() if line.startswith("documents: ")]
-    return done.stdout, sum(counts)
+    return done.stdout + done.stderr, sum(counts)
 
 
 def scores(out: Path) -> dict[str, Any]:

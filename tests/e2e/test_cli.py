@@ -145,7 +145,7 @@ def test_a_recipe_is_trained_evaluated_searched_and_examined(command: Command, r
     answer = command("train", recipe, "--out", out)
     assert answer.code == 0, answer.err
     assert not (tmp_path / "unset").exists()
-    assert "4/4 steps" in answer.out and "generalist: loss" in answer.out
+    assert "4/4 steps" in answer.err and "generalist: loss" in answer.err
     header = next(line for line in answer.out.splitlines() if "retrieval 2" in line)
     assert header.index("start 0") < header.index("retrieval 2") < header.index("generalist 2")
     model = out / "model"
@@ -165,7 +165,7 @@ def test_a_recipe_is_trained_evaluated_searched_and_examined(command: Command, r
     corpus = write(tmp_path / "corpus.jsonl", [{"_id": f"d{i}", "text": t} for i, t in enumerate(documents)])
     answer = command("encode", model, corpus, tmp_path / "vectors")
     assert answer.code == 0, answer.err
-    assert "12/12 texts" in answer.out and list((tmp_path / "vectors").glob("shard-*.arrow"))
+    assert "12/12 texts" in answer.err and list((tmp_path / "vectors").glob("shard-*.arrow"))
 
     assert command("index", model, corpus, tmp_path / "index").code == 0
     answer = command("search", model, tmp_path / "index", documents[7], documents[2], "--k", "2")
@@ -260,7 +260,7 @@ def test_own_pairs_are_prepared_trained_and_resumed(
     answer = command(*arguments)
     assert answer.code == 0, answer.err
     assert opened == ["small"]
-    assert "66 rows read" in answer.out and "6 queries held out" in answer.out and "15/15 steps" in answer.out
+    assert "66 rows read" in answer.err and "6 queries held out" in answer.err and "15/15 steps" in answer.err
     header = next(line for line in answer.out.splitlines() if "start 0" in line)
     assert header.index("start 0") < header.index("retrieval 10") < header.index("generalist 5")
     assert Embedder.load(out / "model").encode(["a text"]).shape == (1, 32)
@@ -271,7 +271,7 @@ def test_own_pairs_are_prepared_trained_and_resumed(
 
     answer = command(*arguments)
     assert answer.code == 0, answer.err
-    assert f"model: {out / 'model'} " in answer.out and "start 0" in answer.out and "15/15" not in answer.out
+    assert f"model: {out / 'model'} " in answer.out and "start 0" in answer.out and "15/15" not in answer.err
     assert opened == ["small"] and before == {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
 
     write(data, own_pairs(70))
@@ -479,7 +479,7 @@ def test_mine_writes_examples_with_negatives(command: Command, saved: Path, tmp_
     out = tmp_path / "new" / "mined.jsonl"
     answer = command("mine", pairs, "--out", out, "--teacher", saved, "--rule", "naive", "--negatives", 3, "--depth", 9)
     assert answer.code == 0, answer.err
-    report = json.loads(answer.out[answer.out.index("{") :])
+    report = json.loads(answer.out)
     assert (report["queries"], report["negatives"]) == (12, 36)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     positives = {row["query"]: row["positives"] for row in rows}
@@ -531,7 +531,7 @@ def test_several_models_are_scored_side_by_side_each_into_its_file(
 
     write(tmp_path / "held" / "triples.jsonl", [{"query": "moon", "positive": ["a moon"], "negative": ["a dog"]}])
     answer = command("eval", "bm25", saved, "held")
-    assert answer.code == 0 and "sts: BM25 only ranks, and has no score for sts" in answer.out, answer.err
+    assert answer.code == 0 and "sts: BM25 only ranks, and has no score for sts" in answer.err
     rows = {line.split()[0]: line.split()[1:3] for line in answer.out.splitlines()[-2:]}
     assert rows == {"triples": ["MAP@1000", "1.0000"], "sts": ["cosine_spearman", "-"]}
 

@@ -49,7 +49,7 @@ def test_the_page_does_what_it_says(page: str, stand_ins: None, monkeypatch: pyt
             matches(text.splitlines(), printed.splitlines())
             continue
         said = io.StringIO()
-        with contextlib.redirect_stdout(said):
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):  # as a terminal shows them
             if kind == "python":
                 exec(compile(text, page, "exec"), names)
             else:

@@ -81,7 +81,7 @@ def test_a_small_model_serves(server: tuple[str, subprocess.Popen[bytes]], tmp_p
     def synth() -> tuple[dict[str, Any], bytes]:
         ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | THREADS, check=False)
         assert ended.returncode == 0, ended.stderr[-2000:]
-        report = json.loads(ended.stdout[ended.stdout.index("\n{") :])
+        report = json.loads(ended.stdout)
         return report, out.read_bytes()
 
     report, content = synth()

@@ -52,7 +52,7 @@ def test_the_wheel_has_all_that_a_demo_needs(tmp_path: Path) -> None:
     assert where.stdout.strip() == str(site / "embedwright" / "__init__.py"), where.stderr
     demo = run(home / "bin" / "embedwright", "demo", "--recipe", "short.yaml")
     said = demo.stdout + demo.stderr
-    assert "26/26 steps" in demo.stdout and "6/6  search" in demo.stdout, said[-3000:]
+    assert "26/26 steps" in demo.stderr and "6/6  search" in demo.stdout, said[-3000:]
     out = elsewhere / Recipe.load(elsewhere / "short.yaml").run.out
     assert (out / "demo.json").is_file() and (out / "model" / "config.json").is_file()
     # so short a training need not make every row better, which the demo says of a whole one

@@ -106,6 +106,14 @@ LIMITS: dict[str, tuple[str, str, Words]] = {
     "api_key_env": ("asked", "--api-key-env SOME_KEY", {}),
 }
 
+
+def shown(where: str, both: Words | None = None) -> dict[str, tuple[str, str, Words]]:
+    """Of a command that encodes. With another number type, or with shorter texts, it is another model."""
+    words = {"dtype": "--dtype bfloat16", "max_tokens": "--max-tokens 5"}
+    changes = {name: (where, word, both or {}) for name, word in words.items()}
+    return {"device": ("error", "--device nowhere", both or {}), **changes}
+
+
 # command -> parameter -> (where it must show, its other words, what else both runs have)
 CHANGES: dict[str, dict[str, tuple[str, str, Words]]] = {
     "train": {
@@ -124,11 +132,13 @@ CHANGES: dict[str, dict[str, tuple[str, str, Words]]] = {
         "models": ("said", "{other}", {}),
         "suite": ("said", "{other_suite}", {}),
         "out": ("names", "--out OUT.json", {}),
+        **shown("said"),
     },
     "compare": {
         "results": ("said", "{other_results} {results}", {}),
         "suite": ("said", "--suite {other_suite}", {"results": "{model} {other}", "suite": "--suite {suite}"}),
         "equivalent": ("said", "--equivalent 0.5", {}),
+        **shown("said", {"results": "{model} {other}", "suite": "--suite {suite}"}),
         "picture": ("names", "--picture OUT.svg", {}),
         "out": ("names", "--out OUT.json", {}),
     },
@@ -137,10 +147,10 @@ CHANGES: dict[str, dict[str, tuple[str, str, Words]]] = {
         "out": ("names", "--out elsewhere.html", {}),
     },
     "bench": {
-        "model": ("said", "{near}", {}),
-        "names": ("said", "NFCorpus", {}),
-        "out": ("said", "--out elsewhere", {}),
-        "max_tokens": ("said", "--max-tokens 16", {}),
+        "model": ("error", "{near}", {}),
+        "names": ("error", "NFCorpus", {}),
+        "out": ("error", "--out elsewhere", {}),
+        **shown("error"),
     },
     "merge": {
         "models": ("files", "{model} {model}", {}),
@@ -156,6 +166,7 @@ CHANGES: dict[str, dict[str, tuple[str, str, Words]]] = {
         "task": ("files", "--task 'Find it'", {}),
         "precision": ("files", "--precision float16", {}),
         "shard": ("names", "--shard 0/2", {}),
+        **shown("files"),
     },
     "index": {
         "model": ("files", "{other}", {}),
@@ -172,6 +183,7 @@ CHANGES: dict[str, dict[str, tuple[str, str, Words]]] = {
         "delete": ("error", "--delete nothing", {}),
         "compact": ("error", "--compact", {}),
         "reencode": ("error", "--reencode", {}),
+        **shown("files"),
     },
     "search": {
         "model": ("error", "{other}", {}),
@@ -181,6 +193,8 @@ CHANGES: dict[str, dict[str, tuple[str, str, Words]]] = {
         "task": ("said", "--task 'Find it'", {}),
         "where": ("said", "--where part=odd", {}),
         "each_chunk": ("said", "--chunks", {}),
+        "as_json": ("said", "--json", {}),
+        **shown("error"),  # the index is of the model as it was saved
     },
     "export": {
         "model": ("files", "{other_nvembed}", {}),
@@ -199,7 +213,7 @@ CHANGES: dict[str, dict[str, tuple[str, str, Words]]] = {
         "api_key_env": ("said", "--api-key-env SOME_KEY", {}),
         "api_key_file": ("said", "--api-key-file {keys}", {}),
         "token_ids": ("said", "--token-ids", {}),
-        "max_tokens": ("said", "--max-tokens 9", {}),
+        **shown("said"),
         "max_inputs": ("said", "--max-inputs 2", {}),
         "max_body": ("said", "--max-body 40", {}),
         "batch_tokens": ("said", "--batch-tokens 7", {}),
@@ -210,7 +224,7 @@ CHANGES: dict[str, dict[str, tuple[str, str, Words]]] = {
     "ablate": {
         "file": ("said", "{other_ablation}", {}),
         "out": ("names", "--out elsewhere", {}),
-        "jobs": ("said", "--jobs 2", {}),
+        "jobs": ("error", "--jobs 2", {}),
         "smoke": ("names", "--smoke", {}),
         "only": ("names", "--only plain/1 --only warm/1", {}),
         "look": ("names", "--look", {}),
@@ -241,6 +255,7 @@ CHANGES: dict[str, dict[str, tuple[str, str, Words]]] = {
         "query_template": ("asked", "--query-template 'Q {text}'", HTTP),
         "document_template": ("asked", "--document-template 'D {text}'", HTTP),
         "api_key_env": ("asked", "--api-key-env SOME_KEY", HTTP),
+        **shown("files", NAIVE),
     },
     "synth": {
         "out": ("names", "--out elsewhere.parquet", {}),
@@ -475,7 +490,7 @@ def write_data(at: Path) -> Words:
             "other_wordnet": str(write_wordnet(at / "other_wordnet", ENTRIES[:9])),
             "other_articles": write(at / "other_articles.jsonl", articles[:7]),
             "other_documents": write(at / "other.jsonl", [{**row, "text": f"{row['text']} too"} for row in documents]),
-            "suite": str(Path(write(at / "suite" / "sts.jsonl", scored(12))).parent),
+            "suite": str(Path(write(at / "suite" / "sts.jsonl", scored(60))).parent),
             "other_suite": str(Path(write(at / "short" / "sts.jsonl", scored(7))).parent),
             "kinds": write(at / "kinds.jsonl", kinds),
             "more": write(at / "more.jsonl", [pair(i) for i in range(50)]),
@@ -632,7 +647,8 @@ Run = Callable[[str, Words], Outcome]
 
 
 def plain_text(printed: str) -> str:
-    """Without how long it took."""
+    """Without progress, and how long it took."""
+    printed = re.sub(r"(?m)^  [\d,]+/[\d,]+ \w+.*\n", "", printed)
     return re.sub(r"[\d.,]+ (\w+/s|s\b|seconds)|, \d+:\d\d left|\"seconds\": [\d.]+", "", printed)
 
 
@@ -676,8 +692,8 @@ def run(places: Words, servers: dict[str, FakeLLM], tmp_path_factory: pytest.Tem
         files = kept(folder)
         shutil.rmtree(folder)
         most = max(server.most_at_once for server in servers.values())
-        printed = plain_text(said.getvalue().replace(str(folder), ""))
-        return Outcome(printed, error.getvalue(), list(files), files, asked(servers), most > 1)
+        printed, noted = (plain_text(text.getvalue().replace(str(folder), "")) for text in (said, error))
+        return Outcome(printed, noted, list(files), files, asked(servers), most > 1)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SOME_KEY", "some-key")
@@ -693,6 +709,33 @@ def run(places: Words, servers: dict[str, FakeLLM], tmp_path_factory: pytest.Tem
         yield lambda command, words: known(command, tuple(words.items()))
 
 
+# Commands without --device, --dtype and --max-tokens, and why.
+OPEN_NOTHING = {
+    "train": "the recipe says it",
+    "ablate": "the recipe says it",
+    "demo": "the recipe says it",
+    "merge": "weights are merged in the type that they are stored in",
+    "export": "it writes weights as they are",
+    "doctor": "it proves a model as it is",
+    "report": "it draws a run with the run's own model",
+    "synth": "a server writes",
+    "data relabel": "a server or a cross-encoder judges",
+}
+
+
+def test_every_command_that_encodes_says_how_its_models_are_opened() -> None:
+    """A new command has the three options, or a reason above."""
+    parts = [parameter.rpartition(".")[::2] for parameter in parameters(typer.main.get_command(cli.app))]
+    options: dict[str, set[str]] = {}
+    for command, name in parts:
+        options.setdefault(command, set()).add(name)
+    for command, names in options.items():
+        if not command.startswith(("data ", "cache ")) and command not in OPEN_NOTHING:
+            assert {"device", "dtype", "max_tokens"} <= names, command
+        elif command in OPEN_NOTHING:
+            assert not {"device", "dtype"} & names, command
+
+
 @pytest.mark.parametrize(("command", "name"), [(command, name) for command, rows in CHANGES.items() for name in rows])
 def test_another_value_of_an_option_shows(command: str, name: str, run: Run) -> None:
     where, other, both = CHANGES[command][name]
@@ -703,6 +746,33 @@ def test_another_value_of_an_option_shows(command: str, name: str, run: Run) -> 
         assert "exit 2" not in changed.error and "Traceback" not in changed.error, changed.error
     field = where.replace(" ", "_")
     assert getattr(changed, field) != getattr(plain, field)
+
+
+# What standard output begins with, where it is no report as JSON.
+RESULTS: dict[str, str] = {
+    "train": "stage only: ",
+    "eval": "task +metric ",
+    "compare": r"\S+ against ",
+    "report": "OUT.html: ",
+    "bench": "\nSciFact: ",
+    "merge": "OUT: average",
+    "encode": "OUT\n$",
+    "index": "OUT: 10 documents",
+    "serve": r"\S+ at http://",
+    "search": "tides\n  \\d",
+    "export": "OUT: nvembed",
+    "doctor": "torch ",
+    "ablate": "tiny: suite",
+    "data list": "name +family ",
+}
+
+
+@pytest.mark.parametrize("command", BASE)
+def test_standard_output_holds_results_alone(command: str, run: Run) -> None:
+    """Progress and remarks come before the results, which would not stand first if these were on the wrong side."""
+    both = next((both for _, _, both in CHANGES[command].values()), {})
+    said = run(command, BASE[command] | both).said
+    assert re.match(RESULTS.get(command, r"\{\n(?s:.*)\}\n$"), said), said
 
 
 @pytest.mark.parametrize("command", BASE)

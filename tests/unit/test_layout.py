@@ -90,6 +90,7 @@ EVERYTHING = (
     | {
         *TRAINING,
         "registration",
+        "frameworks",
         "index",
         "llm",
         "synth",
@@ -132,6 +133,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model.verify.by_hand": BOTTOM | {"encoders", *MODEL},
     "model.verify.doctor": BOTTOM | {"encoders", "encoders.open", "model.verify.by_hand", *MODEL},
     "vectors": BOTTOM | {"encoders", "cpu", "text", *DATA[:6]},
+    "frameworks": BOTTOM | {"encoders", "encoders.open"},
     "index": BOTTOM | {*SEARCH, "encoders.chunks", *DATA[:6], *MODEL},
     "mining": BOTTOM | {*SEARCH, *DATA},
     "pairs": BOTTOM | {*SEARCH, *DATA},

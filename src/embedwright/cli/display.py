@@ -14,22 +14,29 @@ _EVERY_S = 5.0
 
 
 def say(text: str = "") -> None:
+    """Prints a result, on standard output."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 
 
-def tell(counts: Mapping[str, int]) -> None:
+def note(text: str = "") -> None:
+    """Prints what is going on, on standard error, so that standard output holds results alone."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def tell(counts: Mapping[str, int], out: Callable[[str], None] = say) -> None:
     """Prints how many there are of what, without what there is none of."""
     for what, count in counts.items():
         if count:
-            say(f"  {count:,} {what}")
+            out(f"  {count:,} {what}")
 
 
 def counter(unit: str) -> Callable[..., None]:
-    """A callback `(done, total, note="")`: a line at most every five seconds, and one at the end."""
+    """A callback `(done, total, remark="")`: a line at most every five seconds, and one at the end."""
     started, shown, first = time.monotonic(), 0.0, 0
 
-    def update(done: int, total: int, note: str = "") -> None:
+    def update(done: int, total: int, remark: str = "") -> None:
         nonlocal started, shown, first
         now = time.monotonic()
         if shown == 0.0:  # the first call sets the pace: what was done before (a resumed run) does not count
@@ -40,7 +47,7 @@ def counter(unit: str) -> Callable[..., None]:
         rate = (done - first) / max(now - started, 1e-9)
         left = f", {clock((total - done) / rate)} left" if rate and done < total else ""
         pace = f", {rate:,.1f} {unit}/s" if rate >= 1 else f", {1 / rate:.1f} s each" if rate else ""
-        say(f"  {done:,}/{total:,} {unit}{pace}{left}{'  ' + note if note else ''}")
+        note(f"  {done:,}/{total:,} {unit}{pace}{left}{'  ' + remark if remark else ''}")
 
     return update
 
@@ -55,8 +62,8 @@ def training(recipe: Recipe) -> Callable[[dict[str, Any]], None]:
     def on_step(record: dict[str, Any]) -> None:
         pace = record["tokens"] / record["seconds"]
         loss = "not finite" if record["loss"] is None else f"{record['loss']:.3f}"
-        note = f"{record['stage']}: loss {loss}, {pace:,.0f} tokens/s"
-        update(before[record["stage"]] + record["step"], total, note)
+        remark = f"{record['stage']}: loss {loss}, {pace:,.0f} tokens/s"
+        update(before[record["stage"]] + record["step"], total, remark)
 
     return on_step
 

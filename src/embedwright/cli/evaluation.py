@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from embedwright.cli import options
-from embedwright.cli.display import counter, say
+from embedwright.cli.display import counter, note, say
 from embedwright.cli.options import arg, opt
 from embedwright.errors import InputError
 from embedwright.files import file_name, write_text
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from embedwright.evaluation.suite import Suite
 
 
+@options.opens_models
 def evaluate(
+    how: options.How,
     models: Annotated[list[str], arg("Models: folders, hub ids, `minilm`, or `bm25`.", metavar="MODEL...")],
     suite: Annotated[str, arg("Suite: a YAML file, a folder of data sets, `dev` or `dev-mini`.")],
     out: Annotated[
@@ -38,10 +40,13 @@ def evaluate(
     from embedwright.evaluation.suite import load_suite
 
     opened = load_suite(suite)
-    score(models, opened, {} if out is None else _result_files(models, opened.name, out))
+    options.check_opened(models, how)
+    score(models, opened, {} if out is None else _result_files(models, opened.name, out), how)
 
 
+@options.opens_models
 def bench(
+    how: options.How,
     model: Annotated[str, arg("Model: a folder, a hub id, `minilm`, or http://HOST/v1#MODEL.")],
     names: Annotated[
         list[str],
@@ -52,7 +57,6 @@ def bench(
         ),
     ],
     out: Annotated[Path, opt("Folder of all results, in mteb's layout.", "--out", callback=options.folder_to_write)],
-    max_tokens: Annotated[int | None, opt("Tokens after which a text is cut. Default: the model's.", min=1)] = None,
 ) -> None:
     """Score a model on MTEB or AIR-Bench.
 
@@ -61,10 +65,10 @@ def bench(
     air = [name for name in names if name.lower().startswith("air-bench")]
     if air and len(air) < len(names):
         raise InputError(f"{air[0]} and {next(name for name in names if name not in air)}: run AIR-Bench by itself")
-    (run_airbench if air else run_mteb)(model, names, out, max_tokens)
+    (run_airbench if air else run_mteb)(model, names, out, how)
 
 
-def run_mteb(model: str, names: Sequence[str], out: Path, max_tokens: int | None) -> None:
+def run_mteb(model: str, names: Sequence[str], out: Path, how: options.How) -> None:
     """Runs MTEB benchmarks or tasks, prints their tables, and exits with 1 if a task failed."""
     from embedwright.encoders.sharded import shared
     from embedwright.evaluation.bench.names import choose, name_of
@@ -76,34 +80,37 @@ def run_mteb(model: str, names: Sequence[str], out: Path, max_tokens: int | None
     chosen = [choose(name) for name in names]  # before anything is loaded
 
     def work(encoders: list[Any]) -> dict[str, str]:
-        wrapped = MtebEncoder(encoders[0], max_tokens=max_tokens, name=name_of(model))
+        wrapped = MtebEncoder(encoders[0], max_tokens=how.get("max_tokens"), name=name_of(model))
         wrapped.watch = lambda: counter("documents")
         bench = Bench(wrapped, out)
-        say(f"{bench.meta.name}, revision {bench.meta.revision}: results in {bench.folder}")
+        note(f"{bench.meta.name}, revision {bench.meta.revision}: results in {bench.folder}")
         for revision, tasks in bench.others().items():
-            say(f"left as it is, another model, instructions or mteb: revision {revision}, {len(tasks)} results")
-        failed = bench.run([task for each in chosen for task in each.tasks], say)
+            note(f"left as it is, another model, instructions or mteb: revision {revision}, {len(tasks)} results")
+        failed = bench.run([task for each in chosen for task in each.tasks], note)
         for each in chosen:
             say("\n" + "\n".join(lines(each, bench, released_as(model))))
         return failed
 
     with joined() as processes:
-        failed = shared(partial(_model_or_server, model), processes, work)
+        failed = shared(partial(_model_or_server, model, how), processes, work)
     if failed:
-        say(f"\nfailed: {len(failed)}. The others are kept. Run the same command again for these alone:")
+        note(f"\nfailed: {len(failed)}. The others are kept. Run the same command again for these alone:")
         for name, reason in failed.items():
-            say(f"  {name}: {reason}")
+            note(f"  {name}: {reason}")
         raise typer.Exit(1)
 
 
-def _model_or_server(model: str) -> list[Any]:
+def _model_or_server(model: str, how: options.How) -> list[Any]:
+    """Opens the model that `bench` scores. `max_tokens` is left to the benchmarks, whose results name it."""
     from embedwright.encoders.http import HttpEncoder
     from embedwright.encoders.open import open_encoder
 
-    return [HttpEncoder.from_url(model) if "://" in model else open_encoder(model)]
+    given = {name: value for name, value in how.items() if name != "max_tokens"}
+    options.check_opened([model], given)
+    return [HttpEncoder.from_url(model) if "://" in model else open_encoder(model, **given)]
 
 
-def run_airbench(model: str, names: Sequence[str], out: Path, max_tokens: int | None) -> None:
+def run_airbench(model: str, names: Sequence[str], out: Path, how: options.How) -> None:
     """Runs sets of AIR-Bench, prints scores and where a submission lies, and exits with 1 if a set failed."""
     from embedwright.encoders.sharded import shared
     from embedwright.evaluation.bench import airbench
@@ -116,7 +123,8 @@ def run_airbench(model: str, names: Sequence[str], out: Path, max_tokens: int | 
 
     def work(encoders: list[Any]) -> dict[str, str]:
         advance = counter("documents")
-        failed = airbench.bench(encoders[0], model, sets, home, max_tokens=max_tokens, progress=say, advance=advance)
+        given: dict[str, Any] = {"max_tokens": how.get("max_tokens"), "progress": note, "advance": advance}
+        failed = airbench.bench(encoders[0], model, sets, home, **given)
         if rows := airbench.table(home, sets):
             say("\n" + render(rows))
             say("published scores are those of version 24.04: other questions, and some other corpora")
@@ -126,11 +134,11 @@ def run_airbench(model: str, names: Sequence[str], out: Path, max_tokens: int | 
         return failed
 
     with joined() as processes:
-        failed = shared(partial(_model_or_server, model), processes, work)
+        failed = shared(partial(_model_or_server, model, how), processes, work)
     if failed:
-        say(f"\n{len(failed)} of {len(sets)} sets failed. Run the same command again for these alone:")
+        note(f"\n{len(failed)} of {len(sets)} sets failed. Run the same command again for these alone:")
         for name, reason in failed.items():
-            say(f"  {name}: {reason}")
+            note(f"  {name}: {reason}")
         raise typer.Exit(1)
 
 
@@ -162,7 +170,9 @@ def _refuse_to_replace(file: Path, model: str, encoder: Any) -> None:
         )
 
 
+@options.opens_models
 def compare(
+    how: options.How,
     results: Annotated[
         list[str],
         arg(
@@ -192,7 +202,7 @@ def compare(
 
     if picture is not None and picture.suffix != ".svg":
         raise InputError(f"--picture {picture}: name a file that ends in .svg")
-    comparison = run(read_candidates(results, suite, say), equivalent=equivalent)
+    comparison = run(read_candidates(results, suite, note, how), equivalent=equivalent)
     say(text(comparison))
     if picture is not None:
         write_text(picture, draw(comparison))
@@ -200,7 +210,12 @@ def compare(
         write_text(out, replace(comparison, about=about(comparison.baseline)).to_json() + "\n")
 
 
-def score(models: Sequence[str], suite: Suite | str, files: Mapping[str, Path] | None = None) -> None:
+def score(
+    models: Sequence[str],
+    suite: Suite | str,
+    files: Mapping[str, Path] | None = None,
+    how: options.How | None = None,
+) -> None:
     """Scores models on a suite, writes each one's results to its file, and prints the scores side by side."""
     from embedwright.encoders.open import open_encoder
     from embedwright.encoders.sharded import shared
@@ -212,14 +227,14 @@ def score(models: Sequence[str], suite: Suite | str, files: Mapping[str, Path] |
     columns: dict[str, Results] = {}
 
     def opened(model: str) -> list[Any]:
-        return [model if model == BM25 else open_encoder(model)]
+        return [model if model == BM25 else open_encoder(model, **(how or {}))]
 
     def work(model: str, encoders: list[Any]) -> None:
         if len(models) > 1:
-            say(model)
+            note(model)
         if files and model != BM25:
             _refuse_to_replace(files[model], model, encoders[0])
-        columns[model] = run(encoders[0], suite, name=model, progress=say)
+        columns[model] = run(encoders[0], suite, name=model, progress=note)
         if files:  # now, so that the scores of this one outlive a failure of the next
             write_results(files[model], columns[model])
 

@@ -6,17 +6,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from embedwright.cli import options
-from embedwright.cli.display import counter, say
+from embedwright.cli.display import counter, note, say
 from embedwright.cli.model import with_all
 from embedwright.cli.options import arg, opt
+from embedwright.cli.shell import file_of
 from embedwright.errors import InputError
 
 
+@options.opens_models
 def index(
+    how: options.How,
     model: options.Model,
     source: Annotated[
         Path,
-        arg("JSONL or Parquet with `text`, a BEIR folder, a folder of .txt and .md, or a .txt with a text a line."),
+        arg("JSONL or Parquet with `text`, a BEIR folder, a folder of .txt and .md, a .txt with a text a line, or -."),
     ],
     out: Annotated[
         Path | None,
@@ -67,20 +70,22 @@ def index(
     if (out is None) != (changes in (["--delete"], ["--compact"], ["--reencode"])):
         raise InputError("give MODEL SOURCE OUT; with --delete, --compact and --reencode, MODEL OUT")
     folder = source if out is None else out
-    how: dict[str, Any] = {"chunk_tokens": chunk_tokens, "overlap": overlap, "precision": precision, "dim": dim}
-    how["metadata"] = [name.strip() for name in metadata.split(",")] if metadata else []
+    settings: dict[str, Any] = {"chunk_tokens": chunk_tokens, "overlap": overlap, "precision": precision, "dim": dim}
+    settings["metadata"] = [name.strip() for name in metadata.split(",")] if metadata else []
 
     def work(encoder: Any) -> None:
         progress = counter("texts")
-        if append or replace:
-            added, replaced = change.add(encoder, source, folder, replace=replace, progress=progress)
-            say(f"{folder}: {added:,} documents added, {replaced:,} replaced")
-        elif reencode:
+        if reencode:
             chunks, tokens = cost(encoder, Index.open(folder))
-            say(f"to encode: {chunks:,} texts, {tokens:,} tokens; the time follows after the first shard")
+            note(f"to encode: {chunks:,} texts, {tokens:,} tokens; the time follows after the first shard")
             change.reencode(encoder, folder, progress)
-        else:
-            build_index(encoder, source, folder, **how, progress=progress)
+            return finish()
+        with file_of(source) as texts:
+            if append or replace:
+                added, replaced = change.add(encoder, texts, folder, replace=replace, progress=progress)
+                say(f"{folder}: {added:,} documents added, {replaced:,} replaced")
+            else:
+                build_index(encoder, texts, folder, **settings, progress=progress)
         finish()
 
     def finish() -> None:
@@ -99,4 +104,4 @@ def index(
         change.compact(folder)
         finish()
     else:
-        with_all(model, work)
+        with_all(model, how, work)

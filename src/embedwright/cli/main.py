@@ -21,7 +21,6 @@ app = typer.Typer(
     "Then `embedwright train --data my_pairs.jsonl --base smollm2-135m --out runs/mine`, where each line of the file "
     'is {"query": "...", "positive": "..."}.',
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 VERBS: dict[str, Callable[..., None]] = {
@@ -64,6 +63,9 @@ def main() -> None:
         sys.exit(stop.exit_code)
     except (KeyboardInterrupt, typer.Abort):  # older typers raise Abort for an interrupt
         _stop("interrupted: run the same command again to go on", INTERRUPTED)
+    except BrokenPipeError:  # `| head` has read enough; what Python still holds goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(FAILED)
     except InputError as error:
         if os.environ.get("EMBEDWRIGHT_DEBUG"):
             raise

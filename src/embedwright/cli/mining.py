@@ -31,7 +31,7 @@ def _naming_refused(verb: Callable[..., None]) -> Callable[..., None]:
         from embedwright.data.tables.table import open_as_named
 
         try:
-            verb(examples, corpus=corpus, **given)
+            verb(examples=examples, corpus=corpus, **given)
         except InputError as error:  # of another process under torchrun it is none of RefusedTextsError
             if not (refused := getattr(error, "texts", ())):
                 raise
@@ -46,8 +46,10 @@ def _naming_refused(verb: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
+@options.opens_models
 @_naming_refused
 def mine(
+    how: options.How,
     examples: Annotated[Path, arg("Training examples or pairs.")],
     out: options.PartsOut,
     corpus: Annotated[
@@ -107,6 +109,7 @@ def mine(
     given = {"query_template": query_template, "document_template": document_template, "cut": cut or None}
     templates = {key: template for key, template in given.items() if template is not None}
     names = teacher or ["minilm"]
+    options.check_opened(names, how)
     chosen: dict[str, Any] = {
         "rule": rule,
         "margin": margin,
@@ -128,7 +131,7 @@ def mine(
             if "://" in name
             else name
             if name in NAMED
-            else open_encoder(name)
+            else open_encoder(name, **how)
             for name in names
         ]
 
@@ -141,6 +144,7 @@ def mine(
         if shard:
             identity = pool.identity if isinstance(pool, DocumentTable) else None
             known = {"examples": table.fingerprint, "corpus": identity, "teachers": names, **templates, **chosen}
+            known |= {name: value for name, value in how.items() if name != "device"}
             known["tasks"] = digest_of(table.tasks)  # whose instructions go before the queries
             counts = write_part(out, shard, known, write)
         else:

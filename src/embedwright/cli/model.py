@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -11,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from embedwright.cli import options
-from embedwright.cli.display import counter, say, training
+from embedwright.cli.display import counter, note, say, training
 from embedwright.cli.evaluation import score, show_run
 from embedwright.cli.options import arg, opt
+from embedwright.cli.shell import file_of, queries_of
 from embedwright.errors import InputError
 
 if TYPE_CHECKING:
@@ -75,7 +77,7 @@ def train(
             if group.first:
                 say("\n".join(lines))
         return
-    run(plan, on_step=training(plan), on_evaluation=lambda line: say(f"  {line}"))
+    run(plan, on_step=training(plan), on_evaluation=lambda line: note(f"  {line}"))
     with joined() as group:
         if group.first:
             _show(plan)
@@ -147,7 +149,9 @@ def _fold_in(adapter: str, out: Path) -> None:
     say(f"{out}: largest difference from the adapter's vectors {difference:.1e}")
 
 
+@options.opens_models
 def encode(
+    how: options.How,
     model: options.Model,
     source: options.Texts,
     out: Annotated[Path, arg("Folder for the vectors (Arrow shards).", callback=options.folder_to_write)],
@@ -161,24 +165,33 @@ def encode(
     """
     from embedwright.vectors.corpus import encode_corpus
 
-    how: dict[str, Any] = {"task": task, "precision": precision, "shard": shard}
-    with_all(model, lambda encoder: say(f"{encode_corpus(encoder, source, out, progress=counter('texts'), **how)}"))
+    settings: dict[str, Any] = {"task": task, "precision": precision, "shard": shard}
+
+    def work(encoder: Any) -> None:
+        with file_of(source) as texts:
+            say(f"{encode_corpus(encoder, texts, out, progress=counter('texts'), **settings)}")
+
+    with_all(model, how, work)
 
 
-def with_all(model: str, work: Callable[[Any], None]) -> None:
+def with_all(model: str, how: options.How, work: Callable[[Any], None]) -> None:
     """Opens a model in every process that torchrun has started, and runs `work` in the first, where all encode."""
     from embedwright.encoders.open import open_encoder
     from embedwright.encoders.sharded import shared
     from embedwright.processes import joined
 
     with joined() as processes:
-        shared(lambda: [open_encoder(model)], processes, lambda own: work(own[0]))
+        shared(lambda: [open_encoder(model, **how)], processes, lambda own: work(own[0]))
 
 
+@options.opens_models
 def search(
+    how: options.How,
     model: Annotated[str, arg("Model that made the index.")],
     folder: Annotated[Path, arg("Folder that `index` wrote.")],
-    queries: Annotated[list[str], arg("One or more queries, each in quotes.")],
+    queries: Annotated[
+        list[str] | None, arg("Queries, each in quotes. Default, and for -: standard input, a query a line.")
+    ] = None,
     k: Annotated[int, opt("Number of hits of a query.")] = 5,
     task: options.TaskOption = None,
     where: Annotated[
@@ -186,13 +199,19 @@ def search(
         opt("Condition on the metadata, as lang=en, year>=2020 or `lang in en,de`. Repeatable: all must hold."),
     ] = None,
     each_chunk: Annotated[bool, opt("Show each chunk as a hit, not the best one of a document.", "--chunks")] = False,
+    as_json: Annotated[bool, opt("Print each query with its hits as a line of JSON.", "--json")] = False,
 ) -> None:
     """Search an index."""
     from embedwright.encoders.open import open_encoder
     from embedwright.index.index import Index
 
-    found = Index.open(folder).search(open_encoder(model), queries, k, task, where, each_chunk=each_chunk)
-    for query, hits in zip(queries, found, strict=True):
+    asked, opened = queries_of(queries), Index.open(folder)
+    found = opened.search(open_encoder(model, **how), asked, k, task, where, each_chunk=each_chunk)
+    for query, hits in zip(asked, found, strict=True):
+        if as_json:
+            line = {"query": query, "task": task, "hits": [hit._asdict() for hit in hits]}
+            say(json.dumps(line, ensure_ascii=False))
+            continue
         say(query)
         for hit in hits:
             shown = f"{hit.title} {hit.text[hit.start : hit.end]}"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -69,6 +71,37 @@ def check_out(out: Path, shard: Shard | None) -> None:
         check_folder(out)
 
 
+_OPENING: dict[str, Any] = {
+    "device": Annotated[str | None, opt("Device of the model, as cpu or cuda:1. Default: a GPU if there is one.")],
+    "dtype": Annotated[
+        Literal["float32", "bfloat16", "float16"] | None, opt("Number type of the weights. Default: the stored one.")
+    ],
+    "max_tokens": Annotated[int | None, opt("Tokens after which a text is cut. Default: the model's.", min=1)],
+}
+How = Mapping[str, Any]
+
+
+def opens_models(verb: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command --device, --dtype and --max-tokens. Those given come as `how`, arguments of `open_encoder`."""
+    own = [one for one in signature(verb, eval_str=True).parameters.values() if one.name != "how"]
+    more = [Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=kind) for name, kind in _OPENING.items()]
+
+    @wraps(verb)
+    def call(**given: Any) -> None:
+        values = {name: given.pop(name, None) for name in _OPENING}
+        verb(**given, how={name: value for name, value in values.items() if value is not None})
+
+    call.__annotations__ = {one.name: one.annotation for one in [*own, *more]}
+    call.__signature__ = Signature([*own, *more])  # type: ignore[attr-defined]  # what typer reads
+    return call
+
+
+def check_opened(names: Sequence[str], how: How) -> None:
+    """Refuses `how` where none of these models is opened here, but asked over HTTP, or no model at all."""
+    if how and all("://" in name or name in ("bm25", "random") for name in names):
+        raise InputError(f"--{next(iter(how)).replace('_', '-')}: no model is opened here, only {', '.join(names)}")
+
+
 PartsOut = Annotated[
     Path,
     opt(
@@ -93,7 +126,9 @@ rows_to_write = to_write(check_rows_file)
 corpus_to_write = to_write(lambda path: check_file(path) if path.suffix == ".arrow" else check_rows_file(path))
 Out = Annotated[Path, opt("File to write: .jsonl, .jsonl.gz or .parquet.", "--out", callback=rows_to_write)]
 Model = Annotated[str, arg("Model: a folder, a hub id, or `minilm`.")]
-Texts = Annotated[Path, arg("JSONL or Parquet with `text`, or plain .txt with a text a line.")]
+Texts = Annotated[
+    Path, arg("JSONL or Parquet with `text`, or .txt with a text a line. -: standard input, JSONL or a text a line.")
+]
 TaskOption = Annotated[str | None, opt("Instruction for these texts, if they are queries.", "--task")]
 DataPath = Annotated[Path, arg("Data file, or BEIR folder.")]
 Family = Annotated[

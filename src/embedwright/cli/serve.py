@@ -11,7 +11,9 @@ from embedwright.cli.options import opt
 from embedwright.errors import InputError, MissingPackageError
 
 
+@options.opens_models
 def serve(
+    how: options.How,
     model: options.Model,
     index: Annotated[Path | None, opt("Index that the model has made, to be searched at /search.")] = None,
     ui: Annotated[bool, opt("Also serve a page that searches the index, for a browser.", "--ui")] = False,
@@ -23,7 +25,6 @@ def serve(
     api_key_env: Annotated[str | None, opt("NAME of the environment variable that holds the API key.")] = None,
     api_key_file: Annotated[Path | None, opt("File of API keys, one a line.")] = None,
     token_ids: Annotated[bool, opt("Take the model's own token ids in place of texts.", "--token-ids")] = False,
-    max_tokens: Annotated[int | None, opt("Tokens after which a text is cut. Default: the model's.", min=1)] = None,
     max_inputs: Annotated[int, opt("Texts of a request at most.", min=1)] = 256,
     max_body: Annotated[int, opt("Bytes of a request at most.", min=1)] = 2_000_000,
     batch_tokens: Annotated[
@@ -51,15 +52,17 @@ def serve(
     keys = read_keys(api_key_env, api_key_file)
     listening = listen(host, port, keys)  # a port that is taken is said before a model is loaded
     searched = None if index is None else Index.open(index)
+    given = dict(how)
+    max_tokens = given.pop("max_tokens", None)  # a limit of requests: the model stays the one of the index
     limits = Limits(max_inputs, max_body, max_tokens, batch_tokens, queue_tokens)
     name = name or Path(model).name
     second = None
     if against is not None and against_index is not None:
         other = Path(against).name if Path(against).name != name else "/".join(Path(against).absolute().parts[-2:])
         opened = Index.open(against_index)
-        second = create_app(open_encoder(against), name=other, index=opened, keys=keys, limits=limits)
+        second = create_app(open_encoder(against, **given), name=other, index=opened, keys=keys, limits=limits)
     app = create_app(
-        open_encoder(model),
+        open_encoder(model, **given),
         name=name,
         index=searched,
         page=ui,

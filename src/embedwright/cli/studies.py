@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from embedwright.cli import options
-from embedwright.cli.display import say
+from embedwright.cli.display import note, say
 from embedwright.cli.options import arg, opt
 from embedwright.files import write_text
 
@@ -31,7 +31,7 @@ def ablate(
     from embedwright.studies.ablate.study import ablate as run
     from embedwright.studies.ablate.table import render
 
-    study = run(file, out, side_by_side=jobs, smoke=smoke, only=only or (), anyway=anyway, look=look, say=say)
+    study = run(file, out, side_by_side=jobs, smoke=smoke, only=only or (), anyway=anyway, look=look, say=note)
     say(render(study))
     if study["failed"]:
         typer.echo(f"embedwright: failed: {', '.join(study['failed'])}", err=True)
@@ -48,6 +48,6 @@ def report(
     """Draw a run or results as one HTML file: training, scores, example queries, and a map of texts."""
     from embedwright.studies.report.page import report as draw
 
-    page = draw(sources, shlex.join(["embedwright", *sys.argv[1:]]), say=lambda line: say(f"  {line}"))
+    page = draw(sources, shlex.join(["embedwright", *sys.argv[1:]]), say=lambda line: note(f"  {line}"))
     write_text(out, page)
     say(f"{out}: {len(page.encode()) / 1e3:,.0f} kB; open it in a browser")

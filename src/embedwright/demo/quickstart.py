@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from embedwright.cli.display import counter, say, tell
+from embedwright.cli.display import counter, note, tell
 from embedwright.config import ConfigError
 from embedwright.data.answers import Answers, marks_of, text_mark
 from embedwright.data.clean.clean import Report, clean
@@ -48,8 +48,8 @@ def recipe_for(
         if before[key] != now[key]:
             change = f"{before[key]!r}, now {now[key]!r}"
             raise ConfigError(f"{out} holds a run of another {key} ({change}): choose another --out")
-    tell(report)
-    say("training in two stages, with scores on the held-out queries before it and after each")
+    tell(report, note)
+    note("training in two stages, with scores on the held-out queries before it and after each")
     # about one pass over the data in stage 1 and half of one in stage 2, within what a laptop does in an hour
     rows = report["rows to train on"]
     queries = min(32, rows)
@@ -84,7 +84,7 @@ def recipe_for(
 
 
 def _prepare(data: Path, out: Path, instruction: str, teacher: str) -> None:
-    say(f"your pairs: {data}")
+    note(f"your pairs: {data}")
     table = open_examples(data, task="own")
     read, described = [row for row in table if row.positives], table.tasks
     answers = Answers(read)
@@ -95,7 +95,7 @@ def _prepare(data: Path, out: Path, instruction: str, teacher: str) -> None:
         raise ConfigError(f"{data}: no query has an answer besides its own text: nothing to judge by")
     train, leaked_negatives = without_leaks(rest, [text for asked in heldout for text in asked.texts])
     _refuse_few(data, len(train), "after cleaning")
-    say(f"hard negatives, found by {teacher} among all answers")
+    note(f"hard negatives, found by {teacher} among all answers")
     pool = positives_of(train)
     mined, report = mine(
         train,

@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from embedwright.encoders.sentence_transformers import SentenceTransformerEncoder
 from embedwright.endpoint import shown
 from embedwright.errors import InputError, blaming
 from embedwright.locate import local, packaged, split_revision, text_of
-from embedwright.model.backbone import check_report
+from embedwright.model.backbone import check_report, dtype_named
 from embedwright.model.embedder import Embedder
+from embedwright.model.encode import frame
 from embedwright.model.formats.base import check_weights
 from embedwright.model.formats.detect import detect
 from embedwright.model.formats.families import FAMILIES, split_family
@@ -19,22 +22,51 @@ from embedwright.model.formats.folder import INDEX, SINGLE, weights_in
 from embedwright.model.verify.probe import ProbeError
 
 
-def open_encoder(name: str, revision: str | None = None) -> Embedder | SentenceTransformerEncoder:
-    """Opens a model as `open_model` does, for inference only: a latent block is folded."""
-    model = open_model(name, revision)
-    return model.fold() if isinstance(model, Embedder) else model
+def open_encoder(
+    name: str,
+    revision: str | None = None,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    max_tokens: int | None = None,
+) -> Embedder | SentenceTransformerEncoder:
+    """Opens a model as `open_model` does, for inference only: a latent block is folded.
+
+    It cuts texts after `max_tokens`, where given. That and `dtype` count as parts of the model: vectors of it as it was
+    saved are those of another one. Raises ValueError for more tokens than it reads.
+    """
+    model = open_model(name, revision, device, dtype)
+    if isinstance(model, Embedder):
+        model.fold()
+        if max_tokens is not None:
+            _, limit = frame(model.contract, model.longest, None, None, max_tokens)
+            model.contract = model.contract.model_copy(update={"max_tokens": limit})
+    elif max_tokens is not None:
+        known = model.model
+        if not known.tokenizer.num_special_tokens_to_add() < max_tokens <= (known.max_seq_length or max_tokens):
+            raise InputError(
+                f"max_tokens={max_tokens}: {name} reads up to {known.max_seq_length}, special ones included"
+            )
+        known.max_seq_length = max_tokens
+    return model
 
 
-def open_model(name: str, revision: str | None = None) -> Embedder | SentenceTransformerEncoder:
+def open_model(
+    name: str, revision: str | None = None, device: str | None = None, dtype: str | None = None
+) -> Embedder | SentenceTransformerEncoder:
     """Opens `minilm`, a folder or a hub id as an object with `encode(texts, task=None)`.
 
     Models of ours, released NV-Embed and the families of `model.formats.families` (a name may say the family, as in
     `e5-mistral:folder`) open as an `Embedder`. Everything else opens through sentence-transformers, with its own
     prompts.
 
-    Raises FileNotFoundError if the packaged weights or the folder are missing, ValueError for a file, ProbeError for a
-    model that is not what it says, such as one whose tokenizer leaves out the EOS that it asks for.
+    `device` and `dtype` are those of `Embedder.load`.
+
+    Raises FileNotFoundError if the packaged weights or the folder are missing, ValueError for a file and for a device
+    that is not here, ProbeError for a model that is not what it says, such as one whose tokenizer leaves out the EOS
+    that it asks for.
     """
+    how = {"device": _checked_device(device), "model_kwargs": {"dtype": dtype_named(dtype)} if dtype else None}
     if "://" in name:
         raise InputError(f"{shown(name)} is a server: `embedwright mine --teacher` asks those, here give a model")
     if name == "bm25" and local(name) is None:
@@ -42,16 +74,26 @@ def open_model(name: str, revision: str | None = None) -> Embedder | SentenceTra
     _, where = split_family(name)
     if "/" not in where and local(where) is None and packaged(where) is None:
         # a hub id without an owner is a name that only sentence-transformers knows
-        return SentenceTransformerEncoder(_sentence_transformer(*split_revision(where, revision)))
+        return SentenceTransformerEncoder(_sentence_transformer(*split_revision(where, revision), how))
     place, form = detect(name, revision)
     if form is not None:
-        return Embedder.load(name, revision=revision)
+        return Embedder.load(name, revision=revision, device=device, dtype=dtype)
     if place.hub_id is None:
-        return SentenceTransformerEncoder(_sentence_transformer(str(place.path), None, place.path))
-    return SentenceTransformerEncoder(_sentence_transformer(place.hub_id, place.path.name, place.path))
+        return SentenceTransformerEncoder(_sentence_transformer(str(place.path), None, how, place.path))
+    return SentenceTransformerEncoder(_sentence_transformer(place.hub_id, place.path.name, how, place.path))
 
 
-def _sentence_transformer(where: str, revision: str | None, folder: Path | None = None) -> Any:
+def _checked_device(device: str | None) -> str | None:
+    """Returns the name of a device. Raises InputError if there is none of this name here."""
+    if device is not None:
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(f"device {device}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def _sentence_transformer(where: str, revision: str | None, how: dict[str, Any], folder: Path | None = None) -> Any:
     """Opens a folder or a hub id. `folder` is that folder, or the snapshot of the commit `revision`."""
     from sentence_transformers import SentenceTransformer
 
@@ -59,7 +101,7 @@ def _sentence_transformer(where: str, revision: str | None, folder: Path | None 
     if part is not None:
         check_weights(part)
     with blaming(where, "cannot be opened by sentence-transformers"):
-        model = SentenceTransformer(where, revision=revision, trust_remote_code=False)
+        model = SentenceTransformer(where, revision=revision, trust_remote_code=False, **how)
     if folder is None:
         return model
     if part is not None:

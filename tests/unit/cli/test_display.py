@@ -23,7 +23,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
-    return [line.strip() for line in capsys.readouterr().out.splitlines()]
+    return [line.strip() for line in capsys.readouterr().err.splitlines()]
 
 
 def test_lines_are_seconds_apart_and_one_stands_at_the_end(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from embedwright.cli.options import check_rows_file
+from embedwright.cli.options import check_opened, check_rows_file
 from embedwright.errors import InputError
 
 
@@ -19,3 +19,12 @@ def test_rows_are_not_written_under_the_name_of_another_format(tmp_path: Path, n
 @pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz", "x.parquet", "a-folder", "v1.2"])
 def test_other_names_pass(tmp_path: Path, name: str) -> None:
     assert check_rows_file(tmp_path / name) == tmp_path / name
+
+
+def test_options_of_opened_models_are_refused_where_none_is_opened() -> None:
+    """Else they would be ignored."""
+    for names in (["http://127.0.0.1:1/v1#m"], ["bm25"], ["bm25", "http://127.0.0.1:1/v1#m"]):
+        with pytest.raises(InputError, match="--max-tokens: no model is opened here"):
+            check_opened(names, {"max_tokens": 16})
+        check_opened(names, {})
+    check_opened(["bm25", "minilm"], {"max_tokens": 16})

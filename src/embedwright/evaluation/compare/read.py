@@ -47,9 +47,12 @@ class _Found(NamedTuple):
 
 
 def read_candidates(
-    given: Sequence[str], suite: str | None = None, progress: Callable[[str], None] | None = None
+    given: Sequence[str],
+    suite: str | None = None,
+    progress: Callable[[str], None] | None = None,
+    how: Mapping[str, Any] | None = None,
 ) -> list[Candidate]:
-    """Reads all that is to be compared, the first one first. Models are scored on `suite`.
+    """Reads all that is to be compared, the first one first. Models are opened with `how` and scored on `suite`.
 
     Raises InputError for a path that holds no results or those of several models, for a model without a suite, and for
     a suite without a model.
@@ -65,7 +68,7 @@ def read_candidates(
                 what = "holds no results" if path.exists() else "is no result file or folder"
                 raise NotFoundError(f"{each} {what}; to score a model, give a --suite")
             scored = True
-            found = [_Found(each, [_score(each, suite, progress)])]
+            found = [_Found(each, [_score(each, suite, progress, how or {})])]
         for one in found:
             seeds = known.get(one.same, {})
             if not one.same or not seeds or one.seed in seeds:
@@ -77,11 +80,11 @@ def read_candidates(
     return _named_apart(candidates)
 
 
-def _score(model: str, suite: str, progress: Callable[[str], None] | None) -> Results:
+def _score(model: str, suite: str, progress: Callable[[str], None] | None, how: Mapping[str, Any]) -> Results:
     from embedwright.encoders.open import open_encoder  # results on disk are read without torch
     from embedwright.evaluation.suite import BM25, evaluate
 
-    return evaluate(model if model == BM25 else open_encoder(model), suite, name=model, progress=progress)
+    return evaluate(model if model == BM25 else open_encoder(model, **how), suite, name=model, progress=progress)
 
 
 def _named_apart(candidates: Sequence[Candidate]) -> list[Candidate]:

@@ -1,0 +1,57 @@
+"""What commands read from standard input: queries, and texts in place of a file."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from embedwright.errors import InputError
+
+STDIN = "-"
+
+
+def queries_of(given: Sequence[str] | None) -> list[str]:
+    """Returns the queries of a command line. Without any, and where one is `-`, standard input has a query a line."""
+    queries = list(given or [STDIN])
+    if STDIN in queries:
+        at = queries.index(STDIN)
+        queries[at : at + 1] = [line for line in map(str.strip, _standard_input().split("\n")) if line]
+    if not queries:
+        raise InputError("standard input has no query")
+    return queries
+
+
+@contextmanager
+def file_of(source: Path) -> Iterator[Path]:
+    """Gives the file of texts, or for `-` a copy of standard input: JSONL if it begins with an object, else text lines.
+
+    A command that is run again with the same input goes on, as it does with a file.
+    """
+    if str(source) != STDIN:
+        yield source
+        return
+    text = _standard_input()
+    with TemporaryDirectory() as folder:
+        copy = Path(folder) / ("stdin.jsonl" if _is_object(text.split("\n", 1)[0]) else "stdin.txt")
+        copy.write_text(text, encoding="utf-8", newline="")
+        yield copy
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def _standard_input() -> str:
+    try:
+        text = sys.stdin.read()
+        text.encode()  # where the locale is C, bytes that are not UTF-8 come as lone surrogates
+    except UnicodeError as error:
+        raise InputError(f"standard input is not UTF-8: {error}") from None
+    return text

@@ -1,0 +1,1 @@
+"""A model as the embeddings of an application framework, queries and documents each on their own side."""

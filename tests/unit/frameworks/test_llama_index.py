@@ -1,0 +1,48 @@
+"""LlamaIndex's own index over our embedding: the right side for queries and documents, the ranking of numpy."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embedwright.model.embedder import Embedder
+
+pytest.importorskip("llama_index.core", reason="pip install 'embedwright[llamaindex]'")
+from llama_index.core import VectorStoreIndex
+from llama_index.core.schema import TextNode
+
+from embedwright.frameworks.llama_index import EmbedwrightEmbedding
+
+TEXTS = ["the moon pulls the sea", "a dog that does not mind", "numbers such as 3.14", "a question on its own line"]
+QUERY, TASK = "how do tides work?", "Given a question, retrieve passages that answer it"
+
+
+def test_llama_indexs_index_ranks_as_numpy_does(tmp_path: Path, tiny_embedder: Callable[..., Embedder]) -> None:
+    model = tiny_embedder("mean")
+    model.save(tmp_path / "model")
+    embedding = EmbedwrightEmbedding(str(tmp_path / "model"), TASK)
+    index = VectorStoreIndex([TextNode(text=text) for text in TEXTS], embed_model=embedding)
+    score_N = model.encode(TEXTS) @ model.encode([QUERY], TASK)[0]
+    for found in (
+        index.as_retriever(similarity_top_k=4).retrieve(QUERY),
+        asyncio.run(index.as_retriever(similarity_top_k=4).aretrieve(QUERY)),
+    ):
+        assert [node.node.get_content() for node in found] == [TEXTS[i] for i in np.argsort(-score_N)]
+        assert [node.score for node in found] == pytest.approx(sorted(score_N, reverse=True), abs=1e-6)
+    texts = asyncio.run(embedding.aget_text_embedding_batch(TEXTS))
+    np.testing.assert_allclose(texts, model.encode(TEXTS), atol=1e-6)
+    assert embedding.to_dict()["task"] == TASK
+
+
+def test_an_instruction_is_asked_for_before_any_document(tiny_embedder: Callable[..., Embedder]) -> None:
+    with pytest.raises(ValueError, match="no instruction of its own"):
+        EmbedwrightEmbedding(tiny_embedder("mean"))
+    np.testing.assert_allclose(
+        EmbedwrightEmbedding(tiny_embedder("mean"), "").get_query_embedding(QUERY),
+        tiny_embedder("mean").encode([QUERY])[0],
+        atol=1e-6,
+    )
