@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -177,6 +178,7 @@ CHANGES: dict[str, dict[str, tuple[str, str, Words]]] = {
         "metadata": ("files", "--metadata part", {}),
         "precision": ("files", "--precision float16", {}),
         "faiss": ("names", "--faiss", {}),
+        "lancedb": ("names" if find_spec("lancedb") else "error", "--lancedb", {}),
         "dim": ("files", "--dim 8", {}),
         "append": ("error", "--append", {}),
         "replace": ("error", "--replace", {}),
@@ -194,6 +196,7 @@ CHANGES: dict[str, dict[str, tuple[str, str, Words]]] = {
         "where": ("said", "--where part=odd", {}),
         "each_chunk": ("said", "--chunks", {}),
         "as_json": ("said", "--json", {}),
+        "by": ("error", "--by hybrid", {}),  # there is no table
         **shown("error"),  # the index is of the model as it was saved
     },
     "export": {

@@ -50,6 +50,9 @@ def index(
     delete: Annotated[list[str] | None, opt("Id of a document to delete. Repeatable.", metavar="ID")] = None,
     compact: Annotated[bool, opt("Remove deleted documents from the disk.", "--compact")] = False,
     reencode: Annotated[bool, opt("Encode all documents of an index with this model instead.", "--reencode")] = False,
+    lancedb: Annotated[
+        bool, opt("Also write a LanceDB table of the index, for `search --by`. Write it again after a change.")
+    ] = False,
     faiss: Annotated[bool, opt("Also write index.faiss, a copy of the vectors for other programs.")] = False,
 ) -> None:
     """Make an index of documents, which `search` and `serve` read, or change it. Run it again to go on after a stop.
@@ -57,10 +60,11 @@ def index(
     A change counts whole or not at all, and encodes only what is new. Under torchrun, all processes encode.
     """
     from embedwright.index import change
-    from embedwright.index.build import build_index, cost, recall
-    from embedwright.index.faiss_file import write_faiss
+    from embedwright.index.build import build_index, cost
     from embedwright.index.index import Index
 
+    if lancedb:
+        import embedwright.index.lancedb  # noqa: F401  # raises where the package is missing, before the work
     asked = {"--append": append, "--replace": replace, "--delete": delete, "--compact": compact, "--reencode": reencode}
     changes = [name for name, given in asked.items() if given]
     if len(changes) > 1:
@@ -79,29 +83,42 @@ def index(
             chunks, tokens = cost(encoder, Index.open(folder))
             note(f"to encode: {chunks:,} texts, {tokens:,} tokens; the time follows after the first shard")
             change.reencode(encoder, folder, progress)
-            return finish()
+            return _finish(folder, faiss, lancedb)
         with file_of(source) as texts:
             if append or replace:
                 added, replaced = change.add(encoder, texts, folder, replace=replace, progress=progress)
                 say(f"{folder}: {added:,} documents added, {replaced:,} replaced")
             else:
                 build_index(encoder, texts, folder, **settings, progress=progress)
-        finish()
-
-    def finish() -> None:
-        index = Index.open(folder)
-        held = index.facts()
-        say(f"{folder}: {held['documents']:,} documents, {held['chunks']:,} chunks, {held['precision']}")
-        if index.codes:
-            say(f"recall@10 against exact search: {recall(index):.4f} (chunks of it as queries)")
-        if faiss:
-            say(str(write_faiss(folder)))
+        _finish(folder, faiss, lancedb)
 
     if delete:
         say(f"{folder}: {change.delete(folder, delete):,} documents deleted")
-        finish()
+        _finish(folder, faiss, lancedb)
     elif compact:
         change.compact(folder)
-        finish()
+        _finish(folder, faiss, lancedb)
     else:
         with_all(model, how, work)
+
+
+def _finish(folder: Path, faiss: bool, lancedb: bool) -> None:
+    """Prints what an index holds, and writes its forms for other programs."""
+    from embedwright.index.build import recall
+    from embedwright.index.index import Index
+
+    index = Index.open(folder)
+    held = index.facts()
+    say(f"{folder}: {held['documents']:,} documents, {held['chunks']:,} chunks, {held['precision']}")
+    if index.codes:
+        say(f"recall@10 against exact search: {recall(index):.4f} (chunks of it as queries)")
+    if faiss:
+        from embedwright.index.faiss_file import write_faiss
+
+        say(str(write_faiss(folder)))
+    if lancedb:
+        from embedwright.index.lancedb import to_lancedb
+
+        table = to_lancedb(index)
+        found = "" if table.recall is None else f", recall@10 of approximate search: {table.recall:.4f}"
+        say(f"{table.folder}: {table.rows:,} chunks{found}")

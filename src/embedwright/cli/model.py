@@ -199,6 +199,10 @@ def search(
         opt("Condition on the metadata, as lang=en, year>=2020 or `lang in en,de`. Repeatable: all must hold."),
     ] = None,
     each_chunk: Annotated[bool, opt("Show each chunk as a hit, not the best one of a document.", "--chunks")] = False,
+    by: Annotated[
+        Literal["exact", "ann", "hybrid"],
+        opt("How: exactly; or in the table that `index --lancedb` wrote, approximately or by vectors and full text."),
+    ] = "exact",
     as_json: Annotated[bool, opt("Print each query with its hits as a line of JSON.", "--json")] = False,
 ) -> None:
     """Search an index."""
@@ -206,7 +210,14 @@ def search(
     from embedwright.index.index import Index
 
     asked, opened = queries_of(queries), Index.open(folder)
-    found = opened.search(open_encoder(model, **how), asked, k, task, where, each_chunk=each_chunk)
+    if by == "exact":
+        found = opened.search(open_encoder(model, **how), asked, k, task, where, each_chunk=each_chunk)
+    else:
+        from embedwright.index.lancedb import search_lancedb
+
+        if each_chunk:
+            raise InputError(f"--chunks is for exact search: leave out --by {by}")
+        found = search_lancedb(opened, open_encoder(model, **how), asked, k, task, where, by=by)
     for query, hits in zip(asked, found, strict=True):
         if as_json:
             line = {"query": query, "task": task, "hits": [hit._asdict() for hit in hits]}

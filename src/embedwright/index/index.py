@@ -171,7 +171,7 @@ class Index:
         document_F = np.arange(len(row_F)) if each_chunk else self._document_C[row_F]
         best = _best(queries_QE, partial(self.top_k, row_F=row_F), document_F, k)
         row_H = np.unique([row_F[row] for found in best for _, row in found]).astype(np.int64)
-        found = dict(zip(row_H.tolist(), self._chunks_at(row_H), strict=True))
+        found = dict(zip(row_H.tolist(), self.chunks_at(row_H), strict=True))
         return [[found[row_F[row]]._replace(score=score) for score, row in hits] for hits in best]
 
     def top_k(
@@ -189,7 +189,7 @@ class Index:
             return top_k(queries_QE, vectors, k)
         return nominated_top_k(queries_QE, codes, vectors, k, self.layout.codes)
 
-    def _chunks_at(self, row_H: NDArray[np.int64]) -> list[Hit]:
+    def chunks_at(self, row_H: NDArray[np.int64]) -> list[Hit]:
         """Returns chunks as hits without a score."""
         chunks = self.chunks.take(pa.array(row_H)).to_pydict()
         rows = np.unique(chunks["document"]).astype(np.int64).tolist()
