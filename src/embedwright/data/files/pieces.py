@@ -26,14 +26,15 @@ class Piece(NamedTuple):
         return line_rows(text_lines(*self)) if self.end else read_rows(self.file)
 
 
-def are_large(files: Sequence[Path]) -> bool:
-    """Tells whether several processes read these files sooner than one."""
-    return cores() > 1 and sum(file.stat().st_size for file in files) >= _LARGE
-
-
 def pieces_of(files: Sequence[Path]) -> list[Piece]:
-    """Returns the pieces of these files, in order: parts of JSON Lines, and files of other formats as they are."""
-    return [piece for file in files for piece in (_cut(file) if _has_lines(file) else [Piece(file)])]
+    """Returns the pieces of large files, in order: parts of JSON Lines, and files of other formats as they are.
+
+    There are none where one process reads the files as soon as several.
+    """
+    if cores() == 1 or sum(file.stat().st_size for file in files) < _LARGE:
+        return []
+    pieces = [piece for file in files for piece in (_cut(file) if _has_lines(file) else [Piece(file)])]
+    return pieces if len(pieces) > 1 else []
 
 
 def _has_lines(file: Path) -> bool:

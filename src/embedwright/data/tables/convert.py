@@ -25,7 +25,7 @@ from embedwright.data.files.conversion import Conversion
 from embedwright.data.files.documents import COLUMNS, document_files, read_documents
 from embedwright.data.files.folders import data_files, is_beir, stem_of
 from embedwright.data.files.kinds import KINDS, ROW_BY_ROW, detect_kind, parse_fields
-from embedwright.data.files.pieces import Piece, are_large, pieces_of
+from embedwright.data.files.pieces import Piece, pieces_of
 from embedwright.data.files.quarantine import Quarantine, good_rows
 from embedwright.data.schema import DataError, Example, Passage, parse_example
 from embedwright.data.tables.arrow import BATCH_ROWS, SCHEMA, batches_of, rebatched
@@ -109,12 +109,13 @@ def convert(job: Job, arrow: Path, fingerprint: str) -> None:
 def _batches(job: Job, quarantine: Quarantine, report: Counter[str], arrow: Path) -> Iterator[pa.RecordBatch]:
     """Yields the batches of `job`. Large data whose rows stand alone is converted by all cores."""
     files = [] if job.plain or job.is_beir else data_files(job.path)
-    if not are_large(files) or job.corpus or detect_kind(job.path) not in ROW_BY_ROW:
+    alone = files and not job.corpus and detect_kind(job.path) in ROW_BY_ROW
+    if not (pieces := pieces_of(files) if alone else []):
         yield from batches_of(_examples(job, map(Piece, files), quarantine, report), BATCH_ROWS)
         return
 
     def made(folder: Path) -> Iterator[pa.RecordBatch]:
-        for facts, file, batches in in_processes(convert_piece, pieces_of(files), asdict(job), folder):
+        for facts, file, batches in in_processes(convert_piece, pieces, asdict(job), folder):
             report.update(facts["report"])
             quarantine.extend(quarantine_file(file), facts["quarantined"], facts["reasons"])
             yield from batches

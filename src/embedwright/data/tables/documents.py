@@ -20,7 +20,7 @@ import pyarrow as pa
 from embedwright.cache import cache_folder
 from embedwright.data.files.beir import corpus_documents, corpus_files, documents_of, with_title
 from embedwright.data.files.folders import stem_of
-from embedwright.data.files.pieces import Piece, are_large, pieces_of
+from embedwright.data.files.pieces import Piece, pieces_of
 from embedwright.data.keys import first_repeat
 from embedwright.data.schema import DataError
 from embedwright.data.tables.arrow import rebatched
@@ -113,14 +113,14 @@ def _is_own(file: Path) -> bool:
 
 
 def _convert(path: Path, arrow: Path) -> None:
-    files = corpus_files(path)
+    pieces = pieces_of(corpus_files(path))
 
     def made(folder: Path) -> Iterator[pa.RecordBatch]:
-        for _, _, batches in in_processes(convert_piece, pieces_of(files), {}, folder):
+        for _, _, batches in in_processes(convert_piece, pieces, {}, folder):
             yield from batches
 
     with whole_file(arrow) as part, ExitStack() as stack:
-        if are_large(files):
+        if pieces:
             batches = rebatched(made(stack.enter_context(scratch_folder(arrow))), _ROWS)
         else:
             batches = _batches((id, text) for _, id, text in corpus_documents(path))

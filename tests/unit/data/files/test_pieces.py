@@ -11,8 +11,14 @@ import pytest
 
 from embedwright.data.files import pieces as pieces_module
 from embedwright.data.files import rows as rows_module
-from embedwright.data.files.pieces import Piece, are_large, pieces_of
+from embedwright.data.files.pieces import Piece, pieces_of
 from embedwright.data.files.rows import read_rows
+
+
+@pytest.fixture(autouse=True)
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces_module, "_LARGE", 0)
+    monkeypatch.setattr(pieces_module, "cores", lambda: 2)
 
 
 def messy(rng: random.Random, lines: int) -> bytes:
@@ -51,13 +57,15 @@ def test_other_formats_are_one_piece_each(tmp_path: Path, monkeypatch: pytest.Mo
     files = [tmp_path / name for name in contents]
     assert pieces_of(files) == [Piece(file) for file in files]
     assert [row for _, _, row in pieces_of(files)[0].rows()] == rows
+    assert pieces_of(files[:1]) == []  # one process reads it as soon as several
 
 
 def test_small_data_and_a_single_core_need_no_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "x.jsonl").write_bytes(b"x" * 100)
-    assert not are_large([tmp_path / "x.jsonl"])
-    monkeypatch.setattr(pieces_module, "_LARGE", 100)
-    monkeypatch.setattr(pieces_module, "cores", lambda: 2)
-    assert are_large([tmp_path / "x.jsonl"])
+    (tmp_path / "x.jsonl").write_bytes(b'{"text": "x"}\n' * 9)
+    monkeypatch.setattr(pieces_module, "_BYTES", 10)
+    assert len(pieces_of([tmp_path / "x.jsonl"])) == 9
     monkeypatch.setattr(pieces_module, "cores", lambda: 1)
-    assert not are_large([tmp_path / "x.jsonl"])
+    assert pieces_of([tmp_path / "x.jsonl"]) == []
+    monkeypatch.setattr(pieces_module, "cores", lambda: 2)
+    monkeypatch.setattr(pieces_module, "_LARGE", 256 << 20)
+    assert pieces_of([tmp_path / "x.jsonl"]) == []
