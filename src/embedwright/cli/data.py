@@ -64,6 +64,7 @@ def data_build(
         docstrings.build(out)
         say((out / "report.json").read_text())
         return
+    from embedwright.data.labels import LabelRules
     from embedwright.data.sources.build import build
     from embedwright.data.sources.catalog import find_entry
 
@@ -76,9 +77,7 @@ def data_build(
         share=share,
         corpus_out=corpus_out,
         seed=seed,
-        form=form,
-        negatives=negatives,
-        known=label,
+        labels=LabelRules(form, negatives, label),
         strict=strict,
     )
     say_json(counts)
@@ -187,16 +186,15 @@ def data_labels(
 ) -> None:
     """Turn labelled texts into examples: positives are of the same class, negatives of other classes."""
     from embedwright.config import load_texts
+    from embedwright.data.labels import LabelRules
     from embedwright.data.sources.build import label_file
 
     counts = label_file(
         path,
         out,
         task=task,
-        form=form or "auto",
         words=load_texts(words) if words else None,
-        known=label,
-        negatives=negatives,
+        labels=LabelRules(form, negatives, label),
         seed=seed,
     )
     say_json(counts)

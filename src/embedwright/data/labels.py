@@ -13,7 +13,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from embedwright.data.answers import class_id
 from embedwright.data.schema import DataError, Example, Passage
@@ -25,6 +25,17 @@ Classes = dict[str, list[str]]  # label -> its texts, each once, in the order of
 
 _WORDLESS = re.compile(r"[-+]?\d+([.,]\d+)?|true|false", re.IGNORECASE)
 TRIES = 50  # draws for one negative, before the texts that are left are listed instead
+
+
+class LabelRules(NamedTuple):
+    """How labels become examples, as `label_triples` says. Without a form it is the set's own, or auto."""
+
+    form: Form | None = None
+    negatives: int = 7
+    known: Collection[str] | None = None
+
+
+USUAL = LabelRules()
 
 
 def label_triples(

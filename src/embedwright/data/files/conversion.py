@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from embedwright.data.keys import exact_key
-from embedwright.data.labels import Form
+from embedwright.data.labels import USUAL, LabelRules
 from embedwright.data.schema import Example, Passage
 
 THRESHOLD = 4.0  # of a score from 0 to 5: a pair below it is no positive (NV-Embed, section 3.3)
@@ -17,15 +17,12 @@ THRESHOLD = 4.0  # of a score from 0 to 5: a pair below it is no positive (NV-Em
 class Conversion:
     """Holds the settings of one conversion, and counts what it leaves out in `report`, by reason.
 
-    `form`, `known`, `negatives` and `seed` are those of `label_triples`. `names`: names of classes by column, where the
-    data says them.
+    `names`: names of classes by column, where the data says them.
     """
 
     task: str
     seed: int = 0
-    negatives: int = 7
-    form: Form = "auto"
-    known: Collection[str] | None = None
+    labels: LabelRules = USUAL
     names: dict[str, Mapping[str, str]] = field(default_factory=dict)
     report: Counter[str] = field(default_factory=Counter)
 

@@ -130,16 +130,16 @@ class LabelledRows(RowKind):
 
     def examples(self, rows: Iterable[Fields], job: Conversion) -> Iterator[Example]:
         rows = list(rows)
-        names = job.names.get(self.label) or {}
-        labels = {label for row in rows for label in row["labels"] if job.known is None or label in job.known}
+        names, (form, negatives, known) = job.names.get(self.label) or {}, job.labels
+        labels = {label for row in rows for label in row["labels"] if known is None or label in known}
         examples, counts = label_triples(
             [(row["text"], row["labels"]) for row in rows],
             task=job.task,
-            negatives=job.negatives,
+            negatives=negatives,
             seed=job.seed,
-            form=job.form,
+            form=form or "auto",
             ids=[row["id"] for row in rows],
-            known=job.known,
+            known=known,
             words=self.words or (names if names and names.keys() >= labels else None),
             on_form=job.on_form,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from embedwright.data.files.kinds import LabelledRows, detect_kind
 from embedwright.data.files.quarantine import Quarantine
 from embedwright.data.files.rows import Rows, read_rows
 from embedwright.data.files.tasks import tasks_beside
-from embedwright.data.labels import Form
+from embedwright.data.labels import USUAL, Form, LabelRules
 from embedwright.data.schema import DataError, Example, Task
 from embedwright.data.sources.catalog import BeirRows, Entry, EvidenceRows, find_task
 from embedwright.data.sources.convert import Job, OpenTable, Table, convert
@@ -39,9 +39,7 @@ def build(
     share: float | None = None,
     corpus_out: Path | None = None,
     seed: int = 0,
-    form: Form | None = None,
-    negatives: int = 7,
-    known: Collection[str] | None = None,
+    labels: LabelRules = USUAL,
     strict: bool = False,
 ) -> dict[str, int]:
     """Writes the examples of `entry` to `out` (.jsonl, .jsonl.gz or .parquet), whole or not at all. Returns the counts.
@@ -50,13 +48,13 @@ def build(
     `source`: a file (JSONL, .gz, Parquet) or a folder (the configs of a repository, or the files that `entry.files`
     names). `convert` says what `limit` does, and what is in memory; `share` is a limit by the set's number of samples
     (`Entry.drawn`). `corpus_out` gets the documents that mining searches (`write_corpus`), all of them under a `limit`,
-    cut by a `share`. It is there whenever `out` is. `form` says how labels become examples (default: `entry.form`);
-    `known` closes their list; `negatives` is their number per example. Bad rows are logged, counted and kept in
-    `<out>.quarantine.jsonl`. A set that is not pinned to a commit is a warning, or under `strict` a DataError. Raises
-    FileNotFoundError, ConnectionError if the hub is out of reach, and DataError if no example comes out.
+    cut by a `share`. It is there whenever `out` is. `labels` says how labels become examples; the form of the set is
+    `entry.form`. Bad rows are logged, counted and kept in `<out>.quarantine.jsonl`. A set that is not pinned to a
+    commit is a warning, or under `strict` a DataError. Raises FileNotFoundError, ConnectionError if the hub is out of
+    reach, and DataError if no example comes out.
     """
     quarantine_path = out.with_name(f"{out.name}.quarantine.jsonl")
-    _check(entry, source, form, corpus_out, strict)
+    _check(entry, source, labels.form, corpus_out, strict)
     if share is not None:
         if limit is not None:
             raise InputError("a limit and a share are both given: leave one out")
@@ -68,9 +66,7 @@ def build(
             entry=entry,
             seed=seed,
             limit=limit,
-            form=form or entry.form or "auto",
-            negatives=negatives,
-            known=known,
+            labels=labels._replace(form=labels.form or entry.form),
             quarantine=quarantine,
         )
         streaming = limit is not None and corpus_out is None  # a corpus is read once more
@@ -91,16 +87,14 @@ def label_file(
     out: Path,
     *,
     task: str | None = None,
-    form: Form = "auto",
     words: Mapping[str, str] | None = None,
-    known: Collection[str] | None = None,
-    negatives: int = 7,
+    labels: LabelRules = USUAL,
     seed: int = 0,
 ) -> dict[str, int]:
     """Does the same for rows {"text", "label"} in the file `path`. A label may be a list, and `id` may be there.
 
     `task` is the name of the task (default: the file's); the file beside `path`, or the catalogue, may describe it.
-    `words`, `known`, `form`: see `labels.label_triples`.
+    `words`: see `labels.label_triples`.
     """
     if detect_kind(path) != "labelled":
         raise DataError(f'{path}: rows are not {{"text", "label"}}')
@@ -116,7 +110,7 @@ def label_file(
         licence=described.licence or "unknown",
         target={"v2": "example"},
     )
-    return build(entry, out, source=path, form=form, known=known, negatives=negatives, seed=seed)
+    return build(entry, out, source=path, labels=labels._replace(form=labels.form or "auto"), seed=seed)
 
 
 def open_table(table: Table, *, source: Path | None, streaming: bool, names: dict[str, Mapping[str, str]]) -> Rows:

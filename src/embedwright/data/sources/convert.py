@@ -96,7 +96,7 @@ def convert(job: Job, open_table: OpenTable) -> Iterator[Example]:
     limit = job.limit
     if isinstance(spec, LabelledRows):
         limit = limit or spec.at_most
-        if job.form == "label" and spec.label_text:
+        if job.labels.form == "label" and spec.label_text:
             spec = spec.model_copy(update={"label": spec.label_text})
     rows = _fields(open_table(table), spec.fields, job)
     if isinstance(spec, PairRows) and spec.grouped:

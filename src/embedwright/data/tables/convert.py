@@ -27,6 +27,7 @@ from embedwright.data.files.folders import data_files, is_beir, stem_of
 from embedwright.data.files.kinds import KINDS, ROW_BY_ROW, detect_kind, parse_fields
 from embedwright.data.files.pieces import Piece, pieces_of
 from embedwright.data.files.quarantine import Quarantine, good_rows
+from embedwright.data.labels import LabelRules
 from embedwright.data.schema import DataError, Example, Passage, parse_example
 from embedwright.data.tables.arrow import BATCH_ROWS, SCHEMA, batches_of, rebatched
 from embedwright.data.tables.workers import Facts, in_processes
@@ -135,7 +136,7 @@ def convert_piece(piece: Piece, job: Facts, out: Path) -> Facts:
 
 
 def _examples(job: Job, pieces: Iterable[Piece], quarantine: Quarantine, report: Counter[str]) -> Iterator[Example]:
-    conversion = Conversion(task=job.task, seed=job.seed, negatives=job.negatives, report=report)
+    conversion = Conversion(task=job.task, seed=job.seed, labels=LabelRules(negatives=job.negatives), report=report)
     if job.plain:
         for document in read_documents(job.path, COLUMNS, quarantine.add):
             report["rows"] += 1

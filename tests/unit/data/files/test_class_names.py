@@ -9,6 +9,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
 from embedwright.data.files.class_names import class_names
+from embedwright.data.labels import LabelRules
 from embedwright.data.schema import DataError
 from embedwright.data.sources.build import label_file
 from embedwright.data.tables.table import open_examples
@@ -55,4 +56,6 @@ def test_labels_that_say_nothing_are_refused(labels: tuple[object, object], tmp_
         open_examples(path)
     with pytest.raises(DataError, match="--words"):
         label_file(path, tmp_path / "out.jsonl")
-    label_file(path, tmp_path / "out.jsonl", form="example")  # texts against texts: the names do not matter
+    label_file(
+        path, tmp_path / "out.jsonl", labels=LabelRules("example")
+    )  # texts against texts: the names do not matter

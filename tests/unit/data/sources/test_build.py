@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from stand_ins import beir, repository, write
 
+from embedwright.data.labels import LabelRules
 from embedwright.data.schema import DataError, Example
 from embedwright.data.sources import build as module
 from embedwright.data.sources.build import build, label_file, open_table
@@ -91,7 +92,9 @@ def test_one_file_a_label(tmp_path: Path) -> None:
     for name, lines in (("AskReddit.txt", ["why one", "why two"]), ("cats.txt", ["a cat", "", "two cats"])):
         (tmp_path / name).write_text("\n".join(lines) + "\n")
     (tmp_path / "readme.md").write_text("not data")
-    counts = build(load_catalog()["reddit_s2s"], tmp_path / "out" / "out.jsonl", source=tmp_path, negatives=1)
+    counts = build(
+        load_catalog()["reddit_s2s"], tmp_path / "out" / "out.jsonl", source=tmp_path, labels=LabelRules(negatives=1)
+    )
     assert (counts["rows"], counts["examples"], counts["quarantined"]) == (5, 4, 1)
     (example, *_) = read(tmp_path / "out" / "out.jsonl")
     assert (example.query, example.positives[0].text) == ("why one", "why two")
@@ -200,7 +203,7 @@ def test_nothing_is_written_where_nothing_comes_out(tmp_path: Path) -> None:
     [
         ("nq", "absent", {}, FileNotFoundError, "absent does not exist"),
         ("fiqa", "in.jsonl", {}, DataError, "several tables"),
-        ("nq", "in.jsonl", {"form": "label"}, DataError, "its rows have no labels"),
+        ("nq", "in.jsonl", {"labels": LabelRules("label")}, DataError, "its rows have no labels"),
         ("reddit_s2s", None, {}, DataError, "on no hub: give a local copy as source, from https://github.com"),
         ("reddit_s2s", ".", {}, FileNotFoundError, r"no file \*.txt"),
     ],
@@ -243,14 +246,16 @@ def test_the_same_again(tmp_path: Path) -> None:
 def test_a_labelled_file_becomes_what_training_makes_of_it(tmp_path: Path) -> None:
     rows = [{"text": f"t{i}", "label": f"l{i % 4}", "id": f"own{i}"} for i in range(40)]
     source = write(tmp_path / "kinds.labeled.jsonl", rows)
-    counts = label_file(source, tmp_path / "out.jsonl", negatives=3, seed=5)
+    counts = label_file(source, tmp_path / "out.jsonl", labels=LabelRules(negatives=3), seed=5)
     assert counts == {"rows": 40, "examples": 40, "quarantined": 0}
     assert read(tmp_path / "out.jsonl") == list(open_examples(source, negatives=3, seed=5))
 
 
 def test_labels_may_be_lists(tmp_path: Path) -> None:
     rows = [{"text": f"t{i}", "label": [f"l{i % 3}", *(["x"] if i < 6 else [])]} for i in range(12)]
-    label_file(write(tmp_path / "many.jsonl", rows), tmp_path / "out.jsonl", task="many", negatives=2)
+    label_file(
+        write(tmp_path / "many.jsonl", rows), tmp_path / "out.jsonl", task="many", labels=LabelRules(negatives=2)
+    )
     labels_of = {row["text"]: set(row["label"]) for row in rows}
     for example in (examples := read(tmp_path / "out.jsonl")):
         assert labels_of[example.query] & labels_of[example.positives[0].text]
@@ -260,11 +265,11 @@ def test_labels_may_be_lists(tmp_path: Path) -> None:
 
 def test_form_words_and_known_labels(tmp_path: Path) -> None:
     source = write(tmp_path / "s.jsonl", [{"text": f"t{i}", "label": i % 3} for i in range(9)])
-    options: dict[str, Any] = {"words": {0: "bad", "1": "good"}, "known": ["0", "1"]}
-    counts = label_file(source, tmp_path / "out.jsonl", **options)
+    options: dict[str, Any] = {"words": {0: "bad", "1": "good"}}
+    counts = label_file(source, tmp_path / "out.jsonl", labels=LabelRules(known=["0", "1"]), **options)
     assert counts == {"rows": 9, "unseen": 3, "examples": 6, "quarantined": 0}
     assert {e.positives[0].text for e in read(tmp_path / "out.jsonl")} == {"bad", "good"}
-    label_file(source, tmp_path / "out.jsonl", form="example", **options)
+    label_file(source, tmp_path / "out.jsonl", labels=LabelRules("example", known=["0", "1"]), **options)
     assert {e.positives[0].text[0] for e in read(tmp_path / "out.jsonl")} == {"t"}
     with pytest.raises(DataError, match=r"p.jsonl: rows are not"):
         label_file(write(tmp_path / "p.jsonl", [{"query": "q", "positive": "p"}]), tmp_path / "out.jsonl")
@@ -292,7 +297,7 @@ def test_real_pairs(tmp_path: Path) -> None:
 @needs_data
 def test_a_real_set_as_a_file_and_as_a_set_of_the_catalogue(tmp_path: Path) -> None:
     source = Path(str(REAL)) / "dev" / "clinc150-val.labeled.jsonl.gz"
-    counts = label_file(source, tmp_path / "out.jsonl", negatives=2)
+    counts = label_file(source, tmp_path / "out.jsonl", labels=LabelRules(negatives=2))
     table = open_examples(source, negatives=2)
     assert counts == table.report
     assert read(tmp_path / "out.jsonl")[::50] == list(table)[::50]

@@ -11,6 +11,7 @@ import pytest
 
 from embedwright.data.files.kinds import Row
 from embedwright.data.files.quarantine import Quarantine
+from embedwright.data.labels import LabelRules
 from embedwright.data.schema import DataError, Example
 from embedwright.data.sources.catalog import Entry, load_catalog
 from embedwright.data.sources.convert import HOPELESS, Job, Table, convert
@@ -43,7 +44,8 @@ def tables(**rows: Rows) -> Any:
 def run(name: str | Entry, rows: Rows | None = None, **options: Any) -> tuple[list[Example], dict[str, int], Bad]:
     several = options.pop("tables", None)
     entry = load_catalog()[name] if isinstance(name, str) else name
-    options.setdefault("form", entry.form or "auto")
+    rules = {key: options.pop(key) for key in LabelRules._fields if key in options}
+    options["labels"] = LabelRules(**{"form": entry.form} | rules)
     quarantine = InMemory()
     job = Job(task=entry.name, entry=entry, quarantine=quarantine, **options)
     examples = list(convert(job, several or tables(main=rows or [])))
