@@ -98,7 +98,7 @@ async function search() {
       Object.assign(side, { hits: found.hits, task: found.task });
     } catch (error) {
       if (error.name === "AbortError") return;
-      if (error.status === 401) { wantKey(error); return; }
+      if (error.status === 401) { wantKey(); return; }
       Object.assign(side, { error, hits: null });
       if (error.wait) setTimeout(() => { if (own === running) search(); }, 1000 * error.wait);
     }
@@ -173,8 +173,8 @@ function look(view) {
   if (view === "map") map.show(sides, state.colour);
 }
 
-function wantKey(error) {
-  $("key-wrong").textContent = $("key-form").hidden ? "" : error.message;
+function wantKey() {
+  $("key-wrong").textContent = $("key-form").hidden ? "" : "The server does not take this key.";
   $("key-form").hidden = false;
   $("open").hidden = true;
   $("facts").textContent = "";
@@ -186,7 +186,7 @@ async function open() {
     const bases = (await ask("page/sides.json")).bases;
     sides = await Promise.all(bases.map(async (base) => ({ base, info: await ask(`${base}index`), hits: null, busy: false, error: null })));
   } catch (error) {
-    if (error.status === 401) wantKey(error);
+    if (error.status === 401) wantKey();
     else { $("facts").replaceChildren(problem(error, open)); if (error.wait) setTimeout(open, 1000 * error.wait); }
     return;
   }

@@ -24,9 +24,8 @@ export function problem(error, again) {
 }
 
 function hitOf(hit, i, other, wanted) {
-  const place = other?.hits?.findIndex((each) => each.id === hit.id) ?? -1;
-  const shared = !other?.hits || other.busy ? null : h("p", { class: place < 0 ? "note" : "shared" },
-    place < 0 ? `not in the ${other.hits.length} of ${other.info.model}` : `rank ${place + 1} with ${other.info.model}`);
+  const place = other?.busy ? -1 : (other?.hits?.findIndex((each) => each.id === hit.id) ?? -1);
+  const shared = place < 0 ? null : h("p", { class: "shared" }, `rank ${place + 1} with ${other.info.model}`);
   const text = h("div", { class: "text" }, ...pieces(hit, false, other));
   const toggle = () => {
     const open = title.getAttribute("aria-expanded") !== "true";
