@@ -75,6 +75,8 @@ def build_index(
     layout.check_same(out, **settings)
     if layout.parts:
         _check_model(out, encoder)
+        if layout.parts[0].folder != ".":  # compacted, or encoded anew: the files of the first source are gone
+            raise InputError(f"{out} was changed since it was made: take --append or --replace, or a new folder")
     read = partial(docs.read_documents, source, layout.metadata)
     digest = docs.digest_of(read())
     if docs.written_digest(out / DOCUMENTS) not in (None, digest):

@@ -119,7 +119,7 @@ class Index:
             if other := self.difference(encoder):
                 raise InputError(
                     f"{self.folder} was encoded by another model, {self.layout.model or 'without a name'}, than "
-                    f"{name_of(encoder)} ({other}): take that one, or a new or empty folder"
+                    f"{name_of(encoder)} ({other}): take the one that made it, or a new or empty folder"
                 )
             self._checked = model, encoder
         return self._checked[1]

@@ -82,6 +82,8 @@ def test_a_chain_of_changes_equals_a_fresh_index(tmp_path: Path, chunk_tokens: i
     assert {path.name for path in out.iterdir()} == {"index.json", part.name}
     if chunk_tokens is None:
         assert dict(open_encoded(out).items()) == final
+    with pytest.raises(ValueError, match="changed since it was made"):
+        build_index(Rounded(), tmp_path / "a", out, chunk_tokens=chunk_tokens, metadata=["n"], shard_rows=10)
     assert add(Rounded(), write(tmp_path / "g", {"d1": first["d1"]}), out) == (1, 0)
     assert content(out) == content(fresh) | {"d1": content(out)["d1"]}
 
@@ -125,13 +127,13 @@ def test_another_model_encodes_an_index_anew_and_says_its_cost(tmp_path: Path) -
 def test_the_commands_say_what_they_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("embedwright.encoders.open.open_encoder", lambda name: Rounded(name))
+    monkeypatch.setattr("embedwright.encoders.open.open_encoder", lambda name, **how: Rounded(name))
     first, more = write(tmp_path / "a", {"d1": "one", "d2": "two"}), write(tmp_path / "b", {"d2": "2", "d3": "three"})
     out = tmp_path / "i"
 
     def run(*words: object) -> str:
         assert command(monkeypatch, *words) == 0
-        return capsys.readouterr().out
+        return "".join(capsys.readouterr())
 
     assert "2 documents, 2 chunks, int8\nrecall@10" in run(
         "index", "m", first, out, "--metadata", "all", "--precision", "int8"
