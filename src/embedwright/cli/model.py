@@ -209,15 +209,15 @@ def search(
     from embedwright.encoders.open import open_encoder
     from embedwright.index.index import Index
 
-    asked, opened = queries_of(queries), Index.open(folder)
+    asked, encoder, opened = queries_of(queries), open_encoder(model, **how), Index.open(folder)
     if by == "exact":
-        found = opened.search(open_encoder(model, **how), asked, k, task, where, each_chunk=each_chunk)
+        found = opened.search(encoder, asked, k, task, where, each_chunk=each_chunk)
     else:
         from embedwright.index.lancedb import search_lancedb
 
         if each_chunk:
             raise InputError(f"--chunks is for exact search: leave out --by {by}")
-        found = search_lancedb(opened, open_encoder(model, **how), asked, k, task, where, by=by)
+        found = search_lancedb(opened, encoder, asked, k, task, where, by=by)
     for query, hits in zip(asked, found, strict=True):
         if as_json:
             line = {"query": query, "task": task, "hits": [hit._asdict() for hit in hits]}

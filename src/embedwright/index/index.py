@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from embedwright.encoders.protocol import Encoder, as_encoder, encode_finite
+from embedwright.encoders.protocol import Encoder, as_encoder, encode_finite, encode_queries
 from embedwright.encoders.sentence_transformers import SentenceTransformerEncoder
 from embedwright.encoders.sharded import itself
 from embedwright.errors import InputError
@@ -28,6 +29,8 @@ from embedwright.vectors.corpus import open_encoded
 from embedwright.vectors.search import top_k
 from embedwright.vectors.shards import Vectors, read_shard, vectors_of
 from embedwright.vectors.store import Manifest, open_vectors, other_model
+
+logger = logging.getLogger(__name__)
 
 _CHUNKS = 4  # searched for each document that is wanted, at first
 
@@ -140,7 +143,7 @@ class Index:
             model: the model that made the index.
             queries: a list of texts.
             k: number of hits of a query.
-            task: the instruction of the queries. None: the model's default one.
+            task: the instruction of the queries. None: the model's default one, with a warning if it has none.
             where: conditions on the metadata, as `["lang=en", "year>=2020"]` or `{"lang": "en"}`. Documents are
                 filtered first, and the search is exact over what is left.
             each_chunk: each chunk is a hit. Default: one hit for a document, with its best chunk.
@@ -153,7 +156,20 @@ class Index:
             raise InputError("queries is one text: give a list of texts")
         if not queries:
             return []
-        return self.search_vectors(encode_finite(encoder, queries, task or ""), k, where, each_chunk=each_chunk)
+        return self.search_vectors(self.encoded(encoder, queries, task), k, where, each_chunk=each_chunk)
+
+    def encoded(self, encoder: Encoder, queries: Sequence[str], task: str | None) -> NDArray[np.float32]:
+        """Encodes queries (Q, E). Where neither caller nor model has an instruction, it warns: the model then reads
+        queries as documents.
+        """
+        try:
+            vectors_QE = encode_queries(encoder, queries, task)
+        except InputError as error:
+            if task is not None:
+                raise
+            vectors_QE = encode_queries(encoder, queries, "")
+            logger.warning("%s", error)
+        return cut(vectors_QE, self.layout.dim) if self.layout.dim else vectors_QE
 
     def search_vectors(
         self,

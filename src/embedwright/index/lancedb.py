@@ -137,12 +137,10 @@ def search_lancedb(
     if not queries:
         return []
     table = lancedb.connect(str(folder)).open_table(_TABLE)
-    vectors_QE = encode_queries(encoder, queries, task)
-    vectors_QE = cut(vectors_QE, index.layout.dim) if index.layout.dim else vectors_QE
     condition = sql(where, index) if where else None
     return [
         _documents(index, table, vector_E, query, k, condition, by)
-        for vector_E, query in zip(vectors_QE, queries, strict=True)
+        for vector_E, query in zip(index.encoded(encoder, queries, task), queries, strict=True)
     ]
 
 

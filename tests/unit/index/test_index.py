@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from small_index import Rounded, small_corpus
 
+from embedwright.index.build import build_index
 from embedwright.index.faiss_file import write_faiss
 from embedwright.index.index import Hit, Index
+from embedwright.model.embedder import Embedder
 from embedwright.vectors.corpus import encode_corpus
 from embedwright.vectors.store import encode_texts
 
@@ -79,3 +82,23 @@ def test_an_index_of_other_vectors_is_not_read(folder: Path, tmp_path: Path) -> 
     other = encode_corpus(Rounded(salt="other"), tmp_path / "corpus.jsonl", tmp_path / "other", shard_rows=10)
     write_faiss(other).replace(folder / "index.faiss")
     assert Index.open(folder).search(Rounded(), ["query"]) == expected
+
+
+def test_queries_without_any_instruction_are_said(
+    tmp_path: Path, tiny_embedder: Callable[..., Embedder], caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are read as documents; a model with an instruction of its own reads them under that."""
+    plain = tiny_embedder("mean")
+    build_index(plain, small_corpus(tmp_path / "corpus.jsonl"), tmp_path / "plain")
+    index = Index.open(tmp_path / "plain")
+    found = index.search(plain, ["the sea"], 4)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] and "no instruction" in caplog.text
+    caplog.clear()
+    assert found == index.search(plain, ["the sea"], 4, "") and found != index.search(plain, ["the sea"], 4, "Find it")
+    contract = plain.contract.model_copy(update={"default_task": "Find it"})
+    plain.network.contract, plain.network.config.contract = contract, contract.model_dump()
+    told = Embedder(plain.network, plain.tokenizer)
+    build_index(told, tmp_path / "corpus.jsonl", tmp_path / "told")
+    own = Index.open(tmp_path / "told")
+    assert own.search(told, ["the sea"], 4) == own.search(told, ["the sea"], 4, "Find it")
+    assert not caplog.records
