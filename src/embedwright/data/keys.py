@@ -14,6 +14,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from embedwright.data.schema import DataError
+
 NEAR = 0.8  # Jaccard from which two texts are near-duplicates: the usual value (Lee et al. 2022, arXiv 2107.06499)
 SHINGLE_WORDS = 3
 FEWEST_WORDS = 5  # below it, texts are compared by their exact key alone
@@ -109,16 +111,15 @@ def are_near(a: set[str], b: set[str]) -> bool:
     return few >= NEAR * many > 0 and jaccard(a, b) >= NEAR
 
 
-def first_repeat(marks: array[int], texts: Iterable[str]) -> int | None:
-    """Returns the place of the first text that repeats an earlier one as it is, or None.
+def refuse_repeats(marks: array[int], ids: Iterable[tuple[str, str]]) -> None:
+    """Raises DataError if an id repeats an earlier one. `ids` yields where each stands, and the id.
 
-    `marks` are the hashes of the texts, so that memory holds 8 bytes a text. These are read where two marks are equal.
+    `marks` are the hashes of the ids, so that memory holds 8 bytes each. `ids` is read where two marks are equal.
     """
     hashes, counts = np.unique(np.array(marks, np.int64), return_counts=True)
     twice, seen = set(hashes[counts > 1].tolist()), set[str]()
-    for place, text in enumerate(texts) if twice else ():
-        if hash(text) in twice:
-            if text in seen:
-                return place
-            seen.add(text)
-    return None
+    for where, id in ids if twice else ():
+        if hash(id) in twice:
+            if id in seen:
+                raise DataError(f"{where}: id {id[:60]!r} twice")
+            seen.add(id)

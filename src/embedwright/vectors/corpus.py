@@ -6,7 +6,6 @@ import json
 import logging
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from embedwright.data.files.beir import document_of, with_title
 from embedwright.data.files.documents import document_rows
 from embedwright.data.files.folders import stem_of
 from embedwright.data.files.parts import Shard
-from embedwright.data.keys import first_repeat
+from embedwright.data.keys import refuse_repeats
 from embedwright.data.schema import DataError
 from embedwright.data.tables.documents import DocumentTable
 from embedwright.encoders.protocol import Encoder, as_encoder
@@ -183,9 +182,7 @@ def read_source(source: Path) -> Iterator[SourceRow]:
         yield row
     if not marks:
         raise DataError(f"{source}: no document")
-    if (place := first_repeat(marks, (row.id for row in _rows(source)))) is not None:
-        row = next(islice(_rows(source), place, None))
-        raise DataError(f"{row.where}: id {row.id[:60]!r} twice")
+    refuse_repeats(marks, ((row.where, row.id) for row in _rows(source)))
 
 
 def _rows(source: Path) -> Iterator[SourceRow]:

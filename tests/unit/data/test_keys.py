@@ -13,12 +13,13 @@ from embedwright.data.keys import (
     are_near,
     both_keys,
     exact_key,
-    first_repeat,
     jaccard,
     near_key,
+    refuse_repeats,
     shingles,
     word_key,
 )
+from embedwright.data.schema import DataError
 
 
 @pytest.mark.parametrize(
@@ -129,11 +130,13 @@ def test_no_other_module_decides_when_texts_are_the_same() -> None:
     assert {file: names for file, names in extra.items() if names} == {}
 
 
-def test_the_first_repeat_is_found_by_marks_and_confirmed_by_the_texts() -> None:
-    def found(*texts: str) -> int | None:
-        return first_repeat(array("q", map(hash, texts)), iter(texts))
+def test_the_first_id_that_repeats_another_is_named() -> None:
+    def check(*ids: str) -> None:
+        refuse_repeats(array("q", map(hash, ids)), ((f"line {n}", id) for n, id in enumerate(ids, 1)))
 
-    assert found("a", "b", "c") is None and found() is None
-    assert found("a", "b", "c", "b", "a") == 3
-    assert first_repeat(array("q", [7, 7]), ["a", "b"]) is None  # equal marks of other texts
-    assert first_repeat(array("q", [1, 2]), map(pytest.fail, ["read"])) is None
+    check("a", "b", "c")
+    check()
+    with pytest.raises(DataError, match="line 4: id 'b' twice"):
+        check("a", "b", "c", "b", "a")
+    refuse_repeats(array("q", [7, 7]), [("x", "a"), ("y", "b")])  # equal marks of other ids
+    refuse_repeats(array("q", [1, 2]), map(pytest.fail, ["read"]))

@@ -21,7 +21,7 @@ from embedwright.cache import cache_folder
 from embedwright.data.files.beir import corpus_documents, corpus_files, documents_of, with_title
 from embedwright.data.files.folders import stem_of
 from embedwright.data.files.pieces import Piece, pieces_of
-from embedwright.data.keys import first_repeat
+from embedwright.data.keys import refuse_repeats
 from embedwright.data.schema import DataError
 from embedwright.data.tables.arrow import rebatched
 from embedwright.data.tables.workers import Facts, in_processes
@@ -100,8 +100,7 @@ def write_documents(path: Path, documents: Iterable[tuple[str, str]]) -> int:
     Memory: 8 bytes a document. Raises DataError, in the end, if an id occurs twice.
     """
     marks = _write(path, _batches(documents))
-    if marks and (place := first_repeat(marks, (id for id, _ in DocumentTable([path], "").items()))) is not None:
-        raise DataError(f"document {place + 1}: id {DocumentTable([path], '')[place][0][:60]!r} twice")
+    refuse_repeats(marks, ((f"document {n}", id) for n, (id, _) in enumerate(DocumentTable([path], "").items(), 1)))
     return len(marks)
 
 
@@ -127,9 +126,7 @@ def _convert(path: Path, arrow: Path) -> None:
         marks = _write(part, batches)
         if not marks:
             raise DataError(f"{path}: no document")
-        if (place := first_repeat(marks, (id for _, id, _ in corpus_documents(path)))) is not None:
-            where, id, _ = next(islice(corpus_documents(path), place, None))
-            raise DataError(f"{where}: id {id[:60]!r} twice")
+        refuse_repeats(marks, ((where, id) for where, id, _ in corpus_documents(path)))
 
 
 def convert_piece(piece: Piece, _: Facts, out: Path) -> Facts:
