@@ -164,7 +164,7 @@ def check(
 
 def extrapolated(found: dict[str, Any], options: argparse.Namespace) -> str:
     """Time goes with queries x documents x width. Bytes go with passes over the corpus: one for so many queries."""
-    at_once = mining._AT_ONCE
+    at_once = mining.AT_ONCE
     rate = found["seconds"] / (options.queries * options.documents * options.width)
     what = f"{options.queries:,} queries, {options.documents:,} documents of {options.width} numbers"
     speed = f"{found['seconds']:.1f} s, {2e-9 / rate:,.0f} GFLOP/s on {os.cpu_count()} cores"
@@ -254,7 +254,7 @@ def write_rows(folder: Path, examples: int, documents: int) -> None:
 
 
 def memory_of(options: argparse.Namespace) -> dict[str, Any]:
-    mining._AT_ONCE = options.at_once
+    mining.AT_ONCE = options.at_once
     table, corpus = open_examples(options.folder / "rows.jsonl"), open_corpus(options.folder / "corpus.jsonl")
     before, seconds = resident(), []
     settings: dict[str, Any] = {

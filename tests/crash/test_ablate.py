@@ -48,7 +48,7 @@ def write_study(folder: Path, decoder: Path) -> Path:
         "run": {"checkpoint_every": 2, "tracker": "none"},
     }
     arms = {"plain": {}, "hot": {"stages.only.temperature": 0.5}}
-    study = {"name": "study", "base": "base.yaml", "baseline": "plain", "arms": arms, "seeds": [1, 2], "suite": "suite"}
+    study = {"name": "study", "base": "base.yaml", "baseline": "plain", "arms": arms, "seeds": [1], "suite": "suite"}
     (folder / "base.yaml").write_text(yaml.safe_dump(base))
     (folder / "study.yaml").write_text(yaml.safe_dump(study))
     return folder / "study.yaml"
@@ -78,15 +78,15 @@ def test_a_study_of_two_commands_with_a_killed_cell_equals_an_unbroken_one(
     words = [sys.executable, __file__, str(file), str(whole), str(out)]
     commands = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     killed = kill_a_cell(out)
-    stdout, stderr = commands.communicate(timeout=300)
+    stdout, stderr = commands.communicate(timeout=900)
     assert commands.returncode == 0, stderr[-3000:]
     unbroken, *told = map(json.loads, stdout.splitlines())
-    assert unbroken == {"started": 4, "failed": [], "missing": []}
+    assert unbroken == {"started": 2, "failed": [], "missing": []}
 
-    assert sum(each["started"] for each in told) == 5  # four cells, and one of them again
+    assert sum(each["started"] for each in told) == 3  # two cells, and one of them again
     assert any(not each["missing"] for each in told)
     assert {name for each in told for name in each["failed"]} <= {killed}  # told by the command that had started it
-    assert results(out) == results(whole) and len(results(out)) == 4
+    assert results(out) == results(whole) and len(results(out)) == 2
     assert losses(out) == losses(whole)
     assert all([step for step, _ in found] == [*range(1, STEPS + 1)] for found in losses(out).values())
     studies = [json.loads((folder / "study" / "study.json").read_text()) for folder in (out, whole)]
@@ -95,7 +95,7 @@ def test_a_study_of_two_commands_with_a_killed_cell_equals_an_unbroken_one(
 
 def kill_a_cell(out: Path) -> str:
     """Kills the first cell that has a checkpoint, in the middle. Returns its name."""
-    until = time.monotonic() + 200
+    until = time.monotonic() + 600
     while time.monotonic() < until:
         for file in out.glob("study/*/*/pid"):
             if any(file.parent.glob("checkpoints/00-*")):

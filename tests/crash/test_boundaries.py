@@ -20,7 +20,7 @@ import pytest
 
 NOT_ALIKE = ("seconds", "waited", "peak_mb")
 TEXTS = ["how do tides work?", "the moon", "a dog that does not mind, and a longer text after it"]
-SOME = 8  # boundaries of the default suite
+SOME = 4  # boundaries of the default suite
 
 
 def recipe(folder: Path, decoder: Path) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def test_killed_at_any_file_operation_a_run_ends_as_it_would_have(
     environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
     environment |= {"EMBEDWRIGHT_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=3000 if every else 300, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3000 if every else 900, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["wrong"] == {} and found["operations"] > 60
