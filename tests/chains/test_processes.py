@@ -94,8 +94,9 @@ def test_the_negatives_are_those_of_one_process(found: dict[str, Any]) -> None:
     assert [row.negatives for row in many] == [row.negatives for row in one] and one[0].negatives
 
 
-def test_a_dry_run_waits_as_long_as_the_recipe_says(found: dict[str, Any]) -> None:
+def test_a_dry_run_writes_nothing_and_waits_as_long_as_the_recipe_says(found: dict[str, Any]) -> None:
     first, second = found["dry"][2]
+    assert not (found["folder"] / "run").exists()
     assert first["limit"] == second["limit"] == 7 * 60 and "2 processes (ddp)" in first["said"] and not second["said"]
 
 

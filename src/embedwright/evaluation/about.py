@@ -6,6 +6,7 @@ import platform
 import shlex
 import sys
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ def about(model: str, fingerprint: dict[str, str] | None = None) -> dict[str, An
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
             "system": platform.system(),
         },
-        "versions": {"python": platform.python_version()} | _versions(),
+        "versions": {"python": platform.python_version()}
+        | {name: found for name in VERSIONS if (found := installed(name)) is not None},
     }
 
 
@@ -53,11 +55,10 @@ def processor() -> str:
     return ", ".join([*known, *(f"{key} {facts[key]}" for key in ("cpu family", "model") if key in facts)])
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in VERSIONS:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+@cache
+def installed(package: str) -> str | None:
+    """Returns the version of a package, None if it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

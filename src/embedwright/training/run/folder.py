@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import yaml
 
+from embedwright.evaluation.about import installed, processor
 from embedwright.evaluation.compare.bootstrap import half_interval
 from embedwright.evaluation.results import Result, Results, run_items_file, with_items
 from embedwright.files import write_text
@@ -69,9 +70,9 @@ def environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: installed(name) for name in PACKAGES},
         "commit": _commit(Path(__file__).resolve().parents[4]),
-        "device": torch.cuda.get_device_name() if gpus else _cpu(),
+        "device": torch.cuda.get_device_name() if gpus else processor(),
         "gpus": gpus,
         "cores": cores(),
         "threads": torch.get_num_threads(),
@@ -198,13 +199,7 @@ def _rows(evaluations: Iterator[Mapping[str, Any]]) -> Iterator[tuple[str, Mappi
 # ---------------------------------------------------------------------------------------------------- environment
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
+@cache  # the code of this process is that of its start
 def _commit(root: Path) -> str | None:
     if not (root / ".git").exists():  # an installed package may lie within somebody else's repository
         return None
@@ -214,13 +209,6 @@ def _commit(root: Path) -> str | None:
     except OSError:
         return None
     return done.stdout.strip() or None
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 # ---------------------------------------------------------------------------------------------------- files

@@ -139,11 +139,14 @@ def test_the_commit_is_that_of_a_checkout_alone(tmp_path: Path, monkeypatch: pyt
     head = git("rev-parse", "HEAD")
     assert folder._commit(tmp_path) == head
     file.write_text("x = 2\n")
+    assert folder._commit(tmp_path) == head  # as the process began
+    folder._commit.cache_clear()
     assert folder._commit(tmp_path) == f"{head}-dirty"
     inner = tmp_path / "lib" / "site-packages"  # of an environment that lies in somebody's repository
     inner.mkdir(parents=True)
     assert folder._commit(inner) is None
     monkeypatch.setenv("PATH", "")
+    folder._commit.cache_clear()
     assert folder._commit(tmp_path) is None
 
 
