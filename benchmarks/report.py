@@ -42,6 +42,10 @@ GOALS: dict[str, tuple[str, float | None, float | None, bool, str]] = {
     "train_bf16": ("train step bf16", 3, 3.4, True, "x"),
     "train_bf16_equal_memory": ("train step bf16 at equal peak memory", 2.3, 2.5, True, "x"),
     "mining": ("mining, exact top-100 with the 95 % rule", 2.8, 4, True, "x"),
+    "serve_plain_fp32": ("serve fp32 against ST behind FastAPI", 2, None, True, "x"),
+    "serve_plain_bf16": ("serve bf16 against ST behind FastAPI", 2, None, True, "x"),
+    "serve_batching_fp32": ("serve fp32 against ST behind a batching server", 1.2, None, True, "x"),
+    "serve_batching_bf16": ("serve bf16 against ST behind a batching server", 1.1, None, True, "x"),
     "encode_memory": ("peak memory of encode, against ST at its best", 1, 0.7, False, "x"),
 }
 NOT_MEASURED = "not measured"
@@ -176,7 +180,7 @@ def render(results: Mapping[str, Mapping[str, Any]]) -> str:
     def of(prefix: str) -> dict[str, Mapping[str, Any]]:
         return {name: record for name, record in results.items() if name.startswith(prefix)}
 
-    for prefix, section in (("encode-", encode_section), ("split-", split_section)):
+    for prefix, section in (("encode-", encode_section), ("split-", split_section), ("serve-", serve_section)):
         lines += section(found) if (found := of(prefix)) else []
     for name, single in (("scaling", scaling_section), ("linears", linears_section)):
         lines += single(results[name]) if name in results else []
@@ -218,6 +222,9 @@ instruction. MFU: FLOPs of the linear layers alone, over those of the fastest ma
 in the same run; one over ST's is what a ratio could be at most. Cosine: the smallest between the two sides in float32;
 in bfloat16 of each side to our float32 (ours / ST), with the mean distance (1 - cosine) behind it: a few texts decide
 the smallest."""
+SERVE = """\
+Requests of 1, 4 and 16 texts of mixed lengths by 16 clients at once, written beforehand; vectors in base64. `plain` is
+ST behind FastAPI, `batching` collects what waits, each at its fastest setting. Client's CPU: of one core."""
 CEILINGS = """\
 What a ratio could be at most: ST's time over that of the matrix products that the work takes, and of nothing else, at
 the fastest that this machine showed in the same run. For encode these are those of the linear layers, in the type that
@@ -249,6 +256,26 @@ def machines(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
         line = f"{m['cpu']}, {cores}; {versions}"
         runs.setdefault(line, []).append(name)
     return [f"Machine: {line} ({', '.join(names)})." for line, names in runs.items()]
+
+
+def serve_section(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    rows = []
+    for record in records.values():
+        for side, found in record["sides"].items():
+            rows.append(
+                [
+                    record["model"],
+                    record["dtype"],
+                    side,
+                    f"{found['texts_per_s']:,.1f}",
+                    f"{found['p50_ms']:,.0f} / {found['p99_ms']:,.0f}",
+                    spread(record["times_faster"][side]) if side in record["times_faster"] else "",
+                    f"{found['smallest_cosine']:.6f}",
+                    f"{found['client_cpu_share']:.1%}",
+                ]
+            )
+    head = ["model", "type", "server", "texts/s", "p50 / p99 ms", "ours over it", "cosine", "client's CPU"]
+    return ["## Serve", "", SERVE, "", *table(head, rows), ""]
 
 
 def encode_section(records: Mapping[str, Mapping[str, Any]]) -> list[str]:

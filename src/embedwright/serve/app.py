@@ -8,8 +8,9 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import numpy as np
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI, Security
 from fastapi.responses import Response
+from fastapi.security import HTTPBearer
 from numpy.typing import NDArray
 from pydantic_core import to_json
 
@@ -73,10 +74,14 @@ def create_app(
     )
     add_handlers(app)
     _add_health(app, server)
-    _add_embeddings(app, server, embedding_request(model.embedding_dim, server.limits.max_inputs, token_ids))
+    # the guard checks the keys: this tells OpenAPI of them
+    secured = [Security(HTTPBearer(auto_error=False))] if keys else []
+    paths = APIRouter(responses=ERRORS, dependencies=secured)
+    _add_model(paths, server, embedding_request(model.embedding_dim, server.limits.max_inputs, token_ids))
     if index is not None:
-        add_search(app, server, index)
+        add_search(paths, server, index)
         add_map(app, index)
+    app.include_router(paths)
     if page:
         add_page(app, two=against is not None)
     if against is not None:
@@ -97,14 +102,14 @@ def _add_health(app: FastAPI, server: Server) -> None:
             raise ApiError(503, "the server stops", code="stopping")
         return Status(status="ready")
 
-    @app.get("/metrics", response_class=Response, responses=ERRORS | {200: {"content": {"text/plain": {}}}})
+
+def _add_model(paths: APIRouter, server: Server, request_model: type[EmbeddingRequest]) -> None:
+    @paths.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
         """Counts and times, for Prometheus."""
         return Response(server.metrics.text(), media_type="text/plain; version=0.0.4")
 
-
-def _add_embeddings(app: FastAPI, server: Server, request_model: type[EmbeddingRequest]) -> None:
-    @app.get("/v1/models", response_model=Models, responses=ERRORS)
+    @paths.get("/v1/models", response_model=Models)
     async def models() -> Models:
         """The model of this server."""
         packed = server.packed
@@ -132,7 +137,7 @@ def _add_embeddings(app: FastAPI, server: Server, request_model: type[EmbeddingR
         )
 
     embeddings.__annotations__["asked"] = request_model  # its bounds are known only now
-    app.post("/v1/embeddings", response_model=None, responses=ERRORS | {200: {"model": EmbeddingAnswer}})(embeddings)
+    paths.post("/v1/embeddings", response_model=None, responses={200: {"model": EmbeddingAnswer}})(embeddings)
 
 
 def _embeddings(vectors_NE: NDArray[np.float32], as_base64: bool, name: str, tokens: int) -> bytes:

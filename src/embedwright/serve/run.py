@@ -13,6 +13,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from embedwright import threads
 from embedwright.errors import InputError, blaming
 from embedwright.serve.server import Server
 
@@ -26,6 +27,7 @@ def run(app: FastAPI, listening: socket.socket, drain_s: float) -> None:
     New requests get 503 meanwhile. What takes longer than `drain_s` seconds is answered with 503 too. A second signal
     ends all at once.
     """
+    threads.free()  # this thread computes nothing, and is not to share a core with one that does
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     logging.getLogger("embedwright.index").setLevel(logging.ERROR)  # it warns of filters that match nothing, and quotes
     config = uvicorn.Config(

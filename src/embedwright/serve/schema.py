@@ -20,6 +20,10 @@ def _whole(value: Any) -> Any:
 
 
 MOST_HITS = 1000
+_TASK_OF_DOCUMENTS = {
+    "properties": {"input_type": {"const": "document"}, "task": {"type": "string"}},
+    "required": ["input_type", "task"],
+}
 
 
 # The bounds come first: behind a validator they would be missing in the OpenAPI schema.
@@ -31,7 +35,7 @@ def whole_number(least: int, most: int) -> Any:
 class EmbeddingRequest(BaseModel):
     """Texts to encode. `input_type` and `task` are not OpenAI's: they say on which side of a search the texts are."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"not": _TASK_OF_DOCUMENTS})
 
     input: list[str | list[int]]
     model: str | None = Field(None, description="Name of the model, as /v1/models lists it.")

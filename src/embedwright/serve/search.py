@@ -5,18 +5,17 @@ from __future__ import annotations
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 
-from fastapi import FastAPI
+from fastapi import APIRouter
 from fastapi.responses import Response
 from pydantic_core import to_json
 
 from embedwright import threads
 from embedwright.index.index import Index
-from embedwright.serve.errors import ERRORS
 from embedwright.serve.schema import IndexFacts, SearchAnswer, SearchRequest, search_request
 from embedwright.serve.server import Server
 
 
-def add_search(app: FastAPI, server: Server, index: Index) -> None:
+def add_search(paths: APIRouter, server: Server, index: Index) -> None:
     """Adds the two paths. Queries are encoded beside all other texts; one thread searches."""
     contract = server.packed.model.contract
     searching = ThreadPoolExecutor(1, "embedwright-search", initializer=threads.free)
@@ -37,9 +36,9 @@ def add_search(app: FastAPI, server: Server, index: Index) -> None:
         return Response(to_json(answer, inf_nan_mode="null"), media_type="application/json")
 
     search.__annotations__["asked"] = search_request(server.limits.max_inputs)
-    app.post("/search", response_model=None, responses=ERRORS | {200: {"model": SearchAnswer}})(search)
+    paths.post("/search", response_model=None, responses={200: {"model": SearchAnswer}})(search)
 
-    @app.get("/index", response_model=IndexFacts, responses=ERRORS)
+    @paths.get("/index", response_model=IndexFacts)
     async def facts() -> IndexFacts:
         """What the index holds."""
         return IndexFacts(**index.facts() | {"model": server.name}, task=contract.default_task or None)

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import socket
+import subprocess
+import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -135,3 +140,47 @@ def other(model: Embedder, documents: Path, tmp_path_factory: pytest.TempPathFac
     """Of `model`, whole documents."""
     out = tmp_path_factory.mktemp("other") / "index"
     return Index.open(build_index(model, documents, out, metadata=["year", "lang"]))
+
+
+class Process:
+    """`embedwright serve` as a user starts it."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        words = [sys.executable, "-m", "embedwright", "serve", str(folder), "--port", "0", "--name", "tiny", *options]
+        self.process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        said = re.search(r"http://\S+", line)
+        assert said, (line, self.process.communicate(timeout=60))
+        self.url = said[0].removesuffix("/v1")
+
+    def ask(self, path: str, body: Any = None) -> tuple[int, bytes]:
+        sent = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, sent, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return answer.status, answer.read()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read()
+
+    def under_way(self) -> int:
+        """The number of requests that the server has accepted and not answered, without this one."""
+        counted = self.ask("/metrics")[1].decode()
+        found = re.search(r"^embedwright_requests_under_way (\d+)", counted, re.MULTILINE)
+        assert found
+        return int(found[1]) - 1
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Process]]:
+    """`start(folder, *options)`: a process of the command, killed when the test ends."""
+    started: list[Process] = []
+
+    def begin(folder: Path, *options: str) -> Process:
+        started.append(Process(folder, *options))
+        return started[-1]
+
+    yield begin
+    for made in started:
+        made.process.kill()
+        made.process.communicate(timeout=60)

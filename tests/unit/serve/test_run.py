@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
-import subprocess
-import sys
 import threading
 import time
-import urllib.error
-import urllib.request
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -52,39 +48,12 @@ def test_keys_come_from_a_variable_or_a_file(tmp_path: Path, monkeypatch: pytest
         assert "sk-secret" not in str(found.value)
 
 
-class Process:
-    """`embedwright serve` as a user starts it."""
-
-    def __init__(self, folder: Path, *options: str) -> None:
-        words = [sys.executable, "-m", "embedwright", "serve", str(folder), "--port", "0", "--name", "tiny", *options]
-        self.process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        said = re.search(r"http://\S+", line)
-        assert said, (line, self.process.communicate(timeout=60))
-        self.url = said[0].removesuffix("/v1")
-
-    def ask(self, path: str, body: Any = None) -> tuple[int, bytes]:
-        sent = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, sent, {"Content-Type": "application/json"})
-        try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                return answer.status, answer.read()
-        except urllib.error.HTTPError as error:
-            return error.code, error.read()
-
-    def under_way(self) -> int:
-        """The number of requests that the server has accepted and not answered, without this one."""
-        counted = self.ask("/metrics")[1].decode()
-        found = re.search(r"^embedwright_requests_under_way (\d+)", counted, re.MULTILINE)
-        assert found
-        return int(found[1]) - 1
-
-
-def test_a_signal_ends_the_process_when_all_it_has_accepted_is_answered(model: Embedder, tmp_path: Path) -> None:
+def test_a_signal_ends_the_process_when_all_it_has_accepted_is_answered(
+    start: Callable[..., Any], model: Embedder, tmp_path: Path
+) -> None:
     model.save(tmp_path / "model")
     # a batch for each text, so that the requests are still under way when the signal comes
-    server = Process(tmp_path / "model", "--batch-tokens", "1", "--queue-tokens", "99999", "--drain", "60")
+    server = start(tmp_path / "model", "--batch-tokens", "1", "--queue-tokens", "99999", "--drain", "60")
     parts = [TEXTS[i * 24 :][:24] for i in range(4)]
     answers: list[tuple[int, bytes]] = []
 
