@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema, create_model
+from pydantic.config import JsonDict
 
 TOKEN_IDS = (
     "token ids are not taken: ids of another model's vocabulary would give wrong vectors without an error. Send text "
@@ -20,7 +21,7 @@ def _whole(value: Any) -> Any:
 
 
 MOST_HITS = 1000
-_TASK_OF_DOCUMENTS = {
+_TASK_OF_DOCUMENTS: JsonDict = {
     "properties": {"input_type": {"const": "document"}, "task": {"type": "string"}},
     "required": ["input_type", "task"],
 }
