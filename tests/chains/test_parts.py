@@ -17,6 +17,7 @@ from fake_llm import Body, FakeLLM, Reply, command
 from embedwright.data.files.tasks import write_tasks
 from embedwright.data.schema import Example, Task
 from embedwright.data.tables.table import open_examples
+from embedwright.index.build import build_index
 from embedwright.model.embedder import Embedder
 from embedwright.vectors.corpus import encode_corpus
 
@@ -179,7 +180,8 @@ def test_shards_encode_as_one_run_does(
 ) -> None:
     """The same files, byte for byte; the corpus is a folder of parts."""
     tiny_embedder("mean").save(tmp_path / "model")
-    monkeypatch.setitem(encode_corpus.__kwdefaults__, "shard_rows", 5)
+    for encodes in (encode_corpus, build_index):
+        monkeypatch.setitem(encodes.__kwdefaults__, "shard_rows", 5)
     (tmp_path / "corpus").mkdir()
     for index in range(2):
         documents = [{"_id": f"d{index}{i}", "text": words((index, i), 5)} for i in range(13)]

@@ -112,6 +112,7 @@ NOT_FOR_SAMENESS = {
     "data/files/rows.py": {"lower"},  # the ending of a file's name
     "evaluation/bench/airbench_sets.py": {"lower"},  # names of benchmarks
     "evaluation/bench/names.py": {"lower"},
+    "serve/guard.py": {"casefold"},  # the scheme of an authorization header
     "studies/report/run.py": {"lower"},  # a title inside a sentence
 }
 
