@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from embedwright.cli import options
-from embedwright.cli.display import counter, note, say
+from embedwright.cli.display import clock, counter, note, say
 from embedwright.cli.model import with_all
 from embedwright.cli.options import arg, opt
 from embedwright.cli.shell import file_of
@@ -81,8 +83,8 @@ def index(
         progress = counter("texts")
         if reencode:
             chunks, tokens = cost(encoder, Index.open(folder))
-            note(f"to encode: {chunks:,} texts, {tokens:,} tokens; the time follows after the first shard")
-            change.reencode(encoder, folder, progress)
+            note(f"to encode: {chunks:,} texts, {tokens:,} tokens")
+            change.reencode(encoder, folder, _timed(progress))
             return _finish(folder, faiss, lancedb)
         with file_of(source) as texts:
             if append or replace:
@@ -122,3 +124,18 @@ def _finish(folder: Path, faiss: bool, lancedb: bool) -> None:
         table = to_lancedb(index)
         found = "" if table.recall is None else f", recall@10 of approximate search: {table.recall:.4f}"
         say(f"{table.folder}: {table.rows:,} chunks{found}")
+
+
+def _timed(progress: Callable[[int, int], None]) -> Callable[[int, int], None]:
+    """Says after the first shard how long all of them take at its rate."""
+    started, said = time.monotonic(), False
+
+    def update(done: int, total: int) -> None:
+        nonlocal said
+        if not said:
+            seconds = (time.monotonic() - started) * total / done
+            note(f"at the rate of the first {done:,} texts, all {total:,} take {clock(seconds)}")
+            said = True
+        progress(done, total)
+
+    return update
