@@ -156,10 +156,10 @@ def test_keys_go_through_the_hits_and_open_one(browser: Browser, address: str) -
     here = "[document.activeElement.closest('.hit')?.dataset.id ?? document.activeElement.id]"
     order = browser.run(HITS)[0]
     seen = []
-    for key in ("ArrowDown", "ArrowDown", "ArrowUp", "Escape"):
+    for key in ("/", "ArrowDown", "ArrowDown", "ArrowUp", "Escape"):
         press(browser, key)
         seen += browser.run(here)
-    assert seen == [order[0], order[1], order[0], "query"]
+    assert seen == ["query", order[0], order[1], order[0], "query"]
     press(browser, "ArrowDown")
     press(browser, "Enter")
     assert browser.run("document.activeElement.getAttribute('aria-expanded')") == "true"

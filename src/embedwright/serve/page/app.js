@@ -137,7 +137,8 @@ function said(took) {
 
 const start = () => h("div", { class: "start" },
   h("p", {}, "Type a question and press Enter. Each hit shows the chunk of its document that is nearest to the query, by the cosine of their vectors."),
-  h("p", { class: "note" }, h("kbd", {}, "/"), " goes to the query, ", h("kbd", {}, "↑"), h("kbd", {}, "↓"), " move through the hits, ", h("kbd", {}, "Enter"), " opens one, ", h("kbd", {}, "Esc"), " goes back."));
+  h("p", { class: "note" }, h("kbd", {}, "/"), " goes to the query, ",
+    h("kbd", {}, "↑"), h("kbd", {}, "↓"), " move through the hits, ", h("kbd", {}, "Enter"), " opens one, ", h("kbd", {}, "Esc"), " goes back."));
 
 // ---- keys
 
@@ -204,7 +205,7 @@ async function open() {
   fill();
   search();
   if (state.view === "map") map.show(sides, state.colour);
-  else $("query").focus();
+  else if (!state.q) $("query").focus(); // a shared search opens without a phone's keyboard over it
 }
 
 state = read();

@@ -41,11 +41,13 @@ export function makeMap(panel, coloured) {
   const colour = h("select", { id: "map-colour", onchange: () => { paintBy(colour.value); coloured(colour.value); } });
   const sideLabel = h("label", {}, h("span", {}, "Index of"), side), colourLabel = h("label", {}, h("span", {}, "Coloured by"), colour);
   const button = (name, label, act) => h("button", { type: "button", "aria-label": label, title: label, onclick: act }, name);
-  const buttons = h("div", { class: "buttons" }, button("+", "Zoom in", () => middle(1.6)), button("−", "Zoom out", () => middle(1 / 1.6)), button("Reset", "Reset", () => reset()));
+  const buttons = h("div", { class: "buttons" },
+    button("+", "Zoom in", () => middle(1.6)), button("−", "Zoom out", () => middle(1 / 1.6)), button("Reset", "Reset", () => reset()));
   const canvas = h("canvas", { tabindex: "0", role: "img", id: "canvas" });
   const legend = h("ul", { class: "legend", "aria-label": "Groups of the map" }), about = h("p", { class: "note", role: "status" });
   const help = h("p", { class: "note" }, "Wheel, pinch, + and − zoom; drag or arrows move; 0 shows all; N goes to the next hit. Choose a group to see it alone.");
-  const drawn = h("div", { class: "drawn", hidden: true }, h("div", { class: "canvas" }, canvas, buttons), h("div", { class: "beside" }, h("div", { class: "row" }, colourLabel, sideLabel), legend, help));
+  const drawn = h("div", { class: "drawn", hidden: true }, h("div", { class: "canvas" }, canvas, buttons),
+    h("div", { class: "beside" }, h("div", { class: "row" }, colourLabel, sideLabel), legend, help));
   panel.append(about, drawn);
 
   async function load() {
@@ -62,7 +64,8 @@ export function makeMap(panel, coloured) {
     data = own.map;
     [data.left, data.right, data.top, data.bottom] = [...range(data.x), ...range(data.y)];
     const size = data.ids.length, columns = Object.keys(data.metadata);
-    about.textContent = `${size < data.of ? `${size.toLocaleString("en")} of ${count(data.of, "document")}, drawn at random (seed ${data.seed})` : count(size, "document")}. Layout: ${data.method}.`;
+    const sample = `${size.toLocaleString("en")} of ${count(data.of, "document")}, drawn at random (seed ${data.seed})`;
+    about.textContent = `${size < data.of ? sample : count(size, "document")}. Layout: ${data.method}.`;
     colour.replaceChildren(...columns.map((name) => h("option", {}, name)));
     colourLabel.hidden = !columns.length;
     const kinds = (name) => new Set(data.metadata[name]).size;
@@ -79,7 +82,8 @@ export function makeMap(panel, coloured) {
     legend.replaceChildren(...groups.names.map((group, i) => {
       const key = h("span", { class: "key" });
       key.style.background = `var(${group.colour})`;
-      return h("li", {}, h("button", { type: "button", "aria-pressed": "false", onclick: () => choose(i) }, key, `${group.name} `, h("small", {}, group.count.toLocaleString("en"))));
+      const size = h("small", {}, group.count.toLocaleString("en"));
+      return h("li", {}, h("button", { type: "button", "aria-pressed": "false", onclick: () => choose(i) }, key, `${group.name} `, size));
     }));
     paint();
   }
@@ -133,7 +137,8 @@ export function makeMap(panel, coloured) {
     }
     brush.strokeStyle = shade("--text");
     if (under >= 0) { disc(under, (hits.some(([i]) => i === under) ? 10 : radius) + 4); brush.stroke(); }
-    canvas.setAttribute("aria-label", `Map of ${count(data.ids.length, "document")}${colour.value ? ` coloured by ${colour.value}` : ""}, ${count(hits.length, "hit")} of the last search marked`);
+    const by = colour.value ? ` coloured by ${colour.value}` : "";
+    canvas.setAttribute("aria-label", `Map of ${count(data.ids.length, "document")}${by}, ${count(hits.length, "hit")} of the last search marked`);
     Object.assign(canvas.dataset, { zoom: view.zoom.toFixed(3), x: view.x.toFixed(1), y: view.y.toFixed(1), marked: hits.length });
   }
 
