@@ -30,6 +30,7 @@ BOTTOM = {
     "threads",
     "host",
     "locate",
+    "remote",
 }  # known to all
 # Along a chain, each room may import those before it.
 MODEL = [
@@ -121,6 +122,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "endpoint": {"errors"},
     "cache": {"errors"},
     "locate": {"errors", "cache"},
+    "remote": {"errors", "cache", "files"},
     "registration": {"model"},
     "model": {"model.interop"},  # the package: importing it registers our model type with transformers
     **{room: BOTTOM | set(MODEL[:i]) for i, room in enumerate(MODEL)},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,9 +27,10 @@ def _naming_refused(verb: Callable[..., None]) -> Callable[..., None]:
     """Makes `mine` name file and row of texts that a teacher refuses for their length."""
 
     @wraps(verb)
-    def call(examples: Path, *, corpus: Path | None = None, **given: Any) -> None:
+    def call(examples: str, *, corpus: str | None = None, **given: Any) -> None:
         from embedwright.data.files.beir import corpus_rows, document_text
         from embedwright.data.tables.table import open_as_named
+        from embedwright.remote import fetched
 
         try:
             verb(examples=examples, corpus=corpus, **given)
@@ -36,10 +38,10 @@ def _naming_refused(verb: Callable[..., None]) -> Callable[..., None]:
             if not (refused := getattr(error, "texts", ())):
                 raise
             texts, places = set(refused), list[str]()
-            for number, example in enumerate(open_as_named(examples), start=1):
+            for number, example in enumerate(open_as_named(fetched(examples)), start=1):
                 if not texts.isdisjoint([example.query, *(passage.text for passage in example.positives)]):
                     places.append(f"{examples}: row {number}, id {example.id!r}")
-            rows = corpus_rows(corpus) if corpus else ()
+            rows = corpus_rows(fetched(corpus)) if corpus else ()
             places += [f"{file}:{n}" for file, n, row in rows if isinstance(row, dict) and document_text(row) in texts]
             raise InputError("\n".join([f"{error}, or --cut:", *places[:20]])) from None
 
@@ -50,10 +52,10 @@ def _naming_refused(verb: Callable[..., None]) -> Callable[..., None]:
 @_naming_refused
 def mine(
     how: options.How,
-    examples: Annotated[Path, arg("Training examples or pairs.")],
-    out: options.PartsOut,
+    examples: Annotated[str, arg("Training examples or pairs, also of a store (s3://...).")],
+    out: options.StoreOut,
     corpus: Annotated[
-        Path | None,
+        str | None,
         opt('Documents to mine from: rows {"_id", "text"}, or what `encode` wrote of them. Default: all positives.'),
     ] = None,
     teacher: Annotated[
@@ -90,7 +92,7 @@ def mine(
 
     Under torchrun, all processes encode, each a part of the texts.
     """
-    from embedwright.data.files.parts import is_done, write_part
+    from embedwright.data.files.parts import folder_of_part, is_done, write_part
     from embedwright.data.files.tasks import digest_of
     from embedwright.data.tables.documents import DocumentTable, open_corpus
     from embedwright.data.tables.table import PartOfTable, open_as_named
@@ -101,6 +103,7 @@ def mine(
     from embedwright.mining.mine import mine as run
     from embedwright.mining.pool import positives_of
     from embedwright.processes import joined
+    from embedwright.remote import fetched
     from embedwright.vectors.corpus import is_encoded, open_encoded
 
     options.check_out(out, shard)
@@ -146,19 +149,20 @@ def mine(
             known = {"examples": table.fingerprint, "corpus": identity, "teachers": names, **templates, **chosen}
             known |= {name: value for name, value in how.items() if name != "device"}
             known["tasks"] = digest_of(table.tasks)  # whose instructions go before the queries
-            counts = write_part(out, shard, known, write)
+            counts = write_part(folder, shard, known, write)
         else:
-            counts = write(out)
+            counts = write(Path(out))
         if report:
             write_json(report / "report.json", counts)
         say_json({key: value for key, value in counts.items() if key != "scores"})
 
-    with joined() as processes:
+    with joined() as processes, ExitStack() as opened_folder:
         with processes.together():  # before a teacher is loaded: bad rows show at once
             if processes.first:
-                table = open_as_named(examples)
-                pool = (open_encoded if is_encoded(corpus) else open_corpus)(corpus) if corpus else positives_of(table)
-        done = processes.decided(lambda: shard is not None and is_done(shard.file(out)))
+                table, place = open_as_named(fetched(examples)), fetched(corpus) if corpus else None
+                pool = (open_encoded if is_encoded(place) else open_corpus)(place) if place else positives_of(table)
+                folder = opened_folder.enter_context(folder_of_part(out, shard)) if shard else Path()
+        done = processes.decided(lambda: shard is not None and is_done(shard.file(folder)))
         shared(lambda: [] if done else opened(), processes, work)
 
 

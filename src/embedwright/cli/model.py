@@ -17,6 +17,7 @@ from embedwright.cli.evaluation import score, show_run
 from embedwright.cli.options import arg, opt
 from embedwright.cli.shell import file_of, queries_of
 from embedwright.errors import InputError
+from embedwright.files import check_folder
 
 if TYPE_CHECKING:
     from embedwright.training.recipe import Recipe
@@ -153,8 +154,11 @@ def _fold_in(adapter: str, out: Path) -> None:
 def encode(
     how: options.How,
     model: options.Model,
-    source: options.Texts,
-    out: Annotated[Path, arg("Folder for the vectors (Arrow shards).", callback=options.folder_to_write)],
+    source: options.StoreTexts,
+    out: Annotated[
+        str,
+        arg("Folder for the vectors (Arrow shards), also of a store.", callback=options.or_remote(check_folder)),
+    ],
     task: options.TaskOption = None,
     precision: options.StoredPrecision = "float32",
     shard: options.ShardOption = None,
@@ -163,13 +167,15 @@ def encode(
 
     Under torchrun, all processes encode, each a part of the texts.
     """
+    from embedwright.remote import fetched, local_folder
     from embedwright.vectors.corpus import encode_corpus
 
     settings: dict[str, Any] = {"task": task, "precision": precision, "shard": shard}
 
     def work(encoder: Any) -> None:
-        with file_of(source) as texts:
-            say(f"{encode_corpus(encoder, texts, out, progress=counter('texts'), **settings)}")
+        with file_of(fetched(source)) as texts, local_folder(out) as (folder, remote):
+            encode_corpus(encoder, texts, folder, progress=counter("texts"), remote=remote, **settings)
+        say(out)
 
     with_all(model, how, work)
 

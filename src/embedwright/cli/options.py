@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from inspect import Parameter, Signature, signature
@@ -15,6 +16,7 @@ from embedwright.cli.display import say
 from embedwright.data.files.parts import Shard
 from embedwright.errors import InputError
 from embedwright.files import check_file, check_folder, check_new_folder
+from embedwright.remote import RemoteFolder, is_remote
 
 
 def opt(help: str, *names: str, **settings: Any) -> Any:
@@ -37,8 +39,22 @@ def to_write(check: Callable[[Path], Path]) -> Callable[[Path | None], Path | No
     def checked(value: Path | None) -> Path | None:
         if value is None:
             return None
+        if re.match(r"\w[\w+.-]+:/", str(value)):  # a `Path` has lost a slash of s3://
+            raise InputError(f"{value}: this is written on this disk; only `encode` and `mine --shard` write to stores")
         check(value)
         return value.expanduser()
+
+    return checked
+
+
+def or_remote(check: Callable[[Path], Path]) -> Callable[[str], str]:
+    """Makes a callback of an option that may be a path of a store. It checks others as `to_write` does."""
+
+    def checked(value: str) -> str:
+        if not is_remote(value):
+            return str(to_write(check)(Path(value)))
+        RemoteFolder(value, Path())  # raises where no package knows the store
+        return value
 
     return checked
 
@@ -63,9 +79,12 @@ def check_rows_file(path: Path) -> Path:
     return check_file(check_rows_name(path))
 
 
-def check_out(out: Path, shard: Shard | None) -> None:
+def check_out(out: Path | str, shard: Shard | None) -> None:
     """Checks that `out` can be written: a file, or with `shard` a folder of parts. For commands with `PartsOut`."""
-    if shard is None:
+    if is_remote(out):
+        if shard is None:
+            raise InputError(f"--out {out}: a store takes a folder of parts: add --shard 0/1, for one part")
+    elif shard is None:
         check_file(out)
     else:
         check_folder(out)
@@ -110,6 +129,14 @@ PartsOut = Annotated[
         callback=to_write(check_rows_name),
     ),
 ]
+StoreOut = Annotated[
+    str,
+    opt(
+        "File to write: .jsonl, .jsonl.gz or .parquet; with --shard, a folder of such, also of a store (s3://...).",
+        "--out",
+        callback=or_remote(check_rows_name),
+    ),
+]
 ShardOption = Annotated[
     Shard | None,
     opt(
@@ -126,6 +153,13 @@ rows_to_write = to_write(check_rows_file)
 corpus_to_write = to_write(lambda path: check_file(path) if path.suffix == ".arrow" else check_rows_file(path))
 Out = Annotated[Path, opt("File to write: .jsonl, .jsonl.gz or .parquet.", "--out", callback=rows_to_write)]
 Model = Annotated[str, arg("Model: a folder, a hub id, or `minilm`.")]
+StoreTexts = Annotated[
+    str,
+    arg(
+        "JSONL or Parquet with `text`, or .txt with a text a line; also of a store (s3://...). "
+        "-: standard input, JSONL or a text a line."
+    ),
+]
 Texts = Annotated[
     Path, arg("JSONL or Parquet with `text`, or .txt with a text a line. -: standard input, JSONL or a text a line.")
 ]

@@ -18,6 +18,7 @@ from embedwright.data.schema import DataError
 from embedwright.data.tables.documents import DocumentTable
 from embedwright.encoders.protocol import Encoder, as_encoder
 from embedwright.errors import InputError
+from embedwright.remote import RemoteFolder
 from embedwright.vectors.shards import read_shard
 from embedwright.vectors.store import (
     Manifest,
@@ -56,6 +57,7 @@ def encode_corpus(
     precision: StoredPrecision | None = None,
     progress: Progress | None = None,
     shard: Shard | None = None,
+    remote: RemoteFolder | None = None,
 ) -> Path:
     """Encodes the documents of `source` into the folder `out`, and returns it. Called again, it does what is missing.
 
@@ -71,6 +73,8 @@ def encode_corpus(
         progress: `progress(done, total)` counts documents.
         shard: encode these shards of the folder alone. Other processes encode the others, at the same time or later;
             all together write the files of one run. Each reads the whole source to check it.
+        remote: the folder of a store (`local_folder`) where the files go, each when it is whole. `out` keeps none of
+            the shards then, and those that the store has are not encoded again.
 
     Raises:
         DataError: a bad line, or an id that occurs twice; the message names file and line.
@@ -78,7 +82,7 @@ def encode_corpus(
     """
     rows = lambda: ((row.id, with_title(row.title, row.text)) for row in read_source(source))  # noqa: E731
     how: dict[str, Any] = {"task": task, "shard_rows": shard_rows, "precision": precision}
-    encode_rows(as_encoder(model), rows, out, ("id", "text"), **how, progress=progress, shard=shard)
+    encode_rows(as_encoder(model), rows, out, ("id", "text"), **how, progress=progress, shard=shard, remote=remote)
     return out
 
 
@@ -93,6 +97,7 @@ def encode_rows(
     precision: StoredPrecision | None = None,
     progress: Progress | None = None,
     shard: Shard | None = None,
+    remote: RemoteFolder | None = None,
 ) -> Manifest:
     """Does the work of `encode_corpus` for rows that `rows()` gives anew each time: what is stored, then the text.
 
@@ -101,8 +106,10 @@ def encode_rows(
     if shard_rows < 1:
         raise InputError(f"shard_rows must be at least 1, not {shard_rows}")
     seen = survey(rows(), shard_rows)
-    done = 0
+    done, new = 0, remote is not None and not remote.fetch("manifest.json", "probes.arrow")
     manifest = _claim(out, encoder, seen, shard_rows, task, precision)
+    if remote and new:
+        remote.send("probes.arrow", "manifest.json")
     own = (shard or Shard(0, 1)).rows(len(seen.digests))
     total = min(own.stop * shard_rows, seen.texts) - min(own.start * shard_rows, seen.texts)
 
@@ -112,7 +119,9 @@ def encode_rows(
         if progress:
             progress(done, total)
 
-    fill(out, manifest, encoder, rows(), seen, columns=columns, advance=advance, own=own)
+    fill(out, manifest, encoder, rows(), seen, columns=columns, advance=advance, own=own, remote=remote)
+    if remote:
+        remote.fetch("manifest.json")
     if Manifest.read(out) != manifest:  # two commands may have begun at one moment: those vectors count for nothing
         raise InputError(f"{out} was taken by a command with other settings meanwhile: take a new folder")
     logger.info("%s: %d texts", out, total)

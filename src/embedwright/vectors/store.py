@@ -30,6 +30,7 @@ from embedwright.encoders.protocol import Encoder, encode_finite
 from embedwright.errors import InputError, NotFoundError
 from embedwright.files import write_json
 from embedwright.fingerprint import Facts, differences, fingerprint_of
+from embedwright.remote import RemoteFolder
 from embedwright.vectors.shards import Vectors, read_shard, vectors_of, write_shard
 
 logger = logging.getLogger(__name__)
@@ -190,10 +191,12 @@ def fill(
     columns: Sequence[str] = (),
     advance: Callable[[int], None],
     own: range | None = None,
+    remote: RemoteFolder | None = None,
 ) -> None:
     """Encodes the shards that a claimed folder lacks: all, or only those in `own`.
 
-    `columns` are the names of stored columns. Raises ValueError if the rows are not those of the survey.
+    `columns` are the names of stored columns. With `remote`, each shard is sent there and removed here. Raises
+    ValueError if the rows are not those of the survey.
     """
     given, digest = iter(rows), hashlib.sha256()
     own = range(len(seen.digests)) if own is None else own
@@ -203,10 +206,13 @@ def fill(
         chunk = list(islice(given, wanted))
         if _digested(digest, chunk) != expected:
             raise InputError(f"of {seen.texts} texts, the corpus gave others when it was read again")
-        if shard in own and not _complete(path, wanted, manifest):
+        if shard in own and not (_sent(remote, path.name, manifest) if remote else _complete(path, wanted, manifest)):
             vectors_NE = encode_finite(encoder, [row[-1] for row in chunk], manifest.task)
             stored = zip(columns, zip(*chunk, strict=True), strict=False)
             write_shard(path, _stored(vectors_NE, manifest.precision), dict(stored), {_OWNER: manifest.digest()})
+            if remote:
+                remote.send(path.name)
+                path.unlink()
         if shard in own:
             advance(wanted)
 
@@ -292,6 +298,16 @@ def _complete(path: Path, rows: int, manifest: Manifest) -> bool:
     except (OSError, pa.ArrowInvalid):  # Arrow's footer comes last: a cut file has none
         return False
     return found.num_rows == rows and (found.schema.metadata or {}).get(_OWNER) == manifest.digest()
+
+
+def _sent(remote: RemoteFolder, name: str, manifest: Manifest) -> bool:
+    """Says whether a store has a shard of this folder, by its end alone, which comes last: its rows stay there."""
+    try:
+        with remote.open(name) as stream:
+            metadata = pa.ipc.open_file(stream).schema.metadata
+    except (FileNotFoundError, pa.ArrowInvalid):
+        return False
+    return (metadata or {}).get(_OWNER) == manifest.digest()
 
 
 def _digested(digest: Any, rows: Iterable[Row]) -> str:

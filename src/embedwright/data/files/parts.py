@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from embedwright.errors import InputError, OutputExistsError
 from embedwright.files import check_folder, write_json
+from embedwright.remote import local_folder
 
 Counts = dict[str, Any]
 
@@ -58,6 +60,24 @@ def write_part(out: Path, shard: Shard, settings: Mapping[str, Any], write: Call
     """
     check_folder(out)
     return write_once(shard.file(out), {**settings, "parts": shard.count}, write)
+
+
+@contextmanager
+def folder_of_part(out: str | Path, shard: Shard) -> Iterator[Path]:
+    """Yields a local folder for this part of `out`: `out` itself, unless it is in a store.
+
+    Of a store, it is a temporary one with what the store has of this part. What is made there is sent when the block
+    ends without an error, the report at the end. Raises OutputExistsError if the store's folder holds something else.
+    """
+    with local_folder(out) as (folder, remote):
+        report = _report(file := shard.file(folder))
+        if remote:
+            remote.fetch(_SETTINGS, file.name, report.name)
+        done = is_done(file)
+        yield folder
+        if remote and not done:
+            others = {path.name for path in folder.iterdir()} - {_SETTINGS, report.name}
+            remote.send(_SETTINGS, *others, *([report.name] if report.is_file() else []))
 
 
 def write_once(file: Path, settings: Mapping[str, Any], write: Callable[[Path], Counts]) -> Counts:

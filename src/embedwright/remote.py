@@ -1,0 +1,114 @@
+"""Paths of object stores, such as `s3://bucket/folder`, through fsspec: sources are fetched, finished files are sent.
+
+Our readers map files into memory, so a source is copied to the cache, once. A store has no rename: a file is written on
+this disk and sent when it is whole, so that one that is there is done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import fsspec
+
+from embedwright.cache import cache_folder
+from embedwright.errors import InputError, NotFoundError, OutputExistsError, blaming
+from embedwright.files import file_name, locked, whole_folder
+
+_BESIDE = ".tasks.jsonl"  # after the name of a data file: the tasks of its rows
+
+
+def is_remote(path: str | Path) -> bool:
+    """Says whether a path is one of a store: it has `://` in it, which a `Path` never has."""
+    return "://" in str(path)
+
+
+def fetched(path: str | Path) -> Path:
+    """Returns where a file or folder lies on this disk: a path of a store is copied to the cache, whole.
+
+    A copy is made once, by one process of a machine, and made anew when a file has changed in the store. The tasks of a
+    file's rows come with it. Raises NotFoundError if nothing is there.
+    """
+    if not is_remote(path):
+        return Path(path)
+    url = str(path)
+    store, root = _opened(url)
+    with blaming(url, "cannot be read"):
+        store.invalidate_cache()
+        if store.isfile(root):
+            found = {name: store.info(name) for name in (root, f"{root}{_BESIDE}") if store.isfile(name)}
+        else:
+            # a name that ends with a slash is an empty file by which some programs mark a folder
+            found = {name: info for name, info in store.find(root, detail=True).items() if not name.endswith("/")}
+    if not found:
+        raise NotFoundError(f"{url} does not exist")
+    names = {name: PurePosixPath(name).relative_to(PurePosixPath(root).parent) for name in sorted(found)}
+    if strange := [name for name, own in names.items() if ".." in own.parts]:
+        raise InputError(f"{url}: the name {strange[0]!r} leads out of its folder")
+    facts = str([url, *(sorted(map(str, found[name].items())) for name in names)])  # size, and a date or a digest
+    digest = hashlib.sha256(facts.encode()).hexdigest()[:16]
+    home = cache_folder("remote", f"{file_name(PurePosixPath(root).name)[:80]}-{digest}")
+    if not home.is_dir():
+        with locked(home.with_name(f".{home.name}.lock")):
+            if not home.is_dir():
+                with whole_folder(home) as temp, blaming(url, "cannot be read"):
+                    for name in names.values():
+                        (temp / name).parent.mkdir(parents=True, exist_ok=True)
+                    store.get(list(names), [str(temp / name) for name in names.values()])
+    return home / PurePosixPath(root).name
+
+
+class RemoteFolder:
+    """A folder of a store, and the local one from which its files are sent."""
+
+    def __init__(self, url: str, folder: Path) -> None:
+        self.url, self.folder = url, folder
+        self._store, self._root = _opened(url)
+
+    def fetch(self, mark: str, *names: str) -> bool:
+        """Copies the file `mark` and these others into the local folder, where the store has them.
+
+        Says whether it has `mark`. Raises OutputExistsError if it has files in this folder, but not `mark`, which says
+        whose they are.
+        """
+        with blaming(self.url, "cannot be read"):
+            self._store.invalidate_cache()
+            there = {PurePosixPath(file).name for file in self._store.find(self._root)}
+            if there and mark not in there:
+                raise OutputExistsError(f"{self.url} holds {min(there)} and no {mark}: choose a new folder")
+            for name in there.intersection((mark, *names)):
+                self._store.get_file(f"{self._root}/{name}", str(self.folder / name))
+        return mark in there
+
+    def open(self, name: str) -> Any:
+        """Opens a file of the store for reading, of which only those bytes travel that are read."""
+        return self._store.open(f"{self._root}/{name}", "rb")
+
+    def send(self, *names: str) -> None:
+        """Sends files of the local folder, in this order."""
+        for name in names:
+            with blaming(f"{self.url}/{name}", "cannot be written"):
+                self._store.put_file(str(self.folder / name), f"{self._root}/{name}")
+
+
+@contextmanager
+def local_folder(out: str | Path) -> Iterator[tuple[Path, RemoteFolder | None]]:
+    """Yields the local folder to write to: `out` itself, or for a store a temporary one, with the store's own."""
+    if not is_remote(out):
+        yield Path(out), None
+        return
+    with TemporaryDirectory(prefix="embedwright-") as temp:
+        folder = Path(temp) / PurePosixPath(str(out)).name  # whose end may say the format of files
+        folder.mkdir()
+        yield folder, RemoteFolder(str(out), folder)
+
+
+def _opened(url: str) -> tuple[Any, str]:
+    """Returns the file system of a URL and the path in it. Raises MissingPackageError, which names what to install."""
+    with blaming(url):
+        store, root = fsspec.core.url_to_fs(url)
+    return store, root.rstrip("/")
