@@ -16,7 +16,7 @@ endif
 
 BENCH_MODELS := smollm2-135m gemma3-270m qwen3-0.6b-shape
 
-.PHONY: help setup demo test test-long lint types examples docs bench gpu-smoke ablate-smoke twins-smoke clean
+.PHONY: help setup demo test test-long ray lint types examples docs bench gpu-smoke ablate-smoke twins-smoke clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F '\t' '{printf "  %-12s  %s\n", $$1, $$2}'
@@ -45,6 +45,13 @@ test: setup  ## The default tests, in two processes of one thread each
 test-long: setup  ## The proofs that take minutes
 	@$(BIN)/python -m pytest -m long
 
+ray: setup  ## Ray with a killed actor, and an S3 server (a mock), in an environment of their own: .venv-ray
+	@test -x .venv-ray/bin/ray || { "$(PYTHON)" -m venv .venv-ray; \
+	  .venv-ray/bin/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt torch==2.13.0; \
+	  .venv-ray/bin/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt \
+	    --editable '.[dev,ray]' 's3fs' 'moto[server]>=5'; }
+	@OMP_NUM_THREADS=1 OMP_PROC_BIND=false .venv-ray/bin/python -m pytest tests/e2e/test_ray.py
+
 lint: setup  ## ruff: rules and format
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -53,7 +60,7 @@ types: setup  ## mypy, strict
 	@$(BIN)/mypy
 
 examples: setup  ## Run every script of examples/, stop at the first that fails
-	@for script in examples/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+	@for script in $(filter-out examples/ray_%,$(wildcard examples/*.py)); do echo "== $$script"; $(BIN)/python "$$script"; done
 
 docs: setup  ## Write the pages that are made from the program
 	@$(BIN)/python scripts/make_docs.py

@@ -1,4 +1,4 @@
-"""Write what is made from the program: docs/recipe.md, docs/cli.md, the tables of docs/data.md, CONTRIBUTING's tree.
+"""Write what is made from the program: recipe.md, cli.md, tables of data.md and scale.md, CONTRIBUTING's tree.
 
 python scripts/make_docs.py            # writes them
 python scripts/make_docs.py --check    # exits 1, with their names, where they differ
@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import scale
 import typer
 import typer.cli
 import typer.main
@@ -135,6 +136,7 @@ def pages() -> dict[Path, str]:
         DOCS / "recipe.md": recipe(),
         DOCS / "cli.md": commands(),
         DOCS / "results.md": results(DOCS / "results"),
+        DOCS / "scale.md": scale.page((DOCS / "scale.md").read_text(encoding="utf-8")),
         ROOT / "CONTRIBUTING.md": between(ROOT / "CONTRIBUTING.md", TREE, tree()),
         DOCS / "data.md": between(DOCS / "data.md", CATALOGUE, tables),
     }

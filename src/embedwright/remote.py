@@ -104,7 +104,11 @@ def local_folder(out: str | Path) -> Iterator[tuple[Path, RemoteFolder | None]]:
     with TemporaryDirectory(prefix="embedwright-") as temp:
         folder = Path(temp) / PurePosixPath(str(out)).name  # whose end may say the format of files
         folder.mkdir()
-        yield folder, RemoteFolder(str(out), folder)
+        try:
+            yield folder, RemoteFolder(str(out), folder)
+        except InputError as error:
+            error.args = (str(error).replace(str(folder), str(out)),)  # the path that the user knows
+            raise
 
 
 def _opened(url: str) -> tuple[Any, str]:
