@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -51,13 +52,13 @@ def matching(table: pa.Table, types: Types, where: Where) -> NDArray[np.bool_]:
     found_N = np.ones(len(table), np.bool_)
     for condition in conditions(where, types):
         column, how, values = condition
-        kind = pa.array(values).type if types[column] == "int" else table.schema.field(column).type
+        kind = table.schema.field(column).type
         if how == "in":
             mask = pc.is_in(table[column], value_set=pa.array(values, kind))
         else:
             mask = _COMPARE[how](table[column], pa.scalar(values[0], kind))
         own_N = pc.fill_null(mask, False).to_numpy()
-        if not own_N.any() and types[column] == "text" and how in ("=", "in"):
+        if not own_N.any() and values and types[column] == "text" and how in ("=", "in"):
             there = [value for value in pc.unique(table[column]).to_pylist() if value is not None]
             logger.warning("no document has %s %s%s", column, ", ".join(values), did_you_mean(values[0], there))
         found_N &= own_N
@@ -102,7 +103,12 @@ def _value(value: Any, column: str, kind: ColumnType) -> Any:
         value = _read(value, column, kind)
     if not isinstance(value, _PYTHON[kind]) or (isinstance(value, bool) and kind != "bool"):
         raise InputError(f"where: {column} holds {kind}, not {str(value)[:60]!r}")
-    return value
+    number: Any = value
+    if kind in ("int", "float") and (isinstance(number, int) or kind == "int") and 2**63 <= abs(number) < math.inf:
+        raise InputError(f"where: {column}: {number} does not fit into 64 bits")
+    if kind == "int" and not float(number).is_integer():
+        raise InputError(f"where: {column} holds whole numbers, not {number}")
+    return int(number) if kind == "int" else float(number) if kind == "float" else value
 
 
 def _read(value: str, column: str, kind: ColumnType) -> Any:

@@ -44,7 +44,7 @@ def holds(row: dict[str, Any], condition: str) -> bool:
 
 SINGLE = [
     *(f"lang {how} {value}" for how in HOW for value in ("en", "de", "es")),
-    *(f"year {how} {value}" for how in HOW for value in ("2020", "2020.5")),
+    *(f"year {how} {value}" for how in HOW for value in ("2020", "2021.0")),
     *(f"rate {how} {value}" for how in HOW for value in ("2", "0.5")),
     *(f"draft {how} {value}" for how in ("=", "!=") for value in ("true", "false")),
     *("lang in en,fr", "year in 2019,2021", "rate in 0.5", "draft in true,false"),
@@ -72,6 +72,8 @@ def test_a_mapping_says_the_same(index: Index) -> None:
     ):
         hits = index.search_vectors(query, 99, mapping)
         assert hits == index.search_vectors(query, 99, texts) and hits[0]
+    assert index.search_vectors(query, 99, {"lang": []}) == [[]]
+    assert index.search_vectors(query, 99, ["rate<1e999"]) == index.search_vectors(query, 99, ["rate>=0"])
     metadata = hits[0][0].metadata
     assert metadata.keys() == {"lang", "year", "rate", "draft"} and metadata["draft"] is True
 
@@ -85,9 +87,15 @@ def test_a_mapping_says_the_same(index: Index) -> None:
         (["draft=ture"], "did you mean 'true'"),
         (["draft<true"], "take = or !="),
         (["lang"], "expected a column"),
+        (["year>2020.5"], "holds whole numbers, not 2020.5"),
+        (["year<99999999999999999999"], "does not fit into 64 bits"),
+        (["year=nan"], "whole numbers, not nan"),
+        (["year=-inf"], "whole numbers"),
         ({"year": "2020x"}, "year holds int"),
         ({"lang": 3}, "lang holds text, not '3'"),
         ({"year": True}, "year holds int"),
+        ({"rate": 2**70}, "does not fit into 64 bits"),
+        ({"year": 1e30}, "does not fit into 64 bits"),
         ("lang=en", "give a list"),
     ],
 )
