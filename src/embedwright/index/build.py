@@ -64,8 +64,9 @@ def build_index(
     settings["metadata"] = docs.find_types(source, list(metadata)) if metadata else {}
     stored = "float32" if codes else precision
     how: dict[str, Any] = {"shard_rows": shard_rows, "precision": stored, "progress": progress}
-    if layout is None:
-        if (out / "manifest.json").is_file():  # as `encode` writes it, which can be searched as it is
+    begun = (out / "manifest.json").is_file()
+    if layout is None or not (layout.parts or begun):  # a run that encoded nothing binds nobody
+        if begun:  # as `encode` writes it, which can be searched as it is
             if chunk_tokens or metadata or codes or dim:
                 raise InputError(f"{out} holds whole documents that `encode` wrote: take a new or empty folder")
             return encode_corpus(encoder, source, out, **how)
@@ -79,7 +80,7 @@ def build_index(
             raise InputError(f"{out} was changed since it was made: take --append or --replace, or a new folder")
     read = partial(docs.read_documents, source, layout.metadata)
     digest = docs.digest_of(read())
-    if docs.written_digest(out / DOCUMENTS) not in (None, digest):
+    if begun and docs.written_digest(out / DOCUMENTS) not in (None, digest):
         raise InputError(f"{out} is an index of other documents: take a new folder, or --append or --replace")
     if not layout.parts:
         layout.write(out)

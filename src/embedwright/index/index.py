@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from embedwright.encoders.protocol import Encoder, as_encoder, encode_finite, encode_queries
 from embedwright.encoders.sentence_transformers import SentenceTransformerEncoder
 from embedwright.encoders.sharded import itself
-from embedwright.errors import InputError
+from embedwright.errors import InputError, blaming
 from embedwright.index import documents as docs
 from embedwright.index.codes import Shortened, cut, nominated_top_k, read_codes
 from embedwright.index.layout import Layout, Part
@@ -87,7 +87,8 @@ class Index:
 
         Raises FileNotFoundError if nothing is encoded there, and ValueError where encoding has not finished.
         """
-        return cls(Path(folder), Layout.read(Path(folder)))
+        with blaming(folder, "cannot be opened as an index"):
+            return cls(Path(folder), Layout.read(Path(folder)))
 
     def facts(self) -> dict[str, Any]:
         """Returns what the index holds: counts, the model's name and fingerprint, dimension, precision, metadata."""

@@ -139,3 +139,15 @@ def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     source.write_text(source.read_text() + '{"text": "more"}\n')
     with pytest.raises(ValueError, match=r"other documents.*--append"):
         build_index(Rounded(), source, out, shard_rows=10)
+
+
+def test_a_refused_setting_leaves_the_folder_free(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for how, said in (({"chunk_tokens": 3, "overlap": 3}, "overlap must be smaller"), ({"dim": 7}, "--dim 7")):
+        with pytest.raises(ValueError, match=said):
+            build_index(Rounded(), small_corpus(tmp_path / "corpus.jsonl"), out, **how)  # type: ignore[arg-type]
+    build_index(Rounded(), write(tmp_path / "other.jsonl"), out, chunk_tokens=3, overlap=1)
+    assert Index.open(out).facts()["documents"] == len(ROWS)
+    (out / "documents.arrow").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="cannot be opened as an index"):
+        Index.open(out)
