@@ -53,6 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=models.NAMES, default="smollm2-135m")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--tokens", type=int, default=8000, help="of the texts that requests are drawn from")
     parser.add_argument("--requests", type=int, default=150, help="of each side and round")
     parser.add_argument("--clients", type=int, default=16, help="at once, each with one request under way")
     parser.add_argument("--rounds", type=int, default=3)
@@ -77,7 +78,7 @@ def main() -> None:
 
 def measure(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     reference = models.ours(options.model, options.folder, "float32")
-    texts, _ = text_set("mixed", 12_000, counter(reference))
+    texts, _ = text_set("mixed", options.tokens, counter(reference))
     random.seed(0)
     asked = [random.choices(texts, k=random.choice(SIZES)) for _ in range(options.requests)]
     expected = reference.encode(texts)
