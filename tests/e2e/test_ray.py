@@ -192,16 +192,17 @@ def test_the_recipe_of_the_docs_for_object_stores_gives_the_vectors_of_the_model
     assert all(abs(want[row["text"]] - row["vector"]).max() < 1e-5 for row in found)
 
 
+@pytest.mark.skipif(not (importlib.util.find_spec("s3fs") and importlib.util.find_spec("moto")), reason=WHY)
 def test_s3_by_a_mock_server(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("s3fs", reason=WHY)
-    server = pytest.importorskip("moto.server", reason=WHY).ThreadedMotoServer(port=0)
+    import s3fs
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(port=0)
     server.start()
     host, port = server.get_host_and_port()
     for name, value in (("ACCESS_KEY_ID", "x"), ("SECRET_ACCESS_KEY", "x"), ("DEFAULT_REGION", "us-east-1")):
         monkeypatch.setenv(f"AWS_{name}", value)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    import s3fs
-
     try:
         s3fs.S3FileSystem.clear_instance_cache()
         store = s3fs.S3FileSystem()
