@@ -63,13 +63,12 @@ def main(folder: Path) -> None:
             os._exit(0)
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
-    more, other = source("more", range(20, 26), "more"), source("other", range(5), "other")
+    other = source("other", range(10, 20), "other")  # half of them are new
     start, out, done = (folder / name for name in ("start", "out", "done"))
     build_index(Model(), source("first", range(12), "text"), start, shard_rows=8, precision="int8")
     add(Model(), source("second", range(12, 15), "text"), start)
     delete(start, ["d7"])
     changes: dict[str, Callable[[Path], Any]] = {
-        "append": lambda home: add(Model(), more, home),
         "replace": lambda home: add(Model(), other, home, replace=True),
         "delete": lambda home: delete(home, ["d1", "d13"]),
         "compact": compact,
