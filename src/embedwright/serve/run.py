@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import socket
+import sys
 import time
 from pathlib import Path
 from types import FrameType
@@ -18,6 +19,7 @@ from embedwright.errors import InputError, blaming
 from embedwright.serve.server import Server
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_SWITCH_S = 0.0005
 _ANSWERS_S = 2  # after the drain: to write the last answers
 
 
@@ -28,6 +30,8 @@ def run(app: FastAPI, listening: socket.socket, drain_s: float) -> None:
     ends all at once.
     """
     threads.free()  # this thread computes nothing, and is not to share a core with one that does
+    # the model's thread asks for the interpreter at every layer's steps: a busy loop would hold it back 5 ms each time
+    sys.setswitchinterval(_SWITCH_S)
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     logging.getLogger("embedwright.index").setLevel(logging.ERROR)  # it warns of filters that match nothing, and quotes
     config = uvicorn.Config(
