@@ -105,7 +105,7 @@ def test_the_docs_stay_short() -> None:
     words = {name: len(re.sub(between, "", text).split()) for name, text in texts.items()}
     assert sum(words.values()) <= 19_240, words
     assert words["concepts.md"] <= 1_200
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 920
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1010
 
 
 def count(module: nn.Module) -> int:

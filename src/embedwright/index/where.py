@@ -30,7 +30,8 @@ _COMPARE = {
     ">": pc.greater,
     ">=": pc.greater_equal,
 }
-_CONDITION = re.compile(r"\s*(.*?)(?:\s*(!=|<=|>=|==?|<|>)|\s(in)\s)\s*(.*?)\s*", re.DOTALL)
+_SIGN = re.compile(r"!=|<=|>=|==?|<|>|\sin\s")  # the first one parts column and value, in one pass over the text
+_NEAR = 1000  # texts of a column among which the nearest is looked for
 _PYTHON = {"text": str, "int": int | float, "float": int | float, "bool": bool}
 
 
@@ -59,10 +60,17 @@ def matching(table: pa.Table, types: Types, where: Where) -> NDArray[np.bool_]:
             mask = _COMPARE[how](table[column], pa.scalar(values[0], kind))
         own_N = pc.fill_null(mask, False).to_numpy()
         if not own_N.any() and values and types[column] == "text" and how in ("=", "in"):
-            there = [value for value in pc.unique(table[column]).to_pylist() if value is not None]
-            logger.warning("no document has %s %s%s", column, ", ".join(values), did_you_mean(values[0], there))
+            _warn(column, values, table)
         found_N &= own_N
     return found_N
+
+
+def _warn(column: str, values: list[str], table: pa.Table) -> None:
+    """Warns that no document has one of these texts, with the nearest, unless that would be sought for seconds."""
+    if logger.isEnabledFor(logging.WARNING):
+        there = pc.unique(table[column]).drop_null()
+        near = did_you_mean(values[0], there.to_pylist()) if len(there) <= _NEAR else ""
+        logger.warning("no document has %s %s%s", column, ", ".join(values), near)
 
 
 def conditions(where: Where, types: Types) -> list[Condition]:
@@ -80,12 +88,12 @@ def conditions(where: Where, types: Types) -> list[Condition]:
 
 
 def _split(text: str) -> tuple[str, str, list[Any]]:
-    if not (match := _CONDITION.fullmatch(text)):
-        raise InputError(f"where {text!r}: expected a column, one of {', '.join(_COMPARE)} or in, and a value")
-    column, sign, word, value = match.groups()
-    if word:
+    if not (match := _SIGN.search(text)):
+        raise InputError(f"where {text[:60]!r}: expected a column, one of {', '.join(_COMPARE)} or in, and a value")
+    column, how, value = text[: match.start()].strip(), match.group().strip(), text[match.end() :].strip()
+    if how == "in":
         return column, "in", [part.strip() for part in value.split(",")]
-    return column, sign.replace("==", "="), [value]
+    return column, how.replace("==", "="), [value]
 
 
 def _checked(column: str, how: str, values: list[Any], types: Types) -> Condition:
@@ -103,9 +111,11 @@ def _value(value: Any, column: str, kind: ColumnType) -> Any:
         value = _read(value, column, kind)
     if not isinstance(value, _PYTHON[kind]) or (isinstance(value, bool) and kind != "bool"):
         raise InputError(f"where: {column} holds {kind}, not {str(value)[:60]!r}")
+    if isinstance(value, str) and value.encode("utf-8", "replace").decode() != value:
+        raise InputError(f"where: {column}: {value[:60]!r} has half a character, which is no text")
     number: Any = value
     if kind in ("int", "float") and (isinstance(number, int) or kind == "int") and 2**63 <= abs(number) < math.inf:
-        raise InputError(f"where: {column}: {number} does not fit into 64 bits")
+        raise InputError(f"where: {column}: {str(number)[:60]} does not fit into 64 bits")
     if kind == "int" and not float(number).is_integer():
         raise InputError(f"where: {column} holds whole numbers, not {number}")
     return int(number) if kind == "int" else float(number) if kind == "float" else value
@@ -115,11 +125,11 @@ def _read(value: str, column: str, kind: ColumnType) -> Any:
     if kind == "bool":
         words = {"true": True, "false": False}
         if value not in words:
-            raise InputError(f"where: {column} is true or false, not {value!r}{did_you_mean(value, words)}")
+            raise InputError(f"where: {column} is true or false, not {value[:60]!r}{did_you_mean(value, words)}")
         return words[value]
     for number in (int, float):
         try:
             return number(value)
         except ValueError:
             continue
-    raise InputError(f"where: {column} holds {kind}, not {value!r}")
+    raise InputError(f"where: {column} holds {kind}, not {value[:60]!r}")

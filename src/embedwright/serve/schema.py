@@ -70,7 +70,9 @@ class SearchRequest(BaseModel):
     query: list[str]
     k: whole_number(1, MOST_HITS) = Field(10, description="Hits of a query.")  # type: ignore[valid-type]
     task: str | None = Field(None, description="Instruction of the queries; empty for none. Default: the model's own.")
-    where: list[str] | None = Field(None, description="Conditions on the metadata, as `lang=en` or `year>=2020`.")
+    where: list[str] | None = Field(
+        None, max_length=32, description="Conditions on the metadata, as `lang=en` or `year>=2020`."
+    )
 
 
 def search_request(max_inputs: int) -> type[SearchRequest]:
