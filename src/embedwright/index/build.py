@@ -58,6 +58,8 @@ def build_index(
         ValueError: `out` holds something else: another source, other settings, another model.
     """
     encoder = as_encoder(model)
+    if overlap and chunk_tokens is None:
+        raise InputError(f"overlap {overlap}: whole documents have none: give chunk_tokens, too")
     layout = Layout.read(out)
     codes = precision if precision in ("int8", "binary") else None
     settings: dict[str, Any] = {"chunk_tokens": chunk_tokens, "overlap": overlap, "dim": dim, "codes": codes}
@@ -147,9 +149,9 @@ def _check_model(out: Path, encoder: Encoder) -> None:
     try:
         index.check(encoder)
     except InputError as error:
-        chunks, tokens = cost(encoder, index)
+        documents = index.facts()["documents"]
         raise InputError(
-            f"{error}; or --reencode, with which this model encodes its {chunks:,} chunks ({tokens:,} tokens) anew"
+            f"{error}; or --reencode, which says how many tokens its {documents:,} documents are, and encodes them anew"
         ) from None
 
 

@@ -48,7 +48,8 @@ def add(model: Any, source: Path, out: Path, *, replace: bool = False, progress:
     """Adds the documents of a source to an index; those that it has already, word for word, are left out.
 
     `replace` lets a document take the place of one with its id. `model` is the one that made the index, whose settings
-    count. Raises ValueError for another model, and without `replace` for an id whose document is another one.
+    count. Raises ValueError for another model, and without `replace` for an id whose document is another one. With
+    `replace` it raises, too, where that id is a line's number: another file has the same numbers for other documents.
     """
     with _changing(out) as index:
         encoder = index.check(model)
@@ -141,14 +142,19 @@ def _changing(out: Path) -> Iterator[Index]:
 
 def _new(index: Index, row_of: dict[str, int], source: Path, replace: bool) -> Iterator[tuple[Document, int | None]]:
     """Yields the documents that the index lacks, each with the row of the one that it replaces."""
-    given = docs.read_documents(source, index.types)
+    given = docs.placed_documents(source, index.types)
     while chunk := list(islice(given, _READ)):
-        rows = [row_of[document.id] for document in chunk if document.id in row_of]
+        rows = [row_of[document.id] for document, _ in chunk if document.id in row_of]
         before = dict(zip(rows, docs.take(index.documents, rows), strict=True))
-        for document in chunk:
+        for document, numbered in chunk:
             row = row_of.get(document.id)
             if row is not None and before[row] == document:
                 continue
+            if row is not None and numbered:
+                raise InputError(
+                    f"{numbered}: this row has no id but its number, {document.id!r}, and {index.folder} has another "
+                    "document by that: give the rows an `_id` of their own"
+                )
             if row is not None and not replace:
                 raise InputError(f"{index.folder} has another document {document.id[:60]!r}: take --replace")
             yield document, row

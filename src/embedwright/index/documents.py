@@ -61,12 +61,18 @@ def find_types(source: Path, names: Sequence[str]) -> dict[str, ColumnType]:
 
 def read_documents(source: Path, types: Types) -> Iterator[Document]:
     """Yields the documents of a source. Raises DataError, naming the line, if a value is not of its column's type."""
+    return (document for document, _ in placed_documents(source, types))
+
+
+def placed_documents(source: Path, types: Types) -> Iterator[tuple[Document, str | None]]:
+    """Does the same, each with file and line if that line's number is its id, for want of an own one; else None."""
     for row in read_source(source):
         try:
             metadata = {name: _value(row.row.get(name), name, kind) for name, kind in types.items()}
         except DataError as error:
             raise DataError(f"{row.where}: {error}") from None
-        yield Document(row.id, row.title, row.text, metadata)
+        numbered = row.row.get("_id") is None and row.row.get("id") is None
+        yield Document(row.id, row.title, row.text, metadata), row.where if numbered else None
 
 
 def digest_of(documents: Iterable[Document]) -> str:

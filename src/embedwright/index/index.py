@@ -87,8 +87,15 @@ class Index:
 
         Raises FileNotFoundError if nothing is encoded there, and ValueError where encoding has not finished.
         """
+        folder = Path(folder)
         with blaming(folder, "cannot be opened as an index"):
-            return cls(Path(folder), Layout.read(Path(folder)))
+            while True:
+                layout = Layout.read(folder)
+                try:
+                    return cls(folder, layout)
+                except (InputError, OSError):
+                    if Layout.read(folder) == layout:
+                        raise  # else a change has come in between, and removed what this state names
 
     def facts(self) -> dict[str, Any]:
         """Returns what the index holds: counts, the model's name and fingerprint, dimension, precision, metadata."""
@@ -121,9 +128,11 @@ class Index:
         if self._checked is None or self._checked[0] is not model:
             encoder = as_encoder(model)
             if other := self.difference(encoder):
+                then, now = (name or "one without a name" for name in (self.layout.model, name_of(encoder)))
+                as_then = ", opened with the same --max-tokens and --dtype," if then == now else ","
                 raise InputError(
-                    f"{self.folder} was encoded by another model, {self.layout.model or 'without a name'}, than "
-                    f"{name_of(encoder)} ({other}): take the one that made it, or a new or empty folder"
+                    f"{self.folder} was encoded by another model, {then}, than {now} ({other}): take the one that made "
+                    f"it{as_then} or a new or empty folder"
                 )
             self._checked = model, encoder
         return self._checked[1]

@@ -141,9 +141,25 @@ def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         build_index(Rounded(), source, out, shard_rows=10)
 
 
+def test_another_model_is_refused_before_a_document_is_read(
+    tmp_path: Path, tiny_embedder: Callable[..., Embedder]
+) -> None:
+    source, model = write(tmp_path / "c.jsonl"), tiny_embedder("mean")
+    build_index(model, source, tmp_path / "i", chunk_tokens=100)
+    model.contract = model.contract.model_copy(update={"max_tokens": 40})  # it reads less than such a chunk
+    with pytest.raises(
+        ValueError, match=r"another model.*contract\.max_tokens.*same --max-tokens.*--reencode.* 4 docu"
+    ):
+        build_index(model, source, tmp_path / "i", chunk_tokens=100)
+
+
 def test_a_refused_setting_leaves_the_folder_free(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    for how, said in (({"chunk_tokens": 3, "overlap": 3}, "overlap must be smaller"), ({"dim": 7}, "--dim 7")):
+    for how, said in (
+        ({"chunk_tokens": 3, "overlap": 3}, "overlap must be smaller"),
+        ({"dim": 7}, "--dim 7"),
+        ({"overlap": 2}, "overlap 2: whole"),
+    ):
         with pytest.raises(ValueError, match=said):
             build_index(Rounded(), small_corpus(tmp_path / "corpus.jsonl"), out, **how)  # type: ignore[arg-type]
     build_index(Rounded(), write(tmp_path / "other.jsonl"), out, chunk_tokens=3, overlap=1)

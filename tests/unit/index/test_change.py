@@ -107,11 +107,28 @@ def test_what_cannot_be_changed(tmp_path: Path) -> None:
     assert add(Rounded(), tmp_path / "a", out) == (2, 0)
 
 
+def test_the_number_of_a_line_never_makes_a_document_another_ones_successor(tmp_path: Path) -> None:
+    sources = {"a.jsonl": '{"text": "one"}\n{"text": "two"}\n', "a.txt": "one\ntwo\n"}
+    for name, content in sources.items():
+        source, out = tmp_path / name, tmp_path / f"index of {name}"
+        source.write_text(content)
+        build_index(Rounded(), source, out)
+        before = Index.open(out).documents
+        source.write_text(content.replace("one", "other"))
+        for replace in (True, False):
+            with pytest.raises(ValueError, match=rf"{name}:1: this row has no id but its number, '1'.*`_id`") as found:
+                add(Rounded(), source, out, replace=replace)
+            assert "--replace" not in str(found.value)
+        assert Index.open(out).documents == before
+        source.write_text(content + content.splitlines()[0].replace("one", "three") + "\n")
+        assert add(Rounded(), source, out) == (1, 0)  # the same file, grown
+
+
 def test_another_model_encodes_an_index_anew_and_says_its_cost(tmp_path: Path) -> None:
     source = write(tmp_path / "a", {"d1": "one two three", "d2": "four", "d3": "five six"})
     out = build_index(Rounded(), source, tmp_path / "i", chunk_tokens=2, metadata=["n"])
     delete(out, ["d3"])
-    with pytest.raises(ValueError, match=r"another model.*--reencode.* 3 chunks \(4 tokens\)"):
+    with pytest.raises(ValueError, match=r"another model.*--reencode.* 2 documents"):
         build_index(Rounded("other"), source, out, chunk_tokens=2, metadata=["n"])
     assert cost(Rounded("other"), Index.open(out)) == (3, 4)
     reencode(Rounded("other"), out)

@@ -8,8 +8,10 @@ import pytest
 from small_index import Rounded, small_corpus
 
 from embedwright.index.build import build_index
+from embedwright.index.change import compact, delete, reencode
 from embedwright.index.faiss_file import write_faiss
 from embedwright.index.index import Hit, Index
+from embedwright.index.layout import Layout
 from embedwright.model.embedder import Embedder
 from embedwright.vectors.corpus import encode_corpus
 from embedwright.vectors.store import encode_texts
@@ -57,6 +59,22 @@ def test_k_is_cut_to_the_corpus_and_no_query_is_no_hit(folder: Path) -> None:
     (hits,) = Index.open(folder).search(Rounded(), ["query"], k=1000)
     assert len({hit.id for hit in hits}) == 57
     assert Index.open(folder).search(Rounded(), []) == []
+
+
+def test_a_change_while_an_index_is_opened_is_seen_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = build_index(Rounded(), small_corpus(tmp_path / "c.jsonl"), tmp_path / "i")
+    delete(out, ["d1"])
+    read, changes = Layout.read, [lambda: compact(out), lambda: reencode(Rounded("other"), out)]
+
+    def read_before_a_change(folder: Path) -> Layout | None:
+        found = read(folder)
+        if changes:
+            changes.pop(0)()  # between the reading of index.json and that of the files that it names
+        return found
+
+    monkeypatch.setattr(Layout, "read", read_before_a_change)
+    index = Index.open(out)
+    assert not changes and len(index.search(Rounded("other"), ["query"], 99)[0]) == 56
 
 
 def test_what_cannot_be_searched(folder: Path) -> None:
