@@ -656,7 +656,10 @@ def test_what_fails_in_a_run_exits_1(command: Command, monkeypatch: pytest.Monke
     assert answer.err.endswith("FloatingPointError: stage retrieval, step 3: loss is nan\n")
 
 
-@pytest.mark.parametrize("fault", [TypeError, ValueError, KeyError, FileNotFoundError, ImportError, RuntimeError])
+FAULTS = [TypeError, ValueError, KeyError, FileNotFoundError, BrokenPipeError, ImportError, RuntimeError]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_of_ours_does_not_look_like_bad_input(
     fault: type[Exception], command: Command, monkeypatch: pytest.MonkeyPatch, recipe: Path
 ) -> None:

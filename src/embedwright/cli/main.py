@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import sys
 import traceback
 from collections.abc import Callable
@@ -48,6 +49,7 @@ app.add_typer(cache_app, name="cache")
 data_app.command("relabel")(mining.relabel)
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 75
+_STDOUT = 1  # its number in every process
 
 
 def main() -> None:
@@ -63,8 +65,11 @@ def main() -> None:
         sys.exit(stop.exit_code)
     except (KeyboardInterrupt, typer.Abort):  # older typers raise Abort for an interrupt
         _stop("interrupted: run the same command again to go on", INTERRUPTED)
-    except BrokenPipeError:  # `| head` has read enough; what Python still holds goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        if _is_read(_STDOUT):  # another pipe broke
+            traceback.print_exc()
+        else:  # `| head` has read enough; what Python still holds goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)
         sys.exit(FAILED)
     except InputError as error:
         if os.environ.get("EMBEDWRIGHT_DEBUG"):
@@ -81,6 +86,13 @@ def _stop(message: object, code: int) -> None:
     if str(message):  # a bare `embedwright` has shown its help, and its message is empty
         sys.stderr.write(f"embedwright: {message}\n")
     sys.exit(code)
+
+
+def _is_read(handle: int) -> bool:
+    """Says whether what is written to this open file reaches somebody: it is no pipe whose reader has gone."""
+    waiting = select.poll()
+    waiting.register(handle, 0)  # asks for errors alone
+    return not waiting.poll(0)
 
 
 def _quiet_libraries() -> None:

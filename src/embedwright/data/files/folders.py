@@ -87,7 +87,7 @@ def data_files(path: Path, split: str = "train") -> list[Path]:
     bare = [stem_of(file) for file in chosen]
     if twice := [file.name for file, name in zip(chosen, bare, strict=True) if bare.count(name) > 1]:
         raise DataError(f"{path} holds {' and '.join(twice[:2])}, which may be the same rows: name the file")
-    _check_parts(path, bare)
+    _check_parts(path, chosen)
     return chosen
 
 
@@ -97,15 +97,21 @@ _EXPECTED = (
 )
 
 
-def _check_parts(folder: Path, names: Sequence[str]) -> None:
-    """Raises DataError if the files are parts of a whole, and some are missing."""
-    parts = [part.groups() for name in names if (part := _PART.fullmatch(name))]
-    for count in sorted({count for _, count in parts}):
-        there = {int(index) for index, of in parts if of == count}
-        if missing := [index for index in range(int(count)) if index not in there]:
+def _check_parts(folder: Path, files: Sequence[Path]) -> None:
+    """Raises DataError if the files are parts of a whole, and some are missing, or not done: without their report."""
+    ours = (folder / "parts.json").is_file()  # parts of others have no reports
+    parts = [(part.groups(), file) for file in files if (part := _PART.fullmatch(stem_of(file)))]
+    for count in sorted({count for (_, count), _ in parts}):
+        done = {
+            int(index)
+            for (index, of), file in parts
+            if of == count and (not ours or file.with_name(f"{file.name}.report.json").is_file())
+        }
+        if missing := [index for index in range(int(count)) if index not in done]:
             raise DataError(
-                f"{folder} is unfinished: of {int(count)} parts, {len(missing)} are missing (first "
-                f"part-{missing[0]:05d}-of-{count}): run --shard {missing[0]}/{int(count)} of the command that wrote it"
+                f"{folder} is unfinished: of {int(count)} parts, {len(missing)} are missing or have questions without "
+                f"an answer (first part-{missing[0]:05d}-of-{count}): run --shard {missing[0]}/{int(count)} of the "
+                "command that wrote it"
             )
 
 

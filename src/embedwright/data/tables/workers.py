@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,9 @@ def in_processes(
                 stdin = workers[later % len(workers)].stdin
                 assert stdin is not None
                 asked = [pieces[later], settings, folder / str(later)]
-                stdin.write(json.dumps(asked, default=str).encode() + b"\n")
-                stdin.flush()
+                with suppress(BrokenPipeError):  # it has died: `_answer` says so when it comes to its piece
+                    stdin.write(json.dumps(asked, default=str).encode() + b"\n")
+                    stdin.flush()
 
 
 @contextmanager
@@ -65,6 +66,9 @@ def _worker(work: Work) -> Iterator[subprocess.Popen[bytes]]:
             yield process
         finally:
             process.kill()
+            assert process.stdin is not None
+            with suppress(BrokenPipeError):  # of what it was not told
+                process.stdin.close()
 
 
 def _answer(worker: subprocess.Popen[bytes], piece: Piece) -> Facts:

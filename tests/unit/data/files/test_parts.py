@@ -126,3 +126,17 @@ def test_an_unfinished_folder_is_no_data_set(tmp_path: Path) -> None:
         write_part(tmp_path / "out", Shard(index, 4), {}, writer(rows(1), []))
     with pytest.raises(DataError, match=r"of 4 parts, 1 are missing .*part-00001-of-00004.*--shard 1/4"):
         open_examples(tmp_path / "out")
+
+
+def test_a_part_with_unanswered_questions_is_not_read_as_if_it_were_whole(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for index, unanswered in ((0, 0), (1, 3)):
+        write_part(out, Shard(index, 2), {}, lambda file, n=unanswered: {**writer(rows(1), [])(file), "unanswered": n})
+    with pytest.raises(DataError, match=r"of 2 parts, 1 are missing or .*without an answer .*--shard 1/2"):
+        open_examples(out)
+    write_part(out, Shard(1, 2), {}, writer(rows(2), []))
+    assert len(open_examples(out)) == 3
+    (out / "parts.json").unlink()  # of parts that others have written, none has a report
+    for report in out.glob("*.report.json"):
+        report.unlink()
+    assert len(open_examples(out)) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ import pytest
 
 from embedwright.data.files import pieces as pieces_module
 from embedwright.data.files.beir import read_corpus
+from embedwright.data.files.pieces import Piece
 from embedwright.data.schema import DataError
 from embedwright.data.tables import documents, workers
 from embedwright.data.tables.documents import open_corpus
@@ -131,6 +133,36 @@ def test_a_process_that_dies_is_named_and_leaves_nothing(tmp_path: Path, several
     with pytest.raises(RuntimeError, match=r"c\.jsonl: the process that read it has ended with status 9"):
         open_corpus(write_corpus(tmp_path / "c.jsonl"))
     assert list((tmp_path / "cache" / "data").iterdir()) == []
+
+
+DIES_ON_THE_SECOND = """
+import os
+import pyarrow as pa
+
+def one(piece, settings, out):
+    if piece.start:
+        os._exit(9)
+    schema = pa.schema([("n", pa.int64())])
+    with pa.OSFile(str(out), "wb") as sink, pa.ipc.new_file(sink, schema):
+        return {}
+"""
+
+
+def test_a_process_that_dies_while_the_first_is_behind_is_named(tmp_path: Path, several: pytest.MonkeyPatch) -> None:
+    """The next question to it breaks its pipe, which is no word about what has happened."""
+    (tmp_path / "dies_on_the_second.py").write_text(DIES_ON_THE_SECOND)
+    several.syspath_prepend(tmp_path)
+    several.setattr(workers, "cores", lambda: 1)
+    started: list[subprocess.Popen[bytes]] = []
+    popen = subprocess.Popen
+    several.setattr(subprocess, "Popen", lambda *words, **how: started.append(popen(*words, **how)) or started[-1])
+    work = importlib.import_module("dies_on_the_second").one
+    pieces = [Piece(Path("c.jsonl"), start, start + 1) for start in range(4)]
+    made = workers.in_processes(work, pieces, {}, tmp_path)
+    next(made)
+    assert started[0].wait() == 9
+    with pytest.raises(RuntimeError, match=r"c\.jsonl: the process that read it has ended with status 9"):
+        next(made)
 
 
 def test_a_script_without_a_guard_is_not_run_again(tmp_path: Path) -> None:
