@@ -326,14 +326,14 @@ def test_the_command(
     out = tmp_path / "made.parquet"
     options = ("--out", out, "--base-url", serve().url, "--model", "a", "--model", "b", "--count", 12)
     assert command(monkeypatch, "synth", *options) == 0
-    printed = capsys.readouterr().out
-    report = json.loads(printed[printed.index("\n{") :])
+    printed = capsys.readouterr()
+    report = json.loads(printed.out)
     assert report["written"] == 12 and {kind: row["examples"] for kind, row in report["diversity"].items()} == {
         "short-long": 4,
         "long-short": 4,
         "short-short": 4,
     }
-    assert "12/12 examples" in printed
+    assert "12/12 examples" in printed.err
     assert len(list(open_examples(out, cache=tmp_path / "cache"))) == 12
     assert set(path.name for path in tmp_path.iterdir()) == {
         *("made.parquet", "made.parquet.tasks.jsonl", "made.parquet.answers.sqlite", "cache"),
