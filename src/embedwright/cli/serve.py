@@ -52,17 +52,16 @@ def serve(
     keys = read_keys(api_key_env, api_key_file)
     listening = listen(host, port, keys)  # a port that is taken is said before a model is loaded
     searched = None if index is None else Index.open(index)
-    given = dict(how)
-    max_tokens = given.pop("max_tokens", None)  # a limit of requests: the model stays the one of the index
-    limits = Limits(max_inputs, max_body, max_tokens, batch_tokens, queue_tokens)
-    name = name or Path(model).name
+    limits = Limits(max_inputs, max_body, batch_tokens, queue_tokens)
+    name = name or Path(model).absolute().name  # of `.`, too
     second = None
     if against is not None and against_index is not None:
-        other = Path(against).name if Path(against).name != name else "/".join(Path(against).absolute().parts[-2:])
+        parts = Path(against).absolute().parts
+        other = parts[-1] if parts[-1] != name else "/".join(parts[-2:])
         opened = Index.open(against_index)
-        second = create_app(open_encoder(against, **given), name=other, index=opened, keys=keys, limits=limits)
+        second = create_app(open_encoder(against, **how), name=other, index=opened, keys=keys, limits=limits)
     app = create_app(
-        open_encoder(model, **given),
+        open_encoder(model, **how),
         name=name,
         index=searched,
         page=ui,

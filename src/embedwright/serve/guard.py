@@ -12,7 +12,7 @@ import logging
 import time
 import traceback
 from collections.abc import Awaitable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -34,10 +34,22 @@ _CLIENT_LEFT = 499
 
 @dataclass
 class Traffic:
-    """Requests whose body has been read and that are not answered yet. `draining`: no new ones are taken."""
+    """Requests whose body has been read and that are not answered yet. `draining`: no new ones are taken.
+
+    `open` holds the task of each request, and its answer, also while the body is read. `cut`: they were given up.
+    """
 
     under_way: int = 0
     draining: bool = False
+    cut: bool = False
+    open: dict[asyncio.Task[Any], _Answer] = field(default_factory=dict)
+
+    def cut_off(self) -> None:
+        """Has every request whose answer has not begun answered with 503, wherever it is held up."""
+        self.cut = True
+        for task, answer in self.open.items():
+            if not answer.status:
+                task.cancel()
 
 
 class Guard:
@@ -59,6 +71,10 @@ class Guard:
                 await self._answer(scope, receive, answer)
             except ApiError as error:
                 await error.response()(scope, receive, answer.send)
+            except asyncio.CancelledError:
+                if not self.traffic.cut or answer.status:
+                    raise
+                await _stops().response()(scope, receive, answer.send)
             except Exception as error:
                 log.error("%s", _without_message(error))
                 if not answer.status:
@@ -75,14 +91,20 @@ class Guard:
             return
         self._check_caller(headers)
         self._check_open()
-        if (body := await self._body(headers, receive)) is None:
-            return
-        self._check_open()
-        self.traffic.under_way += 1
+        task = asyncio.current_task()
+        assert task is not None
+        self.traffic.open[task] = answer
         try:
-            await self._run(scope, body, receive, answer.send)
+            if (body := await self._body(headers, receive)) is None:
+                return
+            self._check_open()
+            self.traffic.under_way += 1
+            try:
+                await self._run(scope, body, receive, answer.send)
+            finally:
+                self.traffic.under_way -= 1
         finally:
-            self.traffic.under_way -= 1
+            del self.traffic.open[task]
 
     def _check_caller(self, headers: Headers) -> None:
         """Raises ApiError for a wrong key; without keys, for a name of the host that is not this machine's own."""
@@ -104,7 +126,7 @@ class Guard:
 
     def _check_open(self) -> None:
         if self.traffic.draining:
-            raise busy("the server stops", 503, "stopping", 1)
+            raise _stops()
         if self.traffic.under_way >= _AT_ONCE:
             raise busy("too many requests are under way", 429, "too_many_requests", 1)
 
@@ -159,6 +181,10 @@ class _Answer:
         if message["type"] == "http.response.start":
             self.status = message["status"]
         await self._send(message)
+
+
+def _stops() -> ApiError:
+    return busy("the server stops", 503, "stopping", 1)
 
 
 async def _awaited(running: Awaitable[None]) -> None:

@@ -16,14 +16,10 @@ from embedwright.text import TokenizedText, check_texts, read
 
 
 class PackedModel:
-    """An `Embedder` cut in two: `read` for many threads, `embed` for the one that computes.
+    """An `Embedder` cut in two: `read` for many threads, `embed` for the one that computes."""
 
-    `max_tokens` are the tokens after which a text is cut. Default: the model's.
-    """
-
-    def __init__(self, model: Embedder, max_tokens: int | None = None) -> None:
-        _, self.max_tokens = encode.frame(model.contract, model.longest, None, None, max_tokens)
-        self.model = model
+    def __init__(self, model: Embedder) -> None:
+        self.model, self.max_tokens = model, model.max_tokens
 
     def read(self, texts: Sequence[str], task: str | None) -> list[TokenizedText]:
         """Tokenises texts as `Embedder.encode` does. Raises InputError for a text that has no token to pool."""

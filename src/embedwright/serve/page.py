@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fastapi import FastAPI
 from fastapi.responses import Response
 from pydantic_core import to_json
 
-from embedwright import threads
 from embedwright.index.index import Index
 from embedwright.serve.map import map_of
+from embedwright.serve.worker import Worker
 
 _FOLDER = Path(__file__).parent / "page"
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
@@ -49,12 +48,11 @@ def add_map(app: FastAPI, index: Index) -> None:
     making: list[asyncio.Future[bytes]] = []
 
     def make() -> bytes:
-        threads.free()
         return to_json(map_of(index), inf_nan_mode="null")
 
     @app.get("/map", include_in_schema=False)
     async def documents_map() -> Response:
         if not making:
-            making.append(asyncio.get_running_loop().run_in_executor(ThreadPoolExecutor(1), make))
+            making.append(asyncio.ensure_future(Worker("embedwright-map").run(make)))
         # shielded: whoever waits may leave, and the next one finds it made
         return Response(await asyncio.shield(making[0]), media_type="application/json")

@@ -65,7 +65,8 @@ class _Stopping(uvicorn.Server):
         self.idle_ticks = 0 if traffic.under_way or not traffic.draining else self.idle_ticks + 1
         # two, so that what had arrived when the signal came is read, and told that the server stops
         if self.idle_ticks > 1 or time.monotonic() > self.deadline:
-            self.server.batcher.close()
+            if not self.should_exit:
+                self.server.traffic.cut_off()  # they leave the queues of both models
             self.should_exit = True
         return await super().on_tick(counter)
 

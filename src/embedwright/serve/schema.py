@@ -118,9 +118,9 @@ def _inputs(value: Any, max_inputs: int, token_ids: bool) -> list[str | list[int
 
 
 def _is_id(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return value >= 0 and float(value).is_integer()
+    if isinstance(value, int):
+        return not isinstance(value, bool) and value >= 0
+    return isinstance(value, float) and value >= 0 and value.is_integer()
 
 
 # ---- answers, for OpenAPI; the server writes them itself

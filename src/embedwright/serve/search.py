@@ -2,38 +2,48 @@
 
 from __future__ import annotations
 
-import asyncio
-from concurrent.futures import ThreadPoolExecutor
-
+import numpy as np
 from fastapi import APIRouter
 from fastapi.responses import Response
+from numpy.typing import NDArray
 from pydantic_core import to_json
 
-from embedwright import threads
 from embedwright.index.index import Index
-from embedwright.serve.schema import IndexFacts, SearchAnswer, SearchRequest, search_request
+from embedwright.serve.errors import ApiError
+from embedwright.serve.schema import MOST_HITS, IndexFacts, SearchAnswer, SearchRequest, search_request
 from embedwright.serve.server import Server
+from embedwright.serve.worker import Worker
+
+_MOST = 10 * MOST_HITS  # hits of a request
+_MOST_TEXT = 50_000_000  # characters of the documents in an answer
 
 
 def add_search(paths: APIRouter, server: Server, index: Index) -> None:
-    """Adds the two paths. Queries are encoded beside all other texts; one thread searches."""
+    """Adds the two paths. Queries are encoded beside all other texts; one thread searches and writes the answers."""
     contract = server.packed.model.contract
-    searching = ThreadPoolExecutor(1, "embedwright-search", initializer=threads.free)
+    searching = Worker("embedwright-search")
 
-    async def search(asked: SearchRequest) -> Response:
-        """Find the documents of the index that answer queries, best first."""
-        task = contract.query_task(asked.task)
-        vectors_QE, tokens = await server.encode(asked.query, task)
-        found = await asyncio.get_running_loop().run_in_executor(
-            searching, index.search_vectors, vectors_QE, asked.k, asked.where
-        )
+    def answer(asked: SearchRequest, task: str, vectors_QE: NDArray[np.float32], tokens: int) -> bytes:
+        found = index.search_vectors(vectors_QE, asked.k, asked.where)
+        size = sum(len(hit.text) for hits in found for hit in hits)
+        if size > _MOST_TEXT:
+            raise ApiError(400, f"the hits hold {size:,} characters, more than {_MOST_TEXT:,}: ask for fewer", "k")
         data = [
             {"query": query, "task": task or contract.default_task, "hits": [hit._asdict() for hit in hits]}
             for query, hits in zip(asked.query, found, strict=True)
         ]
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        answer = {"object": "list", "data": data, "model": server.name, "usage": usage}
-        return Response(to_json(answer, inf_nan_mode="null"), media_type="application/json")
+        said = {"object": "list", "data": data, "model": server.name, "usage": usage}
+        return to_json(said, inf_nan_mode="null")
+
+    async def search(asked: SearchRequest) -> Response:
+        """Find the documents of the index that answer queries, best first."""
+        if (most := len(asked.query) * asked.k) > _MOST:
+            raise ApiError(400, f"{most:,} hits are too many: k times the queries may be {_MOST:,}", "k")
+        task = contract.query_task(asked.task)
+        vectors_QE, tokens = await server.encode(asked.query, task)
+        content = await searching.run(answer, asked, task, vectors_QE, tokens)
+        return Response(content, media_type="application/json")
 
     search.__annotations__["asked"] = search_request(server.limits.max_inputs)
     paths.post("/search", response_model=None, responses={200: {"model": SearchAnswer}})(search)

@@ -35,7 +35,6 @@ class Limits:
 
     max_inputs: int = 256  # texts of a request
     max_body: int = 2_000_000  # bytes of a request
-    max_tokens: int | None = None  # of a text, which is cut after them
     batch_tokens: int | None = None  # of a batch
     queue_tokens: int | None = None  # of the texts that wait
 
@@ -50,7 +49,7 @@ class Server:
 
     def __init__(self, model: Embedder, name: str, limits: Limits) -> None:
         self.name, self.limits, self.created = name, limits, int(time.time())
-        self.packed, self.traffic, self.metrics = PackedModel(model, limits.max_tokens), Traffic(), Metrics()
+        self.packed, self.traffic, self.metrics = PackedModel(model), Traffic(), Metrics()
         batch_tokens = limits.batch_tokens or model.batch_tokens
         queue_tokens = limits.queue_tokens or _QUEUED_BATCHES * batch_tokens
         self.batcher = Batcher(self.packed.embed, batch_tokens, queue_tokens, self.metrics)

@@ -168,13 +168,22 @@ def test_token_ids_are_read_as_their_text_where_they_are_asked_for(serving: Any,
     assert beyond.status == 400 and "input[1] holds the token id 400" in beyond.body["error"]["message"]
 
 
-def test_a_long_text_is_cut_as_encode_cuts_it_and_counted(serving: Any, model: Embedder) -> None:
-    texts = ["The moon pulls at the sea. " * 20, "short"]
-    with serving(limits=Limits(max_tokens=30)) as server:
+def test_a_number_of_any_size_is_no_token_id(serving: Any) -> None:
+    for token_ids in (False, True):
+        with serving(token_ids=token_ids) as server:
+            for given in (10**400, [10**400], [[10**400]], [1e300], [[1, 10**400]], [-(10**400)], ["a", 10**400]):
+                answer = server.embed({"input": given})
+                assert answer.status == 400 and answer.body["error"]["type"] == "invalid_request_error", given
+
+
+def test_a_long_text_is_cut_as_encode_cuts_it_and_counted(serving: Any, tiny_embedder: Callable[..., Embedder]) -> None:
+    texts, model = ["The moon pulls at the sea. " * 20, "short"], tiny_embedder("latent")
+    model.contract = model.contract.model_copy(update={"max_tokens": 30})  # as --max-tokens 30 opens it
+    with serving(model) as server:
         answer = client(server).embeddings.create(model="tiny", input=texts)
         counted = server.ask("GET", "/metrics").raw.decode()
         listed = server.ask("GET", "/v1/models").body["data"][0]
-    assert close(vectors(answer), model.encode(texts, max_tokens=30))
+    assert close(vectors(answer), model.encode(texts))
     assert "embedwright_full_texts_total 1.0" in counted and "embedwright_texts_total 2.0" in counted
     assert (listed["id"], listed["max_tokens"], listed["dimension"]) == ("tiny", 30, 32)
 

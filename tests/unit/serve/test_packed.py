@@ -25,9 +25,3 @@ def test_ids_become_their_text_without_special_tokens(model: Embedder) -> None:
     assert packed.text_of([*ids, 1], "input[0]") == "naïve café 🙂"
     with pytest.raises(InputError, match=r"input\[0\] holds the token id 400: the model has 400 tokens"):
         packed.text_of([400], "input[0]")
-
-
-def test_lengths_beyond_the_model_are_refused(model: Embedder) -> None:
-    assert PackedModel(model).max_tokens == model.max_tokens
-    with pytest.raises(InputError, match="positions"):
-        PackedModel(model, 5000)

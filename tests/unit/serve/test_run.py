@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
@@ -14,10 +15,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import uvicorn
 
 from embedwright.errors import InputError
+from embedwright.index.index import Index
 from embedwright.model.embedder import Embedder
-from embedwright.serve.run import listen, read_keys
+from embedwright.serve.app import create_app
+from embedwright.serve.run import _Stopping, listen, read_keys
 
 TEXTS = [f"Number {i}: the moon pulls at the sea, and the sea follows. " * 12 for i in range(256)]
 
@@ -46,6 +50,62 @@ def test_keys_come_from_a_variable_or_a_file(tmp_path: Path, monkeypatch: pytest
         with pytest.raises(InputError, match=words) as found:
             read_keys(env, path)
         assert "sk-secret" not in str(found.value)
+
+
+def test_at_the_deadline_everything_under_way_is_answered_wherever_it_is_held_up(
+    told: Embedder, index: Index, model: Embedder, other: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, reached = threading.Event(), threading.Semaphore(0)
+
+    def held(*_: Any) -> Any:
+        reached.release()
+        assert go.wait(60)
+        raise RuntimeError
+
+    second = create_app(model, name="other", index=other)
+    app = create_app(told, name="tiny", index=index, page=True, against=second)
+    second.state.server.batcher.embed = held
+    monkeypatch.setattr(index, "search_vectors", held)
+    monkeypatch.setattr("embedwright.serve.page.map_of", held)
+    listening = listen("127.0.0.1", 0, [])
+    stopping = _Stopping(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=5), app.state.server, 0.1)
+    running = threading.Thread(target=stopping.run, args=([listening],), daemon=True)
+    running.start()
+    answers: list[tuple[int, Any]] = []
+
+    def ask(method: str, path: str, body: str, length: int) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", listening.getsockname()[1], timeout=60)
+        headers = {"Content-Type": "application/json", "Content-Length": str(length)}
+        connection.request(method, path, body.encode(), headers)
+        answer = connection.getresponse()
+        answers.append((answer.status, json.loads(answer.read())["error"]["code"]))
+
+    query = '{"query": "tide"}'
+    requests = [
+        ("POST", "/search", query, len(query)),
+        ("GET", "/map", "", 0),
+        ("POST", "/against/v1/embeddings", '{"input": "a"}', 14),
+        ("POST", "/v1/embeddings", '{"input": "the rest of it', 99),  # never comes
+    ]
+    asking = [threading.Thread(target=ask, args=request) for request in requests]
+    try:
+        for thread in asking:
+            thread.start()
+        for _ in requests[:-1]:
+            assert reached.acquire(timeout=60)
+        while len(app.state.server.traffic.open) < len(requests):
+            assert running.is_alive()
+            time.sleep(0.01)
+        stopping.handle_exit(signal.SIGTERM, None)
+        for thread in asking:
+            thread.join(60)
+        assert answers == [(503, "stopping")] * len(requests)
+        works = [thread for thread in threading.enumerate() if thread.name in ("embedwright-search", "embedwright-map")]
+        assert len(works) >= 2 and all(thread.daemon for thread in works)  # the process does not wait for them
+    finally:
+        go.set()
+    running.join(60)
+    assert not running.is_alive()
 
 
 def test_a_signal_ends_the_process_when_all_it_has_accepted_is_answered(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_llm import command
 
 from embedwright.errors import InputError
 from embedwright.index.build import build_index
@@ -101,6 +102,39 @@ def test_the_index_is_described(searched: Any, index: Index) -> None:
 def test_bad_searches_are_refused(searched: Any, body: dict[str, Any], words: str) -> None:
     answer = searched.ask("POST", "/search", body)
     assert answer.status == 400 and words in answer.body["error"]["message"]
+
+
+def test_an_answer_has_bounds_whatever_is_asked_for(searched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    many = searched.ask("POST", "/search", {"query": ["a"] * 256, "task": ""})
+    assert many.status == 200 and sum(len(row["hits"]) for row in many.body["data"]) == 2560
+    monkeypatch.setattr("embedwright.serve.search.Index.search_vectors", None)  # refused before anything is searched
+    for path, body in (("/search", {"query": ["a"] * 256, "k": 1000}), ("/search", {"query": ["a"] * 11, "k": 1000})):
+        answer = searched.ask("POST", path, body | {"task": ""})
+        assert answer.status == 400 and "too many" in answer.body["error"]["message"]
+    monkeypatch.undo()
+    monkeypatch.setattr("embedwright.serve.search._MOST_TEXT", 500)
+    asked = {"query": "a", "task": "", "k": 40}
+    answer = searched.ask("POST", "/search", asked)
+    assert answer.status == 400 and "characters, more than 500" in answer.body["error"]["message"]
+    assert searched.ask("POST", "/search", asked | {"k": 1}).status == 200
+
+
+def test_an_index_of_shortened_texts_is_served_with_the_option_that_made_it(
+    model: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model.save(tmp_path / "model")
+    (tmp_path / "documents.txt").write_text("tides\nthe moon\nthe sea\n" + "far " * 50)
+    served: list[Any] = []
+    monkeypatch.setattr(
+        "embedwright.serve.run.run", lambda app, listening, drain: (served.append(app), listening.close())
+    )
+    folder, shorter = tmp_path / "index", ["--max-tokens", "30"]
+    assert command(monkeypatch, "index", tmp_path / "model", tmp_path / "documents.txt", folder, *shorter) == 0
+    words = ["serve", tmp_path / "model", "--index", folder, "--port", "0"]
+    assert command(monkeypatch, *words, *shorter) == 0 and served[0].state.server.packed.max_tokens == 30
+    monkeypatch.chdir(tmp_path / "model")
+    assert command(monkeypatch, "serve", ".", *words[2:], *shorter) == 0 and served[1].state.server.name == "model"
+    assert command(monkeypatch, *words) == 2 and "opened with the same --max-tokens" in capsys.readouterr().err
 
 
 def test_another_model_is_refused_and_without_an_index_there_is_no_search(

@@ -11,7 +11,7 @@ from embedwright.serve.server import Limits, Server
 
 
 def test_limits_are_positive() -> None:
-    for name in ("max_inputs", "max_body", "max_tokens", "batch_tokens", "queue_tokens"):
+    for name in ("max_inputs", "max_body", "batch_tokens", "queue_tokens"):
         with pytest.raises(InputError, match=f"{name}=0"):
             Limits(**{name: 0})
 
