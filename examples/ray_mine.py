@@ -2,7 +2,8 @@
 
 Run it: python examples/ray_mine.py EXAMPLES VECTORS OUT --teacher MODEL --parts 64
 
-OUT is a folder of parts, as `embedwright mine --shard` writes it, and opens as one data set. EXAMPLES, VECTORS and OUT
+OUT is a folder of parts, which opens as one data set. This script alone goes on in it, since it names its settings
+otherwise than `embedwright mine --shard`. EXAMPLES, VECTORS and OUT
 may be s3://bucket/folder; each machine copies the first two to its cache, whole. A part that is done is not made again.
 """
 
@@ -15,6 +16,7 @@ from ray.util import ActorPool
 
 from embedwright import mine
 from embedwright.data.files.parts import Shard, folder_of_part, write_part
+from embedwright.data.files.tasks import digest_of
 from embedwright.data.tables.table import PartOfTable, open_as_named
 from embedwright.encoders.open import open_encoder
 from embedwright.remote import fetched
@@ -41,8 +43,9 @@ class Miner:
 
         said = {key: getattr(self.options, key) for key in ("teacher", "negatives", "precision")}
         said |= {"examples": self.rows.fingerprint, "corpus": self.corpus.identity}
-        with folder_of_part(self.options.out, shard) as folder:
-            return write_part(folder, shard, said, write)
+        said["tasks"] = digest_of(self.rows.tasks)  # whose instructions go before the queries
+        with folder_of_part(self.options.out, shard) as (folder, remote):
+            return write_part(folder, shard, said, write, remote)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import fsspec
 import pytest
 from fake_llm import command
 
-from embedwright.data.files.parts import Shard
+from embedwright.data.files.parts import Shard, folder_of_part, write_part
 from embedwright.data.files.tasks import write_tasks
 from embedwright.data.schema import Task
 from embedwright.data.tables.table import open_examples
@@ -176,6 +177,55 @@ def test_encode_and_mine_read_and_write_stores_as_they_do_folders(
     assert command(monkeypatch, *mine, *out) == 0  # the part is done: nothing is sent
     assert changed == {path: info["created"] for path, info in store.find("/b/mined.jsonl", detail=True).items()}
     assert command(monkeypatch, *mine, *out, "--negatives", 2) == 2  # parts of other settings
+
+
+def made(shard: Shard, settings: dict[str, object], inside: Callable[[], object] = lambda: None) -> None:
+    """Makes a part of memory://b/parts. `inside` runs while it is at work."""
+
+    def write(file: Path) -> dict[str, int]:
+        inside()
+        file.write_text('{"query": "q", "positive": "p"}\n')
+        return {"rows": 1}
+
+    with folder_of_part("memory://b/parts", shard) as (folder, remote):
+        write_part(folder, shard, settings, write, remote)
+
+
+def test_parts_of_other_settings_are_refused_in_a_store_though_both_begin_before_one_ends(
+    store: fsspec.AbstractFileSystem,
+) -> None:
+    def other() -> None:
+        with pytest.raises(InputError, match=r"memory://b/parts holds parts made with seed 0, and this is 1"):
+            made(Shard(1, 2), {"seed": 1})
+
+    made(Shard(0, 2), {"seed": 0}, other)
+    assert {name for name in content(store, "/b/parts") if name.endswith(".jsonl")} == {"part-00000-of-00002.jsonl"}
+    with pytest.raises(InputError, match="made with seed 2"):  # both saw an empty folder; the later settings stand
+        made(Shard(1, 2), {"seed": 0}, lambda: store.pipe_file("/b/parts/parts.json", b'{"seed": 2, "parts": 2}'))
+    assert {name for name in content(store, "/b/parts") if name.endswith(".jsonl")} == {"part-00000-of-00002.jsonl"}
+
+
+def test_a_store_that_cannot_be_written_is_known_before_the_work_and_later_costs_no_work(
+    store: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError("no key")
+
+    worked: list[bool] = []
+    with monkeypatch.context() as patch, pytest.raises(InputError, match=r"parts\.json cannot be"):
+        patch.setattr(type(store), "put_file", refuse)
+        made(Shard(0, 1), {}, lambda: worked.append(True))
+    assert not worked
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="Its files are in") as error:
+        made(Shard(0, 1), {}, lambda: patch.setattr(type(store), "put_file", refuse))
+    kept = Path(str(error.value).rpartition("files are in ")[2].partition(": copy")[0])
+    try:
+        for name in ("part-00000-of-00001.jsonl", "part-00000-of-00001.jsonl.report.json"):
+            store.put_file(str(kept / name), f"/b/parts/{name}")
+        made(Shard(0, 1), {}, lambda: worked.append(True))
+        assert not worked and len(open_examples(fetched("memory://b/parts"))) == 1
+    finally:
+        shutil.rmtree(kept.parent)
 
 
 @pytest.mark.parametrize(

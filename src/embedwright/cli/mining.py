@@ -149,7 +149,7 @@ def mine(
             known = {"examples": table.fingerprint, "corpus": identity, "teachers": names, **templates, **chosen}
             known |= {name: value for name, value in how.items() if name != "device"}
             known["tasks"] = digest_of(table.tasks)  # whose instructions go before the queries
-            counts = write_part(folder, shard, known, write)
+            counts = write_part(folder, shard, known, write, remote)
         else:
             counts = write(Path(out))
         if report:
@@ -161,7 +161,7 @@ def mine(
             if processes.first:
                 table, place = open_as_named(fetched(examples)), fetched(corpus) if corpus else None
                 pool = (open_encoded if is_encoded(place) else open_corpus)(place) if place else positives_of(table)
-                folder = opened_folder.enter_context(folder_of_part(out, shard)) if shard else Path()
+                folder, remote = opened_folder.enter_context(folder_of_part(out, shard)) if shard else (Path(), None)
         done = processes.decided(lambda: shard is not None and is_done(shard.file(folder)))
         shared(lambda: [] if done else opened(), processes, work)
 

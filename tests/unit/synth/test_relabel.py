@@ -331,7 +331,7 @@ def test_the_command(
     options = ("--out", out, "--base-url", fake.url, "--model", "m", "--action", "promote")
     assert command(monkeypatch, "data", "relabel", path, *options) == 0
     printed = capsys.readouterr().out
-    report = json.loads(printed[printed.index("\n{") :])
+    report = json.loads(printed)
     assert report["positive"] == 4 and report["read"]["examples"] == 5 and report["client"]["requests"] == 11
     assert list(open_examples(out)) == relabel(list(open_examples(path)), oracle, "promote")[0]
 
@@ -350,7 +350,7 @@ def test_the_command(
     )
     assert judges[0] == "some/model"
     printed = capsys.readouterr().out
-    assert json.loads(printed[printed.index("\n{") :])["positive"] == 9  # all share the number with their query
+    assert json.loads(printed)["positive"] == 9  # all share the number with their query
     for wrong in (
         ("--base-url", fake.url),
         ("--cross-encoder", "x"),

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 from embedwright.errors import InputError, OutputExistsError
 from embedwright.files import check_folder, write_json
-from embedwright.remote import local_folder
+from embedwright.remote import RemoteFolder, local_folder
 
 Counts = dict[str, Any]
 
@@ -53,31 +55,53 @@ class Shard:
         return out / f"part-{self.index:05d}-of-{self.count:05d}{suffix}"
 
 
-def write_part(out: Path, shard: Shard, settings: Mapping[str, Any], write: Callable[[Path], Counts]) -> Counts:
+def write_part(
+    out: Path,
+    shard: Shard,
+    settings: Mapping[str, Any],
+    write: Callable[[Path], Counts],
+    remote: RemoteFolder | None = None,
+) -> Counts:
     """Lets `write` write this part of the folder `out`, unless it is done. Several processes may write others.
 
-    `settings` are all that decides the rows of all parts, as JSON. Returns and raises as `write_once`.
+    `settings` are all that decides the rows of all parts, as JSON. A `remote` folder gets them before the work, so that
+    a store that cannot be written, or has parts of other settings, is known at once. Returns and raises as
+    `write_once`.
     """
     check_folder(out)
-    return write_once(shard.file(out), {**settings, "parts": shard.count}, write)
+
+    def written(file: Path) -> Counts:
+        if remote:
+            remote.send(_SETTINGS)
+        counts = write(file)
+        if remote:
+            remote.fetch(_SETTINGS)  # for `write_once`, which compares them again
+        return counts
+
+    return write_once(shard.file(out), {**settings, "parts": shard.count}, written)
 
 
 @contextmanager
-def folder_of_part(out: str | Path, shard: Shard) -> Iterator[Path]:
-    """Yields a local folder for this part of `out`: `out` itself, unless it is in a store.
+def folder_of_part(out: str | Path, shard: Shard) -> Iterator[tuple[Path, RemoteFolder | None]]:
+    """Yields a local folder for this part of `out`, and the store's folder: `out` itself and None, unless in a store.
 
-    Of a store, it is a temporary one with what the store has of this part. What is made there is sent when the block
-    ends without an error, the report at the end. Raises OutputExistsError if the store's folder holds something else.
+    Of a store, the local one is temporary, with what the store has of this part. What is made there is sent when the
+    block ends without an error, the report at the end. If that fails, it is kept, and the error says where. Raises
+    OutputExistsError if the store's folder holds something else.
     """
     with local_folder(out) as (folder, remote):
         report = _report(file := shard.file(folder))
         if remote:
             remote.fetch(_SETTINGS, file.name, report.name)
         done = is_done(file)
-        yield folder
+        yield folder, remote
         if remote and not done:
             others = {path.name for path in folder.iterdir()} - {_SETTINGS, report.name}
-            remote.send(_SETTINGS, *others, *([report.name] if report.is_file() else []))
+            try:
+                remote.send(*others, *([report.name] if report.is_file() else []))
+            except InputError as error:
+                kept = shutil.move(folder, mkdtemp(prefix="embedwright-not-sent-"))
+                raise InputError(f"{error}. Its files are in {kept}: copy them there, {report.name} last") from error
 
 
 def write_once(file: Path, settings: Mapping[str, Any], write: Callable[[Path], Counts]) -> Counts:
