@@ -147,6 +147,7 @@ def test_encode_and_mine_read_and_write_stores_as_they_do_folders(
     tmp_path: Path,
     tiny_embedder: Callable[..., Embedder],
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("os.fsync", lambda handle: None)
@@ -166,6 +167,7 @@ def test_encode_and_mine_read_and_write_stores_as_they_do_folders(
         mine = ("mine", f"{place}/rows.jsonl", "--corpus", f"{place}/vectors", "--teacher", "model", "--rule", "naive")
         for index in (1, 0):
             assert command(monkeypatch, *mine, "--out", f"{place}/mined.jsonl", "--shard", f"{index}/2") == 0
+    assert "encodes all" not in capsys.readouterr().err  # the corpus is encoded
     assert content(store, "/b/vectors") == {path.name: path.read_bytes() for path in Path("vectors").iterdir()}
     mined = open_examples(fetched("memory://b/mined.jsonl"))
     assert [*mined] == [*open_examples(Path("mined.jsonl"))] and len(mined) == 9

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from embedwright.cli import options
-from embedwright.cli.display import counter
+from embedwright.cli.display import counter, note
 from embedwright.cli.options import arg, opt, say_json
 from embedwright.data.files.parts import Shard
 from embedwright.errors import InputError, blaming
@@ -39,11 +39,12 @@ def _naming_refused(verb: Callable[..., None]) -> Callable[..., None]:
                 raise
             texts, places = set(refused), list[str]()
             for number, example in enumerate(open_as_named(fetched(examples)), start=1):
-                if not texts.isdisjoint([example.query, *(passage.text for passage in example.positives)]):
+                passages = (*example.positives, *example.negatives)
+                if not texts.isdisjoint([example.query, *(passage.text for passage in passages)]):
                     places.append(f"{examples}: row {number}, id {example.id!r}")
             rows = corpus_rows(fetched(corpus)) if corpus else ()
             places += [f"{file}:{n}" for file, n, row in rows if isinstance(row, dict) and document_text(row) in texts]
-            raise InputError("\n".join([f"{error}, or --cut:", *places[:20]])) from None
+            raise InputError("\n".join([f"{error}, or --cut{':' * bool(places)}", *places[:20]])) from None
 
     return call
 
@@ -162,6 +163,10 @@ def mine(
                 table, place = open_as_named(fetched(examples)), fetched(corpus) if corpus else None
                 pool = (open_encoded if is_encoded(place) else open_corpus)(place) if place else positives_of(table)
                 folder, remote = opened_folder.enter_context(folder_of_part(out, shard)) if shard else (Path(), None)
+                there = vectors or set(names) <= set(NAMED) or (place and is_encoded(place))
+                if shard and shard.count > 1 and not there:
+                    many = f"each of {shard.count} parts encodes all {len(pool):,} documents"
+                    note(f"{out}: {many}: `encode` them once, and give that folder as --corpus")
         done = processes.decided(lambda: shard is not None and is_done(shard.file(folder)))
         shared(lambda: [] if done else opened(), processes, work)
 

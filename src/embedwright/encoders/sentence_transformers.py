@@ -27,6 +27,11 @@ class SentenceTransformerEncoder:
         self.model = model
         self._digest = Digest()
 
+    @property
+    def device(self) -> Any:
+        """The device of the model."""
+        return self.model.device
+
     def encode(self, texts: Sequence[str], task: str | None = None) -> NDArray[np.float32]:
         """Encodes to float32 (N, E) of unit length, in the order given. Raises as `Embedder.encode` for bad texts."""
         texts = check_texts(texts)

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from embedwright.data.schema import Example, Passage
 from embedwright.data.tables.documents import DocumentTable
 from embedwright.encoders.protocol import Encoder, encode_finite
+from embedwright.encoders.sharded import itself
 from embedwright.mining.pool import Pool
 from embedwright.mining.rules import RANDOM
 from embedwright.vectors.search import pair_scores, top_k
@@ -118,7 +119,8 @@ def _by_vectors(
         if tile:
             queries_QE[end - len(tile) : end] = _encoded(encoder, tile)
             advance(len(tile))
-    scores_QK, rows_QK = top_k(queries_QE, documents, depth)
+    device = getattr(itself(encoder), "device", None)  # another GPU may be another process's
+    scores_QK, rows_QK = top_k(queries_QE, documents, depth, device)
     rows = [own for tile in tiles for own in _own_rows(tile, pool.row_of_text)]
     lengths = np.array([len(own) for own in rows], np.int64)
     row_F = np.fromiter(chain.from_iterable(rows), np.int64)

@@ -245,12 +245,18 @@ def test_mine_names_what_is_too_long_or_cuts_it(
     said = capsys.readouterr().err
     assert "1 texts were refused, each alone; the first has 151 characters: 'very very" in said
     assert said.splitlines()[1:] == [f"{tmp_path / 'x.jsonl'}: row 3, id '2'"]
+    (tmp_path / "n.jsonl").write_text(json.dumps(rows[0] | {"negatives": ["short", "long " * 20]}) + "\n")
+    assert command(monkeypatch, "mine", tmp_path / "n.jsonl", *mine[2:]) == 2
+    assert capsys.readouterr().err.splitlines()[-1:] == [f"{tmp_path / 'n.jsonl'}: row 1, id '0'"]
     documents = [{"_id": "a", "text": "short"}, {"_id": "b", "title": "A", "text": "long " * 20}]
     (tmp_path / "docs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in documents))
     assert command(monkeypatch, *mine, "--corpus", tmp_path / "docs.jsonl") == 2
     said = capsys.readouterr().err
     assert f"{tmp_path / 'docs.jsonl'}:2" in said
     assert command(monkeypatch, *mine, "--cut") == 0 and (tmp_path / "mined.jsonl").exists()
+    capsys.readouterr()
+    assert command(monkeypatch, *mine, "--cut", "--out", tmp_path / "parts", "--shard", "0/2") == 0
+    assert "each of 2 parts encodes all 5 documents" in capsys.readouterr().err
 
 
 def test_a_server_that_refuses_all_is_not_asked_for_each(server: Server) -> None:

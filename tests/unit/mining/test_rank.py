@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import bm25s
 import numpy as np
 import pytest
+import torch
 from scipy.stats import chisquare
 
 from embedwright.cli.main import app
 from embedwright.data.schema import Example, Passage
 from embedwright.data.tables.table import open_examples
+from embedwright.encoders.sentence_transformers import SentenceTransformerEncoder
+from embedwright.encoders.sharded import ShardedEncoder
 from embedwright.errors import InputError
 from embedwright.mining import mine as mine_module
 from embedwright.mining import pool as pool_module
+from embedwright.mining import rank as rank_module
 from embedwright.mining.choose import Miner
 from embedwright.mining.mine import mine
 from embedwright.mining.pool import Pool
 from embedwright.mining.rules import teacher_of
+from embedwright.model.embedder import Embedder
+from embedwright.processes import Processes
 
 NOUNS = ["cat", "dog", "river", "stone", "house", "tree", "moon", "boat", "bread", "king", "rain", "song"]
 
@@ -129,6 +135,32 @@ def test_the_instruction_is_no_part_of_bm25s_query() -> None:
     corpus = {"1": "find passages", "2": "tides rise", "3": "the moon"}
     row = Example("e", "t", "tides", (Passage("the sea"),))
     assert ids(mine([row], corpus, "bm25", rule="naive", task="find passages")[0]) == [["2"]]
+
+
+def test_the_search_is_done_where_the_teacher_is(
+    tiny_embedder: Callable[..., Embedder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not on the first GPU of the machine, which may hold the model of another process."""
+    asked: list[Any] = []
+    top_k = rank_module.top_k
+    monkeypatch.setattr(rank_module, "top_k", lambda *given: asked.append(given[3]) or top_k(*given[:3]))
+    model = tiny_embedder("mean")
+
+    class Elsewhere:
+        device = torch.device("cuda:3")
+
+        def encode(self, texts: Sequence[str], task: str | None = None) -> Any:
+            return model.encode(texts, task=task)
+
+    class Shared(ShardedEncoder):
+        def encode(self, texts: Sequence[str], task: str | None = None, **options: Any) -> Any:
+            return self.encoder.encode(texts, task=task)
+
+    rows = [Example("e", "t", "moon", (Passage("tide"),))]
+    for teacher in (model, Elsewhere(), Shared(Elsewhere(), 0, Processes())):
+        mine(rows, {"a": "tide", "b": "sun"}, teacher, rule="naive", negatives=1, task=None)
+    assert asked == [torch.device("cpu"), Elsewhere.device, Elsewhere.device]
+    assert SentenceTransformerEncoder(Elsewhere()).device == Elsewhere.device
 
 
 def test_bm25_joins_an_ensemble() -> None:
