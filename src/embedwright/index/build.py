@@ -13,11 +13,12 @@ from embedwright.data.files.beir import with_title
 from embedwright.encoders.chunks import Chunk, chunker, token_counter
 from embedwright.encoders.protocol import Encoder, as_encoder
 from embedwright.errors import InputError
+from embedwright.files import locked
 from embedwright.index import documents as docs
 from embedwright.index.codes import Shortened, write_codes
 from embedwright.index.documents import Document
 from embedwright.index.index import Index, name_of
-from embedwright.index.layout import Layout, Part
+from embedwright.index.layout import LOCK, Layout, Part
 from embedwright.vectors.corpus import Progress, encode_corpus, encode_rows
 
 DOCUMENTS = "documents.arrow"
@@ -84,12 +85,18 @@ def build_index(
     digest = docs.digest_of(read())
     if begun and docs.written_digest(out / DOCUMENTS) not in (None, digest):
         raise InputError(f"{out} is an index of other documents: take a new folder, or --append or --replace")
-    if not layout.parts:
-        layout.write(out)
+    _write(out, layout)
     encode_part(encoder, out, layout, read, digest, **how)
-    if not layout.parts:
-        layout.with_parts(Part(folder=".")).write(out)
+    _write(out, layout.with_parts(Part(folder=".")))
     return out
+
+
+def _write(out: Path, layout: Layout) -> None:
+    """Writes the layout of a new index, unless another process has finished it, and perhaps changed it, meanwhile."""
+    with locked(out / LOCK):
+        now = Layout.read(out)
+        if now is None or not now.parts:
+            layout.write(out)
 
 
 def encode_part(

@@ -29,7 +29,7 @@ from embedwright.index.build import DOCUMENTS, encode_part, live_documents
 from embedwright.index.codes import write_codes
 from embedwright.index.documents import Document
 from embedwright.index.index import Index, name_of
-from embedwright.index.layout import Layout, Part
+from embedwright.index.layout import LOCK, Layout, Part
 from embedwright.vectors.corpus import Progress
 from embedwright.vectors.store import copy_vectors
 
@@ -136,7 +136,7 @@ def _changing(out: Path) -> Iterator[Index]:
     """Yields an index that no other process changes meanwhile."""
     if Layout.read(out) is None:
         raise InputError(f"{out} is no index that can be changed: make one with `embedwright index`")
-    with locked(out / ".change.lock"):
+    with locked(out / LOCK):
         yield Index.open(out)
 
 

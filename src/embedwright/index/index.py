@@ -275,7 +275,7 @@ def _best(
 
     The best chunks hold the best documents in order. Where they hold too few, more chunks are searched.
     """
-    several = len(document_F) > 0 and len(np.unique(document_F)) < len(document_F)
+    several = bool((document_F[1:] == document_F[:-1]).any())  # the chunks of a document are neighbours
     found: list[list[tuple[float, int]]] = [[] for _ in queries_QE]
     open_Q, depth = np.arange(len(queries_QE)), k * _CHUNKS if several else k
     while len(open_Q):

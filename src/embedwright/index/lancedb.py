@@ -8,6 +8,7 @@ model that made the index; `import embedwright.index.lancedb` registers the func
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -48,8 +49,9 @@ _OWN |= {"start": pa.int64(), "end": pa.int64()}
 class EmbedwrightFunction(EmbeddingFunction):
     """LanceDB's embedding function of the model that made a table.
 
-    It opens the model `name` when it is first needed, and raises ValueError for another one than that of `fingerprint`.
-    Queries get the instruction `task`, or the model's own. `dim` is the length of shortened vectors.
+    It opens the model `name` when it is first needed, in the length and number type of `fingerprint`, and raises
+    ValueError for another one. Queries get the instruction `task`, or the model's own. `dim` is the length of shortened
+    vectors.
     """
 
     name: str
@@ -73,7 +75,12 @@ class EmbedwrightFunction(EmbeddingFunction):
 
     def encoder(self) -> Encoder:
         if self._encoder is None:
-            opened = as_encoder(open_encoder(self.name))
+            then = self.fingerprint
+            length = then.get("contract.max_tokens", then.get("settings.max_seq_length", ""))
+            dtype = then["dtype"] if then.get("dtype") in ("float32", "bfloat16", "float16") else None
+            opened = as_encoder(
+                open_encoder(self.name, dtype=dtype, max_tokens=int(length) if length.isdecimal() else None)
+            )
             now = fingerprint_of(Shortened(opened, self.dim) if self.dim else opened) or {}
             if now != self.fingerprint:
                 other = differences(self.fingerprint, now)
@@ -136,6 +143,8 @@ def search_lancedb(
         raise InputError(f"{folder} is of an older state of the index: run `embedwright index` with --lancedb again")
     if not queries:
         return []
+    if by == "hybrid" and not all(query.strip() for query in queries):
+        raise InputError("an empty query has no word to be found by: leave out --by hybrid")
     table = lancedb.connect(str(folder)).open_table(_TABLE)
     condition = sql(where, index) if where else None
     return [
@@ -147,7 +156,7 @@ def search_lancedb(
 def sql(where: Where, index: Index) -> str:
     """Writes conditions on metadata as a filter of LanceDB."""
     return " AND ".join(
-        f"`{column}` IN ({', '.join(map(_literal, values))})"
+        (f"`{column}` IN ({', '.join(map(_literal, values))})" if values else "false")
         if how == "in"
         else f"`{column}` {how} {_literal(values[0])}"
         for column, how, values in conditions(where, index.types)
@@ -157,6 +166,8 @@ def sql(where: Where, index: Index) -> str:
 def _literal(value: Any) -> str:
     if isinstance(value, str):
         return "'" + value.replace("'", "''") + "'"
+    if isinstance(value, float) and math.isinf(value):
+        return f"CAST('{value}' AS DOUBLE)"
     return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
@@ -235,15 +246,16 @@ def _batches(index: Index, rows: NDArray[np.int64], schema: pa.Schema) -> Iterat
 
 
 def _recall(index: Index, table: Any, rows: NDArray[np.int64]) -> float:
-    """Returns how many of the ten exact neighbours of some chunks the approximate search finds."""
+    """Returns how many of the ten exact neighbours of some chunks the approximate search finds, without themselves."""
     sample = np.random.default_rng(0).choice(rows, min(_SAMPLE, len(rows)), replace=False)
     vectors_SE = index.vectors.take(np.sort(sample))
-    _, wanted_SK = index.top_k(vectors_SE, 10, rows, exact=True)
-    found = [
-        len(np.intersect1d(_chunks(table, vector_E, "", 10, None, "ann")[0], rows[wanted_K]))
-        for vector_E, wanted_K in zip(vectors_SE, wanted_SK, strict=True)
-    ]
-    return sum(found) / wanted_SK.size
+    _, wanted_SK = index.top_k(vectors_SE, 11, rows, exact=True)
+    shares = []
+    for own, vector_E, wanted_K in zip(np.sort(sample), vectors_SE, wanted_SK, strict=True):
+        found_K = _chunks(table, vector_E, "", 11, None, "ann")[0]
+        wanted, found = ([row for row in some.tolist() if row != own][:10] for some in (rows[wanted_K], found_K))
+        shares.append(len(set(wanted).intersection(found)) / len(wanted))
+    return sum(shares) / len(shares)
 
 
 def _folder(index: Index) -> Path:

@@ -26,7 +26,7 @@ from embedwright.data.schema import DataError
 from embedwright.errors import InputError
 from embedwright.files import write_json
 
-NAME = "index.json"
+NAME, LOCK = "index.json", ".change.lock"
 ColumnType = Literal["text", "int", "float", "bool"]
 
 

@@ -30,7 +30,7 @@ _COMPARE = {
     ">": pc.greater,
     ">=": pc.greater_equal,
 }
-_SIGN = re.compile(r"!=|<=|>=|==?|<|>|\sin\s")  # the first one parts column and value, in one pass over the text
+_SIGN = re.compile(r"!=|<=|>=|==?|<|>|(?<=\s)in\s")
 _NEAR = 1000  # texts of a column among which the nearest is looked for
 _PYTHON = {"text": str, "int": int | float, "float": int | float, "bool": bool}
 
@@ -76,19 +76,23 @@ def _warn(column: str, values: list[str], table: pa.Table) -> None:
 def conditions(where: Where, types: Types) -> list[Condition]:
     """Reads conditions, each value as its column's type."""
     if isinstance(where, str):
-        raise InputError(f"where is one text: give a list, [{where!r}]")
+        raise InputError(f"where is one text: give a list, [{where[:60]!r}]")
     if isinstance(where, Mapping):
         given = [
             (column, "in", list(value)) if isinstance(value, list | tuple) else (column, "=", [value])
             for column, value in where.items()
         ]
     else:
-        given = [_split(text) for text in where]
+        given = [_split(text, types) for text in where]
     return [_checked(column, how, values, types) for column, how, values in given]
 
 
-def _split(text: str) -> tuple[str, str, list[Any]]:
-    if not (match := _SIGN.search(text)):
+def _split(text: str, types: Types) -> tuple[str, str, list[Any]]:
+    """Parts a condition after the longest column that it begins with, whose name may hold a sign; else at a sign."""
+    text = text.strip()
+    ends = sorted((len(column) for column in types if text.startswith(column)), reverse=True)
+    after = (_SIGN.match(text, len(text) - len(text[end:].lstrip())) for end in ends)
+    if not (match := next(filter(None, after), None) or _SIGN.search(text)):
         raise InputError(f"where {text[:60]!r}: expected a column, one of {', '.join(_COMPARE)} or in, and a value")
     column, how, value = text[: match.start()].strip(), match.group().strip(), text[match.end() :].strip()
     if how == "in":
@@ -98,8 +102,8 @@ def _split(text: str) -> tuple[str, str, list[Any]]:
 
 def _checked(column: str, how: str, values: list[Any], types: Types) -> Condition:
     if column not in types:
-        hint = did_you_mean(column, types) or f"; the index has {', '.join(types) or 'no metadata'}"
-        raise InputError(f"where: no metadata column {column!r}{hint}")
+        hint = did_you_mean(column[:60], types) or f"; the index has {', '.join(types) or 'no metadata'}"
+        raise InputError(f"where: no metadata column {column[:60]!r}{hint}")
     kind = types[column]
     if kind == "bool" and how not in ("=", "!=", "in"):
         raise InputError(f"where: {column} is true or false, which {how} does not compare: take = or !=")
@@ -118,6 +122,8 @@ def _value(value: Any, column: str, kind: ColumnType) -> Any:
         raise InputError(f"where: {column}: {str(number)[:60]} does not fit into 64 bits")
     if kind == "int" and not float(number).is_integer():
         raise InputError(f"where: {column} holds whole numbers, not {number}")
+    if kind == "float" and math.isnan(number):
+        raise InputError(f"where: {column}: nan equals no number")
     return int(number) if kind == "int" else float(number) if kind == "float" else value
 
 

@@ -4,6 +4,7 @@ import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -12,7 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from small_index import Counted, Rounded, small_corpus
 
+from embedwright.index import build
+from embedwright.index import documents as docs
 from embedwright.index.build import build_index
+from embedwright.index.change import add
 from embedwright.index.index import Index
 from embedwright.model.embedder import Embedder
 from embedwright.vectors.corpus import encode_corpus, open_encoded
@@ -151,6 +155,27 @@ def test_another_model_is_refused_before_a_document_is_read(
         ValueError, match=r"another model.*contract\.max_tokens.*same --max-tokens.*--reencode.* 4 docu"
     ):
         build_index(model, source, tmp_path / "i", chunk_tokens=100)
+
+
+@pytest.mark.parametrize("held_up", ["docs.digest_of", "encode_part"])
+def test_a_slower_run_of_the_same_build_undoes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_up: str
+) -> None:
+    source, more, out = write(tmp_path / "c.jsonl"), tmp_path / "more.jsonl", tmp_path / "i"
+    more.write_text('{"_id": "z", "text": "more"}\n')
+    name, waiting = f"embedwright.index.build.{held_up}", [True]
+    real = {"docs.digest_of": docs.digest_of, "encode_part": build.encode_part}[held_up]
+
+    def slow(*given: Any, **how: Any) -> Any:
+        if waiting:
+            waiting.clear()  # another process is faster, and its index is changed
+            build_index(Rounded(), source, out)
+            add(Rounded(), more, out)
+        return real(*given, **how)
+
+    monkeypatch.setattr(name, slow)
+    build_index(Rounded(), source, out)
+    assert not waiting and Index.open(out).documents["id"].to_pylist() == ["a", "b", "c", "d", "z"]
 
 
 def test_a_refused_setting_leaves_the_folder_free(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from embedwright.cli.main import app
+from embedwright.encoders.open import open_encoder
 from embedwright.errors import InputError, NotFoundError
 from embedwright.index import change
 from embedwright.index.build import build_index
@@ -77,6 +78,10 @@ def known(hits: list[list[Any]]) -> list[list[tuple[Any, ...]]]:
         {"year": [1991, 2003]},
         ["open!=false", "year<1995"],
         ["lang=nowhere"],
+        {"lang": []},
+        ["score<inf"],
+        ["score>-inf", "year<1995"],
+        ["score>1e999"],
     ],
 )
 def test_exact_search_and_filters_are_ours(made: tuple[Path, Embedder], where: Any) -> None:
@@ -168,3 +173,31 @@ def test_the_commands(made: tuple[Path, Embedder], tmp_path: Path, capsys: pytes
     assert found["ann"] == found["exact"] and "d77" in found["hybrid"][:2]
     with pytest.raises(InputError, match="--chunks"):
         app([*asked, "--by", "ann", "--chunks"], standalone_mode=False)
+
+
+def test_a_table_of_a_model_in_another_length_or_type_opens_it_so(
+    tmp_path: Path, tiny_embedder: Callable[..., Embedder]
+) -> None:
+    tiny_embedder("mean").save(tmp_path / "model")
+    corpus = write_corpus(tmp_path / "corpus.jsonl", 12)
+    for how in ({"max_tokens": 20}, {"dtype": "bfloat16"}):
+        model, out = open_encoder(str(tmp_path / "model"), **how), tmp_path / "-".join(how)  # type: ignore[arg-type]
+        build_index(model, corpus, out)
+        index = Index.open(out)
+        ours.to_lancedb(index, TASK)
+        function = lancedb.connect(str(out / "lancedb")).open_table("chunks").embedding_functions["vector"].function
+        text = "the moon " * 20
+        np.testing.assert_allclose(function.compute_source_embeddings([text])[0], model.encode([text])[0], atol=1e-3)
+    with pytest.raises(InputError, match="an empty query"):
+        ours.search_lancedb(index, model, ["moon", " "], task=TASK, by="hybrid")
+
+
+def test_the_printed_recall_does_not_count_a_chunk_that_finds_itself(
+    made: tuple[Path, Embedder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = Index.open(made[0])
+    rows = index.live_rows()
+    table, real = lancedb.connect(str(made[0] / "lancedb")).open_table("chunks"), ours._chunks
+    assert ours._recall(index, table, rows) > 0.95
+    monkeypatch.setattr(ours, "_chunks", lambda *given: (real(*given)[0][:1], []))  # each finds itself alone
+    assert ours._recall(index, table, rows) < 0.01

@@ -4,6 +4,7 @@ import itertools
 import json
 import operator
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -101,12 +102,31 @@ def test_a_mapping_says_the_same(index: Index) -> None:
         ({"year": True}, "year holds int"),
         ({"rate": 2**70}, "does not fit into 64 bits"),
         ({"year": 1e30}, "does not fit into 64 bits"),
+        (["rate=nan"], "nan equals no number"),
         ("lang=en", "give a list"),
     ],
 )
 def test_bad_conditions_are_named(index: Index, where: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         index.search_vectors(Rounded().encode(["q"], ""), 3, where)
+
+
+def test_a_column_is_found_whatever_its_name_holds(tmp_path: Path) -> None:
+    names = ["year", "year of print", "published in year", "a=b", "a", "is < 3", "in", "größer >= als"]
+    rows = [
+        {"_id": f"d{i}", "text": f"text {i}"} | {name: (i + at) % 5 for at, name in enumerate(names)} for i in range(9)
+    ]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    index = Index.open(build_index(Rounded(), tmp_path / "c.jsonl", tmp_path / "i", metadata=names))
+    for name in names:
+        for how, text in (("=", "3"), (" = ", "3"), (">=", "2"), (" in ", "1,3")):
+            (hits,) = index.search_vectors(Rounded().encode(["q"], ""), 9, [f" {name}{how}{text} "])
+            wanted = {"=": {3}, ">=": {2, 3, 4}, "in": {1, 3}}[how.strip()]
+            assert {hit.id for hit in hits} == {row["_id"] for row in rows if row[name] in wanted}, (name, how)
+    for unknown in ("ye" + "a" * 10**6 + "=3", "published on year=3", "yearly=3"):
+        with pytest.raises(ValueError, match="no metadata column") as found:
+            index.search_vectors(Rounded().encode(["q"], ""), 9, [unknown])
+        assert len(str(found.value)) < 300
 
 
 def test_a_text_that_no_document_has_is_warned_of(index: Index, caplog: pytest.LogCaptureFixture) -> None:
