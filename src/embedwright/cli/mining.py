@@ -15,9 +15,9 @@ import typer
 from embedwright.cli import options
 from embedwright.cli.display import counter, note
 from embedwright.cli.options import arg, opt, say_json
-from embedwright.data.files.parts import Shard
+from embedwright.data.files.parts import Shard, is_done
 from embedwright.errors import InputError, blaming
-from embedwright.files import write_json
+from embedwright.files import locked, write_json
 from embedwright.llm.answers import tokens_paid
 from embedwright.llm.client import Client, Server
 from embedwright.mining.rules import NAMED, Ensemble, Positives, Rule
@@ -93,7 +93,7 @@ def mine(
 
     Under torchrun, all processes encode, each a part of the texts.
     """
-    from embedwright.data.files.parts import folder_of_part, is_done, write_part
+    from embedwright.data.files.parts import folder_of_part, write_part
     from embedwright.data.files.tasks import digest_of
     from embedwright.data.tables.documents import DocumentTable, open_corpus
     from embedwright.data.tables.table import PartOfTable, open_as_named
@@ -195,13 +195,17 @@ def synth(
     The tasks and the model's answers are kept in files beside OUT. Run the same command again to go on.
     """
     from embedwright.synth.plan import PROMPTS, Plan, Prompts, split_evenly
-    from embedwright.synth.synthesize import synthesize
+    from embedwright.synth.synthesize import ask_for_tasks, synthesize
 
     options.check_out(out, shard)
     kinds = split_evenly(count, types.lower().split(","))
     plan = Plan(kinds, tuple(model), per_task=per_task, seed=seed, prompts=Prompts.load(prompts or PROMPTS))
     limits = {"concurrency": concurrency, "max_tokens": max_tokens, "token_budget": token_budget}
-    with _client(out, shard, timeout, base_url=base_url, api_key_env=api_key_env, **limits) as client:
+    limits |= {"base_url": base_url, "api_key_env": api_key_env}
+    if shard and not is_done(shard.file(out)):  # its own answers, which one process at a time opens
+        with locked(out.with_name(f".{out.name}.tasks.lock")), _client(out, None, timeout, shard, **limits) as client:
+            ask_for_tasks(out, client, plan, licence, shard)
+    with _client(out, shard, timeout, **limits) as client:
         report = synthesize(out, client, plan, licence=licence, progress=counter("examples"), shard=shard)
     say_json(report)
     if not report["written"] and not shard:
@@ -275,18 +279,23 @@ def _cross_encoder(name: str) -> Any:
         return CrossEncoder(name, trust_remote_code=False)
 
 
-def _client(out: Path, shard: Shard | None, timeout: float, **settings: Any) -> Client:
+def _client(out: Path, shard: Shard | None, timeout: float, tasks_of: Shard | None = None, **settings: Any) -> Client:
     """Returns a client of the server with these settings. It keeps the answers beside `out`, or beside the part.
 
-    A part also knows the answers that were paid for without parts, or with another number of them. What these leave of
-    the budget is shared by all parts alike, so that together they stay below it.
+    A part also knows the answers that were paid for without parts, with another number of them, or for the tasks of all
+    parts. What these leave of the budget is shared by all parts alike, so that together they stay below it. With
+    `tasks_of`, the client asks for the tasks of all parts, and may pay what all have left.
     """
     if not (timeout > 0 and math.isfinite(timeout)):
         raise InputError(f"--timeout {timeout}: a number of seconds above 0")
-    file, earlier = shard.file(out) if shard else out, list[Path]()
-    if shard:
-        beside = [out.with_name(f"{out.name}.answers.sqlite"), *sorted(out.glob("part-*.answers.sqlite"))]
-        earlier = [path for path in beside if path.is_file() and f"-of-{shard.count:05d}." not in path.name]
+    file = shard.file(out) if shard else out.with_name(f"{out.name}.brainstorm") if tasks_of else out
+    own, earlier = file.with_name(f"{file.name}.answers.sqlite"), list[Path]()
+    if shard or tasks_of:
+        beside = [out.with_name(f"{out.name}{name}.answers.sqlite") for name in ("", ".brainstorm")]
+        beside += sorted(out.glob("part-*.answers.sqlite"))
+        others = f"-of-{shard.count:05d}." if shard else own.name
+        earlier = [path for path in beside if path.is_file() and others not in path.name]
         if budget := settings["token_budget"]:
-            settings["token_budget"] = max((budget - sum(map(tokens_paid, earlier))) // shard.count, 1)
-    return Client(Server(timeout_s=timeout, **settings), file.with_name(f"{file.name}.answers.sqlite"), earlier)
+            left = budget - sum(map(tokens_paid, earlier))
+            settings["token_budget"] = max(left // (shard.count if shard else 1), 1)
+    return Client(Server(timeout_s=timeout, **settings), own, earlier)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from embedwright.data.clean.repeats import DiskList, repeats
-from embedwright.data.files.parts import Shard, write_part
+from embedwright.data.files.parts import Shard, claim, write_part
 from embedwright.data.keys import word_key
 from embedwright.data.schema import Example, Passage, Task, parse_example, to_row
 from embedwright.data.tables.table import write_examples
@@ -50,14 +50,26 @@ def synthesize(
     """
     if shard is None:
         return _synthesized(out, client, plan, _tasks(out, client, plan, licence), progress)
-    settings = {"command": "synth", "counts": plan.counts, "models": plan.models, "per_task": plan.per_task}
-    prompts = hashlib.sha256(plan.prompts.model_dump_json().encode()).hexdigest()
-    settings |= {"seed": plan.seed, "prompts": prompts, "licence": licence}
 
     def part(file: Path) -> dict[str, Any]:
         return _synthesized(file, client, plan, _tasks(out, client, plan, licence), progress, shard)
 
-    return write_part(out, shard, settings, part)
+    return write_part(out, shard, _settings(plan, licence), part)
+
+
+def ask_for_tasks(out: Path, client: Client, plan: Plan, licence: str, shard: Shard) -> None:
+    """Does step 1 for all parts of the folder `out`, so that the budget of one part need not pay for it.
+
+    Raises as `synthesize` if `out` holds parts of other settings.
+    """
+    claim(out, {**_settings(plan, licence), "parts": shard.count})
+    _tasks(out, client, plan, licence)
+
+
+def _settings(plan: Plan, licence: str) -> dict[str, Any]:
+    prompts = hashlib.sha256(plan.prompts.model_dump_json().encode()).hexdigest()
+    settings = {"command": "synth", "counts": plan.counts, "models": plan.models, "per_task": plan.per_task}
+    return settings | {"seed": plan.seed, "prompts": prompts, "licence": licence}
 
 
 class _Tasks(NamedTuple):

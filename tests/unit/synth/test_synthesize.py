@@ -17,6 +17,7 @@ from embedwright.data.files.parts import Shard
 from embedwright.data.files.tasks import read_tasks, tasks_file
 from embedwright.data.schema import Example
 from embedwright.data.tables.table import open_examples
+from embedwright.llm.answers import tokens_paid
 from embedwright.llm.client import Client, Server
 from embedwright.synth.plan import KINDS, Kind, Plan
 from embedwright.synth.synthesize import synthesize
@@ -299,6 +300,30 @@ def test_parts_share_the_budget_and_what_was_paid_for_other_parts(
     assert run_all(3, "--token-budget", 90000) == [0, 0, 0] and len(fake.requests) == 12
     examples = list(open_examples(out, cache=tmp_path / "cache"))
     assert [example.id for example in examples] == [f"synthetic-sts:{i}" for i in range(12)]
+
+
+def test_the_tasks_of_all_parts_are_paid_for_by_none_of_them(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """40 examples of 40 tasks: two prompts for these and 40 for examples, of 1,000 tokens each."""
+    fake, out = serve(lambda body, n: Reply(author(body, n).text, tokens=1000)), tmp_path / "parts"
+    options = ("synth", "--out", out, "--base-url", fake.url, "--model", "a", "--count", 40, "--types", "short-long")
+    options = (*options, "--per-task", 1, "--max-tokens", 300, "--concurrency", 1)
+
+    def run(*more: object) -> int:
+        return command(monkeypatch, *options, *more)
+
+    def paid() -> int:
+        return sum(tokens_paid(file) for file in tmp_path.rglob("*.answers.sqlite"))
+
+    tasks = -(-40 // Plan({"short-long": 40}, ("a",)).prompts.tasks_per_prompt)
+    enough = ("--token-budget", 1000 * (40 + tasks) + 4 * 700)  # what an answer might take is kept free
+    assert [run("--shard", f"{index}/4", *enough) for index in (2, 0, 1, 3)] == [0] * 4
+    assert len(fake.requests) == 40 + tasks and paid() == 1000 * (40 + tasks)
+    assert len(list(open_examples(out, cache=tmp_path / "cache"))) == 40
+    asked = len(fake.requests)
+    assert run("--shard", "1/4", "--seed", 1) == 2 and len(fake.requests) == asked  # refused before it pays
+    assert run("--shard", "1/4") == 0 and len(fake.requests) == asked
 
 
 def test_a_part_whose_brainstorm_failed_is_not_done(serve: Serve, tmp_path: Path) -> None:
