@@ -200,7 +200,7 @@ def synth(
     options.check_out(out, shard)
     kinds = split_evenly(count, types.lower().split(","))
     plan = Plan(kinds, tuple(model), per_task=per_task, seed=seed, prompts=Prompts.load(prompts or PROMPTS))
-    limits = {"concurrency": concurrency, "max_tokens": max_tokens, "token_budget": token_budget}
+    limits: dict[str, Any] = {"concurrency": concurrency, "max_tokens": max_tokens, "token_budget": token_budget}
     limits |= {"base_url": base_url, "api_key_env": api_key_env}
     if shard and not is_done(shard.file(out)):  # its own answers, which one process at a time opens
         with locked(out.with_name(f".{out.name}.tasks.lock")), _client(out, None, timeout, shard, **limits) as client:
@@ -254,7 +254,7 @@ def relabel(
         return
     if base_url is None or model is None or cross_encoder is not None or threshold is not None:
         raise InputError("name the judge: --base-url and --model, or --cross-encoder and --threshold")
-    limits = {"concurrency": concurrency, "max_tokens": max_tokens, "token_budget": token_budget}
+    limits: dict[str, Any] = {"concurrency": concurrency, "max_tokens": max_tokens, "token_budget": token_budget}
     with _client(out, shard, timeout, base_url=base_url, api_key_env=api_key_env, **limits) as client:
         judged_by = model if max_chars is None else f"{model}, {max_chars} characters"
         report = run(judge_by_model(client, model, described, max_chars), judged_by, client)
