@@ -72,13 +72,13 @@ class RemoteFolder:
     def fetch(self, mark: str, *names: str) -> bool:
         """Copies the file `mark` and these others into the local folder, where the store has them.
 
-        Says whether it has `mark`. Raises OutputExistsError if it has files in this folder, but not `mark`, which says
-        whose they are.
+        Says whether it has `mark`. Raises OutputExistsError if it has other files in this folder, but not `mark`, which
+        says whose they are. Those of these names alone are the beginning of a folder.
         """
         with blaming(self.url, "cannot be read"):
             self._store.invalidate_cache()
             there = {PurePosixPath(file).name for file in self._store.find(self._root)}
-            if there and mark not in there:
+            if mark not in there and not there.issubset(names):
                 raise OutputExistsError(f"{self.url} holds {min(there)} and no {mark}: choose a new folder")
             for name in there.intersection((mark, *names)):
                 self._store.get_file(f"{self._root}/{name}", str(self.folder / name))

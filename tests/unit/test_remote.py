@@ -108,6 +108,11 @@ class Letters:
         return {"weights": "letters"}
 
 
+def ends_with(name: str, end: str) -> None:
+    if name.endswith(end):
+        raise KeyboardInterrupt
+
+
 def test_a_shard_is_sent_when_it_is_whole_and_never_encoded_again(
     store: fsspec.AbstractFileSystem, tmp_path: Path
 ) -> None:
@@ -121,6 +126,11 @@ def test_a_shard_is_sent_when_it_is_whole_and_never_encoded_again(
             encode_corpus(model, source, folder, shard_rows=5, shard=shard, remote=remote, **options)
             assert not [*folder.glob("shard-*")]
 
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):  # after its first file
+        put_file = type(store).put_file
+        patch.setattr(type(store), "put_file", lambda *words: ends_with(words[-1], "manifest.json") or put_file(*words))
+        run(Letters())
+    assert [*content(store, "/b/vectors")] == ["probes.arrow"]
     with pytest.raises(KeyboardInterrupt):
         run(Letters(stop=TEXTS[12]))
     assert sorted(content(store, "/b/vectors")) == [

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from embedwright.data.files.rows import BOM, Rows, is_csv, line_rows, read_rows, text_lines
+from embedwright.data.schema import DataError
 from embedwright.threads import cores
 
 _BYTES = 16 << 20  # of a piece
@@ -24,6 +26,25 @@ class Piece(NamedTuple):
     def rows(self) -> Rows:
         """Yields the rows as `read_rows` does, under the same numbers."""
         return line_rows(text_lines(*self)) if self.end else read_rows(self.file)
+
+
+@contextmanager
+def unchanged(files: Iterable[Path]) -> Iterator[None]:
+    """Raises DataError at the end of the block if a file was replaced or changed meanwhile.
+
+    Each piece opens its file anew, so its rows could be of two files, under the name of one.
+    """
+    before = {file: identity(file) for file in files}
+    yield
+    for file, known in before.items():
+        if identity(file) != known:
+            raise DataError(f"{file} was replaced while it was read: run the command again")
+
+
+def identity(file: Path) -> tuple[int, ...]:
+    """Returns what tells a file from one that replaced or changed it, without reading it."""
+    found = file.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def pieces_of(files: Sequence[Path]) -> list[Piece]:

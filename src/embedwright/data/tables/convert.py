@@ -25,7 +25,7 @@ from embedwright.data.files.conversion import Conversion
 from embedwright.data.files.documents import COLUMNS, document_files, read_documents
 from embedwright.data.files.folders import data_files, is_beir, stem_of
 from embedwright.data.files.kinds import KINDS, ROW_BY_ROW, detect_kind, parse_fields
-from embedwright.data.files.pieces import Piece, pieces_of
+from embedwright.data.files.pieces import Piece, pieces_of, unchanged
 from embedwright.data.files.quarantine import Quarantine, good_rows
 from embedwright.data.labels import LabelRules
 from embedwright.data.schema import DataError, Example, Passage, parse_example
@@ -112,7 +112,8 @@ def _batches(job: Job, quarantine: Quarantine, report: Counter[str], arrow: Path
     files = [] if job.plain or job.is_beir else data_files(job.path)
     alone = files and not job.corpus and detect_kind(job.path) in ROW_BY_ROW
     if not (pieces := pieces_of(files) if alone else []):
-        yield from batches_of(_examples(job, map(Piece, files), quarantine, report), BATCH_ROWS)
+        with unchanged(files):
+            yield from batches_of(_examples(job, map(Piece, files), quarantine, report), BATCH_ROWS)
         return
 
     def made(folder: Path) -> Iterator[pa.RecordBatch]:
@@ -121,7 +122,7 @@ def _batches(job: Job, quarantine: Quarantine, report: Counter[str], arrow: Path
             quarantine.extend(quarantine_file(file), facts["quarantined"], facts["reasons"])
             yield from batches
 
-    with scratch_folder(arrow) as folder:
+    with scratch_folder(arrow) as folder, unchanged(files):
         yield from rebatched(made(folder), BATCH_ROWS)
 
 

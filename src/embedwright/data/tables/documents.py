@@ -20,7 +20,7 @@ import pyarrow as pa
 from embedwright.cache import cache_folder
 from embedwright.data.files.beir import corpus_documents, corpus_files, documents_of, with_title
 from embedwright.data.files.folders import stem_of
-from embedwright.data.files.pieces import Piece, pieces_of
+from embedwright.data.files.pieces import Piece, pieces_of, unchanged
 from embedwright.data.keys import refuse_repeats
 from embedwright.data.schema import DataError
 from embedwright.data.tables.arrow import rebatched
@@ -112,13 +112,13 @@ def _is_own(file: Path) -> bool:
 
 
 def _convert(path: Path, arrow: Path) -> None:
-    pieces = pieces_of(corpus_files(path))
+    pieces = pieces_of(files := corpus_files(path))
 
     def made(folder: Path) -> Iterator[pa.RecordBatch]:
         for _, _, batches in in_processes(convert_piece, pieces, {}, folder):
             yield from batches
 
-    with whole_file(arrow) as part, ExitStack() as stack:
+    with whole_file(arrow) as part, unchanged(files), ExitStack() as stack:
         if pieces:
             batches = rebatched(made(stack.enter_context(scratch_folder(arrow))), _ROWS)
         else:

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from embedwright.data.files.pieces import identity
 from embedwright.data.schema import DataError
 from embedwright.data.tables.arrow import MARK, SCHEMA
 
@@ -24,7 +25,7 @@ class OwnParquet:
     def __init__(self, files: Sequence[Path], task: str) -> None:
         """`task` is that of rows that name none."""
         self.task = task
-        self._files = [(file, _identity(file), pq.read_metadata(file)) for file in files]
+        self._files = [(file, identity(file), pq.read_metadata(file)) for file in files]
         groups = [(at, group) for at, (*_, meta) in enumerate(self._files) for group in range(meta.num_row_groups)]
         self._groups = groups
         self.starts = [0, *accumulate(self._files[at][2].row_group(group).num_rows for at, group in groups)]
@@ -33,9 +34,9 @@ class OwnParquet:
     def get_batch(self, number: int, columns: Sequence[str] | None = None) -> pa.RecordBatch:
         """Returns a batch, or some columns of it. Raises DataError if the file was replaced meanwhile."""
         at, group = self._groups[number]
-        file, identity, meta = self._files[at]
+        file, known, meta = self._files[at]
         with pq.ParquetFile(file, metadata=meta) as opened:
-            if _identity(file) != identity:
+            if identity(file) != known:
                 raise DataError(f"{file} was replaced while it was read: run the command again")
             batch = opened.read_row_group(group, columns=columns, use_threads=False).combine_chunks().to_batches()[0]
         if self.task and "task" in batch.schema.names:
@@ -58,8 +59,3 @@ def _is_own(file: Path) -> bool:
         return False
     schema = pq.read_schema(file)
     return all((schema.metadata or {}).get(key) == value for key, value in MARK.items()) and schema.equals(SCHEMA)
-
-
-def _identity(file: Path) -> tuple[int, ...]:
-    found = file.stat()
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

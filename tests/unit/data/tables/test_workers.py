@@ -9,7 +9,10 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +20,7 @@ from embedwright.data.files import pieces as pieces_module
 from embedwright.data.files.beir import read_corpus
 from embedwright.data.files.pieces import Piece
 from embedwright.data.schema import DataError
-from embedwright.data.tables import documents, workers
+from embedwright.data.tables import convert, documents, workers
 from embedwright.data.tables.documents import open_corpus
 from embedwright.data.tables.table import ExampleTable, open_examples
 
@@ -133,6 +136,47 @@ def test_a_process_that_dies_is_named_and_leaves_nothing(tmp_path: Path, several
     with pytest.raises(RuntimeError, match=r"c\.jsonl: the process that read it has ended with status 9"):
         open_corpus(write_corpus(tmp_path / "c.jsonl"))
     assert list((tmp_path / "cache" / "data").iterdir()) == []
+
+
+@pytest.mark.parametrize("large", [0, 1 << 60], ids=["several", "one"])
+@pytest.mark.parametrize("opened", [open_examples, open_corpus])
+def test_a_file_that_is_replaced_while_it_is_read_is_refused(
+    opened: Callable[..., Any], large: int, tmp_path: Path, several: pytest.MonkeyPatch
+) -> None:
+    """Its pieces open it anew: a table of old and new rows would lie in the cache as that of the old file."""
+
+    def row(word: str, i: int) -> str:
+        example = {"query": f"{word} {i}", "positives": [f"p{i}"]}
+        return json.dumps({"_id": i, "text": f"{word} {i}"} if opened is open_corpus else example) + "\n"
+
+    path, new, find = tmp_path / "x.jsonl", tmp_path / "new", pieces_module.pieces_of
+    path.write_text("".join(row("old", i) for i in range(900)))
+
+    def replaced(files: list[Path]) -> list[Piece]:
+        found = find(files)
+        if not new.exists():
+            new.write_text("".join(row("new", i) for i in range(900)))
+            new.replace(path)
+        return found
+
+    several.setenv("EMBEDWRIGHT_CACHE", str(tmp_path / "cache"))
+    several.setattr(pieces_module, "_LARGE", large)
+    several.setattr(workers, "cores", lambda: 1)
+    for module in (convert, documents):
+        several.setattr(module, "unchanged", lambda files: both(files, replaced))
+    with pytest.raises(DataError, match=r"x\.jsonl was replaced while it was read: run"):
+        opened(path)
+    assert list((tmp_path / "cache" / "data").iterdir()) == []
+    several.setattr(convert, "unchanged", pieces_module.unchanged)
+    several.setattr(documents, "unchanged", pieces_module.unchanged)
+    assert len(opened(path)) == 900
+
+
+@contextmanager
+def both(files: Any, act: Callable[..., Any]) -> Iterator[None]:
+    with pieces_module.unchanged(files):
+        act(files)
+        yield
 
 
 DIES_ON_THE_SECOND = """
