@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from embedwright.errors import InputError
 
 STDIN = "-"
+_OBJECT = re.compile(r'\s*\{\s*["}]')  # a broken line is an error of JSONL, and no text
 
 
 def queries_of(given: Sequence[str] | None) -> list[str]:
@@ -27,7 +28,7 @@ def queries_of(given: Sequence[str] | None) -> list[str]:
 
 @contextmanager
 def file_of(source: Path) -> Iterator[Path]:
-    """Gives the file of texts, or for `-` a copy of standard input: JSONL if it begins with an object, else text lines.
+    """Gives the file of texts, or for `-` a copy of standard input: JSONL if it begins as an object does, else lines.
 
     A command that is run again with the same input goes on, as it does with a file.
     """
@@ -36,16 +37,9 @@ def file_of(source: Path) -> Iterator[Path]:
         return
     text = _standard_input()
     with TemporaryDirectory() as folder:
-        copy = Path(folder) / ("stdin.jsonl" if _is_object(text.split("\n", 1)[0]) else "stdin.txt")
+        copy = Path(folder) / ("stdin.jsonl" if _OBJECT.match(text) else "stdin.txt")
         copy.write_text(text, encoding="utf-8", newline="")
         yield copy
-
-
-def _is_object(line: str) -> bool:
-    try:
-        return isinstance(json.loads(line), dict)
-    except ValueError:
-        return False
 
 
 def _standard_input() -> str:
@@ -54,4 +48,4 @@ def _standard_input() -> str:
         text.encode()  # where the locale is C, bytes that are not UTF-8 come as lone surrogates
     except UnicodeError as error:
         raise InputError(f"standard input is not UTF-8: {error}") from None
-    return text
+    return text.removeprefix("\ufeff")

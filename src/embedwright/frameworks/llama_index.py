@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from hashlib import sha256
 from typing import Any
+from uuid import uuid4
 
 from embedwright.encoders.open import open_encoder
 from embedwright.encoders.protocol import Encoder, as_encoder, encode_finite, encode_queries
 from embedwright.errors import MissingPackageError
+from embedwright.fingerprint import fingerprint_of
 
 try:
     from llama_index.core.base.embeddings.base import BaseEmbedding
@@ -22,15 +25,20 @@ class EmbedwrightEmbedding(BaseEmbedding):
     `model` is a name, as every command opens it, or an object with `encode`. Queries get the instruction `task`, or the
     model's own. Raises ValueError at once if there is neither; `task=""` has queries read as documents. `settings` are
     those of LlamaIndex's own class; it hands over up to 512 texts at a time here, which the model packs.
+
+    `model_digest` is that of the model's fingerprint. LlamaIndex's caches tell models apart by it, not by a name.
     """
 
     task: str | None = None
+    model_digest: str = ""
     _encoder: Encoder = PrivateAttr()
 
     def __init__(self, model: Any, task: str | None = None, **settings: Any) -> None:
         name = model if isinstance(model, str) else type(model).__name__
         super().__init__(**{"model_name": name, "embed_batch_size": 512, "task": task, **settings})
         self._encoder = as_encoder(open_encoder(model) if isinstance(model, str) else model)
+        known = fingerprint_of(self._encoder)  # an object without one is only itself
+        self.model_digest = uuid4().hex if known is None else sha256(repr(sorted(known.items())).encode()).hexdigest()
         self._get_query_embedding("a query")  # a missing instruction shows now, not after all documents are encoded
 
     @classmethod
@@ -50,6 +58,9 @@ class EmbedwrightEmbedding(BaseEmbedding):
 
     async def _aget_query_embedding(self, query: str) -> list[float]:
         return await asyncio.to_thread(self._get_query_embedding, query)
+
+    async def _aget_text_embedding(self, text: str) -> list[float]:
+        return await asyncio.to_thread(self._get_text_embedding, text)
 
     async def _aget_text_embeddings(self, texts: list[str]) -> list[list[float]]:
         return await asyncio.to_thread(self._get_text_embeddings, texts)

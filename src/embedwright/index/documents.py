@@ -123,7 +123,7 @@ def _schema(types: Types) -> pa.Schema:
 
 
 def _kind(value: Any) -> str:
-    if value is None:
+    if value is None or value != value:  # NaN, which pandas writes for a missing number
         return "none"
     if isinstance(value, bool):
         return "bool"

@@ -23,7 +23,7 @@ from embedwright.errors import InputError, blaming
 from embedwright.index import documents as docs
 from embedwright.index.codes import Shortened, cut, nominated_top_k, read_codes
 from embedwright.index.layout import Layout, Part
-from embedwright.index.where import Where, matching
+from embedwright.index.where import Where, matching, warn_of_absent
 from embedwright.model.embedder import Embedder
 from embedwright.vectors.corpus import open_encoded
 from embedwright.vectors.search import top_k
@@ -166,7 +166,10 @@ class Index:
             raise InputError("queries is one text: give a list of texts")
         if not queries:
             return []
-        return self.search_vectors(self.encoded(encoder, queries, task), k, where, each_chunk=each_chunk)
+        found = self.search_vectors(self.encoded(encoder, queries, task), k, where, each_chunk=each_chunk)
+        if where and not any(found):
+            warn_of_absent(self.documents, self.types, where)
+        return found
 
     def encoded(self, encoder: Encoder, queries: Sequence[str], task: str | None) -> NDArray[np.float32]:
         """Encodes queries (Q, E). Where neither caller nor model has an instruction, it warns: the model then reads
@@ -189,7 +192,7 @@ class Index:
         *,
         each_chunk: bool = False,
     ) -> list[list[Hit]]:
-        """Does the same for queries that this index's model has encoded."""
+        """Does the same for queries that this index's model has encoded, and logs nothing."""
         if self.layout.dim and queries_QE.shape[1] != self.layout.dim:
             queries_QE = cut(queries_QE, self.layout.dim)
         wanted_N = self.live_N & matching(self.documents, self.types, where) if where else self.live_N

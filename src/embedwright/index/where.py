@@ -48,7 +48,7 @@ def matching(table: pa.Table, types: Types, where: Where) -> NDArray[np.bool_]:
 
     `where` is a list of texts, or a mapping of columns to the value that they have, or to a list of possible values.
     Raises InputError for an unknown column or a value of another type, naming the nearest. A text that no document has
-    is no error: it is warned of.
+    is no error.
     """
     found_N = np.ones(len(table), np.bool_)
     for condition in conditions(where, types):
@@ -58,19 +58,21 @@ def matching(table: pa.Table, types: Types, where: Where) -> NDArray[np.bool_]:
             mask = pc.is_in(table[column], value_set=pa.array(values, kind))
         else:
             mask = _COMPARE[how](table[column], pa.scalar(values[0], kind))
-        own_N = pc.fill_null(mask, False).to_numpy()
-        if not own_N.any() and values and types[column] == "text" and how in ("=", "in"):
-            _warn(column, values, table)
-        found_N &= own_N
+        found_N &= pc.fill_null(mask, False).to_numpy()
     return found_N
 
 
-def _warn(column: str, values: list[str], table: pa.Table) -> None:
-    """Warns that no document has one of these texts, with the nearest, unless that would be sought for seconds."""
-    if logger.isEnabledFor(logging.WARNING):
-        there = pc.unique(table[column]).drop_null()
-        near = did_you_mean(values[0], there.to_pylist()) if len(there) <= _NEAR else ""
-        logger.warning("no document has %s %s%s", column, ", ".join(values), near)
+def warn_of_absent(table: pa.Table, types: Types, where: Where) -> None:
+    """Warns of texts that no document has, each with the nearest, unless that would be sought for seconds.
+
+    The message quotes the filter, so a server does not call this.
+    """
+    for column, how, values in conditions(where, types):
+        if types[column] == "text" and how in ("=", "in") and values:
+            there = pc.unique(table[column]).drop_null()
+            if not pc.is_in(pa.array(values, there.type), value_set=there).to_numpy(zero_copy_only=False).any():
+                near = did_you_mean(values[0], there.to_pylist()) if len(there) <= _NEAR else ""
+                logger.warning("no document has %s %s%s", column, ", ".join(values), near)
 
 
 def conditions(where: Where, types: Types) -> list[Condition]:

@@ -81,7 +81,7 @@ class Batcher:
     def check_room(self) -> None:
         """Raises ApiError 429 if the queue is full, before any work is done for a request."""
         if self.waiting_tokens >= self.queue_tokens:
-            raise self._full()
+            raise self.full()
 
     async def encode(self, texts: Sequence[TokenizedText]) -> NDArray[np.float32]:
         """Returns the vectors (N, E) of a request. A caller that is cancelled leaves the queue.
@@ -94,7 +94,7 @@ class Batcher:
             if not self.alive:
                 raise busy("the server stops", 503, "stopping", 1)
             if self._jobs and self.waiting_tokens + tokens > self.queue_tokens:
-                raise self._full()
+                raise self.full()
             self._jobs.append(job)
             self.waiting_tokens += tokens
             self._changed.notify()
@@ -105,7 +105,8 @@ class Batcher:
             raise
         return np.stack([vector for vector in job.vectors if vector is not None])
 
-    def _full(self) -> ApiError:
+    def full(self) -> ApiError:
+        """Makes and counts the answer to a request that there is no room for."""
         self.metrics.refused.inc()
         seconds = min(60.0, self.waiting_tokens / self._tokens_per_s) if self._tokens_per_s else 1.0
         return busy("the queue is full: ask again later", 429, "queue_full", seconds)
@@ -151,13 +152,14 @@ class Batcher:
         return sorted(batch, key=lambda place: -len(place[0].texts[place[1]].ids))  # attention wants equal lengths
 
     def _results(self, batch: Sequence[_Place]) -> list[NDArray[np.float32] | None]:
-        """Computes a batch. Where that fails, each text is tried alone; one that still fails has no vector."""
+        """Computes a batch. Where that fails, its halves are tried; a text that fails alone has no vector."""
         try:
             vectors_NE = self.embed([job.texts[i] for job, i in batch])
         except Exception as error:
             self.metrics.failed.inc()
             log.warning("a batch of %d texts failed (%s)", len(batch), type(error).__name__)  # the message may quote
-            return [None] if len(batch) == 1 else [self._results([place])[0] for place in batch]
+            middle = len(batch) // 2
+            return [*self._results(batch[:middle]), *self._results(batch[middle:])] if middle else [None]
         return [vector if np.isfinite(vector).all() else None for vector in vectors_NE]
 
     def _note(self, batch: Sequence[_Place], seconds: float) -> None:

@@ -99,7 +99,7 @@ def _of_field(request: Request, fault: Mapping[str, Any]) -> ApiError:
     """Makes the answer for one fault that pydantic found. Its message repeats nothing of what was sent."""
     if fault["type"] == "json_invalid":
         return ApiError(400, f"the body is no JSON: {fault.get('ctx', {}).get('error', fault['msg'])}")
-    field = ".".join(str(part) for part in fault["loc"][1:])
+    field = ".".join(str(part) for part in fault["loc"][1:])[:100]  # an unknown one may be of any length
     if not field:
         json = request.headers.get("content-type", "").partition(";")[0].strip()
         hint = "" if json == "application/json" else " with the header Content-Type: application/json"

@@ -80,7 +80,8 @@ class Guard:
                 if not answer.status:
                     await ApiError(500, "the server has failed").response()(scope, receive, answer.send)
         finally:
-            path = getattr(scope.get("route"), "path", "other")
+            path = getattr(scope.get("route"), "path", None)
+            path = "other" if path is None else scope.get("root_path", "") + path  # that of a second model, too
             self.metrics.requests.labels(path, str(answer.status or _CLIENT_LEFT)).inc()
             self.metrics.seconds.labels(path).observe(time.perf_counter() - began)
 
@@ -90,14 +91,16 @@ class Guard:
             await self.app(scope, receive, answer.send)
             return
         self._check_caller(headers)
-        self._check_open()
+        if scope["path"] != "/metrics":  # wanted most when nothing else is taken
+            self._check_open()
         task = asyncio.current_task()
         assert task is not None
         self.traffic.open[task] = answer
         try:
             if (body := await self._body(headers, receive)) is None:
                 return
-            self._check_open()
+            if scope["path"] != "/metrics":
+                self._check_open()
             self.traffic.under_way += 1
             try:
                 await self._run(scope, body, receive, answer.send)

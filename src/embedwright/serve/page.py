@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from fastapi.responses import Response
 from pydantic_core import to_json
 
+from embedwright.errors import InputError
 from embedwright.index.index import Index
 from embedwright.serve.map import map_of
 from embedwright.serve.worker import Worker
@@ -44,7 +45,10 @@ def add_page(app: FastAPI, two: bool) -> None:
 
 
 def add_map(app: FastAPI, index: Index) -> None:
-    """Serves the map of an index at `/map`. It is made when it is first asked for, once, and kept."""
+    """Serves the map of an index at `/map`. It is made when it is first asked for, once, and kept.
+
+    So is an InputError, since the index stays as it is. After any other failure the next request has it made anew.
+    """
     making: list[asyncio.Future[bytes]] = []
 
     def make() -> bytes:
@@ -52,6 +56,9 @@ def add_map(app: FastAPI, index: Index) -> None:
 
     @app.get("/map", include_in_schema=False)
     async def documents_map() -> Response:
+        failed = making[0].exception() if making and making[0].done() else None
+        if failed is not None and not isinstance(failed, InputError):
+            making.clear()
         if not making:
             making.append(asyncio.ensure_future(Worker("embedwright-map").run(make)))
         # shielded: whoever waits may leave, and the next one finds it made

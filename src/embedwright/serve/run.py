@@ -33,7 +33,6 @@ def run(app: FastAPI, listening: socket.socket, drain_s: float) -> None:
     # the model's thread asks for the interpreter at every layer's steps: a busy loop would hold it back 5 ms each time
     sys.setswitchinterval(_SWITCH_S)
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
-    logging.getLogger("embedwright.index").setLevel(logging.ERROR)  # it warns of filters that match nothing, and quotes
     config = uvicorn.Config(
         app,
         log_config=None,

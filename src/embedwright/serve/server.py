@@ -27,6 +27,7 @@ from embedwright.text import TokenizedText
 
 _QUEUED_BATCHES = 16
 _READERS = 2  # threads that tokenise
+_READING = 4_000_000  # characters of the texts that they read or that wait for them: seconds of work
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Server:
         self.batcher = Batcher(self.packed.embed, batch_tokens, queue_tokens, self.metrics)
         self.metrics.queue.set_function(lambda: self.batcher.waiting_tokens)
         self.metrics.under_way.set_function(lambda: self.traffic.under_way)
+        self.reading = 0
         self.readers = ThreadPoolExecutor(_READERS, "embedwright-read", initializer=threads.free)
 
     @asynccontextmanager
@@ -90,8 +92,15 @@ class Server:
         Raises ApiError if there is no room in the queue, the server stops, or the model fails.
         """
         self.batcher.check_room()
-        read = asyncio.get_running_loop().run_in_executor(self.readers, self.packed.read, texts, task)
-        tokenized: list[TokenizedText] = await read
+        size = sum(map(len, texts))
+        if self.reading and self.reading + size > _READING:
+            raise self.batcher.full()
+        self.reading += size
+        try:
+            read = asyncio.get_running_loop().run_in_executor(self.readers, self.packed.read, texts, task)
+            tokenized: list[TokenizedText] = await read
+        finally:
+            self.reading -= size
         vectors_NE = await self.batcher.encode(tokenized)
         lengths = [len(text.ids) for text in tokenized]
         self.metrics.texts.inc(len(lengths))

@@ -76,6 +76,21 @@ def test_encode_reads_rows_from_a_pipe_and_goes_on(shell: Shell, model: Path, tm
         shell("encode", model, "-", tmp_path / "out", stdin="other\n")
 
 
+def test_what_begins_as_an_object_is_jsonl(monkeypatch: pytest.MonkeyPatch) -> None:
+    for given, name in (
+        ('\n{"id":"a","text":"moon"}\n', "stdin.jsonl"),
+        ('\ufeff{"id":"a","text":"moon"}\n', "stdin.jsonl"),
+        ('{"id":"a","te\n{"id":"b","text":"moon"}\n', "stdin.jsonl"),
+        ("\ufeffmoon\n", "stdin.txt"),
+        ("{a text in braces}\nmoon\n", "stdin.txt"),
+    ):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(given))
+        with file_of(Path("-")) as file:
+            assert file.name == name and file.read_text().lstrip() == given.lstrip("\ufeff\n")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\ufeffmoon\n"))
+    assert queries_of(None) == ["moon"]
+
+
 @pytest.mark.parametrize("bad", ["", "\n \n"])
 def test_no_query_is_an_error(monkeypatch: pytest.MonkeyPatch, bad: str) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO(bad))

@@ -13,6 +13,7 @@ from embedwright.model.embedder import Embedder
 
 pytest.importorskip("llama_index.core", reason="pip install 'embedwright[llamaindex]'")
 from llama_index.core import VectorStoreIndex
+from llama_index.core.ingestion import IngestionCache, IngestionPipeline
 from llama_index.core.schema import TextNode
 
 from embedwright.frameworks.llama_index import EmbedwrightEmbedding
@@ -46,3 +47,21 @@ def test_an_instruction_is_asked_for_before_any_document(tiny_embedder: Callable
         tiny_embedder("mean").encode([QUERY])[0],
         atol=1e-6,
     )
+
+
+def test_a_shared_cache_tells_models_apart(tiny_embedder: Callable[..., Embedder]) -> None:
+    class Constant:
+        def __init__(self, value: float) -> None:
+            self.value = value
+
+        def encode(self, texts: list[str], task: str | None = None) -> np.ndarray:
+            return np.full((len(texts), 3), self.value, np.float32)
+
+    cache = IngestionCache()
+    for first, second in ((Constant(1), Constant(2)), (tiny_embedder("mean"), tiny_embedder("latent"))):
+        for model in (first, second):
+            pipeline = IngestionPipeline(transformations=[EmbedwrightEmbedding(model, TASK)], cache=cache)
+            [node] = pipeline.run(nodes=[TextNode(text="a text", id_="n")])
+            np.testing.assert_allclose(node.embedding, model.encode(["a text"])[0], atol=1e-6)
+    digests = {EmbedwrightEmbedding(tiny_embedder("mean"), TASK).model_digest for _ in range(2)}
+    assert len(digests) == 1  # the same model finds what it has encoded before

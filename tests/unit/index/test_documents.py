@@ -8,8 +8,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from small_index import Rounded
 
+from embedwright.index.build import build_index
+from embedwright.index.change import add
 from embedwright.index.documents import Document, find_types, open_table, read_documents, take, write_documents
+from embedwright.index.index import Index
 
 ROWS = [{"id": 1, "text": "a", "n": 1, "x": 1, "s": "u", "many": [1]}, {"id": 2, "text": "b", "x": 0.5, "ok": True}]
 
@@ -28,6 +32,15 @@ def test_types_are_found_and_documents_come_back(tmp_path: Path) -> None:
     assert read[0] == Document("1", "", "a", {"n": 1, "x": 1.0, "s": "u", "ok": None})
     write_documents(tmp_path / "d.arrow", read, types, "digest")
     assert take(open_table([tmp_path / "d.arrow"], types), [1, 0]) == read[::-1]
+
+
+def test_nan_is_a_missing_value(tmp_path: Path) -> None:
+    table = pa.table({"id": ["a", "b"], "text": ["x", "y"], "v": [1.5, float("nan")]})
+    pq.write_table(table, tmp_path / "c.parquet")
+    out = build_index(Rounded(), tmp_path / "c.parquet", tmp_path / "i", metadata=["v"])
+    (hits,) = Index.open(out).search(Rounded(), ["q"], where=["v!=9"])
+    assert [hit.id for hit in hits] == ["a"]
+    assert add(Rounded(), tmp_path / "c.parquet", out) == (0, 0)
 
 
 def test_dates_are_texts_that_sort(tmp_path: Path) -> None:

@@ -131,4 +131,9 @@ def test_a_column_is_found_whatever_its_name_holds(tmp_path: Path) -> None:
 
 def test_a_text_that_no_document_has_is_warned_of(index: Index, caplog: pytest.LogCaptureFixture) -> None:
     assert index.search_vectors(Rounded().encode(["q"], ""), 3, ["lang=enn"]) == [[]]
+    assert not caplog.text  # what a server calls: filters are private there
+    assert index.search(Rounded(), ["q"], 3, "", ["lang=enn", "year>2000"]) == [[]]
     assert "no document has lang enn (did you mean 'en'?)" in caplog.text
+    caplog.clear()
+    assert index.search(Rounded(), ["q"], 3, "", ["lang in en,enn", "year<0"]) == [[]]
+    assert not caplog.text

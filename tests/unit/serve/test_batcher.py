@@ -139,6 +139,19 @@ def test_a_poisoned_text_fails_alone(kind: str) -> None:
     with_batcher(work)
 
 
+def test_a_poisoned_text_is_found_by_halving() -> None:
+    async def work(batcher: Batcher, model: Model) -> None:
+        first = await first_under_way(batcher, model)
+        model.poison = lambda ids: RuntimeError("bad") if 7 in ids else None
+        tasks = await queued(batcher, *([text(i, 1)] for i in range(1, 65)))
+        model.go.set()
+        found = await asyncio.gather(first, *tasks, return_exceptions=True)
+        assert [i for i, one in enumerate(found) if isinstance(one, ApiError)] == [7]
+
+    model = with_batcher(work)
+    assert len(model.batches) == 1 + 1 + 2 * 6  # the first, all 64, and two halves at each of six steps
+
+
 def test_a_full_queue_refuses_and_says_when_to_ask_again() -> None:
     async def work(batcher: Batcher, model: Model) -> None:
         first = await first_under_way(batcher, model)

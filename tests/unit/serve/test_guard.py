@@ -116,6 +116,7 @@ def test_a_server_that_stops_takes_no_more(serving: Any) -> None:
         answer = server.embed({"input": "a"})
         assert answer.status == 503 and answer.headers["retry-after"] == "1"
         assert answer.body["error"]["code"] == "stopping"
+        assert server.ask("GET", "/metrics").status == 200  # to be looked at now
         assert server.ask("GET", "/ready").status == 503 and server.ask("GET", "/health").status == 200
 
 

@@ -71,6 +71,23 @@ def test_the_map_is_made_once(serving: Serving, told: Embedder, index: Index, mo
     assert made == [index]
 
 
+def test_a_map_that_failed_once_is_made_anew(
+    serving: Serving, told: Embedder, index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Index] = []
+
+    def fails_once(index: Index) -> dict[str, int]:
+        made.append(index)
+        if len(made) == 1:
+            raise MemoryError
+        return {"of": 14}
+
+    monkeypatch.setattr(serve_page, "map_of", fails_once)
+    with serving(told, index=index, page=True) as server:
+        assert [server.ask("GET", "/map").status for _ in range(3)] == [500, 200, 200]
+    assert len(made) == 2
+
+
 def test_a_map_that_cannot_be_made_says_why(
     serving: Serving, told: Embedder, index: Index, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,6 +112,8 @@ def test_a_second_model_lies_behind_the_same_key(
             hit.id for hit in other.search(model, ["moon"], k=3)[0]
         ]
         assert server.ask("GET", "/against/map", headers=key).body["of"] == 14
+        counted = server.ask("GET", "/metrics", headers=key).raw.decode()
+        assert 'path="/against/search",status="200"} 1.0' in counted and 'path="/search"' not in counted
 
 
 @pytest.mark.parametrize(

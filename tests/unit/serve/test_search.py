@@ -97,11 +97,15 @@ def test_the_index_is_described(searched: Any, index: Index) -> None:
         ({"query": "a", "task": "", "where": ["yeer=3"]}, "year"),
         ({"query": "a", "task": "", "where": "year=3"}, "list"),
         ({"query": "a", "task": "", "filter": []}, "there is no field 'filter'"),
+        ({"query": "a", "task": "", "f" * 10**6: []}, "there is no field 'fff"),
+        ({"query": "a", "task": "", "where": ["y" * 10**6 + "=3"]}, "no metadata column 'yyy"),
+        ({"query": "a", "task": "", "where": ["year=\ud800"]}, "year"),
     ],
 )
 def test_bad_searches_are_refused(searched: Any, body: dict[str, Any], words: str) -> None:
     answer = searched.ask("POST", "/search", body)
     assert answer.status == 400 and words in answer.body["error"]["message"]
+    assert len(answer.raw) < 1000
 
 
 def test_an_answer_has_bounds_whatever_is_asked_for(searched: Any, monkeypatch: pytest.MonkeyPatch) -> None:

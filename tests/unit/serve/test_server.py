@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+from collections.abc import Sequence
+
 import pytest
 
 from embedwright.errors import InputError
 from embedwright.model.embedder import Embedder
 from embedwright.serve.errors import ApiError
+from embedwright.serve.packed import PackedModel
 from embedwright.serve.server import Limits, Server
+from embedwright.text import TokenizedText
 
 
 def test_limits_are_positive() -> None:
@@ -30,3 +36,28 @@ def test_another_models_name_is_refused(model: Embedder) -> None:
     server.check_name(None)
     with pytest.raises(ApiError, match=r"did you mean 'tiny'.* this server has 'tiny'"):
         server.check_name("tinny")
+
+
+def test_what_waits_to_be_read_is_bounded(model: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
+    go = threading.Event()
+    server, read = Server(model, "tiny", Limits()), PackedModel.read
+
+    def held(packed: PackedModel, texts: Sequence[str], task: str | None) -> list[TokenizedText]:
+        assert go.wait(20)
+        return read(packed, texts, task)
+
+    monkeypatch.setattr(PackedModel, "read", held)
+    monkeypatch.setattr("embedwright.serve.server._READING", 10)
+
+    async def ask() -> None:
+        async with server.running():
+            first = asyncio.ensure_future(server.encode(["a text longer than that"], None))
+            await asyncio.sleep(0)  # alone, it is read
+            with pytest.raises(ApiError) as refused:
+                await server.encode(["b"], None)
+            assert refused.value.status == 429 and "Retry-After" in (refused.value.headers or {})
+            go.set()
+            await first
+            assert len((await server.encode(["b"], None))[0]) == 1 and server.reading == 0
+
+    asyncio.run(ask())
