@@ -59,7 +59,7 @@ def planned() -> tuple[Recipe, Sizes, list[Tokens]]:
     with tempfile.TemporaryDirectory() as folder:
         MistralConfig().save_pretrained(folder)  # transformers' defaults are Mistral-7B-v0.1's sizes
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"base": folder})})
-        tokens = tokens_of(recipe, [[False] * len(stage.data) for stage in recipe.stages])
+        tokens = tokens_of(recipe, [[False] * len(stage.data) for stage in recipe.stages], GPUS)
         return recipe, sizes_of(recipe), tokens
 
 

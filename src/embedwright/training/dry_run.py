@@ -59,7 +59,7 @@ def measure(recipe: Recipe, count: int = 2) -> tuple[list[Measured], Embedder]:
     found = []
     for number, stage in enumerate(recipe.stages):
         tokenizer, contract = model.text_tokenizer, model.contract
-        tokens = sampled(recipe, number, sources[number], tokenizer, contract, LOOKED_AT_ROWS)
+        tokens = sampled(recipe, number, sources[number], tokenizer, contract, rows=LOOKED_AT_ROWS)
         teacher = teacher_of(stage, sources[number], contract)
         projection = projection_to(teacher, recipe, number, model)
         optimizer = make_optimizer(steps.part(number), recipe.tune, stage.optim, projection)

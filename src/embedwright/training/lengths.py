@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from embedwright.processes import Processes
 from embedwright.text import Contract, TextTokenizer
 from embedwright.training.batches.blend import Row, Source
-from embedwright.training.batches.feed import batch_of_step, tokenize_texts
+from embedwright.training.batches.feed import batch_of_step, dealt, tokenize_texts
 from embedwright.training.batches.sources import is_mined, open_sources
 from embedwright.training.masked.batch import Masker
 from embedwright.training.masked.batch import batch_of_step as masked_batch
@@ -35,8 +36,8 @@ class Tokens:
     """What goes through the model in a step: `step` and `padded` are means over the sampled steps.
 
     `largest` is the most tokens of a sampled step, `largest_step` the number of that step. Equal texts of a step count
-    once. `apart` is what the largest step has where each query must encode its own texts, because processes share the
-    queries. `padded` is what queries and candidates would take if each side were padded to its longest. `rows` is how
+    once. `fullest` is the most that one of the processes encodes of a sampled step, as training deals its texts out.
+    `padded` is what queries and candidates would take if each side were padded to its longest. `rows` is how
     many rows were sampled; 0 where no file is there: then every text counts at full length, and `kinds` has `texts`
     alone.
     """
@@ -46,25 +47,28 @@ class Tokens:
     step: float
     largest: int
     largest_step: int
-    apart: int
+    fullest: int
     padded: float
 
 
-def tokens_of(recipe: Recipe, there: list[list[bool]]) -> list[Tokens]:
+def tokens_of(recipe: Recipe, there: list[list[bool]], processes: int = 1) -> list[Tokens]:
     """Counts the tokens of each stage; `there` says of each entry of its data whether the file can be read.
 
-    Raises OSError if the base's tokenizer cannot be had, ConfigError if training would refuse the data.
+    `processes` share the texts of a step. Raises OSError if the base's tokenizer cannot be had, ConfigError if training
+    would refuse the data.
     """
     parts = tuple(_part_that_is_there(part, found) for part, found in zip(recipe.stages, there, strict=True))
     sources = open_sources(recipe.model_copy(update={"stages": parts}))
     with naming_the_model(recipe):
         if not any(sources):  # then the tokenizer need not be there
             longest = longest_of(recipe.model)
-            return [_at_most(part, longest) for part in parts]
+            return [_at_most(part, longest, processes) for part in parts]
         tokenizer, contract = reading_of(recipe.model)
     own_tokenizer = TextTokenizer(tokenizer.backend_tokenizer)
     return [
-        sampled(recipe, number, own, own_tokenizer, contract) if own else _at_most(parts[number], contract.max_tokens)
+        sampled(recipe, number, own, own_tokenizer, contract, processes)
+        if own
+        else _at_most(parts[number], contract.max_tokens, processes)
         for number, own in enumerate(sources)
     ]
 
@@ -82,6 +86,7 @@ def sampled(
     sources: Sequence[Source],
     tokenizer: TextTokenizer,
     contract: Contract,
+    processes: int = 1,
     rows: int = SAMPLED_ROWS,
 ) -> Tokens:
     """Counts some steps of stage `number`, evenly spaced: as many as have `rows` rows, or all steps if they have fewer.
@@ -92,11 +97,12 @@ def sampled(
     count = min(optim.steps, -(-rows // optim.batch_queries))
     kinds: dict[str, list[int]] = {}
     sizes: dict[int, int] = {}
-    apart, padded = [], []
+    fullest, padded = [], []
     stood_in = stand_ins(recipe.stages[number], sources)
     for step in (i * optim.steps // count for i in range(count)):
-        found, sizes[step], by_query = _texts_of_step(recipe, number, stood_in, tokenizer, contract, step)
-        apart.append(by_query)
+        read, dealing = (stood_in, tokenizer, contract), Processes(count=processes)
+        found, sizes[step], most = _texts_of_step(recipe, number, *read, step, dealing)
+        fullest.append(most)
         for kind, lengths in found.items():
             kinds.setdefault(kind, []).extend(lengths)
         first, *others = found.values()
@@ -109,20 +115,27 @@ def sampled(
         step=float(np.mean(list(sizes.values()))),
         largest=sizes[largest_step],
         largest_step=largest_step,
-        apart=max(apart),
+        fullest=max(fullest),
         padded=float(np.mean(padded)),
     )
 
 
 def _texts_of_step(
-    recipe: Recipe, number: int, sources: Sequence[Source], tokenizer: TextTokenizer, contract: Contract, step: int
+    recipe: Recipe,
+    number: int,
+    sources: Sequence[Source],
+    tokenizer: TextTokenizer,
+    contract: Contract,
+    step: int,
+    processes: Processes,
 ) -> tuple[dict[str, list[int]], int, int]:
-    """Returns the lengths of the step's texts by kind, the tokens of the distinct ones, and those of `Tokens.apart`."""
+    """Returns the lengths of the step's texts by kind, all its tokens, and those of the fullest process."""
     stage = recipe.stages[number]
     if isinstance(stage, MaskedPart):
         masked = masked_batch(recipe, number, sources, Masker(stage, tokenizer, contract), step)
         texts = [len(text.read.ids) for text in masked.texts]
-        return {"texts": texts}, sum(texts), sum(texts)
+        # training deals them out by letters, of which a token has about as many in each text
+        return {"texts": texts}, sum(texts), max(sum(texts[i] for i in part) for part in processes.split(texts))
     batch = batch_of_step(recipe, number, sources, contract, step)
     tokens = tokenize_texts(tokenizer, contract, [*batch.queries, *batch.candidates])
     queries, candidates = ([len(tokens[text].ids) for text in texts] for texts in (batch.queries, batch.candidates))
@@ -130,11 +143,8 @@ def _texts_of_step(
     positive = set(batch.masks.positive_Q.tolist())
     for column, length in enumerate(candidates):
         kinds["positives" if column in positive else "negatives"].append(length)
-    distinct = sum(len(read.ids) for read in tokens.values())
-    if not batch.separable():
-        return kinds, distinct, distinct
-    needed = (set(batch.texts(row)) for row in range(len(batch.queries)))
-    return kinds, distinct, sum(len(tokens[text].ids) for texts in needed for text in texts)
+    parts = [sum(len(tokens[text].ids) for text in part) for part in dealt(batch, processes)[0]]
+    return kinds, sum(len(read.ids) for read in tokens.values()), max(parts)
 
 
 def summary(lengths: list[int]) -> Lengths:
@@ -142,10 +152,11 @@ def summary(lengths: list[int]) -> Lengths:
     return Lengths(float(np.mean(lengths)), int(median), int(most), max(lengths))
 
 
-def _at_most(part: Stage, longest: int) -> Tokens:
-    tokens = part.optim.batch_queries * part.texts_a_row * longest
+def _at_most(part: Stage, longest: int, processes: int) -> Tokens:
+    texts = part.optim.batch_queries * part.texts_a_row
+    tokens, fullest = texts * longest, -(-texts // processes) * longest
     kinds = {"texts": Lengths(longest, longest, longest, longest)}
-    return Tokens(0, kinds, float(tokens), tokens, 0, tokens, float(tokens))
+    return Tokens(0, kinds, float(tokens), tokens, 0, fullest, float(tokens))
 
 
 # ---- negatives that are not there yet

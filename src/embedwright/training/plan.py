@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from embedwright.data.sources.catalog import find_entry, load_catalog
 from embedwright.mining.mine import AT_ONCE
 from embedwright.mining.rules import NAMED
-from embedwright.training.batches.batch import most_encoded
 from embedwright.training.batches.blend import share
 from embedwright.training.batches.sources import drawable_rows
 from embedwright.training.cost import GB, Kind, Memory, NoEstimate, Sizes, memory_of, sizes_of
@@ -55,7 +53,7 @@ def report(recipe: Recipe, *, processes: int = 1) -> str:
     stages = plan(recipe)
     there = [[entry.counted == "counted" for entry in stage.entries] for stage in stages]
     try:
-        tokens = tokens_of(recipe, there)
+        tokens = tokens_of(recipe, there, processes)
         sizes = sizes_of(recipe)
     except (OSError, NoEstimate) as error:
         return "\n".join([*render(recipe, stages), f"tokens and memory: unknown ({str(error).splitlines()[0]})"])
@@ -100,14 +98,15 @@ def _rows(recipe: Recipe, stage: Stage, number: int) -> tuple[int | None, str]:
 
 
 def largest_memory(recipe: Recipe, tokens: Sequence[Tokens], sizes: Sizes, kind: Kind, *, processes: int = 1) -> Memory:
-    """Returns the memory of the stage that needs most. `processes` share the texts of a step, a device each."""
+    """Returns the memory of the stage that needs most.
+
+    `processes` share the texts of a step, a device each: `tokens` must be counted for as many.
+    """
     needed = []
     for part, found in zip(recipe.stages, tokens, strict=True):
         # a text longer than batch_tokens is a micro-batch of its own
         longest = max(lengths.longest for lengths in found.kinds.values())
-        # a text that queries of several processes share is encoded by each
-        tokens_of_all = found.largest if processes == 1 else min(found.apart, most_encoded(found.largest))
-        micro_batch = min(math.ceil(tokens_of_all / processes), max(recipe.run.batch_tokens, longest))
+        micro_batch = min(found.fullest, max(recipe.run.batch_tokens, longest))
         queries = part.optim.batch_queries
         similar = part.loss.distill is not None and part.loss.distill.similarity_weight > 0
         shared = similar or part.in_batch_negatives != "none"

@@ -11,10 +11,13 @@ from embedwright.config import ConfigError
 from embedwright.model.embedder import Embedder
 from embedwright.model.formats.base import new_contract
 from embedwright.model.pooling import Kind
-from embedwright.text import load_tokenizer
+from embedwright.processes import Processes
+from embedwright.text import TextTokenizer, load_tokenizer
+from embedwright.training.batches.feed import batch_of_step, local_batch
 from embedwright.training.batches.sources import open_sources
 from embedwright.training.lengths import Lengths, stand_ins, summary, tokens_of
 from embedwright.training.recipe import Recipe
+from embedwright.training.run.start import reading_of
 from embedwright.training.train import train
 
 TASK = {"name": "own", "instruction": "Answer the question"}
@@ -76,13 +79,24 @@ def test_a_step_is_counted_as_the_model_reads_it(asked: Any, max_tokens: int) ->
         assert max(positives) == 24
 
 
-def test_texts_count_for_each_query_that_needs_them_where_processes_share_the_queries(asked: Any) -> None:
-    """Every row has the negative `no one knows`."""
-    model = Embedder.from_decoder(asked().model.base, latents=4, heads=2)
-    tokens = one(asked(in_batch_negatives="none"))
-    assert tokens.apart == tokens.largest + (ROWS - 1) * len(model.tokenize(["no one knows"]).ids_T)
-    together = one(asked())  # whose queries need the texts of others
-    assert together.apart == together.largest == tokens.largest
+@pytest.mark.parametrize("in_batch", ["all", "none"])
+@pytest.mark.parametrize("count", [1, 2, 3, ROWS, 40])
+def test_the_fullest_part_is_what_a_process_of_the_run_encodes(asked: Any, in_batch: str, count: int) -> None:
+    """Lengths differ threefold, no text can be cut, and every row has the negative `no one knows`."""
+    recipe = asked(in_batch_negatives=in_batch)
+    [tokens] = tokens_of(recipe, [[True]], count)
+    tokenizer, contract = reading_of(recipe.model)
+    own = TextTokenizer(tokenizer.backend_tokenizer)
+    steps = [batch_of_step(recipe, 0, open_sources(recipe)[0], contract, step) for step in range(3)]
+    encoded = [
+        sum(len(local.tokens[text].ids) for text in local.texts[rank])
+        for batch in steps
+        for rank in range(count)
+        for local in [local_batch(batch, own, contract, Processes(rank, count))]
+    ]
+    assert tokens.fullest == max(encoded)
+    assert tokens.largest == one(recipe).largest == one(recipe).fullest
+    assert count == 1 or tokens.fullest > tokens.largest / count
 
 
 def test_these_are_the_tokens_that_training_sees(asked: Any, tmp_path: Path) -> None:

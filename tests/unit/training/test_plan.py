@@ -209,8 +209,8 @@ def tiny(pairs: str, tiny_decoder: Callable[..., Path]) -> Callable[..., Recipe]
     return make
 
 
-def counted(small: Recipe) -> list[Tokens]:
-    return tokens_of(small, [[True], [True]])
+def counted(small: Recipe, processes: int = 1) -> list[Tokens]:
+    return tokens_of(small, [[True], [True]], processes)
 
 
 def test_the_memory_is_that_of_the_stage_and_batch_that_need_most(tiny: Any) -> None:
@@ -219,7 +219,7 @@ def test_the_memory_is_that_of_the_stage_and_batch_that_need_most(tiny: Any) -> 
     found = largest_memory(small, tokens, sizes, "cuda")
     largest = max(stage.largest for stage in tokens)
     assert found == memory_of(small, sizes, largest, "cuda", scores=4 * 4 * 4)
-    shared = largest_memory(small, tokens, sizes, "cuda", processes=2)
+    shared = largest_memory(small, counted(small, 2), sizes, "cuda", processes=2)
     assert shared.activations < 0.6 * found.activations
 
 
@@ -253,7 +253,7 @@ def test_texts_that_processes_share_are_encoded_by_each(tiny: Any, tmp_path: Pat
         {"name": "one", "data": data, "in_batch_negatives": "none", "hard_negatives": 3, "optim": optim}
     ]
     small = Recipe.parse(content)
-    [tokens], sizes = tokens_of(small, [[True]]), sizes_of(small)
+    sizes = sizes_of(small)
     tokenizer, contract = reading_of(small.model)
     batch = batch_of_step(small, 0, open_sources(small)[0], contract, 0)
     assert batch.separable()
@@ -263,9 +263,10 @@ def test_texts_that_processes_share_are_encoded_by_each(tiny: Any, tmp_path: Pat
             for rank in range(count)
         ]
         encoded = [sum(len(read.ids) for read in local.tokens.values()) for local in own]
+        [tokens] = tokens_of(small, [[True]], count)
         assert sum(encoded) > tokens.largest
         planned = largest_memory(small, [tokens], sizes, "cuda", processes=count)
-        assert planned.activations >= memory_of(small, sizes, sum(encoded) // count, "cuda").activations
+        assert planned.activations == memory_of(small, sizes, max(encoded), "cuda", processes=count).activations
 
 
 def test_a_batch_beyond_batch_tokens_takes_less_memory(tiny: Any) -> None:

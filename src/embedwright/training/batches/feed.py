@@ -91,20 +91,26 @@ def local_batch(
 
     It asks no other process, so that it can be made ahead of its step.
     """
-    distinct = list(dict.fromkeys([*batch.queries, *batch.candidates]))
-    parts = processes.split([len(prefix) + len(text) for prefix, text in distinct])
-    texts, rows = [[distinct[i] for i in part] for part in parts], None
-    if batch.separable():
-        needed = [batch.texts(row) for row in range(len(batch.queries))]
-        parts = processes.split([_letters(some) for some in needed])
-        by_rows = [list(dict.fromkeys(text for i in part for text in needed[i])) for part in parts]
-        if sum(map(_letters, by_rows)) <= most_encoded(_letters(distinct)):
-            texts, rows = by_rows, parts[processes.rank]
+    texts, by_rows = dealt(batch, processes)
+    rows = None if by_rows is None else by_rows[processes.rank]
     own = texts[processes.rank]
     some = own or batch.queries[:1]
     # a process without texts has an empty part of what all gather
     teacher_NE = None if teach is None else teach(some)[: len(own)]
     return LocalBatch(batch, texts, rows, tokenize_texts(tokenizer, contract, some), teacher_NE)
+
+
+def dealt(batch: Batch, processes: Processes) -> tuple[list[list[Text]], list[list[int]] | None]:
+    """Returns the texts that each process encodes of a batch, and its queries; None where the texts alone are split."""
+    distinct = list(dict.fromkeys([*batch.queries, *batch.candidates]))
+    if batch.separable():
+        needed = [batch.texts(row) for row in range(len(batch.queries))]
+        rows = processes.split([_letters(some) for some in needed])
+        by_rows = [list(dict.fromkeys(text for i in part for text in needed[i])) for part in rows]
+        if sum(map(_letters, by_rows)) <= most_encoded(_letters(distinct)):
+            return by_rows, rows
+    parts = processes.split([len(prefix) + len(text) for prefix, text in distinct])
+    return [[distinct[i] for i in part] for part in parts], None
 
 
 def _letters(texts: Iterable[Text]) -> int:
