@@ -3,8 +3,9 @@
 Run it: python examples/ray_mine.py EXAMPLES VECTORS OUT --teacher MODEL --parts 64
 
 OUT is a folder of parts, which opens as one data set. This script alone goes on in it, since it names its settings
-otherwise than `embedwright mine --shard`. EXAMPLES, VECTORS and OUT
-may be s3://bucket/folder; each machine copies the first two to its cache, whole. A part that is done is not made again.
+otherwise than `embedwright mine --shard`. EXAMPLES, VECTORS and OUT may be s3://bucket/folder; each machine copies the
+first two to its cache, whole. A part that is done is not made again. Take one part for each 131,072 rows: the corpus is
+searched anew for so many.
 """
 
 import argparse

@@ -69,20 +69,22 @@ class RemoteFolder:
         self.url, self.folder = url, folder
         self._store, self._root = _opened(url)
 
-    def fetch(self, mark: str, *names: str) -> bool:
+    def fetch(self, mark: str, *names: str) -> set[str]:
         """Copies the file `mark` and these others into the local folder, where the store has them.
 
-        Says whether it has `mark`. Raises OutputExistsError if it has other files in this folder, but not `mark`, which
-        says whose they are. Those of these names alone are the beginning of a folder.
+        Returns the names of all files that it has; none where it lacks `mark`, which says whose they are. Raises
+        OutputExistsError if it has other files, but not `mark`. Those of `names` may be there before it.
         """
         with blaming(self.url, "cannot be read"):
             self._store.invalidate_cache()
             there = {PurePosixPath(file).name for file in self._store.find(self._root)}
-            if mark not in there and not there.issubset(names):
-                raise OutputExistsError(f"{self.url} holds {min(there)} and no {mark}: choose a new folder")
+            if mark not in there:
+                if strange := there.difference(names):
+                    raise OutputExistsError(f"{self.url} holds {min(strange)} and no {mark}: choose a new folder")
+                return set()
             for name in there.intersection((mark, *names)):
                 self._store.get_file(f"{self._root}/{name}", str(self.folder / name))
-        return mark in there
+        return there
 
     def open(self, name: str) -> Any:
         """Opens a file of the store for reading, of which only those bytes travel that are read."""

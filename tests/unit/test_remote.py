@@ -148,8 +148,33 @@ def test_a_shard_is_sent_when_it_is_whole_and_never_encoded_again(
     with pytest.raises(InputError, match=r"^memory://b/vectors was encoded with precision"):
         run(Letters(), precision="float16")
     store.rm("/b/vectors/manifest.json")
-    with pytest.raises(OutputExistsError, match=r"memory://b/vectors holds probes.arrow and no manifest.json"):
+    with pytest.raises(OutputExistsError, match=r"memory://b/vectors holds shard-00000.arrow and no manifest.json"):
         run(Letters())
+
+
+def test_a_part_may_begin_between_the_two_files_by_which_another_takes_the_folder(
+    store: fsspec.AbstractFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "texts.txt"
+    source.write_text("\n".join(TEXTS))
+    one = encode_corpus(Letters(), source, tmp_path / "one", shard_rows=5)
+
+    def run(index: int) -> None:
+        with local_folder("memory://b/vectors") as (folder, remote):
+            encode_corpus(Letters(), source, folder, shard_rows=5, shard=Shard(index, 2), remote=remote)
+
+    put_file = type(store).put_file
+
+    def slow(self: fsspec.AbstractFileSystem, local: str, path: str, **options: object) -> None:
+        if path.endswith("manifest.json"):
+            monkeypatch.setattr(type(store), "put_file", put_file)
+            assert list(content(store, "/b/vectors")) == ["probes.arrow"]
+            run(1)
+        put_file(self, local, path, **options)
+
+    monkeypatch.setattr(type(store), "put_file", slow)
+    run(0)
+    assert content(store, "/b/vectors") == {path.name: path.read_bytes() for path in one.iterdir()}
 
 
 def test_encode_and_mine_read_and_write_stores_as_they_do_folders(
@@ -215,6 +240,22 @@ def test_parts_of_other_settings_are_refused_in_a_store_though_both_begin_before
     with pytest.raises(InputError, match="made with seed 2"):  # both saw an empty folder; the later settings stand
         made(Shard(1, 2), {"seed": 0}, lambda: store.pipe_file("/b/parts/parts.json", b'{"seed": 2, "parts": 2}'))
     assert {name for name in content(store, "/b/parts") if name.endswith(".jsonl")} == {"part-00000-of-00002.jsonl"}
+
+
+def test_of_a_part_that_is_done_no_row_is_fetched(
+    store: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made(Shard(0, 1), {})
+    before, fetched_files, get_file = content(store, "/b/parts"), list[str](), type(store).get_file
+
+    def noted(self: fsspec.AbstractFileSystem, path: str, *rest: object, **options: object) -> None:
+        fetched_files.append(path.rpartition("/")[2])
+        get_file(self, path, *rest, **options)
+
+    monkeypatch.setattr(type(store), "get_file", noted)
+    made(Shard(0, 1), {}, lambda: pytest.fail("made again"))
+    assert set(fetched_files) == {"parts.json", "part-00000-of-00001.jsonl.report.json"}
+    assert content(store, "/b/parts") == before
 
 
 def test_a_store_that_cannot_be_written_is_known_before_the_work_and_later_costs_no_work(

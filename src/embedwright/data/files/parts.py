@@ -85,14 +85,16 @@ def write_part(
 def folder_of_part(out: str | Path, shard: Shard) -> Iterator[tuple[Path, RemoteFolder | None]]:
     """Yields a local folder for this part of `out`, and the store's folder: `out` itself and None, unless in a store.
 
-    Of a store, the local one is temporary, with what the store has of this part. What is made there is sent when the
+    Of a store, the local one is temporary, with what the store says of this part. What is made there is sent when the
     block ends without an error, the report at the end. If that fails, it is kept, and the error says where. Raises
     OutputExistsError if the store's folder holds something else.
     """
     with local_folder(out) as (folder, remote):
         report = _report(file := shard.file(folder))
         if remote:
-            remote.fetch(_SETTINGS, file.name, report.name)
+            there = remote.fetch(_SETTINGS, report.name)
+            if file.name in there and report.name in there:
+                file.touch()  # a sign that it is done: its rows stay in the store
         done = is_done(file)
         yield folder, remote
         if remote and not done:
