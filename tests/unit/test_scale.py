@@ -38,7 +38,27 @@ def test_mining_shows_records_and_how_they_were_made(tmp_path: Path) -> None:
     (tmp_path / "mine-end-to-end-m.json").write_text(
         json.dumps(RECORD | ratio | {"size": end, "negatives_that_the_peer_found_too": 0.75})
     )
+    head = "| queries | documents | width | stored as | days |"
+    for kept, days in (("float16", 3), ("float32", 2)):  # each row has the rate of its own search
+        rows = [f"| 10 | 20 | 7 | {name} | {days} |" for name in ("float32", "float16")]
+        found = search | {"size": sizes | {"precision": kept}, "table": ["first", head, *rows, "derived"]}
+        (tmp_path / f"search-y-{kept}.json").write_text(json.dumps(found))
+    lines = scale.mining(tmp_path)
+    at = lines.index(head)
+    assert lines[at + 1 : at + 3] == ["| 10 | 20 | 7 | float32 | 2 |", "| 10 | 20 | 7 | float16 | 3 |"]
+    for kept in ("float16", "float32"):
+        (tmp_path / f"search-y-{kept}.json").unlink()
     lines = scale.mining(tmp_path)
     assert "| 1,000 x 10,000 x 50, float16 | 2.00 | 0.50 | 1.00 | 0.50 |" in lines and lines[-1] == "derived"
     assert "| m, float32, 7,000 texts | 100 | 150 | 1.50 | 75% |" in lines
     assert lines.count("- `python b.py`, 2026-01-02, 2 cores of Z80.") == 2
+
+
+def test_a_step_by_hand() -> None:
+    """Forward, forward again and the gradient: 6 operations; GradCache, in 20,000 of 38,000 steps, 2 more."""
+    recipe, sizes, _ = scale.planned()
+    own = 1152 * 512 / 8  # tokens of a GPU, of which a micro-batch has 16,384
+    forwards = 6 + 2 * (own - 16_384) / own * 20 / 38
+    expected = forwards * own * (sizes.decoder + sizes.head) / 400e12
+    assert abs(scale.seconds_a_step(recipe, sizes, 512) / expected - 1) < 1e-9
+    assert scale.seconds_a_step(recipe, sizes, 1) == 6 * 1152 / 8 * (sizes.decoder + sizes.head) / 400e12
