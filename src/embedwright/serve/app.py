@@ -73,14 +73,14 @@ def create_app(
         Guard, keys=keys, max_body=server.limits.max_body, traffic=server.traffic, metrics=server.metrics
     )
     add_handlers(app)
-    _add_health(app, server)
+    _add_health(app, [server, against.state.server] if against else [server])
     # the guard checks the keys: this tells OpenAPI of them
     secured = [Security(HTTPBearer(auto_error=False))] if keys else []
     paths = APIRouter(responses=ERRORS, dependencies=secured)
     _add_model(paths, server, embedding_request(model.embedding_dim, server.limits.max_inputs, token_ids))
     if index is not None:
         add_search(paths, server, index)
-        add_map(app, index)
+        add_map(paths, index)
     app.include_router(paths)
     if page:
         add_page(app, two=against is not None)
@@ -89,7 +89,7 @@ def create_app(
     return app
 
 
-def _add_health(app: FastAPI, server: Server) -> None:
+def _add_health(app: FastAPI, servers: Sequence[Server]) -> None:
     @app.get("/health", response_model=Status)
     async def health() -> Status:
         """The process is up."""
@@ -97,9 +97,11 @@ def _add_health(app: FastAPI, server: Server) -> None:
 
     @app.get("/ready", response_model=Status, responses={503: {"model": ErrorAnswer}})
     async def ready() -> Status:
-        """The model takes requests."""
-        if server.traffic.draining or not server.batcher.alive:
-            raise ApiError(503, "the server stops", code="stopping")
+        """The models take requests, and give vectors."""
+        for server in servers:
+            if server.traffic.draining or not server.batcher.alive:
+                raise ApiError(503, "the server stops", code="stopping")
+            await server.check_model()
         return Status(status="ready")
 
 

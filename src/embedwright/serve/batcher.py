@@ -52,6 +52,7 @@ class Batcher:
     def __init__(self, embed: Embed, batch_tokens: int, queue_tokens: int, metrics: Metrics) -> None:
         self.embed, self.batch_tokens, self.queue_tokens, self.metrics = embed, batch_tokens, queue_tokens, metrics
         self.waiting_tokens = 0
+        self.failed_in_a_row = 0  # texts without a vector since the last one that has one
         self._jobs: deque[_Job] = deque()
         self._changed = threading.Condition()  # guards all that both threads write
         self._closed = False
@@ -125,6 +126,8 @@ class Batcher:
         while batch := self._next():
             began = time.perf_counter()
             results = self._results(batch)
+            whole = any(vector is not None for vector in results)
+            self.failed_in_a_row = 0 if whole else self.failed_in_a_row + len(batch)
             self._note(batch, time.perf_counter() - began)
             self._loop.call_soon_threadsafe(self._deliver, batch, results)
 

@@ -96,7 +96,7 @@ def add_handlers(app: FastAPI) -> None:
 
 
 def _of_field(request: Request, fault: Mapping[str, Any]) -> ApiError:
-    """Makes the answer for one fault that pydantic found. Its message repeats nothing of what was sent."""
+    """Makes the answer for one fault that pydantic found. Of what was sent its message has the field's name alone."""
     if fault["type"] == "json_invalid":
         return ApiError(400, f"the body is no JSON: {fault.get('ctx', {}).get('error', fault['msg'])}")
     field = ".".join(str(part) for part in fault["loc"][1:])[:100]  # an unknown one may be of any length

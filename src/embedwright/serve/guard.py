@@ -20,14 +20,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from embedwright.serve.errors import ApiError, busy
 from embedwright.serve.metrics import Metrics
-from embedwright.serve.page import PAGE_PATHS
+from embedwright.serve.page import AGAINST, PAGE_PATHS
 
 log = logging.getLogger(__name__)
 
 # They want no key, and are answered while the server stops. The page is static, and asks for the key itself.
 OPEN_PATHS = ("/health", "/ready", *PAGE_PATHS)
-_AT_ONCE = 1024  # requests under way: bounds the memory of their bodies' texts
+_METRICS = ("/metrics", f"/{AGAINST}/metrics")  # answered also when nothing else is: then they are looked at
+_AT_ONCE = 1024  # requests under way
+_BODIES = 64  # bodies that have begun to arrive, and are not answered, hold at most the bytes of so many of the largest
 _BODY_S = 30.0  # a body that takes longer to arrive is given up
+_PIECE = 2**18  # bytes of an answer that are handed on at once: the web server keeps what its client has not read
+_READ_S = 30.0  # a client that takes longer to read the piece before is given up
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 _CLIENT_LEFT = 499
 
@@ -40,6 +44,7 @@ class Traffic:
     """
 
     under_way: int = 0
+    body_bytes: int = 0
     draining: bool = False
     cut: bool = False
     open: dict[asyncio.Task[Any], _Answer] = field(default_factory=dict)
@@ -72,9 +77,10 @@ class Guard:
             except ApiError as error:
                 await error.response()(scope, receive, answer.send)
             except asyncio.CancelledError:
-                if not self.traffic.cut or answer.status:
+                if not self.traffic.cut:
                     raise
-                await _stops().response()(scope, receive, answer.send)
+                if not answer.status:
+                    await _stops().response()(scope, receive, answer.send)
             except Exception as error:
                 log.error("%s", _without_message(error))
                 if not answer.status:
@@ -91,16 +97,14 @@ class Guard:
             await self.app(scope, receive, answer.send)
             return
         self._check_caller(headers)
-        if scope["path"] != "/metrics":  # wanted most when nothing else is taken
-            self._check_open()
+        self._check_open(scope["path"])
         task = asyncio.current_task()
         assert task is not None
         self.traffic.open[task] = answer
         try:
-            if (body := await self._body(headers, receive)) is None:
+            if (body := await self._body(headers, receive, answer)) is None:
                 return
-            if scope["path"] != "/metrics":
-                self._check_open()
+            self._check_open(scope["path"])
             self.traffic.under_way += 1
             try:
                 await self._run(scope, body, receive, answer.send)
@@ -108,6 +112,7 @@ class Guard:
                 self.traffic.under_way -= 1
         finally:
             del self.traffic.open[task]
+            self.traffic.body_bytes -= answer.body_bytes
 
     def _check_caller(self, headers: Headers) -> None:
         """Raises ApiError for a wrong key; without keys, for a name of the host that is not this machine's own."""
@@ -127,19 +132,24 @@ class Guard:
                 headers={"WWW-Authenticate": "Bearer"},
             )
 
-    def _check_open(self) -> None:
+    def _check_open(self, path: str) -> None:
+        if path in _METRICS:
+            return
         if self.traffic.draining:
             raise _stops()
         if self.traffic.under_way >= _AT_ONCE:
             raise busy("too many requests are under way", 429, "too_many_requests", 1)
 
-    async def _body(self, headers: Headers, receive: Receive) -> bytes | None:
-        """Reads the body; None if the client leaves. Raises ApiError 413 as soon as it is known to be too large."""
+    async def _body(self, headers: Headers, receive: Receive, answer: _Answer) -> bytes | None:
+        """Reads the body; None if the client leaves.
+
+        Raises ApiError: 413 as soon as it is known to be too large, 429 if all bodies together are.
+        """
         too_large = ApiError(413, f"the body has more than {self.max_body:,} bytes", code="body_too_large")
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length) > self.max_body:
             raise too_large
-        parts, size = [], 0
+        parts: list[bytes] = []
         try:
             async with asyncio.timeout(_BODY_S):
                 while True:
@@ -147,9 +157,12 @@ class Guard:
                     if message["type"] == "http.disconnect":
                         return None
                     parts.append(message.get("body", b""))
-                    size += len(parts[-1])
-                    if size > self.max_body:
+                    answer.body_bytes += len(parts[-1])
+                    self.traffic.body_bytes += len(parts[-1])
+                    if answer.body_bytes > self.max_body:
                         raise too_large
+                    if self.traffic.body_bytes > _BODIES * self.max_body:
+                        raise busy("the bodies of all requests are too large", 429, "too_many_bytes", 1)
                     if not message.get("more_body", False):
                         return b"".join(parts)
         except TimeoutError:
@@ -175,15 +188,24 @@ class Guard:
 
 
 class _Answer:
-    """Hands the messages of an answer on, and keeps its status; 0 before it begins."""
+    """Hands the messages of an answer on, and keeps its status; 0 before it begins. `body_bytes` came of the request.
+
+    A large answer goes in pieces, each when the client has read most of the one before. Raises TimeoutError if it does
+    not: the web server then closes the connection.
+    """
 
     def __init__(self, send: Send) -> None:
-        self._send, self.status = send, 0
+        self._send, self.status, self.body_bytes = send, 0, 0
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-        await self._send(message)
+        body = message.get("body", b"")
+        for at in range(0, max(1, len(body)), _PIECE):
+            more = at + _PIECE < len(body) or message.get("more_body", False)
+            piece = {"body": body[at : at + _PIECE], "more_body": more} if len(body) > _PIECE else {}
+            async with asyncio.timeout(_READ_S):
+                await self._send({**message, **piece})
 
 
 def _stops() -> ApiError:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from embedwright import threads
 from embedwright.errors import InputError
 from embedwright.model import encode
 from embedwright.model.embedder import Embedder
 from embedwright.packing import pack
 from embedwright.text import TokenizedText, check_texts, read
+
+_PER_TOKEN = 8  # characters of a text that are looked at first, for each token that the model reads
+_SPARE = 64  # tokens behind the last one that is kept: a cut may change those beside it
+_END = 100  # characters of a text's end, which a suffix of the contract may merge with
+_RUNS = string.whitespace + string.digits  # tokenizers part a run of these by its length, so no cut is made in one
 
 
 class PackedModel:
@@ -25,7 +32,25 @@ class PackedModel:
         """Tokenises texts as `Embedder.encode` does. Raises InputError for a text that has no token to pool."""
         model = self.model
         in_front, limit = encode.frame(model.contract, model.longest, task, None, self.max_tokens)
-        return read(model.text_tokenizer, model.contract, check_texts(texts), in_front, limit)
+        shorter = [self._start(text) for text in check_texts(texts)]
+        return read(model.text_tokenizer, model.contract, shorter, in_front, limit)
+
+    def _start(self, text: str) -> str:
+        """Returns a part of a long text that gives the tokens of the whole: those beyond `max_tokens` are cut anyway.
+
+        The part grows until it has tokens to spare, so that a text of megabytes is not tokenised to its end.
+        """
+        by_count = self.model.contract.mask_rule == "count"
+        tokenizer = self.model.text_tokenizer.special if by_count else self.model.text_tokenizer.plain
+        size = _PER_TOKEN * self.max_tokens
+        while len(text) > size + _END:
+            start = text[:size].rstrip(_RUNS)
+            with threads.freed():
+                (encoding,) = tokenizer.encode_batch([start], add_special_tokens=False)
+            if len(encoding.ids) >= self.max_tokens + _SPARE:
+                return start + text[-_END:]
+            size *= 4
+        return text
 
     def text_of(self, ids: Sequence[int], name: str) -> str:
         """Returns the text of the model's own token ids; special tokens are left out. `name` is for InputError."""

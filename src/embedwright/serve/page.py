@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.responses import Response
 from pydantic_core import to_json
 
 from embedwright.errors import InputError
 from embedwright.index.index import Index
 from embedwright.serve.map import map_of
+from embedwright.serve.schema import DocumentsMap
 from embedwright.serve.worker import Worker
 
 _FOLDER = Path(__file__).parent / "page"
@@ -44,22 +45,26 @@ def add_page(app: FastAPI, two: bool) -> None:
     add("/page/sides.json", to_json({"bases": ["", f"{AGAINST}/"] if two else [""]}), "application/json")
 
 
-def add_map(app: FastAPI, index: Index) -> None:
+def add_map(paths: APIRouter, index: Index) -> None:
     """Serves the map of an index at `/map`. It is made when it is first asked for, once, and kept.
 
-    So is an InputError, since the index stays as it is. After any other failure the next request has it made anew.
+    So is the InputError of an index that has none. After any other failure the next request tries again.
     """
     making: list[asyncio.Future[bytes]] = []
+    working = Worker("embedwright-map")
 
     def make() -> bytes:
         return to_json(map_of(index), inf_nan_mode="null")
 
-    @app.get("/map", include_in_schema=False)
-    async def documents_map() -> Response:
-        failed = making[0].exception() if making and making[0].done() else None
-        if failed is not None and not isinstance(failed, InputError):
+    def keep(made: asyncio.Future[bytes]) -> None:
+        if made.cancelled() or not isinstance(made.exception(), InputError | None):
             making.clear()
+
+    @paths.get("/map", response_model=None, responses={200: {"model": DocumentsMap}})
+    async def documents_map() -> Response:
+        """Lay out a sample of the documents in a plane. The first request waits for it."""
         if not making:
-            making.append(asyncio.ensure_future(Worker("embedwright-map").run(make)))
+            making.append(asyncio.ensure_future(working.run(make)))
+            making[0].add_done_callback(keep)
         # shielded: whoever waits may leave, and the next one finds it made
         return Response(await asyncio.shield(making[0]), media_type="application/json")

@@ -21,6 +21,7 @@ def _whole(value: Any) -> Any:
 
 
 MOST_HITS = 1000
+_TASK = "Instruction of queries; empty for the model's own. A model without one then reads them as documents."
 _TASK_OF_DOCUMENTS: JsonDict = {
     "properties": {"input_type": {"const": "document"}, "task": {"type": "string"}},
     "required": ["input_type", "task"],
@@ -49,7 +50,7 @@ class EmbeddingRequest(BaseModel):
         None,
         description="Side of the texts; a query without `task` gets the model's own. Default: query with a task.",
     )
-    task: str | None = Field(None, description="Instruction of queries; empty for the model's own.")
+    task: str | None = Field(None, description=_TASK)
 
 
 def embedding_request(width: int, max_inputs: int, token_ids: bool) -> type[EmbeddingRequest]:
@@ -69,7 +70,7 @@ class SearchRequest(BaseModel):
 
     query: list[str]
     k: whole_number(1, MOST_HITS) = Field(10, description="Hits of a query.")  # type: ignore[valid-type]
-    task: str | None = Field(None, description="Instruction of the queries; empty for none. Default: the model's own.")
+    task: str | None = Field(None, description=f"{_TASK} Default: the model's own; 400 where it has none.")
     where: list[str] | None = Field(
         None, max_length=32, description="Conditions on the metadata, as `lang=en` or `year>=2020`."
     )
@@ -181,6 +182,19 @@ class IndexFacts(BaseModel):
     precision: str
     metadata: dict[str, str]
     task: str | None
+
+
+class DocumentsMap(BaseModel):
+    """Documents as points, in columns: `x` and `y` lie between 0 and 1. They are a sample `of` so many."""
+
+    of: int
+    seed: int
+    method: str
+    ids: list[str]
+    titles: list[str]
+    x: list[float]
+    y: list[float]
+    metadata: dict[str, list[Any]]
 
 
 class Model(BaseModel):

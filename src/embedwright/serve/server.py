@@ -28,6 +28,8 @@ from embedwright.text import TokenizedText
 _QUEUED_BATCHES = 16
 _READERS = 2  # threads that tokenise
 _READING = 4_000_000  # characters of the texts that they read or that wait for them: seconds of work
+_FAILED = 8  # texts in a row on which a model has failed that is asked again before it counts as ready
+_END_S = 1.0  # in which the batch that is computed may end, when the server stops
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Server:
         with evaluating(self.packed.model.network):
             self.batcher.start()
             yield
-            await asyncio.get_running_loop().run_in_executor(None, self.batcher.close, 5.0)
+            await asyncio.get_running_loop().run_in_executor(None, self.batcher.close, _END_S)
         self.readers.shutdown(wait=False, cancel_futures=True)
 
     def check_name(self, name: str | None) -> None:
@@ -85,6 +87,17 @@ class Server:
         if asked.input_type == "document" and asked.task is not None:
             raise ApiError(400, "documents have no task: send it with input_type: query", "task")
         return asked.task
+
+    async def check_model(self) -> None:
+        """Raises ApiError 503 if the model has failed on the last texts, and fails on one more that it should read.
+
+        This asks the model, since a server that is sent no more requests would never be ready again.
+        """
+        if self.batcher.failed_in_a_row >= _FAILED:
+            try:
+                await self.batcher.encode(self.packed.read(["a"], None))
+            except ApiError as error:
+                raise ApiError(503, "the model fails on every text", code="model_failed") from error
 
     async def encode(self, texts: Sequence[str], task: str | None) -> tuple[NDArray[np.float32], int]:
         """Returns the vectors of texts, as `Embedder.encode` gives them, and the number of tokens that were read.

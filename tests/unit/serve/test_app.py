@@ -14,6 +14,7 @@ import numpy as np
 import openai
 import pytest
 
+from embedwright.index.index import Index
 from embedwright.model.embedder import Embedder
 from embedwright.serve.app import create_app
 from embedwright.serve.server import Limits
@@ -199,6 +200,49 @@ def test_health_readiness_and_the_schema(serving: Any) -> None:
     assert (bounds["minimum"], bounds["maximum"]) == (1, 32)
     assert fields["input"]["anyOf"][1] == {"type": "array", "minItems": 1, "maxItems": 9, "items": {"type": "string"}}
     assert "422" not in schema["paths"]["/v1/embeddings"]["post"]["responses"]
+
+
+def test_a_model_that_fails_on_everything_is_not_ready_until_it_answers_again(serving: Any, model: Embedder) -> None:
+    def fail(texts: Any) -> Any:
+        raise RuntimeError
+
+    with serving() as server:
+        batcher = server.app.state.server.batcher
+        embed, batcher.embed = batcher.embed, fail
+        for texts in (["a"] * 3, ["b"] * 4):
+            assert server.embed({"input": texts}).status == 503 and server.ask("GET", "/ready").status == 200
+        assert server.embed({"input": "c"}).status == 503
+        answer = server.ask("GET", "/ready")
+        assert answer.status == 503 and answer.body["error"]["code"] == "model_failed"
+        batcher.embed = embed  # those texts were at fault: nobody has to ask for another before it is ready
+        assert server.ask("GET", "/ready").status == 200 and batcher.failed_in_a_row == 0
+
+
+def test_readiness_is_that_of_both_models(serving: Any, model: Embedder) -> None:
+    second = create_app(model, name="second")
+    with serving(against=second) as server:
+        assert server.ask("GET", "/ready").status == 200
+        second.state.server.batcher.close()
+        assert server.ask("GET", "/ready").status == 503
+
+
+def test_the_answer_repeats_no_long_name_of_a_field(server: Any) -> None:
+    answer = server.embed({"input": "a", "i" * 100_000: 1})
+    assert answer.status == 400 and len(answer.raw) < 1000 and answer.body["error"]["code"] == "unknown_field"
+
+
+def test_an_empty_task_is_the_models_own_on_every_path(serving: Any, told: Embedder, index: Index) -> None:
+    own = told.contract.default_task
+    expected = told.encode(["tides"], task=own)
+    with serving(told, index=index) as server:
+        for more in ({"task": ""}, {"task": "", "input_type": "query"}, {"input_type": "query"}, {"task": own}):
+            assert close([server.embed({"input": "tides", **more}).body["data"][0]["embedding"]], expected), more
+        for more in ({"task": ""}, {}, {"task": None}):
+            (found,) = server.ask("POST", "/search", {"query": "tides", **more}).body["data"]
+            assert found["task"] == own
+        shown = server.ask("GET", "/openapi.json").body["components"]["schemas"]
+    described = [shown[name]["properties"]["task"]["description"] for name in ("EmbeddingRequest", "SearchRequest")]
+    assert described[1].startswith(described[0]) and "empty for the model's own" in described[0]
 
 
 def test_no_text_is_logged(serving: Any, caplog: pytest.LogCaptureFixture) -> None:

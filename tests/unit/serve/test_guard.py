@@ -11,7 +11,9 @@ from typing import Any
 
 import openai
 import pytest
+from fastapi.responses import Response
 
+from embedwright.serve.guard import _Answer
 from embedwright.serve.server import Limits
 
 KEYS = ("first key", "zweiter Schlüssel")
@@ -118,6 +120,70 @@ def test_a_server_that_stops_takes_no_more(serving: Any) -> None:
         assert answer.body["error"]["code"] == "stopping"
         assert server.ask("GET", "/metrics").status == 200  # to be looked at now
         assert server.ask("GET", "/ready").status == 503 and server.ask("GET", "/health").status == 200
+        wait_for(lambda: b'status="503"' in server.ask("GET", "/metrics").raw)  # which is not refused
+
+
+def test_the_bytes_of_bodies_under_way_are_bounded(serving: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embedwright.serve.guard._BODIES", 3)
+    head = b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Length: 900\r\n\r\n"
+    with serving(limits=Limits(max_body=1000)) as server:
+        traffic = server.app.state.server.traffic
+        slow = [socket.create_connection(("127.0.0.1", server.port), timeout=20) for _ in range(3)]
+        for each in slow:
+            each.sendall(head + b"a" * 899)  # the last byte does not come
+        wait_for(lambda: traffic.body_bytes == 3 * 899)
+        asked = {"input": "a" * 400}
+        answer = server.embed(asked)
+        assert answer.status == 429 and answer.headers["retry-after"] == "1"
+        assert answer.body["error"]["code"] == "too_many_bytes"
+        assert server.embed({"input": "a"}).status == 200  # there is room for this one
+        for each in slow:
+            each.close()
+        wait_for(lambda: traffic.body_bytes == 0)
+        assert server.embed(asked).status == 200
+        wait_for(lambda: traffic.body_bytes == 0)
+
+
+def test_a_large_answer_goes_in_pieces_and_waits_for_its_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    body, sent = bytes(range(256)) * 4000, list[dict[str, Any]]()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+        if len(sent) > 9:
+            await asyncio.Event().wait()
+
+    async def answer() -> None:
+        own = _Answer(send)
+        await own.send({"type": "http.response.start", "status": 200, "headers": []})
+        await own.send({"type": "http.response.body", "body": body})
+        assert own.status == 200 and b"".join(message["body"] for message in sent[1:]) == body
+        assert [message["more_body"] for message in sent[1:]] == [True] * (len(sent) - 2) + [False]
+        assert len(sent) == 5 and max(len(message["body"]) for message in sent[1:]) == 2**18
+        monkeypatch.setattr("embedwright.serve.guard._READ_S", 0.05)
+        with pytest.raises(TimeoutError):
+            await own.send({"type": "http.response.body", "body": body * 3})
+        assert len(sent) == 10
+
+    asyncio.run(answer())
+
+
+def test_a_client_that_does_not_read_its_answer_is_given_up(
+    serving: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("embedwright.serve.guard._READ_S", 0.2)
+    with serving() as server:
+        traffic = server.app.state.server.traffic
+        server.app.get("/large")(lambda: Response(b"a" * 50_000_000))
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as reader:
+            reader.sendall(b"GET /large HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            wait_for(lambda: traffic.under_way == 1)  # it is no more than that until it is read
+            wait_for(lambda: traffic.under_way == 0)
+            assert "TimeoutError" in caplog.text
+            got = 0
+            while part := reader.recv(2**20):
+                got += len(part)
+            assert got < 50_000_000  # the connection was closed
+        assert len(server.ask("GET", "/large").raw) == 50_000_000
 
 
 def test_an_error_of_the_server_has_openais_shape(serving: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
+from embedwright.serve.app import create_app
 from embedwright.serve.metrics import Metrics
 
 
@@ -30,3 +32,19 @@ def test_requests_are_counted_by_path_and_status(serving: Any) -> None:
         "embedwright_batch_tokens_count 1.0",
     ):
         assert line in counted
+
+
+def test_requests_of_a_second_model_are_counted_under_its_own_path(serving: Any, model: Any, other: Any) -> None:
+    second = create_app(model, name="second", index=other)
+    with serving(index=other, page=True, against=second) as server:
+        server.embed({"input": "a"})
+        for _ in range(3):
+            assert server.ask("POST", "/against/v1/embeddings", {"input": "a"}).status == 200
+        ends, line = time.monotonic() + 20, 'embedwright_requests_total{path="/against/v1/embeddings",status="200"} 3.0'
+        own = its = ""
+        while (line not in own or line not in its) and time.monotonic() < ends:  # answers come before they are counted
+            own, its = (server.ask("GET", path).raw.decode() for path in ("/metrics", "/against/metrics"))
+    for counted, texts in ((own, 1), (its, 3)):
+        assert line in counted and f"embedwright_texts_total {texts}.0" in counted
+    assert 'embedwright_requests_total{path="/v1/embeddings",status="200"} 1.0' in own
+    assert 'path="/v1/embeddings"' not in its

@@ -12,9 +12,11 @@ import pytest
 
 import embedwright.serve.page as serve_page
 from embedwright.cli.main import main
+from embedwright.errors import InputError
 from embedwright.index.index import Index
 from embedwright.model.embedder import Embedder
 from embedwright.serve.app import create_app
+from embedwright.serve.map import map_of
 
 PAGE = Path(serve_page.__file__).parent / "page"
 Serving = Callable[..., AbstractContextManager[Any]]
@@ -86,6 +88,22 @@ def test_a_map_that_failed_once_is_made_anew(
     with serving(told, index=index, page=True) as server:
         assert [server.ask("GET", "/map").status for _ in range(3)] == [500, 200, 200]
     assert len(made) == 2
+
+
+def test_a_map_that_failed_is_tried_again_and_one_that_there_is_not_is_kept(
+    serving: Serving, told: Embedder, index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults: list[Exception] = [MemoryError(), InputError("no two")]
+
+    def fail(_: Index) -> Any:
+        raise faults.pop(0)
+
+    monkeypatch.setattr(serve_page, "map_of", fail)
+    with serving(told, index=index) as server:
+        assert [server.ask("GET", "/map").status for _ in range(3)] == [500, 400, 400]
+        schema = server.ask("GET", "/openapi.json").body
+    shown = schema["paths"]["/map"]["get"]["responses"]["200"]["content"]["application/json"]["schema"]["$ref"]
+    assert schema["components"]["schemas"][shown.rpartition("/")[2]]["required"] == list(map_of(index))
 
 
 def test_a_map_that_cannot_be_made_says_why(
