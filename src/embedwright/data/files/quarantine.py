@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -32,14 +33,17 @@ class Quarantine:
         self.count = 0
         self.reasons: list[str] = []  # "file:line: reason" of the first few
         self._last: tuple[Path, int] | None = None
+        self._ended = True  # whether the last line has its newline: that of a file may lack it
         self._open = ExitStack()
         self._file: BinaryIO | None = None
 
     def add(self, number: int, line: bytes, error: DataError, file: Path | None = None) -> None:
         """Keeps one bad line of `file` (default: the source), or the next piece of the line that came last."""
-        self._opened().write(line)
         place = (file or self.source, number)
-        if place == self._last:
+        same = place == self._last
+        self._opened(new_line=not same).write(line)
+        self._ended = line.endswith(b"\n")
+        if same:
             return
         self._last = place
         self.count += 1
@@ -56,11 +60,15 @@ class Quarantine:
             log.warning("%s", reason)
         self.count += count
         with path.open("rb") as lines:
-            shutil.copyfileobj(lines, self._opened())
+            shutil.copyfileobj(lines, self._opened(new_line=True))
+            lines.seek(-1, os.SEEK_END)
+            self._ended = lines.read() == b"\n"
 
-    def _opened(self) -> BinaryIO:
+    def _opened(self, new_line: bool) -> BinaryIO:
         if self._file is None:
             self._file = self._open.enter_context(self._open.enter_context(whole_file(self.path)).open("wb"))
+        if new_line and not self._ended:
+            self._file.write(b"\n")
         return self._file
 
     def __enter__(self) -> Quarantine:

@@ -14,14 +14,18 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any
 
 import pyarrow as pa
 
 from embedwright.data.files.pieces import Piece
 from embedwright.data.schema import DataError
+from embedwright.errors import InputError
 from embedwright.threads import cores, freed
 
+_MOST = 16  # processes: the one that joins what they made is the limit by then, and each takes 0.1 GB
 Facts = dict[str, Any]
 Work = Callable[[Piece, Facts, Path], Facts]  # gets the settings, writes an Arrow file, returns counts; Facts are JSON
 
@@ -32,10 +36,10 @@ def in_processes(
     """Lets `work`, a function of a module, convert each piece. Yields its counts, its file and the batches, in order.
 
     A file lies in `folder` until the next one is asked for. There are at most two for each process. Raises the
-    DataError that `work` raises.
+    DataError that `work` raises; any other InputError as one, and OSError.
     """
     with ExitStack() as stack:
-        workers = [stack.enter_context(_worker(work)) for _ in range(min(cores(), len(pieces)))]
+        workers = [stack.enter_context(_worker(work)) for _ in range(min(cores(), len(pieces), _MOST))]
         ahead = 2 * len(workers)
         for number in range(-ahead, len(pieces)):
             if number >= 0:
@@ -79,6 +83,8 @@ def _answer(worker: subprocess.Popen[bytes], piece: Piece) -> Facts:
     facts: Facts = json.loads(line)
     if "error" in facts:
         raise DataError(facts["error"])
+    if "failed" in facts:
+        raise OSError(facts["failed"])
     return facts
 
 
@@ -86,12 +92,22 @@ def _serve(work: Work) -> None:
     """Works in a process of its own until its input ends: each line, in JSON, is a piece to convert."""
     logging.disable()  # the process that asks says it
     answers, sys.stdout = sys.stdout, sys.stderr
-    for line in sys.stdin:
-        (file, *place), settings, out = json.loads(line)
+    lines = SimpleQueue[str]()
+
+    def listen() -> None:
+        for line in sys.stdin:
+            lines.put(line)
+        os._exit(1)  # the process that asked has ended, maybe by a kill: a piece can take an hour
+
+    Thread(target=listen, daemon=True).start()
+    while True:
+        (file, *place), settings, out = json.loads(lines.get())
         try:
             facts = work(Piece(Path(file), *place), settings, Path(out))
-        except DataError as error:
+        except InputError as error:
             facts = {"error": str(error)}
+        except OSError as error:  # a full disk
+            facts = {"failed": str(error)}
         try:
             answers.write(json.dumps(facts) + "\n")
             answers.flush()

@@ -23,6 +23,7 @@ from embedwright.data.schema import DataError
 from embedwright.data.tables import convert, documents, workers
 from embedwright.data.tables.documents import open_corpus
 from embedwright.data.tables.table import ExampleTable, open_examples
+from embedwright.errors import InputError
 
 ROWS = [
     {
@@ -179,6 +180,29 @@ def both(files: Any, act: Callable[..., Any]) -> Iterator[None]:
         yield
 
 
+def test_a_last_line_without_a_newline_is_a_line_of_the_quarantine(tmp_path: Path, several: pytest.MonkeyPatch) -> None:
+    (tmp_path / "set").mkdir()
+    bad = ['{"a": 1}', '{"b": 1}', '{"c": 1}']
+    for name, line in zip("abc", bad, strict=True):
+        (tmp_path / "set" / f"{name}.jsonl").write_text(json.dumps(ROWS[0]) + "\n" + line)
+    for cache, large in (("many", 0), ("one", 1 << 60)):
+        several.setattr(pieces_module, "_LARGE", large)
+        assert open_examples(tmp_path / "set", cache=tmp_path / cache).quarantine.read_text() == "\n".join(bad)
+
+
+def test_what_fails_in_a_process_is_said_as_one_process_says_it(tmp_path: Path, several: pytest.MonkeyPatch) -> None:
+    (tmp_path / "fails.py").write_text(
+        "from embedwright.errors import NotFoundError\n\n\n"
+        "def one(piece, settings, out):\n"
+        "    raise NotFoundError('x is gone') if settings['gone'] else OSError(28, 'No space left on device')\n"
+    )
+    several.syspath_prepend(tmp_path)
+    work = importlib.import_module("fails").one
+    for gone, error, said in ((1, InputError, "x is gone"), (0, OSError, "No space left")):
+        with pytest.raises(error, match=said):
+            next(workers.in_processes(work, [Piece(Path("c.jsonl"))], {"gone": gone}, tmp_path))
+
+
 DIES_ON_THE_SECOND = """
 import os
 import pyarrow as pa
@@ -263,9 +287,43 @@ def test_a_killed_conversion_takes_its_processes_with_it_and_is_made_again(
         *started, second = [first.stdout.readline().strip() for _ in range(3)]
         assert second == "second" and all(alive(int(worker)) for worker in started)
         first.kill()
-    while any(alive(int(worker)) for worker in started):
-        time.sleep(0.05)
+    wait_for_the_end_of(started)
     assert list(open_corpus(path).items()) == list(read_corpus(path).items())
+
+
+AT_WORK = """
+from pathlib import Path
+from sleeps import one
+from embedwright.data.files.pieces import Piece
+from embedwright.data.tables import workers
+
+workers.cores = lambda: 1
+next(workers.in_processes(one, [Piece(Path("c.jsonl"))], {}, Path(".")))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="only Linux lists processes there")
+def test_a_process_in_the_middle_of_a_piece_ends_with_the_one_that_asked(tmp_path: Path) -> None:
+    """A piece is a whole file where it is packed, and may take an hour."""
+    (tmp_path / "sleeps.py").write_text(
+        "import os, time\n\n\ndef one(*_):\n    print(os.getpid(), flush=True)\n    time.sleep(600)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    with subprocess.Popen(
+        [sys.executable, "-c", AT_WORK], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+    ) as first:
+        assert first.stderr is not None  # to which a process prints, since its answers are on standard output
+        worker = first.stderr.readline().strip()
+        assert alive(int(worker))
+        first.kill()
+        wait_for_the_end_of([worker])
+
+
+def wait_for_the_end_of(processes: list[str]) -> None:
+    end = time.monotonic() + 300
+    while any(alive(int(process)) for process in processes):
+        assert time.monotonic() < end, "they live on"
+        time.sleep(0.05)
 
 
 def alive(process: int) -> bool:
