@@ -1,9 +1,9 @@
 """Mining as it grows: search alone with vectors on disk, memory by the number of examples, and end to end.
 
 `search` writes unit vectors in shards, as `mine --vectors` does, and searches them in a process of its own: seconds,
-bytes that the search reads, peak memory; then a table that extrapolates, with what it assumes. Some queries are held to
-brute force. `memory` mines more and more examples and documents that lie on disk. `end-to-end` encodes and searches
-real pairs on both sides, ours and sentence-transformers' `mine_hard_negatives`, with one teacher and the 95 % rule.
+bytes that the search reads, peak memory. docs/scale.md extrapolates. Some queries are held to brute force. `memory`
+mines more and more examples and documents that lie on disk. `end-to-end` encodes and searches real pairs on both sides,
+ours and sentence-transformers' `mine_hard_negatives`, with one teacher and the 95 % rule.
 
     python benchmarks/mining_at_scale.py search --documents 1000000 --width 768 --queries 100000
     python benchmarks/mining_at_scale.py memory --examples 20000 80000 320000
@@ -51,10 +51,6 @@ from embedwright.vectors.shards import Vectors, write_shard  # noqa: E402
 DEPTH = 100
 SHARD = 65_536
 CHECKED = 8  # queries compared with brute force
-# What the table assumes beside the measured rate; none of it is measured here.
-DISK = 2e9  # bytes a second, one NVMe drive
-GPU = 40e12  # float32 products a second times two, of one H100 or H200: 60 % of its 67 TFLOPS
-SIZES = ((10_000_000, 10_000_000), (10_000_000, 100_000_000), (10_000_000, 1_000_000_000))  # queries, documents
 
 
 def main() -> None:
@@ -103,11 +99,9 @@ def search_alone(options: argparse.Namespace) -> None:
         f"{found['seconds']:,.1f} s, {found['read'] / 1e9:,.2f} GB read, {found['added_mb']:,.0f} MB beside libraries "
         f"and queries, {found['peak_mb']:,.0f} MB in all; top {DEPTH} of {CHECKED} queries equal to brute force"
     )
-    table = extrapolated(found, options)
-    print(table)
     size = {key: getattr(options, key) for key in ("documents", "width", "queries", "precision")}
     name = f"search-{options.documents}x{options.width}-{options.queries}-{options.precision}"
-    record(name, {"size": size, **found, "table": table.splitlines()}, None)
+    record(name, {"size": size, **found}, None)
 
 
 def drawn(rows: int, width: int, seed: int) -> NDArray[np.float32]:
@@ -160,44 +154,6 @@ def check(
     rows_QK = np.argsort(-exact_QC.astype(np.float32), axis=1, kind="stable")[:, :DEPTH]
     if not np.array_equal(rows_QK, found[1][:CHECKED]):
         sys.exit("the search differs from brute force")
-
-
-def extrapolated(found: dict[str, Any], options: argparse.Namespace) -> str:
-    """Time goes with queries x documents x width. Bytes go with passes over the corpus: one for so many queries."""
-    at_once = mining.AT_ONCE
-    rate = found["seconds"] / (options.queries * options.documents * options.width)
-    what = f"{options.queries:,} queries, {options.documents:,} documents of {options.width} numbers"
-    speed = f"{found['seconds']:.1f} s, {2e-9 / rate:,.0f} GFLOP/s on {os.cpu_count()} cores"
-    lines = [
-        f"Measured: {what} in {options.precision}: {speed}.",
-        f"Assumed: time goes with queries x documents x width; one pass over the corpus for {at_once:,} queries, for",
-        f"2,048 before; a disk reads {DISK / 1e9:.0f} GB/s, and a GPU multiplies {GPU / 1e12:.0f} TFLOP/s in float32",
-        "(neither was measured); a processor's cores or GPUs share the work evenly.",
-        "",
-        "| queries | documents | width | stored as | vectors, TB | read, TB | before, TB "
-        "| this machine, days | one GPU, hours | disk alone, hours |",
-        "|" + "---|" * 10,
-    ]
-    for queries, documents in SIZES:
-        for width in dict.fromkeys((options.width, 4096)):
-            for precision, size in (("float32", 4), ("float16", 2)):
-                stored = documents * width * size
-                read, before = (-(-queries // each) * stored for each in (at_once, 2048))
-                work = queries * documents * width
-                cells = [
-                    stored / 1e12,
-                    read / 1e12,
-                    before / 1e12,
-                    rate * work / 86400,
-                    2 * work / GPU / 3600,
-                    read / DISK / 3600,
-                ]
-                lines.append(
-                    f"| {queries:,} | {documents:,} | {width} | {precision} | "
-                    + " | ".join(f"{cell:,.3g}" if cell < 100 else f"{cell:,.0f}" for cell in cells)
-                    + " |"
-                )
-    return "\n".join(lines)
 
 
 # ---- memory

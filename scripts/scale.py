@@ -14,11 +14,13 @@ from typing import Any
 
 from transformers import MistralConfig
 
+from embedwright.data.sources.catalog import find_entry
 from embedwright.mining.mine import AT_ONCE
 from embedwright.training.cost import GB, Sizes, sizes_of
 from embedwright.training.lengths import Tokens, tokens_of
 from embedwright.training.plan import largest_memory
 from embedwright.training.recipe import Recipe
+from embedwright.training.stages import StagePart
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -26,12 +28,19 @@ RESULTS = ROOT / "benchmarks" / "results"
 # Assumed, not measured by us:
 GPUS = 8
 RATE = 400e12  # bfloat16 products a second, times two, that a GPU of 80 GB sustains with a 7B model: half of its peak
-SEARCH = 40e12  # float32 products a second, times two: as benchmarks/mining_at_scale.py assumes
+SEARCH = 40e12  # float32 products a second, times two, of one H100 or H200: 60 % of its peak
+DISK = 2e9  # bytes a second of one NVMe drive
 LINK = 300e9  # bytes a second that each GPU sends to the others of its machine
 PRICE = 3.0  # dollars of a GPU hour
 WORDS, LENGTHS = 150, (150, 512)  # tokens of a passage; tokens a text for the two columns of the step
 LLM_TOKENS = 3500  # tokens a second that eight GPUs write with a model of Mixtral 8x22B's size
+ENCODE_PARTS = 64  # as the page's command has them; of `mine`, a part has AT_ONCE rows
 CASES = (("10 M rows, 10 M passages", 10**7, 10**7), ("10 M rows, 1 billion passages", 10**7, 10**9))
+SEARCHES = ((10**7, 10**7), (10**7, 10**8), (10**7, 10**9))  # queries, documents
+# Documents in the mining corpora of the paper's data, as recipes/README.md names them; how many a core builds a second
+CORPORA = {"msmarco": 8.8e6, "hotpotqa": 5.2e6, "fever": 5.4e6, "paq": 1e7, "stackexchange": 4.8e6, "bioasq": 1.5e7}
+BUILT = 35_000
+MODELS = {"minilm": "MiniLM", "flag-merged": "the flagship of 135 M, merged"}
 
 
 def page(text: str) -> str:
@@ -49,7 +58,7 @@ def tables() -> dict[str, str]:
         "memory": memory(recipe, sizes, tokens),
         "step": step(recipe, sizes),
         "mining": mining(RESULTS),
-        "cost": cost(recipe, sizes, records(RESULTS, "data-at-scale")),
+        "cost": cost(recipe, sizes, RESULTS),
     }
     return {name: "\n".join(lines) + "\n" for name, lines in made.items()}
 
@@ -85,104 +94,164 @@ def fields(sizes: Sizes) -> dict[str, Any]:
     return {name: getattr(sizes, name) for name in Sizes.__dataclass_fields__}
 
 
-def texts_a_step(recipe: Recipe) -> int:
-    return recipe.stages[0].optim.batch_queries * recipe.stages[0].texts_a_row
+def micro_batches(recipe: Recipe, stage: StagePart, length: int) -> tuple[int, float]:
+    """Of a GPU's part of a step: its micro-batches, and the operations for each parameter and token.
 
-
-def seconds_a_step(recipe: Recipe, sizes: Sizes, length: int) -> float:
-    """LoRA with gradient checkpointing: forward, forward again, and the gradient of the states, 2 products each.
-
-    GradCache encodes all micro-batches but the first once more. It is the mean over the steps of all stages.
+    With LoRA and gradient checkpointing these are forward, forward again, and the gradient of the states: 2 each.
+    Where queries need the texts of others, GradCache adds a forward of all micro-batches but the first.
     """
-    own = texts_a_step(recipe) * length / GPUS
-    again = 2 * max(0.0, 1 - recipe.run.batch_tokens / own) * cached_share(recipe)
-    return (6 + again) * own * (sizes.decoder + sizes.head) / RATE
+    budget, queries = recipe.run.batch_tokens, stage.optim.batch_queries // GPUS
+    if stage.in_batch_negatives == "none":  # split by queries
+        return -(-queries // (budget // (stage.texts_a_row * length))), 6.0
+    texts, first = queries * stage.texts_a_row, budget // length
+    return -(-texts // first), 6 + 2 * max(0, 1 - first / texts)
 
 
-def cached_share(recipe: Recipe) -> float:
-    """The share of all steps whose queries meet candidates of other micro-batches: those need GradCache."""
-    steps = [(stage.optim.steps, stage.in_batch_negatives == "all") for stage in recipe.stages]
-    return sum(count for count, cached in steps if cached) / sum(count for count, _ in steps)
+def seconds_a_step(recipe: Recipe, stage: StagePart, sizes: Sizes, length: int) -> float:
+    """The seconds of products: those of attention are not in it."""
+    tokens = stage.optim.batch_queries * stage.texts_a_row * length
+    return micro_batches(recipe, stage, length)[1] * tokens * (sizes.decoder + sizes.head) / GPUS / RATE
+
+
+def stages_of(recipe: Recipe) -> list[StagePart]:
+    return [stage for stage in recipe.stages if isinstance(stage, StagePart)]
 
 
 def step(recipe: Recipe, sizes: Sizes) -> list[str]:
-    texts, steps = texts_a_step(recipe), sum(stage.optim.steps for stage in recipe.stages)
-    rows = []
+    rows, ddp = [], 2 * 4 * sizes.trained / LINK
     for length in LENGTHS:
-        compute = seconds_a_step(recipe, sizes, length)
-        micro = -(-texts * length // GPUS // recipe.run.batch_tokens)
-        ddp = 2 * 4 * sizes.trained / LINK
-        fsdp = (micro * 3 + (micro - 1) * cached_share(recipe)) * 2 * sizes.decoder / LINK
-        cells = [texts * length, micro, compute, ddp, fsdp, (compute + ddp) * steps / 3600]
-        rows.append([f"{length}", *(f"{cell:,.0f}" if cell >= 100 else f"{cell:.2g}" for cell in cells)])
-    head = ["tokens a text", "tokens a step", "micro-batches of a GPU", "s of products", "s to add gradients (`ddp`)"]
-    return table([*head, "s to gather weights (`fsdp`)", f"hours of {steps:,} steps (`ddp`)"], rows)
+        hours = 0.0
+        for stage in stages_of(recipe):
+            (micro, work), compute = micro_batches(recipe, stage, length), seconds_a_step(recipe, stage, sizes, length)
+            gathers = 3 * micro + (micro - 1) * (work > 6)
+            hours += (own := (compute + ddp) * stage.optim.steps / 3600)
+            tokens = stage.optim.batch_queries * stage.texts_a_row * length
+            cells = [tokens, micro, work, compute, ddp, gathers * 2 * sizes.decoder / LINK, own]
+            name = f"{stage.name}, {stage.optim.steps:,} steps"
+            rows.append([name, f"{length}", *(f"{x:,.0f}" if x >= 100 else f"{x:.2g}" for x in cells)])
+        rows.append(["both", f"{length}", *["-"] * 6, f"{hours:,.0f}"])
+    head = ["stage", "tokens a text", "tokens a step", "micro-batches of a GPU", "operations a parameter and token"]
+    return table(
+        [*head, "s of products", "s to add gradients (`ddp`)", "s to gather weights (`fsdp`)", "hours (`ddp`)"], rows
+    )
 
 
 def mining(folder: Path) -> list[str]:
-    """What benchmarks/mining_at_scale.py has recorded: searches, runs end to end, and what is derived from them."""
-    searches, ends = records(folder, "search-"), records(folder, "mine-end-to-end-")
+    """What benchmarks/mining_at_scale.py has recorded, and what follows from its searches for larger ones."""
+    searches = records(folder, "search-")
     if not searches:
         return ["Not measured yet."]
     rows = []
     for found in searches:
-        size = found["size"]
-        flops = 2 * size["queries"] * size["documents"] * size["width"] / found["seconds"] / 1e9
-        what = f"{size['queries']:,} x {size['documents']:,} x {size['width']}, {size['precision']}"
-        cells = [found["seconds"], flops, found["read"] / 1e9, found["peak_mb"] / 1e3]
+        of = found["size"]
+        what = f"{of['queries']:,} x {of['documents']:,} x {of['width']}, {of['precision']}"
+        cells = [found["seconds"], rate_of(found) / 1e9, found["read"] / 1e9, found["peak_mb"] / 1e3]
         rows.append([what, *(f"{cell:,.0f}" if cell >= 100 else f"{cell:.2f}" for cell in cells)])
     head = ["search: queries x documents x width", "s", "GFLOP/s", "GB read", "GB of memory, queries and libraries too"]
     lines = [*table(head, rows), "", *(made(found) for found in searches), ""]
-    if ends:
-        rows = [
-            [
-                f"{found['size']['model']}, {found['size']['dtype']}, {found['size']['texts']:,} texts",
-                *(f"{found['seconds'][side][0]:,.0f}" for side in ("ours", "peer")),
-                f"{found['ratio']['median']:.2f}",
-                f"{found['negatives_that_the_peer_found_too']:.0%}",
-            ]
-            for found in ends
+    return [*lines, *memory_by_rows(folder), *end_to_end(folder), *extrapolated(searches)]
+
+
+def memory_by_rows(folder: Path) -> list[str]:
+    """Memory of a whole run of `mine` by the number of its rows."""
+    found = records(folder, "mine-memory")
+    if not found:
+        return ["Memory by the number of rows: no record yet.", ""]
+    of = found[-1]["size"]
+    head = [f"rows, in {of['documents']:,} documents x {of['width']}, {of['at_once']:,} rows at once", "s", "MB added"]
+    rows = [
+        [f"{one['examples']:,}", f"{one['seconds']:,.0f}", f"{one['added_mb']:,.0f}", f"{one['peak_mb']:,.0f}"]
+        for one in found[-1]["rows"]
+    ]
+    return [*table([*head, "MB of memory, libraries too"], rows), "", made(found[-1]), ""]
+
+
+def end_to_end(folder: Path) -> list[str]:
+    """Runs that encode and search, ours beside sentence-transformers', with one teacher."""
+    found = records(folder, "mine-end-to-end-")
+    rows = [
+        [
+            f"{MODELS.get(name := one['size']['model'], name)}, {one['size']['dtype']}, {one['size']['texts']:,} texts",
+            *(f"{one['seconds'][side][0]:,.0f}" for side in ("ours", "peer")),
+            f"{one['ratio']['median']:.2f}",
+            f"{one['negatives_that_the_peer_found_too']:.0%}",
         ]
-        head = ["end to end, encode and search", "ours, s", "`mine_hard_negatives`, s", "faster by", "equal negatives"]
-        lines += [*table(head, rows), "", *(made(found) for found in ends), ""]
-    own = {key_of(row): row for found in searches for row in found["table"] if found["size"]["precision"] in row}
-    return [*lines, *(own.get(key_of(row), row) for row in searches[-1]["table"][1:])]
+        for one in found
+    ]
+    head = ["end to end, encode and search", "ours, s", "`mine_hard_negatives`, s", "faster by", "equal negatives"]
+    lines = [*table(head, rows), "", *map(made, found), ""] if found else []
+    if all(one["size"]["model"] == "minilm" for one in found):
+        lines += ["**Not run: end to end with a decoder of ours as the teacher** (the goal is twice as fast).", ""]
+    return lines
 
 
-def key_of(row: str) -> str:
-    """The size and the precision of a row of a table derived from a search: its first four cells."""
-    return "|".join(row.split("|")[:5])
-
-
-def cost(recipe: Recipe, sizes: Sizes, data: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Each step of a corpus and its rows: what it takes, by the rates above and the recorded ones."""
-    steps = sum(stage.optim.steps for stage in recipe.stages)
+def extrapolated(searches: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Larger searches, each by the rate that was measured for its precision."""
     rows = []
-    for name, examples, passages in CASES:
-        work: list[tuple[str, str, float, float]] = []  # what, bytes, core hours, GPU hours
-        if data:
-            rate = data[-1]["rows_per_second"]
-            work.append(
-                (f"read and check {passages:,} passages, once", size(passages * 600), passages / rate["read"], 0)
-            )
-            work.append((f"clean {examples:,} pairs", size(examples * 600), examples / rate["clean"], 0))
-        products = 2 * (sizes.decoder + sizes.head) * WORDS * passages
-        work.append(("encode them, 7B, float16", size(passages * 2 * sizes.hidden), 0, products / RATE))
-        found = 2 * examples * passages * sizes.hidden
-        read = -(-examples // AT_ONCE) * passages * 2 * sizes.hidden
-        work.append((f"search for {examples:,} queries", f"{size(read)} read", 0, found / SEARCH))
-        work.append(("write rows with 7 negatives", size(examples * 5000), 0, 0))
-        for what, stored, cores, gpus in work:
-            hours = gpus / 3600
-            shown = [f"{hours:,.0f}", f"{hours / GPUS:,.1f}", f"{hours * PRICE:,.0f}"] if gpus else ["-"] * 3
-            rows.append([name, what, stored, f"{cores / 3600:.2g}" if cores else "-", *shown])
-    seconds = 120_000 * 1500 / LLM_TOKENS * GPUS
-    trained = seconds_a_step(recipe, sizes, WORDS) * steps * GPUS
-    for what, gpus in (("synthesize 120,000 examples", seconds), (f"train {steps:,} steps", trained)):
+    for queries, documents in SEARCHES:
+        for width in dict.fromkeys([*(found["size"]["width"] for found in searches), 4096]):
+            for precision, found in {one["size"]["precision"]: one for one in searches}.items():
+                stored = documents * width * {"float32": 4, "float16": 2}[precision]
+                read, work = -(-queries // AT_ONCE) * stored, 2 * queries * documents * width
+                cells = [stored / 1e12, read / 1e12, work / rate_of(found) / 86400, work / SEARCH / 3600]
+                named = [f"{queries:,}", f"{documents:,}", f"{width}", precision]
+                cells.append(read / DISK / 3600)
+                rows.append([*named, *(f"{cell:,.3g}" if cell < 100 else f"{cell:,.0f}" for cell in cells)])
+    head = ["queries", "documents", "width", "stored as", "vectors, TB", "read, TB", "this machine, days"]
+    return [
+        f"Assumed: time goes with queries x documents x width, by the rate above of each precision; one pass over the "
+        f"corpus for {AT_ONCE:,}",
+        f"queries; a disk reads {DISK / 1e9:.0f} GB/s, and a GPU multiplies {SEARCH / 1e12:.0f} TFLOP/s in float32 "
+        "(neither was measured); GPUs share the work evenly.",
+        "",
+        *table([*head, "one GPU, hours", "disk alone, hours"], rows),
+    ]
+
+
+def rate_of(found: Mapping[str, Any]) -> float:
+    """Products a second, times two, of a recorded search."""
+    of = found["size"]
+    return float(2 * of["queries"] * of["documents"] * of["width"] / found["seconds"])
+
+
+def cost(recipe: Recipe, sizes: Sizes, folder: Path) -> list[str]:
+    """What each step of a corpus and its rows, and of the recipe, takes, by the rates above and the recorded ones."""
+    [data], searches = records(folder, "data-at-scale"), records(folder, "search-")
+    rate, both = data["rows_per_second"], sizes.decoder + sizes.head
+    work: list[tuple[str, str, str, float, float]] = []  # of, step, bytes, core seconds, GPU seconds
+    for name, rows, passages in CASES:
+        parts, stored = -(-rows // AT_ONCE), passages * 2 * sizes.hidden
+        first = parts * (rows / rate["mine_rows"] + passages / rate["mine_documents"])
+        checked = ENCODE_PARTS * passages / rate["read"]
+        work += [
+            (name, f"clean {rows:,} pairs", size(rows * 600), rows / rate["clean"], 0),
+            (name, f"read and check {passages:,} passages in {ENCODE_PARTS} parts", size(passages * 600), checked, 0),
+            (name, "encode them, 7B, float16", size(stored), 0, 2 * both * WORDS * passages / RATE),
+            (name, f"read rows and corpus in {parts} parts of `mine`, while a GPU waits", "-", first, first),
+            (name, "search", f"{size(parts * stored)} read", 0, 2 * rows * passages * sizes.hidden / SEARCH),
+            (name, "write rows with 7 negatives", size(rows * 5000), 0, 0),
+        ]
+    documents = sum(CORPORA.values())
+    found = sum(2 * (find_entry(name).samples or 0) * count * sizes.hidden for name, count in CORPORA.items())
+    trained = [seconds_a_step(recipe, one, sizes, WORDS) * one.optim.steps for one in stages_of(recipe)]
+    own = [
+        (f"build corpora of {documents / 1e6:.0f} M documents", size(documents * 800), documents / BUILT, 0.0),
+        ("encode them", size(documents * 2 * sizes.hidden), 0, 2 * both * WORDS * documents / RATE),
+        (f"search in them, {found:.0e} operations", "-", 0, found / SEARCH),
+        ("synthesize 120,000 examples", "-", 0, 120_000 * 1500 / LLM_TOKENS * GPUS),
+        (f"train {sum(one.optim.steps for one in stages_of(recipe)):,} steps", "-", 0, sum(trained) * GPUS),
+    ]
+    own.append(("**together**", "-", sum(one[2] for one in own), sum(one[3] for one in own)))
+    slow = [found / rate_of(one) * one["machine"]["cores"] for one in searches[:1]]
+    own += [("or the search on CPU cores, not on a GPU", "-", cores, 0) for cores in slow]
+    rows = []
+    for name, what, stored, cores, gpus in [*work, *(("the recipe", *one) for one in own)]:
         hours = gpus / 3600
-        rows.append(["the recipe", what, "-", "-", f"{hours:,.0f}", f"{hours / GPUS:,.1f}", f"{hours * PRICE:,.0f}"])
+        shown = [f"{hours:,.0f}", f"{hours / GPUS:,.1f}", f"{hours * PRICE:,.0f}"] if gpus else ["-"] * 3
+        spent = f"{cores / 3600:,.0f}" if cores > 36_000 else f"{cores / 3600:.2g}" if cores else "-"
+        rows.append([name, what, stored, spent, *shown])
     head = ["of", "step", "bytes", "core hours", "GPU hours", "hours on 8 GPUs", "dollars"]
-    return [*table(head, rows), "", *map(made, data[-1:])]
+    return [*table(head, rows), "", made(data)]
 
 
 def records(folder: Path, prefix: str) -> list[dict[str, Any]]:
@@ -190,7 +259,8 @@ def records(folder: Path, prefix: str) -> list[dict[str, Any]]:
 
 
 def made(found: Mapping[str, Any]) -> str:
-    machine, command = found["machine"], re.sub(r" --folder \S+", "", found["command"])
+    command = re.sub(r" --folder \S+", "", found["command"])
+    machine, command = found["machine"], re.sub(r"(--model )\S*/", r"\1", command)  # a folder of that machine
     return f"- `{command}`, {found['date']}, {machine['cores']} cores of {machine['cpu']}."
 
 
