@@ -109,7 +109,7 @@ def _sentence_transformer(where: str, revision: str | None, how: dict[str, Any],
     wants_eos = json.loads(text_of(folder, "tokenizer_config.json") or "{}").get("add_eos_token")
     if wants_eos and model.tokenizer("a")["input_ids"][-1] != model.tokenizer.eos_token_id:
         raise ProbeError(
-            f"{where}: its tokenizer_config.json asks for EOS behind every text, its tokenizer adds none: its vectors "
+            f"{where}: its tokenizer_config.json asks for EOS after every text, its tokenizer adds none: its vectors "
             f"would be wrong. Say whose format it has, one of {', '.join(f'{family}:{where}' for family in FAMILIES)}"
         )
     return model

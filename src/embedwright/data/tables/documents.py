@@ -85,6 +85,8 @@ def open_corpus(path: Path) -> DocumentTable:
     facts = [_FORMAT, [sha256_of(file) for file in files]]
     identity = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     if len(files) == 1 and _is_own(files[0]):
+        if not pa.ipc.open_file(pa.memory_map(str(files[0]))).num_record_batches:
+            raise DataError(f"{path}: no document")
         return DocumentTable(files, identity)
     arrow = cache_folder() / "data" / f"{stem_of(path)[:80]}-corpus-{identity[:16]}.arrow"
     if not arrow.is_file():

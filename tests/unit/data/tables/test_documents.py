@@ -104,3 +104,9 @@ def test_what_we_wrote_is_read_in_place(tmp_path: Path) -> None:
 def test_an_id_that_is_written_twice_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="document 3: id 'a' twice"):
         write_documents(tmp_path / "c.arrow", [("a", "x"), ("b", "y"), ("a", "z"), ("b", "z")])
+
+
+def test_a_file_of_ours_without_documents_is_no_corpus(tmp_path: Path) -> None:
+    assert write_documents(tmp_path / "c.arrow", []) == 0
+    with pytest.raises(DataError, match=r"c\.arrow: no document"):
+        open_corpus(tmp_path / "c.arrow")
