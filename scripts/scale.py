@@ -219,15 +219,16 @@ def cost(recipe: Recipe, sizes: Sizes, folder: Path) -> list[str]:
     [data], searches = records(folder, "data-at-scale"), records(folder, "search-")
     rate, both = data["rows_per_second"], sizes.decoder + sizes.head
     work: list[tuple[str, str, str, float, float]] = []  # of, step, bytes, core seconds, GPU seconds
+    waits = ", while a GPU waits"
     for name, rows, passages in CASES:
         parts, stored = -(-rows // AT_ONCE), passages * 2 * sizes.hidden
         first = parts * (rows / rate["mine_rows"] + passages / rate["mine_documents"])
         checked = ENCODE_PARTS * passages / rate["read"]
         work += [
             (name, f"clean {rows:,} pairs", size(rows * 600), rows / rate["clean"], 0),
-            (name, f"read and check {passages:,} passages in {ENCODE_PARTS} parts", size(passages * 600), checked, 0),
+            (name, f"check {passages:,} passages in {ENCODE_PARTS} parts of `encode`{waits}", "-", checked, checked),
             (name, "encode them, 7B, float16", size(stored), 0, 2 * both * WORDS * passages / RATE),
-            (name, f"read rows and corpus in {parts} parts of `mine`, while a GPU waits", "-", first, first),
+            (name, f"read rows and corpus in {parts} parts of `mine`{waits}", "-", first, first),
             (name, "search", f"{size(parts * stored)} read", 0, 2 * rows * passages * sizes.hidden / SEARCH),
             (name, "write rows with 7 negatives", size(rows * 5000), 0, 0),
         ]
