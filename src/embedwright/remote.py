@@ -7,8 +7,10 @@ this disk and sent when it is whole, so that one that is there is done.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,9 +19,10 @@ import fsspec
 
 from embedwright.cache import cache_folder
 from embedwright.errors import InputError, NotFoundError, OutputExistsError, blaming
-from embedwright.files import file_name, locked, whole_folder
+from embedwright.files import file_name, locked, whole_folder, write_json
 
 _BESIDE = ".tasks.jsonl"  # after the name of a data file: the tasks of its rows
+_FACTS = ".facts.json"  # beside a copy: of each file, a digest of what the store says of it
 
 
 def is_remote(path: str | Path) -> bool:
@@ -30,8 +33,10 @@ def is_remote(path: str | Path) -> bool:
 def fetched(path: str | Path) -> Path:
     """Returns where a file or folder lies on this disk: a path of a store is copied to the cache, whole.
 
-    A copy is made once, by one process of a machine, and made anew when a file has changed in the store. The tasks of a
-    file's rows come with it. Raises NotFoundError if nothing is there.
+    A copy is made once, by one process of a machine, and made anew when a file has changed in the store: what has not
+    changed is linked from the copy before. The tasks of a file's rows come with it.
+
+    Raises NotFoundError if nothing is there.
     """
     if not is_remote(path):
         return Path(path)
@@ -49,17 +54,38 @@ def fetched(path: str | Path) -> Path:
     names = {name: PurePosixPath(name).relative_to(PurePosixPath(root).parent) for name in sorted(found)}
     if strange := [name for name, own in names.items() if ".." in own.parts]:
         raise InputError(f"{url}: the name {strange[0]!r} leads out of its folder")
-    facts = str([url, *(sorted(map(str, found[name].items())) for name in names)])  # size, and a date or a digest
-    digest = hashlib.sha256(facts.encode()).hexdigest()[:16]
-    home = cache_folder("remote", f"{file_name(PurePosixPath(root).name)[:80]}-{digest}")
+    # size, and a date or a digest
+    facts = {str(own): _digest([url, name, *sorted(map(str, found[name].items()))]) for name, own in names.items()}
+    stem = f"{file_name(PurePosixPath(root).name)[:80]}-"
+    home = cache_folder("remote", f"{stem}{_digest(facts)}")
     if not home.is_dir():
         with locked(home.with_name(f".{home.name}.lock")):
             if not home.is_dir():
                 with whole_folder(home) as temp, blaming(url, "cannot be read"):
-                    for name in names.values():
-                        (temp / name).parent.mkdir(parents=True, exist_ok=True)
-                    store.get(list(names), [str(temp / name) for name in names.values()])
+                    for own in names.values():
+                        (temp / own).parent.mkdir(parents=True, exist_ok=True)
+                    linked = _linked(facts, home.parent.glob(f"{stem}*/{_FACTS}"), temp)
+                    lacking = {name: str(temp / own) for name, own in names.items() if str(own) not in linked}
+                    if lacking:
+                        store.get(list(lacking), list(lacking.values()))
+                    write_json(temp / _FACTS, facts)
     return home / PurePosixPath(root).name
+
+
+def _linked(facts: dict[str, str], copies: Iterable[Path], folder: Path) -> set[str]:
+    """Links files of earlier copies into `folder`, where the facts are equal. Returns which."""
+    linked = set[str]()
+    for known in copies:
+        with suppress(OSError):  # a copy that is removed meanwhile, or a disk without links: the store has all
+            before = json.loads(known.read_text(encoding="utf-8"))
+            for own in {name for name, fact in facts.items() if before.get(name) == fact} - linked:
+                os.link(known.parent / own, folder / own)
+                linked.add(own)
+    return linked
+
+
+def _digest(facts: Any) -> str:
+    return hashlib.sha256(str(facts).encode()).hexdigest()[:16]
 
 
 class RemoteFolder:

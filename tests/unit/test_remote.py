@@ -52,7 +52,7 @@ def test_a_file_is_fetched_once_with_its_tasks_and_again_when_it_has_changed(
     store.pipe_file("/b/data/other.jsonl", b"other")
     here = fetched("memory://b/data/rows.jsonl")
     assert here.name == "rows.jsonl" and here.is_relative_to(os.environ["EMBEDWRIGHT_CACHE"])
-    assert {path.name: path.read_bytes() for path in here.parent.iterdir()} == {
+    assert {path.name: path.read_bytes() for path in here.parent.glob("[!.]*")} == {
         "rows.jsonl": b"one",
         "rows.jsonl.tasks.jsonl": b"tasks",
     }
@@ -70,6 +70,36 @@ def test_a_folder_is_fetched_with_what_lies_below_it(store: fsspec.AbstractFileS
     here = fetched("memory://b/beir/")
     found = {path.relative_to(here).as_posix(): path.read_text() for path in here.rglob("*") if path.is_file()}
     assert here.name == "beir" and found == {"corpus.jsonl": "corpus.jsonl", "qrels/test.tsv": "qrels/test.tsv"}
+
+
+def test_of_a_folder_that_has_grown_only_what_is_new_is_copied(
+    store: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of vectors of which a part was missing: the others are tens of gigabytes."""
+    copied, get = list[str](), type(store).get
+
+    def noted(self: fsspec.AbstractFileSystem, names: list[str], *rest: object, **options: object) -> None:
+        copied.extend(name.rpartition("/")[2] for name in names)
+        get(self, names, *rest, **options)
+
+    monkeypatch.setattr(type(store), "get", noted)
+    for name in ("manifest.json", "below/shard-0", "shard-1"):
+        store.pipe_file(f"/b/vectors/{name}", name.encode())
+    first = fetched("memory://b/vectors")
+    store.pipe_file("/b/vectors/shard-2", b"new")
+    store.pipe_file("/b/vectors/shard-1", b"changed")
+    second = fetched("memory://b/vectors")
+    assert sorted(copied) == ["manifest.json", "shard-0", "shard-1", "shard-1", "shard-2"]
+    found = {path.relative_to(second).as_posix(): path.read_bytes() for path in second.rglob("*") if path.is_file()}
+    assert found.keys() == {"manifest.json", "below/shard-0", "shard-1", "shard-2"}
+    assert found["shard-1"] == b"changed" and found["below/shard-0"] == b"below/shard-0"
+    assert (first / "shard-1").read_bytes() == b"shard-1"
+    (first / "manifest.json").unlink()  # an earlier copy that is being removed
+    (second / "manifest.json").unlink()
+    store.pipe_file("/b/vectors/shard-3", b"newer")
+    assert (fetched("memory://b/vectors") / "manifest.json").read_bytes() == b"manifest.json"
+    store.pipe_file("/other/vectors/shard-1", b"of another folder")
+    assert (fetched("memory://other/vectors") / "shard-1").read_bytes() == b"of another folder"
 
 
 def test_what_cannot_be_read_is_named(store: fsspec.AbstractFileSystem, tmp_path: Path) -> None:
