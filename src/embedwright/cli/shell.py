@@ -39,7 +39,10 @@ def file_of(source: Path) -> Iterator[Path]:
     with TemporaryDirectory() as folder:
         copy = Path(folder) / ("stdin.jsonl" if _OBJECT.match(text) else "stdin.txt")
         copy.write_text(text, encoding="utf-8", newline="")
-        yield copy
+        try:
+            yield copy
+        except InputError as error:
+            raise InputError(str(error).replace(str(copy), "standard input")) from error
 
 
 def _standard_input() -> str:

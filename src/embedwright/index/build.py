@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from embedwright.data.files.beir import with_title
 from embedwright.encoders.chunks import Chunk, chunker, token_counter
@@ -24,6 +25,8 @@ from embedwright.vectors.corpus import Progress, encode_corpus, encode_rows
 DOCUMENTS = "documents.arrow"
 Precision = Literal["float32", "float16", "int8", "binary"]
 _READ = 1024  # documents read at once
+_EQUAL = 1e-6  # scores that differ by less are equal: other programs add in another order
+Find = Callable[[NDArray[np.float32], int], Iterable[NDArray[np.int64]]]
 
 
 def build_index(
@@ -120,18 +123,27 @@ def encode_part(
         write_codes(folder, layout.codes)
 
 
-def recall(index: Index, queries: int = 200, k: int = 10) -> float:
-    """Returns how much of an exact search's best `k` the codes of an index find, with chunks of it as queries.
+def recall(index: Index, find: Find | None = None, queries: int = 200, k: int = 10) -> float:
+    """Returns how much of an exact search's best `k` another search finds, with chunks of the index as queries.
 
-    A chunk that is a query does not count as found. Equal scores count as one.
+    `find(vectors, count)` gives the rows of the best chunks of each query; by default the codes of the index find them.
+    The chunk that is the query does not count, and of equal scores any one does.
     """
     row_F = index.live_rows()
     if len(row_F) < 2:
         return 1.0
     own_Q = np.sort(np.random.default_rng(0).permutation(row_F)[:queries])
     query_QE = index.vectors.take(own_Q)
-    exact_QK, found_QK = (index.top_k(query_QE, k + 1, row_F, exact)[0][:, 1:] for exact in (True, False))
-    return float((found_QK >= exact_QK[:, -1:]).mean())
+    best_QK, place_QK = index.top_k(query_QE, k + 1, row_F, exact=True)
+    found = find(query_QE, k + 1) if find else row_F[index.top_k(query_QE, k + 1, row_F)[1]]
+    right = wanted = 0
+    for own, query_E, best_K, place_K, rows in zip(own_Q, query_QE, best_QK, place_QK, found, strict=True):
+        others_K = best_K[row_F[place_K] != own][:k]
+        others = np.sort(rows[rows != own][:k])
+        least = others_K[-1] - _EQUAL * max(1.0, abs(others_K[-1]))
+        right += int((index.vectors.take(others) @ query_E >= least).sum())
+        wanted += len(others_K)
+    return right / wanted
 
 
 def cost(encoder: Encoder, index: Index) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -23,6 +24,7 @@ from embedwright.encoders.protocol import Encoder, as_encoder, encode_finite, en
 from embedwright.errors import InputError, MissingPackageError, NotFoundError
 from embedwright.files import write_json
 from embedwright.fingerprint import differences, fingerprint_of
+from embedwright.index.build import recall
 from embedwright.index.codes import Shortened, cut
 from embedwright.index.index import Hit, Index
 from embedwright.index.where import Where, conditions
@@ -31,6 +33,7 @@ try:
     import lancedb
     from lancedb.embeddings import EmbeddingFunction, EmbeddingFunctionConfig, get_registry, register
     from lancedb.index import FTS, HnswSq
+    from lancedb.query import MatchQuery
 except ImportError as error:
     raise MissingPackageError("needs lancedb: pip install 'embedwright[lancedb]'") from error
 
@@ -39,7 +42,6 @@ By = Literal["exact", "ann", "hybrid"]
 _TABLE, _STATE = "chunks", "embedwright.json"
 _BATCH = 2048  # rows written at once
 _ANN_FROM = 10_000  # rows; fewer are searched exactly in milliseconds
-_SAMPLE = 200  # queries by which recall is measured
 _REFINE = 4  # times as many candidates are scored again exactly
 _OWN = {"row": pa.int64(), "id": pa.large_string(), "title": pa.large_string(), "text": pa.large_string()}
 _OWN |= {"start": pa.int64(), "end": pa.int64()}
@@ -110,12 +112,12 @@ def to_lancedb(index: Index, task: str | None = None) -> Written:
     (_folder(index) / _STATE).unlink(missing_ok=True)
     table = database.create_table(_TABLE, batches, mode="overwrite")
     table.create_index("text", config=FTS())
-    recall = None
+    found = None
     if len(rows) >= _ANN_FROM:
         table.create_index("vector", config=HnswSq(distance_type="dot"))
-        recall = _recall(index, table, rows)
+        found = recall(index, partial(_nearest, table))
     write_json(_folder(index) / _STATE, _state(index))
-    return Written(_folder(index), table.count_rows(), recall)
+    return Written(_folder(index), table.count_rows(), found)
 
 
 def search_lancedb(
@@ -191,7 +193,9 @@ def _chunks(
 ) -> tuple[NDArray[np.int64], list[float]]:
     """Returns row and score of the best chunks, best first."""
     hybrid = by == "hybrid"
-    asked = table.search(query_type="hybrid").vector(vector_E).text(query) if hybrid else table.search(vector_E)
+    asked = table.search(vector_E)
+    if hybrid:  # by a MatchQuery, since the quotes of a plain text would ask for an index of phrases
+        asked = table.search(query_type="hybrid").vector(vector_E).text(MatchQuery(query, "text"))
     asked = asked.distance_type("dot")
     asked = asked.bypass_vector_index() if by == "exact" else asked.refine_factor(_REFINE)
     if condition:
@@ -207,6 +211,10 @@ def _schema(index: Index, task: str | None) -> pa.Schema:
     for name in index.types:
         if name in _OWN or name == "vector":
             raise InputError(f"metadata column {name!r} has the name of a column of the table: rename it")
+        if "." in name or "`" in name:
+            raise InputError(
+                f"metadata column {name!r}: LanceDB filters by no name with a full stop or a backtick: rename it"
+            )
     if index.manifest.model is None or not index.layout.model:
         raise InputError(f"{index.folder}: the model that made it has no fingerprint or name: make the index anew")
     kinds = {"text": pa.large_string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}
@@ -245,17 +253,9 @@ def _batches(index: Index, rows: NDArray[np.int64], schema: pa.Schema) -> Iterat
         yield pa.RecordBatch.from_arrays([*arrays, vector], schema=schema)
 
 
-def _recall(index: Index, table: Any, rows: NDArray[np.int64]) -> float:
-    """Returns how many of the ten exact neighbours of some chunks the approximate search finds, without themselves."""
-    sample = np.random.default_rng(0).choice(rows, min(_SAMPLE, len(rows)), replace=False)
-    vectors_SE = index.vectors.take(np.sort(sample))
-    _, wanted_SK = index.top_k(vectors_SE, 11, rows, exact=True)
-    shares = []
-    for own, vector_E, wanted_K in zip(np.sort(sample), vectors_SE, wanted_SK, strict=True):
-        found_K = _chunks(table, vector_E, "", 11, None, "ann")[0]
-        wanted, found = ([row for row in some.tolist() if row != own][:10] for some in (rows[wanted_K], found_K))
-        shares.append(len(set(wanted).intersection(found)) / len(wanted))
-    return sum(shares) / len(shares)
+def _nearest(table: Any, vectors_QE: NDArray[np.float32], k: int) -> list[NDArray[np.int64]]:
+    """Returns the rows that the approximate search finds for each query."""
+    return [_chunks(table, vector_E, "", k, None, "ann")[0] for vector_E in vectors_QE]
 
 
 def _folder(index: Index) -> Path:

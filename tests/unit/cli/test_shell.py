@@ -17,6 +17,7 @@ import pytest
 from embedwright.cli.main import app
 from embedwright.cli.shell import file_of, queries_of
 from embedwright.errors import InputError
+from embedwright.index.documents import read_documents
 from embedwright.model.embedder import Embedder
 from embedwright.vectors.shards import read_shard, vectors_of
 
@@ -89,6 +90,26 @@ def test_what_begins_as_an_object_is_jsonl(monkeypatch: pytest.MonkeyPatch) -> N
             assert file.name == name and file.read_text().lstrip() == given.lstrip("\ufeff\n")
     monkeypatch.setattr(sys, "stdin", io.StringIO("\ufeffmoon\n"))
     assert queries_of(None) == ["moon"]
+
+
+ROW = '{"_id": "a", "text": "moon"}\n'
+
+
+@pytest.mark.parametrize("start", ["\ufeff", "\ufeff\n", " \r\n\r\n", "  "])
+def test_a_pipe_is_read_as_the_same_bytes_in_a_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, start: str
+) -> None:
+    (tmp_path / "file.jsonl").write_text(start + ROW, encoding="utf-8", newline="")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(start + ROW, newline=""))
+    with file_of(Path("-")) as piped:
+        found, wanted = (list(read_documents(path, {})) for path in (piped, tmp_path / "file.jsonl"))
+    assert found == wanted == [("a", "", "moon", {})]
+
+
+@pytest.mark.parametrize(("number", "rows"), [(1, '{"text": "mo\n' + ROW), (2, ROW + "sun\n")])
+def test_a_broken_line_of_a_pipe_is_named(shell: Shell, model: Path, tmp_path: Path, number: int, rows: str) -> None:
+    with pytest.raises(InputError, match=f"^standard input:{number}: "):
+        shell("index", model, "-", tmp_path / "index", stdin=rows)
 
 
 @pytest.mark.parametrize("bad", ["", "\n \n"])

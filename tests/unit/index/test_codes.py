@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from small_index import Rounded, small_corpus
 
 from embedwright.index.build import build_index, recall
 from embedwright.index.change import add, compact, delete
@@ -69,6 +70,29 @@ def test_int8_codes_are_the_rounded_vectors(made: dict[str, Index]) -> None:
 def test_recall_is_below_one_where_codes_lose(made: dict[str, Index], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("embedwright.index.codes._NOMINATED", {"int8": 1, "binary": 1})
     assert recall(made["binary"]) < 0.7
+
+
+def test_recall_counts_neither_the_query_itself_nor_which_of_equal_ones_is_found(tmp_path: Path) -> None:
+    index = Index.open(build_index(Rounded(), small_corpus(tmp_path / "c.jsonl"), tmp_path / "index"))
+    everything = Rounded().encode([f"text {i}" for i in range(57)])
+    whole = everything[:, None] == everything[None]
+    itself_of = {vector.tobytes(): int(whole[i].all(axis=1).argmax()) for i, vector in enumerate(everything)}
+
+    def backwards(vectors: np.ndarray, count: int) -> list[np.ndarray]:  # of equal scores, the last ones
+        scores = vectors @ everything.T
+        return [np.lexsort((-np.arange(57), -of_one))[:count] for of_one in scores]
+
+    def itself(vectors: np.ndarray, count: int) -> list[np.ndarray]:
+        return [np.array([itself_of[vector.tobytes()]]) for vector in vectors]
+
+    def others(vectors: np.ndarray, count: int) -> list[np.ndarray]:
+        own = [itself_of[vector.tobytes()] for vector in vectors]
+        return [rows[rows != row][: count - 1] for row, rows in zip(own, backwards(vectors, 57), strict=True)]
+
+    assert recall(index, backwards) == recall(index, others) == recall(index) == 1
+    assert recall(index, itself) == 0
+    five = recall(index, lambda vectors, count: [rows[:5] for rows in others(vectors, count)])
+    assert five == 0.5
 
 
 def test_codes_follow_changes(tmp_path: Path) -> None:

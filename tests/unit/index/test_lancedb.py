@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from embedwright.cli.main import app
 from embedwright.encoders.open import open_encoder
 from embedwright.errors import InputError, NotFoundError
 from embedwright.index import change
-from embedwright.index.build import build_index
+from embedwright.index.build import build_index, recall
 from embedwright.index.index import Index
 from embedwright.model.embedder import Embedder
 
@@ -35,6 +36,7 @@ def write_corpus(path: Path, count: int) -> Path:
             "text": " ".join(random.choice(WORDS, 5 + i % 30)) + f" text {i}" + " zyxomatic" * (i == 77),
             "lang": ["en", "de", "o'k", None][i % 4],
             "year": 1990 + i % 30,
+            "published in year": 1990 + i % 30,
             "score": i / 7,
             "open": i % 2 == 0,
         }
@@ -79,6 +81,9 @@ def known(hits: list[list[Any]]) -> list[list[tuple[Any, ...]]]:
         ["open!=false", "year<1995"],
         ["lang=nowhere"],
         {"lang": []},
+        {"lang": [], "year": 1991},
+        {"score": [float("inf"), 3 / 7]},
+        ["published in year>=2000", "open=true"],
         ["score<inf"],
         ["score>-inf", "year<1995"],
         ["score>1e999"],
@@ -196,8 +201,27 @@ def test_the_printed_recall_does_not_count_a_chunk_that_finds_itself(
     made: tuple[Path, Embedder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     index = Index.open(made[0])
-    rows = index.live_rows()
     table, real = lancedb.connect(str(made[0] / "lancedb")).open_table("chunks"), ours._chunks
-    assert ours._recall(index, table, rows) > 0.95
+    assert recall(index, partial(ours._nearest, table)) > 0.95
     monkeypatch.setattr(ours, "_chunks", lambda *given: (real(*given)[0][:1], []))  # each finds itself alone
-    assert ours._recall(index, table, rows) < 0.01
+    assert recall(index, partial(ours._nearest, table)) < 0.01
+
+
+@pytest.mark.parametrize("query", ["?!", '"zyxomatic"', '"tide zyxomatic', "text:(zyxomatic"])
+def test_hybrid_search_takes_signs_as_they_are(made: tuple[Path, Embedder], query: str) -> None:
+    folder, model = made
+    index = Index.open(folder)
+    [found] = ours.search_lancedb(index, model, [query], 5, TASK, by="hybrid")
+    if "zyxomatic" in query:
+        assert "d77" in [hit.id for hit in found][:2]
+    else:  # no word: the ranks are those of the vectors
+        [by_vectors] = ours.search_lancedb(index, model, [query], 5, TASK, by="ann")
+        assert [hit.id for hit in found] == [hit.id for hit in by_vectors]
+
+
+@pytest.mark.parametrize("name", ["a.b", "a`b", "vector", "start"])
+def test_a_column_that_lancedb_cannot_have_is_named(made: tuple[Path, Embedder], tmp_path: Path, name: str) -> None:
+    (tmp_path / "corpus.jsonl").write_text(json.dumps({"text": "moon", name: 1}) + "\n")
+    build_index(made[1], tmp_path / "corpus.jsonl", tmp_path / "index", metadata=["all"])
+    with pytest.raises(InputError, match="rename it"):
+        ours.to_lancedb(Index.open(tmp_path / "index"), TASK)
