@@ -150,7 +150,7 @@ class Process:
         self.process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        said = re.search(r"http://\S+", line)
+        said = re.search(r"http://[^\s,]+", line)
         assert said, (line, self.process.communicate(timeout=60))
         self.url = said[0].removesuffix("/v1")
 

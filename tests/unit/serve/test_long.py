@@ -63,8 +63,12 @@ def told(tiny_embedder: Callable[..., Embedder]) -> Embedder:
 @pytest.fixture(scope="module")
 def index(told: Embedder, tmp_path_factory: pytest.TempPathFactory) -> Index:
     folder = tmp_path_factory.mktemp("index")
-    (folder / "documents.txt").write_text("".join(f"Number {i} of the sea\n" for i in range(50)))
-    build_index(told, folder / "documents.txt", folder / "index")
+    rows = [
+        {"id": str(i), "text": f"Number {i} of the sea", "year": i or None, "part": i / 7, "lang": "en", "new": i > 9}
+        for i in range(50)
+    ]
+    (folder / "documents.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    build_index(told, folder / "documents.jsonl", folder / "index", metadata=["year", "part", "lang", "new"])
     return Index.open(folder / "index")
 
 
@@ -87,6 +91,20 @@ def test_schemathesis_finds_nothing_in_two_thousand_cases(
     assert 'status="500"' not in counted and 'status="503"' not in counted
 
 
+def test_no_filter_is_a_fault_of_the_server(serving: Any, told: Embedder, index: Index) -> None:
+    values = ["", "1", "-1.5", "1e400", "nan", "inf", "true", "9" * 400, "a,b", "en", "\ud800", "'", " ", "in"]
+    counts = Counter[int]()
+    with serving(told, index=index) as server:
+        for column in ("year", "part", "lang", "new", "none", ""):
+            for sign in ("=", "==", "!=", "<", "<=", ">", ">=", " in ", "~"):
+                for value in values:
+                    asked = {"query": "a", "k": 1, "where": [f"{column}{sign}{value}"]}
+                    answer = server.ask("POST", "/search", asked)
+                    assert answer.status in (200, 400), asked
+                    counts[answer.status] += 1
+    assert counts[200] > 100 and counts[400] > 100
+
+
 # ---- many clients
 
 
@@ -97,10 +115,11 @@ class Connection:
         self.port, self.writer = port, None
 
     async def send(self, body: Any) -> None:
+        path = "/search" if "query" in body else "/v1/embeddings"
         if self.writer is None:
             self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port)
         sent = json.dumps(body).encode()
-        head = "POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         self.writer.write(f"{head}Content-Length: {len(sent)}\r\n\r\n".encode() + sent)
         await self.writer.drain()
 
@@ -121,31 +140,42 @@ class Connection:
 
 
 class Asked:
-    """Random requests over a pool of texts, each of whose vectors is computed beforehand by `Embedder.encode`."""
+    """Random requests over a pool of texts, each of whose vectors is computed beforehand by `Embedder.encode`.
 
-    def __init__(self, model: Embedder, texts: int = 300) -> None:
+    With an index, some are searches, whose hits are those that `Index.search` finds.
+    """
+
+    def __init__(self, model: Embedder, index: Index | None = None, texts: int = 300) -> None:
         random.seed(1)
         words = ["tide", "moon", "sea", "rise", "fall", "gravity", "sun", "level", "dog", "fox", "lazy", "quick"]
         self.texts = [" ".join(random.choices(words, k=random.choice([1, 3, 8, 30, 90]))) for _ in range(texts)]
+        self.texts[0] = " ".join(random.choices(words, k=30_000))
         self.tasks = (None, TASK, "Find the moon")
         self.vectors = {task: model.encode(self.texts, task=task) for task in self.tasks}
+        self.hits = [] if index is None else index.search(model, self.texts, 5, TASK)
 
     def draw(self) -> tuple[list[int], str | None, dict[str, Any]]:
         chosen = [random.randrange(len(self.texts)) for _ in range(random.choice([1, 1, 1, 4, 16]))]
+        if self.hits and random.random() < 0.2:
+            return chosen, TASK, {"query": [self.texts[i] for i in chosen], "k": 5, "task": TASK}
         task = random.choice(self.tasks)
         more = {} if task is None else {"task": task}
         return chosen, task, {"input": [self.texts[i] for i in chosen], **more}
 
     def right(self, chosen: list[int], task: str | None, answer: Any) -> bool:
+        if "hits" in answer["data"][0]:
+            rows = [[hit["score"] for hit in row["hits"]] for row in answer["data"]]
+            wanted = [[hit.score for hit in self.hits[i]] for i in chosen]
+            return np.shape(rows) == np.shape(wanted) and float(np.abs(np.subtract(rows, wanted)).max()) < 1e-5
         found = np.array([row["embedding"] for row in answer["data"]], np.float32)
         return found.shape == (len(chosen), 32) and float(np.abs(found - self.vectors[task][chosen]).max()) < 1e-5
 
 
 @pytest.mark.parametrize(("clients", "queue"), [(64, 16_384), (256, 1_000_000)])  # one is full at times, one never
 def test_many_clients_with_faults_and_aborts_get_no_wrong_vector(
-    serving: Any, told: Embedder, clients: int, queue: int
+    serving: Any, told: Embedder, index: Index, clients: int, queue: int
 ) -> None:
-    asked, counts, poison = Asked(told), Counter[str](), "a poisoned text"
+    asked, counts, poison = Asked(told, index), Counter[str](), "a poisoned text"
     poisoned_ids = [tuple(told.tokenize([poison], task=task).ids_T.tolist()) for task in asked.tasks]
 
     async def client(port: int) -> None:
@@ -154,7 +184,7 @@ def test_many_clients_with_faults_and_aborts_get_no_wrong_vector(
             chosen, task, body = asked.draw()
             bad = random.random() < 0.02
             if bad:
-                body["input"].insert(random.randrange(len(chosen) + 1), poison)
+                body["query" if "query" in body else "input"].insert(random.randrange(len(chosen) + 1), poison)
             if random.random() < 0.05:
                 await connection.send(body)
                 await asyncio.sleep(random.random() * 0.05)
@@ -163,6 +193,7 @@ def test_many_clients_with_faults_and_aborts_get_no_wrong_vector(
                 continue
             status, answer = await connection.ask(body)
             counts[str(status)] += 1
+            counts["searches"] += "query" in body and status == 200
             if status == 200:
                 assert not bad and asked.right(chosen, task, answer)
             elif status == 503:
@@ -174,7 +205,7 @@ def test_many_clients_with_faults_and_aborts_get_no_wrong_vector(
     async def all_of_them(port: int) -> None:
         await asyncio.gather(*(client(port) for _ in range(clients)))
 
-    with serving(told, limits=Limits(queue_tokens=queue)) as server:
+    with serving(told, index=index, limits=Limits(queue_tokens=queue)) as server:
         state = server.app.state.server
         embed = state.batcher.embed
 
@@ -192,6 +223,7 @@ def test_many_clients_with_faults_and_aborts_get_no_wrong_vector(
             assert time.monotonic() < ends, "something is stuck"
             time.sleep(0.05)
     print(f"{clients} clients: {dict(counts)}")
+    assert counts.pop("searches") > 0
     assert sum(counts.values()) == clients * 100 and counts["200"] > 0 and counts["503"] > 0
     assert (counts["429"] > 0) == (queue < 1_000_000)
 
@@ -269,11 +301,11 @@ def resident(process: str = "self") -> int:
 # ---- the process
 
 
-def test_ten_signals_under_load(start: Callable[..., Any], told: Embedder, tmp_path: Path) -> None:
-    told.save(tmp_path / "model")
-    asked, took = Asked(told), []
+def test_ten_signals_under_load(start: Callable[..., Any], model: Embedder, other: Index, tmp_path: Path) -> None:
+    model.save(tmp_path / "model")
+    asked, took = Asked(model, other), []
     for round in range(10):
-        process = start(tmp_path / "model", "--drain", "8")
+        process = start(tmp_path / "model", "--drain", "8", "--index", str(other.folder))
         port, stopped, counts = int(process.url.rpartition(":")[2]), [0.0], Counter[str]()
 
         async def client(port: int = port, stopped: list[float] = stopped, counts: Counter[str] = counts) -> None:
@@ -292,7 +324,7 @@ def test_ten_signals_under_load(start: Callable[..., Any], told: Embedder, tmp_p
                 counts[str(status)] += 1
                 if status == 200:
                     assert asked.right(chosen, task, answer)
-                else:
+                elif status != 429:  # which was not accepted
                     assert stopped[0] and status == 503 and answer["error"]["code"] == "stopping"
 
         async def load(process: Any = process, stopped: list[float] = stopped) -> None:
@@ -307,7 +339,7 @@ def test_ten_signals_under_load(start: Callable[..., Any], told: Embedder, tmp_p
         took.append(time.monotonic() - stopped[0])
         print(f"signal {round}: {dict(counts)}, {took[-1]:.1f} s")
         assert process.process.returncode == 0 and "Traceback" not in errors, errors
-        assert took[-1] < 30 and counts["200"] > 0  # 8 seconds of drain, and a busy machine
+        assert took[-1] < 13 and counts["200"] > 0  # 8 seconds of drain, and the five that are promised after it
 
 
 def test_memory_and_file_handles_stay_flat(start: Callable[..., Any], told: Embedder, tmp_path: Path) -> None:
