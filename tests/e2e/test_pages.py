@@ -10,6 +10,8 @@ import contextlib
 import io
 import re
 import shlex
+import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,8 +41,31 @@ def stand_ins(
     tiny_embedder("mean").save("minilm")
 
 
+@pytest.fixture
+def server() -> Iterator[Callable[[list[str]], str]]:
+    """Starts a command that serves, at a free port, and returns its address. Stopped in the end, it exits with 0."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(words: list[str]) -> str:
+        command = [sys.executable, "-m", *words, "--port", "0"]
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        said = started[-1].stdout
+        assert said is not None
+        found = next((at for line in said if (at := re.search(r"http://[\d.:]+", line))), None)
+        assert found, words
+        return found.group()
+
+    yield start
+    for process in started:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+
+
 @pytest.mark.parametrize("page", ["docs/tutorial.md", "skills/embedwright/SKILL.md"])
-def test_the_page_does_what_it_says(page: str, stand_ins: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_does_what_it_says(
+    page: str, stand_ins: None, monkeypatch: pytest.MonkeyPatch, server: Callable[[list[str]], str]
+) -> None:
+    address = ""
     blocks = BLOCK.findall((ROOT / page).read_text(encoding="utf-8"))
     names: dict[str, Any] = {}
     printed = ""
@@ -51,10 +76,13 @@ def test_the_page_does_what_it_says(page: str, stand_ins: None, monkeypatch: pyt
         said = io.StringIO()
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):  # as a terminal shows them
             if kind == "python":
-                exec(compile(text, page, "exec"), names)
+                exec(compile(text.replace("http://127.0.0.1:8000", address), page, "exec"), names)
             else:
                 for command in commands(text):
-                    run(command, monkeypatch)
+                    if command[1] == "serve":
+                        address = server(command)
+                    else:
+                        run(command, monkeypatch)
         printed = said.getvalue()
 
 

@@ -31,13 +31,13 @@ def test_a_folder_of_results_keeps_those_of_another_model(tmp_path: Path, monkey
     pairs = [{"text1": "a" * (i + 1), "text2": "a" * (i * i % 7) + "b", "score": i % 5} for i in range(12)]
     (suite / "sts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     monkeypatch.setattr(encoders, "open_encoder", lambda name: Letters("new" if ".." in name else "old"))
-    evaluate(["a/model"], str(suite), out)
-    evaluate(["a/model"], str(suite), out)  # the same model, scored again
+    evaluate(models=["a/model"], suite=str(suite), out=out)
+    evaluate(models=["a/model"], suite=str(suite), out=out)  # the same model, scored again
     (file,) = out.rglob("own.json")
     before = file.read_bytes()
     with pytest.raises(InputError, match=r"own\.json has the results of another model, a/model, .*another --out"):
-        evaluate(["../a/model"], str(suite), out)
+        evaluate(models=["../a/model"], suite=str(suite), out=out)
     assert file.read_bytes() == before
-    evaluate(["../a/model"], str(suite), tmp_path / "named.json")
-    evaluate(["a/model"], str(suite), tmp_path / "named.json")  # a file that is named is written anew
+    evaluate(models=["../a/model"], suite=str(suite), out=tmp_path / "named.json")
+    evaluate(models=["a/model"], suite=str(suite), out=tmp_path / "named.json")  # a file that is named is written anew
     assert json.loads((tmp_path / "named.json").read_text())["about"]["model"] == "a/model"

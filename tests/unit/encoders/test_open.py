@@ -243,7 +243,7 @@ def test_a_hub_id_is_opened_by_what_its_config_says(
 ) -> None:
     class LoadedError(Exception): ...
 
-    def load(name: str, revision: str | None) -> None:
+    def load(name: str, *, revision: str | None, **_: object) -> None:
         raise LoadedError(f"{name} {revision}")
 
     (tmp_path / "config.json").write_text(json.dumps(config))
