@@ -9,7 +9,7 @@ from uuid import uuid4
 
 from embedwright.encoders.open import open_encoder
 from embedwright.encoders.protocol import Encoder, as_encoder, encode_finite, encode_queries
-from embedwright.errors import MissingPackageError
+from embedwright.errors import InputError, MissingPackageError
 from embedwright.fingerprint import fingerprint_of
 
 try:
@@ -26,7 +26,8 @@ class EmbedwrightEmbedding(BaseEmbedding):
     model's own. Raises ValueError at once if there is neither; `task=""` has queries read as documents. `settings` are
     those of LlamaIndex's own class; it hands over up to 512 texts at a time here, which the model packs.
 
-    `model_digest` is that of the model's fingerprint. LlamaIndex's caches tell models apart by it, not by a name.
+    `model_digest` is that of the model's fingerprint: the IngestionCache of pipelines tells models apart by it. Raises
+    ValueError for an `embeddings_cache`, which cannot, and for a given digest that is another model's.
     """
 
     task: str | None = None
@@ -34,12 +35,31 @@ class EmbedwrightEmbedding(BaseEmbedding):
     _encoder: Encoder = PrivateAttr()
 
     def __init__(self, model: Any, task: str | None = None, **settings: Any) -> None:
-        name = model if isinstance(model, str) else type(model).__name__
-        super().__init__(**{"model_name": name, "embed_batch_size": 512, "task": task, **settings})
-        self._encoder = as_encoder(open_encoder(model) if isinstance(model, str) else model)
-        known = fingerprint_of(self._encoder)  # an object without one is only itself
-        self.model_digest = uuid4().hex if known is None else sha256(repr(sorted(known.items())).encode()).hexdigest()
+        if settings.get("embeddings_cache") is not None:
+            raise InputError(
+                "embeddings_cache knows a vector by its text alone, and gives a query the vector of a document: take "
+                "the IngestionCache of a pipeline"
+            )
+        encoder = as_encoder(open_encoder(model) if isinstance(model, str) else model)
+        name, facts = model if isinstance(model, str) else type(model).__name__, fingerprint_of(encoder)
+        # an object without a fingerprint is only itself: no cache knows it again
+        digest = uuid4().hex if facts is None else sha256(repr(sorted(facts.items())).encode()).hexdigest()
+        then = settings.pop("model_digest", digest)
+        if facts is not None and then != digest:
+            raise InputError(f"{name} is another model than the one that was written down ({digest}, not {then})")
+        given = {"model_name": name, "embed_batch_size": 512, "task": task, **settings}
+        super().__init__(**given, model_digest=digest)
+        self._encoder = encoder
         self._get_query_embedding("a query")  # a missing instruction shows now, not after all documents are encoded
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], **kwargs: Any) -> EmbedwrightEmbedding:
+        """Makes it anew from `to_dict`. The model is opened by its name, or handed over again as `model`.
+
+        Raises ValueError if it is another model than it was.
+        """
+        embedding: EmbedwrightEmbedding = super().from_dict({"model": data["model_name"], **data}, **kwargs)
+        return embedding
 
     @classmethod
     def class_name(cls) -> str:
