@@ -82,8 +82,12 @@ def index(
     def work(encoder: Any) -> None:
         progress = counter("texts")
         if reencode:
-            chunks, tokens = cost(encoder, Index.open(folder))
-            note(f"to encode: {chunks:,} texts, {tokens:,} tokens")
+            opened = Index.open(folder)
+            if opened.difference(encoder) is None:
+                note("nothing to encode: this model made the index")
+            else:
+                chunks, tokens = cost(encoder, opened)
+                note(f"to encode: {chunks:,} texts, {tokens:,} tokens")
             change.reencode(encoder, folder, _timed(progress))
             return _finish(folder, faiss, lancedb)
         with file_of(source) as texts:

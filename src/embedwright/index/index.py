@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -191,14 +191,22 @@ class Index:
         where: Where | None = None,
         *,
         each_chunk: bool = False,
+        most_bytes: int | None = None,
     ) -> list[list[Hit]]:
-        """Does the same for queries that this index's model has encoded, and logs nothing."""
+        """Does the same for queries that this index's model has encoded, and logs nothing.
+
+        Raises ValueError, before a text is read, if the hits' documents have more than `most_bytes` together.
+        """
         if self.layout.dim and queries_QE.shape[1] != self.layout.dim:
             queries_QE = cut(queries_QE, self.layout.dim)
         wanted_N = self.live_N & matching(self.documents, self.types, where) if where else self.live_N
         row_F = np.flatnonzero(wanted_N[self._document_C])
         document_F = np.arange(len(row_F)) if each_chunk else self._document_C[row_F]
         best = _best(queries_QE, partial(self.top_k, row_F=row_F), document_F, k)
+        if most_bytes is not None:
+            size = sum(int(self._bytes_N[self._document_C[row_F[row]]]) for hits in best for _, row in hits)
+            if size > most_bytes:
+                raise InputError(f"the hits hold {size:,} bytes of text, more than {most_bytes:,}: ask for fewer")
         row_H = np.unique([row_F[row] for found in best for _, row in found]).astype(np.int64)
         found = dict(zip(row_H.tolist(), self.chunks_at(row_H), strict=True))
         return [[found[row_F[row]]._replace(score=score) for score, row in hits] for hits in best]
@@ -217,6 +225,11 @@ class Index:
         if codes is None or self.layout.codes is None or exact:
             return top_k(queries_QE, vectors, k)
         return nominated_top_k(queries_QE, codes, vectors, k, self.layout.codes)
+
+    @cached_property
+    def _bytes_N(self) -> NDArray[np.int64]:
+        lengths: NDArray[np.int64] = pc.binary_length(self.documents["text"]).to_numpy()
+        return lengths
 
     def chunks_at(self, row_H: NDArray[np.int64]) -> list[Hit]:
         """Returns chunks as hits without a score."""

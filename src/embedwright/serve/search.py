@@ -15,7 +15,7 @@ from embedwright.serve.server import Server
 from embedwright.serve.worker import Worker
 
 _MOST = 10 * MOST_HITS  # hits of a request
-_MOST_TEXT = 50_000_000  # characters of the documents in an answer
+_MOST_BYTES = 50_000_000  # of the documents in an answer
 
 
 def add_search(paths: APIRouter, server: Server, index: Index) -> None:
@@ -24,10 +24,7 @@ def add_search(paths: APIRouter, server: Server, index: Index) -> None:
     searching = Worker("embedwright-search")
 
     def answer(asked: SearchRequest, task: str, vectors_QE: NDArray[np.float32], tokens: int) -> bytes:
-        found = index.search_vectors(vectors_QE, asked.k, asked.where)
-        size = sum(len(hit.text) for hits in found for hit in hits)
-        if size > _MOST_TEXT:
-            raise ApiError(400, f"the hits hold {size:,} characters, more than {_MOST_TEXT:,}: ask for fewer", "k")
+        found = index.search_vectors(vectors_QE, asked.k, asked.where, most_bytes=_MOST_BYTES)
         data = [
             {"query": query, "task": task or contract.default_task, "hits": [hit._asdict() for hit in hits]}
             for query, hits in zip(asked.query, found, strict=True)

@@ -159,6 +159,7 @@ def test_the_commands_say_what_they_do(
     assert "1 documents deleted" in run("index", "m", out, "--delete", "d1")
     assert "2 documents, 2 chunks, int8" in run("index", "m", out, "--compact")
     said = run("index", "n", out, "--reencode")
+    assert "nothing to encode" in run("index", "n", out, "--reencode")
     assert "to encode: 2 texts, 2 tokens" in said and "first 2 texts, all 2 take 0:00" in said
     assert {line.split()[1] for line in run("search", "n", out, "q", "--where", "n>1").splitlines()[1:]} == {"d3"}
     for words in (

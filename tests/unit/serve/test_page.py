@@ -116,6 +116,16 @@ def test_a_map_that_cannot_be_made_says_why(
             assert answer.status == 400 and "at least two" in answer.body["error"]["message"]
 
 
+def test_readiness_is_that_of_both_models(
+    serving: Serving, told: Embedder, index: Index, model: Embedder, other: Index
+) -> None:
+    second = create_app(model, name="second", index=other)
+    with serving(told, index=index, page=True, against=second) as server:
+        assert server.ask("GET", "/ready").status == 200
+        second.state.server.batcher.close()
+        assert server.ask("GET", "/ready").status == 503 and server.ask("GET", "/health").status == 200
+
+
 def test_a_second_model_lies_behind_the_same_key(
     serving: Serving, told: Embedder, index: Index, model: Embedder, other: Index
 ) -> None:

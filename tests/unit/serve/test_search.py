@@ -108,7 +108,9 @@ def test_bad_searches_are_refused(searched: Any, body: dict[str, Any], words: st
     assert len(answer.raw) < 1000
 
 
-def test_an_answer_has_bounds_whatever_is_asked_for(searched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_has_bounds_whatever_is_asked_for(
+    searched: Any, index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
     many = searched.ask("POST", "/search", {"query": ["a"] * 256, "task": ""})
     assert many.status == 200 and sum(len(row["hits"]) for row in many.body["data"]) == 2560
     monkeypatch.setattr("embedwright.serve.search.Index.search_vectors", None)  # refused before anything is searched
@@ -116,11 +118,14 @@ def test_an_answer_has_bounds_whatever_is_asked_for(searched: Any, monkeypatch: 
         answer = searched.ask("POST", path, body | {"task": ""})
         assert answer.status == 400 and "too many" in answer.body["error"]["message"]
     monkeypatch.undo()
-    monkeypatch.setattr("embedwright.serve.search._MOST_TEXT", 500)
-    asked = {"query": "a", "task": "", "k": 40}
+    asked = {"query": ["a", "b"], "task": "", "k": 40}
+    size = 2 * sum(len(text) for text in index.documents["text"].to_pylist())
+    monkeypatch.setattr("embedwright.serve.search._MOST_BYTES", size)
+    assert searched.ask("POST", "/search", asked).status == 200
+    monkeypatch.setattr("embedwright.serve.search._MOST_BYTES", size - 1)
+    monkeypatch.setattr(index, "chunks_at", None)  # refused before a text is read
     answer = searched.ask("POST", "/search", asked)
-    assert answer.status == 400 and "characters, more than 500" in answer.body["error"]["message"]
-    assert searched.ask("POST", "/search", asked | {"k": 1}).status == 200
+    assert answer.status == 400 and f"{size:,} bytes of text, more than" in answer.body["error"]["message"]
 
 
 def test_an_index_of_shortened_texts_is_served_with_the_option_that_made_it(
