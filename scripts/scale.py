@@ -158,11 +158,8 @@ def memory_by_rows(folder: Path) -> list[str]:
     if not found:
         return ["Memory by the number of rows: no record yet.", ""]
     of = found[-1]["size"]
-    head = [f"rows, in {of['documents']:,} documents x {of['width']}, {of['at_once']:,} rows at once", "s", "MB added"]
-    rows = [
-        [f"{one['examples']:,}", f"{one['seconds']:,.0f}", f"{one['added_mb']:,.0f}", f"{one['peak_mb']:,.0f}"]
-        for one in found[-1]["rows"]
-    ]
+    head = [f"rows, in {of['documents']:,} documents x {of['width']}, {of['at_once']:,} rows at once", "MB added"]
+    rows = [[f"{one['examples']:,}", f"{one['added_mb']:,.0f}", f"{one['peak_mb']:,.0f}"] for one in found[-1]["rows"]]
     return [*table([*head, "MB of memory, libraries too"], rows), "", made(found[-1]), ""]
 
 
