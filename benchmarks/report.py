@@ -443,7 +443,7 @@ def _gpu_training(step: Mapping[str, Any], model: str) -> list[str]:
 
 def _cut_off(record: Mapping[str, Any]) -> list[str]:
     behind = record.get("cut_off_behind")
-    return [] if behind is None else ["", f"Not whole: the run was cut off behind {behind}."]
+    return [] if behind is None else ["", f"Not whole: the run was cut off after {behind}."]
 
 
 def gpu_machine(record: Mapping[str, Any]) -> str:

@@ -57,7 +57,7 @@ def test_at_the_deadline_everything_under_way_is_answered_wherever_it_is_held_up
 ) -> None:
     go, reached = threading.Event(), threading.Semaphore(0)
 
-    def held(*_: Any) -> Any:
+    def held(*_: Any, **__: Any) -> Any:
         reached.release()
         assert go.wait(60)
         raise RuntimeError
