@@ -170,7 +170,7 @@ def test_a_large_answer_goes_in_pieces_and_waits_for_its_reader(monkeypatch: pyt
 def test_a_client_that_does_not_read_its_answer_is_given_up(
     serving: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("embedwright.serve.guard._READ_S", 0.2)
+    monkeypatch.setattr("embedwright.serve.guard._READ_S", 1.0)
     with serving() as server:
         traffic = server.app.state.server.traffic
         server.app.get("/large")(lambda: Response(b"a" * 50_000_000))
