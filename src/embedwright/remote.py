@@ -15,8 +15,6 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import fsspec
-
 from embedwright.cache import cache_folder
 from embedwright.errors import InputError, NotFoundError, OutputExistsError, blaming
 from embedwright.files import file_name, locked, whole_folder, write_json
@@ -113,7 +111,7 @@ class RemoteFolder:
         return there
 
     def open(self, name: str) -> Any:
-        """Opens a file of the store for reading, of which only those bytes travel that are read."""
+        """Opens a file of the store for reading. Only the bytes that are read travel."""
         return self._store.open(f"{self._root}/{name}", "rb")
 
     def send(self, *names: str) -> None:
@@ -141,6 +139,8 @@ def local_folder(out: str | Path) -> Iterator[tuple[Path, RemoteFolder | None]]:
 
 def _opened(url: str) -> tuple[Any, str]:
     """Returns the file system of a URL and the path in it. Raises MissingPackageError, which names what to install."""
+    import fsspec  # here, since every command imports this module
+
     with blaming(url):
         store, root = fsspec.core.url_to_fs(url)
     return store, root.rstrip("/")

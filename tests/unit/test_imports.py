@@ -15,7 +15,18 @@ import pytest
 import embedwright
 from embedwright.model.embedder import Embedder
 
-HEAVY = ("torch", "transformers", "faiss", "pyarrow", "sklearn", "scipy", "sentence_transformers", "peft", "datasets")
+HEAVY = (
+    "torch",
+    "transformers",
+    "faiss",
+    "pyarrow",
+    "sklearn",
+    "scipy",
+    "sentence_transformers",
+    "peft",
+    "datasets",
+    "fsspec",
+)
 
 
 def python(code: str, *arguments: str) -> str:
