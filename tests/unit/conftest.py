@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from browser import Browser, chromium
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 _SIZES: dict[str, Any] = {
@@ -181,3 +183,12 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
         return folder
 
     return make
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """Headless Chromium, with a profile of its own."""
+    if chromium() is None and not os.environ.get("EMBEDWRIGHT_REQUIRE_BROWSER"):
+        pytest.skip("no chromium: apt-get install chromium")
+    with Browser(tmp_path_factory.mktemp("profile")) as found:
+        yield found

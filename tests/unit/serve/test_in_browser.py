@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
-from browser import CONTRAST, Browser, chromium
+from browser import CONTRAST, Browser
 
 from embedwright.index.index import Hit, Index
 from embedwright.model.embedder import Embedder
@@ -23,14 +22,6 @@ HITS = """[...document.querySelectorAll('.side')].map((side) =>
 STATUS = "document.getElementById('status').textContent"
 TIP = "document.getElementById('tip').hidden ? null : document.getElementById('tip').textContent"
 Serving = Callable[..., AbstractContextManager[Any]]
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    if chromium() is None and not os.environ.get("EMBEDWRIGHT_REQUIRE_BROWSER"):
-        pytest.skip("no chromium: apt-get install chromium")
-    with Browser(tmp_path_factory.mktemp("profile")) as found:
-        yield found
 
 
 @pytest.fixture(scope="module")

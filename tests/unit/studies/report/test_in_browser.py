@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browser import CONTRAST, Browser, chromium
+from browser import CONTRAST, Browser
 
 from embedwright.studies.report.page import report
 
 DESKTOP, PHONE = (1280, 900), (375, 812)
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    if chromium() is None and not os.environ.get("EMBEDWRIGHT_REQUIRE_BROWSER"):
-        pytest.skip("no chromium: apt-get install chromium")
-    with Browser(tmp_path_factory.mktemp("profile")) as found:
-        yield found
 
 
 @pytest.fixture(scope="module")
