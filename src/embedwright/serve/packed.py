@@ -17,7 +17,7 @@ from embedwright.packing import pack
 from embedwright.text import TokenizedText, check_texts, read
 
 _PER_TOKEN = 8  # characters of a text that are looked at first, for each token that the model reads
-_SPARE = 64  # tokens behind the last one that is kept: a cut may change those beside it
+_SPARE = 64  # tokens after the last one that is kept: a cut may change its neighbours
 _END = 100  # characters of a text's end, which a suffix of the contract may merge with
 _RUNS = string.whitespace + string.digits  # tokenizers part a run of these by its length, so no cut is made in one
 

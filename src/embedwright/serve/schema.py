@@ -28,7 +28,7 @@ _TASK_OF_DOCUMENTS: JsonDict = {
 }
 
 
-# The bounds come first: behind a validator they would be missing in the OpenAPI schema.
+# The bounds stand before the validator: after it, the OpenAPI schema would lack them.
 def whole_number(least: int, most: int) -> Any:
     """Makes the type of a whole number within bounds."""
     return Annotated[int, Field(ge=least, le=most), BeforeValidator(_whole)]
@@ -148,7 +148,7 @@ class EmbeddingAnswer(BaseModel):
 
 
 class FoundHit(BaseModel):
-    """A document; `start` and `end` are the characters of its best chunk, which the score is of."""
+    """A document; `start` and `end` are the characters of its best chunk, and `score` is that chunk's."""
 
     id: str
     score: float
