@@ -33,6 +33,7 @@ from typing import Any  # noqa: E402
 
 import models  # noqa: E402
 import numpy as np  # noqa: E402
+import torch  # noqa: E402
 import uvicorn  # noqa: E402
 from fastapi import FastAPI  # noqa: E402
 from fastapi.responses import Response  # noqa: E402
@@ -41,6 +42,7 @@ from pydantic import BaseModel  # noqa: E402
 from pydantic_core import to_json  # noqa: E402
 from texts import counter, source, text_set  # noqa: E402
 
+from embedwright import threads  # noqa: E402
 from embedwright.serve.app import create_app  # noqa: E402
 from embedwright.serve.run import listen, run  # noqa: E402
 
@@ -233,8 +235,8 @@ def peer_app(options: argparse.Namespace) -> FastAPI:
     """sentence-transformers behind FastAPI. `/settings` lists what it can be set to, and sets it."""
     peer = models.peer(options.folder, options.dtype)
     app, batcher = FastAPI(), Batcher(peer)
-    state: dict[str, Any] = {"settings": [1, 2] if options.side == "plain" else [4, 8, 16, 32]}
-    threads_of = {count: ThreadPoolExecutor(count) for count in (1, 2)}
+    state: dict[str, Any] = {"settings": [1, 2] if options.side == "plain" else [2, 4, 8, 16]}
+    threads_of = {1: ThreadPoolExecutor(1), 2: ThreadPoolExecutor(2, initializer=alone)}
     state["setting"] = state["settings"][0]
 
     def plain(texts: list[str]) -> NDArray[np.float32]:
@@ -262,6 +264,12 @@ def peer_app(options: argparse.Namespace) -> FastAPI:
         state["setting"] = batcher.batch = setting
 
     return app
+
+
+def alone() -> None:
+    """Lets this thread compute by itself, on whichever core is free."""
+    threads.free()
+    torch.set_num_threads(1)
 
 
 class Batcher:
