@@ -39,6 +39,7 @@ MODEL = [
     "model.attention",
     "model.pooling",
     "model.backbone",
+    "model.quantized",
     "model.verify.modes",
     "model.network",
     "model.verify.probe",

@@ -1,0 +1,97 @@
+"""Linear layers in few bits, against a plain computation, and what becomes of a network that has them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from embedwright.errors import InputError
+from embedwright.model.embedder import Embedder
+from embedwright.model.quantized import QuantizedLinear, in_few_bits, quantize_layers, quantized, widen
+
+TEXTS = ["tides", "a longer text, which says nothing of note", "and one more"]
+
+
+def by_hand(weight: Tensor, bits: int, group: int) -> Tensor:
+    """Each group of a row is rounded to multiples of its largest size over 127 or 7, number by number."""
+    rounded, most = weight.clone(), 2 ** (bits - 1) - 1
+    for row in rounded.numpy():
+        for start in range(0, len(row), group):
+            part = row[start : start + group]
+            scale = np.float32(np.abs(part).max() / np.float32(most))
+            part[:] = np.round(part / scale) * scale if scale else 0
+    return rounded
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("bits", "group"), [(8, None), (8, 16), (4, None), (4, 16)])
+def test_a_layer_holds_the_nearest_codes(bits: int, group: int | None, bias: bool) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(48, 20, bias=bias)
+    with torch.no_grad():
+        linear.weight[3], linear.weight[4, :32] = 0, 0
+        linear.weight[5, 7] = 9.0  # the codes of its group are few
+    layer = quantized(linear, bits, group)
+    expected = by_hand(linear.weight.detach(), bits, group or 48)
+    torch.testing.assert_close(layer.dequantized(torch.float32), expected, rtol=1e-6, atol=1e-7)
+    assert layer.codes.dtype == (torch.int8 if bits == 8 else torch.uint8)
+    assert layer.codes.shape == (20, 48 * bits // 8) and layer.scales.shape == (20, 48 // (group or 48))
+    assert (layer.bits, layer.in_features, layer.out_features) == (bits, 48, 20)
+    x = torch.randn(2, 3, 48)
+    torch.testing.assert_close(layer(x), F.linear(x, expected, linear.bias), rtol=1e-5, atol=1e-6)
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
+    assert not list(layer.parameters()) and set(layer.state_dict()) == {"codes", "scales"} | (
+        {"bias"} if bias else set()
+    )
+
+
+@pytest.mark.parametrize("fault", ["group", "odd", "nan"])
+def test_what_cannot_be_quantised_is_refused_by_name(fault: str, tiny_embedder: Callable[..., Embedder]) -> None:
+    network = tiny_embedder("mean", "llama").network
+    up: nn.Linear = network.backbone.layers[1].mlp.up_proj
+    with torch.no_grad():
+        up.weight[0, 0] = float("nan") if fault == "nan" else 1.0
+    if fault == "odd":
+        network.backbone.layers[1].mlp.up_proj = nn.Linear(31, 48)
+    with pytest.raises(InputError, match=r"layers\.1\.mlp\.up_proj|groups of 5"):
+        quantize_layers(network, 4 if fault == "odd" else 8, 5 if fault == "group" else None)
+
+
+def test_a_network_keeps_embeddings_norms_and_head(tiny_embedder: Callable[..., Embedder], family: str) -> None:
+    model = tiny_embedder("latent", family)
+    before = {name: p.clone() for name, p in model.network.named_parameters()}
+    linear = {n for n, m in model.network.backbone.named_modules() if isinstance(m, nn.Linear)}
+    assert linear and not in_few_bits(model.network)
+    plain = model.encode(TEXTS)
+    quantize_layers(model.network)
+    assert in_few_bits(model.network)
+    layers = {n: m for n, m in model.network.backbone.named_modules() if isinstance(m, QuantizedLinear)}
+    assert layers.keys() == linear
+    left = dict(model.network.named_parameters())
+    assert before.keys() - left.keys() == {
+        f"backbone.{n}.{leaf}" for n in linear for leaf in ("weight", "bias") if f"backbone.{n}.{leaf}" in before
+    }
+    assert all(torch.equal(p, before[name]) and not p.requires_grad for name, p in left.items())
+    moved = 1 - (plain * model.encode(TEXTS)).sum(1)
+    assert 0 < moved.max() < 0.01  # another model, and a near one
+
+
+def test_a_wide_network_computes_in_float32_from_a_table_in_16_bits(
+    tiny_embedder: Callable[..., Embedder], family: str
+) -> None:
+    model = tiny_embedder("mean", family, dtype="bfloat16")
+    quantize_layers(model.network)
+    widen(model.network)
+    table = model.network.backbone.get_input_embeddings()
+    types = {p.dtype for p in model.network.backbone.parameters() if p is not table.weight}
+    assert table.weight.dtype == torch.bfloat16 and types == {torch.float32}
+    seen: set[torch.dtype] = set()
+    for layer in model.network.backbone.layers:
+        layer.register_forward_pre_hook(lambda _, args, kwargs: seen.add(args[0].dtype), with_kwargs=True)
+    model.encode(TEXTS)
+    assert seen == {torch.float32}
