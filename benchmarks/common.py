@@ -1,8 +1,9 @@
-"""What every benchmark needs: bound threads, A B A B rounds, peak memory of a process of its own, the machine's peak.
+"""What every benchmark needs: bound threads, A B A B rounds, peak memory of a process of its own, records.
 
-A results file (`results/NAME.json`) is a record as `record` makes it. Its `goals` are what `report.py` puts beside the
-goals: `{name: [{"of": what was measured, "value": ...}]}`, with the names of `report.GOALS`. A record without `goals`
-is not about speed, and `report.py` leaves it out.
+A results file (`results/NAME.json`) is the record of the newest run, as `record` makes it; those of processors that ran
+before lie in `results/earlier/PROCESSOR/`. Its `goals` are what `report.py` puts beside the goals:
+`{name: [{"of": what was measured, "value": ...}]}`, with the names of `report.GOALS`. A record without `goals` is not
+about speed, and `report.py` leaves it out.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -23,9 +25,9 @@ from unittest import mock
 
 RESULTS = Path(__file__).parent / "results"
 BOUND = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
-ROWS = (256, 512, 1024, 2048)  # of the products whose best is the machine's peak
-SHAPES = ((576, 1536), (1536, 576), (640, 2048), (1024, 3072), (2048, 2048))  # (in, out): of small decoders, and square
 MB = 2**20
+SHORT = {"float32": "fp32", "bfloat16": "bf16"}  # types in the names of goals
+EXTENSIONS = ("avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8")  # for products of few bits
 CORES = os.sched_getaffinity(0)  # of this process, before any OpenMP runtime is loaded
 
 
@@ -50,12 +52,14 @@ def machine() -> dict[str, Any]:
     """What the figures depend on."""
     import torch
 
+    capable: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return {
         "cpu": cpu_name(),
         "cores": len(CORES),
         "threads": torch.get_num_threads(),
         "bound": os.environ.get("OMP_PROC_BIND", "false"),
         "instructions": torch.backends.cpu.get_cpu_capability(),
+        "extensions": [name for name in EXTENSIONS if capable.get(name)],
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "sentence-transformers")},
@@ -177,49 +181,36 @@ def in_own_process(arguments: Sequence[str]) -> dict[str, Any]:
     return result
 
 
-# ---- the machine's limit
-
-
-def peak_flops(dtype: Any) -> float:
-    """FLOP/s of the fastest matrix product of this type that torch offers here: the best over shapes and kernels."""
-    import torch
-    import torch.nn.functional as F
-
-    from embedwright.cpu import onednn
-
-    kernels = [F.linear]
-    if onednn.available():
-        kernels.append(lambda x, weight: onednn.linear(x, weight, None))
-    best = 0.0
-    with torch.inference_mode():
-        for rows in ROWS:
-            for width_in, width_out in SHAPES:
-                x, weight = torch.randn(rows, width_in, dtype=dtype), torch.randn(width_out, width_in, dtype=dtype)
-                for kernel in kernels:
-                    kernel(x, weight)
-                    seconds = min(timed(lambda kernel=kernel, x=x, weight=weight: kernel(x, weight)) for _ in range(5))
-                    best = max(best, 2 * rows * width_in * width_out / seconds)
-    return best
-
-
-def linear_flops(module: Any) -> int:
-    """FLOPs of one token in the linear layers of a module: two for every weight."""
-    from torch import nn
-
-    return 2 * sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
-
-
 # ---- results
 
 
 def record(name: str, figures: Mapping[str, Any], goals: Mapping[str, list[dict[str, Any]]] | None) -> None:
-    """Write `results/NAME.json`: the command, the machine, the goals that this run has a figure for, the figures."""
-    RESULTS.mkdir(exist_ok=True)
+    """Write `results/NAME.json`: the command, the machine, the goals that this run has a figure for, the figures.
+
+    A record of another processor moves to `results/earlier/PROCESSOR/` first, so that each processor keeps its newest.
+    """
     command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     content: dict[str, Any] = {"command": command, "date": time.strftime("%Y-%m-%d"), "machine": machine()}
     content |= figures if goals is None else {"goals": goals, **figures}
-    (RESULTS / f"{name}.json").write_text(json.dumps(rounded(content), indent=1) + "\n")
+    file = RESULTS / f"{name}.json"
+    _earlier(content, name).unlink(missing_ok=True)
+    if file.is_file() and (other := _earlier(json.loads(file.read_text()), name)) != _earlier(content, name):
+        other.parent.mkdir(parents=True, exist_ok=True)
+        file.rename(other)
+    RESULTS.mkdir(exist_ok=True)
+    file.write_text(json.dumps(rounded(content), indent=1) + "\n")
     print(f"results/{name}.json")
+
+
+def processor(content: Mapping[str, Any]) -> str:
+    """What a record was measured on: a GPU by its name, else the CPU."""
+    name: str = content.get("gpu") or content["machine"]["cpu"]
+    return name
+
+
+def _earlier(content: Mapping[str, Any], name: str) -> Path:
+    """Where this record goes once another processor has a newer one."""
+    return RESULTS / "earlier" / re.sub(r"[^a-z0-9]+", "-", processor(content).lower()).strip("-") / f"{name}.json"
 
 
 def rounded(value: Any) -> Any:

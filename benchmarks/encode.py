@@ -1,6 +1,7 @@
 """Encode, side by side with sentence-transformers on the same weights, tokens and pooling, at its best batch size.
 
-Per text set: sentence-transformers' batch size is searched first, then both sides run A B A B. Outputs are compared.
+With `--dtype bfloat16`, our int8 takes turns with both, and so does ONNX Runtime's int8 of the same model where it is
+installed. Per text set: the peers' batch sizes are searched first, then all sides run A B A B. Outputs are compared.
 Then the peak memory of each side in a process of its own.
 
     python benchmarks/encode.py --model smollm2-135m --dtype float32
@@ -10,14 +11,12 @@ from __future__ import annotations
 
 from common import (
     MB,
+    SHORT,
     bind_main_thread,
     bind_threads,
     in_own_process,
-    linear_flops,
     peak_during,
-    peak_flops,
     ratio,
-    record,
     resident,
     rounds,
 )
@@ -27,124 +26,145 @@ bind_threads()
 import argparse  # noqa: E402
 import json  # noqa: E402
 import statistics  # noqa: E402
-import tempfile  # noqa: E402
-from collections.abc import Callable  # noqa: E402
+from collections.abc import Callable, Mapping  # noqa: E402
+from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 import models  # noqa: E402
 import numpy as np  # noqa: E402
+import onnx_int8  # noqa: E402
 import torch  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
-from sentence_transformers import SentenceTransformer  # noqa: E402
+from peaks import flops, peak_flops  # noqa: E402
 from texts import SETS, counter, source, text_set  # noqa: E402
 
+from embedwright.cpu import onednn  # noqa: E402
 from embedwright.model.embedder import Embedder  # noqa: E402
 
+FIRST = {"peer": 8, "onnx": 1024}  # where the search for a side's batch size begins: texts; tokens
+SIDES = ("peer", "ours", "int8", "onnx")
 MEMORY_TOKENS = 10_000  # mixed: more than one batch of either side
+MEMORY_TEXTS = "memory-texts.json"  # in the folder with the models
 SMALLEST_COSINE = 0.9999  # of the two sides in float32
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=models.NAMES, default="smollm2-135m")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--dtype", choices=tuple(SHORT), default="float32")
     parser.add_argument("--tokens", type=int, default=4000, help="of each text set")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument(
-        "--memory-of", choices=("ours", "peer"), help="measure one side's memory and print it: internal"
-    )
-    parser.add_argument("--folder", type=Path, help="with the models of both sides: internal")
-    parser.add_argument("--batch", type=int, help="of the peer, with --memory-of: internal")
+    parser.add_argument("--memory-of", choices=SIDES, help="measure one side's memory and print it: internal")
+    parser.add_argument("--folder", type=Path, help="with the models of all sides: internal")
+    parser.add_argument("--batch", type=int, help="of a peer, with --memory-of: internal")
     options = parser.parse_args()
     bind_main_thread()
     if options.memory_of:
         print(json.dumps(memory(options)))
         return
-    if not models.installed(options.model):
-        print(f"{options.model}: its package is not installed, left out")
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        options.folder = Path(folder)
-        models.make_folders(options.model, options.folder)
-        figures, goals = measure(options)
-    record(f"encode-{options.model}-{options.dtype}", figures, goals)
+    models.run(options, f"encode-{options.model}-{options.dtype}", measure)
 
 
-def measure(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
-    mine, peer = models.ours(options.model, options.folder, options.dtype), models.peer(options.folder, options.dtype)
-    exact = models.ours(options.model, options.folder, "float32") if options.dtype != "float32" else None
-    peak = peak_flops(getattr(torch, options.dtype))
-    per_token = linear_flops(mine.network.backbone)
+def measure(options: argparse.Namespace) -> models.Measured:
+    exact = models.ours(options.folder, "float32")
+    left_out = why_left_out(options)
+    sides = {side: opened(side, options) for side in SIDES if side not in left_out}
+    types = [options.dtype, *(["int8"] if "int8" in sides else [])]
+    shapes = models.layer_shapes(options.model)
+    peaks = {kind: peak_flops(getattr(torch, kind), shapes) for kind in types}
+    least_seconds = {kind: flops(shapes) / peak for kind, peak in peaks.items()}
     sets = {}
     for name in SETS:
-        sets[name] = side_by_side(name, mine, peer, exact, options, per_token / peak)
+        sets[name] = side_by_side(name, sides, exact, options, least_seconds)
         print(options.model, options.dtype, name, json.dumps(sets[name]), flush=True)
     figures: dict[str, Any] = {
         "model": models.described(options.model),
         "dtype": options.dtype,
         "texts": source(),
-        "peak_flops": peak,
-        "linear_flops_per_token": per_token,
+        "peak_flops": peaks[options.dtype],
+        "int8_peak_flops": peaks.get("int8"),
+        "linear_flops_per_token": flops(shapes),
+        "left_out": left_out,
         "sets": sets,
     }
-    kind = {"float32": "fp32", "bfloat16": "bf16"}[options.dtype]
-    goals = {f"encode_{kind}": values(options, sets, lambda found: found["ratio"]["median"])}
-    if kind == "bf16":
-        goals["encode_bf16_distance"] = values(
-            options, sets, lambda found: found["distance_to_float32"]["ours"] / found["distance_to_float32"]["peer"]
-        )
-        goals["mfu_bf16"] = values(options, sets, lambda found: found["mfu"])
-    del mine, peer, exact
-    sides = {"ours": None, "peer": sets["mixed"]["peer_batch"]}
-    figures["memory"] = {side: in_own_process(_memory_arguments(options, side, batch)) for side, batch in sides.items()}
+    texts, prefix = text_set("mixed", MEMORY_TOKENS, counter(exact))
+    (options.folder / MEMORY_TEXTS).write_text(json.dumps([texts, prefix]))
+    names = list(sides)
+    del exact, sides
+    batches = sets["mixed"]["batches"]
+    figures["memory"] = {side: in_own_process(memory_arguments(options, side, batches.get(side))) for side in names}
     print(json.dumps(figures["memory"]))
-    share = figures["memory"]["ours"]["peak_mb"] / figures["memory"]["peer"]["peak_mb"]
-    goals["encode_memory"] = [{"of": f"{options.model}, {kind}", "value": share}]
-    return figures, goals
+    return figures, goals(options, sets, figures["memory"])
 
 
-def values(
-    options: argparse.Namespace, sets: dict[str, Any], value: Callable[[dict[str, Any]], float]
-) -> list[dict[str, Any]]:
-    return [{"of": f"{options.model}, {name}", "value": value(found)} for name, found in sets.items()]
+def why_left_out(options: argparse.Namespace) -> dict[str, str]:
+    """Which sides are not measured, and why."""
+    if options.dtype != "bfloat16":
+        return dict.fromkeys(("int8", "onnx"), "measured with bfloat16")
+    found = {}
+    if not onednn.whole_available():
+        found["int8"] = "this processor has no fast products in int8"
+    if reason := onnx_int8.export(models.saved(options.folder), options.folder / "onnx"):
+        found["onnx"] = reason
+        print(f"ONNX Runtime is left out: {reason}")
+    return found
+
+
+def opened(side: str, options: argparse.Namespace) -> models.Encode:
+    """How this side encodes. Ours needs no batch size."""
+    if side == "peer":
+        return partial(models.encode_peer, models.peer(options.folder, options.dtype))
+    if side == "onnx":
+        return onnx_int8.Model(models.saved(options.folder), options.folder / "onnx").encode
+    mine = models.ours(options.folder, "int8" if side == "int8" else options.dtype)
+    return lambda texts, prefix, _: mine.encode(texts, prefix=prefix)
 
 
 def side_by_side(
     name: str,
-    mine: Embedder,
-    peer: SentenceTransformer,
-    exact: Embedder | None,
+    sides: Mapping[str, models.Encode],
+    exact: Embedder,
     options: argparse.Namespace,
-    least_seconds: float,
+    least_seconds: Mapping[str, float],
 ) -> dict[str, Any]:
-    """One text set: the peer's best batch size, times A B A B, outputs. `least_seconds` of a token at the peak."""
-    texts, prefix = text_set(name, options.tokens, counter(mine))
-    tokens = len(mine.tokenize(texts, prefix=prefix).ids_T)
-    best, search = models.best_batch(peer, texts, prefix)
+    """One text set: the peers' best batch sizes, times A B A B, outputs. `least_seconds`: of a token at the peak, by
+    type."""
+    texts, prefix = text_set(name, options.tokens, counter(exact))
+    packed = exact.tokenize(texts, prefix=prefix)
+    tokens = len(packed.ids_T)
+    searched = {s: models.best_batch(sides[s], texts, prefix, first) for s, first in FIRST.items() if s in sides}
+    batches = {side: best for side, (best, _) in searched.items()}
     outputs: dict[str, NDArray[np.float32]] = {}
 
-    def run_mine() -> None:
-        outputs["ours"] = mine.encode(texts, prefix=prefix)
+    def run(side: str) -> None:
+        outputs[side] = sides[side](texts, prefix, batches.get(side, 0))
 
-    def run_peer() -> None:
-        outputs["peer"] = models.encode_peer(peer, texts, prefix, best)
+    for side in sides.keys() - FIRST.keys():  # the search has warmed the peers up
+        run(side)
+    seconds = rounds({side: partial(run, side) for side in sides}, options.rounds)
+    medians = {side: statistics.median(each) for side, each in seconds.items()}
 
-    run_mine()  # the search has warmed the peer up
-    seconds = rounds({"peer": run_peer, "ours": run_mine}, options.rounds)
+    def shares(kind: str, side: str) -> dict[str, float]:
+        """Of the peak of this type, by us and by the peer."""
+        return {n: tokens * least_seconds[kind] / medians[s] for n, s in (("mfu", side), ("peer_mfu", "peer"))}
+
     found = {
         "texts": len(texts),
         "tokens": tokens,
-        "longest": mine.tokenize(texts, prefix=prefix).longest,
-        "peer_batch": best,
-        "peer_search_seconds": search,
+        "longest": packed.longest,
+        "peer_batch": batches["peer"],
+        "batches": batches,
+        "search_seconds": {side: tried for side, (_, tried) in searched.items()},
         "seconds": seconds,
-        "tokens_per_second": {side: tokens / statistics.median(s) for side, s in seconds.items()},
+        "tokens_per_second": {side: tokens / median for side, median in medians.items()},
         "ratio": ratio(seconds["peer"], seconds["ours"]),
-        "mfu": tokens * least_seconds / statistics.median(seconds["ours"]),
-        "peer_mfu": tokens * least_seconds / statistics.median(seconds["peer"]),
+        **shares(options.dtype, "ours"),
     }
-    if exact is None:
+    if "int8" in sides:
+        faster_than = {side: ratio(seconds[side], seconds["int8"]) for side in sides if side != "int8"}
+        found["int8"] = {"faster_than": faster_than, **shares("int8", "int8")}
+    if options.dtype == "float32":
         found["cosine"] = least_cosine(outputs["ours"], outputs["peer"])
         if not found["cosine"] > SMALLEST_COSINE:
             raise SystemExit(f"{name}: outputs differ, smallest cosine {found['cosine']}")
@@ -166,21 +186,51 @@ def cosines_of(a_NE: NDArray[np.float32], b_NE: NDArray[np.float32]) -> NDArray[
     return cosines
 
 
+# ---- goals
+
+
+def goals(
+    options: argparse.Namespace, sets: Mapping[str, Mapping[str, Any]], memory_of: Mapping[str, Mapping[str, float]]
+) -> dict[str, Any]:
+    """What was measured for each goal, by text set."""
+    kind = SHORT[options.dtype]
+
+    def values(value: Callable[[Mapping[str, Any]], float]) -> list[dict[str, Any]]:
+        return [{"of": f"{options.model}, {name}", "value": value(found)} for name, found in sets.items()]
+
+    def distances(side: str, other: str) -> list[dict[str, Any]]:
+        return values(lambda found: found["distance_to_float32"][side] / found["distance_to_float32"][other])
+
+    def share(side: str, other: str) -> list[dict[str, Any]]:
+        value = memory_of[side]["peak_mb"] / memory_of[other]["peak_mb"]
+        return [{"of": f"{options.model}, {kind}", "value": value}]
+
+    found = {f"encode_{kind}": values(lambda found: found["ratio"]["median"]), "encode_memory": share("ours", "peer")}
+    if kind == "bf16":
+        found["encode_bf16_distance"] = distances("ours", "peer")
+        found["mfu_bf16"] = values(lambda found: found["mfu"])
+    if "int8" in memory_of:
+        over = {"ours": "encode_int8_own", "peer": "encode_int8", "onnx": "encode_int8_onnx"}
+        for side in over.keys() & memory_of.keys():
+            found[over[side]] = values(lambda found, side=side: found["int8"]["faster_than"][side]["median"])
+        found["encode_int8_distance"] = distances("int8", "ours")
+        found["mfu_int8"] = values(lambda found: found["int8"]["mfu"])
+        found["encode_int8_memory"] = share("int8", "ours")
+    return found
+
+
+# ---- memory
+
+
 def memory(options: argparse.Namespace) -> dict[str, Any]:
     """Of one side alone, in megabytes: `encode_mb` is what encoding adds at its peak to the loaded model, `peak_mb` is
     model and encoding together, `libraries_mb` what was there before the model."""
+    texts, prefix = json.loads((options.folder / MEMORY_TEXTS).read_text())
     libraries = resident()
-    if options.memory_of == "ours":
-        mine = models.ours(options.model, options.folder, options.dtype)
-        texts, prefix = text_set("mixed", MEMORY_TOKENS, counter(mine))
-        run = lambda some: mine.encode(some, prefix=prefix)  # noqa: E731
-    else:
-        peer = models.peer(options.folder, options.dtype)
-        texts, prefix = text_set("mixed", MEMORY_TOKENS, lambda text: len(peer.tokenizer(text).input_ids))
-        run = lambda some: models.encode_peer(peer, some, prefix, options.batch)  # noqa: E731
-    run(texts[:1])  # weights are mapped from their file: only now are all of them in memory
+    encode = opened(options.memory_of, options)
+    encode(texts[:1], prefix, options.batch)  # weights are mapped from their file: only now are all of them in memory
     loaded = resident()
-    peak = peak_during(lambda: run(texts))
+    peak = peak_during(lambda: encode(texts, prefix, options.batch))
     return {
         "batch": options.batch,
         "libraries_mb": libraries / MB,
@@ -190,7 +240,7 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _memory_arguments(options: argparse.Namespace, side: str, batch: int | None) -> list[str]:
+def memory_arguments(options: argparse.Namespace, side: str, batch: int | None) -> list[str]:
     named = {"model": options.model, "dtype": options.dtype, "folder": options.folder}
     named |= {"memory-of": side, "batch": batch}
     return [part for name, value in named.items() if value is not None for part in (f"--{name}", str(value))]

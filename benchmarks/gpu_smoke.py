@@ -6,7 +6,7 @@ sentence-transformers, in bfloat16. Writes results/gpu.json. Exits 1 where a che
 
 from __future__ import annotations
 
-from common import MB, bind_threads, linear_flops, ratio, record, rounds
+from common import MB, bind_threads, ratio, record, rounds
 
 bind_threads()
 
@@ -20,6 +20,7 @@ import tempfile  # noqa: E402
 import warnings  # noqa: E402
 from collections.abc import Callable, Mapping, Sequence  # noqa: E402
 from contextlib import suppress  # noqa: E402
+from functools import partial  # noqa: E402
 from itertools import product  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
@@ -29,6 +30,8 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import train  # noqa: E402
 from encode import least_cosine  # noqa: E402
+from gpu_profile import compiled, profile  # noqa: E402
+from peaks import flops  # noqa: E402
 from texts import counter, source, text_set  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -80,9 +83,9 @@ def main() -> None:
     for name in MODELS:
         with tempfile.TemporaryDirectory() as folder:
             models.make_folders(name, Path(folder))
-            exact = models.ours(name, Path(folder), "float32", "cuda")
+            exact = models.ours(Path(folder), "float32", "cuda")
             if not figures["checks"]:
-                figures["checks"] = checks(exact, models.ours(name, Path(folder), "bfloat16", "cuda"))
+                figures["checks"] = checks(exact, models.ours(Path(folder), "bfloat16", "cuda"))
                 print(json.dumps(figures["checks"]), flush=True)
                 wrong += [what for what, seen in figures["checks"].items() if not seen <= TOLERANCES[what]]
             found = encode(name, Path(folder), exact, options, figures["peak_flops"])
@@ -198,18 +201,18 @@ def encode(name: str, folder: Path, exact: Embedder, options: argparse.Namespace
     packed = exact.tokenize(texts)
     total = len(packed.ids_T)
     reference = exact.encode(texts)
-    mine = models.ours(name, folder, "bfloat16", "cuda")
+    mine = models.ours(folder, "bfloat16", "cuda")
     runs: dict[str, Callable[[], Any]] = {"ours": lambda: mine.encode(texts)}
     batches = {}
     for kind in ["sdpa"] + (["flash_attention_2"] if importlib.util.find_spec("flash_attn") else []):
         peer = models.peer(folder, "bfloat16", "cuda", kind)
         peer[0].unpad_inputs = kind != "sdpa"  # its own unpadding, which needs flash attention
-        batches[kind], _ = models.best_batch(peer, texts, None, first=256)
+        batches[kind], _ = models.best_batch(partial(models.encode_peer, peer), texts, None, first=256)
         runs[kind] = lambda peer=peer, kind=kind: models.encode_peer(peer, texts, None, batches[kind])
     rounds(runs, 1)  # warms up
     seconds = rounds(runs, options.rounds)
     by_batch = {size: (lambda size=size: mine.encode(texts, batch_tokens=size)) for size in BATCHES}
-    per_token = linear_flops(mine.network.backbone)
+    per_token = flops(models.layer_shapes(name))
     sides: dict[str, Any] = {}
     for side, run in runs.items():
         median = statistics.median(seconds[side])
@@ -227,6 +230,8 @@ def encode(name: str, folder: Path, exact: Embedder, options: argparse.Namespace
         "tokens": total,
         "longest": packed.longest,
         "sides": sides,
+        "profile": profile(runs["ours"], statistics.median(seconds["ours"])),
+        "compiled": compiled(mine, runs["ours"], reference, options.rounds, total),
         "seconds": seconds,
         "tokens_per_second_by_batch_tokens": tokens_per_second(by_batch, options.rounds, total),
     }

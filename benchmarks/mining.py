@@ -29,7 +29,9 @@ import statistics  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Callable, Sequence  # noqa: E402
+from types import SimpleNamespace  # noqa: E402
 from typing import Any  # noqa: E402
+from unittest import mock  # noqa: E402
 
 import datasets  # noqa: E402
 import faiss  # noqa: E402
@@ -66,6 +68,12 @@ PARTS = (
     (choose.Miner, "_take", "near-duplicates, choice"),
 )
 
+# Each piece of the search that is in C, and what takes its place without it.
+PIECES: dict[str, tuple[Any, str, Any]] = {
+    "nomination in int8 (csrc/search.c)": (topk.int8, "available", lambda width: False),
+    "scores in float64 (csrc/search.c)": (topk, "kernels", SimpleNamespace(available=lambda: False)),
+}
+
 Negatives = list[tuple[list[str], list[float]]]  # by query: texts and their scores, best first
 
 
@@ -101,6 +109,8 @@ def main() -> None:
     }
     if onednn.whole_available():
         variants["int8 product alone"] = lambda: whole_product_alone(*vectors)
+        for piece, (place, name, instead) in PIECES.items():
+            variants[piece] = lambda change=(place, name, instead): without(change, *vectors)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     added: dict[str, int] = dict.fromkeys(variants, 0)
     largest = 0
@@ -132,6 +142,9 @@ def main() -> None:
         print(f"{name:19} {median[name]:8.2f} s  {memory}", f" batch {best[name]}" if name in best else "")
     for name, value in ratios.items():
         print(f"{name}: {value['median']:.2f} ({value['least']:.2f} to {value['most']:.2f})")
+    alone = {piece: ratio(seconds[piece], seconds["ours, search"]) for piece in PIECES if piece in seconds}
+    for piece, value in alone.items():
+        print(f"{piece}, alone: {value['median']:.2f}")
     same = {name: share_of_equal(found["ours"], found[name]) for name in THEIRS}
     exact = equal_to_brute_force(*found["ours, search"], *vectors)
     print("queries with the same negatives in the same order:", ", ".join(f"{n} {s}" for n, s in same.items()))
@@ -143,6 +156,7 @@ def main() -> None:
         "added_mb": {name: amount / MB for name, amount in added.items()},
         "largest_mb": largest / MB,
         "ratios": ratios,
+        "alone": alone,
         "equal": same,
         "exact": exact,
         "parts": own_seconds(variants["ours"], PARTS, "rest of the whole"),
@@ -242,6 +256,12 @@ def theirs(
         )  # fmt: skip
     found = zip(mined["positive"], mined["scores"], strict=True)
     return [(texts[1:], scores[1:]) for texts, scores in found], peer.searched
+
+
+def without(change: tuple[Any, str, Any], document_CE: NDArray[np.float32], query_QE: NDArray[np.float32]) -> None:
+    """Our search without one of `PIECES`."""
+    with mock.patch.object(*change):
+        topk.top_k(query_QE, document_CE, DEPTH)
 
 
 def product_alone(document_CE: NDArray[np.float32], query_QE: NDArray[np.float32]) -> None:

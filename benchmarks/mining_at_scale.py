@@ -30,6 +30,7 @@ import random  # noqa: E402
 import sys  # noqa: E402
 import tempfile  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
+from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -241,7 +242,7 @@ def end_to_end(options: argparse.Namespace) -> None:
             teacher = Embedder.load(options.model, dtype=options.dtype)
             peer = models.peer(Path(folder), options.dtype)
         sample = [text for pair in pairs[:100] for text in pair]
-        batch, tried = models.best_batch(peer, sample, None)
+        batch, tried = models.best_batch(partial(models.encode_peer, peer), sample, None)
         teacher.encode(sample, task=None)
         rows = {"query": [query for query, _ in pairs], "positive": [text for _, text in pairs]}
         found: dict[str, Any] = {}

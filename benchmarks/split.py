@@ -1,13 +1,14 @@
 """What each part of our encode contributes, the best `batch_tokens`, and where the time goes: SmolLM2-135M.
 
-Parts are taken out here alone, on a loaded model. Each round runs every step, from sentence-transformers to us.
+Parts are taken out here alone, on a loaded model. Each round runs every step, from sentence-transformers to us, and all
+that is shipped without each of its pieces alone.
 
     python benchmarks/split.py --dtype float32
 """
 
 from __future__ import annotations
 
-from common import bind_main_thread, bind_threads, own_seconds, ratio, record, rounds
+from common import SHORT, bind_main_thread, bind_threads, own_seconds, ratio, record, rounds
 
 bind_threads()
 
@@ -18,6 +19,7 @@ import tempfile  # noqa: E402
 from collections.abc import Callable, Iterator, Sequence  # noqa: E402
 from contextlib import ExitStack, contextmanager  # noqa: E402
 from dataclasses import replace  # noqa: E402
+from functools import partial  # noqa: E402
 from itertools import pairwise  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
@@ -42,14 +44,14 @@ PARTS = ("linears", "attention", "norms", "activation", "rotary and layout", "re
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--dtype", choices=tuple(SHORT), default="float32")
     parser.add_argument("--tokens", type=int, default=4000, help="of each text set")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     bind_main_thread()
     with tempfile.TemporaryDirectory() as folder:
         models.make_folders(MODEL, Path(folder))
-        mine, peer = models.ours(MODEL, Path(folder), options.dtype), models.peer(Path(folder), options.dtype)
+        mine, peer = models.ours(Path(folder), options.dtype), models.peer(Path(folder), options.dtype)
     sets = {name: text_set(name, options.tokens, counter(mine)) for name in SETS}
     longer, _ = text_set("mixed", 3 * options.tokens, counter(mine))
     figures: dict[str, Any] = {
@@ -71,7 +73,8 @@ def contributions(
 ) -> dict[str, Any]:
     """Seconds of four steps from sentence-transformers to us, each with one part more, and each one's ratio to the
     step before it: `packed` (stock linears, the fused attention text by text), `linears` (its own, and equal lengths as
-    one batch: what runs without a compiler), `ours` (kernels: all that is shipped)."""
+    one batch: what runs without a compiler), `ours` (kernels: all that is shipped). `alone`: how much slower it is
+    without each of `PIECES`."""
 
     def run(*changes: Callable[[Embedder], Any]) -> None:
         with ExitStack() as stack:
@@ -79,7 +82,7 @@ def contributions(
                 stack.enter_context(change(mine))
             mine.encode(texts, prefix=prefix)
 
-    batch, _ = models.best_batch(peer, texts, prefix)
+    batch, _ = models.best_batch(partial(models.encode_peer, peer), texts, prefix)
     run()
     steps: dict[str, Callable[[], Any]] = {
         "peer": lambda: models.encode_peer(peer, texts, prefix, batch),
@@ -87,26 +90,31 @@ def contributions(
         "linears": lambda: run(without_kernels),
         "ours": run,
     }
-    seconds = rounds(steps, count)
-    names = list(steps)
+    without = {piece: partial(run, change) for piece, change in PIECES.items()}
+    seconds = rounds(steps | without, count)
     return {
         "seconds": {name: statistics.median(s) for name, s in seconds.items()},
-        "gains": {after: ratio(seconds[before], seconds[after]) for before, after in pairwise(names)},
+        "gains": {after: ratio(seconds[before], seconds[after]) for before, after in pairwise(steps)},
+        "alone": {piece: ratio(seconds[piece], seconds["ours"]) for piece in PIECES},
     }
 
 
 @contextmanager
-def stock_linears(model: Embedder) -> Iterator[None]:
-    """torch's own products instead of ours: the class that was changed, changed back."""
-    ours = [part for part in model.network.modules() if isinstance(part, nn.Linear) and type(part) is not nn.Linear]
-    classes = [type(part) for part in ours]
-    for part in ours:
-        part.__class__ = nn.Linear
+def as_stock(model: Embedder, ending: str) -> Iterator[None]:
+    """The stock class in place of each faster form, for stock classes whose names end so."""
+    forms = {part: type(part) for part in model.network.modules() if "stock_class" in vars(type(part))}
+    stock = {part: vars(form)["stock_class"] for part, form in forms.items()}
+    changed = [part for part in forms if stock[part].__name__.endswith(ending)]
+    for part in changed:
+        part.__class__ = stock[part]
     try:
         yield
     finally:
-        for part, kind in zip(ours, classes, strict=True):
-            part.__class__ = kind
+        for part in changed:
+            part.__class__ = forms[part]
+
+
+stock_linears = partial(as_stock, ending="Linear")
 
 
 @contextmanager
@@ -125,6 +133,16 @@ def text_by_text(model: Embedder) -> Iterator[None]:
 
     with mock.patch.object(embedder, "pack", pack_singly):
         yield
+
+
+# each without what stands or falls with it alone; gated blocks need our products
+PIECES: dict[str, Callable[[Embedder], Any]] = {
+    "attention (csrc/attention.c)": lambda _: mock.patch.object(kernels, "can_attend", lambda *_: False),
+    "norms (csrc/passes.c)": partial(as_stock, ending="Norm"),
+    "rotary positions (csrc/passes.c)": partial(as_stock, ending="Attention"),
+    "gated blocks (linears.py)": partial(as_stock, ending="MLP"),
+    "products and gated blocks (linears.py, onednn.py)": stock_linears,
+}
 
 
 # ---- tokens per batch

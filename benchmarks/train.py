@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from common import (
     MB,
+    SHORT,
     bind_main_thread,
     bind_threads,
     in_own_process,
@@ -109,7 +110,7 @@ def main() -> None:
             record(f"train-{dtype}-{options.layers}-layers", figures, goals)
 
 
-def measure(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+def measure(options: argparse.Namespace) -> models.Measured:
     mine = Ours(options.layers, options.dtype)
     texts = triples(mine.model)
     (options.folder / TEXTS).write_text(json.dumps(texts))
@@ -141,7 +142,7 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]
         **compared,
     }
     show(figures)
-    kind_of = {"float32": "fp32", "bfloat16": "bf16"}[options.dtype]
+    kind_of = SHORT[options.dtype]
     about = f"{MODEL}, {options.layers} layers"
     goals = {f"train_{kind_of}": [{"of": about, "value": ratios["ours"]["median"]}]}
     if kind_of == "bf16":

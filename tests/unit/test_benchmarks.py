@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import Qwen3Config
 
 from embedwright.cpu import kernels, onednn
 from embedwright.model.embedder import Embedder
@@ -38,7 +39,7 @@ def part(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_the_page_is_what_the_results_give(part: Any) -> None:
     report = part("report")
     results = report.read(report.RESULTS)
-    assert report.PAGE.read_text() == report.render(results)
+    assert report.PAGE.read_text() == report.render(results, report.read_earlier(report.RESULTS))
     assert report.PICTURE.is_file()
     readme = report.README.read_text()
     assert readme == report.with_headlines(readme, results)
@@ -48,7 +49,7 @@ def test_the_page_is_what_the_results_give(part: Any) -> None:
 
 
 def test_no_result_names_a_path(part: Any) -> None:
-    texts = {file.name: file.read_text() for file in part("report").RESULTS.glob("*.json")}
+    texts = {file.name: file.read_text() for file in part("report").RESULTS.rglob("*.json")}
     assert texts
     assert [name for name, text in texts.items() if str(Path.home()) in text or "/tmp/" in text] == []
 
@@ -59,7 +60,7 @@ def test_the_goals_are_judged_by_the_median(part: Any) -> None:
     assert report.verdict("encode_fp32", [2.4, 2.5, 9]) == "must"
     assert report.verdict("encode_fp32", [2.4, 2.4, 9]) == "missed"
     assert report.verdict("encode_fp32", [3, 3]) == "stretch"
-    assert report.verdict("encode_int8", [2.7]) == "missed"  # it has no must
+    assert report.verdict("mfu_int8", [0.5]) == "missed"  # it has no must
     assert [report.verdict("encode_memory", [v]) for v in (0.7, 0.8, 1, 1.1)] == ["stretch", "must", "must", "missed"]
 
 
@@ -80,14 +81,19 @@ def test_the_goal_table_takes_figures_from_all_results(part: Any) -> None:
 def test_what_is_possible_is_the_peers_time_over_that_of_the_products(part: Any) -> None:
     found = {"ratio": {"median": 1.5}, "peer_mfu": 0.5}
     encode = {"model": "m", "dtype": "float32", "sets": {"queries": found}}
+    low = {"int8": {"faster_than": {"peer": {"median": 3.0}}, "peer_mfu": 0.2}}
+    both = {"model": "m", "dtype": "bfloat16", "sets": {"mixed": found | low}}
     seconds = {"peer, torch, search": [9, 6, 6], "peer, faiss, search": [8] * 3, "int8 product alone": [4] * 3}
     mining = {"size": {"documents": 1000, "width": 8, "queries": 2}, "ratios": {"search": {"median": 1.2}}}
-    section = "\n".join(part("report").ceiling_section({"a": encode, "b": mining | {"seconds": seconds}}))
+    ceiling_section = part("sections").ceiling_section
+    section = "\n".join(ceiling_section({"a": encode, "b": mining | {"seconds": seconds}, "c": both}))
     assert "| encode, m, float32, queries | 1.50x | 2.00x | 75% |" in section
+    assert "| encode, m, bfloat16, mixed | 1.50x | 2.00x | 75% |" in section
+    assert "| encode, m, int8, mixed | 3.00x | 5.00x | 60% |" in section
     assert "| search, 1,000 x 8, 2 queries | 1.20x | 1.50x | 80% |" in section
     del seconds["int8 product alone"]
-    assert part("report").ceiling_section({"b": mining | {"seconds": seconds}}) == []
-    assert part("report").ceiling_section({"c": {"goals": {}}}) == []
+    assert ceiling_section({"b": mining | {"seconds": seconds}}) == []
+    assert ceiling_section({"c": {"goals": {}}}) == []
 
 
 # ---- figures
@@ -111,10 +117,22 @@ def test_peak_memory_is_that_of_the_run(part: Any) -> None:
     assert common.peak_during(lambda: None) - before < 100 * common.MB  # an earlier peak does not count
 
 
-def test_linear_flops(part: Any, tiny_embedder: Any) -> None:
-    # hidden 32, heads 4 x 8, key/value heads 2 x 8, intermediate 48, 3 layers: two FLOPs for every weight
+def test_layer_shapes_are_counted_from_the_config(part: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = part("models")
+    config = Qwen3Config(
+        vocab_size=8,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
+    monkeypatch.setattr(models, "_qwen3_config", lambda: config)
+    shapes = models.layer_shapes("qwen3-0.6b-shape")
+    assert shapes == {(32, 32): 6, (32, 16): 6, (32, 48): 6, (48, 32): 3}  # q and o, k and v, gate and up, down
     layer = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48
-    assert part("common").linear_flops(tiny_embedder("mean").network.backbone) == 2 * 3 * layer
+    assert part("peaks").flops(shapes) == 2 * 3 * layer
 
 
 def test_records_are_rounded(part: Any) -> None:
@@ -170,6 +188,29 @@ def test_parts_taken_out_change_no_vector_and_are_put_back(
     assert bool(ran) == kernels.available()
 
 
+def test_each_piece_is_taken_out_alone(part: Any, tiny_decoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not kernels.available() or not onednn.gated_available():
+        pytest.skip("no C compiler, or no oneDNN, on this machine")
+    split = part("split")
+    model = Embedder.from_decoder(tiny_decoder("llama", head_dim=32), pooling="mean")
+    texts = ["one", "two words", "and one", "a longer text of some more words"]
+    expected = model.encode(texts)
+    kinds = [type(module) for module in model.network.modules()]
+    ran: set[str] = set()
+    run = kernels._run
+    monkeypatch.setattr(kernels, "_run", lambda name, *job: (ran.add(name), run(name, *job))[1])
+    missing = {"attention": "attention", "norms": "norm", "rotary": "rotary"}  # by the first word of a piece
+    for piece, change in split.PIECES.items():
+        ran.clear()
+        with change(model):
+            changed = sum(type(module) is not kind for module, kind in zip(model.network.modules(), kinds, strict=True))
+            assert model.encode(texts) == pytest.approx(expected, abs=1e-5)
+        gone = missing.get(piece.split()[0])
+        assert ran == {"attention", "norm", "rotary"} - {gone}, piece
+        assert bool(changed) == (gone != "attention"), piece
+        assert [type(module) for module in model.network.modules()] == kinds
+
+
 def test_the_profile_is_all_of_the_time_in_parts(part: Any, tiny_embedder: Any) -> None:
     split = part("split")
     model = tiny_embedder("mean", family="qwen3")
@@ -192,20 +233,46 @@ def test_a_part_is_not_charged_with_the_parts_in_it(part: Any, monkeypatch: pyte
     assert vars(place) == before
 
 
-def test_every_kernel_of_the_linears_runs(part: Any) -> None:
-    if not onednn.available():
-        pytest.skip("oneDNN's linear is not usable here")
-    found = part("linears").gflops(32, torch.float32, 1)
-    assert found.keys() == {"torch", "onednn", "onednn_reordered"} and min(found.values()) > 0
+def test_every_product_that_is_timed_is_right(part: Any) -> None:
+    if not onednn.gated_available():
+        pytest.skip("oneDNN's products are not usable here")
+    peaks = part("peaks")
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        kernels = peaks.kernels(dtype, (64, 32), 48)
+        assert kernels.keys() == {"torch", "onednn", "onednn_reordered"}
+        exact = kernels["torch"]().float()
+        for product in kernels.values():
+            torch.testing.assert_close(
+                product().float(), exact, rtol=0.02, atol=1e-4 if dtype == torch.float32 else 0.1
+            )
+    if not onednn.whole_available():
+        pytest.skip("this processor has no fast products in int8")
+    kernels = peaks.kernels(torch.int8, (64, 32), 48)
+    whole, scaled = kernels["int_mm"](), kernels["qlinear"]()
+    assert whole.dtype == torch.int32 and whole.abs().max() > 1000
+    torch.testing.assert_close(scaled.float(), whole * 1e-4, rtol=0.02, atol=1e-3)  # both scales are 0.01
+    found = peaks.product_seconds(torch.int8, [(64, 32)], 48, 1)
+    assert found.keys() == {(64, 32)} and min(found[64, 32].values()) > 0
+
+
+def test_a_peak_is_of_all_products_each_at_its_fastest(part: Any) -> None:
+    peaks = part("peaks")
+    # 2 x (1, 2) and 1 x (3, 4): 4 FLOPs a row each, and 24. The fastest: 1 s for 10 rows, and 2 s for 20 rows.
+    seconds = {
+        10: {(1, 2): {"a": 3.0, "b": 1.0}, (3, 4): {"a": 9.0, "b": 2.0}},
+        20: {(1, 2): {"a": 4.0, "b": 5.0}, (3, 4): {"a": 2.0, "b": 7.0}},
+    }
+    assert peaks.peak_of({(1, 2): 2, (3, 4): 1}, seconds) == pytest.approx((2 * 4 + 24) / (2 * 0.1 + 0.1))
+    assert peaks.over_all_shapes(seconds[10], 10) == {"a": 10 * 28 / 12 / 1e9, "b": 10 * 28 / 3 / 1e9}
 
 
 def test_the_peers_best_batch_is_found(part: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     models = part("models")
     seconds = {1: 9.0, 2: 5.0, 4: 4.0, 8: 4.2, 16: 4.3, 32: 6.0}
-    monkeypatch.setattr(models, "encode_peer", lambda peer, texts, prefix, batch: tried.append(batch))
     monkeypatch.setattr(models, "timed", lambda run: run() or seconds[tried[-1]])
     tried: list[int] = []
-    best, found = models.best_batch(None, ["text"], None)
+    best, found = models.best_batch(lambda texts, prefix, batch: tried.append(batch), ["text"], None)
     assert best == 4 and found == {2: 5.0, 4: 4.0, 8: 4.2, 16: 4.3, 32: 6.0}
 
 
@@ -218,6 +285,133 @@ def test_results_are_json_with_a_command(part: Any, monkeypatch: pytest.MonkeyPa
     assert record["command"] == "python benchmarks/encode.py --dtype float32"
     assert record["seconds"] == 1.2346 and record["goals"] == {"mining": []}
     assert {"cpu", "cores", "threads", "torch"} <= record["machine"].keys()
+
+
+def test_each_processor_keeps_its_newest_record(part: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    common, report = part("common"), part("report")
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    machine = common.machine()
+
+    def run(cpu: str, seconds: float) -> None:
+        monkeypatch.setattr(common, "machine", lambda: machine | {"cpu": cpu})
+        common.record("x", {"seconds": seconds}, {})
+
+    def seconds(file: str) -> float:
+        return float(json.loads((tmp_path / file).read_text())["seconds"])
+
+    run("One (family 1, model 2)", 1.0)
+    run("One (family 1, model 2)", 2.0)
+    assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
+    run("Two", 3.0)
+    assert (seconds("x.json"), seconds("earlier/one-family-1-model-2/x.json")) == (3, 2)
+    run("One (family 1, model 2)", 4.0)
+    assert (seconds("x.json"), seconds("earlier/two/x.json")) == (4, 3)
+    assert not (tmp_path / "earlier/one-family-1-model-2/x.json").exists()
+    assert [records["x"]["machine"]["cpu"] for records in report.read_earlier(tmp_path)] == ["Two"]
+
+
+def test_tables_of_earlier_processors_stand_below_and_dated(part: Any) -> None:
+    report = part("report")
+    results = report.read(report.RESULTS)
+    name = next(name for name in results if name.startswith("mining-"))
+    older = results[name] | {"date": "2020-01-02", "machine": results[name]["machine"] | {"cpu": "Old One"}}
+    newest, page = report.render(results), report.render(results, [{name: older}])
+    assert page.startswith(newest)  # goals too are of the newest runs alone
+    below = page.removeprefix(newest)
+    assert "## Earlier: Old One\n" in below and "; 2020-01-02 (mining-" in below
+    assert "### Mining\n" in below and "documents | seconds, ours / ST" in below
+    assert "as ST's `mine_hard_negatives` does it" in newest and "as ST's `mine_hard_negatives` does it" not in below
+
+
+# ---- which setting
+
+
+def record_of(dtype: str, rates: dict[str, float], mb: dict[str, float], away: dict[str, float]) -> dict[str, Any]:
+    """Of encode: 50 texts of 5,000 tokens on 2 cores."""
+    found = {"texts": 50, "tokens": 5000, "tokens_per_second": rates, "distance_to_float32": away}
+    if dtype == "float32":
+        del found["distance_to_float32"]
+    memory = {side: {"peak_mb": size} for side, size in mb.items()}
+    return {"model": "m", "dtype": dtype, "machine": {"cores": 2}, "sets": {"passages": found}, "memory": memory}
+
+
+def test_the_setting_follows_from_the_records(part: Any) -> None:
+    choosing = part("choosing")
+    exact = record_of("float32", {"ours": 500, "peer": 400}, {"ours": 600, "peer": 700}, {})
+    rates = {"ours": 1000, "peer": 800, "int8": 2000, "onnx": 1500}
+    sizes = {"ours": 300, "peer": 300, "int8": 200, "onnx": 250}
+    away = {"ours": 1e-3, "peer": 1e-3, "int8": 1.9e-3, "onnx": 9e-3}
+    cold = {"model": "m", "seconds": {"int8": [3.0, 2.0, 9.0]}}
+    results = {
+        "encode-m-float32": exact,
+        "encode-m-bfloat16": record_of("bfloat16", rates, sizes, away),
+        "cold-m": cold,
+    }
+    page = "\n".join(choosing.choosing_section(results))
+    # 100 tokens a passage at 2,000 tokens/s: 50,000 s for a million, on two cores
+    usd = 50_000 / 3600 * 2 * choosing.PRICE_PER_CORE_HOUR
+    assert f'**A CPU server:** `dtype="int8"` costs least, {usd:.2f} USD' in page
+    assert f"float32 costs {4 * usd:.2f} USD." in page
+    assert '**A laptop:** `dtype="int8"` takes the least memory, 200 MB; float32 takes 600 MB.' in page
+    assert '**A GPU:** `dtype="bfloat16"`. Not measured' in page
+    assert f"| m | int8 | 2,000 | {usd:.2f} | 200 | 3.0 | 1.9e-03 |" in page
+    assert "| m | ONNX Runtime int8 | 1,500 |" in page and "| m | ST float32 | 400 |" in page
+    away["int8"] = 2.1e-3  # too far
+    page = "\n".join(choosing.choosing_section(results))
+    assert '**A CPU server:** `dtype="bfloat16"`' in page and '**A laptop:** `dtype="bfloat16"`' in page
+    assert choosing.choosing_section({"cold-m": cold}) == []
+
+
+def test_int8_has_its_goals_from_one_run(part: Any) -> None:
+    encode = part("encode")
+    found = {
+        "ratio": {"median": 1.5},
+        "mfu": 0.6,
+        "int8": {"faster_than": {"ours": {"median": 1.6}, "peer": {"median": 2.4}}, "mfu": 0.5},
+        "distance_to_float32": {"ours": 0.001, "peer": 0.002, "int8": 0.003},
+    }
+    memory = {"ours": {"peak_mb": 200}, "peer": {"peak_mb": 400}, "int8": {"peak_mb": 100}}
+    options = SimpleNamespace(model="m", dtype="bfloat16")
+    goals = encode.goals(options, {"mixed": found}, memory)
+    values = {name: value["value"] for name, [value] in goals.items()}
+    assert values == pytest.approx(
+        {
+            "encode_bf16": 1.5,
+            "encode_memory": 0.5,
+            "encode_bf16_distance": 0.5,
+            "mfu_bf16": 0.6,
+            "encode_int8_own": 1.6,
+            "encode_int8": 2.4,
+            "encode_int8_distance": 3,
+            "mfu_int8": 0.5,
+            "encode_int8_memory": 0.5,
+        }
+    )
+    assert goals.keys() <= part("report").GOALS.keys()
+    found["int8"]["faster_than"]["onnx"] = {"median": 1.3}
+    [goal] = encode.goals(options, {"mixed": found}, memory | {"onnx": {"peak_mb": 300}})["encode_int8_onnx"]
+    assert goal == {"of": "m, mixed", "value": 1.3}
+
+
+def test_a_batch_of_onnx_runtime_has_room_for_its_padding(part: Any) -> None:
+    batches = part("onnx_int8").padded_batches
+    assert [*batches([3, 9, 5, 4, 1], 10)] == [[1], [2, 3], [0, 4]]
+    assert [*batches([50, 2, 2], 10)] == [[0], [1, 2]]  # a text that is too long is a batch of its own
+    assert [*batches([], 10)] == []
+
+
+def test_seconds_of_a_cold_start_come_from_a_new_process(
+    part: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cold = part("cold")
+    lines = (
+        "import types",
+        "time.sleep(0.2); model = types.SimpleNamespace(encode=lambda texts: print(texts, dtype, folder))",
+    )
+    monkeypatch.setitem(cold.SIDES, "float32", (lines, "float32"))
+    seconds = cold.first_vector("float32", tmp_path)
+    assert [*seconds] == ["import", "load", "encode"]
+    assert 0.2 <= seconds["load"] < 20 and seconds["import"] > 0 and seconds["encode"] > 0
 
 
 # ---- mistakes of the contract

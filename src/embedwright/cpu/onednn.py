@@ -1,7 +1,7 @@
 """Calls oneDNN's matrix products on CPUs, because torch's float32 default, MKL, runs slow code on AMD.
 
 From 256 rows on, oneDNN multiplies a plain weight at 92 % or more of the speed of a reordered one
-(`benchmarks/linears.py`), so no weight is reordered.
+(`benchmarks/peaks.py`), so no weight is reordered.
 """
 
 from __future__ import annotations

@@ -1,0 +1,103 @@
+"""Which setting to use: the first section of docs/performance.md, from the records of encode, cold start and GPU."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from tables import Records, table
+
+# USD for one core of a rented server and one hour. Costs are proportional to it: put in what you pay.
+PRICE_PER_CORE_HOUR = 0.04
+MOST_DISTANT = 2  # times bfloat16's mean distance from float32: a type that is further off is not recommended
+EXPLAINED = f"""\
+Passages on two cores; the rows of ST and ONNX Runtime are for comparison. USD: for a million passages, at
+{PRICE_PER_CORE_HOUR} USD for a core and an hour (`PRICE_PER_CORE_HOUR` in `benchmarks/choosing.py`; costs are
+proportional to it). MB: model and encoding, beside the libraries. First vector: seconds from `import` in a new process,
+with its files in the disk cache. Distance: mean 1 - cosine to our float32, over all three text sets. The answers are by
+medians over the models."""
+
+
+def choosing_section(results: Records) -> list[str]:
+    """Which setting three users should take, by what was measured."""
+    rows = list(_settings(results))
+    ours = [row for row in rows if row["setting"] in ("float32", "bfloat16", "int8")]
+    if not ours:
+        return []
+    cells = [
+        [
+            row["model"],
+            row["setting"],
+            f"{row['rate']:,.0f}",
+            f"{row['cost']:.2f}",
+            f"{row['mb']:,.0f}",
+            "" if row["first"] is None else f"{row['first']:.1f}",
+            "" if row["distance"] is None else f"{row['distance']:.1e}",
+        ]
+        for row in rows
+    ]
+    head = ["model", "setting", "tokens/s", "USD per million", "MB", "first vector, s", "distance"]
+    return [
+        "## Which setting shall I use",
+        "",
+        *_answers(ours, results.get("gpu")),
+        "",
+        EXPLAINED,
+        "",
+        *table(head, cells),
+        "",
+    ]
+
+
+def _settings(results: Records) -> Iterator[dict[str, Any]]:
+    """Every side of every encode record, on passages."""
+    cold = {record["model"]: record["seconds"] for name, record in results.items() if name.startswith("cold-")}
+    for name, record in results.items():
+        if not name.startswith("encode-"):
+            continue
+        found, kind = record["sets"]["passages"], record["dtype"]
+        labels = {"ours": kind, "int8": "int8", "peer": f"ST {kind}", "onnx": "ONNX Runtime int8"}
+        for side, rate in found["tokens_per_second"].items():
+            hours = 1e6 * found["tokens"] / found["texts"] / rate / 3600
+            away = [
+                each["distance_to_float32"][side] for each in record["sets"].values() if "distance_to_float32" in each
+            ]
+            seconds = cold.get(record["model"], {}).get(labels[side])
+            yield {
+                "model": record["model"],
+                "setting": labels[side],
+                "rate": rate,
+                "cost": hours * record["machine"]["cores"] * PRICE_PER_CORE_HOUR,
+                "mb": record["memory"][side]["peak_mb"],
+                "first": statistics.median(seconds) if seconds else None,
+                "distance": statistics.mean(away) if away else None,
+            }
+
+
+def _answers(ours: Sequence[Mapping[str, Any]], gpu: Mapping[str, Any] | None) -> list[str]:
+    """One line for each user, by medians over the models that were measured in every type. What is further from float32
+    than `MOST_DISTANT` times bfloat16 is recommended to nobody."""
+    by_type: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for row in ours:
+        by_type.setdefault(row["setting"], {})[row["model"]] = row
+    models = set.intersection(*(set(rows) for rows in by_type.values()))
+
+    def typical(setting: str, what: str) -> float:
+        return statistics.median(row[what] or 0.0 for model, row in by_type[setting].items() if model in models)
+
+    most = MOST_DISTANT * typical("bfloat16", "distance") if "bfloat16" in by_type else 0.0
+    near = [setting for setting in by_type if typical(setting, "distance") <= most]
+    lean, cheap = (min(near, key=lambda setting: typical(setting, what)) for what in ("mb", "cost"))
+    mb, usd = (f"{typical(lean, 'mb'):,.0f} MB", f"{typical(cheap, 'cost'):.2f} USD")
+    answers = [
+        f'- **A laptop:** `dtype="{lean}"` takes the least memory, {mb}; float32 takes'
+        f" {typical('float32', 'mb'):,.0f} MB.",
+        f'- **A CPU server:** `dtype="{cheap}"` costs least, {usd} for a million passages; float32 costs'
+        f" {typical('float32', 'cost'):.2f} USD.",
+    ]
+    said = '- **A GPU:** `dtype="bfloat16"`.'
+    if gpu is None:
+        return [*answers, f"{said} Not measured: no GPU has been at hand."]
+    rates = " and ".join(f"{found['sides']['ours']['tokens_per_second']:,.0f}" for found in gpu["encode"].values())
+    return [*answers, f"{said} One {gpu['gpu']} encodes {rates} tokens/s ([GPU](#gpu)). int8 was not run on one."]
