@@ -11,6 +11,7 @@ from tables import Records, table
 # USD for one core of a rented server and one hour. Costs are proportional to it: put in what you pay.
 PRICE_PER_CORE_HOUR = 0.04
 MOST_DISTANT = 2  # times bfloat16's mean distance from float32: a type that is further off is not recommended
+ORDER = ["float32", "bfloat16", "int8", "ONNX Runtime int8", "ST float32", "ST bfloat16"]
 EXPLAINED = f"""\
 Passages on two cores; the rows of ST and ONNX Runtime are for comparison. USD: for a million passages, at
 {PRICE_PER_CORE_HOUR} USD for a core and an hour (`PRICE_PER_CORE_HOUR` in `benchmarks/choosing.py`; costs are
@@ -21,8 +22,8 @@ medians over the models."""
 
 def choosing_section(results: Records) -> list[str]:
     """Which setting three users should take, by what was measured."""
-    rows = list(_settings(results))
-    ours = [row for row in rows if row["setting"] in ("float32", "bfloat16", "int8")]
+    rows = sorted(_settings(results), key=lambda row: (row["model"], ORDER.index(row["setting"])))
+    ours = [row for row in rows if row["setting"] in ORDER[:3]]
     if not ours:
         return []
     cells = [
