@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import compression
 import scale
 import typer
 import typer.cli
@@ -55,7 +56,7 @@ ROOMS += [
     "training/batches",
 ]
 ROOMS += ["training/losses", "training/engine", "training/masked", "training/run", "evaluation", "evaluation/bench"]
-ROOMS += ["evaluation/compare", "studies", "studies/ablate", "studies/report"]
+ROOMS += ["evaluation/compare", "compress", "studies", "studies/ablate", "studies/report"]
 ROOMS += ["frameworks", "cli", "demo"]
 CATALOGUE = "<!-- embedwright data list --markdown -->\n", "<!-- end -->"
 SECTIONS: dict[str, type[BaseModel]] = {  # by the place of the part in the file
@@ -139,6 +140,7 @@ def pages() -> dict[Path, str]:
         DOCS / "scale.md": scale.page((DOCS / "scale.md").read_text(encoding="utf-8")),
         ROOT / "CONTRIBUTING.md": between(ROOT / "CONTRIBUTING.md", TREE, tree()),
         DOCS / "data.md": between(DOCS / "data.md", CATALOGUE, tables),
+        **compression.pages(),
     }
 
 
@@ -264,6 +266,7 @@ def results(folder: Path) -> str:
     studies = sorted(folder.rglob("study.json"))
     inside = {file for study in studies for file in study.parent.rglob("*.json")}
     inside |= {*(folder / "ablations").rglob("*.json")}  # a study that runs there has no study.json yet
+    inside |= {*(folder / "compression").glob("*.json")}  # records of another form, on a page of their own
     suites: dict[str, dict[str, Results]] = {}
     for file in sorted({*folder.rglob("*.json")} - inside):
         found = checked(file)

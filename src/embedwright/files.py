@@ -97,6 +97,14 @@ def whole_folder(path: str | Path, mode: int = 0o777) -> Iterator[Path]:
     sync(final if stays else final.parent)
 
 
+def put_folder(folder: Path, path: str | Path) -> None:
+    """Renames a folder that is whole to `path`, new or an empty folder on the same disk. Raises OutputExistsError."""
+    final = check_new_folder(path)
+    sync_tree(folder)
+    _put(folder, final)
+    sync(final.parent)
+
+
 @contextmanager
 def scratch_folder(path: Path) -> Iterator[Path]:
     """Yields a hidden folder beside `path`, for files on the way to it, and removes it when the block ends."""

@@ -30,7 +30,7 @@ def test_the_made_pages_are_what_the_program_makes() -> None:
 
 def test_a_result_without_its_command_machine_or_date_is_refused(tmp_path: Path) -> None:
     """A number is on the page of results only with what it takes to repeat it."""
-    page, written = make_docs.results, sorted((DOCS / "results").rglob("*.json"))
+    page, written = make_docs.results, sorted((DOCS / "results").glob("*/dev.json"))
     assert written
     saved = json.loads(written[0].read_text(encoding="utf-8"))
     file = tmp_path / "model" / "suite.json"
@@ -48,7 +48,7 @@ def test_a_result_without_its_command_machine_or_date_is_refused(tmp_path: Path)
 
 
 def test_a_study_is_shown_with_seeds_and_command_and_a_smoke_test_is_not(tmp_path: Path) -> None:
-    saved = json.loads(next((DOCS / "results").rglob("*.json")).read_text(encoding="utf-8"))
+    saved = json.loads((DOCS / "results" / "bm25" / "dev.json").read_text(encoding="utf-8"))
     cells = [
         {"arm": arm, "seed": 3, "mean": mean, "seconds": {"training": 60}} for arm, mean in (("a", 0.5), ("b", 0.4))
     ]
@@ -103,7 +103,7 @@ def test_the_docs_stay_short() -> None:
     texts = {page.name: page.read_text(encoding="utf-8") for page in DOCS.glob("*.md") if page.name not in made}
     between = r"(?s)<!-- (?:embedwright data list --markdown|runs|\w+, made by scripts/scale.py) -->.*?<!-- end"
     words = {name: len(re.sub(between, "", text).split()) for name, text in texts.items()}
-    assert sum(words.values()) <= 18_663, words
+    assert sum(words.values()) <= 19_008, words
     assert words["concepts.md"] <= 1_200
     assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1010
 

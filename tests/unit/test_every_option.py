@@ -63,6 +63,7 @@ BASE: dict[str, Words] = {
     "report": {"sources": "{results}", "out": "--out OUT.html"},
     "bench": {"model": "{model}", "names": "SciFact", "out": "--out OUT"},  # whose data are not here
     "merge": {"models": "{model} {near}", "out": "OUT"},
+    "compress": {"model": "{model}", "out": "OUT", "layers": "--layers 2", "texts": "--texts {documents}"},
     "encode": {"model": "{model}", "source": "{documents}", "out": "OUT"},
     "index": {"model": "{model}", "source": "{documents}", "out": "OUT"},
     "search": {"model": "{model}", "folder": "{index}", "queries": "tides"},
@@ -159,6 +160,17 @@ CHANGES: dict[str, dict[str, tuple[str, str, Words]]] = {
         "how": ("files", "--how slerp", {}),
         "weights": ("files", "--weights 3,1", {}),
         "suite": ("said", "--suite {suite}", {}),
+    },
+    "compress": {
+        "model": ("files", "{other}", {}),
+        "out": ("names", "elsewhere", {}),
+        "layers": ("files", "--layers 1", {}),
+        "by": ("files", "--by influence", {}),
+        "width": ("files", "--width 0.7", {}),
+        "width_by": ("files", "--width-by magnitude", {"width": "--width 0.7"}),
+        "heal": ("files", "--heal {recipe}", {}),
+        "texts": ("files", "--texts {other_documents}", {}),
+        "report": ("names", "--report {suite}", {}),
     },
     "encode": {
         "model": ("files", "{other}", {}),
@@ -546,6 +558,10 @@ def write_ablation(at: Path, places: Words, name: str) -> str:
     return str(file)
 
 
+# Stands for the process that measures a model.
+MEASURED = {"parameters": 1000, "seconds": [1.0], "peak_memory": 10**8}
+
+
 class Finished:
     """Stands for the process of a cell: its result is there at once."""
 
@@ -705,6 +721,7 @@ def run(places: Words, servers: dict[str, FakeLLM], tmp_path_factory: pytest.Tem
         patch.setattr("sentence_transformers.CrossEncoder", Overlap)
         patch.setattr(mining, "Server", partial(Server, retries=0))
         patch.setattr("os.fsync", lambda handle: None)
+        patch.setattr("embedwright.compress.report.measured", lambda *_: MEASURED)
         patch.setattr(serve_run, "run", asked_once)
         patch.setattr(serve_run, "listen", lambda *place: SimpleNamespace(getsockname=lambda: place))
         patch.setattr(ablate_jobs, "subprocess", SimpleNamespace(Popen=Finished, DEVNULL=None))
@@ -719,6 +736,7 @@ OPEN_NOTHING = {
     "demo": "the recipe says it",
     "merge": "weights are merged in the type that they are stored in",
     "export": "it writes weights as they are",
+    "compress": "it changes weights in the type that they are stored in",
     "doctor": "it proves a model as it is",
     "report": "it draws a run with the run's own model",
     "synth": "a server writes",
@@ -764,6 +782,7 @@ RESULTS: dict[str, str] = {
     "serve": r"\S+ at http://",
     "search": "tides\n  \\d",
     "export": "OUT: nvembed",
+    "compress": r"OUT:\n  layers: ",
     "doctor": "torch ",
     "ablate": "tiny: suite",
     "data list": "name +family ",

@@ -101,6 +101,7 @@ EVERYTHING = (
         "serve",
         "studies.ablate",
         "studies.report",
+        "compress",
         "model.verify.doctor",
     }
     | {
@@ -148,6 +149,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation.bench": BOTTOM | {"evaluation", *SEARCH, *DATA, *MODEL},
     "evaluation.compare": BOTTOM | {"evaluation", "encoders.open"},
     "serve": BOTTOM | {*MODEL, *SEARCH, "index"},
+    "compress": BOTTOM | TRAINERS_USE | {*TRAINING},
     "studies": set(),
     "studies.ablate": BOTTOM | TRAINERS_USE | {*TRAINING},
     "studies.report": BOTTOM | TRAINERS_USE | {*TRAINING},

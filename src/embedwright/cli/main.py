@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import typer
 
-from embedwright.cli import evaluation, index, mining, model, serve, studies
+from embedwright.cli import compress, evaluation, index, mining, model, serve, studies
 from embedwright.cli.cache import cache_app
 from embedwright.cli.data import data_app
 from embedwright.errors import InputError
@@ -39,6 +39,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "search": model.search,
     "serve": serve.serve,
     "merge": model.merge,
+    "compress": compress.compress,
     "export": model.export,
     "doctor": model.doctor,
 }

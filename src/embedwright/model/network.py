@@ -33,10 +33,12 @@ class EmbedwrightConfig(PretrainedConfig):
 
     `backbone` is the decoder's own config, `pooling` and `contract` are ours, all as dicts. `released` is set for a
     model from a released NV-Embed folder: the stored dtype and the small JSON files by name, for its export.
-    `head_dtype` is "float32" where the head is stored in float32 beside a 16-bit backbone, and stays so.
+    `head_dtype` is "float32" where the head is stored in float32 beside a 16-bit backbone, and stays so. `history` says
+    what `embedwright compress` has done to the model, one object a step.
     """
 
     model_type = "embedwright"
+    history = None  # of the class, so that a model without one is saved as before
 
     def __init__(
         self,

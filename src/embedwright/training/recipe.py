@@ -112,18 +112,12 @@ class Recipe(Part):
 
         FileNotFoundError, or ConfigError that names the file, the key and the nearest key.
         """
-        file = Path(path).expanduser()
-        if not file.exists():
-            names = sorted(packaged.stem for packaged in PACKAGED.glob("*.yaml"))
-            if str(path) not in names:
-                raise NotFoundError(f"{path}: no such recipe file; packaged are: {', '.join(names)}")
-            file = PACKAGED / f"{path}.yaml"
-        return _parsed(load_yaml(file), str(path))
+        return _parsed(read_recipe(path), str(path))
 
     @classmethod
-    def parse(cls, content: dict[str, Any]) -> Recipe:
-        """Parses a mapping. Errors as in `load`."""
-        return _parsed(content, "recipe")
+    def parse(cls, content: dict[str, Any], where: str = "recipe") -> Recipe:
+        """Parses a mapping. Errors as in `load`, in front of them `where`."""
+        return _parsed(content, where)
 
     def values_by_key(self) -> dict[str, Any]:
         """Lists the values that make the model, by dotted key: stages by their names, a list of data as one value."""
@@ -172,6 +166,17 @@ class Recipe(Part):
 
     def with_out(self, out: str | Path) -> Recipe:
         return self.model_copy(update={"run": self.run.model_copy(update={"out": str(out)})})
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """Reads the keys of a recipe file, or of a packaged recipe by its name, unchecked. Errors as in `Recipe.load`."""
+    file = Path(path).expanduser()
+    if not file.exists():
+        names = sorted(packaged.stem for packaged in PACKAGED.glob("*.yaml"))
+        if str(path) not in names:
+            raise NotFoundError(f"{path}: no such recipe file; packaged are: {', '.join(names)}")
+        file = PACKAGED / f"{path}.yaml"
+    return load_yaml(file)
 
 
 def _parsed(content: dict[str, Any], where: str) -> Recipe:

@@ -34,7 +34,7 @@ def intervals(title: str, groups: Mapping[str, Sequence[Mark]]) -> str:
     """Returns an SVG picture of groups of rows. A claimed difference is a filled dot, any other an open one."""
     marks = [mark for group in groups.values() for mark in group]
     ends = [0.0, *(end for mark in marks for end in (mark.value, mark.low, mark.high) if end is not None)]
-    step = _step(max(ends) - min(ends))
+    step = round_step(max(ends) - min(ends))
     first, last = math.floor(min(ends) / step), math.ceil(max(ends) / step)
     height = TOP + ROW * (len(marks) + len(groups)) + 24
     scale = (WIDTH - LABELS - VALUES) / max(last - first, 1)
@@ -62,7 +62,7 @@ def intervals(title: str, groups: Mapping[str, Sequence[Mark]]) -> str:
     return "\n".join([head, f"<title>{escape(title)}</title><style>{_STYLE}</style>", *filter(None, lines), "</svg>\n"])
 
 
-def _step(span: float) -> float:
+def round_step(span: float) -> float:
     """Returns a round distance between ticks, so that about six of them fit into `span`."""
     power = 10.0 ** math.floor(math.log10(max(span, 1e-3) / 6))
     return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= max(span, 1e-3) / 6 * 0.999)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from embedwright.errors import InputError
 from embedwright.files import sha256_of
@@ -43,6 +43,21 @@ def format_of(folder: Path, name: str) -> Format | Family | None:
     if (folder / STOCK_SETTINGS).is_file():
         return "stock"
     return family_of(folder, name, config)
+
+
+def history_of(folder: Path) -> list[dict[str, Any]] | None:
+    """Reads what `embedwright compress` has done to the model in a folder of ours or of the stock format, step by step.
+
+    None for one that it never touched. Raises InputError for anything but objects of texts and numbers.
+    """
+    file = folder / (STOCK_SETTINGS if (folder / STOCK_SETTINGS).is_file() else "config.json")
+    history: list[dict[str, Any]] | None = read_object(file).get("history")
+    steps = [] if history is None else history
+    if not isinstance(steps, list) or not all(
+        isinstance(step, dict) and all(isinstance(said, str | int | float) for said in step.values()) for step in steps
+    ):
+        raise InputError(f"{file}: history must be a list of objects, whose values are texts and numbers")
+    return history
 
 
 def content_fingerprint(name: str, revision: str | None = None) -> str:

@@ -14,7 +14,7 @@ from embedwright.locate import fetch_weights
 from embedwright.model.backbone import decoder_config, load_backbone, origin_of, set_attention, stock_config
 from embedwright.model.formats.adapter import read_adapter, read_settings
 from embedwright.model.formats.base import Outline, build_network, check_weights, resolve_base
-from embedwright.model.formats.detect import STOCK_SETTINGS, Format, detect
+from embedwright.model.formats.detect import STOCK_SETTINGS, Format, detect, history_of
 from embedwright.model.formats.families import FAMILIES, Family, read_family, split_family
 from embedwright.model.formats.folder import check_folder, read_object
 from embedwright.model.formats.nvembed import load_nvembed, read_nvembed
@@ -60,6 +60,8 @@ def open_embedder(
         else:
             backbone = load_backbone(str(folder), decoder, dtype or decoder.dtype or torch.float32)
             network = build_network(backbone, pooling, contract)
+    if form in ("ours", "stock") and (history := history_of(folder)) is not None:
+        network.config.history = history
     network.config.name_or_path = str(folder)
     if network.origin is None:  # that of an adapter is its base's
         base = str(path).removesuffix(split_family(str(path))[1]) + (place.hub_id or str(folder.resolve()))

@@ -40,6 +40,7 @@ def facts(network: EmbedwrightModel, tokenizer: TextTokenizer) -> dict[str, Any]
         "attention": "causal" if backbone.config.is_causal else "bidirectional",
         "dimensions": int(backbone.config.hidden_size),
         "base": None if base is None or Path(base).is_absolute() else base,
+        "history": network.config.history or (),
     }
 
 
@@ -57,6 +58,7 @@ def model_card(
     stages: Sequence[Row] = (),
     data: Sequence[Row] = (),
     scores: Sequence[Row] = (),
+    history: Sequence[Row] = (),
     commands: Sequence[str] = (),
     path: str | None = None,
 ) -> str:
@@ -67,6 +69,7 @@ def model_card(
         base, license: Names as on the hub, or a packaged name. Any other base is named in the text alone.
         stages, data, scores: The rows of three tables; the keys of the rows are the columns. Data rows have `task`,
             `rows`, `licence` and `source`; a source that is a data set on the hub goes into the front matter.
+        history: What `embedwright compress` did, one step after the other.
         commands: How the model was trained and scored. `MODEL` in them becomes `path`.
         path: What a reader loads, if that is not `name`.
     """
@@ -96,12 +99,14 @@ def model_card(
         "## Use",
         _use(path or name, contract, form),
         "## What it reads",
-        _table(_reading(contract, pooling, attention)),
+        markdown_table(_reading(contract, pooling, attention)),
     ]
+    if history:
+        sections += ["## History", "\n".join(f"1. {line}" for line in history_lines(history))]
     licensed = [{**row, "licence": row.get("licence") or "not stated"} for row in data]
     for title, rows in (("Training", stages), ("Data", licensed), ("Scores", scores)):
         if rows:
-            sections += [f"## {title}", _table(rows)]
+            sections += [f"## {title}", markdown_table(rows)]
     if commands:
         lines = "\n".join(command.replace("MODEL", path or name) for command in commands)
         sections += ["## Commands", f"```sh\n{lines}\n```"]
@@ -148,7 +153,15 @@ def _reading(contract: Contract, pooling: str, attention: str) -> list[Row]:
     return [{"part": part, "value": value} for part, value in rows.items() if value is not None]
 
 
-def _table(rows: Sequence[Row]) -> str:
+def history_lines(history: Sequence[Row]) -> list[str]:
+    """Returns a line for each step of a model's history: its name, then what it did."""
+    return [
+        f"{step.get('step')}: " + ", ".join(f"{key} {_cell(value)}" for key, value in step.items() if key != "step")
+        for step in history
+    ]
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
     """Returns a Markdown table. Its columns are the keys of all rows, in order; a key that a row lacks is an empty
     cell.
     """

@@ -132,6 +132,8 @@ def _save_stock(network: EmbedwrightModel, tokenizer: Any, folder: Path) -> None
     )
     files = sentence_transformers_files(contract, WEIGHTLESS[kind], config.hidden_size, STOCK_TRANSFORMER)
     files[STOCK_SETTINGS] = {"contract": contract.model_dump(), "pooling": network.pooling.model_dump()}
+    if network.config.history:
+        files[STOCK_SETTINGS]["history"] = network.config.history
     _write_json(folder, files)
 
 

@@ -1,0 +1,134 @@
+"""The command `compress`: steps that make a model smaller, in a fixed order, and the report of all of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from functools import cache, partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from embedwright.cli import options
+from embedwright.cli.display import note, say, training
+from embedwright.cli.options import arg, opt
+from embedwright.errors import InputError
+from embedwright.files import write_json, write_text
+
+if TYPE_CHECKING:
+    from embedwright.compress.chain import Step
+    from embedwright.compress.states import Texts
+    from embedwright.evaluation.results import Row
+    from embedwright.evaluation.suite import Suite
+
+REPORT = "compression.json"  # in the folder that is made; the picture lies beside it
+_TEXTS = 256  # for calibration
+_LIBRARIES = ("numpy", "networkx")  # torch needs both, so they are always there
+
+
+def compress(
+    model: Annotated[str, arg("Model: a folder or a hub id. The adapters of an adapter folder are merged first.")],
+    out: Annotated[Path, arg("New folder for the compressed model.", callback=options.new_folder)],
+    layers: Annotated[int | None, opt("Prune: number of layers to keep.", min=1)] = None,
+    by: Annotated[
+        Literal["angular", "influence"],
+        opt("Layers that go: the block whose output is nearest to its input, or single ones that change least."),
+    ] = "angular",
+    width: Annotated[
+        float | None, opt("Prune: share of each gated block's channels to keep, as 0.75, in groups of 32.")
+    ] = None,
+    width_by: Annotated[
+        Literal["wanda", "magnitude"], opt("Channels that stay: the largest by weight times activation, or by weight.")
+    ] = "wanda",
+    heal: Annotated[
+        Path | None,
+        opt("Train the pruned model by this recipe. Stages that follow vectors follow MODEL, if they name no teacher."),
+    ] = None,
+    texts: Annotated[
+        Path | None,
+        opt(
+            f"File of texts to measure on, of which the first {_TEXTS} count. "
+            f"Default: docstrings of {' and '.join(_LIBRARIES)}."
+        ),
+    ] = None,
+    report: Annotated[
+        str | None,
+        opt("Measure and score MODEL and each step on this suite, as in `eval`: size, speed, memory and quality."),
+    ] = None,
+) -> None:
+    """Make a model smaller, step by step, in the order of the options. Run it again to go on after a stop.
+
+    Each step notes in the folder and in its model card what it did. The steps lie in OUT.steps until all are done.
+    """
+    from embedwright.compress.chain import chained, write_card
+    from embedwright.compress.depth import layers_step
+    from embedwright.compress.heal import heal_step
+    from embedwright.compress.width import width_step
+    from embedwright.evaluation.results import render
+    from embedwright.evaluation.suite import load_suite
+    from embedwright.model.formats.detect import history_of
+    from embedwright.model.interop.card import history_lines
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("compress is for one process: prune first, and train OUT with model: {from: OUT} by torchrun")
+    measured_on, suite = _texts(texts), None if report is None else load_suite(report)
+    steps: list[Step] = []
+    rows: list[Row] = []
+    if layers is not None:
+        steps.append(layers_step(layers, by, measured_on))
+    if width is not None:
+        steps.append(width_step(width, width_by, measured_on))
+    if heal is not None:
+        steps.append(heal_step(heal, model, training, lambda line: note(f"  {line}")))
+    if not steps:
+        raise InputError("no step is asked for: name at least one of --layers, --width, --heal")
+    with chained(model, out, steps, note) as models:
+        last = Path(models[steps[-1].name])
+        if suite is not None:
+            rows = _report(out.name, models, suite, measured_on, last)
+        write_card(last, out.name, rows)
+        done = history_lines(history_of(last) or ())
+    say("\n".join([f"{out}:", *(f"  {line}" for line in done)]))
+    if rows:
+        say(f"\n{render(rows)}\n\nalso in {out}: README.md, {REPORT}, compression.svg")
+
+
+def _report(name: str, models: dict[str, str], suite: Suite, texts: Texts, folder: Path) -> list[Row]:
+    """Evaluates all steps, and writes the record and its picture into the folder of the last one."""
+    from embedwright.compress.report import evaluated, picture, table
+
+    record = evaluated(name, models, suite, texts, note)
+    write_json(folder / REPORT, record)
+    write_text((folder / REPORT).with_suffix(".svg"), picture([record]))
+    return table(record)
+
+
+def _texts(file: Path | None) -> Texts:
+    """Returns the calibration texts: of a file, or packaged ones."""
+    from embedwright.compress.states import Texts
+    from embedwright.files import sha256_of
+
+    if file is None:
+        return Texts(f"{_TEXTS} docstrings of {' and '.join(_LIBRARIES)}", cache(_docstrings))
+    if not file.is_file():
+        raise InputError(f"--texts {file}: there is no such file")
+    read = cache(partial(_first_texts, file))
+    return Texts(f"{file.name} (sha256 {sha256_of(file)[:12]})", read)
+
+
+def _docstrings() -> list[str]:
+    """Returns every so many docstrings of the libraries: summary and body, cut after 60 words."""
+    from embedwright.demo.docstrings import harvest
+
+    rows = list(harvest(_LIBRARIES))
+    return [
+        " ".join(f"{row.query} {row.positives[0].text}".split()[:60])
+        for row in rows[:: max(1, len(rows) // _TEXTS)][:_TEXTS]
+    ]
+
+
+def _first_texts(file: Path) -> list[str]:
+    from embedwright.vectors.corpus import read_source
+
+    rows: Iterator[str] = (row.text for row in read_source(file))
+    return list(islice(rows, _TEXTS))

@@ -1,0 +1,1 @@
+"""Compression: a model made smaller step by step, and one evaluator of all steps."""

@@ -1,0 +1,101 @@
+"""The steps of `embedwright compress`, each from one model folder to the next. A chain that was stopped goes on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from embedwright.errors import InputError
+from embedwright.files import check_new_folder, locked, put_folder, remove_leftovers, write_json, write_text
+from embedwright.model.embedder import Embedder
+from embedwright.model.formats.detect import content_fingerprint, detect
+from embedwright.model.formats.families import split_family
+from embedwright.model.interop.card import Row, facts, model_card
+
+ORIGINAL = "original"  # what a report calls the model that the chain begins with
+_ASKED = "asked.json"
+
+Say = Callable[[str], None]
+
+
+class Step(NamedTuple):
+    """One step: its name, what the user asked of it (plain JSON), and the function that does it.
+
+    `make(source, out)` opens the model of the folder `source` and writes a new model into the folder `out`, whole or
+    not at all.
+    """
+
+    name: str
+    asked: Mapping[str, Any]
+    make: Callable[[str, Path], None]
+
+
+def save_step(model: Embedder, source: str, out: Path, step: str, **did: str | float) -> None:
+    """Saves the model that a step made of `source`, with what the step did at the end of the model's history."""
+    config: Any = model.network.config
+    if not config.history:
+        place = Path(split_family(source)[1]).expanduser()
+        did = {"of": place.resolve().name if place.exists() else source, **did}
+    config.history = [*(config.history or []), {"step": step, **did}]
+    model.save(out)
+
+
+@contextmanager
+def chained(model: str, out: Path, steps: Sequence[Step], say: Say) -> Iterator[dict[str, str]]:
+    """Makes the model of each step, and yields the folders of all models by name, the original first.
+
+    They lie in `<out>.steps`. A step whose folder is there is done, so a chain that was stopped goes on. After the
+    block the last one is `out`, and the others are removed. The adapters of a model are merged before the first step.
+    Raises InputError if `<out>.steps` has steps of another model, or others than these.
+    """
+    out = check_new_folder(out)
+    work = out.with_name(f"{out.name}.steps")
+    if detect(model)[1] == "adapter":
+        steps = [Step("merged", {}, _merge), *steps]
+    with locked(work.with_suffix(".lock")):
+        _claim(work, content_fingerprint(model), [[step.name, dict(step.asked)] for step in steps])
+        models = {ORIGINAL: model}
+        source = model
+        for number, step in enumerate(steps, start=1):
+            folder = work / f"{number}-{step.name}"
+            if not folder.is_dir():
+                say(f"[{number}/{len(steps)}] {step.name}")
+                step.make(source, folder)
+            models[step.name] = source = str(folder)
+        if "merged" in models:  # with all of its weights on disk, it is what the others are compared with
+            models[ORIGINAL] = models.pop("merged")
+        yield models
+        put_folder(Path(source), out)
+        shutil.rmtree(work)
+
+
+def write_card(folder: Path, name: str, rows: Sequence[Row] = ()) -> None:
+    """Opens the last model, which proves it, and writes its card, which calls it `name`; `rows` are its scores.
+
+    A static student, which only sentence-transformers opens, keeps the card that it has.
+    """
+    if detect(str(folder))[1] is not None:
+        model = Embedder.load(folder)
+        write_text(folder / "README.md", model_card(name, scores=rows, **facts(model.network, model.text_tokenizer)))
+
+
+def _merge(source: str, out: Path) -> None:
+    save_step(Embedder.load(source).merge(), source, out, "merged")
+
+
+def _claim(work: Path, model: str, steps: list[list[Any]]) -> None:
+    """Makes the folder of the steps. One that is there is taken over if the steps done in it are asked for again."""
+    file = work / _ASKED
+    if file.is_file():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        done = sum((work / f"{number}-{name}").is_dir() for number, (name, _) in enumerate(before["steps"], start=1))
+        if done and (before["model"], before["steps"][:done]) != (model, steps[:done]):
+            raise InputError(f"{work} holds steps of another model, or other steps: remove it, or choose another OUT")
+    else:
+        check_new_folder(work)
+    write_json(file, {"model": model, "steps": steps})
+    remove_leftovers(work)

@@ -1,0 +1,69 @@
+"""Heals a pruned model: a short training by a recipe, which may follow the model from before it was pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from embedwright.compress.chain import Step, save_step
+from embedwright.errors import InputError
+from embedwright.model.embedder import Embedder
+from embedwright.training.recipe import Recipe, read_recipe
+from embedwright.training.train import OnEvaluation, OnStep, train
+
+Listen = Callable[[Recipe], OnStep]
+
+
+def healing_recipe(recipe: str | Path, source: str, teacher: str, out: Path) -> Recipe:
+    """Reads a recipe and fills in `model: {from: source}` and `run.out`, whatever it says of these.
+
+    A stage whose `loss.distill` follows vectors or similarities and names no teacher follows `teacher`. The model is
+    saved whole, in the type that it is stored in unless the recipe says another. Raises ConfigError for a mistake.
+    """
+    content = read_recipe(recipe)
+    own, run = (part if isinstance(part := content.get(key), dict) else {} for key in ("model", "run"))
+    content["model"] = {"from": source} | {key: own[key] for key in ("max_tokens",) if own.get("from") and key in own}
+    content["run"] = {**run, "out": str(out), "save": "merged"}
+    content.pop("provenance", None)  # of the values that were replaced, too
+    for stage in content["stages"] if isinstance(content.get("stages"), list) else ():
+        loss = stage.get("loss") if isinstance(stage, dict) else None
+        distill = loss.get("distill") if isinstance(loss, dict) else None
+        if isinstance(distill, dict) and (distill.get("vector_weight") or distill.get("similarity_weight")):
+            distill["teacher"] = distill.get("teacher") or teacher
+    return Recipe.parse(content, str(recipe))
+
+
+def heal_step(recipe: str | Path, teacher: str, listen: Listen, on_evaluation: OnEvaluation) -> Step:
+    """Returns the step that trains by a recipe. `teacher` is the model from before the first step.
+
+    Raises ConfigError for a mistake in the recipe, now.
+    """
+    asked = healing_recipe(recipe, teacher, teacher, Path("unset"))
+    if asked.tune.adapters == "continue":
+        raise InputError(f"{recipe}: tune.adapters: a pruned model has none to continue: leave it out")
+
+    def make(source: str, out: Path) -> None:
+        plan = healing_recipe(recipe, source, teacher, out.with_name(f"{out.name}.run"))
+        if "dtype" not in plan.run.model_fields_set:
+            stored = str(Embedder.load(source).network.backbone.dtype).removeprefix("torch.")
+            plan = plan.model_copy(update={"run": plan.run.model_copy(update={"dtype": stored})})
+        train(plan, on_step=listen(plan), on_evaluation=on_evaluation)
+        save_step(Embedder.load(Path(plan.run.out) / "model"), source, out, "heal", **_told(plan))
+
+    return Step("heal", {"recipe": asked.hash()}, make)
+
+
+def _told(plan: Recipe) -> dict[str, Any]:
+    """Says for the history what trained a model: its stages, teachers and data."""
+    stages = [f"{stage.name} {stage.optim.steps} steps of {stage.optim.batch_queries}" for stage in plan.stages]
+    data = [_data(entry) for stage in plan.stages for entry in stage.data]
+    teachers = [Path(name).name for stage in plan.stages for name in stage.loss.teachers]
+    told = {"recipe": plan.name, "stages": ", ".join(stages), "teacher": ", ".join(dict.fromkeys(teachers))}
+    return {key: said for key, said in told.items() if said} | {"data": ", ".join(dict.fromkeys(data))}
+
+
+def _data(entry: Any) -> str:
+    """Names a file of data, with its licence where the recipe says it."""
+    licence = getattr(getattr(entry, "task", None), "licence", "") or getattr(entry, "licence", "")
+    return Path(entry.path).name + (f" ({licence})" if licence else "")

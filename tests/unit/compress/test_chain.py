@@ -1,0 +1,161 @@
+"""Chains of steps by the command: what lies where, what is told, what goes on after a stop, what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from stock_layers import TEXTS
+from typer.testing import CliRunner
+
+from embedwright.cli.main import app
+from embedwright.compress import depth, width
+from embedwright.errors import InputError
+from embedwright.model.embedder import Embedder
+from embedwright.model.formats.detect import history_of
+
+Make = Callable[..., Embedder]
+
+
+@pytest.fixture
+def at(tmp_path: Path, tiny_embedder: Make, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with `model`, of mean pooling, and `texts.jsonl`, in which the command runs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("os.fsync", lambda handle: None)
+    tiny_embedder("mean", "qwen3").save(tmp_path / "model", "bfloat16")
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return tmp_path
+
+
+def run(*arguments: object) -> str:
+    result = CliRunner().invoke(app, ["compress", *map(str, arguments)])
+    if result.exit_code:
+        raise result.exception or AssertionError(result.output)
+    return result.stdout
+
+
+BOTH = ("model", "out", "--layers", 2, "--width", 0.7, "--texts", "texts.jsonl")
+
+
+def test_steps_chain_and_every_door_opens_the_result(at: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    said = run(*BOTH)
+    assert [path.name for path in at.iterdir() if "out" in path.name] == ["out"]  # no steps, no lock
+    first, second = history_of(at / "out") or ()
+    assert (first["step"], first["of"], first["kept"]) == ("layers", "model", "2 of 3")
+    assert first["texts"].startswith("texts.jsonl (sha256 ") and (second["step"], second["by"]) == ("width", "wanda")
+    card = (at / "out" / "README.md").read_text()
+    assert f"1. layers: of model, kept 2 of 3, removed {first['removed']}, by angular" in card and "1. width: " in card
+    assert "# out\n" in card and "layers: of model, kept 2 of 3" in said and str(at) not in card + said
+    model = Embedder.load(at / "out")
+    assert str(model.network.backbone.dtype) == "torch.bfloat16"
+    config = json.loads((at / "out" / "config.json").read_text())
+    assert (config["num_hidden_layers"], config["intermediate_size"]) == (2, 32)
+    exact = Embedder.load(at / "out", dtype="float32")
+    theirs = SentenceTransformer(str(at / "out"), model_kwargs={"dtype": "float32"}, local_files_only=True)
+    np.testing.assert_allclose(exact.encode(TEXTS), theirs.encode(TEXTS, normalize_embeddings=True), atol=1e-5)
+    said = CliRunner().invoke(app, ["doctor", "out"]).stdout
+    assert "ok " in said and "BAD" not in said
+
+
+def test_history_travels_with_the_model_and_changes_no_fingerprint(at: Path, tiny_embedder: Make) -> None:
+    run("model", "out", "--layers", 2, "--texts", "texts.jsonl")
+    model = Embedder.load("out")
+    bare = Embedder.load("out")
+    bare.network.config.history = None
+    assert model.fingerprint() == bare.fingerprint()
+    model.save("again")
+    assert history_of(at / "again") == history_of(at / "out")
+    tiny_embedder("latent").save("latent")
+    assert history_of(at / "latent") is None and '"history"' not in (at / "latent" / "config.json").read_text()
+    run("latent", "small", "--layers", 2, "--texts", "texts.jsonl", "--by", "influence")
+    (did,) = Embedder.load("small").network.config.history
+    assert did["by"] == "influence" and history_of(at / "small") == [did]
+    run("small", "smaller", "--layers", 1, "--texts", "texts.jsonl")
+    assert [step.get("of") for step in history_of(at / "smaller") or ()] == ["latent", None]
+    for broken in ("a text", [1], [{"step": ["layers"]}]):
+        config = json.loads((at / "small" / "config.json").read_text())
+        (at / "small" / "config.json").write_text(json.dumps(config | {"history": broken}))
+        with pytest.raises(InputError, match=r"config.json: history must be a list of objects"):
+            Embedder.load("small")
+
+
+def test_a_chain_that_was_stopped_goes_on(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(*BOTH)
+    (at / "out").rename(at / "unbroken")
+    stop = pytest.MonkeyPatch()
+
+    def killed(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    stop.setattr(width, "choose", killed)
+    assert CliRunner().invoke(app, ["compress", *map(str, BOTH)]).exit_code != 0
+    stop.undo()
+    assert (at / "out.steps" / "1-layers" / "config.json").is_file() and not (at / "out").exists()
+    monkeypatch.setattr(depth, "choose", killed)  # it is done
+    with pytest.raises(InputError, match=r"out.steps holds steps of another model, or other steps"):
+        run(*BOTH, "--by", "influence")
+    with pytest.raises(InputError, match=r"out.steps holds steps"):
+        (at / "texts.jsonl").write_text('{"text": "another"}\n')
+        run(*BOTH)
+    (at / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    run(*BOTH)
+    for file in (at / "unbroken").rglob("*"):
+        if file.is_file() and file.name != "README.md":
+            assert (at / "out" / file.relative_to(at / "unbroken")).read_bytes() == file.read_bytes(), file.name
+
+
+def test_adapters_are_merged_before_the_first_step(at: Path, tiny_embedder: Make, tiny_decoder: Any) -> None:
+    model = tiny_embedder("mean").add_lora(rank=4)
+    for name, parameter in model.network.backbone.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1)
+    model.save("adapter")
+    run("adapter", "out", "--layers", 2, "--texts", "texts.jsonl")
+    assert [step["step"] for step in history_of(at / "out") or ()] == ["merged", "layers"]
+    small = Embedder.load("adapter").merge()
+    removed = int((history_of(at / "out") or ())[1]["removed"]) - 1
+    depth.cut_layers(small.network, [removed])
+    np.testing.assert_allclose(Embedder.load("out").encode(TEXTS), small.encode(TEXTS), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["model", "out"], "no step is asked for: name at least one of --layers"),
+        (
+            ["model", "out", "--layers", "3", "--texts", "texts.jsonl"],
+            "--layers 3: the model has 3; keep at least 1 and at most 2",
+        ),
+        (["model", "out", "--width", "2", "--texts", "texts.jsonl"], "--width 2.0: that is 0 of 48 channels"),
+        (["model", "out", "--layers", "2", "--texts", "nowhere.txt"], "--texts nowhere.txt: there is no such file"),
+        (["model", "texts.jsonl", "--layers", "2"], "texts.jsonl exists and is not an empty folder"),
+        (["nowhere", "out", "--layers", "2", "--texts", "texts.jsonl"], "nowhere"),
+        (["model", "out", "--layers", "2", "--report", "dev-minni"], "no suite 'dev-minni' (did you mean"),
+        (["model", "out", "--heal", "nowhere.yaml"], "nowhere.yaml: no such recipe file"),
+    ],
+)
+def test_mistakes_are_named(at: Path, words: list[str], said: str) -> None:
+    with pytest.raises(InputError) as error:
+        run(*words)
+    assert said in str(error.value)
+    assert not (at / "out").exists()
+
+
+def test_without_a_file_docstrings_are_read(at: Path) -> None:
+    assert "256 docstrings of numpy and networkx" in run("model", "out", "--layers", 2)
+
+
+def test_a_mistake_is_corrected_by_another_command(at: Path) -> None:
+    """A step that failed has left nothing, so the next command need not ask for it again."""
+    with pytest.raises(InputError, match="--layers 3"):
+        run("model", "out", "--layers", 3, "--texts", "texts.jsonl")
+    with pytest.raises(InputError, match="--width"):
+        run("model", "out", "--layers", 2, "--width", 0.01, "--texts", "texts.jsonl")
+    run("model", "out", "--layers", 2, "--width", 0.7, "--width-by", "magnitude", "--texts", "texts.jsonl")
+    assert [step["step"] for step in history_of(at / "out") or ()] == ["layers", "width"]
