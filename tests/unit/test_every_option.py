@@ -214,7 +214,8 @@ CHANGES: dict[str, dict[str, tuple[str, str, Words]]] = {
     "export": {
         "model": ("files", "{other_nvembed}", {}),
         "out": ("names", "elsewhere", {}),
-        "layout": ("error", "--format another", {}),  # there is one as yet
+        "layout": ("error", "--format gguf", {}),  # which has no latent pooling
+        "type": ("files", "--type f32", {"model": "{other}", "out": "OUT.gguf", "layout": "--format gguf"}),
     },
     "serve": {
         "model": ("said", "{other}", {}),

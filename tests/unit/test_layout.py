@@ -92,6 +92,7 @@ EVERYTHING = (
     | {
         *TRAINING,
         "registration",
+        "export",
         "frameworks",
         "index",
         "index.lancedb",
@@ -137,6 +138,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "encoders.open": BOTTOM | {"encoders", *MODEL},
     "model.verify.by_hand": BOTTOM | {"encoders", *MODEL},
     "model.verify.doctor": BOTTOM | {"encoders", "encoders.open", "model.verify.by_hand", *MODEL},
+    "export": BOTTOM | set(MODEL),
     "vectors": BOTTOM | {"encoders", "cpu", "text", *DATA[:6]},
     "frameworks": BOTTOM | {"encoders", "encoders.open"},
     "index.lancedb": BOTTOM | {"index", "encoders", "encoders.open"},

@@ -236,12 +236,27 @@ def search(
 
 
 def export(
-    model: Annotated[str, arg("Folder of a model, opened from or tuned on a released NV-Embed.")],
-    out: Annotated[Path, arg("New folder.", callback=options.new_folder)],
-    layout: Annotated[Literal["nvembed"], opt("Layout of the folder.", "--format")] = "nvembed",
+    model: Annotated[str, arg("Folder of a model.")],
+    out: Annotated[Path, arg("New folder, or new .gguf file.", callback=options.new_folder)],
+    layout: Annotated[
+        Literal["nvembed", "gguf"],
+        opt("What to write: the layout of the released NV-Embed folders, or a file for llama.cpp.", "--format"),
+    ] = "nvembed",
+    type: Annotated[
+        Literal["f32", "f16", "q8_0"] | None, opt("With gguf: type of the weights. Default: f16.", "--type")
+    ] = None,
 ) -> None:
-    """Write a model in the layout of the released NV-Embed folders, with weights in the type they were stored in."""
+    """Write a model for other programs: as a released NV-Embed folder, or as a GGUF file for llama.cpp."""
     from embedwright.model.embedder import Embedder
+
+    if layout == "gguf":
+        from embedwright.export.gguf import export_gguf
+
+        served = export_gguf(Embedder.load(model), out, type or "f16")
+        say(f"{out}: {type or 'f16'}, right in llama.cpp for {served}")
+        return
+    if type is not None:
+        raise InputError("--type is for --format gguf: this layout keeps the type that the weights are stored in")
     from embedwright.model.formats.nvembed_export import export_nvembed
 
     export_nvembed(Embedder.load(model), out)

@@ -45,7 +45,7 @@ def sentence_transformer(network: EmbedwrightModel, tokenizer: Any) -> Any:
         tokenizer_for(tokenizer, network.contract).save_pretrained(folder)
         first = _transformer()(folder, model_kwargs={"at_hand": network}, **files["sentence_bert_config.json"])
     return SentenceTransformer(
-        modules=[first, Pooling(**files["1_Pooling/config.json"]), Normalize()],
+        modules=[first, Pooling(hidden, "mean", include_prompt=network.contract.mask_rule == "all"), Normalize()],
         device=str(network.device),
         trust_remote_code=False,
         **files["config_sentence_transformers.json"],

@@ -1,18 +1,23 @@
 """Tells which other programs give the right vectors for a saved folder, and for queries, documents or both.
 
-The facts are from the source of the server: text-embeddings-inference 1.9 takes the pooling of `1_Pooling`, pools every
-token including the prompt's, and decides on attention by `use_bidirectional_attention`, for Qwen2 by `is_causal`.
+The facts are from the source of the servers, text-embeddings-inference 1.9 and vLLM 0.33. Both take the pooling from
+`1_Pooling` and pool every token, the prompt's too. On attention the first decides by `use_bidirectional_attention`, for
+Qwen2 by `is_causal`; vLLM by `is_causal`, for Gemma 3 by the former.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from embedwright.model.backbone import READ_BY_FLAG
 from embedwright.model.formats.detect import STOCK_SETTINGS, format_of
 from embedwright.model.formats.folder import read_object
+from embedwright.text import Contract
 
 _BOTH = "queries and documents"
+_SERVERS = "text-embeddings-inference and vLLM"
+_BIDIRECTIONAL = READ_BY_FLAG | {"qwen2"}  # families that both servers can run so
 
 
 def check_readers(folder: Path) -> tuple[bool, str] | None:
@@ -30,29 +35,48 @@ def check_readers(folder: Path) -> tuple[bool, str] | None:
         )
     if form != "stock":
         return None
-    server, misled = _server(folder)
-    line = f"sentence-transformers: {_BOTH}; AutoModel: token states, to be pooled by hand; {server}"
-    return not misled, line
+    misleading, served = _misleading(folder), _served(folder)
+    line = f"sentence-transformers: {_BOTH}; AutoModel: token states, to be pooled by hand; {_SERVERS}: "
+    return not misleading, line + (f"wrong, {misleading}; save it again" if misleading else served)
 
 
-def _server(folder: Path) -> tuple[str, bool]:
-    """Returns what text-embeddings-inference makes of a stock folder, and whether a key misleads it."""
-    config = read_object(folder / "config.json")
-    name, kind = "text-embeddings-inference", config.get("model_type")
-    flag = config.get("use_bidirectional_attention") is True
-    causal = config.get("is_causal", True)
+def sides(contract: Contract, pooling: str) -> str | None:
+    """Returns the texts for which a program is right that pools every token, BOS and the prompt's too; None for none.
+
+    `pooling` is `mean` or `last`.
+    """
+    if pooling == "last" or contract.mask_rule == "all":
+        return _BOTH
+    pools_all = not contract.bos_ids and not contract.document_template and contract.mask_rule != "count"
+    return "documents alone" if pools_all else None
+
+
+def _misleading(folder: Path) -> str | None:
+    """Returns what in the folder misleads a server, if anything does."""
+    config, pooling = _config(folder), read_object(folder / "1_Pooling" / "config.json")
+    causal, flag = config.get("is_causal", True), config.get("use_bidirectional_attention") is True
     if causal and flag:
-        return f"{name}: wrong, use_bidirectional_attention is true and is_causal too; save it again", True
-    if not causal and kind != "qwen2" and not flag:
-        if kind in READ_BY_FLAG:
-            return f"{name}: wrong, without use_bidirectional_attention it is read as causal; save it again", True
-        return f"{name}: no, of a {kind!r} model it reads no key for bidirectional attention that fits", False
-    pooling = read_object(folder / "1_Pooling" / "config.json")
-    if pooling["pooling_mode"] == "lasttoken" or pooling["include_prompt"]:
-        return f"{name}: {_BOTH}, with their prompts", False
-    if read_object(folder / STOCK_SETTINGS)["contract"]["document_template"]:
-        return f"{name}: no, it pools the prompts too (pool_prompt trains a model for that)", False
-    return (
-        f"{name}: documents alone, it pools the prompt of a query too (pool_prompt trains a model for that)",
-        False,
-    )
+        return "use_bidirectional_attention is true and is_causal too"
+    if not causal and config.get("model_type") in READ_BY_FLAG and not flag:
+        return "without use_bidirectional_attention it is read as causal"
+    if "pooling_mode_mean_tokens" not in pooling:
+        return "1_Pooling lacks the older keys, without which one takes the last token or does not start"
+    return None
+
+
+def _served(folder: Path) -> str:
+    """Returns for which texts the servers are right about a stock folder."""
+    config, settings = _config(folder), read_object(folder / STOCK_SETTINGS)
+    if not config.get("is_causal", True) and config.get("model_type") not in _BIDIRECTIONAL:
+        return f"no, of a {config.get('model_type')!r} model they read no key for bidirectional attention that fits"
+    served = sides(Contract.model_validate(settings["contract"]), settings["pooling"]["kind"])
+    if served == _BOTH:
+        return f"{_BOTH}, with their prompts"
+    trained = "(pool_prompt trains a model for that)"
+    if served is None:
+        return f"no, they pool the prompts too {trained}"
+    return f"{served}, they pool the prompt of a query too {trained}"
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    return read_object(folder / "config.json")

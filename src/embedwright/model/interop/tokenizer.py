@@ -179,12 +179,13 @@ def sentence_transformers_files(
     """Maps paths in the folder to JSON content, for the modules Transformer, Pooling and Normalize.
 
     `transformer` is added to the config of the first. The default prompt is the document template. The query prompt is
-    that of the default task; for another task, users pass `prompt`.
+    that of the default task; for another task, users pass `prompt`. Names and keys are those of sentence-transformers
+    before 5.4, too: text-embeddings-inference and older versions of vLLM read no others (vllm-project/vllm#45995).
     """
     modules = (
-        ("", "sentence_transformers.base.modules.transformer.Transformer"),
-        ("1_Pooling", "sentence_transformers.sentence_transformer.modules.pooling.Pooling"),
-        ("2_Normalize", "sentence_transformers.base.modules.normalize.Normalize"),
+        ("", "sentence_transformers.models.Transformer"),
+        ("1_Pooling", "sentence_transformers.models.Pooling"),
+        ("2_Normalize", "sentence_transformers.models.Normalize"),
     )
     query, document = contract.prefix(""), contract.document_template
     return {
@@ -204,17 +205,21 @@ def sentence_transformers_files(
             "similarity_fn_name": "cosine",
         },
         "1_Pooling/config.json": {
-            "embedding_dimension": hidden,
+            "word_embedding_dimension": hidden,
             "pooling_mode": pooling_mode,
+            **{f"pooling_mode_{key}": mode == pooling_mode for key, mode in _OLDER_KEYS.items()},
             "include_prompt": contract.mask_rule == "all",
         },
         "2_Normalize/config.json": {},
     }
 
 
+_OLDER_KEYS = {"cls_token": "cls", "mean_tokens": "mean", "max_tokens": "max", "lasttoken": "lasttoken"}
+_OLDER_KEYS |= {"mean_sqrt_len_tokens": "mean_sqrt_len_tokens", "weightedmean_tokens": "weightedmean"}
 _FORWARD = {"method": "forward", "method_output_name": "last_hidden_state"}
-# A tokenizer without contract: pinned, since one with a chat template would be opened in message form.
-STOCK_TRANSFORMER = {"modality_config": {"text": _FORWARD}}
+# A tokenizer without contract: pinned, since one with a chat template would be opened in message form. vLLM reads the
+# longest text only if both of its keys are there.
+STOCK_TRANSFORMER = {"modality_config": {"text": _FORWARD}, "do_lower_case": False}
 # EmbedwrightTokenizer: texts become messages, since in text form the prompt and the text arrive as one string.
 OUR_TRANSFORMER = {
     "modality_config": {"text": _FORWARD, "message": {**_FORWARD, "format": "flat"}},

@@ -15,8 +15,9 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer
 
 from embedwright.model.embedder import Embedder
-from embedwright.model.interop.readers import check_readers
+from embedwright.model.interop.readers import check_readers, sides
 from embedwright.model.verify.doctor import examine_name
+from embedwright.text import Contract
 
 TEXTS = ["how do tides work?", "a", "  spaces and\na new line ", "漢字 🙂", "</s> inside", "far too long " * 40]
 TASK = "Find the tide"
@@ -61,7 +62,7 @@ def test_a_server_that_pools_every_token_gives_our_vectors(
         np.testing.assert_allclose(other.encode(TEXTS, prompt=prompt or None), expected, atol=1e-5)
     assert model.tokenize(TEXTS, TASK).pool_mask_T.all()
     ok, line = check_readers(folder) or (False, "")
-    assert ok and "text-embeddings-inference: queries and documents" in line
+    assert ok and "text-embeddings-inference and vLLM: queries and documents" in line
 
 
 def test_it_goes_for_our_own_format_too(tiny_embedder: Make, tmp_path: Path) -> None:
@@ -93,6 +94,21 @@ def test_a_prompt_that_fills_the_length_is_an_error_still(tiny_embedder: Make) -
         tiny_embedder("mean", pool_prompt=True).encode(["tides"], "a task", max_tokens=6)
 
 
+@pytest.mark.parametrize(
+    ("pooling", "contract", "expected"),
+    [
+        ("last", {"bos_ids": (0,), "document_template": "text: "}, "queries and documents"),
+        ("mean", {"bos_ids": (0,), "document_template": "text: ", "mask_rule": "all"}, "queries and documents"),
+        ("mean", {"mask_rule": "boundary"}, "documents alone"),
+        ("mean", {"mask_rule": "boundary", "document_template": "text: "}, None),
+        ("mean", {"bos_ids": (0,)}, None),
+        ("mean", {"mask_rule": "count"}, None),
+    ],
+)
+def test_the_sides_on_which_pooling_all_is_right(pooling: str, contract: dict[str, Any], expected: str | None) -> None:
+    assert sides(Contract(eos_id=1, **contract), pooling) == expected
+
+
 # ---- keys that others read
 
 
@@ -112,7 +128,24 @@ def test_a_stock_folder_says_it_in_each_readers_key(
     np.testing.assert_allclose(model.encode(texts), as_a_server(folder, texts, "", 512), atol=2e-5)
     ok, line = check_readers(folder) or (False, "")
     served = by_flag or family == "qwen2" or not bidirectional
-    assert ok and ("text-embeddings-inference: documents alone" in line) is served
+    assert ok and ("text-embeddings-inference and vLLM: documents alone" in line) is served
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_servers_find_the_pooling_and_the_length(pooling: str, tiny_embedder: Make, tmp_path: Path) -> None:
+    """As vLLM before August 2026 and text-embeddings-inference read them: by names and keys from before
+    sentence-transformers 5.4."""
+    tiny_embedder(pooling, max_tokens=48).save(tmp_path / "saved")
+    modules = json.loads((tmp_path / "saved" / "modules.json").read_text())
+    paths = {module["type"]: module["path"] for module in modules}
+    pools = json.loads((tmp_path / "saved" / paths["sentence_transformers.models.Pooling"] / "config.json").read_text())
+    assert "sentence_transformers.models.Normalize" in paths
+    true = [key for key, value in pools.items() if value is True]
+    assert true == [{"mean": "pooling_mode_mean_tokens", "last": "pooling_mode_lasttoken"}[pooling]]
+    assert all(pools[f"pooling_mode_{key}"] is False for key in ("cls_token", "max_tokens", "mean_sqrt_len_tokens"))
+    lengths = json.loads((tmp_path / "saved" / "sentence_bert_config.json").read_text())
+    assert (lengths["max_seq_length"], lengths["do_lower_case"]) == (48, False)
+    assert config_of(tmp_path / "saved")["architectures"] == ["LlamaModel"]
 
 
 def test_the_key_does_not_outlive_its_meaning(tiny_embedder: Make, tmp_path: Path) -> None:
@@ -134,8 +167,12 @@ def test_the_doctor_names_who_reads_a_folder_wrong(tiny_embedder: Make, tmp_path
     def found() -> tuple[bool, str]:
         return next((f.ok, f.detail) for f in examine_name(str(folder)) if f.name == "other programs")
 
-    assert found()[0] and "text-embeddings-inference: queries and documents" in found()[1]
+    assert found()[0] and "text-embeddings-inference and vLLM: queries and documents" in found()[1]
     config = config_of(folder)
     (folder / "config.json").write_text(json.dumps({**config, "use_bidirectional_attention": False}))
     assert not found()[0] and "read as causal" in found()[1]
+    (folder / "config.json").write_text(json.dumps(config))
+    pooling = {"embedding_dimension": 32, "pooling_mode": "lasttoken", "include_prompt": True}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))  # as sentence-transformers 6 saves it
+    assert not found()[0] and "older keys" in found()[1]
     assert check_readers(Path(__file__).parents[3] / "parity" / "fixtures" / "nvembed-tiny-v2") is None
