@@ -86,6 +86,7 @@ bench: setup  ## What docs/performance.md shows, against sentence-transformers a
 	  echo "== encode $$model $$dtype"; $(BIN)/python benchmarks/encode.py --model $$model --dtype $$dtype; done; done
 	@for name in split serve; do for dtype in float32 bfloat16; do \
 	  echo "== $$name $$dtype"; $(BIN)/python benchmarks/$$name.py --dtype $$dtype; done; done
+	@echo "== split int8"; $(BIN)/python benchmarks/split.py --dtype int8
 	@for name in scaling train mining plan; do echo "== $$name"; $(BIN)/python benchmarks/$$name.py; done
 	@echo "== mining, a million"; $(BIN)/python benchmarks/mining.py --documents 1000000 --width 1024 --queries 512
 	@$(BIN)/python benchmarks/report.py

@@ -213,7 +213,8 @@ def split_section(records: Records) -> list[str]:
     gains, alone, sizes, profiles = [], [], [], []
     for record in records.values():
         for name, found in record["contributions"].items():
-            gains.append([record["dtype"], name, *map(spread, found["gains"].values())])
+            if len(found["gains"]) == 3:  # all but int8
+                gains.append([record["dtype"], name, *map(spread, found["gains"].values())])
             for piece, worth in found.get("alone", {}).items():
                 alone.append([record["dtype"], name, piece, spread(worth)])
         sizes.append([record["dtype"], *(f"{rate:,.0f}" for rate in record["batch_tokens"].values())])

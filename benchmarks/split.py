@@ -33,6 +33,7 @@ from torch import nn  # noqa: E402
 from embedwright.cpu import kernels  # noqa: E402
 from embedwright.model import attention, embedder  # noqa: E402
 from embedwright.model.embedder import Embedder  # noqa: E402
+from embedwright.model.quantized import QuantizedLinear  # noqa: E402
 from embedwright.packing import PackedTexts, pack  # noqa: E402
 from embedwright.text import TokenizedText  # noqa: E402
 
@@ -44,14 +45,15 @@ PARTS = ("linears", "attention", "norms", "activation", "rotary and layout", "re
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", choices=tuple(SHORT), default="float32")
+    parser.add_argument("--dtype", choices=(*SHORT, "int8"), default="float32")
     parser.add_argument("--tokens", type=int, default=4000, help="of each text set")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     bind_main_thread()
     with tempfile.TemporaryDirectory() as folder:
         models.make_folders(MODEL, Path(folder))
-        mine, peer = models.ours(Path(folder), options.dtype), models.peer(Path(folder), options.dtype)
+        mine = models.ours(Path(folder), options.dtype)
+        peer = models.peer(Path(folder), "bfloat16" if options.dtype == "int8" else options.dtype)
     sets = {name: text_set(name, options.tokens, counter(mine)) for name in SETS}
     longer, _ = text_set("mixed", 3 * options.tokens, counter(mine))
     figures: dict[str, Any] = {
@@ -90,6 +92,8 @@ def contributions(
         "linears": lambda: run(without_kernels),
         "ours": run,
     }
+    if any(isinstance(part, QuantizedLinear) for part in mine.network.modules()):
+        del steps["packed"], steps["linears"]  # whose products would be of dequantised weights
     without = {piece: partial(run, change) for piece, change in PIECES.items()}
     seconds = rounds(steps | without, count)
     return {
@@ -173,7 +177,7 @@ def profile(model: Embedder, texts: list[str], prefix: str | None) -> dict[str, 
 def _part(name: str, module: nn.Module) -> str | None:
     """What the own time of a module counts as: known by transformers' names, which all families share."""
     last = name.rsplit(".", 1)[-1]
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear | QuantizedLinear):
         return "linears"
     if last.endswith("norm"):
         return "norms"

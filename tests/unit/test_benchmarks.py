@@ -323,6 +323,17 @@ def test_tables_of_earlier_processors_stand_below_and_dated(part: Any) -> None:
     assert "as ST's `mine_hard_negatives` does it" in newest and "as ST's `mine_hard_negatives` does it" not in below
 
 
+def test_the_gpus_section_says_how_busy_it_is_and_what_compiling_brings(part: Any) -> None:
+    gpu_section, record = part("gpu_section").gpu_section, part("report").read(part("report").RESULTS)["gpu"]
+    assert "of the time" not in "\n".join(gpu_section(record))
+    first, second = (dict(found) for found in record["encode"].values())
+    first |= {"profile": {"busy": 0.75}, "compiled": {"tokens_per_second": 1234.0, "cosine": 0.9999}}
+    second |= {"profile": {"busy": 1.0}, "compiled": {"failed": "Error: two\nlines"}}
+    page = "\n".join(gpu_section(record | {"encode": {"a": first, "b": second}}))
+    assert "a: the GPU computes 75% of the time. Layers compiled by torch: 1,234 tokens/s, cosine 0.9999." in page
+    assert "b: the GPU computes 100% of the time. Layers compiled by torch: Error: two lines." in page
+
+
 # ---- which setting
 
 
