@@ -56,7 +56,7 @@ class Contract(BaseModel):
     max_tokens: int = Field(default=512, ge=2)
     query_suffix: str = ""  # after every text whose prefix is not the documents'
     template_specials: bool = False  # special tokens written in prefix and suffix are those tokens, not plain text
-    default_task: str = ""  # the instruction of a query for which none is given: `task=""`
+    default_task: str = ""  # the model's own instruction, of queries for which none is given
 
     @model_validator(mode="after")
     def _rules_fit(self) -> Contract:
@@ -68,21 +68,20 @@ class Contract(BaseModel):
     def prefix(self, task: str | None) -> str:
         """Returns the string in front of a query with instruction `task`, or in front of a document (None).
 
-        An empty task means the default one. Without any, a query is read as a document if its template has a {task}.
+        An empty task means none, not the model's own: such a query is read as a document if the template has a {task}.
         """
-        task = self.default_task if task == "" else task
         if task or (task is not None and "{task}" not in self.query_template):
             return self.query_template.replace("{task}", task)
         return self.document_template
 
     def query_task(self, task: str | None) -> str:
-        """Returns `task`, or the empty one for None. Raises InputError if the model then has no instruction."""
+        """Returns `task`, or the model's own instruction for None. Raises InputError if it has none."""
         if task is None and "{task}" in self.query_template and not self.default_task:
             raise InputError(
                 "the model has no instruction of its own for queries, and would read them as documents: give that of "
                 'its training as the task, or an empty task, task="", to have them read so'
             )
-        return task or ""
+        return self.default_task if task is None else task
 
 
 class TextTokenizer:

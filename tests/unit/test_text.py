@@ -383,9 +383,7 @@ def test_a_contract_is_data() -> None:
     assert Contract.model_validate_json(contract.model_dump_json()) == contract
     assert contract.prefix("find {braces} \\1") == "Instruct: find {braces} \\1\nQuery: "
     assert contract.prefix(None) == contract.prefix("") == "passage: "
-    assert (
-        Contract(eos_id=7, default_task="find", document_template="passage: ").prefix("") == "Instruct: find\nQuery: "
-    )
+    assert Contract(eos_id=7, default_task="find", document_template="passage: ").prefix("") == "passage: "
     assert Contract(eos_id=7, default_task="find", document_template="passage: ").prefix(None) == "passage: "
     fixed = Contract(eos_id=7, query_template="query: ", document_template="passage: ")
     assert fixed.prefix("") == fixed.prefix("find") == "query: " and fixed.prefix(None) == "passage: "

@@ -163,7 +163,9 @@ StoreTexts = Annotated[
 Texts = Annotated[
     Path, arg("JSONL or Parquet with `text`, or .txt with a text a line. -: standard input, JSONL or a text a line.")
 ]
-TaskOption = Annotated[str | None, opt("Instruction for these texts, if they are queries.", "--task")]
+TaskOption = Annotated[
+    str | None, opt('Instruction for these texts, if they are queries; "" for queries without one.', "--task")
+]
 DataPath = Annotated[Path, arg("Data file, or BEIR folder.")]
 Family = Annotated[
     Literal["retrieval", "classification", "clustering", "sts"] | None,

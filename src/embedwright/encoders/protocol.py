@@ -19,10 +19,11 @@ class Encoder(Protocol):
     """Turns texts into float32 (N, E) by `encode(texts, task=None)`.
 
     `task` is an instruction for these texts. None means that they are documents; an empty one means that they are
-    queries, under the model's own instruction.
+    queries without an instruction. A prompt that the model puts in front of every query stays there.
 
-    An encoder may have `fingerprint() -> dict[str, str]`, equal for two models exactly when they give the same vectors.
-    Stored vectors are known by it; without one, they are known by the vectors of a few texts that are encoded again.
+    An encoder may have `default_task`, its own instruction of queries. It may have `fingerprint() -> dict[str, str]`,
+    equal for two models exactly when they give the same vectors. Stored vectors are known by it; without one, they are
+    known by the vectors of a few texts that are encoded again.
     """
 
     def encode(self, texts: Sequence[str], task: str | None = None) -> NDArray[np.float32]: ...
@@ -38,14 +39,21 @@ def as_encoder(model: Any) -> Encoder:
     return encoder
 
 
+def task_for(encoder: Encoder, stated: str | None) -> str | None:
+    """Returns the instruction of texts whose data states `stated`: the model's own for an empty one. None stays."""
+    return getattr(encoder, "default_task", "") if stated == "" else stated
+
+
 def encode_queries(encoder: Encoder, queries: Sequence[str], task: str | None = None) -> NDArray[np.float32]:
-    """Encodes queries to float32 (N, E), under `task` or the model's own instruction.
+    """Encodes queries to float32 (N, E), under `task`, or for None under the model's own instruction.
 
     An encoder with `encode_query` knows best whether it has one: `Embedder.encode_query` raises ValueError if not. Any
     other gets the empty task. Raises as `encode_finite`, too.
     """
     own = getattr(encoder, "encode_query", None)
-    return _checked(encoder.encode(queries, task=task or "") if own is None else own(queries, task=task), queries)
+    if own is None:
+        return _checked(encoder.encode(queries, task=task_for(encoder, "") if task is None else task), queries)
+    return _checked(own(queries, task=task), queries)
 
 
 def encode_finite(encoder: Encoder, texts: Sequence[str], task: str | None = None) -> NDArray[np.float32]:

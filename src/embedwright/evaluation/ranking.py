@@ -22,7 +22,7 @@ from embedwright.data.files.folders import is_data
 from embedwright.data.files.rows import text_lines
 from embedwright.data.schema import DataError, id_of
 from embedwright.encoders.chunks import chunked
-from embedwright.encoders.protocol import Encoder, encode_finite
+from embedwright.encoders.protocol import Encoder, encode_finite, task_for
 from embedwright.evaluation import metrics
 from embedwright.evaluation.metrics import READOUTS, SEED, Embeddings, Qrels, Run, Scored
 from embedwright.evaluation.tasks import SuiteTask, digest, read_columns, rows_of, split_of
@@ -230,7 +230,7 @@ def _bm25(search: Search, depth: int) -> dict[str, dict[str, float]]:
 
 def _encoded(encoder: Encoder, search: Search, task: SuiteTask) -> Vectors:
     """Encodes the queries and what is ranked for them. Of a corpus with candidates, only these are encoded."""
-    query_QE = _unit(encode_once(encoder, list(search.queries.values()), task.instruction))
+    query_QE = _unit(encode_once(encoder, list(search.queries.values()), task_for(encoder, task.instruction)))
     if search.candidates is not None:
         named = set(chain.from_iterable(search.candidates.values()))
         ids = [doc for doc in search.corpus if doc in named]

@@ -18,7 +18,7 @@ class EmbedwrightEmbeddings(Embeddings):
     """LangChain's embeddings of any model that encodes.
 
     `model` is a name, as every command opens it, or an object with `encode`. Queries get the instruction `task`, or the
-    model's own. Raises ValueError at once if there is neither; `task=""` has queries read as documents.
+    model's own; `task=""` means none. Raises ValueError at once if the model has none and none is given.
     """
 
     def __init__(self, model: Any, task: str | None = None) -> None:

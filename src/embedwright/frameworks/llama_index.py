@@ -23,7 +23,7 @@ class EmbedwrightEmbedding(BaseEmbedding):
     """LlamaIndex's embedding of any model that encodes.
 
     `model` is a name, as every command opens it, or an object with `encode`. Queries get the instruction `task`, or the
-    model's own. Raises ValueError at once if there is neither; `task=""` has queries read as documents. `settings` are
+    model's own; `task=""` means none. Raises ValueError at once if the model has none and none is given. `settings` are
     those of LlamaIndex's own class; it hands over up to 512 texts at a time here, which the model packs.
 
     `model_digest` is that of the model's fingerprint: the IngestionCache of pipelines tells models apart by it. Raises

@@ -153,7 +153,7 @@ class Index:
             model: the model that made the index.
             queries: a list of texts.
             k: number of hits of a query.
-            task: the instruction of the queries. None: the model's default one, with a warning if it has none.
+            task: the instruction of the queries; empty for none. None: the model's own, with a warning if it has none.
             where: conditions on the metadata, as `["lang=en", "year>=2020"]` or `{"lang": "en"}`. Documents are
                 filtered first, and the search is exact over what is left.
             each_chunk: each chunk is a hit. Default: one hit for a document, with its best chunk.

@@ -52,8 +52,8 @@ class EmbedwrightFunction(EmbeddingFunction):
     """LanceDB's embedding function of the model that made a table.
 
     It opens the model `name` when it is first needed, in the length and number type of `fingerprint`, and raises
-    ValueError for another one. Queries get the instruction `task`, or the model's own. `dim` is the length of shortened
-    vectors.
+    ValueError for another one. Queries get the instruction `task`, or for None the model's own. `dim` is the length of
+    shortened vectors.
     """
 
     name: str

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from embedwright.data.schema import Example, Passage
 from embedwright.data.tables.documents import DocumentTable
-from embedwright.encoders.protocol import Encoder, encode_finite
+from embedwright.encoders.protocol import Encoder, encode_finite, task_for
 from embedwright.encoders.sharded import itself
 from embedwright.mining.pool import Pool
 from embedwright.mining.rules import RANDOM
@@ -170,10 +170,10 @@ def _own_rows(queries: Tile, row_of_text: Mapping[str, int]) -> list[list[int]]:
 
 
 def _encoded(encoder: Encoder, queries: Tile) -> NDArray[np.float32]:
-    """Returns the vectors of the queries, each under its instruction."""
+    """Returns the vectors of the queries, each under its instruction; an empty one stands for the encoder's own."""
     by_instruction: dict[str | None, list[int]] = {}
     for q, query in enumerate(queries):
-        by_instruction.setdefault(query.instruction, []).append(q)
+        by_instruction.setdefault(task_for(encoder, query.instruction), []).append(q)
     parts = [
         encode_finite(encoder, [queries[q].example.query for q in some], instruction)
         for instruction, some in by_instruction.items()

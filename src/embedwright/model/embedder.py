@@ -289,7 +289,7 @@ class Embedder:
 
         Args:
             texts: A list or another ordered series of texts.
-            task: The instruction, for queries. None: the texts are documents.
+            task: The instruction, for queries; "" for queries without one. None: the texts are documents.
             prefix: The raw string in front of each text, in place of `task`.
             max_tokens: Tokens after which a text is cut. Default: the model's.
             batch_tokens: Tokens of a batch at most; a longer text is a batch of its own. Default: 32,768 on a GPU; 256
@@ -326,7 +326,8 @@ class Embedder:
     def encode_query(self, texts: Sequence[str], task: str | None = None, **options: Any) -> NDArray[Any]:
         """Encodes queries, under the instruction `task` or the model's own. `options` are those of `encode`.
 
-        Raises ValueError if there is neither, since queries would be read as documents. `task=""` has it do so.
+        `task=""` reads them without an instruction. Raises ValueError if there is none at all, since queries would be
+        read as documents unsaid.
         """
         task = self.contract.query_task(task) if options.get("prefix") is None else task
         return self.encode(texts, task, **options)
@@ -339,6 +340,11 @@ class Embedder:
         """Embeds without gradients."""
         with torch.inference_mode(not self.network.sharded), torch.no_grad():
             return self.embed(packed)
+
+    @property
+    def default_task(self) -> str:
+        """The model's own instruction of queries; empty if it has none."""
+        return self.contract.default_task
 
     @property
     def batch_tokens(self) -> int:

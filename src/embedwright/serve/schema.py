@@ -21,7 +21,7 @@ def _whole(value: Any) -> Any:
 
 
 MOST_HITS = 1000
-_TASK = "Instruction of queries; empty for the model's own. A model without one then reads them as documents."
+_TASK = "Instruction of queries; empty for none."
 _TASK_OF_DOCUMENTS: JsonDict = {
     "properties": {"input_type": {"const": "document"}, "task": {"type": "string"}},
     "required": ["input_type", "task"],

@@ -26,7 +26,7 @@ def add_search(paths: APIRouter, server: Server, index: Index) -> None:
     def answer(asked: SearchRequest, task: str, vectors_QE: NDArray[np.float32], tokens: int) -> bytes:
         found = index.search_vectors(vectors_QE, asked.k, asked.where, most_bytes=_MOST_BYTES)
         data = [
-            {"query": query, "task": task or contract.default_task, "hits": [hit._asdict() for hit in hits]}
+            {"query": query, "task": task, "hits": [hit._asdict() for hit in hits]}
             for query, hits in zip(asked.query, found, strict=True)
         ]
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}

@@ -16,12 +16,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from embedwright.data.schema import DataError
-from embedwright.encoders.protocol import Encoder, encode_finite
+from embedwright.encoders.protocol import Encoder, encode_finite, task_for
 from embedwright.errors import InputError
 from embedwright.fingerprint import fingerprint_of
 from embedwright.vectors.shards import read_shard, vectors_of, write_shard
 
-Asked = tuple[str | None, str]  # an instruction (None: the text is a document), and a text
+Asked = tuple[str | None, str]  # an instruction (None: the text is a document; empty: the model's own), and a text
 
 
 class KeptVectors:
@@ -86,7 +86,9 @@ def encode_asked(encoder: Encoder, asked: Sequence[Asked]) -> NDArray[np.float32
     by_task: dict[str | None, list[int]] = {}
     for i, (task, _) in enumerate(asked):
         by_task.setdefault(task, []).append(i)
-    parts = [encode_finite(encoder, [asked[i][1] for i in rows], task) for task, rows in by_task.items()]
+    parts = [
+        encode_finite(encoder, [asked[i][1] for i in rows], task_for(encoder, task)) for task, rows in by_task.items()
+    ]
     back = np.argsort([i for rows in by_task.values() for i in rows])
     encoded: NDArray[np.float32] = np.concatenate(parts)[back]
     return encoded

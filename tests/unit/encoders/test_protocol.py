@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from embedwright.encoders.open import open_encoder
-from embedwright.encoders.protocol import encode_queries
+from embedwright.encoders.protocol import encode_queries, task_for
+from embedwright.encoders.sharded import ShardedEncoder
 from embedwright.model.embedder import Embedder
+from embedwright.processes import ALONE
 
 TEXTS = ["how do tides work?", "the moon"]
 
@@ -32,6 +34,14 @@ def test_queries_of_any_encoder(family_folder: Callable[[str], Path], tiny_embed
     assert encode_queries(Plain(), TEXTS, "Find")[:, 0].tolist() == [2.0, 2.0]
     with pytest.raises(ValueError, match="no instruction of its own"):
         encode_queries(tiny_embedder("mean"), TEXTS)
+
+
+def test_what_data_does_not_state_is_the_models_own(family_folder: Callable[[str], Path]) -> None:
+    family = Embedder.load(family_folder("qwen3-embedding"))
+    own = family.contract.default_task
+    for encoder, expected in ((family, own), (ShardedEncoder(family, 0, ALONE), own), (Plain(), "")):
+        assert [task_for(encoder, stated) for stated in ("", "Find", None)] == [expected, "Find", None]
+    assert np.array_equal(encode_queries(family, TEXTS, ""), family.encode(TEXTS, prefix=""))
 
 
 def test_what_comes_back_is_checked() -> None:

@@ -104,6 +104,21 @@ def test_documents_shorter_than_a_chunk_score_as_whole(beir: Path) -> None:
     assert scored(Words(), beir, chunk_tokens=500).values == scored(Words(), beir).values
 
 
+def test_queries_of_a_task_without_an_instruction_have_the_models_own(beir: Path) -> None:
+    asked: list[str | None] = []
+
+    class Told(Words):
+        default_task = "Find it"
+
+        def encode(self, texts: Any, task: str | None = None) -> Any:
+            asked.append(task)
+            return super().encode(texts, task)
+
+    scored(Told(), beir)
+    scored(Told(), beir, instruction="Find another")
+    assert list(dict.fromkeys(asked)) == ["Find it", None, "Find another"]
+
+
 # ---- read-outs
 
 

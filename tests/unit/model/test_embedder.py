@@ -141,6 +141,9 @@ def test_each_side_has_its_method_as_in_sentence_transformers(
         model.encode_query(texts, "Find another", dim=8), model.encode(texts, "Find another", dim=8)
     )
     assert np.abs(model.encode_query(texts) - model.encode_document(texts)).max() > 1e-3
+    # an empty one means none on both sides, though the model has one
+    for bare in (model.encode_query(texts, ""), model.encode(texts, ""), theirs.encode_query(texts, prompt="")):
+        np.testing.assert_allclose(bare, model.encode_document(texts), atol=1e-6)
 
 
 def test_queries_never_become_documents_unsaid(model: Embedder) -> None:

@@ -79,7 +79,9 @@ def test_a_query_without_a_task_gets_the_models_own(serving: Any, tiny_embedder:
     with serving(model) as server:
         query = server.embed({"input": "tides", "input_type": "query"}).body["data"][0]["embedding"]
         document = server.embed({"input": "tides", "input_type": "document"}).body["data"][0]["embedding"]
+        bare = server.embed({"input": "tides", "input_type": "query", "task": ""}).body["data"][0]["embedding"]
     assert close([query], model.encode(["tides"], task=TASK)) and close([document], model.encode(["tides"]))
+    assert close([bare], model.encode(["tides"], prefix=""))
 
 
 def test_many_clients_at_once_each_get_their_own_vectors(server: Any, model: Embedder) -> None:

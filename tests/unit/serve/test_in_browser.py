@@ -117,6 +117,10 @@ def test_another_instruction_gives_other_hits(browser: Browser, address: str, in
     press(browser, "Enter")
     wanted = index.search(told, ["moon"], task="Find the animal that is named in the text")[0]
     assert browser.run(HITS) == [ids(wanted)] and ids(wanted) != plain
+    write(browser, "task", "")  # an empty field means none, which the address keeps
+    press(browser, "Enter")
+    assert browser.run(HITS) == [ids(index.search(told, ["moon"], task="")[0])]
+    assert browser.run("location.search") == "?q=moon&task="
     browser.run("document.getElementById('reset').click()")
     until(browser)
     assert browser.run(HITS) == [plain] and browser.run("document.getElementById('task').value") == own

@@ -66,8 +66,13 @@ def test_the_models_own_task_is_taken_and_named(
     index = Index.open(tmp_path / "index")
     with serving(model, index=index) as server:
         (found,) = server.ask("POST", "/search", {"query": QUERIES[0]}).body["data"]
+        (bare,) = server.ask("POST", "/search", {"query": QUERIES[0], "task": ""}).body["data"]
         assert server.ask("GET", "/index").body["task"] == TASK
+    assert abs(found["hits"][0]["score"] - bare["hits"][0]["score"]) > 1e-4
     assert found["task"] == TASK and same(found["hits"], index.search(model, QUERIES[:1], 10, TASK)[0])
+    [without] = index.search_vectors(model.encode_document(QUERIES[:1]), 10)
+    assert index.search(model, QUERIES[:1], 10, "") == [without]
+    assert bare["task"] == "" and same(bare["hits"], without)
 
 
 def test_the_index_is_described(searched: Any, index: Index) -> None:

@@ -187,7 +187,7 @@ def sentence_transformers_files(
         ("1_Pooling", "sentence_transformers.models.Pooling"),
         ("2_Normalize", "sentence_transformers.models.Normalize"),
     )
-    query, document = contract.prefix(""), contract.document_template
+    query, document = contract.prefix(contract.default_task), contract.document_template
     return {
         "modules.json": [
             {"idx": i, "name": str(i), "path": path, "type": kind} for i, (path, kind) in enumerate(modules)

@@ -42,7 +42,7 @@ function fill() {
   const own = sides[0].info.task ?? "";
   $("query").value = state.q;
   $("task").value = state.task ?? own;
-  $("task").placeholder = own || "none: the query is read as documents are";
+  $("task").placeholder = "none: the query is read as documents are";
   $("reset").hidden = state.task === null;
   $("k").value = state.k;
   $("both").checked = state.both;
@@ -78,7 +78,7 @@ function submit(event) {
   event?.preventDefault();
   const task = $("task").value.trim(), own = sides[0].info.task ?? "";
   const more = typedFilter().filter((each) => !state.where.includes(each));
-  change({ q: $("query").value.trim(), task: !task || task === own ? null : task, k: Number($("k").value), where: [...state.where, ...more], both: $("both").checked });
+  change({ q: $("query").value.trim(), task: task === own ? null : task, k: Number($("k").value), where: [...state.where, ...more], both: $("both").checked });
 }
 
 // ---- searching

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from embedwright.data.files.beir import read_beir
-from embedwright.encoders.protocol import Encoder, encode_finite
+from embedwright.encoders.protocol import Encoder, encode_finite, task_for
 from embedwright.evaluation.tasks import SuiteTask, split_of
 
 QUERIES = 8
@@ -35,7 +35,8 @@ def example_hits(encoder: Encoder, task: SuiteTask) -> dict[str, Any]:
     if len(ids) > DOCUMENTS:
         drawn = {ids[i] for i in random.permutation(len(ids))[:DOCUMENTS]}.union(*(right[query] for query in queries))
         ids = [document for document in ids if document in drawn]
-    query_QE = encode_finite(encoder, [beir.queries[query] for query in queries], task.instruction)
+    instruction = task_for(encoder, task.instruction)
+    query_QE = encode_finite(encoder, [beir.queries[query] for query in queries], instruction)
     corpus_CE = encode_finite(encoder, [beir.corpus[document] for document in ids])
     examples = []
     for query, scores_C in zip(queries, query_QE @ corpus_CE.T, strict=True):
@@ -55,7 +56,7 @@ def example_hits(encoder: Encoder, task: SuiteTask) -> dict[str, Any]:
     whole = len(ids) == len(beir.corpus)
     return {
         "task": task.name,
-        "instruction": task.instruction,
+        "instruction": instruction,
         "documents": f"{len(ids):,} documents" if whole else f"{len(ids):,} of {len(beir.corpus):,} documents",
         "queries": len(judged),
         "examples": examples,

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedwright.data.tables.table import open_examples
-from embedwright.encoders.protocol import Encoder, encode_finite
+from embedwright.encoders.protocol import Encoder, encode_finite, task_for
 from embedwright.mining.report import KINDS
 from embedwright.studies.report.run import Chart, chart
 from embedwright.training.batches.blend import Row, Source
@@ -107,7 +107,7 @@ def _encoded(encoder: Encoder, texts: Sequence[tuple[Row, str]], queries: bool =
     """Encodes each text as training does: with its task's instruction, if it is a query or the task is symmetric."""
     by_instruction: dict[str | None, list[int]] = {}
     for number, (row, _) in enumerate(texts):
-        asked = row.task.instruction if queries or row.task.symmetric else ""
+        asked = task_for(encoder, row.task.instruction) if queries or row.task.symmetric else ""
         by_instruction.setdefault(asked or None, []).append(number)
     parts = {asked: encode_finite(encoder, [texts[n][1] for n in own], asked) for asked, own in by_instruction.items()}
     vectors_NE = np.empty((len(texts), next(iter(parts.values())).shape[1]), dtype=np.float32)

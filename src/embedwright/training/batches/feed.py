@@ -55,7 +55,10 @@ class LocalBatch:
 
 
 def batch_of_step(recipe: Recipe, number: int, sources: Sequence[Source], contract: Contract, step: int) -> Batch:
-    """Returns the batch of a step of stage `number`, both from 0. It depends on its arguments alone."""
+    """Returns the batch of a step of stage `number`, both from 0. It depends on its arguments alone.
+
+    A row whose task has no instruction is read under the model's own.
+    """
     stage = recipe.stages[number]
     assert isinstance(stage, StagePart)
     rows = rows_at(
@@ -66,10 +69,12 @@ def batch_of_step(recipe: Recipe, number: int, sources: Sequence[Source], contra
         seed=recipe.seed,
         stage=stage.name,
     )
+    if contract.default_task:
+        rows = [row if row.task.instruction else _asked(row, contract.default_task) for row in rows]
     if stage.without_instruction:
         # numbers of their own: the same positives and negatives are drawn whatever the share
         numbers = np.random.default_rng([recipe.seed, number, step, 2]).random(len(rows))
-        rows = [_bare(row) if u < stage.without_instruction else row for row, u in zip(rows, numbers, strict=True)]
+        rows = [_asked(row, "") if u < stage.without_instruction else row for row, u in zip(rows, numbers, strict=True)]
     return make_batch(
         rows,
         contract,
@@ -80,8 +85,8 @@ def batch_of_step(recipe: Recipe, number: int, sources: Sequence[Source], contra
     )
 
 
-def _bare(row: Row) -> Row:
-    return replace(row, task=row.task.model_copy(update={"instruction": ""}))
+def _asked(row: Row, instruction: str) -> Row:
+    return replace(row, task=row.task.model_copy(update={"instruction": instruction}))
 
 
 def local_batch(

@@ -91,11 +91,12 @@ def test_a_cut_text_keeps_what_stands_around_it(
     assert pieces(model, ids) == CUT[name, task, limit]
 
 
-def test_no_task_is_no_query_and_an_empty_one_is_the_authors(opened: Callable[[str], Embedder]) -> None:
+def test_a_query_without_a_task_has_the_authors_and_an_empty_one_is_none(opened: Callable[[str], Embedder]) -> None:
     web = "Given a web search query, retrieve relevant passages that answer the query"
     for name, task in [("qwen3-embedding", web), ("e5-mistral", web), ("bge-en-icl", f"{web}.")]:
         contract = opened(name).contract
-        assert contract.prefix("") == contract.prefix(task) != contract.prefix(None) == ""
+        assert contract.query_task(None) == task and contract.query_task("") == ""
+        assert contract.prefix(task) != contract.prefix("") == contract.prefix(None) == ""
     grit = opened("gritlm").contract
     assert grit.prefix("") == grit.prefix(None) == "<|embed|>\n"
 
@@ -151,7 +152,8 @@ def test_qwen3_embedding_is_what_sentence_transformers_gives(family_folder: Call
     assert np.abs(got - other.encode(TEXTS, prompt=f"Instruct: {TASK}\nQuery:")).max() < 1e-5
     assert np.abs(model.encode(TEXTS, max_tokens=LIMIT) - other.encode_document(TEXTS)).max() < 1e-5
     other.max_seq_length = 512
-    assert np.abs(model.encode(TEXTS, task="") - other.encode_query(TEXTS)).max() < 1e-5  # its own `query` prompt
+    assert np.abs(model.encode_query(TEXTS) - other.encode_query(TEXTS)).max() < 1e-5  # its own `query` prompt
+    assert np.abs(model.encode_query(TEXTS, "") - other.encode_query(TEXTS, prompt="")).max() < 1e-5
     assert other.tokenizer.eos_token == "<|im_end|>"  # which no text ends with
 
 

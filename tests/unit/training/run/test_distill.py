@@ -112,23 +112,31 @@ def test_a_text_is_encoded_under_the_instruction_behind_its_prefix(teacher: Embe
     assert np.abs(expected[0] - expected[1]).max() > 0.01
 
 
-def test_a_row_without_its_instruction_is_a_query_where_the_model_has_a_default_one(
+def test_a_row_that_states_no_instruction_has_the_own_one_of_model_and_teacher(
     recipe: Recipe, teacher: Embedder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Published embedders that train on have one (`model.from: qwen3-embedding:...`)."""
-    monkeypatch.setattr(distill, "open_encoder", lambda name: teacher)
-    bare = followed(recipe, Path("x"), similarity_weight=1.0)
-    [stage] = bare.stages
-    bare = bare.model_copy(update={"stages": (stage.model_copy(update={"without_instruction": 1.0}),)})
-    [sources], own = open_sources(bare), start_model(bare).contract
-    for default, asked in (("Find the page", ""), ("", None)):
-        contract = own.model_copy(update={"default_task": default})
-        batch = batch_of_step(bare, 0, sources, contract, 0)
-        follows = teacher_of(bare.stages[0], sources, contract)
+    """Published embedders that train on have one (`model.from: qwen3-embedding:...`), and so may recipes. A row that is
+    read without its instruction has none on either side.
+    """
+    told = Embedder(teacher.network, teacher.own_tokenizer)
+    told.contract = teacher.contract.model_copy(update={"default_task": "Find theirs"})
+    monkeypatch.setattr(distill, "open_encoder", lambda name: told)
+    recipe = followed(recipe, Path("x"), similarity_weight=1.0)
+    [stage] = recipe.stages
+    [entry] = stage.data
+    unstated = entry.model_copy(update={"task": None})
+    for share, default, asked in ((0.0, "Find the page", "Find theirs"), (1.0, "Find the page", None), (0.0, "", None)):
+        now = stage.model_copy(update={"without_instruction": share, "data": (unstated,)})
+        own = recipe.model_copy(update={"stages": (now,)})
+        contract = start_model(own).contract.model_copy(update={"default_task": default})
+        [sources] = open_sources(own)
+        batch = batch_of_step(own, 0, sources, contract, 0)
+        assert {prefix for prefix, _ in batch.queries} == {contract.prefix(default if not share else "")}
+        follows = teacher_of(now, sources, contract)
         assert follows is not None
-        expected = teacher.encode([text for _, text in batch.queries], task=asked)
+        expected = told.encode([text for _, text in batch.queries], task=asked)
         np.testing.assert_allclose(follows.encode(batch.queries), expected, atol=1e-6)
-        np.testing.assert_allclose(follows.encode([("", "a")]), teacher.encode(["a"]), atol=1e-6)
+        np.testing.assert_allclose(follows.encode([("", "a")]), told.encode(["a"]), atol=1e-6)
 
 
 def test_the_cosine_of_several_teachers_is_the_mean_of_theirs(
