@@ -87,10 +87,11 @@ class MtebEncoder(AbsEncoder):
         )
 
     def instruction(self, task: TaskMetadata, prompt_type: PromptType | None) -> str | None:
-        """Returns the instruction for a text of this task; None for a document."""
+        """Returns the instruction for a text of this task; None for a document. Without one, a query stays a query."""
         if prompt_type == PromptType.document:
             return None
-        return self.instructions.get(task.name, instruction_of(task)) or None
+        stated = self.instructions.get(task.name, instruction_of(task))
+        return stated or ("" if prompt_type == PromptType.query else None)
 
     def encode(
         self,

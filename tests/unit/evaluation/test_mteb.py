@@ -16,6 +16,7 @@ import pytest
 import torch
 from mteb.mocks import MOCK_TASK_TEST_GRID
 from mteb.models.models_protocols import EncoderProtocol
+from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderWrapper
 from mteb.types import PromptType
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
@@ -145,6 +146,49 @@ def test_a_saved_folder_runs_through_sentence_transformers(model: Embedder, tmp_
         assert by_st == pytest.approx(by_us, abs=1e-5)
 
 
+def vectors_of(base: Any, name: str, *given: Any) -> dict[tuple[Any, str], NDArray[Any]]:
+    """Runs a mock task with the encoder `base(*given)`, and returns its vectors by side and text."""
+    found: dict[tuple[Any, str], NDArray[Any]] = {}
+
+    class Keeping(base):  # type: ignore[misc]
+        def encode(self, inputs: Any, **options: Any) -> NDArray[Any]:
+            texts = [(options.get("prompt_type"), text) for batch in inputs for text in batch["text"]]
+            vectors: NDArray[Any] = super().encode(inputs, **options)
+            found.update(zip(texts, vectors, strict=True))
+            return vectors
+
+    run(Keeping(*given), TASKS[name])
+    return found
+
+
+@pytest.mark.parametrize("name", ["MockRetrievalTask", "MockSTSTask"])
+def test_a_query_without_an_instruction_stays_one_as_in_mtebs_own_wrapper(
+    name: str, tiny_embedder: Make, tmp_path: Path
+) -> None:
+    def made(folder: str, **fields: str) -> tuple[Embedder, SentenceTransformer]:
+        model = tiny_embedder("latent", max_tokens=128)
+        contract = model.contract.model_copy(update=fields)
+        model.network.contract, model.network.config.contract = contract, contract.model_dump()
+        model = Embedder(model.network, model.tokenizer)
+        model.save(tmp_path / folder)
+        return model, SentenceTransformer(str(tmp_path / folder), device="cpu")
+
+    none = {name: ""}
+    sided, opened = made("sided", query_template="query: ", document_template="passage: ")
+    told, other = made("told", default_task="Find it")
+    without = {"query": "", "document": ""}
+    for ours, theirs in (
+        ((sided, none), (opened,)),
+        ((opened, none), (opened,)),
+        ((told, none), (other, None, "cpu", without)),
+    ):
+        found = vectors_of(MtebEncoder, name, *ours)
+        wanted = vectors_of(SentenceTransformerEncoderWrapper, name, *theirs)
+        assert found.keys() == wanted.keys()
+        for key, vector in wanted.items():
+            np.testing.assert_allclose(found[key], vector, atol=1e-5, err_msg=str(key))
+
+
 # ---- instructions
 
 
@@ -197,7 +241,9 @@ def test_where_an_instruction_comes_from(model: Embedder) -> None:
     assert encoder.instruction(metadata(prompt="theirs"), None) == "mine"
     assert encoder.instruction(metadata(), PromptType.query) == "mine"
     assert encoder.instruction(metadata(), PromptType.document) is None
-    assert encoder.instruction(metadata(name="SciFact", type="Retrieval"), PromptType.query) is None
+    bare = metadata(name="SciFact", type="Retrieval")
+    sides = (PromptType.query, PromptType.document, None)
+    assert [encoder.instruction(bare, side) for side in sides] == ["", None, None]
 
 
 # ---- the protocol
