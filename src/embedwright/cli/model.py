@@ -92,7 +92,7 @@ def _show(plan: Recipe) -> None:
     show_run(Path(plan.run.out))
     tasks = (stage.data[0].task for stage in plan.stages if isinstance(stage, StagePart))
     instruction = getattr(next(tasks, None), "instruction", "")
-    asked = f' --task "{instruction}"' if instruction else ""
+    asked = f' --task "{instruction}"' if instruction and not plan.model.default_task else ""
     folders = list(kept_forms(plan).values())
     for folder in folders:
         say(f'model: {folder}   (in Python: Embedder.load("{folder}"))')
@@ -213,6 +213,7 @@ def search(
 ) -> None:
     """Search an index."""
     from embedwright.encoders.open import open_encoder
+    from embedwright.encoders.protocol import task_for
     from embedwright.index.index import Index
 
     asked, encoder, opened = queries_of(queries), open_encoder(model, **how), Index.open(folder)
@@ -224,9 +225,10 @@ def search(
         if each_chunk:
             raise InputError(f"--chunks is for exact search: leave out --by {by}")
         found = search_lancedb(opened, encoder, asked, k, task, where, by=by)
+    said = task_for(encoder, "") or None if task is None else task
     for query, hits in zip(asked, found, strict=True):
         if as_json:
-            line = {"query": query, "task": task, "hits": [hit._asdict() for hit in hits]}
+            line = {"query": query, "task": said, "hits": [hit._asdict() for hit in hits]}
             say(json.dumps(line, ensure_ascii=False))
             continue
         say(query)

@@ -79,10 +79,11 @@ def run(recipe: Recipe) -> list[str]:
     seconds = round(time.perf_counter() - started, 1)
     write_json(out / "demo.json", {"rows": rows, "seconds": seconds})
     better = _higher(rows, "before", stages[-1])
+    asked = "" if recipe.model.default_task == instruction else f' --task "{instruction}"'
     say(
         f"\nDone in {clock(seconds)}. Now search with the model:\n"
         f"  embedwright index {out / 'model'} {corpus} {out / 'index'}\n"
-        f'  embedwright search {out / "model"} {out / "index"} "{QUESTIONS[0]}" --task "{instruction}"\n'
+        f'  embedwright search {out / "model"} {out / "index"} "{QUESTIONS[0]}"{asked}\n'
         "Or train on pairs of your own, each a line of the form "
         '{"query": "how do tides work", "positive": "The moon ..."}:\n'
         "  embedwright train --data my_pairs.jsonl --out runs/mine"

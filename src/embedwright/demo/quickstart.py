@@ -55,11 +55,11 @@ def recipe_for(
     queries = min(32, rows)
     steps = max(10, min(rows // queries, 1000))
     task = {"name": "own", "family": "retrieval", "instruction": instruction}
-    entry = {"path": str(prepared / "train.jsonl"), "task": task}
+    entry, own = {"path": str(prepared / "train.jsonl"), "task": task}, {"default_task": instruction}
     return Recipe.parse(
         {
             "name": out.name or "own",
-            "model": {"base": base, "layers": layers, "pooling": "latent", "latents": 128, "max_tokens": 256},
+            "model": {"base": base, "layers": layers, "pooling": "latent", "latents": 128, "max_tokens": 256} | own,
             "tune": {"method": "lora", "rank": 16, "alpha": 32, "dropout": 0.0},
             "stages": [
                 {

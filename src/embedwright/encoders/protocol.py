@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from embedwright.encoders.sentence_transformers import SentenceTransformerEncoder
 from embedwright.errors import InputError, InputTypeError
+from embedwright.text import Contract
 
 
 class Encoder(Protocol):
@@ -21,9 +22,9 @@ class Encoder(Protocol):
     `task` is an instruction for these texts. None means that they are documents; an empty one means that they are
     queries without an instruction. A prompt that the model puts in front of every query stays there.
 
-    An encoder may have `default_task`, its own instruction of queries. It may have `fingerprint() -> dict[str, str]`,
-    equal for two models exactly when they give the same vectors. Stored vectors are known by it; without one, they are
-    known by the vectors of a few texts that are encoded again.
+    An encoder may have a `contract` (`text.Contract`), whose `default_task` is its own instruction of queries. It may
+    have `fingerprint() -> dict[str, str]`, equal for two models exactly when they give the same vectors. Stored vectors
+    are known by it; without one, they are known by the vectors of a few texts that are encoded again.
     """
 
     def encode(self, texts: Sequence[str], task: str | None = None) -> NDArray[np.float32]: ...
@@ -41,7 +42,8 @@ def as_encoder(model: Any) -> Encoder:
 
 def task_for(encoder: Encoder, stated: str | None) -> str | None:
     """Returns the instruction of texts whose data states `stated`: the model's own for an empty one. None stays."""
-    return getattr(encoder, "default_task", "") if stated == "" else stated
+    contract = getattr(encoder, "contract", None)
+    return contract.default_task if stated == "" and isinstance(contract, Contract) else stated
 
 
 def encode_queries(encoder: Encoder, queries: Sequence[str], task: str | None = None) -> NDArray[np.float32]:

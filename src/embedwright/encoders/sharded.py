@@ -71,7 +71,7 @@ class ShardedEncoder:
 
     def __init__(self, encoder: Encoder, number: int, processes: Processes) -> None:
         self.encoder, self.number, self.processes = encoder, number, processes
-        self.default_task: str = getattr(encoder, "default_task", "")
+        self.contract = getattr(encoder, "contract", None)
 
     def encode(self, texts: Sequence[str], task: str | None = None, **options: Any) -> NDArray[Any]:
         """Encodes each distinct text once, in one of the processes. `options` are those of the encoder's `encode`."""

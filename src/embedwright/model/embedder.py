@@ -63,6 +63,7 @@ class Embedder:
         layers: int | None = None,
         max_tokens: int | None = None,
         pool_prompt: bool = False,
+        default_task: str | None = None,
         dtype: str = "float32",
         four_bit: bool = False,
         device: str | None = None,
@@ -83,6 +84,7 @@ class Embedder:
             layers: Keep this many of the first layers. Default: all.
             max_tokens: Tokens after which a text is cut. Default: 512, or the decoder's positions if fewer.
             pool_prompt: Also pool the tokens of the instruction, BOS and EOS, for servers that pool every token.
+            default_task: The model's own instruction, of queries that come without one. Default: none.
             dtype: `float32`, `bfloat16` or `float16`.
             four_bit: Hold the linear layers in 4 bits, to train adapters on. Such a model can be neither merged nor
                 saved. Needs the extra [qlora].
@@ -104,6 +106,7 @@ class Embedder:
             layers=layers,
             max_tokens=max_tokens,
             pool_prompt=pool_prompt,
+            default_task=default_task,
             dtype=dtype_named(dtype),
             four_bit=four_bit,
             seed=seed,
@@ -263,11 +266,7 @@ class Embedder:
         return digests | network_facts(self.network, self.contract)
 
     def tokenize(
-        self,
-        texts: Sequence[str],
-        task: str | None = None,
-        prefix: str | None = None,
-        max_tokens: int | None = None,
+        self, texts: Sequence[str], task: str | None = None, prefix: str | None = None, max_tokens: int | None = None
     ) -> PackedTexts:
         """Tokenises texts as the model reads them. Returns them in one packed row, in the order given."""
         in_front, limit = encode.frame(self.contract, self.longest, task, prefix, max_tokens)
@@ -326,8 +325,7 @@ class Embedder:
     def encode_query(self, texts: Sequence[str], task: str | None = None, **options: Any) -> NDArray[Any]:
         """Encodes queries, under the instruction `task` or the model's own. `options` are those of `encode`.
 
-        `task=""` reads them without an instruction. Raises ValueError if there is none at all, since queries would be
-        read as documents unsaid.
+        Raises ValueError if there is neither, since queries would be read as documents. `task=""` asks for none.
         """
         task = self.contract.query_task(task) if options.get("prefix") is None else task
         return self.encode(texts, task, **options)
@@ -340,11 +338,6 @@ class Embedder:
         """Embeds without gradients."""
         with torch.inference_mode(not self.network.sharded), torch.no_grad():
             return self.embed(packed)
-
-    @property
-    def default_task(self) -> str:
-        """The model's own instruction of queries; empty if it has none."""
-        return self.contract.default_task
 
     @property
     def batch_tokens(self) -> int:

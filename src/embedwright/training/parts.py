@@ -46,7 +46,8 @@ class Part(BaseModel):
 class ModelPart(Part):
     """What is trained: `base`, a decoder that becomes an embedder, or `from`, an embedder that trains on.
 
-    An embedder of `from` keeps its text contract, pooling and attention: only `max_tokens` goes with it.
+    An embedder of `from` keeps its text contract, pooling and attention: only `max_tokens` and `default_task` go with
+    it.
     """
 
     base: Text | None = None
@@ -71,6 +72,8 @@ class ModelPart(Part):
     """Longer texts are cut here; instruction, BOS and EOS count. Unit: tokens. Source: sister models train at 512."""
     pool_prompt: Flag = False
     """Pool every token, the instruction's too, for servers that know no prompts (docs/models.md)."""
+    default_task: Text | None = None
+    """The model's own instruction: of queries that come without one, in training and in use. With `from`: its own."""
 
     @property
     def name(self) -> str:
@@ -86,17 +89,21 @@ class ModelPart(Part):
     def _begins_with_one_model(self) -> ModelPart:
         if (self.base is None) == (self.from_ is None):
             raise InputError("needs base, a decoder, or from, an embedder to train on, and not both")
-        if self.from_ and (others := sorted(self.model_fields_set - {"base", "from_", "max_tokens"})):
-            raise InputError(f"{', '.join(others)}: an embedder of `from` keeps its own; leave out all but max_tokens")
+        if self.from_ and (others := sorted(self.model_fields_set - {"base", "from_", "max_tokens", "default_task"})):
+            kept = "an embedder of `from` keeps its own; leave out all but max_tokens and default_task"
+            raise InputError(f"{', '.join(others)}: {kept}")
         return self
 
     @model_serializer(mode="wrap")
     def _as_it_acts(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leaves out what the embedder of `from` decides, so that the result is a valid recipe."""
+        """Leaves out what the embedder of `from` decides, so that the result is a valid recipe, and `default_task`
+        where there is none, so that an older recipe keeps its hash.
+        """
         values = dump(self)
+        own = {} if self.default_task is None else {"default_task": values["default_task"]}
         if self.from_ is None:
-            return {key: value for key, value in values.items() if key != "from"}
-        return {"from": self.from_} | ({} if self.shortened is None else {"max_tokens": self.max_tokens})
+            return {key: value for key, value in values.items() if key not in ("from", "default_task")} | own
+        return {"from": self.from_} | ({} if self.shortened is None else {"max_tokens": self.max_tokens}) | own
 
 
 class TunePart(Part):

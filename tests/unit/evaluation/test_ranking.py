@@ -19,6 +19,7 @@ from embedwright.evaluation.ranking import score
 from embedwright.evaluation.suite import evaluate
 from embedwright.evaluation.tasks import SuiteTask
 from embedwright.model.embedder import Embedder
+from embedwright.text import Contract
 
 WORDS = [
     "moon",
@@ -108,7 +109,7 @@ def test_queries_of_a_task_without_an_instruction_have_the_models_own(beir: Path
     asked: list[str | None] = []
 
     class Told(Words):
-        default_task = "Find it"
+        contract = Contract(eos_id=1, default_task="Find it")
 
         def encode(self, texts: Any, task: str | None = None) -> Any:
             asked.append(task)

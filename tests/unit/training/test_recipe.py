@@ -222,6 +222,18 @@ OTHER = {"lora": "full", "latent": "mean", "all": "same_task", "none": "all", "h
 OTHER |= {"2e-5": "3e-5", "bidirectional": "causal", "ddp": "fsdp"}
 
 
+def test_a_recipe_without_an_instruction_of_its_own_is_as_it_was() -> None:
+    plain, null, told = (
+        Recipe.parse(content() if task == "" else put(content(), "model.default_task", task))
+        for task in ("", None, "Find it")
+    )
+    assert plain == null and plain.hash() == null.hash() != told.hash()
+    assert "default_task" not in null.model_dump()["model"] and Recipe.parse(told.model_dump(mode="json")) == told
+    assert "model.default_task" not in null.values_by_key()  # of which a provenance would have to speak
+    with pytest.raises(ConfigError, match="default_task"):
+        Recipe.parse(put(content(), "model.default_task", " "))
+
+
 def test_the_hash_follows_all_that_decides_the_weights_and_nothing_else() -> None:
     tree = put(put(content(), "model.attention", "bidirectional"), "tune.gradient_checkpointing", False)
     tree["run"] |= {"workers": 1, "parallel": "ddp"}

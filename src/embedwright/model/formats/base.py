@@ -28,6 +28,7 @@ from embedwright.text import (
     INSTRUCTION_TEMPLATE,
     Contract,
     check_limit,
+    check_text,
     leading_ids,
     load_tokenizer,
 )
@@ -90,6 +91,7 @@ def new_embedder(
     layers: int | None,
     max_tokens: int | None,
     pool_prompt: bool,
+    default_task: str | None,
     dtype: torch.dtype,
     four_bit: bool,
     seed: int,
@@ -102,7 +104,7 @@ def new_embedder(
         raise InputError(f"the tokenizer of {base} has no EOS token")
     if max_tokens is None:
         max_tokens = min(512, positions(decoder))
-    contract = new_contract(tokenizer, pooling.kind, max_tokens, pool_prompt)
+    contract = new_contract(tokenizer, pooling.kind, max_tokens, pool_prompt, default_task)
     if contract.max_tokens > positions(decoder):
         raise InputError(f"max_tokens={max_tokens}: {base} has positions for {positions(decoder)} tokens")
     backbone = load_backbone(folder, decoder, dtype, fourbit.config(dtype) if four_bit else None)
@@ -115,8 +117,11 @@ def new_embedder(
     return network, tokenizer
 
 
-def new_contract(tokenizer: Any, pooling: Kind, max_tokens: int, pool_prompt: bool = False) -> Contract:
+def new_contract(
+    tokenizer: Any, pooling: Kind, max_tokens: int, pool_prompt: bool = False, default_task: str | None = None
+) -> Contract:
     """Returns the text contract of a new embedder with this tokenizer."""
+    check_text(default_task or "", "default_task")
     bos_ids = leading_ids(tokenizer.backend_tokenizer)
     # mean and last are saved as stock sentence-transformers folders, whose prompts end where a token ends
     stock = pooling in WEIGHTLESS and not bos_ids and not pool_prompt
@@ -125,5 +130,6 @@ def new_contract(tokenizer: Any, pooling: Kind, max_tokens: int, pool_prompt: bo
         eos_id=tokenizer.eos_token_id,
         bos_ids=bos_ids,
         mask_rule="all" if pool_prompt else "boundary" if stock else "offsets",
+        default_task=default_task or "",
     )
     return contract.model_copy(update={"max_tokens": check_limit(contract, max_tokens)})

@@ -114,12 +114,15 @@ def model_card(
 
 
 def _use(path: str, contract: Contract, form: Form) -> str:
-    where, task = _quoted(path), _quoted(TASK)
-    queries, passages = f"[{_quoted(_QUERY)}]", f"[{_quoted(_PASSAGE)}]"
+    where, queries, passages = _quoted(path), f"[{_quoted(_QUERY)}]", f"[{_quoted(_PASSAGE)}]"
+    ask = ask_them = f"encode_query({queries})"
+    if not contract.default_task:
+        ask = f"encode({queries}, task={_quoted(TASK)})"
+        ask_them = f"encode({queries}, prompt={_quoted(contract.prefix(TASK))})"
     ours = f"""from embedwright import Embedder
 
 model = Embedder.load({where})
-queries = model.encode({queries}, task={task})
+queries = model.{ask}
 passages = model.encode({passages})
 print(queries @ passages.T)"""
     if form == "adapter":
@@ -128,7 +131,7 @@ print(queries @ passages.T)"""
     theirs = f"""{first}from sentence_transformers import SentenceTransformer
 
 model = SentenceTransformer({where})
-queries = model.encode({queries}, prompt={_quoted(contract.prefix(TASK))})
+queries = model.{ask_them}
 passages = model.encode({passages})
 print(queries @ passages.T)"""
     return f"```python\n{ours}\n```\n\nThe same vectors in sentence-transformers:\n\n```python\n{theirs}\n```"

@@ -178,6 +178,15 @@ def _distinct(model: Embedder, _: Path | None) -> Result:
     return ok, f"highest cosine of two texts {alike:.3f}, with instruction {moved:.3f}"
 
 
+def _own_instruction(model: Embedder, _: Path | None) -> Result:
+    """A query that comes without an instruction is read under the model's own."""
+    template, own = model.contract.query_template, model.contract.default_task
+    if "{task}" in template and not own:
+        return True, "none: queries want one (--task, task=)"
+    ok, said = equal(model, model.encode_query(TEXTS), model.encode(TEXTS, prefix=template.replace("{task}", own)))
+    return ok, f"{own or template!r}; {said}"
+
+
 def _types(model: Embedder, _: Path | None) -> Result:
     """The backbone has one type, weights are finite, and rotary frequencies are those of the config, in float32."""
     backbone = model.network.backbone
@@ -283,6 +292,7 @@ _OF_OURS: dict[str, Callable[..., Result]] = {
     "BOS as the tokenizer has it": begins_with_bos,
     "tokenizer round trip": round_trip,
     "texts and instructions tell apart": _distinct,
+    "instruction of its own": _own_instruction,
     "one type, finite weights": _types,
     "pooling block": _head,
     "as recorded when it was saved": _recorded,

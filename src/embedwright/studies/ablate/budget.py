@@ -86,7 +86,7 @@ class TokenCounter:
 
     def __init__(self, recipe: Recipe) -> None:
         tokenizer, self.contract = reading_of(recipe.model)
-        self.tokenizer, self.default_task = TextTokenizer(tokenizer.backend_tokenizer), self.contract.default_task
+        self.tokenizer = TextTokenizer(tokenizer.backend_tokenizer)
         self.random, self.total = np.random.default_rng(0), 0
 
     def encode(self, texts: Sequence[str], task: str | None = None) -> NDArray[np.float32]:

@@ -81,7 +81,7 @@ def check_reading(recipe: Recipe, stages: Sequence[Sequence[Source]], model: Emb
         for source in sources:
             for task in (source.task, *source.tasks.values()):
                 with naming(f"recipe {recipe.name}: stages.{stage.name}: task {task.name!r}"):
-                    model.tokenize(["a"], task=task.instruction or model.default_task or None)
+                    model.tokenize(["a"], task=task.instruction or model.contract.default_task or None)
 
 
 def _check_encoder(name: str) -> None:

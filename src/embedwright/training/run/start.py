@@ -75,6 +75,7 @@ def _from_decoder(recipe: Recipe, dtype: torch.dtype, device: str | None) -> Emb
         layers=spec.layers,
         max_tokens=spec.max_tokens,
         pool_prompt=spec.pool_prompt,
+        default_task=spec.default_task,
         dtype=str(dtype).removeprefix("torch."),
         four_bit=recipe.tune.method == "qlora",
         device=device,
@@ -91,11 +92,11 @@ def _continued(recipe: Recipe, dtype: torch.dtype, device: str | None) -> Embedd
     # adapters that train on stay on their base, which is opened in the type in which it is trained on
     model = Embedder.load(spec.name, device=device, dtype=str(dtype).removeprefix("torch.") if trains_on else None)
     network = model.network
-    contract = _shortened(spec, network.contract)
+    contract = _changed(spec, network.contract)
     if keeps and contract != network.contract and network.origin is not None and network.origin.kind != "decoder":
         raise InputError(
-            f"max_tokens={spec.shortened}: an adapter keeps the text contract of the embedder that it is saved without "
-            "(run.save): leave max_tokens out, or save merged alone"
+            f"{', '.join(f'{key}={value}' for key, value in _said(spec).items())}: an adapter keeps the text contract "
+            "of the embedder that it is saved without (run.save): leave that out, or save merged alone"
         )
     if trains_on:
         train_on(network.backbone, dropout=recipe.tune.dropout, mixed=recipe.run.precision == "bf16")
@@ -128,14 +129,19 @@ def _check_sizes(recipe: Recipe) -> None:
             )
 
 
-def _shortened(spec: ModelPart, contract: Contract) -> Contract:
-    if spec.shortened is None:
-        return contract
-    if spec.shortened > contract.max_tokens:
+def _changed(spec: ModelPart, contract: Contract) -> Contract:
+    """Returns the contract of an embedder of `from` with what the recipe says otherwise."""
+    if spec.shortened is not None and spec.shortened > contract.max_tokens:
         raise InputError(
             f"max_tokens={spec.shortened}: {spec.name} reads {contract.max_tokens} tokens, and can only be shortened"
         )
-    return contract.model_copy(update={"max_tokens": spec.shortened})
+    return contract.model_copy(update=_said(spec))
+
+
+def _said(spec: ModelPart) -> dict[str, Any]:
+    """Returns what the recipe says of the text contract of an embedder of `from`."""
+    said = {"max_tokens": spec.shortened, "default_task": spec.default_task}
+    return {key: value for key, value in said.items() if value is not None}
 
 
 # ---- what is known without weights
@@ -181,9 +187,9 @@ def reading_of(spec: ModelPart) -> tuple[Any, Contract]:
     if spec.from_:
         check_embedder(spec.name)
         found = outline(spec.name)
-        return found.tokenizer, _shortened(spec, found.contract)
+        return found.tokenizer, _changed(spec, found.contract)
     tokenizer = load_tokenizer(resolve_base(_decoder(spec), weights=False))
-    return tokenizer, new_contract(tokenizer, spec.pooling, spec.max_tokens, spec.pool_prompt)
+    return tokenizer, new_contract(tokenizer, spec.pooling, spec.max_tokens, spec.pool_prompt, spec.default_task)
 
 
 def longest_of(spec: ModelPart) -> int:

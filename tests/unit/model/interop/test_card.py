@@ -148,11 +148,12 @@ def test_tables_have_the_keys_of_their_rows(tiny_embedder: Make) -> None:
 # ---- its code
 
 
+@pytest.mark.parametrize("own", ["", "Find it"])
 @pytest.mark.parametrize(("pooling", "form"), [("latent", "ours"), ("mean", "stock"), ("last", "stock")])
 def test_its_code_runs_and_gives_the_vectors(
-    pooling: str, form: str, tiny_embedder: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pooling: str, form: str, own: str, tiny_embedder: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = tiny_embedder(pooling)
+    model = tiny_embedder(pooling, default_task=own)
     assert facts(model.network, model.text_tokenizer)["form"] == form
     model.save(tmp_path / "saved")
     card = card_of(model, "a name", path=str(tmp_path / "saved"))
@@ -162,7 +163,7 @@ def test_its_code_runs_and_gives_the_vectors(
     for program in programs:
         names: dict[str, Any] = {}
         exec(program, names)
-        expected = model.encode(["how do tides work?"], task=TASK)
+        expected = model.encode(["how do tides work?"], task=own or TASK)
         np.testing.assert_allclose(names["queries"], expected, rtol=0, atol=1e-6)
         np.testing.assert_allclose(
             float(capsys.readouterr().out.strip(" []\n")), expected @ names["passages"].T, atol=1e-5

@@ -269,6 +269,7 @@ def test_adapters_go_on_as_they_were_with_the_dropout_of_the_recipe(described: M
         ("model", {"adapters": "continue"}, {}, "has no adapters to train on: leave tune.adapters out"),
         ("adapter", {}, {}, r"fresh ones on top of them would have a base that is on no disk: write tune: \{adapters"),
         ("model", {}, {"max_tokens": 20}, r"max_tokens=20: an adapter keeps the text contract of the embedder"),
+        ("model", {}, {"default_task": "Find"}, r"default_task=Find: an adapter keeps the text contract"),
         ("adapter", {"adapters": "continue", "method": "full"}, {}, "by method lora alone"),
     ],
 )

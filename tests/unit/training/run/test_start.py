@@ -22,7 +22,7 @@ from embedwright.training.cost import sizes_of
 from embedwright.training.lengths import tokens_of
 from embedwright.training.plan import report
 from embedwright.training.recipe import Recipe
-from embedwright.training.run.start import finish, longest_of, reading_of, shape_of, start_model
+from embedwright.training.run.start import finish, longest_of, merged, reading_of, shape_of, start_model
 from embedwright.training.train import train
 
 NVEMBED = Path(__file__).parents[3] / "parity" / "fixtures" / "nvembed-tiny-v2"
@@ -189,6 +189,52 @@ def test_it_trains_on_and_on_under_its_contract(
     assert "made from first-model" in card and str(tmp_path) not in card
     again = Recipe.load(tmp_path / "second" / "recipe.yaml")
     assert again == Recipe.parse(going_on(content, tmp_path / "first-model"))
+
+
+@pytest.mark.parametrize("form", ["latent", "mean", "qwen3-embedding"])
+def test_it_keeps_its_instruction_or_takes_that_of_the_recipe(
+    content: dict[str, Any], published: Callable[[str], str], tmp_path: Path, form: str
+) -> None:
+    own = Embedder.load(published(form)).contract.default_task
+    assert bool(own) == (form == "qwen3-embedding")
+    for given in (None, "Find its answer"):
+        more = {} if given is None else {"default_task": given}
+        recipe = Recipe.parse(going_on(content, published(form), **more) | {"tune": {"method": "full"}})
+        model = merged(start_model(recipe))
+        assert model.contract.default_task == reading_of(recipe.model)[1].default_task == (given or own)
+        model.save(tmp_path / str(given))
+        kept = Embedder.load(tmp_path / str(given))
+        assert kept.contract == model.contract
+        assert given is None or np.array_equal(kept.encode_query(TEXTS), kept.encode(TEXTS, task=given))
+
+
+@pytest.mark.parametrize("pooling", ["latent", "mean"])
+def test_the_instruction_of_a_recipe_goes_into_every_form_and_trains_rows_that_have_none(
+    content: dict[str, Any], tmp_path: Path, pooling: str
+) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    asked, sizes = "Find its answer", {"latents": 8, "heads": 4, "multiple": 1} if pooling == "latent" else {}
+    content["model"] = {"base": content["model"]["base"], "pooling": pooling, "max_tokens": 40, **sizes}
+    losses = []
+    for name, stated, own in (("own", None, asked), ("stated", {"name": "pairs", "instruction": asked}, None)):
+        content["run"] = {"out": str(tmp_path / name), "tracker": "none", "save": ["merged", "adapter"]}
+        content["stages"][0]["data"][0]["task"] = stated
+        content["model"]["default_task"] = own
+        records: list[Any] = []
+        train(Recipe.parse(content), on_step=records.append)
+        losses.append([record["loss"] for record in records])
+    assert losses[0] == losses[1]
+    whole, adapter = (Embedder.load(tmp_path / "own" / form) for form in ("model", "adapter"))
+    plain = Embedder.load(tmp_path / "stated" / "model")
+    assert plain.contract.default_task == ""
+    assert whole.contract == adapter.contract == plain.contract.model_copy(update={"default_task": asked})
+    wanted = plain.encode(TEXTS, task=asked)
+    theirs = SentenceTransformer(str(tmp_path / "own" / "model"), device="cpu")
+    for found in (whole.encode_query(TEXTS), adapter.encode_query(TEXTS), theirs.encode_query(TEXTS)):
+        np.testing.assert_allclose(found, wanted, atol=2e-5)
+    np.testing.assert_array_equal(whole.encode_query(TEXTS, ""), plain.encode(TEXTS))
+    assert f"| instruction of a query without one | {asked} |" in (tmp_path / "own" / "README.md").read_text()
 
 
 def test_its_texts_may_be_cut_shorter(content: dict[str, Any], published: Callable[[str], str], tmp_path: Path) -> None:
