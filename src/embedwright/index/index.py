@@ -154,8 +154,8 @@ class Index:
             queries: a list of texts.
             k: number of hits of a query.
             task: the instruction of the queries; empty for none. None: the model's own, with a warning if it has none.
-            where: conditions on the metadata, as `["lang=en", "year>=2020"]` or `{"lang": "en"}`. Documents are
-                filtered first, and the search is exact over what is left.
+            where: conditions on the metadata, as `["lang=en", "year>=2020"]`, in parts, or as `{"lang": "en"}`
+                (`index.where`). Documents are filtered first, and the search is exact over what is left.
             each_chunk: each chunk is a hit. Default: one hit for a document, with its best chunk.
 
         Raises ValueError for another model than the one that made the index, naming what differs, and for a condition

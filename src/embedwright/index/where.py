@@ -1,4 +1,8 @@
-"""Filters by metadata: conditions such as `lang=en`, `year>=2020` or `lang in en,de`, checked exactly."""
+"""Filters by metadata: conditions such as `lang=en`, `year>=2020` or `lang in en,de`, checked exactly.
+
+A condition in parts, `{"column": "lang", "operator": "in", "value": ["en", "de"]}`, takes values as they are: in a text
+they lose outer spaces, and are parted at commas.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ from embedwright.index.layout import ColumnType
 
 logger = logging.getLogger(__name__)
 
-Where = Mapping[str, Any] | Sequence[str]
+Where = Mapping[str, Any] | Sequence[str | Mapping[str, Any]]
 
 _COMPARE = {
     "=": pc.equal,
@@ -46,9 +50,9 @@ class Condition(NamedTuple):
 def matching(table: pa.Table, types: Types, where: Where) -> NDArray[np.bool_]:
     """Says for each document whether all conditions hold for it. One that lacks the value matches no condition.
 
-    `where` is a list of texts, or a mapping of columns to the value that they have, or to a list of possible values.
-    Raises InputError for an unknown column or a value of another type, naming the nearest. A text that no document has
-    is no error.
+    `where` is a list of conditions, as texts or in parts, or a mapping of columns to the value that they have, or to a
+    list of possible values. Raises InputError for an unknown column or a value of another type, naming the nearest. A
+    text that no document has is no error.
     """
     found_N = np.ones(len(table), np.bool_)
     for condition in conditions(where, types):
@@ -85,8 +89,19 @@ def conditions(where: Where, types: Types) -> list[Condition]:
             for column, value in where.items()
         ]
     else:
-        given = [_split(text, types) for text in where]
+        given = [_split(each, types) if isinstance(each, str) else _in_parts(each) for each in where]
     return [_checked(column, how, values, types) for column, how, values in given]
+
+
+def _in_parts(condition: Any) -> tuple[str, str, list[Any]]:
+    if not isinstance(condition, Mapping) or condition.keys() != {"column", "operator", "value"}:
+        raise InputError(f"where {str(condition)[:60]}: expected a text, or a mapping of column, operator and value")
+    column, how, value = str(condition["column"]), condition["operator"], condition["value"]
+    several = isinstance(value, list | tuple)
+    if how not in (*_COMPARE, "in") or several != (how == "in"):
+        signs = ", ".join(_COMPARE)
+        raise InputError(f"where: {column[:60]}: operator {how!r}: {signs} take one value, and `in` takes a list")
+    return column, how, list(value) if several else [value]
 
 
 def _split(text: str, types: Types) -> tuple[str, str, list[Any]]:

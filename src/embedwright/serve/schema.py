@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema, create_model
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainValidator,
+    Tag,
+    WithJsonSchema,
+    create_model,
+)
 from pydantic.config import JsonDict
 
 TOKEN_IDS = (
@@ -63,6 +73,23 @@ def embedding_request(width: int, max_inputs: int, token_ids: bool) -> type[Embe
     return create_model("EmbeddingRequest", __base__=EmbeddingRequest, **fields)
 
 
+class Condition(BaseModel):
+    """A condition on the metadata in parts. `in` takes a list of values, the others take one."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    column: str
+    operator: Literal["=", "!=", "<", "<=", ">", ">=", "in"]
+    value: str | bool | int | float | list[str | bool | int | float]
+
+
+# a branch is chosen first, so that a fault is told of that branch alone
+_Where = Annotated[
+    Annotated[str, Tag("text")] | Annotated[Condition, Tag("condition")],
+    Discriminator(lambda given: "text" if isinstance(given, str) else "condition"),
+]
+
+
 class SearchRequest(BaseModel):
     """Queries to search the index for."""
 
@@ -71,8 +98,8 @@ class SearchRequest(BaseModel):
     query: list[str]
     k: whole_number(1, MOST_HITS) = Field(10, description="Hits of a query.")  # type: ignore[valid-type]
     task: str | None = Field(None, description=f"{_TASK} Default: the model's own; 400 where it has none.")
-    where: list[str] | None = Field(
-        None, max_length=32, description="Conditions on the metadata, as `lang=en` or `year>=2020`."
+    where: list[_Where] | None = Field(
+        None, max_length=32, description="Conditions on the metadata: texts such as `lang=en` or `year>=2020`, or parts."
     )
 
 

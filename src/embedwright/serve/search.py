@@ -24,7 +24,8 @@ def add_search(paths: APIRouter, server: Server, index: Index) -> None:
     searching = Worker("embedwright-search")
 
     def answer(asked: SearchRequest, task: str, vectors_QE: NDArray[np.float32], tokens: int) -> bytes:
-        found = index.search_vectors(vectors_QE, asked.k, asked.where, most_bytes=_MOST_BYTES)
+        where = [each if isinstance(each, str) else each.model_dump() for each in asked.where or ()]
+        found = index.search_vectors(vectors_QE, asked.k, where, most_bytes=_MOST_BYTES)
         data = [
             {"query": query, "task": task, "hits": [hit._asdict() for hit in hits]}
             for query, hits in zip(asked.query, found, strict=True)

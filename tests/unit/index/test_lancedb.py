@@ -75,6 +75,7 @@ def known(hits: list[list[Any]]) -> list[list[tuple[Any, ...]]]:
         ["lang=en"],
         ["lang!=en", "year>=2000"],
         {"lang": "o'k"},
+        [{"column": "lang", "operator": "in", "value": ["o'k", " en,de "]}, "year>=1990"],
         ["lang in en,de", "open=true"],
         ["score<=20.5", "score>3"],
         {"year": [1991, 2003]},

@@ -80,6 +80,34 @@ def test_a_mapping_says_the_same(index: Index) -> None:
     assert metadata.keys() == {"lang", "year", "rate", "draft"} and metadata["draft"] is True
 
 
+def parts(column: str, operator: str, value: Any) -> dict[str, Any]:
+    return {"column": column, "operator": operator, "value": value}
+
+
+def test_conditions_in_parts_say_what_texts_say(index: Index) -> None:
+    query = Rounded().encode(["q"], "")
+    for text in SINGLE:
+        column, how, value = text.split(" ")
+        given = value.split(",") if how == "in" else value
+        expected = index.search_vectors(query, 99, [text, "rate<=2"])
+        assert index.search_vectors(query, 99, [parts(column, how, given), "rate<=2"]) == expected, text
+    numbers = [parts("year", ">=", 2020.0), parts("draft", "=", True), parts("rate", "in", (0.5, 2))]
+    assert index.search_vectors(query, 99, numbers) == index.search_vectors(
+        query, 99, ["year>=2020", "draft=true", "rate in 0.5,2"]
+    )
+
+
+def test_a_value_in_parts_is_taken_as_it_is(tmp_path: Path) -> None:
+    langs = ["en", "en,de", " en", "en ", "", "a=b", "in", '"', "[1]"]
+    rows = [{"_id": f"of {lang}", "text": f"text {lang}", "lang": lang} for lang in langs]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    index = Index.open(build_index(Rounded(), tmp_path / "c.jsonl", tmp_path / "i", metadata=["lang"]))
+    for lang in langs:
+        for condition in (parts("lang", "=", lang), parts("lang", "in", [lang, "nowhere"])):
+            (hits,) = index.search_vectors(Rounded().encode(["q"], ""), 9, [condition])
+            assert [hit.id for hit in hits] == [f"of {lang}"]
+
+
 @pytest.mark.parametrize(
     ("where", "message"),
     [
@@ -104,6 +132,13 @@ def test_a_mapping_says_the_same(index: Index) -> None:
         ({"year": 1e30}, "does not fit into 64 bits"),
         (["rate=nan"], "nan equals no number"),
         ("lang=en", "give a list"),
+        ([3], "expected a text, or a mapping of column, operator and value"),
+        ([{"column": "lang", "value": "en"}], "expected a text, or a mapping of column, operator and value"),
+        ([parts("lang", "~", "en")], "operator '~': =, !="),
+        ([parts("lang", "in", "en")], "`in` takes a list"),
+        ([parts("lang", "=", ["en"])], "`in` takes a list"),
+        ([parts("langs", "=", "en")], "did you mean 'lang'"),
+        ([parts("year", "in", [2020, None])], "year holds int, not 'None'"),
     ],
 )
 def test_bad_conditions_are_named(index: Index, where: Any, message: str) -> None:

@@ -123,7 +123,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]  # fmt: skip
     rows[4]["title"] = "<img src=x onerror=\"document.title='owned'\">"
     rows[4]["text"] = "<script>document.title='owned'</script> " + rows[4]["title"] + rows[4]["text"]
-    rows[5]["lang"] = None
+    rows[5]["lang"], rows[9]["lang"] = None, " at, de "
     file = tmp_path_factory.mktemp("documents") / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file

@@ -39,6 +39,10 @@ def searched(serving: Any, index: Index) -> Iterator[Any]:
         yield made
 
 
+def in_parts(operator: str, value: Any) -> dict[str, Any]:
+    return {"column": "year", "operator": operator, "value": value}
+
+
 def same(found: list[dict[str, Any]], expected: list[Hit]) -> bool:
     plain = [hit._asdict() for hit in expected]
     close = all(abs(one.pop("score") - other.pop("score")) < 1e-5 for one, other in zip(found, plain, strict=True))
@@ -54,6 +58,14 @@ def test_hits_are_those_of_the_index(searched: Any, index: Index, model: Embedde
     assert answer["model"] == "tiny" and answer["usage"]["prompt_tokens"] == len(model.tokenize(QUERIES, TASK).ids_T)
     one = searched.ask("POST", "/search", {"query": QUERIES[1], "task": ""}).body["data"]
     assert len(one) == 1 and one[0]["task"] == "" and same(one[0]["hits"], index.search(model, QUERIES[1:], 10, "")[0])
+
+
+def test_conditions_in_parts_are_those_of_the_index(searched: Any, index: Index, model: Embedder) -> None:
+    some = [in_parts("in", [2003, "2004", 2005.0]), "year!=2004"]
+    for where, count in (([in_parts(">=", 2010)], 10), (some, 2), ([in_parts("in", [])], 0)):
+        (found,) = searched.ask("POST", "/search", {"query": QUERIES[0], "task": "", "where": where}).body["data"]
+        (expected,) = index.search(model, QUERIES[:1], 10, "", where)
+        assert len(expected) == count and same(found["hits"], expected)
 
 
 def test_the_models_own_task_is_taken_and_named(
@@ -105,6 +117,11 @@ def test_the_index_is_described(searched: Any, index: Index) -> None:
         ({"query": "a", "task": "", "f" * 10**6: []}, "there is no field 'fff"),
         ({"query": "a", "task": "", "where": ["y" * 10**6 + "=3"]}, "no metadata column 'yyy"),
         ({"query": "a", "task": "", "where": ["year=\ud800"]}, "year"),
+        ({"query": "a", "task": "", "where": [in_parts("~", 3)]}, "operator: Input should"),
+        ({"query": "a", "task": "", "where": [in_parts("in", 3)]}, "`in` takes a list"),
+        ({"query": "a", "task": "", "where": [in_parts("=", None)]}, "value"),
+        ({"query": "a", "task": "", "where": [in_parts("=", 3) | {"or": 4}]}, "there is no field"),
+        ({"query": "a", "task": "", "where": [3]}, "where.0"),
     ],
 )
 def test_bad_searches_are_refused(searched: Any, body: dict[str, Any], words: str) -> None:

@@ -46,8 +46,8 @@ function fill() {
   $("reset").hidden = state.task === null;
   $("k").value = state.k;
   $("both").checked = state.both;
-  $("conditions").replaceChildren(...state.where.map((each) =>
-    h("li", {}, h("button", { type: "button", class: "chip on", "aria-label": `Remove filter ${each}`, onclick: () => drop(each) }, `${each} ×`))));
+  $("conditions").replaceChildren(...state.where.map((each) => h("li", {}, h("button",
+    { type: "button", class: "chip on", "aria-label": `Remove filter ${named(each)}`, onclick: () => drop(each) }, `${named(each)} ×`))));
   for (const name of ["hits", "map"]) {
     const here = state.view === name;
     $(name).hidden = !here;
@@ -62,7 +62,23 @@ function drop(condition) {
   $("value").focus();
 }
 
-function filter(condition) {
+// A condition lies in the address as a list of its parts, which any value fits into; or as a text, typed there by hand.
+const written = (column, operator, value) => JSON.stringify([column, operator, value]);
+
+function parts(condition) {
+  if (!condition.startsWith("[")) return null;
+  try {
+    const [column, operator, value] = JSON.parse(condition);
+    return { column, operator, value };
+  } catch {
+    return null;
+  }
+}
+
+const named = (condition) => { const found = parts(condition); return found ? `${found.column} ${found.operator} ${found.value}` : condition; };
+
+function filter(column, value) {
+  const condition = written(column, "=", value);
   if (!state.where.includes(condition)) change({ where: [...state.where, condition] });
   $("conditions").lastElementChild.firstElementChild.focus(); // what was clicked is drawn anew
 }
@@ -71,7 +87,7 @@ function typedFilter() {
   const value = $("value").value.trim();
   if (!value) return [];
   $("value").value = "";
-  return [`${$("column").value}${$("sign").value}${value}`];
+  return [written($("column").value, $("sign").value, value)];
 }
 
 function submit(event) {
@@ -91,7 +107,7 @@ async function search() {
   for (const side of sides) Object.assign(side, { busy: Boolean(state.q), error: null }, state.q ? {} : { hits: null });
   draw();
   if (!state.q) return;
-  const body = { query: state.q, k: state.k, where: state.where.length ? state.where : null };
+  const body = { query: state.q, k: state.k, where: state.where.map((each) => parts(each) ?? each) };
   await Promise.all(shown().map(async (side) => {
     try {
       const [found] = (await ask(`${side.base}search`, { ...body, task: state.task ?? (side.info.task ? null : "") }, own.signal)).data;

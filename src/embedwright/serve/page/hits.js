@@ -39,7 +39,7 @@ function hitOf(hit, i, other, wanted) {
   };
   const title = h("button", { type: "button", class: "title", "aria-expanded": "false", onclick: toggle }, hit.title || hit.id);
   const values = Object.entries(hit.metadata ?? {}).filter(([, value]) => value !== null).map(([column, value]) =>
-    h("li", {}, h("button", { type: "button", class: "chip", title: "Filter by this value", onclick: () => wanted.filter(`${column}=${value}`) }, `${column}: ${value}`)));
+    h("li", {}, h("button", { type: "button", class: "chip", title: "Filter by this value", onclick: () => wanted.filter(column, value) }, `${column}: ${value}`)));
   const chips = values.length ? h("ul", { class: "chips" }, ...values) : null;
   return h("li", { class: "hit", "data-id": hit.id },
     h("span", { class: "rank", "aria-hidden": "true" }, String(i + 1)),
