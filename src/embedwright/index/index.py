@@ -113,6 +113,11 @@ class Index:
         """Returns the rows of all chunks whose documents are not deleted."""
         return np.flatnonzero(self.live_N[self._document_C])
 
+    def document(self, id: str) -> docs.Document | None:
+        """Returns a document by its id; None if there is none, or it is deleted."""
+        rows = np.flatnonzero(pc.equal(self.documents["id"], id).to_numpy() & self.live_N)
+        return docs.take(self.documents, rows.tolist())[0] if len(rows) else None
+
     def difference(self, encoder: Encoder) -> str | None:
         """Returns what tells `encoder` from the model that made the index; None if it is that model."""
         reader = Shortened(encoder, self.layout.dim) if self.layout.dim else encoder

@@ -54,7 +54,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorAnswer, "description": "The request is wrong; `param` names the field."},
     401: {"model": ErrorAnswer, "description": "The API key is missing or wrong."},
     403: {"model": ErrorAnswer, "description": "The server has no key, and was asked under another name."},
-    404: {"model": ErrorAnswer, "description": "There is no such model or path."},
+    404: {"model": ErrorAnswer, "description": "There is no such model, document or path."},
     408: {"model": ErrorAnswer, "description": "The body did not arrive in time."},
     413: {"model": ErrorAnswer, "description": "The body is too large."},
     429: {"model": ErrorAnswer, "description": "The queue is full; Retry-After says when to ask again."},

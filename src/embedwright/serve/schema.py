@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    PlainValidator,
-    Tag,
-    WithJsonSchema,
-    create_model,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema, create_model
 from pydantic.config import JsonDict
+from pydantic.types import Discriminator, Tag
+
+from embedwright.index.documents import Document
+from embedwright.index.index import Hit
 
 TOKEN_IDS = (
     "token ids are not taken: ids of another model's vocabulary would give wrong vectors without an error. Send text "
@@ -99,7 +93,7 @@ class SearchRequest(BaseModel):
     k: whole_number(1, MOST_HITS) = Field(10, description="Hits of a query.")  # type: ignore[valid-type]
     task: str | None = Field(None, description=f"{_TASK} Default: the model's own; 400 where it has none.")
     where: list[_Where] | None = Field(
-        None, max_length=32, description="Conditions on the metadata: texts such as `lang=en` or `year>=2020`, or parts."
+        None, max_length=32, description="Conditions on the metadata, as `lang=en` or `year>=2020`, or in parts."
     )
 
 
@@ -174,22 +168,20 @@ class EmbeddingAnswer(BaseModel):
     usage: Usage
 
 
-class FoundHit(BaseModel):
-    """A document; `start` and `end` are the characters of its best chunk, and `score` is that chunk's."""
+def _model_of(row: type, name: str) -> type[BaseModel]:
+    """Makes the model of a named tuple of the index."""
+    fields: dict[str, Any] = {field: (kind, ...) for field, kind in get_type_hints(row).items()}
+    return create_model(name, __doc__=row.__doc__, **fields)
 
-    id: str
-    score: float
-    text: str
-    title: str
-    start: int
-    end: int
-    metadata: dict[str, Any]
+
+FoundHit = _model_of(Hit, "FoundHit")
+FoundDocument = _model_of(Document, "FoundDocument")
 
 
 class Found(BaseModel):
     query: str
     task: str
-    hits: list[FoundHit]
+    hits: list[FoundHit]  # type: ignore[valid-type]
 
 
 class SearchAnswer(BaseModel):

@@ -1,4 +1,4 @@
-"""/search and /index: an index behind the server, searched with vectors of the model that made it."""
+"""/search, /document and /index: an index behind the server, searched with vectors of the model that made it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic_core import to_json
 
 from embedwright.index.index import Index
 from embedwright.serve.errors import ApiError
-from embedwright.serve.schema import MOST_HITS, IndexFacts, SearchAnswer, SearchRequest, search_request
+from embedwright.serve.schema import MOST_HITS, FoundDocument, IndexFacts, SearchAnswer, SearchRequest, search_request
 from embedwright.serve.server import Server
 from embedwright.serve.worker import Worker
 
@@ -19,7 +19,7 @@ _MOST_BYTES = 50_000_000  # of the documents in an answer
 
 
 def add_search(paths: APIRouter, server: Server, index: Index) -> None:
-    """Adds the two paths. Queries are encoded beside all other texts; one thread searches and writes the answers."""
+    """Adds the three paths. Queries are encoded beside all other texts; one thread reads the index."""
     contract = server.packed.model.contract
     searching = Worker("embedwright-search")
 
@@ -45,6 +45,14 @@ def add_search(paths: APIRouter, server: Server, index: Index) -> None:
 
     search.__annotations__["asked"] = search_request(server.limits.max_inputs)
     paths.post("/search", response_model=None, responses={200: {"model": SearchAnswer}})(search)
+
+    @paths.get("/document", response_model=None, responses={200: {"model": FoundDocument}})
+    async def document(id: str) -> Response:
+        """A document of the index, by its id."""
+        found = await searching.run(index.document, id)
+        if found is None:
+            raise ApiError(404, "the index has no document of this id", "id", "document_not_found")
+        return Response(to_json(found._asdict(), inf_nan_mode="null"), media_type="application/json")
 
     @paths.get("/index", response_model=IndexFacts)
     async def facts() -> IndexFacts:

@@ -233,18 +233,20 @@ def test_the_answer_repeats_no_long_name_of_a_field(server: Any) -> None:
     assert answer.status == 400 and len(answer.raw) < 1000 and answer.body["error"]["code"] == "unknown_field"
 
 
-def test_an_empty_task_is_the_models_own_on_every_path(serving: Any, told: Embedder, index: Index) -> None:
+def test_no_task_is_the_models_own_and_an_empty_one_is_none_on_every_path(
+    serving: Any, told: Embedder, index: Index
+) -> None:
     own = told.contract.default_task
-    expected = told.encode(["tides"], task=own)
     with serving(told, index=index) as server:
         for more in ({"task": ""}, {"task": "", "input_type": "query"}, {"input_type": "query"}, {"task": own}):
+            expected = told.encode(["tides"], task=more.get("task", own))
             assert close([server.embed({"input": "tides", **more}).body["data"][0]["embedding"]], expected), more
-        for more in ({"task": ""}, {}, {"task": None}):
-            (found,) = server.ask("POST", "/search", {"query": "tides", **more}).body["data"]
-            assert found["task"] == own
+        for asked, said in (({"task": ""}, ""), ({}, own), ({"task": None}, own)):
+            (found,) = server.ask("POST", "/search", {"query": "tides", **asked}).body["data"]
+            assert found["task"] == said
         shown = server.ask("GET", "/openapi.json").body["components"]["schemas"]
     described = [shown[name]["properties"]["task"]["description"] for name in ("EmbeddingRequest", "SearchRequest")]
-    assert described[1].startswith(described[0]) and "empty for the model's own" in described[0]
+    assert described[1].startswith(described[0]) and "empty for none" in described[0]
 
 
 def test_no_text_is_logged(serving: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -45,10 +45,8 @@ def visit(browser: Browser, address: str, size: tuple[int, int] = DESKTOP, theme
 
 
 def press(browser: Browser, key: str) -> None:
-    text = {"Enter": "\r"}.get(key, key if len(key) == 1 else "")
-    browser.call(
-        "Input.dispatchKeyEvent", type="keyDown", key=key, text=text, windowsVirtualKeyCode=13 if text == "\r" else 0
-    )
+    text, code = {"Enter": "\r"}.get(key, key if len(key) == 1 else ""), {"Enter": 13, "Escape": 27}.get(key, 0)
+    browser.call("Input.dispatchKeyEvent", type="keyDown", key=key, text=text, windowsVirtualKeyCode=code)
     browser.call("Input.dispatchKeyEvent", type="keyUp", key=key)
     until(browser)
 
@@ -117,7 +115,7 @@ def test_another_instruction_gives_other_hits(browser: Browser, address: str, in
     press(browser, "Enter")
     wanted = index.search(told, ["moon"], task="Find the animal that is named in the text")[0]
     assert browser.run(HITS) == [ids(wanted)] and ids(wanted) != plain
-    write(browser, "task", "")  # an empty field means none, which the address keeps
+    browser.run("document.getElementById('task').value = '', document.getElementById('task').focus()")  # means none
     press(browser, "Enter")
     assert browser.run(HITS) == [ids(index.search(told, ["moon"], task="")[0])]
     assert browser.run("location.search") == "?q=moon&task="
@@ -149,8 +147,7 @@ def test_filters_are_added_by_form_and_by_a_value_of_a_hit(
     browser.run("[...document.querySelectorAll('.hit .chip')].find((each) => each.textContent.includes('at,')).click()")
     until(browser)
     assert browser.run(HITS) == [["d9"]]
-    browser.run("location.reload()")
-    until(browser)
+    visit(browser, browser.run("location.href"))
     assert browser.run(HITS) == [["d9"]] and quiet(browser, address)
 
 
@@ -228,6 +225,34 @@ def test_the_map_says_its_points_and_marks_the_hits(
     assert quiet(browser, address)
 
 
+def test_a_point_of_the_map_opens_its_document(browser: Browser, address: str, index: Index, told: Embedder) -> None:
+    visit(browser, f"{address}?q=moon&view=map&colour=lang")
+    canvas, sheet = "document.getElementById('canvas')", "document.querySelector('dialog.sheet')"
+    until(browser, f"Boolean({canvas}.dataset.zoom)")
+    browser.run(f"{canvas}.focus()")
+    browser.settle()
+    text = f"{sheet}.open ? {sheet}.querySelector('.text')?.textContent ?? null : null"
+    press(browser, "n")
+    x, y = browser.run("['left', 'top'].map((edge) => parseFloat(document.getElementById('tip').style[edge]) - 14)")
+    press(browser, "Enter")
+    until(browser, f"({text}) !== null")
+    first = index.search(told, ["moon"])[0][0]
+    assert browser.run(text) == first.text and first.id in browser.run(f"{sheet}.querySelector('.note').textContent")
+    press(browser, "Escape")
+    until(browser, f"!{sheet}.open")
+    assert browser.run(f"document.activeElement === {canvas}")
+    press(browser, "Enter")  # points at the document in the middle
+    middle = browser.run(TIP)
+    press(browser, "Enter")
+    until(browser, f"({text}) !== null")
+    assert middle.splitlines()[0] == browser.run(f"{sheet}.querySelector('h2').textContent")
+    browser.run(f"{sheet}.querySelector('button').click()")
+    for kind in ("mousePressed", "mouseReleased"):
+        browser.mouse(kind, x, y, button="left", clickCount=1)
+    until(browser, f"({text}) !== null")
+    assert browser.run(text) == first.text and quiet(browser, address)
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("view", ["", "q=moon&both=", "q=moon&view=map", "q=moon&where=bad%3D1"])
 def test_every_view_fits_a_phone_and_can_be_read(browser: Browser, address: str, view: str, theme: str) -> None:
@@ -256,21 +281,58 @@ def test_no_hit_says_so(browser: Browser, address: str) -> None:
     assert browser.run("document.getElementById('hits').textContent").endswith("No document passes these filters.")
 
 
+BUSY = """(() => {
+  const real = window.fetch, said = '{"error": {"message": "The queue is full."}}';
+  const refusal = () => Promise.resolve(new Response(said, {status: 429, headers: {'Retry-After': '1'}}));
+  window.asked = 0;
+  window.real = real;
+  window.fetch = (...how) => window.asked++ < REFUSED ? refusal() : real(...how);
+})()"""
+ERROR = "document.querySelector('.side .error')"
+
+
 def test_a_busy_server_is_asked_again(browser: Browser, address: str) -> None:
     visit(browser, address)
+    browser.run(BUSY.replace("REFUSED", "1"))
+    write(browser, "query", "moon")
+    press(browser, "Enter")
+    assert browser.run(f"{ERROR}.textContent") == "The queue is full. Asking again in 1 second (1 of 5).Stop"
+    until(browser, "document.querySelectorAll('.hit').length === 10")
+
+
+def test_a_server_that_stays_busy_is_asked_five_times_each_later_and_then_by_hand_alone(
+    browser: Browser, address: str
+) -> None:
+    visit(browser, address)
+    browser.run(BUSY.replace("REFUSED", "6"))
     browser.run("""(() => {
-      const real = window.fetch, said = '{"error": {"message": "The queue is full."}}';
-      const refusal = () => Promise.resolve(new Response(said, {status: 429, headers: {'Retry-After': '1'}}));
-      let asked = 0;
-      window.fetch = (...how) => asked++ ? real(...how) : refusal();
+      const later = window.setTimeout;
+      window.delays = [];
+      window.setTimeout = (act, wait) => { window.delays.push(wait); return later(act, 0); };
     })()""")
     write(browser, "query", "moon")
     press(browser, "Enter")
-    assert (
-        browser.run("document.querySelector('.side .error').textContent")
-        == "The queue is full. Asking again in 1 second."
-    )
+    until(browser, "window.asked === 6 && document.querySelector('.side .error button')?.textContent === 'Try again'")
+    assert browser.run("window.delays") == [1000, 2000, 4000, 8000, 16000]
+    assert browser.run(f"{ERROR}.textContent") == "The queue is full.Try again"
+    browser.run(f"{ERROR}.querySelector('button').click()")
     until(browser, "document.querySelectorAll('.hit').length === 10")
+
+
+def test_asking_again_can_be_stopped(browser: Browser, address: str) -> None:
+    visit(browser, address)
+    browser.run(BUSY.replace("REFUSED", "99"))
+    browser.run("""(() => {
+      window.waiting = new Map();
+      window.setTimeout = (act) => { window.waiting.set(window.waiting.size + 1, act); return window.waiting.size; };
+      window.clearTimeout = (timer) => window.waiting.delete(timer);
+    })()""")
+    write(browser, "query", "moon")
+    press(browser, "Enter")
+    assert browser.run("window.waiting.size") == 1
+    browser.run(f"{ERROR}.querySelector('button').click()")
+    assert browser.run("window.waiting.size") == 0
+    assert browser.run(f"{ERROR}.textContent") == "The queue is full.Try again"
 
 
 def test_the_key_is_asked_for_and_kept_in_memory(

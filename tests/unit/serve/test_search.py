@@ -7,12 +7,15 @@ import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from fake_llm import command
 
 from embedwright.errors import InputError
 from embedwright.index.build import build_index
+from embedwright.index.change import delete
+from embedwright.index.documents import Document
 from embedwright.index.index import Hit, Index
 from embedwright.model.embedder import Embedder
 from embedwright.serve.app import create_app
@@ -85,6 +88,33 @@ def test_the_models_own_task_is_taken_and_named(
     [without] = index.search_vectors(model.encode_document(QUERIES[:1]), 10)
     assert index.search(model, QUERIES[:1], 10, "") == [without]
     assert bare["task"] == "" and same(bare["hits"], without)
+
+
+def test_a_document_is_answered_by_its_id(
+    searched: Any, index: Index, serving: Any, model: Embedder, tmp_path: Path
+) -> None:
+    for id in ("d7", "d39"):
+        document = index.document(id)
+        assert document is not None and document.id == id
+        assert searched.ask("GET", f"/document?id={id}").body == document._asdict()
+    assert (document.title, document.metadata) == ("Part 39", {"year": 2039}) and document.text.startswith("Number 39")
+    absent = searched.ask("GET", "/document?id=d40")
+    assert (absent.status, absent.body["error"]["code"]) == (404, "document_not_found")
+    assert searched.ask("GET", "/document").body["error"]["param"] == "id"
+    rows = [{"_id": "a/b?c=d&é", "text": "odd"}, {"text": "second"}]
+    (tmp_path / "odd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    build_index(model, tmp_path / "odd.jsonl", tmp_path / "odd")
+    with serving(index=Index.open(tmp_path / "odd")) as server:
+        assert server.ask("GET", f"/document?id={quote('a/b?c=d&é', safe='')}").body["text"] == "odd"
+    delete(tmp_path / "odd", ["a/b?c=d&é"])
+    assert Index.open(tmp_path / "odd").document("a/b?c=d&é") is None
+
+
+def test_openapi_has_the_fields_of_hits_and_documents(searched: Any) -> None:
+    shown = searched.ask("GET", "/openapi.json").body["components"]["schemas"]
+    for name, row in (("FoundHit", Hit), ("FoundDocument", Document)):
+        assert list(shown[name]["properties"]) == shown[name]["required"] == list(row._fields)
+    assert shown["FoundHit"]["properties"]["score"]["type"] == "number"
 
 
 def test_the_index_is_described(searched: Any, index: Index) -> None:

@@ -63,19 +63,15 @@ function drop(condition) {
 }
 
 // A condition lies in the address as a list of its parts, which any value fits into; or as a text, typed there by hand.
-const written = (column, operator, value) => JSON.stringify([column, operator, value]);
+const written = (...parts) => JSON.stringify(parts);
+const named = (condition) => { const { column, operator, value } = sent(condition); return column ? `${column} ${operator} ${value}` : condition; };
 
-function parts(condition) {
-  if (!condition.startsWith("[")) return null;
+function sent(condition) {
   try {
     const [column, operator, value] = JSON.parse(condition);
     return { column, operator, value };
-  } catch {
-    return null;
-  }
+  } catch { return condition; }
 }
-
-const named = (condition) => { const found = parts(condition); return found ? `${found.column} ${found.operator} ${found.value}` : condition; };
 
 function filter(column, value) {
   const condition = written(column, "=", value);
@@ -101,13 +97,27 @@ function submit(event) {
 
 const shown = () => (state.both && sides[1] ? sides : sides.slice(0, 1));
 
-async function search() {
+// A busy server is asked again by the page itself, each time later, and no more than TRIES times in a row.
+const TRIES = 5;
+let tries = 0, timer = null;
+const begin = (byItself) => { clearTimeout(timer); if (!byItself) tries = 0; };
+const delay = (error) => Object.assign(error, { wait: tries < TRIES && error.wait ? Math.max(error.wait, 2 ** tries) : 0, turn: `${tries + 1} of ${TRIES}` });
+const later = (act, wait) => { if (wait) { tries += 1; timer = setTimeout(() => act(true), 1000 * wait); } };
+
+function stop() {
+  clearTimeout(timer);
+  for (const side of sides) if (side.error) side.error.wait = 0;
+  draw();
+}
+
+async function search(byItself = false) {
+  begin(byItself);
   running?.abort();
   const own = running = new AbortController(), began = performance.now();
   for (const side of sides) Object.assign(side, { busy: Boolean(state.q), error: null }, state.q ? {} : { hits: null });
   draw();
   if (!state.q) return;
-  const body = { query: state.q, k: state.k, where: state.where.map((each) => parts(each) ?? each) };
+  const body = { query: state.q, k: state.k, where: state.where.map(sent) };
   await Promise.all(shown().map(async (side) => {
     try {
       const [found] = (await ask(`${side.base}search`, { ...body, task: state.task ?? (side.info.task ? null : "") }, own.signal)).data;
@@ -115,12 +125,12 @@ async function search() {
     } catch (error) {
       if (error.name === "AbortError") return;
       if (error.status === 401) { wantKey(); return; }
-      Object.assign(side, { error, hits: null });
-      if (error.wait) setTimeout(() => { if (own === running) search(); }, 1000 * error.wait);
+      Object.assign(side, { error: delay(error), hits: null });
     }
     side.busy = false;
     if (own === running) draw(Math.round(performance.now() - began));
   }));
+  if (own === running) later(search, Math.max(...shown().map((side) => side.error?.wait ?? 0)));
 }
 
 const lines = document.createElementNS("http://www.w3.org/2000/svg", "svg");
@@ -130,7 +140,7 @@ const watch = new ResizeObserver(() => connect(lines, [...$("hits").querySelecto
 
 function draw(took = null) {
   const two = shown().length > 1;
-  const wanted = { filter, again: search };
+  const wanted = { filter, stop, again: () => search() };
   const drawn = shown().map((side, i) => sideOf(side, two ? sides[1 - i] : null, wanted));
   watch.disconnect();
   $("hits").classList.toggle("two", two);
@@ -198,13 +208,19 @@ function wantKey() {
   $("key").select();
 }
 
-async function open() {
+async function open(byItself = false) {
+  begin(byItself);
   try {
     const bases = (await ask("page/sides.json")).bases;
     sides = await Promise.all(bases.map(async (base) => ({ base, info: await ask(`${base}index`), hits: null, busy: false, error: null })));
   } catch (error) {
     if (error.status === 401) wantKey();
-    else { $("facts").replaceChildren(problem(error, open)); if (error.wait) setTimeout(open, 1000 * error.wait); }
+    else {
+      const show = () => $("facts").replaceChildren(problem(error, () => open(), () => { clearTimeout(timer); error.wait = 0; show(); }));
+      delay(error);
+      show();
+      later(open, error.wait);
+    }
     return;
   }
   const { info } = sides[0];

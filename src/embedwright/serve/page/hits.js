@@ -11,16 +11,19 @@ export function sideOf(side, other, wanted) {
     h("p", { class: "note" }, facts(info)), h("p", { class: "note" }, task ? `Instruction: ${task}` : "No instruction"));
   const empty = hits && !hits.length && !error ? h("p", { class: "note" }, "No document passes these filters.") : null;
   return h("section", { class: "side", "aria-busy": String(busy), "aria-label": `Hits of ${info.model}` },
-    heading, error && problem(error, wanted.again), error ? null : empty ?? list);
+    heading, error && problem(error, wanted.again, wanted.stop), error ? null : empty ?? list);
 }
 
 export const facts = (info) =>
   `${count(info.documents, "document")}${info.chunks === info.documents ? "" : ` in ${count(info.chunks, "chunk")}`}, ${info.dimension} dimensions, ${info.precision}`;
 
-export function problem(error, again) {
-  const waits = error.wait ? ` Asking again in ${count(error.wait, "second")}.` : "";
-  const retry = error.status && error.status < 500 ? null : h("button", { type: "button", onclick: again }, "Try again");
-  return h("div", { class: "error", role: "alert" }, h("p", {}, error.message + waits), retry);
+// With `stop`, the page is about to ask again by itself, if the server wants that.
+export function problem(error, again, stop = null) {
+  const waits = stop && error.wait, useless = error.status >= 400 && error.status < 500 && error.status !== 429;
+  const button = (name, act) => h("button", { type: "button", onclick: act }, name);
+  return h("div", { class: "error", role: "alert" },
+    h("p", {}, error.message + (waits ? ` Asking again in ${count(error.wait, "second")} (${error.turn}).` : "")),
+    waits ? button("Stop", stop) : useless ? null : button("Try again", again));
 }
 
 function hitOf(hit, i, other, wanted) {

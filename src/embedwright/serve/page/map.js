@@ -45,10 +45,11 @@ export function makeMap(panel, coloured) {
     button("+", "Zoom in", () => middle(1.6)), button("−", "Zoom out", () => middle(1 / 1.6)), button("Reset", "Reset", () => reset()));
   const canvas = h("canvas", { tabindex: "0", role: "img", id: "canvas" });
   const legend = h("ul", { class: "legend", "aria-label": "Groups of the map" }), about = h("p", { class: "note", role: "status" });
-  const help = h("p", { class: "note" }, "Wheel, pinch, + and − zoom; drag or arrows move; 0 shows all; N goes to the next hit. Choose a group to see it alone.");
+  const help = h("p", { class: "note" }, "Wheel, pinch, + and − zoom; drag or arrows move; 0 shows all; N goes to the next hit. A click opens a document; Enter points at the one in the middle, then opens it. Choose a group to see it alone.");
+  const sheet = h("dialog", { class: "sheet", "aria-label": "Document" });
   const drawn = h("div", { class: "drawn", hidden: true }, h("div", { class: "canvas" }, canvas, buttons),
     h("div", { class: "beside" }, h("div", { class: "row" }, colourLabel, sideLabel), legend, help));
-  panel.append(about, drawn);
+  panel.append(about, drawn, sheet);
 
   async function load() {
     const own = sides[at];
@@ -170,22 +171,46 @@ export function makeMap(panel, coloured) {
     tip.style.top = `${Math.max(4, Math.min(box.top + y + 14, innerHeight - own.height - 4))}px`;
   }
 
-  function over(event) {
-    const [x, y] = where(event);
-    let best = 14, found = -1;
+  function nearest(x, y, within) {
+    let best = within, found = -1;
     for (const i of data.ids.keys()) {
       const [px, py] = place(i), far = Math.hypot(px - x, py - y);
       if (far < best && (chosen < 0 || groups.of[i] === chosen)) { best = far; found = i; }
     }
+    return found;
+  }
+
+  function over(event) {
+    const found = nearest(...where(event), 14);
     if (found < 0) { if (under >= 0) hide(); } else if (found !== under) tell(found);
+  }
+
+  // Points at a document, and brings it into view.
+  function pointAt(i) {
+    const [x, y] = place(i), margin = 30;
+    if (x < margin || y < margin || x > canvas.clientWidth - margin || y > canvas.clientHeight - margin) move(canvas.clientWidth / 2 - x, canvas.clientHeight / 2 - y);
+    tell(i);
   }
 
   function nextHit() {
     const hits = ranked(), [next] = hits[(hits.findIndex(([point]) => point === under) + 1) % hits.length] ?? [];
-    if (next === undefined) return;
-    const [x, y] = place(next), margin = 30;
-    if (x < margin || y < margin || x > canvas.clientWidth - margin || y > canvas.clientHeight - margin) move(canvas.clientWidth / 2 - x, canvas.clientHeight / 2 - y);
-    tell(next);
+    if (next !== undefined) pointAt(next);
+  }
+
+  const enter = () => (under < 0 ? pointAt(nearest(canvas.clientWidth / 2, canvas.clientHeight / 2, Infinity)) : open(under));
+
+  async function open(i) {
+    const close = h("button", { type: "button", onclick: () => sheet.close() }, "Close"), own = sides[at];
+    const show = (...parts) => sheet.replaceChildren(h("div", { class: "row" }, h("h2", { class: "grow" }, data.titles[i]), close), ...parts);
+    show(h("p", { class: "note" }, "Opening…"));
+    if (!sheet.open) sheet.showModal(); // which gives the focus back to the map when it closes
+    try {
+      const found = await ask(`${own.base}document?id=${encodeURIComponent(data.ids[i])}`);
+      const values = Object.entries(found.metadata).filter(([, value]) => value !== null).map(([column, value]) => `${column}: ${value}`);
+      show(h("p", { class: "note" }, [found.id, ...values].join(" · ")), h("div", { class: "text" }, found.text));
+    } catch (error) {
+      show(problem(error, () => open(i)));
+    }
   }
 
   canvas.addEventListener("wheel", (event) => { event.preventDefault(); zoom(Math.exp(-event.deltaY / 400), ...where(event)); over(event); }, { passive: false });
@@ -201,13 +226,19 @@ export function makeMap(panel, coloured) {
     zoom(far(now) / far(before), (now[0] + still[0]) / 2, (now[1] + still[1]) / 2);
   });
   for (const end of ["pointerup", "pointercancel"]) {
-    canvas.addEventListener(end, (event) => { fingers.delete(event.pointerId); if (end === "pointerup" && !moved) over(event); });
+    canvas.addEventListener(end, (event) => {
+      const before = under;
+      fingers.delete(event.pointerId);
+      if (end !== "pointerup" || moved) return;
+      over(event);
+      if (under >= 0 && (event.pointerType === "mouse" || under === before)) open(under); // a first tap points at it
+    });
   }
   canvas.addEventListener("pointerleave", (event) => { if (event.pointerType === "mouse") hide(); });
   canvas.addEventListener("blur", hide);
   canvas.addEventListener("keydown", (event) => {
     const act = {
-      "+": () => middle(1.4), "=": () => middle(1.4), "-": () => middle(1 / 1.4), 0: reset, n: nextHit, Escape: hide,
+      "+": () => middle(1.4), "=": () => middle(1.4), "-": () => middle(1 / 1.4), 0: reset, n: nextHit, Enter: enter, Escape: hide,
       ArrowLeft: () => move(40, 0), ArrowRight: () => move(-40, 0), ArrowUp: () => move(0, 40), ArrowDown: () => move(0, -40),
     }[event.key];
     if (act && !event.ctrlKey && !event.metaKey) { event.preventDefault(); act(); }
