@@ -191,6 +191,7 @@ CHANGES: dict[str, dict[str, tuple[str, str, Words]]] = {
         "precision": ("files", "--precision float16", {}),
         "faiss": ("names", "--faiss", {}),
         "lancedb": ("names" if find_spec("lancedb") else "error", "--lancedb", {}),
+        "task": ("error", "--task 'Find it'", {}),  # which wants a table; what it does: test_lancedb.py
         "dim": ("files", "--dim 8", {}),
         "append": ("error", "--append", {}),
         "replace": ("error", "--replace", {}),

@@ -80,7 +80,7 @@ def run_mteb(model: str, names: Sequence[str], out: Path, how: options.How) -> N
     chosen = [choose(name) for name in names]  # before anything is loaded
 
     def work(encoders: list[Any]) -> dict[str, str]:
-        wrapped = MtebEncoder(encoders[0], max_tokens=how.get("max_tokens"), name=name_of(model))
+        wrapped = MtebEncoder(encoders[0], max_tokens=_limit(encoders[0], how), name=name_of(model))
         wrapped.watch = lambda: counter("documents")
         bench = Bench(wrapped, out)
         note(f"{bench.meta.name}, revision {bench.meta.revision}: results in {bench.folder}")
@@ -101,13 +101,27 @@ def run_mteb(model: str, names: Sequence[str], out: Path, how: options.How) -> N
 
 
 def _model_or_server(model: str, how: options.How) -> list[Any]:
-    """Opens the model that `bench` scores. `max_tokens` is left to the benchmarks, whose results name it."""
+    """Opens the model that `bench` scores. `max_tokens` is left to the benchmarks (`_limit`), whose results name it."""
     from embedwright.encoders.http import HttpEncoder
-    from embedwright.encoders.open import open_encoder
+    from embedwright.encoders.open import open_encoder, shorten
+    from embedwright.model.embedder import Embedder
 
     given = {name: value for name, value in how.items() if name != "max_tokens"}
     options.check_opened([model], given)
-    return [HttpEncoder.from_url(model) if "://" in model else open_encoder(model, **given)]
+    if "://" in model:
+        return [HttpEncoder.from_url(model)]
+    opened = open_encoder(model, **given)
+    if "max_tokens" in how and not isinstance(opened, Embedder):
+        shorten(opened, model, how["max_tokens"])
+    return [opened]
+
+
+def _limit(encoder: Any, how: options.How) -> int | None:
+    """Returns the `max_tokens` that a benchmark gives the model. One of sentence-transformers was opened with it."""
+    from embedwright.encoders.sentence_transformers import SentenceTransformerEncoder
+    from embedwright.encoders.sharded import itself
+
+    return None if isinstance(itself(encoder), SentenceTransformerEncoder) else how.get("max_tokens")
 
 
 def run_airbench(model: str, names: Sequence[str], out: Path, how: options.How) -> None:
@@ -123,7 +137,7 @@ def run_airbench(model: str, names: Sequence[str], out: Path, how: options.How) 
 
     def work(encoders: list[Any]) -> dict[str, str]:
         advance = counter("documents")
-        given: dict[str, Any] = {"max_tokens": how.get("max_tokens"), "progress": note, "advance": advance}
+        given: dict[str, Any] = {"max_tokens": _limit(encoders[0], how), "progress": note, "advance": advance}
         failed = airbench.bench(encoders[0], model, sets, home, **given)
         if rows := airbench.table(home, sets):
             say("\n" + render(rows))

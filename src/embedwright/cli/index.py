@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -55,6 +56,10 @@ def index(
     lancedb: Annotated[
         bool, opt("Also write a LanceDB table of the index, for `search --by`. Write it again after a change.")
     ] = False,
+    task: Annotated[
+        str | None,
+        opt("With --lancedb: instruction of the queries that LanceDB itself encodes. Default: the model's own."),
+    ] = None,
     faiss: Annotated[bool, opt("Also write index.faiss, a copy of the vectors for other programs.")] = False,
 ) -> None:
     """Make an index of documents, which `search` and `serve` read, or change it. Run it again to go on after a stop.
@@ -65,6 +70,8 @@ def index(
     from embedwright.index.build import build_index, cost
     from embedwright.index.index import Index
 
+    if task is not None and not lancedb:
+        raise InputError("--task is kept in a LanceDB table: add --lancedb, or give it to `search`")
     if lancedb:
         import embedwright.index.lancedb  # noqa: F401  # raises where the package is missing, before the work
     asked = {"--append": append, "--replace": replace, "--delete": delete, "--compact": compact, "--reencode": reencode}
@@ -75,7 +82,7 @@ def index(
         raise InputError(f"{changes[0]} keeps the settings of the index: leave out chunks, metadata, precision and dim")
     if (out is None) != (changes in (["--delete"], ["--compact"], ["--reencode"])):
         raise InputError("give MODEL SOURCE OUT; with --delete, --compact and --reencode, MODEL OUT")
-    folder = source if out is None else out
+    folder, finish = source if out is None else out, partial(_finish, faiss=faiss, lancedb=lancedb, task=task)
     settings: dict[str, Any] = {"chunk_tokens": chunk_tokens, "overlap": overlap, "precision": precision, "dim": dim}
     settings["metadata"] = [name.strip() for name in metadata.split(",")] if metadata else []
 
@@ -89,26 +96,26 @@ def index(
                 chunks, tokens = cost(encoder, opened)
                 note(f"to encode: {chunks:,} texts, {tokens:,} tokens")
             change.reencode(encoder, folder, _timed(progress))
-            return _finish(folder, faiss, lancedb)
+            return finish(folder)
         with file_of(source) as texts:
             if append or replace:
                 added, replaced = change.add(encoder, texts, folder, replace=replace, progress=progress)
                 say(f"{folder}: {added:,} documents added, {replaced:,} replaced")
             else:
                 build_index(encoder, texts, folder, **settings, progress=progress)
-        _finish(folder, faiss, lancedb)
+        finish(folder)
 
     if delete:
         say(f"{folder}: {change.delete(folder, delete):,} documents deleted")
-        _finish(folder, faiss, lancedb)
+        finish(folder)
     elif compact:
         change.compact(folder)
-        _finish(folder, faiss, lancedb)
+        finish(folder)
     else:
         with_all(model, how, work)
 
 
-def _finish(folder: Path, faiss: bool, lancedb: bool) -> None:
+def _finish(folder: Path, faiss: bool, lancedb: bool, task: str | None) -> None:
     """Prints what an index holds, and writes its forms for other programs."""
     from embedwright.index.build import recall
     from embedwright.index.index import Index
@@ -125,7 +132,7 @@ def _finish(folder: Path, faiss: bool, lancedb: bool) -> None:
     if lancedb:
         from embedwright.index.lancedb import to_lancedb
 
-        table = to_lancedb(index)
+        table = to_lancedb(index, task)
         found = "" if table.recall is None else f", recall@10 of approximate search: {table.recall:.4f}"
         say(f"{table.folder}: {table.rows:,} chunks{found}")
 

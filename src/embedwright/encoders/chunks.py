@@ -58,7 +58,10 @@ def chunker(encoder: Encoder, size: int, overlap: int = 0) -> Callable[[str, str
         raise InputError(f"chunks of {size} tokens with an overlap of {overlap}: the overlap must be smaller")
     tokenizer, room = _reading(itself(encoder))
     if tokenizer is not None and size > room:
-        raise InputError(f"chunks of {size} tokens: the model reads {room} of a document: take smaller chunks")
+        raise InputError(
+            f"chunks of {size} tokens: the model reads {room} of a document: take smaller chunks (an index keeps those "
+            "that it has: make a new one)"
+        )
 
     def cut(title: str, text: str) -> list[Chunk]:
         tokens = _tokens(tokenizer, text)

@@ -42,13 +42,16 @@ def open_encoder(
             _, limit = frame(model.contract, model.longest, None, None, max_tokens)
             model.contract = model.contract.model_copy(update={"max_tokens": limit})
     elif max_tokens is not None:
-        known = model.model
-        if not known.tokenizer.num_special_tokens_to_add() < max_tokens <= (known.max_seq_length or max_tokens):
-            raise InputError(
-                f"max_tokens={max_tokens}: {name} reads up to {known.max_seq_length}, special ones included"
-            )
-        known.max_seq_length = max_tokens
+        shorten(model, name, max_tokens)
     return model
+
+
+def shorten(encoder: SentenceTransformerEncoder, name: str, max_tokens: int) -> None:
+    """Has a model of sentence-transformers cut texts after `max_tokens`. Raises InputError for more than it reads."""
+    known = encoder.model
+    if not known.tokenizer.num_special_tokens_to_add() < max_tokens <= (known.max_seq_length or max_tokens):
+        raise InputError(f"max_tokens={max_tokens}: {name} reads up to {known.max_seq_length}, special ones included")
+    known.max_seq_length = max_tokens
 
 
 def open_model(

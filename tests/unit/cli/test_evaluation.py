@@ -1,15 +1,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from embedwright.cli.evaluation import evaluate
+from embedwright.cli.evaluation import _limit, _model_or_server, evaluate
 from embedwright.encoders import open as encoders
+from embedwright.encoders.open import open_encoder
+from embedwright.encoders.sentence_transformers import SentenceTransformerEncoder
 from embedwright.errors import InputError
+from embedwright.evaluation.mteb import MtebEncoder
+from embedwright.model.embedder import Embedder
 
 
 class Letters:
@@ -41,3 +47,22 @@ def test_a_folder_of_results_keeps_those_of_another_model(tmp_path: Path, monkey
     evaluate(models=["../a/model"], suite=str(suite), out=tmp_path / "named.json")
     evaluate(models=["a/model"], suite=str(suite), out=tmp_path / "named.json")  # a file that is named is written anew
     assert json.loads((tmp_path / "named.json").read_text())["about"]["model"] == "a/model"
+
+
+def test_a_benchmark_cuts_the_texts_of_any_model_that_is_opened_here(
+    tmp_path: Path, family_folder: Callable[[str], Path], tiny_embedder: Callable[..., Embedder]
+) -> None:
+    tiny_embedder("mean").save(tmp_path / "ours")
+    text, revisions = "the moon and the sea " * 60, []
+    for folder in (tmp_path / "ours", family_folder("embeddinggemma")):
+        for how in ({}, {"max_tokens": 100}):
+            [opened] = _model_or_server(str(folder), how)
+            encoder = MtebEncoder(opened, max_tokens=_limit(opened, how))
+            task = {"task_metadata": SimpleNamespace(name="STS12", type="STS", prompt=None), "prompt_type": None}
+            found = encoder.encode([{"text": [text]}], hf_split="test", hf_subset="default", **task)
+            [wanted] = MtebEncoder(open_encoder(str(folder), **how)).encode(
+                [{"text": [text]}], hf_split="test", hf_subset="default", **task
+            )
+            np.testing.assert_allclose(found[0], wanted, atol=1e-6)
+            revisions.append(encoder.mteb_model_meta.revision)
+    assert len(set(revisions)) == 4 and isinstance(opened, SentenceTransformerEncoder)

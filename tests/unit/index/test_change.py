@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from small_index import Counted, Rounded
 from embedwright.index.build import build_index, cost
 from embedwright.index.change import add, compact, delete, reencode
 from embedwright.index.index import Index
+from embedwright.model.embedder import Embedder
 from embedwright.vectors.corpus import open_encoded
 
 Rows = dict[str, str]
@@ -171,6 +173,20 @@ def test_the_commands_say_what_they_do(
         assert command(monkeypatch, "index", "n", *words) == 2
     error = capsys.readouterr().err
     assert all(said in error for said in ("separate changes", "keeps the settings", "give MODEL SOURCE OUT"))
+
+
+def test_a_model_that_reads_less_than_a_chunk_does_not_encode_an_index_anew(
+    tmp_path: Path, tiny_embedder: Callable[..., Embedder], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """The end of each chunk would be in no vector."""
+    model, rows = tiny_embedder("mean"), {"d0": "the moon pulls at the sea " * 20}
+    out = build_index(model, write(tmp_path / "c.jsonl", rows), tmp_path / "i", chunk_tokens=30)
+    before = content(out)
+    tiny_embedder("mean", "qwen3", max_tokens=24).save(tmp_path / "shorter")
+    assert command(monkeypatch, "index", tmp_path / "shorter", out, "--reencode") == 2
+    said = capsys.readouterr().err
+    assert "chunks of 30 tokens: the model reads 23 of a document" in said and "make a new one" in said
+    assert content(out) == before and len(Index.open(out).search(model, ["tides"], 1, "")[0]) == 1
 
 
 def test_a_stopped_change_goes_on(tmp_path: Path) -> None:

@@ -179,6 +179,14 @@ def test_the_commands(made: tuple[Path, Embedder], tmp_path: Path, capsys: pytes
     assert found["ann"] == found["exact"] and "d77" in found["hybrid"][:2]
     with pytest.raises(InputError, match="--chunks"):
         app([*asked, "--by", "ann", "--chunks"], standalone_mode=False)
+    again = ["index", model, corpus, str(tmp_path / "index"), "--metadata", "year", "--lancedb", "--task"]
+    for task in (TASK, ""):
+        app([*again, task], standalone_mode=False)
+        table = lancedb.connect(str(tmp_path / "index" / "lancedb")).open_table("chunks")
+        found = table.search("the moon").distance_type("dot").limit(5).to_list()
+        [wanted] = Index.open(tmp_path / "index").search(Embedder.load(model), ["the moon"], 5, task, each_chunk=True)
+        assert [row["id"] for row in found] == [hit.id for hit in wanted]
+        assert table.embedding_functions["vector"].function.task == task
 
 
 def test_a_table_of_a_model_in_another_length_or_type_opens_it_so(
