@@ -89,7 +89,7 @@ def mine(
     ] = None,
     shard: options.ShardOption = None,
 ) -> None:
-    """Find hard negatives with one or more teacher models, and leave out those that are probably positives.
+    """Find hard negatives with one or more teacher models, and leave out probable positives.
 
     Under torchrun, all processes encode, each a part of the texts.
     """

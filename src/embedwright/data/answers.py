@@ -2,7 +2,7 @@
 
 A question is a task and the exact key of a query. Its answers are the positives of all its rows. A pair counts in both
 directions: if a query is a positive of another row of its task, that row's query is an answer, too. Document ids are
-compared within a task, but for those that name their collection (`wiki::123`): they name one document in all tasks.
+compared within a task. An id that names its collection (`wiki::123`) stands for one document in all tasks.
 """
 
 from __future__ import annotations

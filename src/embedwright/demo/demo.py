@@ -92,7 +92,7 @@ def run(recipe: Recipe) -> list[str]:
 
 
 def _parts() -> Callable[[str], None]:
-    """Returns a function that says which part begins, and about how long it and those that follow take.
+    """Returns a function that says which part begins, and about how long the rest of the demo takes.
 
     The guess is `SECONDS`, corrected by how long the parts so far took. Parts from an earlier run do not count.
     """

@@ -45,7 +45,7 @@ class Change(NamedTuple):
 
 
 def add(model: Any, source: Path, out: Path, *, replace: bool = False, progress: Progress | None = None) -> Change:
-    """Adds the documents of a source to an index; those that it has already, word for word, are left out.
+    """Adds the documents of a source to an index. Documents that it already has, word for word, are left out.
 
     `replace` lets a document take the place of one with its id. `model` is the one that made the index, whose settings
     count. Raises ValueError for another model, and without `replace` for an id whose document is another one. With

@@ -71,7 +71,7 @@ def mine(
     with or of one taken before. The answers to a question are those of all its rows, and ids are compared within a task
     only. Equal scores rank in the order of the corpus.
 
-    Negatives that an example came with stay in front; those that are equal to an answer or to the query are removed.
+    Negatives that an example came with stay in front, unless they are equal to an answer or to the query.
     Scored pairs below the threshold, which have no positive (`Example`), stay as they are.
 
     Memory: 40 bytes a document (and its id, where `corpus` is a mapping), 8 an example, 32 for each id of its passages;

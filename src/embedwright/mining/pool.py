@@ -21,7 +21,7 @@ from embedwright.data.answers import id_within, ids_of, scope_of, text_mark
 from embedwright.data.schema import DataError, Example, Passage
 from embedwright.data.tables.documents import DocumentTable
 
-_CHUNK = 2**14  # examples whose texts are held while those that a corpus lacks are found
+_CHUNK = 2**14  # examples whose texts are held while texts that a corpus lacks are looked for
 Corpus = Mapping[str, str] | DocumentTable  # document id -> text
 
 
@@ -68,7 +68,7 @@ class Pool:
     """The documents of a corpus that have text, by row. The rows after them are texts that it lacks."""
 
     def __init__(self, corpus: Corpus, rows: Iterable[Example], answers: Iterable[Passage]) -> None:
-        """`rows` are all examples, and are read twice. `answers` are those that other data sets give.
+        """`rows` are all examples, and are read twice. `answers` are what other data sets give.
 
         Where the rows name a document with its collection (`wiki::123`), a corpus may also have it as `123`.
         """
@@ -215,8 +215,8 @@ class _Names(NamedTuple):
     """How rows name documents."""
 
     ids: _First  # all of them
-    shared: NDArray[np.int64]  # hashes of those that several tasks use
-    bare: _First  # ids within a collection, of those that one collection alone has
+    shared: NDArray[np.int64]  # hashes of ids that several tasks use
+    bare: _First  # ids within a collection that no other collection has
     collection_of: NDArray[np.int64]  # for each of `bare`
     collections: list[str]
 

@@ -91,7 +91,7 @@ def teacher_of_pool(
 
 
 def _encoded_documents(encoder: Encoder, pool: Pool, encode: Encode, advance: Advance) -> Vectors:
-    """Returns the vectors of all documents: those that lie beside them, if they are this model's, else made here."""
+    """Returns the vectors of all documents: stored ones, if this model made them; else it encodes them."""
     table = pool.corpus if isinstance(pool.corpus, DocumentTable) else None
     if table and table.encoded:
         manifest = Manifest.read(table.encoded)

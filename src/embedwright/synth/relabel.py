@@ -85,7 +85,7 @@ def relabel_file(
 ) -> dict[str, Any]:
     """Runs `relabel` from file to file, for data of any size, and returns its counts as JSON.
 
-    `tasks` are written beside `out`, together with those that lie beside `path`. With `shard`, `out` is a folder of
+    `tasks` are written beside `out`, together with the tasks beside `path`. With `shard`, `out` is a folder of
     parts (`write_part`), which together have all rows in order; `judged_by` says which judge it is. The answers to a
     question are still those of all rows, which each part reads. `client` is that of a judge by model: its counts are
     reported, and a part with `unanswered` questions is not done.

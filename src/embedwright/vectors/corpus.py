@@ -74,7 +74,7 @@ def encode_corpus(
         shard: encode these shards of the folder alone. Other processes encode the others, at the same time or later;
             all together write the files of one run. Each reads the whole source to check it.
         remote: the folder of a store (`local_folder`) where the files go, each when it is whole. `out` keeps none of
-            the shards then, and those that the store has are not encoded again.
+            the shards then, and shards that the store has are not encoded again.
 
     Raises:
         DataError: a bad line, or an id that occurs twice; the message names file and line.

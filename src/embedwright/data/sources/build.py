@@ -192,7 +192,7 @@ def _load(arguments: dict[str, Any], names: dict[str, Mapping[str, str]]) -> Ite
 
 @contextmanager
 def _naming(where: str) -> Iterator[None]:
-    """Turns errors of `datasets` and of the hub into those that `build` promises, with the name of the set."""
+    """Turns errors of `datasets` and of the hub into the errors that `build` promises, with the name of the set."""
     from datasets.exceptions import DatasetsError
 
     try:

@@ -107,7 +107,7 @@ class Entry(_Frozen):
     def drawn(self, share: float) -> int | None:
         """Returns how many rows `share` of the set's samples are, at least FEWEST. None means all rows.
 
-        Of scored pairs, 1 means all rows: their samples count those that reach the threshold, in both directions.
+        Of scored pairs, 1 means all rows: their samples count pairs that reach the threshold, in both directions.
         """
         if not 0 < share <= 1:
             raise InputError(f"a share of {share:g} is not above 0 and at most 1")
@@ -193,7 +193,7 @@ def table_rows(entries: Iterable[Entry]) -> list[tuple[str, ...]]:
 
 
 def plain(entries: Iterable[Entry]) -> str:
-    """Returns the table for the terminal, with aligned columns, without those that only the documentation shows."""
+    """Returns the table for the terminal, in aligned columns. The documentation alone shows more of them."""
     lines = [(*line[:5], line[5][:56], *line[6:8]) for line in (HEADER, *table_rows(entries))]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "".join(

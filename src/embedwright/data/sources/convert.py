@@ -82,7 +82,7 @@ def convert(job: Job, open_table: OpenTable) -> Iterator[Example]:
     `job.limit` takes a uniform sample of so many rows (of a BEIR set and of grouped pairs: queries; of NLI: premises
     that entail something) that `job.seed` decides, from all files: files are often sorted, and the first of several is
     one part of the set. Memory, besides the sample: one row of pairs and scored pairs, all of grouped pairs and NLI; of
-    labelled rows those that are used; of a BEIR set and of claims the queries and the documents judged for them.
+    labelled rows the ones in use; of a BEIR set and of claims the queries and the documents judged for them.
     Raises DataError for a corpus with a bad row, and where the first HOPELESS rows are all bad.
     """
     entry, spec = job.entry, job.entry.rows

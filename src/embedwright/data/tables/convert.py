@@ -74,7 +74,7 @@ def fingerprint_of(job: Job, stem: str) -> str:
     words = None if job.is_beir else class_names(job.path, "label")  # may stand beside the files
     parts = [FORMAT, stem, job.task, job.seed, job.negatives, job.corpus is not None, digests, names, words]
     if not job.is_beir and detect_kind(job.path) == "scored":
-        parts.append("all pairs")  # not only those that reach the threshold, as in the tables of older versions
+        parts.append("all pairs")  # older versions left out pairs below the threshold
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -39,7 +39,7 @@ class ExampleTable:
     It has `len`, `[i]` and iteration.
 
     `fingerprint` is the SHA-256 (hex) of content, task, seed and format, so equal fingerprints mean equal rows.
-    `tasks` are those that the file beside it describes, by name.
+    `tasks` are what the file beside it describes, by name.
     `report` counts the rows read, the examples made, and what was left out, by reason. `below_threshold` leaves nothing
     out: it counts the scored pairs whose examples have no positive.
     `quarantine` is the file of the bad lines, if their number `quarantined` is not 0. `bad_lines` has the first few.

@@ -52,7 +52,7 @@ OpenEmbedder = Callable[..., tuple[EmbedwrightModel, Any]]
 def write_adapter(network: EmbedwrightModel, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Writes the adapters and the pooling block of `network` into an empty folder, in `dtype` (None: as they are).
 
-    Raises InputError if the weights below the adapters are not those that were read from disk.
+    Raises InputError if the weights below the adapters have changed since they were read from disk.
     """
     backbone, origin = network.backbone, network.origin
     samples = weight_samples(backbone)  # in the type of the weights, in which the base is opened again

@@ -2,7 +2,7 @@
 
 Which settings are ignored, and what replaces a missing one, follows the reference: see design, section 7. The model is
 built without memory and filled tensor by tensor, so that there is never a second copy of it. The names and sizes that
-`nvembed_export` writes are here too, since they must be those that are read.
+`nvembed_export` writes are here too, since this module must be able to read them.
 """
 
 from __future__ import annotations

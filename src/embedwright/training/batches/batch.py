@@ -33,7 +33,7 @@ class Masks:
     """Who is whose negative.
 
     `positive_Q`: the column of each query's positive. `negative_QC`: the columns that are its negatives. `own_QC`: its
-    hard negatives, those that its own row brought. `queries_QQ`: the other queries that are its negatives too.
+    hard negatives, from its own row. `queries_QQ`: the other queries that are its negatives too.
     `distinct`: the queries (Q,) and the positives (C,) that the spread-out term compares, each text once. The last two
     are None if the loss does not ask for them.
     """

@@ -26,7 +26,7 @@ def accumulate(
     """Adds the gradient of the batch's loss to the parameters. Returns the loss and the tokens of all processes.
 
     A batch of at most `batch_tokens` takes one forward. A larger one is split by queries where it is separable, which
-    is exact and takes one pass; each part encodes its texts, also those that it shares with others. GradCache does the
+    is exact and takes one pass; each part encodes all of its texts, shared ones included. GradCache does the
     rest: batches that are not separable, batches with a query that is larger than `batch_tokens` by itself, and batches
     whose parts would together encode over a third more tokens than the batch has.
     """

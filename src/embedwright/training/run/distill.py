@@ -53,7 +53,7 @@ class Teacher:
         return _joined([torch.from_numpy(encode_asked(encoder, asked)) for encoder in self.encoders])
 
     def prepare(self, batches: Iterable[Batch], processes: Processes, pause: Callable[[], object]) -> None:
-        """Encodes the texts of `batches`, but for those that the cache folder has from before. The log says how many.
+        """Encodes the texts of `batches` whose vectors the cache folder lacks. The log says how many.
 
         Each process encodes a part, and all must call it. `pause` is called before each chunk. Chunks depend on
         `batches` alone and are kept whole, so a run that was killed on the way gets the vectors of an unbroken one.
