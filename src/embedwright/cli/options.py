@@ -93,7 +93,8 @@ def check_out(out: Path | str, shard: Shard | None) -> None:
 _OPENING: dict[str, Any] = {
     "device": Annotated[str | None, opt("Device of the model, as cpu or cuda:1. Default: a GPU if there is one.")],
     "dtype": Annotated[
-        Literal["float32", "bfloat16", "float16"] | None, opt("Number type of the weights. Default: the stored one.")
+        Literal["float32", "bfloat16", "float16", "int8"] | None,
+        opt("Number type of the weights; int8: of the linear layers alone, for CPUs. Default: the stored one."),
     ],
     "max_tokens": Annotated[int | None, opt("Tokens after which a text is cut. Default: the model's.", min=1)],
 }

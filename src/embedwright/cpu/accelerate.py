@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from embedwright.cpu import kernels, onednn, proof
 from embedwright.cpu.attention import FAST, attention, norm
 from embedwright.cpu.guards import originals
+from embedwright.cpu.int8 import Int8Linear
 from embedwright.cpu.linears import OneDnnLinear, gated
 from embedwright.model.attention import PACKED
 from embedwright.model.network import EmbedwrightModel
+from embedwright.model.quantized import QuantizedLinear
 from embedwright.model.verify.modes import evaluating
 from embedwright.model.verify.probe import ProbeError
 
@@ -112,6 +114,8 @@ def _form(stock_class: Any) -> Any:
     """Returns the faster form of a stock class on this machine, or None. A patched class has none."""
     if stock_class is nn.Linear:
         return OneDnnLinear if onednn.available() and originals((nn.Linear, "forward")) else None
+    if stock_class is QuantizedLinear:
+        return Int8Linear if kernels.int8_available() else None
     family = stock_class.__module__.rpartition(".modeling_")[2]
     parts, plus_one, window = _FAMILIES.get(family, ((), False, None))
     part = stock_class.__name__.removeprefix(family.capitalize())

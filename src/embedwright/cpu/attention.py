@@ -11,11 +11,12 @@ import sys
 from functools import cache, partial
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from embedwright.cpu import kernels
+from embedwright.cpu import int8, kernels
 from embedwright.cpu.guards import computed_now, infers, listened_to, originals, subclass, unchanged
 from embedwright.model.attention import packed_attention
 
@@ -76,12 +77,19 @@ def attention(stock: Any, windowed: str | None) -> Any:
         as_stock = partial(stock.forward, self, hidden_states=hidden_states, **named)
         if not _fits(self, known, hidden_states, position_embeddings, others):
             return as_stock()
+        products, dtype = (self.q_proj, self.k_proj, self.v_proj), hidden_states.dtype
+        inputs: Tensor | int8.Rounded = hidden_states
+        in_int8 = int8.multiplies(*products, self.o_proj) and not listened_to(self.o_proj)
+        if in_int8:  # rounded once for all three; what is between the products is in bfloat16
+            inputs = int8.rounded(hidden_states, self.q_proj, dtype if hasattr(self, "q_norm") else torch.bfloat16)
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        q, k, v = (product(hidden_states).view(shape) for product in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (product(inputs).view(shape) for product in products)
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         cosine, sine = position_embeddings
+        if in_int8:
+            q, k, v, cosine, sine = (x.to(torch.bfloat16) for x in (q, k, v, cosine, sine))
         if not q.dtype == k.dtype == cosine.dtype:
             return as_stock()
         kernels.rotate(q[0], k[0], cosine[0], sine[0])
@@ -89,7 +97,8 @@ def attention(stock: Any, windowed: str | None) -> Any:
         window = getattr(owner, "sliding_window", None)
         attend = ALL_ATTENTION_FUNCTIONS[FAST]
         mixed, _ = attend(self, q, k, v, attention_mask, scaling=self.scaling, sliding_window=window, **others)
-        return self.o_proj(mixed.flatten(2)), None
+        mixed = mixed.flatten(2)
+        return self.o_proj(int8.rounded(mixed, self.o_proj, dtype) if in_int8 else mixed), None
 
     return subclass(attention, stock, forward, known, windowed)
 

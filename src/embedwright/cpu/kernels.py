@@ -14,6 +14,7 @@ import os
 import struct
 from collections.abc import Iterator
 from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from torch import Tensor
 from embedwright.cpu import library
 from embedwright.cpu.guards import usable
 from embedwright.errors import InputError
+from embedwright.model.quantized import rotated
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +126,67 @@ def dots(query_QE: Tensor, document_NE: Tensor, query_F: Tensor, document_F: Ten
     return out_F
 
 
+# ---- linear layers in whole numbers
+
+
+class Rows(NamedTuple):
+    """Rows in whole numbers: a row is about `codes_TD`, int8, times its `scale_T`. `total_T`, int32, sums its codes."""
+
+    codes_TD: Tensor
+    scale_T: Tensor
+    total_T: Tensor
+
+
+def whole_rows(x_TD: Tensor, rotation: int) -> Rows:
+    """Rotates rows in blocks, as `model.quantized.rotated`, and rounds each to int8: its largest size becomes 127.
+
+    x is contiguous, float32 or bfloat16, D is a multiple of 16. `rotation` is 1, for none, 16, 32 or 64, and divides D.
+    A row with a number that is not finite has a scale that is not finite. Call it only if `int8_available()` is true;
+    this holds for `whole_product` and `whole_gated` too.
+    """
+    rows, dim = x_TD.shape
+    codes_TD = x_TD.new_empty(rows, dim, dtype=torch.int8)
+    made = Rows(codes_TD, x_TD.new_empty(rows, dtype=torch.float32), x_TD.new_empty(rows, dtype=torch.int32))
+    _run("rounding", x_TD, *made, rows, dim, x_TD.dtype == torch.bfloat16, rotation)
+    return made
+
+
+def whole_product(rows: Rows, weight_OD: Tensor, scale_O: Tensor, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Multiplies rows by an int8 weight, whose outputs have a float32 scale each, and adds a float32 bias or None.
+
+    -> (T, O) in `dtype`, float32 or bfloat16. Products are summed exactly, in int32. D is a multiple of 16 up to 2^16,
+    O a multiple of 16.
+    """
+    return _multiplied(rows, weight_OD, scale_O, 0, 0, 0 if bias_O is None else bias_O, dtype, False)
+
+
+def whole_gated(rows: Rows, gate: tuple[Tensor, Tensor], up: tuple[Tensor, Tensor], gelu: bool) -> Tensor:
+    """Computes silu(rows gate^T) * (rows up^T), or gelu in its form with tanh -> (T, O) bfloat16, rounded once.
+
+    `gate` and `up` are an int8 weight (O, D) and the float32 scales (O,) of its outputs.
+    """
+    return _multiplied(rows, *gate, *up, 0, torch.bfloat16, gelu)
+
+
+def _multiplied(
+    rows: Rows,
+    weight_OD: Tensor,
+    scale_O: Tensor,
+    other: Any,
+    other_scale: Any,
+    bias: Any,
+    dtype: torch.dtype,
+    gelu: bool,
+) -> Tensor:
+    (tokens, inputs), outputs = rows.codes_TD.shape, len(weight_OD)
+    out_TO = scale_O.new_empty(tokens, outputs, dtype=dtype)
+    scratch = scale_O.new_empty(64 * inputs * torch.get_num_threads() + _ALIGNED, dtype=torch.uint8)
+    weights = weight_OD, other, scale_O, other_scale, bias
+    sizes = tokens, inputs, outputs, dtype == torch.bfloat16, gelu
+    _run("product", *rows, *weights, out_TO, scratch[-scratch.data_ptr() % _ALIGNED :], *sizes)
+    return out_TO
+
+
 def _run(name: str, *members: Tensor | int | float) -> None:
     """Runs a kernel on torch's threads. The members fill its C struct in order, a tensor by its address. The counters
     at the end of the struct start at 0."""
@@ -149,6 +212,25 @@ def described() -> str:
     """Describes for the doctor whether this process uses the kernels, and why not."""
     fault = _fault()
     return f"compiled by {' '.join(library.compiler())}" if fault is None else f"not used: {fault}"
+
+
+def int8_available() -> bool:
+    """Says whether products of int8 run here and are right. Logs a warning once if not."""
+    return int8_fault() is None
+
+
+@cache
+def int8_fault() -> str | None:
+    """Returns why products of int8 are not used here, None if they are."""
+    if (fault := _fault()) is None:
+        if not hasattr(library.load(), "product"):
+            fault = "this processor has no AVX-512 VNNI"
+        else:
+            near = ((name, torch.allclose(found, exact, rtol=1e-2)) for name, found, exact in _int8_examples())
+            fault = next((f"{name} gives other numbers here" for name, right in near if not right), None)
+    if fault is not None:
+        logger.warning("products of int8 are not used (%s): weights are dequantised for each batch, slower", fault)
+    return fault
 
 
 @cache
@@ -218,3 +300,19 @@ def _search_examples(query_QE: Tensor, document_NE: Tensor) -> Iterator[tuple[st
     columns = query_QE.new_ones(3, len(document_NE)).unbind()
     product_QN = (exact_QN * 2**10).round().int()
     yield "reach", reaches(product_QN, columns, bounds), product_QN >= 1.5 * 2**10
+
+
+def _int8_examples() -> Iterator[tuple[str, Tensor, Tensor]]:
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(7, 80, generator=random, device="cpu", dtype=torch.float32)
+    codes = torch.randint(-127, 128, (2, 112, 80), generator=random, device="cpu").to(torch.int8)
+    scales = torch.rand(2, 112, generator=random, device="cpu", dtype=torch.float32) * 1e-3
+    rows = whole_rows(x, 16)
+    held = rows.codes_TD * rows.scale_T[:, None]
+    step = rotated(x, 16).abs().amax(1, keepdim=True) / 127
+    yield "rounding", ((held - rotated(x, 16)).abs() / step).clamp_min(0.51), torch.full_like(x, 0.51)
+    gate, up = (held @ (one * scale[:, None]).t() for one, scale in zip(codes, scales, strict=True))
+    yield "product", whole_product(rows, codes[0], scales[0], scales[1], torch.float32), gate + scales[1]
+    for gelu, activated in ((False, F.silu(gate)), (True, F.gelu(gate, approximate="tanh"))):
+        found = whole_gated(rows, (codes[0], scales[0]), (codes[1], scales[1]), gelu)
+        yield "gated product", found.float(), activated * up

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import activations
 
-from embedwright.cpu import onednn
+from embedwright.cpu import int8, onednn
 from embedwright.cpu.guards import Original, infers, listened_to, originals, subclass, unchanged, usable
 
 _LINEAR = originals((nn.Linear, "forward"))
@@ -84,6 +84,10 @@ def gated(stock: Any) -> Any:
         return cast(Tensor, self.down_proj(gate_SI.mul_(self.up_proj(rows_SD))))
 
     def forward(self: Any, x: Tensor) -> Tensor:
+        if _fits_int8(self) and infers(self, known, x):
+            gelu = _activation(self.act_fn) == onednn.GELU_TANH
+            mixed = int8.gated(int8.rounded(x, self.gate_proj, x.dtype), self.gate_proj, self.up_proj, gelu)
+            return cast(Tensor, self.down_proj(int8.rounded(mixed, self.down_proj, x.dtype)))
         parts = self.gate_proj, self.up_proj
         plain = (
             all(type(part) is OneDnnLinear and stays_plain(part) for part in parts)
@@ -100,6 +104,17 @@ def gated(stock: Any) -> Any:
         return cast(Tensor, self.down_proj(onednn.gated(x, gate, up, *activation)))
 
     return subclass(gated, stock, forward, known)
+
+
+def _fits_int8(self: Any) -> bool:
+    """Says whether a gated block may multiply in whole numbers."""
+    parts = self.gate_proj, self.up_proj, self.down_proj
+    return (
+        int8.multiplies(*parts)
+        and self.gate_proj.bias is None is self.up_proj.bias
+        and not listened_to(*parts, self.act_fn)
+        and _activation(self.act_fn) is not None
+    )
 
 
 # the activations of transformers and torch that oneDNN has, by class

@@ -10,7 +10,8 @@ T packed tokens, D hidden.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from embedwright.cpu import int8
 from embedwright.model.network import EmbedwrightModel
+from embedwright.model.quantized import QuantizedLinear, in_few_bits, rotated
 from embedwright.packing import PackedTexts, pack
 from embedwright.text import TokenizedText
 
@@ -59,6 +62,7 @@ def recorded(reference: EmbedwrightModel, names: Collection[str], lengths: Seque
         if blocks and name.startswith(f"{blocks[-1].name}."):
             continue
         attends = hasattr(module, "layer_idx") and hasattr(module, "is_causal")
+        attends = attends or (name in names and hasattr(module, "self_attn"))  # a whole decoder layer
         if attends or name in names:
             blocks.append(Block(name, module, attends, [], [], packed))
     hooks = [block.module.register_forward_hook(_recorder(block), with_kwargs=True) for block in blocks]
@@ -91,8 +95,9 @@ def first_fault(blocks: Sequence[Block], network: EmbedwrightModel) -> str | Non
         kind = (type(block.module), *(p.shape for p in module.parameters()), *(p.dtype for p in module.parameters()))
         try:
             fault = _forward_fault(block, module)
-            # a model that is made in inference mode can never be trained
-            if fault is None and kind not in proven and not torch.is_inference_mode_enabled():
+            # a model that is quantised, or made in inference mode, can never be trained
+            trains = not (torch.is_inference_mode_enabled() or in_few_bits(module))
+            if fault is None and kind not in proven and trains:
                 fault = _gradient_fault(block, module)
         except Exception as error:  # whatever a private operator of torch, or a kernel, does on this machine
             fault = f"fails: {type(error).__name__}: {error}"
@@ -104,9 +109,68 @@ def first_fault(blocks: Sequence[Block], network: EmbedwrightModel) -> str | Non
 
 @torch.no_grad()
 def _forward_fault(block: Block, module: nn.Module) -> str | None:
-    found, expected = _run(block, module, _states(block)), torch.cat([_rows(x) for x in block.outputs])
-    off = _off(found, expected, _coarsest(block))
-    return None if off is None else f"is {off:.0f} units in the last place off transformers' own"
+    faults: list[str] = []
+    with int8.watched() as seen:
+        found = _run(block, module, _states(block))
+    with _rounded_alike(block, module, seen, faults):
+        outputs = [_run(block, block.module, _states(block))] if seen else [_rows(x) for x in block.outputs]
+    off = _off(found, torch.cat(outputs), _coarsest(block))
+    faults += [] if off is None else [f"is {off:.0f} units in the last place off transformers' own"]
+    return faults[0] if faults else None
+
+
+@contextmanager
+def _rounded_alike(block: Block, module: nn.Module, seen: int8.Seen, faults: list[str]) -> Iterator[None]:
+    """Within the block each quantised layer of the stock block multiplies the inputs that its fast form multiplied.
+
+    Rounding moves an input, as rotated, by half a step at most: no more may lie between what the fast form rounded and
+    what it multiplied. What it rounded is the stock block's own input, and what it multiplied gives the stock layer's
+    output, both up to rounding to their types; after attention, which is in bfloat16, up to that type's limits.
+    `faults` takes what exceeds these bounds.
+    """
+
+    def hooked(name: str, layer: QuantizedLinear) -> Iterator[Any]:
+        made, out_TO = seen[module.get_submodule(name)]
+        exact_TD, held_TD, at = _rows(made.exact), made.rows.codes_TD * made.rows.scale_T[:, None], slice(0, 0)
+        off_TD = (held_TD - rotated(exact_TD.float(), layer.rotation)).abs()
+        if not (off_TD <= 0.501 * made.rows.scale_T[:, None]).all():
+            faults.append(f"rounds the inputs of {name or 'it'} by more than half a step of int8")
+        back_TD = rotated(held_TD, layer.rotation)
+
+        def before(_: nn.Module, args: tuple[Tensor]) -> Tensor:
+            nonlocal at
+            own_TD = _rows(args[0])
+            at = slice(at.stop, at.stop + len(own_TD))
+            if name.endswith("o_proj"):  # attention is in bfloat16
+                wrong = _off(exact_TD[at], own_TD.to(exact_TD.dtype), exact_TD.dtype) is not None
+            else:
+                wrong = _differs(exact_TD[at], own_TD)
+            if wrong:
+                faults.append(f"has other inputs for {name or 'it'} than transformers' own")
+            return back_TD[at].to(args[0].dtype).view_as(args[0])
+
+        def after(_: nn.Module, __: Any, output: Tensor) -> None:
+            if out_TO is not None and _differs(out_TO[at], _rows(output)):
+                faults.append(f"has a product of int8, {name or 'itself'}, that is not that of the dequantised weights")
+
+        yield layer.register_forward_pre_hook(before)
+        yield layer.register_forward_hook(after)
+
+    named = [(n, m) for n, m in block.module.named_modules() if isinstance(m, QuantizedLinear)]
+    hooks = [hook for n, m in named if module.get_submodule(n) in seen for hook in hooked(n, m)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _differs(found: Tensor, expected: Tensor) -> bool:
+    """Says whether a number is further off than one rounding to the type of `found`, and float32's sums, allow."""
+    expected = expected.float()
+    sums = _LIMITS[torch.float32][0] * torch.finfo(torch.float32).eps * expected.abs().amax(-1, keepdim=True)
+    room = torch.finfo(found.dtype).eps * expected.abs() + sums
+    return not bool(((found - expected).abs() <= room).all())
 
 
 def _gradient_fault(block: Block, module: nn.Module) -> str | None:

@@ -69,7 +69,7 @@ def open_model(
     that is not here, ProbeError for a model that is not what it says, such as one whose tokenizer leaves out the EOS
     that it asks for.
     """
-    how = {"device": _checked_device(device), "model_kwargs": {"dtype": dtype_named(dtype)} if dtype else None}
+    device = _checked_device(device)
     if "://" in name:
         raise InputError(f"{shown(name)} is a server: `embedwright mine --teacher` asks those, here give a model")
     if name == "bm25" and local(name) is None:
@@ -77,13 +77,22 @@ def open_model(
     _, where = split_family(name)
     if "/" not in where and local(where) is None and packaged(where) is None:
         # a hub id without an owner is a name that only sentence-transformers knows
+        how = _options(name, device, dtype)
         return SentenceTransformerEncoder(_sentence_transformer(*split_revision(where, revision), how))
     place, form = detect(name, revision)
     if form is not None:
         return Embedder.load(name, revision=revision, device=device, dtype=dtype)
+    how = _options(name, device, dtype)
     if place.hub_id is None:
         return SentenceTransformerEncoder(_sentence_transformer(str(place.path), None, how, place.path))
     return SentenceTransformerEncoder(_sentence_transformer(place.hub_id, place.path.name, how, place.path))
+
+
+def _options(name: str, device: str | None, dtype: str | None) -> dict[str, Any]:
+    """Returns the options with which sentence-transformers opens a model. Raises InputError for int8."""
+    if dtype == "int8":
+        raise InputError(f"dtype=int8 is for models that open as an Embedder; sentence-transformers opens {name}")
+    return {"device": device, "model_kwargs": {"dtype": dtype_named(dtype)} if dtype else None}
 
 
 def _checked_device(device: str | None) -> str | None:

@@ -79,7 +79,8 @@ class EmbedwrightFunction(EmbeddingFunction):
         if self._encoder is None:
             then = self.fingerprint
             length = then.get("contract.max_tokens", then.get("settings.max_seq_length", ""))
-            dtype = then["dtype"] if then.get("dtype") in ("float32", "bfloat16", "float16") else None
+            stored = then.get("dtype", "")
+            dtype = "int8" if "int8" in stored else stored if stored in ("float32", "bfloat16", "float16") else None
             opened = as_encoder(
                 open_encoder(self.name, dtype=dtype, max_tokens=int(length) if length.isdecimal() else None)
             )

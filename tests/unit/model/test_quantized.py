@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from embedwright.errors import InputError
 from embedwright.model.embedder import Embedder
-from embedwright.model.quantized import QuantizedLinear, in_few_bits, quantize_layers, quantized, widen
+from embedwright.model.quantized import QuantizedLinear, in_few_bits, quantize_layers, quantized, rotated, widen
 
 TEXTS = ["tides", "a longer text, which says nothing of note", "and one more"]
 
@@ -48,6 +48,29 @@ def test_a_layer_holds_the_nearest_codes(bits: int, group: int | None, bias: boo
     assert not list(layer.parameters()) and set(layer.state_dict()) == {"codes", "scales"} | (
         {"bias"} if bias else set()
     )
+
+
+@pytest.mark.parametrize(
+    ("inputs", "rotation", "block"), [(48, 64, 16), (64, 64, 64), (48, 1, 1), (192, 32, 32), (31, 8, 1)]
+)
+def test_a_rotation_changes_no_product_and_spreads_outliers(inputs: int, rotation: int, block: int) -> None:
+    torch.manual_seed(0)
+    linear, x = nn.Linear(inputs, 20), torch.randn(7, inputs)
+    with torch.no_grad():
+        linear.weight[:, 3] *= 100
+    layer = quantized(linear, rotation=rotation)
+    assert layer.rotation == block
+    matrix = torch.ones(1, 1)
+    while len(matrix) < block:  # Sylvester's
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    whole = torch.block_diag(*[matrix / block**0.5] * (inputs // block))
+    torch.testing.assert_close(rotated(x, block), x @ whole)
+    torch.testing.assert_close(rotated(rotated(x, block), block), x)
+    torch.testing.assert_close(layer.dequantized(torch.float32), (layer.codes * layer.scales) @ whole)
+    if block > 1:
+        off, plain = ((one(x) - linear(x)).norm() for one in (layer, quantized(linear)))
+        assert off < plain
+    torch.testing.assert_close(layer(x), linear(x), rtol=0, atol=0.05 * float(linear(x).detach().abs().max()))
 
 
 @pytest.mark.parametrize("fault", ["group", "odd", "nan"])

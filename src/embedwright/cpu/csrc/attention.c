@@ -26,19 +26,6 @@
 
 /* ---- arithmetic */
 
-INLINE vf exp2_of(vf x) { /* to 1e-7; 0 below 2^-126; NaN stays NaN */
-    vi tiny = x < -126.0f;
-    x = choose(tiny, (vf){0} - 126.0f, x);
-    vf whole = x + 12582912.0f; /* 1.5 x 2^23 puts the nearest whole number into the last bits */
-    vf f = x - (whole - 12582912.0f);
-    vf p = 1.32764715e-3f * f + 9.67554133e-3f;
-    p = p * f + 5.55071327e-2f;
-    p = p * f + 2.40221197e-1f;
-    p = p * f + 6.93146967e-1f;
-    p = p * f + 1.0f;
-    return (vf)(((vi)p + ((vi)whole << 23)) & ~tiny);
-}
-
 /* adds a number, or a pair of bfloat16, times each lane */
 INLINE vf multiply_add(vf sum, const float *one, vf x, int pairs) {
 #if PAIRS
@@ -48,32 +35,6 @@ INLINE vf multiply_add(vf sum, const float *one, vf x, int pairs) {
 #endif
     (void)pairs;
     return sum + *one * x;
-}
-
-#if LANES == 16
-#define LOW(a, b) \
-    __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
-#define HIGH(a, b) \
-    __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
-#elif LANES == 8
-#define LOW(a, b) __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
-#define HIGH(a, b) __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
-#else
-#define LOW(a, b) __builtin_shufflevector(a, b, 0, 4, 1, 5)
-#define HIGH(a, b) __builtin_shufflevector(a, b, 2, 6, 3, 7)
-#endif
-
-INLINE void transpose(vf x[LANES]) { /* each round moves one bit of the row's number into the column's */
-    vf y[LANES];
-#pragma GCC unroll 4
-    for (int round = 1; round < LANES; round *= 2) {
-#pragma GCC unroll 8
-        for (int i = 0; i < LANES / 2; i++) {
-            y[2 * i] = LOW(x[i], x[i + LANES / 2]);
-            y[2 * i + 1] = HIGH(x[i], x[i + LANES / 2]);
-        }
-        memcpy(x, y, sizeof y);
-    }
 }
 
 /* ---- one text */

@@ -11,16 +11,6 @@ INLINE vf part(const void *from, long i, long left) { /* loads 4-byte elements f
 
 /* ---- whole numbers */
 
-typedef int8_t vb __attribute__((vector_size(LANES)));
-
-INLINE vb narrow(vi x) { /* keeps the lowest byte of each */
-#if LANES == 16 /* gcc takes 40 steps */
-    return (vb)_mm512_cvtepi32_epi8((__m512i)x);
-#else
-    return __builtin_convertvector(x, vb);
-#endif
-}
-
 INLINE void put(int8_t *to, vb x, long left) { /* as many as are left */
     if (left >= LANES)
         memcpy(to, &x, LANES);

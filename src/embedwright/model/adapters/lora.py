@@ -16,6 +16,7 @@ from torch import nn
 from embedwright.errors import InputError
 from embedwright.model.adapters.fourbit import ONLY_TRAINED, in_four_bits
 from embedwright.model.network import EmbedwrightModel
+from embedwright.model.quantized import in_few_bits
 from embedwright.model.verify.modes import evaluating
 from embedwright.model.verify.probe import lora_faults
 from embedwright.packing import PackedTexts
@@ -40,6 +41,8 @@ def add_lora(backbone: nn.Module, *, rank: int, alpha: int, dropout: float, mixe
 
     if has_lora(backbone):
         raise InputError("the model has LoRA adapters already: train them on, or merge them first")
+    if in_few_bits(backbone):
+        raise InputError('no adapters on linear layers in few bits: load the model without dtype="int8"')
     if rank < 1 or alpha <= 0:
         raise InputError(f"rank={rank}, alpha={alpha}: both must be positive")
     linear_names = {

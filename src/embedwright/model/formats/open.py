@@ -11,6 +11,7 @@ from transformers import AutoConfig
 from embedwright.config import Model, validate
 from embedwright.errors import InputError, NotFoundError, blaming
 from embedwright.locate import fetch_weights
+from embedwright.model.adapters.lora import has_lora, merge_lora
 from embedwright.model.backbone import decoder_config, load_backbone, origin_of, set_attention, stock_config
 from embedwright.model.formats.adapter import read_adapter, read_settings
 from embedwright.model.formats.base import Outline, build_network, check_weights, resolve_base
@@ -20,7 +21,12 @@ from embedwright.model.formats.folder import check_folder, read_object
 from embedwright.model.formats.nvembed import load_nvembed, read_nvembed
 from embedwright.model.network import EmbedwrightModel
 from embedwright.model.pooling import PoolingConfig
-from embedwright.text import Contract, load_tokenizer
+from embedwright.model.quantized import in_few_bits, quantize_layers, widen
+from embedwright.model.verify import selftest
+from embedwright.packing import pack
+from embedwright.text import Contract, TextTokenizer, load_tokenizer, private_copy, tokenize
+
+_ROTATION = 64  # of inputs before they are rounded to int8: a sixth of the distance of none, on a trained model
 
 
 def outline(name: str, revision: str | None = None) -> Outline:
@@ -67,6 +73,25 @@ def open_embedder(
         base = str(path).removesuffix(split_family(str(path))[1]) + (place.hub_id or str(folder.resolve()))
         kind: Any = "whole" if form in ("ours", "nvembed") else "stock"
         network.origin = origin_of(base, network.backbone, kind, place.revision)
+    return network, tokenizer
+
+
+def open_in_int8(path: str | Path, revision: str | None) -> tuple[EmbedwrightModel, Any]:
+    """Reads an embedder as it is stored, proves it (`selftest`), and quantises the linear layers of its blocks to int8.
+
+    Adapters are merged before, in float32. Raises as `open_embedder` does, and ProbeError as `Embedder.load` does.
+    """
+    network, tokenizer = open_embedder(path, dtype=None, revision=revision)
+    if in_few_bits(network):
+        return network, tokenizer
+    texts = TextTokenizer(private_copy(tokenizer).backend_tokenizer)
+    reload = lambda kept: open_embedder(path, dtype=kept, revision=revision)[0]  # noqa: E731
+    selftest.check(network, texts, Path(network.config.name_or_path), reload)
+    if has_lora(network.backbone):
+        network.backbone.float()
+        merge_lora(network, pack(tokenize(texts, network.contract, [text for text, _ in selftest.TEXTS])))
+    quantize_layers(network, rotation=_ROTATION)
+    widen(network)
     return network, tokenizer
 
 

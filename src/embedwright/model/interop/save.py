@@ -31,6 +31,7 @@ from embedwright.model.interop.tokenizer import (
 )
 from embedwright.model.network import EmbedwrightModel
 from embedwright.model.pooling import WEIGHTLESS
+from embedwright.model.quantized import in_few_bits
 from embedwright.model.verify import probe, selftest
 from embedwright.text import TextTokenizer, private_copy, tokenize
 
@@ -40,6 +41,7 @@ _BOUNDARY_PROBES = ("word", "Word", "2 words", "(x)", "été", "漢字", "_name"
 def save_network(network: EmbedwrightModel, tokenizer: Any, path: Path, dtype: torch.dtype | None = None) -> None:
     """See `Embedder.save`."""
     check_new_folder(path)
+    _refuse_few_bits(network)
     if in_four_bits(network.backbone):
         raise InputError(f"cannot save: {ONLY_TRAINED}")
     probe.check(network)
@@ -102,12 +104,18 @@ def opens_as_stock(network: EmbedwrightModel, tokenizer: TextTokenizer) -> bool:
 
 def write_ours(network: EmbedwrightModel, folder: str | Path, weights: dict[str, torch.Tensor] | None = None) -> None:
     """Writes config and weights in our own format; `weights` None stands for the network's."""
+    _refuse_few_bits(network)
     config, backbone = network.config, network.backbone
     # where the base lay is nobody's business
     config.backbone = {key: value for key, value in backbone.config.to_dict().items() if key != "_name_or_path"}
     types = {parameter.dtype for parameter in network.head.parameters()}
     config.head_dtype = "float32" if types == {torch.float32} and backbone.dtype != torch.float32 else None
     network.save_pretrained(folder, state_dict=weights)
+
+
+def _refuse_few_bits(network: EmbedwrightModel) -> None:
+    if in_few_bits(network):
+        raise InputError('cannot save: the linear layers are in few bits. Load the model without dtype="int8" for that')
 
 
 def _save_stock(network: EmbedwrightModel, tokenizer: Any, folder: Path) -> None:

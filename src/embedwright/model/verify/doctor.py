@@ -30,6 +30,7 @@ from embedwright.model.embedder import Embedder
 from embedwright.model.formats.detect import format_of
 from embedwright.model.formats.open import open_embedder
 from embedwright.model.interop.readers import check_readers
+from embedwright.model.quantized import in_few_bits
 from embedwright.model.verify import selftest
 from embedwright.model.verify.by_hand import (
     TEXTS,
@@ -190,7 +191,8 @@ def _own_instruction(model: Embedder, _: Path | None) -> Result:
 def _types(model: Embedder, _: Path | None) -> Result:
     """The backbone has one type, weights are finite, and rotary frequencies are those of the config, in float32."""
     backbone = model.network.backbone
-    own = {p.dtype for name, p in backbone.named_parameters() if "lora_" not in name}
+    table = backbone.get_input_embeddings().weight if in_few_bits(backbone) else None  # in 16 bits, the rest in 32
+    own = {p.dtype for name, p in backbone.named_parameters() if "lora_" not in name and p is not table}
     if len(own) != 1:
         return False, f"mixed types: {', '.join(sorted(map(str, own)))}"
     if bad := next((n for n, p in model.network.named_parameters() if not torch.isfinite(p).all()), None):

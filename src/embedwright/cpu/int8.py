@@ -1,0 +1,98 @@
+"""Runs quantised linear layers in whole numbers, for inference on CPUs: their inputs are rounded to int8, row by row.
+
+A product of int8 with sums in int32 is exact, so all that differs from the dequantised weights is the rounding of the
+inputs, by half a step of its row's scale at most. `proof` holds every layer to that.
+
+T tokens, D inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from embedwright.cpu import kernels
+from embedwright.cpu.guards import infers
+from embedwright.model.quantized import QuantizedLinear
+
+_WIDEST = 2**16  # inputs of a layer, for sums to stay within int32
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A tensor `exact` in whole numbers, rotated, for layers that share it. They give `dtype`."""
+
+    rows: kernels.Rows
+    exact: Tensor
+    dtype: torch.dtype
+
+
+Seen = dict[nn.Module, tuple[Rounded, Tensor | None]]  # by layer: what it multiplied, and what it gave by itself
+_SEEN: ContextVar[Seen | None] = ContextVar("seen", default=None)
+
+
+class Int8Linear(QuantizedLinear):
+    """`QuantizedLinear` that multiplies in whole numbers where it can."""
+
+    stock_class: ClassVar[Any] = QuantizedLinear
+
+    def forward(self, input: Tensor | Rounded) -> Tensor:
+        if not isinstance(input, Rounded):
+            if not infers(self, (), input) or not multiplies(self):
+                return super().forward(input)
+            input = rounded(input, self, input.dtype)
+        bias = None if self.bias is None else self.bias.float()
+        out_TO = kernels.whole_product(input.rows, self.codes, self.scales, bias, input.dtype)
+        _note(input, out_TO, self)
+        return out_TO.view(*input.exact.shape[:-1], -1)
+
+
+def multiplies(*layers: nn.Module) -> bool:
+    """Says whether these layers multiply in whole numbers: 8 bits, a scale for each output, and sizes that fit.
+
+    Those that are named together share their input, and are rotated alike.
+    """
+    return all(
+        isinstance(layer, Int8Linear)
+        and layer.bits == 8
+        and layer.scales.shape[1] == 1
+        and layer.in_features % 16 == layer.out_features % 16 == 0
+        and layer.rotation in (1, 16, 32, 64)
+        and layer.in_features <= _WIDEST
+        for layer in layers
+    )
+
+
+def rounded(x: Tensor, layer: Int8Linear, dtype: torch.dtype) -> Rounded:
+    """Rounds a tensor (..., D) for this layer, and others with the same rotation, to give `dtype`."""
+    return Rounded(kernels.whole_rows(x.reshape(-1, x.shape[-1]).contiguous(), layer.rotation), x, dtype)
+
+
+def gated(input: Rounded, gate: Int8Linear, up: Int8Linear, gelu: bool) -> Tensor:
+    """Computes activation(gate(input)) * up(input) -> (..., O) bfloat16. The layers have no bias."""
+    out_TO = kernels.whole_gated(input.rows, (gate.codes, gate.scales), (up.codes, up.scales), gelu)
+    _note(input, None, gate, up)
+    return out_TO.view(*input.exact.shape[:-1], -1)
+
+
+@contextmanager
+def watched() -> Iterator[Seen]:
+    """Yields a dict that fills with what each layer multiplies within the block, in this thread."""
+    seen: Seen = {}
+    token = _SEEN.set(seen)
+    try:
+        yield seen
+    finally:
+        _SEEN.reset(token)
+
+
+def _note(input: Rounded, output: Tensor | None, *layers: nn.Module) -> None:
+    if (seen := _SEEN.get()) is not None:
+        kept = None if output is None else output.clone()  # rotary positions overwrite it
+        seen.update(dict.fromkeys(layers, (input, kept)))
