@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import compression
+import compressed
 import scale
 import typer
 import typer.cli
@@ -141,7 +141,7 @@ def pages() -> dict[Path, str]:
         DOCS / "scale.md": scale.page((DOCS / "scale.md").read_text(encoding="utf-8")),
         ROOT / "CONTRIBUTING.md": between(ROOT / "CONTRIBUTING.md", TREE, tree()),
         DOCS / "data.md": between(DOCS / "data.md", CATALOGUE, tables),
-        **compression.pages(),
+        **compressed.pages(),
     }
 
 

@@ -24,7 +24,7 @@ PASSES = 3  # over all texts; the fastest counts, since others share the machine
 def measured(model: str, texts: Sequence[str]) -> dict[str, Any]:
     """Returns `parameters`, `seconds` of each pass over the texts, and `peak_memory` in bytes (None: not counted).
 
-    Numbers that share a byte count each. Raises RuntimeError, with the last line that it said, if the process fails.
+    Raises RuntimeError, with the last line that it said, if the process fails.
     """
     with TemporaryDirectory() as scratch:
         asked, answer = Path(scratch) / "asked.json", Path(scratch) / "answer.json"
@@ -60,11 +60,15 @@ def _measure(asked: Path, answer: Path) -> None:
 
 
 def count(encoder: Any) -> int:
-    """Returns the number of weights of a model. Of weights in 4 bits, two are in each byte."""
+    """Returns the number of weights of a model, also of those that share a byte."""
+    from embedwright.model.quantized import QuantizedLinear
+
     network = encoder.model if hasattr(encoder, "model") else encoder.network
     own: int = sum(parameter.numel() for parameter in network.parameters())
-    quantised = [module for module in network.modules() if hasattr(module, "codes")]
-    return own + sum(int(module.in_features * module.out_features) for module in quantised)
+    for layer in network.modules():
+        if isinstance(layer, QuantizedLinear):
+            own += layer.in_features * layer.out_features + (0 if layer.bias is None else len(layer.bias))
+    return own
 
 
 if __name__ == "__main__":
