@@ -45,6 +45,26 @@ def fingerprint_of(encoder: Any) -> Facts | None:
     return known() if callable(known) else None
 
 
+def space_of(known: Facts) -> str:
+    """Digests the facts that decide what the numbers of a model's vectors mean.
+
+    It is the same for one model, however many tokens it reads of a text and however many numbers are kept of a vector.
+    """
+    decisive = {key: value for key, value in known.items() if key not in ("contract.max_tokens", "option.dim")}
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def aligned_with(encoder: Any) -> str | None:
+    """Returns the `space_of` the teacher whose vectors a student was trained to give; None for any other encoder.
+
+    The model's settings tell what was done to it (`history`). A later step ends the alignment, unless it only wrote the
+    weights in fewer bits.
+    """
+    config = getattr(getattr(encoder, "network", None), "config", None)
+    steps = [step for step in getattr(config, "history", None) or () if step.get("step") != "weights"]
+    return steps[-1].get("aligned_with") if steps else None
+
+
 def facts(prefix: str, values: Mapping[str, Any]) -> Facts:
     """Names each value `prefix.key` and writes it as JSON."""
     return {f"{prefix}.{key}": json.dumps(value, sort_keys=True, ensure_ascii=False) for key, value in values.items()}

@@ -170,6 +170,10 @@ CHANGES: dict[str, dict[str, tuple[str, str, Words]]] = {
         "width_by": ("files", "--width-by magnitude", {"width": "--width 0.7"}),
         "heal": ("files", "--heal {recipe}", {}),
         "texts": ("files", "--texts {other_documents}", {}),
+        "student": ("files", "--student 2", {"layers": "", "distil": "--distil {follows}"}),
+        "distil": ("files", "--distil {follows}", {}),
+        "aligned": ("files", "--aligned", {"distil": "--distil {follows}"}),
+        "dim": ("error", "--dim 8", {}),  # which only a static student has
         "report": ("names", "--report {suite}", {}),
     },
     "encode": {
@@ -533,13 +537,14 @@ def write_models(at: Path, decoder: Callable[..., Path], embedder: Callable[...,
     }
 
 
-def write_recipe(file: Path, places: Words, steps: int) -> str:
+def write_recipe(file: Path, places: Words, steps: int, **stage_keys: Any) -> str:
     stage = {
         "name": "only",
         "data": [{"path": places["examples"], "task": {"name": "own", "instruction": "Find it"}}],
         "in_batch_negatives": "all",
         "hard_negatives": 1,
         "optim": {"lr": 1e-2, "steps": steps, "batch_queries": 4},
+        **stage_keys,
     }
     recipe = {
         "name": "tiny",
@@ -647,6 +652,7 @@ def places(
         found[name] = str(at / name)
     found["recipe"] = write_recipe(at / "recipe.yaml", found, 1)
     found["other_recipe"] = write_recipe(at / "other.yaml", found, 2)
+    found["follows"] = write_recipe(at / "follows.yaml", found, 1, loss={"distill": {"vector_weight": 1.0}})
     for key, name in (("ablation", "tiny"), ("other_ablation", "another")):
         found[key] = write_ablation(at, found, name)
     return found | {name: server.url for name, server in servers.items()}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from embedwright.cli import options
-from embedwright.cli.display import note, say, training
+from embedwright.cli.display import counter, note, say, training
 from embedwright.cli.options import arg, opt
 from embedwright.errors import InputError
 from embedwright.files import write_json, write_text
@@ -44,6 +44,20 @@ def compress(
         Path | None,
         opt("Train the pruned model by this recipe. Stages that follow vectors follow MODEL, if they name no teacher."),
     ] = None,
+    student: Annotated[
+        str | None,
+        opt(
+            "Student of MODEL: a number of its first layers, the name of a decoder, or static. "
+            "Default, with --distil: what the steps before left."
+        ),
+    ] = None,
+    distil: Annotated[
+        Path | None, opt("Train the student by this recipe, some stages of which follow MODEL (docs/students.md).")
+    ] = None,
+    aligned: Annotated[
+        bool, opt("With --distil: measure and note whether its queries can search the indexes of MODEL.", "--aligned")
+    ] = False,
+    dim: Annotated[int | None, opt("Numbers of a static student's vectors. Default: 256.", min=1)] = None,
     texts: Annotated[
         Path | None,
         opt(
@@ -80,8 +94,9 @@ def compress(
         steps.append(width_step(width, width_by, measured_on))
     if heal is not None:
         steps.append(heal_step(heal, model, training, lambda line: note(f"  {line}")))
+    steps += _student_steps(model, student, distil, aligned, dim)
     if not steps:
-        raise InputError("no step is asked for: name at least one of --layers, --width, --heal")
+        raise InputError("no step is asked for: name at least one of --layers, --width, --heal, --student, --distil")
     with chained(model, out, steps, note) as models:
         last = Path(models[steps[-1].name])
         if suite is not None:
@@ -91,6 +106,27 @@ def compress(
     say("\n".join([f"{out}:", *(f"  {line}" for line in done)]))
     if rows:
         say(f"\n{render(rows)}\n\nalso in {out}: README.md, {REPORT}, compression.svg")
+
+
+def _student_steps(model: str, student: str | None, recipe: Path | None, aligned: bool, dim: int | None) -> list[Step]:
+    """Returns the steps that make a student of a model and train it."""
+    from embedwright.compress.distil import distil_step, first_layers_step
+    from embedwright.compress.static import static_step
+
+    if dim is not None and student != "static":
+        raise InputError("--dim is of a static student: add --student static")
+    if student == "static":
+        if recipe is not None or aligned:
+            raise InputError("--student static needs no training: leave --distil and --aligned out")
+        return [static_step(model, dim or 256, counter("tokens"))]
+    if recipe is None:
+        if student is not None or aligned:
+            raise InputError("a student is trained to follow MODEL: give --distil RECIPE")
+        return []
+    layers = int(student) if student is not None and student.isdecimal() else None
+    decoder = student if layers is None else None
+    train = distil_step(recipe, model, training, lambda line: note(f"  {line}"), decoder=decoder, aligned=aligned)
+    return [train] if layers is None else [first_layers_step(layers), train]
 
 
 def _report(name: str, models: dict[str, str], suite: Suite, texts: Texts, folder: Path) -> list[Row]:

@@ -1,8 +1,8 @@
-"""Heals a pruned model: a short training by a recipe, which may follow the model from before it was pruned."""
+"""Trains by a recipe inside a chain of steps: heals a pruned model, which may follow the model from before."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,22 @@ from embedwright.training.train import OnEvaluation, OnStep, train
 Listen = Callable[[Recipe], OnStep]
 
 
-def healing_recipe(recipe: str | Path, source: str, teacher: str, out: Path) -> Recipe:
+def filled(
+    recipe: str | Path, source: str, teacher: str, out: Path, decoder: Mapping[str, Any] | None = None
+) -> Recipe:
     """Reads a recipe and fills in `model: {from: source}` and `run.out`, whatever it says of these.
 
-    A stage whose `loss.distill` follows vectors or similarities and names no teacher follows `teacher`. The model is
-    saved whole, in the type that it is stored in unless the recipe says another. Raises ConfigError for a mistake.
+    With `decoder`, the part `model` that makes an embedder of one, the recipe's other keys of `model` stay. A stage
+    whose `loss.distill` follows vectors or similarities and names no teacher follows `teacher`. The model is saved
+    whole, in the type that it is stored in unless the recipe says another. Raises ConfigError for a mistake.
     """
     content = read_recipe(recipe)
     own, run = (part if isinstance(part := content.get(key), dict) else {} for key in ("model", "run"))
-    content["model"] = {"from": source} | {key: own[key] for key in ("max_tokens",) if own.get("from") and key in own}
+    if decoder is None:
+        kept = {key: own[key] for key in ("max_tokens",) if own.get("from") and key in own}
+        content["model"] = {"from": source} | kept
+    else:
+        content["model"] = {**decoder, **{key: own[key] for key in own.keys() - {"base", "from"}}}
     content["run"] = {**run, "out": str(out), "save": "merged"}
     content.pop("provenance", None)  # of the values that were replaced, too
     for stage in content["stages"] if isinstance(content.get("stages"), list) else ():
@@ -31,7 +38,10 @@ def healing_recipe(recipe: str | Path, source: str, teacher: str, out: Path) -> 
         distill = loss.get("distill") if isinstance(loss, dict) else None
         if isinstance(distill, dict) and (distill.get("vector_weight") or distill.get("similarity_weight")):
             distill["teacher"] = distill.get("teacher") or teacher
-    return Recipe.parse(content, str(recipe))
+    plan = Recipe.parse(content, str(recipe))
+    if plan.tune.adapters == "continue":
+        raise InputError(f"{recipe}: tune.adapters: a pruned model has none to continue: leave it out")
+    return plan
 
 
 def heal_step(recipe: str | Path, teacher: str, listen: Listen, on_evaluation: OnEvaluation) -> Step:
@@ -39,22 +49,28 @@ def heal_step(recipe: str | Path, teacher: str, listen: Listen, on_evaluation: O
 
     Raises ConfigError for a mistake in the recipe, now.
     """
-    asked = healing_recipe(recipe, teacher, teacher, Path("unset"))
-    if asked.tune.adapters == "continue":
-        raise InputError(f"{recipe}: tune.adapters: a pruned model has none to continue: leave it out")
+    asked = filled(recipe, teacher, teacher, Path("unset"))
 
     def make(source: str, out: Path) -> None:
-        plan = healing_recipe(recipe, source, teacher, out.with_name(f"{out.name}.run"))
-        if "dtype" not in plan.run.model_fields_set:
-            stored = str(Embedder.load(source).network.backbone.dtype).removeprefix("torch.")
-            plan = plan.model_copy(update={"run": plan.run.model_copy(update={"dtype": stored})})
-        train(plan, on_step=listen(plan), on_evaluation=on_evaluation)
-        save_step(Embedder.load(Path(plan.run.out) / "model"), source, out, "heal", **_told(plan))
+        plan = filled(recipe, source, teacher, out.with_name(f"{out.name}.run"))
+        save_step(trained(plan, source, listen, on_evaluation), source, out, "heal", **told(plan))
 
     return Step("heal", {"recipe": asked.hash()}, make)
 
 
-def _told(plan: Recipe) -> dict[str, Any]:
+def trained(plan: Recipe, source: str, listen: Listen, on_evaluation: OnEvaluation) -> Embedder:
+    """Runs a recipe, or goes on with it, and opens the model that it has saved, with the history of `source`."""
+    if "dtype" not in plan.run.model_fields_set:
+        stored = str(Embedder.load(source).network.backbone.dtype).removeprefix("torch.")
+        plan = plan.model_copy(update={"run": plan.run.model_copy(update={"dtype": stored})})
+    train(plan, on_step=listen(plan), on_evaluation=on_evaluation)
+    model = Embedder.load(Path(plan.run.out) / "model")
+    config: Any = model.network.config
+    config.history = config.history and config.history[:-1]  # that it was trained is what this step says
+    return model
+
+
+def told(plan: Recipe) -> dict[str, Any]:
     """Says for the history what trained a model: its stages, teachers and data."""
     stages = [f"{stage.name} {stage.optim.steps} steps of {stage.optim.batch_queries}" for stage in plan.stages]
     data = [_data(entry) for stage in plan.stages for entry in stage.data]

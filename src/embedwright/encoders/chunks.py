@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -117,12 +118,13 @@ def _reading(encoder: Encoder) -> tuple[Tokenizer | None, int]:
     if not isinstance(encoder, SentenceTransformerEncoder):
         return None, 0
     model = encoder.model
-    if (backend := getattr(model.tokenizer, "backend_tokenizer", None)) is None:
+    if (backend := encoder.backend_tokenizer) is None:
         return None, 0
     plain = TextTokenizer(backend).plain
     front = model.prompts.get(encoder.prompt_name(None)) or ""
     around = _around(plain, lambda text: len(plain.encode(front + text).ids))
-    return plain, sys.maxsize if model.max_seq_length is None else model.max_seq_length - around
+    endless = model.max_seq_length in (None, math.inf)  # of a static model, which adds up all tokens
+    return plain, sys.maxsize if endless else model.max_seq_length - around
 
 
 def _around(tokenizer: Tokenizer, count: Callable[[str], int]) -> int:

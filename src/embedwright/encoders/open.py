@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ def open_encoder(
 def shorten(encoder: SentenceTransformerEncoder, name: str, max_tokens: int) -> None:
     """Has a model of sentence-transformers cut texts after `max_tokens`. Raises InputError for more than it reads."""
     known = encoder.model
+    if known.max_seq_length == math.inf:
+        raise InputError(f"max_tokens={max_tokens}: {name} is static and reads all of a text: leave it out")
     if not known.tokenizer.num_special_tokens_to_add() < max_tokens <= (known.max_seq_length or max_tokens):
         raise InputError(f"max_tokens={max_tokens}: {name} reads up to {known.max_seq_length}, special ones included")
     known.max_seq_length = max_tokens
@@ -128,8 +131,10 @@ def _sentence_transformer(where: str, revision: str | None, how: dict[str, Any],
 
 
 def _weights_folder(folder: Path) -> Path | None:
-    """Returns the folder with the safetensors of the first module; None if there are none."""
+    """Returns the folder with the safetensors of the first module; None if there are none, or for a static model."""
     modules = json.loads(text_of(folder, "modules.json") or "[]")
+    if modules and modules[0]["type"].endswith(".StaticEmbedding"):  # one matrix, and perhaps no config
+        return None
     part = folder / (modules[0]["path"] if modules else "")
     return part if any((part / name).exists() for name in (SINGLE, INDEX)) else None
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
 from embedwright.fingerprint import Digest, Facts, config_facts, dtypes, facts, tokenizer_fact
 from embedwright.text import check_texts
@@ -55,6 +56,12 @@ class SentenceTransformerEncoder:
         names = _DOCUMENT if task is None else _QUERY
         return next((name for name in names if self.model.prompts.get(name)), None)
 
+    @property
+    def backend_tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer of the package `tokenizers`, which static models have as it is."""
+        own = self.model.tokenizer
+        return own if isinstance(own, Tokenizer) else getattr(own, "backend_tokenizer", None)
+
     def fingerprint(self) -> Facts:
         """Returns the facts as in `Embedder.fingerprint`, of sentence-transformers' weights, modules, prompts and
         lengths.
@@ -63,7 +70,7 @@ class SentenceTransformerEncoder:
         settings = {name: getattr(model, name, None) for name in _SETTINGS}
         modules = [[type(module).__name__, _config(module)] for module in model]
         inner = [module.auto_model for module in model if hasattr(module, "auto_model")]
-        backend = getattr(model.tokenizer, "backend_tokenizer", None)
+        backend = self.backend_tokenizer
         return {
             "kind": "sentence-transformers",
             "weights": self._digest.of(tensors),

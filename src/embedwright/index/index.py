@@ -20,6 +20,7 @@ from embedwright.encoders.protocol import Encoder, as_encoder, encode_finite, en
 from embedwright.encoders.sentence_transformers import SentenceTransformerEncoder
 from embedwright.encoders.sharded import itself
 from embedwright.errors import InputError, blaming
+from embedwright.fingerprint import aligned_with, space_of
 from embedwright.index import documents as docs
 from embedwright.index.codes import Shortened, cut, nominated_top_k, read_codes
 from embedwright.index.layout import Layout, Part
@@ -79,7 +80,7 @@ class Index:
         self.sizes = [len(part.live_N) for part in opened]
         self.live_N = np.concatenate([part.live_N for part in opened])
         self._document_C = self.chunks["document"].to_numpy()
-        self._checked: tuple[Any, Encoder] | None = None
+        self._checked: tuple[Any, Encoder, bool] | None = None  # the bool: an aligned student, for queries alone
 
     @classmethod
     def open(cls, folder: str | Path) -> Index:
@@ -125,22 +126,33 @@ class Index:
         folder = self.folder / self.layout.parts[0].folder
         return other_model(folder, reader, lambda texts: encode_finite(reader, texts, task))
 
-    def check(self, model: Any) -> Encoder:
+    def check(self, model: Any, *, queries: bool = False) -> Encoder:
         """Returns `model` as an encoder. Raises ValueError, naming what differs, unless it made this index.
 
-        All its weights are read the first time. A model that is trained further needs a newly opened index.
+        For `queries` a student that is aligned with that model will do, which a warning says once. All its weights are
+        read the first time. A model that is trained further needs a newly opened index.
         """
-        if self._checked is None or self._checked[0] is not model:
-            encoder = as_encoder(model)
-            if other := self.difference(encoder):
-                then, now = (name or "one without a name" for name in (self.layout.model, name_of(encoder)))
+        known, encoder, aligned = self._checked or (None, None, False)
+        if encoder is not None and known is model and (queries or not aligned):
+            return encoder
+        encoder, aligned = as_encoder(model), False
+        if other := self.difference(encoder):
+            then, now = (name or "one without a name" for name in (self.layout.model, name_of(encoder)))
+            aligned = aligned_with(encoder) == space_of(self.manifest.model or {})
+            if not aligned:
                 as_then = ", opened with the same --max-tokens and --dtype," if then == now else ","
                 raise InputError(
                     f"{self.folder} was encoded by another model, {then}, than {now} ({other}): take the one that made "
                     f"it{as_then} or a new or empty folder"
                 )
-            self._checked = model, encoder
-        return self._checked[1]
+            if not queries:
+                raise InputError(
+                    f"{self.folder} was encoded by {then}. Its aligned student {now} may search there, and not add to "
+                    "it: documents are the teacher's"
+                )
+            logger.warning("%s reads the queries: a student that is aligned with %s, which made the index", now, then)
+        self._checked = model, encoder, aligned
+        return encoder
 
     def search(
         self,
@@ -155,7 +167,7 @@ class Index:
         """Finds the `k` best documents of each query, best first; fewer where fewer match.
 
         Args:
-            model: the model that made the index.
+            model: the model that made the index, or a student that is aligned with it.
             queries: a list of texts.
             k: number of hits of a query.
             task: the instruction of the queries; empty for none. None: the model's own, with a warning if it has none.
@@ -166,7 +178,7 @@ class Index:
         Raises ValueError for another model than the one that made the index, naming what differs, and for a condition
         that cannot be read.
         """
-        encoder = self.check(model)
+        encoder = self.check(model, queries=True)
         if isinstance(queries, str):
             raise InputError("queries is one text: give a list of texts")
         if not queries:

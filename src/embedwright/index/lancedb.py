@@ -138,7 +138,7 @@ def search_lancedb(
 
     Raises FileNotFoundError if there is no table, ValueError if the index has changed since, and as `Index.search`.
     """
-    encoder = index.check(model)
+    encoder = index.check(model, queries=True)
     folder = _folder(index)
     if not (folder / _STATE).is_file():
         raise NotFoundError(f"{folder} holds no table: run `embedwright index` with --lancedb")

@@ -42,7 +42,7 @@ def create_app(
     Args:
         model: What `open_encoder` opens, if its texts can be packed: an `Embedder`.
         name: The model's name for clients.
-        index: An index that this model has made, to be searched at /search.
+        index: An index of this model, or of the teacher that it is aligned with, to be searched at /search.
         page: Show the page that searches the index, at /.
         against: The app of a second model and its index, with the same keys. It lies at /against, for the page.
         keys: API keys, any of which a client may send. Without one, the server answers as localhost alone.
@@ -56,7 +56,7 @@ def create_app(
     if not isinstance(model, Embedder):
         raise InputTypeError(f"{name} opens through sentence-transformers: serve packs texts, which needs a decoder")
     if index is not None:
-        index.check(model)
+        index.check(model, queries=True)
     server = Server(model, name, limits or Limits())
 
     @asynccontextmanager

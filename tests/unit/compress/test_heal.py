@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from embedwright.cli.main import app
 from embedwright.compress import heal
-from embedwright.compress.heal import healing_recipe
+from embedwright.compress.heal import filled
 from embedwright.config import ConfigError
 from embedwright.errors import InputError
 from embedwright.model.embedder import Embedder
@@ -58,20 +58,20 @@ def run(*words: str) -> str:
 
 
 def test_what_a_run_fills_in(at: Path) -> None:
-    plan = healing_recipe("recipe.yaml", "model", "big", at / "run")
+    plan = filled("recipe.yaml", "model", "big", at / "run")
     assert plan.model.from_ == "model" and plan.model.shortened is None
     assert (plan.run.out, plan.run.save) == (str(at / "run"), ("merged",))
     assert [part.loss.teachers for part in plan.stages] == [("big",), ()]
     named = {"loss": {"distill": {"similarity_weight": 0.5, "teacher": "minilm"}}}
     own = RECIPE | {"stages": [stage("first", **named)], "model": {"from": "another", "max_tokens": 30}}
     (at / "own.yaml").write_text(yaml.safe_dump(own | {"provenance": {"model.from": "guess"}}))
-    plan = healing_recipe("own.yaml", "model", "big", at / "run")
+    plan = filled("own.yaml", "model", "big", at / "run")
     assert plan.stages[0].loss.teachers == ("minilm",) and plan.model.shortened == 30 and plan.provenance is None
     without = {key: value for key, value in RECIPE.items() if key not in ("model", "run")}
     (at / "own.yaml").write_text(yaml.safe_dump(without))
-    assert healing_recipe("own.yaml", "model", "big", at / "run").hash()
+    assert filled("own.yaml", "model", "big", at / "run").hash()
     file = Path(__file__).parents[3] / "recipes" / "compress" / "heal.yaml"
-    assert healing_recipe(file, "model", "big", at / "run").stages[0].loss.teachers == ("big",)
+    assert filled(file, "model", "big", at / "run").stages[0].loss.teachers == ("big",)
 
 
 def test_a_pruned_model_is_healed_and_goes_on_after_a_stop(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers.normalizers import Lowercase
 
+from embedwright.encoders.chunks import chunker, token_counter
+from embedwright.encoders.open import open_encoder
 from embedwright.encoders.protocol import as_encoder
 from embedwright.encoders.sentence_transformers import SentenceTransformerEncoder
+from embedwright.errors import InputError
 
 TEXTS = ["ocean tides", "the moon's pull on the sea", "tax law"]
 
@@ -67,3 +72,42 @@ def test_no_texts_and_bad_texts(minilm: Any) -> None:
         encoder.encode(["a", 3])  # type: ignore[list-item]
     with pytest.raises(TypeError, match="got one string"):
         encoder.encode("a text")
+
+
+def static(tokenizer: Any) -> SentenceTransformerEncoder:
+    """A static model: a vector for each token, made up. The tokenizer is one of the package `tokenizers`."""
+    library = pytest.importorskip("sentence_transformers")
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+
+    rows = np.random.default_rng(0).standard_normal((tokenizer.get_vocab_size(), 8)).astype(np.float32)
+    embedding = StaticEmbedding(tokenizer, embedding_weights=rows)
+    return SentenceTransformerEncoder(library.SentenceTransformer(modules=[embedding], device="cpu"))
+
+
+def test_a_static_model_is_known_by_its_tokenizer_too(make_tokenizer: Callable[..., Any]) -> None:
+    own, other = make_tokenizer(), make_tokenizer()
+    other.normalizer = Lowercase()
+    first, second = static(own), static(other)
+    assert np.array_equal(first.model[0].embedding.weight.detach(), second.model[0].embedding.weight.detach())
+    assert first.fingerprint() == static(make_tokenizer()).fingerprint() != second.fingerprint()
+    rows = first.model[0].embedding.weight.detach().numpy()
+    means = np.stack([rows[own.encode(text).ids].mean(0) for text in TEXTS])
+    assert np.abs(first.encode(TEXTS) - means / np.linalg.norm(means, axis=1, keepdims=True)).max() < 1e-6
+
+
+def test_documents_are_cut_by_the_tokens_of_a_static_model(make_tokenizer: Callable[..., Any]) -> None:
+    tokenizer, text = make_tokenizer(), "The moon pulls at the sea. " * 9
+    chunks = chunker(static(tokenizer), 10)("Tides", text)
+    offsets = tokenizer.encode(text).offsets
+    starts = [offsets[place][0] for place in range(0, len(offsets), 10)]
+    parts = [text[a:b].strip() for a, b in zip(starts, [*starts[1:], len(text)], strict=True)]
+    assert [chunk.read for chunk in chunks] == [f"Tides {part}" for part in parts] and len(parts) > 3
+    assert token_counter(static(tokenizer))(text) == len(tokenizer.encode(text).ids)
+
+
+def test_a_static_model_reads_all_of_a_text(tmp_path: Path, make_tokenizer: Callable[..., Any]) -> None:
+    static(make_tokenizer()).model.save(str(tmp_path / "static"))
+    opened = open_encoder(str(tmp_path / "static"))
+    assert opened.encode(["the moon"]).shape == (1, 8)
+    with pytest.raises(InputError, match="static and reads all"):
+        open_encoder(str(tmp_path / "static"), max_tokens=8)

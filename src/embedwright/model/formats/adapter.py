@@ -126,6 +126,8 @@ def read_adapter(folder: Path, dtype: torch.dtype | None, open_embedder: OpenEmb
     whole_head = settings.ours is not None and settings.ours.decoder is not None
     _fill(folder / _WEIGHTS, network, tensors, bare=bare, whole_head=whole_head)
     warn_of_idle(backbone)
+    if network.config.history:  # it gives other vectors than the model of these steps
+        network.config.history = [*network.config.history, {"step": "adapters", "folder": folder.name}]
     return network, tokenizer
 
 

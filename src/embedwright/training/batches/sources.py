@@ -241,6 +241,8 @@ def trainable(stage: StagePart, source: Source, where: str) -> Source:
         compares |= source.table.has_score()[source.rows]
     usable = source.rows[compares]
     without = len(source.rows) - len(usable)
+    if not len(usable) and stage.loss.teachers:
+        return source  # each row follows the teacher
     if not len(usable):
         raise ConfigError(
             f"{where}: task {task.name!r} takes no in-batch negatives, and "

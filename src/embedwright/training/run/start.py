@@ -115,6 +115,8 @@ def _continued(recipe: Recipe, dtype: torch.dtype, device: str | None) -> Embedd
         network.requires_grad_(True)
     network.contract = contract
     network.config.contract = network.contract.model_dump()
+    if network.config.history:  # which says of a student that it is aligned: no more
+        network.config.history = [*network.config.history, {"step": "train", "recipe": recipe.name}]
     return Embedder(network, model.own_tokenizer)
 
 
