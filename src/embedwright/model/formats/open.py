@@ -92,6 +92,8 @@ def open_in_int8(path: str | Path, revision: str | None) -> tuple[EmbedwrightMod
         merge_lora(network, pack(tokenize(texts, network.contract, [text for text, _ in selftest.TEXTS])))
     quantize_layers(network, rotation=_ROTATION)
     widen(network)
+    for parameter in network.parameters():  # what still lies in the file would keep all of it in memory
+        parameter.data = parameter.data.clone()
     return network, tokenizer
 
 

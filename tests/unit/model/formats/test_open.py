@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,3 +33,14 @@ def test_a_lost_weight_is_an_error(
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=name):
         Embedder.load(tmp_path / "saved")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="only Linux lists what a process maps")
+def test_int8_lets_go_of_the_file_that_it_was_made_from(tmp_path: Path, tiny_embedder: Callable[..., Embedder]) -> None:
+    tiny_embedder("latent").save(tmp_path / "model")
+    mapped = lambda: str(tmp_path / "model") in Path("/proc/self/maps").read_text()  # noqa: E731
+    low = Embedder.load(tmp_path / "model", dtype="int8", device="cpu")
+    gc.collect()
+    assert not mapped() and low.encode(["text"]).shape == (1, 32)
+    whole = Embedder.load(tmp_path / "model", device="cpu")
+    assert mapped() and whole.encode(["text"]).shape == (1, 32)
