@@ -169,6 +169,7 @@ CHANGES: dict[str, dict[str, tuple[str, str, Words]]] = {
         "width": ("files", "--width 0.7", {}),
         "width_by": ("files", "--width-by magnitude", {"width": "--width 0.7"}),
         "heal": ("files", "--heal {recipe}", {}),
+        "weights": ("files", "--weights int8", {}),
         "texts": ("files", "--texts {other_documents}", {}),
         "student": ("files", "--student 2", {"layers": "", "distil": "--distil {follows}"}),
         "distil": ("files", "--distil {follows}", {}),

@@ -58,6 +58,10 @@ def compress(
         bool, opt("With --distil: measure and note whether its queries can search the indexes of MODEL.", "--aligned")
     ] = False,
     dim: Annotated[int | None, opt("Numbers of a static student's vectors. Default: 256.", min=1)] = None,
+    weights: Annotated[
+        Literal["int8", "int4"] | None,
+        opt("Hold the decoder's linear layers in 8 or 4 bits, for inference alone: a half or a quarter of bfloat16."),
+    ] = None,
     texts: Annotated[
         Path | None,
         opt(
@@ -77,11 +81,13 @@ def compress(
     from embedwright.compress.chain import chained, write_card
     from embedwright.compress.depth import layers_step
     from embedwright.compress.heal import heal_step
+    from embedwright.compress.weights import weights_step
     from embedwright.compress.width import width_step
     from embedwright.evaluation.results import render
     from embedwright.evaluation.suite import load_suite
     from embedwright.model.formats.detect import history_of
     from embedwright.model.interop.card import history_lines
+    from embedwright.model.quantized import INT4, INT8
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("compress is for one process: prune first, and train OUT with model: {from: OUT} by torchrun")
@@ -95,8 +101,11 @@ def compress(
     if heal is not None:
         steps.append(heal_step(heal, model, training, lambda line: note(f"  {line}")))
     steps += _student_steps(model, student, distil, aligned, dim)
+    if weights is not None:
+        steps.append(weights_step(INT8 if weights == "int8" else INT4))
     if not steps:
-        raise InputError("no step is asked for: name at least one of --layers, --width, --heal, --student, --distil")
+        names = "--layers, --width, --heal, --student, --distil, --weights"
+        raise InputError(f"no step is asked for: name at least one of {names}")
     with chained(model, out, steps, note) as models:
         last = Path(models[steps[-1].name])
         if suite is not None:

@@ -37,11 +37,16 @@ class Step(NamedTuple):
 def save_step(model: Embedder, source: str, out: Path, step: str, **did: str | float) -> None:
     """Saves the model that a step made of `source`, with what the step did at the end of the model's history."""
     config: Any = model.network.config
-    if not config.history:
+    config.history = with_step(config.history, source, step, did)
+    model.save(out)
+
+
+def with_step(history: Sequence[Row] | None, source: str, step: str, did: Row) -> list[Row]:
+    """Returns a history with one more step. The first step names the model that it began with."""
+    if not history:
         place = Path(split_family(source)[1]).expanduser()
         did = {"of": place.resolve().name if place.exists() else source, **did}
-    config.history = [*(config.history or []), {"step": step, **did}]
-    model.save(out)
+    return [*(history or []), {"step": step, **did}]
 
 
 @contextmanager

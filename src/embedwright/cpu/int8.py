@@ -8,7 +8,7 @@ T tokens, D inputs, O outputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from embedwright.cpu import kernels
 from embedwright.cpu.guards import infers
-from embedwright.model.quantized import QuantizedLinear
+from embedwright.model.quantized import QuantizedLinear, slices
 
 _WIDEST = 2**16  # inputs of a layer, for sums to stay within int32
 
@@ -47,21 +47,23 @@ class Int8Linear(QuantizedLinear):
             if not infers(self, (), input) or not multiplies(self):
                 return super().forward(input)
             input = rounded(input, self, input.dtype)
-        bias = None if self.bias is None else self.bias.float()
-        out_TO = kernels.whole_product(input.rows, self.codes, self.scales, bias, input.dtype)
+        out_TO = _joined(
+            kernels.whole_product(
+                input.rows, weight, scales, None if self.bias is None else self.bias[part].float(), input.dtype
+            )
+            for part, (weight, scales) in _parts(self)
+        )
         _note(input, out_TO, self)
         return out_TO.view(*input.exact.shape[:-1], -1)
 
 
 def multiplies(*layers: nn.Module) -> bool:
-    """Says whether these layers multiply in whole numbers: 8 bits, a scale for each output, and sizes that fit.
+    """Says whether these layers multiply in whole numbers: their sizes fit.
 
     Those that are named together share their input, and are rotated alike.
     """
     return all(
         isinstance(layer, Int8Linear)
-        and layer.bits == 8
-        and layer.scales.shape[1] == 1
         and layer.in_features % 16 == layer.out_features % 16 == 0
         and layer.rotation in (1, 16, 32, 64)
         and layer.in_features <= _WIDEST
@@ -76,9 +78,21 @@ def rounded(x: Tensor, layer: Int8Linear, dtype: torch.dtype) -> Rounded:
 
 def gated(input: Rounded, gate: Int8Linear, up: Int8Linear, gelu: bool) -> Tensor:
     """Computes activation(gate(input)) * up(input) -> (..., O) bfloat16. The layers have no bias."""
-    out_TO = kernels.whole_gated(input.rows, (gate.codes, gate.scales), (up.codes, up.scales), gelu)
+    pairs = zip(_parts(gate), _parts(up), strict=True)
+    out_TO = _joined(kernels.whole_gated(input.rows, one, other, gelu) for (_, one), (_, other) in pairs)
     _note(input, None, gate, up)
     return out_TO.view(*input.exact.shape[:-1], -1)
+
+
+def _parts(layer: Int8Linear) -> Iterator[tuple[slice, tuple[Tensor, Tensor]]]:
+    """Yields rows of a layer with their weight and scales: all at once or, where 4 bits become whole numbers, a few."""
+    parts = [slice(None)] if layer.bits == 8 else slices(layer.shape)
+    return ((part, (layer.whole(part), layer.scales[part])) for part in parts)
+
+
+def _joined(made: Iterable[Tensor]) -> Tensor:
+    parts = list(made)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 @contextmanager

@@ -158,7 +158,7 @@ class Embedder:
             ValueError: The model is folded, the weights below adapters are on no disk, or one is too large for float16.
             ProbeError: The adapters are not active.
         """
-        if isinstance(self.network.head, FoldedLatent):
+        if isinstance(self.network.head, FoldedLatent) and not self.network.head.stored:
             raise InputError(FOLDED)
         save_network(self.network, self.own_tokenizer, Path(path), None if dtype is None else dtype_named(dtype))
         held = str(self.network.backbone.dtype).removeprefix("torch.")
@@ -197,7 +197,7 @@ class Embedder:
         names weights that are no linear layers, such as the experts of a mixture: they get no adapter. Raises
         ValueError for a model that has adapters already, or is folded.
         """
-        if isinstance(self.network.head, FoldedLatent):
+        if isinstance(self.network.head, FoldedLatent) and not self.network.head.stored:
             raise InputError(FOLDED)
         add_lora(self.network.backbone, rank=rank, alpha=alpha, dropout=dropout, mixed=self.network.mixed)
         self.network.head.float().requires_grad_(True)

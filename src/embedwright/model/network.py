@@ -18,7 +18,8 @@ from embedwright.errors import InputError, blaming
 from embedwright.fingerprint import Facts, config_facts, dtypes, facts
 from embedwright.model.attention import PACKED
 from embedwright.model.backbone import Origin, check_report, longest_alike, text_hidden
-from embedwright.model.pooling import FoldedLatent, Kind, LatentPooling, PoolingConfig, make_head, reduce
+from embedwright.model.pooling import FoldedLatent, Kind, LatentPooling, PoolingConfig, make_head, reduce, stored_folded
+from embedwright.model.quantized import QuantizedLinear, Scheme, hollow_out, widen
 from embedwright.model.verify.modes import evaluating
 from embedwright.packing import PackedTexts, pack
 from embedwright.text import Contract, TokenizedText
@@ -34,11 +35,14 @@ class EmbedwrightConfig(PretrainedConfig):
     `backbone` is the decoder's own config, `pooling` and `contract` are ours, all as dicts. `released` is set for a
     model from a released NV-Embed folder: the stored dtype and the small JSON files by name, for its export.
     `head_dtype` is "float32" where the head is stored in float32 beside a 16-bit backbone, and stays so. `history` says
-    what `embedwright compress` has done to the model, one object a step.
+    what `embedwright compress` has done to the model, one object a step. `quantization` is the scheme of quantised
+    weights (`Scheme`).
     """
 
     model_type = "embedwright"
-    history = None  # of the class, so that a model without one is saved as before
+    # of the class, so that a model without them is saved as before
+    history: list[dict[str, Any]] | None = None
+    quantization: dict[str, Any] | None = None
 
     def __init__(
         self,
@@ -81,6 +85,12 @@ class EmbedwrightModel(PreTrainedModel):
         self.backbone = backbone
         self.origin: Origin | None = None  # of the backbone's weights; adapters are saved with it
         self.head = make_head(self.pooling, backbone.config.hidden_size)
+        if config.quantization is not None:
+            scheme = Scheme.model_validate(config.quantization)
+            hollow_out(backbone, scheme)
+            widen(self)
+            if scheme.folded:
+                self.head = stored_folded(self.head)
         self.implementation = PACKED  # see attend_by
         self.cpu_fault: str | None = None  # why `cpu.accelerate` left the fast path off
         if config.head_dtype == "float32":
@@ -106,6 +116,8 @@ class EmbedwrightModel(PreTrainedModel):
         check_report(str(where), info)
         if odd := sorted(info["unexpected_keys"]):
             raise InputError(f"{where}: weights do not fit the config: there is no place for {', '.join(odd[:3])}")
+        if model.config.quantization is not None:
+            model.requires_grad_(False)  # codes do not train
         return (model, info) if output_loading_info else model
 
     def attend_by(self, implementation: str) -> None:
@@ -228,6 +240,15 @@ def network_facts(network: EmbedwrightModel, contract: Contract) -> Facts:
         **facts("pooling", network.pooling.model_dump(mode="json", include=None if head else {"kind"})),
         "pooling.dtype": dtypes(head),
     }
+
+
+def scheme_of(network: EmbedwrightModel) -> Scheme | None:
+    """Returns the scheme of a network with quantised layers, None for any other."""
+    layers = [layer for layer in network.backbone.modules() if isinstance(layer, QuantizedLinear)]
+    if not layers:
+        return None
+    rotation, folded = max(layer.rotation for layer in layers), isinstance(network.head, FoldedLatent)
+    return Scheme(bits=layers[0].bits, rotation=rotation, folded=folded)
 
 
 def check_fit(network: EmbedwrightModel, tokenizer: Any) -> None:

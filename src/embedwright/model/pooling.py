@@ -22,7 +22,10 @@ from embedwright.packing import PackedTexts
 Kind = Literal["latent", "mean", "last", "self", "mlp"]
 WEIGHTLESS: dict[Kind, str] = {"mean": "mean", "last": "lasttoken"}  # and how sentence-transformers calls them
 
-FOLDED = "the pooling head is folded for inference: load the model again to save, export or train it"
+FOLDED = (
+    "the pooling head is folded for inference: load the model again (of a compressed folder, the model that it was "
+    "made from) to save, export or train it"
+)
 
 
 class PoolingConfig(BaseModel):
@@ -137,13 +140,15 @@ class FoldedLatent(nn.Module):
     Keys and values come from the latents, so they are constants. Per head, normed tokens x have the scores
     x (Wq K^T / sqrt(d)) and the output softmax(scores) (V Wo): a (D, R) and an (R, D) matrix replace all projections.
     They are computed in float64, one head at a time to bound memory, and stored in the block's own dtype. Norm and
-    feed-forward are shared with the block.
+    feed-forward are shared with the block. Of a block on the meta device only the shapes are made. `stored` says that
+    the settings of the model tell of a folded head, so that it is saved and read again.
 
     Raises:
         InputError: A product overflows the block's dtype.
     """
 
     token_wise: ClassVar[bool] = True
+    stored = False
 
     @torch.no_grad()
     def __init__(self, latent: LatentPooling) -> None:
@@ -164,7 +169,8 @@ class FoldedLatent(nn.Module):
             keys_Rd, values_Rd = (context_RD @ weight[inner].double().T for weight in (to_keys, to_values))
             self.to_scores.weight[outer] = d**-0.5 * keys_Rd @ attention.to_q.weight[inner].double()
             self.to_out.weight[:, outer] = attention.to_out.weight[:, inner].double() @ values_Rd.T
-        if not all(linear.weight.isfinite().all() for linear in (self.to_scores, self.to_out)):
+        products = () if latent.latents.is_meta else (self.to_scores, self.to_out)
+        if not all(linear.weight.isfinite().all() for linear in products):
             raise InputError(f"the folded latent block overflows {like['dtype']}: load the model in another dtype")
         self.requires_grad_(False)
         for new in (self, self.to_scores, self.to_out):  # shared modules keep their mode
@@ -173,9 +179,11 @@ class FoldedLatent(nn.Module):
     def reset(self) -> None:
         raise InputError(FOLDED)
 
-    def _save_to_state_dict(self, *_: Any) -> None:
-        """Refuses to save: every way of saving weights calls this."""
-        raise InputError(FOLDED)
+    def _save_to_state_dict(self, *args: Any) -> None:
+        """Refuses to save what could not be read again: every way of saving weights calls this."""
+        if not self.stored:
+            raise InputError(FOLDED)
+        super()._save_to_state_dict(*args)
 
     def forward(self, x_TD: Tensor, packed: PackedTexts) -> Tensor:
         if torch.is_grad_enabled() and (x_TD.requires_grad or any(p.requires_grad for p in self.parameters())):
@@ -184,6 +192,15 @@ class FoldedLatent(nn.Module):
         x_TD = x_TD + self.to_out(scores_THR.softmax(-1).flatten(1))
         out: Tensor = self.feed_forward(x_TD)
         return out
+
+
+def stored_folded(head: nn.Module) -> FoldedLatent:
+    """Folds a latent block for a folder whose settings say so. Raises InputError for another head."""
+    if not isinstance(head, LatentPooling):
+        raise InputError("only a latent pooling block can be folded")
+    folded = FoldedLatent(head)
+    folded.stored = True
+    return folded
 
 
 class SelfPooling(nn.Module):

@@ -1,40 +1,78 @@
 """Linear layers that hold their weights in 8 or 4 bits, put in place of those of a decoder's blocks.
 
-O outputs, I inputs, G groups of neighbouring inputs that share a scale.
+A weight is a whole number of int8 times a scale of its output channel. In 4 bits the whole number is itself a product:
+of a code and of the step of its group, which are neighbouring inputs of the channel (as QServe has it, arXiv
+2405.04532). So products of both kinds can run in int8.
+
+O outputs, I inputs, G groups, i inputs of a group.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from embedwright.errors import InputError
+from embedwright.errors import InputError, naming
+
+QUANTIZED = (
+    'quantised weights do not train: load the model without dtype="int8"; of a compressed folder, train the model that '
+    "it was made from, and compress that"
+)
+GROUP = 32  # inputs that share a step
+ROTATION = 64  # of inputs before they are rounded to int8: a sixth of the distance of none, on a trained model
+_SLICE = 2**20  # weights that are made at a time: they stay in the processor's caches
+_LARGEST_STEP = 15  # times a code, at most -8, it is within int8
+_TRIED = 3  # steps that are tried for a group, down from the one that cuts none of its weights
+
+Bits = Literal[4, 8]
+
+
+class Scheme(BaseModel):
+    """How the weights of a model are quantised, as its config.json says.
+
+    `rotation` is the largest block of inputs that is `rotated`. `folded`: the latent block is stored folded.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bits: Bits
+    rotation: int = Field(default=1, ge=1)
+    folded: bool = False
+
+
+INT8, INT4 = Scheme(bits=8, rotation=ROTATION), Scheme(bits=4, rotation=ROTATION)
 
 
 class QuantizedLinear(nn.Module):
     """A linear layer whose weight (O, I) is held as whole numbers and scales. It is for inference alone.
 
-    `codes` is int8 (O, I); or, for 4 bits, uint8 (O, I/2), where a byte holds two neighbouring inputs, the first in its
-    low half, each plus 8. `scales` is float32 (O, G). A code times the scale of its group is a weight of the layer as
-    `rotated` in blocks of so many inputs; with 1 it is the weight itself. `bias` is (O,) or None.
+    `scales` is float32 (O, 1), `bias` (O,) or None. With 8 bits, `codes` is int8 (O, I) and `steps` None. With 4 bits,
+    `steps` is int8 (O, G); `codes` is uint8 (O, I/2), each code plus 8, and a byte holds those of input k in its low
+    half and of input k + I/2 in its high half. What they stand for is the weight as `rotated` in blocks of `rotation`
+    inputs; with 1 it is the weight itself.
     """
 
     codes: Tensor
     scales: Tensor
+    steps: Tensor | None
     bias: Tensor | None
 
-    def __init__(self, codes: Tensor, scales: Tensor, bias: Tensor | None = None, rotation: int = 1) -> None:
+    def __init__(
+        self, codes: Tensor, scales: Tensor, steps: Tensor | None, bias: Tensor | None, rotation: int = 1
+    ) -> None:
         super().__init__()
         self.rotation = rotation
-        for name, tensor in (("codes", codes), ("scales", scales), ("bias", bias)):
+        for name, tensor in (("codes", codes), ("scales", scales), ("steps", steps), ("bias", bias)):
             self.register_buffer(name, tensor)
 
     @property
-    def bits(self) -> int:
-        return 4 if self.codes.dtype == torch.uint8 else 8
+    def bits(self) -> Bits:
+        return 8 if self.steps is None else 4
 
     @property
     def in_features(self) -> int:
@@ -44,22 +82,51 @@ class QuantizedLinear(nn.Module):
     def out_features(self) -> int:
         return len(self.codes)
 
-    def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """Returns the weight (O, I) in this type. It is rounded once."""
-        codes = self.codes
-        if self.bits == 4:
-            codes = torch.stack((codes & 15, codes >> 4), -1).to(torch.int8) - 8
-        groups = codes.reshape(*self.scales.shape, -1) * self.scales[..., None]
-        matrix = rotated(torch.eye(self.rotation, device=codes.device), self.rotation)
-        return (groups.reshape(-1, self.rotation) @ matrix).to(dtype).view(self.out_features, self.in_features)
+    @property
+    def shape(self) -> tuple[int, int]:
+        """That of the weight, (O, I)."""
+        return self.out_features, self.in_features
+
+    def whole(self, rows: slice = slice(None)) -> Tensor:
+        """Returns the weight without its scales, or some of its rows: int8 (O, I)."""
+        codes = self.codes[rows]
+        if self.steps is None:
+            return codes
+        whole_OI = torch.cat((codes & 15, codes >> 4), 1).view(torch.int8).sub_(8)
+        steps_OG = self.steps[rows]
+        whole_OI.view(*steps_OG.shape, -1).mul_(steps_OG[..., None])
+        return whole_OI
+
+    def dequantized(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
+        """Returns the weight (O, I), or some of its rows, in this type. It is rounded once."""
+        exact = self.whole(rows) * self.scales[rows]
+        if self.rotation > 1:
+            matrix = rotated(torch.eye(self.rotation, device=exact.device), self.rotation)
+            exact = (exact.view(-1, self.rotation) @ matrix).view(exact.shape)
+        return exact.to(dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(input.dtype)
-        return F.linear(input, self.dequantized(input.dtype), bias)
+        return sliced(input, lambda rows: self.dequantized(input.dtype, rows), self.shape, self.bias)
 
     def extra_repr(self) -> str:
-        groups = self.scales.shape[1]
-        return f"{self.in_features}, {self.out_features}, bits={self.bits}, {groups=}, rotation={self.rotation}"
+        return f"{self.in_features}, {self.out_features}, bits={self.bits}, rotation={self.rotation}"
+
+
+def sliced(input: Tensor, weight: Callable[[slice], Tensor], shape: tuple[int, ...], bias: Tensor | None) -> Tensor:
+    """Computes what a linear layer with a weight of this shape (O, I) does, and never holds all of that.
+
+    `weight(rows)` makes some of its rows.
+    """
+    made = [
+        F.linear(input, weight(rows), None if bias is None else bias[rows].to(input.dtype)) for rows in slices(shape)
+    ]
+    return made[0] if len(made) == 1 else torch.cat(made, -1)
+
+
+def slices(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Yields the rows of a weight, a few at a time, in multiples of 16."""
+    step = max(16, _SLICE // shape[1] // 16 * 16)
+    return (slice(start, start + step) for start in range(0, shape[0], step))
 
 
 def rotated(x: Tensor, block: int) -> Tensor:
@@ -76,48 +143,93 @@ def rotated(x: Tensor, block: int) -> Tensor:
     return (x / block**0.5).reshape(shape) if block > 1 else x
 
 
-def quantized(linear: nn.Linear, bits: int = 8, group: int | None = None, rotation: int = 1) -> QuantizedLinear:
-    """Makes a `QuantizedLinear` of a linear layer: each weight, rotated, becomes the nearest code.
-
-    `group` inputs share a scale, by which the largest of their weights becomes the largest code. None: all inputs. A
-    block of the rotation is the largest power of 2 that divides the inputs, but at most `rotation`; 1: none.
+def quantized(linear: nn.Linear, scheme: Scheme) -> QuantizedLinear:
+    """Makes a `QuantizedLinear` of a linear layer, a few rows at a time.
 
     Raises:
-        InputError: `group` does not divide the inputs, or a weight is not finite.
+        InputError: The inputs cannot be cut into groups, or a weight is not finite.
     """
-    inputs, largest = linear.in_features, 2 ** (bits - 1) - 1
-    if inputs % (group or inputs) or (bits == 4 and inputs % 2):
-        raise InputError(f"{inputs} inputs cannot be cut into groups of {group or inputs} for {bits} bits")
-    block = min(inputs & -inputs, rotation)
-    weight_OI = rotated(linear.weight.detach().float(), block)
-    if not weight_OI.isfinite().all():
-        raise InputError("a weight is not finite")
-    weight_OGi = weight_OI.view(len(weight_OI), -1, group or inputs)
-    scales_OG = weight_OGi.abs().amax(-1) / largest
-    divisor_OG1 = scales_OG.masked_fill(scales_OG == 0, 1)[..., None]  # the codes of a group of zeros are zeros
-    codes_OI = (weight_OGi / divisor_OG1).round().to(torch.int8).view(weight_OI.shape)
-    if bits == 4:
-        shifted = (codes_OI + 8).to(torch.uint8)
-        codes_OI = shifted[:, ::2] | shifted[:, 1::2] << 4
-    return QuantizedLinear(codes_OI, scales_OG, None if linear.bias is None else linear.bias.detach(), block)
+    made = hollow(linear, scheme, linear.weight.device)
+    for rows in slices(linear.weight.shape):
+        part_OI = rotated(linear.weight[rows].detach().float(), made.rotation)
+        if not part_OI.isfinite().all():
+            raise InputError("a weight is not finite")
+        largest_O1 = part_OI.abs().amax(1, keepdim=True)
+        if made.steps is None:
+            made.scales[rows] = largest_O1 / 127
+            made.codes[rows] = (part_OI / _never_zero(made.scales[rows])).round_().to(torch.int8)
+        else:
+            made.scales[rows] = largest_O1 / (8 * _LARGEST_STEP)
+            in_units_OI = part_OI / _never_zero(made.scales[rows])
+            codes_OI, made.steps[rows] = _four_bits(in_units_OI.view(len(part_OI), -1, GROUP))
+            low, high = (codes_OI + 8).to(torch.uint8).chunk(2, 1)
+            made.codes[rows] = low | high << 4
+    return made
 
 
-def quantize_layers(network: Any, bits: int = 8, group: int | None = None, rotation: int = 1) -> None:
+def _four_bits(x_OGi: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns codes from -8 to 7 (O, I) and steps (O, G), so that their products are near x, -120 to 120.
+
+    A step may be negative, so that the largest number of its group becomes -8. Steps are tried down from the one that
+    reaches that number: the least squared error wins. Each number becomes the nearest code.
+    """
+    largest_OG1 = x_OGi.gather(-1, x_OGi.abs().argmax(-1, keepdim=True))
+    reach_OG1 = (largest_OG1.abs() / 8).ceil()
+    best = least = None
+    for less in range(_TRIED):
+        step_OG1 = (reach_OG1 - less).clamp_(1, _LARGEST_STEP).copysign_(-largest_OG1)
+        codes_OGi = (x_OGi / step_OG1).round_().clamp_(-8, 7)
+        error_OG1 = (codes_OGi * step_OG1).sub_(x_OGi).square_().sum(-1, keepdim=True)
+        if best is None or least is None:
+            best, least = (codes_OGi, step_OG1), error_OG1
+        else:
+            better_OG1 = error_OG1 < least
+            best = torch.where(better_OG1, codes_OGi, best[0]), torch.where(better_OG1, step_OG1, best[1])
+            least = torch.where(better_OG1, error_OG1, least)
+    assert best is not None
+    return best[0].flatten(1), best[1][..., 0].to(torch.int8)
+
+
+def _never_zero(x: Tensor) -> Tensor:
+    """Replaces zeros by ones: the codes of a channel of zeros are zero by any divisor."""
+    return x.masked_fill(x == 0, 1)
+
+
+def hollow(linear: nn.Linear, scheme: Scheme, device: torch.device | None = None) -> QuantizedLinear:
+    """Makes a quantised layer for a linear one, without values but its bias. Raises InputError as `quantized`."""
+    outputs, inputs = linear.weight.shape
+    four = scheme.bits == 4
+    if four and inputs % GROUP:
+        raise InputError(f"its {inputs} inputs cannot be cut into groups of {GROUP}, as 4 bits need it: take 8 bits")
+    steps = torch.empty(outputs, inputs // GROUP, dtype=torch.int8, device=device) if four else None
+    width, kind = (inputs // 2, torch.uint8) if four else (inputs, torch.int8)
+    codes = torch.empty(outputs, width, dtype=kind, device=device)
+    scales = torch.empty(outputs, 1, dtype=torch.float32, device=device)
+    bias = None if linear.bias is None else linear.bias.detach().float()
+    return QuantizedLinear(codes, scales, steps, bias, min(inputs & -inputs, scheme.rotation))
+
+
+def quantize_layers(network: Any, scheme: Scheme = INT8) -> None:
     """Quantises every linear layer of the decoder's blocks, in place. Embeddings, norms and pooling block stay.
 
-    Call it before the network is accelerated. `group` and `rotation` are those of `quantized`. Raises InputError, and
-    names the layer, where one cannot be quantised.
+    Call it before the network is accelerated. Raises InputError, and names the layer, where one cannot be quantised.
     """
-    backbone = network.backbone
+    _replace(network.backbone, lambda linear: quantized(linear, scheme))
+    network.requires_grad_(False)
+
+
+def hollow_out(backbone: nn.Module, scheme: Scheme) -> None:
+    """Puts quantised layers without values in the place of all linear layers. InputError names a layer."""
+    _replace(backbone, lambda linear: hollow(linear, scheme))
+
+
+def _replace(backbone: nn.Module, make: Callable[[nn.Linear], QuantizedLinear]) -> None:
     for name, linear in list(backbone.named_modules()):
         if isinstance(linear, nn.Linear):
             parent, _, leaf = name.rpartition(".")
-            try:
-                made = quantized(linear, bits, group, rotation)
-            except InputError as error:
-                raise InputError(f"{name}: {error}") from None
+            with naming(name):
+                made = make(linear)
             setattr(backbone.get_submodule(parent), leaf, made.train(linear.training))
-    network.requires_grad_(False)
 
 
 def in_few_bits(network: nn.Module) -> bool:

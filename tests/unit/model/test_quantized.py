@@ -12,42 +12,60 @@ from torch import Tensor, nn
 
 from embedwright.errors import InputError
 from embedwright.model.embedder import Embedder
-from embedwright.model.quantized import QuantizedLinear, in_few_bits, quantize_layers, quantized, rotated, widen
+from embedwright.model.quantized import (
+    INT4,
+    INT8,
+    QuantizedLinear,
+    Scheme,
+    in_few_bits,
+    quantize_layers,
+    quantized,
+    rotated,
+    widen,
+)
 
+EIGHT, FOUR = Scheme(bits=8), Scheme(bits=4)  # without a rotation
 TEXTS = ["tides", "a longer text, which says nothing of note", "and one more"]
 
 
-def by_hand(weight: Tensor, bits: int, group: int) -> Tensor:
-    """Each group of a row is rounded to multiples of its largest size over 127 or 7, number by number."""
-    rounded, most = weight.clone(), 2 ** (bits - 1) - 1
+def by_hand(weight: Tensor) -> Tensor:
+    """Each row is rounded to multiples of its largest size over 127, number by number."""
+    rounded = weight.clone()
     for row in rounded.numpy():
-        for start in range(0, len(row), group):
-            part = row[start : start + group]
-            scale = np.float32(np.abs(part).max() / np.float32(most))
-            part[:] = np.round(part / scale) * scale if scale else 0
+        scale = np.float32(np.abs(row).max() / np.float32(127))
+        row[:] = np.round(row / scale) * scale if scale else 0
     return rounded
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("bits", "group"), [(8, None), (8, 16), (4, None), (4, 16)])
-def test_a_layer_holds_the_nearest_codes(bits: int, group: int | None, bias: bool) -> None:
+def test_a_layer_in_8_bits_holds_the_nearest_codes(bias: bool) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(48, 20, bias=bias)
     with torch.no_grad():
         linear.weight[3], linear.weight[4, :32] = 0, 0
-        linear.weight[5, 7] = 9.0  # the codes of its group are few
-    layer = quantized(linear, bits, group)
-    expected = by_hand(linear.weight.detach(), bits, group or 48)
+        linear.weight[5, 7] = 9.0  # the codes of its row are few
+    layer, expected = quantized(linear, EIGHT), by_hand(linear.weight.detach())
     torch.testing.assert_close(layer.dequantized(torch.float32), expected, rtol=1e-6, atol=1e-7)
-    assert layer.codes.dtype == (torch.int8 if bits == 8 else torch.uint8)
-    assert layer.codes.shape == (20, 48 * bits // 8) and layer.scales.shape == (20, 48 // (group or 48))
-    assert (layer.bits, layer.in_features, layer.out_features) == (bits, 48, 20)
-    x = torch.randn(2, 3, 48)
-    torch.testing.assert_close(layer(x), F.linear(x, expected, linear.bias), rtol=1e-5, atol=1e-6)
-    assert layer(x.bfloat16()).dtype == torch.bfloat16
-    assert not list(layer.parameters()) and set(layer.state_dict()) == {"codes", "scales"} | (
-        {"bias"} if bias else set()
-    )
+    assert layer.codes.dtype == torch.int8 and layer.codes.shape == (20, 48) and layer.scales.shape == (20, 1)
+    check_layer(layer, linear, expected)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_layer_in_4_bits_holds_the_nearest_codes(bias: bool) -> None:
+    """Of all products of a step and a code from -8 to 7, those of its own steps; read by hand from codes and steps."""
+    torch.manual_seed(0)
+    linear = nn.Linear(96, 40, bias=bias)
+    with torch.no_grad():
+        linear.weight[3], linear.weight[4, :32] = 0, 0
+    layer = quantized(linear, FOUR)
+    assert layer.codes.dtype == torch.uint8 and layer.codes.shape == (40, 48) and layer.steps is not None
+    codes = np.concatenate([layer.codes.numpy() % 16, layer.codes.numpy() // 16], axis=1).astype(np.int8) - 8
+    steps = layer.scales * layer.steps.repeat_interleave(32, 1)
+    expected = torch.from_numpy(codes) * steps
+    torch.testing.assert_close(layer.dequantized(torch.float32), expected, rtol=1e-6, atol=1e-7)
+    nearest = (torch.arange(-8, 8)[:, None, None] * steps - linear.weight).abs().amin(0)
+    torch.testing.assert_close((expected - linear.weight).abs(), nearest, rtol=0, atol=1e-7)
+    check_layer(layer, linear, expected)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +76,7 @@ def test_a_rotation_changes_no_product_and_spreads_outliers(inputs: int, rotatio
     linear, x = nn.Linear(inputs, 20), torch.randn(7, inputs)
     with torch.no_grad():
         linear.weight[:, 3] *= 100
-    layer = quantized(linear, rotation=rotation)
+    layer = quantized(linear, Scheme(bits=8, rotation=rotation))
     assert layer.rotation == block
     matrix = torch.ones(1, 1)
     while len(matrix) < block:  # Sylvester's
@@ -68,12 +86,42 @@ def test_a_rotation_changes_no_product_and_spreads_outliers(inputs: int, rotatio
     torch.testing.assert_close(rotated(rotated(x, block), block), x)
     torch.testing.assert_close(layer.dequantized(torch.float32), (layer.codes * layer.scales) @ whole)
     if block > 1:
-        off, plain = ((one(x) - linear(x)).norm() for one in (layer, quantized(linear)))
+        off, plain = ((one(x) - linear(x)).norm() for one in (layer, quantized(linear, EIGHT)))
         assert off < plain
     torch.testing.assert_close(layer(x), linear(x), rtol=0, atol=0.05 * float(linear(x).detach().abs().max()))
 
 
-@pytest.mark.parametrize("fault", ["group", "odd", "nan"])
+def check_layer(layer: QuantizedLinear, linear: nn.Linear, expected: Tensor) -> None:
+    assert (layer.in_features, layer.out_features) == (linear.in_features, linear.out_features)
+    x = torch.randn(2, 3, linear.in_features)
+    torch.testing.assert_close(layer(x), F.linear(x, expected, linear.bias), rtol=1e-5, atol=1e-5)
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
+    names = {"codes", "scales", *(["steps"] if layer.bits == 4 else []), *([] if linear.bias is None else ["bias"])}
+    assert not list(layer.parameters()) and set(layer.state_dict()) == names
+
+
+def test_the_search_of_steps_lowers_the_error() -> None:
+    """Against an exact scale for each group, by which its largest weight is the largest code: no search, no steps."""
+    torch.manual_seed(0)
+    linear = nn.Linear(1024, 64)
+    weight = nn.init.normal_(linear.weight.detach())
+    groups = weight.view(64, -1, 32)
+    plain = groups.abs().amax(-1, keepdim=True) / 7
+    before = ((groups / plain).round() * plain - groups).square().sum()
+    after = (quantized(linear, FOUR).dequantized(torch.float32) - weight).square().sum()
+    assert after < 0.8 * before
+
+
+def test_a_large_layer_is_multiplied_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear, x = nn.Linear(64, 40), torch.randn(3, 64)
+    layer = quantized(linear, FOUR)
+    whole = layer(x)
+    monkeypatch.setattr("embedwright.model.quantized._SLICE", 64 * 7)  # seven rows at a time
+    torch.testing.assert_close(layer(x), whole, rtol=1e-6, atol=1e-6)
+    assert torch.equal(quantized(linear, FOUR).codes, layer.codes)
+
+
+@pytest.mark.parametrize("fault", ["odd", "nan"])
 def test_what_cannot_be_quantised_is_refused_by_name(fault: str, tiny_embedder: Callable[..., Embedder]) -> None:
     network = tiny_embedder("mean", "llama").network
     up: nn.Linear = network.backbone.layers[1].mlp.up_proj
@@ -81,8 +129,8 @@ def test_what_cannot_be_quantised_is_refused_by_name(fault: str, tiny_embedder: 
         up.weight[0, 0] = float("nan") if fault == "nan" else 1.0
     if fault == "odd":
         network.backbone.layers[1].mlp.up_proj = nn.Linear(31, 48)
-    with pytest.raises(InputError, match=r"layers\.1\.mlp\.up_proj|groups of 5"):
-        quantize_layers(network, 4 if fault == "odd" else 8, 5 if fault == "group" else None)
+    with pytest.raises(InputError, match=r"layers\.(1\.mlp\.up_proj|0\.mlp\.down_proj)"):
+        quantize_layers(network, INT4 if fault == "odd" else INT8)
 
 
 def test_a_network_keeps_embeddings_norms_and_head(tiny_embedder: Callable[..., Embedder], family: str) -> None:

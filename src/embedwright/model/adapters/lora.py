@@ -16,7 +16,7 @@ from torch import nn
 from embedwright.errors import InputError
 from embedwright.model.adapters.fourbit import ONLY_TRAINED, in_four_bits
 from embedwright.model.network import EmbedwrightModel
-from embedwright.model.quantized import in_few_bits
+from embedwright.model.quantized import QUANTIZED, in_few_bits
 from embedwright.model.verify.modes import evaluating
 from embedwright.model.verify.probe import lora_faults
 from embedwright.packing import PackedTexts
@@ -42,7 +42,7 @@ def add_lora(backbone: nn.Module, *, rank: int, alpha: int, dropout: float, mixe
     if has_lora(backbone):
         raise InputError("the model has LoRA adapters already: train them on, or merge them first")
     if in_few_bits(backbone):
-        raise InputError('no adapters on linear layers in few bits: load the model without dtype="int8"')
+        raise InputError(QUANTIZED)
     if rank < 1 or alpha <= 0:
         raise InputError(f"rank={rank}, alpha={alpha}: both must be positive")
     linear_names = {
@@ -76,6 +76,9 @@ def inject_lora(root: Any, config: Any, *, mixed: bool = False) -> None:
     from peft import inject_adapter_in_model
 
     from embedwright.cpu.lean_lora import make_lean
+
+    if in_few_bits(root):
+        raise InputError(QUANTIZED)
 
     inject_adapter_in_model(config, root)
     make_lean(root)

@@ -12,6 +12,7 @@ from embedwright.locate import Place, find
 from embedwright.model.formats.families import Family, family_of, split_family
 from embedwright.model.formats.folder import ADAPTER, check_folder, is_adapter, read_object
 from embedwright.model.network import EmbedwrightConfig
+from embedwright.model.quantized import QUANTIZED
 
 Format = Literal["adapter", "nvembed", "ours", "stock"]
 
@@ -94,12 +95,20 @@ def check_decoder(name: str) -> None:
 
 
 def check_embedder(name: str) -> None:
-    """Raises InputError if `Embedder.load` cannot open `name`."""
+    """Raises InputError if `name` cannot be trained on: it is no `Embedder`, or its weights are quantised."""
     kind = _embedder_kind(name)
+    if kind == "known" and is_quantized(detect(name)[0].path):
+        raise InputError(f"{name}: {QUANTIZED}")
     if kind == "other":
         raise InputError(f"{name} has modules that only sentence-transformers runs: train it there")
     if kind is None:
         raise InputError(f"{name} is no embedder: to make one from a decoder, write model: {{base: {name}}}")
+
+
+def is_quantized(folder: Path) -> bool:
+    """Says whether the weights of a model folder are quantised."""
+    config = folder / "config.json"
+    return config.is_file() and bool(read_object(config).get("quantization"))
 
 
 def _embedder_kind(name: str) -> Literal["known", "other"] | None:

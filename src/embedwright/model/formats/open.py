@@ -15,7 +15,7 @@ from embedwright.model.adapters.lora import has_lora, merge_lora
 from embedwright.model.backbone import decoder_config, load_backbone, origin_of, set_attention, stock_config
 from embedwright.model.formats.adapter import read_adapter, read_settings
 from embedwright.model.formats.base import Outline, build_network, check_weights, resolve_base
-from embedwright.model.formats.detect import STOCK_SETTINGS, Format, detect, history_of
+from embedwright.model.formats.detect import STOCK_SETTINGS, Format, detect, history_of, is_quantized
 from embedwright.model.formats.families import FAMILIES, Family, read_family, split_family
 from embedwright.model.formats.folder import check_folder, read_object
 from embedwright.model.formats.nvembed import load_nvembed, read_nvembed
@@ -25,8 +25,6 @@ from embedwright.model.quantized import in_few_bits, quantize_layers, widen
 from embedwright.model.verify import selftest
 from embedwright.packing import pack
 from embedwright.text import Contract, TextTokenizer, load_tokenizer, private_copy, tokenize
-
-_ROTATION = 64  # of inputs before they are rounded to int8: a sixth of the distance of none, on a trained model
 
 
 def outline(name: str, revision: str | None = None) -> Outline:
@@ -58,6 +56,8 @@ def open_embedder(
     else:
         decoder, pooling, contract, tokenizer = _outline(folder, form)
         check_weights(folder)
+        if dtype is not None and form == "ours" and is_quantized(folder):
+            raise InputError(f"{folder} holds quantised weights, which are opened as they are: leave dtype out")
         if form == "ours":
             with blaming(folder):
                 network = EmbedwrightModel.from_pretrained(
@@ -82,15 +82,15 @@ def open_in_int8(path: str | Path, revision: str | None) -> tuple[EmbedwrightMod
     Adapters are merged before, in float32. Raises as `open_embedder` does, and ProbeError as `Embedder.load` does.
     """
     network, tokenizer = open_embedder(path, dtype=None, revision=revision)
-    if in_few_bits(network):
-        return network, tokenizer
     texts = TextTokenizer(private_copy(tokenizer).backend_tokenizer)
     reload = lambda kept: open_embedder(path, dtype=kept, revision=revision)[0]  # noqa: E731
     selftest.check(network, texts, Path(network.config.name_or_path), reload)
+    if in_few_bits(network):
+        return network, tokenizer
     if has_lora(network.backbone):
         network.backbone.float()
         merge_lora(network, pack(tokenize(texts, network.contract, [text for text, _ in selftest.TEXTS])))
-    quantize_layers(network, rotation=_ROTATION)
+    quantize_layers(network)
     widen(network)
     for parameter in network.parameters():  # what still lies in the file would keep all of it in memory
         parameter.data = parameter.data.clone()

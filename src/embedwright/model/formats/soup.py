@@ -22,7 +22,7 @@ from embedwright.files import check_new_folder, whole_folder
 from embedwright.fingerprint import Facts, config_facts, facts, tokenizer_fact
 from embedwright.locate import local
 from embedwright.model.embedder import Embedder
-from embedwright.model.formats.detect import detect
+from embedwright.model.formats.detect import detect, is_quantized
 from embedwright.model.formats.folder import INDEX, Stored, weights_in, write_weights
 from embedwright.model.formats.open import outline
 from embedwright.model.verify import selftest
@@ -102,6 +102,8 @@ def _plain(name: str, scratch: Path) -> Path:
     if form == "adapter":
         Embedder.load(folder).merge().save(scratch)
         return scratch
+    if is_quantized(folder):
+        raise InputError(f"{name}: quantised weights have no average: merge the models that they were made from")
     if form not in ("ours", "stock"):
         raise InputError(f"{name} is no folder that Embedder.save wrote: open it with Embedder.load and save that")
     return folder

@@ -29,7 +29,7 @@ from embedwright.text import TextTokenizer
 
 def sentence_transformer(network: EmbedwrightModel, tokenizer: Any) -> Any:
     """See `Embedder.to_sentence_transformer`."""
-    if isinstance(network.head, FoldedLatent):
+    if isinstance(network.head, FoldedLatent) and not network.head.stored:
         raise InputError(FOLDED)
     try:
         from sentence_transformers import SentenceTransformer
@@ -104,7 +104,7 @@ def push_to_hub(
     card: str | Mapping[str, Any] | None,
 ) -> str:
     """See `Embedder.push_to_hub`."""
-    if isinstance(network.head, FoldedLatent):
+    if isinstance(network.head, FoldedLatent) and not network.head.stored:
         raise InputError(FOLDED)
     if has_lora(network.backbone) and network.origin is not None and Path(network.origin.name).is_absolute():
         raise InputError(

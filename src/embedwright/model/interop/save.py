@@ -29,7 +29,7 @@ from embedwright.model.interop.tokenizer import (
     sentence_transformers_files,
     tokenizer_for,
 )
-from embedwright.model.network import EmbedwrightModel
+from embedwright.model.network import EmbedwrightModel, scheme_of
 from embedwright.model.pooling import WEIGHTLESS
 from embedwright.model.quantized import in_few_bits
 from embedwright.model.verify import probe, selftest
@@ -41,7 +41,6 @@ _BOUNDARY_PROBES = ("word", "Word", "2 words", "(x)", "été", "漢字", "_name"
 def save_network(network: EmbedwrightModel, tokenizer: Any, path: Path, dtype: torch.dtype | None = None) -> None:
     """See `Embedder.save`."""
     check_new_folder(path)
-    _refuse_few_bits(network)
     if in_four_bits(network.backbone):
         raise InputError(f"cannot save: {ONLY_TRAINED}")
     probe.check(network)
@@ -53,10 +52,7 @@ def save_network(network: EmbedwrightModel, tokenizer: Any, path: Path, dtype: t
             _save_stock(network, tokenizer, temp)
         else:
             write_ours(network, temp)
-            tokenizer_for(tokenizer, network.contract).save_pretrained(temp)
-            # the network's token outputs are scaled so that their mean is its own pooling, whichever that is
-            hidden = network.backbone.config.hidden_size
-            _write_json(temp, sentence_transformers_files(network.contract, "mean", hidden, OUR_TRANSFORMER))
+            write_doors(network, tokenizer, temp)
         selftest.write(network, text_tokenizer, temp)
 
 
@@ -91,6 +87,8 @@ def opens_as_stock(network: EmbedwrightModel, tokenizer: TextTokenizer) -> bool:
     They pool every token, or leave out a count of prompt tokens: then the prefix must end where a token ends, and there
     may be no BOS.
     """
+    if in_few_bits(network):  # codes are no weights to them
+        return False
     contract = network.contract
     if contract.mask_rule == "all":
         return network.pooling.kind in WEIGHTLESS
@@ -104,18 +102,27 @@ def opens_as_stock(network: EmbedwrightModel, tokenizer: TextTokenizer) -> bool:
 
 def write_ours(network: EmbedwrightModel, folder: str | Path, weights: dict[str, torch.Tensor] | None = None) -> None:
     """Writes config and weights in our own format; `weights` None stands for the network's."""
-    _refuse_few_bits(network)
+    describe(network)
+    network.save_pretrained(folder, state_dict=weights)
+
+
+def describe(network: EmbedwrightModel) -> None:
+    """Brings the config of a network up to date with its parts, as our own format stores it."""
     config, backbone = network.config, network.backbone
     # where the base lay is nobody's business
     config.backbone = {key: value for key, value in backbone.config.to_dict().items() if key != "_name_or_path"}
     types = {parameter.dtype for parameter in network.head.parameters()}
     config.head_dtype = "float32" if types == {torch.float32} and backbone.dtype != torch.float32 else None
-    network.save_pretrained(folder, state_dict=weights)
+    if (scheme := scheme_of(network)) is not None:
+        config.quantization = scheme.model_dump()
 
 
-def _refuse_few_bits(network: EmbedwrightModel) -> None:
-    if in_few_bits(network):
-        raise InputError('cannot save: the linear layers are in few bits. Load the model without dtype="int8" for that')
+def write_doors(network: EmbedwrightModel, tokenizer: Any, folder: Path) -> None:
+    """Writes the tokenizer of our own format, and the files by which sentence-transformers opens it."""
+    tokenizer_for(tokenizer, network.contract).save_pretrained(folder)
+    # the network's token outputs are scaled so that their mean is its own pooling, whichever that is
+    hidden = network.backbone.config.hidden_size
+    _write_json(folder, sentence_transformers_files(network.contract, "mean", hidden, OUR_TRANSFORMER))
 
 
 def _save_stock(network: EmbedwrightModel, tokenizer: Any, folder: Path) -> None:

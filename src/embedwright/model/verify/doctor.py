@@ -202,7 +202,7 @@ def _types(model: Embedder, _: Path | None) -> Result:
         for name, buffer in rotary.named_buffers():
             if buffer.dtype != fresh[name].dtype or not torch.equal(buffer.cpu(), fresh[name].cpu()):
                 return False, f"rotary {name} is not what its config gives"
-    return True, str(own.pop()).removeprefix("torch.")
+    return True, ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in own))
 
 
 def _head(model: Embedder, _: Path | None) -> Result:

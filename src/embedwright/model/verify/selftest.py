@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from embedwright.cpu.accelerate import stock
 from embedwright.errors import InputError, blaming
 from embedwright.model.backbone import equal_but_for_type
 from embedwright.model.network import EmbedwrightModel
 from embedwright.model.pooling import reduce
+from embedwright.model.quantized import in_few_bits, sliced
 from embedwright.model.verify.modes import evaluating
 from embedwright.model.verify.probe import ProbeError
 from embedwright.packing import pack
@@ -90,7 +92,7 @@ def compare(network: EmbedwrightModel, tokenizer: TextTokenizer, folder: Path, r
 
 
 def _other_weight(network: EmbedwrightModel, stored: EmbedwrightModel) -> str | None:
-    a, b = dict(network.named_parameters()), dict(stored.named_parameters())
+    a, b = ({**dict(one.named_parameters()), **dict(one.named_buffers())} for one in (network, stored))
     same = {name for name in a.keys() & b.keys() if equal_but_for_type(a[name].cpu(), b[name].cpu())}
     return min((a.keys() | b.keys()) - same, default=None)
 
@@ -112,7 +114,8 @@ def _computed(network: EmbedwrightModel, tokenizer: TextTokenizer) -> tuple[list
     limit = min(max(contract.max_tokens, 256), network.longest)
     texts = [tokenize(tokenizer, contract, [t], contract.prefix(TASK if q else None), limit)[0] for t, q in TEXTS]
     packed = pack(texts).to(network.device)
-    if {parameter.dtype for parameter in network.parameters()} == {torch.float32} and not network.mixed:
+    exact = {parameter.dtype for parameter in network.parameters()} == {torch.float32}
+    if exact and not network.mixed and not in_few_bits(network):
         with evaluating(network):
             return texts, network.embed(packed).cpu().numpy()
     with stock(network) as twin, _in_float32(twin):
@@ -124,20 +127,32 @@ def _computed(network: EmbedwrightModel, tokenizer: TextTokenizer) -> tuple[list
 
 @contextmanager
 def _in_float32(twin: EmbedwrightModel) -> Iterator[None]:
-    """Within the block each module casts its weights to float32 when it is called, and puts them back after."""
+    """Within the block the modules of this twin compute in float32, from their weights as they are.
+
+    Embeddings cast what they look up, and linear layers a slice of their weights at a time, so that no large matrix is
+    copied whole. Any other module casts its weights when it is called, and puts them back after.
+    """
 
     def cast(module: nn.Module, _: Any) -> None:
         kept.append(dict(module._parameters))
         for name, weight in module._parameters.items():
-            if weight is not None and weight.is_floating_point():
+            if weight is not None and weight.is_floating_point() and type(module) not in (nn.Embedding, nn.Linear):
                 module._parameters[name] = nn.Parameter(weight.detach().float(), requires_grad=False)
 
-    def put_back(module: nn.Module, *_: Any) -> None:
+    def put_back(module: nn.Module, _: Any, output: Any) -> Any:
         module._parameters.update(kept.pop())
+        return output.float() if type(module) is nn.Embedding and isinstance(output, Tensor) else None
+
+    def linear(module: nn.Linear, input: Tensor) -> Tensor:
+        return sliced(input, lambda rows: module.weight[rows].float(), module.weight.shape, module.bias)
 
     kept: list[dict[str, Any]] = []
-    hooks = [module.register_forward_pre_hook(cast) for module in twin.modules()]
-    hooks += [module.register_forward_hook(put_back, always_call=True) for module in twin.modules()]
+    hooks = []
+    for module in twin.modules():
+        if type(module) is nn.Linear:
+            vars(module)["forward"] = partial(linear, module)
+        hooks.append(module.register_forward_pre_hook(cast))
+        hooks.append(module.register_forward_hook(put_back, always_call=True))
     try:
         yield
     finally:

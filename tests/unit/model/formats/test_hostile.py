@@ -17,16 +17,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
+from embedwright.compress.weights import compress_weights
 from embedwright.encoders.open import open_encoder
 from embedwright.errors import InputError
 from embedwright.model.embedder import Embedder
 from embedwright.model.formats.open import outline
+from embedwright.model.quantized import INT8
 
 FIXTURES = Path(__file__).parents[3] / "parity" / "fixtures"
 TEXTS = ["how do tides work?", "the moon"]
-FORMATS = ["ours", "mean", "last", "adapter", "peft", "nvembed", "qwen3-embedding", "sentence-transformers", "base"]
+FORMATS = ["ours", "mean", "last", "adapter", "peft", "nvembed", "qwen3-embedding", "quantized"]
+FORMATS += ["sentence-transformers", "base"]
 ADAPTERS = {"adapter", "peft"}
 NO_FAMILY_OF_OURS = {"sentence-transformers", "base"}
+CODES = "backbone.layers.0.mlp.down_proj.codes"
 MARKER = "import pathlib; pathlib.Path({!r}).write_text('ran')\n"
 
 
@@ -42,6 +46,7 @@ def sound(
     root = tmp_path_factory.mktemp("sound")
     for pooling, name in (("latent", "ours"), ("mean", "mean"), ("last", "last")):
         tiny_embedder(pooling).save(root / name)
+    compress_weights(root / "ours", root / "quantized", INT8)
     for base, name in (("ours", "adapter"), ("mean", "peft")):
         model = Embedder.load(root / base).add_lora(rank=2)
         with torch.random.fork_rng():
@@ -149,6 +154,21 @@ ATTACKS: dict[str, tuple[Callable[[Path], Any], set[str]]] = {
     ),
     "a wrong shape": (lambda f: edit_weights(f, lambda t, name: t.update({name: torch.zeros(3, 5)})), set()),
     "whole numbers": (lambda f: edit_weights(f, lambda t, name: t.update({name: t[name].long()})), set()),
+    "codes that are floats": (
+        lambda f: edit_weights(f, lambda t, name: t.update({CODES: t[CODES].float()})),
+        set(FORMATS) - {"quantized"},
+    ),
+    "codes of another layer": (
+        lambda f: edit_weights(f, lambda t, name: t.update({CODES: t[CODES.replace("down", "up")].clone()})),
+        set(FORMATS) - {"quantized"},
+    ),
+    "a scheme that is none": (
+        lambda f: edit(f / "config.json", quantization={"bits": 3}),
+        set(FORMATS) - {"quantized"},
+    ),
+    "a scheme of the wrong type": (lambda f: edit(f / "config.json", quantization=8), set(FORMATS) - {"quantized"}),
+    "no scheme": (lambda f: edit(f / "config.json", quantization=None), set(FORMATS) - {"quantized"}),
+    "a scheme and no codes": (lambda f: edit(f / "config.json", quantization={"bits": 8}), set(FORMATS) - {"ours"}),
     "weights cut": (lambda f: weights_of(f).write_bytes(weights_of(f).read_bytes()[:-7]), set()),
     "weights that are text": (lambda f: weights_of(f).write_text("version https://git-lfs.github.com/spec/v1"), set()),
     "another model's shard": (lambda f: shutil.copy(weights_of(f), f / "model-00002-of-00002.safetensors"), ADAPTERS),
@@ -195,7 +215,15 @@ ATTACKS: dict[str, tuple[Callable[[Path], Any], set[str]]] = {
     ),
     "lengths of the wrong type": (
         lambda f: write_json(f / "sentence_bert_config.json", {"max_seq_length": "long"}),
-        {"ours", "mean", "last", "base", "sentence-transformers", *ADAPTERS},  # not read, or by others alone
+        {
+            "ours",
+            "quantized",
+            "mean",
+            "last",
+            "base",
+            "sentence-transformers",
+            *ADAPTERS,
+        },  # not read, or by others alone
     ),
     "tokenizer that is broken": (lambda f: (f / "tokenizer.json").write_text("{}"), ADAPTERS),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), ADAPTERS),
