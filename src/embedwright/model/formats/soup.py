@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from embedwright.errors import InputError, NotFoundError
-from embedwright.files import check_new_folder, whole_folder
+from embedwright.files import check_new_folder, whole_folder, write_json
 from embedwright.fingerprint import Facts, config_facts, facts, tokenizer_fact
 from embedwright.locate import local
 from embedwright.model.embedder import Embedder
-from embedwright.model.formats.detect import detect, is_quantized
-from embedwright.model.formats.folder import INDEX, Stored, weights_in, write_weights
+from embedwright.model.formats.detect import STOCK_SETTINGS, detect, history_of, is_quantized
+from embedwright.model.formats.folder import INDEX, Stored, read_object, weights_in, write_weights
 from embedwright.model.formats.open import outline
 from embedwright.model.verify import selftest
 
@@ -73,6 +73,10 @@ def soup(
             write_weights(
                 temp, planned, lambda name: _mixed(name, [part[name].read() for part in parts], factors, how), _SHARD
             )
+        if history := history_of(temp):  # of the first model, whose vectors these are not
+            file = temp / (STOCK_SETTINGS if (temp / STOCK_SETTINGS).is_file() else "config.json")
+            step = {"step": "soup", "of": ", ".join(Path(name).name for name in names)}
+            write_json(file, read_object(file) | {"history": [*history, step]})
         model = Embedder.load(temp, device="cpu")
         selftest.write(model.network, model.text_tokenizer, temp)
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
+from embedwright.fingerprint import aligned_with
 from embedwright.model.embedder import Embedder
 from embedwright.model.formats import soup as soup_module
 from embedwright.model.formats.soup import soup
@@ -156,6 +157,17 @@ def test_the_first_model_says_the_type(save: Save, tmp_path: Path) -> None:
     soup([a, b], tmp_path / "soup")
     assert {tensor.dtype for tensor in tensors(tmp_path / "soup").values()} == {torch.bfloat16}
     assert Embedder.load(tmp_path / "soup").network.backbone.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("pooling", ["mean", "latent"])  # the two formats that keep a history
+def test_a_soup_of_aligned_students_is_aligned_no_more(pooling: str, tiny_embedder: Make, tmp_path: Path) -> None:
+    model = tiny_embedder(pooling)
+    model.network.config.history = history = [{"step": "distil", "aligned_with": "teacher"}]
+    model.save(tmp_path / "a")
+    assert aligned_with(Embedder.load(tmp_path / "a")) == "teacher"
+    soup([tmp_path / "a", tmp_path / "a"], tmp_path / "soup")
+    made = Embedder.load(tmp_path / "soup")
+    assert made.network.config.history == [*history, {"step": "soup", "of": "a, a"}] and aligned_with(made) is None
 
 
 def test_adapters_are_merged_first(save: Save, tmp_path: Path) -> None:
