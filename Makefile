@@ -63,8 +63,8 @@ gguf: setup  ## GGUF files run by llama.cpp, in an environment of their own: .ve
 audit:  ## Known vulnerabilities of the versions in constraints.txt: a report, which stops nothing
 	@test -x .venv-audit/bin/pip-audit || { "$(PYTHON)" -m venv .venv-audit && \
 	  .venv-audit/bin/python -m pip --disable-pip-version-check install -qq pip-audit; } || echo "audit: pip-audit cannot be installed"
-	@.venv-audit/bin/pip-audit --progress-spinner off --disable-pip --no-deps --requirement constraints.txt \
-	  || echo "audit: vulnerabilities, or no answer of the advisory service: see above"
+	@.venv-audit/bin/pip-audit --strict --progress-spinner off --disable-pip --no-deps --requirement constraints.txt \
+	  || echo "audit: vulnerabilities were found, or the advisory service does not answer"
 
 lint: setup  ## ruff: rules and format
 	@$(BIN)/ruff check .

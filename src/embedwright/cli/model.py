@@ -252,8 +252,9 @@ def export(
     from embedwright.model.embedder import Embedder
 
     if layout == "gguf":
-        from embedwright.export.gguf import export_gguf
+        from embedwright.export.gguf import check_gguf, export_gguf
 
+        check_gguf(out)
         served = export_gguf(Embedder.load(model), out, type or "f16")
         say(f"{out}: {type or 'f16'}, right in llama.cpp for {served}")
         return

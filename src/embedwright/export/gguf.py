@@ -6,6 +6,7 @@ those of its own converter. Attention, pooling and the end of a text are those o
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -31,6 +32,16 @@ _FILE_TYPES: dict[Type, int] = {"f32": 0, "f16": 1, "q8_0": 7}  # gguf.LlamaFile
 _ROPES = ("default", "linear", "llama3")  # whose frequencies are the same for texts of any length
 
 
+def check_gguf(path: str | Path) -> None:
+    """Checks that a GGUF file can be written to `path`. Call it before a model is loaded; `export_gguf` does so too."""
+    if Path(path).suffix != ".gguf":
+        raise InputError(f"{path}: give the file a name that ends in .gguf")
+    if check_file(path).exists():
+        raise OutputExistsError(f"{path} exists: choose a new name")
+    if find_spec("gguf") is None:
+        raise MissingPackageError("a GGUF export needs gguf: pip install 'embedwright[gguf]'")
+
+
 def export_gguf(model: Embedder, path: str | Path, type: Type = "f16") -> str:
     """Writes a new .gguf file, and returns the texts for which llama.cpp gives the vectors of `model`.
 
@@ -42,14 +53,9 @@ def export_gguf(model: Embedder, path: str | Path, type: Type = "f16") -> str:
         MissingPackageError: The package gguf is missing.
         OutputExistsError: There is such a file.
     """
-    if Path(path).suffix != ".gguf":
-        raise InputError(f"{path}: give the file a name that ends in .gguf")
-    if check_file(path).exists():
-        raise OutputExistsError(f"{path} exists: choose a new name")
-    try:
-        import gguf
-    except ImportError:
-        raise MissingPackageError("a GGUF export needs gguf: pip install 'embedwright[gguf]'") from None
+    check_gguf(path)
+    import gguf
+
     backbone, contract, pooling = model.network.backbone, model.contract, model.network.pooling.kind
     served = _served(model)
     arch, facts = _facts(backbone.config, contract.max_tokens)
@@ -78,8 +84,8 @@ def _served(model: Embedder) -> str:
     contract, pooling = model.contract, model.network.pooling.kind
     if pooling not in WEIGHTLESS:
         raise InputError(
-            f"pooling is {pooling!r}, and llama.cpp knows 'mean' and 'last': distil the model into one with pooling "
-            "mean (embedwright compress --student), or export it with --format onnx"
+            f"pooling is {pooling!r}, and llama.cpp knows 'mean' and 'last': distil it into a model with mean "
+            "pooling (embedwright compress --student NAME --distil RECIPE), or export it with --format onnx"
         )
     if contract.query_suffix or contract.template_specials or len(contract.bos_ids) > 1:
         raise InputError("llama.cpp cannot read texts so: this model has a suffix or special tokens in its prompt")
@@ -203,7 +209,7 @@ def _pieces(model: Embedder, arch: str) -> dict[str, _Piece]:
     for name, weight in merged_weights(model.network).items():
         place = names.get_name(name.replace("backbone.", "model.", 1), try_suffixes=(".weight", ".bias"))
         if place is None:
-            raise InputError(f"{name} has no place in a GGUF file of a {arch!r} model")
+            raise InputError(f"{name} has no place in a GGUF file of a {arch!r} model, which holds float weights")
         shift = arch.startswith("gemma") and name.endswith("norm.weight")  # Gemma's norms multiply by 1 + weight
         pieces[place] = _Piece(weight, heads.get(name.split(".")[-2]), shift)
     return pieces

@@ -20,6 +20,7 @@ from embedwright import Embedder
 from embedwright.cli import main as cli
 from embedwright.errors import InputError, MissingPackageError, OutputExistsError
 from embedwright.export.gguf import Type, export_gguf
+from embedwright.model.quantized import quantize_layers
 
 gguf = pytest.importorskip("gguf")
 
@@ -306,6 +307,13 @@ def test_settings_that_llama_cpp_does_not_read(
         export_gguf(model, tmp_path / "model.gguf")
 
 
+def test_quantised_weights_are_refused(tiny_embedder: Make, tmp_path: Path) -> None:
+    model = tiny_embedder("last")
+    quantize_layers(model.network)
+    with pytest.raises(InputError, match=r"has no place in a GGUF file.*float weights"):
+        export_gguf(model, tmp_path / "model.gguf")
+
+
 def test_numbers_that_a_type_cannot_hold(tiny_embedder: Make, tmp_path: Path) -> None:
     model = tiny_embedder("last")
     with torch.no_grad():
@@ -324,7 +332,7 @@ def test_names_of_the_file(tiny_embedder: Make, tmp_path: Path, monkeypatch: pyt
     with pytest.raises(OutputExistsError, match="exists"):
         export_gguf(model, file)
     assert file.read_text() == "mine"
-    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.setattr("embedwright.export.gguf.find_spec", lambda name: None)
     with pytest.raises(MissingPackageError, match=r"embedwright\[gguf\]"):
         export_gguf(model, tmp_path / "other.gguf")
 
