@@ -22,7 +22,7 @@ from typing import Any  # noqa: E402
 
 import models  # noqa: E402
 
-from embedwright.cpu import onednn  # noqa: E402
+from embedwright.cpu import kernels  # noqa: E402
 
 SCRIPT = """\
 import json, sys, time
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace) -> models.Measured:
-    sides = [side for side in SIDES if side != "int8" or onednn.whole_available()]
+    sides = [side for side in SIDES if side != "int8" or kernels.int8_available()]
     found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     for number in range(1 + options.rounds):
         for side in sides:

@@ -39,7 +39,7 @@ from numpy.typing import NDArray  # noqa: E402
 from peaks import flops, peak_flops  # noqa: E402
 from texts import SETS, counter, source, text_set  # noqa: E402
 
-from embedwright.cpu import onednn  # noqa: E402
+from embedwright.cpu import kernels  # noqa: E402
 from embedwright.model.embedder import Embedder  # noqa: E402
 
 FIRST = {"peer": 8, "onnx": 1024}  # where the search for a side's batch size begins: texts; tokens
@@ -103,8 +103,8 @@ def why_left_out(options: argparse.Namespace) -> dict[str, str]:
     if options.dtype != "bfloat16":
         return dict.fromkeys(("int8", "onnx"), "measured with bfloat16")
     found = {}
-    if not onednn.whole_available():
-        found["int8"] = "this processor has no fast products in int8"
+    if not kernels.int8_available():
+        found["int8"] = str(kernels.int8_fault())
     if reason := onnx_int8.export(models.saved(options.folder), options.folder / "onnx"):
         found["onnx"] = reason
         print(f"ONNX Runtime is left out: {reason}")

@@ -1,9 +1,9 @@
 """What matrix products reach on this processor, for the layers' shapes of the measured models, by type.
 
 float32 and bfloat16: torch's own product, oneDNN on the plain weight, oneDNN on a reordered one;
-`embedwright.cpu.onednn` rests on the plain weight being nearly as fast. int8: `torch._int_mm`, and oneDNN's quantised
-linear, which takes uint8. Sums are in int32 or float32. oneDNN takes AMX by itself where there is some: the record's
-`extensions` name it. Kernels take turns; a rate is that of the best round.
+`embedwright.cpu.onednn` rests on the plain weight being nearly as fast. int8: `torch._int_mm`, oneDNN's quantised
+linear, which takes uint8, and our kernel. Sums are in int32 or float32. oneDNN takes AMX by itself where there is some:
+the record's `extensions` name it. Kernels take turns; a rate is that of the best round.
 
     python benchmarks/peaks.py
 """
@@ -22,6 +22,7 @@ import models  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
+from embedwright.cpu import kernels as ours  # noqa: E402
 from embedwright.cpu import onednn  # noqa: E402
 
 TYPES = (torch.float32, torch.bfloat16, torch.int8)
@@ -113,7 +114,7 @@ def kernels(dtype: torch.dtype, shape: Shape, rows: int) -> dict[str, Callable[[
 
 
 def int8_kernels(width: int, out: int, rows: int) -> dict[str, Callable[[], torch.Tensor]]:
-    """The same in int8: to int32 sums, and to bfloat16 with the scales of the outputs."""
+    """The same in int8: to int32 sums, and to bfloat16 with the scales of the outputs, by oneDNN and by our kernel."""
     if not onednn.whole_available():
         return {}
     x, codes = (torch.randint(-127, 128, shape, dtype=torch.int8) for shape in ((rows, width), (out, width)))
@@ -121,10 +122,14 @@ def int8_kernels(width: int, out: int, rows: int) -> dict[str, Callable[[], torc
     packed = torch.ops.onednn.qlinear_prepack(codes, [rows, width])
     scales, zeros = torch.full((out,), 0.01), torch.zeros(out, dtype=torch.int64)
     last = (scales, zeros, None, 1.0, 0, torch.bfloat16, "none", [], "")
-    return {
+    found = {
         "int_mm": lambda: torch._int_mm(x, codes.t()),
         "qlinear": lambda: torch.ops.onednn.qlinear_pointwise(unsigned, 0.01, 128, packed, *last),
     }
+    if ours.int8_available():
+        scaled = ours.Rows(x, torch.full((rows,), 0.01), x.sum(1, dtype=torch.int32))
+        found["ours"] = lambda: ours.whole_product(scaled, codes, scales, None, torch.bfloat16)
+    return found
 
 
 def named(dtype: torch.dtype) -> str:

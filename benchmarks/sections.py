@@ -31,7 +31,8 @@ Seconds from `import` to the first vector in a new process, its files and compil
 load that the model gives the vectors that were stored with it, and that its faster forms are the stock ones."""
 PEAKS = """\
 GFLOP/s over shapes of decoder layers, by rows of the input. `torch`: its own product; `onednn`: oneDNN on the plain
-weight, `onednn_reordered` on a reordered one; `int_mm`: torch's int8 product; `qlinear`: oneDNN's with uint8 input."""
+weight, `onednn_reordered` on a reordered one; `int_mm`: torch's int8 product; `qlinear`: oneDNN's with uint8 input;
+`ours`: our kernel."""
 POSSIBLE = """\
 What the products of a model's linear layers reach together, each by its fastest kernel; the tokens per second that they
 alone would allow; and what encoding mixed texts reaches."""

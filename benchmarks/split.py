@@ -145,7 +145,7 @@ PIECES: dict[str, Callable[[Embedder], Any]] = {
     "norms (csrc/passes.c)": partial(as_stock, ending="Norm"),
     "rotary positions (csrc/passes.c)": partial(as_stock, ending="Attention"),
     "gated blocks (linears.py)": partial(as_stock, ending="MLP"),
-    "products and gated blocks (linears.py, onednn.py)": stock_linears,
+    "products and gated blocks (linears.py, onednn.py; int8.py, csrc/int8.c)": stock_linears,
 }
 
 
