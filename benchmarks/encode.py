@@ -39,13 +39,16 @@ from numpy.typing import NDArray  # noqa: E402
 from peaks import flops, peak_flops  # noqa: E402
 from texts import SETS, counter, source, text_set  # noqa: E402
 
+from embedwright.compress.weights import compress_weights  # noqa: E402
 from embedwright.cpu import kernels  # noqa: E402
 from embedwright.model.embedder import Embedder  # noqa: E402
+from embedwright.model.quantized import INT8  # noqa: E402
 
 FIRST = {"peer": 8, "onnx": 1024}  # where the search for a side's batch size begins: texts; tokens
 SIDES = ("peer", "ours", "int8", "onnx")
 MEMORY_TOKENS = 10_000  # mixed: more than one batch of either side
 MEMORY_TEXTS = "memory-texts.json"  # in the folder with the models
+STORED = "int8"  # likewise, a folder with weights in int8
 SMALLEST_COSINE = 0.9999  # of the two sides in float32
 
 
@@ -93,6 +96,8 @@ def measure(options: argparse.Namespace) -> models.Measured:
     names = list(sides)
     del exact, sides
     batches = sets["mixed"]["batches"]
+    if "int8" in names:  # its memory is that of a folder which holds the weights so: the other way reads float32 first
+        compress_weights(models.saved(options.folder), options.folder / STORED, INT8)
     figures["memory"] = {side: in_own_process(memory_arguments(options, side, batches.get(side))) for side in names}
     print(json.dumps(figures["memory"]))
     return figures, goals(options, sets, figures["memory"])
@@ -117,7 +122,10 @@ def opened(side: str, options: argparse.Namespace) -> models.Encode:
         return partial(models.encode_peer, models.peer(options.folder, options.dtype))
     if side == "onnx":
         return onnx_int8.Model(models.saved(options.folder), options.folder / "onnx").encode
-    mine = models.ours(options.folder, "int8" if side == "int8" else options.dtype)
+    if side == "int8" and (options.folder / STORED).is_dir():
+        mine = Embedder.load(options.folder / STORED)
+    else:
+        mine = models.ours(options.folder, "int8" if side == "int8" else options.dtype)
     return lambda texts, prefix, _: mine.encode(texts, prefix=prefix)
 
 

@@ -92,14 +92,15 @@ def contributions(
         "linears": lambda: run(without_kernels),
         "ours": run,
     }
+    pieces = dict(PIECES)
     if any(isinstance(part, QuantizedLinear) for part in mine.network.modules()):
-        del steps["packed"], steps["linears"]  # whose products would be of dequantised weights
-    without = {piece: partial(run, change) for piece, change in PIECES.items()}
+        del steps["packed"], steps["linears"], pieces[PRODUCTS]  # which would multiply dequantised weights
+    without = {piece: partial(run, change) for piece, change in pieces.items()}
     seconds = rounds(steps | without, count)
     return {
         "seconds": {name: statistics.median(s) for name, s in seconds.items()},
         "gains": {after: ratio(seconds[before], seconds[after]) for before, after in pairwise(steps)},
-        "alone": {piece: ratio(seconds[piece], seconds["ours"]) for piece in PIECES},
+        "alone": {piece: ratio(seconds[piece], seconds["ours"]) for piece in pieces},
     }
 
 
@@ -139,13 +140,14 @@ def text_by_text(model: Embedder) -> Iterator[None]:
         yield
 
 
+PRODUCTS = "products and gated blocks (linears.py, onednn.py)"
 # each without what stands or falls with it alone; gated blocks need our products
 PIECES: dict[str, Callable[[Embedder], Any]] = {
     "attention (csrc/attention.c)": lambda _: mock.patch.object(kernels, "can_attend", lambda *_: False),
     "norms (csrc/passes.c)": partial(as_stock, ending="Norm"),
     "rotary positions (csrc/passes.c)": partial(as_stock, ending="Attention"),
     "gated blocks (linears.py)": partial(as_stock, ending="MLP"),
-    "products and gated blocks (linears.py, onednn.py; int8.py, csrc/int8.c)": stock_linears,
+    PRODUCTS: stock_linears,
 }
 
 
