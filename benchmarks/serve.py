@@ -44,6 +44,7 @@ from texts import counter, source, text_set  # noqa: E402
 from embedwright import threads  # noqa: E402
 from embedwright.serve.app import create_app  # noqa: E402
 from embedwright.serve.run import listen, run  # noqa: E402
+from embedwright.serve.server import Limits  # noqa: E402
 
 SIDES = ("plain", "batching", "ours")
 SIZES = (1, 1, 1, 1, 4, 16)  # texts of a request, drawn
@@ -213,7 +214,8 @@ class Request(BaseModel):
 def serve(options: argparse.Namespace) -> None:
     listening = listen("127.0.0.1", 0, [])
     if options.side == "ours":
-        app = create_app(models.ours(options.folder, options.dtype).fold(), name="ours")
+        limits = Limits(queue_tokens=10**7)  # the peers refuse nobody either
+        app = create_app(models.ours(options.folder, options.dtype).fold(), name="ours", limits=limits)
     else:
         app = peer_app(options)
     print(listening.getsockname()[1], flush=True)

@@ -31,7 +31,8 @@ def serve(
         int | None, opt("Tokens of a batch at most. Default: what `encode` takes on this device.", min=1)
     ] = None,
     queue_tokens: Annotated[
-        int | None, opt("Tokens that wait at most; more get 429. Default: those of 16 batches.", min=1)
+        int | None,
+        opt("Tokens that a request waits for at most, else it gets 429. Default: those of 2 batches.", min=1),
     ] = None,
     drain: Annotated[float, opt("Seconds in which a stopped server answers what it has accepted.", min=0)] = 10.0,
 ) -> None:

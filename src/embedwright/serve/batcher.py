@@ -35,8 +35,9 @@ class _Job:
         self.vectors: list[NDArray[np.float32] | None] = [None] * len(texts)
         self.missing = len(texts)
 
-    def waiting_tokens(self) -> int:
-        return sum(len(text.ids) for text in self.texts[self.taken :])
+    def waiting_tokens(self, most: int | None = None) -> int:
+        """Counts the tokens of the texts that wait, or of the next `most` of them."""
+        return sum(len(text.ids) for text in self.texts[self.taken :][:most])
 
 
 _Place = tuple[_Job, int]  # a text of a request
@@ -45,8 +46,9 @@ _Place = tuple[_Job, int]  # a text of a request
 class Batcher:
     """The queue of texts and the thread that computes them.
 
-    `embed` gets at most `batch_tokens` tokens at once; a longer text is a batch of its own. Texts that wait have at
-    most `queue_tokens` tokens, unless one request alone has more.
+    `embed` gets at most `batch_tokens` tokens at once; a longer text is a batch of its own. A request is refused if it
+    and the texts before its last one have more than `queue_tokens` tokens, unless nothing waits. Requests take turns,
+    so of a bulk request only one text comes before a single one.
     """
 
     def __init__(self, embed: Embed, batch_tokens: int, queue_tokens: int, metrics: Metrics) -> None:
@@ -80,9 +82,10 @@ class Batcher:
             self._thread.join(wait_s)
 
     def check_room(self) -> None:
-        """Raises ApiError 429 if the queue is full, before any work is done for a request."""
-        if self.waiting_tokens >= self.queue_tokens:
-            raise self.full()
+        """Raises ApiError 429 if no request has room, before any work is done for one."""
+        with self._changed:
+            if self._ahead(1) >= self.queue_tokens:
+                raise self.full()
 
     async def encode(self, texts: Sequence[TokenizedText]) -> NDArray[np.float32]:
         """Returns the vectors (N, E) of a request. A caller that is cancelled leaves the queue.
@@ -94,7 +97,7 @@ class Batcher:
         with self._changed:
             if not self.alive:
                 raise busy("the server stops", 503, "stopping", 1)
-            if self._jobs and self.waiting_tokens + tokens > self.queue_tokens:
+            if self._jobs and self._ahead(len(texts)) + tokens > self.queue_tokens:
                 raise self.full()
             self._jobs.append(job)
             self.waiting_tokens += tokens
@@ -111,6 +114,10 @@ class Batcher:
         self.metrics.refused.inc()
         seconds = min(60.0, self.waiting_tokens / self._tokens_per_s) if self._tokens_per_s else 1.0
         return busy("the queue is full: ask again later", 429, "queue_full", seconds)
+
+    def _ahead(self, texts: int) -> int:
+        """Counts the tokens before the last text of a new request: each one that waits gives as many texts, in turn."""
+        return sum(job.waiting_tokens(texts) for job in self._jobs)
 
     def _drop(self, job: _Job) -> None:
         """Takes what waits of a request out of the queue."""

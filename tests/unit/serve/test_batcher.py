@@ -169,6 +169,24 @@ def test_a_full_queue_refuses_and_says_when_to_ask_again() -> None:
     with_batcher(work, queue_tokens=100)
 
 
+def test_behind_a_bulk_request_there_is_room_for_a_single_text_and_not_for_another_bulk_request() -> None:
+    async def work(batcher: Batcher, model: Model) -> None:
+        first = await first_under_way(batcher, model)
+        bulk = await queued(batcher, [text(i, 30) for i in range(10, 30)])  # alone, so it may have any size
+        batcher.check_room()
+        single = await queued(batcher, [text(1, 30)])
+        with pytest.raises(ApiError):  # two texts of the bulk request and one come before it: 90 + 60
+            await batcher.encode([text(2, 30), text(3, 30)])
+        (second,) = await queued(batcher, [text(4, 30)])
+        with pytest.raises(ApiError):  # 30 each of bulk and two singles, and its own
+            await batcher.encode([text(5, 30)])
+        model.go.set()
+        await asyncio.gather(first, *bulk, *single, second)
+
+    model = with_batcher(work, queue_tokens=100)
+    assert set(model.batches[1]) == {10, 1, 4}  # one text of each
+
+
 def test_a_closed_batcher_answers_all() -> None:
     async def work(batcher: Batcher, model: Model) -> None:
         first = await first_under_way(batcher, model)

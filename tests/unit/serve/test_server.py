@@ -22,10 +22,10 @@ def test_limits_are_positive() -> None:
             Limits(**{name: 0})
 
 
-def test_batches_are_those_of_encode_and_sixteen_may_wait(model: Embedder) -> None:
+def test_batches_are_those_of_encode_and_two_may_wait(model: Embedder) -> None:
     server = Server(model, "tiny", Limits())
     assert server.batcher.batch_tokens == model.batch_tokens
-    assert server.batcher.queue_tokens == 16 * model.batch_tokens
+    assert server.batcher.queue_tokens == 2 * model.batch_tokens
     own = Server(model, "tiny", Limits(batch_tokens=7, queue_tokens=9)).batcher
     assert (own.batch_tokens, own.queue_tokens) == (7, 9)
 
