@@ -214,3 +214,13 @@ def random_texts() -> Callable[..., list[TokenizedText]]:
         return [TokenizedText(random.integers(2, 400, n), np.ones(n, dtype=bool)) for n in lengths]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def onnx_packages() -> None:
+    """Skips where the packages of the extra [onnx] are missing; with EMBEDWRIGHT_REQUIRE_ONNX it fails there."""
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing and os.environ.get("EMBEDWRIGHT_REQUIRE_ONNX"):
+        pytest.fail(f"no {', '.join(missing)}: pip install 'embedwright[onnx]'")
+    if missing:
+        pytest.skip(f"no {', '.join(missing)}: pip install 'embedwright[onnx]'")

@@ -1,9 +1,11 @@
-"""Restores the settings of the process that other libraries change while they load a model."""
+"""Restores the settings of the process that other libraries change while they load or write a model."""
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,6 +28,23 @@ def loading() -> Iterator[None]:
             yield
         finally:
             transformers_logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def unwarned(library: str) -> Iterator[None]:
+    """Keeps warnings from the user during the block: Python's, and those of a library's logger, such as `torch.onnx`.
+
+    Only one thread at a time is in the block, as in `loading`.
+    """
+    logger = logging.getLogger(library)
+    with _LOADING, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        level = logger.level
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
 
 
 @contextmanager

@@ -1,12 +1,14 @@
 """One forward path, many doors: the same texts through each of them give the same vectors, to 1e-5 in float32.
 
-Doors: the library in other batches, sentence-transformers, mteb, and AutoModel with its tokenizer; each on the saved
-folder, in shuffled order. Against: the library on the model that was saved. The largest difference of each is printed.
+Doors: the library in other batches, sentence-transformers, mteb, AutoModel with its tokenizer, and ONNX Runtime with
+tokenizers alone; each on the saved folder, in shuffled order. Against: the library on the model that was saved. The
+largest difference of each is printed.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -18,9 +20,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
+from tokenizers import Tokenizer
 from transformers import AutoModel, AutoTokenizer
 
 from embedwright.evaluation.mteb import MtebEncoder
+from embedwright.export.onnx import export_onnx
 from embedwright.model.embedder import Embedder
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -149,7 +153,52 @@ def automodel(folder: Path, limit: int | None = MAX_TOKENS) -> Encode:
     return encode
 
 
-DOORS = {door.__name__: door for door in (library, sentence_transformers, mteb, automodel)}
+@cache
+def exported(folder: Path) -> Path:
+    out = folder.with_name(f"{folder.name}-onnx")
+    export_onnx(Embedder.load(folder, device="cpu", dtype="float32"), out)
+    return out
+
+
+def onnxruntime(folder: Path, limit: int | None = MAX_TOKENS) -> Encode:
+    import onnxruntime
+
+    out = exported(folder)
+    session = onnxruntime.InferenceSession(out / "onnx" / "model.onnx", providers=["CPUExecutionProvider"])
+    tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
+    counts = json.loads((out / "embedwright.json").read_text())["contract"]["mask_rule"] == "count"
+    tokenizer.encode_special_tokens = not counts
+    if limit is not None:
+        tokenizer.enable_truncation(limit)
+
+    def batch(texts: list[str], prefix: str) -> NDArray[np.float32]:
+        rows = tokenizer.encode_batch([prefix + text + "</s>" * counts for text in texts])
+        feed = {name: np.array([getattr(row, name) for row in rows]) for name in ("ids", "attention_mask")}
+        end = np.array([row.offsets for row in rows])[..., 1]
+        front = len(tokenizer.encode(prefix, add_special_tokens=False).ids) if counts and prefix else 0
+        unpooled = np.arange(end.shape[1]) < front if counts else (end > 0) & (end <= len(prefix))
+        feed = {"input_ids": feed["ids"], "attention_mask": feed["attention_mask"]}
+        feed["pool_mask"] = np.where(np.broadcast_to(unpooled, end.shape), 0, -1)
+        vectors: NDArray[np.float32] = session.run(["sentence_embedding"], feed)[0]
+        return vectors
+
+    return lambda texts, template, size: np.concatenate(
+        [batch(texts[i : i + size], prefix_of(template)) for i in range(0, len(texts), size)]
+    )
+
+
+DOORS = {door.__name__: door for door in (library, sentence_transformers, mteb, automodel, onnxruntime)}
+
+
+TRACED = pytest.param("onnxruntime", marks=pytest.mark.long)  # a graph takes seconds to trace
+
+
+@pytest.fixture(params=[*(name for name in DOORS if name != "onnxruntime"), TRACED])
+def door(request: pytest.FixtureRequest) -> str:
+    """Each door in turn."""
+    if request.param == "onnxruntime":
+        request.getfixturevalue("onnx_packages")
+    return str(request.param)
 
 
 def differences(model: Embedder, encode: Encode, sizes: dict[str, tuple[int, ...]], every: int = 1) -> dict[str, float]:
@@ -173,7 +222,6 @@ def test_the_texts_are_of_all_lengths(nvembed: Any, tuned_smollm2: Any) -> None:
         assert lengths.min() <= 2 and (lengths == MAX_TOKENS).sum() > 10 and len(lengths.unique()) > 40
 
 
-@pytest.mark.parametrize("door", DOORS)
 def test_nvembed(door: str, nvembed: tuple[Embedder, Path]) -> None:
     model, folder = nvembed
     found = differences(model, DOORS[door](folder), SOME)
@@ -181,7 +229,15 @@ def test_nvembed(door: str, nvembed: tuple[Embedder, Path]) -> None:
     assert max(found.values()) <= TOLERANCE
 
 
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.usefixtures("onnx_packages")
+def test_onnxruntime(tmp_path: Path) -> None:
+    model = Embedder.load(FIXTURES / "nvembed-tiny-v2", dtype="float32", device="cpu")
+    model.save(tmp_path / "v2")
+    found = differences(model, onnxruntime(tmp_path / "v2"), SOME)
+    print(f"nvembed-tiny-v2 onnxruntime: {found}")
+    assert max(found.values()) <= TOLERANCE
+
+
 def test_smollm2(door: str, tuned_smollm2: tuple[Embedder, Path]) -> None:
     model, folder = tuned_smollm2
     found = differences(model, DOORS[door](folder), SOME, every=8)
@@ -190,7 +246,6 @@ def test_smollm2(door: str, tuned_smollm2: tuple[Embedder, Path]) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("door", DOORS)
 def test_nvembed_in_all_batch_sizes(door: str, nvembed: tuple[Embedder, Path]) -> None:
     model, folder = nvembed
     found = differences(model, DOORS[door](folder), ALL)
@@ -199,7 +254,6 @@ def test_nvembed_in_all_batch_sizes(door: str, nvembed: tuple[Embedder, Path]) -
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("door", DOORS)
 def test_smollm2_on_all_texts_in_all_batch_sizes(door: str, tuned_smollm2: tuple[Embedder, Path]) -> None:
     model, folder = tuned_smollm2
     found = differences(model, DOORS[door](folder), ALL)
@@ -207,7 +261,6 @@ def test_smollm2_on_all_texts_in_all_batch_sizes(door: str, tuned_smollm2: tuple
     assert max(found.values()) <= TOLERANCE
 
 
-@pytest.mark.parametrize("door", DOORS)
 def test_the_stored_limit_cuts_in_every_door(door: str, nvembed: tuple[Embedder, Path]) -> None:
     model, folder = nvembed
     if model.max_tokens > 4096:

@@ -222,6 +222,7 @@ CHANGES: dict[str, dict[str, tuple[str, str, Words]]] = {
         "out": ("names", "elsewhere", {}),
         "layout": ("error", "--format gguf", {}),  # which has no latent pooling
         "type": ("files", "--type f32", {"model": "{other}", "out": "OUT.gguf", "layout": "--format gguf"}),
+        "weights": ("error", "--weights int8", {}),
     },
     "serve": {
         "model": ("said", "{other}", {}),

@@ -137,7 +137,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "encoders.chunks": BOTTOM | {"encoders", *MODEL},
     "encoders.open": BOTTOM | {"encoders", *MODEL},
     "model.verify.by_hand": BOTTOM | {"encoders", *MODEL},
-    "model.verify.doctor": BOTTOM | {"encoders", "encoders.open", "model.verify.by_hand", *MODEL},
+    "model.verify.doctor": BOTTOM | {"encoders", "encoders.open", "export", "model.verify.by_hand", *MODEL},
     "export": BOTTOM | set(MODEL),
     "vectors": BOTTOM | {"encoders", "cpu", "text", *DATA[:6]},
     "frameworks": BOTTOM | {"encoders", "encoders.open"},

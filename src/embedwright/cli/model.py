@@ -241,29 +241,42 @@ def export(
     model: Annotated[str, arg("Folder of a model.")],
     out: Annotated[Path, arg("New folder, or new .gguf file.", callback=options.new_folder)],
     layout: Annotated[
-        Literal["nvembed", "gguf"],
-        opt("What to write: the layout of the released NV-Embed folders, or a file for llama.cpp.", "--format"),
+        Literal["nvembed", "onnx", "gguf"],
+        opt(
+            "What to write: a released NV-Embed's layout, a folder for ONNX Runtime, a file for llama.cpp.", "--format"
+        ),
     ] = "nvembed",
+    weights: Annotated[
+        Literal["float32", "int8"] | None, opt("With onnx: type of the weights. Default: float32.")
+    ] = None,
     type: Annotated[
         Literal["f32", "f16", "q8_0"] | None, opt("With gguf: type of the weights. Default: f16.", "--type")
     ] = None,
 ) -> None:
-    """Write a model for other programs: as a released NV-Embed folder, or as a GGUF file for llama.cpp."""
+    """Write a model for other programs: as a released NV-Embed folder, for ONNX Runtime, or as a GGUF file."""
     from embedwright.model.embedder import Embedder
 
+    for name, given, wanted in (("--type", type, "gguf"), ("--weights", weights, "onnx")):
+        if given is not None and layout != wanted:
+            raise InputError(f"{name} is for --format {wanted}, not for {layout}")
     if layout == "gguf":
         from embedwright.export.gguf import check_gguf, export_gguf
 
         check_gguf(out)
         served = export_gguf(Embedder.load(model), out, type or "f16")
         say(f"{out}: {type or 'f16'}, right in llama.cpp for {served}")
-        return
-    if type is not None:
-        raise InputError("--type is for --format gguf: this layout keeps the type that the weights are stored in")
-    from embedwright.model.formats.nvembed_export import export_nvembed
+    elif layout == "onnx":
+        from embedwright.export.onnx import export_onnx
+        from embedwright.model.adapters.lora import has_lora
 
-    export_nvembed(Embedder.load(model), out)
-    say(f"{out}: {layout} layout")
+        opened = Embedder.load(model, device="cpu", dtype="float32")
+        said = export_onnx(opened.merge() if has_lora(opened.network.backbone) else opened, out, weights or "float32")
+        say(f"{out}: {layout} layout, {said}")
+    else:
+        from embedwright.model.formats.nvembed_export import export_nvembed
+
+        export_nvembed(Embedder.load(model), out)
+        say(f"{out}: {layout} layout")
 
 
 def doctor(model: Annotated[str | None, arg("Folder of a model to examine.")] = None) -> None:

@@ -187,7 +187,7 @@ class EmbedwrightModel(PreTrainedModel):
                 vector.
         """
         attended_NL = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        pool_NL = self._default_pool(input_ids, attended_NL) if pool_mask is None else pool_mask.bool() & attended_NL
+        pool_NL = self.default_pool(input_ids, attended_NL) if pool_mask is None else pool_mask.bool() & attended_NL
         _refuse_empty_rows(attended_NL, pool_NL)
         rows = (rows_NL.cpu().numpy() for rows_NL in (input_ids, pool_NL, attended_NL))
         texts = [TokenizedText(ids[attended], pool[attended]) for ids, pool, attended in zip(*rows, strict=True)]
@@ -200,11 +200,15 @@ class EmbedwrightModel(PreTrainedModel):
             _refuse_overflow(embedding_NE)
         return BaseModelOutputWithPooling(last_hidden_state=padded_NLD, pooler_output=embedding_NE)
 
-    def _default_pool(self, input_ids: Tensor, attended_NL: Tensor) -> Tensor:
+    def default_pool(self, input_ids: Tensor, attended_NL: Tensor) -> Tensor:
+        """Returns the tokens that are pooled where nobody says which: all attended ones, but BOS by rule."""
         if self.contract.mask_rule in ("count", "all") or not self.contract.bos_ids:
             return attended_NL
         in_front_NL = attended_NL.cumsum(1) <= len(self.contract.bos_ids)
-        return attended_NL & ~(in_front_NL & torch.isin(input_ids, input_ids.new_tensor(self.contract.bos_ids)))
+        bos_NL = torch.zeros_like(attended_NL)
+        for id in self.contract.bos_ids:  # torch.isin takes a form by sizes, which graphs leave open
+            bos_NL = bos_NL | (input_ids == id)
+        return attended_NL & ~(in_front_NL & bos_NL)
 
 
 def fold(network: EmbedwrightModel, packed: PackedTexts) -> bool:

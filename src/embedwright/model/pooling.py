@@ -83,8 +83,9 @@ class CrossAttention(nn.Module):
         nn.init.zeros_(self.to_out.weight)
 
     def split(self, x: Tensor) -> Tensor:
-        """Splits heads: (rows, H*d) -> (H, rows, d)."""
-        return x.view(len(x), self.heads, self.head_dim).transpose(0, 1)
+        """Splits heads: (..., rows, H*d) -> (..., H, rows, d)."""
+        heads: Tensor = x.unflatten(-1, (self.heads, self.head_dim))
+        return heads.transpose(-3, -2)
 
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the context's keys and values, both (H, rows, d)."""
@@ -188,8 +189,8 @@ class FoldedLatent(nn.Module):
     def forward(self, x_TD: Tensor, packed: PackedTexts) -> Tensor:
         if torch.is_grad_enabled() and (x_TD.requires_grad or any(p.requires_grad for p in self.parameters())):
             raise InputError(FOLDED)
-        scores_THR = self.to_scores(self.norm(x_TD)).view(len(x_TD), self.heads, -1)
-        x_TD = x_TD + self.to_out(scores_THR.softmax(-1).flatten(1))
+        scores_THR = self.to_scores(self.norm(x_TD)).unflatten(-1, (self.heads, -1))
+        x_TD = x_TD + self.to_out(scores_THR.softmax(-1).flatten(-2))
         out: Tensor = self.feed_forward(x_TD)
         return out
 

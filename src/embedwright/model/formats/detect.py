@@ -17,6 +17,7 @@ from embedwright.model.quantized import QUANTIZED
 Format = Literal["adapter", "nvembed", "ours", "stock"]
 
 STOCK_SETTINGS = "embedwright.json"  # contract and pooling, in a folder of the stock format
+ONNX_GRAPH = "onnx/model.onnx"  # of a folder that `export --format onnx` wrote
 _CONTENT = (".json", ".safetensors", ".model")  # suffixes of the files that a model is made of
 
 
@@ -30,7 +31,17 @@ def detect(name: str, revision: str | None = None) -> tuple[Place, Format | Fami
     if not place.path.is_dir():
         raise InputError(f"{name} is a file of weights, not an embedder: use Embedder.from_decoder")
     check_folder(place.path)
+    if is_onnx(place.path):
+        raise InputError(
+            f"{name} is an ONNX export, which onnxruntime runs (docs/export.md): give the model that it was made from"
+        )
     return place, family or format_of(place.path, place.hub_id or where)
+
+
+def is_onnx(folder: Path) -> bool:
+    """Says whether a folder is an ONNX export of ours."""
+    file = folder / STOCK_SETTINGS
+    return file.is_file() and "onnx" in read_object(file)
 
 
 def format_of(folder: Path, name: str) -> Format | Family | None:

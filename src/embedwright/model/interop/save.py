@@ -33,7 +33,7 @@ from embedwright.model.network import EmbedwrightModel, scheme_of
 from embedwright.model.pooling import WEIGHTLESS
 from embedwright.model.quantized import in_few_bits
 from embedwright.model.verify import probe, selftest
-from embedwright.text import TextTokenizer, private_copy, tokenize
+from embedwright.text import Contract, TextTokenizer, private_copy, tokenize
 
 _BOUNDARY_PROBES = ("word", "Word", "2 words", "(x)", "été", "漢字", "_name", "-1", "a\nb")
 
@@ -122,7 +122,7 @@ def write_doors(network: EmbedwrightModel, tokenizer: Any, folder: Path) -> None
     tokenizer_for(tokenizer, network.contract).save_pretrained(folder)
     # the network's token outputs are scaled so that their mean is its own pooling, whichever that is
     hidden = network.backbone.config.hidden_size
-    _write_json(folder, sentence_transformers_files(network.contract, "mean", hidden, OUR_TRANSFORMER))
+    write_files(folder, sentence_transformers_files(network.contract, "mean", hidden, OUR_TRANSFORMER))
 
 
 def _save_stock(network: EmbedwrightModel, tokenizer: Any, folder: Path) -> None:
@@ -131,28 +131,38 @@ def _save_stock(network: EmbedwrightModel, tokenizer: Any, folder: Path) -> None
     config = network.backbone.config
     if config.model_type in READ_BY_FLAG and not config.is_causal:
         _edit_json(folder / "config.json", {"use_bidirectional_attention": True})
-    tokenizer = private_copy(tokenizer)
-    tokenizer.chat_template = None
-    # BOS and EOS come from the tokenizer's own pipeline here, which keeps EOS after a text that is cut
-    ids = [*contract.bos_ids, contract.eos_id]
-    *bos, eos = names = tokenizer.convert_ids_to_tokens(ids)
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=[*bos, "$A", eos], pair=[*bos, "$A", eos, "$B", eos], special_tokens=list(zip(names, ids, strict=True))
-    )
-    tokenizer.save_pretrained(folder)
-    _edit_json(
-        folder / "tokenizer_config.json",
-        # special tokens written inside a user's text are plain text
-        {"split_special_tokens": True, "padding_side": "right", "model_max_length": contract.max_tokens},
-    )
+    write_tokenizer(tokenizer, contract, folder)
     files = sentence_transformers_files(contract, WEIGHTLESS[kind], config.hidden_size, STOCK_TRANSFORMER)
     files[STOCK_SETTINGS] = {"contract": contract.model_dump(), "pooling": network.pooling.model_dump()}
     if network.config.history:
         files[STOCK_SETTINGS]["history"] = network.config.history
-    _write_json(folder, files)
+    write_files(folder, files)
 
 
-def _write_json(folder: Path, files: dict[str, Any]) -> None:
+def write_tokenizer(tokenizer: Any, contract: Contract, folder: Path) -> None:
+    """Writes a tokenizer for programs that know no contract: its own pipeline puts BOS and EOS around every text.
+
+    It keeps EOS after a text that is cut, and reads special tokens written in a text as plain text. Under the rule
+    `count` it stays as it is.
+    """
+    tokenizer = private_copy(tokenizer)
+    tokenizer.chat_template = None
+    settings: dict[str, Any] = {"padding_side": "right", "model_max_length": contract.max_tokens}
+    if contract.mask_rule != "count":
+        front, back = list(contract.bos_ids), [] if contract.eos_id is None else [contract.eos_id]
+        bos, eos = (tokenizer.convert_ids_to_tokens(ids) for ids in (front, back))
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=[*bos, "$A", *eos],
+            pair=[*bos, "$A", *eos, "$B", *eos],
+            special_tokens=[*zip([*bos, *eos], [*front, *back], strict=True)],
+        )
+        settings["split_special_tokens"] = True
+    tokenizer.save_pretrained(folder)
+    _edit_json(folder / "tokenizer_config.json", settings)
+
+
+def write_files(folder: Path, files: dict[str, Any]) -> None:
+    """Writes JSON files, by their paths in the folder."""
     for name, content in files.items():
         write_json(folder / name, content)
 

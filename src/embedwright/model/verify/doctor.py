@@ -25,9 +25,11 @@ from embedwright import threads
 from embedwright.cpu import accelerate as cpu
 from embedwright.cpu import kernels
 from embedwright.encoders.open import open_model
+from embedwright.export.onnx import examine as examine_onnx
+from embedwright.locate import local
 from embedwright.model.adapters.lora import has_lora, idle_adapters
 from embedwright.model.embedder import Embedder
-from embedwright.model.formats.detect import format_of
+from embedwright.model.formats.detect import format_of, is_onnx
 from embedwright.model.formats.open import open_embedder
 from embedwright.model.interop.readers import check_readers
 from embedwright.model.quantized import in_few_bits
@@ -79,6 +81,8 @@ def _version(package: str) -> str:
 
 def examine_name(name: str) -> list[Finding]:
     """Opens a model by name or folder, as every command does, and examines it. A model that is refused is a finding."""
+    if (folder := local(name)) is not None and is_onnx(folder):
+        return _of_onnx(folder)
     try:
         model = open_model(name)
     except ProbeError as refused:
@@ -86,6 +90,16 @@ def examine_name(name: str) -> list[Finding]:
     if isinstance(model, Embedder):
         return examine(model, Path(model.network.config.name_or_path))
     return _findings(_OF_ANY, model, None)
+
+
+def _of_onnx(folder: Path) -> list[Finding]:
+    findings = []
+    try:
+        for found in examine_onnx(folder):
+            findings.append(Finding(*found))
+    except Exception as error:  # what a folder lacks, or onnxruntime refuses: the proofs before it still say something
+        findings.append(Finding("opens", False, f"{type(error).__name__}: {error}"))
+    return findings
 
 
 def examine(model: Embedder, folder: Path | None = None) -> list[Finding]:
