@@ -102,6 +102,8 @@ def compress(
         steps.append(heal_step(heal, model, training, lambda line: note(f"  {line}")))
     steps += _student_steps(model, student, distil, aligned, dim)
     if weights is not None:
+        if student == "static":
+            raise InputError("--weights are of linear layers, and a static student has none: leave it out")
         steps.append(weights_step(INT8 if weights == "int8" else INT4))
     if not steps:
         names = "--layers, --width, --heal, --student, --distil, --weights"
