@@ -23,8 +23,8 @@ Kind = Literal["latent", "mean", "last", "self", "mlp"]
 WEIGHTLESS: dict[Kind, str] = {"mean": "mean", "last": "lasttoken"}  # and how sentence-transformers calls them
 
 FOLDED = (
-    "the pooling head is folded for inference: load the model again (of a compressed folder, the model that it was "
-    "made from) to save, export or train it"
+    "the pooling head is folded for inference: load the model again, or the one that a compressed folder was made of, "
+    "to save, export or train it"
 )
 
 
