@@ -384,7 +384,7 @@ import json, sys
 from langchain_openai import OpenAIEmbeddings
 from llama_index.embeddings.openai import OpenAIEmbedding
 
-url, texts = sys.argv[1], json.loads(sys.argv[2])
+url, texts = sys.argv[1], json.load(sys.stdin)
 query = {"extra_body": {"input_type": "query"}}
 lang = dict(base_url=url, api_key="none", model="tiny", check_embedding_ctx_length=False, chunk_size=256)
 llama = dict(api_base=url, api_key="none", model_name="tiny", embed_batch_size=7)
@@ -401,8 +401,8 @@ def test_langchain_and_llamaindex_get_the_vectors_of_encode(serving: Any, told: 
     python = needed("CLIENTS_PYTHON", "langchain-openai llama-index-embeddings-openai")
     texts = Asked(told).texts[:20]
     with serving(told) as server:
-        words = [python, "-c", LIBRARIES, server.url, json.dumps(texts)]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=600, check=False)
+        words = [python, "-c", LIBRARIES, server.url]
+        done = subprocess.run(words, input=json.dumps(texts), capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     for kind, found in json.loads(done.stdout).items():
         expected = told.encode_query(texts) if kind.endswith("queries") else told.encode_document(texts)
