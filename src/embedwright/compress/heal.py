@@ -8,7 +8,10 @@ from typing import Any
 
 from embedwright.compress.chain import Step, save_step
 from embedwright.errors import InputError
+from embedwright.locate import find
 from embedwright.model.embedder import Embedder
+from embedwright.model.formats.detect import history_of
+from embedwright.model.formats.families import split_family
 from embedwright.training.recipe import Recipe, read_recipe
 from embedwright.training.train import OnEvaluation, OnStep, train
 
@@ -65,8 +68,9 @@ def trained(plan: Recipe, source: str, listen: Listen, on_evaluation: OnEvaluati
         plan = plan.model_copy(update={"run": plan.run.model_copy(update={"dtype": stored})})
     train(plan, on_step=listen(plan), on_evaluation=on_evaluation)
     model = Embedder.load(Path(plan.run.out) / "model")
-    config: Any = model.network.config
-    config.history = config.history and config.history[:-1]  # that it was trained is what this step says
+    config: Any = model.network.config  # whose history says that it was trained, as this step does
+    began = plan.model.from_
+    config.history = None if began is None else history_of(find(split_family(began)[1]).path)
     return model
 
 
