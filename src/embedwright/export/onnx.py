@@ -159,7 +159,7 @@ def _quantize(file: Path) -> None:
         )
         for old in file.parent.glob(f"{file.name}*"):
             old.unlink()
-        graph.write(onnx_ir.load(scratch / "small.onnx"), file)
+        graph.write(onnx_ir.external_data.load_to_model(onnx_ir.load(scratch / "small.onnx")), file)
 
 
 def _write_settings(model: Embedder, folder: Path, made: dict[str, Any]) -> None:
