@@ -29,7 +29,7 @@ PAPER = [  # appendix A as recalled: no number of it is confirmed; and what of i
         "with INT8 after it 0.00 % and 0.01 % lower",
         "not run: needs a GPU with sparse products",
     ),
-    ("whole layers and channels", "not done", "`--layers`, `--width`: what is left is a smaller stock model"),
+    ("whole layers and channels", "nothing", "`--layers`, `--width`: what is left is a smaller stock model"),
     ("training with LoRA after pruning", "SparseGPT is best", "`--heal RECIPE` with `tune: {method: lora}`"),
     (
         "distillation: the whole model teaches the pruned one",
