@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import compressed
+import exports
 import scale
 import typer
 import typer.cli
@@ -138,6 +139,7 @@ def pages() -> dict[Path, str]:
         DOCS / "recipe.md": recipe(),
         DOCS / "cli.md": commands(),
         DOCS / "results.md": results(DOCS / "results"),
+        DOCS / "export.md": exports.page((DOCS / "export.md").read_text(encoding="utf-8")),
         DOCS / "scale.md": scale.page((DOCS / "scale.md").read_text(encoding="utf-8")),
         ROOT / "CONTRIBUTING.md": between(ROOT / "CONTRIBUTING.md", TREE, tree()),
         DOCS / "data.md": between(DOCS / "data.md", CATALOGUE, tables),
