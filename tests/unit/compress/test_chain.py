@@ -147,6 +147,7 @@ def test_mistakes_are_named(at: Path, words: list[str], said: str) -> None:
     assert not (at / "out").exists()
 
 
+@pytest.mark.long
 def test_without_a_file_docstrings_are_read(at: Path) -> None:
     assert "256 docstrings of numpy and networkx" in run("model", "out", "--layers", 2)
 
