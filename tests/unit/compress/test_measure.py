@@ -11,7 +11,7 @@ from safetensors import safe_open
 from embedwright.compress.measure import PASSES, count, measured
 from embedwright.encoders.open import open_model
 from embedwright.model.embedder import Embedder
-from embedwright.model.quantized import quantize_layers
+from embedwright.model.quantized import INT4, INT8, quantize_layers
 
 
 def test_a_process_says_what_a_model_takes(tiny_embedder: Callable[..., Embedder], tmp_path: Path) -> None:
@@ -26,9 +26,9 @@ def test_a_process_says_what_a_model_takes(tiny_embedder: Callable[..., Embedder
             size *= side
         numbers += size
     assert found["parameters"] == numbers
-    for bits, group in ((8, None), (4, 16)):  # quantised weights are as many
+    for scheme in (INT8, INT4):  # quantised weights are as many
         model = open_model(str(tmp_path / "model"))
-        quantize_layers(model.network, bits, group)
+        quantize_layers(model.network, scheme)
         assert count(model) == numbers
     assert len(found["seconds"]) == PASSES and min(found["seconds"]) > 0
     assert 50e6 < found["peak_memory"] < 4e9  # torch alone takes more than that, and a tiny model little beside it
