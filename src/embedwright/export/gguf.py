@@ -135,6 +135,10 @@ def _facts(config: Any, max_tokens: int) -> tuple[str, dict[str, Any]]:
             raise InputError(f"sliding_window={window}: llama.cpp has no windows in {arch!r}: give max_tokens={window}")
         return arch, facts
     _same(config, arch, hidden_activation="gelu_pytorch_tanh", query_pre_attn_scalar=head_dim)
+    if len(set(layers)) < 2:  # it would abort
+        raise InputError(
+            f"all layers have {layers[0]}: llama.cpp runs a {family!r} model with both kinds, keep more layers"
+        )
     period = next((n for n, layer in enumerate(layers) if layer == "full_attention"), len(layers)) + 1
     _same(
         config,
