@@ -154,15 +154,13 @@ def test_half_of_the_flagship_searches_its_index(tmp_path: Path, monkeypatch: py
     asked = [row["query"] for row in rows[:300]]
 
     def right(model: Embedder, opened: Index) -> float:
-        hits = opened.search_vectors(model.encode(asked, task=TASK), 10)
-        return float(
-            np.mean([row["positive"] in [hit.text for hit in ten] for row, ten in zip(rows, hits, strict=False)])
-        )
+        hits = opened.search_vectors(model.encode(asked, task=TASK), 1)
+        return float(np.mean([row["positive"] == one.text for row, (one,) in zip(rows, hits, strict=False)]))
 
     known, cut = Embedder.load(teacher), Embedder.load(teacher).merge()
     cut.network.backbone.layers = cut.network.backbone.layers[:8]
     opened, own = Index.open(index), Embedder.load(student)
     opened.check(own, queries=True)
     whole, aligned, untrained = right(known, opened), right(own, opened), right(cut, opened)
-    print(f"of 300 terms, in the first ten: teacher {whole:.3f}, student {aligned:.3f}, cut alone {untrained:.3f}")
-    assert aligned > 0.7 * whole and aligned > 2 * untrained
+    print(f"of 300 terms, found first: teacher {whole:.3f}, student {aligned:.3f}, cut alone {untrained:.3f}")
+    assert aligned > 0.5 * whole and aligned > 2 * untrained
