@@ -28,7 +28,7 @@ PUBLISHED = {
     "minilm": ("sentence-transformers/all-MiniLM-L6-v2", "apache-2.0"),
 }
 
-_SETTINGS = ["*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken"]  # of a hub id: all but its weights
+_SETTINGS = ["*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken", "README.md"]  # of a hub id: all but its weights
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 

@@ -171,7 +171,7 @@ CHANGES: dict[str, dict[str, tuple[str, str, Words]]] = {
         "heal": ("files", "--heal {recipe}", {}),
         "weights": ("files", "--weights int8", {}),
         "texts": ("files", "--texts {other_documents}", {}),
-        "student": ("files", "--student 2", {"layers": "", "distil": "--distil {follows}"}),
+        "student": ("files", "--student 2", {"layers": "", "texts": "", "distil": "--distil {follows}"}),
         "distil": ("files", "--distil {follows}", {}),
         "aligned": ("files", "--aligned", {"distil": "--distil {follows}"}),
         "dim": ("error", "--dim 8", {}),  # which only a static student has

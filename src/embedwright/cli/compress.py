@@ -31,15 +31,19 @@ def compress(
     out: Annotated[Path, arg("New folder for the compressed model.", callback=options.new_folder)],
     layers: Annotated[int | None, opt("Prune: number of layers to keep.", min=1)] = None,
     by: Annotated[
-        Literal["angular", "influence"],
-        opt("Layers that go: the block whose output is nearest to its input, or single ones that change least."),
-    ] = "angular",
+        Literal["angular", "influence"] | None,
+        opt(
+            "With --layers, those that go: the block whose output is nearest to its input, or single ones that change "
+            "least. Default: angular."
+        ),
+    ] = None,
     width: Annotated[
         float | None, opt("Prune: share of each gated block's channels to keep, as 0.75, in groups of 32.")
     ] = None,
     width_by: Annotated[
-        Literal["wanda", "magnitude"], opt("Channels that stay: the largest by weight times activation, or by weight.")
-    ] = "wanda",
+        Literal["wanda", "magnitude"] | None,
+        opt("With --width, those that stay: the largest by weight times activation, or by weight. Default: wanda."),
+    ] = None,
     heal: Annotated[
         Path | None,
         opt("Train the pruned model by this recipe. Stages that follow vectors follow MODEL, if they name no teacher."),
@@ -85,19 +89,29 @@ def compress(
     from embedwright.compress.width import width_step
     from embedwright.evaluation.results import render
     from embedwright.evaluation.suite import load_suite
-    from embedwright.model.formats.detect import history_of
+    from embedwright.model.formats.detect import check_float, history_of
     from embedwright.model.interop.card import history_lines
     from embedwright.model.quantized import INT4, INT8
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("compress is for one process: prune first, and train OUT with model: {from: OUT} by torchrun")
+    calibrated = layers is not None or (width is not None and width_by != "magnitude") or report is not None
+    _check_used("--by", by, layers is not None, "is of --layers")
+    _check_used("--width-by", width_by, width is not None, "is of --width")
+    _check_used("--texts", texts, calibrated, "is for --layers, --width by wanda and --report")
+    first, decoder = _student(student)
+    if decoder is not None and (layers, width, heal) != (None, None, None):
+        raise InputError(
+            f"--student {decoder} begins with that decoder, and nothing of --layers, --width and --heal would be left: "
+            "leave these out, or name a number of layers"
+        )
     measured_on, suite = _texts(texts), None if report is None else load_suite(report)
     steps: list[Step] = []
     rows: list[Row] = []
     if layers is not None:
-        steps.append(layers_step(layers, by, measured_on))
+        steps.append(layers_step(layers, by or "angular", measured_on))
     if width is not None:
-        steps.append(width_step(width, width_by, measured_on))
+        steps.append(width_step(width, width_by or "wanda", measured_on))
     if heal is not None:
         steps.append(heal_step(heal, model, training, lambda line: note(f"  {line}")))
     steps += _student_steps(model, student, distil, aligned, dim)
@@ -108,15 +122,46 @@ def compress(
     if not steps:
         names = "--layers, --width, --heal, --student, --distil, --weights"
         raise InputError(f"no step is asked for: name at least one of {names}")
+    if decoder is None:  # else MODEL is only followed
+        check_float(model, "compress")
+        _check_sizes(model, layers, width, first)
     with chained(model, out, steps, note) as models:
         last = Path(models[steps[-1].name])
         if suite is not None:
             rows = _report(out.name, models, suite, measured_on, last)
-        write_card(last, out.name, rows)
+        write_card(last, out.name, model, rows, decoder)
         done = history_lines(history_of(last) or ())
     say("\n".join([f"{out}:", *(f"  {line}" for line in done)]))
     if rows:
         say(f"\n{render(rows)}\n\nalso in {out}: README.md, {REPORT}, compression.svg")
+
+
+def _check_used(name: str, given: object, used: bool, wanted: str) -> None:
+    if given is not None and not used:
+        raise InputError(f"{name} {wanted}, and none is asked for: leave it out")
+
+
+def _student(named: str | None) -> tuple[int | None, str | None]:
+    """Returns the first layers that --student asks for, or the decoder; neither for a static one or none."""
+    if named is None or named == "static":
+        return None, None
+    return (int(named), None) if named.isdecimal() else (None, named)
+
+
+def _check_sizes(model: str, layers: int | None, width: float | None, student: int | None) -> None:
+    """Raises InputError for more layers or channels than there are, before the first step has taken its time."""
+    from embedwright.compress.depth import check_kept
+    from embedwright.compress.width import channels
+    from embedwright.model.formats.open import outline
+
+    config = outline(model).decoder
+    count = config.num_hidden_layers
+    for option, keep in (("--layers", layers), ("--student", student)):
+        if keep is not None:
+            check_kept(option, keep, count)
+            count = keep
+    if width is not None and getattr(config, "intermediate_size", None):
+        channels(config.intermediate_size, width)
 
 
 def _student_steps(model: str, student: str | None, recipe: Path | None, aligned: bool, dim: int | None) -> list[Step]:
@@ -134,8 +179,7 @@ def _student_steps(model: str, student: str | None, recipe: Path | None, aligned
         if student is not None or aligned:
             raise InputError("a student is trained to follow MODEL: give --distil RECIPE")
         return []
-    layers = int(student) if student is not None and student.isdecimal() else None
-    decoder = student if layers is None else None
+    layers, decoder = _student(student)
     train = distil_step(recipe, model, training, lambda line: note(f"  {line}"), decoder=decoder, aligned=aligned)
     return [train] if layers is None else [first_layers_step(layers), train]
 

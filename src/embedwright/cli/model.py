@@ -255,10 +255,12 @@ def export(
 ) -> None:
     """Write a model for other programs: as a released NV-Embed folder, for ONNX Runtime, or as a GGUF file."""
     from embedwright.model.embedder import Embedder
+    from embedwright.model.formats.detect import check_float
 
     for name, given, wanted in (("--type", type, "gguf"), ("--weights", weights, "onnx")):
         if given is not None and layout != wanted:
             raise InputError(f"{name} is for --format {wanted}, not for {layout}")
+    check_float(model, "export")
     if layout == "gguf":
         from embedwright.export.gguf import check_gguf, export_gguf
 

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from embedwright.errors import InputError
+from embedwright.errors import InputError, blaming
 from embedwright.files import check_new_folder, locked, put_folder, remove_leftovers, write_json, write_text
 from embedwright.model.embedder import Embedder
 from embedwright.model.formats.detect import content_fingerprint, detect
 from embedwright.model.formats.families import split_family
-from embedwright.model.interop.card import Row, facts, model_card
+from embedwright.model.interop.card import Row, facts, inherited, markdown_table, model_card
 
 ORIGINAL = "original"  # what a report calls the model that the chain begins with
 _ASKED = "asked.json"
@@ -54,7 +54,8 @@ def chained(model: str, out: Path, steps: Sequence[Step], say: Say) -> Iterator[
     """Makes the model of each step, and yields the folders of all models by name, the original first.
 
     They lie in `<out>.steps`. A step whose folder is there is done, so a chain that was stopped goes on. After the
-    block the last one is `out`, and the others are removed. The adapters of a model are merged before the first step.
+    block the last one is `out`, and the others are removed. If nothing of the first step is done when the block ends
+    with an error, no folder is left. The adapters of a model are merged before the first step.
     Raises InputError if `<out>.steps` has steps of another model, or others than these.
     """
     out = check_new_folder(out)
@@ -69,7 +70,8 @@ def chained(model: str, out: Path, steps: Sequence[Step], say: Say) -> Iterator[
             folder = work / f"{number}-{step.name}"
             if not folder.is_dir():
                 say(f"[{number}/{len(steps)}] {step.name}")
-                step.make(source, folder)
+                with _emptied(work):
+                    step.make(source, folder)
             models[step.name] = source = str(folder)
         if "merged" in models:  # with all of its weights on disk, it is what the others are compared with
             models[ORIGINAL] = models.pop("merged")
@@ -78,14 +80,39 @@ def chained(model: str, out: Path, steps: Sequence[Step], say: Say) -> Iterator[
         shutil.rmtree(work)
 
 
-def write_card(folder: Path, name: str, rows: Sequence[Row] = ()) -> None:
+def write_card(folder: Path, name: str, model: str, rows: Sequence[Row] = (), decoder: str | None = None) -> None:
     """Opens the last model, which proves it, and writes its card, which calls it `name`; `rows` are its scores.
 
-    A static student, which only sentence-transformers opens, keeps the card that it has.
+    Licence, base, data and training stay those of the card of `model`, which the chain began with. A `decoder` that
+    became the student has its own, and is named as the base. A static student, which only sentence-transformers opens,
+    keeps the card that it has, and the rest is added.
     """
+    file = folder / "README.md"
     if detect(str(folder))[1] is not None:
-        model = Embedder.load(folder)
-        write_text(folder / "README.md", model_card(name, scores=rows, **facts(model.network, model.text_tokenizer)))
+        opened = Embedder.load(folder)
+        known = facts(opened.network, opened.text_tokenizer)
+        if decoder is not None and not Path(decoder).exists():
+            known["base"] = decoder
+        card = model_card(name, scores=rows, **known)
+    else:
+        card = file.read_text(encoding="utf-8") + (f"\n## Scores\n\n{markdown_table(rows)}\n" if rows else "")
+    place = detect(model)[0]
+    before = place.path / "README.md"
+    if decoder is None and before.is_file():
+        with blaming(before, "has a front matter that cannot be read"):
+            card = inherited(card, before.read_text(encoding="utf-8"), place.hub_id or place.path.resolve().name)
+    write_text(file, card)
+
+
+@contextmanager
+def _emptied(work: Path) -> Iterator[None]:
+    """Removes the folder of the steps if the block fails and nothing is in it that a call could go on with."""
+    try:
+        yield
+    except BaseException:
+        if [file.name for file in work.iterdir()] == [_ASKED]:
+            shutil.rmtree(work)
+        raise
 
 
 def _merge(source: str, out: Path) -> None:

@@ -47,11 +47,16 @@ def layers_step(keep: int, by: By, texts: Texts) -> Step:
     return Step("layers", {"keep": keep, "by": by, "texts": texts.described}, make)
 
 
+def check_kept(option: str, keep: int, count: int) -> None:
+    """Raises InputError, which names the option, unless `keep` of `count` layers are some and not all."""
+    if not 0 < keep < count:
+        raise InputError(f"{option} {keep}: the model has {count} layers; keep at least 1 and at most {count - 1}")
+
+
 def choose(model: Embedder, texts: Sequence[str], keep: int, by: By) -> Choice:
     """Chooses the layers without which `keep` are left. Raises InputError if that is none or all of them."""
     count = len(layers_of(model.network.backbone))
-    if not 0 < keep < count:
-        raise InputError(f"--layers {keep}: the model has {count}; keep at least 1 and at most {count - 1}")
+    check_kept("--layers", keep, count)
     less = count - keep
     if by == "angular":
         found = distances(model, texts, less, by)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from embedwright.compress.chain import Step, save_step
-from embedwright.compress.depth import cut_layers
+from embedwright.compress.depth import check_kept, cut_layers
 from embedwright.compress.heal import Listen, filled, told, trained
 from embedwright.encoders.open import open_encoder
 from embedwright.encoders.protocol import Encoder, as_encoder
@@ -38,8 +38,7 @@ def first_layers_step(keep: int) -> Step:
     def make(source: str, out: Path) -> None:
         model = Embedder.load(source)
         count = model.network.backbone.config.num_hidden_layers
-        if not 0 < keep < count:
-            raise InputError(f"--student {keep}: the model has {count} layers; take at least 1 and at most {count - 1}")
+        check_kept("--student", keep, count)
         cut_layers(model.network, range(keep, count))
         save_step(model, source, out, "student", kept=f"the first {keep} of {count} layers")
 

@@ -23,14 +23,15 @@ def filled(
 ) -> Recipe:
     """Reads a recipe and fills in `model: {from: source}` and `run.out`, whatever it says of these.
 
-    With `decoder`, the part `model` that makes an embedder of one, the recipe's other keys of `model` stay. A stage
-    whose `loss.distill` follows vectors or similarities and names no teacher follows `teacher`. The model is saved
-    whole, in the type that it is stored in unless the recipe says another. Raises ConfigError for a mistake.
+    Where its `model` is an embedder too, its `max_tokens` and `default_task` stay. With `decoder`, the part `model`
+    that makes an embedder of one, the recipe's other keys of `model` stay. A stage whose `loss.distill` follows vectors
+    or similarities and names no teacher follows `teacher`. The model is saved whole, in the type that it is stored in
+    unless the recipe says another. Raises ConfigError for a mistake.
     """
     content = read_recipe(recipe)
     own, run = (part if isinstance(part := content.get(key), dict) else {} for key in ("model", "run"))
     if decoder is None:
-        kept = {key: own[key] for key in ("max_tokens",) if own.get("from") and key in own}
+        kept = {key: own[key] for key in ("max_tokens", "default_task") if own.get("from") and key in own}
         content["model"] = {"from": source} | kept
     else:
         content["model"] = {**decoder, **{key: own[key] for key in own.keys() - {"base", "from"}}}

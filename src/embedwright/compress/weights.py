@@ -24,7 +24,7 @@ from embedwright.locate import fetch_weights
 from embedwright.model.attention import PACKED
 from embedwright.model.embedder import Embedder
 from embedwright.model.formats.base import build_network, check_weights
-from embedwright.model.formats.detect import detect, history_of, is_quantized
+from embedwright.model.formats.detect import check_float, detect, history_of
 from embedwright.model.formats.folder import (
     Stored,
     check_folder,
@@ -84,8 +84,7 @@ def _plan(model: str) -> tuple[Path, EmbedwrightModel, Any, Sources]:
     folder = place.path
     if form == "adapter":
         raise InputError(f"{model} is an adapter: merge it into its base first (embedwright merge {model} OUT)")
-    if is_quantized(folder):
-        raise InputError(f"{model} holds quantised weights already: compress the model that they were made from")
+    check_float(model, "compress")
     decoder, pooling, contract, tokenizer = outline(model)
     if place.hub_id is not None:
         check_folder(fetch_weights(place))

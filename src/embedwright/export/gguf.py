@@ -85,7 +85,8 @@ def _served(model: Embedder) -> str:
     if pooling not in WEIGHTLESS:
         raise InputError(
             f"pooling is {pooling!r}, and llama.cpp knows 'mean' and 'last': distil it into a model with mean "
-            "pooling (embedwright compress --student NAME --distil RECIPE), or export it with --format onnx"
+            "pooling (embedwright compress --student NAME --distil RECIPE, with model: {pooling: mean} in the recipe), "
+            "or export it with --format onnx"
         )
     if contract.query_suffix or contract.template_specials or len(contract.bos_ids) > 1:
         raise InputError("llama.cpp cannot read texts so: this model has a suffix or special tokens in its prompt")

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from huggingface_hub import ModelCard
 from stock_layers import TEXTS
 from typer.testing import CliRunner
 
@@ -130,7 +131,7 @@ def test_adapters_are_merged_before_the_first_step(at: Path, tiny_embedder: Make
         (["model", "out"], "no step is asked for: name at least one of --layers"),
         (
             ["model", "out", "--layers", "3", "--texts", "texts.jsonl"],
-            "--layers 3: the model has 3; keep at least 1 and at most 2",
+            "--layers 3: the model has 3 layers; keep at least 1 and at most 2",
         ),
         (["model", "out", "--width", "2", "--texts", "texts.jsonl"], "--width 2.0: that is 0 of 48 channels"),
         (["model", "out", "--layers", "2", "--texts", "nowhere.txt"], "--texts nowhere.txt: there is no such file"),
@@ -138,6 +139,17 @@ def test_adapters_are_merged_before_the_first_step(at: Path, tiny_embedder: Make
         (["nowhere", "out", "--layers", "2", "--texts", "texts.jsonl"], "nowhere"),
         (["model", "out", "--layers", "2", "--report", "dev-minni"], "no suite 'dev-minni' (did you mean"),
         (["model", "out", "--heal", "nowhere.yaml"], "nowhere.yaml: no such recipe file"),
+        (["model", "out", "--weights", "int8", "--by", "angular"], "--by is of --layers, and none is asked for"),
+        (["model", "out", "--layers", "2", "--width-by", "wanda"], "--width-by is of --width, and none is asked for"),
+        (["model", "out", "--weights", "int8", "--texts", "texts.jsonl"], "--texts is for --layers, --width by wanda"),
+        (
+            ["model", "out", "--width", "0.7", "--width-by", "magnitude", "--texts", "texts.jsonl"],
+            "--texts is for --layers, --width by wanda and --report",
+        ),
+        (
+            ["model", "out", "--width", "0.7", "--student", "decoder", "--distil", "x.yaml"],
+            "--student decoder begins with that decoder",
+        ),
     ],
 )
 def test_mistakes_are_named(at: Path, words: list[str], said: str) -> None:
@@ -160,3 +172,60 @@ def test_a_mistake_is_corrected_by_another_command(at: Path) -> None:
         run("model", "out", "--layers", 2, "--width", 0.01, "--texts", "texts.jsonl")
     run("model", "out", "--layers", 2, "--width", 0.7, "--width-by", "magnitude", "--texts", "texts.jsonl")
     assert [step["step"] for step in history_of(at / "out") or ()] == ["layers", "width"]
+
+
+def test_sizes_are_checked_before_a_step_takes_its_time(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a step would do its work, or a recipe would train, and the next one would refuse."""
+
+    def begun(*_: Any) -> Any:
+        raise AssertionError("a step was begun")
+
+    monkeypatch.setattr("embedwright.compress.chain.Embedder.load", begun)
+    for words, said in (
+        (["--layers", 3], "--layers 3: the model has 3 layers"),
+        (["--layers", 2, "--width", 0.01], "--width 0.01: that is 0 of 48 channels"),
+    ):
+        with pytest.raises(InputError, match=said):
+            run("model", "out", *words, "--texts", "texts.jsonl")
+    recipe = Path(__file__).parents[3] / "recipes" / "compress" / "heal.yaml"
+    with pytest.raises(InputError, match="--student 2: the model has 2 layers"):
+        run("model", "out", "--layers", 2, "--student", 2, "--distil", recipe, "--texts", "texts.jsonl")
+    assert [file.name for file in at.iterdir() if file.name.startswith("out")] == []
+
+
+def test_a_first_step_that_fails_leaves_nothing(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(depth, "choose", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(*BOTH)
+    assert [file.name for file in at.iterdir() if file.name.startswith("out")] == []
+
+
+def test_quantised_weights_are_compressed_and_exported_from_their_model(at: Path) -> None:
+    run("model", "small", "--weights", "int8")
+    recipe = Path(__file__).parents[3] / "recipes" / "compress" / "heal.yaml"
+    for words in (["--layers", 2], ["--width", 0.7], ["--student", 1, "--distil", recipe]):
+        with pytest.raises(InputError, match=r"^small holds quantised weights: compress the model that they were made"):
+            run("small", "out", *words)
+    for out, form in (("out", "onnx"), ("out.gguf", "gguf"), ("out", "nvembed")):
+        result = CliRunner().invoke(app, ["export", "small", out, "--format", form])
+        assert str(result.exception) == "small holds quantised weights: export the model that they were made from"
+
+
+def test_licence_base_and_data_travel_with_the_card(at: Path) -> None:
+    """A licence binds what is made of a model. Scores are those of another model, and stay behind."""
+    front = "---\nlicense: cc-by-nc-4.0\nbase_model: google/gemma-3-270m\nlanguage:\n- de\ndatasets:\n- a/b\n---\n"
+    table = "| rows | licence |\n| --- | --- |\n| 3 | GPL-3 |"
+    sections = f"## Data\n\n{table}\n\n## Scores\n\nthe best\n\n## Commands\n\nrun it\n"
+    (at / "model" / "README.md").write_text(f"{front}\n# model\n\n## Use\n\nopen it\n\n{sections}")
+    run("model", "small", "--layers", 2, "--texts", "texts.jsonl")
+    run("small", "out", "--weights", "int8")
+    card = ModelCard((at / "out" / "README.md").read_text())
+    told = card.data.to_dict()
+    assert told["license"] == "cc-by-nc-4.0" and told["base_model"] == "google/gemma-3-270m"
+    assert (told["language"], told["datasets"]) == (["de"], ["a/b"]) and "embedwright" in told["tags"]
+    assert f"## Data of model\n\n{table}" in card.text
+    assert "## Commands of model\n\nrun it" in card.text and "google/gemma-3-270m, licence gemma" in card.text
+    assert "the best" not in card.text and card.text.count("## Data") == 1 and "1. weights: " in card.text
+    (at / "model" / "README.md").write_text("---\nlicense: [\n---\n")
+    with pytest.raises(InputError, match=r"model/README.md has a front matter that cannot be read"):
+        run("model", "other", "--weights", "int8")

@@ -63,10 +63,18 @@ def test_what_a_run_fills_in(at: Path) -> None:
     assert (plan.run.out, plan.run.save) == (str(at / "run"), ("merged",))
     assert [part.loss.teachers for part in plan.stages] == [("big",), ()]
     named = {"loss": {"distill": {"similarity_weight": 0.5, "teacher": "minilm"}}}
-    own = RECIPE | {"stages": [stage("first", **named)], "model": {"from": "another", "max_tokens": 30}}
+    own = RECIPE | {
+        "stages": [stage("first", **named)],
+        "model": {"from": "another", "max_tokens": 30, "default_task": "Find"},
+    }
     (at / "own.yaml").write_text(yaml.safe_dump(own | {"provenance": {"model.from": "guess"}}))
     plan = filled("own.yaml", "model", "big", at / "run")
-    assert plan.stages[0].loss.teachers == ("minilm",) and plan.model.shortened == 30 and plan.provenance is None
+    assert (
+        plan.stages[0].loss.teachers == ("minilm",)
+        and plan.model.shortened == 30
+        and plan.model.default_task == "Find"
+        and plan.provenance is None
+    )
     without = {key: value for key, value in RECIPE.items() if key not in ("model", "run")}
     (at / "own.yaml").write_text(yaml.safe_dump(without))
     assert filled("own.yaml", "model", "big", at / "run").hash()

@@ -279,7 +279,7 @@ def test_adapters_are_merged_on_the_way(tiny_embedder: Make, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("pooling", "family", "options", "match"),
     [
-        ("latent", "llama", {}, "pooling is 'latent'.*compress --student"),
+        ("latent", "llama", {}, "pooling is 'latent'.*compress --student.*model: {pooling: mean}"),
         ("mean", "llama", {"bos": True}, "leaves them out of the mean.*pool_prompt"),
         ("last", "phi3", {}, "'phi3' model: GGUF files are written of llama"),
         ("last", "mistral", {"attention": "causal"}, "sliding_window=8.*max_tokens=8"),

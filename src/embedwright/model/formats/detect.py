@@ -116,6 +116,12 @@ def check_embedder(name: str) -> None:
         raise InputError(f"{name} is no embedder: to make one from a decoder, write model: {{base: {name}}}")
 
 
+def check_float(name: str, what: str) -> None:
+    """Raises InputError, which says to `what` another model, if the weights of a model are quantised."""
+    if is_quantized(detect(name)[0].path):
+        raise InputError(f"{name} holds quantised weights: {what} the model that they were made from")
+
+
 def is_quantized(folder: Path) -> bool:
     """Says whether the weights of a model folder are quantised."""
     config = folder / "config.json"

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
 from embedwright.locate import PUBLISHED
 from embedwright.model.adapters.lora import has_lora
@@ -24,6 +24,9 @@ Row = Mapping[str, str | float | None]
 Form = Literal["stock", "ours", "adapter"]
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_TOLD_FIRST = ("of", "kept", "removed", "by", "recipe", "stages", "teacher", "data", "loss")
+_KEPT = ("license", "license_name", "license_link", "base_model", "datasets", "language")
+_SECTION = re.compile(r"^## ((?:Training|Data|Commands)\b[^\n]*)\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 _DATASET = re.compile(r"(?:https://(?:huggingface\.co|hf\.co)/datasets/)?([\w.-]+/[\w.-]+)/?")
 _QUERY = "how do tides work?"
 _PASSAGE = "Tides are the rise and fall of sea levels, caused by the gravity of the moon and the sun."
@@ -113,6 +116,26 @@ def model_card(
     return "\n\n".join(sections) + "\n"
 
 
+def inherited(card: str, before: str, name: str) -> str:
+    """Returns a card with what the card of the model before says of licence, base, data and training.
+
+    `before` is that card, and `name` the name of that model. Keys that `card` has already keep their values.
+    Raises ValueError or yaml.YAMLError for a front matter that is no YAML.
+    """
+    if before.startswith("---"):
+        made, known = ModelCard(card), ModelCard(before, ignore_metadata_errors=True)
+        for key in _KEPT:
+            if made.data.get(key) is None and known.data.get(key) is not None:
+                made.data[key] = known.data[key]
+        card = str(made)
+        for hub_id, licence in PUBLISHED.values():
+            if made.data.get("base_model") == hub_id:
+                card = f"{card.rstrip()}\n\n## Base\n\n{hub_id}, licence {licence}\n"
+    for title, text in _SECTION.findall(before):
+        card = f"{card.rstrip()}\n\n## {title if ' of ' in title else f'{title} of {name}'}\n\n{text.strip()}\n"
+    return card
+
+
 def _use(path: str, contract: Contract, form: Form) -> str:
     where, queries, passages = _quoted(path), f"[{_quoted(_QUERY)}]", f"[{_quoted(_PASSAGE)}]"
     ask = ask_them = f"encode_query({queries})"
@@ -157,11 +180,12 @@ def _reading(contract: Contract, pooling: str, attention: str) -> list[Row]:
 
 
 def history_lines(history: Sequence[Row]) -> list[str]:
-    """Returns a line for each step of a model's history: its name, then what it did."""
-    return [
-        f"{step.get('step')}: " + ", ".join(f"{key} {_cell(value)}" for key, value in step.items() if key != "step")
-        for step in history
-    ]
+    """Returns a line for each step of a model's history: its name, then what it did, in one order for all formats."""
+    lines = []
+    for step in history:
+        keys = [*(key for key in _TOLD_FIRST if key in step), *sorted(step.keys() - {"step", *_TOLD_FIRST})]
+        lines.append(f"{step.get('step')}: " + ", ".join(f"{key} {_cell(step[key])}" for key in keys))
+    return lines
 
 
 def markdown_table(rows: Sequence[Row]) -> str:

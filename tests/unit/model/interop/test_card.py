@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 
 from embedwright.locate import PACKAGED, PUBLISHED
 from embedwright.model.embedder import Embedder
-from embedwright.model.interop.card import facts, model_card
+from embedwright.model.interop.card import facts, history_lines, model_card
 from embedwright.model.verify.selftest import TASK
 
 Make = Callable[..., Embedder]
@@ -185,3 +185,11 @@ def test_adapters_are_not_said_to_open_in_sentence_transformers(tiny_embedder: M
     names: dict[str, Any] = {}
     exec(program, names)
     np.testing.assert_allclose(names["queries"], model.encode(["how do tides work?"], task=TASK), atol=1e-6)
+
+
+def test_a_history_is_told_in_one_order() -> None:
+    """Our own format sorts the keys of its settings, and the stock one does not."""
+    step = {"step": "distil", "of": "d", "recipe": "r", "stages": "s", "teacher": "t", "data": "x", "loss": "l", "a": 1}
+    told = history_lines([step])
+    assert told == ["distil: of d, recipe r, stages s, teacher t, data x, loss l, a 1"]
+    assert history_lines([dict(sorted(step.items()))]) == told
