@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -411,6 +412,25 @@ def test_a_batch_of_onnx_runtime_has_room_for_its_padding(part: Any) -> None:
     assert [*batches([3, 9, 5, 4, 1], 10)] == [[1], [2, 3], [0, 4]]
     assert [*batches([50, 2, 2], 10)] == [[0], [1, 2]]  # a text that is too long is a batch of its own
     assert [*batches([], 10)] == []
+
+
+@pytest.mark.long
+def test_onnx_runtime_gets_the_tokens_that_ours_gets(
+    part: Any, tiny_embedder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install 'embedwright[onnx]'")
+    peer = part("onnx_int8")
+    monkeypatch.setattr(peer, "bind_main_thread", lambda: os.sched_setaffinity(0, peer.CORES))
+    model = tiny_embedder("mean")
+    model.save(tmp_path / "saved")
+    assert peer.export(tmp_path / "saved", tmp_path / "onnx") is None
+    theirs = peer.Model(tmp_path / "saved", tmp_path / "onnx")
+    texts = ["one text", "another one that is longer than the first", "a", "b c d e f g"]
+    for prefix in (None, "Instruct: find it\nQuery: "):
+        vectors_NE = model.encode(texts, prefix=prefix)
+        for batch_tokens in (16, 1000):
+            assert (theirs.encode(texts, prefix, batch_tokens) * vectors_NE).sum(1).min() > 0.98
+        assert (theirs.encode(texts[::-1], prefix, 16) * vectors_NE).sum(1).min() < 0.9  # of other texts
 
 
 def test_seconds_of_a_cold_start_come_from_a_new_process(
