@@ -87,12 +87,12 @@ def alignment(student: Encoder, teacher: Encoder, rows: Sequence[Row]) -> dict[s
     """Measures how a student's queries do among the vectors of its teacher, for the student's history.
 
     `cosine` is the mean cosine of a query's two vectors. `agrees` is the share of queries for which both find the same
-    document first, among the teacher's vectors of all positives. If that is at least half, `aligned_with` names the
-    teacher; else a warning says why it does not.
+    document first, among the teacher's vectors of the documents of all rows. If that is at least half, `aligned_with`
+    names the teacher; else a warning says why it does not.
     """
     queries = [(row.task.instruction or None, row.example.query) for row in rows]
     documents = [
-        (row.task.instruction or None if row.task.symmetric else None, row.example.positives[0].text) for row in rows
+        (row.task.instruction or None if row.task.symmetric else None, row.example.paired[0].text) for row in rows
     ]
     documents_DE = encode_asked(teacher, list(dict.fromkeys(documents)))
     ours_QE, theirs_QE = encode_asked(student, queries), encode_asked(teacher, queries)

@@ -232,6 +232,8 @@ def test_an_alignment_is_measured_by_hand(
 ) -> None:
     teacher, student = tiny_embedder("mean"), tiny_embedder("mean", layers=1)
     rows = [Row(Example(str(i), "t", text(i), (Passage(text(500 + i % 9)),)), TASK) for i in range(30)]
+    # a pair of texts that are not alike has no positive
+    rows[0] = Row(Example("0", "t", text(0), (), (Passage(text(500)),), score=0.0), TASK)
     found = alignment(student, teacher, rows)
     documents = teacher.encode([text(500 + i) for i in range(9)])
     ours, theirs = (each.encode([text(i) for i in range(30)], task=ASKED) for each in (student, teacher))
