@@ -9,7 +9,8 @@ O outputs, I inputs, G groups, i inputs of a group.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -26,6 +27,7 @@ QUANTIZED = (
 GROUP = 32  # inputs that share a step
 ROTATION = 64  # of inputs before they are rounded to int8: a sixth of the distance of none, on a trained model
 _SLICE = 2**20  # weights that are made at a time: they stay in the processor's caches
+_MAPPED = 2**25 + 2**12  # bytes
 _LARGEST_STEP = 15  # times a code, at most -8, it is within int8
 _TRIED = 3  # steps that are tried for a group, down from the one that cuts none of its weights
 
@@ -92,17 +94,23 @@ class QuantizedLinear(nn.Module):
         codes = self.codes[rows]
         if self.steps is None:
             return codes
-        whole_OI = torch.cat((codes & 15, codes >> 4), 1).view(torch.int8).sub_(8)
-        steps_OG = self.steps[rows]
+        half, shape = codes.shape[1], (len(codes), self.in_features)
+        bytes_OI = _apart(shape, codes)
+        torch.bitwise_and(codes, 15, out=bytes_OI[:, :half])
+        torch.bitwise_right_shift(codes, 4, out=bytes_OI[:, half:])
+        whole_OI, steps_OG = bytes_OI.view(torch.int8).sub_(8), self.steps[rows]
         whole_OI.view(*steps_OG.shape, -1).mul_(steps_OG[..., None])
         return whole_OI
 
     def dequantized(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
         """Returns the weight (O, I), or some of its rows, in this type. It is rounded once."""
-        exact = self.whole(rows) * self.scales[rows]
+        whole_OI, scales_O1 = self.whole(rows), self.scales[rows]
+        exact = torch.mul(whole_OI, scales_O1, out=_apart(whole_OI.shape, scales_O1))
         if self.rotation > 1:
             matrix = rotated(torch.eye(self.rotation, device=exact.device), self.rotation)
-            exact = (exact.view(-1, self.rotation) @ matrix).view(exact.shape)
+            turned = _apart(whole_OI.shape, scales_O1)
+            torch.mm(exact.view(-1, self.rotation), matrix, out=turned.view(-1, self.rotation))
+            exact = turned
         return exact.to(dtype)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -110,6 +118,16 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, rotation={self.rotation}"
+
+
+def _apart(shape: Sequence[int], like: Tensor) -> Tensor:
+    """Makes an empty tensor of this shape, of the type of another, in memory that the system maps for it alone.
+
+    glibc maps blocks of more than 32 MB. Smaller ones come from the heap: small tensors that are kept would fill the
+    gaps that they leave, and the heap would grow by the float weights of all layers. Pages are real once written to.
+    """
+    numbers = math.prod(shape)
+    return like.new_empty(max(numbers, _MAPPED // like.element_size()))[:numbers].view(tuple(shape))
 
 
 def sliced(input: Tensor, weight: Callable[[slice], Tensor], shape: tuple[int, ...], bias: Tensor | None) -> Tensor:
