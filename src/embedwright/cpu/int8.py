@@ -58,7 +58,7 @@ class Int8Linear(QuantizedLinear):
 
 
 def multiplies(*layers: nn.Module) -> bool:
-    """Says whether these layers multiply in whole numbers: their sizes fit.
+    """Says whether these layers multiply in whole numbers: their sizes fit, their scales are float32 on the CPU.
 
     Those that are named together share their input, and are rotated alike.
     """
@@ -67,6 +67,8 @@ def multiplies(*layers: nn.Module) -> bool:
         and layer.in_features % 16 == layer.out_features % 16 == 0
         and layer.rotation in (1, 16, 32, 64)
         and layer.in_features <= _WIDEST
+        and layer.scales.dtype == torch.float32  # the kernel reads an address: other numbers would be other bytes
+        and layer.scales.is_cpu
         for layer in layers
     )
 

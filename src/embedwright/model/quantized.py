@@ -116,6 +116,15 @@ class QuantizedLinear(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         return sliced(input, lambda rows: self.dequantized(input.dtype, rows), self.shape, self.bias)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Moves the layer as any module, but leaves its types alone: scales in 16 bits would be other weights."""
+
+        def moved(x: Tensor) -> Tensor:
+            made = fn(x)
+            return made if made.dtype == x.dtype else x.to(made.device)
+
+        return super()._apply(moved, recurse)
+
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, rotation={self.rotation}"
 

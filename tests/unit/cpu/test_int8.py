@@ -123,13 +123,15 @@ def test_a_gated_product_is_rounded_once(outputs: int, gelu: bool) -> None:
     torch.testing.assert_close(found.double(), exact, rtol=1.1 * 2.0**-8, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", ["gradients", "training", "autocast", "float16", "width", "empty"])
+@pytest.mark.parametrize("case", ["gradients", "training", "autocast", "float16", "width", "empty", "scales", "double"])
 def test_all_else_is_the_dequantised_weight(case: str, monkeypatch: Patch) -> None:
     def refuse(*_: Any) -> Any:
         raise AssertionError("int8 was asked")
 
     monkeypatch.setattr(kernels, "whole_product", refuse)
     layer = quantized(nn.Linear(24 if case == "width" else 32, 16), Scheme(bits=8)).eval()
+    if case in ("scales", "double"):  # as a file or `load_state_dict(..., assign=True)` may have them
+        layer.scales = layer.scales.to(torch.bfloat16 if case == "scales" else torch.float64)
     plain = QuantizedLinear(layer.codes, layer.scales, None, layer.bias)
     accelerate_unproven(layer)
     assert type(layer) is int8.Int8Linear
@@ -184,6 +186,14 @@ def test_vectors_do_not_depend_on_the_batch(saved: Callable[..., Path]) -> None:
 def test_the_doctor_finds_it_well(saved: Callable[..., Path]) -> None:
     bad = [finding for finding in examine(Embedder.load(saved("qwen3"), dtype="int8")) if not finding.ok]
     assert bad == []
+
+
+@pytest.mark.parametrize("cast", ["bfloat16", "half", "double"])
+def test_a_cast_leaves_a_model_in_int8_near(cast: str, saved: Callable[..., Path]) -> None:
+    model = Embedder.load(saved("llama"), dtype="int8")
+    before = model.encode(TEXTS)
+    getattr(model.network, cast)()
+    assert 1 - (model.encode(TEXTS) * before).sum(1).min() < 0.001
 
 
 def test_adapters_are_merged_first(saved: Callable[..., Path], tmp_path: Path) -> None:

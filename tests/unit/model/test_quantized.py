@@ -100,6 +100,15 @@ def check_layer(layer: QuantizedLinear, linear: nn.Linear, expected: Tensor) -> 
     assert not list(layer.parameters()) and set(layer.state_dict()) == names
 
 
+@pytest.mark.parametrize("cast", ["bfloat16", "half", "double"])
+def test_a_cast_of_the_network_leaves_the_weights(cast: str) -> None:
+    layer = quantized(nn.Linear(64, 32), FOUR)
+    before = {name: x.clone() for name, x in layer.state_dict().items()}
+    after = getattr(nn.Sequential(layer), cast)()[0].state_dict()
+    assert all(after[name].dtype == x.dtype and torch.equal(after[name], x) for name, x in before.items())
+    assert layer.to("meta", torch.bfloat16).scales.is_meta
+
+
 def test_the_search_of_steps_lowers_the_error() -> None:
     """Against an exact scale for each group, by which its largest weight is the largest code: no search, no steps."""
     torch.manual_seed(0)
