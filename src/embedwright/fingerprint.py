@@ -1,4 +1,7 @@
-"""Facts that identify a model: the same for two models exactly when they give the same vectors.
+"""Facts that identify a model: the same for two models exactly when they give the same vectors, up to rounding.
+
+Rounding belongs to the machine, as the order of its sums does: weights in int8 meet inputs that some processors round
+to int8 too, and others do not.
 
 A name or a folder is no such fact, since the model there may be trained on or edited. Facts are strings by name. They
 are kept as JSON beside vectors, and an error can say which of them differs.

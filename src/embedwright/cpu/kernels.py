@@ -154,8 +154,8 @@ def whole_rows(x_TD: Tensor, rotation: int) -> Rows:
 def whole_product(rows: Rows, weight_OD: Tensor, scale_O: Tensor, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Multiplies rows by an int8 weight, whose outputs have a float32 scale each, and adds a float32 bias or None.
 
-    -> (T, O) in `dtype`, float32 or bfloat16. Products are summed exactly, in int32. D is a multiple of 16 up to 2^16,
-    O a multiple of 16.
+    -> (T, O) in `dtype`, float32 or bfloat16. Products are summed exactly, in int32. There is a row at least, D is a
+    multiple of 16 up to 2^16, O a multiple of 16.
     """
     return _multiplied(rows, weight_OD, scale_O, 0, 0, 0 if bias_O is None else bias_O, dtype, False)
 
@@ -163,7 +163,7 @@ def whole_product(rows: Rows, weight_OD: Tensor, scale_O: Tensor, bias_O: Tensor
 def whole_gated(rows: Rows, gate: tuple[Tensor, Tensor], up: tuple[Tensor, Tensor], gelu: bool) -> Tensor:
     """Computes silu(rows gate^T) * (rows up^T), or gelu in its form with tanh -> (T, O) bfloat16, rounded once.
 
-    `gate` and `up` are an int8 weight (O, D) and the float32 scales (O,) of its outputs.
+    `gate` and `up` are an int8 weight (O, D) and the float32 scales (O,) of its outputs. There is a row at least.
     """
     return _multiplied(rows, *gate, *up, 0, torch.bfloat16, gelu)
 

@@ -21,11 +21,12 @@ from embedwright.model import encode
 from embedwright.model.adapters.lora import add_lora, has_lora, merge_lora
 from embedwright.model.backbone import AttentionKind, dtype_named, origin_of, positions
 from embedwright.model.formats.base import new_embedder
-from embedwright.model.formats.open import open_embedder, open_in_int8
+from embedwright.model.formats.open import check_record, open_embedder, open_in_int8
 from embedwright.model.interop import hub
 from embedwright.model.interop.save import opens_as_stock, save_network
 from embedwright.model.network import EmbedwrightModel, check_fit, fold, network_facts
 from embedwright.model.pooling import FOLDED, FoldedLatent, Kind, PoolingConfig
+from embedwright.model.quantized import warn_of_gpu
 from embedwright.model.verify import probe, selftest
 from embedwright.model.verify.modes import evaluating
 from embedwright.packing import PackedTexts, pack
@@ -140,10 +141,9 @@ class Embedder:
         """
         if dtype == "int8":
             return cls(*open_in_int8(path, revision))._ready(device, backend)
-        network, tokenizer = open_embedder(path, dtype=None if dtype is None else dtype_named(dtype), revision=revision)
-        model = cls(network, tokenizer)._ready(device, backend)
-        reload = lambda kept: open_embedder(path, dtype=kept, revision=revision)[0]  # noqa: E731
-        selftest.check(network, model.text_tokenizer, Path(network.config.name_or_path), reload)
+        kept = None if dtype is None else dtype_named(dtype)
+        model = cls(*open_embedder(path, dtype=kept, revision=revision))._ready(device, backend)
+        check_record(model.network, model.text_tokenizer, path, revision)
         return model
 
     def save(self, path: str | Path, dtype: str | None = None) -> None:
@@ -155,7 +155,7 @@ class Embedder:
 
         Raises:
             FileExistsError: The folder is not empty.
-            ValueError: The model is folded, the weights below adapters are on no disk, or one is too large for float16.
+            ValueError: The model is folded, its weights cannot be in `dtype`, or those below adapters are on no disk.
             ProbeError: The adapters are not active.
         """
         if isinstance(self.network.head, FoldedLatent) and not self.network.head.stored:
@@ -232,8 +232,8 @@ class Embedder:
         probe.check(self.network)
         if backend != "packed":
             self.network.attend_by(backend)
-        elif self.device.type == "cpu":
-            cpu.accelerate(self.network)
+        else:
+            (cpu.accelerate if self.device.type == "cpu" else warn_of_gpu)(self.network)
         return self
 
     @property
@@ -254,7 +254,7 @@ class Embedder:
         return torch.device(next(self.network.parameters()).device)
 
     def fingerprint(self) -> Facts:
-        """Returns what identifies the model: equal for two models exactly if both give the same vectors.
+        """Returns what identifies the model: equal for two models exactly if both give the same vectors up to rounding.
 
         They cover weights (adapters too), contract, pooling, backbone, tokenizer and dtype, but no name and no folder.
         Stored vectors carry them. The weights are hashed once, and again after they have changed.

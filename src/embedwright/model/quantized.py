@@ -9,6 +9,7 @@ O outputs, I inputs, G groups, i inputs of a group.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
@@ -20,12 +21,14 @@ from torch import Tensor, nn
 
 from embedwright.errors import InputError, naming
 
+logger = logging.getLogger(__name__)
+
 QUANTIZED = (
     'quantised weights do not train: load the model without dtype="int8"; of a compressed folder, train the model that '
     "it was made from, and compress that"
 )
 GROUP = 32  # inputs that share a step
-ROTATION = 64  # of inputs before they are rounded to int8: a sixth of the distance of none, on a trained model
+ROTATION = 64  # of inputs before they are rounded to int8: on a trained model a sixth of the distance that none gives
 _SLICE = 2**20  # weights that are made at a time: they stay in the processor's caches
 _MAPPED = 2**25 + 2**12  # bytes
 _LARGEST_STEP = 15  # times a code, at most -8, it is within int8
@@ -107,7 +110,7 @@ class QuantizedLinear(nn.Module):
         whole_OI, scales_O1 = self.whole(rows), self.scales[rows]
         exact = torch.mul(whole_OI, scales_O1, out=_apart(whole_OI.shape, scales_O1))
         if self.rotation > 1:
-            matrix = rotated(torch.eye(self.rotation, device=exact.device), self.rotation)
+            matrix = rotated(torch.eye(self.rotation, device=exact.device, dtype=exact.dtype), self.rotation)
             turned = _apart(whole_OI.shape, scales_O1)
             torch.mm(exact.view(-1, self.rotation), matrix, out=turned.view(-1, self.rotation))
             exact = turned
@@ -123,7 +126,8 @@ class QuantizedLinear(nn.Module):
             made = fn(x)
             return made if made.dtype == x.dtype else x.to(made.device)
 
-        return super()._apply(moved, recurse)
+        apply: Any = super()._apply  # torch leaves it untyped
+        return apply(moved, recurse)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, rotation={self.rotation}"
@@ -264,14 +268,20 @@ def in_few_bits(network: nn.Module) -> bool:
     return any(isinstance(module, QuantizedLinear) for module in network.modules())
 
 
+def warn_of_gpu(network: nn.Module) -> None:
+    """Logs a warning where layers of this network, which is on a GPU, are quantised."""
+    if in_few_bits(network):
+        logger.warning("quantised weights are dequantised for each batch on a GPU: bfloat16 is faster")
+
+
 def widen(network: Any) -> None:
     """Has a quantised network compute in float32 between its linear layers, in place.
 
     Norms become float32, and so does what the embedding gives: so the sums of all blocks are rounded least. The
-    embedding itself is held in 16 bits, and the pooling block stays as it is.
+    embedding itself is held in bfloat16, and the pooling block stays as it is.
     """
     table = network.backbone.get_input_embeddings()
-    if table.weight.dtype == torch.float32:
+    if table.weight.dtype != torch.bfloat16:
         table.weight.data = table.weight.data.bfloat16()
     table.register_forward_hook(_in_float32)
     for module in network.backbone.modules():

@@ -111,11 +111,35 @@ def test_the_vectors_are_those_of_the_codes_times_the_scales(made: Made, tmp_pat
     assert 1e-4 < apart < (0.02 if bits == 8 else 0.3), "quantised, and the same model all the same"
 
 
-def test_a_model_in_few_bits_in_memory_is_saved_as_it_is(made: Made, tmp_path: Path) -> None:
-    plain, small = made("mean", 8)
-    Embedder.load(plain, dtype="int8").save(tmp_path / "saved")
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("pooling", ["mean", "latent"])
+def test_a_model_in_few_bits_in_memory_is_the_one_on_disk(made: Made, tmp_path: Path, pooling: str, dtype: str) -> None:
+    plain, small = made(pooling, 8)
+    if dtype != "float32":
+        Embedder.load(plain).save(tmp_path / "plain", dtype=dtype)
+        plain, small = tmp_path / "plain", tmp_path / "small"
+        compress_weights(plain, small, INT8)
+    model, stored = Embedder.load(plain, dtype="int8"), Embedder.load(small)
+    assert model.fingerprint() == stored.fingerprint()
+    np.testing.assert_array_equal(vectors_of(model), vectors_of(stored))
+    model.save(tmp_path / "saved")
     a, b = load_file(tmp_path / "saved" / SINGLE), load_file(small / SINGLE)
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_4_bits_are_not_opened_as_8(made: Made) -> None:
+    with pytest.raises(InputError, match=r"in 4 bits.*leave dtype out"):
+        Embedder.load(made("mean", 4)[1], dtype="int8")
+    stored = made("mean", 8)[1]
+    assert Embedder.load(stored, dtype="int8").fingerprint() == Embedder.load(stored).fingerprint()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_model_in_few_bits_is_not_saved_in_another_type(made: Made, tmp_path: Path, dtype: str) -> None:
+    """Its norms would be rounded, and its record would be of a network that no load makes."""
+    with pytest.raises(InputError, match="leave dtype out"):
+        Embedder.load(made("mean", 4)[1]).save(tmp_path / "saved", dtype=dtype)
+    assert not (tmp_path / "saved").exists()
 
 
 # ---- the files

@@ -196,6 +196,16 @@ def test_a_cast_leaves_a_model_in_int8_near(cast: str, saved: Callable[..., Path
     assert 1 - (model.encode(TEXTS) * before).sum(1).min() < 0.001
 
 
+def test_another_device_is_warned_of(
+    saved: Callable[..., Path], monkeypatch: Patch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Embedder, "device", torch.device("cuda"))  # as the model believes
+    for dtype, warns in ((None, False), ("int8", True)):
+        with caplog.at_level(logging.WARNING):
+            Embedder.load(saved("llama"), dtype=dtype, device="cpu")
+        assert ("dequantised" in caplog.text) == warns
+
+
 def test_adapters_are_merged_first(saved: Callable[..., Path], tmp_path: Path) -> None:
     model = Embedder.load(saved("llama")).add_lora(rank=2, alpha=4)
     for name, parameter in model.network.named_parameters():

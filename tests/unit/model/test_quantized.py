@@ -100,6 +100,19 @@ def check_layer(layer: QuantizedLinear, linear: nn.Linear, expected: Tensor) -> 
     assert not list(layer.parameters()) and set(layer.state_dict()) == names
 
 
+def test_the_weight_does_not_depend_on_settings_of_torch() -> None:
+    layer = quantized(nn.Linear(64, 32), INT8)
+    expected = layer.dequantized(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer.dequantized(torch.float32), expected)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert torch.equal(layer.dequantized(torch.float32), expected)
+    finally:
+        torch.set_default_dtype(before)
+
+
 @pytest.mark.parametrize("cast", ["bfloat16", "half", "double"])
 def test_a_cast_of_the_network_leaves_the_weights(cast: str) -> None:
     layer = quantized(nn.Linear(64, 32), FOUR)

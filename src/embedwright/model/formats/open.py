@@ -19,9 +19,9 @@ from embedwright.model.formats.detect import STOCK_SETTINGS, Format, detect, his
 from embedwright.model.formats.families import FAMILIES, Family, read_family, split_family
 from embedwright.model.formats.folder import check_folder, read_object
 from embedwright.model.formats.nvembed import load_nvembed, read_nvembed
-from embedwright.model.network import EmbedwrightModel
-from embedwright.model.pooling import PoolingConfig
-from embedwright.model.quantized import in_few_bits, quantize_layers, widen
+from embedwright.model.network import EmbedwrightModel, scheme_of
+from embedwright.model.pooling import LatentPooling, PoolingConfig, stored_folded
+from embedwright.model.quantized import quantize_layers, widen
 from embedwright.model.verify import selftest
 from embedwright.packing import pack
 from embedwright.text import Contract, TextTokenizer, load_tokenizer, private_copy, tokenize
@@ -76,22 +76,34 @@ def open_embedder(
     return network, tokenizer
 
 
+def check_record(network: EmbedwrightModel, tokenizer: TextTokenizer, path: str | Path, revision: str | None) -> None:
+    """Raises ProbeError if a network that was read from `path` does not give the vectors on record there."""
+    reload = lambda kept: open_embedder(path, dtype=kept, revision=revision)[0]  # noqa: E731
+    selftest.check(network, tokenizer, Path(network.config.name_or_path), reload)
+
+
 def open_in_int8(path: str | Path, revision: str | None) -> tuple[EmbedwrightModel, Any]:
     """Reads an embedder as it is stored, proves it (`selftest`), and quantises the linear layers of its blocks to int8.
 
-    Adapters are merged before, in float32. Raises as `open_embedder` does, and ProbeError as `Embedder.load` does.
+    Adapters are merged before, in float32, and a latent block is folded after, as in a folder that `compress` writes.
+    A folder in int8 is opened as it is, and one in 4 bits refused. Raises as `open_embedder` and `check_record`.
     """
     network, tokenizer = open_embedder(path, dtype=None, revision=revision)
+    if (scheme := scheme_of(network)) is not None and scheme.bits != 8:
+        raise InputError(f"{path} holds weights in {scheme.bits} bits, which are opened as they are: leave dtype out")
     texts = TextTokenizer(private_copy(tokenizer).backend_tokenizer)
-    reload = lambda kept: open_embedder(path, dtype=kept, revision=revision)[0]  # noqa: E731
-    selftest.check(network, texts, Path(network.config.name_or_path), reload)
-    if in_few_bits(network):
+    check_record(network, texts, path, revision)
+    if scheme is not None:
         return network, tokenizer
     if has_lora(network.backbone):
         network.backbone.float()
         merge_lora(network, pack(tokenize(texts, network.contract, [text for text, _ in selftest.TEXTS])))
     quantize_layers(network)
     widen(network)
+    if {parameter.dtype for parameter in network.head.parameters()} == {torch.float16}:
+        network.head.bfloat16()
+    if isinstance(network.head, LatentPooling):
+        network.head = stored_folded(network.head)
     for parameter in network.parameters():  # what still lies in the file would keep all of it in memory
         parameter.data = parameter.data.clone()
     return network, tokenizer

@@ -43,6 +43,8 @@ def save_network(network: EmbedwrightModel, tokenizer: Any, path: Path, dtype: t
     check_new_folder(path)
     if in_four_bits(network.backbone):
         raise InputError(f"cannot save: {ONLY_TRAINED}")
+    if dtype is not None and in_few_bits(network):
+        raise InputError("cannot save in another type: quantised weights are saved as they are; leave dtype out")
     probe.check(network)
     text_tokenizer = TextTokenizer(tokenizer.backend_tokenizer)
     with whole_folder(path) as temp, rounded(network, dtype):  # so that the vectors on record are of what is stored
