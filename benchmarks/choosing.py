@@ -15,9 +15,9 @@ ORDER = ["float32", "bfloat16", "int8", "ONNX Runtime int8", "ST float32", "ST b
 EXPLAINED = f"""\
 Passages on two cores; the rows of ST and ONNX Runtime are for comparison. USD: for a million passages, at
 {PRICE_PER_CORE_HOUR} USD for a core and an hour (`PRICE_PER_CORE_HOUR` in `benchmarks/choosing.py`; costs are
-proportional to it). MB: model and encoding, beside the libraries; int8 from a folder that `compress --weights int8`
-wrote. First vector: seconds from `import` in a new process, with its files in the disk cache. Distance: mean 1 - cosine
-to our float32, over all three text sets. The answers are by medians over the models."""
+proportional to it). MB: model and encoding, beside the libraries, as under [Encode](#encode). First vector: seconds
+from `import` in a new process, with its files in the disk cache; the model is stored in float32. Distance: mean
+1 - cosine to our float32, over all three text sets. The answers are by medians over the models."""
 
 
 def choosing_section(results: Records) -> list[str]:

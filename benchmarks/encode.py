@@ -26,7 +26,7 @@ bind_threads()
 import argparse  # noqa: E402
 import json  # noqa: E402
 import statistics  # noqa: E402
-from collections.abc import Callable, Mapping  # noqa: E402
+from collections.abc import Callable, Mapping, Sequence  # noqa: E402
 from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
@@ -48,7 +48,7 @@ FIRST = {"peer": 8, "onnx": 1024}  # where the search for a side's batch size be
 SIDES = ("peer", "ours", "int8", "onnx")
 MEMORY_TOKENS = 10_000  # mixed: more than one batch of either side
 MEMORY_TEXTS = "memory-texts.json"  # in the folder with the models
-STORED = "int8"  # likewise, a folder with weights in int8
+STORED = "int8"  # there, a folder with weights in int8
 SMALLEST_COSINE = 0.9999  # of the two sides in float32
 
 
@@ -92,13 +92,12 @@ def measure(options: argparse.Namespace) -> models.Measured:
         "sets": sets,
     }
     texts, prefix = text_set("mixed", MEMORY_TOKENS, counter(exact))
-    (options.folder / MEMORY_TEXTS).write_text(json.dumps([texts, prefix]))
     names = list(sides)
     del exact, sides
-    batches = sets["mixed"]["batches"]
-    if "int8" in names:  # its memory is that of a folder which holds the weights so: the other way reads float32 first
-        compress_weights(models.saved(options.folder), options.folder / STORED, INT8)
-    figures["memory"] = {side: in_own_process(memory_arguments(options, side, batches.get(side))) for side in names}
+    batches, place = sets["mixed"]["batches"], stored_apart(options, names)
+    (place / MEMORY_TEXTS).write_text(json.dumps([texts, prefix]))
+    named = {"model": options.model, "dtype": options.dtype, "folder": place}
+    figures["memory"] = {side: in_own_process(memory_arguments(named, side, batches.get(side))) for side in names}
     print(json.dumps(figures["memory"]))
     return figures, goals(options, sets, figures["memory"])
 
@@ -248,9 +247,22 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def memory_arguments(options: argparse.Namespace, side: str, batch: int | None) -> list[str]:
-    named = {"model": options.model, "dtype": options.dtype, "folder": options.folder}
-    named |= {"memory-of": side, "batch": batch}
+def stored_apart(options: argparse.Namespace, sides: Sequence[str]) -> Path:
+    """Writes and returns the folder from which the memory of all sides is measured. It holds the weights in the type
+    of each side: who opens a file in float32 to run it in another type has all of both in memory for a while."""
+    if options.dtype == "float32":
+        return Path(options.folder)
+    place = Path(options.folder) / "stored"
+    models.make_folders(options.model, place, options.dtype)
+    if "int8" in sides:
+        compress_weights(models.saved(options.folder), place / STORED, INT8)
+    if "onnx" in sides:
+        (place / "onnx").symlink_to(options.folder / "onnx")
+    return place
+
+
+def memory_arguments(named: Mapping[str, Any], side: str, batch: int | None) -> list[str]:
+    named = {**named, "memory-of": side, "batch": batch}
     return [part for name, value in named.items() if value is not None for part in (f"--{name}", str(value))]
 
 

@@ -76,7 +76,8 @@ def main() -> None:
     differences = [{key: getattr(row, key) for key in shown} for row in rows]
     ratio = distances["int8"]["mean"] / distances["bfloat16"]["mean"]
     figures = {"texts": len(keys), "distance_to_float32": distances, "int8_over_bfloat16": ratio}
-    record(f"int8-{name.strip('/').split('/')[-1]}", {"model": name, **figures, "differences": differences}, None)
+    goals = {"encode_int8_distance": [{"of": f"{name}, {len(keys)} texts", "value": ratio}]}
+    record(f"int8-{name.strip('/').split('/')[-1]}", {"model": name, **figures, "differences": differences}, goals)
     for row in differences:
         print(" ".join(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
     print(distances, f"ratio {ratio:.2f}")

@@ -68,11 +68,13 @@ def run(options: argparse.Namespace, name: str, measure: Callable[[argparse.Name
     record(name, figures, goals)
 
 
-def make_folders(name: str, out: Path) -> None:
-    """What all sides open, in `out`: `peer` for sentence-transformers, and `saved` where ours is another one."""
+def make_folders(name: str, out: Path, dtype: str = "float32") -> None:
+    """What all sides open, in `out`: `peer` for sentence-transformers, and `saved` where ours is another one. Weights
+    are in `dtype`."""
     if name == "qwen3-0.6b-shape":
         _random_qwen3(out / "base")
-    model = Embedder.from_decoder(str(out / "base") if (out / "base").is_dir() else name, pooling="mean")
+    base = str(out / "base") if (out / "base").is_dir() else name
+    model = Embedder.from_decoder(base, pooling="mean", dtype=dtype)
     model.save(out / "saved")
     if (out / "saved" / "embedwright.json").is_file():  # a stock folder: sentence-transformers' own modules open it
         (out / "saved").rename(out / "peer")

@@ -22,8 +22,8 @@ same model with int8 weights, on batches sorted by length, at its fastest number
 and smallest cosine to our float32: int8 / our bfloat16 / ST bfloat16 / ONNX Runtime."""
 MEMORY = """\
 Memory of encoding mixed texts, each side in a process of its own, in MB: what encoding adds to the loaded model at its
-peak, and model and encoding together, which the goal is about. int8: of a folder that `compress --weights int8`
-wrote."""
+peak, and model and encoding together, which the goal is about. Each opens a folder that holds the
+weights in its type; records before 2026-11-29 are of a folder in float32, whose conversion takes memory too."""
 SERVE = """\
 Requests of 1, 4 and 16 texts of mixed lengths by 16 clients at once, written beforehand; vectors in base64. `plain` is
 ST behind FastAPI, `batching` collects what waits, each at its fastest setting. Client's CPU: of one core."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -405,6 +407,23 @@ def test_int8_has_its_goals_from_one_run(part: Any) -> None:
     found["int8"]["faster_than"]["onnx"] = {"median": 1.3}
     [goal] = encode.goals(options, {"mixed": found}, memory | {"onnx": {"peak_mb": 300}})["encode_int8_onnx"]
     assert goal == {"of": "m, mixed", "value": 1.3}
+
+
+def test_memory_is_measured_from_weights_in_the_type_of_each_side(
+    part: Any, tiny_decoder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, models = part("encode"), part("models")
+    monkeypatch.setattr(models, "_random_qwen3", lambda folder: shutil.copytree(tiny_decoder("qwen3"), folder))
+    options = SimpleNamespace(model="qwen3-0.6b-shape", dtype="bfloat16", folder=tmp_path)
+    models.make_folders(options.model, tmp_path)
+    place = encode.stored_apart(options, ["peer", "ours", "int8"])
+    types = {
+        side: Embedder.load(folder).fingerprint()["dtype"]
+        for side, folder in (("peer", place / "peer"), ("ours", models.saved(place)), ("int8", place / encode.STORED))
+    }
+    assert types["peer"] == types["ours"] == "bfloat16" and "int8" in types["int8"]
+    assert encode.stored_apart(SimpleNamespace(**vars(options) | {"dtype": "float32"}), ["ours"]) == tmp_path
+    assert Embedder.load(models.saved(tmp_path)).fingerprint()["dtype"] == "float32"
 
 
 def test_a_batch_of_onnx_runtime_has_room_for_its_padding(part: Any) -> None:
