@@ -224,7 +224,7 @@ def int8_fault() -> str | None:
     """Returns why products of int8 are not used here, None if they are."""
     if (fault := _fault()) is None:
         if not hasattr(library.load(), "product"):
-            fault = "this processor has no AVX-512 VNNI"
+            fault = "the processor, or the C compiler, has no AVX-512 VNNI"
         else:
             near = ((name, torch.allclose(found, exact, rtol=1e-2)) for name, found, exact in _int8_examples())
             fault = next((f"{name} gives other numbers here" for name, right in near if not right), None)

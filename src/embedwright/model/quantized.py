@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
 from embedwright.errors import InputError, naming
@@ -48,6 +48,13 @@ class Scheme(BaseModel):
     bits: Bits
     rotation: int = Field(default=1, ge=1)
     folded: bool = False
+
+    @field_validator("rotation")
+    @classmethod
+    def _power_of_2(cls, value: int) -> int:
+        if value & (value - 1):
+            raise ValueError("must be a power of 2")
+        return value
 
 
 INT8, INT4 = Scheme(bits=8, rotation=ROTATION), Scheme(bits=4, rotation=ROTATION)

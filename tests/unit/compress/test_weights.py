@@ -293,6 +293,18 @@ def test_what_quantised_weights_are_not_for(made: Made, tmp_path: Path, use: Any
     assert not list(tmp_path.iterdir()), "nothing is left behind"
 
 
+@pytest.mark.parametrize(("key", "value", "words"), [("rotation", 48, "power of 2"), ("bits", 3, "8")])
+def test_a_scheme_that_is_none_is_refused_by_folder(
+    made: Made, tmp_path: Path, key: str, value: int, words: str
+) -> None:
+    odd = shutil.copytree(made("mean", 8)[1], tmp_path / "odd")
+    settings = json.loads((odd / "config.json").read_text())
+    settings["quantization"][key] = value
+    (odd / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match=rf"(?s)odd.*{words}"):
+        Embedder.load(odd)
+
+
 def test_what_cannot_be_compressed(tiny_embedder: Callable[..., Embedder], tmp_path: Path) -> None:
     model = tiny_embedder("mean")
     model.save(tmp_path / "model")
