@@ -12,7 +12,7 @@ from typing import Any
 
 from embedwright.compress.chain import Step, save_step
 from embedwright.compress.depth import check_kept, cut_layers
-from embedwright.compress.heal import Listen, filled, told, trained
+from embedwright.compress.heal import Listen, filled, identity, told, trained
 from embedwright.encoders.open import open_encoder
 from embedwright.encoders.protocol import Encoder, as_encoder
 from embedwright.errors import InputError
@@ -80,7 +80,7 @@ def distil_step(
             did |= alignment(model, as_encoder(open_encoder(teacher)), _rows(plan))
         save_step(model, decoder or source, out, "distil", **did)
 
-    return Step("distil", {"recipe": asked.hash(), "student": decoder, "aligned": aligned}, make)
+    return Step("distil", {**identity(asked), "student": decoder, "aligned": aligned}, make)
 
 
 def alignment(student: Encoder, teacher: Encoder, rows: Sequence[Row]) -> dict[str, Any]:

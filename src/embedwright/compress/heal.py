@@ -8,6 +8,7 @@ from typing import Any
 
 from embedwright.compress.chain import Step, save_step
 from embedwright.errors import InputError
+from embedwright.files import sha256_of
 from embedwright.locate import find
 from embedwright.model.embedder import Embedder
 from embedwright.model.formats.detect import history_of
@@ -59,7 +60,20 @@ def heal_step(recipe: str | Path, teacher: str, listen: Listen, on_evaluation: O
         plan = filled(recipe, source, teacher, out.with_name(f"{out.name}.run"))
         save_step(trained(plan, source, listen, on_evaluation), source, out, "heal", **told(plan))
 
-    return Step("heal", {"recipe": asked.hash()}, make)
+    return Step("heal", identity(asked), make)
+
+
+def identity(plan: Recipe) -> dict[str, Any]:
+    """Says what a step trains by: a done step is taken over only by a recipe that would train the same model.
+
+    A recipe's hash leaves out the type of the weights and where the data lie, so both are here: data by their content.
+    """
+    entries = [entry for stage in plan.stages for entry in stage.data]
+    named = [getattr(entry, key, None) for entry in entries for key in ("path", "corpus", "rows")]
+    places = [Path(name) for name in named if isinstance(name, str | Path)]
+    files = [file for place in places for file in (place, *sorted(place.rglob("*"))) if file.is_file()]
+    dtype = plan.run.dtype if "dtype" in plan.run.model_fields_set else None
+    return {"recipe": plan.hash(), "dtype": dtype, "data": [sha256_of(file) for file in files]}
 
 
 def trained(plan: Recipe, source: str, listen: Listen, on_evaluation: OnEvaluation) -> Embedder:

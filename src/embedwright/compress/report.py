@@ -16,6 +16,7 @@ from embedwright.evaluation.compare.bootstrap import half_interval
 from embedwright.evaluation.compare.compare import MEAN, Candidate, Difference, compare
 from embedwright.evaluation.results import Results, Row, read_results, write_results
 from embedwright.evaluation.suite import Suite, evaluate
+from embedwright.evaluation.tasks import digest
 from embedwright.files import file_name
 from embedwright.locate import find
 from embedwright.model.embedder import Embedder
@@ -29,7 +30,8 @@ def evaluated(name: str, models: Mapping[str, str], suite: Suite, texts: Texts, 
     """Measures and scores each model and compares it with the first one.
 
     `models` maps the name of a step to its model. Speed is that of encoding `texts` as documents, in tokens as the
-    first model counts them. What is done is kept beside the steps, where a call after a stop goes on.
+    first model counts them. What is done is kept beside the steps, where a call after a stop goes on if it asks for the
+    same suite and texts.
 
     Returns plain JSON: how it was made, and a row for each model with `step`, `size` (bytes of its folder),
     `parameters`, `tokens_per_second`, `peak_memory` (bytes of a process), `mean` and `tasks` in points (x100) with half
@@ -37,8 +39,9 @@ def evaluated(name: str, models: Mapping[str, str], suite: Suite, texts: Texts, 
     """
     first, last = models[ORIGINAL], Path([*models.values()][-1])
     found: dict[str, Results] = {}
+    asked = digest([suite.model_dump(mode="json"), texts.described]).removeprefix("sha256 ")
     for number, (step, model) in enumerate(models.items()):
-        file = last.parent / "report" / f"{number}-{file_name(suite.name)}.json"
+        file = last.parent / "report" / f"{number}-{file_name(suite.name)}-{asked}.json"
         if not file.is_file():
             say(f"measuring and scoring: {step}")
             facts = {"size": size_of(model), **measured(model, texts.read())}

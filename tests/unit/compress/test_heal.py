@@ -119,6 +119,19 @@ def test_a_pruned_model_is_healed_and_goes_on_after_a_stop(at: Path, monkeypatch
     assert not (at / "out.steps").exists() and not (at / "elsewhere").exists()
 
 
+def test_a_done_step_is_taken_over_by_the_same_data_and_type_alone(at: Path) -> None:
+    def known() -> dict[str, Any]:
+        return heal.identity(filled("recipe.yaml", "model", "model", at / "run"))
+
+    first = known()
+    assert known() == first
+    (at / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | {"run": RECIPE["run"] | {"dtype": "float16"}}))
+    assert known() != first
+    (at / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    (at / "pairs.jsonl").write_text((at / "pairs.jsonl").read_text().replace("tide", "moon"))
+    assert known() != first
+
+
 def test_a_recipe_may_say_the_type_of_the_weights(at: Path) -> None:
     (at / "pairs.txt").write_text("a tide\nthe moon\n")
     recipe = RECIPE | {"stages": [stage("only")], "run": {**RECIPE["run"], "dtype": "float16"}}

@@ -78,7 +78,7 @@ def test_scores_and_differences_are_those_of_eval_and_compare(at: Path, monkeypa
     Embedder.load("model").save("steps/2-same")
     models = {"original": "model", "other": "steps/1-other", "same": "steps/2-same"}
     record = evaluated("out", models, load_suite("suite"), READ, lambda _: None)
-    found = [read_results(at / "steps" / "report" / f"{number}-suite.json") for number in range(3)]
+    found = [read_results(file) for file in sorted((at / "steps" / "report").glob("*.json"))]
     names = [*models]
     rows = compare([Candidate(name, {None: [each]}) for name, each in zip(names, found, strict=True)]).rows
     for row, results in zip(record["rows"], found, strict=True):
@@ -100,6 +100,16 @@ def test_scores_and_differences_are_those_of_eval_and_compare(at: Path, monkeypa
     monkeypatch.setattr(report, "measured", lambda *_: pytest.fail("it is done"))
     again = evaluated("out", models, load_suite("suite"), READ, lambda _: None)
     assert again["rows"] == record["rows"]
+
+
+def test_what_is_kept_counts_for_the_same_texts_and_suite_alone(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(report, "measured", lambda model, texts: (seen.append(texts[0]), measured(model, texts))[1])
+    suite = load_suite("suite")
+    for text, tasks in (("a", 2), ("a", 2), ("b", 2), ("b", 1)):
+        asked = suite.model_copy(update={"tasks": suite.tasks[:tasks]})
+        evaluated("n", {"original": "model", "same": "model"}, asked, Texts(text, [text].copy), print)
+    assert seen == ["a"] * 2 + ["b"] * 4  # two models each time, and nothing for the second call
 
 
 def test_a_difference_whose_interval_covers_zero_is_called_none() -> None:
