@@ -115,7 +115,7 @@ class QuantizedLinear(nn.Module):
     def dequantized(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
         """Returns the weight (O, I), or some of its rows, in this type. It is rounded once."""
         whole_OI, scales_O1 = self.whole(rows), self.scales[rows]
-        exact = torch.mul(whole_OI, scales_O1, out=_apart(whole_OI.shape, scales_O1))
+        exact = _apart(whole_OI.shape, scales_O1).copy_(whole_OI).mul_(scales_O1)  # a product would copy them as floats
         if self.rotation > 1:
             matrix = rotated(torch.eye(self.rotation, device=exact.device, dtype=exact.dtype), self.rotation)
             turned = _apart(whole_OI.shape, scales_O1)
