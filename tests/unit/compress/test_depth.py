@@ -117,5 +117,5 @@ def test_a_pooling_block_stays_as_it_is(tiny_embedder: Callable[..., Embedder], 
 
 def test_none_and_all_layers_are_refused(tiny_embedder: Callable[..., Embedder]) -> None:
     for keep in (0, 3, 9):
-        with pytest.raises(InputError, match=rf"--layers {keep}: the model has 3; keep at least 1 and at most 2"):
+        with pytest.raises(InputError, match=f"--layers {keep}: the model has 3 layers; keep at least 1 and"):
             choose(tiny_embedder("mean"), TEXTS, keep, "angular")
