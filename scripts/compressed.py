@@ -63,7 +63,7 @@ def checked(file: Path) -> dict[str, Any]:
 
 
 def tables(records: list[dict[str, Any]]) -> str:
-    lines = []
+    lines = [] if records else ["Not measured yet: no record is kept.", ""]
     for record in records:
         about, machine = record["about"], record["about"]["machine"]
         lines += [f"### {record['name']}\n", markdown_table(table(record)), ""]
