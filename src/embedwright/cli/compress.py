@@ -33,8 +33,8 @@ def compress(
     by: Annotated[
         Literal["angular", "influence"] | None,
         opt(
-            "With --layers, those that go: the block whose output is nearest to its input, or single ones that change "
-            "least. Default: angular."
+            "With --layers, what is removed: the block of layers whose output is nearest to its input, or the single "
+            "layers that change states least. Default: angular."
         ),
     ] = None,
     width: Annotated[
@@ -42,7 +42,7 @@ def compress(
     ] = None,
     width_by: Annotated[
         Literal["wanda", "magnitude"] | None,
-        opt("With --width, those that stay: the largest by weight times activation, or by weight. Default: wanda."),
+        opt("With --width, how channels are scored: by weight times activation, or by weight alone. Default: wanda."),
     ] = None,
     heal: Annotated[
         Path | None,
@@ -56,7 +56,7 @@ def compress(
         ),
     ] = None,
     distil: Annotated[
-        Path | None, opt("Train the student by this recipe, some stages of which follow MODEL (docs/students.md).")
+        Path | None, opt("Train the student by this recipe. At least one stage follows MODEL (docs/students.md).")
     ] = None,
     aligned: Annotated[
         bool, opt("With --distil: measure and note whether its queries can search the indexes of MODEL.", "--aligned")

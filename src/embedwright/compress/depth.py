@@ -1,4 +1,4 @@
-"""Removes decoder layers: those that change the states least on calibration texts, and what the config says of them.
+"""Removes the decoder layers that change states least on calibration texts, and their entries in the config.
 
 `angular` removes the block of neighbouring layers whose output is nearest to its input (Gromov et al., arXiv
 2403.17887). `influence` removes the layers that change the states least, one by one (ShortGPT, arXiv 2403.03853). Both

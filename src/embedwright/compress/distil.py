@@ -54,7 +54,7 @@ def distil_step(
     decoder: str | None = None,
     aligned: bool = False,
 ) -> Step:
-    """Returns the step that trains a student by a recipe, some stages of which follow `teacher`.
+    """Returns the step that trains a student by a recipe. At least one stage follows `teacher`.
 
     The student is the model that the step begins with. Or it is a `decoder`, by name, with the teacher's pooling,
     attention and length unless the recipe's `model` says otherwise. `aligned` students search the teacher's own
