@@ -1,6 +1,7 @@
 """What exports of real models give: measured by this script, and shown in docs/export.md, which `make_docs.py` writes.
 
-python scripts/exports.py results/flagship   # needs EMBEDWRIGHT_DATA; runs each graph by the lines of docs/export.md
+python scripts/exports.py onnx results/flagship   # needs EMBEDWRIGHT_DATA; by the lines of docs/export.md
+python scripts/exports.py gguf results/flagship   # the same texts as documents, by llama.cpp (xllamacpp)
 """
 
 from __future__ import annotations
@@ -13,19 +14,24 @@ import re
 import tempfile
 import time
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from embedwright.evaluation.about import about
+from embedwright.export.gguf import export_gguf
 from embedwright.export.onnx import export_onnx
 from embedwright.files import write_json
+from embedwright.model.adapters.lora import has_lora
 from embedwright.model.embedder import Embedder
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "export-onnx.json"
-MARK, END = "<!-- onnx, made by scripts/exports.py -->\n", "<!-- end -->"
+RESULTS = ROOT / "benchmarks" / "results"
+FORMATS = {"onnx": ("float32", "int8"), "gguf": ("f32", "f16", "q8_0")}  # with the types of weights
+RUNTIMES = {"onnx": "onnxruntime", "gguf": "xllamacpp"}
+END = "<!-- end -->"
 PAIRS = 50  # of STS 2014, the first
 TASK = "Retrieve semantically similar text."
 AT_ONCE = 16  # texts of about one length
@@ -34,21 +40,24 @@ Vectors = np.ndarray[Any, Any]
 
 
 def page(text: str) -> str:
-    """docs/export.md with its table between its marks."""
-    before, mark, rest = text.partition(MARK)
-    return f"{before}{mark}{table(json.loads(RESULTS.read_text(encoding='utf-8')))}{END}{rest.partition(END)[2]}"
+    """docs/export.md with the table of each format between its marks."""
+    for name in FORMATS:
+        before, mark, rest = text.partition(f"<!-- {name}, made by scripts/exports.py -->\n")
+        record = json.loads((RESULTS / f"export-{name}.json").read_text(encoding="utf-8"))
+        text = f"{before}{mark}{table(name, record)}{END}{rest.partition(END)[2]}"
+    return text
 
 
-def table(kept: dict[str, Any]) -> str:
-    """One row for each graph."""
+def table(name: str, kept: dict[str, Any]) -> str:
+    """One row for each type of weights."""
     head = ["weights", "size", "largest difference", "mean cosine", "lowest cosine"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for row in kept["rows"]:
         cells = [row["weights"], f"{row['bytes'] / 1e6:,.0f} MB", f"{row['difference']:.1e}"]
-        cells += [f"{row[name]:.4f}" for name in ("mean_cosine", "lowest_cosine")]
+        cells += [f"{row[part]:.6f}" for part in ("mean_cosine", "lowest_cosine")]
         lines.append(f"| {' | '.join(cells)} |")
     said = kept["about"]
-    versions = ", ".join(f"{name} {said['versions'][name]}" for name in ("torch", "onnxruntime"))
+    versions = ", ".join(f"{package} {said['versions'][package]}" for package in ("torch", RUNTIMES[name]))
     how = f"`{said['command']}`, {said['date'][:10]}, on {said['machine']['processor']}, {versions}."
     what = f"`{said['model']}` on {2 * PAIRS} texts, the first {PAIRS} pairs of STS 2014"
     return "\n".join([*lines, "", f"{what}: {how}"]) + "\n"
@@ -73,36 +82,63 @@ def in_batches(encode: Any, texts: Sequence[str]) -> Vectors:
     return vectors
 
 
-def measured(name: str) -> dict[str, Any]:
-    """Exports a model in both types, and compares what the graphs give with what it gives."""
+def by_onnxruntime(model: Embedder, kind: Any, folder: Path) -> tuple[int, Any]:
+    """Exports a model; returns its bytes, and a function from texts to vectors."""
+    print(export_onnx(model, folder, kind), flush=True)
+    encode = documented(folder)
+    return size_of(folder / "onnx"), lambda texts: in_batches(encode, texts)
+
+
+def by_llama_cpp(model: Embedder, kind: Any, folder: Path) -> tuple[int, Any]:
+    """The same through llama.cpp's own server, which is told of the file and nothing more."""
+    import xllamacpp
+
+    print(export_gguf(model, folder / "model.gguf", kind), flush=True)
+    params = xllamacpp.CommonParams()
+    params.model.path, params.embedding, params.warmup = str(folder / "model.gguf"), True, False
+    params.n_ctx = params.n_batch = params.n_ubatch = 1024
+    server = xllamacpp.Server(params)
+
+    def encode(texts: Sequence[str]) -> Vectors:
+        rows = [server.handle_embeddings({"input": [text]})["data"][0]["embedding"] for text in texts]
+        return np.array(rows, dtype=np.float32)
+
+    return size_of(folder), encode
+
+
+def size_of(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
+def measured(form: str, name: str) -> dict[str, Any]:
+    """Exports a model in each type, and compares what the runtime gives with what the model gives."""
     model = Embedder.load(name, device="cpu", dtype="float32")
-    if any("lora_" in part for part, _ in model.network.named_parameters()):
+    if has_lora(model.network.backbone):
         model.merge()
     file = Path(os.environ["EMBEDWRIGHT_DATA"]) / "dev" / "sts14.scored.jsonl.gz"
     with gzip.open(file, "rt", encoding="utf-8") as lines:
         pairs = [json.loads(line) for line, _ in zip(lines, range(PAIRS), strict=False)]
     texts = [text for pair in pairs for text in (pair["text1"], pair["text2"])]
-    expected = model.encode(texts, TASK)
+    expected = model.encode(texts, TASK if form == "onnx" else None)  # llama.cpp is right for documents alone
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        for kind in ("float32", "int8"):
+        for kind in FORMATS[form]:
             folder, started = Path(scratch) / kind, time.perf_counter()
-            print(export_onnx(model, folder, kind), flush=True)
+            size, encode = (by_onnxruntime if form == "onnx" else by_llama_cpp)(model, kind, folder)
             seconds = time.perf_counter() - started
-            size = sum(file.stat().st_size for file in (folder / "onnx").iterdir())
-            vectors = in_batches(documented(folder), texts)
+            vectors = encode(texts)
             cosines = (vectors * expected).sum(1)
             row = {"weights": kind, "bytes": size, "seconds": seconds, "mean_cosine": float(cosines.mean())}
             row |= {"difference": float(np.abs(vectors - expected).max()), "lowest_cosine": float(cosines.min())}
             rows.append(row)
     said = about(name)
-    import onnxruntime
-
-    said["versions"]["onnxruntime"] = onnxruntime.__version__
+    said["versions"][RUNTIMES[form]] = version(RUNTIMES[form])
     return {"about": said, "rows": rows}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("format", choices=FORMATS)
     parser.add_argument("model")
-    write_json(RESULTS, measured(parser.parse_args().model))
+    asked = parser.parse_args()
+    write_json(RESULTS / f"export-{asked.format}.json", measured(asked.format, asked.model))

@@ -221,8 +221,7 @@ CHANGES: dict[str, dict[str, tuple[str, str, Words]]] = {
         "model": ("files", "{other_nvembed}", {}),
         "out": ("names", "elsewhere", {}),
         "layout": ("error", "--format gguf", {}),  # which has no latent pooling
-        "type": ("files", "--type f32", {"model": "{other}", "out": "OUT.gguf", "layout": "--format gguf"}),
-        "weights": ("error", "--weights int8", {}),
+        "weights": ("files", "--weights f32", {"model": "{other}", "out": "OUT.gguf", "layout": "--format gguf"}),
     },
     "serve": {
         "model": ("said", "{other}", {}),

@@ -237,6 +237,9 @@ def search(
             say(f"  {hit.score:.4f}  {hit.id}  {' '.join(shown.split())[:100]}")
 
 
+_WEIGHTS = {"nvembed": (), "onnx": ("float32", "int8"), "gguf": ("f16", "f32", "q8_0")}  # the first is the default
+
+
 def export(
     model: Annotated[str, arg("Folder of a model.")],
     out: Annotated[Path, arg("New folder, or new .gguf file.", callback=options.new_folder)],
@@ -247,32 +250,31 @@ def export(
         ),
     ] = "nvembed",
     weights: Annotated[
-        Literal["float32", "int8"] | None, opt("With onnx: type of the weights. Default: float32.")
-    ] = None,
-    type: Annotated[
-        Literal["f32", "f16", "q8_0"] | None, opt("With gguf: type of the weights. Default: f16.", "--type")
+        Literal["float32", "int8", "f16", "f32", "q8_0"] | None,
+        opt("Type of the weights. With onnx: float32 (default) or int8; with gguf: f16 (default), f32 or q8_0."),
     ] = None,
 ) -> None:
     """Write a model for other programs: as a released NV-Embed folder, for ONNX Runtime, or as a GGUF file."""
     from embedwright.model.embedder import Embedder
     from embedwright.model.formats.detect import check_float
 
-    for name, given, wanted in (("--type", type, "gguf"), ("--weights", weights, "onnx")):
-        if given is not None and layout != wanted:
-            raise InputError(f"{name} is for --format {wanted}, not for {layout}")
+    if weights is not None and weights not in _WEIGHTS[layout]:
+        fits = next(name for name, types in _WEIGHTS.items() if weights in types)
+        raise InputError(f"--weights {weights} is for --format {fits}, not for {layout}")
+    kind: Any = weights or next(iter(_WEIGHTS[layout]), None)
     check_float(model, "export")
     if layout == "gguf":
         from embedwright.export.gguf import check_gguf, export_gguf
 
         check_gguf(out)
-        served = export_gguf(Embedder.load(model), out, type or "f16")
-        say(f"{out}: {type or 'f16'}, right in llama.cpp for {served}")
+        served = export_gguf(Embedder.load(model), out, kind)
+        say(f"{out}: {kind}, right in llama.cpp for {served}")
     elif layout == "onnx":
         from embedwright.export.onnx import export_onnx
         from embedwright.model.adapters.lora import has_lora
 
         opened = Embedder.load(model, device="cpu", dtype="float32")
-        said = export_onnx(opened.merge() if has_lora(opened.network.backbone) else opened, out, weights or "float32")
+        said = export_onnx(opened.merge() if has_lora(opened.network.backbone) else opened, out, kind)
         say(f"{out}: {layout} layout, {said}")
     else:
         from embedwright.model.formats.nvembed_export import export_nvembed

@@ -244,5 +244,5 @@ def _write_tensors(writer: Any, pieces: dict[str, _Piece], type: Type) -> None:
         with np.errstate(over="ignore"):
             stored = gguf.quantize(piece.values(), kind_of(piece.weight))
         if stored.dtype == np.float16 and not np.isfinite(stored).all():
-            raise InputError(f"{name} has values that float16 cannot hold: write the file with --type f32")
+            raise InputError(f"{name} has values that float16 cannot hold: write the file with --weights f32")
         writer.write_tensor_data(stored)

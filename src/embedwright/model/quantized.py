@@ -96,7 +96,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """That of the weight, (O, I)."""
+        """Returns the shape of the weight, (O, I)."""
         return self.out_features, self.in_features
 
     def whole(self, rows: slice = slice(None)) -> Tensor:

@@ -187,7 +187,7 @@ def test_sizes_are_checked_before_a_step_takes_its_time(at: Path, monkeypatch: p
     ):
         with pytest.raises(InputError, match=said):
             run("model", "out", *words, "--texts", "texts.jsonl")
-    recipe = Path(__file__).parents[3] / "recipes" / "compress" / "heal.yaml"
+    recipe = Path(__file__).parents[3] / "recipes" / "flagship" / "heal.yaml"
     with pytest.raises(InputError, match="--student 2: the model has 2 layers"):
         run("model", "out", "--layers", 2, "--student", 2, "--distil", recipe, "--texts", "texts.jsonl")
     assert [file.name for file in at.iterdir() if file.name.startswith("out")] == []
@@ -202,7 +202,7 @@ def test_a_first_step_that_fails_leaves_nothing(at: Path, monkeypatch: pytest.Mo
 
 def test_quantised_weights_are_compressed_and_exported_from_their_model(at: Path) -> None:
     run("model", "small", "--weights", "int8")
-    recipe = Path(__file__).parents[3] / "recipes" / "compress" / "heal.yaml"
+    recipe = Path(__file__).parents[3] / "recipes" / "flagship" / "heal.yaml"
     for words in (["--layers", 2], ["--width", 0.7], ["--student", 1, "--distil", recipe]):
         with pytest.raises(InputError, match=r"^small holds quantised weights: compress the model that they were made"):
             run("small", "out", *words)

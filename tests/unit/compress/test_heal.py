@@ -29,6 +29,7 @@ def stage(name: str, **more: Any) -> dict[str, Any]:
     return {"name": name, "data": data, "in_batch_negatives": "all", "hard_negatives": 0, "optim": optim, **more}
 
 
+ROOT = Path(__file__).parents[3]
 FOLLOWS = {"loss": {"distill": {"vector_weight": 1.0}}}
 RECIPE: dict[str, Any] = {
     "name": "short",
@@ -78,8 +79,9 @@ def test_what_a_run_fills_in(at: Path) -> None:
     without = {key: value for key, value in RECIPE.items() if key not in ("model", "run")}
     (at / "own.yaml").write_text(yaml.safe_dump(without))
     assert filled("own.yaml", "model", "big", at / "run").hash()
-    file = Path(__file__).parents[3] / "recipes" / "compress" / "heal.yaml"
-    assert filled(file, "model", "big", at / "run").stages[0].loss.teachers == ("big",)
+    assert filled(ROOT / "recipes" / "flagship" / "heal.yaml", "model", "big", at / "run").stages[0].loss.teachers == (
+        "big",
+    )
 
 
 def test_a_pruned_model_is_healed_and_goes_on_after_a_stop(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,6 +119,24 @@ def test_a_pruned_model_is_healed_and_goes_on_after_a_stop(at: Path, monkeypatch
     assert len(healed.network.backbone.layers) == 2 and healed.contract == pruned.contract
     assert abs(Embedder.load("out", dtype="float32").encode(["a tide"]) - pruned.encode(["a tide"])).max() > 1e-3
     assert not (at / "out.steps").exists() and not (at / "elsewhere").exists()
+
+
+def test_the_recipe_of_the_page_heals_a_model(at: Path) -> None:
+    """docs/compression.md has it for any pairs. It is run as it stands, but for its steps and its batch."""
+    page = (ROOT / "docs" / "compression.md").read_text(encoding="utf-8")
+    written = page.partition("```yaml\n")[2].partition("```")[0]
+    assert filled(_file(at, written), "model", "model", at / "run").stages[0].optim.steps == 140
+    short = written.replace("warmup_steps: 10, steps: 140, batch_queries: 32", "steps: 2, batch_queries: 4")
+    assert short != written
+    _file(at, short)
+    (at / "pairs.jsonl").rename(at / "my_pairs.jsonl")
+    (at / "pairs.txt").write_text("a tide\nthe moon\n")
+    assert "heal: recipe heal, stages follow 2 steps of 4, teacher model" in run("--heal", "recipe.yaml")
+
+
+def _file(at: Path, recipe: str) -> Path:
+    (at / "recipe.yaml").write_text(recipe)
+    return at / "recipe.yaml"
 
 
 def test_a_done_step_is_taken_over_by_the_same_data_and_type_alone(at: Path) -> None:

@@ -323,7 +323,7 @@ def test_numbers_that_a_type_cannot_hold(tiny_embedder: Make, tmp_path: Path) ->
     model = tiny_embedder("last")
     with torch.no_grad():
         model.network.backbone.layers[0].mlp.up_proj.weight[0, 0] = 1e5
-    with pytest.raises(InputError, match=r"blk\.0\.ffn_up\.weight.*--type f32"):
+    with pytest.raises(InputError, match=r"blk\.0\.ffn_up\.weight.*--weights f32"):
         export_gguf(model, tmp_path / "model.gguf")
     assert list(tmp_path.iterdir()) == []
     export_gguf(model, tmp_path / "model.gguf", "f32")
@@ -356,9 +356,9 @@ def test_the_command(
         return 0
 
     file = str(tmp_path / "tiny.gguf")
-    assert run(file, "--format", "gguf", "--type", "q8_0") == 0
+    assert run(file, "--format", "gguf", "--weights", "q8_0") == 0
     assert capsys.readouterr().out == f"{file}: q8_0, right in llama.cpp for documents alone\n"
     assert fields(Path(file))["general.file_type"] == 7
     assert run(file, "--format", "gguf") == 2
-    assert run(str(tmp_path / "folder"), "--type", "f32") == 2
+    assert run(str(tmp_path / "folder"), "--weights", "f32") == 2
     assert "--format gguf" in capsys.readouterr().err

@@ -160,6 +160,36 @@ def test_a_wrong_graph_is_never_written(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_where_float32_loses_digits_the_graph_is_held_to_float64(
+    exported: Path, latent: Embedder, tmp_path: Path, same_graph: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No text is equal to the last bit, so that a tolerance of nothing sends each of them there."""
+    monkeypatch.setattr(onnx, "TOLERANCE", 0.0)
+    said = export_onnx(latent, tmp_path / "out")
+    assert re.search(r"on 10 texts \(the model itself is \d\.\de-0[78] from float64\)$", said)
+    with torch.no_grad():
+        weight = latent.network.backbone.layers[0].mlp.up_proj.weight
+        weight[3] += 1e-4
+        try:
+            with pytest.raises(ProbeError, match="other vectors than the model"):
+                export_onnx(latent, tmp_path / "wrong")
+        finally:
+            weight[3] -= 1e-4
+    assert not (tmp_path / "wrong").exists()
+
+
+@pytest.mark.long
+def test_a_decoder_whose_states_are_a_thousand_times_apart(
+    smollm2_folder: Path, tmp_path: Path, onnx_packages: None
+) -> None:
+    """SmolLM2-135M as it comes, all layers: a text of two tokens is 6e-5 from float64."""
+    model = Embedder.from_decoder(smollm2_folder, pooling="mean")
+    assert "(the model itself is" in export_onnx(model, tmp_path / "out")
+    for text in ("x", "how do tides work?"):
+        np.testing.assert_allclose(documented(tmp_path / "out")([text]), model.encode([text]), rtol=0, atol=1e-4)
+    assert all(finding.ok for finding in doctor.examine_name(str(tmp_path / "out")))
+
+
 def test_without_onnxruntime_it_says_that_it_did_not_verify(
     exported: Path, latent: Embedder, tmp_path: Path, same_graph: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,6 +69,7 @@ def environment() -> dict[str, str]:
         "cores / torch threads": f"{os.cpu_count()} / {torch.get_num_threads()}",
         "threads": threads.described(),
         "kernels": kernels.described(),
+        "int8": kernels.int8_fault() or "by AVX-512 VNNI",
     }
 
 
