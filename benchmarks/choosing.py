@@ -10,7 +10,7 @@ from tables import Records, table
 
 # USD for one core of a rented server and one hour. Costs are proportional to it: put in what you pay.
 PRICE_PER_CORE_HOUR = 0.04
-MOST_DISTANT = 2  # times bfloat16's mean distance from float32: a type that is further off is not recommended
+WITHIN = "within 0.5"  # points of each task's score: what int8_accuracy.py has to claim before int8 is recommended
 ORDER = ["float32", "bfloat16", "int8", "ONNX Runtime int8", "ST float32", "ST bfloat16"]
 EXPLAINED = f"""\
 Passages on two cores; the rows of ST and ONNX Runtime are for comparison. USD: for a million passages, at
@@ -42,7 +42,7 @@ def choosing_section(results: Records) -> list[str]:
     return [
         "## Which setting shall I use",
         "",
-        *_answers(ours, results.get("gpu")),
+        *_answers(ours, results),
         "",
         EXPLAINED,
         "",
@@ -52,7 +52,7 @@ def choosing_section(results: Records) -> list[str]:
 
 
 def _settings(results: Records) -> Iterator[dict[str, Any]]:
-    """Every side of every encode record, on passages."""
+    """Yields a row for every side of every encode record, on passages."""
     cold = {record["model"]: record["seconds"] for name, record in results.items() if name.startswith("cold-")}
     for name, record in results.items():
         if not name.startswith("encode-"):
@@ -76,29 +76,44 @@ def _settings(results: Records) -> Iterator[dict[str, Any]]:
             }
 
 
-def _answers(ours: Sequence[Mapping[str, Any]], gpu: Mapping[str, Any] | None) -> list[str]:
-    """One line for each user, by medians over the models that were measured in every type. What is further from float32
-    than `MOST_DISTANT` times bfloat16 is recommended to nobody."""
+def _answers(ours: Sequence[Mapping[str, Any]], results: Records) -> list[str]:
+    """One line for each user, by medians over the models that were measured in every type. int8 is recommended once its
+    scores were measured on trained models, and none moves by more than `WITHIN` says."""
+    held = [
+        (record["model"], row["task"], row["claim"])
+        for name, record in results.items()
+        if name.startswith("int8-")
+        for row in record["differences"]
+        if row["candidate"] == "int8" and row["task"] != "mean"
+    ]
+    int8 = bool(held) and all(claim == WITHIN for _, _, claim in held)
     by_type: dict[str, dict[str, Mapping[str, Any]]] = {}
     for row in ours:
-        by_type.setdefault(row["setting"], {})[row["model"]] = row
+        if int8 or row["setting"] != "int8":
+            by_type.setdefault(row["setting"], {})[row["model"]] = row
     models = set.intersection(*(set(rows) for rows in by_type.values()))
+    if not models or not {"float32", "bfloat16"} <= by_type.keys():
+        return ["Not answered: no model has been measured in every type yet."]
 
     def typical(setting: str, what: str) -> float:
-        return statistics.median(row[what] or 0.0 for model, row in by_type[setting].items() if model in models)
+        return statistics.median(row[what] for model, row in by_type[setting].items() if model in models)
 
-    most = MOST_DISTANT * typical("bfloat16", "distance") if "bfloat16" in by_type else 0.0
-    near = [setting for setting in by_type if typical(setting, "distance") <= most]
-    lean, cheap = (min(near, key=lambda setting: typical(setting, what)) for what in ("mb", "cost"))
-    mb, usd = (f"{typical(lean, 'mb'):,.0f} MB", f"{typical(cheap, 'cost'):.2f} USD")
+    def ranked(what: str, unit: str, digits: int) -> str:
+        order = sorted(by_type, key=lambda setting: typical(setting, what))
+        amounts = [f"{typical(setting, what):,.{digits}f} {unit}" for setting in order]
+        others = ", ".join(f"{setting} {amount}" for setting, amount in zip(order[1:], amounts[1:], strict=True))
+        return f'`dtype="{order[0]}"`: {amounts[0]} ({others})'
+
     answers = [
-        f'- **A laptop:** `dtype="{lean}"` takes the least memory, {mb}; float32 takes'
-        f" {typical('float32', 'mb'):,.0f} MB.",
-        f'- **A CPU server:** `dtype="{cheap}"` costs least, {usd} for a million passages; float32 costs'
-        f" {typical('float32', 'cost'):.2f} USD.",
+        f"- **A laptop** wants little memory. {ranked('mb', 'MB', 0)}.",
+        f"- **A CPU server** wants cheap passages. {ranked('cost', 'USD', 2)} for a million.",
     ]
+    if "int8" in by_type:
+        on = " and ".join(dict.fromkeys(f"{task} by the {model}" for model, task, _ in held))
+        answers[-1] += f" int8 keeps scores {WITHIN} points of float32's, on {on}"
+        answers[-1] += " ([models](models.md#int8-on-cpus)): measure yours."
     said = '- **A GPU:** `dtype="bfloat16"`.'
-    if gpu is None:
+    if (gpu := results.get("gpu")) is None:
         return [*answers, f"{said} Not measured: no GPU has been at hand."]
     rates = " and ".join(f"{found['sides']['ours']['tokens_per_second']:,.0f}" for found in gpu["encode"].values())
     return [*answers, f"{said} One {gpu['gpu']} encodes {rates} tokens/s ([GPU](#gpu)). int8 was not run on one."]

@@ -45,7 +45,7 @@ from embedwright.model.embedder import Embedder  # noqa: E402
 from embedwright.model.quantized import INT8  # noqa: E402
 
 FIRST = {"peer": 8, "onnx": 1024}  # where the search for a side's batch size begins: texts; tokens
-SIDES = ("peer", "ours", "int8", "onnx")
+SIDES = {"float32": ("peer", "ours"), "bfloat16": ("peer", "ours", "int8", "onnx")}
 MEMORY_TOKENS = 10_000  # mixed: more than one batch of either side
 MEMORY_TEXTS = "memory-texts.json"  # in the folder with the models
 STORED = "int8"  # there, a folder with weights in int8
@@ -58,7 +58,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=tuple(SHORT), default="float32")
     parser.add_argument("--tokens", type=int, default=4000, help="of each text set")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--memory-of", choices=SIDES, help="measure one side's memory and print it: internal")
+    parser.add_argument(
+        "--memory-of", choices=SIDES["bfloat16"], help="measure one side's memory and print it: internal"
+    )
     parser.add_argument("--folder", type=Path, help="with the models of all sides: internal")
     parser.add_argument("--batch", type=int, help="of a peer, with --memory-of: internal")
     options = parser.parse_args()
@@ -72,7 +74,7 @@ def main() -> None:
 def measure(options: argparse.Namespace) -> models.Measured:
     exact = models.ours(options.folder, "float32")
     left_out = why_left_out(options)
-    sides = {side: opened(side, options) for side in SIDES if side not in left_out}
+    sides = {side: opened(side, options) for side in SIDES[options.dtype] if side not in left_out}
     types = [options.dtype, *(["int8"] if "int8" in sides else [])]
     shapes = models.layer_shapes(options.model)
     peaks = {kind: peak_flops(getattr(torch, kind), shapes) for kind in types}
@@ -103,9 +105,9 @@ def measure(options: argparse.Namespace) -> models.Measured:
 
 
 def why_left_out(options: argparse.Namespace) -> dict[str, str]:
-    """Which sides are not measured, and why."""
+    """Which sides of a run in bfloat16 cannot be measured, and why."""
     if options.dtype != "bfloat16":
-        return dict.fromkeys(("int8", "onnx"), "measured with bfloat16")
+        return {}
     found = {}
     if not kernels.int8_available():
         found["int8"] = str(kernels.int8_fault())

@@ -192,7 +192,7 @@ def _int8_lines(records: Records) -> list[str]:
         "MFU",
     ]
     said = dict.fromkeys(
-        reason for r in records.values() for reason in r.get("left_out", {}).values() if "with" not in reason
+        reason for r in records.values() if r["dtype"] == "bfloat16" for reason in r.get("left_out", {}).values()
     )
     lines = ["### int8", "", INT8, "", *table([*head, "mean distance", "smallest cosine"], rows), ""]
     return lines + [line for reason in said for line in (f"Left out: {reason}.", "")]
