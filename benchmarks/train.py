@@ -217,10 +217,14 @@ class Ours:
     def backward(self, texts: tuple[list[str], ...], batch_tokens: int) -> float:
         queries, *passages = texts
         candidates = [("", text) for column in passages for text in column]
-        allowed_QC = np.ones((len(queries), len(candidates)), dtype=bool)
-        rows = np.arange(len(queries))
+        count, rows = len(queries), np.arange(len(queries))
+        allowed_QC = np.ones((count, len(candidates)), dtype=bool)
         allowed_QC[rows, rows] = False
-        batch = Batch([("", text) for text in queries], candidates, [], Masks(rows, allowed_QC, allowed_QC))
+        own_QC = np.zeros_like(allowed_QC)
+        for first in range(count, len(candidates), count):
+            own_QC[rows, first + rows] = True
+        ids = [str(row) for row in rows]
+        batch = Batch([("", text) for text in queries], candidates, ids, Masks(rows, allowed_QC, own_QC))
         local = local_batch(batch, self.model.text_tokenizer, self.model.contract, ALONE)
         loss, self.tokens = accumulate(self.replica, local, STAGE, batch_tokens=batch_tokens, seed=0)
         return loss

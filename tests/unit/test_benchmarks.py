@@ -339,6 +339,29 @@ def test_the_gpus_section_says_how_busy_it_is_and_what_compiling_brings(part: An
     assert "b: the GPU computes 100% of the time. Layers compiled by torch: Error: two lines." in page
 
 
+def test_a_training_step_is_infonce_over_all_candidates(
+    part: Any, tiny_embedder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loss against four lines of torch; a step in parts has the gradients of a whole one."""
+    train = part("train")
+    monkeypatch.setattr(train, "opened", lambda *_: tiny_embedder("mean"))
+    texts = tuple([f"{kind} {i} " + "word " * i for i in range(6)] for kind in ("query", "positive", "negative"))
+    mine = train.Ours(None, "float32")
+    loss = mine.backward(texts, train.WHOLE)
+    whole = train.gradients(mine.backbone)
+    query_QE, *passages = (torch.from_numpy(mine.model.encode(list(column))) for column in texts)
+    scores_QC = query_QE @ torch.cat(passages).T / train.TEMPERATURE
+    assert loss == pytest.approx(float(torch.nn.functional.cross_entropy(scores_QC, torch.arange(6))), abs=1e-4)
+    assert mine.backward(texts, 40) == pytest.approx(loss, abs=1e-5)
+    assert train.difference(train.gradients(mine.backbone), whole) < 1e-4
+    mine.step(texts, train.WHOLE)
+
+
+def test_the_longest_text_of_scaling_fits_the_model(part: Any, smollm2_folder: Path) -> None:
+    longest = json.loads((smollm2_folder / "config.json").read_text())["max_position_embeddings"]
+    assert max(part("scaling").LENGTHS) == longest
+
+
 # ---- which setting
 
 

@@ -40,12 +40,12 @@ def panels(title: str, names: Sequence[str], plots: Mapping[str, Sequence[Point]
 
 
 def _panel(what: str, points: Sequence[Point]) -> list[str]:
-    foot, right = HEIGHT - BOTTOM, WIDTH - 16
+    foot, right = HEIGHT - BOTTOM, WIDTH - 28  # half of the last number stands beyond
     xs = _Axis([0.0, *(point.x for point in points)], LEFT, right)
     ys = _Axis([end for point in points for end in point[1:] if end is not None], foot, TOP)
     lines = [_text((LEFT + WIDTH) / 2, HEIGHT - 10, what, "text-anchor='middle'"), _text(LEFT, TOP - 8, "mean score")]
     for tick, at in xs.ticks:
-        lines += [f"<path d='M{at} {TOP}V{foot}'/>", _text(at, foot + 16, f"{tick:g}", "text-anchor='middle'")]
+        lines += [f"<path d='M{at} {TOP}V{foot}'/>", _text(at, foot + 16, f"{tick:,g}", "text-anchor='middle'")]
     for tick, at in ys.ticks:
         lines += [f"<path d='M{LEFT} {at}H{right}'/>", _text(LEFT - 6, at + 4, f"{tick:g}", "text-anchor='end'")]
     for point in points:
