@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import random
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -18,7 +20,7 @@ _LOADING = threading.RLock()
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """Restores the CPU's default generator and transformers' verbosity after the block.
+    """Restores the CPU's default generator and transformers' verbosity after the block, and gives freed memory back.
 
     Only one thread at a time is in the block: of two, the later one would restore what the earlier one had set.
     """
@@ -28,6 +30,13 @@ def loading() -> Iterator[None]:
             yield
         finally:
             transformers_logging.set_verbosity(verbosity)
+            _give_back()
+
+
+def _give_back() -> None:
+    """Returns to the system what was freed: glibc keeps it, 250 MB after a vocabulary of 262,000 tokens was read."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
 
 
 @contextmanager

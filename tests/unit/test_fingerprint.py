@@ -56,7 +56,7 @@ def test_what_differs_is_named(tiny_embedder: Callable[..., Embedder], tmp_path:
     change("weights", lambda model: model.add_lora(rank=2))
     change("dtype (float32, now float32, mixed)", lambda model: setattr(model.network, "mixed", True))
     change("backbone.is_causal", lambda model: setattr(model.network.backbone.config, "is_causal", True))
-    change("tokenizer", lambda model: model.own_tokenizer.add_tokens(["tides"]))
+    change("tokenizer", lambda model: model.text_tokenizer.plain.add_tokens(["tides"]))
     assert model.fingerprint() == before == tiny_embedder("latent").fingerprint()
     assert differences(before, {}).count(",") >= 5 and " more" in differences(before, {})
 

@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from embedwright import Embedder, Recipe, evaluate, mine, train
 from embedwright.data.schema import Example, Passage
+from embedwright.host import loading
 from embedwright.index.faiss_file import write_faiss
 from embedwright.index.index import Index
 from embedwright.model.formats.nvembed_export import export_nvembed
@@ -177,3 +178,15 @@ def test_eight_threads_leave_the_process_as_it_was(
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda name: CALLS[name](saved, base, tmp_path / name.replace(" ", "_")), names))
     assert changed(before) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc alone keeps what was freed")
+def test_memory_that_loading_has_freed_goes_back_to_the_system() -> None:
+    def resident() -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 1e6
+
+    with loading():
+        blocks = [b"x" * 50_000 for _ in range(4000)]  # from the heap: larger ones would be mapped, each by itself
+        full, last = resident(), blocks.pop()  # which lies above the others
+        blocks.clear()
+    assert last and full - resident() > 150

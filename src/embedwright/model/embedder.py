@@ -6,6 +6,7 @@ N texts, E embedding, T packed tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from embedwright.cpu import accelerate as cpu
-from embedwright.errors import InputError
 from embedwright.fingerprint import Digest, Facts, tokenizer_fact
 from embedwright.host import loading
 from embedwright.model import encode
@@ -25,12 +25,12 @@ from embedwright.model.formats.open import check_record, open_embedder, open_in_
 from embedwright.model.interop import hub
 from embedwright.model.interop.save import opens_as_stock, save_network
 from embedwright.model.network import EmbedwrightModel, check_fit, fold, network_facts
-from embedwright.model.pooling import FOLDED, FoldedLatent, Kind, PoolingConfig
+from embedwright.model.pooling import Kind, PoolingConfig, check_unfolded
 from embedwright.model.quantized import warn_of_gpu
 from embedwright.model.verify import probe, selftest
 from embedwright.model.verify.modes import evaluating
 from embedwright.packing import PackedTexts, pack
-from embedwright.text import Contract, TextTokenizer, check_texts, private_copy, read
+from embedwright.text import Contract, TextTokenizer, check_texts, read, with_backend, without_backend
 
 Backend = Literal["packed", "sdpa", "eager"]
 
@@ -44,13 +44,16 @@ class Embedder:
     """
 
     def __init__(self, network: EmbedwrightModel, tokenizer: Any) -> None:
-        self.network = network
-        self.tokenizer = tokenizer
+        self.network, self.tokenizer = network, tokenizer
         self.contract: Contract = network.contract
         self._digests, self._unfolded = (Digest(), Digest()), dict[str, str]()
         check_fit(network, tokenizer)
-        self.own_tokenizer = private_copy(tokenizer)
-        self.text_tokenizer = TextTokenizer(self.own_tokenizer.backend_tokenizer)
+        self._shell, self.text_tokenizer = without_backend(tokenizer), TextTokenizer(tokenizer.backend_tokenizer)
+
+    @cached_property
+    def own_tokenizer(self) -> Any:
+        """The transformers tokenizer as it was when the model was made, which folders hold. It is made when needed."""
+        return with_backend(self._shell, self.text_tokenizer.plain)
 
     @classmethod
     @loading()
@@ -158,8 +161,7 @@ class Embedder:
             ValueError: The model is folded, its weights cannot be in `dtype`, or those below adapters are on no disk.
             ProbeError: The adapters are not active.
         """
-        if isinstance(self.network.head, FoldedLatent) and not self.network.head.stored:
-            raise InputError(FOLDED)
+        check_unfolded(self.network.head)
         save_network(self.network, self.own_tokenizer, Path(path), None if dtype is None else dtype_named(dtype))
         held = str(self.network.backbone.dtype).removeprefix("torch.")
         if not has_lora(self.network.backbone) and dtype in (None, held):  # else the folder has other weights
@@ -197,8 +199,7 @@ class Embedder:
         names weights that are no linear layers, such as the experts of a mixture: they get no adapter. Raises
         ValueError for a model that has adapters already, or is folded.
         """
-        if isinstance(self.network.head, FoldedLatent) and not self.network.head.stored:
-            raise InputError(FOLDED)
+        check_unfolded(self.network.head)
         add_lora(self.network.backbone, rank=rank, alpha=alpha, dropout=dropout, mixed=self.network.mixed)
         self.network.head.float().requires_grad_(True)
         return self
@@ -261,7 +262,7 @@ class Embedder:
         """
         parts = self.network.backbone.state_dict(keep_vars=True), dict(self.network.head.named_parameters())
         weights, pooling = (digest.of(tensors) for digest, tensors in zip(self._digests, parts, strict=True))
-        tokenizer = tokenizer_fact(self.own_tokenizer.backend_tokenizer, self.contract.mask_rule == "count")
+        tokenizer = tokenizer_fact(self.text_tokenizer.plain, self.contract.mask_rule == "count")
         digests = {"weights": weights, "tokenizer": tokenizer, "pooling.weights": self._unfolded.get(pooling, pooling)}
         return digests | network_facts(self.network, self.contract)
 

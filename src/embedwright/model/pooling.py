@@ -195,6 +195,12 @@ class FoldedLatent(nn.Module):
         return out
 
 
+def check_unfolded(head: nn.Module) -> None:
+    """Raises InputError for a block that was folded here, whose weights a folder cannot hold."""
+    if isinstance(head, FoldedLatent) and not head.stored:
+        raise InputError(FOLDED)
+
+
 def stored_folded(head: nn.Module) -> FoldedLatent:
     """Folds a latent block for a folder whose settings say so. Raises InputError for another head."""
     if not isinstance(head, LatentPooling):

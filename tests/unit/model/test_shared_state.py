@@ -152,6 +152,9 @@ def test_what_a_caller_does_with_the_tokenizer_changes_no_vector_and_no_folder(
 def test_a_caller_counts_tokens_with_it(tiny_embedder: Any) -> None:
     model = tiny_embedder("latent")
     assert len(model.tokenizer("how do tides work?", truncation=True, max_length=4)["input_ids"]) == 4
+    model.encode(["a tide"])
+    model.fingerprint()
+    assert "own_tokenizer" not in vars(model)  # a third of a large vocabulary's memory: made when a folder is written
     assert model.tokenizer is not model.own_tokenizer
 
 

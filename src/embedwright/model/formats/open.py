@@ -24,7 +24,7 @@ from embedwright.model.pooling import LatentPooling, PoolingConfig, stored_folde
 from embedwright.model.quantized import quantize_layers, widen
 from embedwright.model.verify import selftest
 from embedwright.packing import pack
-from embedwright.text import Contract, TextTokenizer, load_tokenizer, private_copy, tokenize
+from embedwright.text import Contract, TextTokenizer, load_tokenizer, tokenize
 
 
 def outline(name: str, revision: str | None = None) -> Outline:
@@ -91,7 +91,7 @@ def open_in_int8(path: str | Path, revision: str | None) -> tuple[EmbedwrightMod
     network, tokenizer = open_embedder(path, dtype=None, revision=revision)
     if (scheme := scheme_of(network)) is not None and scheme.bits != 8:
         raise InputError(f"{path} holds weights in {scheme.bits} bits, which are opened as they are: leave dtype out")
-    texts = TextTokenizer(private_copy(tokenizer).backend_tokenizer)
+    texts = TextTokenizer(tokenizer.backend_tokenizer)
     check_record(network, texts, path, revision)
     if scheme is not None:
         return network, tokenizer

@@ -22,15 +22,14 @@ from embedwright.model.interop.card import facts, model_card
 from embedwright.model.interop.save import save_network, write_ours
 from embedwright.model.interop.tokenizer import OUR_TRANSFORMER, sentence_transformers_files, tokenizer_for
 from embedwright.model.network import EmbedwrightModel
-from embedwright.model.pooling import FOLDED, FoldedLatent
+from embedwright.model.pooling import check_unfolded
 from embedwright.model.verify.probe import lora_faults
 from embedwright.text import TextTokenizer
 
 
 def sentence_transformer(network: EmbedwrightModel, tokenizer: Any) -> Any:
     """See `Embedder.to_sentence_transformer`."""
-    if isinstance(network.head, FoldedLatent) and not network.head.stored:
-        raise InputError(FOLDED)
+    check_unfolded(network.head)
     try:
         from sentence_transformers import SentenceTransformer
         from sentence_transformers.base.modules.normalize import Normalize
@@ -104,8 +103,7 @@ def push_to_hub(
     card: str | Mapping[str, Any] | None,
 ) -> str:
     """See `Embedder.push_to_hub`."""
-    if isinstance(network.head, FoldedLatent) and not network.head.stored:
-        raise InputError(FOLDED)
+    check_unfolded(network.head)
     if has_lora(network.backbone) and network.origin is not None and Path(network.origin.name).is_absolute():
         raise InputError(
             f"the adapters belong to a base on this machine, {network.origin.name}, which others cannot open: "

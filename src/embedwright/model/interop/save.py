@@ -33,7 +33,7 @@ from embedwright.model.network import EmbedwrightModel, scheme_of
 from embedwright.model.pooling import WEIGHTLESS
 from embedwright.model.quantized import in_few_bits
 from embedwright.model.verify import probe, selftest
-from embedwright.text import Contract, TextTokenizer, private_copy, tokenize
+from embedwright.text import Contract, TextTokenizer, tokenize, with_backend, without_backend
 
 _BOUNDARY_PROBES = ("word", "Word", "2 words", "(x)", "été", "漢字", "_name", "-1", "a\nb")
 
@@ -147,7 +147,7 @@ def write_tokenizer(tokenizer: Any, contract: Contract, folder: Path) -> None:
     It keeps EOS after a text that is cut, and reads special tokens written in a text as plain text. Under the rule
     `count` it stays as it is.
     """
-    tokenizer = private_copy(tokenizer)
+    tokenizer = with_backend(without_backend(tokenizer), tokenizer.backend_tokenizer)
     tokenizer.chat_template = None
     settings: dict[str, Any] = {"padding_side": "right", "model_max_length": contract.max_tokens}
     if contract.mask_rule != "count":
