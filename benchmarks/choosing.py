@@ -10,7 +10,7 @@ from tables import Records, table
 
 # USD for one core of a rented server and one hour. Costs are proportional to it: put in what you pay.
 PRICE_PER_CORE_HOUR = 0.04
-WITHIN = "within 0.5"  # points of each task's score: what int8_accuracy.py has to claim before int8 is recommended
+MOST_LOST = 0.5  # points of a task's score: int8 is recommended if int8_accuracy.py has measured less for each
 ORDER = ["float32", "bfloat16", "int8", "ONNX Runtime int8", "ST float32", "ST bfloat16"]
 EXPLAINED = f"""\
 Passages on two cores; the rows of ST and ONNX Runtime are for comparison. USD: for a million passages, at
@@ -78,15 +78,14 @@ def _settings(results: Records) -> Iterator[dict[str, Any]]:
 
 def _answers(ours: Sequence[Mapping[str, Any]], results: Records) -> list[str]:
     """One line for each user, by medians over the models that were measured in every type. int8 is recommended once its
-    scores were measured on trained models, and none moves by more than `WITHIN` says."""
-    held = [
-        (record["model"], row["task"], row["claim"])
+    scores were measured on trained models, and none falls by `MOST_LOST` points."""
+    measured = {
+        record["model"]: [row for row in record["differences"] if row["candidate"] == "int8" and row["task"] != "mean"]
         for name, record in results.items()
         if name.startswith("int8-")
-        for row in record["differences"]
-        if row["candidate"] == "int8" and row["task"] != "mean"
-    ]
-    int8 = bool(held) and all(claim == WITHIN for _, _, claim in held)
+    }
+    moved = [row for rows in measured.values() for row in rows]
+    int8 = bool(moved) and all(row["difference"] > -MOST_LOST for row in moved)
     by_type: dict[str, dict[str, Mapping[str, Any]]] = {}
     for row in ours:
         if int8 or row["setting"] != "int8":
@@ -109,9 +108,12 @@ def _answers(ours: Sequence[Mapping[str, Any]], results: Records) -> list[str]:
         f"- **A CPU server** wants cheap passages. {ranked('cost', 'USD', 2)} for a million.",
     ]
     if "int8" in by_type:
-        on = " and ".join(dict.fromkeys(f"{task} by the {model}" for model, task, _ in held))
-        answers[-1] += f" int8 keeps scores {WITHIN} points of float32's, on {on}"
-        answers[-1] += " ([models](models.md#int8-on-cpus)): measure yours."
+        least, most = (pick(row["difference"] for row in moved) for pick in (min, max))
+        low, high = min(row["low"] for row in moved), max(row["high"] for row in moved)
+        answers[-1] += (
+            f" int8 moves scores by {least:+.2f} to {most:+.2f} points (intervals within {low:+.1f} to {high:+.1f})"
+        )
+        answers[-1] += f" on {len(moved)} tasks of trained models, {' and '.join(measured)}: measure yours."
     said = '- **A GPU:** `dtype="bfloat16"`.'
     if (gpu := results.get("gpu")) is None:
         return [*answers, f"{said} Not measured: no GPU has been at hand."]
