@@ -268,7 +268,7 @@ def export(
 
         check_gguf(out)
         served = export_gguf(Embedder.load(model), out, kind)
-        say(f"{out}: {kind}, right in llama.cpp for {served}")
+        say(f"{out}: {kind}, not run: by its source, llama.cpp gives the vectors of {served}")
     elif layout == "onnx":
         from embedwright.export.onnx import export_onnx
         from embedwright.model.adapters.lora import has_lora

@@ -357,7 +357,10 @@ def test_the_command(
 
     file = str(tmp_path / "tiny.gguf")
     assert run(file, "--format", "gguf", "--weights", "q8_0") == 0
-    assert capsys.readouterr().out == f"{file}: q8_0, right in llama.cpp for documents alone\n"
+    assert (
+        capsys.readouterr().out
+        == f"{file}: q8_0, not run: by its source, llama.cpp gives the vectors of documents alone\n"
+    )
     assert fields(Path(file))["general.file_type"] == 7
     assert run(file, "--format", "gguf") == 2
     assert run(str(tmp_path / "folder"), "--weights", "f32") == 2

@@ -160,6 +160,21 @@ def test_a_wrong_graph_is_never_written(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_graph_that_gives_no_number_in_one_batch_is_never_written(
+    exported: Path, latent: Embedder, tmp_path: Path, same_graph: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = onnx.vectors_of
+
+    def broken(session: Any, texts: Any) -> Any:
+        vectors = found(session, texts)
+        return np.where(len(texts) > 5, np.nan, vectors)  # of all together; alone they are right
+
+    monkeypatch.setattr(onnx, "vectors_of", broken)
+    with pytest.raises(ProbeError, match="they differ by nan"):
+        export_onnx(latent, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_where_float32_loses_digits_the_graph_is_held_to_float64(
     exported: Path, latent: Embedder, tmp_path: Path, same_graph: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
