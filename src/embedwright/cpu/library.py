@@ -20,6 +20,7 @@ from embedwright.cache import cache_folder, check_private
 from embedwright.files import whole_folder
 
 SOURCES = Path(__file__).parent / "csrc"
+OPTIMISE = "-O3"
 _COMPILER_S = 120.0  # a compiler that takes longer hangs: it needs two to five seconds
 
 
@@ -55,7 +56,7 @@ def compiler() -> tuple[str, ...]:
 
 def compiled() -> Path:
     """Returns the library's file, and compiles it if the cache has none for this source, compiler and processor."""
-    command = [*compiler(), "-O3", "-std=gnu11", "-shared", "-fPIC"]
+    command = [*compiler(), OPTIMISE, "-std=gnu11", "-shared", "-fPIC"]
     command.append("-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native")
     version = _run_compiler([*compiler(), "--version"])
     sources = [path.read_bytes() for path in sorted(SOURCES.iterdir())]
