@@ -14,11 +14,13 @@ import re
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from embedwright.evaluation.about import about
 from embedwright.export.gguf import export_gguf
@@ -90,20 +92,21 @@ def by_onnxruntime(model: Embedder, kind: Any, folder: Path) -> tuple[int, Any]:
 
 
 def by_llama_cpp(model: Embedder, kind: Any, folder: Path) -> tuple[int, Any]:
-    """The same through llama.cpp's own server, which is told of the file and nothing more."""
+    """The same through llama.cpp."""
+    print(export_gguf(model, folder / "model.gguf", kind), flush=True)
+    return size_of(folder), partial(llama_cpp, folder / "model.gguf")
+
+
+def llama_cpp(file: Path, texts: Sequence[str]) -> Vectors:
+    """Vectors of llama.cpp's own server, which is told of the file and nothing more."""
     import xllamacpp
 
-    print(export_gguf(model, folder / "model.gguf", kind), flush=True)
     params = xllamacpp.CommonParams()
-    params.model.path, params.embedding, params.warmup = str(folder / "model.gguf"), True, False
+    params.model.path, params.embedding, params.warmup = str(file), True, False
+    params.cpuparams.n_threads = torch.get_num_threads()
     params.n_ctx = params.n_batch = params.n_ubatch = 1024
-    server = xllamacpp.Server(params)
-
-    def encode(texts: Sequence[str]) -> Vectors:
-        rows = [server.handle_embeddings({"input": [text]})["data"][0]["embedding"] for text in texts]
-        return np.array(rows, dtype=np.float32)
-
-    return size_of(folder), encode
+    rows = xllamacpp.Server(params).handle_embeddings({"input": list(texts)})["data"]
+    return np.array([row["embedding"] for row in rows], dtype=np.float32)
 
 
 def size_of(folder: Path) -> int:

@@ -30,10 +30,10 @@ def loading() -> Iterator[None]:
             yield
         finally:
             transformers_logging.set_verbosity(verbosity)
-            _give_back()
+            _trim()
 
 
-def _give_back() -> None:
+def _trim() -> None:
     """Returns to the system what was freed: glibc keeps it, 250 MB after a vocabulary of 262,000 tokens was read."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         trim(0)

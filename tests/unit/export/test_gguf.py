@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from exports import llama_cpp
 from numpy.typing import NDArray
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -35,16 +36,8 @@ Llama = Callable[[Path, Sequence[str]], NDArray[np.float32]]
 @pytest.fixture
 def run_llama() -> Llama:
     """`run_llama(file, texts)`: the vectors of llama.cpp's server, which is told of the file and nothing more."""
-    package = pytest.importorskip("xllamacpp", reason="pip install xllamacpp (make gguf)")
-
-    def run(file: Path, texts: Sequence[str]) -> NDArray[np.float32]:
-        params = package.CommonParams()
-        params.model.path, params.embedding, params.warmup, params.cpuparams.n_threads = str(file), True, False, 1
-        params.n_ctx = params.n_batch = params.n_ubatch = 1024
-        rows = package.Server(params).handle_embeddings({"input": list(texts)})["data"]
-        return np.array([row["embedding"] for row in rows], dtype=np.float32)
-
-    return run
+    pytest.importorskip("xllamacpp", reason="pip install xllamacpp (make gguf)")
+    return llama_cpp
 
 
 def fields(file: Path) -> dict[str, Any]:
