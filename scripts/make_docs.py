@@ -269,7 +269,7 @@ def results(folder: Path) -> str:
     studies = sorted(folder.rglob("study.json"))
     inside = {file for study in studies for file in study.parent.rglob("*.json")}
     inside |= {*(folder / "ablations").rglob("*.json")}  # a study that runs there has no study.json yet
-    inside |= {*(folder / "compression").glob("*.json")}  # records of another form, on a page of their own
+    inside |= {*(folder / "twins").rglob("*.json"), *(folder / "compression").glob("*.json")}  # of other forms
     suites: dict[str, dict[str, Results]] = {}
     for file in sorted({*folder.rglob("*.json")} - inside):
         found = checked(file)

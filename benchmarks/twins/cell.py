@@ -55,7 +55,8 @@ def main(folder: Path) -> None:
         result = {"failed": f"{type(error).__name__}: {error}"}  # the rate has lost
     for heavy in ("model", "trainer", "run"):
         shutil.rmtree(folder / heavy, ignore_errors=True)
-    write_json(folder / "result.json", spec | proof | result)
+    told = {key: value for key, value in spec.items() if key not in ("base", "recipe")}  # paths of this machine
+    write_json(folder / "result.json", told | proof | result)
 
 
 def trained(folder: Path, spec: Spec) -> Spec:

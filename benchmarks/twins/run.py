@@ -1,10 +1,11 @@
 """Runs the cells of the twins one at a time: two systems, two recipes, equal examples or equal seconds (README.md).
 
-    TWINS_DATA=runs/twins-data python benchmarks/twins/run.py benchmarks/twins/plan.yaml --out runs/twins
+    TWINS_DATA=runs/twins-data python benchmarks/twins/run.py benchmarks/twins/plan.yaml --out docs/results/twins
     ... --only t2 --only t1/st-ours        # the cells whose names begin so
 
 The plan has all cells, the trials of rates too, before the first one runs. A cell is a process. One that is done never
 runs again, one that was killed begins anew. OUT/twins.json holds all results and the comparisons.
+git keeps each cell's scores, too, so that another machine goes on, if it has made the same rows.
 """
 
 from __future__ import annotations
@@ -207,8 +208,7 @@ def read(file: Path) -> Spec | None:
 def gathered(plan: Plan, specs: Sequence[Spec], out: Path) -> Spec:
     """Returns all results, what is missing, and the comparisons of each test's pairs over the seeds of both."""
     results = {spec["id"]: read(out / spec["id"] / "result.json") for spec in specs}
-    private = ("base", "recipe")  # paths of this machine
-    done = [{k: v for k, v in result.items() if k not in private} for result in results.values() if result]
+    done = [result for result in results.values() if result]
     compared = [
         {"test": name, "corner": ours, "baseline": other, "seeds": seeds, **comparison(out / name, ours, other, seeds)}
         for name, test in plan.tests.items()

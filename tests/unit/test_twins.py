@@ -167,3 +167,11 @@ def test_the_page_says_not_run_without_files_and_takes_no_smoke_test(script: Any
     (tmp_path / "b.json").write_text(json.dumps(study(None, ROWS) | {"smoke": True}))
     with pytest.raises(SystemExit, match="smoke"):
         table.page(tmp_path)
+
+
+def test_the_page_of_results_shows_the_twins_beside_the_scores_of_their_cells(script: Any, tmp_path: Path) -> None:
+    make_docs = script("make_docs")
+    (tmp_path / "twins" / "t2").mkdir(parents=True)
+    (tmp_path / "twins" / "twins.json").write_text(json.dumps(study(1800.0, ROWS)))
+    (tmp_path / "twins" / "t2" / "result.json").write_text("{}")  # of a cell: no model of the suites' tables
+    assert "### T2, equal wall-clock, 1,800 s each" in make_docs.results(tmp_path)
