@@ -248,8 +248,9 @@ MODEL SUITE --out docs/results` and `embedwright ablate FILE --out docs/results/
 better. Seconds are those of a shared machine. The draws of an evaluation (the rows that a classifier learns from,
 first centres of k-means) have the seed 42.
 
-Not run: nothing on a GPU, and no published benchmark. The machine had no access to the sets of MTEB and AIR-Bench, so
-none of the paper's scores is measured again here. [`embedwright bench`](evaluation.md) does that where they are.
+Nothing here ran on a GPU, and no published benchmark was run: the machine had no access to the sets of MTEB and
+AIR-Bench, so none of the paper's scores is measured again here. [`embedwright bench`](evaluation.md) does that where
+they are.
 """
 MODELS = {  # how those came to be whose name does not say it
     "smollm2-135m-6-layers-mean": 'Untrained: `Embedder.from_decoder("smollm2-135m", layers=6, pooling="mean", '
@@ -258,6 +259,7 @@ MODELS = {  # how those came to be whose name does not say it
     "LoRA for 84 steps (seed 7) on documentation of Python libraries. It cuts texts after 64 tokens.",
     "results/flagship": "[The flagship](../results/flagship/README.md): 16 layers of SmolLM2 with mean pooling, "
     "trained by `recipes/flagship-135m.yaml` without a neural teacher. In-domain: newsgroups20, clinc150, STS.",
+    "flagship-static-256": "The flagship's [static student](students.md): 256 numbers for each token, and no network.",
     "minilm": "All-MiniLM-L6-v2, which cuts texts after 256 tokens.",
     "bm25": "BM25 ranks whole texts by their words, and has no score for the other tasks.",
 }
@@ -320,6 +322,8 @@ def study(file: Path) -> list[str]:
     how = f"- {len(said['cells'])} cells of seeds {seeds}, {len(said['trials'])} trials of rates, {seconds:,.0f} s: "
     where = sorted({place(cell) for cell in cells})
     how += f"`{cells[0].about['command']}`, {cells[0].about['date'][:10]}, on {'; '.join(where)}."
+    if len(states := {cell.about.get("code") for cell in cells}) > 1:
+        how += f" They ran on {len(states)} states of the code."
     return [f"## Study `{said['study']}`\n", "```", ablate_table.render(said), "```\n", how, ""]
 
 

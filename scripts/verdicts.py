@@ -34,9 +34,9 @@ What was found of each claim of NV-Embed (arXiv 2405.17428), and of NV-Retriever
 difference is that of the two arms in brackets, in points, over training seeds in pairs and over items. A claim holds,
 or the other way round does, if p is below 0.05; "no difference" takes two one-sided tests within the study's bound.
 Both are corrected for the claims of one study (Holm). All else cannot be resolved: the smallest visible difference is
-the true one that so many seeds find in four cases of five. The paper's numbers are single runs of a 7B decoder, means
-over 56 tasks of MTEB unless a row says otherwise; ours are of a small decoder cut in depth, on other data. Made from
-[claims.yaml](results/claims.yaml).
+the true one that so many seeds find in four cases of five, tested alone (corrected, it is larger). The paper's numbers
+are single runs of a 7B decoder, means over 56 tasks of MTEB unless a row says otherwise; ours are of a small decoder
+cut in depth, on other data. Made from [claims.yaml](results/claims.yaml).
 """
 Claim = Mapping[str, Any]
 Study = Mapping[str, Any]

@@ -6,6 +6,7 @@ step to the end of the last; what comes before is the start. A rate that diverge
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import sys
@@ -30,10 +31,10 @@ import yaml  # noqa: E402
 from common import CORES, MB, peak_during  # noqa: E402
 
 from embedwright.encoders.open import open_encoder  # noqa: E402
-from embedwright.evaluation.about import about  # noqa: E402
+from embedwright.evaluation.about import about, code  # noqa: E402
 from embedwright.evaluation.results import Results, write_results  # noqa: E402
 from embedwright.evaluation.suite import evaluate  # noqa: E402
-from embedwright.files import write_json  # noqa: E402
+from embedwright.files import sha256_of, write_json  # noqa: E402
 from embedwright.studies.ablate.budget import scaled  # noqa: E402
 from embedwright.training.dry_run import measure  # noqa: E402
 from embedwright.training.recipe import Recipe  # noqa: E402
@@ -49,10 +50,8 @@ def main(folder: Path) -> None:
     proof = {"proof": st.proof(Path(spec["base"]))} if spec["system"] == "st" else {}
     try:
         result = trained(folder, spec)
-    except Exception as error:
-        if not spec["trial"] or isinstance(error, OSError | MemoryError | ImportError):
-            raise
-        result = {"failed": f"{type(error).__name__}: {error}"}  # the rate has lost
+    except FloatingPointError as error:  # training has diverged: a trial has lost, and a seed is told as failed
+        result = {"failed": str(error)}
     for heavy in ("model", "trainer", "run"):
         shutil.rmtree(folder / heavy, ignore_errors=True)
     told = {key: value for key, value in spec.items() if key not in ("base", "recipe")}  # paths of this machine
@@ -87,7 +86,13 @@ def trained(folder: Path, spec: Spec) -> Spec:
     write_results(folder / "scores.json", scores)
     took |= {"start": whole - took["training"], "evaluation": scores.seconds, "peak_mb": round(peak / MB)}
     result = {"took": took, "macro": macro(scores), "scores": {row.task: row.value for row in scores.rows}}
-    return result | {key: facts[key] for key in ("machine", "versions", "date")}
+    return result | {key: facts[key] for key in ("machine", "versions", "date")} | {"code": state()}
+
+
+def state() -> str:
+    """Returns the fingerprint of the package's code and of the twins' scripts."""
+    own = map(sha256_of, sorted(Path(__file__).parent.glob("*.py")))
+    return hashlib.sha256("".join([code(), *own]).encode()).hexdigest()[:12]
 
 
 def recipe_for(spec: Spec, folder: Path) -> Recipe:
@@ -121,6 +126,7 @@ def ours(recipe: Recipe, limits: Sequence[Any], pace: Sequence[float] | None) ->
         "queries": sum(stage.optim.steps * stage.optim.batch_queries for stage in recipe.stages),
         "tokens": sum(record["tokens"] for record in records),
         "pace": [fmean(some) for some in taken],
+        "losses": [record["loss"] and round(record["loss"], 5) for record in records],
     }
 
 

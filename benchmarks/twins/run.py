@@ -30,12 +30,14 @@ from pydantic import Field, model_validator
 
 from embedwright.config import load_yaml, validate
 from embedwright.errors import InputError
+from embedwright.evaluation.about import processor
 from embedwright.files import sha256_of, write_json
 from embedwright.training.parts import Part, Positive, PositiveNumber, Text
 
 HERE = Path(__file__).resolve().parent
 CORNERS = ("ours-ours", "st-ours", "ours-plain", "st-plain")  # SYSTEM-RECIPE
-KNOWN_BY = ("seed", "setting", "steps", "seconds", "shares", "suite", "st", "content")  # what makes another cell
+KNOWN_BY = ("seed", "setting", "steps", "seconds", "shares", "suite", "st")  # what makes another cell
+OF_ALL = ("content", "processor")  # what all cells must share; the processor where seconds count
 Spec = dict[str, Any]
 
 
@@ -122,14 +124,18 @@ def run(plan: Plan, file: Path, out: Path, only: Sequence[str]) -> None:
         if not any(spec["id"].startswith(name) for spec in specs):
             raise InputError(f"--only {name}: no cell begins so; cells: {', '.join(spec['id'] for spec in specs)}")
     content = content_of(plan)
-    if not (out / "base").exists():  # the decoder, converted once to the folder that both systems open
+    specs = [spec | {"content": content, "processor": processor() if spec["seconds"] else None} for spec in specs]
+    for spec in specs:
+        refuse_other(spec, OF_ALL, out)
+    base = out / f"base-{content}"  # the decoder, converted once to the folder that both systems open
+    if not base.exists():
         from embedwright import Embedder
 
         sizes = plan.base.model_dump(exclude={"decoder"})
-        Embedder.from_decoder(plan.base.decoder, pooling="mean", **sizes).save(out / "base")
+        Embedder.from_decoder(plan.base.decoder, pooling="mean", **sizes).save(base)
     for spec in specs:
         if not only or any(spec["id"].startswith(name) for name in only):
-            one(plan, spec | {"content": content, "base": str(out / "base")}, file, out)
+            one(plan, spec | {"base": str(base)}, file, out)
             write_json(out / "twins.json", gathered(plan, specs, out))
     print("\n".join(table.render(gathered(plan, specs, out))))
 
@@ -172,9 +178,7 @@ def one(plan: Plan, spec: Spec, file: Path, out: Path) -> None:
             print(f"{spec['id']}: left out, its trials are not done")
             return
         spec = spec | best
-    if (found := read(folder / "result.json")) is not None:
-        if differs := [key for key in KNOWN_BY if found[key] != json.loads(json.dumps(spec[key]))]:
-            raise InputError(f"{folder} holds a result of another {', '.join(differs)}: choose another --out")
+    if refuse_other(spec, KNOWN_BY, out):
         return
     shutil.rmtree(folder, ignore_errors=True)
     command = shlex.join(["python", "benchmarks/twins/run.py", str(file), "--only", spec["id"]])
@@ -186,6 +190,16 @@ def one(plan: Plan, spec: Spec, file: Path, out: Path) -> None:
     result = read(folder / "result.json")
     said = f"failed (exit code {code}): {folder / 'log.txt'}" if result is None else result.get("failed", "done")
     print(f"{spec['id']}: {said}, {time.monotonic() - began:,.0f} s", flush=True)
+
+
+def refuse_other(spec: Spec, keys: Sequence[str], out: Path) -> bool:
+    """Tells whether a cell has a result. Raises InputError if that is of another cell."""
+    found = read(out / spec["id"] / "result.json")
+    if found is None:
+        return False
+    if differs := [key for key in keys if found.get(key) != json.loads(json.dumps(spec[key]))]:
+        raise InputError(f"{out / spec['id']} holds a result of another {', '.join(differs)}: choose another --out")
+    return True
 
 
 def chosen(plan: Plan, test: str, corner: str, out: Path) -> Spec | None:
@@ -212,8 +226,9 @@ def gathered(plan: Plan, specs: Sequence[Spec], out: Path) -> Spec:
     compared = [
         {"test": name, "corner": ours, "baseline": other, "seeds": seeds, **comparison(out / name, ours, other, seeds)}
         for name, test in plan.tests.items()
-        for ours, other in test.pairs
-        if (seeds := [n for n in plan.seeds if all(results[f"{name}/{c}/seed-{n}"] for c in (ours, other))])
+        for pair in test.pairs
+        for ours, other in [pair]
+        if (seeds := [n for n in plan.seeds if all("macro" in (results[f"{name}/{c}/seed-{n}"] or {}) for c in pair)])
     ]
     told = plan.model_dump(mode="json") | {"cells": done, "comparisons": compared}
     return told | {"missing": [name for name, result in results.items() if result is None]}
@@ -230,6 +245,8 @@ def comparison(folder: Path, ours: str, other: str, seeds: Sequence[int]) -> Spe
         return Candidate(corner, {seed: [with_items(bare[seed], items_file(files[seed]))] for seed in seeds})
 
     found: Spec = json.loads(compare([candidate(other), candidate(ours)]).to_json())
+    if found["left_out"]:  # a mean over fewer tasks is another test
+        raise InputError(f"{folder}: {'; '.join(found['left_out'])}")
     return {"rows": found["rows"]}
 
 

@@ -62,7 +62,7 @@ class Clock(TrainerCallback):
 
     def __init__(self, optim: OptimPart, limit: float | None) -> None:
         self.optim, self.limit, self.steps = optim, limit, 0
-        self.began = self.warm = self.seconds = 0.0
+        self.began = self.seconds = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.began = self.began or time.perf_counter()
@@ -72,14 +72,16 @@ class Clock(TrainerCallback):
         control.should_training_stop |= self.limit is not None and self.seconds >= self.limit
 
     def rate(self, step: int) -> float:
-        """Returns the factor of the rate: warm-up by steps, then linear decay to zero, by the clock if it stops us."""
+        """Returns the factor of the rate: warm-up, then linear decay to zero; by steps, or by the clock if it stops us.
+
+        The warm-up by the clock has the part of the limit that it has of the recipe's steps, as ours has.
+        """
         warmup, steps = self.optim.warmup_steps, self.optim.steps
-        if step < warmup:
-            self.warm = self.seconds
-            return (step + 1) / warmup
         if self.limit is None:
-            return (steps - step) / (steps - warmup)
-        return max(0.0, (self.limit - self.seconds) / max(self.limit - self.warm, 1e-9))
+            return (step + 1) / warmup if step < warmup else (steps - step) / (steps - warmup)
+        done = (time.perf_counter() - self.began) / self.limit if self.began else 0.0
+        rising = max(done * steps, 1.0) / warmup if warmup else 1.0  # the first step trains, too
+        return max(0.0, min(rising, (1 - done) / (1 - warmup / steps)))
 
 
 class Scheduled(MultiDatasetDefaultBatchSampler):
@@ -104,13 +106,15 @@ class ByLength(NoDuplicatesBatchSampler):
 
 
 class Trainer(SentenceTransformerTrainer):
-    """The library's Trainer, which counts tokens that are no padding."""
+    """The library's Trainer, which counts tokens that are no padding and keeps the loss of each step."""
 
     tokens = 0
 
     def compute_loss(self, model: Any, inputs: Found, *rest: Any, **named: Any) -> Any:
         self.tokens += sum(int(mask.sum()) for name, mask in inputs.items() if name.endswith("attention_mask"))
-        return super().compute_loss(model, inputs, *rest, **named)
+        loss = super().compute_loss(model, inputs, *rest, **named)
+        self.losses.append(round(float(loss), 5))
+        return loss
 
 
 def train(recipe: Recipe, sources: list[list[Source]], limits: Sequence[float | None], spec: Found, out: Path) -> Found:
@@ -134,9 +138,12 @@ def train(recipe: Recipe, sources: list[list[Source]], limits: Sequence[float | 
         took.append(
             one_stage(recipe, stage, model, data, {s.task.name: s.task for s in own}, limit, schedule, spec, out)
         )
+    if not all(torch.isfinite(weights).all() for weights in model.parameters() if weights.requires_grad):
+        raise FloatingPointError("the trained weights are not finite")
     save(model, base, out / "model")
     totals = {name: sum(part[name] for part in took) for name in ("training", "queries", "tokens")}
-    return totals | {"steps": [part["steps"] for part in took], "pace": None}
+    losses = [loss for part in took for loss in part["losses"]]
+    return totals | {"steps": [part["steps"] for part in took], "pace": None, "losses": losses}
 
 
 def one_stage(
@@ -171,7 +178,7 @@ def one_stage(
         dataloader_num_workers=spec["st"]["workers"],
         seed=recipe.seed,
         use_cpu=True,
-        bf16=True,
+        bf16=recipe.run.precision == "bf16",
         save_strategy="no",
         logging_strategy="no",
         report_to="none",
@@ -182,9 +189,10 @@ def one_stage(
     loss = {name: loss_of(stage, tasks.get(name), model, spec["st"]) for name in data}
     optimizers = (optimizer, LambdaLR(optimizer, clock.rate))
     trainer = Trainer(model, arguments, data, loss=loss, optimizers=optimizers, callbacks=[clock])
+    trainer.losses = []
     trainer.train()
-    queries = clock.steps * optim.batch_queries
-    return {"training": clock.seconds, "steps": clock.steps, "queries": queries, "tokens": trainer.tokens}
+    told = {"steps": clock.steps, "queries": clock.steps * optim.batch_queries, "losses": trainer.losses}
+    return told | {"training": clock.seconds, "tokens": trainer.tokens}
 
 
 def loss_of(stage: StagePart, task: Task | None, model: SentenceTransformer, settings: Found) -> nn.Module:

@@ -38,8 +38,12 @@ def render(study: Spec) -> list[str]:
         cells = [cell for cell in study["cells"] if cell["id"].startswith(f"{name}/")]
         length = "equal examples" if test["seconds"] is None else f"equal wall-clock, {test['seconds']:,.0f} s each"
         lines += [f"### {name.upper()}, {length}\n", *verdicts(name, test, study["comparisons"])]
-        lines += [*took(test, [cell for cell in cells if not cell["trial"]])]
+        lines += [*took(test, [cell for cell in cells if not cell["trial"] and "failed" not in cell])]
         lines += [*trials([cell for cell in cells if cell["trial"]])]
+    if failed := [f"{cell['id']} ({cell['failed']})" for cell in study["cells"] if "failed" in cell]:
+        lines.append(f"Failed: {', '.join(failed)}.\n")
+    if len(states := {cell["code"] for cell in study["cells"] if "code" in cell}) > 1:
+        lines.append(f"The cells ran on {len(states)} states of the code.\n")
     if study["missing"]:
         lines.append(f"Not run: {', '.join(study['missing'])}.\n")
     machines = {

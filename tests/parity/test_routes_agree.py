@@ -201,15 +201,20 @@ def door(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@cache
+def expected(model: Embedder, template: str, every: int) -> NDArray[np.float32]:
+    return model.encode(texts()[::every], prefix=prefix_of(template), max_tokens=MAX_TOKENS)
+
+
 def differences(model: Embedder, encode: Encode, sizes: dict[str, tuple[int, ...]], every: int = 1) -> dict[str, float]:
     """The largest for each template, over its batch sizes, on every so many-th text, each time in another order."""
     chosen = texts()[::every]
     found = {}
     for name, template in TEMPLATES.items():
-        expected = model.encode(chosen, prefix=prefix_of(template), max_tokens=MAX_TOKENS)
+        right = expected(model, template, every)
         orders = {size: np.random.default_rng(size).permutation(len(chosen)) for size in sizes[name]}
         found[name] = max(
-            float(np.abs(encode([chosen[i] for i in order], template, size) - expected[order]).max())
+            float(np.abs(encode([chosen[i] for i in order], template, size) - right[order]).max())
             for size, order in orders.items()
         )
     return found

@@ -23,7 +23,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
     """`script(name)`: a script of benchmarks/twins as a module."""
     monkeypatch.syspath_prepend(str(TWINS))
     yield importlib.import_module
-    for name in ("run", "table"):
+    for name in ("run", "table", "st"):
         sys.modules.pop(name, None)
 
 
@@ -93,12 +93,38 @@ def test_the_best_trial_is_taken_once_all_are_there_and_a_done_cell_is_not_run_a
     (spec,) = [s for s in run.cells(plan) if s["id"] == "t1/st-ours/seed-3"]
     leftover = tmp_path / spec["id"] / "half" / "done"
     leftover.mkdir(parents=True)  # of a process that was killed: it begins anew
+    ran = spec | {"content": "a", "processor": "c", "base": "b"}
     for _ in range(2):
-        run.one(plan, spec | {"content": "a", "base": "b"}, file, tmp_path)
+        run.one(plan, ran, file, tmp_path)
     assert len(calls) == 1 and not leftover.exists()
     assert json.loads((tmp_path / spec["id"] / "cell.json").read_text())["setting"]["lr"] == 2.0
-    with pytest.raises(InputError, match="content"):
-        run.one(plan, spec | {"content": "other rows", "base": "b"}, file, tmp_path)
+    assert run.refuse_other(ran, run.OF_ALL, tmp_path)
+    for key in run.OF_ALL:  # before any cell runs: other rows, or seconds of another processor
+        with pytest.raises(InputError, match=f"another {key}: choose another --out"):
+            run.refuse_other(ran | {key: "other"}, run.OF_ALL, tmp_path)
+    with pytest.raises(InputError, match="another suite"):
+        run.one(plan, ran | {"suite": "other"}, file, tmp_path)
+
+
+@pytest.mark.parametrize("limit", [None, 50.0])
+def test_the_rate_of_sentence_transformers_rises_and_falls_as_ours_by_steps_or_by_the_clock(
+    script: Any, monkeypatch: pytest.MonkeyPatch, limit: float | None
+) -> None:
+    """Each of 100 steps takes half a second, so that both are the same."""
+    from embedwright.training.engine.optim import learning_rate
+    from embedwright.training.parts import OptimPart
+
+    st, optim = script("st"), OptimPart(lr=1.0, warmup_steps=8, steps=100, batch_queries=2)
+    clock, now = st.Clock(optim, limit), [1000.0]
+    monkeypatch.setattr(st.time, "perf_counter", lambda: now[0])
+    found = [clock.rate(0)]
+    clock.on_step_begin(None, None, None)
+    for step in range(1, 100):
+        now[0] += 0.5
+        found.append(clock.rate(step))
+    expected = [learning_rate(optim, step) for step in range(100)]
+    assert found == pytest.approx(expected, abs=0 if limit is None else 1 / 8 + 1e-9)
+    assert found[0] == 1 / 8 and max(found) > 0.98 and found[-1] < 0.02
 
 
 # ---- the table
@@ -123,7 +149,7 @@ def study(seconds: float | None, rows: list[dict[str, Any]]) -> dict[str, Any]:
     took = {"training": 1900.0, "start": 30.0, "queries": 19000, "tokens": 950000, "steps": [100, 50], "peak_mb": 1234}
     cell = {"id": "t2/ours-ours/seed-1", "corner": "ours-ours", "trial": False, "setting": LORA, "macro": 0.625}
     trial = cell | {"id": "t2/ours-ours/trial-a", "trial": True, "macro": 0.61}
-    lost = trial | {"id": "t2/ours-ours/trial-b", "setting": LORA | {"lr": 4.0}}
+    lost = trial | {"id": "t2/ours-ours/trial-b", "setting": LORA | {"lr": 4.0}, "failed": "not finite"}
     del lost["macro"]
     test = {"pairs": [["ours-ours", "st-ours"], ["ours-ours", "st-plain"]], "seconds": seconds}
     compared = {"test": "t2", "corner": "ours-ours", "baseline": "st-ours", "seeds": [1, 2], "rows": rows}
@@ -140,7 +166,11 @@ def test_the_table_takes_the_mean_over_families_and_names_lost_ones_and_what_was
     assert "| classification | +7.00 | +6.00 to +8.00 | no |" in text  # the family's mean, not one of its tasks
     assert "| 62.50 | lora | 100 + 50 | 1,900 | 30 | 10.0 | 500.0 | 1,234 |" in text
     assert f"| {ours} | **61.00** | failed |" in text and "Took more than their seconds: t2/ours-ours/seed-1" in text
-    assert "Not run: t2/st-plain/seed-1." in text
+    assert "Not run: t2/st-plain/seed-1." in text and "Failed: t2/ours-ours/trial-b (not finite)." in text
+    assert "states of the code" not in text
+    both = study(1800.0, ROWS)
+    both["cells"] = [cell | {"code": str(number)} for number, cell in enumerate(both["cells"][:2])]
+    assert "The cells ran on 2 states of the code." in "\n".join(script("table").render(both))
 
 
 @pytest.mark.parametrize(

@@ -211,7 +211,9 @@ def data_pairs(
         list[str] | None,
         opt("Column of rows that is the text, title, id, label, source or links, as title=summary. Repeatable."),
     ] = None,
-    per_document: Annotated[int, opt("Number of draws of a document, for ways that draw.", min=1)] = 1,
+    per_document: Annotated[
+        int, opt("Number of draws of a document, for ways that draw. See docs/pairs.md.", min=1)
+    ] = 1,
     negatives: Annotated[int, opt("Most negatives of an example, for `bm25`, `gloss` and `classes`.", min=1)] = 7,
     wordnet: Annotated[Path | None, opt("Folder of WordNet's database files, for `lemma`. See docs/pairs.md.")] = None,
     name: Annotated[str | None, opt("What the tasks' names begin with. Default: the file's name.")] = None,

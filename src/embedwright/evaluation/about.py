@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import shlex
 import sys
@@ -11,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from embedwright.files import sha256_of
 from embedwright.threads import cores
 
 VERSIONS = ("embedwright", "torch", "transformers", "sentence-transformers", "mteb", "scikit-learn", "bm25s", "numpy")
@@ -25,6 +27,7 @@ def about(model: str, fingerprint: dict[str, str] | None = None) -> dict[str, An
         "fingerprint": fingerprint,
         "command": _command(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "code": code(),
         "machine": {
             "processor": processor(),
             "cores": cores(),
@@ -53,6 +56,14 @@ def processor() -> str:
     facts = dict(reversed([(key.strip(), value.strip()) for key, value in lines]))
     known = [facts[key] for key in ("model name",) if key in facts]
     return ", ".join([*known, *(f"{key} {facts[key]}" for key in ("cpu family", "model") if key in facts)])
+
+
+@cache
+def code() -> str:
+    """Returns the fingerprint of the package's own source files: two results of one state of the code share it."""
+    root = Path(__file__).parents[1]
+    files = sorted(file for file in root.rglob("*") if file.suffix in (".py", ".c", ".h"))
+    return hashlib.sha256("".join(map(sha256_of, files)).encode()).hexdigest()[:12]
 
 
 @cache

@@ -26,8 +26,9 @@ _AND = re.compile(r",|\b(?:and|or|also|see)\b(?: the\b)?")
 def see_also(documents: Iterable[Document]) -> Make:
     """Reads all documents, which stay in memory, and returns what makes the example of one.
 
-    Its positives are all documents that it names: by a title that no other document has, by the path of a page, or by
-    an id in its row. So none of them is its negative; the id of a positive also names the document that names it.
+    Its positives are the documents that it names: by a title that no other document has, by the path of a page, or by
+    an id in its row. None of them is its negative. One that more than `MOST` documents name is no positive, and may be
+    a negative. The id of a positive also names the document that names it.
     """
     named: dict[str, Document | None] = {}
     for document in documents:

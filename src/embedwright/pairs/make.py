@@ -50,7 +50,7 @@ class Options(NamedTuple):
 class Way(NamedTuple):
     """Names a way: `make` gets all documents, which it may read or not, and returns what makes the examples of one.
 
-    It also gets the options of ways. `draws`: another call for the same document makes other examples.
+    It also gets the options of ways. `draws`: it is asked `per_document` times, and makes other examples each time.
     """
 
     make: Callable[[Iterable[Document], Options], Make]
@@ -83,7 +83,7 @@ WAYS: dict[str, Way] = {
     "sentence": Way(lambda *_: cut.sentence, draws=True),
     "bm25": Way(_bm25, draws=True),
     "cloze": Way(lambda *_: cloze, draws=True),
-    "templates": Way(lambda *_: templates),
+    "templates": Way(lambda *_: templates),  # draws no more than the words of a question
     "gloss": Way(lambda documents, options: gloss(documents, options.negatives), draws=True),
     "swap": Way(lambda *_: swap, draws=True),
     "classes": Way(lambda documents, options: classes(documents, options.negatives), draws=True),
@@ -139,10 +139,8 @@ def make_pairs(
     no document, or no example.
     """
     ways = check_ways(how)
-    if "lemma" in ways and wordnet is None:
-        raise InputError(f"--how lemma needs --wordnet FOLDER: {WHERE}")
+    options = Options(negatives, _wordnet(ways, wordnet))
     check_file(out)
-    options = Options(negatives, WordNet(wordnet) if wordnet and "lemma" in ways else None)
     name = name or stem_of(path)
     quarantine_path = out.with_name(f"{out.name}.quarantine.jsonl")
     quarantine_path.unlink(missing_ok=True)
@@ -233,6 +231,14 @@ def check_ways(how: Sequence[str]) -> list[str]:
     if not how:
         raise InputError(f"--how: name at least one way: {', '.join(WAYS)}")
     return list(dict.fromkeys(how))
+
+
+def _wordnet(ways: Sequence[str], folder: Path | None) -> WordNet | None:
+    if "lemma" in ways and folder is None:
+        raise InputError(f"--how lemma needs --wordnet FOLDER: {WHERE}")
+    if "lemma" not in ways and folder is not None:
+        raise InputError("--wordnet is read by the way lemma alone: add it to --how, or leave --wordnet out")
+    return None if folder is None else WordNet(folder)
 
 
 class _Documents:

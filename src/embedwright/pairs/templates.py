@@ -92,5 +92,5 @@ def _term(document: Document, names: list[str], first: str, rng: random.Random) 
     if any(word.lower() in words for name in names for word in content(name)):
         return []
     meaning = first[0].lower() + first[1:]
-    asked = pair(document, rng.choice(TERM).format(meaning), names[0], "term")
-    return [Example("", "term", asked.query, tuple(document.passage(name) for name in names))]
+    asked = rng.choice(TERM).format(meaning)
+    return [Example("", "term", asked, tuple(document.passage(name) for name in names))]

@@ -52,7 +52,10 @@ class DataPart(Part):
     corpus: Text | None = None
     """The documents that the rows name by id, and that a stage of `kind: mine` searches."""
     task: NameOrTask | None = None
-    """The task of rows that name none: a name, or a description with the keys below."""
+    """The task of rows that name none: a name, or a description with the keys below.
+
+    A description is also that of rows which name its task. A key that it leaves out is as the file of tasks says.
+    """
     weight: PositiveNumber = 1.0
     """Multiplies the share of the draws that the number of rows gives."""
     rows: Positive | None = None

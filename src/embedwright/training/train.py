@@ -151,7 +151,8 @@ class _Run:
             with self.processes.together():
                 restore_optimizer(resumed, optimizer)
         moved = MovedWeights(part, optimizer, self.processes)
-        self.measure(state.stage, sources, 0)
+        if state.step == 0:
+            self.measure(state.stage, sources, 0)
         records: list[dict[str, Any]] = []
         every, last = recipe.eval.every, stage.optim.steps
         with closing(self.batches(sources, state, teacher)) as batches:

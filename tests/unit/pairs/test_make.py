@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,15 @@ from typer.testing import CliRunner
 
 from embedwright.cli import options
 from embedwright.cli.main import app
-from embedwright.data.files.documents import columns_of
+from embedwright.data.files.documents import Document, columns_of
 from embedwright.data.files.tasks import tasks_beside
 from embedwright.data.keys import exact_key
 from embedwright.data.schema import DataError, Example
 from embedwright.data.tables.table import open_examples
 from embedwright.errors import InputError, OutputExistsError
 from embedwright.pairs import make
-from embedwright.pairs.make import MEANINGS, WAYS, make_pairs
+from embedwright.pairs.make import MEANINGS, WAYS, Options, make_pairs
+from embedwright.pairs.wordnet import WordNet
 
 REAL = Path(os.environ.get("EMBEDWRIGHT_DATA", "none")) / "train"
 needs_data = pytest.mark.skipif("EMBEDWRIGHT_DATA" not in os.environ, reason="EMBEDWRIGHT_DATA is not set")
@@ -93,6 +95,33 @@ def test_what_a_way_draws_depends_on_seed_way_and_id_alone(tmp_path: Path) -> No
     assert alone.items() <= more.items() and len(more) == 4 * len(alone) == 36
 
 
+def test_the_ways_that_draw_are_those_that_another_seed_changes(tmp_path: Path) -> None:
+    """So `--per-document` acts on each way that can make other examples: `templates` has but other words for one."""
+    senses = "a room where books are kept for people to read; "
+    documents = [
+        Document(
+            "page", f"{ON_FERRIES} {TEXT} In 1953 Edmund Hillary climbed it. See also Other.", "On ferries", ("a",)
+        ),
+        *(
+            Document(
+                f"w{i}",
+                f'{senses}sense {i}; "she read in the library {i}"; "he slept there {i}"',
+                "library, den",
+                ("a",),
+            )
+            for i in range(3)
+        ),
+        Document("other", "Another text with a class of its own.", "Other", ("b",)),
+        Document("more", "One more text of that class, and longer.", "More", ("b",)),
+    ]
+    options = Options(2, WordNet(write_wordnet(tmp_path / "wordnet")))
+    for name, way in WAYS.items():
+        make = way.make(documents, options)
+        made = [repr([make(document, random.Random(seed)) for document in documents]) for seed in range(30)]
+        assert "Example" in made[0], name
+        assert (len(set(made)) > 1) == (way.draws or name == "templates"), name
+
+
 def test_the_same_bytes_again(tmp_path: Path) -> None:
     source = write(tmp_path / "d.jsonl", *({"text": f"{TEXT} {i}"} for i in range(50)))
     files = []
@@ -122,6 +151,8 @@ def test_lemma_needs_wordnet_and_writes_scored_rows(tmp_path: Path) -> None:
     source = write(tmp_path / "d.jsonl", {"id": "a", "text": ON_FERRIES})
     with pytest.raises(InputError, match=r"--how lemma needs --wordnet FOLDER.*wordnet-base"):
         make_pairs(source, tmp_path / "o.jsonl", ["title", "lemma"])
+    with pytest.raises(InputError, match="--wordnet is read by the way lemma alone"):
+        make_pairs(source, tmp_path / "o.jsonl", ["title"], wordnet=tmp_path / "wordnet")
     make_pairs(source, tmp_path / "o.jsonl", ["lemma"], wordnet=write_wordnet(tmp_path / "wordnet"))
     assert [row.score for row in read(tmp_path / "o.jsonl")] == [5.0, 4.0, 2.5, 1.5]
     (task,) = tasks_beside(tmp_path / "o.jsonl").values()

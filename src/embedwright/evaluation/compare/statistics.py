@@ -190,7 +190,8 @@ def degrees_of(noise: Sequence[Noise]) -> float:
 def smallest_seen(noise: Sequence[Noise]) -> float:
     """Returns the smallest true difference that is found four times of five: 2.8 standard errors, more with few seeds.
 
-    This is the minimum detectable effect at 80 % power, for one comparison.
+    This is the minimum detectable effect at 80 % power, for one comparison alone: among several, whose p-values are
+    corrected, it is larger.
     """
     from scipy.special import stdtrit
 

@@ -276,10 +276,8 @@ class _Work:
         missing = [f"{arm}/{seed}" for (arm, seed), job in cells.items() if job is None or job.result is None]
         scores = {} if self.smoke else self._scores(cells, shared)
         bound = self.said.equivalent
-        pairs = [
-            compared(other, {name: scores.get(name, {}) for name in (other, arm)}, bound)
-            for arm, other in self.said.pairs
-        ]
+        sides = [(other, {name: scores.get(name, {}) for name in (other, arm)}) for arm, other in self.said.pairs]
+        comparison, *pairs = compared([(self.said.baseline, scores), *sides], bound)
         return {
             "study": self.said.name,
             "smoke": self.smoke,
@@ -292,7 +290,7 @@ class _Work:
             "cells": [self._told(job) for job in cells.values() if job and job.result],
             "trials": [self._told(job) for job in trials if job and job.result],
             "shared_stages": [self._told(job) for job in shared if job and job.result],
-            "comparison": compared(self.said.baseline, scores, bound),
+            "comparison": comparison,
             "pairs": [pair for pair in pairs if pair is not None],
         }
 

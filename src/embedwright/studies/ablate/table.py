@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from statistics import fmean
 from typing import Any
 
@@ -28,14 +29,24 @@ from embedwright.training.plan import columns
 HEAD = ["arm", "seeds", "score", "difference", "95 % interval", "p (Holm)", "smallest visible", "claim"]
 
 
-def compared(
-    baseline: str, scores: Mapping[str, Mapping[int, Results]], equivalent: float | None
-) -> dict[str, Any] | None:
-    """Compares each arm with the baseline, over the seeds that both have and their items.
+Scores = Mapping[str, Mapping[int, Results]]  # of each arm, by seed
 
-    `scores` are the results of each arm by seed. The p-values of all arms are corrected together. Returns None while no
-    arm shares a seed with the baseline.
+
+def compared(sides: Sequence[tuple[str, Scores]], equivalent: float | None) -> list[dict[str, Any] | None]:
+    """Compares all arms of each side with its baseline, over the seeds that both have and their items.
+
+    The p-values of all sides are corrected together. A side is None while no arm shares a seed with its baseline.
     """
+    found = [_differences(baseline, scores, equivalent) for baseline, scores in sides]
+    rows = iter(claimed([row for own, _ in found for row in own], equivalent))
+    told: list[dict[str, Any] | None] = []
+    for (baseline, _), (own, left_out) in zip(sides, found, strict=True):
+        whole = Comparison(baseline, tuple(islice(rows, len(own))), left_out, equivalent, DRAWS, SEED)
+        told.append(json.loads(whole.to_json()) if own else None)
+    return told
+
+
+def _differences(baseline: str, scores: Scores, equivalent: float | None) -> tuple[list[Difference], tuple[str, ...]]:
     ours = scores.get(baseline, {})
     together: dict[tuple[int, ...], list[str]] = {}
     for arm in scores:
@@ -48,11 +59,7 @@ def compared(
         found, reasons = differences(sides, equivalent)
         rows += found
         left_out += reasons
-    if not rows:
-        return None
-    whole = Comparison(baseline, claimed(rows, equivalent), tuple(left_out), equivalent, DRAWS, SEED)
-    told: dict[str, Any] = json.loads(whole.to_json())
-    return told
+    return rows, tuple(left_out)
 
 
 def render(study: Mapping[str, Any]) -> str:
@@ -102,6 +109,8 @@ def _table(study: Mapping[str, Any]) -> list[str]:
         row = _main(pair["rows"])[-1]
         told = columns([["", *HEAD[2:]], [row["candidate"], f"{row['score']:.2f}", *_difference(row)]])
         shown += [f"against {pair['baseline']}:", *told]
+    sides = (study["comparison"], *study.get("pairs", ()))
+    shown += dict.fromkeys(f"left out: {reason}" for side in sides if side for reason in side["left_out"])
     if rows:
         shown += _could_see(study, [*rows.values()])
     if study["paper"]:
@@ -134,7 +143,8 @@ def _could_see(study: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> l
         elif seen:
             span = f"{min(seen):.2f}" if len(seen) == 1 else f"{min(seen):.2f} to {max(seen):.2f}"
             lines.append(
-                f"{count} pairs of seeds{which}: a true difference of {span} points is found in four cases of five"
+                f"{count} pairs of seeds{which}: a true difference of {span} points, tested alone, is found "
+                "in four cases of five"
             )
     return lines
 

@@ -28,8 +28,9 @@ logger = logging.getLogger(__name__)
 def open_sources(recipe: Recipe) -> list[list[Source]]:
     """Returns the sources of each stage. Raises FileNotFoundError or ConfigError, which name the wrong recipe key.
 
-    A task that rows name is described by the recipe, by the file of tasks that lies beside its rows, or by
-    the catalogue, the first that has it.
+    A task that rows name is described by the entry of the recipe that they come from (a bare name there stands for
+    what another entry says of it). What that leaves out is as the file of tasks beside the rows says. A task that
+    neither describes is as another entry of the recipe says, or else as the catalogue does.
     """
     known = _described(recipe)
     return [_stage_sources(recipe, stage, known) for stage in recipe.stages]
@@ -126,25 +127,40 @@ def _entry_sources(recipe: Recipe, stage: StagePart, number: int, known: dict[st
         table = open_table(recipe, stage, entry)
     except FileNotFoundError as error:
         raise NotFoundError(f"{where}: {error}") from error
-    own = table.tasks
-    by_task = table.rows_by_task()
+    own, by_task = table.tasks, table.rows_by_task()
+    given = _described(recipe).get(entry.task) if isinstance(entry.task, str) else entry.task
+    meant = given.name if given else entry.task
+    if meant is not None and meant not in by_task:
+        raise ConfigError(f"{where}.task: no row is of task {meant!r}: the rows name {_some(by_task)}")
     sources = []
-    for kind, tasks in _kinds(own[name] for name in by_task if name in own and name not in known).items():
+    for kind, tasks in _kinds(own[name] for name in by_task if name in own and not (given and name == meant)).items():
         rows = np.sort(np.concatenate([by_task.pop(task.name) for task in tasks]))
         named = {task.name: task for task in tasks} if len(tasks) > 1 else {}
         kind = kind if named else tasks[0].name
         sources.append(Source(f"{number}#{kind}", table, rows, tasks[0], tasks=named))
     for name, rows in by_task.items():
-        if name not in known and (found := find_task(name)):
-            known[name] = found
-        if name not in known:
-            logger.warning("%s: task %r is not described: taken as retrieval without an instruction", where, name)
-            known[name] = Task(name=name)
-        # an entry's own description is for its own rows: another stage may describe the task otherwise
-        task = entry.task if isinstance(entry.task, Task) and entry.task.name == name else known[name]
+        if given and name == meant:  # for these rows alone: another stage may describe the task otherwise
+            task = _over(own[name], given) if name in own else given
+        else:
+            if name not in known and (found := find_task(name)):
+                known[name] = found
+            if name not in known:
+                logger.warning("%s: task %r is not described: taken as retrieval without an instruction", where, name)
+                known[name] = Task(name=name)
+            task = known[name]
         # the name keys the order of rows, which must not change when the data is moved
         sources.append(Source(f"{number}#{name}", table, rows, task))
     return sources
+
+
+def _over(task: Task, given: Task) -> Task:
+    """Returns the task with the fields that were set in `given` in the place of its own."""
+    return task.model_copy(update={name: getattr(given, name) for name in given.model_fields_set})
+
+
+def _some(names: Iterable[str]) -> str:
+    first, *more = map(repr, names)
+    return ", ".join([first, *more[:4], *["..."][: len(more) > 4]])
 
 
 def _text_source(recipe: Recipe, entry: TextPart, name: str, where: str) -> Source:
@@ -169,8 +185,8 @@ def _without_heldout(recipe: Recipe, stage: MaskedPart, sources: Sequence[Source
     held = pc.is_in(texts, texts.take(pa.array(drawn, pa.int64()))).to_numpy()
     ends = np.cumsum([len(source.rows) for source in sources])
     kept = [np.flatnonzero(~part) for part in np.split(held, ends[:-1])]
-    if not all(len(rows) for rows in kept):
-        raise ConfigError(f"{where}: the held-out documents are all of a source: hold out fewer, or give more text")
+    if empty := [source.table.path for source, rows in zip(sources, kept, strict=True) if not len(rows)]:
+        raise ConfigError(f"{where}: no document of {empty[0]} is left to train on: hold out fewer, or give more text")
     return [replace(source, rows=rows) for source, rows in zip(sources, kept, strict=True)]
 
 
@@ -233,16 +249,14 @@ def is_mined(source: Source) -> bool:
 def trainable(stage: StagePart, source: Source, where: str) -> Source:
     """Returns the source with the rows that have what the stage compares. Raises ConfigError if there is none."""
     task = source.task
-    if (task.in_batch_negatives or stage.in_batch_negatives) != "none":
-        return source
+    if (task.in_batch_negatives or stage.in_batch_negatives) != "none" or stage.loss.teachers:
+        return source  # each row is compared with others of its batch, or follows the teacher
     has_negatives = source.table.negatives_per_row()[source.rows] > 0
     compares = has_negatives & (stage.hard_negatives > 0)
     if stage.loss.scored == "cosent":  # compares scored rows with each other
         compares |= source.table.has_score()[source.rows]
     usable = source.rows[compares]
     without = len(source.rows) - len(usable)
-    if not len(usable) and stage.loss.teachers:
-        return source  # each row follows the teacher
     if not len(usable):
         raise ConfigError(
             f"{where}: task {task.name!r} takes no in-batch negatives, and "

@@ -26,7 +26,7 @@ def study() -> dict[str, Any]:
     cells = [{"arm": arm, "seed": seed, "mean": SCORES[arm][seed]} for arm in SCORES for seed in SCORES[arm]]
     found = {arm: {seed: results(value, seed) for seed, value in some.items()} for arm, some in SCORES.items()}
     facts = {"study": "tiny", "baseline": "plain", "scored_on": "dev", "paper": paper, "smoke": False, "trials": []}
-    return facts | {"cells": cells, "missing": [], "failed": {}, "comparison": compared("plain", found, 0.5)}
+    return facts | {"cells": cells, "missing": [], "failed": {}, "comparison": compared([("plain", found)], 0.5)[0]}
 
 
 def test_arms_stand_beside_the_paper_with_interval_and_smallest_visible_difference(study: dict[str, Any]) -> None:
@@ -34,7 +34,8 @@ def test_arms_stand_beside_the_paper_with_interval_and_smallest_visible_differen
     assert row["difference"] == pytest.approx(9.5) and row["low"] < 9.5 < row["high"] and row["smallest"] > 0
     assert study["comparison"]["equivalent"] == 0.5 and row["p_equivalent"] > 0.05
     title, head, plain, warm, seen, paper = render(study).splitlines()
-    assert seen == f"2 pairs of seeds: a true difference of {row['smallest']:.2f} points is found in four cases of five"
+    found = f"a true difference of {row['smallest']:.2f} points, tested alone, is found in four cases of five"
+    assert seen == f"2 pairs of seeds: {found}"
     assert title == "tiny: dev, in points, differences from plain" and paper == "paper: MTEB (Table 2)"
     assert "smallest visible" in head and "its difference" in head
     assert plain.split() == ["plain", "2", "52.00", "-", "-", "-", "-", "-", "72.31", "-"]
@@ -72,7 +73,9 @@ def test_each_task_has_a_line_below_the_mean_and_the_shared_stages_are_a_row() -
     cells = [{"arm": arm, "seed": seed, "mean": 0.5} for arm in ("plain", "warm") for seed in (1, 2)]
     shared = [{"arm": "shared-stages", "seed": seed, "mean": 0.5} for seed in (1, 2, 100)]
     facts |= {"cells": cells, "shared_stages": shared, "missing": [], "failed": {}}
-    lines = [line.split()[:5] for line in render(facts | {"comparison": compared("plain", found, None)}).splitlines()]
+    lines = [
+        line.split()[:5] for line in render(facts | {"comparison": compared([("plain", found)], None)[0]}).splitlines()
+    ]
     assert ["shared-stages", "2", "50.00"] in [line[:3] for line in lines]
     for task, sign in (("docs", 1), ("topics", -1)):
         for arm in ("warm", "shared-stages"):
@@ -93,7 +96,7 @@ def told(seeds: dict[str, list[int]], other_items: bool = False) -> tuple[str, l
     }
     cells = [{"arm": arm, "seed": seed, "mean": mean} for arm, some in scores.items() for seed, mean in some.items()]
     facts = {"study": "tiny", "baseline": "plain", "scored_on": "dev", "paper": None, "smoke": False, "trials": []}
-    comparison = compared("plain", found, None)
+    [comparison] = compared([("plain", found)], None)
     assert comparison is not None
     return render(facts | {"cells": cells, "missing": [], "failed": {}, "comparison": comparison}), comparison["rows"]
 
@@ -108,7 +111,10 @@ def test_a_table_says_what_its_seeds_could_see(count: int) -> None:
         assert last.startswith("one seed: an interval covers the items of these runs alone")
         assert "nothing is claimed of the arms" in last and row["over"] == "items" and "in four cases" not in text
     else:
-        assert row["over"] == "seeds, items" and f"{row['smallest']:.2f} points is found in four cases of five" in last
+        assert (
+            row["over"] == "seeds, items"
+            and f"{row['smallest']:.2f} points, tested alone, is found in four cases of five" in last
+        )
         assert last.startswith(f"{count} pairs of seeds: a true difference of ")
         # the items spread alike on both sides, so the seeds are all of the noise
         half = row["high"] - row["difference"]
@@ -135,27 +141,32 @@ def test_an_arm_is_compared_on_the_seeds_that_it_shares_with_the_baseline() -> N
     assert "2 pairs of seeds: a true difference" in text
 
 
-def test_arms_of_other_seeds_are_corrected_together() -> None:
-    """Holm by hand over three arms, two of which have run four times and one twice."""
+def test_arms_of_other_seeds_and_further_pairs_are_corrected_together() -> None:
+    """Holm by hand over three arms, two of which have run four times and one twice, and a pair of two of them."""
     random = np.random.default_rng(1)
     seeds = {"plain": [1, 2, 3, 4], "a": [1, 2, 3, 4], "b": [1, 2], "c": [1, 2, 3, 4], "alone": [9]}
     found = {arm: {s: results(0.5 + random.normal(0, 0.01), s) for s in some} for arm, some in seeds.items()}
-    comparison = compared("plain", found, 0.5)
-    assert comparison is not None
-    rows = {row["candidate"]: row for row in comparison["rows"]}
-    assert rows.keys() == {"a", "b", "c"}
-    order = sorted(rows.values(), key=lambda row: row["p"])
-    by_hand = np.maximum.accumulate([min(1.0, (3 - rank) * row["p"]) for rank, row in enumerate(order)])
+    comparison, pair, none = compared([("plain", found), ("b", {n: found[n] for n in "bc"}), ("alone", found)], 0.5)
+    assert comparison is not None and pair is not None and none is None
+    assert [row["candidate"] for row in comparison["rows"]] == ["a", "c", "b"]
+    assert [(pair["baseline"], row["candidate"]) for row in pair["rows"]] == [("b", "c")]
+    order = sorted([*comparison["rows"], *pair["rows"]], key=lambda row: row["p"])
+    by_hand = np.maximum.accumulate([min(1.0, (4 - rank) * row["p"]) for rank, row in enumerate(order)])
     assert [row["p_holm"] for row in order] == pytest.approx(by_hand.tolist())
 
 
 def test_a_further_pair_has_a_line_of_its_own(study: dict[str, Any]) -> None:
-    pair = compared(
-        "warm", {arm: {1: results(SCORES[arm][1], 1), 2: results(SCORES[arm][2], 2)} for arm in SCORES}, None
-    )
+    scores = {arm: {1: results(SCORES[arm][1], 1), 2: results(SCORES[arm][2], 2)} for arm in SCORES}
+    [pair] = compared([("warm", scores)], None)
     lines = render(study | {"pairs": [pair]}).splitlines()
     at = lines.index("against warm:")
     assert lines[at + 2].split()[:3] == ["plain", "52.00", "-9.50"]
+
+
+def test_tasks_that_were_not_compared_are_named(study: dict[str, Any]) -> None:
+    """Else a mean over fewer tasks would stand beside scores over all."""
+    said = study | {"comparison": study["comparison"] | {"left_out": ["warm: s/other: other data"]}}
+    assert "left out: warm: s/other: other data" in render(said).splitlines()
 
 
 def test_read_outs_are_means_and_paired_differences(study: dict[str, Any]) -> None:
@@ -189,4 +200,4 @@ def test_what_is_missing_or_has_failed_is_said(study: dict[str, Any]) -> None:
     assert render(some).splitlines() == ["NOT WHOLE, missing cells: b/1", "s/b/seed-1: failed: hunger"]
     smoke = render(study | {"smoke": True})
     assert smoke == "tiny: smoke test of 4 cells; its scores mean nothing"
-    assert compared("plain", {"warm": {1: results(0.5, 1)}}, None) is None and compared("plain", {}, None) is None
+    assert compared([("plain", {"warm": {1: results(0.5, 1)}}), ("plain", {})], None) == [None, None]

@@ -113,6 +113,23 @@ def test_each_stage_has_its_own_description_of_a_task(tmp_path: Path) -> None:
 # ---- shares
 
 
+def test_an_entry_changes_what_it_says_of_a_task_and_the_file_says_the_rest(tmp_path: Path) -> None:
+    """As `data pairs` leaves its rows: of two tasks, both described beside them."""
+    path = write(tmp_path / "docs.jsonl", *rows(2, task="docs-title"), *rows(2, task="docs-classes"))
+    title = {"name": "docs-title", "instruction": "Of the file", "licence": "MIT"}
+    classes = {"name": "docs-classes", "family": "clustering", "symmetric": True, "licence": "MIT"}
+    write(tmp_path / "docs.jsonl.tasks.jsonl", title, classes)
+    off = {"name": "docs-classes", "in_batch_negatives": "none"}
+    first, second = open_sources(recipe(stage({"path": path}), stage({"path": path, "task": off}, name="second")))
+    assert [source.task for source in first] == [Task(**title), Task(**classes)]  # not what the other stage says
+    assert [source.task for source in second] == [Task(**title), Task(**classes, in_batch_negatives="none")]
+    for task, said in ((off | {"name": "docs"}, "'docs'"), ("other", "'other'")):
+        with pytest.raises(
+            ConfigError, match=rf"data\.0\.task: no row is of task {said}.* 'docs-title', 'docs-classes'"
+        ):
+            open_one({"path": path, "task": task})
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_the_draws_follow_the_sampling(tmp_path: Path, alpha: float) -> None:
     """990 rows and 10, for 400 draws: exact to one, since each source gets its share of every prefix of slots."""
@@ -176,6 +193,9 @@ def test_rows_that_would_train_nothing_are_left_out_with_their_number(
     assert "stages.first.data.0: 3 of 8 rows of task 'one' have no negatives: left out" in caplog.text
     (alone,) = open_one({"path": path, "task": ONE | {"in_batch_negatives": "none"}})  # the task goes before the stage
     assert len(alone.rows) == 5
+    follows = {"distill": {"vector_weight": 1.0, "teacher": "t"}}
+    (alone,) = open_one({"path": path, "task": ONE}, in_batch_negatives="none", loss=follows)
+    assert len(alone.rows) == 8  # each follows the teacher
 
 
 def test_a_task_that_would_train_nothing_is_refused(tmp_path: Path) -> None:

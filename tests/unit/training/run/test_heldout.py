@@ -103,7 +103,7 @@ def test_the_loss_on_held_out_documents_falls(run: Run) -> None:
     assert (before["stage"], before["step"], after["step"]) == ("masked", 0, 30)
     assert before["documents"] == after["documents"] == 12 and before["masked"] == after["masked"] > 40
     assert after["loss"] < 0.75 * before["loss"] and after["accuracy"] > before["accuracy"] + 0.05
-    assert [f"masked loss {one['loss']:.3f}" in said for one, said in zip((before, after), run.said, strict=True)]
+    assert all(f"masked loss {one['loss']:.3f}" in said for one, said in zip((before, after), run.said, strict=True))
     assert all("12 held-out documents" in said for said in run.said)
 
 
