@@ -37,15 +37,20 @@ def render(study: Spec) -> list[str]:
     for name, test in study["tests"].items():
         cells = [cell for cell in study["cells"] if cell["id"].startswith(f"{name}/")]
         length = "equal examples" if test["seconds"] is None else f"equal wall-clock, {test['seconds']:,.0f} s each"
-        lines += [f"### {name.upper()}, {length}\n", *verdicts(name, test, study["comparisons"])]
+        lines.append(f"### {name.upper()}, {length}\n")
+        missing = [cell for cell in study["missing"] if cell.startswith(f"{name}/")]
+        if not cells:
+            lines.append(f"Not run: {len(missing)} cells.\n")
+            continue
+        lines += verdicts(name, test, study["comparisons"])
         lines += [*took(test, [cell for cell in cells if not cell["trial"] and "failed" not in cell])]
         lines += [*trials([cell for cell in cells if cell["trial"]])]
+        if missing:
+            lines.append(f"Not run: {', '.join(missing)}.\n")
     if failed := [f"{cell['id']} ({cell['failed']})" for cell in study["cells"] if "failed" in cell]:
         lines.append(f"Failed: {', '.join(failed)}.\n")
     if len(states := {cell["code"] for cell in study["cells"] if "code" in cell}) > 1:
         lines.append(f"The cells ran on {len(states)} states of the code.\n")
-    if study["missing"]:
-        lines.append(f"Not run: {', '.join(study['missing'])}.\n")
     machines = {
         json.dumps([cell[key] for key in ("machine", "versions")]): cell for cell in study["cells"] if "machine" in cell
     }
@@ -109,17 +114,29 @@ def took(test: Spec, cells: Sequence[Spec]) -> list[str]:
 
 
 def trials(cells: Sequence[Spec]) -> list[str]:
-    """Returns the score of every trial, the losing ones too. The best of each corner is bold."""
+    """Returns the score of every trial, the losing ones too. The best of a corner is bold; one at an end is named."""
+    at_an_end = []
     tried = list(dict.fromkeys(setting(cell["setting"]) for cell in cells))
     rows = [["trials", *tried]]
     for corner in dict.fromkeys(cell["corner"] for cell in cells):
         own = {setting(cell["setting"]): cell for cell in cells if cell["corner"] == corner}
-        best = max((cell["macro"] for cell in own.values() if "macro" in cell), default=None)
+        winner = max((cell for cell in own.values() if "macro" in cell), key=lambda cell: cell["macro"], default=None)
+        best = winner and winner["macro"]
+        if winner and at_end(winner["setting"], [cell["setting"] for cell in own.values()]):
+            at_an_end.append(called(corner))
         scores = [own[name].get("macro", "failed") if name in own else "-" for name in tried]
         shown = [score if isinstance(score, str) else f"{100 * score:.2f}" for score in scores]
         marked = [f"**{text}**" if score == best else text for text, score in zip(shown, scores, strict=True)]
         rows.append([called(corner), *marked])
-    return markdown(rows)
+    return markdown(rows) + (
+        [f"The best rate is the last of those tried: {'; '.join(at_an_end)}.\n"] if at_an_end else []
+    )
+
+
+def at_end(best: Spec, tried: Sequence[Spec]) -> bool:
+    """Tells whether the best rate is the lowest or highest of several that were tried with its batch and weights."""
+    rates = sorted(other["lr"] for other in tried if {**other, "lr": 0} == {**best, "lr": 0})
+    return len(rates) > 1 and best["lr"] in (rates[0], rates[-1])
 
 
 def called(corner: str) -> str:

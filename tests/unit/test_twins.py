@@ -168,6 +168,7 @@ def test_the_table_takes_the_mean_over_families_and_names_lost_ones_and_what_was
     assert f"| {ours} | **61.00** | failed |" in text and "Took more than their seconds: t2/ours-ours/seed-1" in text
     assert "Not run: t2/st-plain/seed-1." in text and "Failed: t2/ours-ours/trial-b (not finite)." in text
     assert "states of the code" not in text
+    assert f"The best rate is the last of those tried: {ours}." in text  # of two
     both = study(1800.0, ROWS)
     both["cells"] = [cell | {"code": str(number)} for number, cell in enumerate(both["cells"][:2])]
     assert "The cells ran on 2 states of the code." in "\n".join(script("table").render(both))

@@ -13,7 +13,7 @@ from embedwright.config import ConfigError
 from embedwright.errors import InputError
 from embedwright.packing import moved
 from embedwright.training.batches.batch import Masks, Targets
-from embedwright.training.losses.info_nce import (
+from embedwright.training.losses.terms import (
     cosent,
     cosines,
     cut,

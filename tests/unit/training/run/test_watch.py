@@ -17,7 +17,7 @@ from embedwright.model.embedder import Embedder
 from embedwright.processes import ALONE
 from embedwright.training.batches.batch import Batch, Masks, Targets
 from embedwright.training.engine.optim import make_optimizer
-from embedwright.training.losses.info_nce import cosent
+from embedwright.training.losses.terms import cosent
 from embedwright.training.parts import OptimPart, TunePart
 from embedwright.training.run.watch import (
     TRIES,

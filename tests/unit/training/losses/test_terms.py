@@ -11,7 +11,7 @@ from embedwright.data.schema import Example, Passage, Task
 from embedwright.text import Contract
 from embedwright.training.batches.blend import Row
 from embedwright.training.batches.make import make_batch
-from embedwright.training.losses.info_nce import (
+from embedwright.training.losses.terms import (
     cosent,
     cosines,
     cut,

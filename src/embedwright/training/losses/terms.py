@@ -1,4 +1,4 @@
-"""Losses over embeddings. Q queries, C candidates, N texts, S scored pairs, E embedding.
+"""The terms of the loss, over embeddings. Q queries, C candidates, N texts, S scored pairs, E embedding.
 
 Vectors are of unit length, so that an inner product is a cosine. All is computed in the type of the vectors (float32
 in training), under autocast too: bf16 scores would be off by 0.2 at temperature 0.02.
