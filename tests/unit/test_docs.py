@@ -103,7 +103,7 @@ def test_the_docs_stay_short() -> None:
     texts = {page.name: page.read_text(encoding="utf-8") for page in DOCS.glob("*.md") if page.name not in made}
     between = r"(?s)<!-- (?:embedwright data list --markdown|runs|\w+, made by scripts/\w+.py) -->.*?<!-- end"
     words = {name: len(re.sub(between, "", text).split()) for name, text in texts.items()}
-    assert sum(words.values()) <= 21_405, words
+    assert sum(words.values()) <= 21_409, words
     assert words["concepts.md"] <= 1_200
     assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1125
 
