@@ -541,7 +541,7 @@ def write_models(at: Path, decoder: Callable[..., Path], embedder: Callable[...,
 def write_recipe(file: Path, places: Words, steps: int, **stage_keys: Any) -> str:
     stage = {
         "name": "only",
-        "data": [{"path": places["examples"], "task": {"name": "own", "instruction": "Find it"}}],
+        "data": [{"path": places["examples"], "task": {"name": "first", "instruction": "Find it"}}],
         "in_batch_negatives": "all",
         "hard_negatives": 1,
         "optim": {"lr": 1e-2, "steps": steps, "batch_queries": 4},

@@ -38,9 +38,10 @@ def study(seeds: int, arms: dict[str, tuple[float, float]] = TRUTH) -> dict[str,
         return Results("s", tuple(rows), 1.0)
 
     found = {arm: {seed: results(change[arm, seed]) for seed in range(seeds)} for arm in arms}
-    pair = compared("worse", {"worse": found["worse"], "better": found["better"]}, 0.5)
+    further = {"worse": found["worse"], "better": found["better"]}
+    comparison, pair = compared([("base", found), ("worse", further)], 0.5)
     cells = [{"arm": arm, "seed": seed, "tokens": 600_000 + 10 * seed} for arm, seed in change]
-    return {"study": "s", "cells": cells, "comparison": compared("base", found, 0.5), "pairs": [pair], "change": change}
+    return {"study": "s", "cells": cells, "comparison": comparison, "pairs": [pair], "change": change}
 
 
 def claim(better: str, worse: str, task: str | None = "docs", name: str = "s") -> dict[str, Any]:
