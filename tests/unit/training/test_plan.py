@@ -171,9 +171,10 @@ def test_tasks_are_found_in_the_file_beside_the_rows_and_in_the_catalogue(tmp_pa
     known.write_text(json.dumps(rows[0] | {"task": "fiqa"}) + "\n")
     tasks = [{"name": n, "family": family, "instruction": f"Find {n}"} for n, family in kinds.items()]
     (tmp_path / "made.jsonl.tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
-    own = {"path": str(known), "task": {"name": "d", "instruction": "The recipe's own word"}}
-    small = recipe([{"path": str(made)}, {"path": str(known)}, own], [own])
-    found = open_sources(small)[0]
+    own = {"path": str(made), "task": {"name": "d", "instruction": "The recipe's own word"}}
+    small = recipe([own, {"path": str(known)}], [{"path": str(made)}])
+    found, others = open_sources(small)
+    assert [(len(source.rows), len(source.tasks)) for source in others] == [(3, 0), (9, 3)]  # `d` as the file says
     # tasks of one kind are one source: thousands of synthetic ones would be slow to share slots out to
     assert [(source.task.family, len(source.rows), len(source.tasks)) for source in found[:2]] == [
         ("classification", 3, 0),
@@ -181,7 +182,6 @@ def test_tasks_are_found_in_the_file_beside_the_rows_and_in_the_catalogue(tmp_pa
     ]
     assert [source.task.instruction for source in found[2:]] == [
         "The recipe's own word",
-        find_entry("fiqa").instructions[0],
         find_entry("fiqa").instructions[0],
     ]
     drawn = rows_at(found, 0, batch_queries=14, batching="blended", seed=0, stage="one")
