@@ -113,7 +113,7 @@ class Trainer(SentenceTransformerTrainer):
     def compute_loss(self, model: Any, inputs: Found, *rest: Any, **named: Any) -> Any:
         self.tokens += sum(int(mask.sum()) for name, mask in inputs.items() if name.endswith("attention_mask"))
         loss = super().compute_loss(model, inputs, *rest, **named)
-        self.losses.append(round(float(loss), 5))
+        self.losses.append(round(float(loss.detach()), 5))
         return loss
 
 
