@@ -127,17 +127,22 @@ def run(plan: Plan, file: Path, out: Path, only: Sequence[str]) -> None:
     specs = [spec | {"content": content, "processor": processor() if spec["seconds"] else None} for spec in specs]
     for spec in specs:
         refuse_other(spec, OF_ALL, out)
-    base = out / f"base-{content}"  # the decoder, converted once to the folder that both systems open
+    base = out / f"base-{content}"
     if not base.exists():
-        from embedwright import Embedder
-
-        sizes = plan.base.model_dump(exclude={"decoder"})
-        Embedder.from_decoder(plan.base.decoder, pooling="mean", **sizes).save(base)
+        save_base(plan, base)
     for spec in specs:
         if not only or any(spec["id"].startswith(name) for name in only):
             one(plan, spec | {"base": str(base)}, file, out)
             write_json(out / "twins.json", gathered(plan, specs, out))
     print("\n".join(table.render(gathered(plan, specs, out))))
+
+
+def save_base(plan: Plan, folder: Path) -> None:
+    """Converts the decoder to a folder that both systems open."""
+    from embedwright import Embedder
+
+    sizes = plan.base.model_dump(exclude={"decoder"})
+    Embedder.from_decoder(plan.base.decoder, pooling="mean", **sizes).save(folder)
 
 
 def cells(plan: Plan) -> Iterator[Spec]:
@@ -223,12 +228,12 @@ def gathered(plan: Plan, specs: Sequence[Spec], out: Path) -> Spec:
     """Returns all results, what is missing, and the comparisons of each test's pairs over the seeds of both."""
     results = {spec["id"]: read(out / spec["id"] / "result.json") for spec in specs}
     done = [result for result in results.values() if result]
+    scored = {result["id"] for result in done if "macro" in result}
     compared = [
         {"test": name, "corner": ours, "baseline": other, "seeds": seeds, **comparison(out / name, ours, other, seeds)}
         for name, test in plan.tests.items()
-        for pair in test.pairs
-        for ours, other in [pair]
-        if (seeds := [n for n in plan.seeds if all("macro" in (results[f"{name}/{c}/seed-{n}"] or {}) for c in pair)])
+        for ours, other in test.pairs
+        if (seeds := [n for n in plan.seeds if {f"{name}/{c}/seed-{n}" for c in (ours, other)} <= scored])
     ]
     told = plan.model_dump(mode="json") | {"cells": done, "comparisons": compared}
     return told | {"missing": [name for name, result in results.items() if result is None]}

@@ -21,7 +21,6 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from embedwright.model.embedder import Embedder
 from embedwright.training.recipe import Recipe
 from embedwright.training.run.checks import open_checked
 
@@ -35,8 +34,7 @@ def main() -> None:
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
         base = folder / "base"
-        sizes = plan.base.model_dump(exclude={"decoder"})
-        Embedder.from_decoder(plan.base.decoder, pooling="mean", **sizes).save(base)
+        run.save_base(plan, base)
         spec = {"recipe": str(run.HERE / f"{options.recipe}.yaml"), "base": str(base), "seed": plan.tuning_seed}
         spec |= {"setting": run.Setting().model_dump(), "steps": options.steps}
         spec |= {"st": plan.st | {"weights": "float32"}}
