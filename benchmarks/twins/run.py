@@ -35,6 +35,7 @@ from embedwright.files import sha256_of, write_json
 from embedwright.training.parts import Part, Positive, PositiveNumber, Text
 
 HERE = Path(__file__).resolve().parent
+CORES = os.sched_getaffinity(0)  # before torch is loaded: with OMP_PROC_BIND it keeps this thread on one core
 CORNERS = ("ours-ours", "st-ours", "ours-plain", "st-plain")  # SYSTEM-RECIPE
 KNOWN_BY = ("seed", "setting", "steps", "seconds", "shares", "suite", "st")  # what makes another cell
 OF_ALL = ("content", "processor")  # what all cells must share; the processor where seconds count
@@ -188,7 +189,8 @@ def one(plan: Plan, spec: Spec, file: Path, out: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     command = shlex.join(["python", "benchmarks/twins/run.py", str(file), "--only", spec["id"]])
     write_json(folder / "cell.json", spec | {"command": command})
-    cores = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), "TOKENIZERS_PARALLELISM": "false"}
+    cores = {"OMP_NUM_THREADS": str(len(CORES)), "TOKENIZERS_PARALLELISM": "false"}
+    os.sched_setaffinity(0, CORES)  # the cell inherits them
     with (folder / "log.txt").open("wb") as log:
         words = [sys.executable, str(HERE / "cell.py"), str(folder)]
         code = subprocess.run(words, stdout=log, stderr=log, env=cores | os.environ).returncode

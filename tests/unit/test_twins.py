@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -83,8 +84,9 @@ def test_the_best_trial_is_taken_once_all_are_there_and_a_done_cell_is_not_run_a
 
     calls: list[list[str]] = []
 
-    def process(words: list[str], **_: Any) -> Any:
+    def process(words: list[str], env: dict[str, str], **_: Any) -> Any:
         calls.append(words)
+        assert os.sched_getaffinity(0) == run.CORES and env["OMP_NUM_THREADS"] == str(len(run.CORES))
         cell = json.loads((Path(words[-1]) / "cell.json").read_text())
         run.write_json(Path(words[-1]) / "result.json", cell)
         return run.subprocess.CompletedProcess(words, 0)
@@ -94,8 +96,13 @@ def test_the_best_trial_is_taken_once_all_are_there_and_a_done_cell_is_not_run_a
     leftover = tmp_path / spec["id"] / "half" / "done"
     leftover.mkdir(parents=True)  # of a process that was killed: it begins anew
     ran = spec | {"content": "a", "processor": "c", "base": "b"}
-    for _ in range(2):
-        run.one(plan, ran, file, tmp_path)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    os.sched_setaffinity(0, {min(run.CORES)})  # as a bound OpenMP leaves this thread
+    try:
+        for _ in range(2):
+            run.one(plan, ran, file, tmp_path)
+    finally:
+        os.sched_setaffinity(0, run.CORES)
     assert len(calls) == 1 and not leftover.exists()
     assert json.loads((tmp_path / spec["id"] / "cell.json").read_text())["setting"]["lr"] == 2.0
     assert run.refuse_other(ran, run.OF_ALL, tmp_path)
