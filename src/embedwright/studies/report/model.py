@@ -8,7 +8,6 @@ from typing import Any
 
 from embedwright.data.files.folders import stem_of
 from embedwright.data.files.kinds import detect_kind
-from embedwright.data.schema import Task
 from embedwright.encoders.open import open_encoder
 from embedwright.encoders.protocol import Encoder
 from embedwright.errors import InputError
@@ -18,10 +17,10 @@ from embedwright.model.verify.probe import ProbeError
 from embedwright.studies.report.hits import example_hits
 from embedwright.studies.report.map import text_map
 from embedwright.studies.report.pairs import mining_charts, pair_charts
-from embedwright.training.recipe import Recipe, expand
+from embedwright.training.batches.sources import open_sources
+from embedwright.training.recipe import Recipe
 from embedwright.training.run.checks import open_suite
 from embedwright.training.run.save import saved_model
-from embedwright.training.stages import StagePart
 
 Say = Callable[[str], None]
 
@@ -70,11 +69,10 @@ def _map(encoder: Encoder, recipe: Recipe) -> dict[str, Any]:
     for task in _tasks(recipe):
         if task.kind in ("clustering", "classification"):
             return {"task": task.name} | text_map(encoder, task.path, task.instruction)
-    for entry in (entry for stage in recipe.stages if isinstance(stage, StagePart) for entry in stage.data):
-        path = expand(entry.path)
+    for source in (source for sources in open_sources(recipe) for source in sources):
+        path = source.table.path
         if path.is_file() and detect_kind(path) == "labelled":
-            instruction = entry.task.instruction if isinstance(entry.task, Task) else ""
-            return {"task": stem_of(path)} | text_map(encoder, path, instruction)
+            return {"task": stem_of(path)} | text_map(encoder, path, source.task.instruction)
     raise InputError("neither a suite in local files nor the training data has a labelled file")
 
 

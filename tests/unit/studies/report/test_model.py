@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
+from embedwright.data.files.tasks import tasks_file, write_tasks
+from embedwright.data.schema import Task
 from embedwright.studies.report import model as report_model
 from embedwright.studies.report.model import model_parts
 from embedwright.studies.report.page import report
@@ -74,6 +76,22 @@ def test_without_a_labelled_suite_the_map_is_of_training_data(tiny_run: Path, tm
     assert "retrieval" in parts["left_out"]["hits"]
     run = changed(run, tmp_path / "pairs", stages=lambda stages: stages[:1])
     assert "labelled file" in model_parts(run, str)["left_out"]["map"]
+
+
+def test_training_data_is_read_with_the_instruction_of_the_file_of_tasks_beside_it(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = tmp_path / "labels.jsonl"
+    shutil.copy(Path(tiny_run).parent / labels.name, labels)
+    write_tasks(tasks_file(labels), [Task(name="labels", instruction="Name the kind", symmetric=True)])
+
+    def own(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [stage | {"data": [{"path": str(labels)}]} for stage in stages[1:]]
+
+    asked: list[str] = []
+    monkeypatch.setattr(report_model, "text_map", lambda encoder, path, instruction: asked.append(instruction) or {})
+    run = changed(tiny_run, tmp_path / "run", eval=lambda part: part | {"suites": []}, stages=own)
+    assert model_parts(run, str)["map"] == {"task": "labels"} and asked == ["Name the kind"]
 
 
 def test_suites_of_mteb_are_passed_over(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
