@@ -103,27 +103,24 @@ def main() -> None:
 
 
 def tree() -> str:
-    """The rooms of the package and their files, each with the first phrase of its docstring."""
+    """The rooms of the package and their files, each with the first sentence of its docstring."""
     source = ROOT / "src" / "embedwright"
     found = {str(path.parent.relative_to(source)).removeprefix(".") for path in source.rglob("*.py")}
     assert found == {*ROOMS}, f"ROOMS differs from the package: {found ^ {*ROOMS}}"
     lines = ["src/embedwright/"]
     for room in ROOMS:
         if room:
-            lines.append(f"  {room + '/':24}{phrase(source / room / '__init__.py')}")
+            lines.append(f"  {room + '/':26}{phrase(source / room / '__init__.py')}")
         for file in sorted((source / room).glob("*.py")):
             if not file.name.startswith("__"):
-                lines.append(f"  {'  ' * bool(room)}{file.name:{24 - 2 * bool(room)}}{phrase(file)}")
+                lines.append(f"  {'  ' * bool(room)}{file.name:{26 - 2 * bool(room)}}{phrase(file)}")
     return "\n".join(lines) + "\n"
 
 
-def phrase(file: Path, width: int = 96) -> str:
-    """The first sentence of a module's docstring, up to a comma or a colon where it is long."""
+def phrase(file: Path) -> str:
+    """The first sentence of a module's docstring."""
     docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
-    sentence = re.split(r"\.\s", " ".join(docstring.split("\n\n")[0].split()))[0].rstrip(".")
-    if len(sentence) <= width:
-        return sentence
-    return sentence[: max(sentence.rfind(mark, 0, width) for mark in (", ", ": ", "; ", " ("))]
+    return re.split(r"\.\s(?=[A-Z`])", " ".join(docstring.split("\n\n")[0].split()))[0].rstrip(".")
 
 
 def between(path: Path, marks: tuple[str, str], content: str) -> str:
