@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 TOLERATED, LOST = -0.5, -1.0  # points: of the difference at equal examples; of a family's whole interval
@@ -99,15 +99,15 @@ def verdict(test: Spec, mean: Spec) -> str:
 
 
 def took(test: Spec, cells: Sequence[Spec]) -> list[str]:
-    """Returns what the cells of each corner took: means over seeds, and the largest peak of memory."""
-    rows = [["corner", "score", "setting", "steps", "training s", "start s", "queries/s", "tokens/s", "peak MB"]]
+    """Returns what the cells of each corner took: medians over seeds, and the largest peak of memory."""
+    rows = [["corner", "score", "setting", "steps", "median training s", "start s", "queries/s", "tokens/s", "peak MB"]]
     for corner in dict.fromkeys(cell["corner"] for cell in cells):
         own = [cell for cell in cells if cell["corner"] == corner]
         parts = [cell["took"] for cell in own]
         steps = " + ".join(f"{fmean(counts):.0f}" for counts in zip(*(part["steps"] for part in parts), strict=True))
         row = [called(corner), f"{100 * fmean(cell['macro'] for cell in own):.2f}", setting(own[0]["setting"]), steps]
-        row += [f"{fmean(part[key] for part in parts):,.0f}" for key in ("training", "start")]
-        row += [f"{fmean(part[k] / part['training'] for part in parts):,.1f}" for k in ("queries", "tokens")]
+        row += [f"{median(part[key] for part in parts):,.0f}" for key in ("training", "start")]
+        row += [f"{median(part[k] / part['training'] for part in parts):,.1f}" for k in ("queries", "tokens")]
         rows.append([*row, f"{max(part['peak_mb'] for part in parts):,}"])
     over = [c["id"] for c in cells if test["seconds"] is not None and c["took"]["training"] > OVER * test["seconds"]]
     return markdown(rows) + ([f"Took more than their seconds: {', '.join(over)}.\n"] if over else [])
