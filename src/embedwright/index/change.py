@@ -158,7 +158,7 @@ def _new(index: Index, row_of: dict[str, int], source: Path, replace: bool) -> I
             if row is not None and numbered:
                 raise InputError(
                     f"{numbered}: this row has no id but its number, {document.id!r}, and {index.folder} has another "
-                    "document by that: give the rows an `_id` of their own"
+                    "document by that: give the rows an `_id` of their own (for lines of a .txt, write them as JSONL)"
                 )
             if row is not None and not replace:
                 raise InputError(f"{index.folder} has another document {document.id[:60]!r}: take --replace")

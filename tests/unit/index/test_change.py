@@ -118,7 +118,9 @@ def test_the_number_of_a_line_never_makes_a_document_another_ones_successor(tmp_
         before = Index.open(out).documents
         source.write_text(content.replace("one", "other"))
         for replace in (True, False):
-            with pytest.raises(ValueError, match=rf"{name}:1: this row has no id but its number, '1'.*`_id`") as found:
+            with pytest.raises(
+                ValueError, match=rf"{name}:1: this row has no id but its number, '1'.*`_id`.*JSONL"
+            ) as found:
                 add(Rounded(), source, out, replace=replace)
             assert "--replace" not in str(found.value)
         assert Index.open(out).documents == before
