@@ -96,5 +96,5 @@ def _checked(encode: Callable[[], Any], texts: Sequence[str]) -> NDArray[np.floa
         total = vectors_NE.sum()  # one pass; what is not finite makes it so too, and it is then looked for
     if not np.isfinite(total) and not (finite_N := np.isfinite(vectors_NE).all(axis=1)).all():
         bad = int(finite_N.argmin())
-        raise TextError(f"{texts[bad][:_SHOWN]!r}: the model's vector of it is not finite", texts[bad])
+        raise TextError(f"the model's vector is not finite for {texts[bad][:_SHOWN]!r}", texts[bad])
     return vectors_NE

@@ -120,7 +120,7 @@ def encode_part(
         docs.write_documents(folder / DOCUMENTS, documents(), layout.metadata, digest)
     cut = _chunks(encoder, layout)
     encoder = Shortened(encoder, layout.dim) if layout.dim else encoder
-    how["name"] = lambda row: f"id {docs.open_table([folder / DOCUMENTS], {})['id'][row[0]].as_py()!r}, "
+    how["name"] = lambda row: f"id {docs.open_table([folder / DOCUMENTS], {})['id'][row[0]].as_py()!r}: "
     encode_rows(encoder, partial(_chunk_rows, folder / DOCUMENTS, cut), folder, ("document", "start", "end"), **how)
     if layout.codes:
         write_codes(folder, layout.codes)

@@ -85,7 +85,7 @@ def encode_corpus(
         raise InputError(f"{out} is an index: take a new or empty folder, or add the documents by `index --append`")
     rows = lambda: ((row.id, with_title(row.title, row.text)) for row in read_source(source))  # noqa: E731
     how: dict[str, Any] = {"task": task, "shard_rows": shard_rows, "precision": precision}
-    how |= {"progress": progress, "shard": shard, "remote": remote, "name": lambda row: f"{source}: id {row[0]!r}, "}
+    how |= {"progress": progress, "shard": shard, "remote": remote, "name": lambda row: f"{source}: id {row[0]!r}: "}
     encode_rows(as_encoder(model), rows, out, ("id", "text"), **how)
     return out
 

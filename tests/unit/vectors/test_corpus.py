@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import re
 import tracemalloc
 import zlib
 from collections.abc import Callable, Sequence
@@ -126,17 +125,17 @@ class Overflows(Hashed):
 
 
 @pytest.mark.parametrize("raises", [True, False])
-@pytest.mark.parametrize(("number", "named"), [(13, "id 'd13', 'text 13': the model"), (24, "'text 24': the model")])
+@pytest.mark.parametrize(("number", "named"), [(13, "id 'd13': .*'text 13'"), (24, "'text 24'")])
 def test_a_text_without_a_vector_is_named_by_its_id_and_by_itself(
     tmp_path: Path, number: int, named: str, raises: bool
 ) -> None:
     """Not by its place in a shard, or among the probes, to which the longest belong."""
     source, model = write_source(tmp_path / "corpus.jsonl", TEXTS), Overflows(f"text {number}", raises)
     for make in (encode_corpus, build_index):
-        with pytest.raises(ValueError, match=re.escape(named)) as found:
+        with pytest.raises(ValueError, match=named) as found:
             make(model, source, tmp_path / make.__name__, shard_rows=5)
         assert "texts[" not in str(found.value)
-    with pytest.raises(ValueError, match=f"'text {number}': the model") as found:
+    with pytest.raises(ValueError, match=f"'text {number}'") as found:
         encode_texts(model, lambda: TEXTS, len(TEXTS))
     assert "texts[" not in str(found.value)
 
