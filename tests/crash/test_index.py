@@ -80,7 +80,7 @@ def main(folder: Path) -> None:
         shutil.copytree(start, done)
         change(done)
         before, after, seen = content(start), content(done), [0, 0]
-        for owner, call in ((os, "fsync"), (shutil, "rmtree"), (Path, "unlink")):
+        for owner, call in ((os, "fsync"), (Path, "rmdir"), (Path, "unlink")):
             for number in itertools.count(1):
                 shutil.rmtree(out, ignore_errors=True)
                 shutil.copytree(start, out)

@@ -5,7 +5,8 @@ Mining and evaluation take any object with `encode`, so that any model can be te
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,6 +15,8 @@ from numpy.typing import NDArray
 from embedwright.encoders.sentence_transformers import SentenceTransformerEncoder
 from embedwright.errors import InputError, InputTypeError
 from embedwright.text import Contract
+
+_SHOWN = 100  # characters of a text that a message quotes
 
 
 class Encoder(Protocol):
@@ -46,6 +49,25 @@ def task_for(encoder: Encoder, stated: str | None) -> str | None:
     return contract.default_task if stated == "" and isinstance(contract, Contract) else stated
 
 
+class TextError(InputError):
+    """A model has no vector for one `text`, which the message quotes."""
+
+    def __init__(self, message: str, text: str) -> None:
+        super().__init__(message)
+        self.text = text
+
+
+def quoting(error: Exception, texts: Sequence[str]) -> Exception:
+    """Returns an error about `texts[index]` as one that quotes that text, since callers of callers have other numbers.
+
+    Returns any other as it is.
+    """
+    index = getattr(error, "index", None)
+    if not isinstance(error, InputError) or not isinstance(index, int):
+        return error
+    return TextError(str(error).replace(f"texts[{index}]", repr(texts[index][:_SHOWN])), texts[index])
+
+
 def encode_queries(encoder: Encoder, queries: Sequence[str], task: str | None = None) -> NDArray[np.float32]:
     """Encodes queries to float32 (N, E), under `task`, or for None under the model's own instruction.
 
@@ -54,21 +76,25 @@ def encode_queries(encoder: Encoder, queries: Sequence[str], task: str | None = 
     """
     own = getattr(encoder, "encode_query", None)
     if own is None:
-        return _checked(encoder.encode(queries, task=task_for(encoder, "") if task is None else task), queries)
-    return _checked(own(queries, task=task), queries)
+        return encode_finite(encoder, queries, task_for(encoder, "") if task is None else task)
+    return _checked(partial(own, queries, task=task), queries)
 
 
 def encode_finite(encoder: Encoder, texts: Sequence[str], task: str | None = None) -> NDArray[np.float32]:
-    """Encodes to float32 (N, E). Raises ValueError for another shape, or naming a text whose vector is not finite."""
-    return _checked(encoder.encode(texts, task=task), texts)
+    """Encodes to float32 (N, E). Raises ValueError for another shape, and TextError for a text without a vector."""
+    return _checked(partial(encoder.encode, texts, task=task), texts)
 
 
-def _checked(vectors: Any, texts: Sequence[str]) -> NDArray[np.float32]:
-    vectors_NE = np.ascontiguousarray(vectors, dtype=np.float32)
+def _checked(encode: Callable[[], Any], texts: Sequence[str]) -> NDArray[np.float32]:
+    try:
+        vectors_NE = np.ascontiguousarray(encode(), dtype=np.float32)
+    except InputError as error:
+        raise quoting(error, texts) from None
     if vectors_NE.ndim != 2 or len(vectors_NE) != len(texts):
         raise InputError(f"the model gave {vectors_NE.shape} for {len(texts)} texts")
     with np.errstate(over="ignore", invalid="ignore"):
         total = vectors_NE.sum()  # one pass; what is not finite makes it so too, and it is then looked for
     if not np.isfinite(total) and not (finite_N := np.isfinite(vectors_NE).all(axis=1)).all():
-        raise InputError(f"the model's vector is not finite for {texts[int(finite_N.argmin())][:100]!r}")
+        bad = int(finite_N.argmin())
+        raise TextError(f"the model's vector is not finite for {texts[bad][:_SHOWN]!r}", texts[bad])
     return vectors_NE

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from embedwright.encoders.protocol import Encoder
+from embedwright.encoders.protocol import Encoder, quoting
 from embedwright.errors import InputError
 from embedwright.fingerprint import Facts, fingerprint_of
 from embedwright.processes import Processes
@@ -114,7 +114,7 @@ def _part(
             if vectors_NE.ndim != 2 or len(vectors_NE) != len(own):
                 raise InputError(f"the model gave {vectors_NE.shape} for {len(own)} texts")
     except Exception as caught:
-        error = _named(caught, own)
+        error = quoting(caught, own)
     processes.agree(error)
     return rows, vectors_NE[mine] if cut else vectors_NE
 
@@ -134,11 +134,3 @@ def _gathered(part_NE: NDArray[Any], rows: list[list[int]], processes: Processes
     for own, of_one in zip(rows, received, strict=True):
         found_NE[own] = of_one.numpy()[: len(own)]
     return found_NE
-
-
-def _named(error: Exception, texts: Sequence[str]) -> Exception:
-    """Returns an error that names one of these texts by its number, with the text itself: others know no number."""
-    index = getattr(error, "index", None)
-    if not isinstance(error, InputError) or not isinstance(index, int):
-        return error
-    return InputError(str(error).replace(f"texts[{index}]", repr(texts[index][:100])))

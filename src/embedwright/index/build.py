@@ -39,7 +39,7 @@ def build_index(
     metadata: Sequence[str] = (),
     precision: Precision | None = None,
     dim: int | None = None,
-    shard_rows: int = 10_000,
+    shard_rows: int | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Makes `out` an index of the documents of `source`, and returns it. Called again, it does what is missing.
@@ -54,7 +54,7 @@ def build_index(
         precision: of the vectors on disk; `float16` halves them. `int8` and `binary` are codes beside float32 vectors:
             they nominate, and memory holds a quarter or a thirtieth. Default: that of the folder, or `float32`.
         dim: keep so many of the first numbers of a vector, for models that were trained for it. Default: all.
-        shard_rows: chunks of a shard.
+        shard_rows: chunks of a shard. Default: as `encode_corpus`.
         progress: `progress(done, total)` counts chunks.
 
     Raises:
@@ -76,6 +76,8 @@ def build_index(
             if chunk_tokens or metadata or codes or dim:
                 raise InputError(f"{out} holds whole documents that `encode` wrote: take a new or empty folder")
             return encode_corpus(encoder, source, out, **how)
+        if layout is None and (out / DOCUMENTS).exists():  # it may be the source itself
+            raise InputError(f"{out} holds a {DOCUMENTS} that is of no index: take a new or empty folder")
         layout = Layout(**settings, model=name_of(encoder))
     if precision is None:
         settings["codes"] = layout.codes
@@ -118,6 +120,7 @@ def encode_part(
         docs.write_documents(folder / DOCUMENTS, documents(), layout.metadata, digest)
     cut = _chunks(encoder, layout)
     encoder = Shortened(encoder, layout.dim) if layout.dim else encoder
+    how["name"] = lambda row: f"id {docs.open_table([folder / DOCUMENTS], {})['id'][row[0]].as_py()!r}: "
     encode_rows(encoder, partial(_chunk_rows, folder / DOCUMENTS, cut), folder, ("document", "start", "end"), **how)
     if layout.codes:
         write_codes(folder, layout.codes)

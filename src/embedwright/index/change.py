@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+import logging
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace as changed
@@ -22,7 +23,7 @@ import numpy as np
 from embedwright.config import did_you_mean
 from embedwright.encoders.protocol import as_encoder
 from embedwright.errors import InputError
-from embedwright.files import locked
+from embedwright.files import locked, remove_leftovers
 from embedwright.fingerprint import fingerprint_of
 from embedwright.index import documents as docs
 from embedwright.index.build import DOCUMENTS, encode_part, live_documents
@@ -31,8 +32,12 @@ from embedwright.index.documents import Document
 from embedwright.index.index import Index, name_of
 from embedwright.index.layout import LOCK, Layout, Part
 from embedwright.vectors.corpus import Progress
-from embedwright.vectors.store import copy_vectors
+from embedwright.vectors.store import copy_vectors, shard_size
 
+logger = logging.getLogger(__name__)
+
+_PART = re.compile(r"part-\d{5,}-[0-9a-f]{12}")  # the names that `_home` gives
+_FILES = re.compile(r"documents\.arrow|manifest\.json|probes\.arrow|codes\.arrow|shard-\d{5,}\.arrow")
 _READ = 1024  # documents read at once
 _NEAR = 10_000  # ids among which the nearest one is looked for
 
@@ -63,10 +68,9 @@ def add(model: Any, source: Path, out: Path, *, replace: bool = False, progress:
         def documents() -> Iterator[Document]:
             yield from (document for document, _ in new())
 
-        digest, manifest = docs.digest_of(documents()), index.manifest
-        home = _home(index, digest)
-        how: dict[str, Any] = {"shard_rows": manifest.shard_rows, "precision": manifest.precision}
-        encode_part(encoder, home, index.layout, documents, digest, **how, progress=progress)
+        digest = docs.digest_of(documents())
+        home, how = _home(index, digest), {"precision": index.manifest.precision, "progress": progress}
+        encode_part(encoder, home, index.layout, documents, digest, **how)
         gone = [row for row in replaced if row is not None]
         _commit(index, *_without(index, gone), Part(folder=home.name))
         return Change(len(replaced) - len(gone), len(gone))
@@ -105,7 +109,8 @@ def compact(out: Path) -> None:
         row_F = index.live_rows()
         columns = {name: index.chunks[name].to_numpy()[row_F] for name in index.chunks.column_names}
         columns["document"] = (np.cumsum(index.live_N) - 1)[columns["document"]]
-        manifest = changed(index.manifest, source_sha256=digest, count=len(row_F))
+        count, shard_rows = len(row_F), shard_size(len(row_F))
+        manifest = changed(index.manifest, source_sha256=digest, count=count, shard_rows=shard_rows)
         copy_vectors(first, home, manifest, index.vectors, row_F, columns)
         if index.layout.codes:
             write_codes(home, index.layout.codes)
@@ -122,11 +127,11 @@ def reencode(model: Any, out: Path, progress: Progress | None = None) -> None:
         if index.difference(encoder) is None:
             _sweep(index.folder, index.layout.parts)
             return
-        digest, manifest = docs.digest_of(live_documents(index)), index.manifest
+        digest = docs.digest_of(live_documents(index))
         facts = json.dumps([digest, fingerprint_of(encoder)], sort_keys=True)
         home = _home(index, hashlib.sha256(facts.encode()).hexdigest())
-        how: dict[str, Any] = {"shard_rows": manifest.shard_rows, "precision": manifest.precision}
-        encode_part(encoder, home, index.layout, partial(live_documents, index), digest, **how, progress=progress)
+        how = {"precision": index.manifest.precision, "progress": progress}
+        encode_part(encoder, home, index.layout, partial(live_documents, index), digest, **how)
         index.layout = index.layout.model_copy(update={"model": name_of(encoder)})
         _commit(index, Part(folder=home.name))
 
@@ -153,7 +158,7 @@ def _new(index: Index, row_of: dict[str, int], source: Path, replace: bool) -> I
             if row is not None and numbered:
                 raise InputError(
                     f"{numbered}: this row has no id but its number, {document.id!r}, and {index.folder} has another "
-                    "document by that: give the rows an `_id` of their own"
+                    "document by that: give the rows an `_id` of their own (for lines of a .txt, write them as JSONL)"
                 )
             if row is not None and not replace:
                 raise InputError(f"{index.folder} has another document {document.id[:60]!r}: take --replace")
@@ -184,12 +189,27 @@ def _commit(index: Index, *parts: Part) -> None:
 
 
 def _sweep(folder: Path, parts: Sequence[Part]) -> None:
-    """Removes what belongs to no part. An unfinished change of another kind is lost with it."""
+    """Removes what belongs to no part. An unfinished change of another kind is lost with it.
+
+    The folder may hold other files of its user, so only names that an index writes are removed. The change counts
+    already: what cannot be removed is warned of.
+    """
     kept = {part.folder for part in parts}
-    for part in folder.glob("part-*"):
-        if part.name not in kept:
-            shutil.rmtree(part)
-    if "." not in kept:
-        for pattern in (DOCUMENTS, "manifest.json", "probes.arrow", "codes.arrow", "shard-*.arrow"):
-            for file in folder.glob(pattern):
-                file.unlink()
+    unused = [path for path in folder.glob("part-*") if _PART.fullmatch(path.name) and path.name not in kept]
+    try:
+        for part in filter(Path.is_dir, unused):
+            remove_leftovers(part)
+            _empty(part)
+            if not any(part.iterdir()):
+                part.rmdir()
+        if "." not in kept and docs.written_digest(folder / DOCUMENTS):
+            _empty(folder)
+    except OSError as error:
+        logger.warning("%s: files that the index does not need any more cannot be removed: %s", folder, error)
+
+
+def _empty(part: Path) -> None:
+    """Removes the files of a part, the documents last: where this was stopped, they tell the next change of it."""
+    own = [path for path in part.iterdir() if _FILES.fullmatch(path.name)]
+    for path in sorted(own, key=lambda path: path.name == DOCUMENTS):
+        path.unlink()

@@ -93,11 +93,14 @@ def write_documents(path: Path, documents: Iterable[Document], types: Types, dig
 
 
 def written_digest(path: Path) -> str | None:
-    """Returns the digest of the documents in a file; None if there is no whole file."""
+    """Returns the digest of the documents in a file; None if there is no file, empty if it is no index's."""
     if not path.is_file():
         return None
-    known: bytes = (pa.ipc.open_file(pa.memory_map(str(path))).schema.metadata or {}).get(_DIGEST, b"")
-    return known.decode()
+    try:
+        metadata = pa.ipc.open_file(pa.memory_map(str(path))).schema.metadata or {}
+    except pa.ArrowInvalid:
+        return ""
+    return str(metadata.get(_DIGEST, b"").decode())
 
 
 def open_table(files: Sequence[Path], types: Types) -> pa.Table:

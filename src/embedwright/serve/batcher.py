@@ -30,8 +30,8 @@ Embed = Callable[[Sequence[TokenizedText]], NDArray[np.float32]]
 class _Job:
     """The texts of one request. `taken` of them are in batches; the others wait."""
 
-    def __init__(self, texts: Sequence[TokenizedText], done: asyncio.Future[None]) -> None:
-        self.texts, self.done, self.taken = texts, done, 0
+    def __init__(self, texts: Sequence[TokenizedText], field: str, done: asyncio.Future[None]) -> None:
+        self.texts, self.field, self.done, self.taken = texts, field, done, 0
         self.vectors: list[NDArray[np.float32] | None] = [None] * len(texts)
         self.missing = len(texts)
 
@@ -87,12 +87,13 @@ class Batcher:
             if self._ahead(1) >= self.queue_tokens:
                 raise self.full()
 
-    async def encode(self, texts: Sequence[TokenizedText]) -> NDArray[np.float32]:
+    async def encode(self, texts: Sequence[TokenizedText], field: str = "input") -> NDArray[np.float32]:
         """Returns the vectors (N, E) of a request. A caller that is cancelled leaves the queue.
 
-        Raises ApiError: 429 for a full queue, 503 when the server stops or the model fails on one of these texts.
+        Raises ApiError: 429 for a full queue, 400 where the vector of a text is not finite, which it would be again,
+        503 when the server stops or the model fails on a text. `field` names the texts in the answer.
         """
-        job = _Job(texts, self._loop.create_future())
+        job = _Job(texts, field, self._loop.create_future())
         tokens = job.waiting_tokens()
         with self._changed:
             if not self.alive:
@@ -133,7 +134,7 @@ class Batcher:
         while batch := self._next():
             began = time.perf_counter()
             results = self._results(batch)
-            whole = any(vector is not None for vector in results)
+            whole = any(vector is not None and np.isfinite(vector).all() for vector in results)
             self.failed_in_a_row = 0 if whole else self.failed_in_a_row + len(batch)
             self._note(batch, time.perf_counter() - began)
             self._loop.call_soon_threadsafe(self._deliver, batch, results)
@@ -162,7 +163,7 @@ class Batcher:
         return sorted(batch, key=lambda place: -len(place[0].texts[place[1]].ids))  # attention wants equal lengths
 
     def _results(self, batch: Sequence[_Place]) -> list[NDArray[np.float32] | None]:
-        """Computes a batch. Where that fails, its halves are tried; a text that fails alone has no vector."""
+        """Computes a batch. Where that fails, its halves are tried; None stands for a text that fails alone."""
         try:
             vectors_NE = self.embed([job.texts[i] for job, i in batch])
         except Exception as error:
@@ -170,7 +171,7 @@ class Batcher:
             log.warning("a batch of %d texts failed (%s)", len(batch), type(error).__name__)  # the message may quote
             middle = len(batch) // 2
             return [*self._results(batch[:middle]), *self._results(batch[middle:])] if middle else [None]
-        return [vector if np.isfinite(vector).all() else None for vector in vectors_NE]
+        return list(vectors_NE)
 
     def _note(self, batch: Sequence[_Place], seconds: float) -> None:
         tokens = sum(len(job.texts[i].ids) for job, i in batch)
@@ -183,14 +184,20 @@ class Batcher:
 
     def _deliver(self, batch: Sequence[_Place], results: Sequence[NDArray[np.float32] | None]) -> None:
         for (job, i), vector in zip(batch, results, strict=True):
-            if vector is None:
-                _fail(job, ApiError(503, f"the model has no vector for input[{i}]", code="model_failed"))
+            if vector is None or not np.isfinite(vector).all():
+                _fail(job, _without_vector(f"{job.field}[{i}]", failed=vector is None))
                 self._drop(job)
                 continue
             job.vectors[i] = vector
             job.missing -= 1
             if not job.missing and not job.done.done():
                 job.done.set_result(None)
+
+
+def _without_vector(text: str, failed: bool) -> ApiError:
+    if failed:
+        return ApiError(503, f"the model failed on {text}", text, "model_failed")
+    return ApiError(400, f"{text}: the model's vector of it is not finite: leave it out", text, "not_finite")
 
 
 def _fail(job: _Job, error: ApiError) -> None:

@@ -51,7 +51,10 @@ class ApiError(Exception):
 
 
 ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorAnswer, "description": "The request is wrong; `param` names the field."},
+    400: {
+        "model": ErrorAnswer,
+        "description": "The request is wrong, or a text has no finite vector; `param` names the field.",
+    },
     401: {"model": ErrorAnswer, "description": "The API key is missing or wrong."},
     403: {"model": ErrorAnswer, "description": "The server has no key, and was asked under another name."},
     404: {"model": ErrorAnswer, "description": "There is no such model, document or path."},

@@ -39,7 +39,7 @@ def add_search(paths: APIRouter, server: Server, index: Index) -> None:
         if (most := len(asked.query) * asked.k) > _MOST:
             raise ApiError(400, f"{most:,} hits are too many: k times the queries may be {_MOST:,}", "k")
         task = contract.query_task(asked.task)
-        vectors_QE, tokens = await server.encode(asked.query, task)
+        vectors_QE, tokens = await server.encode(asked.query, task, "query")
         content = await searching.run(answer, asked, task, vectors_QE, tokens)
         return Response(content, media_type="application/json")
 

@@ -29,7 +29,7 @@ from embedwright.text import TokenizedText
 # batches, 12 to 22 times (docs/serving.md).
 _QUEUED_BATCHES = 2
 _READERS = 2  # threads that tokenise
-_READING = 4_000_000  # characters of the texts that they read or that wait for them: seconds of work
+_READING = 4_000_000  # characters that they read or that wait for them, an instruction for each text: seconds of work
 _FAILED = 8  # texts in a row on which a model has failed that is asked again before it counts as ready
 _END_S = 1.0  # in which the batch that is computed may end, when the server stops
 
@@ -101,13 +101,20 @@ class Server:
             except ApiError as error:
                 raise ApiError(503, "the model fails on every text", code="model_failed") from error
 
-    async def encode(self, texts: Sequence[str], task: str | None) -> tuple[NDArray[np.float32], int]:
+    async def encode(
+        self, texts: Sequence[str], task: str | None, field: str = "input"
+    ) -> tuple[NDArray[np.float32], int]:
         """Returns the vectors of texts, as `Embedder.encode` gives them, and the number of tokens that were read.
 
-        Raises ApiError if there is no room in the queue, the server stops, or the model fails.
+        `field` of the request holds the texts. Raises ApiError if `task` is too long, there is no room in the queue,
+        the server stops, or the model has no vector for a text.
         """
+        in_front = len(task or "") * len(texts)
+        if in_front > _READING:  # the bound of a body does not hold it: each text is read behind the whole of it
+            message = f"task: {in_front:,} characters in front of {len(texts)} texts are more than {_READING:,}"
+            raise ApiError(400, f"{message}: shorten it, or send fewer texts", "task")
         self.batcher.check_room()
-        size = sum(map(len, texts))
+        size = in_front + sum(map(len, texts))
         if self.reading and self.reading + size > _READING:
             raise self.batcher.full()
         self.reading += size
@@ -116,7 +123,7 @@ class Server:
             tokenized: list[TokenizedText] = await read
         finally:
             self.reading -= size
-        vectors_NE = await self.batcher.encode(tokenized)
+        vectors_NE = await self.batcher.encode(tokenized, field)
         lengths = [len(text.ids) for text in tokenized]
         self.metrics.texts.inc(len(lengths))
         self.metrics.tokens.inc(sum(lengths))

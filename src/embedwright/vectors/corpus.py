@@ -53,7 +53,7 @@ def encode_corpus(
     out: Path,
     *,
     task: str | None = None,
-    shard_rows: int = 10_000,
+    shard_rows: int | None = None,
     precision: StoredPrecision | None = None,
     progress: Progress | None = None,
     shard: Shard | None = None,
@@ -68,7 +68,8 @@ def encode_corpus(
         source: what `read_source` reads. A title is put in front of its text, with a space.
         out: a new folder, or one that a run before has begun.
         task: an instruction for the documents, which most models want without.
-        shard_rows: documents of a shard.
+        shard_rows: documents of a shard. A run that stopped goes on at the first shard that is missing. Default: that
+            of the folder, `shard_size` for a new one.
         precision: of the vectors on disk; `float16` halves them. Default: that of the folder, `float32` for a new one.
         progress: `progress(done, total)` counts documents.
         shard: encode these shards of the folder alone. Other processes encode the others, at the same time or later;
@@ -78,11 +79,14 @@ def encode_corpus(
 
     Raises:
         DataError: a bad line, or an id that occurs twice; the message names file and line.
-        ValueError: `out` holds something else: vectors of another source, task, shard size or model.
+        ValueError: `out` holds something else: vectors of another source, task, shard size or model, or an index.
     """
+    if (out / "index.json").is_file():  # those who open the folder would read that, and its next change remove these
+        raise InputError(f"{out} is an index: take a new or empty folder, or add the documents by `index --append`")
     rows = lambda: ((row.id, with_title(row.title, row.text)) for row in read_source(source))  # noqa: E731
     how: dict[str, Any] = {"task": task, "shard_rows": shard_rows, "precision": precision}
-    encode_rows(as_encoder(model), rows, out, ("id", "text"), **how, progress=progress, shard=shard, remote=remote)
+    how |= {"progress": progress, "shard": shard, "remote": remote, "name": lambda row: f"{source}: id {row[0]!r}: "}
+    encode_rows(as_encoder(model), rows, out, ("id", "text"), **how)
     return out
 
 
@@ -93,25 +97,30 @@ def encode_rows(
     columns: Sequence[str],
     *,
     task: str | None = None,
-    shard_rows: int = 10_000,
+    shard_rows: int | None = None,
     precision: StoredPrecision | None = None,
     progress: Progress | None = None,
     shard: Shard | None = None,
     remote: RemoteFolder | None = None,
+    name: Callable[[Row], str],
 ) -> Manifest:
     """Does the work of `encode_corpus` for rows that `rows()` gives anew each time: what is stored, then the text.
 
-    `columns` names what is stored. It may include the text, which comes last.
+    `columns` names what is stored. It may include the text, which comes last. `name` gives a row's name for messages.
     """
-    if shard_rows < 1:
+    if shard_rows is not None and shard_rows < 1:
         raise InputError(f"shard_rows must be at least 1, not {shard_rows}")
+    if remote:
+        remote.fetch("manifest.json", "probes.arrow")
+    if shard_rows is None and (out / "manifest.json").is_file():
+        shard_rows = Manifest.read(out).shard_rows
     seen = survey(rows(), shard_rows)
     done, new = 0, remote is not None and not remote.fetch("manifest.json", "probes.arrow")
-    manifest = _claim(out, encoder, seen, shard_rows, task, precision)
+    manifest = _claim(out, encoder, seen, task, precision)
     if remote and new:
         remote.send("probes.arrow", "manifest.json")
     own = (shard or Shard(0, 1)).rows(len(seen.digests))
-    total = min(own.stop * shard_rows, seen.texts) - min(own.start * shard_rows, seen.texts)
+    total = min(own.stop * seen.shard_rows, seen.texts) - min(own.start * seen.shard_rows, seen.texts)
 
     def advance(texts: int) -> None:
         nonlocal done
@@ -119,7 +128,7 @@ def encode_rows(
         if progress:
             progress(done, total)
 
-    fill(out, manifest, encoder, rows(), seen, columns=columns, advance=advance, own=own, remote=remote)
+    fill(out, manifest, encoder, rows(), seen, columns=columns, advance=advance, own=own, remote=remote, name=name)
     if remote:
         remote.fetch("manifest.json")
     if Manifest.read(out) != manifest:  # two commands may have begun at one moment: those vectors count for nothing
@@ -159,16 +168,14 @@ def open_encoded(folder: Path) -> DocumentTable:
     return DocumentTable(files, identity, encoded=folder)
 
 
-def _claim(
-    out: Path, encoder: Encoder, seen: Survey, shard_rows: int, task: str | None, precision: StoredPrecision | None
-) -> Manifest:
+def _claim(out: Path, encoder: Encoder, seen: Survey, task: str | None, precision: StoredPrecision | None) -> Manifest:
     """Makes `out` the folder of these documents by this model. Raises ValueError if it holds anything else."""
     if not (out / "manifest.json").exists():
         if strays := [*out.glob("shard-*"), *out.glob("index.faiss")]:
             raise InputError(f"{out} holds {strays[0].name} but no manifest.json: take a new or empty folder")
-        claim(out, encoder, seen, shard_rows, task, precision or "float32")
+        claim(out, encoder, seen, task, precision or "float32")
     manifest = Manifest.read(out)
-    now = {"source_sha256": seen.digests[-1], "task": task, "shard_rows": shard_rows}
+    now = {"source_sha256": seen.digests[-1], "task": task, "shard_rows": seen.shard_rows}
     now["precision"] = precision or manifest.precision
     for key, value in now.items():
         if (before := getattr(manifest, key)) != value:

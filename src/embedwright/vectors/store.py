@@ -26,7 +26,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from embedwright.data.schema import DataError
-from embedwright.encoders.protocol import Encoder, encode_finite
+from embedwright.encoders.protocol import Encoder, TextError, encode_finite
 from embedwright.errors import InputError, NotFoundError
 from embedwright.files import write_json
 from embedwright.fingerprint import Facts, differences, fingerprint_of
@@ -90,20 +90,37 @@ class Survey(NamedTuple):
     """What one pass over rows finds."""
 
     texts: int
+    shard_rows: int
     digests: list[str]  # of all rows up to the end of each shard
     probes: list[str]  # the texts that tell two models apart
 
 
-def survey(rows: Iterable[Row], shard_rows: int) -> Survey:
-    """Counts and digests rows, and picks the probes: the first texts, and the longest, which show where it cuts."""
+def survey(rows: Iterable[Row], shard_rows: int | None = None) -> Survey:
+    """Counts and digests rows, and picks the probes: the first texts, and the longest, which show where it cuts.
+
+    Without `shard_rows`, shards are of `shard_size`.
+    """
     given, digest = iter(rows), hashlib.sha256()
-    count, digests, probes = 0, list[str](), list[str]()
-    while chunk := list(islice(given, shard_rows)):
+    size, count, digests, probes = shard_rows or _SHARD, 0, list[str](), list[str]()
+    while chunk := list(islice(given, size)):
         count += len(chunk)
         digests.append(_digested(digest, chunk))
         texts = [*probes, *(row[-1] for row in chunk)]
         probes = [*texts[:_PROBES], *sorted(texts[_PROBES:], key=len)[-_PROBES:]]
-    return Survey(count, digests, probes)
+        if shard_rows is None and shard_size(count) > size:  # this happens at a full shard, of an even number
+            size, digests = 2 * size, digests[1::2]
+    return Survey(count, size, digests, probes)
+
+
+def shard_size(rows: int) -> int:
+    """Returns how many rows a shard has by default: 512, doubled while that makes 512 shards, at most 65,536.
+
+    So a run that goes on has lost little, and progress is seen early.
+    """
+    size = _SHARD
+    while size < _LARGEST_SHARD and rows >= 2 * _SHARDS * size:
+        size *= 2
+    return size
 
 
 def encode_texts(
@@ -129,7 +146,7 @@ def encode_texts(
         seen = survey(((text,) for text in texts()), size)
         if seen.texts != total:
             raise InputError(f"of {total} texts, the corpus gave {seen.texts} when it was read again")
-        home = _home(folder, encoder, seen, size, precision)
+        home = _home(folder, encoder, seen, precision)
         fill(home, Manifest.read(home), encoder, ((text,) for text in texts()), seen, advance=advance)
         return open_vectors(home)
     rows = [min(size, total - start) for start in range(0, total, size)]
@@ -143,7 +160,7 @@ def encode_texts(
     return Vectors(blocks, rows, blocks[0].shape[1] if blocks else 0)
 
 
-def _home(folder: Path, encoder: Encoder, seen: Survey, shard_rows: int, precision: StoredPrecision) -> Path:
+def _home(folder: Path, encoder: Encoder, seen: Survey, precision: StoredPrecision) -> Path:
     """Returns the folder below `folder` of these texts by this model, made where there is none."""
     probe = cache(lambda texts: encode_finite(encoder, texts))
     others = []
@@ -159,7 +176,7 @@ def _home(folder: Path, encoder: Encoder, seen: Survey, shard_rows: int, precisi
     known = json.dumps(fingerprint_of(encoder), sort_keys=True).encode() + probe(tuple(seen.probes)).tobytes()
     known += b"" if precision == "float32" else precision.encode()
     home = folder / f"{seen.digests[-1][:16]}-{hashlib.sha256(known).hexdigest()[:8]}"
-    claim(home, encoder, seen, shard_rows, precision=precision, probe=probe)
+    claim(home, encoder, seen, precision=precision, probe=probe)
     return home
 
 
@@ -167,7 +184,6 @@ def claim(
     folder: Path,
     encoder: Encoder,
     seen: Survey,
-    shard_rows: int,
     task: str | None = None,
     precision: StoredPrecision = "float32",
     probe: Callable[[tuple[str, ...]], NDArray[np.float32]] | None = None,
@@ -176,7 +192,7 @@ def claim(
     probes = tuple(seen.probes)
     probes_NE = probe(probes) if probe else encode_finite(encoder, probes, task)
     model, width = fingerprint_of(encoder), probes_NE.shape[1]
-    manifest = Manifest(_FORMAT, seen.digests[-1], seen.texts, task, shard_rows, width, model, precision)
+    manifest = Manifest(_FORMAT, seen.digests[-1], seen.texts, task, seen.shard_rows, width, model, precision)
     write_shard(folder / "probes.arrow", probes_NE, {"text": probes}, {_OWNER: manifest.digest()})
     write_json(folder / "manifest.json", asdict(manifest))
 
@@ -192,11 +208,12 @@ def fill(
     advance: Callable[[int], None],
     own: range | None = None,
     remote: RemoteFolder | None = None,
+    name: Callable[[Row], str] = lambda row: "",
 ) -> None:
     """Encodes the shards that a claimed folder lacks: all, or only those in `own`.
 
     `columns` are the names of stored columns. With `remote`, each shard is sent there and removed here. Raises
-    ValueError if the rows are not those of the survey.
+    ValueError if the rows are not those of the survey, or the model cannot encode one: `name` gives its name.
     """
     given, digest = iter(rows), hashlib.sha256()
     own = range(len(seen.digests)) if own is None else own
@@ -207,7 +224,11 @@ def fill(
         if _digested(digest, chunk) != expected:
             raise InputError(f"of {seen.texts} texts, the corpus gave others when it was read again")
         if shard in own and not (_sent(remote, path.name, manifest) if remote else _complete(path, wanted, manifest)):
-            vectors_NE = encode_finite(encoder, [row[-1] for row in chunk], manifest.task)
+            try:
+                vectors_NE = encode_finite(encoder, [row[-1] for row in chunk], manifest.task)
+            except TextError as error:
+                at = next(row for row in chunk if row[-1] == error.text)
+                raise TextError(f"{name(at)}{error}", error.text) from None
             stored = zip(columns, zip(*chunk, strict=True), strict=False)
             write_shard(path, _stored(vectors_NE, manifest.precision), dict(stored), {_OWNER: manifest.digest()})
             if remote:

@@ -65,7 +65,7 @@ def test_each_distinct_text_is_encoded_once_and_each_process_has_a_part(found: d
 def test_an_error_of_any_process_is_one_of_encode_and_the_next_call_is_fine(found: dict[str, Any], count: int) -> None:
     first = found["in_a_group"][count][0]
     longest = TEXTS[1][:100]
-    assert first["bad text"].endswith(f"'{longest}': cannot be read") and first["bad text"].startswith("InputError")
+    assert first["bad text"].endswith(f"'{longest}': cannot be read") and first["bad text"].startswith("TextError")
     assert first["bad model"] == "OtherProcessError: process 1: weights cannot be opened"
     np.testing.assert_allclose(first["after"], first["vectors"], atol=2e-6)
 

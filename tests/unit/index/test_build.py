@@ -13,10 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 from small_index import Counted, Rounded, small_corpus
 
+from embedwright.errors import InputError
 from embedwright.index import build
 from embedwright.index import documents as docs
 from embedwright.index.build import build_index
-from embedwright.index.change import add
+from embedwright.index.change import add, compact, delete, reencode
 from embedwright.index.index import Index
 from embedwright.model.embedder import Embedder
 from embedwright.vectors.corpus import encode_corpus, open_encoded
@@ -134,7 +135,7 @@ def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ValueError, match="chunk_tokens None, this is 3"):
         build_index(Rounded(), source, out, shard_rows=10, chunk_tokens=3)
     model = Counted()
-    build_index(model, source, out, shard_rows=10)
+    build_index(model, source, out)  # whose own shard size stays
     probes = ["text 0", "text 1", "text 55", "text 56"]
     assert model.asked == [*probes, *(f"text {i}" for i in range(20, 57))]
     fresh = build_index(Rounded(), source, tmp_path / "fresh", shard_rows=10)
@@ -143,6 +144,30 @@ def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     source.write_text(source.read_text() + '{"text": "more"}\n')
     with pytest.raises(ValueError, match=r"other documents.*--append"):
         build_index(Rounded(), source, out, shard_rows=10)
+
+
+def test_no_index_is_begun_over_documents_that_are_none_of_an_index(tmp_path: Path) -> None:
+    source = tmp_path / "documents.arrow"  # as the file of an index is named
+    with pa.ipc.new_file(str(source), pa.schema({"text": pa.string()})) as writer:
+        writer.write_batch(pa.RecordBatch.from_pydict({"text": ["one", "two"]}))
+    before = source.read_bytes()
+    with pytest.raises(InputError, match=r"holds a documents\.arrow that is of no index: take a new"):
+        build_index(Rounded(), source, tmp_path)
+    assert source.read_bytes() == before
+    assert len(Index.open(build_index(Rounded(), source, tmp_path / "index")).live_rows()) == 2
+
+
+@pytest.mark.parametrize("change", ["none", "compact", "reencode"])
+def test_encode_refuses_the_folder_of_an_index(tmp_path: Path, change: str) -> None:
+    source, model = small_corpus(tmp_path / "corpus.jsonl"), Rounded("other" if change == "reencode" else "")
+    out = build_index(Rounded(), source, tmp_path / "out")
+    if change != "none":
+        delete(out, ["d0"])
+        compact(out) if change == "compact" else reencode(model, out)
+    before = sorted(out.rglob("*"))
+    with pytest.raises(InputError, match="out is an index: take a new or empty folder, or add"):
+        encode_corpus(model, source, out)
+    assert sorted(out.rglob("*")) == before
 
 
 def test_another_model_is_refused_before_a_document_is_read(

@@ -118,7 +118,9 @@ def test_the_number_of_a_line_never_makes_a_document_another_ones_successor(tmp_
         before = Index.open(out).documents
         source.write_text(content.replace("one", "other"))
         for replace in (True, False):
-            with pytest.raises(ValueError, match=rf"{name}:1: this row has no id but its number, '1'.*`_id`") as found:
+            with pytest.raises(
+                ValueError, match=rf"{name}:1: this row has no id but its number, '1'.*`_id`.*JSONL"
+            ) as found:
                 add(Rounded(), source, out, replace=replace)
             assert "--replace" not in str(found.value)
         assert Index.open(out).documents == before
@@ -189,8 +191,9 @@ def test_a_model_that_reads_less_than_a_chunk_does_not_encode_an_index_anew(
     assert content(out) == before and len(Index.open(out).search(model, ["tides"], 1, "")[0]) == 1
 
 
-def test_a_stopped_change_goes_on(tmp_path: Path) -> None:
-    out = build_index(Rounded(), write(tmp_path / "a", {"d1": "one"}), tmp_path / "i", metadata=["n"], shard_rows=10)
+def test_a_stopped_change_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embedwright.vectors.store._SHARD", 10)
+    out = build_index(Rounded(), write(tmp_path / "a", {"d1": "one"}), tmp_path / "i", metadata=["n"])
     more, before = write(tmp_path / "b", {f"e{i}": f"text {i}" for i in range(35)}), content(out)
 
     class Stops(Counted):
@@ -209,3 +212,50 @@ def test_a_stopped_change_goes_on(tmp_path: Path) -> None:
         *(f"text {i}" for i in range(20, 35)),
     ]
     assert len(content(out)) == 36
+    monkeypatch.setattr("embedwright.vectors.store._SHARD", 20)
+    compact(out)
+    (part,) = out.glob("part-*")
+    assert len(list(part.glob("shard-*"))) == 2 and len(content(out)) == 36
+
+
+@pytest.mark.parametrize("change", ["add", "delete", "compact", "reencode"])
+def test_a_change_leaves_the_users_own_files_alone(
+    tmp_path: Path, change: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    out, more = tmp_path / "work", write(tmp_path / "b", {"d2": "two", "d3": "three"})
+    build_index(Rounded(), write(tmp_path / "a", {"d0": "zero", "d1": "one"}), out, metadata=["n"])
+    own = ["part-00000-of-00002/mine.jsonl", "part-00003-of-00010.jsonl", "part-00007-0123456789ab/a", "shard-a.arrow"]
+    for name in own:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text(name)
+    delete(out, ["d0"])
+    {
+        "add": lambda: add(Rounded(), more, out),
+        "delete": lambda: delete(out, ["d0", "d1"]),
+        "compact": lambda: compact(out),
+        "reencode": lambda: reencode(Rounded("other"), out),
+    }[change]()
+    if change in ("compact", "reencode"):
+        own.append("documents.arrow")
+        (out / own[-1]).write_text(own[-1])
+        assert delete(out, ["d1"]) == 1
+    assert all((out / name).read_text() == name for name in own) and not caplog.text
+
+
+def test_a_change_that_counts_does_not_fail_over_what_it_cannot_remove(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = build_index(Rounded(), write(tmp_path / "a", {"d0": "zero", "d1": "one"}), tmp_path / "i", metadata=["n"])
+    delete(out, ["d0"])
+
+    def refused(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "shard-00000.arrow":
+            raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refused)
+        compact(out)
+    assert "cannot be removed" in caplog.text and "Permission denied" in caplog.text
+    assert list(content(out)) == ["d1"] and (out / "documents.arrow").exists()
+    compact(out)  # this removes them
+    assert not (out / "documents.arrow").exists()

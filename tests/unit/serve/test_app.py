@@ -14,6 +14,7 @@ import numpy as np
 import openai
 import pytest
 
+from embedwright.encoders.http import HttpEncoder, RefusedTextsError
 from embedwright.index.index import Index
 from embedwright.model.embedder import Embedder
 from embedwright.serve.app import create_app
@@ -218,6 +219,32 @@ def test_a_model_that_fails_on_everything_is_not_ready_until_it_answers_again(se
         assert answer.status == 503 and answer.body["error"]["code"] == "model_failed"
         batcher.embed = embed  # those texts were at fault: nobody has to ask for another before it is ready
         assert server.ask("GET", "/ready").status == 200 and batcher.failed_in_a_row == 0
+
+
+def test_a_text_without_a_finite_vector_is_refused_for_good_and_costs_no_other(
+    serving: Any, told: Embedder, index: Index
+) -> None:
+    """A 5xx would have clients ask again: our teacher over HTTP for two hours."""
+    poison, texts = "a poisoned text", [f"text {i}" for i in range(40)]
+    ids = [told.tokenize([poison], task=task).ids_T.tolist() for task in (None, told.contract.default_task)]
+    with serving(told, index=index) as server:
+        batcher = server.app.state.server.batcher
+        embed = batcher.embed
+
+        def overflows(asked: Any) -> Any:
+            vectors = embed(asked)
+            vectors[[text.ids.tolist() in ids for text in asked]] = np.nan
+            return vectors
+
+        batcher.embed = overflows
+        for path, field in (("/v1/embeddings", "input"), ("/search", "query")):
+            answer = server.ask("POST", path, {field: ["tides", poison]})
+            error = answer.body["error"]
+            assert answer.status == 400 and error["param"] == f"{field}[1]" and "not finite" in error["message"]
+        teacher = HttpEncoder(server.url, "tiny")
+        with pytest.raises(RefusedTextsError, match="not finite") as refused:
+            teacher.encode([*texts, poison])
+        assert refused.value.texts == [poison] and close(teacher.encode(texts), told.encode(texts))
 
 
 def test_readiness_is_that_of_both_models(serving: Any, model: Embedder) -> None:

@@ -132,7 +132,9 @@ def test_a_poisoned_text_fails_alone(kind: str) -> None:
         model.go.set()
         one, poisoned, other = await asyncio.gather(*tasks, return_exceptions=True)
         assert one.tolist() == [[1, 10]] and other.tolist() == [[3, 10]] and (await first).tolist() == [[0, 10]]
-        assert isinstance(poisoned, ApiError) and poisoned.status == 503 and "input[1]" in poisoned.message
+        assert isinstance(poisoned, ApiError) and "input[1]" in poisoned.message and poisoned.param == "input[1]"
+        said = (503, "model_failed") if kind == "raises" else (400, "not_finite")  # which would come again: no 5xx
+        assert (poisoned.status, poisoned.code) == said
         assert batcher.waiting_tokens == 0  # the rest of its texts have left the queue
         assert (await batcher.encode([text(5)])).tolist() == [[5, 10]]
 

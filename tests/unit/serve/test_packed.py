@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from embedwright.errors import InputError
 from embedwright.model.embedder import Embedder
 from embedwright.serve.packed import PackedModel
-from embedwright.text import TextTokenizer, tokenize
+from embedwright.text import NoTokenError, TextTokenizer, tokenize
 
 
 def test_texts_of_different_tasks_in_one_batch_have_the_vectors_of_encode(model: Embedder) -> None:
@@ -82,23 +82,53 @@ def test_a_cut_changes_no_token_where_digits_are_grouped_from_the_right_and_word
     for rule, whole in (("count", read.special), ("offsets", read.plain)):
         contract.mask_rule = rule
         for text in [*texts, "<|a special token with a long name|>" * 100]:
-            assert whole.encode(packed._start(text)).ids[:20] == whole.encode(text).ids[:20], (rule, text[:20])
+            assert whole.encode(packed._start(text, rule == "count")).ids[:20] == whole.encode(text).ids[:20], (
+                rule,
+                text[:20],
+            )
 
 
-def test_of_a_long_text_only_the_start_is_tokenised(model: Embedder) -> None:
+def counting(model: Embedder) -> tuple[PackedModel, list[int]]:
+    """A model, and the lengths of what it tokenises."""
     seen: list[int] = []
 
     class Counting:
+        def __init__(self, tokenizer: Any) -> None:
+            self.tokenizer = tokenizer
+
         def __getattr__(self, name: str) -> Any:
-            return getattr(model.text_tokenizer.plain, name)
+            return getattr(self.tokenizer, name)
 
         def encode_batch(self, texts: list[str], **how: Any) -> Any:
             seen.extend(map(len, texts))
-            return model.text_tokenizer.plain.encode_batch(texts, **how)
+            return self.tokenizer.encode_batch(texts, **how)
 
-    packed = PackedModel(model)
+    packed, own = PackedModel(model), model.text_tokenizer
     packed.model = SimpleNamespace(
-        text_tokenizer=SimpleNamespace(plain=Counting()), contract=model.contract, longest=model.longest
+        text_tokenizer=SimpleNamespace(plain=Counting(own.plain), special=Counting(own.special)),
+        contract=model.contract,
+        longest=model.longest,
     )  # type: ignore[assignment]
+    return packed, seen
+
+
+def test_of_a_long_text_only_the_start_is_tokenised(model: Embedder) -> None:
+    packed, seen = counting(model)
     (found,) = packed.read(["the moon pulls at the sea " * 80_000], None)
     assert len(found.ids) == model.max_tokens and sum(seen) < 100 * model.max_tokens
+
+
+@pytest.mark.parametrize("rule", ["offsets", "count", "specials"])
+def test_an_instruction_that_leaves_no_room_is_refused_before_it_is_tokenised_for_each_text(
+    tiny_embedder: Callable[..., Embedder], rule: str
+) -> None:
+    model = tiny_embedder("latent")
+    rules: dict[str, Any] = {"template_specials": True} if rule == "specials" else {"mask_rule": rule}
+    model.contract = model.contract.model_copy(update=rules)
+    packed, seen = counting(model)
+    with pytest.raises(NoTokenError, match="leave no token to pool"):
+        packed.read(["a"] * 256, "find the moon " * 5_000)
+    assert sum(seen) < 100 * model.max_tokens
+    special = "</s>" * 300  # one token each, where special tokens of an instruction are read as such
+    task = special * 2 if rule == "offsets" else special + "find"
+    assert rule == "offsets" or len(packed.read(["a"], task)) == 1

@@ -38,6 +38,16 @@ def test_another_models_name_is_refused(model: Embedder) -> None:
         server.check_name("tinny")
 
 
+@pytest.mark.parametrize(("texts", "length"), [(1, 4_000_001), (256, 20_000)])
+def test_an_instruction_counts_for_each_text_before_it_is_read(
+    model: Embedder, monkeypatch: pytest.MonkeyPatch, texts: int, length: int
+) -> None:
+    monkeypatch.setattr(PackedModel, "read", lambda *_: pytest.fail("read"))
+    with pytest.raises(ApiError, match=r"task: [0-9,]+ characters in front of \d+ texts.* shorten it") as refused:
+        asyncio.run(Server(model, "tiny", Limits()).encode(["a"] * texts, "x" * length))
+    assert (refused.value.status, refused.value.param) == (400, "task")
+
+
 def test_what_waits_to_be_read_is_bounded(model: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
     go = threading.Event()
     server, read = Server(model, "tiny", Limits()), PackedModel.read
@@ -51,7 +61,7 @@ def test_what_waits_to_be_read_is_bounded(model: Embedder, monkeypatch: pytest.M
 
     async def ask() -> None:
         async with server.running():
-            first = asyncio.ensure_future(server.encode(["a text longer than that"], None))
+            first = asyncio.ensure_future(server.encode(["a", "b"], "Find"))  # ten characters are read
             await asyncio.sleep(0)  # alone, it is read
             with pytest.raises(ApiError) as refused:
                 await server.encode(["b"], None)

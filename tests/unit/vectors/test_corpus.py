@@ -15,9 +15,11 @@ from fake_llm import command
 
 from embedwright.data.files.parts import Shard
 from embedwright.data.schema import DataError
+from embedwright.index.build import build_index
 from embedwright.index.faiss_file import write_faiss
 from embedwright.index.index import Index
 from embedwright.model.embedder import Embedder
+from embedwright.model.encode import NotFiniteError
 from embedwright.vectors.corpus import encode_corpus, is_encoded, open_encoded, read_source
 from embedwright.vectors.shards import read_shard, vectors_of, write_shard
 from embedwright.vectors.store import Manifest, encode_texts, open_vectors
@@ -93,6 +95,49 @@ def test_a_run_that_stopped_encodes_only_what_is_missing(tmp_path: Path) -> None
     assert [text for text in model.asked if text in TEXTS] == [*probes, *TEXTS[5:15], *TEXTS[20:]]
     assert read_vectors(out)[1] == TEXTS
     np.testing.assert_array_equal(read_vectors(out)[2], np.stack([model.vector(text) for text in TEXTS]))
+
+
+def test_a_small_corpus_has_shards_too_where_a_run_can_stop_and_shows_how_far_it_is(tmp_path: Path) -> None:
+    texts, seen = [f"text {i}" for i in range(1100)], list[tuple[int, int]]()
+    source = write_source(tmp_path / "corpus.jsonl", texts)
+    for make in (encode_corpus, build_index):
+        with pytest.raises(KeyboardInterrupt):
+            make(Hashed(fail_at="text 1050"), source, tmp_path / make.__name__)
+        model = Hashed()
+        make(model, source, tmp_path / make.__name__, progress=lambda *at: seen.append(at))
+        assert model.asked[-76:] == texts[1024:] and "text 500" not in model.asked
+        assert seen[-3:] == [(512, 1100), (1024, 1100), (1100, 1100)]
+
+
+class Overflows(Hashed):
+    """Has no vector for one text: it raises as an `Embedder`, or returns what is not finite, as others."""
+
+    def __init__(self, text: str, raises: bool) -> None:
+        super().__init__()
+        self.text, self.raises = text, raises
+
+    def encode(self, texts: Sequence[str], task: str | None = None) -> np.ndarray:
+        if self.text in texts and self.raises:
+            raise NotFiniteError(list(texts).index(self.text))
+        vectors = super().encode(texts, task)
+        vectors[[text == self.text for text in texts]] = np.nan
+        return vectors
+
+
+@pytest.mark.parametrize("raises", [True, False])
+@pytest.mark.parametrize(("number", "named"), [(13, "id 'd13': .*'text 13'"), (24, "'text 24'")])
+def test_a_text_without_a_vector_is_named_by_its_id_and_by_itself(
+    tmp_path: Path, number: int, named: str, raises: bool
+) -> None:
+    """Not by its place in a shard, or among the probes, to which the longest belong."""
+    source, model = write_source(tmp_path / "corpus.jsonl", TEXTS), Overflows(f"text {number}", raises)
+    for make in (encode_corpus, build_index):
+        with pytest.raises(ValueError, match=named) as found:
+            make(model, source, tmp_path / make.__name__, shard_rows=5)
+        assert "texts[" not in str(found.value)
+    with pytest.raises(ValueError, match=f"'text {number}'") as found:
+        encode_texts(model, lambda: TEXTS, len(TEXTS))
+    assert "texts[" not in str(found.value)
 
 
 def test_a_corpus_in_float16_is_indexed_and_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import pytest
 from embedwright import files
 from embedwright.vectors import store
 from embedwright.vectors.shards import Vectors
-from embedwright.vectors.store import encode_texts
+from embedwright.vectors.store import encode_texts, shard_size, survey
 
 TEXTS = [f"text {i}" for i in range(23)]
 
@@ -177,6 +177,20 @@ def test_blocks_grow_with_the_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert encode(Teacher()).rows == [11, 11, 1]
     monkeypatch.setattr(store, "_LARGEST_SHARD", 8)
     assert encode(Teacher()).rows == [8, 8, 7]
+
+
+def test_a_survey_that_does_not_know_the_number_of_rows_cuts_them_as_one_that_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(store, "_SHARDS", 2)
+    monkeypatch.setattr(store, "_LARGEST_SHARD", 20)
+    sizes = set()
+    for count in range(1, 120):
+        rows = [(f"text {i}",) for i in range(count)]
+        found = survey(rows)
+        assert found == survey(rows, shard_size(count)) and (len(found.digests) <= 4 or found.shard_rows == 20), count
+        sizes.add(found.shard_rows)
+    assert sizes == {5, 10, 20}
 
 
 def test_no_text_has_no_vector() -> None:
