@@ -90,6 +90,11 @@ class DistillPart(Part):
             raise InputError("temperature is of the scores, and neither score_weight nor similarity_weight is above 0")
         if len(set(self.teacher)) != len(self.teacher):
             raise InputError(f"teacher: {list(self.teacher)} names one model twice")
+        if named := [name for name in self.teacher if name in (PREVIOUS, *NAMED)]:
+            raise InputError(
+                f"teacher: {named[0]} has no vectors to follow: name a model, or leave teacher out and follow the "
+                "scores that mining writes, by score_weight"
+            )
         return self
 
     @model_serializer(mode="wrap")
