@@ -18,6 +18,7 @@ from embedwright.data.schema import Task
 from embedwright.data.sources.catalog import find_task
 from embedwright.data.tables.table import ExampleTable, open_documents, open_examples
 from embedwright.errors import NotFoundError
+from embedwright.mining.rules import RANDOM
 from embedwright.training.batches.blend import Source, permuted, share
 from embedwright.training.recipe import Recipe, expand
 from embedwright.training.stages import DataPart, MaskedPart, Stage, StagePart, TextPart
@@ -92,7 +93,23 @@ def _stage_sources(recipe: Recipe, stage: Stage, known: dict[str, Task]) -> list
         sources = _without_heldout(recipe, stage, sources)
     if stage.mine is not None and not any(map(is_mined, sources)):
         raise ConfigError(f"recipe {recipe.name}: stages.{stage.name}: none of its data can be mined (docs/mining.md)")
+    if stage.loss.distill is not None and stage.loss.distill.score_weight and not _can_have_scores(stage, sources):
+        raise ConfigError(
+            f"recipe {recipe.name}: stages.{stage.name}.loss.distill.score_weight: no row has positive_scores and "
+            "negative_scores to follow: mine with a teacher that has scores, or leave it out (docs/losses.md)"
+        )
     return with_shares(stage, sources)
+
+
+def _can_have_scores(stage: Stage, sources: Sequence[Source]) -> bool:
+    """Says whether some row has a teacher's scores, or gets them when its negatives are mined."""
+    for source in sources:
+        if stage.mine is not None and is_mined(source):
+            if stage.mine.teacher != RANDOM:
+                return True
+        elif source.table.has_teacher_scores()[source.rows].any():
+            return True
+    return False
 
 
 def with_shares(stage: Stage, sources: Sequence[Source]) -> list[Source]:

@@ -241,6 +241,28 @@ def test_a_missing_file_names_the_key(tmp_path: Path) -> None:
             open_sources(recipe(first, second))
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({}, "no row has positive_scores and negative_scores"),
+        ({"mine": {"teacher": "random", "rule": "naive"}}, "mine with a teacher that has scores"),
+        ({"mine": {"teacher": "bm25"}}, None),
+    ],
+)
+def test_scores_to_follow_must_be_there_or_come_by_mining(
+    tmp_path: Path, change: dict[str, Any], says: str | None
+) -> None:
+    path = write(tmp_path / "a.jsonl", *rows(3), rows(1)[0] | {"positive_scores": [0.9]})
+    asked = change | {"loss": {"distill": {"score_weight": 1.0}}}
+    if says is None:
+        open_one({"path": path}, **asked)
+    else:
+        with pytest.raises(ConfigError, match=rf"r: stages\.first\.loss\.distill\.score_weight: .*{says}"):
+            open_one({"path": path}, **asked)
+    scored = write(tmp_path / "b.jsonl", rows(1)[0] | {"positive_scores": [0.9], "negative_scores": [0.1]})
+    open_one({"path": path}, {"path": scored}, loss=asked["loss"])
+
+
 # ---- fingerprint
 
 
