@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -56,7 +57,10 @@ def refreshed(
 ) -> list[Source]:
     """Returns the stage's sources with the negatives that hold from step `begin` on. The run stands at `state`.
 
-    Rows keep their order and number, so the draw of rows goes on unchanged. Negatives that rows came with are replaced.
+    Negatives that rows came with are replaced, and rows keep their order. Rows of a task without in-batch negatives
+    that got none are left out until the stage mines again, unless it follows a teacher. Where their number changes, the
+    draw goes on in another order, so that a pass may give a row twice, or not at all.
+
     Each process encodes a part of the texts; rank 0 searches and writes, and the others read its files.
 
     Raises ConfigError if the mined files are gone together with the weights that mined them, or where no row of a
@@ -65,8 +69,9 @@ def refreshed(
     asked = stage.mine
     assert asked is not None
     folder = Path(recipe.run.out) / "mined" / stage.name / f"{begin:07d}"
-    run = {"recipe": state.recipe, "data": state.data, "model": state.model}
-    there = processes.decided(lambda: (folder / _WHOLE).is_file() and json.loads((folder / _WHOLE).read_text()) == run)
+    teacher = {name: found for name, found in state.facts.get("teacher", {}).items() if name in asked.teachers}
+    run = {"recipe": state.recipe, "data": state.data, "model": state.model, "teacher": teacher}
+    there = processes.decided(lambda: _is_of(folder / _WHOLE, run))
     mined = [number for number, source in enumerate(sources) if is_mined(source)]
     if not there:
         if asked.teacher == PREVIOUS and begin < state.step:
@@ -91,6 +96,11 @@ def refreshed(
             own = replace(source, table=table, rows=np.arange(len(table)))
             fresh[number] = trainable(stage, own, f"stages.{stage.name}, mined after step {begin}: {source.name}")
     return with_shares(stage, fresh)
+
+
+def _is_of(file: Path, run: dict[str, Any]) -> bool:
+    """Says whether the file says that what lies beside it was mined in this run. Older ones do not tell the teacher."""
+    return file.is_file() and {"teacher": run["teacher"]} | json.loads(file.read_text()) == run
 
 
 def _teacher(name: str, model: Embedder) -> Encoder | str:

@@ -235,6 +235,36 @@ def test_what_was_mined_by_a_model_that_is_gone_cannot_be_mined_again(content: d
         refreshed(*asked, RunState(0, 5, "other", "d"), 4, start_model(recipe), ALONE)
 
 
+def test_negatives_of_a_teacher_that_was_trained_on_are_mined_again(
+    content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is stopped before its first checkpoint finds them in its folder when it begins anew."""
+    content["stages"][0] = {"kind": "mine", "negatives": 3, "rule": "naive", "teacher": "./t"}
+    recipe = Recipe.parse(content)
+    asked = (recipe, recipe.stages[0], opened(recipe))
+    model, opens = start_model(recipe), list[str]()
+
+    class Teacher:
+        def encode(self, texts: list[str], task: str | None = None) -> np.ndarray:
+            return np.random.default_rng([len(opens), len(texts)]).normal(size=(len(texts), 8)).astype(np.float32)
+
+    monkeypatch.setattr(refresh, "open_encoder", lambda name: opens.append(name) or Teacher())
+
+    def found(**teachers: str) -> list[tuple[str, ...]]:
+        state = RunState(0, 0, "r", "d", facts={"teacher": {f"./{name}": print for name, print in teachers.items()}})
+        refreshed(*asked, state, 0, model, ALONE)
+        return negatives(folder)
+
+    folder = Path(recipe.run.out) / "mined" / "retrieval" / "0000000"
+    before = found(t="one", another="x")
+    assert found(t="one", another="y") == before and opens == ["./t"]
+    assert found(t="two") != before and opens == ["./t"] * 2
+    told = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({key: value for key, value in told.items() if key != "teacher"}))
+    found(t="three")
+    assert opens == ["./t"] * 2  # of an older version, which did not write down by whom
+
+
 def test_rows_without_negatives_wait_for_the_mining(content: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").write_text(
         "".join(json.dumps({"query": f"q{i}", "positives": [f"p{i} a"]}) + "\n" for i in range(9))
