@@ -17,7 +17,6 @@ import numpy as np
 
 from embedwright.config import ConfigError
 from embedwright.data.answers import Answers
-from embedwright.data.files.beir import beir_files, read_corpus
 from embedwright.data.tables.table import open_examples, write_examples
 from embedwright.encoders.open import open_encoder
 from embedwright.encoders.protocol import Encoder, as_encoder
@@ -29,8 +28,8 @@ from embedwright.mining.rules import NAMED
 from embedwright.model.embedder import Embedder
 from embedwright.processes import Processes
 from embedwright.training.batches.blend import Rows, Source
-from embedwright.training.batches.sources import entry_of, is_mined, trainable, with_shares
-from embedwright.training.recipe import Recipe, expand
+from embedwright.training.batches.sources import corpus_of, entry_of, is_mined, trainable, with_shares
+from embedwright.training.recipe import Recipe
 from embedwright.training.run.checkpoint import RunState
 from embedwright.training.stages import PREVIOUS, Stage, StagePart
 
@@ -121,13 +120,14 @@ def _mine(
 ) -> None:
     asked = stage.mine
     assert asked is not None
+    corpus = corpus_of(entry_of(stage, source))
     rows = (source.table[int(row)] for row in source.rows)
     bare = [
         replace(row, negatives=(), positive_scores=None, negative_scores=None) if row.positives else row for row in rows
     ]
     found, report = mine(
         bare,
-        _corpus(stage, source),
+        positives_of(source.table) if corpus is None else corpus,
         teacher,
         rule=asked.rule,
         margin=asked.margin,
@@ -148,14 +148,3 @@ def _mine(
     logger.info("%s", line)
     if say is not None:
         say(line)
-
-
-def _corpus(stage: StagePart, source: Source) -> dict[str, str]:
-    """Returns the corpus that an entry names, or else the positives of its rows."""
-    entry = entry_of(stage, source)
-    path = expand(entry.path)
-    if entry.corpus:
-        return read_corpus(expand(entry.corpus))
-    if path.is_dir():
-        return read_corpus(beir_files(path)[0])
-    return positives_of(source.table)

@@ -135,6 +135,36 @@ def test_another_teacher_and_a_corpus_of_its_own(
     assert all(p.id is not None and p.id.startswith("d") for e in examples(after[0]) for p in e.negatives)
 
 
+@pytest.mark.parametrize("beir", [True, False])
+def test_a_folder_is_mined_from_its_corpus_or_else_from_its_answers(
+    content: dict[str, Any], tmp_path: Path, beir: bool
+) -> None:
+    """A BEIR folder of two splits, of which training reads one, and a folder of files of rows."""
+    folder = tmp_path / "folder"
+    (folder / "qrels").mkdir(parents=True)
+    answers, others = [f"answer {i} tide" for i in range(6)], [f"other {i} moon" for i in range(6)]
+    if beir:
+        for name, texts in (("corpus", answers + others), ("queries", [f"tide moon {i}" for i in range(6)])):
+            rows = [json.dumps({"_id": f"d{i}", "text": text}) + "\n" for i, text in enumerate(texts)]
+            (folder / f"{name}.jsonl").write_text("".join(rows))
+        for split, numbers in (("train", range(4)), ("test", range(4, 6))):
+            lines = ["query-id\tcorpus-id\tscore\n", *(f"d{i}\td{i}\t1\n" for i in numbers)]
+            (folder / "qrels" / f"{split}.tsv").write_text("".join(lines))
+    else:
+        (folder / "qrels").rmdir()
+        for name, numbers in (("a", range(3)), ("b", range(3, 6))):
+            pairs = [json.dumps({"query": f"tide moon {i}", "positives": [answers[i]]}) + "\n" for i in numbers]
+            (folder / f"{name}.jsonl").write_text("".join(pairs))
+    content["stages"][0] = {"kind": "mine", "negatives": 20, "rule": "naive", "teacher": "bm25"}
+    content["stages"][1]["data"] = [{"path": str(folder), "task": {"name": "pairs"}}]
+    recipe = Recipe.parse(content)
+    [after] = refreshed(recipe, recipe.stages[0], opened(recipe), STATE, 0, start_model(recipe), ALONE)
+    assert len(after.rows) == (4 if beir else 6)
+    pool = {*answers, *others} if beir else {*answers}
+    for row in examples(after):
+        assert {p.text for p in row.negatives} == pool - {p.text for p in row.positives}
+
+
 @pytest.mark.parametrize("teacher", ["bm25", "random"])
 def test_a_baseline_mines_by_its_name(content: dict[str, Any], teacher: str) -> None:
     content["stages"][0] = {"kind": "mine", "negatives": 3, "rule": "naive", "teacher": teacher}
