@@ -196,7 +196,7 @@ class StagePart(Part):
     hard_negatives: NotNegative
     """Negatives of the row that a step uses. Unit: negatives. Source: recalled from the paper's appendix: 7."""
     batching: Literal["blended", "homogeneous"] = "blended"
-    """Sources mixed in each batch, or one source (a task of a file) a batch. Source: paper, 2.2: blended."""
+    """Sources mixed in each batch, or one a batch: an entry's rows of one kind of task. Source: paper, 2.2: blended."""
     temperature: PositiveNumber = 0.02
     """Divides the cosines in the softmax. Source: E5-Mistral; the paper names none."""
     without_instruction: Share = 0.0
