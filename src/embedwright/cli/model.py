@@ -24,16 +24,21 @@ if TYPE_CHECKING:
 
 
 def train(
-    recipe: Annotated[Path | None, arg("Recipe: a YAML file, or laptop, offline or nv-embed-v2.")] = None,
+    recipe: Annotated[Path | None, arg("Recipe: a YAML file, or a packaged one by its name, as laptop.")] = None,
     data: Annotated[Path | None, opt("File of your own pairs, instead of a recipe.")] = None,
-    base: Annotated[str, opt("With --data: decoder to start from, a name, folder, hub id or .gguf.")] = "smollm2-135m",
+    base: Annotated[
+        str | None,
+        opt("With --data: decoder to start from, a name, folder, hub id or .gguf. Default: smollm2-135m."),
+    ] = None,
     out: Annotated[
         Path | None, opt("Folder of the run. Default: the recipe's run.out.", callback=options.folder_to_write)
     ] = None,
     layers: Annotated[int | None, opt("With --data: number of the base's layers to keep. Default: all.")] = None,
     instruction: Annotated[str | None, opt("With --data: instruction of your queries. Default: a general one.")] = None,
-    teacher: Annotated[str, opt("With --data: model that mines hard negatives.")] = "minilm",
-    plan_only: Annotated[bool, opt("Print rows, steps, tokens and memory, and run nothing.", "--plan")] = False,
+    teacher: Annotated[str | None, opt("With --data: model that mines hard negatives. Default: minilm.")] = None,
+    plan_only: Annotated[
+        bool, opt("Print rows, steps, tokens and memory, and train nothing; --data prepares its pairs first.", "--plan")
+    ] = False,
     processes: Annotated[int, opt("With --plan: number of GPUs.", min=1)] = 1,
     dry: Annotated[
         bool, opt("Measure memory and time in two steps of each stage; write nothing.", "--dry-run")
@@ -52,6 +57,9 @@ def train(
         raise InputError("--dry-run is for a recipe file, without --plan; --data would write its pairs first")
     if processes != 1 and not plan_only:
         raise InputError("--processes is for --plan: torchrun starts the processes of a run or of a dry run")
+    own = {"--base": base, "--layers": layers, "--instruction": instruction, "--teacher": teacher}
+    if data is None and (given := [option for option, value in own.items() if value is not None]):
+        raise InputError(f"{given[0]} is for --data: a recipe file says it by itself")
     if data is not None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise InputError("--data mines first, which is for one process: start many of them with a recipe file")
@@ -59,7 +67,12 @@ def train(
             raise InputError("--data needs --out, the folder that the run is kept in")
         check_no_older(out)
         plan = quickstart.recipe_for(
-            data, base, out, layers=layers, instruction=instruction or quickstart.INSTRUCTION, teacher=teacher
+            data,
+            base or "smollm2-135m",
+            out,
+            layers=layers,
+            instruction=instruction or quickstart.INSTRUCTION,
+            teacher=teacher or "minilm",
         )
     else:
         assert recipe is not None

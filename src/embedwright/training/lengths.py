@@ -58,7 +58,8 @@ def tokens_of(recipe: Recipe, there: list[list[bool]], processes: int = 1) -> li
     would refuse the data.
     """
     parts = tuple(_part_that_is_there(part, found) for part, found in zip(recipe.stages, there, strict=True))
-    sources = open_sources(recipe.model_copy(update={"stages": parts}))
+    lacking = [part.name for part, found in zip(parts, there, strict=True) if not all(found)]
+    sources = open_sources(recipe.model_copy(update={"stages": parts}), lacking=lacking)
     with naming_the_model(recipe):
         if not any(sources):  # then the tokenizer need not be there
             longest = longest_of(recipe.model)

@@ -11,12 +11,12 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from embedwright.config import ConfigError
 from embedwright.data.answers import Answers
-from embedwright.data.files.beir import beir_files, read_corpus
 from embedwright.data.tables.table import open_examples, write_examples
 from embedwright.encoders.open import open_encoder
 from embedwright.encoders.protocol import Encoder, as_encoder
@@ -28,8 +28,8 @@ from embedwright.mining.rules import NAMED
 from embedwright.model.embedder import Embedder
 from embedwright.processes import Processes
 from embedwright.training.batches.blend import Rows, Source
-from embedwright.training.batches.sources import entry_of, is_mined, trainable, with_shares
-from embedwright.training.recipe import Recipe, expand
+from embedwright.training.batches.sources import corpus_of, entry_of, is_mined, trainable, with_shares
+from embedwright.training.recipe import Recipe
 from embedwright.training.run.checkpoint import RunState
 from embedwright.training.stages import PREVIOUS, Stage, StagePart
 
@@ -56,7 +56,10 @@ def refreshed(
 ) -> list[Source]:
     """Returns the stage's sources with the negatives that hold from step `begin` on. The run stands at `state`.
 
-    Rows keep their order and number, so the draw of rows goes on unchanged. Negatives that rows came with are replaced.
+    Negatives that rows came with are replaced, and rows keep their order. Rows of a task without in-batch negatives
+    that got none are left out until the stage mines again, unless it follows a teacher. Where their number changes, the
+    draw goes on in another order, so that a pass may give a row twice, or not at all.
+
     Each process encodes a part of the texts; rank 0 searches and writes, and the others read its files.
 
     Raises ConfigError if the mined files are gone together with the weights that mined them, or where no row of a
@@ -65,8 +68,9 @@ def refreshed(
     asked = stage.mine
     assert asked is not None
     folder = Path(recipe.run.out) / "mined" / stage.name / f"{begin:07d}"
-    run = {"recipe": state.recipe, "data": state.data, "model": state.model}
-    there = processes.decided(lambda: (folder / _WHOLE).is_file() and json.loads((folder / _WHOLE).read_text()) == run)
+    teacher = {name: found for name, found in state.facts.get("teacher", {}).items() if name in asked.teachers}
+    run = {"recipe": state.recipe, "data": state.data, "model": state.model, "teacher": teacher}
+    there = processes.decided(lambda: _is_of(folder / _WHOLE, run))
     mined = [number for number, source in enumerate(sources) if is_mined(source)]
     if not there:
         if asked.teacher == PREVIOUS and begin < state.step:
@@ -93,6 +97,11 @@ def refreshed(
     return with_shares(stage, fresh)
 
 
+def _is_of(file: Path, run: dict[str, Any]) -> bool:
+    """Says whether the file says that what lies beside it was mined in this run. Older ones do not tell the teacher."""
+    return file.is_file() and {"teacher": run["teacher"]} | json.loads(file.read_text()) == run
+
+
 def _teacher(name: str, model: Embedder) -> Encoder | str:
     """Returns the teacher as `mine` takes it: a model, or the name of a baseline."""
     if name in NAMED:
@@ -111,13 +120,14 @@ def _mine(
 ) -> None:
     asked = stage.mine
     assert asked is not None
+    corpus = corpus_of(entry_of(stage, source))
     rows = (source.table[int(row)] for row in source.rows)
     bare = [
         replace(row, negatives=(), positive_scores=None, negative_scores=None) if row.positives else row for row in rows
     ]
     found, report = mine(
         bare,
-        _corpus(stage, source),
+        positives_of(source.table) if corpus is None else corpus,
         teacher,
         rule=asked.rule,
         margin=asked.margin,
@@ -138,14 +148,3 @@ def _mine(
     logger.info("%s", line)
     if say is not None:
         say(line)
-
-
-def _corpus(stage: StagePart, source: Source) -> dict[str, str]:
-    """Returns the corpus that an entry names, or else the positives of its rows."""
-    entry = entry_of(stage, source)
-    path = expand(entry.path)
-    if entry.corpus:
-        return read_corpus(expand(entry.corpus))
-    if path.is_dir():
-        return read_corpus(beir_files(path)[0])
-    return positives_of(source.table)

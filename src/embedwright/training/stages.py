@@ -90,6 +90,11 @@ class DistillPart(Part):
             raise InputError("temperature is of the scores, and neither score_weight nor similarity_weight is above 0")
         if len(set(self.teacher)) != len(self.teacher):
             raise InputError(f"teacher: {list(self.teacher)} names one model twice")
+        if named := [name for name in self.teacher if name in (PREVIOUS, *NAMED)]:
+            raise InputError(
+                f"teacher: {named[0]} has no vectors to follow: name a model, or leave teacher out and follow the "
+                "scores that mining writes, by score_weight"
+            )
         return self
 
     @model_serializer(mode="wrap")
@@ -191,7 +196,7 @@ class StagePart(Part):
     hard_negatives: NotNegative
     """Negatives of the row that a step uses. Unit: negatives. Source: recalled from the paper's appendix: 7."""
     batching: Literal["blended", "homogeneous"] = "blended"
-    """Sources mixed in each batch, or one source (a task of a file) a batch. Source: paper, 2.2: blended."""
+    """Sources mixed in each batch, or one a batch: an entry's rows of one kind of task. Source: paper, 2.2: blended."""
     temperature: PositiveNumber = 0.02
     """Divides the cosines in the softmax. Source: E5-Mistral; the paper names none."""
     without_instruction: Share = 0.0

@@ -25,6 +25,7 @@ from embedwright.training.engine.parallel import trained
 from embedwright.training.masked.batch import MaskedBatch
 from embedwright.training.recipe import Recipe
 from embedwright.training.remine import refresh_every, refreshed
+from embedwright.training.run import watch
 from embedwright.training.run.checkpoint import (
     RunState,
     keep_newest,
@@ -136,7 +137,7 @@ class _Run:
         self.steps, self.scores, self.listeners, self.stop_requested = steps, scores, listeners, stop_requested
         self.recipe, self.model, self.processes = steps.recipe, steps.model, steps.processes
         self.out = Path(self.recipe.run.out)
-        self.nonfinite = NonFinite(self.out / "nonfinite.jsonl", self.processes)
+        self.nonfinite = NonFinite(self.out / watch.FILE, self.processes)
 
     def stage(self, sources: list[Source], state: RunState, resumed: Path | None) -> None:
         """Runs a stage from `state` to its end. `resumed` has the optimizer of one that began."""

@@ -137,6 +137,22 @@ def test_what_is_not_there_is_taken_at_its_longest(asked: Any, tmp_path: Path) -
     assert one(both).rows == 3 * ROWS  # the file that is there stands for all
 
 
+@pytest.mark.parametrize(
+    ("stage", "says"),
+    [
+        ({"mine": {"teacher": "bm25"}}, "none of its data can be mined"),
+        ({"loss": {"distill": {"score_weight": 1.0}}}, "no row has positive_scores"),
+    ],
+)
+def test_what_no_data_is_for_is_refused_once_all_of_it_is_there(
+    asked: Any, tmp_path: Path, stage: dict[str, Any], says: str
+) -> None:
+    there = {"path": str(tmp_path / "pairs.jsonl"), "task": TASK | {"symmetric": True}}
+    assert one(asked(data=[there, {"path": "absent.jsonl"}], **stage)).rows
+    with pytest.raises(ConfigError, match=says):
+        one(asked(data=[there], **stage))
+
+
 def test_data_that_training_would_refuse_is_refused(asked: Any) -> None:
     with pytest.raises(ConfigError, match="it would train nothing"):
         one(asked(in_batch_negatives="none", hard_negatives=0))

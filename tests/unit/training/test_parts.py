@@ -87,6 +87,14 @@ def errors(path: str, value: Any) -> list[str]:
             "temperature is of the scores",
         ),
         ("stages.0.loss.distill", {"vector_weight": 1.0, "teacher": ["t", "t"]}, "names one model twice"),
+        *(
+            (
+                "stages.0.loss.distill",
+                {"vector_weight": 1.0, "teacher": ["t", name]},
+                f"{name} has no vectors to follow",
+            )
+            for name in ("bm25", "random", "previous")
+        ),
         ("stages.0.data.0.weight", 0, "greater than 0"),
         ("stages.0.data", [], "at least 1 item"),
         ("stages", [], "at least 1 item"),

@@ -135,6 +135,36 @@ def test_another_teacher_and_a_corpus_of_its_own(
     assert all(p.id is not None and p.id.startswith("d") for e in examples(after[0]) for p in e.negatives)
 
 
+@pytest.mark.parametrize("beir", [True, False])
+def test_a_folder_is_mined_from_its_corpus_or_else_from_its_answers(
+    content: dict[str, Any], tmp_path: Path, beir: bool
+) -> None:
+    """A BEIR folder of two splits, of which training reads one, and a folder of files of rows."""
+    folder = tmp_path / "folder"
+    (folder / "qrels").mkdir(parents=True)
+    answers, others = [f"answer {i} tide" for i in range(6)], [f"other {i} moon" for i in range(6)]
+    if beir:
+        for name, texts in (("corpus", answers + others), ("queries", [f"tide moon {i}" for i in range(6)])):
+            rows = [json.dumps({"_id": f"d{i}", "text": text}) + "\n" for i, text in enumerate(texts)]
+            (folder / f"{name}.jsonl").write_text("".join(rows))
+        for split, numbers in (("train", range(4)), ("test", range(4, 6))):
+            lines = ["query-id\tcorpus-id\tscore\n", *(f"d{i}\td{i}\t1\n" for i in numbers)]
+            (folder / "qrels" / f"{split}.tsv").write_text("".join(lines))
+    else:
+        (folder / "qrels").rmdir()
+        for name, numbers in (("a", range(3)), ("b", range(3, 6))):
+            pairs = [json.dumps({"query": f"tide moon {i}", "positives": [answers[i]]}) + "\n" for i in numbers]
+            (folder / f"{name}.jsonl").write_text("".join(pairs))
+    content["stages"][0] = {"kind": "mine", "negatives": 20, "rule": "naive", "teacher": "bm25"}
+    content["stages"][1]["data"] = [{"path": str(folder), "task": {"name": "pairs"}}]
+    recipe = Recipe.parse(content)
+    [after] = refreshed(recipe, recipe.stages[0], opened(recipe), STATE, 0, start_model(recipe), ALONE)
+    assert len(after.rows) == (4 if beir else 6)
+    pool = {*answers, *others} if beir else {*answers}
+    for row in examples(after):
+        assert {p.text for p in row.negatives} == pool - {p.text for p in row.positives}
+
+
 @pytest.mark.parametrize("teacher", ["bm25", "random"])
 def test_a_baseline_mines_by_its_name(content: dict[str, Any], teacher: str) -> None:
     content["stages"][0] = {"kind": "mine", "negatives": 3, "rule": "naive", "teacher": teacher}
@@ -233,6 +263,36 @@ def test_what_was_mined_by_a_model_that_is_gone_cannot_be_mined_again(content: d
     refreshed(*asked, state, 4, start_model(recipe), ALONE)  # now it is there
     with pytest.raises(ConfigError, match="is gone"):  # of another run
         refreshed(*asked, RunState(0, 5, "other", "d"), 4, start_model(recipe), ALONE)
+
+
+def test_negatives_of_a_teacher_that_was_trained_on_are_mined_again(
+    content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is stopped before its first checkpoint finds them in its folder when it begins anew."""
+    content["stages"][0] = {"kind": "mine", "negatives": 3, "rule": "naive", "teacher": "./t"}
+    recipe = Recipe.parse(content)
+    asked = (recipe, recipe.stages[0], opened(recipe))
+    model, opens = start_model(recipe), list[str]()
+
+    class Teacher:
+        def encode(self, texts: list[str], task: str | None = None) -> np.ndarray:
+            return np.random.default_rng([len(opens), len(texts)]).normal(size=(len(texts), 8)).astype(np.float32)
+
+    monkeypatch.setattr(refresh, "open_encoder", lambda name: opens.append(name) or Teacher())
+
+    def found(**teachers: str) -> list[tuple[str, ...]]:
+        state = RunState(0, 0, "r", "d", facts={"teacher": {f"./{name}": print for name, print in teachers.items()}})
+        refreshed(*asked, state, 0, model, ALONE)
+        return negatives(folder)
+
+    folder = Path(recipe.run.out) / "mined" / "retrieval" / "0000000"
+    before = found(t="one", another="x")
+    assert found(t="one", another="y") == before and opens == ["./t"]
+    assert found(t="two") != before and opens == ["./t"] * 2
+    told = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({key: value for key, value in told.items() if key != "teacher"}))
+    found(t="three")
+    assert opens == ["./t"] * 2  # of an older version, which did not write down by whom
 
 
 def test_rows_without_negatives_wait_for_the_mining(content: dict[str, Any], tmp_path: Path) -> None:

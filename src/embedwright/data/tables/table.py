@@ -120,6 +120,13 @@ class ExampleTable:
         has: NDArray[np.bool_] = self._column("score").is_valid().to_numpy()
         return has
 
+    def has_teacher_scores(self) -> NDArray[np.bool_]:
+        """Returns whether each example has scores of its positives and of its negatives, as `mine` writes them."""
+        has: NDArray[np.bool_] = np.ones(len(self), bool)
+        for name in ("positive_scores", "negative_scores"):
+            has &= pc.list_value_length(self._column(name)).fill_null(0).to_numpy() > 0
+        return has
+
     def _passages_per_row(self, column: str) -> NDArray[np.int64]:
         part = f"{column}.list.element.id" if isinstance(self._reader, OwnParquet) else column  # without the texts
         counts: NDArray[Any] = pc.list_value_length(self._column(column, part)).fill_null(0).to_numpy()

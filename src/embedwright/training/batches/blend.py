@@ -20,9 +20,10 @@ from embedwright.data.tables.table import ExampleTable
 
 @dataclass(frozen=True)
 class Source:
-    """The rows of one task in one file. `share` is relative to the other sources of the stage (`with_shares`).
+    """The rows of an entry of data whose tasks are of one kind. `share` is relative to the stage's other sources.
 
-    Of rows with many tasks of one kind, a few rows each (synthetic ones), `tasks` has that of each by name.
+    Tasks that the file beside the rows describes are of one kind where family, `symmetric` and `in_batch_negatives` are
+    equal; of several, `tasks` has each by name. Any other task is a kind of its own.
     """
 
     name: str
@@ -75,7 +76,7 @@ def rows_at(
     seed: int,
     stage: str,
 ) -> list[Row]:
-    """Returns the `batch_queries` rows of this step; `homogeneous` takes all of a step from one task."""
+    """Returns the `batch_queries` rows of this step; `homogeneous` takes all of a step from one source."""
     if batching == "blended":
         first, size = step * batch_queries, batch_queries
         per_slot = 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,11 +13,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from embedwright.config import ConfigError
-from embedwright.data.files.folders import stem_of
+from embedwright.data.files.folders import is_beir, stem_of
 from embedwright.data.schema import Task
 from embedwright.data.sources.catalog import find_task
+from embedwright.data.tables.documents import DocumentTable, open_corpus
 from embedwright.data.tables.table import ExampleTable, open_documents, open_examples
-from embedwright.errors import NotFoundError
+from embedwright.errors import NotFoundError, naming
+from embedwright.mining.rules import RANDOM
 from embedwright.training.batches.blend import Source, permuted, share
 from embedwright.training.recipe import Recipe, expand
 from embedwright.training.stages import DataPart, MaskedPart, Stage, StagePart, TextPart
@@ -25,15 +27,16 @@ from embedwright.training.stages import DataPart, MaskedPart, Stage, StagePart, 
 logger = logging.getLogger(__name__)
 
 
-def open_sources(recipe: Recipe) -> list[list[Source]]:
+def open_sources(recipe: Recipe, *, lacking: Collection[str] = ()) -> list[list[Source]]:
     """Returns the sources of each stage. Raises FileNotFoundError or ConfigError, which name the wrong recipe key.
 
     A task that rows name is described by the entry of the recipe that they come from (a bare name there stands for
     what another entry says of it). What that leaves out is as the file of tasks beside the rows says. A task that
-    neither describes is as another entry of the recipe says, or else as the catalogue does.
+    neither describes is as another entry of the recipe says, or else as the catalogue does. `lacking` names stages of
+    which some data is not there yet, so that they cannot be refused for what all of it lacks.
     """
     known = _described(recipe)
-    return [_stage_sources(recipe, stage, known) for stage in recipe.stages]
+    return [_stage_sources(recipe, stage, known, lacking) for stage in recipe.stages]
 
 
 def drawable_rows(recipe: Recipe, stage: Stage, number: int) -> int:
@@ -84,15 +87,47 @@ def open_table(recipe: Recipe, stage: StagePart, entry: DataPart) -> ExampleTabl
     )
 
 
-def _stage_sources(recipe: Recipe, stage: Stage, known: dict[str, Task]) -> list[Source]:
+def corpus_of(entry: DataPart | TextPart) -> DocumentTable | None:
+    """Opens the documents that the rows of an entry are mined from: its `corpus`, or else those of its BEIR folder.
+
+    None stands for the positives of the rows. Raises InputError if a document cannot be read.
+    """
+    path = expand(entry.corpus or entry.path)
+    return open_corpus(path) if entry.corpus or (path.is_dir() and is_beir(path)) else None
+
+
+def _stage_sources(recipe: Recipe, stage: Stage, known: dict[str, Task], lacking: Collection[str]) -> list[Source]:
     sources = [source for number in range(len(stage.data)) for source in _checked_sources(recipe, stage, number, known)]
     if not sources:  # a plan leaves out what is not there yet
         return []
     if isinstance(stage, MaskedPart):
         sources = _without_heldout(recipe, stage, sources)
-    if stage.mine is not None and not any(map(is_mined, sources)):
-        raise ConfigError(f"recipe {recipe.name}: stages.{stage.name}: none of its data can be mined (docs/mining.md)")
+    if stage.name not in lacking:
+        _check_together(recipe, stage, sources)
     return with_shares(stage, sources)
+
+
+def _check_together(recipe: Recipe, stage: Stage, sources: Sequence[Source]) -> None:
+    """Raises ConfigError if a stage mines or follows scores, and none of its data is for that."""
+    where = f"recipe {recipe.name}: stages.{stage.name}"
+    if stage.mine is not None and not any(map(is_mined, sources)):
+        raise ConfigError(f"{where}: none of its data can be mined (docs/mining.md)")
+    if stage.loss.distill is not None and stage.loss.distill.score_weight and not _can_have_scores(stage, sources):
+        raise ConfigError(
+            f"{where}.loss.distill.score_weight: no row has positive_scores and negative_scores to follow: mine with a "
+            "teacher that has scores, or leave it out (docs/losses.md)"
+        )
+
+
+def _can_have_scores(stage: Stage, sources: Sequence[Source]) -> bool:
+    """Says whether some row has a teacher's scores, or gets them when its negatives are mined."""
+    for source in sources:
+        if stage.mine is not None and is_mined(source):
+            if stage.mine.teacher != RANDOM:
+                return True
+        elif source.table.has_teacher_scores()[source.rows].any():
+            return True
+    return False
 
 
 def with_shares(stage: Stage, sources: Sequence[Source]) -> list[Source]:
@@ -118,7 +153,11 @@ def _checked_sources(recipe: Recipe, stage: Stage, number: int, known: dict[str,
     where = f"recipe {recipe.name}: stages.{stage.name}.{stage.reads}.{number}"
     if isinstance(stage, MaskedPart):
         return [_text_source(recipe, stage.text[number], f"{number}#", where)]
-    return [_check(recipe, stage, source, where) for source in _entry_sources(recipe, stage, number, known, where)]
+    sources = [_check(recipe, stage, source, where) for source in _entry_sources(recipe, stage, number, known, where)]
+    if stage.mine is not None and any(map(is_mined, sources)):  # else a run would meet a bad corpus after hours
+        with naming(f"{where}.{'corpus' if stage.data[number].corpus else 'path'}"):
+            corpus_of(stage.data[number])
+    return sources
 
 
 def _entry_sources(recipe: Recipe, stage: StagePart, number: int, known: dict[str, Task], where: str) -> list[Source]:
@@ -133,7 +172,8 @@ def _entry_sources(recipe: Recipe, stage: StagePart, number: int, known: dict[st
     if meant is not None and meant not in by_task:
         raise ConfigError(f"{where}.task: no row is of task {meant!r}: the rows name {_some(by_task)}")
     sources = []
-    for kind, tasks in _kinds(own[name] for name in by_task if name in own and not (given and name == meant)).items():
+    described = [own[name] for name in by_task if name in own and not (given and name == meant)]
+    for kind, tasks in _kinds(described, mined=stage.mine is not None).items():
         rows = np.sort(np.concatenate([by_task.pop(task.name) for task in tasks]))
         named = {task.name: task for task in tasks} if len(tasks) > 1 else {}
         kind = kind if named else tasks[0].name
@@ -199,12 +239,24 @@ def heldout_texts(sources: Sequence[Source]) -> list[str]:
     return list(found)
 
 
-def _kinds(tasks: Iterable[Task]) -> dict[str, list[Task]]:
-    """Tasks that differ in name and instruction alone, together: synthetic rows have thousands of them."""
+def _kinds(tasks: Iterable[Task], mined: bool) -> dict[str, list[Task]]:
+    """Tasks of equal family, `symmetric` and `in_batch_negatives`, together: synthetic rows have thousands of them.
+
+    Where a stage mines, real and synthetic tasks are two kinds, since only the real ones are mined.
+    """
     kinds: dict[str, list[Task]] = {}
     for task in tasks:
         kinds.setdefault(f"{task.family}/{task.symmetric}/{task.in_batch_negatives}", []).append(task)
+    for kind, own in list(kinds.items()) if mined else ():
+        synthetic = [task for task in own if _is_synthetic(task)]
+        if 0 < len(synthetic) < len(own):  # a kind that is all of one keeps its name, which keys the order of rows
+            kinds[kind] = [task for task in own if not _is_synthetic(task)]
+            kinds[f"{kind}/synthetic"] = synthetic
     return kinds
+
+
+def _is_synthetic(task: Task) -> bool:
+    return task.source.startswith("synthetic")
 
 
 def _check(recipe: Recipe, stage: StagePart, source: Source, where: str) -> Source:
@@ -242,8 +294,8 @@ def is_mined(source: Source) -> bool:
     That is not so of rows that share a label, or of pairs that are alike. Synthetic rows keep the negatives that were
     written for them.
     """
-    synthetic = any(task.source.startswith("synthetic") for task in source.tasks.values())
-    return source.task.family in ("retrieval", "reranking") and not source.task.symmetric and not synthetic
+    task = source.task  # others of the source are of its kind
+    return task.family in ("retrieval", "reranking") and not task.symmetric and not _is_synthetic(task)
 
 
 def trainable(stage: StagePart, source: Source, where: str) -> Source:

@@ -12,13 +12,15 @@ from embedwright.config import ConfigError
 from embedwright.files import write_text
 from embedwright.host import own_random_numbers
 from embedwright.model.embedder import Embedder
-from embedwright.model.formats.folder import is_adapter
+from embedwright.model.formats.folder import is_adapter, tensors_of, weights_in
 from embedwright.processes import Processes
 from embedwright.training.parts import Form
 from embedwright.training.recipe import Recipe
 from embedwright.training.run.start import check_moved, copied, finish
 
 logger = logging.getLogger(__name__)
+
+_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # as safetensors writes them
 
 Card = Callable[[Embedder, str], str]  # the model card of a model in this form, which is read from this path
 
@@ -39,11 +41,19 @@ def saved_model(out: Path) -> Path:
 def check_saved(recipe: Recipe, begun: bool, stage: int) -> None:
     """Raises ConfigError if the run cannot keep its models, because it goes on in the stage of this number.
 
+    It cannot if a folder of models to come holds weights of another type than `run.dtype`, since what is there stays.
     `begun` says whether the run has a checkpoint. Without one, a model that is there is not of this run.
     """
     out = Path(recipe.run.out)
     if not begun:
         check_no_older(out)
+    for name in (*(part.name for part in recipe.stages[stage:] if part.save), None):
+        for folder in kept_forms(recipe, name).values():
+            if _is_model(folder) and (others := _types_in(folder) - {recipe.run.dtype}):
+                raise ConfigError(
+                    f"recipe {recipe.name}: run.dtype: {folder} is kept in {min(others)}, not in {recipe.run.dtype}: "
+                    "move it away, and run again"
+                )
     for part in recipe.stages[:stage]:
         folders = kept_forms(recipe, part.name) if part.save else {}
         if missing := [form for form, folder in folders.items() if not _is_model(folder)]:
@@ -132,3 +142,9 @@ def _save(recipe: Recipe, model: Embedder, folder: Path, card: Card) -> None:
 
 def _is_model(folder: Path) -> bool:
     return (folder / "config.json").is_file() or is_adapter(folder)
+
+
+def _types_in(folder: Path) -> set[str]:
+    """Returns the floating-point types of the weights of a model or adapter, as `run.dtype` names them."""
+    stored = tensors_of(folder / "adapter_model.safetensors") if is_adapter(folder) else weights_in(folder)
+    return {_TYPES[tensor.dtype] for tensor in stored.values() if tensor.dtype in _TYPES}

@@ -28,7 +28,7 @@ from embedwright.model.embedder import Embedder
 from embedwright.processes import Processes
 from embedwright.training.engine.parallel import whole
 from embedwright.training.parts import EvalPart
-from embedwright.training.run import heldout
+from embedwright.training.run import heldout, watch
 from embedwright.training.run.checks import open_suite
 from embedwright.training.run.track import read_records, write_records
 from embedwright.training.stages import START
@@ -59,7 +59,7 @@ class Scores:
         self.records = []
         with self.processes.together():
             if self.processes.first:
-                for file in ("evaluations.jsonl", heldout.FILE):
+                for file in ("evaluations.jsonl", heldout.FILE, watch.FILE):
                     (self.out / file).unlink(missing_ok=True)
                 for folder in ("best", "items"):
                     shutil.rmtree(self.out / folder, ignore_errors=True)

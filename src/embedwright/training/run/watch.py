@@ -21,6 +21,7 @@ from embedwright.training.engine.parallel import trained
 
 logger = logging.getLogger(__name__)
 
+FILE = "nonfinite.jsonl"
 UPDATES = 10  # over which the optimizer must have moved every trained tensor
 _SHIELDED = 2  # updates in which tensors that start at zero keep the gradient from their partners
 TRIES = 3  # steps in a row without a finite loss and gradient

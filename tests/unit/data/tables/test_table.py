@@ -88,6 +88,12 @@ def test_rows_by_task(tmp_path: Path, cache: Path) -> None:
         assert numbers.tolist() == list(range(k, 700, 3))
 
 
+def test_a_row_has_scores_of_a_teacher_where_positives_and_negatives_have(tmp_path: Path, cache: Path) -> None:
+    write_examples(tmp_path / "x.jsonl", rows := [example(i) for i in range(40)])
+    found = open_examples(tmp_path / "x.jsonl", cache=cache).has_teacher_scores()
+    assert found.tolist() == [bool(row.positive_scores and row.negative_scores) for row in rows] and found.any()
+
+
 def test_bad_lines_are_counted_on_every_opening(tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     bad = ['{"query": "q"', '{"text": "another kind", "label": "x"}', '{"query": "", "positive": "p"}']
     path = write(tmp_path / "x.jsonl", bad[0], {"query": "a", "positive": "b"}, *bad[1:])

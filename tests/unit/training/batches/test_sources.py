@@ -11,8 +11,9 @@ import pytest
 
 from embedwright.config import ConfigError
 from embedwright.data.schema import Task
+from embedwright.errors import InputError
 from embedwright.training.batches.blend import Source, rows_at
-from embedwright.training.batches.sources import data_fingerprint, open_sources
+from embedwright.training.batches.sources import data_fingerprint, is_mined, open_sources
 from embedwright.training.plan import plan
 from embedwright.training.recipe import Recipe
 from embedwright.training.run.folder import data
@@ -239,6 +240,80 @@ def test_a_missing_file_names_the_key(tmp_path: Path) -> None:
         second = stage({"path": path}, entry, name="second")
         with pytest.raises(FileNotFoundError, match=r"recipe r: stages\.second\.data\.1: .*absent\.jsonl"):
             open_sources(recipe(first, second))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({}, "no row has positive_scores and negative_scores"),
+        ({"mine": {"teacher": "random", "rule": "naive"}}, "mine with a teacher that has scores"),
+        ({"mine": {"teacher": "bm25"}}, None),
+    ],
+)
+def test_scores_to_follow_must_be_there_or_come_by_mining(
+    tmp_path: Path, change: dict[str, Any], says: str | None
+) -> None:
+    path = write(tmp_path / "a.jsonl", *rows(3), rows(1)[0] | {"positive_scores": [0.9]})
+    asked = change | {"loss": {"distill": {"score_weight": 1.0}}}
+    if says is None:
+        open_one({"path": path}, **asked)
+    else:
+        with pytest.raises(ConfigError, match=rf"r: stages\.first\.loss\.distill\.score_weight: .*{says}"):
+            open_one({"path": path}, **asked)
+    scored = write(tmp_path / "b.jsonl", rows(1)[0] | {"positive_scores": [0.9], "negative_scores": [0.1]})
+    open_one({"path": path}, {"path": scored}, loss=asked["loss"])
+
+
+# ---- what is mined
+
+
+@pytest.mark.parametrize(
+    ("lines", "folder", "says"),
+    [
+        ([{"text": "one"}], False, r"\.corpus: .*corpus\.jsonl:1: no id"),
+        ([{"id": "d", "text": "one"}, {"id": "d", "text": "two"}], False, r"\.corpus: .*corpus\.jsonl:2: id 'd' twice"),
+        ([{"_id": "d", "text": "p"}, {"_id": "e", "txt": "q"}], True, r"\.corpus: .*corpus\.jsonl:2: no text"),
+    ],
+)
+def test_a_corpus_that_cannot_be_mined_is_refused_before_the_first_step(
+    tmp_path: Path, lines: list[dict[str, Any]], folder: bool, says: str
+) -> None:
+    """Rows of pairs name no document by id, so that nothing else reads the corpus."""
+    pairs = [{"query": f"q{i}", "positive": f"p{i}"} for i in range(3)]
+    entry = {"path": write(tmp_path / "a.jsonl", *pairs), "corpus": write(tmp_path / "corpus.jsonl", *lines)}
+    if folder:
+        write(tmp_path / "queries.jsonl", {"_id": "q", "text": "q"})
+        entry["corpus"] = str(tmp_path)
+    mined = stage({"path": entry["path"]}, entry, mine={"teacher": "bm25"}, name="second")
+    with pytest.raises(InputError, match=rf"recipe r: stages\.second\.data\.1{says}"):
+        open_sources(recipe(stage({"path": entry["path"]}), mined))
+    open_one(entry)  # where nothing is mined, nothing of it is read
+
+
+def test_real_rows_are_mined_and_synthetic_ones_are_not(tmp_path: Path) -> None:
+    """In one file or folder, of however many tasks; where nothing is mined they stay one source, as they were."""
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for name, source in (("nq", "somebody"), ("quora", ""), ("made", "synthetic: m"), ("more", "synthetic: m")):
+        write(folder / f"{name}.jsonl", *rows(2, task=name))
+        with (folder / "mixed.tasks.jsonl").open("a") as tasks:
+            tasks.write(json.dumps({"name": name, "source": source}) + "\n")
+    (folder / "mixed.tasks.jsonl").rename(tmp_path / "mixed.tasks.jsonl")
+    mine = {"mine": {"teacher": "bm25"}}
+    real, made = open_one({"path": str(folder)}, **mine)
+    assert [(s.name, [*s.tasks], is_mined(s)) for s in (real, made)] == [
+        ("0#retrieval/False/None", ["nq", "quora"], True),
+        ("0#retrieval/False/None/synthetic", ["made", "more"], False),
+    ]
+    assert [s.table[int(s.rows[0])].task for s in (real, made)] == ["nq", "made"]
+    (whole,) = open_one({"path": str(folder)})
+    assert whole.name == real.name and len(whole.tasks) == 4
+    one = {"path": write(tmp_path / "one.jsonl", *rows(2))}
+    write(tmp_path / "one.jsonl.tasks.jsonl", {"name": "one", "source": "synthetic: m"})
+    (alone, _) = open_one(one, {"path": str(folder / "nq.jsonl")}, **mine)
+    assert alone.name == "0#one" and not is_mined(alone)
+    with pytest.raises(ConfigError, match="none of its data can be mined"):
+        open_one(one, **mine)
 
 
 # ---- fingerprint

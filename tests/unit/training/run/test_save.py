@@ -210,6 +210,22 @@ def test_a_stage_keeps_the_same_forms(described: Make, tmp_path: Path) -> None:
         train(Recipe.parse(tree))
 
 
+def test_a_finished_run_is_kept_in_another_type_once_the_old_model_is_away(described: Make, tmp_path: Path) -> None:
+    tree = described("run", run={"save": ["merged", "adapter"]})
+    train(Recipe.parse(tree))
+    tree["run"]["dtype"] = "float16"
+    for folder in (tmp_path / "run/model", tmp_path / "run/adapter"):
+        with pytest.raises(
+            ConfigError, match=rf"run\.dtype: {folder} is kept in float32, not in float16: move it away"
+        ):
+            train(Recipe.parse(tree))
+        folder.rename(folder.with_name(f"{folder.name}-32"))
+    train(Recipe.parse(tree))
+    files = ("model/model.safetensors", "adapter/adapter_model.safetensors")
+    assert [types(tmp_path / "run" / file) for file in files] == [{"F16"}] * 2
+    train(Recipe.parse(tree))
+
+
 def test_models_of_a_run_whose_checkpoints_are_gone_are_refused(described: Make, tmp_path: Path) -> None:
     (tmp_path / "run/adapter").mkdir(parents=True)
     (tmp_path / "run/adapter/adapter_config.json").write_text("{}")

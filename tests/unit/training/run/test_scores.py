@@ -128,7 +128,7 @@ def test_each_record_has_its_items_whole_or_is_evaluated_again(
     }
 
 
-def test_items_of_a_run_without_a_checkpoint_are_forgotten(
+def test_what_a_run_without_a_checkpoint_left_is_forgotten(
     content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scripted(monkeypatch, [0.5] * 20)
@@ -141,7 +141,9 @@ def test_items_of_a_run_without_a_checkpoint_are_forgotten(
     with pytest.raises(InterruptedError):
         train(Recipe.parse(content), on_step=stop)
     (out / "items" / "old-1-one.npz").write_bytes(b"of another recipe")
+    (out / "nonfinite.jsonl").write_text("{}\n")
     train(Recipe.parse(content))
+    assert not (out / "nonfinite.jsonl").exists()
     assert not (out / "items" / "old-1-one.npz").exists() and len(list((out / "items").iterdir())) == 26
 
 
