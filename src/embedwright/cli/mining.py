@@ -265,7 +265,9 @@ def relabel(
 def _check_answered(report: dict[str, Any], out: Path) -> None:
     """Exits with 1 if the same command, run again, would ask for more."""
     if count := report.get("unanswered"):
-        again = "run the same command again; if --token-budget is spent, with a larger one"
+        again = (
+            "run the same command again; if --token-budget is spent or --max-tokens cuts answers off, with a larger one"
+        )
         sys.stderr.write(f"embedwright: {out}: {count} questions have no answer yet: {again}\n")
         raise typer.Exit(1)
 
