@@ -42,7 +42,7 @@ def synthesize(
     not answer; the client's cache and `OUT.brainstorm.jsonl` keep everything, and the same call goes on from there.
 
     Returns counts: `asked` rows = `written` + the sum of `dropped`, which is by kind and reason; `tasks` of step 1 by
-    kind; `client`, those of `Client.counts`; `unanswered`, of the client, and the rows whose tasks were cut off; and the
+    kind; `client`, those of `Client.counts`; `unanswered`, of the client, and rows whose tasks were cut off; and the
     `diversity` of the rows written.
 
     With `shard`, `out` is a folder of parts (`write_part`), which together have the plan's rows in its order. All parts

@@ -91,6 +91,34 @@ def test_what_answers_the_question_in_another_row_is_known_without_asking() -> N
     assert promoted.positive_scores == pytest.approx((0.9, 0.0, 0.1, 0.2))
 
 
+@pytest.mark.parametrize("apart", [0, 300])
+def test_a_positive_beside_one_answer_is_a_positive_beside_all_answers_of_the_question(apart: int) -> None:
+    """As the judge sees one answer of a row. Both looks of X are the same text; in another task it is another thing."""
+    between = [example(i, "no") for i in range(apart)]
+    a = Example("A", "t", "q", (Passage("A"),), (Passage("X"), Passage("C")))
+    b = Example("B", "t", "Q ", (Passage("B"),), (Passage("x "), Passage("C")))
+    other = Example("D", "u", "q", (Passage("D"),), (Passage("X"), Passage("C")))
+
+    def judge(candidates: Sequence[Candidate]) -> list[bool | None]:
+        return [None if c.passage == "C" else c.positive == "B" for c in candidates]
+
+    rows = [a, *between, other, b]
+    found, report = relabel(rows, judge)
+    by_id = {row.id: [p.text for p in row.negatives] for row in found}
+    assert by_id["A"] == by_id["B"] == ["C"] and by_id["D"] == ["X", "C"]
+    assert report["positive"] == 2 and report["undecided"] == 3
+    by_id = {row.id: [p.text for p in row.positives] for row in relabel(rows, judge, "promote")[0]}
+    assert by_id["A"] == ["A", "X"] and by_id["B"] == ["B", "x "] and by_id["D"] == ["D"]
+
+
+def test_a_text_that_was_mined_twice_is_one_positive() -> None:
+    negatives = ("yes x", "no", "Yes  X", "yes x", "yes y")
+    row = Example("0", "t", "q", (Passage("p"),), tuple(map(Passage, negatives)), (0.9,), (0.1, 0.2, 0.3, 0.4, 0.5))
+    found, report = relabel([row], lambda candidates: [c.passage.lower() != "no" for c in candidates], "promote")
+    assert [p.text for p in found[0].positives] == ["p", "yes x", "yes y"] and report["positive"] == 4
+    assert found[0].positive_scores == pytest.approx((0.9, 0.1, 0.5)) and texts(found[0].negatives) == ["no"]
+
+
 def test_promote() -> None:
     found, report = relabel(EXAMPLES, oracle, "promote")
     assert (report["positive"], report["kept"], report["scores_removed"]) == (4, 5, 0)
