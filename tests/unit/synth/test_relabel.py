@@ -343,6 +343,9 @@ def test_no_command_shows_a_key(
     assert fake.headers[-1]["authorization"] == "Bearer own-secret"
     run(2, *mined, nowhere)
     run(2, *mined, f"{nowhere}#m", "--teacher", f"{with_password}#m", "--task", "t", "--api-key-env", "OWN_KEY")
+    run(1, *mined, f"{with_password}#m", "--task", "t", "--shard", "0/1", "--out", tmp_path / "parts")
+    run(1, *mined, f"{fake.url}#m", "--task", "t", "--shard", "0/1", "--out", tmp_path / "parts")  # the same teacher
+    run(2, *mined, f"{with_password}#m", "--task", "t", "--dtype", "float32")
     run(2, "train", "--data", path, "--out", tmp_path / "run", "--teacher", f"{nowhere}#m")
     run(2, "eval", f"{nowhere}#m", "dev")
     kept = b"".join(file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
