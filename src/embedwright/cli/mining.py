@@ -73,7 +73,7 @@ def mine(
     sample_from: Annotated[
         int | None, opt("Number of candidates that --sampled draws from. Default: 10.", min=1)
     ] = None,
-    seed: options.Seed = 0,
+    seed: options.NumpySeed = 0,
     ensemble: Annotated[Ensemble, opt("How several teachers share the work.")] = "cross-sample",
     vectors: Annotated[
         Path | None, opt("Folder that keeps vectors of documents.", callback=options.folder_to_write)
@@ -115,6 +115,7 @@ def mine(
     templates = {key: template for key, template in given.items() if template is not None}
     names = teacher or ["minilm"]
     options.check_opened(names, how)
+    options.check_asked(names, {**given, "api_key_env": api_key_env})
     chosen: dict[str, Any] = {
         "rule": rule,
         "margin": margin,
@@ -219,6 +220,7 @@ def synth(
 
 
 def relabel(
+    context: typer.Context,
     path: Annotated[Path, arg("Examples with mined negatives.")],
     out: options.PartsOut,
     base_url: Annotated[str | None, opt("Address of an OpenAI-compatible server.")] = None,
@@ -244,15 +246,16 @@ def relabel(
     A language model's answers are kept in a file beside OUT. Run the same command again to go on.
     """
     from embedwright.data.files.tasks import merge_tasks, read_tasks, tasks_beside, tasks_file
-    from embedwright.synth.relabel import Judge, judge_by_model, judge_by_scores, relabel_file
-
     from embedwright.encoders.sentence_transformers import SentenceTransformerEncoder
     from embedwright.fingerprint import brief_of
+    from embedwright.synth.relabel import Judge, judge_by_model, judge_by_scores, relabel_file
+
     options.check_out(out, shard)
-    described = merge_tasks([(tasks_file(path), tasks_beside(path)), *([(tasks, read_tasks(tasks))] if tasks else [])])
+    own = read_tasks(tasks) if tasks else {}
+    described = merge_tasks([(tasks_file(path), tasks_beside(path)), *([(tasks, own)] if tasks else [])])
 
     def run(judge: Judge, name: str, client: Client | None = None) -> dict[str, Any]:
-        given: dict[str, Any] = {"tasks": described, "shard": shard, "judged_by": name, "client": client}
+        given: dict[str, Any] = {"tasks": own, "shard": shard, "judged_by": name, "client": client}
         return relabel_file(path, out, judge, action, progress=counter("examples"), **given)
 
     if cross_encoder is not None and threshold is not None and base_url is None and model is None:

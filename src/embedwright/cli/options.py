@@ -201,6 +201,7 @@ OnlyLabels = Annotated[
 # Those of `data pairs`.
 WAYS = "title, summary, crops, sentence, bm25, cloze, templates, gloss, swap, classes, see-also, lemma"
 Seed = Annotated[int, opt("Seed of all random draws.")]
+NumpySeed = Annotated[int, opt("Seed of all random draws.", min=0)]  # numpy takes no other
 PerExample = Annotated[int, opt("Number of negatives of an example that is made of labels.", min=1)]
 Against = Annotated[
     list[Path] | None,

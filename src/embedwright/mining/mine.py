@@ -139,6 +139,8 @@ def mine(
     margin = check_settings(rule, margin, negatives, depth)
     sample_from = check_sampling(sampled, sample_from, negatives)
     _check_choices(given, ensemble, positives)
+    if seed < 0:
+        raise InputError(f"seed must be 0 or more, not {seed}")
     rows = examples if isinstance(examples, Sized) else list(examples)
     first_of: dict[str, str] = {}
     wanted = sum(_number_of_queries(_checked(row, first_of), positives) for row in rows)
@@ -146,9 +148,9 @@ def mine(
     all_answers = answers or Answers(everything)
     of_others = (p for row in everything for p in answers.of(row)) if answers else ()
     instruction_of = cache(lambda name: _instruction(name, task, tasks or {}))
+    _check_instructions(given, {name: id for name, id in first_of.items() if instruction_of(name) == ""})
 
     def queries_of(row: Example) -> list[MiningQuery]:
-    _check_instructions(given, {name: id for name, id in first_of.items() if instruction_of(name) == ""})
         return list(_queries(row, all_answers.of(row), positives, instruction_of(row.task)))
 
     pool = Pool(corpus, everything, of_others)

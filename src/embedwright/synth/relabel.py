@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from embedwright.data.answers import AnswerMarks, marks_of, question_of, text_mark
+from embedwright.data.files.folders import stem_of
 from embedwright.data.files.parts import Shard, write_part
 from embedwright.data.files.tasks import Tasks, digest_of
 from embedwright.data.schema import Example, Passage, Task
@@ -88,13 +89,18 @@ def relabel_file(
 ) -> dict[str, Any]:
     """Runs `relabel` from file to file, for data of any size, and returns its counts as JSON.
 
-    `tasks` are written beside `out`, together with the tasks beside `path`. With `shard`, `out` is a folder of
-    parts (`write_part`), which together have all rows in order; `judged_by` says which judge it is. The answers to a
-    question are still those of all rows, which each part reads; what the judge calls a positive is one in the rows of
-    the part. `client` is that of a judge by model: its counts are
-    reported, and a part with `unanswered` questions is not done.
+    `tasks` are written beside `out`, together with the tasks beside `path`. Raises InputError if no row has one of
+    these `tasks`: a row that names none has that of the file's name.
+
+    With `shard`, `out` is a folder of parts (`write_part`), which together have all rows in order; `judged_by` says
+    which judge it is. The answers to a question are still those of all rows, which each part reads; what the judge
+    calls a positive is one in the rows of the part. `client` is that of a judge by model: its counts are reported, and
+    a part with `unanswered` questions is not done.
     """
-    table = open_as_named(path)
+    table = open_as_named(path, tasks)
+    if tasks and tasks.keys().isdisjoint(named := table.rows_by_task()):
+        of_rows = ", ".join(map(repr, islice(filter(None, named), _NAMED))) or f"none; {stem_of(path)!r} would fit them"
+        raise InputError(f"{path}: no row has a task that --tasks describes ({', '.join(tasks)}); rows name {of_rows}")
     described = {**table.tasks, **(tasks or {})}
     given = PartOfTable(table, (shard or Shard(0, 1)).rows(len(table)))
 

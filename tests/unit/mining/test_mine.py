@@ -678,6 +678,7 @@ def test_vectors_in_float16_give_the_exact_scores_of_the_rounded_vectors(kept: b
         ({"sampled": True, "sample_from": 6}, "too few to draw 7"),
         ({"ensemble": "mean"}, "must be one of cross-sample, intra-sample"),
         ({"teacher": []}, "no teacher"),
+        ({"seed": -1}, "seed must be 0 or more, not -1"),
     ],
 )
 def test_settings_that_do_not_fit(settings: dict[str, Any], reason: str) -> None:
@@ -685,7 +686,6 @@ def test_settings_that_do_not_fit(settings: dict[str, Any], reason: str) -> None
         mine([], {"1": "a"}, **{"teacher": on_a_line({"a": 1}), **settings})
 
 
-def test_data_that_cannot_be_mined() -> None:
 def test_a_query_that_a_teacher_cannot_read_is_known_before_the_documents_are_encoded() -> None:
     class ShortSighted(Lookup):
         def encode(self, texts: Sequence[str], task: str | None = None) -> np.ndarray:
@@ -699,6 +699,7 @@ def test_a_query_that_a_teacher_cannot_read_is_known_before_the_documents_are_en
     assert not teacher.asked
 
 
+def test_data_that_cannot_be_mined() -> None:
     teacher = on_a_line({"p": 1.0})
     with pytest.raises(DataError, match="corpus holds no text"):
         mine([example("p")], {"1": " "}, teacher)

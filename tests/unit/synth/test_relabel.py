@@ -390,3 +390,26 @@ def test_the_command(
     ):
         assert command(monkeypatch, "data", "relabel", path, "--out", out, *wrong) == 2
         assert "name the judge" in capsys.readouterr().err
+    scored = ("data", "relabel", path, "--out", out, "--cross-encoder", "some/model", "--threshold", 0.5)
+    limits = {"max-chars": 9, "concurrency": 8, "token-budget": 1, "max-tokens": 512, "timeout": 9, "api-key-env": "K"}
+    for name, value in limits.items():  # with its default value, too
+        assert command(monkeypatch, *scored, f"--{name}", value) == 2
+        assert f"--{name}: no server is asked here" in capsys.readouterr().err
+
+
+def test_tasks_that_are_given_reach_rows_without_a_task_and_those_that_fit_no_row_are_refused(
+    fake: FakeLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("EMBEDWRIGHT_CACHE", str(tmp_path / "cache"))
+    path, out, tasks = tmp_path / "mined.jsonl", tmp_path / "out.jsonl", tmp_path / "t.jsonl"
+    row = {"id": "1", "query": "q", "positives": ["p"], "negatives": ["no x"]}
+    options = ("data", "relabel", path, "--out", out, "--base-url", fake.url, "--model", "m", "--tasks", tasks)
+    for rows, said in (([row], "rows name none; 'mined'"), ([row | {"task": "u"}], "(other, another); rows name 'u'")):
+        path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+        tasks.write_text('{"name": "other", "instruction": "Find"}\n{"name": "another", "instruction": "Find"}\n')
+        assert command(monkeypatch, *options) == 2 and said in capsys.readouterr().err and not fake.requests
+    path.write_text(json.dumps(row) + "\n")
+    tasks.write_text('{"name": "mined", "instruction": "Find the number."}\n{"name": "other"}\n')
+    assert command(monkeypatch, *options) == 0 and "Find the number." in fake.prompts[0]
+    table = open_examples(out)
+    assert [one.task for one in table] == ["mined"] and table.tasks.keys() == {"mined"}
