@@ -80,6 +80,14 @@ def shown(address: str) -> str:
     return f"{scheme.rpartition('@')[2]}{found}{rest}"
 
 
+def shown_model(name: str) -> str:
+    """Returns the name of a model, of a server's (`http://host/v1#model`) with the address as `shown`."""
+    if "://" not in name:
+        return name
+    address, mark, model = name.rpartition("#")
+    return f"{shown(address)}#{model}" if mark else shown(name)
+
+
 def key_variables(given: Sequence[str], servers: Sequence[str]) -> dict[str, str]:
     """Maps each server's address to the variable of its key, from options `NAME` (one server) or `HOST=NAME`.
 

@@ -48,6 +48,12 @@ def fingerprint_of(encoder: Any) -> Facts | None:
     return known() if callable(known) else None
 
 
+def brief_of(encoder: Any) -> str | None:
+    """Digests the facts of an encoder to a word, for a message or a file; None if it has no `fingerprint`."""
+    known = fingerprint_of(encoder)
+    return None if known is None else hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def space_of(known: Facts) -> str:
     """Digests the facts that decide what the numbers of a model's vectors mean.
 

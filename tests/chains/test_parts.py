@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 import yaml
 from fake_llm import Body, FakeLLM, Reply, command
 
@@ -195,6 +197,48 @@ def test_shards_encode_as_one_run_does(
     assert parts == one and len(one) == 6 + 2
     run("index", "model", "corpus", "parts")
     run("search", "model", "parts", "tides")
+
+
+def test_parts_of_two_models_of_one_name_are_not_mixed(
+    run: Run, tmp_path: Path, tiny_embedder: Callable[..., Embedder], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as a folder that was trained on between two parts. A part that is done opens no teacher."""
+    rows = [{"id": f"{i}", "query": f"q{i}", "positives": [words(i, 5)]} for i in range(6)]
+    mine = ("mine", write(tmp_path / "data.jsonl", rows), "--teacher", "model", "--out", "parts", "--rule", "naive")
+    tiny_embedder("mean").save(tmp_path / "model")
+    tiny_embedder("last").save(tmp_path / "other")
+    run(*mine, "--shard", "0/2")
+    (tmp_path / "model").rename(tmp_path / "first")
+    run(*mine, "--shard", "0/2")
+    (tmp_path / "other").rename(tmp_path / "model")
+    run(*mine, "--shard", "1/2", code=2)
+    assert "parts holds parts made with fingerprints" in capsys.readouterr().err
+    (tmp_path / "model").rename(tmp_path / "other")
+    (tmp_path / "first").rename(tmp_path / "model")
+    run(*mine, "--shard", "1/2")
+
+
+def test_parts_of_two_cross_encoders_of_one_name_are_not_mixed(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "vocabulary.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+
+    def save(seed: int) -> None:
+        torch.manual_seed(seed)
+        config = transformers.BertConfig(vocab_size=len(WORDS) + 5, num_labels=1, **sizes)
+        transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "judge")
+        transformers.BertTokenizerFast(str(tmp_path / "vocabulary.txt")).save_pretrained(tmp_path / "judge")
+
+    rows = [{"query": f"q{i}", "positives": ["tidera"], "negatives": ["moonne"]} for i in range(6)]
+    path = write(tmp_path / "mined.jsonl", rows)
+    relabel = ("data", "relabel", path, "--cross-encoder", "judge", "--threshold", 0.5, "--out", "parts")
+    save(0)
+    for index in (0, 1):
+        run(*relabel, "--shard", f"{index}/3")
+    save(1)
+    run(*relabel, "--shard", "2/3", code=2)
+    assert "parts holds parts made with judge 'judge (" in capsys.readouterr().err
 
 
 def test_a_folder_of_parts_is_trained_on_mined_and_searched_as_a_file_is(

@@ -73,7 +73,7 @@ def mine(
     sample_from: Annotated[
         int | None, opt("Number of candidates that --sampled draws from. Default: 10.", min=1)
     ] = None,
-    seed: options.Seed = 0,
+    seed: options.NumpySeed = 0,
     ensemble: Annotated[Ensemble, opt("How several teachers share the work.")] = "cross-sample",
     vectors: Annotated[
         Path | None, opt("Folder that keeps vectors of documents.", callback=options.folder_to_write)
@@ -93,14 +93,15 @@ def mine(
 
     Under torchrun, all processes encode, each a part of the texts.
     """
-    from embedwright.data.files.parts import folder_of_part, write_part
+    from embedwright.data.files.parts import folder_of_part, settings_of, write_part
     from embedwright.data.files.tasks import digest_of
     from embedwright.data.tables.documents import DocumentTable, open_corpus
     from embedwright.data.tables.table import PartOfTable, open_as_named
     from embedwright.encoders.http import HttpEncoder
     from embedwright.encoders.open import open_encoder
     from embedwright.encoders.sharded import shared
-    from embedwright.endpoint import key_variables
+    from embedwright.endpoint import key_variables, shown_model
+    from embedwright.fingerprint import brief_of
     from embedwright.mining.mine import mine as run
     from embedwright.mining.pool import positives_of
     from embedwright.processes import joined
@@ -114,6 +115,7 @@ def mine(
     templates = {key: template for key, template in given.items() if template is not None}
     names = teacher or ["minilm"]
     options.check_opened(names, how)
+    options.check_asked(names, {**given, "api_key_env": api_key_env})
     chosen: dict[str, Any] = {
         "rule": rule,
         "margin": margin,
@@ -147,7 +149,10 @@ def mine(
 
         if shard:
             identity = pool.identity if isinstance(pool, DocumentTable) else None
-            known = {"examples": table.fingerprint, "corpus": identity, "teachers": names, **templates, **chosen}
+            known = {"examples": table.fingerprint, "corpus": identity, **templates, **chosen}
+            known["teachers"] = list(map(shown_model, names))
+            # of a part that is done, no teacher is opened
+            known["fingerprints"] = settings_of(folder).get("fingerprints") if done else list(map(brief_of, teachers))
             known |= {name: value for name, value in how.items() if name != "device"}
             known["tasks"] = digest_of(table.tasks)  # whose instructions go before the queries
             counts = write_part(folder, shard, known, write, remote)
@@ -215,6 +220,7 @@ def synth(
 
 
 def relabel(
+    context: typer.Context,
     path: Annotated[Path, arg("Examples with mined negatives.")],
     out: options.PartsOut,
     base_url: Annotated[str | None, opt("Address of an OpenAI-compatible server.")] = None,
@@ -240,17 +246,25 @@ def relabel(
     A language model's answers are kept in a file beside OUT. Run the same command again to go on.
     """
     from embedwright.data.files.tasks import merge_tasks, read_tasks, tasks_beside, tasks_file
+    from embedwright.encoders.sentence_transformers import SentenceTransformerEncoder
+    from embedwright.fingerprint import brief_of
     from embedwright.synth.relabel import Judge, judge_by_model, judge_by_scores, relabel_file
 
     options.check_out(out, shard)
-    described = merge_tasks([(tasks_file(path), tasks_beside(path)), *([(tasks, read_tasks(tasks))] if tasks else [])])
+    own = read_tasks(tasks) if tasks else {}
+    described = merge_tasks([(tasks_file(path), tasks_beside(path)), *([(tasks, own)] if tasks else [])])
 
     def run(judge: Judge, name: str, client: Client | None = None) -> dict[str, Any]:
-        given: dict[str, Any] = {"tasks": described, "shard": shard, "judged_by": name, "client": client}
+        given: dict[str, Any] = {"tasks": own, "shard": shard, "judged_by": name, "client": client}
         return relabel_file(path, out, judge, action, progress=counter("examples"), **given)
 
     if cross_encoder is not None and threshold is not None and base_url is None and model is None:
-        say_json(run(judge_by_scores(_cross_encoder(cross_encoder), threshold), f"{cross_encoder} from {threshold}"))
+        limits_of_servers = ("max_chars", "concurrency", "token_budget", "max_tokens", "timeout", "api_key_env")
+        if ignored := options.given(context, *limits_of_servers):
+            raise InputError(f"{', '.join(ignored)}: no server is asked here, a cross-encoder judges: leave it out")
+        judge = _cross_encoder(cross_encoder)
+        brief = f" ({brief_of(SentenceTransformerEncoder(judge))})" if shard else ""  # its kind has the same facts
+        say_json(run(judge_by_scores(judge, threshold), f"{cross_encoder}{brief} from {threshold}"))
         return
     if base_url is None or model is None or cross_encoder is not None or threshold is not None:
         raise InputError("name the judge: --base-url and --model, or --cross-encoder and --threshold")
@@ -265,7 +279,9 @@ def relabel(
 def _check_answered(report: dict[str, Any], out: Path) -> None:
     """Exits with 1 if the same command, run again, would ask for more."""
     if count := report.get("unanswered"):
-        again = "run the same command again; if --token-budget is spent, with a larger one"
+        again = (
+            "run the same command again; if --token-budget is spent or --max-tokens cuts answers off, with a larger one"
+        )
         sys.stderr.write(f"embedwright: {out}: {count} questions have no answer yet: {again}\n")
         raise typer.Exit(1)
 

@@ -14,6 +14,7 @@ import typer
 
 from embedwright.cli.display import say
 from embedwright.data.files.parts import Shard
+from embedwright.endpoint import shown_model
 from embedwright.errors import InputError
 from embedwright.files import check_file, check_folder, check_new_folder
 from embedwright.remote import RemoteFolder, is_remote
@@ -119,7 +120,22 @@ def opens_models(verb: Callable[..., None]) -> Callable[..., None]:
 def check_opened(names: Sequence[str], how: How) -> None:
     """Refuses `how` where none of these models is opened here, but asked over HTTP, or no model at all."""
     if how and all("://" in name or name in ("bm25", "random") for name in names):
-        raise InputError(f"--{next(iter(how)).replace('_', '-')}: no model is opened here, only {', '.join(names)}")
+        raise InputError(
+            f"--{next(iter(how)).replace('_', '-')}: no model is opened here, only {', '.join(map(shown_model, names))}"
+        )
+
+
+def check_asked(names: Sequence[str], given: Mapping[str, Any]) -> None:
+    """Refuses options of servers, those in `given` that have a value, where none of these models is a server."""
+    options = [name for name, value in given.items() if value not in (None, False)]
+    if options and not any("://" in name for name in names):
+        raise InputError(f"--{options[0].replace('_', '-')}: no server is asked here, only {', '.join(names)}")
+
+
+def given(context: typer.Context, *names: str) -> list[str]:
+    """Returns those of these parameters that the user gave, as options (`--max-chars`)."""
+    own = [name for name in names if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
+    return [f"--{name.replace('_', '-')}" for name in own]
 
 
 PartsOut = Annotated[
@@ -185,6 +201,7 @@ OnlyLabels = Annotated[
 # Those of `data pairs`.
 WAYS = "title, summary, crops, sentence, bm25, cloze, templates, gloss, swap, classes, see-also, lemma"
 Seed = Annotated[int, opt("Seed of all random draws.")]
+NumpySeed = Annotated[int, opt("Seed of all random draws.", min=0)]  # numpy takes no other
 PerExample = Annotated[int, opt("Number of negatives of an example that is made of labels.", min=1)]
 Against = Annotated[
     list[Path] | None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import re
 import shlex
 import sys
 from datetime import UTC, datetime
@@ -12,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from embedwright.endpoint import shown_model
 from embedwright.files import sha256_of
 from embedwright.threads import cores
 
@@ -23,7 +25,7 @@ def about(model: str, fingerprint: dict[str, str] | None = None) -> dict[str, An
     import torch
 
     return {
-        "model": model,
+        "model": shown_model(model),
         "fingerprint": fingerprint,
         "command": _command(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -41,10 +43,13 @@ def about(model: str, fingerprint: dict[str, str] | None = None) -> dict[str, An
 
 
 def _command() -> str:
-    """Returns the command of this process. `python -m embedwright` is written as that, not as its `__main__.py`."""
+    """Returns the command of this process, without the passwords in its addresses.
+
+    `python -m embedwright` is written as that, not as its `__main__.py`.
+    """
     program = Path(sys.argv[0])
     module = ["python", "-m", program.parent.name] if program.name == "__main__.py" else [program.name]
-    return shlex.join([*module, *sys.argv[1:]])
+    return shlex.join([*module, *(re.sub(r"://[^/?#\s]*@", "://", word) for word in sys.argv[1:])])
 
 
 def processor() -> str:

@@ -81,7 +81,10 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Says why a question has no answer: `no_valid_answer`, `server_error`, `refused` or `budget`."""
+    """Says why a question has no answer: `no_valid_answer`, `truncated`, `server_error`, `refused` or `budget`.
+
+    `truncated`: no answer is valid, and one was cut off, so that a larger `max_tokens` may give a valid one.
+    """
 
     reason: str
 
@@ -167,6 +170,7 @@ class Client:
         async with self._slots:
             kept = [self._cache.get(_key(question, attempt)) for attempt in range(self.server.attempts)]
             answered = any(_fits(known, question.schema) for known in kept)
+            truncated = False
             for attempt, known in enumerate(kept):
                 # an answer that was cut off may be whole under a larger limit
                 if known is None or (not answered and 0 < known.cut_at < self.server.max_tokens):
@@ -181,7 +185,8 @@ class Client:
                     return read_answer(known.text, question.schema)
                 except BadAnswerError as error:
                     self.counts["truncated" if known.cut_at else str(error)] += 1
-            return Failure("no_valid_answer")
+                    truncated |= known.cut_at > 0
+            return Failure("truncated" if truncated else "no_valid_answer")
 
     async def _completion(self, question: Question, attempt: int) -> Completion:
         """Asks once, within the token budget, and keeps the answer."""

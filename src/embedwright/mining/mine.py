@@ -18,7 +18,9 @@ from embedwright.data.answers import Answers, marks_of, text_mark
 from embedwright.data.schema import DataError, Example, Passage, Task, text_of
 from embedwright.data.sources.catalog import find_task
 from embedwright.data.tables.table import PartOfTable, write_examples
+from embedwright.encoders.http import HttpEncoder
 from embedwright.encoders.protocol import as_encoder
+from embedwright.encoders.sharded import itself
 from embedwright.errors import InputError
 from embedwright.mining.choose import Miner, MiningSettings
 from embedwright.mining.pool import Corpus, Pool
@@ -137,12 +139,16 @@ def mine(
     margin = check_settings(rule, margin, negatives, depth)
     sample_from = check_sampling(sampled, sample_from, negatives)
     _check_choices(given, ensemble, positives)
+    if seed < 0:
+        raise InputError(f"seed must be 0 or more, not {seed}")
     rows = examples if isinstance(examples, Sized) else list(examples)
-    wanted = sum(_number_of_queries(_checked(row), positives) for row in rows)
+    first_of: dict[str, str] = {}
+    wanted = sum(_number_of_queries(_checked(row, first_of), positives) for row in rows)
     everything = rows.table if isinstance(rows, PartOfTable) else rows
     all_answers = answers or Answers(everything)
     of_others = (p for row in everything for p in answers.of(row)) if answers else ()
     instruction_of = cache(lambda name: _instruction(name, task, tasks or {}))
+    _check_instructions(given, {name: id for name, id in first_of.items() if instruction_of(name) == ""})
 
     def queries_of(row: Example) -> list[MiningQuery]:
         return list(_queries(row, all_answers.of(row), positives, instruction_of(row.task)))
@@ -217,8 +223,27 @@ def _check_choices(teachers: Sequence[Any], ensemble: str, positives: str) -> No
         raise InputError(f"positives must be lowest or each, not {positives!r}")
 
 
-def _checked(example: Example) -> Example:
-    """Raises DataError if query or positives are missing, the latter without the score of a pair."""
+def _check_instructions(teachers: Sequence[Any], first_of: Mapping[str, str]) -> None:
+    """Raises InputError if a teacher cannot do without an instruction. `first_of` are tasks that have none, with the id
+    of an example of each.
+    """
+    for encoder in map(itself, teachers):
+        if isinstance(encoder, HttpEncoder) and "{task}" in encoder.query_template and first_of:
+            name, id = next(iter(first_of.items()))
+            raise InputError(
+                f"example {id!r}: its task {name!r} has no instruction, and the teacher's template for queries has a "
+                "{task}: describe the task in the file of the tasks, give an instruction (--task), or a template "
+                "without {task} (--query-template)"
+            )
+
+
+def _checked(example: Example, first_of: dict[str, str]) -> Example:
+    """Raises DataError if query or positives are missing, the latter without the score of a pair.
+
+    `first_of` gets the id of the first example with positives of each task.
+    """
+    if example.positives:
+        first_of.setdefault(example.task, example.id)
     text_of(example.query, f"example {example.id!r}: query")
     if not example.positives and example.score is None:
         raise DataError(f"example {example.id!r}: no positive, so that its answers cannot be told from negatives")

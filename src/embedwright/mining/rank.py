@@ -13,6 +13,7 @@ import logging
 import zlib
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -71,7 +72,8 @@ def teacher_of_pool(
     """Returns the function that ranks the best `depth` documents of the pool for queries.
 
     Args:
-        teacher: a model, `bm25` or `random`. A model encodes the documents here, BM25 indexes the pool.
+        teacher: a model, `bm25` or `random`. BM25 indexes the pool here. A model encodes the documents once it has
+            encoded the first queries: what it cannot read of these is known before the long work.
         everything: gives all examples, whose passages BM25 counts words of.
         seed: of `random`.
         encode: encodes texts, and keeps the vectors where that is asked for.
@@ -86,7 +88,7 @@ def teacher_of_pool(
         advance(len(pool))
         others = {text: row for row, text in enumerate(lacking, start=len(pool))}
         return lambda tiles: (_by_words(tile, pool, index, others, depth, advance) for tile in tiles)
-    documents = _encoded_documents(teacher, pool, encode, advance)
+    documents = cache(partial(_encoded_documents, teacher, pool, encode, advance))
     return lambda tiles: _by_vectors(tiles, pool, teacher, documents, depth, encode, advance)
 
 
@@ -107,18 +109,25 @@ def _by_vectors(
     tiles: Sequence[Tile],
     pool: Pool,
     encoder: Encoder,
-    documents: Vectors,
+    encoded_documents: Callable[[], Vectors],
     depth: int,
     encode: Encode,
     advance: Advance,
 ) -> Iterator[Candidates]:
-    everything = documents + encode(encoder, lambda: pool.lacking, len(pool.lacking))
     ends = np.cumsum([len(tile) for tile in tiles])
-    queries_QE = np.empty((int(ends[-1]), documents.shape[1]), np.float32)
+    queries_QE: NDArray[np.float32] | None = None
     for tile, end in zip(tiles, ends.tolist(), strict=True):
         if tile:
-            queries_QE[end - len(tile) : end] = _encoded(encoder, tile)
+            vectors_NE = _encoded(encoder, tile)
+            queries_QE = (
+                np.empty((int(ends[-1]), vectors_NE.shape[1]), np.float32) if queries_QE is None else queries_QE
+            )
+            queries_QE[end - len(tile) : end] = vectors_NE
             advance(len(tile))
+    documents = encoded_documents()
+    everything = documents + encode(encoder, lambda: pool.lacking, len(pool.lacking))
+    if queries_QE is None:  # none is this teacher's
+        queries_QE = np.empty((0, documents.shape[1]), np.float32)
     device = getattr(itself(encoder), "device", None)  # another GPU may be another process's
     scores_QK, rows_QK = top_k(queries_QE, documents, depth, device)
     rows = [own for tile in tiles for own in _own_rows(tile, pool.row_of_text)]

@@ -51,9 +51,9 @@ class _Line(BaseModel):
 def brainstorm(client: Client, file: Path, plan: Plan, kind: Kind) -> tuple[list[str], dict[str, int]]:
     """Returns the tasks of a kind, in the order of `file`, and counts of prompts, tasks and suggestions left out.
 
-    A kind without a `brainstorm` prompt has one task, its instruction. A prompt without an answer is not in the file,
-    and the next run asks it again; until then tasks are missing. If all prompts have an answer and the tasks are still
-    too few, they are used again, in turn.
+    A kind without a `brainstorm` prompt has one task, its instruction. A prompt without an answer is not in the file:
+    the next run asks it again, or, if its answers were cut off, one with a larger `max_tokens`. Until then tasks are
+    missing. If none is to come from these prompts and the tasks are still too few, they are used again, in turn.
     """
     part, per_prompt = plan.prompts.kinds[kind], plan.prompts.tasks_per_prompt
     if part.brainstorm is None:
@@ -92,11 +92,17 @@ def brainstorm(client: Client, file: Path, plan: Plan, kind: Kind) -> tuple[list
     found = _by_prompt(lines)
     tasks = [task for line in lines for task in line.tasks]
     own = list(dict.fromkeys(tasks))
+    cut = failed["brainstorm_truncated"]
+    to_come = []
+    if unanswered := failed.total() - cut:
+        to_come.append(f"{unanswered} prompts got no answer; run the same again to ask for the rest")
+    # some models never come to an end: cut prompts are waited for only where their tasks could be enough
+    if 0 < needed - len(own) <= cut * per_prompt:
+        to_come.append(f"the answers to {cut} prompts were cut off; run the same again with a larger max_tokens")
     if len(own) < needed:
-        again = f"{failed.total()} prompts got no answer; run the same again to ask for the rest"
-        what_now = again if failed else "each serves more examples"
+        what_now = "; ".join(to_come) or "each serves more examples"
         log.warning("%s: %d tasks where %d were wanted: %s", kind, len(own), needed, what_now)
-    if own and not failed and len(tasks) < needed:
+    if own and not to_come and len(tasks) < needed:
         keep(None, list(islice(cycle(own), len(tasks), needed)), {})
         tasks += lines[-1].tasks
     left_out = sum((Counter(line.left_out) for line in lines), failed)

@@ -7,6 +7,7 @@ model judges it. The best mining rule leaves about half of them (NV-Retriever, a
 from __future__ import annotations
 
 import logging
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +17,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from embedwright.data.answers import AnswerMarks, marks_of, text_mark
+from embedwright.data.answers import AnswerMarks, marks_of, question_of, text_mark
+from embedwright.data.files.folders import stem_of
 from embedwright.data.files.parts import Shard, write_part
 from embedwright.data.files.tasks import Tasks, digest_of
 from embedwright.data.schema import Example, Passage, Task
@@ -29,7 +31,9 @@ log = logging.getLogger(__name__)
 
 Action = Literal["drop", "promote"]
 _CHUNK = 256  # examples in memory at a time
-_NAMED = 5  # negatives without a verdict that are named one by one, or a few more
+_NAMED = 5  # negatives without a verdict that are named one by one
+_NEGATIVE, _POSITIVE, _UNDECIDED, _KNOWN = range(4)
+_CODES = {False: _NEGATIVE, True: _POSITIVE, None: _UNDECIDED}
 
 _PROMPT = """\
 You judge search results. {task}
@@ -85,25 +89,33 @@ def relabel_file(
 ) -> dict[str, Any]:
     """Runs `relabel` from file to file, for data of any size, and returns its counts as JSON.
 
-    `tasks` are written beside `out`, together with the tasks beside `path`. With `shard`, `out` is a folder of
-    parts (`write_part`), which together have all rows in order; `judged_by` says which judge it is. The answers to a
-    question are still those of all rows, which each part reads. `client` is that of a judge by model: its counts are
-    reported, and a part with `unanswered` questions is not done.
+    `tasks` are written beside `out`, together with the tasks beside `path`. Raises InputError if no row has one of
+    these `tasks`: a row that names none has that of the file's name.
+
+    With `shard`, `out` is a folder of parts (`write_part`), which together have all rows in order; `judged_by` says
+    which judge it is. The answers to a question are still those of all rows, which each part reads; what the judge
+    calls a positive is one in the rows of the part. `client` is that of a judge by model: its counts are reported, and
+    a part with `unanswered` questions is not done.
     """
-    table = open_as_named(path)
+    table = open_as_named(path, tasks)
+    if tasks and tasks.keys().isdisjoint(named := table.rows_by_task()):
+        of_rows = ", ".join(map(repr, islice(filter(None, named), _NAMED))) or f"none; {stem_of(path)!r} would fit them"
+        raise InputError(f"{path}: no row has a task that --tasks describes ({', '.join(tasks)}); rows name {of_rows}")
     described = {**table.tasks, **(tasks or {})}
     given = PartOfTable(table, (shard or Shard(0, 1)).rows(len(table)))
 
     def relabelled(file: Path) -> dict[str, Any]:
         count = Counter(dict.fromkeys(COUNTED, 0))
 
-        def rows() -> Iterator[Example]:
-            for example in relabel(given, judge, action, count, AnswerMarks(table)):
-                if progress is not None:
-                    progress(count["examples"], len(given))
-                yield example
+        done = 0
 
-        write_examples(file, rows(), described)
+        def advance(rows: int) -> None:
+            nonlocal done
+            done += rows
+            if progress is not None:
+                progress(done, len(given))
+
+        write_examples(file, relabel(given, judge, action, count, AnswerMarks(table), advance), described)
         asked = {"client": dict(client.counts), "unanswered": client.unanswered} if client else {}
         return {"read": table.report, "action": action, **count, **asked}
 
@@ -120,13 +132,18 @@ def relabel(
     action: Action,
     count: Counter[str],
     answers: AnswerMarks | None = None,
+    advance: Callable[[int], None] = lambda rows: None,
 ) -> Iterator[Example]:
     """Yields `examples` in order, without the negatives that `judge` calls positives; `promote` makes them positives.
 
     All examples stay: one that has no negative left, and a scored pair without a positive, as it is. A negative without
     a verdict stays a negative. A passage that answers the question in any of the examples (`data.answers`) is a
-    positive, and the judge is not asked about it.
-    `examples` is a list or a table; it is read three times, or once with the `answers`, with 256 examples in memory.
+    positive, and the judge is not asked about it. One that the judge calls a positive beside one of the question's
+    positives is a positive in all examples of that question.
+
+    `examples` is a list or a table; it is read four times, or twice with the `answers`. Memory holds 256 examples, a
+    byte for each negative and 8 or 16 for each that is a positive. `advance(n)` is told of n more that are judged,
+    which all are before the first comes out.
 
     `count` gets `negatives` = `kept` + `positive`. `known` of the positive answer the question in some row, and
     `undecided` of the kept have no verdict. `without_negatives` counts examples that lost all negatives, and
@@ -134,7 +151,27 @@ def relabel(
     """
     if action not in ("drop", "promote"):
         raise InputError(f"action must be drop or promote, not {action!r}")
-    answers, rows = answers or AnswerMarks(examples), iter(examples)
+    codes, positives = _judged(examples, judge, answers or AnswerMarks(examples), advance)
+    place = 0
+    for example in examples:
+        verdicts: list[bool | None] = []
+        own = codes[place : place + (len(example.negatives) if example.positives else 0)]
+        place += len(own)
+        for passage, code in zip(example.negatives, own, strict=bool(own)):
+            positive = code in (_POSITIVE, _KNOWN) or not positives.isdisjoint(_keys(example, passage))
+            verdicts.append(True if positive else None if code == _UNDECIDED else False)
+            if verdicts[-1] is None and (count["undecided"] + verdicts.count(None)) <= _NAMED:
+                shown = len(passage.text), passage.text[:60]
+                log.warning("example %r: no verdict on a negative of %d characters: %r", example.id, *shown)
+        count["known"] += own.count(_KNOWN)
+        yield _relabelled(example, verdicts, action, count)
+
+
+def _judged(
+    examples: Iterable[Example], judge: Judge, answers: AnswerMarks, advance: Callable[[int], None]
+) -> tuple[bytearray, _Numbers]:
+    """Returns what is said of each negative, in order, and the keys of those that the judge calls positives."""
+    codes, positives, rows = bytearray(), array("q"), iter(examples)
     while chunk := list(islice(rows, _CHUNK)):
         pairs = [
             list(zip(_candidates(example), _known(example, answers), strict=True)) if example.positives else []
@@ -143,12 +180,31 @@ def relabel(
         asked = list(dict.fromkeys(candidate for own in pairs for candidate, known in own if not known))
         verdicts = dict(zip(asked, judge(asked) if asked else [], strict=True))
         for example, own in zip(chunk, pairs, strict=True):
-            if count["undecided"] < _NAMED:
-                for candidate in (one for one, known in own if not known and verdicts[one] is None):
-                    shown = len(candidate.passage), candidate.passage[:60]
-                    log.warning("example %r: no verdict on a negative of %d characters: %r", example.id, *shown)
-            count["known"] += sum(known for _, known in own)
-            yield _relabelled(example, [known or verdicts[candidate] for candidate, known in own], action, count)
+            for passage, (candidate, known) in zip(example.negatives, own, strict=bool(own)):
+                codes.append(_KNOWN if known else _CODES[verdicts[candidate]])
+                if codes[-1] == _POSITIVE:
+                    positives.extend(_keys(example, passage))
+        advance(len(chunk))
+    return codes, _Numbers(positives)
+
+
+def _keys(example: Example, passage: Passage) -> list[int]:
+    """Returns numbers that stand for the passage, by its text and by its document, as a result for the question."""
+    question = question_of(example.task, example.query)
+    return [hash((question, mark)) for mark in marks_of(example.task, [passage])]  # Python salts no hash of numbers
+
+
+class _Numbers:
+    """A set of numbers that takes 8 bytes for each."""
+
+    def __init__(self, numbers: array[int]) -> None:
+        self._ascending = np.unique(np.frombuffer(numbers, dtype=np.int64))
+
+    def isdisjoint(self, numbers: Sequence[int]) -> bool:
+        if not len(self._ascending):
+            return True
+        place = np.searchsorted(self._ascending, numbers).clip(max=len(self._ascending) - 1)
+        return not (self._ascending[place] == numbers).any()
 
 
 def _candidates(example: Example) -> list[Candidate]:
@@ -219,8 +275,11 @@ def _relabelled(example: Example, verdicts: Sequence[bool | None], action: Actio
     changed = replace(example, negatives=_pick(example.negatives, right), negative_scores=negative_scores)
     if action == "drop":
         return changed
-    own = {text_mark(passage.text) for passage in example.positives}
-    new = [i for i in wrong if text_mark(example.negatives[i].text) not in own]
+    seen, new = {text_mark(passage.text) for passage in example.positives}, list[int]()
+    for i in wrong:
+        if (mark := text_mark(example.negatives[i].text)) not in seen:
+            seen.add(mark)
+            new.append(i)
     positive_scores = example.positive_scores
     if positive_scores is not None and new:
         positive_scores = None if scores is None else (*positive_scores, *(scores[i] for i in new))

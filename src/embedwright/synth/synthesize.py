@@ -42,7 +42,8 @@ def synthesize(
     not answer; the client's cache and `OUT.brainstorm.jsonl` keep everything, and the same call goes on from there.
 
     Returns counts: `asked` rows = `written` + the sum of `dropped`, which is by kind and reason; `tasks` of step 1 by
-    kind; `client`, those of `Client.counts`; `unanswered`, of the client; and the `diversity` of the rows written.
+    kind; `client`, those of `Client.counts`; `unanswered`, of the client, and rows whose tasks were cut off; and the
+    `diversity` of the rows written.
 
     With `shard`, `out` is a folder of parts (`write_part`), which together have the plan's rows in its order. All parts
     share one file of tasks: the first that runs asks for them, the others wait. A part with `unanswered` questions is
@@ -124,13 +125,15 @@ def _synthesized(
     written = 0
     if len(rows) or shard:
         written = write_examples(out, kept(), {task.name: task for of_kind in tasks.of.values() for task in of_kind})
+    cut = [kind for kind, count in tasks.counts.items() if count.get("brainstorm_truncated")]
     return {
         "asked": len(numbers),
         "written": written,
         "dropped": {kind: dict(sorted(count.items())) for kind, count in dropped.items()},
         "tasks": tasks.counts,
         "client": dict(client.counts),
-        "unanswered": client.unanswered,
+        # a larger limit may give the tasks, which all parts wait for
+        "unanswered": client.unanswered + sum(dropped[kind]["no_task"] for kind in cut),
         "diversity": diversity.to_json(),
     }
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from embedwright.cli.options import check_opened, check_rows_file
+from embedwright.cli.options import check_asked, check_opened, check_rows_file
 from embedwright.errors import InputError
 
 
@@ -28,3 +28,12 @@ def test_options_of_opened_models_are_refused_where_none_is_opened() -> None:
             check_opened(names, {"max_tokens": 16})
         check_opened(names, {})
     check_opened(["bm25", "minilm"], {"max_tokens": 16})
+
+
+def test_options_of_servers_are_refused_where_none_is_asked() -> None:
+    none = {"query_template": None, "cut": False}
+    for name in ("query_template", "document_template", "cut", "api_key_env"):
+        with pytest.raises(InputError, match=f"--{name.replace('_', '-')}: no server is asked here, only minilm, bm25"):
+            check_asked(["minilm", "bm25"], {**none, name: "given"})
+        check_asked(["minilm", "http://127.0.0.1:1/v1#m"], {**none, name: "given"})
+    check_asked(["minilm"], none)

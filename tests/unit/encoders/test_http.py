@@ -244,7 +244,7 @@ def test_mine_names_what_is_too_long_or_cuts_it(
     assert command(monkeypatch, *mine) == 2
     said = capsys.readouterr().err
     assert "1 texts were refused, each alone; the first has 151 characters: 'very very" in said
-    assert said.splitlines()[1:] == [f"{tmp_path / 'x.jsonl'}: row 3, id '2'"]
+    assert said.splitlines()[-1:] == [f"{tmp_path / 'x.jsonl'}: row 3, id '2'"]
     (tmp_path / "n.jsonl").write_text(json.dumps(rows[0] | {"negatives": ["short", "long " * 20]}) + "\n")
     assert command(monkeypatch, "mine", tmp_path / "n.jsonl", *mine[2:]) == 2
     assert capsys.readouterr().err.splitlines()[-1:] == [f"{tmp_path / 'n.jsonl'}: row 1, id '0'"]
@@ -257,6 +257,22 @@ def test_mine_names_what_is_too_long_or_cuts_it(
     capsys.readouterr()
     assert command(monkeypatch, *mine, "--cut", "--out", tmp_path / "parts", "--shard", "0/2") == 0
     assert "each of 2 parts encodes all 5 documents" in capsys.readouterr().err
+
+
+def test_mine_asks_for_the_instruction_that_a_template_wants_before_it_encodes(server: Server, tmp_path: Path) -> None:
+    rows = [
+        Example("squad", "squad", "q", (Passage("p"),)),  # of the catalogue, which has its instruction
+        Example("own", "mine", "q", (Passage("p"),)),
+    ]
+    teacher = HttpEncoder(server.url, "bge")
+    with pytest.raises(ValueError, match=r"'own'.* task 'mine' has no instruction.*--task.*--query-template"):
+        mine(rows, {"1": "p", "2": "n"}, teacher)
+    assert not server.requests
+    mine(rows[:1], {"1": "p", "2": "n"}, teacher)
+    mine(rows, {"1": "p", "2": "n"}, teacher, task="find")
+    mine(rows, {"1": "p", "2": "n"}, HttpEncoder(server.url, "bge", query_template="query: {text}"))
+    pair = Example("scored", "mine", "q", (), (Passage("p"),), score=0.0)  # nothing is mined for it
+    mine([rows[0], pair], {"1": "p", "2": "n"}, teacher)
 
 
 def test_a_server_that_refuses_all_is_not_asked_for_each(server: Server) -> None:

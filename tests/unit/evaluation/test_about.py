@@ -21,6 +21,8 @@ def test_the_command_is_what_a_person_types(monkeypatch: pytest.MonkeyPatch) -> 
     for argv, command in (
         (["/x/bin/embedwright", "eval", "my model", "dev"], "embedwright eval 'my model' dev"),
         (["/x/src/embedwright/__main__.py", "eval", "minilm"], "python -m embedwright eval minilm"),
+        (["embedwright", "bench", "http://me:pass@h/v1#a/b@c"], "embedwright bench 'http://h/v1#a/b@c'"),
     ):
         monkeypatch.setattr("sys.argv", argv)
         assert about("m")["command"] == command
+    assert about("http://me:pass@h/v1#a/b@c")["model"] == "http://h/v1#a/b@c"

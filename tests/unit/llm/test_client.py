@@ -340,8 +340,8 @@ def test_an_answer_that_was_cut_off_is_asked_again_under_a_larger_limit(serve: A
         return Reply('{"name": "red"}', finish="length")  # cut off after the answer, which stays of use
 
     fake = serve(reply)
-    assert ask(fake, [question()], max_tokens=50, attempts=2)[0] == [Failure("no_valid_answer")]
-    assert ask(fake, [question()], max_tokens=40, attempts=2)[0] == [Failure("no_valid_answer")]
+    assert ask(fake, [question()], max_tokens=50, attempts=2)[0] == [Failure("truncated")]
+    assert ask(fake, [question()], max_tokens=40, attempts=2)[0] == [Failure("truncated")]
     assert len(fake.requests) == 2
     answers, counts = ask(fake, [question()], max_tokens=100, attempts=2, token_budget=1000)
     assert answers == [RED] and counts["requests"] == 1

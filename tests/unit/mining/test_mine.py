@@ -258,8 +258,8 @@ def test_texts_are_encoded_once_and_the_task_is_for_queries_alone() -> None:
         task="find",
         progress=lambda *at: seen.append(at),
     )
-    assert teacher.asked == [("p", None), ("n", None), ("outside", None), ("q", "find"), ("q", "find")]
-    assert seen == [(2, 5), (3, 5), (5, 5)]
+    assert teacher.asked == [("q", "find"), ("q", "find"), ("p", None), ("n", None), ("outside", None)]
+    assert seen == [(2, 5), (4, 5), (5, 5)]
 
 
 def test_sampling_is_seeded_by_example_and_follows_the_scores() -> None:
@@ -475,11 +475,11 @@ def test_each_row_is_mined_under_the_instruction_of_its_task() -> None:
     tasks = {"a": Task(name="a", instruction="do a"), "b": Task(name="b", instruction="do b"), "d": Task(name="d")}
     mine(rows, {"1": "n"}, teacher, tasks=tasks)
     answers = "Given a question, retrieve passages that answer the question"  # the catalogue's
-    assert dict(teacher.asked[2:]) == {"a0": "do a", "b1": "do b", "c2": "", "squad3": answers}
+    assert dict(teacher.asked[:4]) == {"a0": "do a", "b1": "do b", "c2": "", "squad3": answers}
     for override in ("one for all", None):
         teacher.asked.clear()
         mine(rows, {"1": "n"}, teacher, tasks=tasks, task=override)
-        assert {task for _, task in teacher.asked[2:]} == {override}
+        assert {task for _, task in teacher.asked[:4]} == {override}
 
 
 def test_vectors_stay_with_their_query_under_several_instructions() -> None:
@@ -678,11 +678,25 @@ def test_vectors_in_float16_give_the_exact_scores_of_the_rounded_vectors(kept: b
         ({"sampled": True, "sample_from": 6}, "too few to draw 7"),
         ({"ensemble": "mean"}, "must be one of cross-sample, intra-sample"),
         ({"teacher": []}, "no teacher"),
+        ({"seed": -1}, "seed must be 0 or more, not -1"),
     ],
 )
 def test_settings_that_do_not_fit(settings: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         mine([], {"1": "a"}, **{"teacher": on_a_line({"a": 1}), **settings})
+
+
+def test_a_query_that_a_teacher_cannot_read_is_known_before_the_documents_are_encoded() -> None:
+    class ShortSighted(Lookup):
+        def encode(self, texts: Sequence[str], task: str | None = None) -> np.ndarray:
+            if task == "too long":
+                raise ValueError("the instruction leaves no token")
+            return super().encode(texts, task)
+
+    teacher = ShortSighted({"p": [1.0], "q": [1.0]})
+    with pytest.raises(ValueError, match="leaves no token"):
+        mine([example("p")], {"1": "p"}, teacher, task="too long")
+    assert not teacher.asked
 
 
 def test_data_that_cannot_be_mined() -> None:

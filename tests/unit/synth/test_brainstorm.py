@@ -43,7 +43,7 @@ def run(tmp_path: Path) -> Run:
         prompts = Prompts(languages={"en": "English"}, tasks_per_prompt=2, kinds={kind: part})
         models, seed = changed.get("models", ("m",)), changed.get("seed", 0)
         plan = Plan({kind: needed}, models, per_task=1, seed=seed, prompts=prompts)
-        server = Server(base_url=fake.url, retries=0, attempts=2)
+        server = Server(base_url=fake.url, retries=0, attempts=2, max_tokens=changed.get("max_tokens", 100))
         with Client(server, tmp_path / f"{answers}.sqlite") as client:
             return brainstorm(client, tmp_path / "tasks.jsonl", plan, kind)
 
@@ -143,6 +143,43 @@ def test_a_file_of_something_else_is_refused(serve: Serve, run: Run, tmp_path: P
     (tmp_path / "tasks.jsonl").write_text('{"query": "why?"}\n')
     with pytest.raises(DataError, match=r"tasks\.jsonl:1: no line of a brainstorm"):
         run(serve(two), 2)
+
+
+def cut_below(limit: int, eighths: int) -> Callable[[Body, int], Reply]:
+    """`two`, but under a lower limit so many of the answers are cut off."""
+
+    def reply(body: Body, n: int) -> Reply:
+        cut = body["seed"] % 8 < eighths and body["max_tokens"] < limit
+        return Reply("Let me see", finish="length") if cut else two(body, n)
+
+    return reply
+
+
+@pytest.mark.parametrize(("cut", "enough"), [(8, False), (7, False), (5, True)])
+def test_answers_that_were_cut_off_are_asked_for_again_under_a_larger_limit(
+    serve: Serve, run: Run, cut: int, enough: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No task is used again meanwhile, and those that are there stay in their places."""
+    server = serve(cut_below(200, cut))
+    first, count = run(server, 20)
+    assert len(set(first)) == len(first) and (len(first) == 20) == enough and (len(first) == 0) == (cut == 8)
+    assert count["brainstorm_truncated"] > 0 and "brainstorm_no_valid_answer" not in count
+    assert ("were cut off; run the same again with a larger max_tokens" in caplog.text) != enough
+    assert "each serves more" not in caplog.text
+    asked = len(server.requests)
+    assert run(server, 20)[0] == first and len(server.requests) == asked
+    whole, count = run(server, 20, max_tokens=200)
+    assert whole[: len(first)] == first and len(set(whole)) == 20
+    assert enough == (len(server.requests) == asked)
+
+
+def test_a_few_prompts_that_are_cut_off_at_any_limit_hold_nothing_up(serve: Serve, run: Run) -> None:
+    """They cannot give what a model that repeats itself lacks."""
+    fake = serve(
+        lambda body, n: Reply("so" if body["seed"] % 4 == 0 else '{"tasks": ["Find it now."]}', finish="length")
+    )
+    found, count = run(fake, 20)
+    assert found == ["Find it now."] * 20 and 0 < count["brainstorm_truncated"] < 10
 
 
 def test_useless_answers_are_not_asked_for_again(serve: Serve, run: Run, caplog: pytest.LogCaptureFixture) -> None:

@@ -91,6 +91,34 @@ def test_what_answers_the_question_in_another_row_is_known_without_asking() -> N
     assert promoted.positive_scores == pytest.approx((0.9, 0.0, 0.1, 0.2))
 
 
+@pytest.mark.parametrize("apart", [0, 300])
+def test_a_positive_beside_one_answer_is_a_positive_beside_all_answers_of_the_question(apart: int) -> None:
+    """As the judge sees one answer of a row. Both looks of X are the same text; in another task it is another thing."""
+    between = [example(i, "no") for i in range(apart)]
+    a = Example("A", "t", "q", (Passage("A"),), (Passage("X"), Passage("C")))
+    b = Example("B", "t", "Q ", (Passage("B"),), (Passage("x "), Passage("C")))
+    other = Example("D", "u", "q", (Passage("D"),), (Passage("X"), Passage("C")))
+
+    def judge(candidates: Sequence[Candidate]) -> list[bool | None]:
+        return [None if c.passage == "C" else c.positive == "B" for c in candidates]
+
+    rows = [a, *between, other, b]
+    found, report = relabel(rows, judge)
+    by_id = {row.id: [p.text for p in row.negatives] for row in found}
+    assert by_id["A"] == by_id["B"] == ["C"] and by_id["D"] == ["X", "C"]
+    assert report["positive"] == 2 and report["undecided"] == 3
+    by_id = {row.id: [p.text for p in row.positives] for row in relabel(rows, judge, "promote")[0]}
+    assert by_id["A"] == ["A", "X"] and by_id["B"] == ["B", "x "] and by_id["D"] == ["D"]
+
+
+def test_a_text_that_was_mined_twice_is_one_positive() -> None:
+    negatives = ("yes x", "no", "Yes  X", "yes x", "yes y")
+    row = Example("0", "t", "q", (Passage("p"),), tuple(map(Passage, negatives)), (0.9,), (0.1, 0.2, 0.3, 0.4, 0.5))
+    found, report = relabel([row], lambda candidates: [c.passage.lower() != "no" for c in candidates], "promote")
+    assert [p.text for p in found[0].positives] == ["p", "yes x", "yes y"] and report["positive"] == 4
+    assert found[0].positive_scores == pytest.approx((0.9, 0.1, 0.5)) and texts(found[0].negatives) == ["no"]
+
+
 def test_promote() -> None:
     found, report = relabel(EXAMPLES, oracle, "promote")
     assert (report["positive"], report["kept"], report["scores_removed"]) == (4, 5, 0)
@@ -315,6 +343,9 @@ def test_no_command_shows_a_key(
     assert fake.headers[-1]["authorization"] == "Bearer own-secret"
     run(2, *mined, nowhere)
     run(2, *mined, f"{nowhere}#m", "--teacher", f"{with_password}#m", "--task", "t", "--api-key-env", "OWN_KEY")
+    run(1, *mined, f"{with_password}#m", "--task", "t", "--shard", "0/1", "--out", tmp_path / "parts")
+    run(1, *mined, f"{fake.url}#m", "--task", "t", "--shard", "0/1", "--out", tmp_path / "parts")  # the same teacher
+    run(2, *mined, f"{with_password}#m", "--task", "t", "--dtype", "float32")
     run(2, "train", "--data", path, "--out", tmp_path / "run", "--teacher", f"{nowhere}#m")
     run(2, "eval", f"{nowhere}#m", "dev")
     kept = b"".join(file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
@@ -359,3 +390,26 @@ def test_the_command(
     ):
         assert command(monkeypatch, "data", "relabel", path, "--out", out, *wrong) == 2
         assert "name the judge" in capsys.readouterr().err
+    scored = ("data", "relabel", path, "--out", out, "--cross-encoder", "some/model", "--threshold", 0.5)
+    limits = {"max-chars": 9, "concurrency": 8, "token-budget": 1, "max-tokens": 512, "timeout": 9, "api-key-env": "K"}
+    for name, value in limits.items():  # with its default value, too
+        assert command(monkeypatch, *scored, f"--{name}", value) == 2
+        assert f"--{name}: no server is asked here" in capsys.readouterr().err
+
+
+def test_tasks_that_are_given_reach_rows_without_a_task_and_those_that_fit_no_row_are_refused(
+    fake: FakeLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("EMBEDWRIGHT_CACHE", str(tmp_path / "cache"))
+    path, out, tasks = tmp_path / "mined.jsonl", tmp_path / "out.jsonl", tmp_path / "t.jsonl"
+    row = {"id": "1", "query": "q", "positives": ["p"], "negatives": ["no x"]}
+    options = ("data", "relabel", path, "--out", out, "--base-url", fake.url, "--model", "m", "--tasks", tasks)
+    for rows, said in (([row], "rows name none; 'mined'"), ([row | {"task": "u"}], "(other, another); rows name 'u'")):
+        path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+        tasks.write_text('{"name": "other", "instruction": "Find"}\n{"name": "another", "instruction": "Find"}\n')
+        assert command(monkeypatch, *options) == 2 and said in capsys.readouterr().err and not fake.requests
+    path.write_text(json.dumps(row) + "\n")
+    tasks.write_text('{"name": "mined", "instruction": "Find the number."}\n{"name": "other"}\n')
+    assert command(monkeypatch, *options) == 0 and "Find the number." in fake.prompts[0]
+    table = open_examples(out)
+    assert [one.task for one in table] == ["mined"] and table.tasks.keys() == {"mined"}

@@ -345,6 +345,21 @@ def test_a_part_whose_brainstorm_failed_is_not_done(serve: Serve, tmp_path: Path
     assert len(list(open_examples(tmp_path / "parts", cache=tmp_path / "cache"))) == 4
 
 
+def test_a_part_whose_tasks_were_cut_off_is_made_again_under_a_larger_limit(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def reasoning(body: Body, n: int) -> Reply:
+        return author(body, n) if body["max_tokens"] > 2048 else Reply("<think>Well", finish="length")
+
+    fake, out = serve(reasoning), tmp_path / "parts"
+    options = ("synth", "--out", out, "--base-url", fake.url, "--model", "a", "--count", 6, "--types", "short-long")
+    for asked in (12, 12):  # the second time for nothing
+        assert command(monkeypatch, *options, "--shard", "0/2") == 1 and len(fake.requests) == asked
+        assert "3 questions have no answer yet" in (said := capsys.readouterr().err) and "--max-tokens" in said
+    assert command(monkeypatch, *options, "--shard", "0/2", "--max-tokens", 8192) == 0
+    assert '"written": 3' in capsys.readouterr().out
+
+
 def test_the_command(
     serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -135,6 +135,13 @@ def is_done(file: Path) -> bool:
     return file.exists() and _report(file).is_file()
 
 
+def settings_of(out: Path) -> dict[str, Any]:
+    """Returns the settings of the parts in the folder `out`, without any if it is no folder of parts yet."""
+    known = out / _SETTINGS
+    settings: dict[str, Any] = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else {}
+    return settings
+
+
 def _report(file: Path) -> Path:
     return file.with_name(f"{file.name}.report.json")
 
@@ -152,7 +159,7 @@ def claim(out: Path, settings: Mapping[str, Any]) -> None:
         else:
             write_json(known, settings)
     kept = ", but for its *.answers.sqlite: they are paid for" if any(out.glob("*.answers.sqlite")) else ""
-    found, wanted = json.loads(known.read_text(encoding="utf-8")), json.loads(json.dumps(settings))
+    found, wanted = settings_of(out), json.loads(json.dumps(settings))
     for key in sorted({*found, *wanted}):
         if found.get(key) != wanted.get(key):
             raise InputError(

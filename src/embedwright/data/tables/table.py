@@ -214,14 +214,15 @@ def _opened(job: Job, cache: Path) -> ExampleTable:
     return table
 
 
-def open_as_named(path: Path) -> ExampleTable:
+def open_as_named(path: Path, described: Tasks | None = None) -> ExampleTable:
     """Opens training data that will be written again: a row that names no task keeps none, unless one is described.
 
+    Tasks are described beside the data, or by `described`. The one of the file's name is that of such a row.
     What such a row trains as is said where it is trained: by the recipe, or by the name that its file then has. Our own
     Parquet is read in place. Training draws single rows, which a mapped file gives thirty times as fast.
     """
     stem = stem_of(path)
-    task = stem if stem in tasks_beside(path) else ""
+    task = stem if stem in {**tasks_beside(path), **(described or {})} else ""
     job = Job(path, None, task, 0, 7)
     if path.exists() and not job.is_beir and are_own(files := data_files(path)):
         return ExampleTable(path, path, OwnParquet(files, task), fingerprint_of(job, stem))
