@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -70,7 +69,7 @@ def refreshed(
     folder = Path(recipe.run.out) / "mined" / stage.name / f"{begin:07d}"
     teacher = {name: found for name, found in state.facts.get("teacher", {}).items() if name in asked.teachers}
     run = {"recipe": state.recipe, "data": state.data, "model": state.model, "teacher": teacher}
-    there = processes.decided(lambda: _is_of(folder / _WHOLE, run))
+    there = processes.decided(lambda: (folder / _WHOLE).is_file() and json.loads((folder / _WHOLE).read_text()) == run)
     mined = [number for number, source in enumerate(sources) if is_mined(source)]
     if not there:
         if asked.teacher == PREVIOUS and begin < state.step:
@@ -95,11 +94,6 @@ def refreshed(
             own = replace(source, table=table, rows=np.arange(len(table)))
             fresh[number] = trainable(stage, own, f"stages.{stage.name}, mined after step {begin}: {source.name}")
     return with_shares(stage, fresh)
-
-
-def _is_of(file: Path, run: dict[str, Any]) -> bool:
-    """Says whether the file says that what lies beside it was mined in this run. Older ones do not tell the teacher."""
-    return file.is_file() and {"teacher": run["teacher"]} | json.loads(file.read_text()) == run
 
 
 def _teacher(name: str, model: Embedder) -> Encoder | str:
