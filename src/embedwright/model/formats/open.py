@@ -127,10 +127,25 @@ def _outline(folder: Path, form: Format | Family | None) -> Outline:
     if form == "ours":
         with blaming(f"{file}: backbone", "is no config of a decoder"):
             decoder = AutoConfig.for_model(**stored["backbone"])
+        _check_one_length(file, contract)
     else:
         decoder = stock_config(folder)
         set_attention(decoder, "causal" if getattr(decoder, "is_causal", True) else "bidirectional")
     return Outline(decoder, pooling, contract, load_tokenizer(folder))
+
+
+def _check_one_length(file: Path, contract: Contract) -> None:
+    """Raises InputError if the tokenizer cuts texts elsewhere: other programs know of no contract.
+
+    sentence-transformers writes a `max_seq_length` that was set there into the tokenizer's settings alone.
+    """
+    beside = file.with_name("tokenizer_config.json")
+    length = (read_object(beside) if beside.is_file() else {}).get("model_max_length", contract.max_tokens)
+    if length != contract.max_tokens:
+        raise InputError(
+            f"{file}: contract.max_tokens is {contract.max_tokens}, and model_max_length in {beside.name} {length}: a "
+            "text would have two vectors. Write the length that is meant into both"
+        )
 
 
 def _outline_of_adapter(folder: Path) -> Outline:

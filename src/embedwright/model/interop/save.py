@@ -113,6 +113,7 @@ def describe(network: EmbedwrightModel) -> None:
     config, backbone = network.config, network.backbone
     # where the base lay is nobody's business
     config.backbone = {key: value for key, value in backbone.config.to_dict().items() if key != "_name_or_path"}
+    config.contract = network.contract.model_dump()
     types = {parameter.dtype for parameter in network.head.parameters()}
     config.head_dtype = "float32" if types == {torch.float32} and backbone.dtype != torch.float32 else None
     if (scheme := scheme_of(network)) is not None:

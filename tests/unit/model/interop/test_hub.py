@@ -153,6 +153,32 @@ def test_prompts_and_lengths_are_the_contracts(tiny_embedder: Make) -> None:
     np.testing.assert_allclose(st.encode(TEXTS, prompt=""), model.encode(TEXTS, prefix=""), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("length", [16, None])
+def test_a_length_that_was_set_there_is_saved_for_every_door(
+    length: int | None, tiny_embedder: Make, tmp_path: Path
+) -> None:
+    model = tiny_embedder("latent", max_tokens=40)
+    st = model.to_sentence_transformer()
+    st.max_seq_length = length
+    st.save(str(tmp_path / "saved"))
+    loaded, again = Embedder.load(tmp_path / "saved"), SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    assert loaded.max_tokens == again.max_seq_length == (length or 40)
+    for door in (st, again):
+        np.testing.assert_allclose(loaded.encode(TEXTS), door.encode(TEXTS), rtol=0, atol=1e-5)
+    assert model.max_tokens == 40 and model.network.config.contract["max_tokens"] == 40
+
+
+def test_a_length_that_only_the_tokenizer_knows_is_refused(tiny_embedder: Make, tmp_path: Path) -> None:
+    tiny_embedder("latent").save(tmp_path / "whole")
+    st = SentenceTransformer(str(tmp_path / "whole"), device="cpu")  # not around an Embedder: its own classes save it
+    st.max_seq_length = 16
+    st.save(str(tmp_path / "saved"))
+    with pytest.raises(
+        ValueError, match=r"config.json: contract.max_tokens is 512, .* tokenizer_config.json 16: .*both"
+    ):
+        Embedder.load(tmp_path / "saved")
+
+
 def test_what_cannot_be_trained_or_saved_is_refused(tiny_embedder: Make, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=FOLDED):
         tiny_embedder("latent").fold().to_sentence_transformer()
@@ -163,6 +189,12 @@ def test_what_cannot_be_trained_or_saved_is_refused(tiny_embedder: Make, tmp_pat
             module.enable_adapters(False)
     with pytest.raises(ValueError, match="switched off"):
         st.save(str(tmp_path / "saved"))
+    model = tiny_embedder("latent")
+    model.network.longest = 64  # as of a model whose rotary frequencies go by the longest text
+    st = model.to_sentence_transformer()
+    st.max_seq_length = 65
+    with pytest.raises(ValueError, match="max_tokens=65"):
+        st.save(str(tmp_path / "long"))
 
 
 # ---- the hub
