@@ -24,6 +24,16 @@ from embedwright.files import write_json
 
 SINGLE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 
+# All that `Embedder.save` may write, in any form and with the tokenizer of any class: patterns of paths in the folder.
+SAVED = (
+    *(SINGLE, INDEX, "model-*-of-*.safetensors", "config.json", "generation_config.json", "embedwright.json"),
+    *(ADAPTER, "adapter_model.safetensors", "base_samples.safetensors", "selftest.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("merges.txt", "tokenizer.model", "chat_template.jinja"),
+    *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
+    *("1_Pooling/config.json", "2_Normalize/config.json"),
+)
+
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks)\.(\d{1,9})\.")
 # Suffixes of the files that a model is read from

@@ -23,7 +23,7 @@ from embedwright.fingerprint import Facts, config_facts, facts, tokenizer_fact
 from embedwright.locate import local
 from embedwright.model.embedder import Embedder
 from embedwright.model.formats.detect import STOCK_SETTINGS, detect, history_of, is_quantized
-from embedwright.model.formats.folder import INDEX, Stored, read_object, weights_in, write_weights
+from embedwright.model.formats.folder import INDEX, SAVED, Stored, read_object, weights_in, write_weights
 from embedwright.model.formats.open import outline
 from embedwright.model.verify import selftest
 
@@ -32,8 +32,7 @@ Weights = dict[str, Stored]  # by the tensor's name
 
 _SHARD = "1GB"
 _PIECE = 2**22  # numbers of a tensor at a time
-_COPIED = {".json", ".model", ".jinja"}  # of the first model: config, contract, tokenizer, sentence-transformers' files
-_NOT_COPIED = {INDEX, selftest.FILE}
+_MADE_ANEW = ("*.safetensors", INDEX, selftest.FILE)  # all else that `save` writes is the first model's
 _STRAIGHT = 0.9995  # cosine from which an arc is a line, as in mergekit
 # Fine-tunes of one base keep nearly all of its direction; weights that began from other random numbers share none.
 _KIN, _KIN_ROWS = 0.5, 64
@@ -64,8 +63,8 @@ def soup(
                 both = f"{names[0]} and {name} do not go together"
                 _check_facts(both, folders[0], folder)
                 _check_weights(both, parts[0], part)
-            for file in (*folders[0].glob("*"), *folders[0].glob("[12]_*/*")):  # all that `save` writes
-                if file.suffix in _COPIED and file.name not in _NOT_COPIED:
+            for file in (file for pattern in SAVED for file in folders[0].glob(pattern)):
+                if not any(file.match(pattern) for pattern in _MADE_ANEW):
                     target = temp / file.relative_to(folders[0])
                     target.parent.mkdir(exist_ok=True)
                     shutil.copyfile(file, target)

@@ -19,6 +19,7 @@ from torch import Tensor
 from embedwright.errors import InputError, MissingPackageError
 from embedwright.files import write_text
 from embedwright.model.adapters.lora import has_lora
+from embedwright.model.formats.folder import SAVED
 from embedwright.model.interop.card import facts, model_card
 from embedwright.model.interop.save import save_network, write_ours
 from embedwright.model.interop.tokenizer import (
@@ -138,5 +139,12 @@ def push_to_hub(
         write_text(folder / "README.md", text)
         api = HfApi(token=token)
         url = api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="Upload an Embedwright model")
+        api.upload_folder(
+            repo_id=url.repo_id,
+            folder_path=folder,
+            commit_message="Upload an Embedwright model",
+            delete_patterns=[
+                *SAVED
+            ],  # of a model that was pushed before: in another form, it would lie beside this one
+        )
     return str(url)

@@ -270,6 +270,8 @@ class Hub:
                 repository[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 repository[value["path"]] = self.blobs[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del repository[value["path"]]
         return {"commitUrl": f"{self.url}/{name}/commit/{SHA}", "commitOid": SHA, "success": True}
 
     def mode(self, path: str) -> str:
@@ -346,6 +348,20 @@ def test_adapters_go_where_their_base_can_be_opened(tiny_embedder: Make, hub: Hu
     assert "LoRA adapters" in hub.repositories["me/adapter"]["README.md"].decode()
     assert sum(map(len, hub.repositories["me/adapter"].values())) < sum(map(len, hub.repositories["me/base"].values()))
     np.testing.assert_allclose(Embedder.load("me/adapter").encode(TEXTS), model.encode(TEXTS), rtol=0, atol=1e-6)
+
+
+def test_what_is_pushed_again_takes_the_place_of_what_was_there(tiny_embedder: Make, hub: Hub, tmp_path: Path) -> None:
+    tiny_embedder("latent").push_to_hub("me/base", token="hf_secret")
+    stock, ours, adapted = tiny_embedder("mean"), Embedder.load("me/base"), Embedder.load("me/base").add_lora(2)
+    own = {"notes.md": b"mine", "compression.json": b"{}", "onnx/config.json": b"{}"}
+    hub.repositories["me/tiny"] = dict(own)
+    for n, model in enumerate((adapted, stock, ours, adapted)):
+        model.push_to_hub("me/tiny", token="hf_secret", card="# mine")
+        model.save(alone := tmp_path / str(n))
+        written = {file.relative_to(alone).as_posix() for file in alone.rglob("*.*")}
+        assert hub.repositories["me/tiny"].keys() == {*written, "README.md", *own}
+    assert own.items() <= hub.repositories["me/tiny"].items()
+    np.testing.assert_array_equal(Embedder.load("me/tiny").encode(TEXTS), adapted.encode(TEXTS))
 
 
 def test_a_folded_model_is_not_pushed(tiny_embedder: Make, hub: Hub) -> None:
