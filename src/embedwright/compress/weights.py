@@ -24,7 +24,7 @@ from embedwright.locate import fetch_weights
 from embedwright.model.attention import PACKED
 from embedwright.model.embedder import Embedder
 from embedwright.model.formats.base import build_network, check_weights
-from embedwright.model.formats.detect import check_float, detect, history_of
+from embedwright.model.formats.detect import check_float, detect, history_of, seal_history
 from embedwright.model.formats.folder import (
     Stored,
     check_folder,
@@ -74,9 +74,12 @@ def compress_weights(model: str | Path, out: str | Path, scheme: Scheme) -> None
         opened = Embedder.load(temp, device="cpu")
         selftest.write(opened.network, opened.text_tokenizer, temp)
         did = {"bits": scheme.bits, "error": made.error, **_cosine(folder / selftest.FILE, temp / selftest.FILE)}
-        history = with_step(history_of(folder), str(model), "weights", did)
+        known = history_of(folder)
+        did |= {key: said for key, said in (known or [{}])[-1].items() if key == "aligned_with"}  # the same student
+        history = with_step(known, str(model), "weights", did)
         write_json(temp / "config.json", read_object(temp / "config.json") | {"history": history})
 
+        seal_history(temp)
 
 def _plan(model: str) -> tuple[Path, EmbedwrightModel, Any, Sources]:
     """Returns the folder of a model, its network on the meta device, its tokenizer, and where each weight is stored."""

@@ -22,7 +22,7 @@ from embedwright.files import check_new_folder, whole_folder, write_json
 from embedwright.fingerprint import Facts, config_facts, facts, tokenizer_fact
 from embedwright.locate import local
 from embedwright.model.embedder import Embedder
-from embedwright.model.formats.detect import STOCK_SETTINGS, detect, history_of, is_quantized
+from embedwright.model.formats.detect import detect, history_file, history_of, is_quantized
 from embedwright.model.formats.folder import INDEX, SAVED, Stored, read_object, weights_in, write_weights
 from embedwright.model.formats.open import outline
 from embedwright.model.verify import selftest
@@ -72,8 +72,9 @@ def soup(
             write_weights(
                 temp, planned, lambda name: _mixed(name, [part[name].read() for part in parts], factors, how), _SHARD
             )
-        if history := history_of(temp):  # of the first model, whose vectors these are not
-            file = temp / (STOCK_SETTINGS if (temp / STOCK_SETTINGS).is_file() else "config.json")
+            history = history_of(folders[0])  # of a model whose vectors these are not
+        if history:
+            file = history_file(temp)
             step = {"step": "soup", "of": ", ".join(Path(name).name for name in names)}
             write_json(file, read_object(file) | {"history": [*history, step]})
         model = Embedder.load(temp, device="cpu")

@@ -21,7 +21,7 @@ from embedwright.files import write_text
 from embedwright.model.adapters.lora import has_lora
 from embedwright.model.formats.folder import SAVED
 from embedwright.model.interop.card import facts, model_card
-from embedwright.model.interop.save import save_network, write_ours
+from embedwright.model.interop.save import end_alignment, save_network, write_ours
 from embedwright.model.interop.tokenizer import (
     OUR_TRANSFORMER,
     EmbedwrightTokenizer,
@@ -68,6 +68,7 @@ def _transformer() -> Any:
 
     def save(self: Any, output_path: str, *_: Any, **__: Any) -> None:
         with _reading_as(self.model, self.processor):
+        end_alignment(self.model)
             write_ours(self.model, output_path, merged_weights(self.model))
         self.processor.save_pretrained(output_path)
         self.save_config(output_path)

@@ -22,7 +22,7 @@ from embedwright.model.adapters.fourbit import ONLY_TRAINED, in_four_bits
 from embedwright.model.adapters.lora import has_lora
 from embedwright.model.backbone import READ_BY_FLAG
 from embedwright.model.formats.adapter import write_adapter
-from embedwright.model.formats.detect import STOCK_SETTINGS
+from embedwright.model.formats.detect import CHANGED, STOCK_SETTINGS, seal_history
 from embedwright.model.interop.tokenizer import (
     OUR_TRANSFORMER,
     STOCK_TRANSFORMER,
@@ -46,16 +46,26 @@ def save_network(network: EmbedwrightModel, tokenizer: Any, path: Path, dtype: t
     if dtype is not None and in_few_bits(network):
         raise InputError("cannot save in another type: quantised weights are saved as they are; leave dtype out")
     probe.check(network)
+    end_alignment(network)
     text_tokenizer = TextTokenizer(tokenizer.backend_tokenizer)
     with whole_folder(path) as temp, rounded(network, dtype):  # so that the vectors on record are of what is stored
         if has_lora(network.backbone):
             write_adapter(network, temp, dtype)
-        elif opens_as_stock(network, text_tokenizer):
-            _save_stock(network, tokenizer, temp)
         else:
-            write_ours(network, temp)
-            write_doors(network, tokenizer, temp)
+            if opens_as_stock(network, text_tokenizer):
+                _save_stock(network, tokenizer, temp)
+            else:
+                write_ours(network, temp)
+                write_doors(network, tokenizer, temp)
+            seal_history(temp)
         selftest.write(network, text_tokenizer, temp)
+
+
+def end_alignment(network: EmbedwrightModel) -> None:
+    """Notes in the history of an aligned student that it is aligned no more, if its weights have changed since."""
+    steps = network.config.history
+    if steps and "aligned_with" in steps[-1] and network.changed():
+        network.config.history = [*steps, CHANGED]
 
 
 @contextmanager
