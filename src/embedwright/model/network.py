@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from embedwright.errors import InputError, blaming
+from embedwright.errors import InputError, blaming, check_choice
 from embedwright.fingerprint import Facts, config_facts, dtypes, facts
 from embedwright.model.attention import PACKED
 from embedwright.model.backbone import (
@@ -129,6 +129,7 @@ class EmbedwrightModel(PreTrainedModel):
 
     def attend_by(self, implementation: str) -> None:
         """Switches to transformers' own attention, `sdpa` or `eager`, one text at a time. Serves as a reference."""
+        check_choice("backend", implementation, ("sdpa", "eager"))
         self.backbone.set_attn_implementation(implementation)
         self.implementation = implementation
 

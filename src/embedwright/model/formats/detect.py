@@ -117,18 +117,18 @@ def content_fingerprint(name: str, revision: str | None = None) -> str:
     return found.hexdigest()[:16]
 
 
-def check_decoder(name: str) -> None:
+def check_decoder(name: str, revision: str | None = None) -> None:
     """Raises InputError if `name` is an embedder: read as a bare decoder it would lose its contract and pooling."""
-    kind = _embedder_kind(name)
+    kind = _embedder_kind(name, revision)
     if kind == "known":
         raise InputError(
             f"{name} is an embedder, and as a bare decoder it would lose its text contract and pooling: "
-            f"to train it on, write model: {{from: {name}}}"
+            f"open it with Embedder.load; to train it on by a recipe, write model: {{from: {name}}}"
         )
     if kind == "other":
         raise InputError(
             f"{name} is an embedder of sentence-transformers (modules.json), whose prompts and modules would be lost, "
-            "and none that model: {from: ...} can train on: name the decoder that it was made from"
+            "and none that Embedder.load opens or model: {from: ...} trains on: name the decoder that it was made from"
         )
 
 
@@ -155,11 +155,11 @@ def is_quantized(folder: Path) -> bool:
     return config.is_file() and bool(read_object(config).get("quantization"))
 
 
-def _embedder_kind(name: str) -> Literal["known", "other"] | None:
+def _embedder_kind(name: str, revision: str | None = None) -> Literal["known", "other"] | None:
     """Returns `known` if it opens as an `Embedder`, `other` if only in sentence-transformers, None if it is none."""
-    if find(split_family(name)[1]).path.is_file():
+    if find(split_family(name)[1], revision).path.is_file():
         return None
-    place, form = detect(name)
+    place, form = detect(name, revision)
     if form is not None:
         return "known"
     return "other" if (place.path / "modules.json").is_file() else None

@@ -12,12 +12,12 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from embedwright.errors import InputError, NotFoundError
+from embedwright.errors import InputError, NotFoundError, check_choice
 from embedwright.files import check_new_folder, whole_folder, write_json
 from embedwright.fingerprint import Facts, config_facts, facts, tokenizer_fact
 from embedwright.locate import local
@@ -83,8 +83,7 @@ def soup(
 
 def _factors(models: int, how: How, weights: Sequence[float] | None) -> list[float]:
     """Returns the weight of each model; they sum to 1."""
-    if how not in ("average", "slerp"):
-        raise InputError(f"how={how!r} is none of average, slerp")
+    check_choice("how", how, get_args(How))
     if models < 2:
         raise InputError(f"a soup is made of two models or more, not of {models}")
     if how == "slerp" and models != 2:
