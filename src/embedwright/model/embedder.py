@@ -153,9 +153,9 @@ class Embedder:
     def save(self, path: str | Path, dtype: str | None = None) -> None:
         """Saves the model into a new folder. `dtype` is the type of the weights there; without it they keep theirs.
 
-        Models with `mean` or `last` pooling also open in plain sentence-transformers, the others once embedwright is
-        imported. A model with unmerged adapters is saved as an adapter folder in peft's format: LoRA, pooling block,
-        and where the base is.
+        `mean` and `last` models without BOS or with `pool_prompt` also open in plain sentence-transformers, others once
+        embedwright is imported. A model with unmerged adapters is saved as an adapter folder in peft's format: LoRA,
+        pooling block, and where the base is.
 
         Raises:
             FileExistsError: The folder is not empty.

@@ -133,7 +133,6 @@ class EmbedwrightModel(PreTrainedModel):
         self.backbone.set_attn_implementation(implementation)
         self.implementation = implementation
 
-    def hidden(self, packed: PackedTexts) -> Tensor:
     def changed(self) -> bool:
         """Says whether the backbone has adapters, or other weights than it was read or saved with, by their samples.
 
@@ -144,6 +143,7 @@ class EmbedwrightModel(PreTrainedModel):
         adapted = any("lora_" in name for name, _ in self.backbone.named_parameters())
         return adapted or not same_samples(self.origin.samples, weight_samples(self.backbone))
 
+    def hidden(self, packed: PackedTexts) -> Tensor:
         """Returns the decoder's last hidden states (T, D), after its final norm.
 
         Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +71,10 @@ def open_embedder(
         network.config.history = history
     network.config.name_or_path = str(folder)
     if network.origin is None:  # that of an adapter is its base's
-        base = str(path).removesuffix(split_family(str(path))[1]) + (place.hub_id or str(folder.resolve()))
         kind: Any = "whole" if form in ("ours", "nvembed") else "stock"
-        network.origin = origin_of(base, network.backbone, kind, place.revision)
+        origin = origin_of(place.hub_id or folder, network.backbone, kind, place.revision)
+        prefix = str(path).removesuffix(split_family(str(path))[1])
+        network.origin = replace(origin, name=f"{prefix}{origin.name}")
     return network, tokenizer
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from embedwright.errors import InputError, MissingPackageError
 from embedwright.files import write_text
 from embedwright.model.adapters.lora import has_lora
+from embedwright.model.formats.families import split_family
 from embedwright.model.formats.folder import SAVED
 from embedwright.model.interop.card import facts, model_card
 from embedwright.model.interop.save import end_alignment, save_network, write_ours
@@ -67,8 +68,8 @@ def _transformer() -> Any:
         return Transformer._load_model(self, *args, **kwargs) if at_hand is None else at_hand
 
     def save(self: Any, output_path: str, *_: Any, **__: Any) -> None:
-        with _reading_as(self.model, self.processor):
         end_alignment(self.model)
+        with _reading_as(self.model, self.processor):
             write_ours(self.model, output_path, merged_weights(self.model))
         self.processor.save_pretrained(output_path)
         self.save_config(output_path)
@@ -127,9 +128,10 @@ def push_to_hub(
 ) -> str:
     """See `Embedder.push_to_hub`."""
     check_unfolded(network.head)
-    if has_lora(network.backbone) and network.origin is not None and Path(network.origin.name).is_absolute():
+    base = split_family("" if network.origin is None else network.origin.name)[1]
+    if has_lora(network.backbone) and Path(base).is_absolute():
         raise InputError(
-            f"the adapters belong to a base on this machine, {network.origin.name}, which others cannot open: "
+            f"the adapters belong to a base on this machine, {base}, which others cannot open: "
             "merge them, or push that base and add them to it"
         )
     known = facts(network, TextTokenizer(tokenizer.backend_tokenizer))

@@ -1,8 +1,8 @@
 """Saves a model so that other libraries open it too: safetensors and JSON only, written whole or not at all.
 
-`mean` and `last`: a stock Hugging Face backbone with sentence-transformers' own modules, which opens without this
-package. Others: one `EmbedwrightModel` folder, which sentence-transformers and AutoModel open once this package is
-imported (design, section 7). `embedwright.json` holds the contract in the first.
+`mean` and `last`, without BOS or with every token pooled: a stock Hugging Face backbone with sentence-transformers' own
+modules, which opens without this package. Others: one `EmbedwrightModel` folder, which sentence-transformers and
+AutoModel open once this package is imported (design, section 7). `embedwright.json` holds the contract in the first.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def opens_as_stock(network: EmbedwrightModel, tokenizer: TextTokenizer) -> bool:
         return False
     prefix = contract.prefix("a task")
     count = len(tokenizer.plain.encode(prefix, add_special_tokens=False).ids)
-    texts = tokenize(tokenizer, contract, _BOUNDARY_PROBES, prefix)
+    texts = tokenize(tokenizer, contract, _BOUNDARY_PROBES, prefix, selftest.roomy(network))
     return all(int((~t.pool).sum()) == count for t in texts)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -348,6 +349,18 @@ def test_adapters_go_where_their_base_can_be_opened(tiny_embedder: Make, hub: Hu
     assert "LoRA adapters" in hub.repositories["me/adapter"]["README.md"].decode()
     assert sum(map(len, hub.repositories["me/adapter"].values())) < sum(map(len, hub.repositories["me/base"].values()))
     np.testing.assert_allclose(Embedder.load("me/adapter").encode(TEXTS), model.encode(TEXTS), rtol=0, atol=1e-6)
+
+
+def test_adapters_of_a_family_stay_where_their_base_is(
+    family_folder: Callable[[str], Path], hub: Hub, tmp_path: Path
+) -> None:
+    base = shutil.copytree(family_folder("e5-mistral"), tmp_path / "models@v1" / "mine")
+    model = Embedder.load(f"e5-mistral:{base}").add_lora(2)
+    origin: Any = model.network.origin
+    assert (origin.name, origin.revision) == (f"e5-mistral:{base}", None)
+    with pytest.raises(ValueError, match=f"a base on this machine, {base}, which others cannot open"):
+        model.push_to_hub("me/adapter", token="hf_secret")
+    assert hub.created == []
 
 
 def test_what_is_pushed_again_takes_the_place_of_what_was_there(tiny_embedder: Make, hub: Hub, tmp_path: Path) -> None:
