@@ -263,7 +263,8 @@ def test_a_student_that_was_trained_further_is_aligned_no_more(
     (TRAINED | KEPT)[way](str(tmp_path / "student"), tmp_path / "out")
     if (pooling, way) == ("mean", "in its own classes"):
         return  # a folder without a contract, which is no embedder of ours
-    for dtype in (None, "bfloat16", "int8") if way == "as it is" else (None,):
+    dtypes: tuple[str | None, ...] = (None, "bfloat16", "int8") if way == "as it is" else (None,)
+    for dtype in dtypes:
         assert aligned_with(Embedder.load(tmp_path / "out", dtype=dtype)) == ("teacher" if way in KEPT else None)
 
 

@@ -47,7 +47,9 @@ def equal(model: Encoder, got: NDArray[Any], expected: NDArray[Any]) -> tuple[bo
 
 def encoded(model: Encoder, texts: Sequence[str], task: str | None = None) -> NDArray[Any]:
     """The vectors of texts, of which an instruction leaves something, however short the texts that the model reads."""
-    return model.encode(texts, task=task, **({"max_tokens": room(model)} if isinstance(model, Embedder) else {}))
+    if isinstance(model, Embedder):
+        return model.encode(texts, task=task, max_tokens=room(model))
+    return model.encode(texts, task=task)
 
 
 def room(model: Embedder) -> int:
