@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 # Errors of the system about a name that the user gave. Any other error of a disk is not bad input.
@@ -32,6 +32,12 @@ class OutOfReachError(InputError, ConnectionError):
 
 class MissingPackageError(InputError, ImportError):
     """An optional package that is needed is not installed."""
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """Raises InputError unless the argument `name` has one of these values. A misspelt one would mean another."""
+    if value not in (known := list(choices)):
+        raise InputError(f"{name}={value!r} is none of {', '.join(known)}")
 
 
 @contextmanager

@@ -66,12 +66,13 @@ def space_of(known: Facts) -> str:
 def aligned_with(encoder: Any) -> str | None:
     """Returns the `space_of` the teacher whose vectors a student was trained to give; None for any other encoder.
 
-    The model's settings tell what was done to it (`history`). A later step ends the alignment, unless it only wrote the
-    weights in fewer bits.
+    The last step of what was done to the model (`history`) says so, of the weights that it had then. Any later change
+    ends the alignment; the step that writes the weights in fewer bits says it anew.
     """
-    config = getattr(getattr(encoder, "network", None), "config", None)
-    steps = [step for step in getattr(config, "history", None) or () if step.get("step") != "weights"]
-    return steps[-1].get("aligned_with") if steps else None
+    network = getattr(encoder, "network", None)
+    steps = getattr(getattr(network, "config", None), "history", None)
+    teacher: str | None = steps[-1].get("aligned_with") if steps else None
+    return None if teacher is None or network is None or network.changed() else teacher
 
 
 def facts(prefix: str, values: Mapping[str, Any]) -> Facts:
@@ -131,7 +132,7 @@ class Digest:
         seen = [_state(name, tensor) for name, tensor in tensors.items()]
         if seen != self._seen or not self._digest:
             with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-                parts = list(pool.map(_digest, tensors.values()))
+                parts = list(pool.map(tensor_digest, tensors.values()))
             named = [(name, list(t.shape), part) for (name, t), part in zip(tensors.items(), parts, strict=True)]
             self._digest = hashlib.sha256(json.dumps(sorted(named)).encode()).hexdigest()[:32]
             self._seen = seen
@@ -150,7 +151,8 @@ def _state(name: str, tensor: Tensor) -> tuple[Any, ...]:
     return name, tensor.dtype, tuple(tensor.shape), writes, words, raw[whole:].tolist()
 
 
-def _digest(tensor: Tensor) -> str:
+def tensor_digest(tensor: Tensor) -> str:
+    """Digests the bytes."""
     return hashlib.sha256(_bytes(tensor).cpu().numpy().data).hexdigest()
 
 

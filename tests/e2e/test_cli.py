@@ -463,6 +463,7 @@ def test_models_of_one_base_are_souped_and_scored(
         (3, ["--how", "slerp"], "slerp is between two models, not 3"),
         (2, ["--suite", "absent"], "no suite 'absent'"),
         (1, ["--weights", "1"], "--weights are for several models"),
+        (1, ["--how", "slerp"], "--how slerp is for several models"),
         (1, [], "no LoRA adapters to merge"),
         (0, [], "Missing argument 'MODEL...'"),
     ],

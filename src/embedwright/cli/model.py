@@ -135,8 +135,9 @@ def merge(
     if len(models) > 1:
         soup(models, out, how=how, weights=None if weights is None else _numbers(weights))
         say(f"{out}: {how} of {len(models)} models")
-    elif weights is not None:
-        raise InputError("--weights are for several models: one adapter is added to its base as it is")
+    elif weights is not None or how != "average":
+        option = f"--how {how} is" if weights is None else "--weights are"
+        raise InputError(f"{option} for several models: one adapter is added to its base as it is")
     else:
         _fold_in(models[0], out)
     if suite is not None:

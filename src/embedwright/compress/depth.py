@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import nn
 
 from embedwright.compress.chain import Step, save_step
 from embedwright.compress.states import Texts, layer_states, layers_of
-from embedwright.errors import InputError
+from embedwright.errors import InputError, check_choice
 from embedwright.model.embedder import Embedder
 from embedwright.model.network import EmbedwrightModel
 
@@ -34,6 +34,7 @@ class Choice(NamedTuple):
 
 def layers_step(keep: int, by: By, texts: Texts) -> Step:
     """Returns the step that keeps `keep` layers. It measures in float32 and cuts the weights as they are stored."""
+    check_choice("by", by, get_args(By))
 
     def make(source: str, out: Path) -> None:
         removed, distance = choose(Embedder.load(source, dtype="float32"), texts.read(), keep, by)
@@ -72,6 +73,7 @@ def distances(model: Embedder, texts: Sequence[str], span: int, by: By) -> list[
 
     `angular` is the angle in units of pi, `influence` is 1 - cosine.
     """
+    check_choice("by", by, get_args(By))
     total, tokens = [0.0] * (len(layers_of(model.network.backbone)) - span + 1), 0
     for states in layer_states(model, texts):
         for start in range(len(total)):

@@ -24,7 +24,7 @@ from embedwright.locate import fetch_weights
 from embedwright.model.attention import PACKED
 from embedwright.model.embedder import Embedder
 from embedwright.model.formats.base import build_network, check_weights
-from embedwright.model.formats.detect import check_float, detect, history_of
+from embedwright.model.formats.detect import check_float, detect, history_of, seal_history
 from embedwright.model.formats.folder import (
     Stored,
     check_folder,
@@ -55,8 +55,9 @@ def weights_step(scheme: Scheme) -> Step:
 def compress_weights(model: str | Path, out: str | Path, scheme: Scheme) -> None:
     """Writes a new folder of a model whose decoder holds its linear layers in 8 or 4 bits.
 
-    Each output channel has a scale, and in 4 bits each 32 neighbouring weights of it a step. Embeddings, norms and the
-    pooling head keep their type; a latent head is folded. The result is opened, probed, and the vectors of a few texts
+    Each output channel has a scale, and in 4 bits each 32 neighbouring weights of it a step. The embedding is
+    held in bfloat16 and the norms in float32; the pooling head keeps its type, but for float16, which becomes bfloat16,
+    and a latent head is folded. The result is opened, probed, and the vectors of a few texts
     are recorded beside it. Its history tells the distance of the weights from those of the model, relative to their
     length, and the lowest cosine of those texts' vectors, where they are recorded of the model too.
 
@@ -74,8 +75,11 @@ def compress_weights(model: str | Path, out: str | Path, scheme: Scheme) -> None
         opened = Embedder.load(temp, device="cpu")
         selftest.write(opened.network, opened.text_tokenizer, temp)
         did = {"bits": scheme.bits, "error": made.error, **_cosine(folder / selftest.FILE, temp / selftest.FILE)}
-        history = with_step(history_of(folder), str(model), "weights", did)
+        known = history_of(folder)
+        did |= {key: said for key, said in (known or [{}])[-1].items() if key == "aligned_with"}  # the same student
+        history = with_step(known, str(model), "weights", did)
         write_json(temp / "config.json", read_object(temp / "config.json") | {"history": history})
+        seal_history(temp)
 
 
 def _plan(model: str) -> tuple[Path, EmbedwrightModel, Any, Sources]:

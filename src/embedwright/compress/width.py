@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from embedwright.compress.chain import Step, save_step
 from embedwright.compress.states import Texts, inputs_of, layers_of, runs
-from embedwright.errors import InputError
+from embedwright.errors import InputError, check_choice
 from embedwright.model.embedder import Embedder
 from embedwright.model.network import EmbedwrightModel
 from embedwright.model.verify import selftest
@@ -39,6 +39,7 @@ class Gated(NamedTuple):
 
 def width_step(share: float, by: By, texts: Texts) -> Step:
     """Returns the step that keeps a share of the channels. It measures in float32 and cuts weights as stored."""
+    check_choice("by", by, get_args(By))
     described = {"texts": texts.described} if by == "wanda" else {}
 
     def make(source: str, out: Path) -> None:
@@ -92,6 +93,7 @@ def choose(model: Embedder, texts: Sequence[str], share: float, by: By) -> list[
 @torch.no_grad()
 def scores(model: Embedder, texts: Sequence[str], by: By) -> list[Tensor]:
     """Returns the score of each channel (I,) for each layer. `magnitude` reads no texts."""
+    check_choice("by", by, get_args(By))
     blocks = gated_blocks(model.network)
     if by == "magnitude":
         parts = [[*(_rows(part, len(block.up)) for part in block.up), block.down.weight.t()] for block in blocks]

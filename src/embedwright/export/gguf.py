@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from embedwright.errors import InputError, MissingPackageError, OutputExistsError
+from embedwright.errors import InputError, MissingPackageError, OutputExistsError, check_choice
 from embedwright.export.gguf_vocabulary import vocabulary
 from embedwright.files import check_file, whole_file
 from embedwright.model.backbone import positions
@@ -53,6 +53,7 @@ def export_gguf(model: Embedder, path: str | Path, type: Type = "f16") -> str:
         MissingPackageError: The package gguf is missing.
         OutputExistsError: There is such a file.
     """
+    check_choice("type", type, get_args(Type))
     check_gguf(path)
     import gguf
 

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from embedwright.cpu.accelerate import restore
-from embedwright.errors import InputError, MissingPackageError
+from embedwright.errors import InputError, MissingPackageError, check_choice
 from embedwright.export import graph
 from embedwright.files import check_new_folder, scratch_folder, whole_folder
 from embedwright.model.adapters.fourbit import ONLY_TRAINED, in_four_bits
@@ -75,6 +75,7 @@ def export_onnx(model: Embedder, path: str | Path, weights: Weights = "float32")
 
 
 def _check(network: EmbedwrightModel, weights: Weights) -> None:
+    check_choice("weights", weights, get_args(Weights))
     needed = ["onnx", "onnxscript", *(["onnxruntime"] if weights == "int8" else [])]
     if lacking := [name for name in needed if find_spec(name) is None]:
         raise MissingPackageError(f"an ONNX export needs {' and '.join(lacking)}: pip install 'embedwright[onnx]'")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from embedwright.errors import InputError, blaming
+from embedwright.errors import InputError, blaming, check_choice
 from embedwright.locate import split_revision
 from embedwright.model.attention import PACKED
 
@@ -43,8 +43,7 @@ _OPEN_WINDOW = _ANY_LENGTH = 2**30  # more than any text has
 def dtype_named(name: str) -> torch.dtype:
     """Returns the dtype of weights with this name. Raises InputError for a name that is none."""
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in dtypes:
-        raise InputError(f"dtype={name!r} is none of {', '.join(dtypes)}")
+    check_choice("dtype", name, dtypes)
     return dtypes[name]
 
 
@@ -52,7 +51,7 @@ def decoder_config(base: str, *, attention: AttentionKind, layers: int | None = 
     """Reads the config of the decoder in a local folder, sets its attention, and cuts it to its first `layers`.
 
     Raises:
-        InputError: The model is no decoder, or has fewer layers.
+        InputError: The model is no decoder, or has fewer layers; or the attention is of no known kind.
     """
     config = stock_config(base)
     kind = config.model_type
@@ -104,7 +103,11 @@ def longest_alike(config: Any) -> int:
 
 
 def set_attention(config: Any, attention: AttentionKind) -> None:
-    """Sets mask and windows on a config, in place. Call it before the model is built: modules copy them then."""
+    """Sets mask and windows on a config, in place. Call it before the model is built: modules copy them then.
+
+    Raises InputError for an unknown kind of attention, and for layers that cannot be bidirectional.
+    """
+    check_choice("attention", attention, get_args(AttentionKind))
     if config.model_type in READ_BY_FLAG and hasattr(config, "use_bidirectional_attention"):
         del config.use_bidirectional_attention  # for other readers: saving writes it again
     config.is_causal = attention == "causal"

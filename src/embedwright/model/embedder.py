@@ -21,6 +21,7 @@ from embedwright.model import encode
 from embedwright.model.adapters.lora import add_lora, has_lora, merge_lora
 from embedwright.model.backbone import AttentionKind, dtype_named, origin_of, positions
 from embedwright.model.formats.base import new_embedder
+from embedwright.model.formats.detect import check_decoder
 from embedwright.model.formats.open import check_record, open_embedder, open_in_int8
 from embedwright.model.interop import hub
 from embedwright.model.interop.save import opens_as_stock, save_network
@@ -81,8 +82,7 @@ class Embedder:
 
         Args:
             base: Local folder, .gguf file, packaged name or hub id, looked for in this order.
-            revision: Branch, tag or commit of a hub id (also written `org/name@revision`). Config, weights and
-                tokenizer are all read from that one commit.
+            revision: Branch, tag or commit of a hub id (also written `org/name@revision`): all files are read from it.
             pooling: `latent`, `mean`, `last`, `self` or `mlp`.
             attention: `bidirectional` or `causal`.
             layers: Keep this many of the first layers. Default: all.
@@ -97,10 +97,11 @@ class Embedder:
             sizes: Sizes of the pooling block, as in `PoolingConfig`: latents, heads, head_dim, multiple.
 
         Raises:
-            ValueError: The base is no decoder, or an argument does not fit it.
+            ValueError: The base is no bare decoder, as an embedder is not; or an argument does not fit it.
             FileNotFoundError: There is no such path.
             ProbeError: The result is not bidirectional (or causal) as asked.
         """
+        check_decoder(str(base), revision)
         network, tokenizer = new_embedder(
             base,
             revision,
@@ -152,9 +153,9 @@ class Embedder:
     def save(self, path: str | Path, dtype: str | None = None) -> None:
         """Saves the model into a new folder. `dtype` is the type of the weights there; without it they keep theirs.
 
-        Models with `mean` or `last` pooling also open in plain sentence-transformers, the others once embedwright is
-        imported. A model with unmerged adapters is saved as an adapter folder in peft's format: LoRA, pooling block,
-        and where the base is.
+        `mean` and `last` models without BOS or with `pool_prompt` also open in plain sentence-transformers, others once
+        embedwright is imported. A model with unmerged adapters is saved as an adapter folder in peft's format: LoRA,
+        pooling block, and where the base is.
 
         Raises:
             FileExistsError: The folder is not empty.
@@ -295,8 +296,7 @@ class Embedder:
             batch_tokens: Tokens of a batch at most; a longer text is a batch of its own. Default: 32,768 on a GPU; 256
                 for each thread of a CPU, at least 1,024.
             dim: Keep this many of the first dimensions and normalise again.
-            precision: `float32`; `int8`, which scales each vector's largest component to 127; or `binary`, which packs
-                the signs into uint8 (N, dim/8).
+            precision: `float32`; `int8`, each vector's largest number at 127; or `binary`, the signs as bits of uint8.
             progress: Show a progress bar.
 
         Returns:

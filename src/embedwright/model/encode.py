@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from embedwright import threads
-from embedwright.errors import InputError
+from embedwright.errors import InputError, check_choice
 from embedwright.packing import PackedTexts, batches, pack
 from embedwright.text import Contract, NoTokenError, TokenizedText, check_limit, check_text, check_whole
 
@@ -209,5 +209,4 @@ def progress_bar(total: int, shown: bool) -> Any:
 
 def check_precision(precision: str) -> None:
     """Raises InputError for a precision that `quantize` does not know."""
-    if precision not in get_args(Precision):
-        raise InputError(f"precision={precision!r} is none of {', '.join(get_args(Precision))}")
+    check_choice("precision", precision, get_args(Precision))

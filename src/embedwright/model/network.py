@@ -14,12 +14,19 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from embedwright.errors import InputError, blaming
+from embedwright.errors import InputError, blaming, check_choice
 from embedwright.fingerprint import Facts, config_facts, dtypes, facts
 from embedwright.model.attention import PACKED
-from embedwright.model.backbone import Origin, check_report, longest_alike, text_hidden
+from embedwright.model.backbone import (
+    Origin,
+    check_report,
+    longest_alike,
+    same_samples,
+    text_hidden,
+    weight_samples,
+)
 from embedwright.model.pooling import FoldedLatent, Kind, LatentPooling, PoolingConfig, make_head, reduce, stored_folded
-from embedwright.model.quantized import QuantizedLinear, Scheme, hollow_out, widen
+from embedwright.model.quantized import QuantizedLinear, Scheme, hollow_out, in_few_bits, widen
 from embedwright.model.verify.modes import evaluating
 from embedwright.packing import PackedTexts, pack
 from embedwright.text import Contract, TokenizedText
@@ -122,8 +129,19 @@ class EmbedwrightModel(PreTrainedModel):
 
     def attend_by(self, implementation: str) -> None:
         """Switches to transformers' own attention, `sdpa` or `eager`, one text at a time. Serves as a reference."""
+        check_choice("backend", implementation, ("sdpa", "eager"))
         self.backbone.set_attn_implementation(implementation)
         self.implementation = implementation
+
+    def changed(self) -> bool:
+        """Says whether the backbone has adapters, or other weights than it was read or saved with, by their samples.
+
+        Quantised weights do not train.
+        """
+        if self.origin is None or in_few_bits(self):
+            return False
+        adapted = any("lora_" in name for name, _ in self.backbone.named_parameters())
+        return adapted or not same_samples(self.origin.samples, weight_samples(self.backbone))
 
     def hidden(self, packed: PackedTexts) -> Tensor:
         """Returns the decoder's last hidden states (T, D), after its final norm.

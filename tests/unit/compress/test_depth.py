@@ -119,3 +119,10 @@ def test_none_and_all_layers_are_refused(tiny_embedder: Callable[..., Embedder])
     for keep in (0, 3, 9):
         with pytest.raises(InputError, match=f"--layers {keep}: the model has 3 layers; keep at least 1 and"):
             choose(tiny_embedder("mean"), TEXTS, keep, "angular")
+
+
+def test_a_misspelt_measure_is_not_taken_for_the_other(tiny_embedder: Callable[..., Embedder]) -> None:
+    other: Any = "Angular"
+    for ask in (lambda: layers_step(2, other, READ), lambda: choose(tiny_embedder("mean"), TEXTS, 2, other)):
+        with pytest.raises(InputError, match="by='Angular' is none of angular, influence"):
+            ask()

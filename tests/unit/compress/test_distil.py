@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from sentence_transformers import SentenceTransformer
 
 from embedwright.compress.chain import Step
 from embedwright.compress.distil import alignment, distil_step, first_layers_step
+from embedwright.compress.weights import compress_weights
 from embedwright.config import ConfigError
 from embedwright.data.schema import Example, Passage, Task
 from embedwright.errors import InputError
-from embedwright.fingerprint import space_of
+from embedwright.fingerprint import aligned_with, space_of
 from embedwright.index.build import build_index
 from embedwright.index.change import add
 from embedwright.index.index import Index
 from embedwright.model.embedder import Embedder
+from embedwright.model.quantized import INT8
 from embedwright.training.batches.blend import Row
 from embedwright.training.run.signals import Interrupted
 
@@ -213,8 +217,82 @@ def test_who_is_aligned_with_what(teacher: str, tiny_embedder: Callable[..., Emb
 
     assert accepted("known") and accepted("short")  # the same vectors, of fewer tokens
     assert not accepted("other")
-    assert accepted("known", {"step": "weights", "bits": 8})
+    said = {"aligned_with": space_of(known.fingerprint())}
+    assert accepted("known", {"step": "weights", "bits": 8, **said}) and not accepted("known", {"step": "weights"})
     assert not accepted("known", {"step": "layers"}) and not accepted("known", {"step": "distil", "teacher": "x"})
+
+
+def trained_on(model: Embedder) -> Embedder:
+    """As an optimizer may leave it."""
+    for parameter in model.network.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.01
+    return model
+
+
+TRAINED: dict[str, Callable[[str, Path], object]] = {
+    "with adapters": lambda name, out: trained_on(Embedder.load(name).add_lora(2)).merge().save(out),
+    "in full": lambda name, out: trained_on(Embedder.load(name)).save(out),
+    "in sentence-transformers": lambda name, out: (
+        trained_on(Embedder.load(name)).to_sentence_transformer().save(str(out))
+    ),
+    "in its own classes": lambda name, out: stirred(SentenceTransformer(name, device="cpu")).save(str(out)),
+}
+KEPT: dict[str, Callable[[str, Path], object]] = {
+    "saved again": lambda name, out: Embedder.load(name).save(out),
+    "through sentence-transformers": lambda name, out: Embedder.load(name).to_sentence_transformer().save(str(out)),
+    "in 8 bits": lambda name, out: compress_weights(name, out, INT8),
+    "as it is": lambda name, out: shutil.copytree(name, out),
+}
+
+
+def stirred(model: SentenceTransformer) -> SentenceTransformer:
+    for parameter in model.parameters():
+        parameter.data += 0.01
+    return model
+
+
+@pytest.mark.parametrize("pooling", ["mean", "latent"])  # the two formats that keep a history
+@pytest.mark.parametrize("way", [*TRAINED, *KEPT])
+def test_a_student_that_was_trained_further_is_aligned_no_more(
+    way: str, pooling: str, tiny_embedder: Callable[..., Embedder], tmp_path: Path
+) -> None:
+    model = tiny_embedder(pooling, layers=1)
+    model.network.config.history = [{"step": "distil", "aligned_with": "teacher"}]
+    model.save(tmp_path / "student")
+    (TRAINED | KEPT)[way](str(tmp_path / "student"), tmp_path / "out")
+    if (pooling, way) == ("mean", "in its own classes"):
+        return  # a folder without a contract, which is no embedder of ours
+    dtypes: tuple[str | None, ...] = (None, "bfloat16", "int8") if way == "as it is" else (None,)
+    for dtype in dtypes:
+        assert aligned_with(Embedder.load(tmp_path / "out", dtype=dtype)) == ("teacher" if way in KEPT else None)
+
+
+def test_in_memory_a_student_is_aligned_until_it_is_trained(
+    tiny_embedder: Callable[..., Embedder], tmp_path: Path
+) -> None:
+    model = tiny_embedder("mean", layers=1)
+    model.network.config.history = [{"step": "distil", "aligned_with": "teacher"}]
+    model.save(tmp_path / "student")
+    assert aligned_with(model) == "teacher"
+    assert aligned_with(Embedder.load(tmp_path / "student").add_lora(2)) is None
+    assert aligned_with(trained_on(Embedder.load(tmp_path / "student"))) is None
+    changed = trained_on(Embedder.load(tmp_path / "student").add_lora(2)).merge()
+    changed.save(tmp_path / "changed")
+    assert aligned_with(changed) is None and history(Embedder.load(tmp_path / "changed"))[-1]["step"] == "changed"
+
+
+def test_a_student_whose_weights_cannot_be_checked_is_not_aligned(
+    tiny_embedder: Callable[..., Embedder], tmp_path: Path
+) -> None:
+    tiny_embedder("mean", layers=1).save(tmp_path / "student")
+    file = tmp_path / "student" / "embedwright.json"
+    claim = {"step": "distil", "aligned_with": "teacher"}  # as it was written before weights were noted beside it
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"history": [claim]}))
+    loaded = Embedder.load(tmp_path / "student")
+    assert aligned_with(loaded) is None
+    loaded.save(tmp_path / "again")
+    assert aligned_with(Embedder.load(tmp_path / "again")) is None
 
 
 def test_what_cannot_be_aligned_is_refused_before_training(

@@ -111,7 +111,10 @@ def test_shares_and_models_that_cannot_be_pruned_are_refused(tiny_embedder: Call
     for size, share in ((48, 0.1), (1536, 0.99), (48, -1.0), (48, 1.0), (48, float("nan"))):
         with pytest.raises(InputError, match=r"--width"):
             channels(size, share)
-    model = tiny_embedder("mean")
+    model, other = tiny_embedder("mean"), "Magnitude"
+    for ask in (lambda: width_step(0.5, other, READ), lambda: choose(model, TEXTS, 0.5, other)):  # type: ignore[arg-type]
+        with pytest.raises(InputError, match="by='Magnitude' is none of magnitude, wanda"):
+            ask()
     backbone: Any = model.network.backbone
     backbone.layers[1].mlp = torch.nn.Identity()
     with pytest.raises(InputError, match=r"layer 2 of this 'llama' model has no gated block of linear layers"):

@@ -326,6 +326,8 @@ def test_names_of_the_file(tiny_embedder: Make, tmp_path: Path, monkeypatch: pyt
     model, file = tiny_embedder("last"), tmp_path / "model.gguf"
     with pytest.raises(InputError, match=r"ends in \.gguf"):
         export_gguf(model, tmp_path / "model")
+    with pytest.raises(InputError, match="type='F16' is none of f32, f16, q8_0"):
+        export_gguf(model, file, "F16")  # type: ignore[arg-type]
     file.write_text("mine")
     with pytest.raises(OutputExistsError, match="exists"):
         export_gguf(model, file)

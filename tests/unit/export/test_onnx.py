@@ -244,6 +244,8 @@ def test_what_cannot_be_exported_is_refused(
     change(model)
     with pytest.raises(InputError, match=reason):
         export_onnx(model, tmp_path / "out")
+    with pytest.raises(InputError, match="weights='INT8' is none of float32, int8"):
+        export_onnx(model, tmp_path / "out", "INT8")  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -294,10 +294,30 @@ def test_causal_attention_sees_no_later_token(tiny_embedder: Callable[..., Embed
     torch.testing.assert_close(a[:shared], b[:shared], rtol=0, atol=1e-6)
 
 
-def test_unknown_sizes_dtypes_and_poolings_are_refused(tiny_decoder: Callable[..., Path]) -> None:
-    for options in ({"latentz": 4}, {"pooling": "median"}, {"dtype": "float8"}, {"heads": 5}, {"latents": 0}):
-        with pytest.raises(ValueError):
-            Embedder.from_decoder(tiny_decoder("llama"), **options)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"latentz": 4}, "latentz"),
+        ({"pooling": "median"}, "median"),
+        ({"dtype": "float8"}, "dtype='float8' is none of float32"),
+        ({"heads": 5}, "heads"),
+        ({"latents": 0}, "latents"),
+        ({"attention": "Causal"}, "attention='Causal' is none of bidirectional, causal"),
+        ({"backend": "flash"}, "backend='flash' is none of sdpa, eager"),
+    ],
+)
+def test_an_unknown_argument_is_named(options: dict[str, Any], message: str, tiny_decoder: Callable[..., Path]) -> None:
+    with pytest.raises(ValueError, match=message):
+        Embedder.from_decoder(tiny_decoder("llama"), **options)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "latent"])
+def test_an_embedder_is_not_read_as_a_decoder(
+    pooling: str, tiny_embedder: Callable[..., Embedder], tmp_path: Path
+) -> None:
+    tiny_embedder(pooling, default_task=TASK).save(tmp_path / "embedder")
+    with pytest.raises(ValueError, match=r"embedder is an embedder, and .*lose its text contract.*Embedder\.load"):
+        Embedder.from_decoder(tmp_path / "embedder")
 
 
 def test_the_real_model_tells_meanings_apart(smollm2: Embedder) -> None:

@@ -7,10 +7,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from embedwright.errors import InputError
-from embedwright.files import sha256_of
+from embedwright.files import sha256_of, write_json
 from embedwright.locate import Place, find
 from embedwright.model.formats.families import Family, family_of, split_family
-from embedwright.model.formats.folder import ADAPTER, check_folder, is_adapter, read_object
+from embedwright.model.formats.folder import (
+    ADAPTER,
+    check_folder,
+    is_adapter,
+    read_object,
+    weights_digest,
+    weights_in,
+)
 from embedwright.model.network import EmbedwrightConfig
 from embedwright.model.quantized import QUANTIZED
 
@@ -18,6 +25,9 @@ Format = Literal["adapter", "nvembed", "ours", "stock"]
 
 STOCK_SETTINGS = "embedwright.json"  # contract and pooling, in a folder of the stock format
 ONNX_GRAPH = "onnx/model.onnx"  # of a folder that `export --format onnx` wrote
+# The step of a history that ends an alignment with a teacher
+CHANGED = {"step": "changed", "weights": "not known to be those that were aligned"}
+_ALIGNED = "aligned_weights"  # digest of the weights that were aligned, in the step that says so
 _CONTENT = (".json", ".safetensors", ".model")  # suffixes of the files that a model is made of
 
 
@@ -60,16 +70,33 @@ def format_of(folder: Path, name: str) -> Format | Family | None:
 def history_of(folder: Path) -> list[dict[str, Any]] | None:
     """Reads what `embedwright compress` has done to the model in a folder of ours or of the stock format, step by step.
 
-    None for one that it never touched. Raises InputError for anything but objects of texts and numbers.
+    None for one that it never touched. An alignment that is not of the weights in the folder is followed by the step
+    `changed`. Raises InputError for anything but objects of texts and numbers.
     """
-    file = folder / (STOCK_SETTINGS if (folder / STOCK_SETTINGS).is_file() else "config.json")
+    file = history_file(folder)
     history: list[dict[str, Any]] | None = read_object(file).get("history")
     steps = [] if history is None else history
     if not isinstance(steps, list) or not all(
         isinstance(step, dict) and all(isinstance(said, str | int | float) for said in step.values()) for step in steps
     ):
         raise InputError(f"{file}: history must be a list of objects, whose values are texts and numbers")
+    if steps and "aligned_with" in steps[-1] and steps[-1].get(_ALIGNED) != weights_digest(weights_in(folder)):
+        return [*steps, CHANGED]
     return history
+
+
+def history_file(folder: Path) -> Path:
+    """Returns the file that holds the history of a model in our own format or the stock one."""
+    return folder / (STOCK_SETTINGS if (folder / STOCK_SETTINGS).is_file() else "config.json")
+
+
+def seal_history(folder: Path) -> None:
+    """Ties the alignment of which the last step of a new folder tells to the weights there: others have none."""
+    stored = read_object(history_file(folder))
+    last = (stored.get("history") or [{}])[-1]
+    if "aligned_with" in last and _ALIGNED not in last:
+        last[_ALIGNED] = weights_digest(weights_in(folder))
+        write_json(history_file(folder), stored)
 
 
 def content_fingerprint(name: str, revision: str | None = None) -> str:
@@ -90,18 +117,18 @@ def content_fingerprint(name: str, revision: str | None = None) -> str:
     return found.hexdigest()[:16]
 
 
-def check_decoder(name: str) -> None:
+def check_decoder(name: str, revision: str | None = None) -> None:
     """Raises InputError if `name` is an embedder: read as a bare decoder it would lose its contract and pooling."""
-    kind = _embedder_kind(name)
+    kind = _embedder_kind(name, revision)
     if kind == "known":
         raise InputError(
             f"{name} is an embedder, and as a bare decoder it would lose its text contract and pooling: "
-            f"to train it on, write model: {{from: {name}}}"
+            f"open it with Embedder.load; to train it on by a recipe, write model: {{from: {name}}}"
         )
     if kind == "other":
         raise InputError(
             f"{name} is an embedder of sentence-transformers (modules.json), whose prompts and modules would be lost, "
-            "and none that model: {from: ...} can train on: name the decoder that it was made from"
+            "and none that Embedder.load opens or model: {from: ...} trains on: name the decoder that it was made from"
         )
 
 
@@ -128,11 +155,11 @@ def is_quantized(folder: Path) -> bool:
     return config.is_file() and bool(read_object(config).get("quantization"))
 
 
-def _embedder_kind(name: str) -> Literal["known", "other"] | None:
+def _embedder_kind(name: str, revision: str | None = None) -> Literal["known", "other"] | None:
     """Returns `known` if it opens as an `Embedder`, `other` if only in sentence-transformers, None if it is none."""
-    if find(split_family(name)[1]).path.is_file():
+    if find(split_family(name)[1], revision).path.is_file():
         return None
-    place, form = detect(name)
+    place, form = detect(name, revision)
     if form is not None:
         return "known"
     return "other" if (place.path / "modules.json").is_file() else None

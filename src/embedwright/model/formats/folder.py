@@ -6,14 +6,17 @@ safetensors files, which hold names, shapes and types. Weights are read and writ
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -21,8 +24,19 @@ from torch import Tensor
 
 from embedwright.errors import InputError, NotFoundError
 from embedwright.files import write_json
+from embedwright.fingerprint import tensor_digest
 
 SINGLE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
+
+# All that `Embedder.save` may write, in any form and with the tokenizer of any class: patterns of paths in the folder.
+SAVED = (
+    *(SINGLE, INDEX, "model-*-of-*.safetensors", "config.json", "generation_config.json", "embedwright.json"),
+    *(ADAPTER, "adapter_model.safetensors", "base_samples.safetensors", "selftest.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("merges.txt", "tokenizer.model", "chat_template.jinja"),
+    *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
+    *("1_Pooling/config.json", "2_Normalize/config.json"),
+)
 
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks)\.(\d{1,9})\.")
@@ -139,6 +153,17 @@ def weights_in(folder: Path) -> dict[str, Stored]:
     if not found:
         raise InputError(f"{folder}: there are no tensors in {', '.join(files)}")
     return found
+
+
+def weights_digest(stored: Mapping[str, Stored]) -> str:
+    """Digests names, shapes, types and bytes, however they are split into files, in our own format or the stock one."""
+
+    def part(tensor: Stored) -> tuple[str, list[int], str, str]:
+        return tensor.name.removeprefix("backbone."), list(tensor.shape), tensor.dtype, tensor_digest(tensor.read())
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        parts = sorted(pool.map(part, stored.values()))
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
 def read_tensors(stored: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +71,10 @@ def open_embedder(
         network.config.history = history
     network.config.name_or_path = str(folder)
     if network.origin is None:  # that of an adapter is its base's
-        base = str(path).removesuffix(split_family(str(path))[1]) + (place.hub_id or str(folder.resolve()))
         kind: Any = "whole" if form in ("ours", "nvembed") else "stock"
-        network.origin = origin_of(base, network.backbone, kind, place.revision)
+        origin = origin_of(place.hub_id or folder, network.backbone, kind, place.revision)
+        prefix = str(path).removesuffix(split_family(str(path))[1])
+        network.origin = replace(origin, name=f"{prefix}{origin.name}")
     return network, tokenizer
 
 
@@ -127,10 +129,25 @@ def _outline(folder: Path, form: Format | Family | None) -> Outline:
     if form == "ours":
         with blaming(f"{file}: backbone", "is no config of a decoder"):
             decoder = AutoConfig.for_model(**stored["backbone"])
+        _check_one_length(file, contract)
     else:
         decoder = stock_config(folder)
         set_attention(decoder, "causal" if getattr(decoder, "is_causal", True) else "bidirectional")
     return Outline(decoder, pooling, contract, load_tokenizer(folder))
+
+
+def _check_one_length(file: Path, contract: Contract) -> None:
+    """Raises InputError if the tokenizer cuts texts elsewhere: other programs know of no contract.
+
+    sentence-transformers writes a `max_seq_length` that was set there into the tokenizer's settings alone.
+    """
+    beside = file.with_name("tokenizer_config.json")
+    length = (read_object(beside) if beside.is_file() else {}).get("model_max_length", contract.max_tokens)
+    if length != contract.max_tokens:
+        raise InputError(
+            f"{file}: contract.max_tokens is {contract.max_tokens}, and model_max_length in {beside.name} {length}: a "
+            "text would have two vectors. Write the length that is meant into both"
+        )
 
 
 def _outline_of_adapter(folder: Path) -> Outline:

@@ -12,18 +12,18 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from embedwright.errors import InputError, NotFoundError
+from embedwright.errors import InputError, NotFoundError, check_choice
 from embedwright.files import check_new_folder, whole_folder, write_json
 from embedwright.fingerprint import Facts, config_facts, facts, tokenizer_fact
 from embedwright.locate import local
 from embedwright.model.embedder import Embedder
-from embedwright.model.formats.detect import STOCK_SETTINGS, detect, history_of, is_quantized
-from embedwright.model.formats.folder import INDEX, Stored, read_object, weights_in, write_weights
+from embedwright.model.formats.detect import detect, history_file, history_of, is_quantized
+from embedwright.model.formats.folder import INDEX, SAVED, Stored, read_object, weights_in, write_weights
 from embedwright.model.formats.open import outline
 from embedwright.model.verify import selftest
 
@@ -32,8 +32,7 @@ Weights = dict[str, Stored]  # by the tensor's name
 
 _SHARD = "1GB"
 _PIECE = 2**22  # numbers of a tensor at a time
-_COPIED = {".json", ".model", ".jinja"}  # of the first model: config, contract, tokenizer, sentence-transformers' files
-_NOT_COPIED = {INDEX, selftest.FILE}
+_MADE_ANEW = ("*.safetensors", INDEX, selftest.FILE)  # all else that `save` writes is the first model's
 _STRAIGHT = 0.9995  # cosine from which an arc is a line, as in mergekit
 # Fine-tunes of one base keep nearly all of its direction; weights that began from other random numbers share none.
 _KIN, _KIN_ROWS = 0.5, 64
@@ -64,8 +63,8 @@ def soup(
                 both = f"{names[0]} and {name} do not go together"
                 _check_facts(both, folders[0], folder)
                 _check_weights(both, parts[0], part)
-            for file in (*folders[0].glob("*"), *folders[0].glob("[12]_*/*")):  # all that `save` writes
-                if file.suffix in _COPIED and file.name not in _NOT_COPIED:
+            for file in (file for pattern in SAVED for file in folders[0].glob(pattern)):
+                if not any(file.match(pattern) for pattern in _MADE_ANEW):
                     target = temp / file.relative_to(folders[0])
                     target.parent.mkdir(exist_ok=True)
                     shutil.copyfile(file, target)
@@ -73,8 +72,9 @@ def soup(
             write_weights(
                 temp, planned, lambda name: _mixed(name, [part[name].read() for part in parts], factors, how), _SHARD
             )
-        if history := history_of(temp):  # of the first model, whose vectors these are not
-            file = temp / (STOCK_SETTINGS if (temp / STOCK_SETTINGS).is_file() else "config.json")
+            history = history_of(folders[0])  # of a model whose vectors these are not
+        if history:
+            file = history_file(temp)
             step = {"step": "soup", "of": ", ".join(Path(name).name for name in names)}
             write_json(file, read_object(file) | {"history": [*history, step]})
         model = Embedder.load(temp, device="cpu")
@@ -83,8 +83,7 @@ def soup(
 
 def _factors(models: int, how: How, weights: Sequence[float] | None) -> list[float]:
     """Returns the weight of each model; they sum to 1."""
-    if how not in ("average", "slerp"):
-        raise InputError(f"how={how!r} is none of average, slerp")
+    check_choice("how", how, get_args(How))
     if models < 2:
         raise InputError(f"a soup is made of two models or more, not of {models}")
     if how == "slerp" and models != 2:

@@ -5,7 +5,8 @@ Here no weight is copied, and what a SentenceTransformer trains is this model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,10 +19,17 @@ from torch import Tensor
 from embedwright.errors import InputError, MissingPackageError
 from embedwright.files import write_text
 from embedwright.model.adapters.lora import has_lora
+from embedwright.model.formats.families import split_family
+from embedwright.model.formats.folder import SAVED
 from embedwright.model.interop.card import facts, model_card
-from embedwright.model.interop.save import save_network, write_ours
-from embedwright.model.interop.tokenizer import OUR_TRANSFORMER, sentence_transformers_files, tokenizer_for
-from embedwright.model.network import EmbedwrightModel
+from embedwright.model.interop.save import end_alignment, save_network, write_ours
+from embedwright.model.interop.tokenizer import (
+    OUR_TRANSFORMER,
+    EmbedwrightTokenizer,
+    sentence_transformers_files,
+    tokenizer_for,
+)
+from embedwright.model.network import EmbedwrightModel, check_fit
 from embedwright.model.pooling import check_unfolded
 from embedwright.model.verify.probe import lora_faults
 from embedwright.text import TextTokenizer
@@ -60,13 +68,29 @@ def _transformer() -> Any:
         return Transformer._load_model(self, *args, **kwargs) if at_hand is None else at_hand
 
     def save(self: Any, output_path: str, *_: Any, **__: Any) -> None:
-        write_ours(self.model, output_path, merged_weights(self.model))
+        end_alignment(self.model)
+        with _reading_as(self.model, self.processor):
+            write_ours(self.model, output_path, merged_weights(self.model))
         self.processor.save_pretrained(output_path)
         self.save_config(output_path)
 
     # Under its parent's name, which goes into modules.json: the saved folder then asks for no class of ours.
     methods = {"_load_model": load_model, "save": save, "__module__": Transformer.__module__}
     return type(Transformer.__name__, (Transformer,), methods)
+
+
+@contextmanager
+def _reading_as(network: EmbedwrightModel, tokenizer: EmbedwrightTokenizer) -> Iterator[None]:
+    """Within the block the network has the contract of `tokenizer`, which has the `max_seq_length` that is set there.
+
+    Raises InputError for a length that the network cannot read.
+    """
+    own, network.contract = network.contract, tokenizer.text_contract
+    try:
+        check_fit(network, tokenizer)
+        yield
+    finally:
+        network.contract, network.config.contract = own, own.model_dump()
 
 
 @torch.no_grad()
@@ -104,9 +128,10 @@ def push_to_hub(
 ) -> str:
     """See `Embedder.push_to_hub`."""
     check_unfolded(network.head)
-    if has_lora(network.backbone) and network.origin is not None and Path(network.origin.name).is_absolute():
+    base = split_family("" if network.origin is None else network.origin.name)[1]
+    if has_lora(network.backbone) and Path(base).is_absolute():
         raise InputError(
-            f"the adapters belong to a base on this machine, {network.origin.name}, which others cannot open: "
+            f"the adapters belong to a base on this machine, {base}, which others cannot open: "
             "merge them, or push that base and add them to it"
         )
     known = facts(network, TextTokenizer(tokenizer.backend_tokenizer))
@@ -117,5 +142,12 @@ def push_to_hub(
         write_text(folder / "README.md", text)
         api = HfApi(token=token)
         url = api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="Upload an Embedwright model")
+        api.upload_folder(
+            repo_id=url.repo_id,
+            folder_path=folder,
+            commit_message="Upload an Embedwright model",
+            delete_patterns=[
+                *SAVED
+            ],  # of a model that was pushed before: in another form, it would lie beside this one
+        )
     return str(url)

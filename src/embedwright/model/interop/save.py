@@ -1,8 +1,8 @@
 """Saves a model so that other libraries open it too: safetensors and JSON only, written whole or not at all.
 
-`mean` and `last`: a stock Hugging Face backbone with sentence-transformers' own modules, which opens without this
-package. Others: one `EmbedwrightModel` folder, which sentence-transformers and AutoModel open once this package is
-imported (design, section 7). `embedwright.json` holds the contract in the first.
+`mean` and `last`, without BOS or with every token pooled: a stock Hugging Face backbone with sentence-transformers' own
+modules, which opens without this package. Others: one `EmbedwrightModel` folder, which sentence-transformers and
+AutoModel open once this package is imported (design, section 7). `embedwright.json` holds the contract in the first.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from embedwright.model.adapters.fourbit import ONLY_TRAINED, in_four_bits
 from embedwright.model.adapters.lora import has_lora
 from embedwright.model.backbone import READ_BY_FLAG
 from embedwright.model.formats.adapter import write_adapter
-from embedwright.model.formats.detect import STOCK_SETTINGS
+from embedwright.model.formats.detect import CHANGED, STOCK_SETTINGS, seal_history
 from embedwright.model.interop.tokenizer import (
     OUR_TRANSFORMER,
     STOCK_TRANSFORMER,
@@ -46,16 +46,26 @@ def save_network(network: EmbedwrightModel, tokenizer: Any, path: Path, dtype: t
     if dtype is not None and in_few_bits(network):
         raise InputError("cannot save in another type: quantised weights are saved as they are; leave dtype out")
     probe.check(network)
+    end_alignment(network)
     text_tokenizer = TextTokenizer(tokenizer.backend_tokenizer)
     with whole_folder(path) as temp, rounded(network, dtype):  # so that the vectors on record are of what is stored
         if has_lora(network.backbone):
             write_adapter(network, temp, dtype)
-        elif opens_as_stock(network, text_tokenizer):
-            _save_stock(network, tokenizer, temp)
         else:
-            write_ours(network, temp)
-            write_doors(network, tokenizer, temp)
+            if opens_as_stock(network, text_tokenizer):
+                _save_stock(network, tokenizer, temp)
+            else:
+                write_ours(network, temp)
+                write_doors(network, tokenizer, temp)
+            seal_history(temp)
         selftest.write(network, text_tokenizer, temp)
+
+
+def end_alignment(network: EmbedwrightModel) -> None:
+    """Notes in the history of an aligned student that it is aligned no more, if its weights have changed since."""
+    steps = network.config.history
+    if steps and "aligned_with" in steps[-1] and network.changed():
+        network.config.history = [*steps, CHANGED]
 
 
 @contextmanager
@@ -98,7 +108,7 @@ def opens_as_stock(network: EmbedwrightModel, tokenizer: TextTokenizer) -> bool:
         return False
     prefix = contract.prefix("a task")
     count = len(tokenizer.plain.encode(prefix, add_special_tokens=False).ids)
-    texts = tokenize(tokenizer, contract, _BOUNDARY_PROBES, prefix)
+    texts = tokenize(tokenizer, contract, _BOUNDARY_PROBES, prefix, selftest.roomy(network))
     return all(int((~t.pool).sum()) == count for t in texts)
 
 
@@ -113,6 +123,7 @@ def describe(network: EmbedwrightModel) -> None:
     config, backbone = network.config, network.backbone
     # where the base lay is nobody's business
     config.backbone = {key: value for key, value in backbone.config.to_dict().items() if key != "_name_or_path"}
+    config.contract = network.contract.model_dump()
     types = {parameter.dtype for parameter in network.head.parameters()}
     config.head_dtype = "float32" if types == {torch.float32} and backbone.dtype != torch.float32 else None
     if (scheme := scheme_of(network)) is not None:

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from embedwright.errors import InputError
 from embedwright.model.network import EmbedwrightConfig
-from embedwright.text import Contract, NoTokenError, TextTokenizer, TokenizedText, check_texts, tokenize
+from embedwright.text import Contract, NoTokenError, TextTokenizer, TokenizedText, check_limit, check_texts, tokenize
 
 Message = Mapping[str, Any]
 NO_LIMIT = 10**9  # tokens
@@ -39,10 +39,22 @@ class EmbedwrightTokenizer(PreTrainedTokenizerFast):
 
     @property
     def text_contract(self) -> Contract:
-        """The contract that was saved with this tokenizer. Raises InputError if there is none."""
+        """The contract that was saved with this tokenizer, with the length that is set now.
+
+        Raises InputError if there is none, or if the length leaves no room for text.
+        """
         if "contract" not in self.init_kwargs:
             raise InputError("this tokenizer holds no text contract: make it with tokenizer_for")
-        return Contract.model_validate(self.init_kwargs["contract"])
+        saved = Contract.model_validate(self.init_kwargs["contract"])
+        limit = self.model_max_length or saved.max_tokens  # None: sentence-transformers' user unset it
+        return saved.model_copy(update={"max_tokens": check_limit(saved, limit)})
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """Saves the tokenizer as transformers does, with the length that is set now in its contract too."""
+        if "contract" in self.init_kwargs:
+            contract = self.text_contract
+            self.init_kwargs["contract"], self.model_max_length = contract.model_dump(mode="json"), contract.max_tokens
+        return super().save_pretrained(*args, **kwargs)
 
     def __call__(
         self,
@@ -109,7 +121,8 @@ class EmbedwrightTokenizer(PreTrainedTokenizerFast):
     ) -> Any:
         """Reads (prefix, text) pairs, all of one prefix at a time, and pads them."""
         _refuse(unknown)
-        contract, tokenizer, limit = self.text_contract, self.text_tokenizer, self._limit(truncation, max_length)
+        contract, tokenizer = self.text_contract, self.text_tokenizer
+        limit = _limit(contract, truncation, max_length)
         rows: dict[int, TokenizedText] = {}
         for prefix in dict.fromkeys(prefix for prefix, _ in pairs):
             places = [i for i, pair in enumerate(pairs) if pair[0] == prefix]
@@ -133,16 +146,6 @@ class EmbedwrightTokenizer(PreTrainedTokenizerFast):
             padding_side=padding_side,
             return_tensors=return_tensors,
         )
-
-    def _limit(self, truncation: bool | str | None, max_length: int | None) -> int:
-        """Returns the number of tokens to which texts are cut; checked when they are read."""
-        if truncation is False or truncation == "do_not_truncate":
-            return NO_LIMIT
-        if truncation not in (True, None, "longest_first", "only_first"):
-            raise InputError(f"truncation={truncation!r}: texts are cut on the right, by the text contract")
-        if max_length is not None:
-            return max_length
-        return self.model_max_length or self.text_contract.max_tokens  # None: sentence-transformers' user unset it
 
     def _pad(self, encoded_inputs: Any, *args: Any, padding_side: str | None = None, **kwargs: Any) -> Any:
         """Pads the pool mask too. Data collators call this."""
@@ -225,6 +228,15 @@ OUR_TRANSFORMER = {
     "modality_config": {"text": _FORWARD, "message": {**_FORWARD, "format": "flat"}},
     "processing_kwargs": {"chat_template": {"restore_suffix": False}},  # the contract says what follows a cut text
 }
+
+
+def _limit(contract: Contract, truncation: bool | str | None, max_length: int | None) -> int:
+    """Returns the number of tokens to which texts are cut; checked when they are read."""
+    if truncation is False or truncation == "do_not_truncate":
+        return NO_LIMIT
+    if truncation not in (True, None, "longest_first", "only_first"):
+        raise InputError(f"truncation={truncation!r}: texts are cut on the right, by the text contract")
+    return contract.max_tokens if max_length is None else max_length
 
 
 def _refuse(options: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ T tokens of one text, D hidden.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from embedwright.cpu.accelerate import stock
 from embedwright.encoders.sentence_transformers import SentenceTransformerEncoder
 from embedwright.model.backbone import text_hidden
 from embedwright.model.embedder import Embedder
+from embedwright.model.verify import selftest
 from embedwright.model.verify.selftest import TASK, Result
 from embedwright.packing import pack
 from embedwright.text import TokenizedText, leading_ids
@@ -43,11 +45,21 @@ def equal(model: Encoder, got: NDArray[Any], expected: NDArray[Any]) -> tuple[bo
     return difference <= (3e-2 if half else 1e-4), f"largest difference {difference:.1e}"
 
 
+def encoded(model: Encoder, texts: Sequence[str], task: str | None = None) -> NDArray[Any]:
+    """The vectors of texts, of which an instruction leaves something, however short the texts that the model reads."""
+    if isinstance(model, Embedder):
+        return model.encode(texts, task=task, max_tokens=room(model))
+    return model.encode(texts, task=task)
+
+
+def room(model: Embedder) -> int:
+    return min(selftest.roomy(model.network), model.longest)
+
+
 def tokens_of(model: Embedder, text: str, task: str | None, max_tokens: int | None = None) -> TokenizedText:
     """The ids and the pool mask that the model makes of one text."""
-    if max_tokens is not None:
-        max_tokens = min(max_tokens, model.longest)
-    packed = model.tokenize([text], task=task, max_tokens=max_tokens)
+    limit = room(model) if max_tokens is None else min(max_tokens, model.longest)
+    packed = model.tokenize([text], task=task, max_tokens=limit)
     return TokenizedText(packed.ids_T.numpy(), packed.pool_mask_T.numpy())
 
 

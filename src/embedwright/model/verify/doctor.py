@@ -40,8 +40,10 @@ from embedwright.model.verify.by_hand import (
     as_stock,
     as_the_contract,
     begins_with_bos,
+    encoded,
     ends_with_eos,
     equal,
+    room,
     round_trip,
     tokens_of,
 )
@@ -141,9 +143,9 @@ def _far(model: Embedder, _: Path | None) -> Result:
 def _batch(model: Encoder, _: Path | None) -> Result:
     """Texts alone, in one batch and in another order have the same vectors, each in its own row."""
     order = [3, 0, 5, 2, 1, 4]
-    alone = np.concatenate([model.encode([text], task=TASK) for text in TEXTS])
-    shuffled = model.encode([TEXTS[i] for i in order], task=TASK)
-    together = model.encode(TEXTS, task=TASK)
+    alone = np.concatenate([encoded(model, [text], TASK) for text in TEXTS])
+    shuffled = encoded(model, [TEXTS[i] for i in order], TASK)
+    together = encoded(model, TEXTS, TASK)
     return equal(model, np.stack([together[order], shuffled]), np.stack([alone[order]] * 2))
 
 
@@ -160,7 +162,7 @@ def _pads(model: Embedder, _: Path | None) -> Result:
         ]
         with torch.inference_mode():
             vectors.append(model.network(*batch).pooler_output.float().cpu().numpy())
-    return equal(model, np.stack(vectors), np.stack([model.encode(TEXTS[:3], task=TASK)] * 2))
+    return equal(model, np.stack(vectors), np.stack([encoded(model, TEXTS[:3], TASK)] * 2))
 
 
 def _fast(model: Embedder, _: Path | None) -> Result:
@@ -187,7 +189,7 @@ def _repeats(model: Encoder, _: Path | None) -> Result:
 
 def _distinct(model: Embedder, _: Path | None) -> Result:
     """No two texts have one vector, and an instruction changes the vector of each."""
-    plain, instructed = model.encode(TEXTS), model.encode(TEXTS, task=TASK)
+    plain, instructed = encoded(model, TEXTS), encoded(model, TEXTS, TASK)
     alike = (plain @ plain.T)[np.triu_indices(len(TEXTS), 1)].max()
     moved = (plain * instructed).sum(1).min()
     ok = bool(max(alike, moved) < 1 - 1e-5)
@@ -270,10 +272,11 @@ def _auto_model(model: Embedder, folder: Path | None) -> Result:
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     network = AutoModel.from_pretrained(folder, dtype=model.network.dtype, trust_remote_code=False).to(model.device)
-    batch = tokenizer(list(TEXTS), prefix=model.contract.prefix(TASK), padding=True, return_tensors="pt")
+    options: dict[str, Any] = {"padding": True, "return_tensors": "pt", "max_length": room(model)}
+    batch = tokenizer(list(TEXTS), prefix=model.contract.prefix(TASK), **options)
     with torch.inference_mode():
         vectors: Tensor = network(**batch.to(model.device)).pooler_output
-    return equal(model, vectors.float().cpu().numpy(), model.encode(TEXTS, task=TASK))
+    return equal(model, vectors.float().cpu().numpy(), encoded(model, TEXTS, TASK))
 
 
 def _sentence_transformers(model: Embedder, folder: Path | None) -> Result:
@@ -285,8 +288,11 @@ def _sentence_transformers(model: Embedder, folder: Path | None) -> Result:
 
     options = {"dtype": model.network.dtype}
     other = SentenceTransformer(str(folder), device=str(model.device), trust_remote_code=False, model_kwargs=options)
+    if other.max_seq_length != model.max_tokens:
+        return False, f"it cuts texts at {other.max_seq_length} tokens, not at {model.max_tokens}"
+    other.max_seq_length = room(model)
     got = np.stack([other.encode(list(TEXTS), prompt=model.contract.prefix(TASK)), other.encode(list(TEXTS))])
-    return equal(model, got, np.stack([model.encode(TEXTS, task=TASK), model.encode(TEXTS)]))
+    return equal(model, got, np.stack([encoded(model, TEXTS, TASK), encoded(model, TEXTS)]))
 
 
 def _readers(_: Embedder, folder: Path | None) -> Result:

@@ -50,6 +50,14 @@ Reload = Callable[[torch.dtype], EmbedwrightModel]  # the same folder, in this t
 Result = tuple[bool, str] | None  # whether a proof holds, and the number that says so; None: does not apply
 
 
+def roomy(network: EmbedwrightModel) -> int:
+    """Returns a limit of tokens under which no text of a proof is cut, nor its instruction too long for it.
+
+    That of the model may be shorter than an instruction that its user never gave.
+    """
+    return min(max(network.contract.max_tokens, 256), network.longest)
+
+
 def write(network: EmbedwrightModel, tokenizer: TextTokenizer, folder: Path) -> None:
     """Records the model's ids and vectors in `folder`."""
     rows = []
@@ -110,8 +118,7 @@ def check(network: EmbedwrightModel, tokenizer: TextTokenizer, folder: Path, rel
 @torch.inference_mode()
 def _computed(network: EmbedwrightModel, tokenizer: TextTokenizer) -> tuple[list[TokenizedText], NDArray[np.float32]]:
     contract = network.contract
-    # short enough for any model, and never cut: a test of lengths is not what this is
-    limit = min(max(contract.max_tokens, 256), network.longest)
+    limit = roomy(network)
     texts = [tokenize(tokenizer, contract, [t], contract.prefix(TASK if q else None), limit)[0] for t, q in TEXTS]
     packed = pack(texts).to(network.device)
     exact = {parameter.dtype for parameter in network.parameters()} == {torch.float32}

@@ -90,7 +90,7 @@ def test_layers_that_are_cut_on_purpose_and_the_lm_head_are_left_out(base: Path)
 def test_an_adapter_is_no_base(base: Path) -> None:
     (base / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere/model", "peft_type": "LORA"}')
     with pytest.raises(InputError, match="is an adapter, not a decoder"):
-        mean_of(base)
+        resolve_base(base)
 
 
 def test_weights_that_torch_would_unpickle_are_not_read(base: Path) -> None:

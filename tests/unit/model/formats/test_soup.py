@@ -162,12 +162,25 @@ def test_the_first_model_says_the_type(save: Save, tmp_path: Path) -> None:
 @pytest.mark.parametrize("pooling", ["mean", "latent"])  # the two formats that keep a history
 def test_a_soup_of_aligned_students_is_aligned_no_more(pooling: str, tiny_embedder: Make, tmp_path: Path) -> None:
     model = tiny_embedder(pooling)
-    model.network.config.history = history = [{"step": "distil", "aligned_with": "teacher"}]
+    model.network.config.history = [{"step": "distil", "aligned_with": "teacher"}]
     model.save(tmp_path / "a")
-    assert aligned_with(Embedder.load(tmp_path / "a")) == "teacher"
+    a = Embedder.load(tmp_path / "a")
+    assert aligned_with(a) == "teacher"
     soup([tmp_path / "a", tmp_path / "a"], tmp_path / "soup")
     made = Embedder.load(tmp_path / "soup")
-    assert made.network.config.history == [*history, {"step": "soup", "of": "a, a"}] and aligned_with(made) is None
+    assert (
+        made.network.config.history == [*a.network.config.history, {"step": "soup", "of": "a, a"}]
+        and aligned_with(made) is None
+    )
+
+
+def test_only_what_save_writes_is_taken_from_the_first_model(save: Save, tmp_path: Path) -> None:
+    a, b = save("a", 0.1, pooling="mean"), save("b", 0.1, 2, pooling="mean")
+    for name in ("compression.json", "notes.json", "1_Pooling/mine.json"):  # of `compress --report`, and a user's
+        (a / name).write_text("{}")
+    soup([a, b], tmp_path / "soup")
+    written, plain = ({file.relative_to(folder) for file in folder.rglob("*.*")} for folder in (tmp_path / "soup", b))
+    assert written == plain
 
 
 def test_adapters_are_merged_first(save: Save, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -153,6 +154,32 @@ def test_prompts_and_lengths_are_the_contracts(tiny_embedder: Make) -> None:
     np.testing.assert_allclose(st.encode(TEXTS, prompt=""), model.encode(TEXTS, prefix=""), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("length", [16, None])
+def test_a_length_that_was_set_there_is_saved_for_every_door(
+    length: int | None, tiny_embedder: Make, tmp_path: Path
+) -> None:
+    model = tiny_embedder("latent", max_tokens=40)
+    st = model.to_sentence_transformer()
+    st.max_seq_length = length
+    st.save(str(tmp_path / "saved"))
+    loaded, again = Embedder.load(tmp_path / "saved"), SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    assert loaded.max_tokens == again.max_seq_length == (length or 40)
+    for door in (st, again):
+        np.testing.assert_allclose(loaded.encode(TEXTS), door.encode(TEXTS), rtol=0, atol=1e-5)
+    assert model.max_tokens == 40 and model.network.config.contract["max_tokens"] == 40
+
+
+def test_a_length_that_only_the_tokenizer_knows_is_refused(tiny_embedder: Make, tmp_path: Path) -> None:
+    tiny_embedder("latent").save(tmp_path / "whole")
+    st = SentenceTransformer(str(tmp_path / "whole"), device="cpu")  # not around an Embedder: its own classes save it
+    st.max_seq_length = 16
+    st.save(str(tmp_path / "saved"))
+    with pytest.raises(
+        ValueError, match=r"config.json: contract.max_tokens is 512, .* tokenizer_config.json 16: .*both"
+    ):
+        Embedder.load(tmp_path / "saved")
+
+
 def test_what_cannot_be_trained_or_saved_is_refused(tiny_embedder: Make, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=FOLDED):
         tiny_embedder("latent").fold().to_sentence_transformer()
@@ -163,6 +190,12 @@ def test_what_cannot_be_trained_or_saved_is_refused(tiny_embedder: Make, tmp_pat
             module.enable_adapters(False)
     with pytest.raises(ValueError, match="switched off"):
         st.save(str(tmp_path / "saved"))
+    model = tiny_embedder("latent")
+    model.network.longest = 64  # as of a model whose rotary frequencies go by the longest text
+    st = model.to_sentence_transformer()
+    st.max_seq_length = 65
+    with pytest.raises(ValueError, match="max_tokens=65"):
+        st.save(str(tmp_path / "long"))
 
 
 # ---- the hub
@@ -238,6 +271,8 @@ class Hub:
                 repository[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 repository[value["path"]] = self.blobs[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del repository[value["path"]]
         return {"commitUrl": f"{self.url}/{name}/commit/{SHA}", "commitOid": SHA, "success": True}
 
     def mode(self, path: str) -> str:
@@ -314,6 +349,32 @@ def test_adapters_go_where_their_base_can_be_opened(tiny_embedder: Make, hub: Hu
     assert "LoRA adapters" in hub.repositories["me/adapter"]["README.md"].decode()
     assert sum(map(len, hub.repositories["me/adapter"].values())) < sum(map(len, hub.repositories["me/base"].values()))
     np.testing.assert_allclose(Embedder.load("me/adapter").encode(TEXTS), model.encode(TEXTS), rtol=0, atol=1e-6)
+
+
+def test_adapters_of_a_family_stay_where_their_base_is(
+    family_folder: Callable[[str], Path], hub: Hub, tmp_path: Path
+) -> None:
+    base = shutil.copytree(family_folder("e5-mistral"), tmp_path / "models@v1" / "mine")
+    model = Embedder.load(f"e5-mistral:{base}").add_lora(2)
+    origin: Any = model.network.origin
+    assert (origin.name, origin.revision) == (f"e5-mistral:{base}", None)
+    with pytest.raises(ValueError, match=f"a base on this machine, {base}, which others cannot open"):
+        model.push_to_hub("me/adapter", token="hf_secret")
+    assert hub.created == []
+
+
+def test_what_is_pushed_again_takes_the_place_of_what_was_there(tiny_embedder: Make, hub: Hub, tmp_path: Path) -> None:
+    tiny_embedder("latent").push_to_hub("me/base", token="hf_secret")
+    stock, ours, adapted = tiny_embedder("mean"), Embedder.load("me/base"), Embedder.load("me/base").add_lora(2)
+    own = {"notes.md": b"mine", "compression.json": b"{}", "onnx/config.json": b"{}"}
+    hub.repositories["me/tiny"] = dict(own)
+    for n, model in enumerate((adapted, stock, ours, adapted)):
+        model.push_to_hub("me/tiny", token="hf_secret", card="# mine")
+        model.save(alone := tmp_path / str(n))
+        written = {file.relative_to(alone).as_posix() for file in alone.rglob("*.*")}
+        assert hub.repositories["me/tiny"].keys() == {*written, "README.md", *own}
+    assert own.items() <= hub.repositories["me/tiny"].items()
+    np.testing.assert_array_equal(Embedder.load("me/tiny").encode(TEXTS), adapted.encode(TEXTS))
 
 
 def test_a_folded_model_is_not_pushed(tiny_embedder: Make, hub: Hub) -> None:

@@ -55,6 +55,22 @@ def test_a_healthy_model_passes(folder: Callable[..., Path], pooling: str, word:
     assert len({finding.name for finding in findings}) == len(findings) >= 15
 
 
+@pytest.mark.parametrize("pooling", ["mean", "latent"])
+def test_a_model_of_texts_shorter_than_an_instruction_is_saved_and_passes(
+    pooling: str, folder: Callable[..., Path]
+) -> None:
+    assert bad(doctor.examine_name(str(folder(pooling, max_tokens=8)))) == {}
+
+
+def test_a_length_that_sentence_transformers_alone_has_is_found(folder: Callable[..., Path]) -> None:
+    saved = folder("mean", max_tokens=40)
+    file = saved / "sentence_bert_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_seq_length": 16}))
+    assert bad(doctor.examine_name(str(saved))) == {
+        "through sentence-transformers": "it cuts texts at 16 tokens, not at 40"
+    }
+
+
 def test_every_family_passes(folder: Callable[..., Path], family: str) -> None:
     """Gemma without BOS is the one that must not."""
     bos = family.startswith("gemma")
