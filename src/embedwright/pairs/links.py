@@ -46,7 +46,7 @@ def see_also(documents: Iterable[Document]) -> Make:
         close = [other for other in others if times[other.id] <= MOST]
         if not close:
             return "named_by_many"
-        both = ((other, class_id((), dict.fromkeys((document.family, other.family)))) for other in close)
+        both = ((other, class_id((), dict.fromkeys((*document.ids, *other.ids)))) for other in close)
         return [Example("", "", document.whole, tuple(Passage(other.whole, id) for other, id in both))]
 
     return make

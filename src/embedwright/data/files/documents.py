@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from embedwright.config import did_you_mean
+from embedwright.data.answers import class_id
 from embedwright.data.files.beir import corpus_files
 from embedwright.data.files.folders import is_beir, is_data, stem_of
 from embedwright.data.files.rows import Row, plain_name, read_rows, text_rows
@@ -53,12 +54,17 @@ class Document:
 
     @property
     def family(self) -> str:
-        """Returns what the passages of this document carry as their id: the source, or else the document's id."""
+        """Returns what documents of one source have in common: the source, or else the document's own id."""
         return f"source {self.source}" if self.source else self.id
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Returns what a passage of this document names in its id: its family, and the document, which a corpus has."""
+        return tuple(dict.fromkeys((self.family, self.id)))
 
     def passage(self, text: str) -> Passage:
         """Returns a text of this document as a passage that is no negative of others of its family."""
-        return Passage(text, self.family)
+        return Passage(text, class_id((), self.ids))
 
 
 def columns_of(given: list[str]) -> dict[str, tuple[str, ...]]:

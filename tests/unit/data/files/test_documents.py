@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from embedwright.data.answers import ids_of
 from embedwright.data.files.documents import Document, columns_of, read_documents
 from embedwright.data.schema import DataError, Passage
 from embedwright.errors import InputError, NotFoundError
@@ -119,8 +120,8 @@ def test_what_is_not_there(tmp_path: Path) -> None:
         read(tmp_path)
 
 
-def test_passages_of_one_source_share_an_id() -> None:
+def test_passages_of_one_source_share_a_name_and_keep_that_of_their_document() -> None:
     alone, a, b = Document("1", "x"), Document("2", "x", source="s"), Document("3", "x", "t", source="s")
     assert alone.passage("y") == Passage("y", "1")
-    assert a.passage("y").id == b.passage("z").id == "source s"
+    assert (ids_of(a.passage("y")), ids_of(b.passage("z"))) == (["source s", "2"], ["source s", "3"])
     assert (alone.whole, b.whole) == ("x", "t x")
