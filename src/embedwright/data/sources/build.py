@@ -93,19 +93,24 @@ def label_file(
 ) -> dict[str, int]:
     """Does the same for rows {"text", "label"} in the file `path`. A label may be a list, and `id` may be there.
 
-    `task` is the name of the task (default: the file's); the file beside `path`, or the catalogue, may describe it.
+    `task` is the name of the task (default: the file's). The file beside `path`, or the catalogue, may describe it,
+    under this name or the file's; what it says stays, but for what the form decides.
     `words`: see `labels.label_triples`.
     """
     if detect_kind(path) != "labelled":
         raise DataError(f'{path}: rows are not {{"text", "label"}}')
     rows = LabelledRows(text=("text",), label="label", words=dict(words) if words else None, id="id")
     name = task or stem_of(path)
-    described = tasks_beside(path).get(name) or find_task(name) or Task(name=name, family="classification")
+    beside, stem = tasks_beside(path), stem_of(path)
+    own = beside.get(name) or beside.get(stem)
+    described = own or find_task(name) or find_task(stem) or Task(name=name, family="classification")
     entry = Entry(
         name=name,
         rows=rows,
         family=described.family,
         instructions=(described.instruction,),  # may be empty: the recipe that reads the examples can give it
+        symmetric=bool(own and own.symmetric),  # what the catalogue says goes by the form that it chooses
+        in_batch_negatives=described.in_batch_negatives,
         url=described.source or None,
         licence=described.licence or "unknown",
         target={"v2": "example"},
