@@ -35,6 +35,8 @@ def classes(documents: Iterable[Document], negatives: int) -> Make:
                 of_class.setdefault(label, []).append(document)
 
     def make(document: Document, rng: random.Random) -> Made:
+        if document.bad_label:
+            return "bad_label"
         if not document.labels:
             return "no_label"
         if exact_key(document.whole) in conflicting:

@@ -141,6 +141,8 @@ def make_pairs(
     ways = check_ways(how)
     options = Options(negatives, _wordnet(ways, wordnet))
     check_file(out)
+    if path.is_dir() and out.resolve().parent == path.resolve():
+        raise InputError(f"--out {out} lies among the documents, as one of which the next run would read it")
     name = name or stem_of(path)
     quarantine_path = out.with_name(f"{out.name}.quarantine.jsonl")
     quarantine_path.unlink(missing_ok=True)
