@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from embedwright.cli.main import app
 from embedwright.cli.options import check_opened, check_rows_file
 from embedwright.errors import InputError
 
@@ -28,3 +30,22 @@ def test_options_of_opened_models_are_refused_where_none_is_opened() -> None:
             check_opened(names, {"max_tokens": 16})
         check_opened(names, {})
     check_opened(["bm25", "minilm"], {"max_tokens": 16})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("data build fiqa --out {}/o.csv", "not as .csv"),
+        ("data clean absent.jsonl --out {}/o.jsonl --against absent --leaks {}", "is a folder"),
+        ("data clean absent.jsonl --out {}/o.jsonl --leaks {}/l.jsonl", "--leaks is of leaks: .* --against"),
+        ("data check absent.jsonl --corpus", "--corpus is of leaks: .* --against"),
+        ("data export absent.jsonl --out {}", "is a folder"),
+    ],
+)
+def test_what_would_fail_or_be_ignored_after_the_work_is_refused_before_it(
+    tmp_path: Path, arguments: str, said: str
+) -> None:
+    result = CliRunner().invoke(app, arguments.format(tmp_path, tmp_path).split())
+    assert isinstance(result.exception, InputError)
+    with pytest.raises(InputError, match=said):
+        raise result.exception

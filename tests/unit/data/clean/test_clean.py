@@ -173,6 +173,12 @@ def test_lengths_cut_passages_and_remove_rows() -> None:
     assert report.to_json() == {"kept": 2, "rows_removed": {"length": 2}, "passages_cut": {"length": 2}, "leaks": {}}
 
 
+def test_rows_without_a_task_have_the_licence_of_the_set_that_the_file_is_named_after(tmp_path: Path) -> None:
+    (tmp_path / "banking77.jsonl").write_text('{"query": "q", "positive": "p"}\n')
+    report = clean_file(tmp_path / "banking77.jsonl", None, filters=Filters(allow=("MIT",)))
+    assert report["kept"] == 1
+
+
 def test_a_row_that_a_filter_removes_hides_no_later_one() -> None:
     rows = [example("closed", "q", "p", task="closed"), example("free", "q", "p", task="free")]
     rows += [example("german", "Wie entstehen Gezeiten?", "Durch den Mond und die Sonne.", task="free")]
