@@ -17,7 +17,7 @@ from embedwright.data.files.kinds import LabelledRows, detect_kind
 from embedwright.data.files.quarantine import Quarantine
 from embedwright.data.files.rows import Rows, read_rows
 from embedwright.data.files.tasks import tasks_beside
-from embedwright.data.labels import USUAL, Form, LabelRules
+from embedwright.data.labels import USUAL, LabelRules
 from embedwright.data.schema import DataError, Example, Task
 from embedwright.data.sources.catalog import BeirRows, Entry, EvidenceRows, find_task
 from embedwright.data.sources.convert import Job, OpenTable, Table, convert
@@ -54,7 +54,7 @@ def build(
     reach, and DataError if no example comes out.
     """
     quarantine_path = out.with_name(f"{out.name}.quarantine.jsonl")
-    _check(entry, source, labels.form, corpus_out, strict)
+    _check(entry, source, labels, corpus_out, strict)
     if share is not None:
         if limit is not None:
             raise InputError("a limit and a share are both given: leave one out")
@@ -208,11 +208,13 @@ def _naming(where: str) -> Iterator[None]:
         raise DataError(f"{where}: {error}") from error
 
 
-def _check(entry: Entry, source: Path | None, form: Form | None, corpus_out: Path | None, strict: bool) -> None:
+def _check(entry: Entry, source: Path | None, labels: LabelRules, corpus_out: Path | None, strict: bool) -> None:
     """Raises for what cannot work, before anything is read, and warns of a set that is not pinned."""
     labelled = isinstance(entry.rows, LabelledRows)
-    if form is not None and not labelled:
+    if labels.form is not None and not labelled:
         raise DataError(f"{entry.name}: its rows have no labels, so no form")
+    if labels.known is not None and not labelled:
+        raise DataError(f"{entry.name}: its rows have no labels to keep some of")
     if corpus_out is not None and labelled:
         raise DataError(f"{entry.name}: its rows have labels, so there is no corpus to mine from")
     if source is not None:

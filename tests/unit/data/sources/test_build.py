@@ -244,6 +244,12 @@ def test_the_same_again(tmp_path: Path) -> None:
 # ---- labels of a file
 
 
+@pytest.mark.parametrize("rules", [LabelRules("label"), LabelRules(known=["a"])])
+def test_what_is_asked_of_labels_is_refused_for_a_set_without_any(tmp_path: Path, rules: LabelRules) -> None:
+    with pytest.raises(DataError, match="paq: its rows have no labels"):
+        build(load_catalog()["paq"], tmp_path / "out.jsonl", labels=rules)
+
+
 def test_a_labelled_file_becomes_what_training_makes_of_it(tmp_path: Path) -> None:
     rows = [{"text": f"t{i}", "label": f"l{i % 4}", "id": f"own{i}"} for i in range(40)]
     source = write(tmp_path / "kinds.labeled.jsonl", rows)
