@@ -13,10 +13,13 @@ from small_wordnet import write_wordnet
 from typer.testing import CliRunner
 
 from embedwright.cli.main import app
+from embedwright.data.answers import id_within, ids_of
+from embedwright.data.files.beir import read_corpus
 from embedwright.data.files.tasks import read_tasks, tasks_file
 from embedwright.data.schema import Example
 from embedwright.data.tables.table import open_examples
-from embedwright.pairs.make import MEANINGS, WAYS
+from embedwright.mining.mine import mine
+from embedwright.pairs.make import MEANINGS, WAYS, make_pairs
 from embedwright.text import Contract
 from embedwright.training.batches.blend import Row
 from embedwright.training.batches.feed import batch_of_step
@@ -169,3 +172,36 @@ def test_documents_of_one_source_are_never_each_others_negatives(
     assert met("with", documents) == ({False}, {False})
     without = [{key: value for key, value in row.items() if key != "source"} for row in documents]
     assert met("without", without) == ({False, True}, {False, True})
+
+
+@pytest.mark.parametrize("ways", [["sentence", "swap"], ["swap"]])
+def test_no_passage_that_holds_a_sentence_word_for_word_stands_against_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ways: list[str]
+) -> None:
+    monkeypatch.setenv("EMBEDWRIGHT_CACHE", str(tmp_path / "cache"))
+    given, made = tmp_path / "docs.jsonl", tmp_path / "made.jsonl"
+    given.write_text(json.dumps(document(1)) + "\n")
+    make_pairs(given, made, ways, per_document=6)
+    tasks, own = read_tasks(tasks_file(made)), list(open_examples(made))
+    rows = [Row(row, tasks[row.task]) for row in own]
+    batch = make_batch(rows, Contract(eos_id=1), hard_negatives=1, in_batch="all", rng=np.random.default_rng(0))
+    for row, negative_C in zip(own, batch.masks.negative_QC, strict=True):
+        against = {batch.candidates[c][1] for c in np.flatnonzero(negative_C)}
+        assert against == {passage.text for passage in row.negatives} and not any(row.query in one for one in against)
+    assert sum(len(row.negatives) for row in own) > 2
+
+
+@pytest.mark.parametrize("way", ["crops", "sentence", "see-also"])
+def test_a_document_with_a_source_is_no_negative_of_its_own_rows_when_its_corpus_is_mined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    monkeypatch.setenv("EMBEDWRIGHT_CACHE", str(tmp_path / "cache"))
+    given, made = tmp_path / "docs.jsonl", tmp_path / "made.jsonl"
+    rows = [document(i) | {"source": f"p{i // 2}"} for i in range(12)]
+    given.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    make_pairs(given, made, [way])
+    mined, _ = mine(list(open_examples(made)), read_corpus(given), "bm25", rule="naive", negatives=12)
+    assert len(mined) > 5
+    for row in mined:
+        ids = {id_within(id) for passage in row.negatives for id in ids_of(passage)}
+        assert len(ids) > 5 and row.id.split(":")[1] not in ids

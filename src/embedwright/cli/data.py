@@ -37,7 +37,14 @@ def data_list(
 @data_app.command("build")
 def data_build(
     name: Annotated[str, arg("Name in `data list`, a YAML file, or `docstrings` (of installed libraries).")],
-    out: Annotated[Path, opt("File to write; for `docstrings`, a folder.", "--out")],
+    out: Annotated[
+        Path,
+        opt(
+            "File to write; for `docstrings`, a folder.",
+            "--out",
+            callback=options.to_write(options.check_rows_name),
+        ),
+    ],
     source: Annotated[Path | None, opt("File or folder to read. Default: the hub.")] = None,
     limit: Annotated[int | None, opt("Number of rows or queries to take. Default: all.", min=1)] = None,
     share: Annotated[
@@ -95,6 +102,7 @@ def data_check(
     from embedwright.data.clean.clean import clean_file
     from embedwright.data.clean.leaks import EvalTexts
 
+    _check_against(against, corpus, leaks)
     held_out = EvalTexts(against, corpus=corpus, bm25=bm25 or None) if against else None
     report = clean_file(path, None, leaks_to=leaks, held_out=held_out)
     say_json(report)
@@ -113,7 +121,11 @@ def data_clean(
     corpus: options.WithCorpus = False,
     bm25: options.Bm25 = 0.9,
     leaks: Annotated[
-        Path | None, opt("File for the leaks (JSONL). Default: OUT.leaks.jsonl; with --shard, that of the part.")
+        Path | None,
+        opt(
+            "File for the leaks (JSONL). Default: OUT.leaks.jsonl; with --shard, that of the part.",
+            callback=options.file_to_write,
+        ),
     ] = None,
     repeats: Annotated[
         Literal["both", "query", "positive", "none"], opt("Sides that must repeat an earlier row for a row to go.")
@@ -140,6 +152,7 @@ def data_clean(
     from embedwright.data.clean.leaks import EvalTexts
 
     options.check_out(out, shard)
+    _check_against(against, corpus, leaks)
     if shard and leaks:
         raise InputError("--leaks: with --shard, the leaks of each part lie beside it")
     filters = Filters(
@@ -157,10 +170,17 @@ def data_clean(
     say_json(clean_file(path, out, leaks_to=leaks, filters=filters, by=repeats, held_out=held_out, shard=shard))
 
 
+def _check_against(against: list[Path] | None, corpus: bool, leaks: Path | None) -> None:
+    """Refuses options that say what to do with leaks where none is looked for."""
+    for name, given in (("--corpus", corpus), ("--leaks", leaks is not None)):
+        if given and not against:
+            raise InputError(f"{name} is of leaks: name the evaluation data with --against, or leave {name} out")
+
+
 @data_app.command("export")
 def data_export(
     path: options.DataPath,
-    out: options.Out,
+    out: Annotated[Path, opt("File to write: .parquet.", "--out", callback=options.file_to_write)],
     format: Annotated[
         Literal["sentence-transformers"], opt("Trainer whose columns are written.")
     ] = "sentence-transformers",

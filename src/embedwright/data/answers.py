@@ -21,6 +21,7 @@ from embedwright.data.schema import Example, Passage
 _CHUNK = 4096  # rows
 _AND = "\x1f"  # ASCII's separator of units: no id has it
 _IN = "::"  # between a collection and a document of it
+_CONTRAST = " contrast"
 
 
 def question_of(task: str, query: str) -> int:
@@ -60,6 +61,19 @@ def class_id(labels: Iterable[str], documents: Iterable[str] = ()) -> str:
 def collection_id(collection: str, id: str) -> str:
     """Returns an id that holds in all tasks, of one that holds in a collection: each of its parts names it."""
     return _AND.join(f"{collection}{_IN}{part}" for part in id.split(_AND))
+
+
+def contrast_id(id: str) -> str:
+    """Returns the id of a negative that is a text of this document itself, or nearly: it is one for its own row alone.
+
+    To other rows with an answer of the document, it counts as an answer.
+    """
+    return f"{id}{_CONTRAST}"
+
+
+def contrast_marks(task: str, passage: Passage) -> list[int]:
+    """Returns the number of the document that this passage has the `contrast_id` of."""
+    return [id_mark(task, id.removesuffix(_CONTRAST)) for id in ids_of(passage) if id.endswith(_CONTRAST)]
 
 
 def id_within(document: str) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from embedwright.data.answers import class_id
+from embedwright.data.keys import exact_key
 from embedwright.data.schema import DataError, Example, Passage
 
 Form = Literal["auto", "example", "label"]
@@ -68,7 +69,11 @@ def label_triples(
     if not all(labels_of):
         raise DataError(f"row {labels_of.index({})}: no label")
     unseen = {i for i, own in enumerate(labels_of) if known is not None and not own.keys() <= set(known)}
-    label_sets, conflicting = _label_sets(rows, labels_of, unseen)
+    first: dict[str, str] = {}
+    same = [
+        first.setdefault(exact_key(text), text) for text, _ in rows
+    ]  # equal texts are one, in the look of the first
+    label_sets, conflicting = _label_sets(same, labels_of, unseen)
     classes: Classes = {}
     for text, labels in label_sets.items():
         for label in labels:
@@ -85,13 +90,13 @@ def label_triples(
         own = list(labels_of[i])
         shared = [label for label in own if len(classes.get(label, ())) > 1]
         alone = form == "example" and not shared
-        useless = {"unseen": i in unseen, "conflicting": text in conflicting, "singleton": alone}
+        useless = {"unseen": i in unseen, "conflicting": same[i] in conflicting, "singleton": alone}
         if any(useless.values()):
             report[max(useless, key=lambda reason: useless[reason])] += 1  # the first of several
             continue
         rng = random.Random(f"{seed}:{i}")  # a str is hashed with SHA-512, not with Python's salted hash
         if form == "example":
-            right = [draw.passage(draw.other(shared, text, rng), own)]
+            right = [draw.passage(draw.other(shared, same[i], rng), own)]
             wrong = [draw.passage(other) for other in draw.of_other_classes(own, rng)]
             report["fewer_negatives"] += len(wrong) < negatives
         else:
@@ -105,12 +110,12 @@ def label_triples(
 
 
 def _label_sets(
-    rows: Sequence[LabelRow], labels_of: Sequence[dict[str, None]], unseen: Collection[int]
+    texts: Sequence[str], labels_of: Sequence[dict[str, None]], unseen: Collection[int]
 ) -> tuple[dict[str, dict[str, None]], set[str]]:
     """Returns the labels of each text, and apart from these the texts that have other labels in another row."""
     sets: dict[str, dict[str, None]] = {}
     conflicting = set()
-    for i, (text, _) in enumerate(rows):
+    for i, text in enumerate(texts):
         if i not in unseen and sets.setdefault(text, labels_of[i]).keys() != labels_of[i].keys():
             conflicting.add(text)
     return {text: own for text, own in sets.items() if text not in conflicting}, conflicting
@@ -125,13 +130,15 @@ def _spoken(task: str, labels: Sequence[str], words: Mapping[str, str] | None) -
                 "says nothing: name the classes (`data labels --words FILE`; `words` or `label_text` of a set's YAML), "
                 "or choose the form `example`"
             )
-        return {label: label for label in labels}
+        words = {label: label for label in labels}
     if missing := [label for label in labels if label not in words]:
         raise DataError(f"task {task}: no words for label {missing[0]!r}; there are words for {', '.join(words)}")
     spoken = {label: words[label] for label in labels}
-    twice = [text for text, count in Counter(spoken.values()).items() if count > 1]
+    keys = {label: exact_key(text) for label, text in spoken.items()}
+    twice = [key for key, count in Counter(keys.values()).items() if count > 1]
     if twice:
-        raise DataError(f"task {task}: {twice[0]!r} stands for {[k for k in labels if spoken[k] == twice[0]]}")
+        same = [label for label in labels if keys[label] == twice[0]]
+        raise DataError(f"task {task}: {spoken[same[0]]!r} stands for {same}")
     return spoken
 
 

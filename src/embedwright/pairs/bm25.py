@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable
 
+from embedwright.data.answers import ids_of
 from embedwright.data.files.documents import Document
 from embedwright.data.keys import exact_key
 from embedwright.data.schema import Example, Passage
@@ -58,6 +59,6 @@ def _split(ranked: list[tuple[Passage, float]], query: str, family: str) -> tupl
     for passage, score in ranked:
         each.setdefault(exact_key(passage.text), (passage, score))
     right = [(passage, score) for passage, score in each.values() if score >= EQUAL * ranked[0][1]]
-    families = {family, *(passage.id for passage, _ in right)}
+    known = {family, *(id for passage, _ in right for id in ids_of(passage))}
     rest = list(each.items())[len(right) :]
-    return right, [one for key, one in rest if query not in key and one[0].id not in families]
+    return right, [one for key, one in rest if query not in key and known.isdisjoint(ids_of(one[0]))]

@@ -35,6 +35,8 @@ def classes(documents: Iterable[Document], negatives: int) -> Make:
                 of_class.setdefault(label, []).append(document)
 
     def make(document: Document, rng: random.Random) -> Made:
+        if document.bad_label:
+            return "bad_label"
         if not document.labels:
             return "no_label"
         if exact_key(document.whole) in conflicting:
@@ -70,7 +72,7 @@ def _draw(
 
 
 def _passage(document: Document, beside: Document | None = None) -> Passage:
-    """Returns a document whose id holds its labels and its family, after those of the document `beside` it."""
+    """Returns a document whose id holds its labels and its own ids, after those of the document `beside` it."""
     both = [each for each in (beside, document) if each]
     labels = dict.fromkeys(label for each in both for label in each.labels)
-    return Passage(document.whole, class_id(labels, dict.fromkeys(each.family for each in both)))
+    return Passage(document.whole, class_id(labels, dict.fromkeys(id for each in both for id in each.ids)))

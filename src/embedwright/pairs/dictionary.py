@@ -16,10 +16,8 @@ from embedwright.data.schema import Example
 from embedwright.pairs.way import Made, Make, pair
 
 NAME_WORDS = 5  # the most of a name
-# The examples of use: nothing but quotes up to the end, each perhaps with its author.
-_USAGES = re.compile(r"[;:,]\s*((?:\"[^\"]+\"(?:\s*-+\s*[^;\"]+)?[;:,.]?\s*)+)$")
+_AFTER_USAGE = re.compile(r"(?:\s*-[^;]++)?[;:,.]?\s*")  # its author, perhaps, and a mark
 _COMPANY = re.compile(r", (?:Inc|Ltd|Co|Corp|LLC|GmbH)\b")
-_QUOTED = re.compile(r"\"([^\"]+)\"")
 
 
 class Entry(NamedTuple):
@@ -43,9 +41,22 @@ def entry_of(document: Document) -> Entry:
     names = [document.title] if _COMPANY.search(document.title) else document.title.split(", ")
     if any(len(name.split()) > NAME_WORDS or not name[:1].isalnum() for name in names):
         names = []
-    quoted = _USAGES.search(document.text)
-    meaning = document.text[: quoted.start()] if quoted else document.text
-    return Entry(document, names, meaning.strip(" ;:,"), _QUOTED.findall(quoted[1]) if quoted else [])
+    meaning, usages = _split(document.text)
+    return Entry(document, names, meaning.strip(" ;:,"), usages)
+
+
+def _split(text: str) -> tuple[str, list[str]]:
+    """Returns what stands before the examples of use, and these: after a mark nothing but quotes up to the end."""
+    pieces = text.split('"')
+    first = len(pieces)
+    # Backwards, because the end alone tells which quotes open: a text may have an odd number of them.
+    for at in range(len(pieces) - 2, 0, -2):
+        if not pieces[at] or not _AFTER_USAGE.fullmatch(pieces[at + 1]):
+            break
+        if pieces[at - 1].rstrip().endswith((";", ":", ",")):
+            first = at
+    usages = pieces[first:-1:2]
+    return ('"'.join(pieces[:first]).rstrip()[:-1] if usages else text), usages
 
 
 def gloss(documents: Iterable[Document], negatives: int) -> Make:

@@ -18,7 +18,7 @@ from embedwright.pairs.way import Made, Make
 MOST = 20  # documents that one names, or is named by: a list of many, or a common word, says little of each
 _ID = "\0"  # before ids, which then equal no title
 # {title}, [[title|as shown]] and [as shown](page.md)
-_LINK = re.compile(r"\{([^{}]+)\}|\[\[([^\[\]|]+)[^\[\]]*\]\]|\]\(([^()\s#]+)")
+_LINK = re.compile(r"\{([^{}]+)\}|\[\[([^\[\]|]+)(?:\|[^\[\]]*)?\]\]|\]\(([^()\s#]+)")
 _SEE = re.compile(r"(?:\bSee|[(;,] ?see)(?: also)?:?(?: the)? (.+?)(?=[.;](?:\s|$)|[()]|$)", re.DOTALL)
 _AND = re.compile(r",|\b(?:and|or|also|see)\b(?: the\b)?")
 
@@ -46,7 +46,7 @@ def see_also(documents: Iterable[Document]) -> Make:
         close = [other for other in others if times[other.id] <= MOST]
         if not close:
             return "named_by_many"
-        both = ((other, class_id((), dict.fromkeys((document.family, other.family)))) for other in close)
+        both = ((other, class_id((), dict.fromkeys((*document.ids, *other.ids)))) for other in close)
         return [Example("", "", document.whole, tuple(Passage(other.whole, id) for other, id in both))]
 
     return make

@@ -36,7 +36,7 @@ from embedwright.pairs.templates import templates
 from embedwright.pairs.way import Made, Make
 from embedwright.pairs.wordnet import WHERE, WordNet
 
-FORMAT = 2  # of the parts: raise it when a way makes other examples
+FORMAT = 3  # of the parts: raise it when a way makes other examples
 BLOCK = 2048  # documents of a part: what a killed run loses at most
 
 
@@ -141,6 +141,8 @@ def make_pairs(
     ways = check_ways(how)
     options = Options(negatives, _wordnet(ways, wordnet))
     check_file(out)
+    if path.is_dir() and out.resolve().parent == path.resolve():
+        raise InputError(f"--out {out} lies among the documents, as one of which the next run would read it")
     name = name or stem_of(path)
     quarantine_path = out.with_name(f"{out.name}.quarantine.jsonl")
     quarantine_path.unlink(missing_ok=True)

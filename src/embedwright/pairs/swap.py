@@ -10,6 +10,7 @@ import random
 import re
 from dataclasses import replace
 
+from embedwright.data.answers import contrast_id
 from embedwright.data.files.documents import Document
 from embedwright.data.schema import Passage
 from embedwright.pairs.way import Made, pair
@@ -42,8 +43,8 @@ def swap(document: Document, rng: random.Random) -> Made:
             claims = claim, new.join(re.split(_whole(old), claim))
             (right, wrong) = claims if rng.random() < 0.5 else claims[::-1]
             texts = [" ".join(filter(None, [before, claim, after])) for claim in (right, wrong)]
-            # no id: with its document's, which the positive has, it would count as an answer of the claim
-            return [replace(pair(document, right, texts[0]), negatives=(Passage(texts[1]),))]
+            against = Passage(texts[1], contrast_id(document.family))  # it may answer other claims on the document
+            return [replace(pair(document, right, texts[0]), negatives=(against,))]
     return "nothing_to_swap"
 
 

@@ -22,11 +22,13 @@ _MEANS = re.compile(r"(?:an?|any|one of|the [a-z-]+ (?:of|by|in|that|for|to|from
 _FINITE = re.compile(r"\b(?:is|are|was|were|can|will|has|have|may|should|must|does|do)\b")
 _RELATIVE = re.compile(r"\b(?:which|that|who|whose|whom|where|when|how|what|as|if)\b")
 _LINK = re.compile(r"\.?\s*\([^()]*://[^()]*\)")
+# Any line is tried. What it ends in is looked at first, so that one of marks alone is not tried in all its splits.
 _QUESTION = re.compile(
-    r"(?:#+\s*|\*\*\s*|\d+(?:\.\d+)*[.)]?\s+|Q(?:uestion)?\s*\d*\s*[:.)]\s*)*(?P<asked>[A-Z\"'].*\?)[\s*#]*"
+    r"(?=.*\?[\s*#]*\Z)(?:#\s*|\*\*\s*|\d+(?:\.\d+)*[.)]?\s+|Q(?:uestion)?\s*(?:\d+\s*)?[:.)]\s*)*"
+    r"(?P<asked>[A-Z\"'].*\?)[\s*#]*"
 )
 _LINE = re.compile(r"\s*([-=~*_])\1{2,}\s*")  # below a heading
-_ANSWER = re.compile(r"\s*(?:\*\*)?A(?:nswer)?\s*\d*\s*[:.)](?:\*\*)?\s+")
+_ANSWER = re.compile(r"\s*(?:\*\*)?A(?:nswer)?\s*(?:\d+\s*)?[:.)](?:\*\*)?\s+")
 QUESTION_WORDS = 3, 30
 ANSWER_WORDS = 5
 TERM_WORDS = 30  # the most of a meaning that a question spells out

@@ -21,7 +21,9 @@ FUNCTION_WORDS = frozenset(_FUNCTION.split())
 
 _MARKS = re.compile(r"^(?:\d{1,2}\.\s+|<[^<>]{1,60}>\s*|[(\[][^()\[\]]{1,60}[)\]]\s*|/[^/ ]{1,30}/\s*)+(?=\S)")
 _CODE = re.compile(r"[{}$=@\\|<>]|://|::|\b\w+\(|--|\s\*\s")
-_BREAK = re.compile(r"([.!?]+[\"')\]]*)\s+(?=[\"'(\[<]*[^\W_a-z])|[。！？]|\n\s*\n|\n(?=\s*(?:[-*•#]|\d+[.)])\s)")
+_BREAK = re.compile(
+    r"((?<![.!?])[.!?]+[\"')\]]*)\s+(?=[\"'(\[<]*[^\W_a-z])|[。！？]|\n\s*\n|\n(?=\s*(?:[-*•#]|\d+[.)])\s)"
+)
 # What a full stop follows without ending a sentence: an initial, letters with stops (U.S., e.g.), titles and the like.
 _NO_END = re.compile(
     r"(?:\b[A-Z]|\b(?:\w\.)+\w|\b(?:[Mm]rs?|[DJS]r|[Pp]rof|[Ss]t|[Nn]os?|[Ff]igs?|[Vv]ol|vs|cf|al|ca|approx))$"
@@ -33,7 +35,8 @@ def sentences(text: str) -> list[str]:
     """Returns the sentences of a text by its punctuation and blank lines, with single spaces."""
     pieces, start = [], 0
     for match in _BREAK.finditer(text):
-        if match[1] == "." and _NO_END.search(text, start, match.start()):
+        word = max(start, text.rfind(" ", start, match.start()))  # from `start` on, a row of initials takes n²
+        if match[1] == "." and _NO_END.search(text, word, match.start()):
             continue
         pieces.append(text[start : match.end()])
         start = match.end()

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from embedwright.cli.main import app
 from embedwright.cli.options import check_asked, check_opened, check_rows_file
 from embedwright.errors import InputError
 
@@ -37,3 +39,22 @@ def test_options_of_servers_are_refused_where_none_is_asked() -> None:
             check_asked(["minilm", "bm25"], {**none, name: "given"})
         check_asked(["minilm", "http://127.0.0.1:1/v1#m"], {**none, name: "given"})
     check_asked(["minilm"], none)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("data build fiqa --out {}/o.csv", "not as .csv"),
+        ("data clean absent.jsonl --out {}/o.jsonl --against absent --leaks {}", "is a folder"),
+        ("data clean absent.jsonl --out {}/o.jsonl --leaks {}/l.jsonl", "--leaks is of leaks: .* --against"),
+        ("data check absent.jsonl --corpus", "--corpus is of leaks: .* --against"),
+        ("data export absent.jsonl --out {}", "is a folder"),
+    ],
+)
+def test_what_would_fail_or_be_ignored_after_the_work_is_refused_before_it(
+    tmp_path: Path, arguments: str, said: str
+) -> None:
+    result = CliRunner().invoke(app, arguments.format(tmp_path, tmp_path).split())
+    assert isinstance(result.exception, InputError)
+    with pytest.raises(InputError, match=said):
+        raise result.exception

@@ -91,6 +91,18 @@ def test_repeated_texts_are_never_their_own_positive_and_conflicting_ones_are_le
         assert "both" not in texts and example.query not in texts and len(texts) == len(set(texts))
 
 
+def test_looks_of_one_text_are_one_text() -> None:
+    rows = [("Buy now", "spam"), ("buy  now ", "ham"), ("a", "spam"), ("b", "spam"), ("c", "ham"), ("d", "ham")]
+    examples, report = label_triples(rows, task="t", form="example")
+    assert report["conflicting"] == 2 and {example.query for example in examples} == set("abcd")
+    alike = [("Buy now", "spam"), ("buy  now ", "spam"), *rows[2:]]
+    for seed in range(9):
+        for example in label_triples(alike, task="t", form="example", seed=seed)[0]:
+            assert example.positives[0].text.lower().split() != example.query.lower().split()
+    with pytest.raises(DataError, match=r"'Spam' stands for \['Spam', 'spam'\]"):
+        label_triples([("a", "Spam"), ("b", "spam")], task="t", form="label")
+
+
 def test_a_class_with_one_text_repeated_is_a_class_of_one() -> None:
     rows = [("same", "a"), ("same", "a"), ("b1", "b"), ("b2", "b"), ("c1", "c"), ("c2", "c")]
     examples, report = label_triples(rows, task="t")

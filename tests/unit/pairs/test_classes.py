@@ -61,6 +61,7 @@ def test_what_makes_no_example() -> None:
     twice = [Document("a", "Same text", "", ("x",)), Document("b", "same TEXT", "", ("y",)), *DOCUMENTS]
     assert row(twice[0], twice) == "conflicting" == row(twice[1], twice)
     assert row(Document("c", "c"), DOCUMENTS) == "no_label"
+    assert row(Document("c", "c", bad_label=True), DOCUMENTS) == "bad_label"
     assert row(DOCUMENTS[-1], [DOCUMENTS[-1]]) == "singleton"
     alone = row(DOCUMENTS[0], DOCUMENTS[:2])
     assert isinstance(alone, Example) and alone.negatives == ()

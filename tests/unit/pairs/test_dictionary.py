@@ -35,6 +35,14 @@ def test_an_entry_has_names_a_meaning_and_examples_of_use() -> None:
     assert entry_of(Document("x", "text")).names == []
 
 
+@pytest.mark.parametrize("number", [200, 10_000])
+def test_many_quotes_are_read_at_once(number: int) -> None:
+    usages = [f"q {i}" for i in range(number)]
+    quotes = ", ".join(f'"{usage}" - Author' for usage in usages)
+    assert entry_of(Document("x", f"He spoke: {quotes}; and so on", "speak")).usages == []
+    assert entry_of(Document("x", f"utter words; {quotes}", "speak"))[2:] == ("utter words", usages)
+
+
 @pytest.mark.parametrize(
     ("name", "usage", "found"),
     [

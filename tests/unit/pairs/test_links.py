@@ -41,6 +41,7 @@ def named(text: str, *links: str, id_: str = "sub/a.md") -> list[str]:
         ("A thing (see Perl) and another (see also: 'CPython').", ["Perl", "Python, CPython"]),
         ("We see Perl as a language, and Perl is one. See it. Twice. See Twice.", []),
         ("See A. Nothing else.", []),
+        ("[[" + "open" * 10_000 + " [[Perl]]", ["Perl"]),
     ],
 )
 def test_names_in_the_text(text: str, expected: list[str]) -> None:

@@ -122,6 +122,13 @@ def test_the_ways_that_draw_are_those_that_another_seed_changes(tmp_path: Path) 
         assert (len(set(made)) > 1) == (way.draws or name == "templates"), name
 
 
+def test_an_output_among_the_documents_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text(f"# Perl\n\n{TEXT}\n")
+    with pytest.raises(InputError, match=r"pairs\.jsonl lies among the documents"):
+        make_pairs(tmp_path, tmp_path / "pairs.jsonl", ["title"])
+    assert [file.name for file in tmp_path.iterdir()] == ["a.md"]
+
+
 def test_the_same_bytes_again(tmp_path: Path) -> None:
     source = write(tmp_path / "d.jsonl", *({"text": f"{TEXT} {i}"} for i in range(50)))
     files = []

@@ -25,7 +25,10 @@ def test_one_value_of_the_claims_sentence_differs_between_positive_and_negative(
     for row in made:
         positive, negative = row.positives[0].text, row.negatives[0].text
         assert row.query in positive and row.query not in negative
-        assert (row.positives[0].id, row.negatives[0].id) == ("d", None)  # one document, but no answer of the claim
+        assert (row.positives[0].id, row.negatives[0].id) == (
+            "d",
+            "d contrast",
+        )  # one document, but no answer of the claim
         original, changed = (positive, negative) if positive == f"{CLAIM} {REST}" else (negative, positive)
         assert original == f"{CLAIM} {REST}"
         before = next(i for i in range(len(original)) if original[i] != changed[i])

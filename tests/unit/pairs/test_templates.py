@@ -69,6 +69,15 @@ def test_headings_and_lines_that_are_questions_find_what_follows_them() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "line", ["#" * 10_000, "# " * 10_000, "**" * 10_000, "Q: " * 10_000 + "x", "Q" + " " * 10_000 + "x"]
+)
+def test_a_line_of_marks_is_read_at_once(line: str) -> None:
+    assert asked(f"{line}\n\n## What is it?\n\nIt is what stands here below it.") == [
+        ("What is it?", "It is what stands here below it.")
+    ]
+
+
 def test_an_answer_ends_at_an_underlined_heading() -> None:
     text = (
         "How do I install it?\n--------------------\n\nUse pip to install the package.\n\nParts:\n- one\n- two\n\n"

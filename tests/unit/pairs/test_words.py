@@ -27,6 +27,11 @@ def test_sentences(text: str, pieces: list[str]) -> None:
     assert sentences(text) == pieces
 
 
+def test_many_initials_and_leaders_of_dots_are_read_at_once() -> None:
+    text = "J. " * 5000 + "Smith wrote it " + "." * 20_000 + "x."
+    assert sentences(f"{text} Then he left.") == [text, "Then he left."]
+
+
 def test_around_takes_neighbours_in_turn_up_to_the_limit() -> None:
     assert around(["a b", "c", "d e", "f"], 1) == ("a b", "d e f")
     pieces = [f"{i} " + "w " * 48 + "end" for i in range(20)]  # 50 words each

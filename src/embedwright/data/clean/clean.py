@@ -27,6 +27,7 @@ from embedwright.data.files.folders import stem_of
 from embedwright.data.files.parts import Shard, write_part
 from embedwright.data.keys import are_near, both_keys, shingles
 from embedwright.data.schema import DataError, Example
+from embedwright.data.sources.catalog import find_task
 from embedwright.data.tables.table import PartOfTable, open_as_named, write_examples
 from embedwright.errors import InputError
 from embedwright.files import whole_file
@@ -65,19 +66,20 @@ def clean(
 ) -> Iterator[Example]:
     """Yields the examples that break no rule, in order, without the passages that break one; `report` gets the counts.
 
-    `examples` are read twice, so they are a table or a list. A row repeats an earlier one of its task if their queries
-    repeat the same text and so does one positive of each (`by="both"`); `query` and `positive` look at that side alone,
-    `none` leaves the rule out. Scored pairs below the threshold repeat each other alone. `repeats` says what texts
-    repeat. Within a row, a positive goes that repeats an earlier one, and a negative that repeats the query, a positive
-    or an earlier negative. In rows of `pair_tasks` (those of family `pair`) and in scored pairs below the threshold, a
-    negative may nearly repeat the query or a positive: such rows are there to tell the two apart.
+    `examples` are read twice, so they are a table or a list. A row repeats earlier ones of its task if its query and
+    each of its positives, as pairs, do (`by="both"`); `query` and `positive` look at that side alone,
+    `none` leaves the rule out. A row with a new positive stays, without those that repeat. Scored pairs below the
+    threshold repeat each other alone. `repeats` says what texts repeat. Within a row, a positive goes that repeats an
+    earlier one, and a negative that repeats the query, a positive or an earlier negative. In rows of `pair_tasks`
+    (those of family `pair`) and in scored pairs below the threshold, a negative may nearly repeat the query or a
+    positive: such rows are there to tell the two apart.
 
     `on_leak` gets every text that leaks: `row` (from 1) and `id` of its example, side, rule, score, the evaluation file
     and its row, both texts cut to 200 characters. Memory: what `repeats` takes for the queries and positives, 200 bytes
     a row, and `held_out`.
     """
     filters = filters or Filters()
-    rows = _kept(examples, _row_faults(examples, filters, by), filters, report, pair_tasks)
+    rows = _kept(examples, *_row_faults(examples, filters, by), filters, report, pair_tasks)
     if held_out is not None:
         rows = _unleaked(rows, held_out, report, on_leak)
     for _, example in rows:
@@ -108,7 +110,8 @@ def clean_file(
     filters = filters or Filters()
     licences = {task.name: task.licence for task in table.tasks.values() if task.licence}
     licences |= filters.licences
-    licences.setdefault("", licences.get(stem_of(path), ""))  # of rows that name no task: that of the file's name
+    known = find_task(stem_of(path))  # rows that name no task have that of the file's name
+    licences.setdefault("", licences.get(stem_of(path), known.licence if known else ""))
     filters = replace(filters, licences=licences)
     rules: dict[str, Any] = {"filters": filters, "by": by, "held_out": held_out}
     if shard is None:
@@ -157,9 +160,13 @@ def _clean_rows(given: PartOfTable, out: Path | None, leaks_to: Path | None, rul
 # ---------------------------------------------------------------------------------------------------- rows
 
 
-def _row_faults(examples: Iterable[Example], filters: Filters, by: By) -> bytearray:
-    """Returns what is wrong with each row as a whole, as a number of _FAULTS."""
+def _row_faults(examples: Iterable[Example], filters: Filters, by: By) -> tuple[bytearray, dict[int, set[int]]]:
+    """Returns what is wrong with each row as a whole, as a number of _FAULTS, and the repeated positives of the rest.
+
+    The latter are places in rows without misfits, by row.
+    """
     faults, tasks, shapes = bytearray(), dict[tuple[str, bool], int](), array("q")
+    cut: dict[int, set[int]] = {}
 
     def texts() -> Iterator[str]:
         for example in examples:
@@ -175,24 +182,31 @@ def _row_faults(examples: Iterable[Example], filters: Filters, by: By) -> bytear
 
     if by == "none":
         deque(texts(), maxlen=0)
-        return faults
+        return faults, cut
     found, seen, end = repeats(texts()), set[tuple[int, ...]](), 0
     rows = (row for row, fault in enumerate(faults) if not fault)
     for row, task, count in zip(rows, shapes[::2], shapes[1::2], strict=True):
         start, end = end, end + count
-        # One of these keys must have been seen to make the row a repeat: what its texts, or text, are the copies of.
+        # All of these keys must have been seen to make the row a repeat: what its texts, or text, are the copies of.
         sides = [(i,) for i in range(start, end)] if by != "both" else [(start, i) for i in range(start + 1, end)]
-        keys = {(task, *(found[i].first if i in found else i for i in side)): side for side in sides}
-        if repeated := keys.keys() & seen:
-            exact = any(all(i not in found or found[i].exact for i in keys[key]) for key in repeated)
+        keys = [(task, *(found[i].first if i in found else i for i in side)) for side in sides]
+        repeated = {place: sides[place - 1] for place, key in enumerate(keys, start=1) if key in seen}
+        if len(repeated) == len(keys):
+            exact = any(all(i not in found or found[i].exact for i in side) for side in repeated.values())
             faults[row] = _FAULTS.index("repeated_exact" if exact else "repeated_near")
-        else:
-            seen.update(keys)
-    return faults
+        elif repeated:
+            cut[row] = {*repeated}
+        seen.update(keys)
+    return faults, cut
 
 
 def _kept(
-    examples: Iterable[Example], faults: bytearray, filters: Filters, report: Report, pair_tasks: Collection[str]
+    examples: Iterable[Example],
+    faults: bytearray,
+    repeated: dict[int, set[int]],
+    filters: Filters,
+    report: Report,
+    pair_tasks: Collection[str],
 ) -> Iterator[tuple[int, Example]]:
     """Yields (number from 1, example) of rows without a fault, less passages of a wrong length and repeats."""
     for number, (example, fault) in enumerate(zip(examples, faults, strict=True), start=1):
@@ -200,7 +214,7 @@ def _kept(
             report.removed[_FAULTS[fault]] += 1
             continue
         left = _judged(example, _misfits(example, filters), "length", report)
-        if left is None:
+        if left is None or (left := _judged(left, repeated.get(number - 1, ()), "repeated", report)) is None:
             continue
         nearly = left.task not in pair_tasks and bool(left.positives)
         if left := _judged(left, _repeats_inside(left, nearly), "repeated", report):

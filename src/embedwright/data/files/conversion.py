@@ -26,8 +26,8 @@ class Conversion:
     names: dict[str, Mapping[str, str]] = field(default_factory=dict)
     report: Counter[str] = field(default_factory=Counter)
 
-    def task_of(self, row_id: str) -> str:
-        """Returns the name of a row's task."""
+    def task_of(self, query: str) -> str:
+        """Returns the name of the task of rows that ask `query`."""
         return self.task
 
     def on_form(self, form: str | None) -> None:
@@ -41,7 +41,7 @@ class Conversion:
         answers = each_once(right) if wrong else {}
         kept = tuple(passage for key, passage in wrong.items() if key not in answers)
         self.report["conflicting"] += len(wrong) - len(kept)
-        return Example(row_id, self.task_of(row_id), query, right, kept)
+        return Example(row_id, self.task_of(query), query, right, kept)
 
     def judged(
         self,

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from embedwright.config import did_you_mean
+from embedwright.data.answers import class_id
 from embedwright.data.files.beir import corpus_files
-from embedwright.data.files.folders import is_beir, is_data, stem_of
+from embedwright.data.files.folders import is_data, is_one_set, stem_of
 from embedwright.data.files.rows import Row, plain_name, read_rows, text_rows
 from embedwright.data.keys import exact_key
 from embedwright.data.schema import DataError, Passage, id_of, label_of, text_of
@@ -29,14 +30,16 @@ COLUMNS = {
     "links": ("see_also", "links"),
 }
 _PAGES = (".txt", ".md")  # files of a folder that are a document each
-_HEADING = re.compile(r"\A\s*#\s+(.+?)\s*#*\s*\n")
+_OF_A_COPY = {"README", "LICENSE", "LICENCE"}
+_HEADING = re.compile(r"\A\s*#\s+(\S.*)\n")
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Holds one document. `labels` are its classes; documents of one `source` are never each other's negatives.
+    """Holds one document. Documents of one `source` are never each other's negatives.
 
-    `links` are ids or titles of documents that it names: those of its row, not those in its text.
+    `labels` are its classes; there is none if its row has a `bad_label`, which names no class. `links` are ids or
+    titles of documents that it names: those of its row, not those in its text.
     """
 
     id: str
@@ -45,6 +48,7 @@ class Document:
     labels: tuple[str, ...] = ()
     source: str = ""
     links: tuple[str, ...] = ()
+    bad_label: bool = False
 
     @property
     def whole(self) -> str:
@@ -53,12 +57,17 @@ class Document:
 
     @property
     def family(self) -> str:
-        """Returns what the passages of this document carry as their id: the source, or else the document's id."""
+        """Returns what documents of one source have in common: the source, or else the document's own id."""
         return f"source {self.source}" if self.source else self.id
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Returns what a passage of this document names in its id: its family, and the document, which a corpus has."""
+        return tuple(dict.fromkeys((self.family, self.id)))
 
     def passage(self, text: str) -> Passage:
         """Returns a text of this document as a passage that is no negative of others of its family."""
-        return Passage(text, self.family)
+        return Passage(text, class_id((), self.ids))
 
 
 def columns_of(given: list[str]) -> dict[str, tuple[str, ...]]:
@@ -77,14 +86,18 @@ def read_documents(path: Path, columns: Mapping[str, tuple[str, ...]], on_bad: O
     """Yields the documents at `path`; `on_bad` gets the lines that hold none.
 
     `path` is a data file, a folder of such, or a BEIR folder, whose rows have `columns`; a .txt with one text a line; a
-    .md; or a folder of .txt and .md files, each a document whose title is its first heading. A line is bad if it has no
-    text, or the id of an earlier one. Holds one row in memory, and 100 bytes for each id.
+    .md; or a folder of .txt and .md files, each a document. The title of a .md is the heading of level 1 that it begins
+    with. A line is bad if it has no text, the id of an earlier one, or a title, id or source that is no text; a blank
+    one is as good as none. Holds one row in memory, and 100 bytes for each id. Raises InputError if no row has a column
+    that replaces the default.
     """
     ids: set[str] = set()
+    unseen = {named[0]: part for part, named in columns.items() if part != "text" and named != COLUMNS[part]}
     for file, number, raw, row in document_rows(path):
         try:
             if isinstance(row, DataError):
                 raise row
+            unseen = {column: part for column, part in unseen.items() if column not in row} if unseen else unseen
             document = _document(row, columns, f"{stem_of(file)}:{number}")
             if document.id in ids:
                 raise DataError(f"id {document.id[:60]!r} twice")
@@ -93,25 +106,42 @@ def read_documents(path: Path, columns: Mapping[str, tuple[str, ...]], on_bad: O
             continue
         ids.add(document.id)
         yield document
+    for column, part in unseen.items():
+        raise InputError(f"{path}: no row has a column {column!r} (--column {part}={column})")
 
 
 def _document(row: Mapping[str, Any], columns: Mapping[str, tuple[str, ...]], default_id: str) -> Document:
     def value(part: str) -> tuple[Any, str]:
-        found = [column for column in columns[part] if row.get(column) is not None]
+        found = [column for column in columns[part] if not _is_absent(row.get(column), part)]
         return (row[found[0]], found[0]) if found else (None, columns[part][0])
 
     if value("text")[0] is None:
         raise DataError(f"no {columns['text'][0]}; the row has {', '.join(map(str, row))[:100]} (--column text=NAME)")
     text, title, id_, label, source, link = map(value, ("text", "title", "id", "label", "source", "links"))
     labels, links = (one[0] if isinstance(one[0], list | tuple) else [one[0]] for one in (label, link))
+    named = _labels(labels)
     return Document(
         id=default_id if id_[0] is None else id_of(*id_),
         text=_shown(*text),
-        title="" if title[0] is None or title[0] == "" else " ".join(_shown(*title).split()),
-        labels=tuple(label_of(item, label[1]) for item in labels if item is not None),
+        title="" if title[0] is None else " ".join(_shown(*title).split()),
+        labels=named or (),
         source="" if source[0] is None else id_of(*source),
         links=tuple(str(item) for item in links if isinstance(item, str | int)),  # others name no document
+        bad_label=named is None,
     )
+
+
+def _is_absent(value: object, part: str) -> bool:
+    """Tells whether a row lacks a part: tables have blank cells where it does. A blank text is an error."""
+    return value is None or (part != "text" and isinstance(value, str) and not exact_key(value))
+
+
+def _labels(values: Iterable[object]) -> tuple[str, ...] | None:
+    """Returns the names of classes, or None if a value is none."""
+    try:
+        return tuple(label_of(value, "label") for value in values if not _is_absent(value, "label"))
+    except DataError:
+        return None
 
 
 def _shown(value: object, column: str) -> str:
@@ -148,13 +178,25 @@ def document_rows(path: Path, file_titles: bool = False) -> Iterator[tuple[Path,
 
 
 def _pages(path: Path) -> list[Path]:
-    """Returns the files that are a document each: none where the path holds rows."""
+    """Returns the files that are a document each: none where the path holds rows. Raises DataError where it has both.
+
+    What goes with a copy of a repository, its README and licence, is no page beside rows.
+    """
     if path.is_file():
         return [path] if path.suffix == ".md" else []
-    if is_beir(path) or any(file.is_file() and is_data(file) for file in path.iterdir()):
+    if is_one_set(path):
         return []
     found = (file for file in path.rglob("*") if file.suffix in _PAGES and file.is_file())
-    return sorted(f for f in found if not any(part.startswith(".") for part in f.relative_to(path).parts))
+    pages = sorted(f for f in found if not any(part.startswith(".") for part in f.relative_to(path).parts))
+    data = sorted(file for file in path.iterdir() if file.is_file() and is_data(file))
+    if not data:
+        return pages
+    if own := [page for page in pages if not (page.parent == path and page.stem.upper() in _OF_A_COPY)]:
+        raise DataError(
+            f"{path} holds pages ({own[0].relative_to(path)}) and rows ({data[0].name}): name the file of rows, or "
+            "give a folder of pages alone"
+        )
+    return []
 
 
 def _page(file: Path, root: Path, file_titles: bool) -> Row:
@@ -165,5 +207,12 @@ def _page(file: Path, root: Path, file_titles: bool) -> Row:
         return DataError(f"not UTF-8 at byte {error.start}")
     heading = _HEADING.match(text) if file.suffix == ".md" else None
     name = file.name if file == root else file.relative_to(root).as_posix()
-    title = heading[1] if heading else file.stem if file_titles else None
+    title = _without_marks(heading[1]) if heading else file.stem if file_titles else None
     return {"id": name, "title": title, "text": text[heading.end() :] if heading else text}
+
+
+def _without_marks(heading: str) -> str:
+    """Returns a heading without the marks that may close it, which stand after a space: `C#` keeps its own."""
+    bare = heading.rstrip()
+    text = bare.rstrip("#")
+    return text.rstrip() if text[-1:].isspace() or not text else bare

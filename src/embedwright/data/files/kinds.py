@@ -145,7 +145,7 @@ class LabelledRows(RowKind):
         )
         job.report.update(counts)
         for example in examples:
-            yield replace(example, task=job.task_of(example.id))
+            yield replace(example, task=job.task_of(example.query))
 
 
 class ScoredRows(RowKind):

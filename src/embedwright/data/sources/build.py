@@ -17,7 +17,7 @@ from embedwright.data.files.kinds import LabelledRows, detect_kind
 from embedwright.data.files.quarantine import Quarantine
 from embedwright.data.files.rows import Rows, read_rows
 from embedwright.data.files.tasks import tasks_beside
-from embedwright.data.labels import USUAL, Form, LabelRules
+from embedwright.data.labels import USUAL, LabelRules
 from embedwright.data.schema import DataError, Example, Task
 from embedwright.data.sources.catalog import BeirRows, Entry, EvidenceRows, find_task
 from embedwright.data.sources.convert import Job, OpenTable, Table, convert
@@ -54,7 +54,7 @@ def build(
     reach, and DataError if no example comes out.
     """
     quarantine_path = out.with_name(f"{out.name}.quarantine.jsonl")
-    _check(entry, source, labels.form, corpus_out, strict)
+    _check(entry, source, labels, corpus_out, strict)
     if share is not None:
         if limit is not None:
             raise InputError("a limit and a share are both given: leave one out")
@@ -93,19 +93,24 @@ def label_file(
 ) -> dict[str, int]:
     """Does the same for rows {"text", "label"} in the file `path`. A label may be a list, and `id` may be there.
 
-    `task` is the name of the task (default: the file's); the file beside `path`, or the catalogue, may describe it.
+    `task` is the name of the task (default: the file's). The file beside `path`, or the catalogue, may describe it,
+    under this name or the file's; what it says stays, but for what the form decides.
     `words`: see `labels.label_triples`.
     """
     if detect_kind(path) != "labelled":
         raise DataError(f'{path}: rows are not {{"text", "label"}}')
     rows = LabelledRows(text=("text",), label="label", words=dict(words) if words else None, id="id")
     name = task or stem_of(path)
-    described = tasks_beside(path).get(name) or find_task(name) or Task(name=name, family="classification")
+    beside, stem = tasks_beside(path), stem_of(path)
+    own = beside.get(name) or beside.get(stem)
+    described = own or find_task(name) or find_task(stem) or Task(name=name, family="classification")
     entry = Entry(
         name=name,
         rows=rows,
         family=described.family,
         instructions=(described.instruction,),  # may be empty: the recipe that reads the examples can give it
+        symmetric=bool(own and own.symmetric),  # what the catalogue says goes by the form that it chooses
+        in_batch_negatives=described.in_batch_negatives,
         url=described.source or None,
         licence=described.licence or "unknown",
         target={"v2": "example"},
@@ -203,11 +208,13 @@ def _naming(where: str) -> Iterator[None]:
         raise DataError(f"{where}: {error}") from error
 
 
-def _check(entry: Entry, source: Path | None, form: Form | None, corpus_out: Path | None, strict: bool) -> None:
+def _check(entry: Entry, source: Path | None, labels: LabelRules, corpus_out: Path | None, strict: bool) -> None:
     """Raises for what cannot work, before anything is read, and warns of a set that is not pinned."""
     labelled = isinstance(entry.rows, LabelledRows)
-    if form is not None and not labelled:
+    if labels.form is not None and not labelled:
         raise DataError(f"{entry.name}: its rows have no labels, so no form")
+    if labels.known is not None and not labelled:
+        raise DataError(f"{entry.name}: its rows have no labels to keep some of")
     if corpus_out is not None and labelled:
         raise DataError(f"{entry.name}: its rows have labels, so there is no corpus to mine from")
     if source is not None:

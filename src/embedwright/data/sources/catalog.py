@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from embedwright.config import did_you_mean, load_yaml, validate
 from embedwright.data.files.columns import Columns
 from embedwright.data.files.kinds import LabelledRows, NliRows, PairRows, ScoredRows
-from embedwright.data.schema import Family, Task
+from embedwright.data.keys import exact_key
+from embedwright.data.schema import Family, InBatch, Task
 from embedwright.errors import InputError
 
 Version = Literal["v1", "v2"]
@@ -84,6 +85,7 @@ class Entry(_Frozen):
     family: Family
     instructions: Annotated[tuple[str, ...], Field(min_length=1)]
     symmetric: bool = False
+    in_batch_negatives: InBatch | None = None
     target: dict[Version, Target] = Field(min_length=1)  # by version of NV-Embed that has the set
     samples: int | None = Field(default=None, gt=0)  # of NV-Embed v2
     licence: str = "unknown"
@@ -124,6 +126,7 @@ class Entry(_Frozen):
         shared = {
             "family": self.family,
             "symmetric": self.symmetric or (form or self.form) == "example",
+            "in_batch_negatives": self.in_batch_negatives,
             "licence": "" if self.licence == "unknown" else self.licence,
             "source": self.hub or self.url or "",
         }
@@ -133,9 +136,12 @@ class Entry(_Frozen):
             for name, wording in zip(names, self.instructions, strict=True)
         ]
 
-    def task_of(self, row_id: str, seed: int) -> str:
-        """Returns the name of the task, so the wording, of a row. It depends on `seed` and the row's id alone."""
-        pick = random.Random(f"{seed}:wording:{row_id}").randrange(len(self.instructions))
+    def task_of(self, query: str, seed: int) -> str:
+        """Returns the name of the task, so the wording, of a query: by `seed` and its exact key alone.
+
+        All rows of a question get one, because its answers are collected within a task.
+        """
+        pick = random.Random(f"{seed}:wording:{exact_key(query)}").randrange(len(self.instructions))
         return self.name if pick == 0 else f"{self.name}.{pick + 1}"
 
 

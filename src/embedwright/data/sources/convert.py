@@ -55,8 +55,8 @@ class Job(Conversion):
     limit: int | None = None
     tasks: dict[str, Task] = field(default_factory=dict)
 
-    def task_of(self, row_id: str) -> str:
-        return self.entry.task_of(row_id, self.seed)
+    def task_of(self, query: str) -> str:
+        return self.entry.task_of(query, self.seed)
 
     def on_form(self, form: str | None) -> None:
         self.tasks.update({task.name: task for task in self.entry.tasks(form)})

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from embedwright.data.answers import document_marks, text_mark
+from embedwright.data.answers import contrast_marks, document_marks, text_mark
 from embedwright.data.schema import Example, InBatch
 from embedwright.text import Contract
 from embedwright.training.batches.batch import Batch, Bools, Ints, Masks, Targets, Text
@@ -119,10 +119,12 @@ def _draw(
 def _answers(drawn: Sequence[Drawn], mark: Callable[[str], int]) -> list[set[int]]:
     """Returns for each row the marks (`data.answers`) of its query and of all that answers it by any row of the batch.
 
-    A document that answers may come with several texts in the batch: all of them answer.
+    A document that answers may come with several texts in the batch: all of them answer, but a row's own contrasts
+    (`contrast_id`), unless a row lists them.
     """
     marks_of: dict[tuple[str, int], set[int]] = defaultdict(set)  # task, query
     texts_of: dict[int, set[int]] = defaultdict(set)  # document
+    contrasts_of: dict[int, set[int]] = defaultdict(set)
     questions = [(one.row.example.task, mark(one.row.example.query)) for one in drawn]
     for one, question in zip(drawn, questions, strict=True):
         task, query = question
@@ -137,9 +139,17 @@ def _answers(drawn: Sequence[Drawn], mark: Callable[[str], int]) -> list[set[int
         for passage in (one.row.example.negatives[j] for j in one.negatives):
             for document in document_marks(task, passage):
                 texts_of[document].add(mark(passage.text))
+            for document in contrast_marks(task, passage):
+                contrasts_of[document].add(mark(passage.text))
+    listed = {question: set(answers) for question, answers in marks_of.items()} if contrasts_of else {}
     for answers in marks_of.values():
         answers.update(*(texts_of[document] for document in answers & texts_of.keys()))
-    return [marks_of[question] for question in questions]
+        answers.update(*(contrasts_of[document] for document in answers & contrasts_of.keys()))
+    if not contrasts_of:
+        return [marks_of[question] for question in questions]
+    negatives = ([one.row.example.negatives[j] for j in one.negatives] for one in drawn)
+    own = ({mark(p.text) for p in some if contrast_marks("", p)} for some in negatives)
+    return [marks_of[each] - (texts - listed[each]) for each, texts in zip(questions, own, strict=True)]
 
 
 def _sharing(drawn: Sequence[Drawn], in_batch: InBatch) -> Bools:

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from embedwright.data.answers import ids_of
 from embedwright.data.files.documents import Document, columns_of, read_documents
 from embedwright.data.schema import DataError, Passage
 from embedwright.errors import InputError, NotFoundError
@@ -35,6 +36,42 @@ def test_rows_give_text_title_id_labels_and_source(tmp_path: Path) -> None:
     ]
     assert read(tmp_path / "d.jsonl") == (expected, [])
     assert read(tmp_path / "p.parquet") == ([Document("p:1", "only text")], [])
+
+
+def test_what_is_blank_is_absent_and_a_label_that_names_no_class_costs_the_document_nothing_else(
+    tmp_path: Path,
+) -> None:
+    blank = ({"source": ""}, {"tags": ""}, {"tags": ["", None]}, {"title": " "}, {"title": "\u200b"}, {"id": ""}, {})
+    rows = [*blank, {"label": 3.5}, {"tags": ["x", 3.5]}, {"_id": " ", "id": "own"}]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row | {"text": "one"}) + "\n" for row in rows))
+    documents, bad = read(tmp_path / "d.jsonl")
+    assert documents[: len(blank)] == [Document(f"d:{i + 1}", "one") for i in range(len(blank))]
+    assert documents[len(blank) :] == [
+        *(Document(f"d:{i}", "one", bad_label=True) for i in (8, 9)),
+        Document("own", "one"),
+    ]
+    assert not bad
+
+
+@pytest.mark.parametrize(
+    ("heading", "title"),
+    [("# C#", "C#"), ("# C# #", "C#"), ("# Its title ##  ", "Its title"), ("# A ## B", "A ## B"), ("# #", "")],
+)
+def test_only_marks_after_a_space_close_a_heading(tmp_path: Path, heading: str, title: str) -> None:
+    (tmp_path / "a.md").write_text(f"{heading}\n\nIts text.\n")
+    assert read(tmp_path) == ([Document("a.md", "Its text.", title)], [])
+
+
+def test_a_heading_of_many_spaces_is_read_at_once(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text("# a" + " " * 20_000 + "# " * 20_000 + "x\nIts text.\n")
+    assert read(tmp_path)[0][0].text == "Its text."
+
+
+def test_a_column_that_no_row_has_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text('{"text": "one", "package": null}\n')
+    assert read(tmp_path / "d.jsonl", "source=package")[0]
+    with pytest.raises(InputError, match=r"d\.jsonl: no row has a column 'packge' \(--column source=packge\)"):
+        read(tmp_path / "d.jsonl", "source=packge")
 
 
 def test_links_are_ids_and_titles(tmp_path: Path) -> None:
@@ -87,6 +124,18 @@ def test_a_folder_of_pages_has_a_document_a_file(tmp_path: Path) -> None:
     assert read(tmp_path / "b.md")[0] == documents[:1]
 
 
+@pytest.mark.parametrize("data", ["links.csv", "package.json", "pairs.jsonl"])
+def test_pages_and_rows_in_one_folder_are_refused(tmp_path: Path, data: str) -> None:
+    (tmp_path / data).write_text("text\none\n")
+    (tmp_path / "README.md").write_text("what goes with rows\n")
+    (tmp_path / "pages").mkdir()
+    (tmp_path / "pages" / "a.md").write_text("A page.\n")
+    with pytest.raises(DataError, match=rf"pages \(pages/a\.md\) and rows \({data}\): name"):
+        read(tmp_path)
+    (tmp_path / data).unlink()
+    assert len(read(tmp_path)[0]) == 2
+
+
 def test_a_beir_folder_gives_its_corpus(tmp_path: Path) -> None:
     (tmp_path / "queries.jsonl").write_text('{"_id": "q", "text": "a question"}\n')
     (tmp_path / "corpus.jsonl").write_text('{"_id": "d", "title": "T", "text": "body", "metadata": {}}\n')
@@ -119,8 +168,8 @@ def test_what_is_not_there(tmp_path: Path) -> None:
         read(tmp_path)
 
 
-def test_passages_of_one_source_share_an_id() -> None:
+def test_passages_of_one_source_share_a_name_and_keep_that_of_their_document() -> None:
     alone, a, b = Document("1", "x"), Document("2", "x", source="s"), Document("3", "x", "t", source="s")
     assert alone.passage("y") == Passage("y", "1")
-    assert a.passage("y").id == b.passage("z").id == "source s"
+    assert (ids_of(a.passage("y")), ids_of(b.passage("z"))) == (["source s", "2"], ["source s", "3"])
     assert (alone.whole, b.whole) == ("x", "t x")

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from stand_ins import beir, repository, write
 
+from embedwright.data.files.tasks import read_tasks, tasks_file, write_tasks
 from embedwright.data.labels import LabelRules
-from embedwright.data.schema import DataError, Example
+from embedwright.data.schema import DataError, Example, Task
 from embedwright.data.sources import build as module
 from embedwright.data.sources.build import build, label_file, open_table
 from embedwright.data.sources.catalog import Entry, load_catalog
@@ -243,12 +244,36 @@ def test_the_same_again(tmp_path: Path) -> None:
 # ---- labels of a file
 
 
+@pytest.mark.parametrize("rules", [LabelRules("label"), LabelRules(known=["a"])])
+def test_what_is_asked_of_labels_is_refused_for_a_set_without_any(tmp_path: Path, rules: LabelRules) -> None:
+    with pytest.raises(DataError, match="paq: its rows have no labels"):
+        build(load_catalog()["paq"], tmp_path / "out.jsonl", labels=rules)
+
+
 def test_a_labelled_file_becomes_what_training_makes_of_it(tmp_path: Path) -> None:
     rows = [{"text": f"t{i}", "label": f"l{i % 4}", "id": f"own{i}"} for i in range(40)]
     source = write(tmp_path / "kinds.labeled.jsonl", rows)
     counts = label_file(source, tmp_path / "out.jsonl", labels=LabelRules(negatives=3), seed=5)
     assert counts == {"rows": 40, "examples": 40, "quarantined": 0}
     assert read(tmp_path / "out.jsonl") == list(open_examples(source, negatives=3, seed=5))
+
+
+@pytest.mark.parametrize("form", ["label", "example"])
+@pytest.mark.parametrize("name", [None, "mine"])
+def test_what_the_file_of_tasks_says_stays_but_for_what_the_form_decides(
+    tmp_path: Path, form: Any, name: str | None
+) -> None:
+    source = write(tmp_path / "intents.jsonl", [{"text": f"t{i}", "label": f"l{i % 2}"} for i in range(8)])
+    said = {"family": "clustering", "instruction": "I", "licence": "cc-by-nc-4.0", "source": "s"}
+    task = Task.model_validate(said | {"name": "intents", "symmetric": True, "in_batch_negatives": "none"})
+    write_tasks(tasks_file(source), [task])
+    label_file(source, tmp_path / "out.jsonl", labels=LabelRules(form), task=name)
+    found = task.model_copy(update={"name": name or "intents"})
+    assert read_tasks(tasks_file(tmp_path / "out.jsonl")) == {found.name: found}
+    write_tasks(tasks_file(source), [task.model_copy(update={"symmetric": False})])
+    label_file(source, tmp_path / "out.jsonl", labels=LabelRules(form), task=name)
+    found = found.model_copy(update={"symmetric": form == "example"})
+    assert read_tasks(tasks_file(tmp_path / "out.jsonl")) == {found.name: found}
 
 
 def test_labels_may_be_lists(tmp_path: Path) -> None:

@@ -131,8 +131,12 @@ def test_a_limit_is_a_sample_of_all_rows_in_their_order(name: str) -> None:
     assert found[0] == found[1] != found[2]
 
 
-def test_wordings_are_spread_by_id_and_seed() -> None:
-    rows = [{"query": f"q{i}", "answer": "a"} for i in range(50)]
+def test_wordings_are_spread_by_query_and_seed_and_all_rows_of_a_question_have_one() -> None:
+    rows = [{"query": f"{'qQ'[i % 2]}{i // 2} ", "answer": f"a{i}"} for i in range(50)]
+    of_question: dict[str, set[str]] = {}
+    for example in run("paq", rows)[0]:
+        of_question.setdefault(example.query.lower(), set()).add(example.task)
+    assert len(of_question) == 25 and all(len(tasks) == 1 for tasks in of_question.values())
     drawn = [e.task for e in run("paq", rows)[0]]
     assert set(drawn) == {"paq", "paq.2"}
     named = {e.query: e.task for e in run("paq", rows)[0]}

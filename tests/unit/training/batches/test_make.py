@@ -246,6 +246,27 @@ def test_own_negatives_that_answer_the_query_do_not_stand() -> None:
         assert negatives(batch_of(*rows, seed=seed)) == [{"n1"}]
 
 
+def test_a_contrast_stands_against_its_own_row_and_no_other_of_its_document() -> None:
+    other = Task(name="other")
+    rows = [
+        row("q1", "p1@c::d1", ["n1@c::d1 contrast"]),
+        row("q2", "p2@c::d1", ["n2@c::d1 contrast", "n1@c::d1 contrast"]),
+        row("q3", "p3@c::d1", task=other),
+        row("q4", "p4@c::d2"),
+        row("q5", "p5@c::d3", ["n1"]),
+        row("q5", "n2@c::d3", ["n2@c::d3 contrast"]),  # listed as an answer
+    ]
+    given = {"p1", "p2", "p3", "p4", "p5", "n1", "n2"}
+    assert negatives(batch_of(*rows)) == [
+        {"p4", "p5", "n1"},
+        {"p4", "p5", "n1", "n2"},
+        {"p4", "p5"},
+        given - {"p4"},
+        given - {"p5", "n2"},
+        given - {"p5", "n2"},
+    ]
+
+
 def test_symmetric_tasks_have_their_instruction_on_both_sides() -> None:
     both = Task(name="sts", instruction="Retrieve similar", symmetric=True)
     one = Task(name="qa", instruction="Answer")
