@@ -21,7 +21,7 @@ from embedwright.model import encode
 from embedwright.model.adapters.lora import add_lora, has_lora, merge_lora
 from embedwright.model.backbone import AttentionKind, dtype_named, origin_of, positions
 from embedwright.model.formats.base import new_embedder
-from embedwright.model.formats.detect import check_decoder
+from embedwright.model.formats.detect import warn_of_embedder
 from embedwright.model.formats.open import check_record, open_embedder, open_in_int8
 from embedwright.model.interop import hub
 from embedwright.model.interop.save import opens_as_stock, save_network
@@ -97,11 +97,11 @@ class Embedder:
             sizes: Sizes of the pooling block, as in `PoolingConfig`: latents, heads, head_dim, multiple.
 
         Raises:
-            ValueError: The base is no bare decoder, as an embedder is not; or an argument does not fit it.
+            ValueError: The base is no decoder, or an argument does not fit it.
             FileNotFoundError: There is no such path.
             ProbeError: The result is not bidirectional (or causal) as asked.
         """
-        check_decoder(str(base), revision)
+        warn_of_embedder(str(base), revision)
         network, tokenizer = new_embedder(
             base,
             revision,

@@ -311,13 +311,14 @@ def test_an_unknown_argument_is_named(options: dict[str, Any], message: str, tin
         Embedder.from_decoder(tiny_decoder("llama"), **options)
 
 
-@pytest.mark.parametrize("pooling", ["mean", "latent"])
-def test_an_embedder_is_not_read_as_a_decoder(
-    pooling: str, tiny_embedder: Callable[..., Embedder], tmp_path: Path
+def test_an_embedder_that_is_read_as_a_decoder_is_told(
+    tiny_embedder: Callable[..., Embedder], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tiny_embedder(pooling, default_task=TASK).save(tmp_path / "embedder")
-    with pytest.raises(ValueError, match=r"embedder is an embedder, and .*lose its text contract.*Embedder\.load"):
-        Embedder.from_decoder(tmp_path / "embedder")
+    tiny_embedder("mean", default_task=TASK).save(tmp_path / "embedder")
+    with caplog.at_level("WARNING"):
+        model = Embedder.from_decoder(tmp_path / "embedder", device="cpu")
+    assert "its text contract and pooling are left out; Embedder.load keeps them" in caplog.text
+    assert model.contract.default_task == "" and model.network.config.pooling["kind"] == "latent"
 
 
 def test_the_real_model_tells_meanings_apart(smollm2: Embedder) -> None:

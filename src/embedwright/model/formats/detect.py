@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,8 @@ from embedwright.model.formats.folder import (
 )
 from embedwright.model.network import EmbedwrightConfig
 from embedwright.model.quantized import QUANTIZED
+
+log = logging.getLogger(__name__)
 
 Format = Literal["adapter", "nvembed", "ours", "stock"]
 
@@ -117,19 +120,25 @@ def content_fingerprint(name: str, revision: str | None = None) -> str:
     return found.hexdigest()[:16]
 
 
-def check_decoder(name: str, revision: str | None = None) -> None:
+def check_decoder(name: str) -> None:
     """Raises InputError if `name` is an embedder: read as a bare decoder it would lose its contract and pooling."""
-    kind = _embedder_kind(name, revision)
+    kind = _embedder_kind(name)
     if kind == "known":
         raise InputError(
             f"{name} is an embedder, and as a bare decoder it would lose its text contract and pooling: "
-            f"open it with Embedder.load; to train it on by a recipe, write model: {{from: {name}}}"
+            f"to train it on, write model: {{from: {name}}}"
         )
     if kind == "other":
         raise InputError(
             f"{name} is an embedder of sentence-transformers (modules.json), whose prompts and modules would be lost, "
-            "and none that Embedder.load opens or model: {from: ...} trains on: name the decoder that it was made from"
+            "and none that model: {from: ...} can train on: name the decoder that it was made from"
         )
+
+
+def warn_of_embedder(name: str, revision: str | None = None) -> None:
+    """Warns if `name`, asked for as a decoder, is an embedder. That may be meant: its weights are a decoder's too."""
+    if _embedder_kind(name, revision):
+        log.warning("%s is an embedder: its text contract and pooling are left out; Embedder.load keeps them", name)
 
 
 def check_embedder(name: str) -> None:
