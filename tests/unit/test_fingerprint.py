@@ -115,7 +115,7 @@ def test_weights_are_hashed_once(tiny_embedder: Callable[..., Embedder], monkeyp
 
     model = tiny_embedder("latent")
     before = model.fingerprint()
-    monkeypatch.setattr(fingerprint, "_digest", lambda tensor: pytest.fail("hashed again"))
+    monkeypatch.setattr(fingerprint, "tensor_digest", lambda tensor: pytest.fail("hashed again"))
     model.encode(TEXTS)
     assert model.fingerprint() == before
 

@@ -30,8 +30,8 @@ COLUMNS = {
     "links": ("see_also", "links"),
 }
 _PAGES = (".txt", ".md")  # files of a folder that are a document each
-_OF_A_COPY = {"README", "LICENSE", "LICENCE"}
-_HEADING = re.compile(r"\A\s*#\s+(\S.*)\n")
+_OF_A_COPY = re.compile(r"README|LICEN[CS]E", re.IGNORECASE)
+_HEADING = re.compile(r"\A\s*#\s+(\S.*)\n(?:[^\S\n]*\n)*")  # and the blank lines below
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +191,7 @@ def _pages(path: Path) -> list[Path]:
     data = sorted(file for file in path.iterdir() if file.is_file() and is_data(file))
     if not data:
         return pages
-    if own := [page for page in pages if not (page.parent == path and page.stem.upper() in _OF_A_COPY)]:
+    if own := [page for page in pages if not (page.parent == path and _OF_A_COPY.fullmatch(page.stem))]:
         raise DataError(
             f"{path} holds pages ({own[0].relative_to(path)}) and rows ({data[0].name}): name the file of rows, or "
             "give a folder of pages alone"
