@@ -69,10 +69,8 @@ def label_triples(
     if not all(labels_of):
         raise DataError(f"row {labels_of.index({})}: no label")
     unseen = {i for i, own in enumerate(labels_of) if known is not None and not own.keys() <= set(known)}
-    first: dict[str, str] = {}
-    same = [
-        first.setdefault(exact_key(text), text) for text, _ in rows
-    ]  # equal texts are one, in the look of the first
+    first: dict[str, str] = {}  # the look in which a text comes first stands for all of its looks
+    same = [first.setdefault(exact_key(text), text) for text, _ in rows]
     label_sets, conflicting = _label_sets(same, labels_of, unseen)
     classes: Classes = {}
     for text, labels in label_sets.items():

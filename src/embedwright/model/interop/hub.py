@@ -142,12 +142,6 @@ def push_to_hub(
         write_text(folder / "README.md", text)
         api = HfApi(token=token)
         url = api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(
-            repo_id=url.repo_id,
-            folder_path=folder,
-            commit_message="Upload an Embedwright model",
-            delete_patterns=[
-                *SAVED
-            ],  # of a model that was pushed before: in another form, it would lie beside this one
-        )
+        old, said = list(SAVED), "Upload an Embedwright model"  # a model of another form would lie beside this one
+        api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message=said, delete_patterns=old)
     return str(url)
