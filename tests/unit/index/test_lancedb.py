@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 
 from embedwright.cli.main import app
+from embedwright.compress.weights import compress_weights
 from embedwright.encoders.open import open_encoder
 from embedwright.errors import InputError, NotFoundError
 from embedwright.index import change
 from embedwright.index.build import build_index, recall
 from embedwright.index.index import Index
 from embedwright.model.embedder import Embedder
+from embedwright.model.quantized import INT4
 
 lancedb = pytest.importorskip("lancedb", reason="pip install 'embedwright[lancedb]'")
 from embedwright.index import lancedb as ours  # noqa: E402
@@ -190,12 +192,14 @@ def test_the_commands(made: tuple[Path, Embedder], tmp_path: Path, capsys: pytes
 
 
 def test_a_table_of_a_model_in_another_length_or_type_opens_it_so(
-    tmp_path: Path, tiny_embedder: Callable[..., Embedder]
+    tmp_path: Path, tiny_decoder: Callable[..., Path]
 ) -> None:
-    tiny_embedder("mean").save(tmp_path / "model")
+    Embedder.from_decoder(tiny_decoder("llama", intermediate_size=64), pooling="mean").save(tmp_path / "model")
     corpus = write_corpus(tmp_path / "corpus.jsonl", 12)
-    for how in ({"max_tokens": 20}, {"dtype": "bfloat16"}):
-        model, out = open_encoder(str(tmp_path / "model"), **how), tmp_path / "-".join(how)  # type: ignore[arg-type]
+    compress_weights(tmp_path / "model", tmp_path / "small", INT4)
+    for number, how in enumerate(({"max_tokens": 20}, {"dtype": "bfloat16"}, {"dtype": "int8"}, {})):
+        name = str(tmp_path / ("model" if how else "small"))
+        model, out = open_encoder(name, **how), tmp_path / f"index-{number}"  # type: ignore[arg-type]
         build_index(model, corpus, out)
         index = Index.open(out)
         ours.to_lancedb(index, TASK)
