@@ -69,8 +69,15 @@ def render(study: Mapping[str, Any]) -> str:
     else:
         lines = [*_table(study), *_readouts(_runs(study), study["baseline"]), *_rates(study["trials"])]
     if study["missing"]:
-        lines.append(f"NOT WHOLE, missing cells: {', '.join(study['missing'])}")
+        lines.append(f"NOT WHOLE, missing cells: {', '.join(_missing(study))}")
     return "\n".join([*lines, *(f"{name}: {reason}" for name, reason in study["failed"].items())])
+
+
+def _missing(study: Mapping[str, Any]) -> list[str]:
+    """Returns the missing cells, `ARM/SEED`; `ARM/*` where no cell of the arm has run."""
+    ran = {cell["arm"] for cell in study["cells"]}
+    arms = ((cell, cell.rpartition("/")[0]) for cell in study["missing"])
+    return list(dict.fromkeys(cell if arm in ran else f"{arm}/*" for cell, arm in arms))
 
 
 def _runs(study: Mapping[str, Any]) -> list[Mapping[str, Any]]:

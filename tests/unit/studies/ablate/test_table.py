@@ -196,8 +196,11 @@ def test_read_outs_are_means_and_paired_differences(study: dict[str, Any]) -> No
 
 
 def test_what_is_missing_or_has_failed_is_said(study: dict[str, Any]) -> None:
-    some = study | {"failed": {"s/b/seed-1": "failed: hunger"}, "missing": ["b/1"], "cells": [], "comparison": None}
-    assert render(some).splitlines() == ["NOT WHOLE, missing cells: b/1", "s/b/seed-1: failed: hunger"]
+    missing = {"missing": ["b/1", "b/2"], "cells": [], "comparison": None}
+    some = study | {"failed": {"s/b/seed-1": "failed: hunger"}} | missing
+    assert render(some).splitlines() == ["NOT WHOLE, missing cells: b/*", "s/b/seed-1: failed: hunger"]
+    arm = study["cells"][0]["arm"]
+    assert render(study | {"missing": [f"{arm}/8", f"{arm}/9"]}).splitlines()[-1].endswith(f"cells: {arm}/8, {arm}/9")
     smoke = render(study | {"smoke": True})
     assert smoke == "tiny: smoke test of 4 cells; its scores mean nothing"
     assert compared([("plain", {"warm": {1: results(0.5, 1)}}), ("plain", {})], None) == [None, None]
