@@ -203,5 +203,6 @@ class Bm25:
         score_N = self._index.get_scores(known)
         score_N[self.lengths_N * LONGER < len(words)] = 0
         fraction_N = np.divide(score_N, self.self_score_N, where=score_N > 0, out=np.zeros_like(score_N))
+        fraction_N = fraction_N.round(9)  # words come in another order in each process, and so the last bits of sums
         top = int(fraction_N.argmax())
         return (top, min(1.0, float(fraction_N[top]))) if fraction_N[top] >= self.threshold - _ROUNDING else None

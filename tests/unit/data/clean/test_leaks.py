@@ -104,6 +104,14 @@ def test_bm25_weights_are_the_librarys() -> None:
     assert best is not None and best[1] == pytest.approx(float(np.max(scores)), rel=1e-5)
 
 
+def test_a_fraction_is_the_same_whatever_the_order_of_words() -> None:
+    """Sums of the same weights differ in their last bits, and each process has an order of its own."""
+    rng, words = random.Random(1), " ".join(vocabulary_texts(5, random.Random(3))).split()
+    alike = [" ".join(rng.sample(words, len(words))) for _ in range(40)]
+    index = Bm25([*alike, *vocabulary_texts(60, random.Random(4))], 0.9)
+    assert {index.best(text) for text in alike} == {(0, 1.0)}
+
+
 def test_a_word_said_twice_counts_once() -> None:
     index = Bm25(["tides rise and fall", "the moon pulls"], 0.9)
     assert index.best("tides tides tides tides") is None
