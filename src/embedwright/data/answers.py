@@ -136,11 +136,11 @@ def _exchanged(rows: Iterable[Example]) -> Iterator[tuple[int, str, Passage]]:
     while chunk := list(islice(examples, _CHUNK)):
         pairs = [(row, p) for row in chunk for p in row.positives]
         reversed_P = np.fromiter((question_of(row.task, p.text) for row, p in pairs), np.int64, len(pairs))
-        for number in np.flatnonzero(_among(asked, reversed_P)).tolist():
+        for number in np.flatnonzero(among(asked, reversed_P)).tolist():
             row = pairs[number][0]
             yield int(reversed_P[number]), row.task, Passage(row.query)
         own_N = np.fromiter((question_of(row.task, row.query) for row in chunk), np.int64, len(chunk))
-        for number in np.flatnonzero(_among(repeated, own_N)).tolist():
+        for number in np.flatnonzero(among(repeated, own_N)).tolist():
             for passage in chunk[number].positives:
                 yield int(own_N[number]), chunk[number].task, passage
 
@@ -152,7 +152,8 @@ def _questions(rows: Iterable[Example]) -> tuple[NDArray[np.int64], NDArray[np.i
     return questions, questions[counts > 1]
 
 
-def _among(ascending: NDArray[np.int64], values: NDArray[np.int64]) -> NDArray[np.bool_]:
+def among(ascending: NDArray[np.int64], values: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Returns whether each value is among the `ascending` ones."""
     place = np.searchsorted(ascending, values)
     found: NDArray[np.bool_] = place < len(ascending)
     found[found] = ascending[place[found]] == values[found]

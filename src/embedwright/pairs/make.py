@@ -142,7 +142,7 @@ def make_pairs(
     options = Options(negatives, _wordnet(ways, wordnet))
     check_file(out)
     if path.is_dir() and out.resolve().parent == path.resolve():
-        raise InputError(f"--out {out} lies among the documents, as one of which the next run would read it")
+        raise InputError(f"--out {out} lies among the documents, and the next run would read it as one")
     name = name or stem_of(path)
     quarantine_path = out.with_name(f"{out.name}.quarantine.jsonl")
     quarantine_path.unlink(missing_ok=True)

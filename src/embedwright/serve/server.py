@@ -110,7 +110,7 @@ class Server:
         the server stops, or the model has no vector for a text.
         """
         in_front = len(task or "") * len(texts)
-        if in_front > _READING:  # the bound of a body does not hold it: each text is read behind the whole of it
+        if in_front > _READING:  # a short body may hold it: it is read again with each text
             message = f"task: {in_front:,} characters in front of {len(texts)} texts are more than {_READING:,}"
             raise ApiError(400, f"{message}: shorten it, or send fewer texts", "task")
         self.batcher.check_room()

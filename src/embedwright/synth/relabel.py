@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from embedwright.data.answers import AnswerMarks, marks_of, question_of, text_mark
+from embedwright.data.answers import AnswerMarks, among, marks_of, question_of, text_mark
 from embedwright.data.files.folders import stem_of
 from embedwright.data.files.parts import Shard, write_part
 from embedwright.data.files.tasks import Tasks, digest_of
@@ -158,7 +159,7 @@ def relabel(
         own = codes[place : place + (len(example.negatives) if example.positives else 0)]
         place += len(own)
         for passage, code in zip(example.negatives, own, strict=bool(own)):
-            positive = code in (_POSITIVE, _KNOWN) or not positives.isdisjoint(_keys(example, passage))
+            positive = code in (_POSITIVE, _KNOWN) or bool(among(positives, np.array(_keys(example, passage))).any())
             verdicts.append(True if positive else None if code == _UNDECIDED else False)
             if verdicts[-1] is None and (count["undecided"] + verdicts.count(None)) <= _NAMED:
                 shown = len(passage.text), passage.text[:60]
@@ -169,8 +170,8 @@ def relabel(
 
 def _judged(
     examples: Iterable[Example], judge: Judge, answers: AnswerMarks, advance: Callable[[int], None]
-) -> tuple[bytearray, _Numbers]:
-    """Returns what is said of each negative, in order, and the keys of those that the judge calls positives."""
+) -> tuple[bytearray, NDArray[np.int64]]:
+    """Returns the verdict on each negative, in order, and the keys of the judge's positives, ascending."""
     codes, positives, rows = bytearray(), array("q"), iter(examples)
     while chunk := list(islice(rows, _CHUNK)):
         pairs = [
@@ -185,26 +186,13 @@ def _judged(
                 if codes[-1] == _POSITIVE:
                     positives.extend(_keys(example, passage))
         advance(len(chunk))
-    return codes, _Numbers(positives)
+    return codes, np.unique(np.frombuffer(positives, dtype=np.int64))
 
 
 def _keys(example: Example, passage: Passage) -> list[int]:
     """Returns numbers that stand for the passage, by its text and by its document, as a result for the question."""
     question = question_of(example.task, example.query)
     return [hash((question, mark)) for mark in marks_of(example.task, [passage])]  # Python salts no hash of numbers
-
-
-class _Numbers:
-    """A set of numbers that takes 8 bytes for each."""
-
-    def __init__(self, numbers: array[int]) -> None:
-        self._ascending = np.unique(np.frombuffer(numbers, dtype=np.int64))
-
-    def isdisjoint(self, numbers: Sequence[int]) -> bool:
-        if not len(self._ascending):
-            return True
-        place = np.searchsorted(self._ascending, numbers).clip(max=len(self._ascending) - 1)
-        return not (self._ascending[place] == numbers).any()
 
 
 def _candidates(example: Example) -> list[Candidate]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from embedwright.data.schema import DataError
 from embedwright.encoders.protocol import Encoder, encode_finite, task_for
 from embedwright.errors import InputError
-from embedwright.fingerprint import fingerprint_of
+from embedwright.fingerprint import brief_of
 from embedwright.vectors.shards import read_shard, vectors_of, write_shard
 
 Asked = tuple[str | None, str]  # an instruction (None: the text is a document; empty: the model's own), and a text
@@ -32,11 +32,11 @@ class KeptVectors:
 
         Raises InputError for an encoder without a fingerprint.
         """
-        known = fingerprint_of(encoder)
+        known = brief_of(encoder)
         if known is None:
             raise InputError(f"{type(encoder).__name__} has no fingerprint() that its vectors could be kept under")
         self.encoder = encoder
-        self.folder = folder / hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
+        self.folder = folder / known
         self._files = set[Path]()
         self._place = dict[str, tuple[Path, int]]()  # of a key: its file, and its row there
         self.refresh()

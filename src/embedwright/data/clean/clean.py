@@ -68,7 +68,7 @@ def clean(
 
     `examples` are read twice, so they are a table or a list. A row repeats earlier ones of its task if its query and
     each of its positives, as pairs, do (`by="both"`); `query` and `positive` look at that side alone,
-    `none` leaves the rule out. A row with a new positive stays, without those that repeat. Scored pairs below the
+    `none` leaves the rule out. A row with a new positive stays, without its repeated ones. Scored pairs below the
     threshold repeat each other alone. `repeats` says what texts repeat. Within a row, a positive goes that repeats an
     earlier one, and a negative that repeats the query, a positive or an earlier negative. In rows of `pair_tasks`
     (those of family `pair`) and in scored pairs below the threshold, a negative may nearly repeat the query or a

@@ -94,7 +94,7 @@ def history_file(folder: Path) -> Path:
 
 
 def seal_history(folder: Path) -> None:
-    """Ties the alignment of which the last step of a new folder tells to the weights there: others have none."""
+    """Writes the digest of a new folder's weights into its last step, if that says that the model is aligned."""
     stored = read_object(history_file(folder))
     last = (stored.get("history") or [{}])[-1]
     if "aligned_with" in last and _ALIGNED not in last:

@@ -46,7 +46,7 @@ def equal(model: Encoder, got: NDArray[Any], expected: NDArray[Any]) -> tuple[bo
 
 
 def encoded(model: Encoder, texts: Sequence[str], task: str | None = None) -> NDArray[Any]:
-    """The vectors of texts, of which an instruction leaves something, however short the texts that the model reads."""
+    """The vectors of texts, under a limit that leaves room beside the instruction."""
     if isinstance(model, Embedder):
         return model.encode(texts, task=task, max_tokens=room(model))
     return model.encode(texts, task=task)
