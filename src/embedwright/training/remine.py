@@ -119,6 +119,7 @@ def _mine(
     bare = [
         replace(row, negatives=(), positive_scores=None, negative_scores=None) if row.positives else row for row in rows
     ]
+    tasks = source.tasks or {source.task.name: source.task}
     found, report = mine(
         bare,
         positives_of(source.table) if corpus is None else corpus,
@@ -127,14 +128,12 @@ def _mine(
         margin=asked.margin,
         negatives=asked.negatives,
         depth=asked.depth,
-        task="" if source.tasks else source.task.instruction,
-        tasks=source.tasks,
+        tasks=tasks,  # what training reads, also where it is no instruction, and the catalogue has one under this name
         sampled=asked.sampled,
         sample_from=asked.sample_from,
         answers=answers,
         seed=recipe.seed,
     )
-    tasks = source.tasks or {source.task.name: source.task}
     write_examples(out.with_suffix(".parquet"), found, tasks)
     write_json(out.with_suffix(".json"), report.to_json())
     counts = report.counts()

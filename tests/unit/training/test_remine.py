@@ -312,6 +312,31 @@ def test_data_that_cannot_be_mined_is_refused(content: dict[str, Any]) -> None:
         opened(Recipe.parse(content))
 
 
+@pytest.mark.parametrize("by", ["the file of tasks", "the recipe"])
+def test_a_task_without_an_instruction_is_mined_without_one(
+    content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    """Training reads its rows so. The catalogue has an instruction under that name."""
+    entry = content["stages"][1]["data"][0]
+    rows = Path(entry["path"]).rename(tmp_path / "nq.jsonl")
+    entry |= {"path": str(rows), "task": {"name": "nq", "instruction": ""}}
+    if by == "the file of tasks":
+        del entry["task"]
+        (tmp_path / "nq.jsonl.tasks.jsonl").write_text(json.dumps({"name": "nq", "licence": "mit"}) + "\n")
+    recipe = Recipe.parse(content)
+    asked: set[str | None] = set()
+
+    class Teacher:
+        def encode(self, texts: list[str], task: str | None = None) -> np.ndarray:
+            asked.add(task)
+            return np.random.default_rng(0).normal(size=(len(texts), 8)).astype(np.float32)
+
+    monkeypatch.setattr(refresh, "_teacher", lambda name, model: Teacher())
+    before = opened(recipe)
+    refreshed(recipe, recipe.stages[0], before, STATE, 0, start_model(recipe), ALONE)
+    assert before[0].row(0).task.instruction == "" and asked == {"", None}
+
+
 def test_wordings_of_one_set_are_mined_each_under_its_own(
     content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
