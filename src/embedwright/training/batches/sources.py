@@ -256,7 +256,7 @@ def _kinds(tasks: Iterable[Task], mined: bool) -> dict[str, list[Task]]:
 
 
 def _is_synthetic(task: Task) -> bool:
-    return task.source.startswith("synthetic")
+    return task.source.startswith("synthetic: ")  # what synth writes; a user's file may be named synthetic.jsonl
 
 
 def _check(recipe: Recipe, stage: StagePart, source: Source, where: str) -> Source:

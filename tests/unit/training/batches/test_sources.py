@@ -294,7 +294,12 @@ def test_real_rows_are_mined_and_synthetic_ones_are_not(tmp_path: Path) -> None:
     """In one file or folder, of however many tasks; where nothing is mined they stay one source, as they were."""
     folder = tmp_path / "mixed"
     folder.mkdir()
-    for name, source in (("nq", "somebody"), ("quora", ""), ("made", "synthetic: m"), ("more", "synthetic: m")):
+    for name, source in (
+        ("nq", "synthetic.jsonl, by rules: title"),
+        ("quora", ""),
+        ("made", "synthetic: m"),
+        ("more", "synthetic: m"),
+    ):
         write(folder / f"{name}.jsonl", *rows(2, task=name))
         with (folder / "mixed.tasks.jsonl").open("a") as tasks:
             tasks.write(json.dumps({"name": name, "source": source}) + "\n")
