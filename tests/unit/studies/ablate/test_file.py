@@ -53,6 +53,10 @@ def test_stages_are_taken_by_name_with_the_mining_before_them() -> None:
     assert with_overrides(TREE, {"stages": ["two"]})["stages"] == [mine, two]
     found = with_overrides(TREE, {"stages": ["two", "one"], "stages.two.data.0.path": "x"})["stages"]
     assert found == [mine, two | {"data": [{"path": "x"}]}, one]
+    masked = {"kind": "mntp", "name": "masked"}
+    tree = TREE | {"stages": [masked, *TREE["stages"]]}
+    for names, wanted in ((["one"], [one]), (["masked", "two"], [masked, mine, two])):
+        assert with_overrides(tree, {"stages": names})["stages"] == wanted
 
 
 @pytest.mark.parametrize(
