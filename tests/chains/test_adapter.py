@@ -32,7 +32,6 @@ def test_an_adapter_folder_on_a_packaged_base_serves_everywhere(
     (package / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path / "site")
     monkeypatch.setitem(PACKAGED, "tiny-135m", ("tiny_weights", "decoder"))
-    monkeypatch.setattr("os.fsync", lambda handle: None)
     lab, elsewhere = tmp_path / "lab", tmp_path / "elsewhere"
     for folder in (lab, elsewhere):
         folder.mkdir()

@@ -44,7 +44,6 @@ def rows_of(path: Path) -> list[Example]:
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("os.fsync", lambda handle: None)
 
     def call(*arguments: object, code: int = 0) -> None:
         assert command(monkeypatch, *arguments) == code

@@ -74,7 +74,6 @@ def test_a_student_of_fewer_layers(
     tmp_path: Path, tiny_embedder: Callable[..., Embedder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("os.fsync", lambda handle: None)
     teacher = tiny_embedder("mean")
     last = teacher.network.backbone.layers[-1]
     for idle in (last.self_attn.o_proj, last.mlp.down_proj):  # the last layer adds nothing: its student knows all

@@ -729,7 +729,6 @@ def run(places: Words, servers: dict[str, FakeLLM], tmp_path_factory: pytest.Tem
             patch.setenv(name, "error" if name == "TRANSFORMERS_VERBOSITY" else "1")  # so that main leaves none
         patch.setattr("sentence_transformers.CrossEncoder", Overlap)
         patch.setattr(mining, "Server", partial(Server, retries=0))
-        patch.setattr("os.fsync", lambda handle: None)
         patch.setattr("embedwright.compress.report.measured", lambda *_: MEASURED)
         patch.setattr(serve_run, "run", asked_once)
         patch.setattr(serve_run, "listen", lambda *place: SimpleNamespace(getsockname=lambda: place))

@@ -215,7 +215,6 @@ def test_encode_and_mine_read_and_write_stores_as_they_do_folders(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("os.fsync", lambda handle: None)
     tiny_embedder("mean").save("model")
     documents = [{"_id": f"d{i}", "text": text} for i, text in enumerate(TEXTS)]
     rows = [{"id": f"e{i}", "task": "t", "query": f"moon {i}", "positives": [TEXTS[i]]} for i in range(9)]

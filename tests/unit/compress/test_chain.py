@@ -26,7 +26,6 @@ Make = Callable[..., Embedder]
 def at(tmp_path: Path, tiny_embedder: Make, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with `model`, of mean pooling, and `texts.jsonl`, in which the command runs."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("os.fsync", lambda handle: None)
     tiny_embedder("mean", "qwen3").save(tmp_path / "model", "bfloat16")
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     return tmp_path

@@ -38,11 +38,6 @@ def text(seed: int) -> str:
     return " ".join(np.random.default_rng(seed).choice(WORDS, 5))
 
 
-@pytest.fixture(autouse=True)
-def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.fsync", lambda handle: None)
-
-
 @pytest.fixture
 def teacher(tmp_path: Path, tiny_embedder: Callable[..., Embedder]) -> str:
     tiny_embedder("latent").save(tmp_path / "teacher")

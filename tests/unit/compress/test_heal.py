@@ -43,7 +43,6 @@ RECIPE: dict[str, Any] = {
 @pytest.fixture
 def at(tmp_path: Path, tiny_embedder: Callable[..., Embedder], monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("os.fsync", lambda handle: None)
     tiny_embedder("mean", "qwen3").save(tmp_path / "model", "bfloat16")
     rows = [{"query": f"q{i} tide", "positive": f"p{i} the moon pulls the sea {i}"} for i in range(12)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -32,7 +32,6 @@ def words(seed: int) -> str:
 @pytest.fixture
 def at(tmp_path: Path, tiny_embedder: Callable[..., Embedder], monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("os.fsync", lambda handle: None)
     tiny_embedder("mean", "qwen3").save(tmp_path / "model")
     (tmp_path / "suite").mkdir()
     for name, rows in (("alike", 60), ("few", 12)):

@@ -74,9 +74,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny_decoder: Callable[..
         "run": {"out": str(at / "run"), "tracker": "none", "workers": 0},
         "eval": {"suites": [str(suite)], "every": 2},
     })  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("os.fsync", lambda handle: None)  # waiting for the disk is most of a tiny run
-        train(recipe)
+    train(recipe)
     return at / "run"
 
 
@@ -159,6 +157,5 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     monkeypatch.setattr(ablate_jobs, "subprocess", SimpleNamespace(Popen=_InProcess, DEVNULL=None))
     monkeypatch.setattr(ablate_cell.threads, "take_over", lambda: None)
     monkeypatch.setattr(ablate_jobs, "_POLL_S", 0.0)
-    monkeypatch.setattr("os.fsync", lambda handle: None)
     _InProcess.started = []
     return _InProcess.started

@@ -33,11 +33,6 @@ class Hashed:
         return {"name": self.name}
 
 
-@pytest.fixture(autouse=True)
-def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.fsync", lambda handle: None)
-
-
 ASKED = [(None, "a tide"), ("Find it", "a tide"), (None, "the moon"), ("Find it", "Ω"), (None, "the moon"), ("", "a")]
 
 

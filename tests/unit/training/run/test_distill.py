@@ -57,11 +57,6 @@ def recipe(tmp_path: Path, tiny_decoder: Callable[..., Path]) -> Recipe:
     return Recipe.parse(content)
 
 
-@pytest.fixture(autouse=True)
-def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.fsync", lambda handle: None)
-
-
 class Part:
     """A teacher of another width: some of the numbers of an embedder, each text at a time."""
 

@@ -33,9 +33,8 @@ Make = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
-def described(tmp_path: Path, tiny_decoder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Make:
+def described(tmp_path: Path, tiny_decoder: Callable[..., Path]) -> Make:
     """`described(out, stages, **parts)`: a recipe of stages of one pair a row, so that nothing is drawn at random."""
-    monkeypatch.setattr("os.fsync", lambda handle: None)
     pairs = [{"query": f"q{i} tide", "positives": [f"p{i} the moon and {i}"]} for i in range(20)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
 

@@ -26,12 +26,6 @@ from embedwright.training.train import train
 TEXTS = ["how do tides work?", "the moon", "a dog that does not mind"]
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Waiting for the disk, after each of many checkpoints, is most of a tiny run."""
-    monkeypatch.setattr("os.fsync", lambda handle: None)
-
-
 @pytest.fixture
 def content(tmp_path: Path, tiny_decoder: Callable[..., Path]) -> dict[str, Any]:
     pairs = [{"query": f"q{i} tide", "positives": [f"p{i} the moon and {i}"]} for i in range(20)]
