@@ -17,7 +17,7 @@ from embedwright.cli.evaluation import score, show_run
 from embedwright.cli.options import arg, opt
 from embedwright.cli.shell import file_of, queries_of
 from embedwright.errors import InputError
-from embedwright.files import check_folder
+from embedwright.files import check_folder, write_text
 
 if TYPE_CHECKING:
     from embedwright.training.recipe import Recipe
@@ -153,12 +153,16 @@ def _numbers(written: str) -> list[float]:
 
 def _fold_in(adapter: str, out: Path) -> None:
     from embedwright.model.embedder import Embedder
+    from embedwright.model.interop.card import facts, inherited, model_card
     from embedwright.model.verify.selftest import TEXTS
 
     texts = [text for text, _ in TEXTS]
     model = Embedder.load(adapter)
     before = model.encode(texts)
-    model.merge().save(out)
+    model.merge()
+    card = inherited(model_card(out.name, **facts(model.network, model.text_tokenizer)), [adapter])
+    model.save(out)
+    write_text(out / "README.md", card)
     del model  # memory may have room for one model only
     difference = abs(Embedder.load(out).encode(texts) - before).max()
     say(f"{out}: largest difference from the adapter's vectors {difference:.1e}")
