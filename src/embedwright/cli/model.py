@@ -195,17 +195,27 @@ def encode(
             encode_corpus(encoder, texts, folder, progress=counter("texts"), remote=remote, **settings)
         say(out)
 
-    with_all(model, how, work)
+    with_all(model, how, work, task)
 
 
-def with_all(model: str, how: options.How, work: Callable[[Any], None]) -> None:
-    """Opens a model in every process that torchrun has started, and runs `work` in the first, where all encode."""
+def with_all(model: str, how: options.How, work: Callable[[Any], None], task: str | None = None) -> None:
+    """Opens a model in every process that torchrun has started, and runs `work` in the first, where all encode.
+
+    Raises InputError for a `task` that the model would not read.
+    """
     from embedwright.encoders.open import open_encoder
+    from embedwright.encoders.sentence_transformers import SentenceTransformerEncoder
     from embedwright.encoders.sharded import shared
     from embedwright.processes import joined
 
+    def opened() -> list[Any]:
+        encoder = open_encoder(model, **how)
+        if isinstance(encoder, SentenceTransformerEncoder):
+            encoder.check_task(task)
+        return [encoder]
+
     with joined() as processes:
-        shared(lambda: [open_encoder(model, **how)], processes, lambda own: work(own[0]))
+        shared(opened, processes, lambda own: work(own[0]))
 
 
 @options.opens_models
