@@ -152,6 +152,7 @@ CHANGES: dict[str, dict[str, tuple[str, str, Words]]] = {
         "model": ("error", "{near}", {}),
         "names": ("error", "NFCorpus", {}),
         "out": ("error", "--out elsewhere", {}),
+        "api_key_env": ("error", "--api-key-env UNSET_KEY", {"model": "{server}#m"}),
         **shown("error"),
     },
     "merge": {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -57,18 +57,21 @@ def bench(
         ),
     ],
     out: Annotated[Path, opt("Folder of all results, in mteb's layout.", "--out", callback=options.folder_to_write)],
+    api_key_env: options.KeyVariable = None,
 ) -> None:
     """Score a model on MTEB or AIR-Bench.
 
     Run it again to go on after a stop. Under torchrun, all processes encode, each a part of the texts.
     """
+    options.check_asked([model], {"api_key_env": api_key_env})
     air = [name for name in names if name.lower().startswith("air-bench")]
     if air and len(air) < len(names):
         raise InputError(f"{air[0]} and {next(name for name in names if name not in air)}: run AIR-Bench by itself")
-    (run_airbench if air else run_mteb)(model, names, out, how)
+    opened = partial(_model_or_server, model, how, api_key_env)
+    (run_airbench if air else run_mteb)(model, names, out, how, opened)
 
 
-def run_mteb(model: str, names: Sequence[str], out: Path, how: options.How) -> None:
+def run_mteb(model: str, names: Sequence[str], out: Path, how: options.How, opened: Callable[[], list[Any]]) -> None:
     """Runs MTEB benchmarks or tasks, prints their tables, and exits with 1 if a task failed."""
     from embedwright.encoders.sharded import shared
     from embedwright.evaluation.bench.names import choose, name_of
@@ -92,7 +95,7 @@ def run_mteb(model: str, names: Sequence[str], out: Path, how: options.How) -> N
         return failed
 
     with joined() as processes:
-        failed = shared(partial(_model_or_server, model, how), processes, work)
+        failed = shared(opened, processes, work)
     if failed:
         note(f"\nfailed: {len(failed)}. The others are kept. Run the same command again for these alone:")
         for name, reason in failed.items():
@@ -100,7 +103,7 @@ def run_mteb(model: str, names: Sequence[str], out: Path, how: options.How) -> N
         raise typer.Exit(1)
 
 
-def _model_or_server(model: str, how: options.How) -> list[Any]:
+def _model_or_server(model: str, how: options.How, api_key_env: str | None = None) -> list[Any]:
     """Opens the model that `bench` scores. `max_tokens` is left to the benchmarks (`_limit`), whose results name it."""
     from embedwright.encoders.http import HttpEncoder
     from embedwright.encoders.open import open_encoder, shorten
@@ -109,7 +112,7 @@ def _model_or_server(model: str, how: options.How) -> list[Any]:
     given = {name: value for name, value in how.items() if name != "max_tokens"}
     options.check_opened([model], given)
     if "://" in model:
-        return [HttpEncoder.from_url(model)]
+        return [HttpEncoder.from_url(model, api_key_env=api_key_env)]
     opened = open_encoder(model, **given)
     if "max_tokens" in how and not isinstance(opened, Embedder):
         shorten(opened, model, how["max_tokens"])
@@ -124,7 +127,9 @@ def _limit(encoder: Any, how: options.How) -> int | None:
     return None if isinstance(itself(encoder), SentenceTransformerEncoder) else how.get("max_tokens")
 
 
-def run_airbench(model: str, names: Sequence[str], out: Path, how: options.How) -> None:
+def run_airbench(
+    model: str, names: Sequence[str], out: Path, how: options.How, opened: Callable[[], list[Any]]
+) -> None:
     """Runs sets of AIR-Bench, prints scores and where a submission lies, and exits with 1 if a set failed."""
     from embedwright.encoders.sharded import shared
     from embedwright.evaluation.bench import airbench
@@ -148,7 +153,7 @@ def run_airbench(model: str, names: Sequence[str], out: Path, how: options.How) 
         return failed
 
     with joined() as processes:
-        failed = shared(partial(_model_or_server, model, how), processes, work)
+        failed = shared(opened, processes, work)
     if failed:
         note(f"\n{len(failed)} of {len(sets)} sets failed. Run the same command again for these alone:")
         for name, reason in failed.items():

@@ -112,7 +112,7 @@ def index(
         change.compact(folder)
         finish(folder)
     else:
-        with_all(model, how, work)
+        with_all(model, how, work, task)
 
 
 def _finish(folder: Path, faiss: bool, lancedb: bool, task: str | None) -> None:

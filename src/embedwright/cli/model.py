@@ -17,7 +17,7 @@ from embedwright.cli.evaluation import score, show_run
 from embedwright.cli.options import arg, opt
 from embedwright.cli.shell import file_of, queries_of
 from embedwright.errors import InputError
-from embedwright.files import check_folder
+from embedwright.files import check_folder, write_text
 
 if TYPE_CHECKING:
     from embedwright.training.recipe import Recipe
@@ -153,12 +153,16 @@ def _numbers(written: str) -> list[float]:
 
 def _fold_in(adapter: str, out: Path) -> None:
     from embedwright.model.embedder import Embedder
+    from embedwright.model.interop.card import facts, inherited, model_card
     from embedwright.model.verify.selftest import TEXTS
 
     texts = [text for text, _ in TEXTS]
     model = Embedder.load(adapter)
     before = model.encode(texts)
-    model.merge().save(out)
+    model.merge()
+    card = inherited(model_card(out.name, **facts(model.network, model.text_tokenizer)), [adapter])
+    model.save(out)
+    write_text(out / "README.md", card)
     del model  # memory may have room for one model only
     difference = abs(Embedder.load(out).encode(texts) - before).max()
     say(f"{out}: largest difference from the adapter's vectors {difference:.1e}")
@@ -191,17 +195,27 @@ def encode(
             encode_corpus(encoder, texts, folder, progress=counter("texts"), remote=remote, **settings)
         say(out)
 
-    with_all(model, how, work)
+    with_all(model, how, work, task)
 
 
-def with_all(model: str, how: options.How, work: Callable[[Any], None]) -> None:
-    """Opens a model in every process that torchrun has started, and runs `work` in the first, where all encode."""
+def with_all(model: str, how: options.How, work: Callable[[Any], None], task: str | None = None) -> None:
+    """Opens a model in every process that torchrun has started, and runs `work` in the first, where all encode.
+
+    Raises InputError for a `task` that the model would not read.
+    """
     from embedwright.encoders.open import open_encoder
+    from embedwright.encoders.sentence_transformers import SentenceTransformerEncoder
     from embedwright.encoders.sharded import shared
     from embedwright.processes import joined
 
+    def opened() -> list[Any]:
+        encoder = open_encoder(model, **how)
+        if isinstance(encoder, SentenceTransformerEncoder):
+            encoder.check_task(task)
+        return [encoder]
+
     with joined() as processes:
-        shared(lambda: [open_encoder(model, **how)], processes, lambda own: work(own[0]))
+        shared(opened, processes, lambda own: work(own[0]))
 
 
 @options.opens_models

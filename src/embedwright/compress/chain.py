@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from embedwright.errors import InputError, blaming
+from embedwright.errors import InputError
 from embedwright.files import check_new_folder, locked, put_folder, remove_leftovers, write_json, write_text
 from embedwright.model.embedder import Embedder
 from embedwright.model.formats.detect import content_fingerprint, detect
@@ -96,11 +96,8 @@ def write_card(folder: Path, name: str, model: str, rows: Sequence[Row] = (), de
         card = model_card(name, scores=rows, **known)
     else:
         card = file.read_text(encoding="utf-8") + (f"\n## Scores\n\n{markdown_table(rows)}\n" if rows else "")
-    place = detect(model)[0]
-    before = place.path / "README.md"
-    if decoder is None and before.is_file():
-        with blaming(before, "has a front matter that cannot be read"):
-            card = inherited(card, before.read_text(encoding="utf-8"), place.hub_id or place.path.resolve().name)
+    if decoder is None:
+        card = inherited(card, [model])
     write_text(file, card)
 
 

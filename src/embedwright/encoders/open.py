@@ -117,6 +117,8 @@ def _sentence_transformer(where: str, revision: str | None, how: dict[str, Any],
         check_weights(part)
     with blaming(where, "cannot be opened by sentence-transformers"):
         model = SentenceTransformer(where, revision=revision, trust_remote_code=False, **how)
+    if how["model_kwargs"] and model.max_seq_length == math.inf and model.dtype != how["model_kwargs"]["dtype"]:
+        raise InputError(f"dtype: {where} is static and stays in {str(model.dtype)[6:]}: leave it out")
     if folder is None:
         return model
     if part is not None:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from embedwright.errors import InputError
 from embedwright.fingerprint import Digest, Facts, config_facts, dtypes, facts, tokenizer_fact
 from embedwright.text import check_texts
 
@@ -21,7 +22,7 @@ class SentenceTransformerEncoder:
     """An `Encoder` of a sentence-transformers model.
 
     The model was not trained on our instructions: `task` only says which side the texts are on, documents where it is
-    None, else queries.
+    None, else queries. Suites and data give every model theirs; `encode_query` refuses one.
     """
 
     def __init__(self, model: Any) -> None:
@@ -43,8 +44,17 @@ class SentenceTransformerEncoder:
         return np.asarray(vectors, dtype=np.float32)
 
     def encode_query(self, texts: Sequence[str], task: str | None = None) -> NDArray[np.float32]:
-        """Encodes queries, under the model's own prompt."""
-        return self.encode(texts, task or "")
+        """Encodes queries, under the model's own prompt. Raises as `check_task`."""
+        self.check_task(task)
+        return self.encode(texts, "")
+
+    def check_task(self, task: str | None) -> None:
+        """Raises InputError for an instruction that a user gave this model by name, which it would not read."""
+        if task:
+            raise InputError(
+                f"task={task!r}: sentence-transformers opens this model, under its own prompts and without an "
+                "instruction: leave the task out, or give an empty one for queries"
+            )
 
     def encode_document(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Encodes documents, under the model's own prompt."""

@@ -20,6 +20,7 @@ from embedwright.export.gguf_vocabulary import vocabulary
 from embedwright.files import check_file, whole_file
 from embedwright.model.backbone import positions
 from embedwright.model.embedder import Embedder
+from embedwright.model.formats.detect import GGUF_CONTRACT
 from embedwright.model.interop.hub import merged_weights
 from embedwright.model.interop.readers import sides
 from embedwright.model.pooling import WEIGHTLESS
@@ -68,7 +69,7 @@ def export_gguf(model: Embedder, path: str | Path, type: Type = "f16") -> str:
         writer.add_type("model")
         writer.add_name(Path(path).stem)
         writer.add_description(_description(model, served))
-        writer.add_string("embedwright.contract", contract.model_dump_json())
+        writer.add_string(GGUF_CONTRACT, contract.model_dump_json())
         writer.add_file_type(_FILE_TYPES[type])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.add_causal_attention(backbone.config.is_causal)

@@ -79,9 +79,9 @@ class EmbedwrightFunction(EmbeddingFunction):
         if self._encoder is None:
             then = self.fingerprint
             length = then.get("contract.max_tokens", then.get("settings.max_seq_length", ""))
-            stored = then.get("dtype", "").split(", ")  # weights in 4 bits have uint8 too, and open as they are
-            kind = "int8" if "int8" in stored and "uint8" not in stored else stored[0] if len(stored) == 1 else ""
-            dtype = kind if kind in ("int8", "float32", "bfloat16", "float16") else None
+            stored = then.get("dtype", "").split(", ")  # adapters are in float32, whatever the type of their base
+            kind = next((kind for kind in ("int8", "bfloat16", "float16", "float32") if kind in stored), None)
+            dtype = None if "uint8" in stored else kind  # weights in 4 bits open as they are
             opened = as_encoder(
                 open_encoder(self.name, dtype=dtype, max_tokens=int(length) if length.isdecimal() else None)
             )

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from embedwright.cli.evaluation import _limit, _model_or_server, evaluate
+from embedwright.cli.main import app
 from embedwright.encoders import open as encoders
 from embedwright.encoders.open import open_encoder
 from embedwright.encoders.sentence_transformers import SentenceTransformerEncoder
@@ -47,6 +49,18 @@ def test_a_folder_of_results_keeps_those_of_another_model(tmp_path: Path, monkey
     evaluate(models=["../a/model"], suite=str(suite), out=tmp_path / "named.json")
     evaluate(models=["a/model"], suite=str(suite), out=tmp_path / "named.json")  # a file that is named is written anew
     assert json.loads((tmp_path / "named.json").read_text())["about"]["model"] == "a/model"
+
+
+@pytest.mark.parametrize("name", ["SciFact", "AIR-Bench/qa/en"])
+def test_a_server_with_a_key_is_benchmarked(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OWN_KEY", "own-secret")
+    [encoder] = _model_or_server("http://127.0.0.1:1/v1#m", {}, "OWN_KEY")
+    assert encoder.endpoint.client["api_key"] == "own-secret"
+    words = [name, "--out", str(tmp_path / "out"), "--api-key-env", "UNSET_KEY"]
+    refused = CliRunner().invoke(app, ["bench", "http://127.0.0.1:1/v1#m", *words])
+    assert "$UNSET_KEY, which is to hold its API key, is not set" in str(refused.exception)
+    refused = CliRunner().invoke(app, ["bench", "minilm", *words])
+    assert "--api-key-env: no server is asked here, only minilm" in str(refused.exception)
 
 
 def test_a_benchmark_cuts_the_texts_of_any_model_that_is_opened_here(

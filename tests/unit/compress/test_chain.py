@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from stock_layers import TEXTS
 from typer.testing import CliRunner
@@ -228,3 +229,24 @@ def test_licence_base_and_data_travel_with_the_card(at: Path) -> None:
     (at / "model" / "README.md").write_text("---\nlicense: [\n---\n")
     with pytest.raises(InputError, match=r"model/README.md has a front matter that cannot be read"):
         run("model", "other", "--weights", "int8")
+
+
+def test_a_merged_adapter_hands_its_card_on(at: Path) -> None:
+    model = Embedder.load("model", dtype="float32").add_lora(2)
+    for name, parameter in model.network.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.constant_(parameter, 0.1)
+    model.save("adapter")
+    front = "---\nlicense: cc-by-nc-4.0\nbase_model: google/gemma-3-270m\ndatasets:\n- a/b\n---\n"
+    (at / "adapter" / "README.md").write_text(f"{front}\n# adapter\n\n## Data\n\n3 rows\n")
+    merged = CliRunner().invoke(app, ["merge", "adapter", "merged"])
+    assert merged.exit_code == 0, merged.output
+    run("merged", "out", "--weights", "int8")
+    for name in ("merged", "out"):
+        card = ModelCard((at / name / "README.md").read_text())
+        told = card.data.to_dict()
+        assert (told["license"], told["base_model"]) == ("cc-by-nc-4.0", "google/gemma-3-270m")
+        assert (
+            told["datasets"] == ["a/b"] and "## Data of adapter\n\n3 rows" in card.text and f"# {name}\n" in card.text
+        )
+        assert "peft" not in told["tags"] and str(at) not in card.text

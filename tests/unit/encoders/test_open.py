@@ -261,6 +261,20 @@ def test_a_missing_folder_is_not_asked_for_at_the_hub(monkeypatch: pytest.Monkey
             open_encoder(said)
 
 
+def test_a_static_model_is_opened_in_no_other_type(tmp_path: Path, make_tokenizer: Callable[..., Any]) -> None:
+    """sentence-transformers ignores the type that it is asked for there."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+
+    tokenizer = make_tokenizer()
+    rows = np.ones((tokenizer.get_vocab_size(), 8), np.float32)
+    SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_weights=rows)]).save(str(tmp_path / "static"))
+    for dtype in (None, "float32"):
+        assert open_encoder(str(tmp_path / "static"), dtype=dtype).encode(TEXTS).shape == (3, 8)
+    with pytest.raises(InputError, match=r"dtype: .*static is static and stays in float32: leave it out"):
+        open_encoder(str(tmp_path / "static"), dtype="bfloat16")
+
+
 def test_a_file_is_no_embedder(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").touch()
     with pytest.raises(ValueError, match=r"model\.gguf is a file of weights, not an embedder"):

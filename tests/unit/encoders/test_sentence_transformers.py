@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 from tokenizers.normalizers import Lowercase
+from typer.testing import CliRunner
 
+from embedwright.cli.main import app
 from embedwright.encoders.chunks import chunker, token_counter
 from embedwright.encoders.open import open_encoder
-from embedwright.encoders.protocol import as_encoder
+from embedwright.encoders.protocol import as_encoder, encode_queries
 from embedwright.encoders.sentence_transformers import SentenceTransformerEncoder
 from embedwright.errors import InputError
 
@@ -48,6 +51,24 @@ def test_the_models_own_prompts_go_by_side(minilm: Any, prompts: dict[str, str],
         minilm.prompts = before
     for vectors, reference in zip(found, expected, strict=True):
         assert vectors.dtype == np.float32 and np.abs(vectors - reference).max() < 1e-5
+
+
+def test_an_instruction_by_name_is_refused_where_it_would_not_be_read(
+    minilm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`search`, `encode`, the table of `index` and the frameworks took it and said that it had been read."""
+    monkeypatch.setattr("os.fsync", lambda handle: None)
+    wanted = r"^task='Find it': sentence-transformers opens this model, under its own prompts"
+    with pytest.raises(InputError, match=wanted):
+        encode_queries(SentenceTransformerEncoder(minilm), TEXTS, "Find it")
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
+    texts, index = str(tmp_path / "texts.txt"), str(tmp_path / "index")
+    assert CliRunner().invoke(app, ["index", "minilm", texts, index]).exit_code == 0
+    asked = (["search", "minilm", index, "sea"], ["encode", "minilm", texts, str(tmp_path / "vectors")])
+    for words in asked:
+        found = CliRunner().invoke(app, [*words, "--task", "Find it"])
+        assert isinstance(found.exception, InputError) and re.search(wanted, str(found.exception))
+        assert CliRunner().invoke(app, [*words, "--task", ""]).exit_code == 0
 
 
 def test_vectors_have_unit_length_whatever_the_model_does(minilm: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from embedwright.cli.main import app
 from embedwright.compress.weights import compress_weights
@@ -197,9 +198,20 @@ def test_a_table_of_a_model_in_another_length_or_type_opens_it_so(
     Embedder.from_decoder(tiny_decoder("llama", intermediate_size=64), pooling="mean").save(tmp_path / "model")
     corpus = write_corpus(tmp_path / "corpus.jsonl", 12)
     compress_weights(tmp_path / "model", tmp_path / "small", INT4)
-    for number, how in enumerate(({"max_tokens": 20}, {"dtype": "bfloat16"}, {"dtype": "int8"}, {})):
-        name = str(tmp_path / ("model" if how else "small"))
-        model, out = open_encoder(name, **how), tmp_path / f"index-{number}"  # type: ignore[arg-type]
+    adapted = Embedder.load(tmp_path / "model").add_lora(2)
+    for parameter_name, parameter in adapted.network.named_parameters():
+        if "lora_B" in parameter_name:
+            torch.nn.init.constant_(parameter, 0.1)
+    adapted.save(tmp_path / "adapter")
+    asked: list[tuple[str, dict[str, Any]]] = [
+        ("small", {}),
+        ("model", {"max_tokens": 20}),
+        ("model", {"dtype": "int8"}),
+    ]
+    asked += [(name, {"dtype": kind}) for name in ("model", "adapter") for kind in ("bfloat16", "float16", "float32")]
+    for number, (folder, how) in enumerate(asked):
+        name = str(tmp_path / folder)
+        model, out = open_encoder(name, **how), tmp_path / f"index-{number}"
         build_index(model, corpus, out)
         index = Index.open(out)
         ours.to_lancedb(index, TASK)

@@ -30,7 +30,10 @@ STOCK_SETTINGS = "embedwright.json"  # contract and pooling, in a folder of the 
 ONNX_GRAPH = "onnx/model.onnx"  # of a folder that `export --format onnx` wrote
 # The step of a history that ends an alignment with a teacher
 CHANGED = {"step": "changed", "weights": "not known to be those that were aligned"}
+GGUF_CONTRACT = "embedwright.contract"  # key of the metadata of a GGUF file that `export` wrote
+_GGUF_HEAD = 2**16  # bytes: `export` writes the key before the vocabulary, which takes seconds to read
 _ALIGNED = "aligned_weights"  # digest of the weights that were aligned, in the step that says so
+_EXPORTED = "{name} is an export of an embedder for llama.cpp (docs/export.md): give the folder that it was made from"
 _CONTENT = (".json", ".safetensors", ".model")  # suffixes of the files that a model is made of
 
 
@@ -41,6 +44,8 @@ def detect(name: str, revision: str | None = None) -> tuple[Place, Format | Fami
     """
     family, where = split_family(name)
     place = find(where, revision)
+    if is_gguf_export(place.path):
+        raise InputError(_EXPORTED.format(name=name))
     if not place.path.is_dir():
         raise InputError(f"{name} is a file of weights, not an embedder: use Embedder.from_decoder")
     check_folder(place.path)
@@ -55,6 +60,14 @@ def is_onnx(folder: Path) -> bool:
     """Says whether a folder is an ONNX export of ours."""
     file = folder / STOCK_SETTINGS
     return file.is_file() and "onnx" in read_object(file)
+
+
+def is_gguf_export(path: Path) -> bool:
+    """Says whether a path is a GGUF file that `export` wrote of an embedder."""
+    if path.suffix != ".gguf" or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return GGUF_CONTRACT.encode() in file.read(_GGUF_HEAD)
 
 
 def format_of(folder: Path, name: str) -> Format | Family | None:
@@ -123,6 +136,8 @@ def content_fingerprint(name: str, revision: str | None = None) -> str:
 def check_decoder(name: str) -> None:
     """Raises InputError if `name` is an embedder: read as a bare decoder it would lose its contract and pooling."""
     kind = _embedder_kind(name)
+    if kind == "export":
+        raise InputError(_EXPORTED.format(name=name))
     if kind == "known":
         raise InputError(
             f"{name} is an embedder, and as a bare decoder it would lose its text contract and pooling: "
@@ -137,13 +152,16 @@ def check_decoder(name: str) -> None:
 
 def warn_of_embedder(name: str, revision: str | None = None) -> None:
     """Warns if `name`, asked for as a decoder, is an embedder. That may be meant: its weights are a decoder's too."""
-    if _embedder_kind(name, revision):
-        log.warning("%s is an embedder: its text contract and pooling are left out; Embedder.load keeps them", name)
+    if kind := _embedder_kind(name, revision):
+        keeps = "the folder that it was made from" if kind == "export" else "Embedder.load"
+        log.warning("%s is an embedder: its text contract and pooling are left out; %s keeps them", name, keeps)
 
 
 def check_embedder(name: str) -> None:
     """Raises InputError if `name` cannot be trained on: it is no `Embedder`, or its weights are quantised."""
     kind = _embedder_kind(name)
+    if kind == "export":
+        raise InputError(_EXPORTED.format(name=name))
     if kind == "known" and is_quantized(detect(name)[0].path):
         raise InputError(f"{name}: {QUANTIZED}")
     if kind == "other":
@@ -164,10 +182,14 @@ def is_quantized(folder: Path) -> bool:
     return config.is_file() and bool(read_object(config).get("quantization"))
 
 
-def _embedder_kind(name: str, revision: str | None = None) -> Literal["known", "other"] | None:
-    """Returns `known` if it opens as an `Embedder`, `other` if only in sentence-transformers, None if it is none."""
-    if find(split_family(name)[1], revision).path.is_file():
-        return None
+def _embedder_kind(name: str, revision: str | None = None) -> Literal["known", "other", "export"] | None:
+    """Returns `known` if it opens as an `Embedder`, `other` if only in sentence-transformers, None if it is none.
+
+    A GGUF file of an embedder is an `export`, whose contract and pooling we do not read back.
+    """
+    path = find(split_family(name)[1], revision).path
+    if path.is_file():
+        return "export" if is_gguf_export(path) else None
     place, form = detect(name, revision)
     if form is not None:
         return "known"

@@ -133,6 +133,7 @@ def _outline(folder: Path, form: Format | Family | None) -> Outline:
     else:
         decoder = stock_config(folder)
         set_attention(decoder, "causal" if getattr(decoder, "is_causal", True) else "bidirectional")
+    _check_prompts(file, contract)
     return Outline(decoder, pooling, contract, load_tokenizer(folder))
 
 
@@ -148,6 +149,28 @@ def _check_one_length(file: Path, contract: Contract) -> None:
             f"{file}: contract.max_tokens is {contract.max_tokens}, and model_max_length in {beside.name} {length}: a "
             "text would have two vectors. Write the length that is meant into both"
         )
+
+
+def _check_prompts(file: Path, contract: Contract) -> None:
+    """Raises InputError if sentence-transformers puts another string in front of a text: a user may set one there.
+
+    A model without an instruction of its own has no query prompt that one could contradict.
+    """
+    beside = file.with_name("config_sentence_transformers.json")
+    said = read_object(beside) if beside.is_file() else {}
+    prompts = said.get("prompts") or {}
+    theirs = {f"prompts.{side}": prompt or "" for side, prompt in prompts.items()}
+    if "default_prompt_name" in said:
+        theirs["default_prompt_name"] = prompts.get(said["default_prompt_name"]) or ""
+    own = dict.fromkeys(("prompts.document", "default_prompt_name"), contract.document_template)
+    if contract.default_task or "{task}" not in contract.query_template:
+        own["prompts.query"] = contract.prefix(contract.default_task)
+    for key, prompt in own.items():
+        if theirs.get(key, prompt) != prompt:
+            raise InputError(
+                f"{beside}: {key} puts {theirs[key]!r} in front of a text, and the contract in {file.name} {prompt!r}: "
+                "a text would have two vectors. Write the prompt that is meant into both"
+            )
 
 
 def _outline_of_adapter(folder: Path) -> Outline:

@@ -18,13 +18,15 @@ import torch
 from torch import Tensor
 
 from embedwright.errors import InputError, NotFoundError, check_choice
-from embedwright.files import check_new_folder, whole_folder, write_json
+from embedwright.files import check_new_folder, whole_folder, write_json, write_text
 from embedwright.fingerprint import Facts, config_facts, facts, tokenizer_fact
 from embedwright.locate import local
 from embedwright.model.embedder import Embedder
 from embedwright.model.formats.detect import detect, history_file, history_of, is_quantized
 from embedwright.model.formats.folder import INDEX, SAVED, Stored, read_object, weights_in, write_weights
 from embedwright.model.formats.open import outline
+from embedwright.model.interop.card import facts as card_facts
+from embedwright.model.interop.card import inherited, model_card
 from embedwright.model.verify import selftest
 
 How = Literal["average", "slerp"]
@@ -46,7 +48,7 @@ def soup(
     `models` are folders that `save` wrote; adapters are merged first. `weights` says what each model counts (their sum
     is made 1); None: all the same. Slerp of two goes `weights[1]` of the way from the first. Sums are made in float32
     of 16-bit weights, in float64 of others, and rounded once, to the type of the first model. The result is opened,
-    probed and given its own `selftest.json`.
+    probed and given its own `selftest.json`, and a card with what the models' cards agree on.
 
     Raises ValueError if models differ in architecture, tokenizer, contract or pooling, naming the key; where a backbone
     or pooling block began from other numbers than the first's; and for weights that make no average. FileExistsError if
@@ -79,6 +81,8 @@ def soup(
             write_json(file, read_object(file) | {"history": [*history, step]})
         model = Embedder.load(temp, device="cpu")
         selftest.write(model.network, model.text_tokenizer, temp)
+        card = model_card(Path(out).name, **card_facts(model.network, model.text_tokenizer))
+        write_text(temp / "README.md", inherited(card, names))
 
 
 def _factors(models: int, how: How, weights: Sequence[float] | None) -> list[float]:

@@ -13,8 +13,10 @@ from typing import Any, Literal
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from embedwright.locate import PUBLISHED
+from embedwright.errors import blaming
+from embedwright.locate import PUBLISHED, text_of
 from embedwright.model.adapters.lora import has_lora
+from embedwright.model.formats.detect import detect
 from embedwright.model.interop.save import opens_as_stock
 from embedwright.model.network import EmbedwrightModel
 from embedwright.model.verify.selftest import TASK
@@ -26,7 +28,7 @@ Form = Literal["stock", "ours", "adapter"]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _TOLD_FIRST = ("of", "kept", "removed", "by", "recipe", "stages", "teacher", "data", "loss")
 _KEPT = ("license", "license_name", "license_link", "base_model", "datasets", "language")
-_SECTION = re.compile(r"^## ((?:Training|Data|Commands)\b[^\n]*)\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+_SECTION = re.compile(r"^## ((?:Training|Data|Commands|Licences)\b[^\n]*)\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 _DATASET = re.compile(r"(?:https://(?:huggingface\.co|hf\.co)/datasets/)?([\w.-]+/[\w.-]+)/?")
 _QUERY = "how do tides work?"
 _PASSAGE = "Tides are the rise and fall of sea levels, caused by the gravity of the moon and the sun."
@@ -116,24 +118,40 @@ def model_card(
     return "\n\n".join(sections) + "\n"
 
 
-def inherited(card: str, before: str, name: str) -> str:
-    """Returns a card with what the card of the model before says of licence, base, data and training.
+def inherited(card: str, models: Sequence[str]) -> str:
+    """Returns a card with what those of the models that it was made from say of licence, base, data and training.
 
-    `before` is that card, and `name` the name of that model. Keys that `card` has already keep their values.
-    Raises ValueError or yaml.YAMLError for a front matter that is no YAML.
+    Keys that `card` has already keep their values. Of several models, the keys on which all agree are taken, and a
+    table has the licence of each. Raises InputError for a front matter that is no YAML.
     """
-    if before.startswith("---"):
-        made, known = ModelCard(card), ModelCard(before, ignore_metadata_errors=True)
+    before = [_card_of(model) for model in models]
+    if any(front for _, _, front in before):
+        made = ModelCard(card)
         for key in _KEPT:
-            if made.data.get(key) is None and known.data.get(key) is not None:
-                made.data[key] = known.data[key]
+            values = [front.get(key) for _, _, front in before]
+            if made.data.get(key) is None and values[0] is not None and values.count(values[0]) == len(values):
+                made.data[key] = values[0]
         card = str(made)
         for hub_id, licence in PUBLISHED.values():
             if made.data.get("base_model") == hub_id:
                 card = f"{card.rstrip()}\n\n## Base\n\n{hub_id}, licence {licence}\n"
-    for title, text in _SECTION.findall(before):
-        card = f"{card.rstrip()}\n\n## {title if ' of ' in title else f'{title} of {name}'}\n\n{text.strip()}\n"
+    if len(before) > 1:
+        licences = [front.get("license_name") or front.get("license") or "not stated" for _, _, front in before]
+        rows = [{"model": name, "licence": said} for (name, _, _), said in zip(before, licences, strict=True)]
+        card = f"{card.rstrip()}\n\n## Licences of the models\n\n{markdown_table(rows)}\n"
+    for name, text, _ in before:
+        for title, part in _SECTION.findall(text):
+            card = f"{card.rstrip()}\n\n## {title if ' of ' in title else f'{title} of {name}'}\n\n{part.strip()}\n"
     return card
+
+
+def _card_of(model: str) -> tuple[str, str, dict[str, Any]]:
+    """Returns a model's name, its card, or "", and the front matter of that."""
+    place = detect(model)[0]
+    text = text_of(place.path, "README.md") or ""
+    with blaming(place.path / "README.md", "has a front matter that cannot be read"):
+        front = vars(ModelCard(text, ignore_metadata_errors=True).data) if text.startswith("---") else {}
+    return place.hub_id or place.path.resolve().name, text, front
 
 
 def _use(path: str, contract: Contract, form: Form) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,13 @@ import pytest
 import torch
 
 from embedwright.model.embedder import Embedder
-from embedwright.model.formats.detect import check_decoder, check_embedder, content_fingerprint
+from embedwright.model.formats.detect import (
+    check_decoder,
+    check_embedder,
+    content_fingerprint,
+    detect,
+    warn_of_embedder,
+)
 
 
 @pytest.fixture
@@ -54,3 +61,20 @@ def test_an_embedder_is_told_from_a_decoder(folders: tuple[Path, Path], tiny_dec
         check_embedder(folder)
         with pytest.raises(ValueError, match=r"write model: \{from: "):
             check_decoder(folder)
+
+
+def test_an_export_for_llama_cpp_is_told_from_a_decoder(
+    tiny_embedder: Callable[..., Embedder], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Read as a bare decoder it would come back with another contract, mask rule and pooling."""
+    pytest.importorskip("gguf")
+    from embedwright.export.gguf import export_gguf
+
+    file = tmp_path / "model.gguf"
+    export_gguf(tiny_embedder("mean"), file)
+    for refuses in (check_decoder, check_embedder, detect):
+        with pytest.raises(ValueError, match=r"model\.gguf is an export of an embedder .* give the folder that it was"):
+            refuses(str(file))
+    with caplog.at_level(logging.WARNING):
+        warn_of_embedder(str(file))  # of `from_decoder`, where it may be meant
+    assert "is an embedder: its text contract and pooling are left out; the folder that it was made from" in caplog.text

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
@@ -80,7 +81,7 @@ def test_the_average_is_the_weighted_sum_of_every_tensor(
         expected = sum(share * part[name].double() for share, part in zip(shares, parts, strict=True))
         assert tensor.dtype == torch.float32 and rounded_once(tensor, expected), name
         assert not torch.equal(tensor, parts[0][name])
-    assert files_of(tmp_path / "new" / "soup") == files_of(folders[0])
+    assert files_of(tmp_path / "new" / "soup") == files_of(folders[0]) | {"README.md"}
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["soup"]
 
 
@@ -180,7 +181,20 @@ def test_only_what_save_writes_is_taken_from_the_first_model(save: Save, tmp_pat
         (a / name).write_text("{}")
     soup([a, b], tmp_path / "soup")
     written, plain = ({file.relative_to(folder) for file in folder.rglob("*.*")} for folder in (tmp_path / "soup", b))
-    assert written == plain
+    assert written == plain | {Path("README.md")}
+
+
+def test_the_card_has_what_the_models_agree_on_and_each_licence(save: Save, tmp_path: Path) -> None:
+    a, b = save("a", 0.1), save("b", 0.1, 2)
+    for folder, licence in ((a, "mit"), (b, "cc-by-nc-4.0")):
+        front = f"---\nlicense: {licence}\nbase_model: google/gemma-3-270m\n---\n"
+        (folder / "README.md").write_text(f"{front}\n# x\n\n## Data\n\nrows of {folder.name}\n")
+    soup([a, b], tmp_path / "soup")
+    card = ModelCard((tmp_path / "soup" / "README.md").read_text())
+    told = card.data.to_dict()
+    assert told["base_model"] == "google/gemma-3-270m" and "license" not in told
+    assert "| a | mit |\n| b | cc-by-nc-4.0 |" in card.text and "# soup\n" in card.text
+    assert "## Data of a\n\nrows of a" in card.text and "## Data of b\n\nrows of b" in card.text
 
 
 def test_adapters_are_merged_first(save: Save, tmp_path: Path) -> None:

@@ -180,6 +180,41 @@ def test_a_length_that_only_the_tokenizer_knows_is_refused(tiny_embedder: Make, 
         Embedder.load(tmp_path / "saved")
 
 
+@pytest.mark.parametrize(
+    ("key", "name", "query", "document"),
+    [
+        ("prompts.query", None, "Instruct: Find a fact\nQuery: ", ""),
+        ("prompts.document", None, "own", "passage: "),
+        ("default_prompt_name", "query", "own", ""),
+        (None, "document", "own", ""),  # another name of the same prompt
+    ],
+)
+@pytest.mark.parametrize("pooling", ["latent", "mean"])
+def test_a_prompt_that_was_set_there_is_refused(
+    pooling: str, key: str | None, name: str | None, query: str, document: str, tiny_embedder: Make, tmp_path: Path
+) -> None:
+    tiny_embedder(pooling, default_task="Find").save(tmp_path / "model")
+    st, saved = SentenceTransformer(str(tmp_path / "model"), device="cpu"), tmp_path / "model"
+    st.prompts = {"query": st.prompts["query"] if query == "own" else query, "document": document, "tides": "T: "}
+    st.default_prompt_name = name
+    st.save(str(saved))  # where a stock folder keeps our settings
+    if key is None:
+        Embedder.load(saved)
+        return
+    with pytest.raises(ValueError, match=rf"config_sentence_transformers.json: {key} .*: .*both"):
+        Embedder.load(saved)
+
+
+def test_a_query_prompt_set_there_for_a_model_without_one_contradicts_nothing(
+    tiny_embedder: Make, tmp_path: Path
+) -> None:
+    st = tiny_embedder("latent").to_sentence_transformer()
+    st.prompts["query"] = "Instruct: Find a fact\nQuery: "
+    st.save(str(tmp_path / "saved"))
+    with pytest.raises(ValueError, match="no instruction of its own"):
+        Embedder.load(tmp_path / "saved").encode_query(["a"])
+
+
 def test_what_cannot_be_trained_or_saved_is_refused(tiny_embedder: Make, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=FOLDED):
         tiny_embedder("latent").fold().to_sentence_transformer()
