@@ -39,7 +39,9 @@ def test_an_adapter_folder_on_a_packaged_base_serves_everywhere(
     texts = [f"p{i} the moon pulls the sea {i}" for i in range(12)]
     pairs = [{"query": f"q{i} tide", "positives": [text]} for i, text in enumerate(texts)]
     (lab / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
-    stage = {"name": "S1", "data": [{"path": "pairs.jsonl"}], "in_batch_negatives": "all", "hard_negatives": 0}
+    tides = {"name": "tides", "licence": "CC-BY-NC-4.0", "source": "someone/tides"}
+    stage = {"name": "S1", "data": [{"path": "pairs.jsonl", "task": tides}], "in_batch_negatives": "all"}
+    stage["hard_negatives"] = 0
     stage |= {"optim": {"lr": 1e-2, "steps": 2, "batch_queries": 4}}
     first = {
         "name": "first",
@@ -71,9 +73,17 @@ def test_an_adapter_folder_on_a_packaged_base_serves_everywhere(
 
     shutil.copyfile(lab / "pairs.jsonl", "pairs.jsonl")
     second = first | {"name": "second", "model": {"from": "results/flagship"}, "tune": {"adapters": "continue"}}
+    stage["data"] = [{"path": "pairs.jsonl", "task": {"name": "moons", "licence": "MIT"}}]
     Path("second.yaml").write_text(yaml.safe_dump(second | {"stages": [stage]}))
     run("train", "second.yaml")
     assert "BAD" not in run("doctor", "run/adapter")
     config = json.loads(Path("run/adapter/adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["r"]) == ("tiny-135m", 4)
-    assert "made from tiny-135m" in Path("run/adapter/README.md").read_text()
+    third = {"name": "third", "model": {"from": "merged"}, "run": {"out": "third", "tracker": "none"}}
+    Path("third.yaml").write_text(yaml.safe_dump(second | third | {"stages": [stage], "tune": first["tune"]}))
+    run("train", "third.yaml")
+    cards = [Path(folder, "README.md").read_text() for folder in ("results/flagship", "run/adapter", "third/model")]
+    assert all("made from tiny-135m" in card for card in cards[:2])
+    for card in cards:  # a stage's, and those of the runs that went on from it: what it learned from
+        assert "CC-BY-NC-4.0" in card and "datasets:\n- someone/tides" in card
+    assert all("## Data of first" in card and "| MIT |" in card for card in cards[1:])

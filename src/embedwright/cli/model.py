@@ -153,14 +153,14 @@ def _numbers(written: str) -> list[float]:
 
 def _fold_in(adapter: str, out: Path) -> None:
     from embedwright.model.embedder import Embedder
-    from embedwright.model.interop.card import facts, inherited, model_card
+    from embedwright.model.interop.card import card_of, facts, inherited, model_card
     from embedwright.model.verify.selftest import TEXTS
 
     texts = [text for text, _ in TEXTS]
     model = Embedder.load(adapter)
     before = model.encode(texts)
     model.merge()
-    card = inherited(model_card(out.name, **facts(model.network, model.text_tokenizer)), [adapter])
+    card = inherited(model_card(out.name, **facts(model.network, model.text_tokenizer)), [card_of(adapter)])
     model.save(out)
     write_text(out / "README.md", card)
     del model  # memory may have room for one model only

@@ -14,7 +14,7 @@ from embedwright.files import check_new_folder, locked, put_folder, remove_lefto
 from embedwright.model.embedder import Embedder
 from embedwright.model.formats.detect import content_fingerprint, detect
 from embedwright.model.formats.families import split_family
-from embedwright.model.interop.card import Row, facts, inherited, markdown_table, model_card
+from embedwright.model.interop.card import Row, card_of, facts, inherited, markdown_table, model_card
 
 ORIGINAL = "original"  # what a report calls the model that the chain begins with
 _ASKED = "asked.json"
@@ -97,7 +97,7 @@ def write_card(folder: Path, name: str, model: str, rows: Sequence[Row] = (), de
     else:
         card = file.read_text(encoding="utf-8") + (f"\n## Scores\n\n{markdown_table(rows)}\n" if rows else "")
     if decoder is None:
-        card = inherited(card, [model])
+        card = inherited(card, [card_of(model)])
     write_text(file, card)
 
 

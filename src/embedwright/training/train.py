@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 from embedwright.host import own_random_numbers
 from embedwright.model.embedder import Embedder
-from embedwright.model.interop.card import facts, model_card
+from embedwright.model.interop.card import card_of, facts, inherited, model_card
 from embedwright.model.verify import probe
 from embedwright.processes import start
 from embedwright.training.batches.blend import Source
@@ -90,6 +91,7 @@ def train(recipe: Recipe, *, on_step: OnStep | None = None, on_evaluation: OnEva
     with processes.together():
         model = start_model(recipe, processes)
         check_reading(recipe, sources, model)
+        before = [card_of(recipe.model.from_)] if recipe.model.from_ else []  # its folder may go while this trains
     open_folder(out, processes)
     steps = Steps(recipe, model, processes)
     if checkpoint is not None:
@@ -103,10 +105,16 @@ def train(recipe: Recipe, *, on_step: OnStep | None = None, on_evaluation: OnEva
             describe_run(out, recipe, sources)
             names, at = [stage.name for stage in recipe.stages], (state.stage, state.step)
             log = Tracker(out, recipe.run.tracker, names, at, recipe.model_dump(mode="json"))
+
+    def card(stages: int, saved: Embedder, path: str) -> str:  # of rank 0, which has the items of the scores
+        so_far = recipe.model_copy(update={"stages": recipe.stages[:stages]})
+        known, told = facts(saved.network, saved.text_tokenizer), card_facts(so_far, sources[:stages], scores.records)
+        return inherited(model_card(path=path, **known | told | {"base": known["base"] or told["base"]}), before)
+
     with stop_on_signal() as stop_requested, log as tracker:
         scores = Scores(recipe.eval, out, model, processes)
         listeners = _Listeners(tracker, on_step, on_evaluation) if processes.first else _Listeners()
-        run = _Run(steps, scores, listeners, stop_requested)
+        run = _Run(steps, scores, listeners, stop_requested, card)
         if checkpoint is None:
             scores.forget()
             run.evaluate(START, 0)
@@ -114,11 +122,7 @@ def train(recipe: Recipe, *, on_step: OnStep | None = None, on_evaluation: OnEva
             begin = replace(state, stage=number, step=state.step if number == state.stage else 0)
             run.stage(sources[number], begin, checkpoint if begin.step else None)
 
-    def card(saved: Embedder, path: str) -> str:  # of rank 0, which has the items of the scores
-        known, told = facts(saved.network, saved.text_tokenizer), card_facts(recipe, sources, scores.records)
-        return model_card(path=path, **known | told | {"base": known["base"] or told["base"]})
-
-    return save_end(recipe, model, processes, card)
+    return save_end(recipe, model, processes, partial(card, len(recipe.stages)))
 
 
 @dataclass(frozen=True)
@@ -133,8 +137,16 @@ class _Listeners:
 class _Run:
     """What stays the same from step to step."""
 
-    def __init__(self, steps: Steps, scores: Scores, listeners: _Listeners, stop_requested: StopRequest) -> None:
+    def __init__(
+        self,
+        steps: Steps,
+        scores: Scores,
+        listeners: _Listeners,
+        stop_requested: StopRequest,
+        card: Callable[[int, Embedder, str], str],
+    ) -> None:
         self.steps, self.scores, self.listeners, self.stop_requested = steps, scores, listeners, stop_requested
+        self.card = card
         self.recipe, self.model, self.processes = steps.recipe, steps.model, steps.processes
         self.out = Path(self.recipe.run.out)
         self.nonfinite = NonFinite(self.out / watch.FILE, self.processes)
@@ -182,7 +194,7 @@ class _Run:
             self.probe()
         self.measure(state.stage, sources, last)
         if stage.save:  # before a checkpoint that is past this stage: until then, a killed run ends the stage again
-            save_stage(recipe, self.model, self.processes, stage.name)
+            save_stage(recipe, self.model, self.processes, stage.name, partial(self.card, state.stage + 1))
         if recipe.eval.decides:  # the stage ended on other weights than those of its last checkpoint
             self.save(replace(state, stage=state.stage + 1, step=0), None)
 

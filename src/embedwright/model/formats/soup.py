@@ -25,8 +25,8 @@ from embedwright.model.embedder import Embedder
 from embedwright.model.formats.detect import detect, history_file, history_of, is_quantized
 from embedwright.model.formats.folder import INDEX, SAVED, Stored, read_object, weights_in, write_weights
 from embedwright.model.formats.open import outline
+from embedwright.model.interop.card import card_of, inherited, model_card
 from embedwright.model.interop.card import facts as card_facts
-from embedwright.model.interop.card import inherited, model_card
 from embedwright.model.verify import selftest
 
 How = Literal["average", "slerp"]
@@ -82,7 +82,7 @@ def soup(
         model = Embedder.load(temp, device="cpu")
         selftest.write(model.network, model.text_tokenizer, temp)
         card = model_card(Path(out).name, **card_facts(model.network, model.text_tokenizer))
-        write_text(temp / "README.md", inherited(card, names))
+        write_text(temp / "README.md", inherited(card, [card_of(name) for name in names]))
 
 
 def _factors(models: int, how: How, weights: Sequence[float] | None) -> list[float]:

@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -29,9 +29,18 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _TOLD_FIRST = ("of", "kept", "removed", "by", "recipe", "stages", "teacher", "data", "loss")
 _KEPT = ("license", "license_name", "license_link", "base_model", "datasets", "language")
 _SECTION = re.compile(r"^## ((?:Training|Data|Commands|Licences)\b[^\n]*)\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+_TITLE = re.compile(r"^# (.+)$", re.MULTILINE)
 _DATASET = re.compile(r"(?:https://(?:huggingface\.co|hf\.co)/datasets/)?([\w.-]+/[\w.-]+)/?")
 _QUERY = "how do tides work?"
 _PASSAGE = "Tides are the rise and fall of sea levels, caused by the gravity of the moon and the sun."
+
+
+class Card(NamedTuple):
+    """A model's name, its card, or "", and the front matter of that."""
+
+    name: str
+    text: str
+    front: dict[str, Any]
 
 
 def facts(network: EmbedwrightModel, tokenizer: TextTokenizer) -> dict[str, Any]:
@@ -118,13 +127,12 @@ def model_card(
     return "\n\n".join(sections) + "\n"
 
 
-def inherited(card: str, models: Sequence[str]) -> str:
+def inherited(card: str, before: Sequence[Card]) -> str:
     """Returns a card with what those of the models that it was made from say of licence, base, data and training.
 
     Keys that `card` has already keep their values. Of several models, the keys on which all agree are taken, and a
-    table has the licence of each. Raises InputError for a front matter that is no YAML.
+    table has the licence of each.
     """
-    before = [_card_of(model) for model in models]
     if any(front for _, _, front in before):
         made = ModelCard(card)
         for key in _KEPT:
@@ -145,13 +153,17 @@ def inherited(card: str, models: Sequence[str]) -> str:
     return card
 
 
-def _card_of(model: str) -> tuple[str, str, dict[str, Any]]:
-    """Returns a model's name, its card, or "", and the front matter of that."""
+def card_of(model: str) -> Card:
+    """Reads the card of a model. Its name is that of the hub, else the card's title, else the folder's.
+
+    Raises InputError for a front matter that is no YAML.
+    """
     place = detect(model)[0]
     text = text_of(place.path, "README.md") or ""
     with blaming(place.path / "README.md", "has a front matter that cannot be read"):
         front = vars(ModelCard(text, ignore_metadata_errors=True).data) if text.startswith("---") else {}
-    return place.hub_id or place.path.resolve().name, text, front
+    title = _TITLE.search(text)
+    return Card(place.hub_id or (title[1] if title else place.path.resolve().name), text, front)
 
 
 def _use(path: str, contract: Contract, form: Form) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from shutil import rmtree
 
 import torch
 
@@ -72,21 +73,29 @@ def check_no_older(out: Path) -> None:
             )
 
 
-def save_stage(recipe: Recipe, model: Embedder, processes: Processes, stage: str) -> None:
-    """Saves the model as it now is in each form of `run.save`; the model itself stays as it is and trains on.
+def save_stage(recipe: Recipe, model: Embedder, processes: Processes, stage: str, card: Card) -> None:
+    """Saves the model as it now is in each form of `run.save`, with its card; the model itself trains on.
 
     Each form is made of a copy, on the CPU of rank 0: it takes 4 bytes a parameter there. A folder that holds a model
     is left as it is. All processes must call this. Raises RuntimeError as `finish` does.
     """
     folders = kept_forms(recipe, stage)
-    lacking = processes.decided(lambda: [form for form, folder in folders.items() if not _is_model(folder)])
+    lacking = processes.decided(
+        lambda: [
+            form for form, folder in folders.items() if not (_is_model(folder) and (folder / "README.md").exists())
+        ]
+    )
+    if "merged" in lacking and "adapter" in folders:  # which lies in the other's folder, and that must be empty
+        lacking = [*folders]
+        if processes.first:
+            rmtree(folders["adapter"], ignore_errors=True)
     for form in lacking:
         with own_random_numbers():
             copy = copied(recipe, model, processes)
             with processes.together():
                 if copy is not None:
                     check_moved(copy)
-                    (copy if form == "adapter" else finish(copy)).save(folders[form], recipe.run.dtype)
+                    _save(recipe, copy if form == "adapter" else finish(copy), folders[form], card)
 
 
 def save_end(recipe: Recipe, model: Embedder, processes: Processes, card: Card) -> Embedder:
@@ -120,24 +129,22 @@ def _move(model: Embedder, device: torch.device) -> None:
 def _finished(recipe: Recipe, model: Embedder, card: Card) -> Embedder:
     check_moved(model)
     folders = kept_forms(recipe)
-    if "adapter" in folders:
-        _save(recipe, model, folders["adapter"], card)
+    text = _save(recipe, model, folders["adapter"], card) if "adapter" in folders else None
     model = finish(model)
     if "merged" in folders:
-        _save(recipe, model, folders["merged"], card)
-    if not folders:
-        write_text(Path(recipe.run.out) / "README.md", card(model, "model"))
+        text = _save(recipe, model, folders["merged"], card)
+    write_text(Path(recipe.run.out) / "README.md", text or card(model, "model"))
     return model
 
 
-def _save(recipe: Recipe, model: Embedder, folder: Path, card: Card) -> None:
-    """Saves one form. Its card lies in the folder, and that of the last form in the run's folder too."""
+def _save(recipe: Recipe, model: Embedder, folder: Path, card: Card) -> str:
+    """Saves one form, with its card, which it returns."""
     text = card(model, folder.name)
     if not _is_model(folder):
         model.save(folder, recipe.run.dtype)
     if not (folder / "README.md").exists():  # on its own: a run that is killed between the two goes on here
         write_text(folder / "README.md", text)
-    write_text(Path(recipe.run.out) / "README.md", text)
+    return text
 
 
 def _is_model(folder: Path) -> bool:

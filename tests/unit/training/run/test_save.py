@@ -209,6 +209,27 @@ def test_a_stage_keeps_the_same_forms(described: Make, tmp_path: Path) -> None:
         train(Recipe.parse(tree))
 
 
+def test_a_run_that_went_on_may_keep_another_form(described: Make, tmp_path: Path) -> None:
+    """Before the next stage has a checkpoint, a stage ends again. Its adapter lies in the merged one's folder."""
+
+    def killed(record: dict[str, Any]) -> None:
+        if record["stage"] == "second":
+            raise KeyboardInterrupt
+
+    tree = described("run", ("first", "second"), run={"save": ["adapter"]})
+    tree["stages"][0]["save"] = True
+    with pytest.raises(KeyboardInterrupt):
+        train(Recipe.parse(tree), on_step=killed)
+    kept = tmp_path / "run" / "stages" / "first"
+    before = vectors(Embedder.load(kept / "adapter"))
+    tree["run"]["save"] = ["adapter", "merged"]
+    train(Recipe.parse(tree))
+    for folder in (kept, kept / "adapter"):
+        np.testing.assert_allclose(vectors(Embedder.load(folder)), before, atol=1e-5)
+        card = (folder / "README.md").read_text()
+        assert "| first |" in card and "| second |" not in card
+
+
 def test_a_finished_run_is_kept_in_another_type_once_the_old_model_is_away(described: Make, tmp_path: Path) -> None:
     tree = described("run", run={"save": ["merged", "adapter"]})
     train(Recipe.parse(tree))
