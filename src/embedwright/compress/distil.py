@@ -19,6 +19,7 @@ from embedwright.errors import InputError
 from embedwright.fingerprint import fingerprint_of, space_of
 from embedwright.model.embedder import Embedder
 from embedwright.model.formats.open import outline
+from embedwright.text import Contract
 from embedwright.training.batches.blend import Row, rows_at
 from embedwright.training.batches.sources import open_sources
 from embedwright.training.recipe import Recipe
@@ -83,16 +84,18 @@ def distil_step(
     return Step("distil", {**identity(asked), "student": decoder, "aligned": aligned}, make)
 
 
-def alignment(student: Encoder, teacher: Encoder, rows: Sequence[Row]) -> dict[str, Any]:
+def alignment(student: Embedder, teacher: Encoder, rows: Sequence[Row]) -> dict[str, Any]:
     """Measures how a student's queries do among the vectors of its teacher, for the student's history.
 
     `cosine` is the mean cosine of a query's two vectors. `agrees` is the share of queries for which both find the same
     document first, among the teacher's vectors of the documents of all rows. If that is at least half, `aligned_with`
     names the teacher; else a warning says why it does not.
     """
-    queries = [(row.task.instruction or None, row.example.query) for row in rows]
+    asked = [_instruction(row, student.contract) for row in rows]
+    queries = [(instruction, row.example.query) for instruction, row in zip(asked, rows, strict=True)]
     documents = [
-        (row.task.instruction or None if row.task.symmetric else None, row.example.paired[0].text) for row in rows
+        (instruction if row.task.symmetric else None, row.example.paired[0].text)
+        for instruction, row in zip(asked, rows, strict=True)
     ]
     documents_DE = encode_asked(teacher, list(dict.fromkeys(documents)))
     ours_QE, theirs_QE = encode_asked(student, queries), encode_asked(teacher, queries)
@@ -109,6 +112,15 @@ def alignment(student: Encoder, teacher: Encoder, rows: Sequence[Row]) -> dict[s
         )
         return found
     return found | {"aligned_with": space_of(fingerprint_of(teacher) or {})}
+
+
+def _instruction(row: Row, contract: Contract) -> str | None:
+    """Returns the instruction that training reads a row's query under; empty for each model's own.
+
+    None for a query that the student reads as a document: its teacher did so, too.
+    """
+    prefix = contract.prefix(row.task.instruction or contract.default_task)
+    return None if prefix == contract.prefix(None) else row.task.instruction
 
 
 def _like(teacher: str, decoder: str) -> dict[str, Any]:

@@ -321,3 +321,23 @@ def test_an_alignment_is_measured_by_hand(
     assert ("aligned_with" in found) == (same >= 0.5) and ("not aligned" in caplog.text) == (same < 0.5)
     whole = {"cosine": 1.0, "agrees": 1.0, "aligned_with": space_of(teacher.fingerprint())}
     assert alignment(teacher, teacher, rows) == whole
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_texts_without_an_instruction_are_measured_as_training_reads_them(
+    tiny_embedder: Callable[..., Embedder], symmetric: bool
+) -> None:
+    task, queries = Task(name="t", symmetric=symmetric), [text(i) for i in range(30)]
+    rows = [Row(Example(str(i), "t", one, (Passage(text(500 + i)),)), task) for i, one in enumerate(queries)]
+    teacher = tiny_embedder("mean", default_task=ASKED)
+    for student in (tiny_embedder("mean", layers=1, default_task=ASKED), tiny_embedder("mean", layers=1)):
+        read = student.contract.default_task or None  # what a student reads as a document, its teacher does too
+        ours, theirs = (each.encode(queries, task=read) for each in (student, teacher))
+        documents = teacher.encode([text(500 + i) for i in range(30)], task=read if symmetric else None)
+        found = alignment(student, teacher, rows)
+        assert found["cosine"] == pytest.approx((ours * theirs).sum(1).mean(), abs=1e-4)
+        assert found["agrees"] == pytest.approx(
+            ((ours @ documents.T).argmax(1) == (theirs @ documents.T).argmax(1)).mean(), abs=1e-4
+        )
+        if read:
+            assert np.allclose(theirs, teacher.encode_query(queries), atol=1e-6)
