@@ -58,8 +58,9 @@ def distil_step(
     """Returns the step that trains a student by a recipe. At least one stage follows `teacher`.
 
     The student is the model that the step begins with. Or it is a `decoder`, by name, with the teacher's pooling,
-    attention and length unless the recipe's `model` says otherwise. `aligned` students search the teacher's own
-    indexes: whether they can is measured, and only then noted. `listen` and `on_evaluation` are as of `heal_step`.
+    attention, instruction and length unless the recipe's `model` says otherwise. `aligned` students search the
+    teacher's own indexes: whether they can is measured, and only then noted. `listen` and `on_evaluation` are as of
+    `heal_step`.
 
     Raises ConfigError for a mistake in the recipe, and InputError if no stage follows the teacher, or the student
     cannot be aligned with it.
@@ -126,9 +127,16 @@ def _instruction(row: Row, contract: Contract) -> str | None:
 def _like(teacher: str, decoder: str) -> dict[str, Any]:
     """Returns the part `model` of a recipe that makes an embedder of a decoder as the teacher is one."""
     known = outline(teacher)
-    attention = "causal" if getattr(known.decoder, "is_causal", True) else "bidirectional"
-    sizes = {"pooling": known.pooling.kind, "attention": attention, "max_tokens": known.contract.max_tokens}
-    return {"base": decoder, **sizes}
+    contract, pooling = known.contract, known.pooling
+    return {
+        "base": decoder,
+        "attention": "causal" if getattr(known.decoder, "is_causal", True) else "bidirectional",
+        "pooling": pooling.kind,
+        **pooling.model_dump(exclude={"kind"}),
+        "max_tokens": contract.max_tokens,
+        "pool_prompt": contract.mask_rule == "all",
+        "default_task": contract.default_task or None,
+    }
 
 
 def _check_followed(plan: Recipe, teacher: str, recipe: str | Path) -> None:

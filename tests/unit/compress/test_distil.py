@@ -128,6 +128,18 @@ def test_a_decoder_becomes_an_embedder_like_the_teacher(
     assert (short.network.pooling.kind, short.max_tokens) == ("last", 40)
 
 
+def test_such_an_embedder_has_the_teachers_instruction_mask_and_sizes_of_pooling(
+    recipe: Path, tiny_embedder: Callable[..., Embedder], tiny_decoder: Callable[..., Path], tmp_path: Path
+) -> None:
+    sizes = {"latents": 5, "heads": 2, "head_dim": 3, "multiple": 1}
+    tiny_embedder("latent", default_task=ASKED, pool_prompt=True, **sizes).save(tmp_path / "own")
+    decoder, known = str(tiny_decoder("qwen3")), Embedder.load(tmp_path / "own")
+    one = changed(recipe, steps=1, model={"heads": 1})
+    student = made(step(one, str(tmp_path / "own"), decoder=decoder), tmp_path / "own", tmp_path / "student")
+    assert student.contract.default_task == ASKED and student.contract.mask_rule == known.contract.mask_rule == "all"
+    assert student.network.pooling == known.network.pooling.model_copy(update={"heads": 1})  # the recipe's, of heads
+
+
 def test_a_recipe_that_follows_nobody_or_another_one_is_refused(recipe: Path, teacher: str) -> None:
     with pytest.raises(InputError, match=f"the teacher is {teacher}, not minilm"):
         step(changed(recipe, {"vector_weight": 1.0, "teacher": "minilm"}), teacher)
