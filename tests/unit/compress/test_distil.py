@@ -245,6 +245,7 @@ def trained_on(model: Embedder) -> Embedder:
 TRAINED: dict[str, Callable[[str, Path], object]] = {
     "with adapters": lambda name, out: trained_on(Embedder.load(name).add_lora(2)).merge().save(out),
     "in full": lambda name, out: trained_on(Embedder.load(name)).save(out),
+    "and saved in bfloat16": lambda name, out: trained_on(Embedder.load(name)).save(out, dtype="bfloat16"),
     "in sentence-transformers": lambda name, out: (
         trained_on(Embedder.load(name)).to_sentence_transformer().save(str(out))
     ),
@@ -253,6 +254,12 @@ TRAINED: dict[str, Callable[[str, Path], object]] = {
 KEPT: dict[str, Callable[[str, Path], object]] = {
     "saved again": lambda name, out: Embedder.load(name).save(out),
     "through sentence-transformers": lambda name, out: Embedder.load(name).to_sentence_transformer().save(str(out)),
+    "saved in bfloat16": lambda name, out: Embedder.load(name).save(out, dtype="bfloat16"),
+    "opened in bfloat16": lambda name, out: Embedder.load(name, dtype="bfloat16").save(out),
+    "opened in int8": lambda name, out: Embedder.load(name, dtype="int8").save(out),
+    "opened in bfloat16, through sentence-transformers": lambda name, out: (
+        Embedder.load(name, dtype="bfloat16").to_sentence_transformer().save(str(out))
+    ),
     "in 8 bits": lambda name, out: compress_weights(name, out, INT8),
     "as it is": lambda name, out: shutil.copytree(name, out),
 }
@@ -292,6 +299,22 @@ def test_in_memory_a_student_is_aligned_until_it_is_trained(
     changed = trained_on(Embedder.load(tmp_path / "student").add_lora(2)).merge()
     changed.save(tmp_path / "changed")
     assert aligned_with(changed) is None and history(Embedder.load(tmp_path / "changed"))[-1]["step"] == "changed"
+
+
+def test_a_student_whose_pooling_alone_was_trained_is_aligned_no_more(
+    tiny_embedder: Callable[..., Embedder], tmp_path: Path
+) -> None:
+    tiny_embedder("latent", layers=1).save(tmp_path / "model")
+    student = Embedder.load(tmp_path / "model")
+    student.network.config.history = [{"step": "distil", "aligned_with": "teacher"}]
+    student.save(tmp_path / "student")
+    loaded = Embedder.load(tmp_path / "student")
+    assert aligned_with(loaded) == aligned_with(Embedder.load(tmp_path / "student").fold()) == "teacher"
+    for model in (student, loaded):
+        model.network.head.latents.data += 0.01
+        assert aligned_with(model) is None
+    loaded.save(tmp_path / "trained", dtype="bfloat16")
+    assert aligned_with(Embedder.load(tmp_path / "trained")) is None
 
 
 def test_a_student_whose_weights_cannot_be_checked_is_not_aligned(
