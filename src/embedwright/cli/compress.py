@@ -28,7 +28,7 @@ _LIBRARIES = ("numpy", "networkx")  # torch needs both, so they are always there
 
 def compress(
     model: Annotated[str, arg("Model: a folder or a hub id. The adapters of an adapter folder are merged first.")],
-    out: Annotated[Path, arg("New folder for the compressed model.", callback=options.new_folder)],
+    out: Annotated[Path, arg("New folder for the compressed model.", callback=options.folder_to_write)],
     layers: Annotated[int | None, opt("Prune: number of layers to keep.", min=1)] = None,
     by: Annotated[
         Literal["angular", "influence"] | None,
@@ -82,7 +82,7 @@ def compress(
 
     Each step notes in the folder and in its model card what it did. The steps lie in OUT.steps until all are done.
     """
-    from embedwright.compress.chain import chained, write_card
+    from embedwright.compress.chain import chained, finished, write_card
     from embedwright.compress.depth import layers_step
     from embedwright.compress.heal import heal_step
     from embedwright.compress.weights import weights_step
@@ -125,12 +125,12 @@ def compress(
     if decoder is None:  # else MODEL is only followed
         check_float(model, "compress")
         _check_sizes(model, layers, width, first)
-    with chained(model, out, steps, note) as models:
-        last = Path(models[steps[-1].name])
-        if suite is not None:
-            rows = _report(out.name, models, suite, measured_on, last)
-        write_card(last, out.name, model, rows, decoder)
-        done = history_lines(history_of(last) or ())
+    if not finished(model, out, steps):
+        with chained(model, out, steps, note) as models:
+            last = Path(models[steps[-1].name])
+            rows = [] if suite is None else _report(out.name, models, suite, measured_on, last)
+            write_card(last, out.name, model, rows, decoder)
+    done = history_lines(history_of(out) or ())
     say("\n".join([f"{out}:", *(f"  {line}" for line in done)]))
     if rows:
         say(f"\n{render(rows)}\n\nalso in {out}: README.md, {REPORT}, compression.svg")

@@ -76,8 +76,25 @@ def chained(model: str, out: Path, steps: Sequence[Step], say: Say) -> Iterator[
         if "merged" in models:  # with all of its weights on disk, it is what the others are compared with
             models[ORIGINAL] = models.pop("merged")
         yield models
+        file = work / _ASKED
+        write_json(file, json.loads(file.read_text(encoding="utf-8")) | {"done": True})
         put_folder(Path(source), out)
-        shutil.rmtree(work)
+        _remove(work)
+
+
+def finished(model: str, out: Path, steps: Sequence[Step]) -> bool:
+    """Says whether `out` was made by these steps, in a run that was stopped while it removed them. Removes the rest."""
+    place = out.resolve()
+    work = place.with_name(f"{place.name}.steps")
+    with locked(work.with_suffix(".lock")):
+        file = work / _ASKED
+        before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if not before.get("done") or (work / f"{len(before['steps'])}-{before['steps'][-1][0]}").is_dir():
+            return False
+        _remove(work)
+    asked = [[step.name, dict(step.asked)] for step in steps]
+    same = (before["model"], before["steps"][-len(asked) :]) == (content_fingerprint(model), asked)
+    return same and place.is_dir()
 
 
 def write_card(folder: Path, name: str, model: str, rows: Sequence[Row] = (), decoder: str | None = None) -> None:
@@ -99,6 +116,13 @@ def write_card(folder: Path, name: str, model: str, rows: Sequence[Row] = (), de
     if decoder is None:
         card = inherited(card, [card_of(model)])
     write_text(file, card)
+
+
+def _remove(work: Path) -> None:
+    """Removes the folder of the steps. What was asked for goes last: it tells the next call if this one is stopped."""
+    for folder in filter(Path.is_dir, work.iterdir()):
+        shutil.rmtree(folder)
+    shutil.rmtree(work)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from embedwright.errors import InputError
 from embedwright.fingerprint import fingerprint_of, space_of
 from embedwright.model.embedder import Embedder
 from embedwright.model.formats.open import outline
+from embedwright.text import Contract
 from embedwright.training.batches.blend import Row, rows_at
 from embedwright.training.batches.sources import open_sources
 from embedwright.training.recipe import Recipe
@@ -57,8 +58,9 @@ def distil_step(
     """Returns the step that trains a student by a recipe. At least one stage follows `teacher`.
 
     The student is the model that the step begins with. Or it is a `decoder`, by name, with the teacher's pooling,
-    attention and length unless the recipe's `model` says otherwise. `aligned` students search the teacher's own
-    indexes: whether they can is measured, and only then noted. `listen` and `on_evaluation` are as of `heal_step`.
+    attention, instruction and length unless the recipe's `model` says otherwise. `aligned` students search the
+    teacher's own indexes: whether they can is measured, and only then noted. `listen` and `on_evaluation` are as of
+    `heal_step`.
 
     Raises ConfigError for a mistake in the recipe, and InputError if no stage follows the teacher, or the student
     cannot be aligned with it.
@@ -83,16 +85,18 @@ def distil_step(
     return Step("distil", {**identity(asked), "student": decoder, "aligned": aligned}, make)
 
 
-def alignment(student: Encoder, teacher: Encoder, rows: Sequence[Row]) -> dict[str, Any]:
+def alignment(student: Embedder, teacher: Encoder, rows: Sequence[Row]) -> dict[str, Any]:
     """Measures how a student's queries do among the vectors of its teacher, for the student's history.
 
     `cosine` is the mean cosine of a query's two vectors. `agrees` is the share of queries for which both find the same
     document first, among the teacher's vectors of the documents of all rows. If that is at least half, `aligned_with`
     names the teacher; else a warning says why it does not.
     """
-    queries = [(row.task.instruction or None, row.example.query) for row in rows]
+    asked = [_instruction(row, student.contract) for row in rows]
+    queries = [(instruction, row.example.query) for instruction, row in zip(asked, rows, strict=True)]
     documents = [
-        (row.task.instruction or None if row.task.symmetric else None, row.example.paired[0].text) for row in rows
+        (instruction if row.task.symmetric else None, row.example.paired[0].text)
+        for instruction, row in zip(asked, rows, strict=True)
     ]
     documents_DE = encode_asked(teacher, list(dict.fromkeys(documents)))
     ours_QE, theirs_QE = encode_asked(student, queries), encode_asked(teacher, queries)
@@ -111,12 +115,28 @@ def alignment(student: Encoder, teacher: Encoder, rows: Sequence[Row]) -> dict[s
     return found | {"aligned_with": space_of(fingerprint_of(teacher) or {})}
 
 
+def _instruction(row: Row, contract: Contract) -> str | None:
+    """Returns the instruction that training reads a row's query under; empty for each model's own.
+
+    None for a query that the student reads as a document: its teacher did so, too.
+    """
+    prefix = contract.prefix(row.task.instruction or contract.default_task)
+    return None if prefix == contract.prefix(None) else row.task.instruction
+
+
 def _like(teacher: str, decoder: str) -> dict[str, Any]:
     """Returns the part `model` of a recipe that makes an embedder of a decoder as the teacher is one."""
     known = outline(teacher)
-    attention = "causal" if getattr(known.decoder, "is_causal", True) else "bidirectional"
-    sizes = {"pooling": known.pooling.kind, "attention": attention, "max_tokens": known.contract.max_tokens}
-    return {"base": decoder, **sizes}
+    contract, pooling = known.contract, known.pooling
+    return {
+        "base": decoder,
+        "attention": "causal" if getattr(known.decoder, "is_causal", True) else "bidirectional",
+        "pooling": pooling.kind,
+        **pooling.model_dump(exclude={"kind"}),
+        "max_tokens": contract.max_tokens,
+        "pool_prompt": contract.mask_rule == "all",
+        "default_task": contract.default_task or None,
+    }
 
 
 def _check_followed(plan: Recipe, teacher: str, recipe: str | Path) -> None:

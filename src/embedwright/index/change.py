@@ -19,8 +19,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from embedwright.config import did_you_mean
+from embedwright.data.files.beir import with_title
 from embedwright.encoders.protocol import as_encoder
 from embedwright.errors import InputError
 from embedwright.files import locked, remove_leftovers
@@ -32,7 +35,7 @@ from embedwright.index.documents import Document
 from embedwright.index.index import Index, name_of
 from embedwright.index.layout import LOCK, Layout, Part
 from embedwright.vectors.corpus import Progress
-from embedwright.vectors.store import copy_vectors, shard_size
+from embedwright.vectors.store import copy_vectors, probes_of, shard_size
 
 logger = logging.getLogger(__name__)
 
@@ -104,14 +107,14 @@ def compact(out: Path) -> None:
         if not index.live_N.any():
             raise InputError(f"{out}: all documents are deleted: delete the folder, and make a new index")
         digest = docs.digest_of(live_documents(index))
-        home, first = _home(index, digest), index.folder / index.layout.parts[0].folder
+        home = _home(index, digest)
         docs.write_documents(home / DOCUMENTS, live_documents(index), index.types, digest)
         row_F = index.live_rows()
         columns = {name: index.chunks[name].to_numpy()[row_F] for name in index.chunks.column_names}
         columns["document"] = (np.cumsum(index.live_N) - 1)[columns["document"]]
         count, shard_rows = len(row_F), shard_size(len(row_F))
         manifest = changed(index.manifest, source_sha256=digest, count=count, shard_rows=shard_rows)
-        copy_vectors(first, home, manifest, index.vectors, row_F, columns)
+        copy_vectors(home, manifest, index.vectors.of_rows(row_F), columns, _probes(index, row_F))
         if index.layout.codes:
             write_codes(home, index.layout.codes)
         _commit(index, Part(folder=home.name))
@@ -169,6 +172,15 @@ def _home(index: Index, digest: str) -> Path:
     """Returns the folder of the next part. The same change gets the same one, so that it goes on there."""
     number = max(int(part.folder.split("-")[1]) if part.folder != "." else 0 for part in index.layout.parts) + 1
     return index.folder / f"part-{number:05d}-{digest[:12]}"
+
+
+def _probes(index: Index, row_F: NDArray[np.int64]) -> dict[int, str]:
+    """Returns what the model read of the probes among these chunks, by place. Probes of before may be deleted texts."""
+    document_F, start_F, end_F = (index.chunks[name].to_numpy()[row_F] for name in ("document", "start", "end"))
+    title_N = pc.utf8_length(index.documents["title"]).to_numpy()
+    places = sorted(probes_of(title_N[document_F] + end_F - start_F))
+    chunks = index.chunks_at(row_F[places])
+    return {at: with_title(hit.title, hit.text[hit.start : hit.end]) for at, hit in zip(places, chunks, strict=True)}
 
 
 def _without(index: Index, rows: Sequence[int]) -> list[Part]:

@@ -197,15 +197,16 @@ class Origin:
     kind: OriginKind
     samples: dict[str, Tensor]
     revision: str | None = None  # of a hub id, as it was asked for
+    head: dict[str, Tensor] | None = None  # samples of the pooling block that lay there too
 
 
-def origin_of(base: str | Path, backbone: nn.Module, kind: OriginKind, revision: str | None = None) -> Origin:
-    """Returns the origin of a backbone that was just read from `base`, or written there."""
+def origin_of(
+    base: str | Path, backbone: nn.Module, kind: OriginKind, revision: str | None = None, head: nn.Module | None = None
+) -> Origin:
+    """Returns the origin of a backbone, and of a pooling block, that were just read from `base`, or written there."""
     path = Path(base).expanduser()
-    if path.exists():
-        return Origin(str(path.resolve()), kind, weight_samples(backbone))
-    name, revision = split_revision(str(base), revision)
-    return Origin(name, kind, weight_samples(backbone), revision)
+    name, revision = (str(path.resolve()), None) if path.exists() else split_revision(str(base), revision)
+    return Origin(name, kind, weight_samples(backbone), revision, None if head is None else weight_samples(head))
 
 
 @torch.no_grad()

@@ -162,12 +162,12 @@ class Embedder:
             ValueError: The model is folded, its weights cannot be in `dtype`, or those below adapters are on no disk.
             ProbeError: The adapters are not active.
         """
-        check_unfolded(self.network.head)
-        save_network(self.network, self.own_tokenizer, Path(path), None if dtype is None else dtype_named(dtype))
-        held = str(self.network.backbone.dtype).removeprefix("torch.")
-        if not has_lora(self.network.backbone) and dtype in (None, held):  # else the folder has other weights
-            stock = opens_as_stock(self.network, self.text_tokenizer)
-            self.network.origin = origin_of(path, self.network.backbone, "stock" if stock else "whole")
+        network, given = self.network, None if dtype is None else dtype_named(dtype)
+        check_unfolded(network.head)
+        save_network(network, self.own_tokenizer, Path(path), given)
+        if not has_lora(network.backbone) and given in (None, network.backbone.dtype):  # else the folder has others
+            stock = opens_as_stock(network, self.text_tokenizer)
+            network.origin = origin_of(path, network.backbone, "stock" if stock else "whole", head=network.head)
 
     def to_sentence_transformer(self) -> Any:
         """Wraps the same weights as a SentenceTransformer (6.x), with the same vectors. Training it trains this model.

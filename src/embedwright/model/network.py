@@ -134,14 +134,17 @@ class EmbedwrightModel(PreTrainedModel):
         self.implementation = implementation
 
     def changed(self) -> bool:
-        """Says whether the backbone has adapters, or other weights than it was read or saved with, by their samples.
+        """Says whether there are adapters, or other weights than were read or saved, by their samples.
 
-        Quantised weights do not train.
+        Quantised weights and a folded block do not train.
         """
         if self.origin is None or in_few_bits(self):
             return False
         adapted = any("lora_" in name for name, _ in self.backbone.named_parameters())
-        return adapted or not same_samples(self.origin.samples, weight_samples(self.backbone))
+        then, now = self.origin.samples, weight_samples(self.backbone)
+        if self.origin.head is not None and not isinstance(self.head, FoldedLatent):
+            then, now = then | self.origin.head, now | weight_samples(self.head)
+        return adapted or not same_samples(then, now)
 
     def hidden(self, packed: PackedTexts) -> Tensor:
         """Returns the decoder's last hidden states (T, D), after its final norm.

@@ -106,10 +106,16 @@ def survey(rows: Iterable[Row], shard_rows: int | None = None) -> Survey:
         count += len(chunk)
         digests.append(_digested(digest, chunk))
         texts = [*probes, *(row[-1] for row in chunk)]
-        probes = [*texts[:_PROBES], *sorted(texts[_PROBES:], key=len)[-_PROBES:]]
+        probes = [texts[place] for place in probes_of([*map(len, texts)])]
         if shard_rows is None and shard_size(count) > size:  # this happens at a full shard, of an even number
             size, digests = 2 * size, digests[1::2]
     return Survey(count, size, digests, probes)
+
+
+def probes_of(lengths: Sequence[int] | NDArray[np.int64]) -> list[int]:
+    """Returns the places of the probes among texts of these lengths."""
+    by_length = np.argsort(lengths[_PROBES:], kind="stable") + _PROBES
+    return [*range(len(lengths))[:_PROBES], *by_length[-_PROBES:].tolist()]
 
 
 def shard_size(rows: int) -> int:
@@ -251,19 +257,15 @@ def open_vectors(folder: Path) -> Vectors:
 
 
 def copy_vectors(
-    source: Path, out: Path, manifest: Manifest, vectors: Vectors, row_F: NDArray[np.int64], columns: dict[str, Any]
+    out: Path, manifest: Manifest, vectors: Vectors, columns: dict[str, Any], probes: dict[int, str]
 ) -> None:
-    """Writes some rows of stored vectors as a folder of their own, with the probes of `source`. Nothing is encoded.
-
-    `columns` are what is stored beside these rows.
-    """
+    """Writes stored vectors, and `columns` beside them, as a folder. `probes` are the texts of some rows, in order."""
     owner = {_OWNER: manifest.digest()}
-    probes = read_shard(source / "probes.arrow")
-    write_shard(out / "probes.arrow", vectors_of(probes), {"text": probes["text"].to_pylist()}, owner)
+    write_shard(out / "probes.arrow", vectors.take(np.array([*probes])), {"text": [*probes.values()]}, owner)
     for shard, (path, rows) in enumerate(manifest.shards(out)):
-        own = slice(shard * manifest.shard_rows, shard * manifest.shard_rows + rows)
+        own = np.arange(rows) + shard * manifest.shard_rows
         beside = {name: values[own].tolist() for name, values in columns.items()}
-        write_shard(path, _stored(vectors.take(row_F[own]), manifest.precision), beside, owner)
+        write_shard(path, _stored(vectors.take(own), manifest.precision), beside, owner)
     write_json(out / "manifest.json", asdict(manifest))
 
 
@@ -339,9 +341,7 @@ def _digested(digest: Any, rows: Iterable[Row]) -> str:
 
 
 def _moved(then_NE: NDArray[np.float32], now_NE: NDArray[np.float32]) -> float:
-    """Returns the largest distance between a text's two vectors, relative to their norm; infinite for other
-    shapes.
-    """
+    """Returns the largest distance of a text's two vectors, relative to their norm; infinite for other shapes."""
     if then_NE.shape != now_NE.shape:
         return math.inf
     length_N = np.maximum(np.linalg.norm(then_NE, axis=1), np.finfo(np.float32).tiny)

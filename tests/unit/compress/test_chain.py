@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,53 @@ def test_a_chain_that_was_stopped_goes_on(at: Path, monkeypatch: pytest.MonkeyPa
     for file in (at / "unbroken").rglob("*"):
         if file.is_file() and file.name != "README.md":
             assert (at / "out" / file.relative_to(at / "unbroken")).read_bytes() == file.read_bytes(), file.name
+
+
+@pytest.mark.parametrize("model", ["model", "adapter"])
+@pytest.mark.parametrize("stop", [1, 2])
+def test_a_chain_that_was_stopped_while_it_removed_its_steps_comes_to_its_end(
+    at: Path, tiny_embedder: Make, monkeypatch: pytest.MonkeyPatch, model: str, stop: int
+) -> None:
+    if model == "adapter":
+        tiny_embedder("mean").add_lora(rank=4).save("adapter")
+    removed, calls = shutil.rmtree, list[object]()
+
+    def stopped(folder: Any, *rest: Any, **how: Any) -> None:
+        if (at / "out").exists():
+            calls.append(folder)
+            if len(calls) == stop:
+                raise KeyboardInterrupt
+        removed(folder, *rest, **how)
+
+    words = (model, *BOTH[1:])
+    monkeypatch.setattr(shutil, "rmtree", stopped)
+    assert CliRunner().invoke(app, ["compress", *map(str, words)]).exit_code != 0
+    assert (at / "out.steps").exists()
+    made = {file: file.read_bytes() for file in (at / "out").iterdir() if file.is_file()}
+    assert "out:\n" in run(*words)
+    assert [path.name for path in at.iterdir() if "out" in path.name] == ["out"]
+    assert made == {file: file.read_bytes() for file in (at / "out").iterdir() if file.is_file()}
+    with pytest.raises(InputError, match="out exists and is not an empty folder"):
+        run(*words)
+
+
+def test_what_another_command_left_to_remove_goes_and_its_model_stays(
+    at: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("embedwright.compress.chain._remove", lambda work: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(*BOTH)
+    (at / "out").rename(at / "moved")
+    run(*BOTH)  # its model is not there any more
+    assert history_of(at / "out") == history_of(at / "moved")
+    with monkeypatch.context() as patch:
+        patch.setattr("embedwright.compress.chain._remove", lambda work: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run("model", "small", "--weights", "int8")
+    with pytest.raises(InputError, match="small exists and is not an empty folder"):
+        run("model", "small", "--weights", "int4")
+    assert not (at / "small.steps").exists() and Embedder.load("small")
 
 
 def test_adapters_are_merged_before_the_first_step(at: Path, tiny_embedder: Make, tiny_decoder: Any) -> None:

@@ -123,6 +123,18 @@ def test_a_decoder_becomes_an_embedder_like_the_teacher(
     assert (short.network.pooling.kind, short.max_tokens) == ("last", 40)
 
 
+def test_such_an_embedder_has_the_teachers_instruction_mask_and_sizes_of_pooling(
+    recipe: Path, tiny_embedder: Callable[..., Embedder], tiny_decoder: Callable[..., Path], tmp_path: Path
+) -> None:
+    sizes = {"latents": 5, "heads": 2, "head_dim": 3, "multiple": 1}
+    tiny_embedder("latent", default_task=ASKED, pool_prompt=True, **sizes).save(tmp_path / "own")
+    decoder, known = str(tiny_decoder("qwen3")), Embedder.load(tmp_path / "own")
+    one = changed(recipe, steps=1, model={"heads": 1})
+    student = made(step(one, str(tmp_path / "own"), decoder=decoder), tmp_path / "own", tmp_path / "student")
+    assert student.contract.default_task == ASKED and student.contract.mask_rule == known.contract.mask_rule == "all"
+    assert student.network.pooling == known.network.pooling.model_copy(update={"heads": 1})  # the recipe's, of heads
+
+
 def test_a_recipe_that_follows_nobody_or_another_one_is_refused(recipe: Path, teacher: str) -> None:
     with pytest.raises(InputError, match=f"the teacher is {teacher}, not minilm"):
         step(changed(recipe, {"vector_weight": 1.0, "teacher": "minilm"}), teacher)
@@ -228,6 +240,7 @@ def trained_on(model: Embedder) -> Embedder:
 TRAINED: dict[str, Callable[[str, Path], object]] = {
     "with adapters": lambda name, out: trained_on(Embedder.load(name).add_lora(2)).merge().save(out),
     "in full": lambda name, out: trained_on(Embedder.load(name)).save(out),
+    "and saved in bfloat16": lambda name, out: trained_on(Embedder.load(name)).save(out, dtype="bfloat16"),
     "in sentence-transformers": lambda name, out: (
         trained_on(Embedder.load(name)).to_sentence_transformer().save(str(out))
     ),
@@ -236,6 +249,12 @@ TRAINED: dict[str, Callable[[str, Path], object]] = {
 KEPT: dict[str, Callable[[str, Path], object]] = {
     "saved again": lambda name, out: Embedder.load(name).save(out),
     "through sentence-transformers": lambda name, out: Embedder.load(name).to_sentence_transformer().save(str(out)),
+    "saved in bfloat16": lambda name, out: Embedder.load(name).save(out, dtype="bfloat16"),
+    "opened in bfloat16": lambda name, out: Embedder.load(name, dtype="bfloat16").save(out),
+    "opened in int8": lambda name, out: Embedder.load(name, dtype="int8").save(out),
+    "opened in bfloat16, through sentence-transformers": lambda name, out: (
+        Embedder.load(name, dtype="bfloat16").to_sentence_transformer().save(str(out))
+    ),
     "in 8 bits": lambda name, out: compress_weights(name, out, INT8),
     "as it is": lambda name, out: shutil.copytree(name, out),
 }
@@ -277,6 +296,22 @@ def test_in_memory_a_student_is_aligned_until_it_is_trained(
     assert aligned_with(changed) is None and history(Embedder.load(tmp_path / "changed"))[-1]["step"] == "changed"
 
 
+def test_a_student_whose_pooling_alone_was_trained_is_aligned_no_more(
+    tiny_embedder: Callable[..., Embedder], tmp_path: Path
+) -> None:
+    tiny_embedder("latent", layers=1).save(tmp_path / "model")
+    student = Embedder.load(tmp_path / "model")
+    student.network.config.history = [{"step": "distil", "aligned_with": "teacher"}]
+    student.save(tmp_path / "student")
+    loaded = Embedder.load(tmp_path / "student")
+    assert aligned_with(loaded) == aligned_with(Embedder.load(tmp_path / "student").fold()) == "teacher"
+    for model in (student, loaded):
+        model.network.head.latents.data += 0.01
+        assert aligned_with(model) is None
+    loaded.save(tmp_path / "trained", dtype="bfloat16")
+    assert aligned_with(Embedder.load(tmp_path / "trained")) is None
+
+
 def test_a_student_whose_weights_cannot_be_checked_is_not_aligned(
     tiny_embedder: Callable[..., Embedder], tmp_path: Path
 ) -> None:
@@ -316,3 +351,23 @@ def test_an_alignment_is_measured_by_hand(
     assert ("aligned_with" in found) == (same >= 0.5) and ("not aligned" in caplog.text) == (same < 0.5)
     whole = {"cosine": 1.0, "agrees": 1.0, "aligned_with": space_of(teacher.fingerprint())}
     assert alignment(teacher, teacher, rows) == whole
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_texts_without_an_instruction_are_measured_as_training_reads_them(
+    tiny_embedder: Callable[..., Embedder], symmetric: bool
+) -> None:
+    task, queries = Task(name="t", symmetric=symmetric), [text(i) for i in range(30)]
+    rows = [Row(Example(str(i), "t", one, (Passage(text(500 + i)),)), task) for i, one in enumerate(queries)]
+    teacher = tiny_embedder("mean", default_task=ASKED)
+    for student in (tiny_embedder("mean", layers=1, default_task=ASKED), tiny_embedder("mean", layers=1)):
+        read = student.contract.default_task or None  # what a student reads as a document, its teacher does too
+        ours, theirs = (each.encode(queries, task=read) for each in (student, teacher))
+        documents = teacher.encode([text(500 + i) for i in range(30)], task=read if symmetric else None)
+        found = alignment(student, teacher, rows)
+        assert found["cosine"] == pytest.approx((ours * theirs).sum(1).mean(), abs=1e-4)
+        assert found["agrees"] == pytest.approx(
+            ((ours @ documents.T).argmax(1) == (theirs @ documents.T).argmax(1)).mean(), abs=1e-4
+        )
+        if read:
+            assert np.allclose(theirs, teacher.encode_query(queries), atol=1e-6)

@@ -15,6 +15,7 @@ from embedwright.index.change import add, compact, delete, reencode
 from embedwright.index.index import Index
 from embedwright.model.embedder import Embedder
 from embedwright.vectors.corpus import open_encoded
+from embedwright.vectors.shards import read_shard
 
 Rows = dict[str, str]
 
@@ -259,3 +260,27 @@ def test_a_change_that_counts_does_not_fail_over_what_it_cannot_remove(
     assert list(content(out)) == ["d1"] and (out / "documents.arrow").exists()
     compact(out)  # this removes them
     assert not (out / "documents.arrow").exists()
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 2])
+@pytest.mark.parametrize("change", ["delete", "replace"])
+def test_a_compacted_index_holds_nothing_of_what_was_deleted(
+    tmp_path: Path, change: str, chunk_tokens: int | None
+) -> None:
+    """The probes are texts, too: the first ones and the longest. They still tell a model without a fingerprint."""
+    texts = {f"d{i}": f"text {i}" for i in range(12)} | {"d0": "gone first", "d5": "gone longest " * 9}
+    rows = [{"_id": id, "title": f"on {id}", "text": text} for id, text in texts.items()]
+    source = tmp_path / "a.jsonl"
+    source.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    out = build_index(Rounded(), source, tmp_path / "i", chunk_tokens=chunk_tokens, precision="int8")
+    if change == "delete":
+        delete(out, ["d0", "d5"])
+    else:
+        add(Rounded(), write(tmp_path / "b", {"d0": "now", "d5": "then"}), out, replace=True)
+    compact(out)
+    assert not [path for path in out.rglob("*") if path.is_file() and b"gone" in path.read_bytes()]
+    (probes,) = out.rglob("probes.arrow")
+    assert read_shard(probes).num_rows == 4
+    assert add(Rounded(), write(tmp_path / "c", {"e": "more"}), out) == (1, 0)
+    with pytest.raises(ValueError, match="another model"):
+        add(Rounded("other"), tmp_path / "c", out)

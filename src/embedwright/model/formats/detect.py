@@ -96,7 +96,8 @@ def history_of(folder: Path) -> list[dict[str, Any]] | None:
         isinstance(step, dict) and all(isinstance(said, str | int | float) for said in step.values()) for step in steps
     ):
         raise InputError(f"{file}: history must be a list of objects, whose values are texts and numbers")
-    if steps and "aligned_with" in steps[-1] and steps[-1].get(_ALIGNED) != weights_digest(weights_in(folder)):
+    # the digest is not kept: whoever saves the same weights again, in another type perhaps, writes theirs
+    if steps and "aligned_with" in steps[-1] and steps[-1].pop(_ALIGNED, None) != weights_digest(weights_in(folder)):
         return [*steps, CHANGED]
     return history
 

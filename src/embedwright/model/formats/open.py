@@ -72,7 +72,7 @@ def open_embedder(
     network.config.name_or_path = str(folder)
     if network.origin is None:  # that of an adapter is its base's
         kind: Any = "whole" if form in ("ours", "nvembed") else "stock"
-        origin = origin_of(place.hub_id or folder, network.backbone, kind, place.revision)
+        origin = origin_of(place.hub_id or folder, network.backbone, kind, place.revision, network.head)
         prefix = str(path).removesuffix(split_family(str(path))[1])
         network.origin = replace(origin, name=f"{prefix}{origin.name}")
     return network, tokenizer

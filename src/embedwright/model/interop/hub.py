@@ -19,6 +19,7 @@ from torch import Tensor
 from embedwright.errors import InputError, MissingPackageError
 from embedwright.files import write_text
 from embedwright.model.adapters.lora import has_lora
+from embedwright.model.formats.detect import seal_history
 from embedwright.model.formats.families import split_family
 from embedwright.model.formats.folder import SAVED
 from embedwright.model.interop.card import facts, model_card
@@ -71,6 +72,7 @@ def _transformer() -> Any:
         end_alignment(self.model)
         with _reading_as(self.model, self.processor):
             write_ours(self.model, output_path, merged_weights(self.model))
+        seal_history(Path(output_path))
         self.processor.save_pretrained(output_path)
         self.save_config(output_path)
 
