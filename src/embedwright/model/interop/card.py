@@ -134,14 +134,14 @@ def inherited(card: str, before: Sequence[Card]) -> str:
     table has the licence of each.
     """
     if any(front for _, _, front in before):
-        made = ModelCard(card)
+        made, taken = ModelCard(card), dict[str, Any]()
         for key in _KEPT:
             values = [front.get(key) for _, _, front in before]
             if made.data.get(key) is None and values[0] is not None and values.count(values[0]) == len(values):
-                made.data[key] = values[0]
+                made.data[key] = taken[key] = values[0]
         card = str(made)
         for hub_id, licence in PUBLISHED.values():
-            if made.data.get("base_model") == hub_id:
+            if taken.get("base_model") == hub_id:
                 card = f"{card.rstrip()}\n\n## Base\n\n{hub_id}, licence {licence}\n"
     if len(before) > 1:
         licences = [front.get("license_name") or front.get("license") or "not stated" for _, _, front in before]
