@@ -256,7 +256,7 @@ def _picked(stages: list[Any], names: list[str]) -> list[Any]:
     waiting: list[Any] = []
     for stage in stages:
         waiting.append(stage)
-        if stage.get("kind", "train") == "train":
+        if stage.get("kind", "train") != "mine":
             blocks[str(stage.get("name"))], waiting = waiting, []
     for name in names:
         if name not in blocks:
