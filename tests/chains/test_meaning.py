@@ -21,7 +21,7 @@ from embedwright.data.schema import Task
 from embedwright.demo import quickstart
 from embedwright.encoders import open as opening
 from embedwright.training.batches.blend import Row
-from embedwright.training.batches.sources import open_sources
+from embedwright.training.batches.sources import is_mined, open_sources
 from embedwright.training.recipe import Recipe
 
 WORDS = [a + b + c for a in "bdfgklmnprst" for b in "aeiou" for c in ("ra", "ne", "lo")]
@@ -101,6 +101,22 @@ def test_synthetic_rows_keep_their_tasks_to_the_training(tmp_path: Path, server:
     assert {row.task.family for row in after.values()} == {"retrieval", "classification", "sts", "pair"}
     asked = [prompt for prompt in server.prompts if '"verdict"' in prompt]
     assert asked and all("The task: " in prompt for prompt in asked)  # the judge is told the instruction, too
+
+
+def test_documents_that_are_called_synthetic_are_mined_and_what_a_model_wrote_is_not(
+    tmp_path: Path, server: FakeLLM
+) -> None:
+    documents = ({"title": f"title {WORDS[i]}", "text": f"{WORDS[i]} {WORDS[-i]}. {WORDS[i + 9]}"} for i in range(30))
+    pairs, made = tmp_path / "pairs.jsonl", tmp_path / "made.jsonl"
+    run("data", "pairs", write(tmp_path / "synthetic.jsonl", *documents), "--how", "title", "--out", pairs)
+    api = ("--base-url", server.url, "--model", "m")
+    run("synth", "--out", made, *api, "--count", "4", "--types", "short-long")
+    stage = {"name": "s", "data": [{"path": str(pairs)}, {"path": str(made)}], "in_batch_negatives": "all"}
+    stage |= {"hard_negatives": 1, "optim": {"lr": 1e-3, "steps": 2, "batch_queries": 2}}
+    stages = [{"kind": "mine", "teacher": "bm25"}, stage]
+    recipe = Recipe.parse({"name": "r", "model": {"base": "b"}, "run": {"out": "o"}, "stages": stages})
+    (sources,) = open_sources(recipe)
+    assert [(source.name[0], is_mined(source)) for source in sources] == [("0", True), ("1", False)]
 
 
 def test_a_licence_that_is_not_allowed_takes_synthetic_rows_out(tmp_path: Path, server: FakeLLM) -> None:

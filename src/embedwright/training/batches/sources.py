@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from embedwright.config import ConfigError
 from embedwright.data.files.folders import is_beir, stem_of
-from embedwright.data.schema import Task
+from embedwright.data.schema import SYNTHETIC, Task
 from embedwright.data.sources.catalog import find_task
 from embedwright.data.tables.documents import DocumentTable, open_corpus
 from embedwright.data.tables.table import ExampleTable, open_documents, open_examples
@@ -256,7 +256,7 @@ def _kinds(tasks: Iterable[Task], mined: bool) -> dict[str, list[Task]]:
 
 
 def _is_synthetic(task: Task) -> bool:
-    return task.source.startswith("synthetic")
+    return task.source.startswith(SYNTHETIC)
 
 
 def _check(recipe: Recipe, stage: StagePart, source: Source, where: str) -> Source:
