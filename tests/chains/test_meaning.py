@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from embedwright.cli import main as cli
 from embedwright.data.files.tasks import read_tasks, tasks_file
 from embedwright.data.schema import Task
+from embedwright.data.sources.catalog import find_task
 from embedwright.demo import quickstart
 from embedwright.encoders import open as opening
 from embedwright.training.batches.blend import Row
@@ -209,6 +210,25 @@ def test_a_described_file_keeps_its_description(tmp_path: Path) -> None:
     assert {row.task for row in trained_rows(out).values()} == {task}
     run("data", "export", pairs, "--out", exported)
     assert read_tasks(tasks_file(exported)) == {"pairs": task}
+
+
+def test_a_file_that_is_called_as_a_set_of_the_catalogue_has_its_task_everywhere(
+    tmp_path: Path, server: FakeLLM, teacher: list[str | None]
+) -> None:
+    pairs = write(tmp_path / "nq.jsonl", *({"query": f"what is {i}", "positive": f"it is {i} {i}"} for i in range(6)))
+    cleaned, mined, judged = (tmp_path / name for name in ("cleaned.jsonl", "mined.parquet", "judged.jsonl"))
+    run("data", "clean", pairs, "--out", cleaned, "--repeats", "none")
+    for source, out in ((pairs, tmp_path / "at_once.jsonl"), (cleaned, mined)):
+        teacher.clear()
+        run("mine", source, "--out", out, "--negatives", "1", "--rule", "naive")
+        assert "Given a question, retrieve passages that answer the question" in teacher
+    run("data", "relabel", mined, "--out", judged, "--base-url", server.url, "--model", "m")
+    (task,) = {row.task for row in trained_rows(pairs).values()}
+    assert task == find_task("nq")
+    for path in (cleaned, tmp_path / "at_once.jsonl", mined, judged):
+        assert {row.task for row in trained_rows(path).values()} == {task} and read_tasks(tasks_file(path)) == {
+            "nq": task
+        }
 
 
 def test_no_tasks_of_an_older_file_stay_beside_a_new_one(tmp_path: Path) -> None:
