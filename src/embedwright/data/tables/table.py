@@ -24,6 +24,7 @@ from embedwright.data.schema import Example
 from embedwright.data.sources.catalog import find_task
 from embedwright.data.tables.arrow import BATCH_ROWS, example_of, write_example_rows
 from embedwright.data.tables.convert import Job, convert, fingerprint_of, quarantine_file
+from embedwright.data.tables.documents import DocumentTable
 from embedwright.data.tables.own import OwnParquet, are_own
 from embedwright.files import locked, whole_file
 
@@ -166,7 +167,7 @@ def open_examples(
     path: Path | str,
     *,
     task: str | None = None,
-    corpus: Path | str | None = None,
+    corpus: Path | str | DocumentTable | None = None,
     cache: Path | str | None = None,
     seed: int = 0,
     negatives: int = 7,
@@ -179,7 +180,7 @@ def open_examples(
     `seed` and `negatives` are for examples made from labels. Bad lines are logged, counted and kept in `quarantine`.
     Raises FileNotFoundError, and DataError if no example comes out, or a corpus or BEIR folder has a bad line.
     """
-    path, corpus = Path(path), None if corpus is None else Path(corpus)
+    path, corpus = Path(path), Path(corpus) if isinstance(corpus, str) else corpus
     job = Job(path, corpus, stem_of(path) if task is None else task, seed, negatives)
     return _opened(job, Path(cache) if cache else cache_folder())
 
