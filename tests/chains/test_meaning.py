@@ -18,10 +18,11 @@ from typer.testing import CliRunner
 from embedwright.cli import main as cli
 from embedwright.data.files.tasks import read_tasks, tasks_file
 from embedwright.data.schema import Task
+from embedwright.data.sources.catalog import find_task
 from embedwright.demo import quickstart
 from embedwright.encoders import open as opening
 from embedwright.training.batches.blend import Row
-from embedwright.training.batches.sources import open_sources
+from embedwright.training.batches.sources import is_mined, open_sources
 from embedwright.training.recipe import Recipe
 
 WORDS = [a + b + c for a in "bdfgklmnprst" for b in "aeiou" for c in ("ra", "ne", "lo")]
@@ -101,6 +102,22 @@ def test_synthetic_rows_keep_their_tasks_to_the_training(tmp_path: Path, server:
     assert {row.task.family for row in after.values()} == {"retrieval", "classification", "sts", "pair"}
     asked = [prompt for prompt in server.prompts if '"verdict"' in prompt]
     assert asked and all("The task: " in prompt for prompt in asked)  # the judge is told the instruction, too
+
+
+def test_documents_that_are_called_synthetic_are_mined_and_what_a_model_wrote_is_not(
+    tmp_path: Path, server: FakeLLM
+) -> None:
+    documents = ({"title": f"title {WORDS[i]}", "text": f"{WORDS[i]} {WORDS[-i]}. {WORDS[i + 9]}"} for i in range(30))
+    pairs, made = tmp_path / "pairs.jsonl", tmp_path / "made.jsonl"
+    run("data", "pairs", write(tmp_path / "synthetic.jsonl", *documents), "--how", "title", "--out", pairs)
+    api = ("--base-url", server.url, "--model", "m")
+    run("synth", "--out", made, *api, "--count", "4", "--types", "short-long")
+    stage = {"name": "s", "data": [{"path": str(pairs)}, {"path": str(made)}], "in_batch_negatives": "all"}
+    stage |= {"hard_negatives": 1, "optim": {"lr": 1e-3, "steps": 2, "batch_queries": 2}}
+    stages = [{"kind": "mine", "teacher": "bm25"}, stage]
+    recipe = Recipe.parse({"name": "r", "model": {"base": "b"}, "run": {"out": "o"}, "stages": stages})
+    (sources,) = open_sources(recipe)
+    assert [(source.name[0], is_mined(source)) for source in sources] == [("0", True), ("1", False)]
 
 
 def test_a_licence_that_is_not_allowed_takes_synthetic_rows_out(tmp_path: Path, server: FakeLLM) -> None:
@@ -193,6 +210,25 @@ def test_a_described_file_keeps_its_description(tmp_path: Path) -> None:
     assert {row.task for row in trained_rows(out).values()} == {task}
     run("data", "export", pairs, "--out", exported)
     assert read_tasks(tasks_file(exported)) == {"pairs": task}
+
+
+def test_a_file_that_is_called_as_a_set_of_the_catalogue_has_its_task_everywhere(
+    tmp_path: Path, server: FakeLLM, teacher: list[str | None]
+) -> None:
+    pairs = write(tmp_path / "nq.jsonl", *({"query": f"what is {i}", "positive": f"it is {i} {i}"} for i in range(6)))
+    cleaned, mined, judged = (tmp_path / name for name in ("cleaned.jsonl", "mined.parquet", "judged.jsonl"))
+    run("data", "clean", pairs, "--out", cleaned, "--repeats", "none")
+    for source, out in ((pairs, tmp_path / "at_once.jsonl"), (cleaned, mined)):
+        teacher.clear()
+        run("mine", source, "--out", out, "--negatives", "1", "--rule", "naive")
+        assert "Given a question, retrieve passages that answer the question" in teacher
+    run("data", "relabel", mined, "--out", judged, "--base-url", server.url, "--model", "m")
+    (task,) = {row.task for row in trained_rows(pairs).values()}
+    assert task == find_task("nq")
+    for path in (cleaned, tmp_path / "at_once.jsonl", mined, judged):
+        assert {row.task for row in trained_rows(path).values()} == {task} and read_tasks(tasks_file(path)) == {
+            "nq": task
+        }
 
 
 def test_no_tasks_of_an_older_file_stay_beside_a_new_one(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def mine(
     """
     from embedwright.data.files.parts import folder_of_part, settings_of, write_part
     from embedwright.data.files.tasks import digest_of
-    from embedwright.data.tables.documents import DocumentTable, open_corpus
+    from embedwright.data.tables.documents import DocumentTable
     from embedwright.data.tables.table import PartOfTable, open_as_named
     from embedwright.encoders.http import HttpEncoder
     from embedwright.encoders.open import open_encoder
@@ -106,7 +106,7 @@ def mine(
     from embedwright.mining.pool import positives_of
     from embedwright.processes import joined
     from embedwright.remote import fetched
-    from embedwright.vectors.corpus import is_encoded, open_encoded
+    from embedwright.vectors.corpus import corpus_at, is_encoded
 
     options.check_out(out, shard)
     if shard and report:
@@ -166,7 +166,7 @@ def mine(
         with processes.together():  # before a teacher is loaded: bad rows show at once
             if processes.first:
                 table, place = open_as_named(fetched(examples)), fetched(corpus) if corpus else None
-                pool = (open_encoded if is_encoded(place) else open_corpus)(place) if place else positives_of(table)
+                pool = corpus_at(place) if place else positives_of(table)
                 folder, remote = opened_folder.enter_context(folder_of_part(out, shard)) if shard else (Path(), None)
                 there = vectors or set(names) <= set(NAMED) or (place and is_encoded(place))
                 if shard and shard.count > 1 and not there:

@@ -34,7 +34,9 @@ def train(
         Path | None, opt("Folder of the run. Default: the recipe's run.out.", callback=options.folder_to_write)
     ] = None,
     layers: Annotated[int | None, opt("With --data: number of the base's layers to keep. Default: all.")] = None,
-    instruction: Annotated[str | None, opt("With --data: instruction of your queries. Default: a general one.")] = None,
+    instruction: Annotated[
+        str | None, opt("With --data: instruction of queries whose task has none. Default: a general one.")
+    ] = None,
     teacher: Annotated[str | None, opt("With --data: model that mines hard negatives. Default: minilm.")] = None,
     plan_only: Annotated[
         bool, opt("Print rows, steps, tokens and memory, and train nothing; --data prepares its pairs first.", "--plan")

@@ -16,6 +16,9 @@ Family = Literal["retrieval", "reranking", "classification", "clustering", "sts"
 InBatch = Literal["none", "same_task", "all"]
 
 
+SYNTHETIC = "synthetic: "  # how `source` of a task begins whose rows `synth` wrote: a run does not mine for them
+
+
 class DataError(InputError):
     """Data cannot be used. The message names file, line and key, as far as they are known where it is raised."""
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from embedwright.cli.display import counter, note, tell
 from embedwright.config import ConfigError
 from embedwright.data.answers import Answers, marks_of, text_mark
 from embedwright.data.clean.clean import Report, clean
-from embedwright.data.schema import Example
-from embedwright.data.tables.table import open_examples, write_examples
+from embedwright.data.files.tasks import Tasks
+from embedwright.data.schema import Example, Task
+from embedwright.data.sources.catalog import find_task
+from embedwright.data.tables.table import ExampleTable, open_as_named, write_examples
 from embedwright.demo.heldout import without_leaks, write_beir, write_suite
 from embedwright.encoders.open import open_encoder
 from embedwright.files import whole_folder, write_json
@@ -22,6 +24,7 @@ from embedwright.mining.pool import positives_of
 from embedwright.training.batches.blend import permuted
 from embedwright.training.recipe import Recipe
 
+OWN = "own"  # the task of rows that name none
 INSTRUCTION = "Given a query, retrieve the passage that answers it"
 
 
@@ -37,13 +40,22 @@ def recipe_for(
     """Prepares the user's pairs below `out/data`, once, and returns the recipe that trains on them.
 
     A tenth of the queries, 500 at most, is held out. What repeats them or their answers is not trained on. `teacher`
-    mines the hard negatives. Raises ConfigError if too little is left, and where `out` holds a run of other data.
+    mines the hard negatives. `instruction` is that of tasks without one. Raises ConfigError if too little is left, and
+    where `out` holds a run of other data.
     """
+    note(f"your pairs: {data}")
+    table = open_as_named(data)
+    tasks = _described(table, instruction)
+    asked = {task.instruction for task in tasks.values()}
+    common = asked.pop() if len(asked) == 1 else instruction
+    described = json.dumps({name: task.model_dump() for name, task in tasks.items()})
+    # all that the prepared data depends on
+    now = {"data": table.fingerprint[:16], "teacher": teacher, "instruction": instruction, "tasks": described}
     prepared = out / "data"
     if not (prepared / "report.json").exists():
-        _prepare(data, prepared, instruction, teacher)
+        _prepare(table, tasks, prepared, common, now)
     report = json.loads((prepared / "report.json").read_text())
-    before, now = report.pop("source"), _source(data, teacher, instruction)
+    before = report.pop("source")
     for key in now:
         if before[key] != now[key]:
             change = f"{before[key]!r}, now {now[key]!r}"
@@ -54,8 +66,7 @@ def recipe_for(
     rows = report["rows to train on"]
     queries = min(32, rows)
     steps = max(10, min(rows // queries, 1000))
-    task = {"name": "own", "family": "retrieval", "instruction": instruction}
-    entry, own = {"path": str(prepared / "train.jsonl"), "task": task}, {"default_task": instruction}
+    entry, own = {"path": str(prepared / "train.jsonl")}, {"default_task": common}
     return Recipe.parse(
         {
             "name": out.name or "own",
@@ -83,13 +94,24 @@ def recipe_for(
     )
 
 
-def _prepare(data: Path, out: Path, instruction: str, teacher: str) -> None:
-    note(f"your pairs: {data}")
-    table = open_examples(data, task="own")
-    read, described = [row for row in table if row.positives], table.tasks
+def _described(table: ExampleTable, instruction: str) -> dict[str, Task]:
+    """Returns the task of each name that rows have, and of `own`, the name of those that have none.
+
+    It is as the file beside the rows or the catalogue says, else retrieval; without an instruction, it gets this one.
+    """
+    found = {}
+    for name in (name or OWN for name in table.rows_by_task()):
+        task = table.tasks.get(name) or find_task(name) or Task(name=name)
+        found[name] = task if task.instruction else task.model_copy(update={"instruction": instruction})
+    return found
+
+
+def _prepare(table: ExampleTable, tasks: Tasks, out: Path, instruction: str, source: dict[str, str]) -> None:
+    data, teacher = table.path, source["teacher"]
+    read = [replace(row, task=row.task or OWN) for row in table if row.positives]
     answers = Answers(read)
     duplicates = Report()
-    kept = list(clean(read, duplicates))
+    kept = list(clean(read, duplicates, pair_tasks={name for name, task in tasks.items() if task.family == "pair"}))
     heldout, rest = _hold_out(kept, answers)
     if not heldout:
         raise ConfigError(f"{data}: no query has an answer besides its own text: nothing to judge by")
@@ -101,7 +123,7 @@ def _prepare(data: Path, out: Path, instruction: str, teacher: str) -> None:
         train,
         pool,
         open_encoder(teacher),
-        task=instruction,
+        tasks=tasks,
         negatives=4,
         depth=min(100, len(pool)),
         answers=answers,
@@ -121,10 +143,10 @@ def _prepare(data: Path, out: Path, instruction: str, teacher: str) -> None:
         "candidates left out as hard negatives, since they may be right as well": report.removed_by_rule,
         "rows left out, since no hard negative was found for them": len(mined) - len(with_negatives),
         "rows to train on": len(with_negatives),
-        "source": _source(data, teacher, instruction),
+        "source": source,
     }
     with whole_folder(out) as temp:
-        write_examples(temp / "train.jsonl", with_negatives, described)
+        write_examples(temp / "train.jsonl", with_negatives, tasks)
         _write_heldout(temp / "heldout", heldout, read, instruction)
         write_json(temp / "report.json", counts)
 
@@ -156,13 +178,6 @@ def _hold_out(rows: Sequence[Example], answers: Answers) -> tuple[list[HeldOutQu
             query = rows_of[question][0].query
             heldout[question] = HeldOutQuery(query, marks, [query, *(p.text for _, p in right)])
     return list(heldout.values()), [row for row in rows if text_mark(row.query) not in heldout]
-
-
-def _source(data: Path, teacher: str, instruction: str) -> dict[str, str]:
-    """Returns all that the prepared data depends on."""
-    table = open_examples(data, task="own")
-    described = json.dumps({name: task.model_dump() for name, task in table.tasks.items()})
-    return {"data": table.fingerprint[:16], "teacher": teacher, "instruction": instruction, "tasks": described}
 
 
 def _refuse_few(data: Path, count: int, which: str) -> None:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from embedwright.data.clean.repeats import DiskList, repeats
 from embedwright.data.files.parts import Shard, claim, write_part
 from embedwright.data.keys import word_key
-from embedwright.data.schema import Example, Passage, Task, parse_example, to_row
+from embedwright.data.schema import SYNTHETIC, Example, Passage, Task, parse_example, to_row
 from embedwright.data.tables.table import write_examples
 from embedwright.files import locked
 from embedwright.llm.client import Client, Failure
@@ -146,7 +146,7 @@ def _task(plan: Plan, kind: Kind, wording: str, licence: str) -> Task:
         instruction=wording,
         symmetric=part.symmetric,
         licence=licence,
-        source=f"synthetic: {', '.join(plan.models)}",
+        source=f"{SYNTHETIC}{', '.join(plan.models)}",
     )
 
 

@@ -50,7 +50,7 @@ class DataPart(Part):
     path: Text
     """A file or folder (docs/data.md); may hold `${VARIABLE}`."""
     corpus: Text | None = None
-    """The documents that the rows name by id, and that a stage of `kind: mine` searches."""
+    """Documents that rows name by id and a stage of `kind: mine` searches, or what `encode` wrote of them."""
     task: NameOrTask | None = None
     """The task of rows that name none: a name, or a description with the keys below.
 

@@ -15,7 +15,7 @@ from embedwright.data.files.folders import stem_of
 from embedwright.data.files.parts import Shard
 from embedwright.data.keys import refuse_repeats
 from embedwright.data.schema import DataError
-from embedwright.data.tables.documents import DocumentTable
+from embedwright.data.tables.documents import DocumentTable, open_corpus
 from embedwright.encoders.protocol import Encoder, as_encoder
 from embedwright.errors import InputError
 from embedwright.remote import RemoteFolder
@@ -166,6 +166,11 @@ def open_encoded(folder: Path) -> DocumentTable:
     if files and "id" not in read_shard(files[0]).schema.names:
         raise InputError(f"{folder} holds vectors without documents: take a folder that `encode` or `index` wrote")
     return DocumentTable(files, identity, encoded=folder)
+
+
+def corpus_at(path: Path) -> DocumentTable:
+    """Opens the documents of a corpus of any format, or of a folder that `encode` or `index` has filled."""
+    return open_encoded(path) if is_encoded(path) else open_corpus(path)
 
 
 def _claim(out: Path, encoder: Encoder, seen: Survey, task: str | None, precision: StoredPrecision | None) -> Manifest:

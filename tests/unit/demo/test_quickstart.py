@@ -6,14 +6,22 @@ import json
 import random
 import unicodedata
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from embedwright.data.files.tasks import read_tasks, tasks_file, write_tasks
+from embedwright.data.schema import Task
+from embedwright.data.sources.catalog import find_task
 from embedwright.demo import quickstart
+from embedwright.demo.heldout import write_rows
 from embedwright.evaluation.suite import evaluate, load_suite
+from embedwright.pairs.make import make_pairs
+from embedwright.training.batches.sources import open_sources
+from embedwright.training.recipe import Recipe
 
 HELDOUT, HELDOUT_ROWS = "queries held out, to score the model before and after", "rows of these queries"
 LEAKS = "rows left out, since they repeat a held-out text"
@@ -129,6 +137,52 @@ def test_of_scored_pairs_those_train_that_reach_the_threshold(tmp_path: Path, mo
     assert report["rows read"] == report["rows left out, since their score is too low for an answer"] == 80
     train = read(folder / "train.jsonl")
     assert len(train) >= 60 and not low & {text for row in train for text in texts_of(row)}
+
+
+def opened(recipe: Recipe) -> dict[str, Task]:
+    """The tasks of all rows that a run draws in its first stage, by name."""
+    (first, _) = open_sources(recipe)
+    rows = (source.row(i) for source in first for i in range(len(source.rows)))
+    return {row.example.task: row.task for row in rows}
+
+
+def test_rows_keep_their_tasks_and_only_others_become_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `data pairs` writes them, with rows that name no task, a public task, and one that nobody describes."""
+    told: set[str | None] = set()
+
+    class Noting(Teacher):
+        def encode(self, texts: Sequence[str], task: str | None = None) -> np.ndarray:
+            told.add(task)
+            return super().encode(texts)
+
+    monkeypatch.setattr(quickstart, "open_encoder", lambda _: Noting())
+    rng = random.Random(4)
+    documents = [{"title": words(rng, 4), "text": words(rng, 9)} for _ in range(50)]
+    write_rows(tmp_path / "docs.jsonl", documents)
+    data = tmp_path / "pairs.jsonl"
+    make_pairs(tmp_path / "docs.jsonl", data, ["title"], licence="MIT")
+    tasks = opened(quickstart.recipe_for(data, "base", tmp_path / "described"))
+    assert tasks == read_tasks(tasks_file(data)) and tasks["docs-title"].instruction in told
+    suite = (tmp_path / "described/data/heldout/suite.yaml").read_text()
+    assert tasks["docs-title"].instruction in suite and quickstart.INSTRUCTION not in suite
+
+    pair = ({"query": words(rng, 4), "positives": [words(rng, 9)]} for _ in range(120))
+    rows = [row | ({"task": task} if task else {}) for task in ("", "odd", "nq") for row in islice(pair, 40)]
+    write_rows(tmp_path / "mixed.jsonl", [*read(data), *rows])
+    tasks_file(data).rename(tasks_file(tmp_path / "mixed.jsonl"))
+    recipe = quickstart.recipe_for(tmp_path / "mixed.jsonl", "base", tmp_path / "mixed", instruction="Find it")
+    odd = {name: Task(name=name, instruction="Find it") for name in ("own", "odd")}
+    assert opened(recipe) == tasks | odd | {"nq": find_task("nq")}
+    assert recipe == quickstart.recipe_for(tmp_path / "mixed.jsonl", "base", tmp_path / "mixed", instruction="Find it")
+
+
+def test_a_description_of_the_file_is_that_of_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quickstart, "open_encoder", lambda _: Teacher())
+    rng, data = random.Random(5), tmp_path / "mine1.jsonl"
+    write_rows(data, ({"query": words(rng, 5), "positive": words(rng, 6)} for _ in range(40)))
+    task = Task(name="mine1", family="sts", symmetric=True, licence="CC-BY-NC-4.0", instruction="Find the same")
+    write_tasks(tasks_file(data), [task])
+    assert opened(quickstart.recipe_for(data, "base", tmp_path / "run")) == {"mine1": task}
 
 
 def test_rows_that_answer_themselves_alone_cannot_be_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

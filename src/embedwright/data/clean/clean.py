@@ -27,7 +27,6 @@ from embedwright.data.files.folders import stem_of
 from embedwright.data.files.parts import Shard, write_part
 from embedwright.data.keys import are_near, both_keys, shingles
 from embedwright.data.schema import DataError, Example
-from embedwright.data.sources.catalog import find_task
 from embedwright.data.tables.table import PartOfTable, open_as_named, write_examples
 from embedwright.errors import InputError
 from embedwright.files import whole_file
@@ -110,8 +109,7 @@ def clean_file(
     filters = filters or Filters()
     licences = {task.name: task.licence for task in table.tasks.values() if task.licence}
     licences |= filters.licences
-    known = find_task(stem_of(path))  # rows that name no task have that of the file's name
-    licences.setdefault("", licences.get(stem_of(path), known.licence if known else ""))
+    licences.setdefault("", licences.get(stem_of(path), ""))  # rows that name no task have that of the file's name
     filters = replace(filters, licences=licences)
     rules: dict[str, Any] = {"filters": filters, "by": by, "held_out": held_out}
     if shard is None:

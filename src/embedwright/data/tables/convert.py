@@ -30,6 +30,7 @@ from embedwright.data.files.quarantine import Quarantine, good_rows
 from embedwright.data.labels import LabelRules
 from embedwright.data.schema import DataError, Example, Passage, parse_example
 from embedwright.data.tables.arrow import BATCH_ROWS, SCHEMA, batches_of, rebatched
+from embedwright.data.tables.documents import DocumentTable
 from embedwright.data.tables.workers import Facts, in_processes
 from embedwright.files import scratch_folder, sha256_of, whole_file
 
@@ -44,7 +45,7 @@ class Job:
     """Holds what decides the rows of a table."""
 
     path: Path
-    corpus: Path | None
+    corpus: Path | DocumentTable | None
     task: str
     seed: int
     negatives: int
@@ -67,9 +68,11 @@ def fingerprint_of(job: Job, stem: str) -> str:
         return hashlib.sha256(json.dumps([FORMAT, stem, found]).encode()).hexdigest()
     files = [
         *(beir_files(job.path, job.split) if job.is_beir else data_files(job.path)),
-        *(data_files(job.corpus) if job.corpus else []),
+        *(data_files(job.corpus) if isinstance(job.corpus, Path) else []),
     ]
     digests = [sha256_of(file) for file in files]
+    if isinstance(job.corpus, DocumentTable):
+        digests.append(job.corpus.identity)
     names = [stem_of(file) for file in files] if job.path.is_dir() else []  # ids of rows are made of them
     words = None if job.is_beir else class_names(job.path, "label")  # may stand beside the files
     parts = [FORMAT, stem, job.task, job.seed, job.negatives, job.corpus is not None, digests, names, words]
@@ -152,7 +155,9 @@ def _examples(job: Job, pieces: Iterable[Piece], quarantine: Quarantine, report:
     kind = detect_kind(job.path)
     spec = KINDS[kind].rows
     if spec is None:
-        corpus = None if job.corpus is None else read_corpus(job.corpus)
+        corpus = None
+        if job.corpus is not None:
+            corpus = read_corpus(job.corpus) if isinstance(job.corpus, Path) else dict(job.corpus.items())
 
         def parse_as_example(row: Row, row_id: str) -> Example:
             return parse_example(row, default_task=job.task, default_id=row_id, corpus=corpus)

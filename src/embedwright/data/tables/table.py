@@ -21,8 +21,10 @@ from embedwright.cache import cache_folder
 from embedwright.data.files.folders import data_files, stem_of
 from embedwright.data.files.tasks import Tasks, tasks_beside, tasks_file, write_tasks
 from embedwright.data.schema import Example
+from embedwright.data.sources.catalog import find_task
 from embedwright.data.tables.arrow import BATCH_ROWS, example_of, write_example_rows
 from embedwright.data.tables.convert import Job, convert, fingerprint_of, quarantine_file
+from embedwright.data.tables.documents import DocumentTable
 from embedwright.data.tables.own import OwnParquet, are_own
 from embedwright.files import locked, whole_file
 
@@ -39,7 +41,7 @@ class ExampleTable:
     It has `len`, `[i]` and iteration.
 
     `fingerprint` is the SHA-256 (hex) of content, task, seed and format, so equal fingerprints mean equal rows.
-    `tasks` are what the file beside it describes, by name.
+    `tasks` are what the file beside it describes, by name (and see `open_as_named`).
     `report` counts the rows read, the examples made, and what was left out, by reason. `below_threshold` leaves nothing
     out: it counts the scored pairs whose examples have no positive.
     `quarantine` is the file of the bad lines, if their number `quarantined` is not 0. `bad_lines` has the first few.
@@ -165,7 +167,7 @@ def open_examples(
     path: Path | str,
     *,
     task: str | None = None,
-    corpus: Path | str | None = None,
+    corpus: Path | str | DocumentTable | None = None,
     cache: Path | str | None = None,
     seed: int = 0,
     negatives: int = 7,
@@ -178,7 +180,7 @@ def open_examples(
     `seed` and `negatives` are for examples made from labels. Bad lines are logged, counted and kept in `quarantine`.
     Raises FileNotFoundError, and DataError if no example comes out, or a corpus or BEIR folder has a bad line.
     """
-    path, corpus = Path(path), None if corpus is None else Path(corpus)
+    path, corpus = Path(path), Path(corpus) if isinstance(corpus, str) else corpus
     job = Job(path, corpus, stem_of(path) if task is None else task, seed, negatives)
     return _opened(job, Path(cache) if cache else cache_folder())
 
@@ -217,16 +219,23 @@ def _opened(job: Job, cache: Path) -> ExampleTable:
 def open_as_named(path: Path, described: Tasks | None = None) -> ExampleTable:
     """Opens training data that will be written again: a row that names no task keeps none, unless one is described.
 
-    Tasks are described beside the data, or by `described`. The one of the file's name is that of such a row.
+    Tasks are described beside the data, by `described`, or by the catalogue, whose task is then among the table's. The
+    one of the file's name is that of such a row.
     What such a row trains as is said where it is trained: by the recipe, or by the name that its file then has. Our own
     Parquet is read in place. Training draws single rows, which a mapped file gives thirty times as fast.
     """
     stem = stem_of(path)
-    task = stem if stem in {**tasks_beside(path), **(described or {})} else ""
+    is_described = stem in {**tasks_beside(path), **(described or {})}
+    public = None if is_described else find_task(stem)
+    task = stem if is_described or public else ""
     job = Job(path, None, task, 0, 7)
     if path.exists() and not job.is_beir and are_own(files := data_files(path)):
-        return ExampleTable(path, path, OwnParquet(files, task), fingerprint_of(job, stem))
-    return open_examples(path, task=task)
+        table = ExampleTable(path, path, OwnParquet(files, task), fingerprint_of(job, stem))
+    else:
+        table = open_examples(path, task=task)
+    if public:
+        table.tasks[stem] = public
+    return table
 
 
 def write_examples(path: Path | str, examples: Iterable[Example], tasks: Tasks | None = None) -> int:

@@ -14,15 +14,16 @@ import pyarrow.compute as pc
 
 from embedwright.config import ConfigError
 from embedwright.data.files.folders import is_beir, stem_of
-from embedwright.data.schema import Task
+from embedwright.data.schema import SYNTHETIC, Task
 from embedwright.data.sources.catalog import find_task
-from embedwright.data.tables.documents import DocumentTable, open_corpus
+from embedwright.data.tables.documents import DocumentTable
 from embedwright.data.tables.table import ExampleTable, open_documents, open_examples
 from embedwright.errors import NotFoundError, naming
 from embedwright.mining.rules import RANDOM
 from embedwright.training.batches.blend import Source, permuted, share
 from embedwright.training.recipe import Recipe, expand
 from embedwright.training.stages import DataPart, MaskedPart, Stage, StagePart, TextPart
+from embedwright.vectors.corpus import corpus_at, is_encoded
 
 logger = logging.getLogger(__name__)
 
@@ -78,10 +79,11 @@ def _number_of(source: Source) -> str:
 
 def open_table(recipe: Recipe, stage: StagePart, entry: DataPart) -> ExampleTable:
     """Opens the rows of one entry. Raises FileNotFoundError, ConfigError or DataError if it cannot be read."""
+    corpus = expand(entry.corpus) if entry.corpus else None
     return open_examples(
         expand(entry.path),
         task=entry.task.name if isinstance(entry.task, Task) else entry.task,
-        corpus=expand(entry.corpus) if entry.corpus else None,
+        corpus=corpus_at(corpus) if corpus and is_encoded(corpus) else corpus,
         seed=recipe.seed,
         negatives=max(stage.hard_negatives, 1),
     )
@@ -93,7 +95,7 @@ def corpus_of(entry: DataPart | TextPart) -> DocumentTable | None:
     None stands for the positives of the rows. Raises InputError if a document cannot be read.
     """
     path = expand(entry.corpus or entry.path)
-    return open_corpus(path) if entry.corpus or (path.is_dir() and is_beir(path)) else None
+    return corpus_at(path) if entry.corpus or (path.is_dir() and is_beir(path)) else None
 
 
 def _stage_sources(recipe: Recipe, stage: Stage, known: dict[str, Task], lacking: Collection[str]) -> list[Source]:
@@ -256,7 +258,7 @@ def _kinds(tasks: Iterable[Task], mined: bool) -> dict[str, list[Task]]:
 
 
 def _is_synthetic(task: Task) -> bool:
-    return task.source.startswith("synthetic: ")  # what synth writes; a user's file may be named synthetic.jsonl
+    return task.source.startswith(SYNTHETIC)
 
 
 def _check(recipe: Recipe, stage: StagePart, source: Source, where: str) -> Source:

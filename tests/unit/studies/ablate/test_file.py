@@ -53,10 +53,19 @@ def test_stages_are_taken_by_name_with_the_mining_before_them() -> None:
     assert with_overrides(TREE, {"stages": ["two"]})["stages"] == [mine, two]
     found = with_overrides(TREE, {"stages": ["two", "one"], "stages.two.data.0.path": "x"})["stages"]
     assert found == [mine, two | {"data": [{"path": "x"}]}, one]
-    masked = {"kind": "mntp", "name": "masked"}
-    tree = TREE | {"stages": [masked, *TREE["stages"]]}
-    for names, wanted in ((["one"], [one]), (["masked", "two"], [masked, mine, two])):
-        assert with_overrides(tree, {"stages": names})["stages"] == wanted
+
+
+def test_a_masked_phase_is_a_stage_of_its_own() -> None:
+    one, mine, two = TREE["stages"]
+    masked = {"name": "masked", "kind": "mntp", "text": [{"path": "t"}]}
+    tree = TREE | {"stages": [masked, one, mine, two]}
+    for names, stages in (
+        (["one"], [one]),
+        (["two"], [mine, two]),
+        (["masked", "one"], [masked, one]),
+        (["one", "two", "masked"], [one, mine, two, masked]),
+    ):
+        assert with_overrides(tree, {"stages": names})["stages"] == stages
 
 
 @pytest.mark.parametrize(

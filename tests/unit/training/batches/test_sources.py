@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from embedwright.config import ConfigError
 from embedwright.data.schema import Task
 from embedwright.errors import InputError
 from embedwright.training.batches.blend import Source, rows_at
-from embedwright.training.batches.sources import data_fingerprint, is_mined, open_sources
+from embedwright.training.batches.sources import corpus_of, data_fingerprint, is_mined, open_sources
 from embedwright.training.plan import plan
 from embedwright.training.recipe import Recipe
 from embedwright.training.run.folder import data
+from embedwright.vectors.corpus import encode_corpus
 
 ONE = {"name": "one", "instruction": "Find one", "licence": "MIT"}
 
@@ -288,6 +290,32 @@ def test_a_corpus_that_cannot_be_mined_is_refused_before_the_first_step(
     with pytest.raises(InputError, match=rf"recipe r: stages\.second\.data\.1{says}"):
         open_sources(recipe(stage({"path": entry["path"]}), mined))
     open_one(entry)  # where nothing is mined, nothing of it is read
+
+
+@pytest.mark.parametrize("rows_name_documents", [True, False])
+def test_a_corpus_may_be_what_encode_wrote(tmp_path: Path, rows_name_documents: bool) -> None:
+    class Lengths:
+        def encode(self, texts: Sequence[str], task: str | None = None) -> np.ndarray:
+            return np.array([[len(text), 1.0] for text in texts], np.float32)
+
+    documents = [{"_id": f"d{i}", "title": "T", "text": f"document {i}"} for i in range(5)]
+    corpus, encoded = write(tmp_path / "corpus.jsonl", *documents), tmp_path / "encoded"
+    encode_corpus(Lengths(), Path(corpus), encoded, shard_rows=2)
+    named = [{"id": f"d{i}"} if rows_name_documents else f"p{i}" for i in range(3)]
+    path = write(tmp_path / "a.jsonl", *({"query": f"q{i}", "positives": [answer]} for i, answer in enumerate(named)))
+    tables = []
+    for place in (corpus, str(encoded)):
+        mined = recipe(stage({"path": path, "corpus": place}, mine={"teacher": "bm25"}))
+        ((source,),) = open_sources(mined)
+        found = corpus_of(mined.stages[0].data[0])
+        assert found is not None and list(found.items()) == [(d["_id"], f"T {d['text']}") for d in documents]
+        tables.append([*source.table])
+    assert tables[0] == tables[1] and tables[0][2].positives[0].text == (
+        "T document 2" if rows_name_documents else "p2"
+    )
+    (encoded / "shard-00001.arrow").unlink()
+    with pytest.raises(InputError, match="encoded"):
+        open_sources(mined)
 
 
 def test_real_rows_are_mined_and_synthetic_ones_are_not(tmp_path: Path) -> None:
