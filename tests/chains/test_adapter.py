@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
 from embedwright.cli.main import app
@@ -73,7 +74,7 @@ def test_an_adapter_folder_on_a_packaged_base_serves_everywhere(
 
     shutil.copyfile(lab / "pairs.jsonl", "pairs.jsonl")
     second = first | {"name": "second", "model": {"from": "results/flagship"}, "tune": {"adapters": "continue"}}
-    stage["data"] = [{"path": "pairs.jsonl", "task": {"name": "moons", "licence": "MIT"}}]
+    stage["data"] = [{"path": "pairs.jsonl", "task": {"name": "moons", "licence": "MIT", "source": "an/other"}}]
     Path("second.yaml").write_text(yaml.safe_dump(second | {"stages": [stage]}))
     run("train", "second.yaml")
     assert "BAD" not in run("doctor", "run/adapter")
@@ -85,5 +86,7 @@ def test_an_adapter_folder_on_a_packaged_base_serves_everywhere(
     cards = [Path(folder, "README.md").read_text() for folder in ("results/flagship", "run/adapter", "third/model")]
     assert all("made from tiny-135m" in card for card in cards[:2])
     for card in cards:  # a stage's, and those of the runs that went on from it: what it learned from
-        assert "CC-BY-NC-4.0" in card and "datasets:\n- someone/tides" in card
+        assert "CC-BY-NC-4.0" in card
+    datasets = [["someone/tides"], *[["an/other", "someone/tides"]] * 2]
+    assert [ModelCard(card).data.datasets for card in cards] == datasets
     assert all("## Data of first" in card and "| MIT |" in card for card in cards[1:])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -27,7 +28,7 @@ Form = Literal["stock", "ours", "adapter"]
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _TOLD_FIRST = ("of", "kept", "removed", "by", "recipe", "stages", "teacher", "data", "loss")
-_KEPT = ("license", "license_name", "license_link", "base_model", "datasets", "language")
+_KEPT = ("license", "license_name", "license_link", "base_model", "language")
 _SECTION = re.compile(r"^## ((?:Training|Data|Commands|Licences)\b[^\n]*)\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 _TITLE = re.compile(r"^# (.+)$", re.MULTILINE)
 _DATASET = re.compile(r"(?:https://(?:huggingface\.co|hf\.co)/datasets/)?([\w.-]+/[\w.-]+)/?")
@@ -131,7 +132,7 @@ def inherited(card: str, before: Sequence[Card]) -> str:
     """Returns a card with what those of the models that it was made from say of licence, base, data and training.
 
     Keys that `card` has already keep their values. Of several models, the keys on which all agree are taken, and a
-    table has the licence of each.
+    table has the licence of each. `datasets` has those of all.
     """
     if any(front for _, _, front in before):
         made, taken = ModelCard(card), dict[str, Any]()
@@ -139,6 +140,9 @@ def inherited(card: str, before: Sequence[Card]) -> str:
             values = [front.get(key) for _, _, front in before]
             if made.data.get(key) is None and values[0] is not None and values.count(values[0]) == len(values):
                 made.data[key] = taken[key] = values[0]
+        datasets = [made.data.get("datasets"), *(front.get("datasets") for _, _, front in before)]
+        listed = [[names] if isinstance(names, str) else names or [] for names in datasets]
+        made.data["datasets"] = list(dict.fromkeys(chain.from_iterable(listed))) or None
         card = str(made)
         for hub_id, licence in PUBLISHED.values():
             if taken.get("base_model") == hub_id:
