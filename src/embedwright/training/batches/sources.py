@@ -7,6 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -105,9 +106,26 @@ def _stage_sources(recipe: Recipe, stage: Stage, known: dict[str, Task], lacking
         return []
     if isinstance(stage, MaskedPart):
         sources = _without_heldout(recipe, stage, sources)
+    else:
+        _warn_of_equal_names(recipe, stage, sources)
     if stage.name not in lacking:
         _check_together(recipe, stage, sources)
     return with_shares(stage, sources)
+
+
+def _warn_of_equal_names(recipe: Recipe, stage: StagePart, sources: Sequence[Source]) -> None:
+    """Warns of rows of two files that are one task by the name of their files alone."""
+    first: dict[str, Path] = {}
+    for source in sources:
+        name, path, number = source.task.name, source.table.path, _number_of(source)
+        if stage.data[int(number)].task or name != stem_of(path) or name in source.table.tasks:
+            continue
+        if (other := first.setdefault(name, path)) != path:
+            logger.warning(
+                "recipe %s: stages.%s.data.%s: the rows of %s are of one task, %r, with those of %s: equal ids are one "
+                "document, and `same_task` takes negatives from both. Give each a `task` if they are two data sets",
+                *(recipe.name, stage.name, number, path, name, other),
+            )
 
 
 def _check_together(recipe: Recipe, stage: Stage, sources: Sequence[Source]) -> None:
