@@ -16,6 +16,7 @@ from fake_llm import Body, FakeLLM, Reply
 from typer.testing import CliRunner
 
 from embedwright.cli import main as cli
+from embedwright.config import ConfigError
 from embedwright.data.files.tasks import read_tasks, tasks_file
 from embedwright.data.schema import Task
 from embedwright.data.sources.catalog import find_task
@@ -184,6 +185,36 @@ def test_labels_have_the_task_of_their_form(tmp_path: Path) -> None:
     run("data", "labels", rows, "--out", tmp_path / "y.jsonl", "--task", "emotion")
     (task,) = {row.task for row in trained_rows(tmp_path / "y.jsonl").values()}
     assert "emotion" in task.instruction  # of the catalogue
+
+
+@pytest.mark.parametrize(("classes", "symmetric"), [(2, False), (4, True)])
+@pytest.mark.parametrize("name", ["intents", "banking77"])  # of the catalogue, which has it in the form of two labels
+def test_labelled_rows_mean_the_same_as_after_data_labels(
+    tmp_path: Path, name: str, classes: int, symmetric: bool
+) -> None:
+    rows = ({"text": f"text {i}", "label": f"{WORDS[i % classes]}"} for i in range(24))
+    raw, made, told = write(tmp_path / f"{name}.jsonl", *rows), tmp_path / "made.jsonl", tmp_path / "told.jsonl"
+    run("data", "labels", raw, "--out", made)
+    described = {"task": {"name": name, "instruction": "Find the intent", "in_batch_negatives": "none"}}
+    for entry in ({}, described, {"task": described["task"] | {"symmetric": not symmetric, "family": "clustering"}}):
+        (task,) = {row.task for row in trained_rows(raw, **entry).values()}
+        (after,) = {row.task for row in trained_rows(made, **entry).values()}
+        assert task == after.model_copy(update={"source": task.source, "licence": task.licence})
+        assert task.symmetric is (symmetric if entry in ({}, described) else not symmetric)
+    run("data", "clean", raw, "--out", tmp_path / "cleaned.jsonl", "--repeats", "none")
+    assert {row.task for row in trained_rows(tmp_path / "cleaned.jsonl").values()} == {
+        row.task for row in trained_rows(raw).values()
+    }
+    write(tasks_file(raw), {"name": name, "instruction": "Beside"})
+    run("data", "labels", raw, "--out", told)
+    for path in (raw, told):
+        (task,) = {row.task for row in trained_rows(path).values()}
+        assert (task.instruction, task.family, task.symmetric) == ("Beside", "classification", symmetric)
+    stage = {"name": "s", "data": [{"path": str(raw), **described}], "in_batch_negatives": "all", "hard_negatives": 1}
+    stage |= {"optim": {"lr": 1e-3, "steps": 2, "batch_queries": 2}}
+    stages = [{"kind": "mine", "teacher": "bm25"}, stage]
+    with pytest.raises(ConfigError, match="none of its data can be mined"):
+        open_sources(Recipe.parse({"name": "r", "model": {"base": "b"}, "run": {"out": "o"}, "stages": stages}))
 
 
 def test_rows_that_name_no_task_are_named_where_they_are_trained(tmp_path: Path) -> None:

@@ -55,6 +55,16 @@ def merge_tasks(described: Iterable[tuple[Path, Tasks]]) -> dict[str, Task]:
     return merged
 
 
+def over(task: Task, given: Task) -> Task:
+    """Returns the task with the fields that were set in `given` in the place of its own."""
+    return task.model_copy(update={name: getattr(given, name) for name in given.model_fields_set})
+
+
+def by_form(task: Task, form: str | None) -> Task:
+    """Returns the task of labelled rows of this form: what it leaves out is as `data labels` says of the form."""
+    return over(Task(name=task.name, family="classification", symmetric=form == "example"), task) if form else task
+
+
 def digest_of(tasks: Tasks) -> str:
     """Returns a SHA-256 (hex) of all that these tasks say, whatever their order."""
     said = {name: task.model_dump() for name, task in tasks.items()}

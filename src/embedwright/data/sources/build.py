@@ -16,7 +16,7 @@ from embedwright.data.files.folders import data_files, is_beside, is_data, is_on
 from embedwright.data.files.kinds import LabelledRows, detect_kind
 from embedwright.data.files.quarantine import Quarantine
 from embedwright.data.files.rows import Rows, read_rows
-from embedwright.data.files.tasks import tasks_beside
+from embedwright.data.files.tasks import by_form, tasks_beside
 from embedwright.data.labels import USUAL, LabelRules
 from embedwright.data.schema import DataError, Example, Task
 from embedwright.data.sources.catalog import BeirRows, Entry, EvidenceRows, find_task
@@ -102,7 +102,8 @@ def label_file(
     rows = LabelledRows(text=("text",), label="label", words=dict(words) if words else None, id="id")
     name = task or stem_of(path)
     beside, stem = tasks_beside(path), stem_of(path)
-    own = beside.get(name) or beside.get(stem)
+    found = beside.get(name) or beside.get(stem)
+    own = found and by_form(found, "label")  # `build` adds what another form says
     described = own or find_task(name) or find_task(stem) or Task(name=name, family="classification")
     entry = Entry(
         name=name,

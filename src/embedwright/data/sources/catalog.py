@@ -170,10 +170,10 @@ def find_entry(name: str) -> Entry:
     return sets[name]
 
 
-def find_task(name: str) -> Task | None:
-    """Returns the task of the packaged sets that rows call `name`, or None."""
+def find_task(name: str, form: str | None = None) -> Task | None:
+    """Returns the task of the packaged sets that rows call `name`, or None. Labels have this form, or the set's."""
     entry = load_catalog().get(name.partition(".")[0])
-    return next((task for task in entry.tasks() if task.name == name), None) if entry else None
+    return next((task for task in entry.tasks(form) if task.name == name), None) if entry else None
 
 
 HEADER = ("name", "family", "in", "target", "rows", "source", "pinned", "samples", "licence", "columns")

@@ -18,9 +18,10 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from embedwright.cache import cache_folder
-from embedwright.data.files.folders import data_files, stem_of
-from embedwright.data.files.tasks import Tasks, tasks_beside, tasks_file, write_tasks
-from embedwright.data.schema import Example
+from embedwright.data.files.folders import data_files, is_beir, stem_of
+from embedwright.data.files.kinds import detect_kind
+from embedwright.data.files.tasks import Tasks, by_form, tasks_beside, tasks_file, write_tasks
+from embedwright.data.schema import Example, Task
 from embedwright.data.sources.catalog import find_task
 from embedwright.data.tables.arrow import BATCH_ROWS, example_of, write_example_rows
 from embedwright.data.tables.convert import Job, convert, fingerprint_of, quarantine_file
@@ -219,23 +220,34 @@ def _opened(job: Job, cache: Path) -> ExampleTable:
 def open_as_named(path: Path, described: Tasks | None = None) -> ExampleTable:
     """Opens training data that will be written again: a row that names no task keeps none, unless one is described.
 
-    Tasks are described beside the data, by `described`, or by the catalogue, whose task is then among the table's. The
-    one of the file's name is that of such a row.
+    Tasks are described beside the data, by `described`, by the catalogue, or by the form of labelled rows, and are then
+    among the table's. The one of the file's name is that of such a row.
     What such a row trains as is said where it is trained: by the recipe, or by the name that its file then has. Our own
     Parquet is read in place. Training draws single rows, which a mapped file gives thirty times as fast.
     """
     stem = stem_of(path)
-    is_described = stem in {**tasks_beside(path), **(described or {})}
-    public = None if is_described else find_task(stem)
-    task = stem if is_described or public else ""
+    own = {**tasks_beside(path), **(described or {})}.get(stem)
+    task = stem if own or find_task(stem) or _is_labelled(path) else ""
     job = Job(path, None, task, 0, 7)
     if path.exists() and not job.is_beir and are_own(files := data_files(path)):
         table = ExampleTable(path, path, OwnParquet(files, task), fingerprint_of(job, stem))
     else:
         table = open_examples(path, task=task)
-    if public:
-        table.tasks[stem] = public
+    if task:
+        form = form_of(table)
+        table.tasks[stem] = by_form(own or find_task(stem, form) or Task(name=stem), form)
     return table
+
+
+def form_of(table: ExampleTable) -> str | None:
+    """Returns the form, `label` or `example`, of labelled rows that are read as they are. Other rows have none."""
+    if not _is_labelled(table.path):
+        return None
+    return "label" if table[0].positives[0].id is None else "example"  # whose positive is a text with a class
+
+
+def _is_labelled(path: Path) -> bool:
+    return not (path.is_dir() and is_beir(path)) and detect_kind(path) == "labelled"
 
 
 def write_examples(path: Path | str, examples: Iterable[Example], tasks: Tasks | None = None) -> int:

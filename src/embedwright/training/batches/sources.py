@@ -7,6 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -14,10 +15,11 @@ import pyarrow.compute as pc
 
 from embedwright.config import ConfigError
 from embedwright.data.files.folders import is_beir, stem_of
+from embedwright.data.files.tasks import by_form, over
 from embedwright.data.schema import SYNTHETIC, Task
 from embedwright.data.sources.catalog import find_task
 from embedwright.data.tables.documents import DocumentTable
-from embedwright.data.tables.table import ExampleTable, open_documents, open_examples
+from embedwright.data.tables.table import ExampleTable, form_of, open_documents, open_examples
 from embedwright.errors import NotFoundError, naming
 from embedwright.mining.rules import RANDOM
 from embedwright.training.batches.blend import Source, permuted, share
@@ -104,9 +106,26 @@ def _stage_sources(recipe: Recipe, stage: Stage, known: dict[str, Task], lacking
         return []
     if isinstance(stage, MaskedPart):
         sources = _without_heldout(recipe, stage, sources)
+    else:
+        _warn_of_equal_names(recipe, stage, sources)
     if stage.name not in lacking:
         _check_together(recipe, stage, sources)
     return with_shares(stage, sources)
+
+
+def _warn_of_equal_names(recipe: Recipe, stage: StagePart, sources: Sequence[Source]) -> None:
+    """Warns of rows of two files that are one task by the name of their files alone."""
+    first: dict[str, Path] = {}
+    for source in sources:
+        name, path, number = source.task.name, source.table.path, _number_of(source)
+        if stage.data[int(number)].task or name != stem_of(path) or name in source.table.tasks:
+            continue
+        if (other := first.setdefault(name, path)) != path:
+            logger.warning(
+                "recipe %s: stages.%s.data.%s: the rows of %s are of one task, %r, with those of %s: equal ids are one "
+                "document, and `same_task` takes negatives from both. Give each a `task` if they are two data sets",
+                *(recipe.name, stage.name, number, path, name, other),
+            )
 
 
 def _check_together(recipe: Recipe, stage: Stage, sources: Sequence[Source]) -> None:
@@ -173,6 +192,7 @@ def _entry_sources(recipe: Recipe, stage: StagePart, number: int, known: dict[st
     meant = given.name if given else entry.task
     if meant is not None and meant not in by_task:
         raise ConfigError(f"{where}.task: no row is of task {meant!r}: the rows name {_some(by_task)}")
+    form = form_of(table)
     sources = []
     described = [own[name] for name in by_task if name in own and not (given and name == meant)]
     for kind, tasks in _kinds(described, mined=stage.mine is not None).items():
@@ -182,22 +202,18 @@ def _entry_sources(recipe: Recipe, stage: StagePart, number: int, known: dict[st
         sources.append(Source(f"{number}#{kind}", table, rows, tasks[0], tasks=named))
     for name, rows in by_task.items():
         if given and name == meant:  # for these rows alone: another stage may describe the task otherwise
-            task = _over(own[name], given) if name in own else given
+            task = over(own[name], given) if name in own else given
         else:
-            if name not in known and (found := find_task(name)):
+            if name not in known and (found := find_task(name, form)):
                 known[name] = found
             if name not in known:
-                logger.warning("%s: task %r is not described: taken as retrieval without an instruction", where, name)
+                family = by_form(Task(name=name), form).family
+                logger.warning("%s: task %r is not described: taken as %s without an instruction", where, name, family)
                 known[name] = Task(name=name)
             task = known[name]
         # the name keys the order of rows, which must not change when the data is moved
         sources.append(Source(f"{number}#{name}", table, rows, task))
-    return sources
-
-
-def _over(task: Task, given: Task) -> Task:
-    """Returns the task with the fields that were set in `given` in the place of its own."""
-    return task.model_copy(update={name: getattr(given, name) for name in given.model_fields_set})
+    return [replace(source, task=by_form(source.task, form)) for source in sources]
 
 
 def _some(names: Iterable[str]) -> str:

@@ -94,6 +94,27 @@ def test_a_task_that_nobody_describes_is_warned_of_once(tmp_path: Path, caplog: 
     assert "'odd' is not described" in record.message and "stages.first.data.0" in record.message
 
 
+def test_two_files_of_one_name_are_named_unless_a_task_says_what_they_are(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for folder in ("x", "y", "z"):
+        (tmp_path / folder).mkdir()
+    x, y, z = (write(tmp_path / folder / "train.jsonl", *rows(2)) for folder in ("x", "y", "z"))
+    write(tmp_path / "z" / "train.jsonl.tasks.jsonl", {"name": "train", "instruction": "Find"})
+
+    def warned(*entries: dict[str, Any]) -> list[str]:
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            open_one(*entries)
+        return [record.message for record in caplog.records if "is not described" not in record.message]
+
+    (message,) = warned({"path": x}, {"path": y})
+    assert "stages.first.data.1" in message and x in message and y in message and "`task`" in message
+    assert not warned({"path": x}, {"path": y, "task": ONE})
+    assert not warned({"path": x, "task": ONE}, {"path": y, "task": "one"})  # one task, by their words
+    assert not warned({"path": x}, {"path": z})
+
+
 def test_a_bare_name_is_looked_up_in_the_recipe(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write(tmp_path / "a.jsonl", *rows(2))
     other = write(tmp_path / "b.jsonl", *rows(2))
