@@ -89,4 +89,4 @@ def test_an_adapter_folder_on_a_packaged_base_serves_everywhere(
         assert "CC-BY-NC-4.0" in card
     datasets = [["someone/tides"], *[["an/other", "someone/tides"]] * 2]
     assert [ModelCard(card).data.datasets for card in cards] == datasets
-    assert all("## Data of first" in card and "| MIT |" in card for card in cards[1:])
+    assert all("## Data of flagship" in card and "| MIT |" in card for card in cards[1:])

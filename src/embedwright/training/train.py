@@ -109,7 +109,8 @@ def train(recipe: Recipe, *, on_step: OnStep | None = None, on_evaluation: OnEva
     def card(stages: int, saved: Embedder, path: str) -> str:  # of rank 0, which has the items of the scores
         so_far = recipe.model_copy(update={"stages": recipe.stages[:stages]})
         known, told = facts(saved.network, saved.text_tokenizer), card_facts(so_far, sources[:stages], scores.records)
-        return inherited(model_card(path=path, **known | told | {"base": known["base"] or told["base"]}), before)
+        base = known["base"] or (before[0].name if before else told["base"])
+        return inherited(model_card(path=path, **known | told | {"base": base}), before)
 
     with stop_on_signal() as stop_requested, log as tracker:
         scores = Scores(recipe.eval, out, model, processes)

@@ -30,6 +30,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _TOLD_FIRST = ("of", "kept", "removed", "by", "recipe", "stages", "teacher", "data", "loss")
 _KEPT = ("license", "license_name", "license_link", "base_model", "language")
 _SECTION = re.compile(r"^## ((?:Training|Data|Commands|Licences)\b[^\n]*)\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+_OF_EVERY_RUN = ("model", "adapter")  # folders that training writes: their names tell nothing
 _TITLE = re.compile(r"^# (.+)$", re.MULTILINE)
 _DATASET = re.compile(r"(?:https://(?:huggingface\.co|hf\.co)/datasets/)?([\w.-]+/[\w.-]+)/?")
 _QUERY = "how do tides work?"
@@ -158,7 +159,7 @@ def inherited(card: str, before: Sequence[Card]) -> str:
 
 
 def card_of(model: str) -> Card:
-    """Reads the card of a model. Its name is that of the hub, else the card's title, else the folder's.
+    """Reads the card of a model, whose name is that of the hub or its folder; in a folder of a run, that of the card.
 
     Raises InputError for a front matter that is no YAML.
     """
@@ -166,8 +167,8 @@ def card_of(model: str) -> Card:
     text = text_of(place.path, "README.md") or ""
     with blaming(place.path / "README.md", "has a front matter that cannot be read"):
         front = vars(ModelCard(text, ignore_metadata_errors=True).data) if text.startswith("---") else {}
-    title = _TITLE.search(text)
-    return Card(place.hub_id or (title[1] if title else place.path.resolve().name), text, front)
+    title, folder = _TITLE.search(text), place.path.resolve().name
+    return Card(place.hub_id or (title[1] if title and folder in _OF_EVERY_RUN else folder), text, front)
 
 
 def _use(path: str, contract: Contract, form: Form) -> str:

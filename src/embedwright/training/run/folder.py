@@ -110,7 +110,7 @@ def card_facts(
     ]
     return {
         "name": recipe.name,
-        "base": None if recipe.model.from_ else _without_folder(recipe.model.name),  # of an embedder its card tells
+        "base": _without_folder(recipe.model.name),
         "stages": [
             {
                 "name": stage.name,
