@@ -87,7 +87,7 @@ def whole_folder(path: str | Path, mode: int = 0o777) -> Iterator[Path]:
             temp.chmod(final.stat().st_mode & 0o7777)
         sync_tree(temp)
         if stays:
-            _fill(final, temp)
+            fill_folder(final, temp)
         else:
             _put(temp, final)
     except BaseException:
@@ -259,7 +259,7 @@ def _put(temp: Path, final: Path) -> None:
         raise OutputExistsError(f"{final} was made by another process meanwhile") from error
 
 
-def _fill(final: Path, temp: Path) -> None:
+def fill_folder(final: Path, temp: Path) -> None:
     """Moves the entries of `temp` into the folder `final`: all of them, or none if one move fails."""
     moved = []
     try:

@@ -104,7 +104,7 @@ def _show(plan: Recipe) -> None:
     from embedwright.training.run.save import kept_forms
     from embedwright.training.stages import StagePart
 
-    show_run(Path(plan.run.out))
+    show_run(plan.out)
     tasks = (stage.data[0].task for stage in plan.stages if isinstance(stage, StagePart))
     instruction = getattr(next(tasks, None), "instruction", "")
     asked = f' --task "{instruction}"' if instruction and not plan.model.default_task else ""

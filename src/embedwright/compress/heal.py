@@ -82,7 +82,7 @@ def trained(plan: Recipe, source: str, listen: Listen, on_evaluation: OnEvaluati
         stored = str(Embedder.load(source).network.backbone.dtype).removeprefix("torch.")
         plan = plan.model_copy(update={"run": plan.run.model_copy(update={"dtype": stored})})
     train(plan, on_step=listen(plan), on_evaluation=on_evaluation)
-    model = Embedder.load(Path(plan.run.out) / "model")
+    model = Embedder.load(plan.out / "model")
     config: Any = model.network.config  # whose history says that it was trained, as this step does
     began = plan.model.from_
     config.history = None if began is None else history_of(find(split_family(began)[1]).path)

@@ -47,7 +47,7 @@ def run(recipe: Recipe) -> list[str]:
     """
     started = time.perf_counter()
     recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"save": ("merged",), "dtype": "float32"})})
-    out = Path(recipe.run.out)
+    out = recipe.out
     data = out / "data"
     task = recipe.stages[0].data[0].task
     instruction = "" if task is None or isinstance(task, str) else task.instruction

@@ -180,7 +180,7 @@ class RunPart(Part):
     """Where the run is kept, and how a step fits the machine."""
 
     out: Text
-    """The run's folder (docs/runs.md)."""
+    """The run's folder (docs/runs.md); may hold `${VARIABLE}`."""
     checkpoint_every: Positive = 100
     """Between two checkpoints. Unit: steps."""
     keep: Positive = 2

@@ -164,6 +164,11 @@ class Recipe(Part):
             content["eval"] = self.eval.model_dump(mode="json")
         return content
 
+    @property
+    def out(self) -> Path:
+        """The run's folder: `run.out`, expanded as the other paths of a recipe are."""
+        return expand(self.run.out)
+
     def with_out(self, out: str | Path) -> Recipe:
         return self.model_copy(update={"run": self.run.model_copy(update={"out": str(out)})})
 
@@ -240,7 +245,7 @@ def differences(before: Any, after: Any) -> str:
 
 
 def expand(path: str) -> Path:
-    """Fills `${NAME}` in a recipe's path from the environment. ConfigError names a variable that is not set."""
+    """Fills `~` and `${NAME}`, a variable, into a recipe's path. ConfigError names a variable that is not set."""
 
     def value(match: re.Match[str]) -> str:
         name = match[1]

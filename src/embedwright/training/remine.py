@@ -66,7 +66,7 @@ def refreshed(
     """
     asked = stage.mine
     assert asked is not None
-    folder = Path(recipe.run.out) / "mined" / stage.name / f"{begin:07d}"
+    folder = recipe.out / "mined" / stage.name / f"{begin:07d}"
     teacher = {name: found for name, found in state.facts.get("teacher", {}).items() if name in asked.teachers}
     run = {"recipe": state.recipe, "data": state.data, "model": state.model, "teacher": teacher}
     there = processes.decided(lambda: (folder / _WHOLE).is_file() and json.loads((folder / _WHOLE).read_text()) == run)

@@ -75,7 +75,7 @@ def train(recipe: Recipe, *, on_step: OnStep | None = None, on_evaluation: OnEva
         RuntimeError: Some weights did not move.
     """
     processes = start(recipe.run.timeout_minutes)
-    out = Path(recipe.run.out)
+    out = recipe.out
     with processes.together():
         sources = open_checked(recipe)
         with naming_the_model(recipe):
@@ -149,7 +149,7 @@ class _Run:
         self.steps, self.scores, self.listeners, self.stop_requested = steps, scores, listeners, stop_requested
         self.card = card
         self.recipe, self.model, self.processes = steps.recipe, steps.model, steps.processes
-        self.out = Path(self.recipe.run.out)
+        self.out = self.recipe.out
         self.nonfinite = NonFinite(self.out / watch.FILE, self.processes)
 
     def stage(self, sources: list[Source], state: RunState, resumed: Path | None) -> None:

@@ -163,7 +163,7 @@ def measured(spec: Spec, recipe: Recipe, started: float) -> Spec:
     model = start_model(recipe, start(recipe.run.timeout_minutes))
     began = time.time() - started
     with TemporaryDirectory() as temp:
-        evaluation = by_all(merged(model), Path(recipe.run.out), lambda model: score(model, spec, Path(temp)).seconds)
+        evaluation = by_all(merged(model), recipe.out, lambda model: score(model, spec, Path(temp)).seconds)
     del model
     stages, _ = measure(recipe, count=4)
     steps = [stage.seconds for stage in stages]

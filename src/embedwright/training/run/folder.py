@@ -170,7 +170,7 @@ def _scores(recipe: Recipe, evaluations: Sequence[Mapping[str, Any]]) -> list[di
         (suite, row["task"]): row["value"] for suite, row in _rows(e for e in evaluations if e["stage"] == "start")
     }
     ends = [each for each in evaluations if (each["stage"], each["step"]) == (stage, last)]
-    intervals = dict(_intervals(Path(recipe.run.out), ends))
+    intervals = dict(_intervals(recipe.out, ends))
     return [
         {"suite": suite, "task": row["task"], "metric": row["metric"]}
         | {"before": before.get((suite, row["task"])), "after": row["value"]}

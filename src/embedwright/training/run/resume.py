@@ -24,7 +24,7 @@ def where_to_go_on(recipe: Recipe, fresh: RunState, processes: Processes) -> tup
     Raises ConfigError in all processes if one of them has another recipe, other data or another model than rank 0, or
     if the folder holds a run of another one.
     """
-    out = Path(recipe.run.out)
+    out = recipe.out
     of_first = RunState(**processes.told(asdict(fresh)))
     with processes.together():
         if other := _other(of_first, fresh):

@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from shutil import rmtree
 
 import torch
 
 from embedwright.config import ConfigError
-from embedwright.files import write_text
+from embedwright.files import fill_folder, scratch_folder, write_text
 from embedwright.host import own_random_numbers
 from embedwright.model.embedder import Embedder
 from embedwright.model.formats.folder import is_adapter, tensors_of, weights_in
@@ -28,7 +27,7 @@ Card = Callable[[Embedder, str], str]  # the model card of a model in this form,
 
 def kept_forms(recipe: Recipe, stage: str | None = None) -> dict[Form, Path]:
     """Returns the folder of each form that `run.save` names, of the end of a stage or (None) of the run."""
-    out = Path(recipe.run.out)
+    out = recipe.out
     merged = out / "stages" / stage if stage else out / "model"
     folders: dict[Form, Path] = {"merged": merged, "adapter": (merged if stage else out) / "adapter"}
     return {form: folder for form, folder in folders.items() if form in recipe.run.save}
@@ -45,7 +44,7 @@ def check_saved(recipe: Recipe, begun: bool, stage: int) -> None:
     It cannot if a folder of models to come holds weights of another type than `run.dtype`, since what is there stays.
     `begun` says whether the run has a checkpoint. Without one, a model that is there is not of this run.
     """
-    out = Path(recipe.run.out)
+    out = recipe.out
     if not begun:
         check_no_older(out)
     for name in (*(part.name for part in recipe.stages[stage:] if part.save), None):
@@ -85,10 +84,6 @@ def save_stage(recipe: Recipe, model: Embedder, processes: Processes, stage: str
             form for form, folder in folders.items() if not (_is_model(folder) and (folder / "README.md").exists())
         ]
     )
-    if "merged" in lacking and "adapter" in folders:  # which lies in the other's folder, and that must be empty
-        lacking = [*folders]
-        if processes.first:
-            rmtree(folders["adapter"], ignore_errors=True)
     for form in lacking:
         with own_random_numbers():
             copy = copied(recipe, model, processes)
@@ -133,14 +128,18 @@ def _finished(recipe: Recipe, model: Embedder, card: Card) -> Embedder:
     model = finish(model)
     if "merged" in folders:
         text = _save(recipe, model, folders["merged"], card)
-    write_text(Path(recipe.run.out) / "README.md", text or card(model, "model"))
+    write_text(recipe.out / "README.md", text or card(model, "model"))
     return model
 
 
 def _save(recipe: Recipe, model: Embedder, folder: Path, card: Card) -> str:
     """Saves one form, with its card, which it returns."""
-    text = card(model, folder.name)
-    if not _is_model(folder):
+    text = card(model, str(folder.relative_to(recipe.out)))
+    if (folder / "adapter").is_dir() and not _is_model(folder):  # a stage kept it before `run.save` had `merged`
+        with scratch_folder(folder) as scratch:
+            model.save(scratch / "model", recipe.run.dtype)
+            fill_folder(folder, scratch / "model")
+    elif not _is_model(folder):
         model.save(folder, recipe.run.dtype)
     if not (folder / "README.md").exists():  # on its own: a run that is killed between the two goes on here
         write_text(folder / "README.md", text)

@@ -433,3 +433,39 @@ def test_a_model_without_latents_has_none_to_freeze(
     content["model"] = {"from": str(tmp_path / "mean")}
     with pytest.raises(ValueError, match=r"tune\.freeze: this embedder pools without latents"):
         start_model(Recipe.parse(content))
+
+
+def test_every_path_of_a_recipe_may_begin_with_the_home_folder(
+    content: dict[str, Any], tiny_decoder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, here = tmp_path / "home", tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("MINE", "runs")
+    shutil.copytree(tiny_decoder("llama"), home / "decoder")
+    Embedder.from_decoder(home / "decoder", pooling="mean").save(home / "teacher")
+    (tmp_path / "pairs.jsonl").rename(home / "pairs.jsonl")
+    texts = [{"_id": f"d{i}", "text": f"the sea and {i}"} for i in range(9)]
+    (home / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    scored = [{"text1": f"a tide {i}", "text2": f"moon {i * i}", "score": i % 5} for i in range(10)]
+    (home / "suite").mkdir()
+    (home / "suite/alike.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scored))
+    entry = {"path": "~/pairs.jsonl", "corpus": "~/corpus.jsonl"}
+    mined = {"kind": "mine", "teacher": "~/teacher", "rule": "naive", "negatives": 1}
+    distill = {"teacher": "~/teacher", "similarity_weight": 1.0}
+    content["stages"] = [mined, content["stages"][0] | {"data": [entry], "loss": {"distill": distill}}]
+    content["stages"][1]["hard_negatives"] = 1
+    content["model"]["base"] = "~/decoder"
+    content["eval"] = {"suites": ["~/suite"]}
+    content["run"]["out"] = "~/${MINE}/a"
+    steps: list[dict[str, Any]] = []
+    for _ in range(2):  # the second time it goes on, and finds that nothing is left to do
+        trained = train(Recipe.parse(content), on_step=steps.append)
+    assert len(steps) == 2 and (home / "runs/a/mined/first/0000000/00.parquet").is_file()
+    after = going_on(content, "~/runs/a/model")
+    after["run"]["out"] = str(tmp_path / "after")
+    train(Recipe.parse(after))
+    for found, expected in zip(vectors(Embedder.load(home / "runs/a/model")), vectors(trained), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert not list(here.iterdir()) and not [path for path in home.iterdir() if path.name[0] in ".~"]
