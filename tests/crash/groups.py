@@ -7,6 +7,7 @@ all of them. No launcher watches them: whatever ends is ended by the library its
 from __future__ import annotations
 
 import faulthandler
+import gc
 import importlib.util
 import json
 import os
@@ -147,6 +148,7 @@ def _main() -> None:
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+        gc.freeze()  # children neither look through what the imports left nor copy its pages
         for name, sizes in counts.items():
             for count in sizes:
                 ended = _group(getattr(module, name), count, Path(folder), arguments, stuck)

@@ -5,6 +5,7 @@ Run as a script, this file trains in forked children (so that torch is imported 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -144,6 +145,7 @@ def main(folder: Path) -> None:
     os.fsync = lambda handle: None  # type: ignore[assignment]  what is killed is the process, not the machine
     job = json.loads((folder / "job.json").read_text())
     run = Recipe.parse(job["recipe"])
+    gc.freeze()  # children neither look through what the imports left nor copy its pages
 
     def in_child(out: Path, kill_at: int | None) -> tuple[int, int]:
         """How the child ended, and how many operations it had begun."""

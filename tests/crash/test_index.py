@@ -5,6 +5,7 @@ Run as a script, this file changes an index in forked children and kills each at
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
@@ -63,6 +64,7 @@ def main(folder: Path) -> None:
             os._exit(0)
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
+    gc.freeze()  # children neither look through what the imports left nor copy its pages
     other = source("other", range(10, 20), "other")  # half of them are new
     start, out, done = (folder / name for name in ("start", "out", "done"))
     build_index(Model(), source("first", range(12), "text"), start, shard_rows=8, precision="int8")

@@ -5,6 +5,7 @@ Run as a script, this file trains in forked children (so that torch is imported 
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
@@ -149,6 +150,7 @@ def main(folder: Path) -> None:
     job = json.loads((folder / "job.json").read_text())
     run = Recipe.parse(job["recipe"])
     make_optimizer(start_model(run).network, run.tune, run.stages[0].optim)  # imports the rest, once for all children
+    gc.freeze()  # children neither look through what the imports left nor copy its pages
 
     def train_in_child(kill: dict[str, Any], write_end: int) -> None:
         if "call" in kill:
