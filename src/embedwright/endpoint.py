@@ -123,7 +123,7 @@ def _split(base_url: str) -> SplitResult:
 
 
 def _is_openai(parts: SplitResult) -> bool:
-    """Says whether the environment's `OPENAI_...` variables are for this server."""
+    """Returns whether the environment's `OPENAI_...` variables are for this server."""
     home = urlsplit(os.environ.get("OPENAI_BASE_URL") or _OPENAI)
     here, there = ((at.scheme, at.hostname, at.port or _PORTS.get(at.scheme)) for at in (parts, home))
     return here == there

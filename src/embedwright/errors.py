@@ -35,13 +35,13 @@ class MissingPackageError(InputError, ImportError):
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
-    """Raises InputError unless the argument `name` has one of these values. A misspelt one would mean another."""
+    """Raises InputError unless `value` is one of `choices`. `name` is the argument's name in the message."""
     if value not in (known := list(choices)):
         raise InputError(f"{name}={value!r} is none of {', '.join(known)}")
 
 
 @contextmanager
-def blaming(where: object, what: str = "cannot be opened") -> Iterator[None]:
+def as_input_error(where: object, what: str = "cannot be opened") -> Iterator[None]:
     """Turns any error of the block into an InputError that names `where`.
 
     For calls of other libraries on unknown files, which may raise any error. A lack of memory and a failing disk keep
@@ -62,7 +62,7 @@ def blaming(where: object, what: str = "cannot be opened") -> Iterator[None]:
 
 
 @contextmanager
-def naming(where: str) -> Iterator[None]:
+def error_prefix(where: str) -> Iterator[None]:
     """Puts `where`, a key or a file, in front of the message of an InputError in the block."""
     try:
         yield

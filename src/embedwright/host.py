@@ -57,7 +57,7 @@ def unwarned(library: str) -> Iterator[None]:
 
 
 @contextmanager
-def own_random_numbers() -> Iterator[None]:
+def restored_rng() -> Iterator[None]:
     """Restores the default generators of torch (that of the GPU in use too), numpy and Python after the block."""
     plain, of_numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_initialized() else []):

@@ -12,7 +12,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from embedwright.cache import cache_folder
-from embedwright.errors import InputError, NotFoundError, blaming
+from embedwright.errors import InputError, NotFoundError, as_input_error
 
 # Real weights that install from a package index: name -> (package, file or folder in it)
 PACKAGED = {
@@ -63,7 +63,7 @@ def local(name: str | Path) -> Path | None:
     Raises NotFoundError for a path to nothing, InputError for the folder of a run.
     """
     written = str(name)
-    with blaming(f"model {written[:100]!r}", "is no name of a file or folder"):
+    with as_input_error(f"model {written[:100]!r}", "is no name of a file or folder"):
         path = Path(name).expanduser()
         if (path / "recipe.yaml").is_file() and not (path / "config.json").exists():
             raise InputError(

@@ -42,7 +42,7 @@ class Processes:
     channel: Any = None
 
     @property
-    def first(self) -> bool:
+    def is_rank_0(self) -> bool:
         """Whether this is rank 0, the process that writes."""
         return self.rank == 0
 
@@ -59,7 +59,7 @@ class Processes:
             loads[least] += costs[i]
         return [sorted(part) for part in parts]
 
-    def gather(self, own_NE: Tensor, sizes: Sequence[int]) -> Tensor:
+    def gather_vectors(self, own_NE: Tensor, sizes: Sequence[int]) -> Tensor:
         """Joins the vectors of all processes, in the order of their ranks. `sizes` says how many each process has.
 
         The gradient flows to this process's own vectors. It is their whole gradient where every process computes the
@@ -75,19 +75,19 @@ class Processes:
         each[self.rank] = own_NE
         return torch.cat(each)
 
-    def most(self, value: float) -> float:
+    def all_max(self, value: float) -> float:
         """Returns the largest of all processes' values, in float64."""
         return self._reduced([value], dist.ReduceOp.MAX)[0] if self.count > 1 else value
 
-    def total(self, value: float) -> float:
+    def all_sum(self, value: float) -> float:
         """Returns the sum of all processes' values, in float64."""
-        return self.totals(value)[0]
+        return self.all_sums(value)[0]
 
-    def totals(self, *values: float) -> list[float]:
+    def all_sums(self, *values: float) -> list[float]:
         """Returns the sum of each value over all processes, in float64. It takes one message for all of them."""
         return self._reduced(values, dist.ReduceOp.SUM) if self.count > 1 else list(values)
 
-    def add_gradients(self, parameters: Iterable[Tensor]) -> None:
+    def all_reduce_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Replaces each parameter's gradient by the sum of all processes' gradients. One that has none counts as 0."""
         if self.count == 1:
             return
@@ -96,22 +96,22 @@ class Processes:
                 parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce(parameter.grad)
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Waits until all processes are here."""
-        self.each(None)
+        self.all_gather(None)
 
-    def told(self, value: Any = None) -> Any:
-        """Returns rank 0's `value` in every process. It must be JSON; what the others give is not looked at."""
+    def broadcast(self, value: Any = None) -> Any:
+        """Returns rank 0's `value`, which must be JSON, in every process. The other processes' values are ignored."""
         if self.count == 1:
             return value
-        content = json.dumps(value).encode() if self.first else b""
+        content = json.dumps(value).encode() if self.is_rank_0 else b""
         size = torch.tensor([len(content)])
         dist.broadcast(size, 0, group=self.channel)
         sent = _bytes(content, int(size))
         dist.broadcast(sent, 0, group=self.channel)
         return json.loads(sent.numpy().tobytes())
 
-    def each(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """Returns the values of all processes, by rank, in every process. They must be JSON."""
         if self.count == 1:
             return [value]
@@ -123,22 +123,22 @@ class Processes:
         dist.all_gather(parts, _bytes(content, longest), group=self.channel)
         return [json.loads(part.numpy().tobytes()[: int(size)]) for part, size in zip(parts, sizes, strict=True)]
 
-    def decided(self, decide: Callable[[], Any]) -> Any:
+    def on_rank_0(self, decide: Callable[[], Any]) -> Any:
         """Calls `decide` in rank 0 alone. Returns its answer, which must be JSON, or raises its error in every process.
 
         So nothing that depends on a clock, a disk or rounding is decided by each process for itself.
         """
         answer = None
         with self.together():
-            if self.first:
+            if self.is_rank_0:
                 answer = decide()
-        return self.told(answer)
+        return self.broadcast(answer)
 
     @contextmanager
     def together(self) -> Iterator[None]:
         """Runs a block in every process and waits for all at its end. An error in one of them raises in all.
 
-        Each process must come to the end of the block by itself: the block may not ask the others for anything.
+        Each process must come to the end of the block by itself: the block must not communicate with other processes.
         """
         error = None
         try:
@@ -154,7 +154,7 @@ class Processes:
         the process. It keeps the `texts` that the error is about.
         """
         texts = getattr(error, "texts", ())
-        of_each = self.each(error and [str(error) or type(error).__name__, isinstance(error, InputError), texts])
+        of_each = self.all_gather(error and [str(error) or type(error).__name__, isinstance(error, InputError), texts])
         if error is not None:
             raise error
         for rank, of_other in enumerate(of_each):
@@ -209,7 +209,7 @@ def joined(minutes: float | None = None) -> Iterator[Processes]:
     global _channel
     processes = start(minutes)
     yield processes
-    processes.wait()
+    processes.barrier()
     if processes.count > 1:
         dist.destroy_process_group()
         _channel = None

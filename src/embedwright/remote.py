@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from embedwright.cache import cache_folder
-from embedwright.errors import InputError, NotFoundError, OutputExistsError, blaming
+from embedwright.errors import InputError, NotFoundError, OutputExistsError, as_input_error
 from embedwright.files import file_name, locked, whole_folder, write_json
 
 _BESIDE = ".tasks.jsonl"  # after the name of a data file: the tasks of its rows
@@ -24,7 +24,7 @@ _FACTS = ".facts.json"  # beside a copy: of each file, a digest of what the stor
 
 
 def is_remote(path: str | Path) -> bool:
-    """Says whether a path is one of a store: it has `://` in it, which a `Path` never has."""
+    """Returns whether a path is one of a store: it has `://` in it, which a `Path` never has."""
     return "://" in str(path)
 
 
@@ -40,7 +40,7 @@ def fetched(path: str | Path) -> Path:
         return Path(path)
     url = str(path)
     store, root = _opened(url)
-    with blaming(url, "cannot be read"):
+    with as_input_error(url, "cannot be read"):
         store.invalidate_cache()
         if store.isfile(root):
             found = {name: store.info(name) for name in (root, f"{root}{_BESIDE}") if store.isfile(name)}
@@ -59,7 +59,7 @@ def fetched(path: str | Path) -> Path:
     if not home.is_dir():
         with locked(home.with_name(f".{home.name}.lock")):
             if not home.is_dir():
-                with whole_folder(home) as temp, blaming(url, "cannot be read"):
+                with whole_folder(home) as temp, as_input_error(url, "cannot be read"):
                     for own in names.values():
                         (temp / own).parent.mkdir(parents=True, exist_ok=True)
                     linked = _linked(facts, home.parent.glob(f"{stem}*/{_FACTS}"), temp)
@@ -99,7 +99,7 @@ class RemoteFolder:
         Returns the names of all files that it has; none where it lacks `mark`, which says whose they are. Raises
         OutputExistsError if it has other files, but not `mark`. Those of `names` may be there before it.
         """
-        with blaming(self.url, "cannot be read"):
+        with as_input_error(self.url, "cannot be read"):
             self._store.invalidate_cache()
             there = {PurePosixPath(file).name for file in self._store.find(self._root)}
             if mark not in there:
@@ -117,7 +117,7 @@ class RemoteFolder:
     def send(self, *names: str) -> None:
         """Sends files of the local folder, in this order."""
         for name in names:
-            with blaming(f"{self.url}/{name}", "cannot be written"):
+            with as_input_error(f"{self.url}/{name}", "cannot be written"):
                 self._store.put_file(str(self.folder / name), f"{self._root}/{name}")
 
 
@@ -141,6 +141,6 @@ def _opened(url: str) -> tuple[Any, str]:
     """Returns the file system of a URL and the path in it. Raises MissingPackageError, which names what to install."""
     import fsspec  # here, since every command imports this module
 
-    with blaming(url):
+    with as_input_error(url):
         store, root = fsspec.core.url_to_fs(url)
     return store, root.rstrip("/")

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from tokenizers import Tokenizer
 
 from embedwright import threads
-from embedwright.errors import InputError, InputTypeError, blaming
+from embedwright.errors import InputError, InputTypeError, as_input_error
 
 INSTRUCTION_TEMPLATE = "Instruct: {task}\nQuery: "
 # sentence-transformers leaves out a *count* of prompt tokens, so its prompt must end where a token ends.
@@ -158,7 +158,7 @@ def load_tokenizer(folder: str | Path, **kwargs: Any) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     options = {"local_files_only": True} | kwargs
-    with blaming(folder, "has no tokenizer that can be opened"):
+    with as_input_error(folder, "has no tokenizer that can be opened"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
         names = [name for name in tokenizer.vocab_files_names.values() if name]
         if "gguf_file" not in kwargs and not any((Path(folder) / name).is_file() for name in names):
@@ -198,7 +198,7 @@ def check_text(text: object, name: str) -> None:
 
 
 def _is_series(texts: Any) -> bool:
-    """Says whether the items have an order, and are not the column names of a table."""
+    """Returns whether the items have an order, and are not the column names of a table."""
     unordered = isinstance(texts, (bytes, bytearray, Mapping, set, frozenset))
     table = getattr(texts, "ndim", 1) != 1 or hasattr(texts, "columns") or hasattr(texts, "column_names")
     return isinstance(texts, Iterable) and not unordered and not table

@@ -182,9 +182,9 @@ def work(folder: Path, content: str, told: str) -> None:
     if processes.rank == 1 and "phase" in step:
         arm(step["phase"], step["does"], run.run.parallel == "fsdp")
     model = train.train(run)
-    of_each = processes.each(opened)
-    if processes.first:
+    of_each = processes.all_gather(opened)
+    if processes.is_rank_0:
         (out / "models.json").write_text(json.dumps(of_each))
         assert model.device.type == "cpu" and not any(p.requires_grad for p in model.network.parameters())
         np.save(out / "vectors.npy", model.encode(TEXTS, task="Find its answer"))
-    processes.wait()
+    processes.barrier()

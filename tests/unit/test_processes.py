@@ -28,12 +28,12 @@ def test_parts_are_of_about_equal_cost_and_leave_nothing_out() -> None:
 
 def test_one_process_asks_nobody() -> None:
     alone = Processes()
-    assert (alone.most(3), alone.total(2.5), alone.first) == (3, 2.5, True)
-    alone.wait()
+    assert (alone.all_max(3), alone.all_sum(2.5), alone.is_rank_0) == (3, 2.5, True)
+    alone.barrier()
 
 
 def test_one_process_decides_for_itself() -> None:
-    assert ALONE.decided(lambda: 3) == ALONE.told(3) == 3 and ALONE.each("a") == ["a"]
+    assert ALONE.on_rank_0(lambda: 3) == ALONE.broadcast(3) == 3 and ALONE.all_gather("a") == ["a"]
     with pytest.raises(ZeroDivisionError), ALONE.together():
         _ = 1 / 0
 
@@ -42,11 +42,11 @@ def test_the_error_of_another_process_keeps_the_texts_that_it_is_about(monkeypat
     """`mine` names file and row of texts that a teacher refuses, whichever process asked for them."""
     error, sent = RefusedTextsError("server", {"a text": "too long"}), list[Any]()
 
-    def each(self: Processes, value: Any) -> list[Any]:
+    def all_gather(self: Processes, value: Any) -> list[Any]:
         sent.append(json.loads(json.dumps(value)))
         return sent
 
-    monkeypatch.setattr(Processes, "each", each)
+    monkeypatch.setattr(Processes, "all_gather", all_gather)
     with pytest.raises(RefusedTextsError):
         Processes(rank=1, count=2).agree(error)
     with pytest.raises(InputError, match="process 0: server: 1 texts were refused") as raised:
@@ -102,20 +102,20 @@ def in_a_group(folder: Path) -> dict[str, Any]:
 
     with joined() as again:
         return {
-            "told": again.told((f"rank {rank}", rank + 0.1, None)),
-            "decided": processes.decided(lambda: rank),
-            "each": processes.each("é" * rank),
-            "most": processes.most(rank / 4),
+            "told": again.broadcast((f"rank {rank}", rank + 0.1, None)),
+            "decided": processes.on_rank_0(lambda: rank),
+            "each": processes.all_gather("é" * rank),
+            "most": processes.all_max(rank / 4),
             "bad input": raised(lambda: fail(1, InputError("row 7 is bad"))),
             "failure": raised(lambda: fail(2, OSError("no disk"))),
-            "of rank 0": raised(lambda: processes.decided(no)),
-            "after": processes.each(rank),
+            "of rank 0": raised(lambda: processes.on_rank_0(no)),
+            "after": processes.all_gather(rank),
         }
 
 
 def one_dies(folder: Path) -> str | None:
     processes = start()
-    processes.wait()
+    processes.barrier()
     if processes.rank == 1:
         os._exit(9)
-    return raised(lambda: processes.decided(lambda: 0))
+    return raised(lambda: processes.on_rank_0(lambda: 0))

@@ -260,7 +260,7 @@ def score(
     with joined() as processes:
         for model in dict.fromkeys(models):
             shared(partial(opened, model), processes, partial(work, model))
-        if processes.first:
+        if processes.is_rank_0:
             say(render(table(columns)))
 
 

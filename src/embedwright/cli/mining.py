@@ -16,7 +16,7 @@ from embedwright.cli import options
 from embedwright.cli.display import counter, note
 from embedwright.cli.options import arg, opt, say_json
 from embedwright.data.files.parts import Shard, is_done
-from embedwright.errors import InputError, blaming
+from embedwright.errors import InputError, as_input_error
 from embedwright.files import locked, write_json
 from embedwright.llm.answers import tokens_paid
 from embedwright.llm.client import Client, Server
@@ -164,7 +164,7 @@ def mine(
 
     with joined() as processes, ExitStack() as opened_folder:
         with processes.together():  # before a teacher is loaded: bad rows show at once
-            if processes.first:
+            if processes.is_rank_0:
                 table, place = open_as_named(fetched(examples)), fetched(corpus) if corpus else None
                 pool = corpus_at(place) if place else positives_of(table)
                 folder, remote = opened_folder.enter_context(folder_of_part(out, shard)) if shard else (Path(), None)
@@ -172,7 +172,7 @@ def mine(
                 if shard and shard.count > 1 and not there:
                     many = f"each of {shard.count} parts encodes all {len(pool):,} documents"
                     note(f"{out}: {many}: `encode` them once, and give that folder as --corpus")
-        done = processes.decided(lambda: shard is not None and is_done(shard.file(folder)))
+        done = processes.on_rank_0(lambda: shard is not None and is_done(shard.file(folder)))
         shared(lambda: [] if done else opened(), processes, work)
 
 
@@ -291,7 +291,7 @@ def _cross_encoder(name: str) -> Any:
         raise InputError("--cross-encoder is empty: give a folder or a hub id")
     from sentence_transformers import CrossEncoder
 
-    with blaming(name, "cannot be opened as a cross-encoder"):
+    with as_input_error(name, "cannot be opened as a cross-encoder"):
         return CrossEncoder(name, trust_remote_code=False)
 
 

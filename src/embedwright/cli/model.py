@@ -90,12 +90,12 @@ def train(
 
         with joined(plan.run.timeout_minutes) as group:
             lines = dry_run(plan)
-            if group.first:
+            if group.is_rank_0:
                 say("\n".join(lines))
         return
     run(plan, on_step=training(plan), on_evaluation=lambda line: note(f"  {line}"))
     with joined() as group:
-        if group.first:
+        if group.is_rank_0:
             _show(plan)
 
 

@@ -83,7 +83,7 @@ def chained(model: str, out: Path, steps: Sequence[Step], say: Say) -> Iterator[
 
 
 def finished(model: str, out: Path, steps: Sequence[Step]) -> bool:
-    """Says whether `out` was made by these steps, in a run that was stopped while it removed them. Removes the rest."""
+    """Returns whether these steps made `out` and their run was stopped while it removed them. Removes what is left."""
     place = out.resolve()
     work = place.with_name(f"{place.name}.steps")
     with locked(work.with_suffix(".lock")):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from embedwright.compress.chain import Step, with_step
-from embedwright.errors import InputError, naming
+from embedwright.errors import InputError, error_prefix
 from embedwright.files import whole_folder, write_json
 from embedwright.locate import fetch_weights
 from embedwright.model.attention import PACKED
@@ -171,7 +171,7 @@ class _Tensors:
         weight_OI = source.read()
         linear = nn.utils.skip_init(nn.Linear, *weight_OI.T.shape, bias=False, device="meta")
         linear.weight = nn.Parameter(weight_OI, requires_grad=False)
-        with naming(f"{source.file}: {source.name}"):
+        with error_prefix(f"{source.file}: {source.name}"):
             made = quantized(linear, self._scheme)
         for rows in slices(weight_OI.shape):
             exact_OI = weight_OI[rows].float()

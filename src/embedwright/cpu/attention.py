@@ -104,7 +104,7 @@ def attention(stock: Any, windowed: str | None) -> Any:
 
 
 def _fits(self: Any, known: Any, hidden_states: Tensor, position_embeddings: Any, others: dict[str, Any]) -> bool:
-    """Says whether the kernels may run this call of an attention block."""
+    """Returns whether the kernels may run this call of an attention block."""
     if position_embeddings is None:
         return False
     cosine, sine = position_embeddings

@@ -15,7 +15,7 @@ Original = tuple[Any, str, Any]  # owner (a class or module), name, the function
 
 
 def infers(module: nn.Module, known: tuple[Original, ...], *tensors: Tensor) -> bool:
-    """Says whether a call is plain inference: `usable` tensors, no gradient, evaluation mode, `known` unpatched.
+    """Returns whether a call is plain inference: `usable` tensors, no gradient, evaluation mode, `known` unpatched.
 
     GradCache's first pass has no gradient either, but it runs in training mode: it needs the numbers and the dropout of
     the second pass.
@@ -24,7 +24,7 @@ def infers(module: nn.Module, known: tuple[Original, ...], *tensors: Tensor) -> 
 
 
 def usable(*tensors: Tensor) -> bool:
-    """Says whether a kernel may read these: plain CPU tensors, all float32 or all bfloat16, outside of autocast.
+    """Returns whether a kernel may read these: plain CPU tensors, all float32 or all bfloat16, outside of autocast.
 
     The first must not be empty.
     """
@@ -38,7 +38,7 @@ def usable(*tensors: Tensor) -> bool:
 
 
 def computed_now(*tensors: Tensor) -> bool:
-    """Says whether these are plain tensors that nothing traces or transforms.
+    """Returns whether these are plain tensors that nothing traces or transforms.
 
     Compile, export, jit, fake tensors, vmap, forward gradients and dispatch modes do. C code sees only addresses: under
     these it would read invalid memory, or its step would be missing from the trace.
@@ -54,7 +54,7 @@ def computed_now(*tensors: Tensor) -> bool:
 
 
 def listened_to(*modules: nn.Module) -> bool:
-    """Says whether these modules have hooks. Such a module must be called, and its output must not be overwritten."""
+    """Returns whether any of these modules has a hook. It must then be called, and its output not be overwritten."""
     return bool(all_modules._global_forward_hooks or all_modules._global_forward_pre_hooks) or any(
         module._forward_hooks or module._forward_pre_hooks for module in modules
     )
@@ -77,7 +77,7 @@ def _genuine(owner: Any, name: str, function: Any) -> bool:
 
 
 def unchanged(known: tuple[Original, ...]) -> bool:
-    """Says whether each function is still in place. A patch after the load counts as well."""
+    """Returns whether each function is still in place. A patch after the load counts as well."""
     return all(getattr(owner, name) is function for owner, name, function in known)
 
 

@@ -58,7 +58,7 @@ class Int8Linear(QuantizedLinear):
 
 
 def multiplies(*layers: nn.Module) -> bool:
-    """Says whether these layers multiply in whole numbers: their sizes fit, their scales are float32 on the CPU.
+    """Returns whether these layers multiply in whole numbers: their sizes fit, their scales are float32 on the CPU.
 
     Those that are named together share their input, and are rotated alike.
     """

@@ -37,7 +37,7 @@ _ALIGNED = 64  # bytes
 
 
 def can_attend(q_HTd: Tensor, k_KTd: Tensor, v_KTd: Tensor) -> bool:
-    """Says whether `attention` accepts these: `usable` tensors of one head dim, a multiple of 16."""
+    """Returns whether `attention` accepts these: `usable` tensors of one head dim, a multiple of 16."""
     parts, dim = (q_HTd, k_KTd, v_KTd), q_HTd.shape[-1]
     aligned = usable(*parts) and dim % _LANES == 0 and all(x.shape[-1] == dim and x.stride(-1) == 1 for x in parts)
     return aligned and available()
@@ -204,7 +204,7 @@ def _run(name: str, *members: Tensor | int | float) -> None:
 
 
 def available() -> bool:
-    """Says whether the kernels are compiled and right on this machine. Logs a warning once if they are not."""
+    """Returns whether the kernels are compiled and right on this machine. Logs a warning once if they are not."""
     return _fault() is None
 
 
@@ -215,7 +215,7 @@ def described() -> str:
 
 
 def int8_available() -> bool:
-    """Says whether products of int8 run here and are right. Logs a warning once if not."""
+    """Returns whether products of int8 run here and are right. Logs a warning once if not."""
     return int8_fault() is None
 
 

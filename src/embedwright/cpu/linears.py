@@ -36,7 +36,7 @@ class OneDnnLinear(nn.Linear):
 
 
 def stays_plain(linear: nn.Module) -> bool:
-    """Says whether this linear layer runs torch's own, unpatched code."""
+    """Returns whether this linear layer runs torch's own, unpatched code."""
     return type(linear) in (nn.Linear, OneDnnLinear) and _LINEAR is not None and unchanged(_LINEAR)
 
 
@@ -107,7 +107,7 @@ def gated(stock: Any) -> Any:
 
 
 def _fits_int8(self: Any) -> bool:
-    """Says whether a gated block may multiply in whole numbers."""
+    """Returns whether a gated block may multiply in whole numbers."""
     parts = self.gate_proj, self.up_proj, self.down_proj
     return (
         int8.multiplies(*parts)

@@ -45,7 +45,7 @@ def whole(left: Tensor, right: Tensor) -> Tensor:
 
 @cache
 def available() -> bool:
-    """Says whether oneDNN's linear exists, is right, and is likely to be faster. Logs a warning once if it is wrong.
+    """Returns whether oneDNN's linear exists, is right, and is likely to be faster. Logs a warning once if it is wrong.
 
     It is a private op of torch. If a version lacks or changes it, the stock product is used.
     """
@@ -63,7 +63,7 @@ def available() -> bool:
 
 @cache
 def gated_available() -> bool:
-    """Says whether `gated` exists here and gives torch's numbers. Logs a warning once if it gives others."""
+    """Returns whether `gated` exists here and gives torch's numbers. Logs a warning once if it gives others."""
     if not available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     x, gate, up = (tensor.bfloat16() for tensor in _random((5, 8), (6, 8), (6, 8)))
@@ -79,7 +79,7 @@ def gated_available() -> bool:
 
 @cache
 def whole_available() -> bool:
-    """Says whether this processor has int8 products, four times as fast as float32, and `whole` is right. Logs a
+    """Returns whether this processor has int8 products, four times as fast as float32, and `whole` is right. Logs a
     warning once if it is wrong."""
     found: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     if not (available() and any(found.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))):
@@ -95,7 +95,7 @@ def _random(*shapes: tuple[int, ...]) -> list[Tensor]:
 
 
 def _holds(right: Callable[[], bool], what: str, instead: str) -> bool:
-    """Says whether an example is right. Logs a warning if it is not, or if torch's private op fails."""
+    """Returns whether an example is right. Logs a warning if it is not, or if torch's private op fails."""
     try:
         fault = None if right() else "gives other numbers here"
     except (AttributeError, RuntimeError, TypeError) as error:

@@ -166,7 +166,7 @@ def _rounded_alike(block: Block, module: nn.Module, seen: int8.Seen, faults: lis
 
 
 def _differs(found: Tensor, expected: Tensor) -> bool:
-    """Says whether a number is further off than one rounding to the type of `found`, and float32's sums, allow."""
+    """Returns whether a number is further off than one rounding to the type of `found`, and float32's sums, allow."""
     expected = expected.float()
     sums = _LIMITS[torch.float32][0] * torch.finfo(torch.float32).eps * expected.abs().amax(-1, keepdim=True)
     room = torch.finfo(found.dtype).eps * expected.abs() + sums

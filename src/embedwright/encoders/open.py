@@ -11,7 +11,7 @@ import torch
 
 from embedwright.encoders.sentence_transformers import SentenceTransformerEncoder
 from embedwright.endpoint import shown
-from embedwright.errors import InputError, blaming
+from embedwright.errors import InputError, as_input_error
 from embedwright.locate import local, packaged, split_revision, text_of
 from embedwright.model.backbone import check_report, dtype_named
 from embedwright.model.embedder import Embedder
@@ -115,7 +115,7 @@ def _sentence_transformer(where: str, revision: str | None, how: dict[str, Any],
     part = None if folder is None else _weights_folder(folder)
     if part is not None:
         check_weights(part)
-    with blaming(where, "cannot be opened by sentence-transformers"):
+    with as_input_error(where, "cannot be opened by sentence-transformers"):
         model = SentenceTransformer(where, revision=revision, trust_remote_code=False, **how)
     if how["model_kwargs"] and model.max_seq_length == math.inf and model.dtype != how["model_kwargs"]["dtype"]:
         raise InputError(f"dtype: {where} is static and stays in {str(model.dtype)[6:]}: leave it out")

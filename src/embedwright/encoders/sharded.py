@@ -36,8 +36,8 @@ def shared(
         encoders = list(opened())
     if processes.count == 1:
         return work(encoders)
-    if not processes.first:
-        while (asked := processes.told())["texts"] is not None:
+    if not processes.is_rank_0:
+        while (asked := processes.broadcast())["texts"] is not None:
             try:
                 rows, part = _part(encoders[asked.pop("encoder")], processes, **asked)
             except Exception:  # rank 0 knows it, and decides
@@ -52,7 +52,7 @@ def shared(
         )
     except Exception as caught:
         error = caught
-    processes.told({"texts": None})
+    processes.broadcast({"texts": None})
     processes.agree(error)
     return found
 
@@ -82,7 +82,7 @@ class ShardedEncoder:
         blocks = []
         for start in range(0, len(distinct), size):
             asked: Any = {"texts": distinct[start : start + size], "task": task, "options": options}
-            self.processes.told(asked | {"encoder": self.number})
+            self.processes.broadcast(asked | {"encoder": self.number})
             rows, part = _part(self.encoder, self.processes, **asked)
             blocks.append(_gathered(part, rows, self.processes))
         found = np.concatenate(blocks) if len(blocks) > 1 else blocks[0]
@@ -121,12 +121,12 @@ def _part(
 
 def _gathered(part_NE: NDArray[Any], rows: list[list[int]], processes: Processes) -> NDArray[Any]:
     """Returns the vectors of all processes in the order of the texts, in rank 0; elsewhere those of this process."""
-    shapes = processes.each([part_NE.shape[1], part_NE.dtype.str])
+    shapes = processes.all_gather([part_NE.shape[1], part_NE.dtype.str])
     width, dtype = next(shape for shape, own in zip(shapes, rows, strict=True) if own)
     sent_NE = np.zeros((max(map(len, rows)), width), dtype)  # all send as many
     if len(part_NE):
         sent_NE[: len(part_NE)] = part_NE
-    received = [torch.from_numpy(np.empty_like(sent_NE)) for _ in rows] if processes.first else None
+    received = [torch.from_numpy(np.empty_like(sent_NE)) for _ in rows] if processes.is_rank_0 else None
     dist.gather(torch.from_numpy(sent_NE), received, group=processes.channel)
     if received is None:
         return part_NE

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embedwright.errors import InputError, NotFoundError, blaming
+from embedwright.errors import InputError, NotFoundError, as_input_error
 from embedwright.files import file_name, whole_file, write_text
 
 Row = dict[str, str | float | None]
@@ -135,7 +135,10 @@ def read_arrays(file: Path) -> dict[str, NDArray[Any]]:
     """Reads the arrays of an `.npz` of items; there are none without the file. Raises InputError if it is broken."""
     if not file.is_file():
         return {}
-    with blaming(file, "holds no items: score again what lies beside it"), np.load(file, allow_pickle=False) as stored:
+    with (
+        as_input_error(file, "holds no items: score again what lies beside it"),
+        np.load(file, allow_pickle=False) as stored,
+    ):
         return {name: stored[name] for name in stored.files}
 
 

@@ -132,7 +132,7 @@ def run_suite(model: Any, suite: Suite | Path | str, progress: Callable[[str], N
 
 
 def is_suite(name: str) -> bool:
-    """Says whether a name is that of a packaged suite, or of a file or folder that is there."""
+    """Returns whether a name is that of a packaged suite, or of a file or folder that is there."""
     return name in _packaged() or Path(name).exists()
 
 

@@ -108,7 +108,7 @@ def _split(content: Mapping[str, Any]) -> str:
 
 
 def _space_in_front(content: Mapping[str, Any]) -> bool:
-    """Says whether a text is read with a space in front, by a tokenizer in the manner of SentencePiece."""
+    """Returns whether a text is read with a space in front, by a tokenizer in the manner of SentencePiece."""
     normal = _steps(content["normalizer"])
     splits = [step for step in _steps(content["pre_tokenizer"]) if step.get("pattern") != {"String": " "}]
     front = normal[:1] == [{"type": "Prepend", "prepend": _SPACE}]

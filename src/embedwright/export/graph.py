@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from embedwright.cpu.accelerate import stock
-from embedwright.errors import blaming
+from embedwright.errors import as_input_error
 from embedwright.host import unwarned
 from embedwright.model.network import EmbedwrightModel
 from embedwright.model.pooling import FoldedLatent, LatentPooling, SelfPooling
@@ -86,7 +86,7 @@ def trace(network: EmbedwrightModel) -> Any:
     with stock(network) as twin, torch.no_grad(), unwarned("torch.onnx"):
         if isinstance(twin.head, LatentPooling):
             twin.head = FoldedLatent(copy.deepcopy(twin.head))  # a folded block freezes the weights that it shares
-        with blaming(f"a {twin.backbone.config.model_type!r} decoder", "cannot be traced as an ONNX graph"):
+        with as_input_error(f"a {twin.backbone.config.model_type!r} decoder", "cannot be traced as an ONNX graph"):
             program = torch.onnx.export(
                 Graph(twin).eval(),
                 (ids_NL, attended_NL, attended_NL.clone()),  # one tensor given twice would become one input

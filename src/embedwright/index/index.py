@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from embedwright.encoders.protocol import Encoder, as_encoder, encode_finite, encode_queries
 from embedwright.encoders.sentence_transformers import SentenceTransformerEncoder
 from embedwright.encoders.sharded import itself
-from embedwright.errors import InputError, blaming
+from embedwright.errors import InputError, as_input_error
 from embedwright.fingerprint import aligned_with, space_of
 from embedwright.index import documents as docs
 from embedwright.index.codes import Shortened, cut, nominated_top_k, read_codes
@@ -89,7 +89,7 @@ class Index:
         Raises FileNotFoundError if nothing is encoded there, and ValueError where encoding has not finished.
         """
         folder = Path(folder)
-        with blaming(folder, "cannot be opened as an index"):
+        with as_input_error(folder, "cannot be opened as an index"):
             while True:
                 layout = Layout.read(folder)
                 try:

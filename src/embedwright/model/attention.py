@@ -146,7 +146,7 @@ def _any_lengths(
 
 @cache
 def _has_flash(device: torch.device) -> bool:
-    """Says whether torch's varlen kernel runs on the device: NVIDIA GPUs from Ampere on."""
+    """Returns whether torch's varlen kernel runs on the device: NVIDIA GPUs from Ampere on."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from embedwright.errors import InputError, blaming, check_choice
+from embedwright.errors import InputError, as_input_error, check_choice
 from embedwright.locate import split_revision
 from embedwright.model.attention import PACKED
 
@@ -71,7 +71,7 @@ def decoder_config(base: str, *, attention: AttentionKind, layers: int | None = 
 def stock_config(folder: str | Path) -> Any:
     """Reads transformers' config of a local folder. Raises InputError if it needs code of the folder."""
     file = Path(folder) / "config.json"
-    with blaming(file, "is no config that transformers can open"):
+    with as_input_error(file, "is no config that transformers can open"):
         try:
             return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         except ValueError:
@@ -142,7 +142,7 @@ def load_backbone(base: str, config: Any, dtype: torch.dtype, quantization: Any 
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # its report is read below, as a whole
     try:
-        with blaming(base, "cannot be opened as a decoder"):
+        with as_input_error(base, "cannot be opened as a decoder"):
             model, info = AutoModel.from_pretrained(
                 base,
                 config=config,
@@ -221,7 +221,7 @@ def weight_samples(backbone: nn.Module) -> dict[str, Tensor]:
 
 
 def same_samples(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    """Says whether both samples can come from the same weights, each rounded to its own dtype."""
+    """Returns whether both samples can come from the same weights, each rounded to its own dtype."""
     return a.keys() == b.keys() and all(equal_but_for_type(a[name], b[name]) for name in a)
 
 

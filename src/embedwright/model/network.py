@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from embedwright.errors import InputError, blaming, check_choice
+from embedwright.errors import InputError, as_input_error, check_choice
 from embedwright.fingerprint import Facts, config_facts, dtypes, facts
 from embedwright.model.attention import PACKED
 from embedwright.model.backbone import (
@@ -83,7 +83,7 @@ class EmbedwrightModel(PreTrainedModel):
         self.pooling = PoolingConfig.model_validate(config.pooling)
         self.contract = Contract.model_validate(config.contract)
         if backbone is None:
-            with blaming("config.json: backbone", "is no config of a decoder"):
+            with as_input_error("config.json: backbone", "is no config of a decoder"):
                 decoder = AutoConfig.for_model(**config.backbone)
             # in the dtype that from_pretrained was asked for; the config holds the stored one
             backbone = AutoModel.from_config(
@@ -134,7 +134,7 @@ class EmbedwrightModel(PreTrainedModel):
         self.implementation = implementation
 
     def changed(self) -> bool:
-        """Says whether there are adapters, or other weights than were read or saved, by their samples.
+        """Returns whether there are adapters, or other weights than were read or saved, by their samples.
 
         Quantised weights and a folded block do not train.
         """

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
-from embedwright.errors import InputError, naming
+from embedwright.errors import InputError, error_prefix
 
 logger = logging.getLogger(__name__)
 
@@ -265,13 +265,13 @@ def _replace(backbone: nn.Module, make: Callable[[nn.Linear], QuantizedLinear]) 
     for name, linear in list(backbone.named_modules()):
         if isinstance(linear, nn.Linear):
             parent, _, leaf = name.rpartition(".")
-            with naming(name):
+            with error_prefix(name):
                 made = make(linear)
             setattr(backbone.get_submodule(parent), leaf, made.train(linear.training))
 
 
 def in_few_bits(network: nn.Module) -> bool:
-    """Says whether layers of this network are quantised."""
+    """Returns whether layers of this network are quantised."""
     return any(isinstance(module, QuantizedLinear) for module in network.modules())
 
 

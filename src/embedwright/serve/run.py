@@ -15,7 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from embedwright import threads
-from embedwright.errors import InputError, blaming
+from embedwright.errors import InputError, as_input_error
 from embedwright.serve.server import Server
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -94,7 +94,7 @@ def read_keys(env: str | None, file: Path | None) -> list[str]:
         if not keys[0]:
             raise InputError(f"--api-key-env: ${env}, which is to hold the API key, is not set")
     if file is not None:
-        with blaming(file, "cannot be read"):
+        with as_input_error(file, "cannot be read"):
             lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
         if not any(lines):
             raise InputError(f"--api-key-file {file} holds no key: write one a line")

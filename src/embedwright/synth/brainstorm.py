@@ -152,7 +152,7 @@ def _read(file: Path, subject: str) -> list[_Line]:
 
 
 def is_text(value: str) -> bool:
-    """Says whether a row may hold this text."""
+    """Returns whether a row may hold this text."""
     try:
         text_of(value, "")
     except DataError:

@@ -16,7 +16,7 @@ from transformers import AutoModel
 from embedwright.errors import InputError
 from embedwright.model.pooling import GatedBlock, LatentPooling, SelfPooling, make_head
 from embedwright.training.recipe import Recipe
-from embedwright.training.run.start import naming_the_model, rank_of, shape_of
+from embedwright.training.run.start import model_error_prefix, rank_of, shape_of
 
 GB = 10**9
 Kind = Literal["cpu", "cuda"]
@@ -60,7 +60,7 @@ class NoEstimate(InputError):  # noqa: N818 (it is no error of the caller's)
 def sizes_of(recipe: Recipe) -> Sizes:
     """Counts the model that this recipe trains. Raises OSError if its config cannot be had."""
     spec, tune = recipe.model, recipe.tune
-    with naming_the_model(recipe):
+    with model_error_prefix(recipe):
         config, pooling = shape_of(spec)
     with torch.device("meta"):
         backbone = AutoModel.from_config(config, trust_remote_code=False)

@@ -7,7 +7,7 @@ from statistics import median
 
 import torch
 
-from embedwright.host import own_random_numbers
+from embedwright.host import restored_rng
 from embedwright.model.embedder import Embedder
 from embedwright.processes import start
 from embedwright.training.cost import GB
@@ -42,7 +42,7 @@ class Measured:
         return self.largest_seconds * self.tokens.step / self.tokens.largest
 
 
-@own_random_numbers()
+@restored_rng()
 def measure(recipe: Recipe, count: int = 2) -> tuple[list[Measured], Embedder]:
     """Takes `count` real steps of each stage on its largest batch, and returns what they took, with the model.
 
@@ -71,8 +71,8 @@ def measure(recipe: Recipe, count: int = 2) -> tuple[list[Measured], Embedder]:
             if problem is not None:
                 raise FloatingPointError(f"stage {stage.name}, step {record['step']}: {problem}")
             records.append(record)
-        peak = int(processes.most(records[-1]["peak_mb"] or 0))
-        seconds = processes.most(median(record["seconds"] for record in records[1:]))
+        peak = int(processes.all_max(records[-1]["peak_mb"] or 0))
+        seconds = processes.all_max(median(record["seconds"] for record in records[1:]))
         found.append(Measured(stage.name, stage.optim.steps, tokens, peak, seconds))
     return found, model
 

@@ -15,7 +15,7 @@ from embedwright.training.batches.sources import is_mined, open_sources
 from embedwright.training.masked.batch import Masker
 from embedwright.training.masked.batch import batch_of_step as masked_batch
 from embedwright.training.recipe import Recipe
-from embedwright.training.run.start import longest_of, naming_the_model, reading_of
+from embedwright.training.run.start import longest_of, model_error_prefix, reading_of
 from embedwright.training.stages import MaskedPart, Stage
 
 SAMPLED_ROWS = 512  # of a stage: enough for a mean within a few percent
@@ -60,7 +60,7 @@ def tokens_of(recipe: Recipe, there: list[list[bool]], processes: int = 1) -> li
     parts = tuple(_part_that_is_there(part, found) for part, found in zip(recipe.stages, there, strict=True))
     lacking = [part.name for part, found in zip(parts, there, strict=True) if not all(found)]
     sources = open_sources(recipe.model_copy(update={"stages": parts}), lacking=lacking)
-    with naming_the_model(recipe):
+    with model_error_prefix(recipe):
         if not any(sources):  # then the tokenizer need not be there
             longest = longest_of(recipe.model)
             return [_at_most(part, longest, processes) for part in parts]

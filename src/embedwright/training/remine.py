@@ -69,7 +69,9 @@ def refreshed(
     folder = recipe.out / "mined" / stage.name / f"{begin:07d}"
     teacher = {name: found for name, found in state.facts.get("teacher", {}).items() if name in asked.teachers}
     run = {"recipe": state.recipe, "data": state.data, "model": state.model, "teacher": teacher}
-    there = processes.decided(lambda: (folder / _WHOLE).is_file() and json.loads((folder / _WHOLE).read_text()) == run)
+    there = processes.on_rank_0(
+        lambda: (folder / _WHOLE).is_file() and json.loads((folder / _WHOLE).read_text()) == run
+    )
     mined = [number for number, source in enumerate(sources) if is_mined(source)]
     if not there:
         if asked.teacher == PREVIOUS and begin < state.step:

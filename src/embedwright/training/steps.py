@@ -79,7 +79,7 @@ class Steps:
         lr = learning_rate(optim, step)
         norm, problem = math.nan, None
         try:
-            if self.processes.most(not math.isfinite(loss)):  # else one would skip what the others wait for
+            if self.processes.all_max(not math.isfinite(loss)):  # else one would skip what the others wait for
                 optimizer.zero_grad(set_to_none=True)
                 own = f"the loss is {loss}"
                 raise FloatingPointError("the loss of another process is not finite" if math.isfinite(loss) else own)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from embedwright.host import own_random_numbers
+from embedwright.host import restored_rng
 from embedwright.model.embedder import Embedder
 from embedwright.model.interop.card import card_of, facts, inherited, model_card
 from embedwright.model.verify import probe
@@ -42,7 +42,13 @@ from embedwright.training.run.resume import open_folder, where_to_go_on
 from embedwright.training.run.save import save_end, save_stage
 from embedwright.training.run.scores import Scores
 from embedwright.training.run.signals import Interrupted, StopRequest, stop_on_signal
-from embedwright.training.run.start import contents_of, load_trained, naming_the_model, origin_fingerprint, start_model
+from embedwright.training.run.start import (
+    contents_of,
+    load_trained,
+    model_error_prefix,
+    origin_fingerprint,
+    start_model,
+)
 from embedwright.training.run.track import Tracker
 from embedwright.training.run.watch import MovedWeights, NonFinite, stuck, warn_if_inert
 from embedwright.training.stages import START, Stage
@@ -54,7 +60,7 @@ OnStep = Callable[[dict[str, Any]], None]
 OnEvaluation = Callable[[str], None]
 
 
-@own_random_numbers()
+@restored_rng()
 def train(recipe: Recipe, *, on_step: OnStep | None = None, on_evaluation: OnEvaluation | None = None) -> Embedder:
     """Trains an embedder: runs every stage of a recipe that is not done yet. Resumes from the newest checkpoint.
 
@@ -78,7 +84,7 @@ def train(recipe: Recipe, *, on_step: OnStep | None = None, on_evaluation: OnEva
     out = recipe.out
     with processes.together():
         sources = open_checked(recipe)
-        with naming_the_model(recipe):
+        with model_error_prefix(recipe):
             origin = origin_fingerprint(recipe.model)
         facts_of = {
             "recipe": recipe.decisive(),
@@ -99,7 +105,7 @@ def train(recipe: Recipe, *, on_step: OnStep | None = None, on_evaluation: OnEva
             restore_weights(checkpoint, trained(model.network))
     log: AbstractContextManager[Tracker | None] = nullcontext()
     with processes.together():
-        if processes.first:
+        if processes.is_rank_0:
             # a run that was killed right after a checkpoint could not remove older ones
             keep_newest(out / "checkpoints", recipe.run.keep)
             describe_run(out, recipe, sources)
@@ -114,7 +120,7 @@ def train(recipe: Recipe, *, on_step: OnStep | None = None, on_evaluation: OnEva
 
     with stop_on_signal() as stop_requested, log as tracker:
         scores = Scores(recipe.eval, out, model, processes)
-        listeners = _Listeners(tracker, on_step, on_evaluation) if processes.first else _Listeners()
+        listeners = _Listeners(tracker, on_step, on_evaluation) if processes.is_rank_0 else _Listeners()
         run = _Run(steps, scores, listeners, stop_requested, card)
         if checkpoint is None:
             scores.forget()
@@ -179,7 +185,7 @@ class _Run:
                 records.append(self.step(local, state.stage, step, optimizer) | {"waited": waited})
                 self.report(stage, records)
                 done = step + 1
-                stops = bool(self.processes.most(self.stop_requested.signal is not None))
+                stops = bool(self.processes.all_max(self.stop_requested.signal is not None))
                 if stops or done == stage.optim.steps or done % recipe.run.checkpoint_every == 0:
                     self.save(replace(state, step=done), optimizer)
                 if stops:
@@ -251,7 +257,7 @@ class _Run:
             yield from ahead(make, steps, recipe.run.workers)
 
     def stop_if_asked(self) -> None:
-        if self.processes.most(self.stop_requested.signal is not None):
+        if self.processes.all_max(self.stop_requested.signal is not None):
             raise Interrupted(f"{self.stop_requested.signal or 'signal'} while a teacher encoded: its vectors are kept")
 
     def step(

@@ -138,7 +138,7 @@ def encode_rows(
 
 
 def is_encoded(folder: Path) -> bool:
-    """Says whether a folder is one that `encode` or `index` writes, though shards be missing."""
+    """Returns whether a folder is one that `encode` or `index` writes, though shards be missing."""
     if (folder / "index.json").is_file():
         return True
     return (folder / "manifest.json").is_file() and (folder / "probes.arrow").is_file()

@@ -21,7 +21,7 @@ TINY = 2.0**-50
 
 
 def available(width: int) -> bool:
-    """Says whether vectors of this width are multiplied in int8 here."""
+    """Returns whether vectors of this width are multiplied in int8 here."""
     # torch leaves the int8 product of one column unset (_int_mm, torch 2.13)
     return kernels.available() and onednn.whole_available() and 1 < width <= _WIDEST
 

@@ -315,7 +315,7 @@ def _stored(vectors_NE: NDArray[np.float32], precision: StoredPrecision) -> NDAr
 
 
 def _complete(path: Path, rows: int, manifest: Manifest) -> bool:
-    """Says whether the shard is whole, and was written for this folder and by its model."""
+    """Returns whether the shard is whole, and was written for this folder and by its model."""
     try:
         found = read_shard(path)
     except (OSError, pa.ArrowInvalid):  # Arrow's footer comes last: a cut file has none
@@ -324,7 +324,7 @@ def _complete(path: Path, rows: int, manifest: Manifest) -> bool:
 
 
 def _sent(remote: RemoteFolder, name: str, manifest: Manifest) -> bool:
-    """Says whether a store has a shard of this folder, by its end alone, which comes last: its rows stay there."""
+    """Returns whether a store has a shard of this folder, by its end alone, which comes last: its rows stay there."""
     try:
         with remote.open(name) as stream:
             metadata = pa.ipc.open_file(stream).schema.metadata

@@ -131,7 +131,7 @@ def write_once(file: Path, settings: Mapping[str, Any], write: Callable[[Path], 
 
 
 def is_done(file: Path) -> bool:
-    """Says whether a file is there with its report, so that it is not written again."""
+    """Returns whether a file is there with its report, so that it is not written again."""
     return file.exists() and _report(file).is_file()
 
 

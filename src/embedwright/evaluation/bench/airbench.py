@@ -31,7 +31,7 @@ from huggingface_hub import constants
 from embedwright.encoders.options import WithOptions
 from embedwright.encoders.protocol import Encoder, encode_finite
 from embedwright.encoders.sharded import itself
-from embedwright.errors import InputError, OutOfReachError, blaming
+from embedwright.errors import InputError, OutOfReachError, as_input_error
 from embedwright.evaluation.about import about
 from embedwright.evaluation.bench.airbench_sets import NAME, AirSet, sets_file
 from embedwright.evaluation.bench.hub import open_splits
@@ -119,7 +119,7 @@ def _claim(home: Path, own: dict[str, Any]) -> None:
     if not file.exists():
         write_json(file, own)
         return
-    with blaming(file, "is not what `embedwright bench` has written"):
+    with as_input_error(file, "is not what `embedwright bench` has written"):
         before = json.loads(file.read_text(encoding="utf-8"))
         changed = [key for key in ("instruction", "version") if before[key] != own[key]]
         if before["fingerprint"] != own["fingerprint"]:

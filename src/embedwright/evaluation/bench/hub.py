@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from embedwright.data.sources.build import BUILDERS
-from embedwright.errors import InputError, OutOfReachError, blaming
+from embedwright.errors import InputError, OutOfReachError, as_input_error
 
 
 def open_splits(
@@ -51,7 +51,7 @@ def open_splits(
         if not any(folder.glob(path)):
             raise lacking
         builder = BUILDERS[Path(path.removesuffix(".gz")).suffix]
-        with blaming(f"{repository}: {path}"):
+        with as_input_error(f"{repository}: {path}"):
             tables[split] = datasets.load_dataset(
                 builder, data_files=str(folder / path), split="train", trust_remote_code=False
             )

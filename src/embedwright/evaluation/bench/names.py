@@ -12,7 +12,7 @@ from mteb.abstasks import AbsTask
 from mteb.benchmarks import Benchmark
 
 from embedwright.errors import InputError
-from embedwright.host import own_random_numbers
+from embedwright.host import restored_rng
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def choose(name: str) -> Chosen:
 @cache
 def _known() -> tuple[dict[str, Benchmark], dict[str, AbsTask]]:
     """Returns all benchmarks and tasks of mteb by their names and aliases, in a second."""
-    with own_random_numbers():  # each task seeds them when it is made
+    with restored_rng():  # each task seeds them when it is made
         known = {benchmark.name: benchmark for benchmark in mteb.get_benchmarks()}
         known |= {alias: benchmark for benchmark in known.values() for alias in benchmark.aliases or ()}
         return known, {task.metadata.name: task for task in mteb.get_tasks(exclude_superseded=False)}

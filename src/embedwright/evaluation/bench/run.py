@@ -30,13 +30,13 @@ from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from mteb.cache import ResultCache
 from mteb.results import TaskResult
 
-from embedwright.errors import InputError, OutOfReachError, blaming
+from embedwright.errors import InputError, OutOfReachError, as_input_error
 from embedwright.evaluation.bench.items import KINDS, remove_broken, write_items
 from embedwright.evaluation.bench.names import Chosen
 from embedwright.evaluation.mteb import MtebEncoder, instruction_of
 from embedwright.evaluation.results import Result, Results, parts_scored, read_arrays
 from embedwright.files import locked, remove_leftovers, whole_file, write_text
-from embedwright.host import own_random_numbers
+from embedwright.host import restored_rng
 
 Say = Callable[[str], None]
 
@@ -50,7 +50,7 @@ def score_tasks(model: Any, chosen: Chosen, say: Say) -> Results:
     fails.
     """
     started = time.perf_counter()
-    with own_random_numbers(), TemporaryDirectory() as folder:  # mteb seeds the generators that training draws from
+    with restored_rng(), TemporaryDirectory() as folder:  # mteb seeds the generators that training draws from
         # a model that is cut over processes has no fingerprint
         bench = Bench(MtebEncoder(SimpleNamespace(encode=model.encode)), Path(folder))
         if failed := bench.run(chosen.tasks, say):
@@ -265,7 +265,7 @@ def _load(task: AbsTask) -> None:
                 ) from error
         own = {**task.metadata.dataset, "path": str(snapshot)}
         task.metadata = task.metadata.model_copy(update={"dataset": own})  # until `unload_data`
-        with blaming(snapshot):
+        with as_input_error(snapshot):
             task.load_data()
 
 

@@ -151,7 +151,7 @@ def half_interval(suite: str, seeds: Sequence[Result]) -> float | None:
 
 
 def agrees(result: Result) -> bool:
-    """Says whether a result has items, and its score is the score of these items."""
+    """Returns whether a result has items, and its score is the score of these items."""
     found = 0.0
     for part, share in _shares(result).items():
         arrays = _of_part(result, part)

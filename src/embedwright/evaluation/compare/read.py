@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from embedwright.config import load_yaml
-from embedwright.errors import InputError, MissingPackageError, NotFoundError, blaming
+from embedwright.errors import InputError, MissingPackageError, NotFoundError, as_input_error
 from embedwright.evaluation.compare.compare import Candidate
 from embedwright.evaluation.results import (
     Result,
@@ -164,7 +164,7 @@ def _run(folder: Path) -> _Found:
     Runs are seeds of one candidate if they were evaluated at the same point, too. A run that stops by its scores may do
     so at any step of its last stage.
     """
-    with blaming(folder / RUN, "is no record of a run's evaluations"):
+    with as_input_error(folder / RUN, "is no record of a run's evaluations"):
         records = [json.loads(line) for line in whole_lines(folder / RUN)]
         points = [(record["stage"], record["step"]) for record in records]
         last = [record for record, point in zip(records, points, strict=True) if point == points[-1]]
@@ -179,7 +179,7 @@ def _run(folder: Path) -> _Found:
         raise InputError(f"{folder} is a run without an evaluation: name suites in its recipe (`eval`)")
     recipe, name = load_yaml(folder / "recipe.yaml"), folder.resolve().name
     stage, step = points[-1]
-    with blaming(folder / "recipe.yaml", "is no recipe of a run"):
+    with as_input_error(folder / "recipe.yaml", "is no recipe of a run"):
         seed, stages = recipe["seed"], [each["name"] for each in recipe.get("stages", [])]
         stops_early = recipe.get("eval", {}).get("patience")
     if stages and stage != stages[-1]:
@@ -203,7 +203,7 @@ def _by_version(found: Sequence[Results]) -> list[Results]:
 
 def _study(folder: Path) -> list[_Found]:
     """Reads each cell of a study that has run."""
-    with blaming(folder / STUDY, "is no record of a study"):
+    with as_input_error(folder / STUDY, "is no record of a study"):
         study: Mapping[str, Any] = json.loads((folder / STUDY).read_text(encoding="utf-8"))
         cells = sorted(study["cells"], key=lambda cell: cell["arm"] != study.get("baseline"))
         return [
@@ -224,7 +224,7 @@ def _mteb(folder: Path) -> _Found:
     for file in sorted(folder.glob("*.json")):
         if file.name == MTEB_MODEL:
             continue
-        with blaming(file, "is no MTEB result"):
+        with as_input_error(file, "is no MTEB result"):
             saved = json.loads(file.read_text(encoding="utf-8"))
             parts = [part["main_score"] for split in saved["scores"].values() for part in split]
             kind, metric, within = _metadata(saved["task_name"])
@@ -234,7 +234,7 @@ def _mteb(folder: Path) -> _Found:
             suite = f"mteb {saved['mteb_version']}"
             suites.setdefault(suite, []).append(result)
             counted |= {(suite, name) for name in within}
-    with blaming(folder / MTEB_MODEL, "is no description of a model by mteb"):
+    with as_input_error(folder / MTEB_MODEL, "is no description of a model by mteb"):
         meta = json.loads((folder / MTEB_MODEL).read_text(encoding="utf-8"))
         name = f"{meta['name']} ({meta['revision']})"
     whole = {suite: [row for row in rows if (suite, row.task) not in counted] for suite, rows in suites.items()}

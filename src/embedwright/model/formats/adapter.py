@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from embedwright.config import validate
-from embedwright.errors import InputError, NotFoundError, blaming
+from embedwright.errors import InputError, NotFoundError, as_input_error
 from embedwright.files import write_json
 from embedwright.model.adapters.lora import has_lora, inject_lora, warn_of_idle
 from embedwright.model.backbone import decoder_config, load_backbone, origin_of, same_samples, weight_samples
@@ -119,7 +119,7 @@ def read_adapter(folder: Path, dtype: torch.dtype | None, open_embedder: OpenEmb
     backbone: Any = network.backbone
     bare = not any(name.startswith(f"{_PREFIX}backbone.") for name in tensors)  # names as in AutoModel's stock model
     root = backbone if bare else network
-    with blaming(folder / ADAPTER, "asks for adapters that its base cannot have"):
+    with as_input_error(folder / ADAPTER, "asks for adapters that its base cannot have"):
         inject_lora(root, LoraConfig(**{key: settings.lora[key] for key in _FOLLOWED & settings.lora.keys()}))
     backbone.peft_config = root.peft_config
     network.head.float().requires_grad_(True)

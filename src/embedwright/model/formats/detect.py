@@ -57,13 +57,13 @@ def detect(name: str, revision: str | None = None) -> tuple[Place, Format | Fami
 
 
 def is_onnx(folder: Path) -> bool:
-    """Says whether a folder is an ONNX export of ours."""
+    """Returns whether a folder is an ONNX export of ours."""
     file = folder / STOCK_SETTINGS
     return file.is_file() and "onnx" in read_object(file)
 
 
 def is_gguf_export(path: Path) -> bool:
-    """Says whether a path is a GGUF file that `export` wrote of an embedder."""
+    """Returns whether a path is a GGUF file that `export` wrote of an embedder."""
     if path.suffix != ".gguf" or not path.is_file():
         return False
     with path.open("rb") as file:
@@ -178,7 +178,7 @@ def check_float(name: str, what: str) -> None:
 
 
 def is_quantized(folder: Path) -> bool:
-    """Says whether the weights of a model folder are quantised."""
+    """Returns whether the weights of a model folder are quantised."""
     config = folder / "config.json"
     return config.is_file() and bool(read_object(config).get("quantization"))
 

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from embedwright.errors import InputError, blaming
+from embedwright.errors import InputError, as_input_error
 from embedwright.locate import text_of
 from embedwright.model.backbone import AttentionKind, decoder_config
 from embedwright.model.formats.base import Outline
@@ -138,7 +138,7 @@ def read_family(folder: Path, family: Family) -> Outline:
             raise InputError(f"{folder}: the tokenizer has no {token!r}, which {family.name} needs")
         return id
 
-    with blaming(folder, "has no sound text contract"):
+    with as_input_error(folder, "has no sound text contract"):
         lengths = json.loads(text_of(folder, "sentence_bert_config.json") or "{}")
         contract = Contract(
             query_template=family.query,
@@ -154,7 +154,7 @@ def read_family(folder: Path, family: Family) -> Outline:
 
 
 def _modules_fit(folder: Path, family: Family) -> bool:
-    """Says whether the folder's sentence-transformers modules, if any, are a transformer and this pooling alone."""
+    """Returns whether the folder's sentence-transformers modules, if any, are a transformer and this pooling alone."""
     modules = json.loads(text_of(folder, "modules.json") or "[]")
     kinds = {module["type"].rpartition(".")[2]: module["path"] for module in modules}
     if "Pooling" not in kinds:

@@ -90,7 +90,7 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Says whether the folder holds adapters in peft's format, not a whole model."""
+    """Returns whether the folder holds adapters in peft's format, not a whole model."""
     return (folder / ADAPTER).is_file()
 
 

@@ -18,7 +18,7 @@ from transformers import AutoModel
 from transformers.utils import logging as transformers_logging
 
 from embedwright.cache import cache_folder
-from embedwright.errors import InputError, MissingPackageError, OutputExistsError, blaming
+from embedwright.errors import InputError, MissingPackageError, OutputExistsError, as_input_error
 from embedwright.files import locked, sha256_of, whole_folder, write_json
 from embedwright.model.backbone import check_report
 from embedwright.text import load_tokenizer
@@ -62,7 +62,7 @@ def _read(file: Path) -> tuple[Any, Any]:
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # its report is read below
     try:
-        with TemporaryDirectory() as alone, blaming(file, "is no GGUF file that can be opened"):
+        with TemporaryDirectory() as alone, as_input_error(file, "is no GGUF file that can be opened"):
             link = Path(alone) / "model.gguf"
             link.symlink_to(file.resolve())
             held = _tensors(link)
@@ -109,7 +109,7 @@ def _odd(names: dict[str, int]) -> str:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Says whether the folder holds exactly the files that were written, equal by size and time or else by content."""
+    """Returns whether the folder holds exactly the files that were written, by size and time or else by content."""
     try:
         made = json.loads((folder / _MADE).read_text(encoding="utf-8"))
         return {path.name for path in folder.iterdir()} == {_MADE, *made} and all(

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, MistralConfig, PreTrainedTokenizerFast
 
-from embedwright.errors import InputError, blaming
+from embedwright.errors import InputError, as_input_error
 from embedwright.model.attention import PACKED
 from embedwright.model.backbone import set_attention
 from embedwright.model.formats.base import Outline, build_network
@@ -86,19 +86,19 @@ def load_nvembed(folder: Path, dtype: torch.dtype | None) -> tuple[EmbedwrightMo
 def read_nvembed(folder: Path) -> Released:
     """Reads the settings, the tokenizer and the headers of the weights. Errors as in `load_nvembed`."""
     small = {name: read_json(folder / name) for name in SMALL_FILES if (folder / name).is_file()}
-    with blaming(folder / "config.json"):
+    with as_input_error(folder / "config.json"):
         _check_settings(folder, small["config.json"])
     tensors, stored = _headers(folder)
     check_layers(tensors, small["config.json"].get("text_config") or {}, folder / "config.json")
-    with blaming(folder, "has no tokenizer that can be opened"):
+    with as_input_error(folder, "has no tokenizer that can be opened"):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise InputError(f"{folder}: the tokenizer has no EOS token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    with blaming(folder / LENGTHS, "says no sound max_seq_length"):
+    with as_input_error(folder / LENGTHS, "says no sound max_seq_length"):
         contract = released_contract(tokenizer, small.get(LENGTHS, {}).get("max_seq_length") or _MAX_TOKENS)
-    with blaming(folder, "cannot be opened as NV-Embed"):
+    with as_input_error(folder, "cannot be opened as NV-Embed"):
         try:
             decoder, pooling = sizes(small["config.json"], {name: tensor.shape for name, tensor in tensors.items()})
         except ValueError as error:

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig
 
 from embedwright.config import Model, validate
-from embedwright.errors import InputError, NotFoundError, blaming
+from embedwright.errors import InputError, NotFoundError, as_input_error
 from embedwright.locate import fetch_weights
 from embedwright.model.adapters.lora import has_lora, merge_lora
 from embedwright.model.backbone import decoder_config, load_backbone, origin_of, set_attention, stock_config
@@ -60,7 +60,7 @@ def open_embedder(
         if dtype is not None and form == "ours" and is_quantized(folder):
             raise InputError(f"{folder} holds quantised weights, which are opened as they are: leave dtype out")
         if form == "ours":
-            with blaming(folder):
+            with as_input_error(folder):
                 network = EmbedwrightModel.from_pretrained(
                     folder, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False
                 )
@@ -127,7 +127,7 @@ def _outline(folder: Path, form: Format | Family | None) -> Outline:
     pooling = _setting(file, stored, "pooling", PoolingConfig)
     contract = _setting(file, stored, "contract", Contract)
     if form == "ours":
-        with blaming(f"{file}: backbone", "is no config of a decoder"):
+        with as_input_error(f"{file}: backbone", "is no config of a decoder"):
             decoder = AutoConfig.for_model(**stored["backbone"])
         _check_one_length(file, contract)
     else:

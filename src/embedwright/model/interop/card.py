@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from embedwright.errors import blaming
+from embedwright.errors import as_input_error
 from embedwright.locate import PUBLISHED, text_of
 from embedwright.model.adapters.lora import has_lora
 from embedwright.model.formats.detect import detect
@@ -165,7 +165,7 @@ def card_of(model: str) -> Card:
     """
     place = detect(model)[0]
     text = text_of(place.path, "README.md") or ""
-    with blaming(place.path / "README.md", "has a front matter that cannot be read"):
+    with as_input_error(place.path / "README.md", "has a front matter that cannot be read"):
         front = vars(ModelCard(text, ignore_metadata_errors=True).data) if text.startswith("---") else {}
     title, folder = _TITLE.search(text), place.path.resolve().name
     return Card(place.hub_id or (title[1] if title and folder in _OF_EVERY_RUN else folder), text, front)

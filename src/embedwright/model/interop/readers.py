@@ -21,7 +21,7 @@ _BIDIRECTIONAL = READ_BY_FLAG | {"qwen2"}  # families that both servers can run 
 
 
 def check_readers(folder: Path) -> tuple[bool, str] | None:
-    """Says whether no known program is misled by the folder, and a line that names the programs that are right.
+    """Returns whether no known program is misled by the folder, and a line that names the programs that are right.
 
     None for a folder that this package did not write.
     """

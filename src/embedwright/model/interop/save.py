@@ -94,7 +94,7 @@ def rounded(network: EmbedwrightModel, dtype: torch.dtype | None) -> Iterator[No
 
 
 def opens_as_stock(network: EmbedwrightModel, tokenizer: TextTokenizer) -> bool:
-    """Says whether sentence-transformers' own modules would give this model's vectors.
+    """Returns whether sentence-transformers' own modules would give this model's vectors.
 
     They pool every token, or leave out a count of prompt tokens: then the prefix must end where a token ends, and there
     may be no BOS.

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from embedwright.cpu.accelerate import stock
-from embedwright.errors import InputError, blaming
+from embedwright.errors import InputError, as_input_error
 from embedwright.model.backbone import equal_but_for_type
 from embedwright.model.network import EmbedwrightModel
 from embedwright.model.pooling import reduce
@@ -79,7 +79,7 @@ def compare(network: EmbedwrightModel, tokenizer: TextTokenizer, folder: Path, r
     file = folder / FILE
     if not file.is_file():
         return None
-    with blaming(file, "is no record of a model"):
+    with as_input_error(file, "is no record of a model"):
         stored = json.loads(file.read_text(encoding="utf-8"))
         dtype = _DTYPES[stored["dtype"]]
         rows = [(row["text"], row["ids"], row["pooled"]) for row in stored["texts"]]

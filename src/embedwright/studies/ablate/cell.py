@@ -48,12 +48,12 @@ def main(folder: Path, started: float) -> None:
             write_json(folder / "result.json", spec | {"failed": f"{type(error).__name__}: {error}", "seconds": {}})
         raise
     with joined() as processes:
-        if processes.first:
+        if processes.is_rank_0:
             write_json(folder / "result.json", spec | result)
 
 
 def _is_of_the_rate(error: Exception) -> bool:
-    """Says whether a trial that is run again would fail again. Memory, disk and network are not of the rate.
+    """Returns whether a trial that is run again would fail again. Memory, disk and network are not of the rate.
 
     What happened in another process is not known here: that one says it.
     """
@@ -107,11 +107,11 @@ def by_all(model: Embedder, folder: Path, work: Callable[[Any], T]) -> T:
         shutil.rmtree(place, ignore_errors=True)  # of a process that was killed
         model.save(place)
 
-    processes.decided(save)
+    processes.on_rank_0(save)
     device = str(processes.device)
     done = shared(lambda: [Embedder.load(place, device=device)], processes, lambda models: work(models[0]))
-    found: T = processes.told(done)
-    if processes.first:
+    found: T = processes.broadcast(done)
+    if processes.is_rank_0:
         shutil.rmtree(place)
     return found
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from embedwright.config import ConfigError, did_you_mean, load_yaml, validate
-from embedwright.errors import InputError, naming
+from embedwright.errors import InputError, error_prefix
 from embedwright.training.parts import NotNegative, Part, Positive, PositiveNumber, Share, Text
 from embedwright.training.recipe import Recipe, expand, leaves
 
@@ -124,7 +124,7 @@ class Study:
         self.file = file
         self.said = validate(Ablation, load_yaml(file), str(file))
         base = file.parent / Path(self.said.base).expanduser()
-        with naming(f"{file}: base"):
+        with error_prefix(f"{file}: base"):
             self.base = load_yaml(base)
         self.base.pop("provenance", None)  # it is of the base's values alone
         recipes = {arm: self.recipe(arm, self.said.seeds[0]) for arm in self.said.arms}
@@ -146,7 +146,7 @@ class Study:
     def recipe(self, arm: str, seed: int, *, smoke: bool = False) -> Recipe:
         """Returns the whole recipe of an arm, before any budget; with `smoke`, cut to the size of a smoke test."""
         overrides = self.said.arms[arm]
-        with naming(f"{self.file}: arms.{arm}"):
+        with error_prefix(f"{self.file}: arms.{arm}"):
             for key, where in _CHOSEN.items():
                 if key in overrides:
                     raise InputError(f"{key} is chosen by the study: see {where}")
@@ -159,7 +159,7 @@ class Study:
         for stage in tree["stages"]:
             if "optim" in stage:
                 stage["optim"] |= {"steps": SMOKE_STEPS, "warmup_steps": 0}
-        with naming(f"{self.file}: smoke.overrides"):
+        with error_prefix(f"{self.file}: smoke.overrides"):
             return Recipe.parse(with_overrides(tree, self.said.smoke.overrides))
 
     def _check_shared(self, recipes: Mapping[str, Recipe]) -> None:

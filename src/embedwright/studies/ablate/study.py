@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from embedwright.config import did_you_mean
-from embedwright.errors import InputError, blaming, naming
+from embedwright.errors import InputError, as_input_error, error_prefix
 from embedwright.evaluation.results import Results, read_results
 from embedwright.evaluation.suite import load_suite
 from embedwright.files import check_folder, write_json
@@ -137,7 +137,7 @@ class _Work:
         """Opens all that the cells need. Raises InputError, with the arm, if something is missing or wrong."""
         self.tasks = self._tasks()
         for arm in self.arms:
-            with naming(f"{self.study.file}: arms.{arm}"):
+            with error_prefix(f"{self.study.file}: arms.{arm}"):
                 recipe = self._recipe(arm, self.seeds[0])
                 self.data[arm] = of_stages(recipe, self._sources(recipe))
                 if recipe.model.name not in self.origins:
@@ -147,13 +147,13 @@ class _Work:
     def _tasks(self) -> str:
         """Returns what cells are scored on, as a fingerprint. Raises InputError if there is no such thing."""
         if self.benchmark is not None:
-            with naming(f"{self.study.file}: benchmark"), blaming(self.benchmark):
+            with error_prefix(f"{self.study.file}: benchmark"), as_input_error(self.benchmark):
                 from embedwright.evaluation.bench.names import choose
                 from embedwright.evaluation.bench.run import check_data
 
                 check_data(tasks := choose(self.benchmark).tasks)
                 return json.dumps([version("mteb"), *(task.metadata.name for task in tasks)])
-        with naming(f"{self.study.file}: {'smoke.suite' if self.smoke and self.said.smoke.suite else 'suite'}"):
+        with error_prefix(f"{self.study.file}: {'smoke.suite' if self.smoke and self.said.smoke.suite else 'suite'}"):
             return json.dumps(of_suite(load_suite(self.suite)))
 
     def _sources(self, recipe: Recipe) -> list[list[Source]]:
@@ -208,7 +208,7 @@ class _Work:
         if baseline in found:
             costs = {arm: Cost(cost["fixed"], tuple(cost["steps"])) for arm, cost in found.items()}
             stages = {arm: self._stages(arm) for arm in found}
-            with naming(str(self.study.file)):
+            with error_prefix(str(self.study.file)):
                 asked = float(budget.tokens or budget.seconds or 0)
                 self.common, self.factors = factors(asked, costs, stages, baseline, count)
         arms = {

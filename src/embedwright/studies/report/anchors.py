@@ -8,7 +8,7 @@ from typing import Any
 
 from embedwright.config import load_yaml
 from embedwright.evaluation import bench
-from embedwright.host import own_random_numbers
+from embedwright.host import restored_rng
 
 ANCHORS = Path(bench.__file__).with_name("anchors.yaml")  # `bench.table` reads it, too, but imports mteb for seconds
 MEAN = "mean"
@@ -38,7 +38,7 @@ def published(suite: str, tasks: Collection[str]) -> tuple[str, Anchors]:
     return benchmark, found | {MEAN: [score(model, row, "mean over tasks") for model, row in whole.items()]}
 
 
-@own_random_numbers()  # a task of mteb seeds the generators when it is made
+@restored_rng()  # a task of mteb seeds the generators when it is made
 def _benchmark(names: Collection[str], tasks: Collection[str]) -> str:
     from mteb import get_benchmark
 

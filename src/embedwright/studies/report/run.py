@@ -51,7 +51,7 @@ def chart(
 
 
 def is_run(folder: Path) -> bool:
-    """Says whether `folder` is the folder of a run."""
+    """Returns whether `folder` is the folder of a run."""
     return (folder / "recipe.yaml").is_file()
 
 

@@ -82,7 +82,7 @@ class Batch:
         return [self.queries[row], *(self.candidates[column] for column in self.masks.columns(row))]
 
     def separable(self) -> bool:
-        """Says whether the batch may be split without changing the loss: no query needs what another's row brought.
+        """Returns whether the batch may be split without changing the loss: no query needs what another's row brought.
 
         A text that several rows brought, such as the name of a class, is no hindrance: each part encodes it.
         """

@@ -20,7 +20,7 @@ from embedwright.data.schema import SYNTHETIC, Task
 from embedwright.data.sources.catalog import find_task
 from embedwright.data.tables.documents import DocumentTable
 from embedwright.data.tables.table import ExampleTable, form_of, open_documents, open_examples
-from embedwright.errors import NotFoundError, naming
+from embedwright.errors import NotFoundError, error_prefix
 from embedwright.mining.rules import RANDOM
 from embedwright.training.batches.blend import Source, permuted, share
 from embedwright.training.recipe import Recipe, expand
@@ -141,7 +141,7 @@ def _check_together(recipe: Recipe, stage: Stage, sources: Sequence[Source]) -> 
 
 
 def _can_have_scores(stage: Stage, sources: Sequence[Source]) -> bool:
-    """Says whether some row has a teacher's scores, or gets them when its negatives are mined."""
+    """Returns whether some row has a teacher's scores, or gets them when its negatives are mined."""
     for source in sources:
         if stage.mine is not None and is_mined(source):
             if stage.mine.teacher != RANDOM:
@@ -176,7 +176,7 @@ def _checked_sources(recipe: Recipe, stage: Stage, number: int, known: dict[str,
         return [_text_source(recipe, stage.text[number], f"{number}#", where)]
     sources = [_check(recipe, stage, source, where) for source in _entry_sources(recipe, stage, number, known, where)]
     if stage.mine is not None and any(map(is_mined, sources)):  # else a run would meet a bad corpus after hours
-        with naming(f"{where}.{'corpus' if stage.data[number].corpus else 'path'}"):
+        with error_prefix(f"{where}.{'corpus' if stage.data[number].corpus else 'path'}"):
             corpus_of(stage.data[number])
     return sources
 
@@ -306,7 +306,7 @@ def _with_pairs(stage: StagePart, source: Source, where: str) -> Source:
 
 
 def is_mined(source: Source) -> bool:
-    """Says whether hard negatives can be mined for these rows: any other document is one that does not answer the
+    """Returns whether hard negatives can be mined for these rows: any other document is one that does not answer the
     query.
 
     That is not so of rows that share a label, or of pairs that are alike. Synthetic rows keep the negatives that were

@@ -105,7 +105,7 @@ def whole(network: Any, processes: Processes) -> dict[str, Tensor]:
     found = {}
     for name, parameter in trained(network).items():
         gathered = full(parameter.detach())
-        if processes.first:
+        if processes.is_rank_0:
             found[name] = gathered.cpu().contiguous()
     return found
 

@@ -34,7 +34,7 @@ def accumulate(
     own, elsewhere = local.texts[processes.rank], set[Text]().union(*local.texts[: processes.rank])
     groups = None if local.rows is None else _grouped(local, batch_tokens)
     encoded = [_size(local, (text for row in group for text in local.batch.texts(row))) for group in groups or ()]
-    total, distinct, again, too_large = processes.totals(
+    total, distinct, again, too_large = processes.all_sums(
         _size(local, (text for text in own if text not in elsewhere)),
         _size(local, own),
         sum(encoded),
@@ -44,7 +44,7 @@ def accumulate(
     if groups is not None and not too_large and again <= most_encoded(distinct):
         loss = _by_queries(replica, local, groups, stage, seed)
         if replica.projection is not None:  # no part of the network, whose gradients are averaged on the way
-            processes.add_gradients([replica.projection])
+            processes.all_reduce_gradients([replica.projection])
             if replica.projection.grad is not None:
                 replica.projection.grad /= processes.count
         return loss, int(total)
@@ -55,7 +55,7 @@ def _by_queries(replica: Replica, local: LocalBatch, groups: list[list[int]], st
     """Accumulates the gradient over groups of queries, each with its own candidates. Returns the loss."""
     processes, device = replica.processes, replica.device
     own = {text: i for i, text in enumerate(local.texts[processes.rank])}
-    losses, count = list[Tensor](), int(processes.most(len(groups)))
+    losses, count = list[Tensor](), int(processes.all_max(len(groups)))
     for i in range(count):
         torch.manual_seed(seed + i)
         with replica.syncing(i == count - 1):
@@ -73,7 +73,7 @@ def _by_queries(replica: Replica, local: LocalBatch, groups: list[list[int]], st
             (part * processes.count).backward()
             losses.append(part.detach())
     # read at the end alone: a GPU would stand still until the next part is packed and sent
-    return processes.total(sum(torch.stack(losses).tolist()) if losses else 0.0)
+    return processes.all_sum(sum(torch.stack(losses).tolist()) if losses else 0.0)
 
 
 def _cached(replica: Replica, local: LocalBatch, stage: StagePart, batch_tokens: int, seed: int) -> float:
@@ -84,7 +84,7 @@ def _cached(replica: Replica, local: LocalBatch, stage: StagePart, batch_tokens:
     processes, device = replica.processes, replica.device
     own = local.texts[processes.rank]
     groups = list(batches([len(local.tokens[text].ids) for text in own], batch_tokens))
-    missing = int(processes.most(len(groups))) - len(groups)
+    missing = int(processes.all_max(len(groups))) - len(groups)
     packed = [pack([local.tokens[own[i]] for i in group]).to(device) for group in groups]
     packed += [pack([local.filler]).to(device)] * missing
     back = moved(torch.from_numpy(np.argsort(np.array([i for group in groups for i in group], dtype=np.int64))), device)
@@ -93,10 +93,10 @@ def _cached(replica: Replica, local: LocalBatch, stage: StagePart, batch_tokens:
     for at, text in enumerate(text for texts in local.texts for text in texts):
         place.setdefault(text, at)
 
-    teacher_NE = None if local.teacher_NE is None else processes.gather(moved(local.teacher_NE, device), sizes)
+    teacher_NE = None if local.teacher_NE is None else processes.gather_vectors(moved(local.teacher_NE, device), sizes)
 
     def loss_of(embedded_NE: Tensor) -> Tensor:
-        gathered_NE = processes.gather(embedded_NE[back], sizes)
+        gathered_NE = processes.gather_vectors(embedded_NE[back], sizes)
         return _loss(gathered_NE, teacher_NE, local.batch, place, stage, len(local.batch.queries), replica.projection)
 
     return gradcache.backward(replica.embed, packed, loss_of, seed, processes=processes.count, syncing=replica.syncing)

@@ -80,7 +80,7 @@ def accumulate(
     the gradients of all are added up.
     """
     sizes = [len(text.read.ids) for text in batch.texts]
-    masked = max(processes.total(sum(len(text.places) for text in batch.texts)), 1)
+    masked = max(processes.all_sum(sum(len(text.places) for text in batch.texts)), 1)
     sums = list[Tensor]()
     for i, group in enumerate(batches(sizes, batch_tokens)):
         torch.manual_seed(seed + 1_000_003 * processes.rank + i)
@@ -88,8 +88,8 @@ def accumulate(
         (summed / masked).backward()
         sums.append(summed.detach())
     loss = sum(summed / masked for summed in torch.stack(sums).tolist()) if sums else 0.0  # a GPU waits once
-    processes.add_gradients(parameter for parameter in network.backbone.parameters() if parameter.requires_grad)
-    return processes.total(loss), int(processes.total(sum(sizes)))
+    processes.all_reduce_gradients(parameter for parameter in network.backbone.parameters() if parameter.requires_grad)
+    return processes.all_sum(loss), int(processes.all_sum(sum(sizes)))
 
 
 def measure(
@@ -101,11 +101,11 @@ def measure(
         for group in batches([len(text.read.ids) for text in texts], batch_tokens):
             summed, told = masked_loss(network, head, [texts[i] for i in group])
             loss, right = loss + float(summed), right + float(told)
-    count = processes.total(sum(len(text.places) for text in texts))
+    count = processes.all_sum(sum(len(text.places) for text in texts))
     return {
         "masked": int(count),
-        "loss": processes.total(loss) / max(count, 1),
-        "accuracy": processes.total(right) / max(count, 1),
+        "loss": processes.all_sum(loss) / max(count, 1),
+        "accuracy": processes.all_sum(right) / max(count, 1),
     }
 
 

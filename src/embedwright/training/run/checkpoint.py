@@ -77,7 +77,7 @@ def save_checkpoint(
                     shutil.rmtree(final)
                 return str(stack.enter_context(whole_folder(final)))
 
-            temp = Path(processes.decided(begin))
+            temp = Path(processes.on_rank_0(begin))
             files: dict[str, Digest] = {}
             if any(hasattr(tensor, "full_tensor") for tensor in weights.values()):
                 files = write_parts(temp, {name: w.detach() for name, w in weights.items()} | tensors, processes)
@@ -93,7 +93,7 @@ def save_checkpoint(
                 stack.close()
                 keep_newest(folder, keep)
 
-            processes.decided(end)
+            processes.on_rank_0(end)
     except Exception as error:  # safetensors has errors of its own for a disk that is full
         raise OSError(f"checkpoint {final} could not be written ({error}); the one before is intact") from error
     return final

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from embedwright.config import ConfigError
-from embedwright.errors import InputError, NotFoundError, naming
+from embedwright.errors import InputError, NotFoundError, error_prefix
 from embedwright.evaluation.suite import Suite, is_suite, load_suite
 from embedwright.locate import local, packaged
 from embedwright.model.adapters import fourbit
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def of_files(name: str) -> bool:
-    """Says whether a suite of a recipe can only be one of files: else the name may be mteb's. It opens nothing."""
+    """Returns whether a suite of a recipe can only be one of files: else the name may be mteb's. It opens nothing."""
     return "/" in name or "$" in name or Path(name).suffix in (".yaml", ".yml") or is_suite(name)
 
 
@@ -60,10 +60,10 @@ def open_checked(recipe: Recipe) -> list[list[Source]]:
 def check_names(recipe: Recipe) -> None:
     """Raises InputError, with the key, for a suite or teacher that is missing. Hub ids are not looked up."""
     for number, suite in enumerate(recipe.eval.suites):
-        with naming(f"recipe {recipe.name}: eval.suites.{number}"):
+        with error_prefix(f"recipe {recipe.name}: eval.suites.{number}"):
             open_suite(suite)
     for key, name in teachers(recipe):
-        with naming(f"recipe {recipe.name}: {key}"):
+        with error_prefix(f"recipe {recipe.name}: {key}"):
             _check_encoder(name)
 
 
@@ -80,7 +80,7 @@ def check_reading(recipe: Recipe, stages: Sequence[Sequence[Source]], model: Emb
         check_widths(stage, model.embedding_dim)
         for source in sources:
             for task in (source.task, *source.tasks.values()):
-                with naming(f"recipe {recipe.name}: stages.{stage.name}: task {task.name!r}"):
+                with error_prefix(f"recipe {recipe.name}: stages.{stage.name}: task {task.name!r}"):
                     model.tokenize(["a"], task=task.instruction or model.contract.default_task or None)
 
 

@@ -69,13 +69,13 @@ class Teacher:
                 encoded += sum(kept.fill(own) for kept in self._kept)
             seconds += time.perf_counter() - started
             texts += len(chunk)
-            if processes.first and seconds > 60 * minutes:
+            if processes.is_rank_0 and seconds > 60 * minutes:
                 minutes += 1
                 logger.info("the teacher has vectors of %d texts so far", texts)
         for kept in self._kept:
             kept.refresh()
-        total = int(processes.total(encoded))
-        if processes.first:
+        total = int(processes.all_sum(encoded))
+        if processes.is_rank_0:
             logger.info(
                 "the teacher encoded %d texts in %.1f s; vectors of %d texts were kept from before",
                 total,

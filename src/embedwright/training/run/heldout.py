@@ -16,9 +16,9 @@ def measured_once(
     out: Path, stage: str, step: int, measure: Callable[[], dict[str, float]], processes: Processes
 ) -> dict[str, Any] | None:
     """Measures at this point of the run, keeps the record and returns it; None where it has one already."""
-    records = processes.decided(lambda: read_records(out / FILE))
+    records = processes.on_rank_0(lambda: read_records(out / FILE))
     if any((record["stage"], record["step"]) == (stage, step) for record in records):
         return None
     record = {"stage": stage, "step": step, **measure()}
-    processes.decided(lambda: write_records(out / FILE, [*records, record]))
+    processes.on_rank_0(lambda: write_records(out / FILE, [*records, record]))
     return record

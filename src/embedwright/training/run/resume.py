@@ -25,7 +25,7 @@ def where_to_go_on(recipe: Recipe, fresh: RunState, processes: Processes) -> tup
     if the folder holds a run of another one.
     """
     out = recipe.out
-    of_first = RunState(**processes.told(asdict(fresh)))
+    of_first = RunState(**processes.broadcast(asdict(fresh)))
     with processes.together():
         if other := _other(of_first, fresh):
             raise ConfigError(f"its {other} differs from that of process 0: give all processes the same files")
@@ -40,7 +40,7 @@ def where_to_go_on(recipe: Recipe, fresh: RunState, processes: Processes) -> tup
             logger.info("resuming %s at stage %d, step %d", out, state.stage, state.step)
         return asdict(state), None if checkpoint is None else str(checkpoint)
 
-    state, checkpoint = processes.decided(look)
+    state, checkpoint = processes.on_rank_0(look)
     return RunState(**state), checkpoint and Path(checkpoint)
 
 
@@ -57,11 +57,11 @@ def open_folder(out: Path, processes: Processes) -> None:
         write_text(out / name, "")
         return name
 
-    mark = out / processes.decided(make)
+    mark = out / processes.on_rank_0(make)
     with processes.together():
         if not mark.exists():
             raise ConfigError(f"run.out: {out} is another folder here than in process 0: all processes must share one")
-    if processes.first:
+    if processes.is_rank_0:
         mark.unlink()
 
 

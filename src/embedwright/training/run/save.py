@@ -10,7 +10,7 @@ import torch
 
 from embedwright.config import ConfigError
 from embedwright.files import fill_folder, scratch_folder, write_text
-from embedwright.host import own_random_numbers
+from embedwright.host import restored_rng
 from embedwright.model.embedder import Embedder
 from embedwright.model.formats.folder import is_adapter, tensors_of, weights_in
 from embedwright.processes import Processes
@@ -79,13 +79,13 @@ def save_stage(recipe: Recipe, model: Embedder, processes: Processes, stage: str
     is left as it is. All processes must call this. Raises RuntimeError as `finish` does.
     """
     folders = kept_forms(recipe, stage)
-    lacking = processes.decided(
+    lacking = processes.on_rank_0(
         lambda: [
             form for form, folder in folders.items() if not (_is_model(folder) and (folder / "README.md").exists())
         ]
     )
     for form in lacking:
-        with own_random_numbers():
+        with restored_rng():
             copy = copied(recipe, model, processes)
             with processes.together():
                 if copy is not None:
@@ -104,7 +104,7 @@ def save_end(recipe: Recipe, model: Embedder, processes: Processes, card: Card) 
     if recipe.tune.method == "qlora" or model.network.sharded:
         model = copied(recipe, model, processes) or model
     with processes.together():
-        if processes.first:
+        if processes.is_rank_0:
             model.network.cpu()
             model = _finished(recipe, model, card)
             if processes.count == 1:

@@ -52,13 +52,13 @@ class Scores:
             raise InputError(
                 f"eval.suites: two of {', '.join(part.suites)} have one file name for their items: rename one"
             )
-        self.records: list[Record] = processes.decided(lambda: read_evaluations(out))
+        self.records: list[Record] = processes.on_rank_0(lambda: read_evaluations(out))
 
     def forget(self) -> None:
         """Removes what a run left that ended before its first checkpoint."""
         self.records = []
         with self.processes.together():
-            if self.processes.first:
+            if self.processes.is_rank_0:
                 for file in ("evaluations.jsonl", heldout.FILE, watch.FILE):
                     (self.out / file).unlink(missing_ok=True)
                 for folder in ("best", "items"):
@@ -77,7 +77,7 @@ class Scores:
                     fresh.append({"stage": stage, "step": step, "suite": suite, "results": json.loads(found.to_json())})
 
         shared(lambda: [self.model], self.processes, work)
-        fresh = self.processes.told(fresh)
+        fresh = self.processes.broadcast(fresh)
         if not fresh:
             return []
         self.records += fresh
@@ -85,11 +85,11 @@ class Scores:
         if self.part.best and stage != START and scores[-1] == max(scores):
             self._keep_weights(stage, step)
         # after weights and items: a run that is killed in between evaluates again
-        self.processes.decided(lambda: write_records(self.out / "evaluations.jsonl", self.records))
+        self.processes.on_rank_0(lambda: write_records(self.out / "evaluations.jsonl", self.records))
         return fresh
 
     def gave_up(self, stage: str, step: int) -> bool:
-        """Says whether the last `patience` evaluations of this stage, up to this step, brought no better score."""
+        """Returns whether the last `patience` evaluations of this stage, up to this step, brought no better score."""
         scores, patience = self._scores(stage, step), self.part.patience
         if patience is None or len(scores) <= patience:
             return False
@@ -108,7 +108,7 @@ class Scores:
     def _keep_weights(self, stage: str, step: int) -> None:
         trained = whole(self.model.network, self.processes)
         with self.processes.together():
-            if self.processes.first:
+            if self.processes.is_rank_0:
                 with whole_file(self._best_file(stage)) as temp:
                     save_file(trained, temp, metadata={"step": str(step)})
 

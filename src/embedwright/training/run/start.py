@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from embedwright.errors import InputError, naming
+from embedwright.errors import InputError, error_prefix
 from embedwright.locate import local, packaged
 from embedwright.model.adapters.lora import has_lora, idle_adapters, train_on
 from embedwright.model.backbone import decoder_config
@@ -37,7 +37,7 @@ def start_model(recipe: Recipe, processes: Processes = ALONE) -> Embedder:
     """
     tune, bf16 = recipe.tune, recipe.run.precision == "bf16"
     device = None if processes.device is None else str(processes.device)
-    with naming_the_model(recipe):
+    with model_error_prefix(recipe):
         open_model = _continued if recipe.model.from_ else _from_decoder
         model = open_model(recipe, torch.bfloat16 if bf16 and tune.method != "full" else torch.float32, device)
     network = model.network
@@ -46,7 +46,7 @@ def start_model(recipe: Recipe, processes: Processes = ALONE) -> Embedder:
         torch.manual_seed(recipe.seed)
         model.add_lora(tune.rank, tune.alpha, tune.dropout)
     if tune.freeze:
-        with naming(f"recipe {recipe.name}: tune.freeze"):
+        with error_prefix(f"recipe {recipe.name}: tune.freeze"):
             _freeze_latents(network.head)
     if tune.gradient_checkpointing:
         network.backbone.gradient_checkpointing_enable({"use_reentrant": False})
@@ -55,9 +55,9 @@ def start_model(recipe: Recipe, processes: Processes = ALONE) -> Embedder:
     return model
 
 
-def naming_the_model(recipe: Recipe) -> AbstractContextManager[None]:
+def model_error_prefix(recipe: Recipe) -> AbstractContextManager[None]:
     """Puts the recipe's key in front of an error about its model."""
-    return naming(f"recipe {recipe.name}: model.{'from' if recipe.model.from_ else 'base'}")
+    return error_prefix(f"recipe {recipe.name}: model.{'from' if recipe.model.from_ else 'base'}")
 
 
 def _freeze_latents(head: PoolingHead) -> None:
@@ -259,7 +259,7 @@ def copied(recipe: Recipe, model: Embedder, processes: Processes) -> Embedder | 
         recipe = recipe.model_copy(update=plain | {"run": recipe.run.model_copy(update={"precision": "fp32"})})
     copy = None
     with processes.together():
-        if processes.first:
+        if processes.is_rank_0:
             copy = start_model(recipe, Processes(device=torch.device("cpu")))
     own = {} if copy is None else trained(copy.network)
     for name, parameter in trained(model.network).items():

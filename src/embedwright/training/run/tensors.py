@@ -80,7 +80,7 @@ def write_parts(folder: Path, tensors: dict[str, Tensor], processes: Processes) 
     except CheckpointException as error:  # which is no Exception, and the same in all processes
         rank, (reason, _) = next(iter(error.failures.items()))
         raise OSError(f"process {rank}: {reason}") from error
-    return {name: digest for digests in processes.each(found) for name, digest in digests.items()}
+    return {name: digest for digests in processes.all_gather(found) for name, digest in digests.items()}
 
 
 def sizes(folder: Path) -> dict[str, torch.Size]:

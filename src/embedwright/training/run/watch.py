@@ -76,7 +76,7 @@ class MovedWeights:
             return
         for what, seen in (("had no gradient", self.reached), ("were not moved by the optimizer", self.moved)):
             # another process may hold the part of a sharded tensor that moves
-            still = [name for name in self.trained if not self.processes.most(name in seen)]
+            still = [name for name in self.trained if not self.processes.all_max(name in seen)]
             if still:
                 raise RuntimeError(
                     f"{len(still)} of {len(self.trained)} trained tensors {what} in {self.updates} updates, "
@@ -141,7 +141,7 @@ def chance(batch: Batch) -> float:
 
 
 def stuck(records: Sequence[dict[str, Any]]) -> bool:
-    """Says whether the loss of a stage's last steps has stayed at chance."""
+    """Returns whether the loss of a stage's last steps has stayed at chance."""
     last = [record for record in records[-_STUCK_OVER:] if record["loss"] is not None]
     if len(last) < _STUCK_OVER:
         return False
@@ -161,7 +161,7 @@ class NonFinite:
     def note(self, stage: str, step: int, what: str, ids: list[str]) -> None:
         """Records such a step. Raises FloatingPointError at the last try."""
         self.tries += 1
-        if self.processes.first:
+        if self.processes.is_rank_0:
             with self.file.open("a") as stream:
                 stream.write(json.dumps({"stage": stage, "step": step, "what": what, "ids": ids}) + "\n")
         logger.warning("stage %s, step %d: %s, no update (the rows are in %s)", stage, step, what, self.file)

@@ -327,4 +327,4 @@ def work(folder: Path, decoder: str) -> None:
     limit = {} if count == 1 else {"limit": groups.limit()}
     np.savez(folder / f"shared-{count}-{rank}.npz", **shared(decoder, processes), **limit)
     np.savez(folder / f"masked-{count}-{rank}.npz", **masked(decoder, processes))
-    processes.wait()
+    processes.barrier()

@@ -129,9 +129,9 @@ def write(folder: Path) -> int:
     save(folder / f"{processes.count}", 2, model, processes)
     checkpoint.sha256_of = hashed
     whole = tensors_of(*model)
-    if processes.first:
+    if processes.is_rank_0:
         save_file(whole, folder / f"{processes.count}.whole")
-    processes.wait()
+    processes.barrier()
     return sum(path.endswith(".safetensors") for path in made)
 
 
@@ -145,7 +145,7 @@ def read(folder: Path, writers: str) -> dict[str, Any]:
         own, whole = tensors_of(network, optimizer), load_file(folder / f"{count}.whole")
         differ = [name for name in own.keys() | whole.keys() if not torch.equal(own[name], whole[name])]
         found[str(count)] = {"compared": len(own), "differ": differ}
-    processes.wait()
+    processes.barrier()
     return found
 
 
@@ -164,5 +164,5 @@ def fail(folder: Path) -> dict[str, Any]:
             setattr(owner, name, no_space)
         found[who] = groups.raised(partial(save, folder / f"full-{who}", 2, model, processes))
         setattr(owner, name, kept)
-    processes.wait()
+    processes.barrier()
     return found
