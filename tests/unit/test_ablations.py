@@ -17,12 +17,13 @@ from embedwright.config import load_yaml
 from embedwright.evaluation.suite import evaluate
 from embedwright.studies.ablate.file import Study, with_overrides
 from embedwright.training.recipe import Recipe, leaves
+from embedwright.training.run.start import reading_of
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "recipes" / "ablations"
 FILES = {file.stem: file for file in sorted(FOLDER.glob("*.yaml"))}
 
-CAUSAL, POOLING = "model.attention", "model.pooling"
+CAUSAL, POOLING, TOKENS = "model.attention", "model.pooling", "model.mask_rule"
 # the pooling block, which is new in both, keeps its rate: ten times the ratio at a tenth of the rate
 FULL = {"tune.method", "tune.pooling_lr_ratio", "stages.retrieval.optim.lr", "stages.generalist.optim.lr"}
 FIRST_OBJECTIVE = {f"stages.generalist.{key}" for key in ("hard_negatives", "temperature", "optim.batch_queries")}
@@ -31,10 +32,10 @@ RULE, TEACHER = "stages.retrieval.mine.rule", "stages.retrieval.mine.teacher"
 NEW_SETS = ("hover", "nfcorpus", "scifact", "miracl", "mrtydi")
 
 POOLINGS = {
-    "mean": {POOLING},
+    "mean": {POOLING, TOKENS},
     "mlp": {POOLING},
-    "mean-causal": {POOLING, CAUSAL},
-    "last-causal": {POOLING, CAUSAL},
+    "mean-causal": {POOLING, CAUSAL, TOKENS},
+    "last-causal": {POOLING, CAUSAL, TOKENS},
 }
 
 # What differs from the baseline in each arm of each file. A key stands for all keys below it.
@@ -43,7 +44,7 @@ EXPECTED: dict[str, dict[str, set[str]]] = {
     "pooling-controls": {
         **POOLINGS,
         "latent-frozen": {"tune.freeze"},
-        "last": {POOLING},
+        "last": {POOLING, TOKENS},
         "latent-causal": {CAUSAL},
         "self": {POOLING},
         "self-causal": {POOLING, CAUSAL},
@@ -120,6 +121,13 @@ def test_the_controls_of_pooling_have_its_cells() -> None:
     assert set(first["pairs"]) < set(whole["pairs"]) and len(whole["arms"]) == 10
     for key in first.keys() - {"arms", "pairs", "paper", "smoke", "run_on"}:
         assert first[key] == whole[key], key
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name not in ("s2", "s3")])  # their decoder is a download
+def test_all_arms_read_the_same_tokens(name: str) -> None:
+    """`latent` and `mean` do not by themselves: template and pool mask would differ as well."""
+    study = Study(FILES[name])
+    assert len({reading_of(study.recipe(arm, 1).model)[1] for arm in study.said.arms}) == 1
 
 
 @pytest.mark.parametrize("arm", [arm for arm in EXPECTED["depth"] if arm.startswith("full")])

@@ -72,6 +72,8 @@ class ModelPart(Part):
     """Longer texts are cut here; instruction, BOS and EOS count. Unit: tokens. Source: sister models train at 512."""
     pool_prompt: Flag = False
     """Pool every token, the instruction's too, for servers that know no prompts (docs/models.md)."""
+    mask_rule: Literal["offsets", "boundary"] | None = None
+    """Template and pool mask: NV-Embed's (`offsets`), or those of plain sentence-transformers. Default: by pooling."""
     default_task: Text | None = None
     """The model's own instruction: of queries that come without one, in training and in use. With `from`: its own."""
 
@@ -92,17 +94,20 @@ class ModelPart(Part):
         if self.from_ and (others := sorted(self.model_fields_set - {"base", "from_", "max_tokens", "default_task"})):
             kept = "an embedder of `from` keeps its own; leave out all but max_tokens and default_task"
             raise InputError(f"{', '.join(others)}: {kept}")
+        if self.mask_rule and self.pool_prompt:
+            raise InputError(f"mask_rule={self.mask_rule} keeps the instruction out, and pool_prompt pools it: set one")
         return self
 
     @model_serializer(mode="wrap")
     def _as_it_acts(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leaves out what the embedder of `from` decides, so that the result is a valid recipe, and `default_task`
-        where there is none, so that an older recipe keeps its hash.
+        """Leaves out what the embedder of `from` decides, so that the result is a valid recipe. Leaves out `mask_rule`
+        and `default_task` where they are not set, so that an older recipe keeps its hash.
         """
         values = dump(self)
         own = {} if self.default_task is None else {"default_task": values["default_task"]}
         if self.from_ is None:
-            return {key: value for key, value in values.items() if key not in ("from", "default_task")} | own
+            unset = {key for key in ("mask_rule", "default_task") if values[key] is None}
+            return {key: value for key, value in values.items() if key != "from" and key not in unset}
         return {"from": self.from_} | ({} if self.shortened is None else {"max_tokens": self.max_tokens}) | own
 
 

@@ -86,6 +86,7 @@ CHANGES: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "model.multiple": ("weights", 2, {}),
     "model.max_tokens": ("loss", 20, {}),
     "model.pool_prompt": ("loss", True, WITH_TASK),
+    "model.mask_rule": ("loss", "boundary", WITH_TASK),
     "model.default_task": ("loss", "Find its answer", {}),
     "tune.method": ("weights", "full", {}),
     "tune.rank": ("weights", 3, {}),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -122,18 +122,28 @@ def new_embedder(
 
 
 def new_contract(
-    tokenizer: Any, pooling: Kind, max_tokens: int, pool_prompt: bool = False, default_task: str | None = None
+    tokenizer: Any,
+    pooling: Kind,
+    max_tokens: int,
+    pool_prompt: bool = False,
+    default_task: str | None = None,
+    mask_rule: Literal["offsets", "boundary"] | None = None,
 ) -> Contract:
-    """Returns the text contract of a new embedder with this tokenizer."""
+    """Returns the text contract of a new embedder with this tokenizer.
+
+    Without `mask_rule`, the pooling decides. InputError if the rule is `boundary` and texts begin with BOS.
+    """
     check_text(default_task or "", "default_task")
     bos_ids = leading_ids(tokenizer.backend_tokenizer)
+    if mask_rule == "boundary" and bos_ids:
+        raise InputError("boundary: this tokenizer begins texts with BOS, which the rule lacks: use offsets")
     # mean and last are saved as stock sentence-transformers folders, whose prompts end where a token ends
-    stock = pooling in WEIGHTLESS and not bos_ids and not pool_prompt
+    rule = mask_rule or ("boundary" if pooling in WEIGHTLESS and not bos_ids else "offsets")
     contract = Contract(
-        query_template=BOUNDARY_TEMPLATE if stock else INSTRUCTION_TEMPLATE,
+        query_template=BOUNDARY_TEMPLATE if rule == "boundary" and not pool_prompt else INSTRUCTION_TEMPLATE,
         eos_id=tokenizer.eos_token_id,
         bos_ids=bos_ids,
-        mask_rule="all" if pool_prompt else "boundary" if stock else "offsets",
+        mask_rule="all" if pool_prompt else rule,
         default_task=default_task or "",
     )
     return contract.model_copy(update={"max_tokens": check_limit(contract, max_tokens)})

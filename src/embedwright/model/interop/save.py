@@ -102,10 +102,10 @@ def opens_as_stock(network: EmbedwrightModel, tokenizer: TextTokenizer) -> bool:
     if in_few_bits(network):  # codes are no weights to them
         return False
     contract = network.contract
-    if contract.mask_rule == "all":
-        return network.pooling.kind in WEIGHTLESS
-    if contract.mask_rule != "boundary":
+    if network.pooling.kind not in WEIGHTLESS or contract.mask_rule not in ("all", "boundary"):
         return False
+    if contract.mask_rule == "all":
+        return True
     prefix = contract.prefix("a task")
     count = len(tokenizer.plain.encode(prefix, add_special_tokens=False).ids)
     texts = tokenize(tokenizer, contract, _BOUNDARY_PROBES, prefix, selftest.roomy(network))

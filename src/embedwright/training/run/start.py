@@ -68,7 +68,7 @@ def _freeze_latents(head: PoolingHead) -> None:
 
 def _from_decoder(recipe: Recipe, dtype: torch.dtype, device: str | None) -> Embedder:
     spec = recipe.model
-    return Embedder.from_decoder(
+    model = Embedder.from_decoder(
         _decoder(spec),
         pooling=spec.pooling,
         attention=spec.attention,
@@ -82,6 +82,21 @@ def _from_decoder(recipe: Recipe, dtype: torch.dtype, device: str | None) -> Emb
         seed=recipe.seed,
         **({} if spec.pooling in WEIGHTLESS else _sizes(spec)),
     )
+    if spec.mask_rule is None:
+        return model
+    with error_prefix("mask_rule"):
+        return _with_contract(model, _new_contract(spec, model.own_tokenizer))
+
+
+def _new_contract(spec: ModelPart, tokenizer: Any) -> Contract:
+    return new_contract(tokenizer, spec.pooling, spec.max_tokens, spec.pool_prompt, spec.default_task, spec.mask_rule)
+
+
+def _with_contract(model: Embedder, contract: Contract) -> Embedder:
+    """Returns an embedder of this network that reads texts by `contract`."""
+    model.network.contract = contract
+    model.network.config.contract = contract.model_dump()
+    return Embedder(model.network, model.own_tokenizer)
 
 
 def _continued(recipe: Recipe, dtype: torch.dtype, device: str | None) -> Embedder:
@@ -113,11 +128,9 @@ def _continued(recipe: Recipe, dtype: torch.dtype, device: str | None) -> Embedd
             parameter.data = parameter.data.to(dtype)
         network.head.float()
         network.requires_grad_(True)
-    network.contract = contract
-    network.config.contract = network.contract.model_dump()
     if network.config.history:  # which says of a student that it is aligned: no more
         network.config.history = [*network.config.history, {"step": "train", "recipe": recipe.name}]
-    return Embedder(network, model.own_tokenizer)
+    return _with_contract(model, contract)
 
 
 def _check_sizes(recipe: Recipe) -> None:
@@ -191,7 +204,7 @@ def reading_of(spec: ModelPart) -> tuple[Any, Contract]:
         found = outline(spec.name)
         return found.tokenizer, _changed(spec, found.contract)
     tokenizer = load_tokenizer(resolve_base(_decoder(spec), weights=False))
-    return tokenizer, new_contract(tokenizer, spec.pooling, spec.max_tokens, spec.pool_prompt, spec.default_task)
+    return tokenizer, _new_contract(spec, tokenizer)
 
 
 def longest_of(spec: ModelPart) -> int:

@@ -18,6 +18,7 @@ from embedwright.config import ConfigError
 from embedwright.model.embedder import Embedder
 from embedwright.model.formats.families import FAMILIES
 from embedwright.model.pooling import Kind
+from embedwright.text import Contract
 from embedwright.training.cost import sizes_of
 from embedwright.training.lengths import tokens_of
 from embedwright.training.plan import report
@@ -65,6 +66,34 @@ def test_the_start_follows_the_seed_alone(content: dict[str, Any]) -> None:
     differ = {n for n in first if not torch.equal(first[n], other[n])}
     assert any("lora_A" in n for n in differ) and any(n.startswith("head.") for n in differ)
     assert all("lora_A" in n or n.startswith("head.") for n in differ)
+
+
+def test_arms_of_a_pooling_ablation_can_read_the_same_tokens(
+    content: dict[str, Any], tiny_decoder: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Else `latent` and `mean` differ in template and mask too, and their difference says nothing of pooling."""
+    model = content["model"]
+
+    def contract(**keys: Any) -> Contract:
+        found = start_model(recipe := Recipe.parse({**content, "model": model | keys})).contract
+        assert found == reading_of(recipe.model)[1]
+        return found
+
+    latent, mean = contract(pooling="latent"), contract(pooling="mean")
+    assert (latent.mask_rule, mean.mask_rule) == ("offsets", "boundary") and latent != mean
+    assert contract(pooling="latent", mask_rule="boundary") == mean
+    assert contract(pooling="mean", mask_rule="offsets") == latent
+    with pytest.raises(ValueError, match=r"model.*set one"):
+        contract(mask_rule="offsets", pool_prompt=True)
+    with pytest.raises(ValueError, match=r"model\.base: mask_rule: boundary: .* BOS"):
+        contract(mask_rule="boundary", base=str(tiny_decoder("llama", bos=True)))
+
+    content["model"] = model | {"mask_rule": "boundary"}
+    trained = train(Recipe.parse(content))
+    trained.save(tmp_path / "saved")
+    stored = Embedder.load(tmp_path / "saved")
+    assert stored.contract == trained.contract and stored.contract.mask_rule == "boundary"
+    assert np.array_equal(stored.encode_query(TEXTS, "find it"), trained.encode_query(TEXTS, "find it"))
 
 
 def test_adapters_that_nothing_reached_are_refused(content: dict[str, Any]) -> None:
