@@ -55,7 +55,7 @@ def as_input_error(where: object, what: str = "cannot be opened") -> Iterator[No
         raise MissingPackageError(f"{where} {what}: {error}") from error
     except Exception as error:
         system = isinstance(error, OSError) and error.errno not in _ABOUT_A_NAME
-        if system or type(error).__name__ == "OutOfMemoryError":  # of torch, which is not imported here
+        if system or type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
             raise
         kind = NotFoundError if isinstance(error, FileNotFoundError) else InputError
         raise kind(f"{where} {what}: {error or type(error).__name__}") from error

@@ -172,7 +172,7 @@ class Processes:
 
 
 ALONE = Processes()
-_channel: Any = None  # of the group that this process is in
+_channel: Any = None  # the channel of the group that this process is in
 
 
 def _bytes(content: bytes, size: int) -> Tensor:

@@ -38,5 +38,5 @@ class _WhenLoaded(MetaPathFinder):
                 sys.meta_path.remove(self)
                 import_module("embedwright.model")
 
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]  # of this one spec's own loader
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]  # only of this spec's own loader
         return spec

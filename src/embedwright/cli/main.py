@@ -90,7 +90,7 @@ def _stop(message: object, code: int) -> None:
 
 
 def _is_read(handle: int) -> bool:
-    """Returns whether what is written to this open file reaches somebody: it is no pipe whose reader has gone."""
+    """Returns whether what is written to this open file reaches somebody: it is not a pipe whose reader has gone."""
     waiting = select.poll()
     waiting.register(handle, 0)  # asks for errors alone
     return not waiting.poll(0)

@@ -34,7 +34,7 @@ def _naming_refused(verb: Callable[..., None]) -> Callable[..., None]:
 
         try:
             verb(examples=examples, corpus=corpus, **given)
-        except InputError as error:  # of another process under torchrun it is none of RefusedTextsError
+        except InputError as error:  # from another process under torchrun, it is not a RefusedTextsError
             if not (refused := getattr(error, "texts", ())):
                 raise
             texts, places = set(refused), list[str]()
@@ -151,7 +151,7 @@ def mine(
             identity = pool.identity if isinstance(pool, DocumentTable) else None
             known = {"examples": table.fingerprint, "corpus": identity, **templates, **chosen}
             known["teachers"] = list(map(shown_model, names))
-            # of a part that is done, no teacher is opened
+            # a part that is done opens no teacher
             known["fingerprints"] = settings_of(folder).get("fingerprints") if done else list(map(brief_of, teachers))
             known |= {name: value for name, value in how.items() if name != "device"}
             known["tasks"] = digest_of(table.tasks)  # whose instructions go before the queries

@@ -54,7 +54,7 @@ def serve(
     listening = listen(host, port, keys)  # a port that is taken is said before a model is loaded
     searched = None if index is None else Index.open(index)
     limits = Limits(max_inputs, max_body, batch_tokens, queue_tokens)
-    name = name or Path(model).absolute().name  # of `.`, too
+    name = name or Path(model).absolute().name  # also for `.`
     second = None
     if against is not None and against_index is not None:
         parts = Path(against).absolute().parts

@@ -59,7 +59,7 @@ class _Fold(dict[int, str]):
 
 
 _FOLD = _Fold()
-_SIGN = re.compile(r"(?<!\S)-(?=\d)")  # of a number: -5 is not 5
+_SIGN = re.compile(r"(?<!\S)-(?=\d)")  # sign of a number: -5 is not 5
 
 
 def near_key(text: str) -> str:

@@ -20,7 +20,7 @@ from embedwright.data.keys import exact_key
 from embedwright.data.schema import DataError, Example, Passage
 
 Form = Literal["auto", "example", "label"]
-Labels = str | Sequence[str]  # of one text
+Labels = str | Sequence[str]  # one text's
 LabelRow = tuple[str, Labels]
 Classes = dict[str, list[str]]  # label -> its texts, each once, in the order of the rows
 

@@ -127,7 +127,7 @@ def _mine(folder: Path, instruction: str, counts: Path) -> None:
 
 
 def _score(line: str) -> None:
-    if ": " in line:  # of the two lines of each task, the one with the score
+    if ": " in line:  # each task has two lines: this is the one with the score
         say(f"  {line}")
 
 

@@ -28,7 +28,7 @@ from embedwright.files import whole_folder, write_json
 LIBRARIES = ("numpy", "scipy", "pandas", "sklearn", "torch", "networkx")
 SUMMARY_WORDS = range(4, 41)
 BODY_WORDS_MIN = 15
-MAX_WORDS = 40  # of a text to train on or to find: what is longer is cut, so that the demo takes minutes
+MAX_WORDS = 40  # longer texts are cut, to train on and to find, so that the demo takes minutes
 TOPIC_TEXTS = 12  # texts of a topic that a task scores, and as many that its classifier learns from
 TASK = Task(
     name="docs",
@@ -94,7 +94,7 @@ _SUMMARY_END = re.compile(
 # The body ends where code starts, or See Also: it says what *other* objects do, and would answer their summaries.
 _BODY_END = re.compile(r"^[ \t]*(?:```|>>>|\.\. \[|(?:See Also|References|Examples?)[ \t]*:{0,2}[ \t]*$)", re.M)
 _REMOVED = re.compile(
-    # Directives that are no prose, with all that is indented below; of other directives, the marker.
+    # Removes directives that are not prose, with all that is indented below; of other directives, only the marker.
     rf"^(?P<indent>[ \t]*)\.\. {_DIRECTIVE}::.*(?:\n(?P=indent)[ \t]+\S.*|\n[ \t]*(?=\n))*|\.\. [\w-]+::"
     # Underlines of headings, footnote marks, scipy's docstring templates, addresses, roles.
     r"|^[ \t]*([-=~^*#])\2{2,}[ \t]*$|\[\w+\]_|%\(\w+\)s|https?://[^\s>)]+|:[\w:+-]+:(?=`)",

@@ -188,7 +188,8 @@ def _refuse_few(data: Path, count: int, which: str) -> None:
 def _write_heldout(folder: Path, heldout: Sequence[HeldOutQuery], rows: Sequence[Example], instruction: str) -> None:
     """Writes a suite of the held-out queries against all positives of `rows`.
 
-    Each text is there once, whatever its look. A document that is a query's own text has the query's id: it is no hit.
+    Each text is there once, whatever its look. A document that is a query's own text has the query's id: it is not a
+    hit.
     """
     own = {text_mark(asked.query): f"q{i}" for i, asked in enumerate(heldout)}
     texts: dict[str, str] = {}

@@ -123,7 +123,7 @@ def _reading(encoder: Encoder) -> tuple[Tokenizer | None, int]:
     plain = TextTokenizer(backend).plain
     front = model.prompts.get(encoder.prompt_name(None)) or ""
     around = _around(plain, lambda text: len(plain.encode(front + text).ids))
-    endless = model.max_seq_length in (None, math.inf)  # of a static model, which adds up all tokens
+    endless = model.max_seq_length in (None, math.inf)  # a static model, which adds up all tokens
     return plain, sys.maxsize if endless else model.max_seq_length - around
 
 

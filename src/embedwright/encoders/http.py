@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 _BATCH = 64  # texts of one request
 _AT_ONCE = 8  # requests under way
 _TIMEOUT_S = 300.0
-_RETRIES = 6  # of one request that gets no answer, 429 or 5xx; the pause doubles, or is what the server asks for
+_RETRIES = 6  # tries after no answer, 429 or 5xx; the pause doubles, or is what the server asks for
 _OUTAGE_S, _PAUSE_S = 7200.0, 30.0  # how long, and how often, a server that has answered before is asked after that
 _ALL_REFUSED = 16  # texts that are refused before any is taken: no more are tried
 _FINE = 16  # a text is cut to what the server takes, or at most 1/16 of that shorter
@@ -127,7 +127,7 @@ class HttpEncoder:
             try:
                 vectors = [vector for part in await asyncio.gather(*parts) for vector in part]
             finally:
-                for part in parts:  # of a call that fails, nothing is asked any more
+                for part in parts:  # a call that fails sends no further requests
                     part.cancel()
         if call.refused and self.dimension is None:  # it is not their length
             raise RuntimeError(f"{self.where(list(call.refused))}: {next(iter(call.refused.values()))}")

@@ -38,7 +38,7 @@ METRICS: dict[Kind, tuple[str, ...]] = {  # the first is the main one
     "sts": ("cosine_spearman", "cosine_pearson"),
     "pair": ("cosine_ap",),
 }
-READOUTS = ("mean_cosine", "nDCG@10_centred")  # of retrieval by vectors: beside the scores, and no metrics
+READOUTS = ("mean_cosine", "nDCG@10_centred")  # kept for retrieval by vectors, besides the scores; they are not metrics
 SEED = 42  # mteb's default seed, so the few-shot draws and clusters are the same
 EXPERIMENTS, SAMPLES_PER_LABEL = 10, 8  # mteb's AbsTaskClassification
 CLUSTERINGS = 3  # mteb runs k-means once; the result moves by about a point with the seed, so three are averaged
@@ -51,7 +51,7 @@ class Scored:
     """The metrics of one task by name, and its items.
 
     `means` has one number an item for each metric that is the mean of its items. `items` is what the other metrics are
-    computed from (a correlation is no mean), and `id` where the items have names. `data` is a digest of
+    computed from (a correlation is not a mean), and `id` where the items have names. `data` is a digest of
     what was scored.
     """
 
@@ -145,7 +145,7 @@ def classification(
 ) -> Scored:
     """Returns accuracy and macro F1 of a logistic regression, averaged over a fit on each of `draws` (rows).
 
-    An item is a test row: the part of the fits that name its label. F1 is no mean over rows, and has no items.
+    An item is a test row: the part of the fits that name its label. F1 is not a mean over rows and has no items.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression

@@ -80,7 +80,7 @@ def _readouts(search: Search, vectors: Vectors, task: SuiteTask) -> dict[str, fl
 
     `mean_cosine` is the mean over all pairs of two documents (or chunks). For `nDCG@10_centred`, the documents' mean
     vector is subtracted from queries and documents, and each is scaled to length 1 again. Overwrites the documents'
-    vectors, so that a large corpus is in memory once. There are no read-outs of fewer than two documents.
+    vectors, so that a large corpus is in memory once. Fewer than two documents have no read-outs.
     """
     query_QE, doc_CE = vectors.query_QE, vectors.doc_CE
     if (count := len(doc_CE)) < 2:
@@ -207,7 +207,7 @@ def _row(row: dict[str, Any], _: str) -> tuple[str, list[str]]:
 
 
 def _by_words(search: Search) -> Run:
-    """Ranks by BM25 over the words of the corpus. In a whole corpus, documents that share no word are no hits."""
+    """Ranks by BM25 over the words of the corpus. In a whole corpus, documents that share no word are not hits."""
     if search.candidates is None:
         return _bm25(search, DEPTH)
     from embedwright.vectors import bm25

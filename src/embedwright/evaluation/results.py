@@ -87,7 +87,7 @@ def write_results(file: Path, results: Results) -> None:
 
 
 def read_results(file: Path) -> Results:
-    """Reads what `write_results` wrote, with the items. Raises InputError if `file` is no result file.
+    """Reads what `write_results` wrote, with the items. Raises InputError if `file` is not a result file.
 
     The scores of a smoke test (`ablate --smoke`) are refused, too: they mean nothing.
     """
@@ -101,7 +101,7 @@ def read_without_items(file: Path) -> Results:
     try:
         results = Results.from_json(file.read_text(encoding="utf-8"))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{file} is no result file of `embedwright eval`") from error
+        raise InputError(f"{file} is not a result file of `embedwright eval`") from error
     if results.about.get("smoke"):
         raise InputError(f"{file} is of a smoke test (`ablate --smoke`): its scores mean nothing and are not shown")
     return results
@@ -125,7 +125,7 @@ def write_items(file: Path, results: Results) -> None:
 def with_items(results: Results, file: Path) -> Results:
     """Adds the items that `write_items` wrote to their rows. Rows have none if there is no file."""
     items: dict[str, dict[str, NDArray[Any]]] = {}
-    for key, array in read_arrays(file).items():  # of an MTEB task, arrays have splits and subsets in their names
+    for key, array in read_arrays(file).items():  # an MTEB task's arrays have splits and subsets in their names
         task = max((row.task for row in results.rows if key.startswith(f"{row.task}/")), key=len, default=key)
         items.setdefault(task, {})[key.removeprefix(f"{task}/")] = array
     return replace(results, rows=tuple(replace(row, items=items.get(row.task, {})) for row in results.rows))

@@ -53,7 +53,7 @@ class SuiteTask(Strict):
     chunk_tokens: PositiveInt | None = None  # retrieval only: a document's score is the best of its chunks' (MaxP)
     candidates: Literal["bm25"] | Path | None = None  # reranking of a BEIR folder: what is ranked, of each query
     depth: PositiveInt | None = None  # with candidates: the best so many of each query
-    ignore_identical_ids: StrictBool = False  # retrieval only: the document with the query's own id is no hit
+    ignore_identical_ids: StrictBool = False  # retrieval only: the document with the query's own id is not a hit
 
     @model_validator(mode="after")
     def _keys_fit_the_kind(self) -> SuiteTask:

@@ -37,7 +37,7 @@ class Graph(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, pool_mask: Tensor) -> tuple[Tensor, Tensor]:
         attended_NL = attention_mask > 0
-        place_NL = attended_NL.cumsum(1)  # of the tokens of a text, from one on: pads may stand on either side
+        place_NL = attended_NL.cumsum(1)  # positions of a text's tokens, from 1: pads may stand on either side
         count_N1 = attended_NL.sum(1, keepdim=True)
         hidden_NLD = self.network.backbone(
             input_ids=input_ids,

@@ -38,7 +38,7 @@ from embedwright.text import Contract, TextTokenizer, TokenizedText, read, token
 
 Weights = Literal["float32", "int8"]
 
-TOLERANCE = 1e-5  # of a number of a unit vector, between ONNX Runtime and this library
+TOLERANCE = 1e-5  # largest difference in one dimension of a unit vector, between ONNX Runtime and this library
 _ROUNDING = 4  # times the rounding of float32: how far a graph may be from float64 where that is more than TOLERANCE
 _LONGEST = 1024  # tokens: texts of the proof are no longer
 _OTHER_MACHINE = 0.02  # int8 products saturate on processors without VNNI: how far a cosine may fall there

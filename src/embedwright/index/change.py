@@ -143,7 +143,7 @@ def reencode(model: Any, out: Path, progress: Progress | None = None) -> None:
 def _changing(out: Path) -> Iterator[Index]:
     """Yields an index that no other process changes meanwhile."""
     if Layout.read(out) is None:
-        raise InputError(f"{out} is no index that can be changed: make one with `embedwright index`")
+        raise InputError(f"{out} is not an index that can be changed: make one with `embedwright index`")
     with locked(out / LOCK):
         yield Index.open(out)
 

@@ -24,7 +24,7 @@ Types = Mapping[str, ColumnType]
 OWN_COLUMNS = ("id", "title", "text")
 _RESERVED = {"_id", *OWN_COLUMNS}
 _ARROW = {"text": pa.large_string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}
-_ROWS = 4096  # of a batch
+_ROWS = 4096  # rows of a batch
 _DIGEST = b"embedwright.documents"
 
 

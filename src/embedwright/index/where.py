@@ -52,7 +52,7 @@ def matching(table: pa.Table, types: Types, where: Where) -> NDArray[np.bool_]:
 
     `where` is a list of conditions, as texts or in parts, or a mapping of columns to the value that they have, or to a
     list of possible values. Raises InputError for an unknown column or a value of another type, naming the nearest. A
-    text that no document has is no error.
+    text that no document has is not an error.
     """
     found_N = np.ones(len(table), np.bool_)
     for condition in conditions(where, types):

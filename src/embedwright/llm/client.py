@@ -60,11 +60,11 @@ class Server(BaseModel):
 
     base_url: str = Field(repr=False)  # it may hold a password
     api_key_env: str | None = None  # the environment variable that holds this server's key
-    timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 300.0  # of one try, without a byte
-    retries: Annotated[int, Field(ge=0)] = 6  # of a request that got no answer
+    timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 300.0  # for one try, without a byte
+    retries: Annotated[int, Field(ge=0)] = 6  # of one request that got no answer
     attempts: Positive = 3  # to get a valid answer, each with another seed
     concurrency: Positive = 8
-    max_tokens: Positive = 2048  # of one answer
+    max_tokens: Positive = 2048  # in one answer
     token_budget: Positive | None = None  # prompts and answers together
 
 

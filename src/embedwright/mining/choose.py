@@ -45,7 +45,7 @@ class Proposal(NamedTuple):
     ranked: list[Ranked]
     near_copies: set[int]  # rows that were passed over
     positive_scores: tuple[float, ...]
-    given_scores: tuple[float, ...]  # of the negatives that the example came with
+    given_scores: tuple[float, ...]  # scores of the negatives that the example came with
 
 
 class _Question(NamedTuple):
@@ -64,7 +64,7 @@ class Miner:
     settings: MiningSettings
     count: Counter[str] = field(default_factory=Counter, init=False)
     histogram: Histogram = field(default_factory=Histogram, init=False)
-    questions: dict[int, _Question] = field(default_factory=dict, init=False)  # of the queries at work
+    questions: dict[int, _Question] = field(default_factory=dict, init=False)  # those of the queries in progress
 
     def fill(self, queries: Sequence[MiningQuery]) -> Iterator[Example]:
         """Gives the examples with their negatives. The corpus is read once; all queries given are held in memory."""

@@ -77,7 +77,7 @@ def mine(
     Scored pairs below the threshold, which have no positive (`Example`), stay as they are.
 
     Memory: 40 bytes a document (and its id, where `corpus` is a mapping), 8 an example, 32 for each id of its passages;
-    131,072 examples at work with their vectors; and per teacher the vectors of the corpus, unless they are on disk.
+    131,072 examples in progress with their vectors; and per teacher the vectors of the corpus, unless they are on disk.
     `bm25` holds its index, the texts that the corpus lacks and, while it counts them, the words of all documents.
     Examples and corpus may be tables on disk, `open_examples` and `open_corpus`.
 
@@ -88,8 +88,8 @@ def mine(
         corpus: document id -> text. It is read in order, a few times, one text at a time.
         teacher: anything that `as_encoder` takes, or a list of such. A score is the inner product of its vectors.
             By name: `bm25` ranks by its own scores over the words of the bare query, and a document that shares no word
-            with it is no candidate; `random` draws from the whole corpus, seeded per example id. It has no scores, so
-            its rule is `naive`, and it mines alone.
+            with it is not a candidate; `random` draws from the whole corpus, seeded per example id. It has no scores,
+            so its rule is `naive`, and it mines alone.
         rule: of a query's ranked candidates, its answers taken away, `naive` keeps all; `shift` ignores the first
             `margin` (10); `abs` keeps score <= `margin` (0.7); `margin` keeps score < positive - `margin` (0.05);
             `perc` keeps score < positive x `margin` (0.95). A positive below zero is multiplied by 2 - `margin`

@@ -1,7 +1,7 @@
 """The texts that mining encodes and compares: the documents of a corpus, and the passages of the examples.
 
-A corpus may be larger than memory, and so may the examples: beside the queries at work, memory holds numbers alone, 40
-bytes a document and 32 for each id that a passage has.
+A corpus may be larger than memory, and so may the examples. Besides the queries in progress, memory holds only
+numbers: 40 bytes a document, and 32 for each id that a passage has.
 
 `C` documents of the corpus, `P` ids of passages.
 """
@@ -86,7 +86,7 @@ class Pool:
         self.place: Sequence[Any] = numbers or names  # by row, where the corpus has the document
         self._by_id, self._by_text = _First(ids), _First(texts)
         self.keys, self._known = np.empty(len(ids), np.int64), np.zeros(len(ids), bool)
-        self.row_of_text: dict[str, int] = {}  # of the queries at work
+        self.row_of_text: dict[str, int] = {}  # for the queries in progress
         self.lacking: list[str] = []
         self._foreign: set[tuple[str, str]] = set()  # (task, id) which the task gives to another document
         self._names = None

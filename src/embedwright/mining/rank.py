@@ -40,14 +40,14 @@ class MiningQuery(NamedTuple):
 
     example: Example
     answers: tuple[Passage, ...]
-    removed: int  # of its negatives
+    removed: int  # how many of its negatives were removed
     instruction: str | None
 
 
 class Candidates(NamedTuple):
     """What a teacher ranks for some queries, the best first."""
 
-    rows_QK: NDArray[np.int64]  # of the pool
+    rows_QK: NDArray[np.int64]  # rows of the pool
     scores_QK: NDArray[np.float32]
     listed_QK: NDArray[np.bool_]  # False after the end of a shorter list
     own: list[NDArray[np.float32]]  # for each query, the scores of its positives, then of its given negatives

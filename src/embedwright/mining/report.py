@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_STEPS = 100  # of the histogram between 0 and the power of ten above the largest score
+_STEPS = 100  # bins of the histogram from 0 to the power of ten above the largest score
 KINDS = ("positives", "removed_by_rule", "negatives")
 
 

@@ -36,7 +36,7 @@ class Exclusions(NamedTuple):
 
     positive_rows: Collection[int]
     positive_keys: Collection[int]  # with the key of the query itself
-    negative_rows: Collection[int]  # of the negatives that the query has already
+    negative_rows: Collection[int]  # rows of the negatives that the query already has
     negative_keys: Collection[int]
 
 

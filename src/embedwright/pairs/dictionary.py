@@ -37,7 +37,7 @@ class Entry(NamedTuple):
 
 
 def entry_of(document: Document) -> Entry:
-    """Reads a document as an entry. What is no entry has no names, or no usages."""
+    """Reads a document as an entry. A document that is not an entry has no names, or no usages."""
     names = [document.title] if _COMPANY.search(document.title) else document.title.split(", ")
     if any(len(name.split()) > NAME_WORDS or not name[:1].isalnum() for name in names):
         names = []

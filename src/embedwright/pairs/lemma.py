@@ -30,7 +30,7 @@ def lemma(wordnet: WordNet) -> Make:
     """Returns what makes the scored examples of a document: one for each relation that a word of it allows.
 
     A word of a sentence is replaced by a synonym, a hypernym, a sister term or an antonym. It stands there uninflected,
-    its neighbours tell its part of speech, and it is no part of a longer term. It nearly always has one sense; what
+    its neighbours tell its part of speech, and it is not part of a longer term. It nearly always has one sense; what
     replaces it has that of the relation most often.
     """
 

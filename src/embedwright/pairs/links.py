@@ -27,8 +27,8 @@ def see_also(documents: Iterable[Document]) -> Make:
     """Reads all documents, which stay in memory, and returns what makes the example of one.
 
     Its positives are the documents that it names: by a title that no other document has, by the path of a page, or by
-    an id in its row. None of them is its negative. One that more than `MOST` documents name is no positive, and may be
-    a negative. The id of a positive also names the document that names it.
+    an id in its row. None of them is its negative. One that more than `MOST` documents name is not a positive, and may
+    be a negative. The id of a positive also names the document that names it.
     """
     named: dict[str, Document | None] = {}
     for document in documents:

@@ -36,7 +36,7 @@ from embedwright.pairs.templates import templates
 from embedwright.pairs.way import Made, Make
 from embedwright.pairs.wordnet import WHERE, WordNet
 
-FORMAT = 3  # of the parts: raise it when a way makes other examples
+FORMAT = 3  # version of the parts: raise it when a way makes other examples
 BLOCK = 2048  # documents of a part: what a killed run loses at most
 
 

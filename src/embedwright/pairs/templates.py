@@ -81,7 +81,7 @@ def _defined(names: list[str], first: str) -> str:
 
 
 def _is_meaning(first: str) -> bool:
-    """Tells whether a text is no whole sentence, but says what something is: `a room where books are kept`."""
+    """Returns whether a text is not a whole sentence but says what something is: `a room where books are kept`."""
     verb = _FINITE.search(first)
     return bool(_MEANS.match(first)) and (verb is None or _RELATIVE.search(first, 0, verb.start()) is not None)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from embedwright.data.files.documents import Document
 from embedwright.data.schema import Example
 
-Made = list[Example] | str  # of one document: examples without an id, or the reason why there are none
+Made = list[Example] | str  # what one document gave: examples without an id, or the reason why there are none
 Make = Callable[[Document, random.Random], Made]
 
 

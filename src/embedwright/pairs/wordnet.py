@@ -46,8 +46,8 @@ class WordNet:
             raise NotFoundError(f"--wordnet {folder}: no WordNet there, {missing[0]} is missing. {WHERE}")
         self.digest = "".join(sha256_of(folder / name) for name in _FILES)
         self._data = {pos: (folder / f"data.{part}").read_bytes() for pos, part in _POS.items()}
-        self._senses: dict[str, list[Sense]] = {}  # of a lemma: those of each part of speech, the most frequent first
-        self._uses: dict[str, Counter[Sense]] = {}  # of a lemma that has tagged uses
+        self._senses: dict[str, list[Sense]] = {}  # lemma -> its senses by part of speech, the most frequent first
+        self._uses: dict[str, Counter[Sense]] = {}  # lemma -> how often each sense is used, if any use is tagged
         try:
             for pos, part in _POS.items():
                 for line in _lines(folder / f"index.{part}"):

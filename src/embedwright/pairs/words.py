@@ -6,7 +6,7 @@ import random
 import re
 from collections.abc import Sequence
 
-PASSAGE_WORDS = 200  # of a passage that is cut from a longer document: about 256 tokens
+PASSAGE_WORDS = 200  # length of a passage cut from a longer document: about 256 tokens
 CROP = (0.1, 0.5)  # a crop's share of the words: those of Contriever, arXiv 2112.09118
 CONTENT_WORDS, SENTENCE_WORDS = 4, 60  # the fewest and the most of a sentence that becomes a query
 _FUNCTION = (

@@ -50,7 +50,7 @@ def create_app(
         token_ids: Take the model's own token ids in place of texts.
 
     Raises:
-        TypeError: The model is no `Embedder`.
+        TypeError: The model is not an `Embedder`.
         ValueError: Another model has made the index.
     """
     if not isinstance(model, Embedder):

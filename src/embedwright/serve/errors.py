@@ -1,4 +1,4 @@
-"""Errors of the server: each answer that is no success has OpenAI's shape, on every path."""
+"""Errors of the server. Every answer that is not a success has OpenAI's shape, on every path."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ErrorAnswer(BaseModel):
 
 
 class ApiError(Exception):
-    """An answer that is no success. `param` names the field that is wrong, `code` is for programs."""
+    """An answer that is not a success. `param` names the field that is wrong, `code` is for programs."""
 
     def __init__(
         self,

@@ -20,7 +20,7 @@ TOKEN_IDS = (
 def _whole(value: Any) -> Any:
     """Takes 1.0, which JSON Schema calls an integer, and neither true nor "1", which pydantic takes by itself."""
     if isinstance(value, bool) or not isinstance(value, int | float | None):
-        raise ValueError("this is no whole number")
+        raise ValueError("this is not a whole number")
     return value
 
 

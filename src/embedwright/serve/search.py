@@ -15,7 +15,7 @@ from embedwright.serve.server import Server
 from embedwright.serve.worker import Worker
 
 _MOST = 10 * MOST_HITS  # hits of a request
-_MOST_BYTES = 50_000_000  # of the documents in an answer
+_MOST_BYTES = 50_000_000  # the most that an answer's documents may have
 
 
 def add_search(paths: APIRouter, server: Server, index: Index) -> None:

@@ -40,8 +40,8 @@ class Limits:
 
     max_inputs: int = 256  # texts of a request
     max_body: int = 2_000_000  # bytes of a request
-    batch_tokens: int | None = None  # of a batch
-    queue_tokens: int | None = None  # of the texts that a request waits for, and its own
+    batch_tokens: int | None = None  # the most in one batch
+    queue_tokens: int | None = None  # the most that may wait, a request's own texts included
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

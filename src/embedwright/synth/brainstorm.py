@@ -26,7 +26,7 @@ from embedwright.synth.plan import Kind, Plan
 
 log = logging.getLogger(__name__)
 
-_TASK_WORDS = range(3, 101)  # a shorter or longer text is no instruction
+_TASK_WORDS = range(3, 101)  # a shorter or longer text is not an instruction
 _ROUNDS = 4  # models repeat themselves, and more rounds bring no new tasks
 
 

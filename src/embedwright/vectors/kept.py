@@ -38,7 +38,7 @@ class KeptVectors:
         self.encoder = encoder
         self.folder = folder / known
         self._files = set[Path]()
-        self._place = dict[str, tuple[Path, int]]()  # of a key: its file, and its row there
+        self._place = dict[str, tuple[Path, int]]()  # key -> its file, and its row there
         self.refresh()
 
     def refresh(self) -> None:

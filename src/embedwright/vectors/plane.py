@@ -14,7 +14,7 @@ from embedwright.errors import InputError, MissingPackageError
 
 FEWEST = 100  # texts that t-SNE needs with its usual perplexity of 30; fewer are laid out by PCA
 SEED = 0
-_ROUNDING = 1e-6  # of a unit vector in float32; t-SNE crashes the process if no vector differs from the others
+_ROUNDING = 1e-6  # error of a unit vector in float32; t-SNE crashes the process if no vector differs from the others
 
 
 def in_plane(vectors_NE: NDArray[np.float32], what: str) -> tuple[NDArray[np.float64], str]:

@@ -28,8 +28,8 @@ _QUERIES = 512  # queries and documents of one product: 4 MB, which a processor'
 _DOCUMENTS = 2048
 _GPU_QUERIES = 2048  # the same on a GPU: 0.5 GB
 _GPU_DOCUMENTS = 65_536
-_WASTED = 0.2  # of the pairs of a block: where int8 nominates more, float32, which nominates few, is faster
-_ROWS = 256  # of pairs that are scored at once without kernels, so that they stay in a core's own cache
+_WASTED = 0.2  # share of a block's pairs: where int8 nominates more, float32, which nominates few, is faster
+_ROWS = 256  # rows of pairs scored at once without kernels: they stay in a core's own cache
 _GPU_ROWS, _GPU_NUMBERS = 2**14, 2**24  # at most so many pairs, and numbers of each side: 0.1 GB in float64
 _TF32 = 2.0**-8  # what a product of a GPU is off at most, relative to the lengths, where the host has allowed TF32
 _NO_ROW = 2**32 - 1
@@ -181,7 +181,7 @@ def _exact(
         if on_cpu:
             query_FE = query_QE.numpy()[query_F[own]].astype(np.float64)
             scores_F[own] = (document_NE.numpy()[document_F[own]] * query_FE).sum(1)
-        else:  # of as many rows each time: a GPU adds in an order that depends on it
+        else:  # always as many rows: a GPU's order of summation depends on it
             query, document = (
                 as_tensor(np.resize(some[own], size)).to(query_QE.device) for some in (query_F, document_F)
             )

@@ -36,12 +36,12 @@ from embedwright.vectors.shards import Vectors, read_shard, vectors_of, write_sh
 logger = logging.getLogger(__name__)
 
 StoredPrecision = Literal["float32", "float16"]
-Row = tuple[Any, ...]  # of a text: the columns that are stored beside its vector; the text comes last
+Row = tuple[Any, ...]  # the columns stored beside a text's vector; the text comes last
 
 _FORMAT = 2  # 1: Parquet shards of a corpus, .npy blocks of mining
 _OWNER = b"embedwright.manifest"  # in each shard's metadata: the digest of the manifest that it was written under
 _SHARD, _LARGEST_SHARD, _SHARDS = 512, 65_536, 256  # texts of a shard, at least and at most; shards, where that allows
-_PROBES = 2  # of the first texts, and of the longest, which tell how they are cut
+_PROBES = 2  # how many of the first texts, and of the longest, are probes: these show how texts are cut
 _SAME = 5e-3  # relative distance of two vectors of one text by one model: bfloat16 in other batches stays below 2e-3
 
 
@@ -50,7 +50,7 @@ class Manifest:
     """What a folder holds: `count` texts, encoded under `task` into `dimension` numbers each."""
 
     format: int
-    source_sha256: str  # of the rows, so that a file may be renamed or compressed in between
+    source_sha256: str  # digest of the rows, so that a file may be renamed or compressed in between
     count: int
     task: str | None
     shard_rows: int
@@ -91,7 +91,7 @@ class Survey(NamedTuple):
 
     texts: int
     shard_rows: int
-    digests: list[str]  # of all rows up to the end of each shard
+    digests: list[str]  # one for each shard: of all rows up to its end
     probes: list[str]  # the texts that tell two models apart
 
 

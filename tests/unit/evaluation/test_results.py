@@ -65,7 +65,7 @@ def test_results_without_items_leave_none_of_earlier_ones_beside_them(tmp_path: 
 )
 def test_another_file_is_no_result(tmp_path: Path, text: str) -> None:
     (tmp_path / "scores.json").write_text(text)
-    with pytest.raises(InputError, match=r"scores\.json is no result file"):
+    with pytest.raises(InputError, match=r"scores\.json is not a result file"):
         read_results(tmp_path / "scores.json")
 
 

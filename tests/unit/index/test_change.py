@@ -98,7 +98,7 @@ def test_what_cannot_be_changed(tmp_path: Path) -> None:
     assert len(content(out)) == 2
     with pytest.raises(ValueError, match="another model, Rounded, than Rounded"):
         add(Rounded("other"), tmp_path / "a", out)
-    with pytest.raises(ValueError, match="no index that can be changed"):
+    with pytest.raises(ValueError, match="not an index that can be changed"):
         delete(tmp_path, ["d1"])
     with pytest.raises(ValueError, match="changed: run `index --compact`"):
         delete(out, ["d1"])

@@ -37,7 +37,7 @@ logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG
 Rule = Literal["exact", "near", "bm25"]
 SHOWN = 200  # characters of a text in a report
 BM25 = 0.9  # default fraction of the self-score
-_ROUNDING = 1e-7  # of a fraction: the same weights are added up in different orders
+_ROUNDING = 1e-7  # error of a fraction: the same weights are added up in different orders
 LONGER = 1.5  # a text of more words than so many times the evaluation text's may hold all of its words by mere chance
 
 
@@ -186,7 +186,7 @@ class Bm25:
         self._index = bm25s.BM25(dtype="float64")
         self._index.index(words, create_empty_token=False, show_progress=False)
         self.lengths_N = np.array([len(own) for own in words])
-        scores = self._index.scores  # of each text and each of its different words
+        scores = self._index.scores  # one for each text and each of its distinct words
         self.self_score_N = np.bincount(scores["indices"], scores["data"], minlength=len(words))
 
     def best(self, near_key: str) -> tuple[int, float] | None:

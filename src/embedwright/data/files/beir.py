@@ -180,7 +180,7 @@ def _judgements_of_rows(path: Path) -> Iterator[tuple[str, str, str, int]]:
             query, document = (id_of(row.get(key), key) for key in ("query-id", "corpus-id"))
             score = number_of(row.get("score"), "score")
             if not score.is_integer():
-                raise DataError(f"score {score:g} is no whole number")
+                raise DataError(f"score {score:g} is not a whole number")
         except DataError as error:
             raise DataError(f"{path}:{number}: {error}") from None
         yield f"{path}:{number}", query, document, int(score)

@@ -10,7 +10,7 @@ from embedwright.data.keys import exact_key
 from embedwright.data.labels import USUAL, LabelRules
 from embedwright.data.schema import Example, Passage
 
-THRESHOLD = 4.0  # of a score from 0 to 5: a pair below it is no positive (NV-Embed, section 3.3)
+THRESHOLD = 4.0  # on a scale from 0 to 5; a pair below it is not a positive (NV-Embed, section 3.3)
 
 
 @dataclass(kw_only=True)

@@ -66,7 +66,7 @@ class Document:
         return tuple(dict.fromkeys((self.family, self.id)))
 
     def passage(self, text: str) -> Passage:
-        """Returns a text of this document as a passage that is no negative of others of its family."""
+        """Returns a text of this document as a passage that is not a negative of others of its family."""
         return Passage(text, class_id((), self.ids))
 
 
@@ -180,7 +180,7 @@ def document_rows(path: Path, file_titles: bool = False) -> Iterator[tuple[Path,
 def _pages(path: Path) -> list[Path]:
     """Returns the files that are a document each: none where the path holds rows. Raises DataError where it has both.
 
-    What goes with a copy of a repository, its README and licence, is no page beside rows.
+    A repository's README and licence are not documents: they are left out beside rows.
     """
     if path.is_file():
         return [path] if path.suffix == ".md" else []

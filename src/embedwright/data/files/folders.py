@@ -22,7 +22,7 @@ _BESIDE = (".tasks.jsonl", ".quarantine.jsonl", ".leaks.jsonl", ".brainstorm.jso
 _NO_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "report.json"}
 _NO_DATA |= {"manifest.json", "config.json", "parts.json"}
 _SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}(-[0-9a-f]+)?")
-_PART = re.compile(r"part-(\d{5})-of-(\d{5})")  # of the files that `parts` writes
+_PART = re.compile(r"part-(\d{5})-of-(\d{5})")  # names of the files that `parts` writes
 _SPLITS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval"}
 
 

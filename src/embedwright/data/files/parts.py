@@ -124,7 +124,7 @@ def write_once(file: Path, settings: Mapping[str, Any], write: Callable[[Path], 
         file.unlink()
         raise
     if counts.get("unanswered"):
-        report.unlink(missing_ok=True)  # of a file that was removed by hand
+        report.unlink(missing_ok=True)  # left by a file that was removed by hand
     else:
         write_json(report, counts)
     return counts
@@ -136,7 +136,7 @@ def is_done(file: Path) -> bool:
 
 
 def settings_of(out: Path) -> dict[str, Any]:
-    """Returns the settings of the parts in the folder `out`, without any if it is no folder of parts yet."""
+    """Returns the settings of the parts in the folder `out`, none if it is not yet a folder of parts."""
     known = out / _SETTINGS
     settings: dict[str, Any] = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else {}
     return settings
@@ -153,7 +153,7 @@ def claim(out: Path, settings: Mapping[str, Any]) -> None:
         if out.is_dir() and (others := [entry.name for entry in out.iterdir() if not _MAY_BE_THERE(entry.name)]):
             if not known.is_file():  # else another process has made it meanwhile
                 raise OutputExistsError(
-                    f"{out} holds {others[0]} and no {_SETTINGS}, so it is no folder of parts of this version: "
+                    f"{out} holds {others[0]} and no {_SETTINGS}, so it is not a folder of parts of this version: "
                     "remove it, or choose another --out"
                 )
         else:

@@ -11,7 +11,7 @@ from embedwright.data.files.rows import BOM, Rows, is_csv, line_rows, read_rows,
 from embedwright.data.schema import DataError
 from embedwright.threads import cores
 
-_BYTES = 16 << 20  # of a piece
+_BYTES = 16 << 20  # size of a piece
 _LARGE = 256 << 20  # bytes: as serial work 5 s or more, and each process takes one to start
 
 

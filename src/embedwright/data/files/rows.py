@@ -1,6 +1,6 @@
 """Reads the rows of one data file: JSON Lines, a JSON array, CSV, TSV (all plain, .gz or .zst), Parquet, Arrow.
 
-The first bytes tell the format, and the name where bytes cannot (CSV). A byte order mark is no part of the data.
+The first bytes tell the format, and the name where bytes cannot (CSV). A byte order mark is not part of the data.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BOM = codecs.BOM_UTF8
 Row = dict[str, Any] | DataError
 Rows = Iterator[tuple[int, bytes, Row]]
 
-# The first bytes of what is no data file, and what it is.
+# The first bytes of files that are not data, and what they are.
 _OTHER = {
     b"PK\x03\x04": "a zip file (or .xlsx, .npz, .pt): unpack it, or save it as JSON Lines, CSV or Parquet",
     b"BZh": "a bzip2 file: unpack it",

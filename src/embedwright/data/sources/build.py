@@ -136,7 +136,7 @@ def open_table(table: Table, *, source: Path | None, streaming: bool, names: dic
 
 
 def _is_plain(table: Table, folder: Path) -> bool:
-    """Tells whether a folder is no copy of a repository with configs, but files of rows, or saved by `datasets`."""
+    """Returns whether a folder holds files of rows, or what `datasets` saved; else it is a repository with configs."""
     if table.config is not None or table.files is not None:
         return False
     return is_one_set(folder) or any(map(is_data, folder.iterdir()))

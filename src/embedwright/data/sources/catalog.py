@@ -87,7 +87,7 @@ class Entry(_Frozen):
     symmetric: bool = False
     in_batch_negatives: InBatch | None = None
     target: dict[Version, Target] = Field(min_length=1)  # by version of NV-Embed that has the set
-    samples: int | None = Field(default=None, gt=0)  # of NV-Embed v2
+    samples: int | None = Field(default=None, gt=0)  # how many NV-Embed v2 used
     licence: str = "unknown"
     marks: Marks = Marks()
     note: str = ""

@@ -30,7 +30,7 @@ SCHEMA = pa.schema(
     }
 )
 MARK = {b"embedwright": b"examples 1"}  # in Parquet files of examples: they are known by it (`own`)
-BATCH_ROWS = 256  # of a batch, and of a row group: what is read for one row
+BATCH_ROWS = 256  # rows of a batch, and of a row group: so many are read to get one
 
 
 def batches_of(examples: Iterable[Example], size: int) -> Iterator[pa.RecordBatch]:

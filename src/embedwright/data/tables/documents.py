@@ -28,7 +28,7 @@ from embedwright.data.tables.workers import Facts, in_processes
 from embedwright.files import locked, scratch_folder, sha256_of, whole_file
 
 _FORMAT = 1  # part of the cache key
-_ROWS = 4096  # of a batch
+_ROWS = 4096  # rows of a batch
 _OPEN = 64  # files that are mapped at once
 _SCHEMA = pa.schema({"id": pa.large_string(), "text": pa.large_string()}, {"embedwright": "documents 1"})
 

@@ -71,7 +71,7 @@ def _worker(work: Work) -> Iterator[subprocess.Popen[bytes]]:
         finally:
             process.kill()
             assert process.stdin is not None
-            with suppress(BrokenPipeError):  # of what it was not told
+            with suppress(BrokenPipeError):  # the worker has ended and did not read it
                 process.stdin.close()
 
 

@@ -105,7 +105,7 @@ def bench(
         try:
             for row in _run(encoder, one, todo[one], home, facts, count, offline=unreached):
                 progress(f"{where}: {row.metric} {row.value:.4f}")
-        except Exception as error:  # of any set: the others go on
+        except Exception as error:  # whatever it is, the other sets go on
             logger.debug("%s failed", one.name, exc_info=True)
             unreached |= isinstance(error, OutOfReachError)
             failed[one.name] = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"

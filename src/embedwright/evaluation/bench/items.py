@@ -115,7 +115,7 @@ def _rows(task: Any, split: str, subset: str) -> Any:
 
 
 def _arrays(task: Any, rows: Any, predicted: Any, draws: random.Random) -> Arrays:
-    """Returns the arrays of one split and subset; none for a task whose main score is no mean over items."""
+    """Returns the arrays of one split and subset; none for a task whose main score is not a mean over items."""
     main = task.metadata.main_score
     if isinstance(task, AbsTaskRetrieval):
         return _retrieval(task, rows["relevant_docs"], predicted, main)

@@ -44,7 +44,7 @@ _UNKNOWN_SIZE = 1_000_000  # characters of a task whose size mteb does not know
 
 
 def score_tasks(model: Any, chosen: Chosen, say: Say) -> Results:
-    """Scores a model that is at work elsewhere, such as one that trains, on MTEB. Nothing stays on disk.
+    """Scores a model that is in use elsewhere, such as one in training, on MTEB. Nothing stays on disk.
 
     Returns a row a task, and `about` with mteb's version, on which data and scores depend. Raises InputError if a task
     fails.
@@ -102,14 +102,14 @@ class Bench:
         todo = {name: some for name, some in units.items() if not all(map(self.result, some))}
         sizes = {name: sum(map(size, some)) for name, some in todo.items()}
         with self._writing():
-            remove_leftovers(self.folder)  # of killed processes, which mteb would read as results
+            remove_leftovers(self.folder)  # left by killed processes; mteb would read them as results
         say(f"{len(units)} tasks, {len(units) - len(todo)} of them done before")
         watch, failed = _Watch(sizes, len(units), say), dict[str, str]()
         for name in sorted(todo, key=lambda name: sizes[name]):  # the small ones first: a mistake shows early
             try:
                 for task in todo[name]:
                     self._run(task)
-            except Exception as error:  # of any task: the others go on
+            except Exception as error:  # whatever it is, the other tasks go on
                 logging.getLogger(__name__).debug("%s failed", name, exc_info=True)
                 failed[name] = f"{'' if isinstance(error, InputError) else f'{type(error).__name__}: '}{error}"
                 watch.done(name, "failed")

@@ -92,7 +92,7 @@ def test_what_holds_no_result_is_refused(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="nowhere"):
         read_scores(None, [tmp_path / "nowhere"])
     (tmp_path / "some.json").write_text("{}")
-    with pytest.raises(InputError, match="no result file"):
+    with pytest.raises(InputError, match="not a result file"):
         read_scores(None, [tmp_path / "some.json"])
     with pytest.raises(InputError, match="neither a run"):
         read_scores(None, [tmp_path])
