@@ -200,7 +200,7 @@ def one(plan: Plan, spec: Spec, file: Path, out: Path) -> None:
 
 
 def refuse_other(spec: Spec, keys: Sequence[str], out: Path) -> bool:
-    """Tells whether a cell has a result. Raises InputError if that is of another cell."""
+    """Returns whether a cell has a result. Raises InputError if that is of another cell."""
     found = read(out / spec["id"] / "result.json")
     if found is None:
         return False

@@ -134,7 +134,7 @@ def trials(cells: Sequence[Spec]) -> list[str]:
 
 
 def at_end(best: Spec, tried: Sequence[Spec]) -> bool:
-    """Tells whether the best rate is the lowest or highest of several that were tried with its batch and weights."""
+    """Returns whether the best rate is the lowest or highest of several that were tried with its batch and weights."""
     rates = sorted(other["lr"] for other in tried if {**other, "lr": 0} == {**best, "lr": 0})
     return len(rates) > 1 and best["lr"] in (rates[0], rates[-1])
 

@@ -208,7 +208,7 @@ def _texts(file: Path | None) -> Texts:
 
 
 def _docstrings() -> list[str]:
-    """Returns every so many docstrings of the libraries: summary and body, cut after 60 words."""
+    """Returns docstrings of the libraries at an even spacing: summary and body, cut after 60 words."""
     from embedwright.demo.docstrings import harvest
 
     rows = list(harvest(_LIBRARIES))

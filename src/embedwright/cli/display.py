@@ -26,7 +26,7 @@ def note(text: str = "") -> None:
 
 
 def tell(counts: Mapping[str, int], out: Callable[[str], None] = say) -> None:
-    """Prints how many there are of what, without what there is none of."""
+    """Prints how many there are of each kind; kinds without any are left out."""
     for what, count in counts.items():
         if count:
             out(f"  {count:,} {what}")

@@ -202,7 +202,7 @@ def compare(
     ],
     suite: Annotated[str | None, opt("Suite to score models on, as in `eval`.")] = None,
     equivalent: Annotated[
-        float | None, opt("Test also whether differences are within so many points: two one-sided tests.")
+        float | None, opt("Test also whether differences are within this many points: two one-sided tests.")
     ] = None,
     picture: Annotated[
         Path | None, opt("File for a picture of the differences (.svg).", callback=options.file_to_write)
@@ -275,5 +275,5 @@ def show_run(out: Path) -> None:
         before = columns.get(name)
         columns[name] = replace(found, rows=before.rows + found.rows) if before else found
     if columns:
-        say("\nscores on what was held out, before training and after so many steps of each stage (higher is better):")
+        say("\nscores on what was held out, before training and during each stage (higher is better):")
         say(render(table(columns)))

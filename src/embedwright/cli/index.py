@@ -32,7 +32,7 @@ def index(
         ),
     ] = None,
     chunk_tokens: Annotated[
-        int | None, opt("Cut documents into chunks of so many tokens of the model. Default: whole documents.", min=1)
+        int | None, opt("Cut documents into chunks of this many tokens of the model. Default: whole documents.", min=1)
     ] = None,
     overlap: Annotated[int, opt("Tokens that a chunk shares with the one before it.", min=0)] = 0,
     metadata: Annotated[
@@ -45,9 +45,7 @@ def index(
             "vectors on disk then score. Default: that of the folder, float32 for a new one."
         ),
     ] = None,
-    dim: Annotated[
-        int | None, opt("Keep so many of the first numbers of a vector. Default: all of them.", min=1)
-    ] = None,
+    dim: Annotated[int | None, opt("Keep the first N dimensions of a vector. Default: all.", min=1)] = None,
     append: Annotated[bool, opt("Add the documents to an index; an id that it has is refused.", "--append")] = False,
     replace: Annotated[bool, opt("Add the documents, in place of those with their ids.", "--replace")] = False,
     delete: Annotated[list[str] | None, opt("Id of a document to delete. Repeatable.", metavar="ID")] = None,

@@ -221,7 +221,7 @@ Timeout = Annotated[float, opt("Time limit of one request, in seconds.")]
 TokenBudget = Annotated[
     int | None,
     opt(
-        "Stop before all runs together have paid for so many tokens; part I of N pays an Nth. Default: no limit.",
+        "Stop before all runs together have paid for this many tokens; part I of N pays an Nth. Default: no limit.",
         min=1,
     ),
 ]

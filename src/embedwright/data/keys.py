@@ -106,7 +106,7 @@ def jaccard(a: set[str], b: set[str]) -> float:
 
 
 def are_near(a: set[str], b: set[str]) -> bool:
-    """Tells whether texts with these shingles are near-duplicates."""
+    """Returns whether texts with these shingles are near-duplicates."""
     few, many = (len(a), len(b)) if len(a) < len(b) else (len(b), len(a))
     return few >= NEAR * many > 0 and jaccard(a, b) >= NEAR
 

@@ -167,7 +167,7 @@ class _Draw:
         """
         ranks = sorted(self.rank[label] for label in own)
         taken = sum(len(self.classes[label]) for label in own)
-        surely = max(0, len(self.label_sets) - taken)  # so many there are at least; exact if every text has one label
+        surely = max(0, len(self.label_sets) - taken)  # at least this many; exact if every text has one label
         count = min(self.negatives, surely)
         drawn: dict[str, None] = {}
         for _ in range(TRIES * count if len(ranks) < len(self.labels) else 0):

@@ -132,7 +132,7 @@ def _score(line: str) -> None:
 
 
 def _others(recipe: Recipe, out: Path) -> dict[str, Results]:
-    """Scores the decoder as released, so many layers as are trained (causal, mean, no instruction), and MiniLM."""
+    """Scores the decoder as released (as many layers as are trained; causal, mean, no instruction) and MiniLM."""
     suite = load_suite(expand(recipe.eval.suites[0]))
     plain = tuple(task.model_copy(update={"instruction": ""}) for task in suite.tasks)
     raw: dict[str, Any] = {"layers": recipe.model.layers, "max_tokens": recipe.model.max_tokens, "dtype": "bfloat16"}

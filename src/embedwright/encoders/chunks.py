@@ -1,4 +1,4 @@
-"""Long documents in chunks of so many tokens, so that a model reads all of them."""
+"""Cuts long documents into chunks of a number of tokens, so that a model reads all of them."""
 
 from __future__ import annotations
 

@@ -49,10 +49,10 @@ class SuiteTask(Strict):
     instruction: str = ""
     metric: str = ""  # the main metric; empty: the first of the kind's METRICS
     limit: PositiveInt | None = None  # takes the first rows only; of a BEIR folder the first queries
-    corpus_limit: PositiveInt | None = None  # retrieval only: so many documents, those judged for a query among them
+    corpus_limit: PositiveInt | None = None  # retrieval only: the size of the corpus, which keeps all judged documents
     chunk_tokens: PositiveInt | None = None  # retrieval only: a document's score is the best of its chunks' (MaxP)
     candidates: Literal["bm25"] | Path | None = None  # reranking of a BEIR folder: what is ranked, of each query
-    depth: PositiveInt | None = None  # with candidates: the best so many of each query
+    depth: PositiveInt | None = None  # with candidates: how many of the best of each query are ranked
     ignore_identical_ids: StrictBool = False  # retrieval only: the document with the query's own id is not a hit
 
     @model_validator(mode="after")

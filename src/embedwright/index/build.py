@@ -48,12 +48,12 @@ def build_index(
         model: anything that `as_encoder` takes. It encodes the chunks as documents.
         source: a data file, a folder of such, a BEIR folder, or a folder of text and Markdown files.
         out: a new folder, or one that a run before has begun.
-        chunk_tokens: cut documents into chunks of so many of the model's tokens. Default: whole documents.
+        chunk_tokens: cut documents into chunks of this many of the model's tokens. Default: whole documents.
         overlap: tokens that a chunk shares with the one before it.
         metadata: columns to keep beside the documents, or `["all"]`.
         precision: of the vectors on disk; `float16` halves them. `int8` and `binary` are codes beside float32 vectors:
             they nominate, and memory holds a quarter or a thirtieth. Default: that of the folder, or `float32`.
-        dim: keep so many of the first numbers of a vector, for models that were trained for it. Default: all.
+        dim: keep the first `dim` dimensions of a vector, for models that were trained for it. Default: all.
         shard_rows: chunks of a shard. Default: as `encode_corpus`.
         progress: `progress(done, total)` counts chunks.
 

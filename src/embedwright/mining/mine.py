@@ -40,7 +40,7 @@ from embedwright.vectors.store import StoredPrecision, encode_texts
 
 logger = logging.getLogger(__name__)
 
-AT_ONCE = 2**17  # queries searched at once: the corpus is read once for so many
+AT_ONCE = 2**17  # queries searched in one pass over the corpus
 SEARCHED_PER_SAMPLED = 10  # candidates looked at for each that may be drawn: the rule takes most away
 
 

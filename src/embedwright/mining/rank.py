@@ -32,7 +32,7 @@ from embedwright.vectors.store import Manifest, open_vectors, other_model
 
 logger = logging.getLogger(__name__)
 
-Advance = Callable[[int], None]  # is told of so many more texts that a teacher has read
+Advance = Callable[[int], None]  # called with the number of further texts that a teacher has read
 
 
 class MiningQuery(NamedTuple):

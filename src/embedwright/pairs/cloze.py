@@ -96,7 +96,7 @@ def cloze(document: Document, rng: random.Random) -> Made:
 
 
 def _is_spare(word: str, after: str) -> bool:
-    """Tells whether a question reads well without a word: an article, or one that goes with the word after it."""
+    """Returns whether a question reads well without a word: an article, or one that goes with the word after it."""
     plain = word.isalpha() and word[0].islower() and after[:1].isalpha() and not _PASSIVE.match(after)
     return word in _ARTICLES or (plain and FUNCTION_WORDS.isdisjoint((word, after.lower())))
 
@@ -150,7 +150,7 @@ def _subject(words: str) -> str:
 
 
 def _is_named(subject: str) -> bool:
-    """Tells whether a subject has a name in it, or is one word."""
+    """Returns whether a subject has a name in it, or is one word."""
     return " " not in subject or re.search(r"(?<!^)[A-Z]|\d", subject) is not None
 
 

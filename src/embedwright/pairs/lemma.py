@@ -65,7 +65,7 @@ def _places(sentence: str, wordnet: WordNet) -> Iterator[tuple[int, int, Sense]]
 
 
 def _fits(pos: str, before: str, after: str, wordnet: WordNet) -> bool:
-    """Tells whether what stands between two words is of that part of speech."""
+    """Returns whether what stands between two words is of that part of speech."""
     ends = not after[:1].isalnum() or after in FUNCTION_WORDS
     if pos == "n":
         described = (other := wordnet.usual(before)) is not None and other.pos == "a"

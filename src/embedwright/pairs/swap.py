@@ -67,7 +67,7 @@ def _other(old: str, sentence: str, rest: str, rng: random.Random) -> str:
 
 
 def _alike(a: str, b: str) -> bool:
-    """Tells whether both are acronyms, or both names of as many words: so that none stands for the other."""
+    """Returns whether both are acronyms, or both names of as many words: so that none stands for the other."""
     return (a.isupper(), len(a.split())) == (b.isupper(), len(b.split()))
 
 

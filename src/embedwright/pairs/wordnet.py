@@ -14,8 +14,8 @@ from embedwright.data.schema import DataError
 from embedwright.errors import NotFoundError
 from embedwright.files import sha256_of
 
-# A usual sense has so many of its lemma's tagged uses. A lemma of several senses has at most so many of them, and at
-# least so many tagged uses: with more senses, texts on a special field often have another one in mind.
+# A usual sense has at least the share USUAL of its lemma's tagged uses. A lemma of several senses has at most SENSES,
+# and at least USES tagged uses: with more senses, texts on a special field often have another one in mind.
 USUAL, SENSES, USES = 0.9, 2, 5
 COMMON = 5  # glosses that a common word occurs in
 WHERE = "Debian's wordnet-base has it in /usr/share/wordnet, nltk's `wordnet` in nltk_data/corpora/wordnet"
@@ -41,7 +41,7 @@ class WordNet:
     """Holds WordNet in memory."""
 
     def __init__(self, folder: Path) -> None:
-        """Reads the files. Raises NotFoundError if one is missing, and DataError if one is none of WordNet's."""
+        """Reads the files. Raises NotFoundError if one is missing, and DataError if one is not WordNet's."""
         if missing := [name for name in _FILES if not (folder / name).is_file()]:
             raise NotFoundError(f"--wordnet {folder}: no WordNet there, {missing[0]} is missing. {WHERE}")
         self.digest = "".join(sha256_of(folder / name) for name in _FILES)
@@ -66,11 +66,11 @@ class WordNet:
         self._explains = Counter(word for line in lines for word in {*_WORD.findall(line.rpartition(" | ")[2])})
 
     def has(self, words: str) -> bool:
-        """Tells whether there is such a lemma, of one word or several."""
+        """Returns whether there is such a lemma, of one word or several."""
         return _key(words) in self._senses
 
     def is_form(self, word: str) -> bool:
-        """Tells whether a word may be an inflected form of another one: `parts`, `written`, `setting`."""
+        """Returns whether a word may be an inflected form of another one: `parts`, `written`, `setting`."""
         stems = (word[: -len(end)] + more for end, more in _ENDINGS if word.endswith(end))
         return word in self._irregular or any(map(self.has, stems))
 
@@ -85,12 +85,12 @@ class WordNet:
         return sense if most >= USUAL * uses.total() else None
 
     def is_first(self, lemma: str, sense: Sense) -> bool:
-        """Tells whether this is the most frequent one of a lemma's senses of all parts of speech."""
+        """Returns whether this is the most frequent one of a lemma's senses of all parts of speech."""
         uses = self._uses.get(_key(lemma))
         return (uses.most_common(1)[0][0] if uses else self._senses[_key(lemma)][0]) == sense
 
     def is_common(self, word: str) -> bool:
-        """Tells whether WordNet explains other words with this one."""
+        """Returns whether WordNet explains other words with this one."""
         return self._explains[word] >= COMMON
 
     def depth(self, sense: Sense) -> int:

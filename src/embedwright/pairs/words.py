@@ -59,7 +59,7 @@ def around(pieces: Sequence[str], at: int) -> tuple[str, str]:
 
 
 def is_prose(sentence: str) -> bool:
-    """Tells whether a sentence says enough to find its text: words, not code, addresses or tables."""
+    """Returns whether a sentence says enough to find its text: words, not code, addresses or tables."""
     letters = sum(char.isalpha() for char in sentence)
     return (
         len(content(sentence)) >= CONTENT_WORDS

@@ -53,7 +53,7 @@ def row_fault(example: Example, filters: Filters) -> str | None:
 
 
 def fits(text: str, filters: Filters) -> bool:
-    """Tells whether a text is neither too short nor too long."""
+    """Returns whether a text is neither too short nor too long."""
     chars = (len(text), filters.min_chars, filters.max_chars)
     words = (len(text.split()), filters.min_words, filters.max_words)
     return all(least <= size and (most is None or size <= most) for size, least, most in (chars, words))

@@ -38,7 +38,7 @@ Rule = Literal["exact", "near", "bm25"]
 SHOWN = 200  # characters of a text in a report
 BM25 = 0.9  # default fraction of the self-score
 _ROUNDING = 1e-7  # error of a fraction: the same weights are added up in different orders
-LONGER = 1.5  # a text of more words than so many times the evaluation text's may hold all of its words by mere chance
+LONGER = 1.5  # a text this many times as long as the evaluation text may hold all of its words by chance
 
 
 # ---------------------------------------------------------------------------------------------------- evaluation data

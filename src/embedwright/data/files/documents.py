@@ -132,7 +132,7 @@ def _document(row: Mapping[str, Any], columns: Mapping[str, tuple[str, ...]], de
 
 
 def _is_absent(value: object, part: str) -> bool:
-    """Tells whether a row lacks a part: tables have blank cells where it does. A blank text is an error."""
+    """Returns whether a row lacks a part: tables have blank cells where it does. A blank text is an error."""
     return value is None or (part != "text" and isinstance(value, str) and not exact_key(value))
 
 

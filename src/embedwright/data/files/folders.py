@@ -27,12 +27,12 @@ _SPLITS = {"train", "training", "validation", "valid", "val", "dev", "test", "te
 
 
 def is_data(path: Path) -> bool:
-    """Tells whether a file has the name of a data file, and not that of a leftover or of a file beside data."""
+    """Returns whether a file has the name of a data file, and not that of a leftover or of a file beside data."""
     return plain_name(path.name).endswith(SUFFIXES) and not is_beside(path)
 
 
 def is_beside(path: Path) -> bool:
-    """Tells whether a file is a leftover, or belongs to a data file beside it."""
+    """Returns whether a file is a leftover, or belongs to a data file beside it."""
     name = path.name
     return name.startswith((".", "_", "cache-")) or name in _NO_DATA or name.endswith(_BESIDE)
 
@@ -45,12 +45,12 @@ def stem_of(path: Path) -> str:
 
 
 def is_beir(folder: Path) -> bool:
-    """Tells whether a folder has the layout of BEIR: a folder `qrels`, or a `queries.jsonl`."""
+    """Returns whether a folder has the layout of BEIR: a folder `qrels`, or a `queries.jsonl`."""
     return (folder / "qrels").is_dir() or any((folder / f"queries.jsonl{end}").is_file() for end in ("", ".gz"))
 
 
 def is_one_set(folder: Path) -> bool:
-    """Tells whether a folder is surely one data set, and not a folder of several."""
+    """Returns whether a folder is surely one data set, and not a folder of several."""
     named = ("state.json", "dataset_dict.json")
     return (
         is_beir(folder)

@@ -59,7 +59,7 @@ def pieces_of(files: Sequence[Path]) -> list[Piece]:
 
 
 def _has_lines(file: Path) -> bool:
-    """Tells whether a file is surely JSON Lines, neither packed nor an array."""
+    """Returns whether a file is surely JSON Lines, neither packed nor an array."""
     with file.open("rb") as stream:
         head = stream.read(1 << 16).removeprefix(BOM).lstrip()
     return not is_csv(file) and head.startswith(b"{") and head.partition(b"\n")[0].strip() != b"{"

@@ -119,7 +119,7 @@ def plain_name(name: str) -> str:
 
 
 def is_csv(path: Path) -> bool:
-    """Tells whether a file has cells of CSV or TSV. Its name says it, since its bytes cannot."""
+    """Returns whether a file has cells of CSV or TSV. Its name says it, since its bytes cannot."""
     return plain_name(path.name).lower().endswith((".csv", ".tsv"))
 
 

@@ -29,7 +29,7 @@ from embedwright.data.sources.catalog import BeirRows, Entry, EvidenceRows
 
 T = TypeVar("T")
 
-HOPELESS = 1000  # so many bad rows before the first good one: the columns are other ones, and all rows would be bad
+HOPELESS = 1000  # bad rows before the first good one: then the columns are other ones, and all rows would be bad
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ def corpus_of(entry: Entry) -> Table | None:
 def convert(job: Job, open_table: OpenTable) -> Iterator[Example]:
     """Yields the examples of `job.entry`, in the order of its rows.
 
-    `job.limit` takes a uniform sample of so many rows (of a BEIR set and of grouped pairs: queries; of NLI: premises
+    `job.limit` takes a uniform sample of this many rows (of a BEIR set and of grouped pairs: queries; of NLI: premises
     that entail something) that `job.seed` decides, from all files: files are often sorted, and the first of several is
     one part of the set. Memory, besides the sample: one row of pairs and scored pairs, all of grouped pairs and NLI; of
     labelled rows the ones in use; of a BEIR set and of claims the queries and the documents judged for them.

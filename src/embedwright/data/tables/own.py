@@ -47,7 +47,7 @@ class OwnParquet:
 
 
 def are_own(files: Sequence[Path]) -> bool:
-    """Tells whether all files were written by `write_examples`, as Parquet, and hold a row."""
+    """Returns whether all files were written by `write_examples`, as Parquet, and hold a row."""
     try:
         return all(_is_own(file) for file in files) and any(pq.read_metadata(file).num_rows for file in files)
     except (pa.ArrowInvalid, OSError):
