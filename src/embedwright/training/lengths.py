@@ -134,7 +134,7 @@ def _texts_of_step(
     stage = recipe.stages[number]
     if isinstance(stage, MaskedPart):
         masked = masked_batch(recipe, number, sources, Masker(stage, tokenizer, contract), step)
-        texts = [len(text.read.ids) for text in masked.texts]
+        texts = [len(text.tokens.ids) for text in masked.texts]
         # training deals them out by letters, of which a token has about as many in each text
         return {"texts": texts}, sum(texts), max(sum(texts[i] for i in part) for part in processes.split(texts))
     batch = batch_of_step(recipe, number, sources, contract, step)

@@ -75,7 +75,7 @@ class Steps:
         self.activity.looks = looks and number not in self.maskers
         seed = int(np.random.default_rng([recipe.seed, number, step, 1]).integers(2**62))
         self.replica = replace(self.replica, projection=projection_of(optimizer))
-        loss, tokens, known = self._accumulate(number, local, seed)
+        loss, tokens, at_chance = self._accumulate(number, local, seed)
         lr = learning_rate(optim, step)
         norm, problem = math.nan, None
         try:
@@ -91,7 +91,7 @@ class Steps:
             "stage": stage.name,
             "step": step + 1,
             "loss": loss if math.isfinite(loss) else None,
-            "chance": known,
+            "chance": at_chance,
             "lr": lr,
             "grad_norm": norm if math.isfinite(norm) else None,
             "tokens": tokens,
@@ -103,7 +103,7 @@ class Steps:
         return record, problem
 
     def _accumulate(self, number: int, local: LocalBatch | MaskedBatch, seed: int) -> tuple[float, int, float]:
-        """Adds the gradient. Returns the loss, the tokens, and the loss of a model that knows nothing."""
+        """Adds the gradient. Returns the loss, the tokens, and the loss at chance."""
         stage, budget = self.recipe.stages[number], self.recipe.run.batch_tokens
         if isinstance(local, MaskedBatch):
             network, head = self.model.network, self.language_head

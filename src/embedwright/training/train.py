@@ -225,7 +225,7 @@ class _Run:
         found = measured_once(self.out, stage.name, step, lambda: self.steps.heldout(number, sources), self.processes)
         if found is not None and self.listeners.on_evaluation is not None:
             self.listeners.on_evaluation(
-                f"{stage.name}, step {step}: masked loss {found['loss']:.3f}, {found['accuracy']:.1%} told right, of "
+                f"{stage.name}, step {step}: masked loss {found['loss']:.3f}, accuracy {found['accuracy']:.1%} over "
                 f"{found['masked']:,} masked tokens in {found['documents']} held-out documents"
             )
 
@@ -278,7 +278,7 @@ class _Run:
             self.listeners.on_step(records[-1])
         if stuck(records) and not stuck(records[:-1]):
             logger.warning(
-                "stage %s, step %d: the loss is that of telling nothing apart, log(candidates)",
+                "stage %s, step %d: the loss is at chance, log(number of candidates)",
                 stage.name,
                 records[-1]["step"],
             )

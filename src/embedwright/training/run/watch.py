@@ -25,7 +25,7 @@ FILE = "nonfinite.jsonl"
 UPDATES = 10  # over which the optimizer must have moved every trained tensor
 _SHIELDED = 2  # updates in which tensors that start at zero keep the gradient from their partners
 TRIES = 3  # steps in a row without a finite loss and gradient
-_STUCK_OVER, _STUCK_WITHIN = 50, 0.02  # steps; share of the loss that knowing nothing has
+_STUCK_OVER, _STUCK_WITHIN = 50, 0.02  # steps; relative distance from the loss at chance
 _INERT = 1e-3  # of a state's length
 _TOKENS = 32  # whose way through the head is looked at
 
@@ -145,8 +145,8 @@ def stuck(records: Sequence[dict[str, Any]]) -> bool:
     last = [record for record in records[-_STUCK_OVER:] if record["loss"] is not None]
     if len(last) < _STUCK_OVER:
         return False
-    loss, known = (sum(record[key] for record in last) for key in ("loss", "chance"))
-    return bool(known > 0 and abs(loss / known - 1) < _STUCK_WITHIN)
+    loss, at_chance = (sum(record[key] for record in last) for key in ("loss", "chance"))
+    return bool(at_chance > 0 and abs(loss / at_chance - 1) < _STUCK_WITHIN)
 
 
 class NonFinite:
