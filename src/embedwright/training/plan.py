@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from embedwright.data.sources.catalog import find_entry, load_catalog
 from embedwright.mining.mine import AT_ONCE
 from embedwright.mining.rules import NAMED
-from embedwright.training.batches.blend import share
+from embedwright.training.batches.blend import sampling_weight
 from embedwright.training.batches.sources import drawable_rows
 from embedwright.training.cost import GB, Kind, Memory, NoEstimate, Sizes, memory_of, sizes_of
 from embedwright.training.lengths import Tokens, tokens_of
@@ -72,7 +72,7 @@ def plan(recipe: Recipe) -> list[StagePlan]:
 def _stage(recipe: Recipe, stage: Stage) -> StagePlan:
     data: Sequence[DataPart | TextPart] = stage.data
     counted = [(entry, *_rows(recipe, stage, number)) for number, entry in enumerate(data)]
-    weights = [share(entry.weight, rows or 0, stage.sampling_alpha) for entry, rows, _ in counted]
+    weights = [sampling_weight(entry.weight, rows or 0, stage.sampling_alpha) for entry, rows, _ in counted]
     total = sum(weights) or 1.0
     entries = tuple(
         EntryPlan(entry.path, rows, who, weight / total)

@@ -70,13 +70,13 @@ class Recipe(Part):
         if self.tune.method == "qlora" and self.model.from_:
             raise InputError("tune.method: qlora holds a decoder (model.base) in 4 bits; use lora for model.from")
         if self.tune.method == "qlora" and self.run.parallel == "fsdp":
-            raise InputError("run.parallel: fsdp cannot cut the 4-bit weights of tune.method: qlora; use ddp")
+            raise InputError("run.parallel: fsdp cannot shard the 4-bit weights of tune.method: qlora; use ddp")
         return self
 
     @model_validator(mode="after")
     def _masked_phase_is_whole(self) -> Recipe:
         if self.run.parallel == "fsdp" and any(isinstance(stage, MaskedPart) for stage in self.stages):
-            raise InputError("run.parallel: fsdp cuts the embedding that a stage of kind: mntp needs whole; use ddp")
+            raise InputError("run.parallel: fsdp shards the embedding that a stage of kind: mntp needs whole; use ddp")
         return self
 
     @model_validator(mode="after")

@@ -27,7 +27,7 @@ from embedwright.mining.rules import NAMED
 from embedwright.model.embedder import Embedder
 from embedwright.processes import Processes
 from embedwright.training.batches.blend import Rows, Source
-from embedwright.training.batches.sources import corpus_of, entry_of, is_mined, trainable, with_shares
+from embedwright.training.batches.sources import corpus_of, entry_of, is_mined, trainable, with_sampling_weights
 from embedwright.training.recipe import Recipe
 from embedwright.training.run.checkpoint import RunState
 from embedwright.training.stages import PREVIOUS, Stage, StagePart
@@ -95,7 +95,7 @@ def refreshed(
             table = open_examples(folder / f"{number:02d}.parquet", seed=recipe.seed)
             own = replace(source, table=table, rows=np.arange(len(table)))
             fresh[number] = trainable(stage, own, f"stages.{stage.name}, mined after step {begin}: {source.name}")
-    return with_shares(stage, fresh)
+    return with_sampling_weights(stage, fresh)
 
 
 def _teacher(name: str, model: Embedder) -> Encoder | str:

@@ -39,7 +39,7 @@ class Steps:
 
     def __init__(self, recipe: Recipe, model: Embedder, processes: Processes) -> None:
         self.recipe, self.model, self.processes = recipe, model, processes
-        self.activity = HeadActivity(model.network.head)  # before FSDP cuts the head
+        self.activity = HeadActivity(model.network.head)  # before FSDP shards the head
         self.replica = replicate(processes, model.network, recipe.run.parallel)
         self.maskers = {
             number: Masker(stage, model.text_tokenizer, model.contract)

@@ -22,7 +22,7 @@ from embedwright.training.batches.blend import Source
 from embedwright.training.batches.feed import LocalBatch, Made, ahead, batch_of_step
 from embedwright.training.batches.sources import data_fingerprint, source_fingerprints
 from embedwright.training.engine.optim import make_optimizer
-from embedwright.training.engine.parallel import trained
+from embedwright.training.engine.parallel import trainable_parameters
 from embedwright.training.masked.batch import MaskedBatch
 from embedwright.training.recipe import Recipe
 from embedwright.training.remine import refresh_every, refreshed
@@ -102,7 +102,7 @@ def train(recipe: Recipe, *, on_step: OnStep | None = None, on_evaluation: OnEva
     steps = Steps(recipe, model, processes)
     if checkpoint is not None:
         with processes.together():
-            restore_weights(checkpoint, trained(model.network))
+            restore_weights(checkpoint, trainable_parameters(model.network))
     log: AbstractContextManager[Tracker | None] = nullcontext()
     with processes.together():
         if processes.is_rank_0:
@@ -284,7 +284,7 @@ class _Run:
             )
 
     def save(self, state: RunState, optimizer: torch.optim.Optimizer | None) -> None:
-        moved, keep = trained(self.model.network), self.recipe.run.keep
+        moved, keep = trainable_parameters(self.model.network), self.recipe.run.keep
         save_checkpoint(self.out / "checkpoints", state, moved, optimizer, keep, self.processes)
 
 

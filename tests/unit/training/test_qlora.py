@@ -104,7 +104,7 @@ def test_without_bitsandbytes_it_is_refused_before_anything_is_read(
 
 
 def test_it_is_not_cut_into_parts(content: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"fsdp cannot cut the 4-bit weights of tune.method: qlora; use ddp"):
+    with pytest.raises(ConfigError, match=r"fsdp cannot shard the 4-bit weights of tune.method: qlora; use ddp"):
         changed(content, tmp_path, parallel="fsdp")
     changed(content, tmp_path, {"method": "lora"}, parallel="fsdp")
 

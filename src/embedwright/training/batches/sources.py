@@ -22,7 +22,7 @@ from embedwright.data.tables.documents import DocumentTable
 from embedwright.data.tables.table import ExampleTable, form_of, open_documents, open_examples
 from embedwright.errors import NotFoundError, error_prefix
 from embedwright.mining.rules import RANDOM
-from embedwright.training.batches.blend import Source, permuted, share
+from embedwright.training.batches.blend import Source, permuted, sampling_weight
 from embedwright.training.recipe import Recipe, expand
 from embedwright.training.stages import DataPart, MaskedPart, Stage, StagePart, TextPart
 from embedwright.vectors.corpus import corpus_at, is_encoded
@@ -110,7 +110,7 @@ def _stage_sources(recipe: Recipe, stage: Stage, known: dict[str, Task], lacking
         _warn_of_equal_names(recipe, stage, sources)
     if stage.name not in lacking:
         _check_together(recipe, stage, sources)
-    return with_shares(stage, sources)
+    return with_sampling_weights(stage, sources)
 
 
 def _warn_of_equal_names(recipe: Recipe, stage: StagePart, sources: Sequence[Source]) -> None:
@@ -151,10 +151,10 @@ def _can_have_scores(stage: Stage, sources: Sequence[Source]) -> bool:
     return False
 
 
-def with_shares(stage: Stage, sources: Sequence[Source]) -> list[Source]:
-    """Returns the sources of a stage, each with its share of the draws, by the rows that it can draw.
+def with_sampling_weights(stage: Stage, sources: Sequence[Source]) -> list[Source]:
+    """Returns the sources of a stage, each with its sampling weight, by the rows that it can draw.
 
-    An entry of `data` has one share by all its rows, which its tasks part by their rows.
+    An entry of `data` has one weight by all its rows, which its tasks divide by their rows.
     """
     rows: Counter[str] = Counter()
     for source in sources:
@@ -162,7 +162,7 @@ def with_shares(stage: Stage, sources: Sequence[Source]) -> list[Source]:
     return [
         replace(
             source,
-            share=share(
+            sampling_weight=sampling_weight(
                 entry_of(stage, source).weight, len(source.rows), stage.sampling_alpha, of=rows[_number_of(source)]
             ),
         )

@@ -144,7 +144,7 @@ def _source(stage: Stage, source: Source, all_of_stage: Sequence[Source]) -> dic
         "rows": len(source.rows),
         "rows_in_file": len(source.table),
         "fingerprint": source.table.fingerprint,
-        "share": round(source.share / sum(each.share for each in all_of_stage), 6),
+        "share": round(source.sampling_weight / sum(each.sampling_weight for each in all_of_stage), 6),
     }
 
 

@@ -23,7 +23,7 @@ from embedwright.model.pooling import WEIGHTLESS, LatentPooling, PoolingConfig, 
 from embedwright.model.verify import probe
 from embedwright.processes import ALONE, Processes
 from embedwright.text import Contract, load_tokenizer
-from embedwright.training.engine.parallel import full, like, trained
+from embedwright.training.engine.parallel import full_tensor, shard_like, trainable_parameters
 from embedwright.training.parts import ModelPart
 from embedwright.training.recipe import Recipe
 
@@ -240,12 +240,12 @@ def load_trained(model: Embedder, weights: dict[str, Tensor]) -> None:
     """Copies whole weights into the trained tensors, also where these are sharded. Raises ValueError if the names
     differ.
     """
-    own = trained(model.network)
+    own = trainable_parameters(model.network)
     if own.keys() != weights.keys():
         raise InputError(f"checkpoint and model differ in {sorted(own.keys() ^ weights.keys())[:3]}")
     with torch.no_grad():
         for name, parameter in own.items():
-            parameter.copy_(like(weights[name], parameter))
+            parameter.copy_(shard_like(weights[name], parameter))
 
 
 def copied(recipe: Recipe, model: Embedder, processes: Processes) -> Embedder | None:
@@ -261,9 +261,9 @@ def copied(recipe: Recipe, model: Embedder, processes: Processes) -> Embedder | 
     with processes.together():
         if processes.is_rank_0:
             copy = start_model(recipe, Processes(device=torch.device("cpu")))
-    own = {} if copy is None else trained(copy.network)
-    for name, parameter in trained(model.network).items():
-        gathered = full(parameter.detach())
+    own = {} if copy is None else trainable_parameters(copy.network)
+    for name, parameter in trainable_parameters(model.network).items():
+        gathered = full_tensor(parameter.detach())
         if copy is not None:
             own[name].data.copy_(gathered)
     return copy

@@ -17,7 +17,7 @@ from embedwright.model.pooling import LatentPooling
 from embedwright.processes import Processes
 from embedwright.training.batches.batch import Batch
 from embedwright.training.engine.optim import projection_of
-from embedwright.training.engine.parallel import trained
+from embedwright.training.engine.parallel import trainable_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class MovedWeights:
 
     def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer, processes: Processes) -> None:
         projection = projection_of(optimizer)
-        self.trained = trained(network) | ({} if projection is None else {"projection": projection})
+        self.trained = trainable_parameters(network) | ({} if projection is None else {"projection": projection})
         self.reached: set[str] = set()
         self.moved: set[str] = set()
         self.updates, self.processes = 0, processes

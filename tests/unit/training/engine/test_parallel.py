@@ -25,7 +25,7 @@ from embedwright.training.batches.blend import Row
 from embedwright.training.batches.feed import local_batch
 from embedwright.training.batches.make import make_batch
 from embedwright.training.engine.optim import make_optimizer, projection_of, update
-from embedwright.training.engine.parallel import full, replicate
+from embedwright.training.engine.parallel import full_tensor, replicate
 from embedwright.training.engine.step import accumulate
 from embedwright.training.masked import loss as masked_loss
 from embedwright.training.masked.batch import MaskedBatch, MaskedText
@@ -255,12 +255,12 @@ def gradients_of(kind: str, case: str, decoder: str, processes: Processes) -> di
     trained = {name: p for name, p in model.network.named_parameters() if p.requires_grad}
     trained |= {"projection": projection} if "projection" in case else {}
     assert all(p.grad is not None for p in trained.values())
-    found = {name: full(p.grad).numpy().copy() for name, p in trained.items() if p.grad is not None}
+    found = {name: full_tensor(p.grad).numpy().copy() for name, p in trained.items() if p.grad is not None}
     norm = update(model.network, optimizer, 1e-2, clip=0.5)
     return (
         {"loss": loss, "norm": norm, "tokens": tokens, "held": held[-1]}
         | found
-        | {f"after {name}": full(p.detach()).numpy() for name, p in trained.items()}
+        | {f"after {name}": full_tensor(p.detach()).numpy() for name, p in trained.items()}
     )
 
 
