@@ -88,7 +88,7 @@ class ModelPart(Part):
     @model_validator(mode="after")
     def _begins_with_one_model(self) -> ModelPart:
         if (self.base is None) == (self.from_ is None):
-            raise InputError("needs base, a decoder, or from, an embedder to train on, and not both")
+            raise InputError("needs base, a decoder, or from, an embedder to train on, but not both")
         if self.from_ and (others := sorted(self.model_fields_set - {"base", "from_", "max_tokens", "default_task"})):
             kept = "an embedder of `from` keeps its own; leave out all but max_tokens and default_task"
             raise InputError(f"{', '.join(others)}: {kept}")

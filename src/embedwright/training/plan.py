@@ -13,7 +13,7 @@ from embedwright.training.batches.sources import drawable_rows
 from embedwright.training.cost import GB, Kind, Memory, NoEstimate, Sizes, memory_of, sizes_of
 from embedwright.training.lengths import Tokens, tokens_of
 from embedwright.training.recipe import Recipe, expand
-from embedwright.training.stages import DataPart, MaskedPart, Stage, TextPart
+from embedwright.training.stages import DataPart, MaskedStage, Stage, TextPart
 from embedwright.vectors.search import gpu_bytes
 
 
@@ -111,7 +111,7 @@ def largest_memory(recipe: Recipe, tokens: Sequence[Tokens], sizes: Sizes, kind:
         similar = part.loss.distill is not None and part.loss.distill.similarity_weight > 0
         shared = similar or part.in_batch_negatives != "none"
         scores = queries * queries * (1 + part.hard_negatives) * (2 if similar else 1) if shared else 0
-        if isinstance(part, MaskedPart):
+        if isinstance(part, MaskedStage):
             scores = round(micro_batch * part.mask_share) * sizes.vocabulary
         memory = memory_of(recipe, sizes, micro_batch, kind, scores=scores, processes=processes)
         if kind == "cuda" and part.mine is not None and part.mine.teacher not in NAMED:
@@ -135,7 +135,7 @@ def render(recipe: Recipe, stages: Sequence[StagePlan]) -> list[str]:
             + f", {stage.steps:,} steps, "
             + (
                 f"{stage.queries:,} documents ({stage.passes:.2f} passes)"
-                if isinstance(part, MaskedPart)
+                if isinstance(part, MaskedStage)
                 else f"{stage.queries:,} queries ({stage.passes:.2f} passes), {stage.texts:,} texts"
             )
         )

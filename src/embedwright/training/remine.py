@@ -30,7 +30,7 @@ from embedwright.training.batches.blend import Rows, Source
 from embedwright.training.batches.sources import corpus_of, entry_of, is_mined, trainable, with_sampling_weights
 from embedwright.training.recipe import Recipe
 from embedwright.training.run.checkpoint import RunState
-from embedwright.training.stages import PREVIOUS, Stage, StagePart
+from embedwright.training.stages import PREVIOUS, ContrastiveStage, Stage
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def refresh_every(stage: Stage) -> int:
 
 def refreshed(
     recipe: Recipe,
-    stage: StagePart,
+    stage: ContrastiveStage,
     sources: Sequence[Source],
     state: RunState,
     begin: int,
@@ -107,7 +107,7 @@ def _teacher(name: str, model: Embedder) -> Encoder | str:
 
 def _mine(
     recipe: Recipe,
-    stage: StagePart,
+    stage: ContrastiveStage,
     source: Source,
     answers: Answers,
     teacher: Encoder | str,

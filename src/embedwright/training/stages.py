@@ -87,7 +87,7 @@ class DistillPart(Part):
         if bool(self.vector_weight or self.similarity_weight) != bool(self.teacher):
             raise InputError("a teacher and vector_weight or similarity_weight need each other")
         if self.temperature and not (self.score_weight or self.similarity_weight):
-            raise InputError("temperature is of the scores, and neither score_weight nor similarity_weight is above 0")
+            raise InputError("temperature is of the scores, but neither score_weight nor similarity_weight is above 0")
         if len(set(self.teacher)) != len(self.teacher):
             raise InputError(f"teacher: {list(self.teacher)} names one model twice")
         if named := [name for name in self.teacher if name in (PREVIOUS, *NAMED)]:
@@ -179,11 +179,11 @@ class MinePart(Part):
 
 def _folder_name(name: str) -> str:
     if name in (".", "..", START) or not re.fullmatch(r"[\w .+=@-]+", name):
-        raise InputError(f"{name!r} also names files of the run: letters, digits, space and .+=@-_, and not {START!r}")
+        raise InputError(f"{name!r} also names files of the run: letters, digits, space and .+=@-_, but not {START!r}")
     return name
 
 
-class StagePart(Part):
+class ContrastiveStage(Part):
     """One pass of contrastive training over a blend of data, with an optimizer of its own."""
 
     reads: ClassVar = "data"  # the key that lists what it reads
@@ -210,22 +210,22 @@ class StagePart(Part):
     """Keep the forms of `run.save` at the stage's end in `<run.out>/stages/<name>/`, for another run's `model.from`."""
 
     @model_validator(mode="after")
-    def _uses_what_is_mined(self) -> StagePart:
+    def _uses_what_is_mined(self) -> ContrastiveStage:
         if self.mine is not None and not 1 <= self.hard_negatives <= self.mine.negatives:
             raise InputError(f"hard_negatives={self.hard_negatives} of {self.mine.negatives} that are mined for it")
         return self
 
     @model_validator(mode="after")
-    def _loss_has_what_it_needs(self) -> StagePart:
+    def _loss_has_what_it_needs(self) -> ContrastiveStage:
         distill = self.loss.distill
         if not self.hard_negatives and self.loss.hardness:
-            raise InputError("loss.hardness weighs a row's own negatives, and hard_negatives is 0")
+            raise InputError("loss.hardness weighs a row's own negatives, but hard_negatives is 0")
         if not self.hard_negatives and distill is not None and distill.score_weight:
-            raise InputError("loss.distill.score_weight compares a row's own negatives, and hard_negatives is 0")
+            raise InputError("loss.distill.score_weight compares a row's own negatives, but hard_negatives is 0")
         return self
 
     @model_validator(mode="after")
-    def _data_differ(self) -> StagePart:
+    def _data_differ(self) -> ContrastiveStage:
         seen: dict[str, int] = {}
         for number, entry in enumerate(self.data):
             first = seen.setdefault(entry.model_dump_json(include={"path", "corpus", "task"}), number)
@@ -258,7 +258,7 @@ class TextPart(Part):
     """Of the text, for the model card."""
 
 
-class MaskedPart(Part):
+class MaskedStage(Part):
     """A masked phase before contrastive training: masked next-token prediction on plain text (docs/losses.md).
 
     In a recipe, a stage of `kind: mntp`. It trains the backbone, never the pooling block.
@@ -298,4 +298,4 @@ class MaskedPart(Part):
         return self.model_dump(mode="json", include={"kind", "mask_token", "mask_share"})
 
 
-Stage = StagePart | MaskedPart
+Stage = ContrastiveStage | MaskedStage

@@ -26,7 +26,7 @@ from embedwright.training.masked.batch import MaskedBatch, Masker
 from embedwright.training.recipe import Recipe
 from embedwright.training.run import memory
 from embedwright.training.run.watch import HeadActivity, chance
-from embedwright.training.stages import MaskedPart, StagePart
+from embedwright.training.stages import ContrastiveStage, MaskedStage
 
 _LOOK_EVERY = 10  # steps between two looks at what the pooling block does
 
@@ -44,7 +44,7 @@ class Steps:
         self.maskers = {
             number: Masker(stage, model.text_tokenizer, model.contract)
             for number, stage in enumerate(recipe.stages)
-            if isinstance(stage, MaskedPart)
+            if isinstance(stage, MaskedStage)
         }
         self.language_head = masked.language_head(model.network, recipe.model) if self.maskers else None
 
@@ -77,15 +77,16 @@ class Steps:
         self.replica = replace(self.replica, projection=projection_of(optimizer))
         loss, tokens, at_chance = self._accumulate(number, local, seed)
         lr = learning_rate(optim, step)
-        norm, problem = math.nan, None
-        try:
-            if self.processes.all_max(not math.isfinite(loss)):  # else one would skip what the others wait for
-                optimizer.zero_grad(set_to_none=True)
-                own = f"the loss is {loss}"
-                raise FloatingPointError("the loss of another process is not finite" if math.isfinite(loss) else own)
-            norm = update(self.model.network, optimizer, lr, optim.clip)
-        except FloatingPointError as error:
-            problem = str(error)
+        norm = math.nan
+        problem: str | None = None
+        if self.processes.all_max(not math.isfinite(loss)):  # else one would skip what the others wait for
+            optimizer.zero_grad(set_to_none=True)
+            problem = "the loss of another process is not finite" if math.isfinite(loss) else f"the loss is {loss}"
+        else:
+            try:
+                norm = update(self.model.network, optimizer, lr, optim.clip)
+            except FloatingPointError as error:
+                problem = str(error)
         peak = memory.peak(device)
         record = {
             "stage": stage.name,
@@ -109,7 +110,7 @@ class Steps:
             network, head = self.model.network, self.language_head
             loss, tokens = masked.accumulate(network, head, local, self.processes, batch_tokens=budget, seed=seed)
             return loss, tokens, math.log(self.maskers[number].vocabulary)
-        assert isinstance(stage, StagePart)
+        assert isinstance(stage, ContrastiveStage)
         loss, tokens = accumulate(self.replica, local, stage, batch_tokens=budget, seed=seed)
         return loss, tokens, chance(local.batch)
 

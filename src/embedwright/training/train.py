@@ -34,11 +34,11 @@ from embedwright.training.run.checkpoint import (
     restore_weights,
     save_checkpoint,
 )
-from embedwright.training.run.checks import check_reading, open_checked, teachers
+from embedwright.training.run.checks import check_fits_model, open_checked, teachers
 from embedwright.training.run.distill import Teacher, projection_to, teacher_of
 from embedwright.training.run.folder import card_facts, describe_run
 from embedwright.training.run.heldout import measured_once
-from embedwright.training.run.resume import open_folder, where_to_go_on
+from embedwright.training.run.resume import find_resume_point, open_folder
 from embedwright.training.run.save import save_end, save_stage
 from embedwright.training.run.scores import Scores
 from embedwright.training.run.signals import Interrupted, StopRequest, stop_on_signal
@@ -93,10 +93,10 @@ def train(recipe: Recipe, *, on_step: OnStep | None = None, on_evaluation: OnEva
         }
         facts_of["teacher"] = contents_of(name for _, name in teachers(recipe))
         state = RunState(0, 0, recipe.hash(), data_fingerprint(sources), origin, facts_of)
-    state, checkpoint = where_to_go_on(recipe, state, processes)
+    state, checkpoint = find_resume_point(recipe, state, processes)
     with processes.together():
         model = start_model(recipe, processes)
-        check_reading(recipe, sources, model)
+        check_fits_model(recipe, sources, model)
         before = [card_of(recipe.model.from_)] if recipe.model.from_ else []  # its folder may go while this trains
     open_folder(out, processes)
     steps = Steps(recipe, model, processes)

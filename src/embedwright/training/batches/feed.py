@@ -20,7 +20,7 @@ from embedwright.training.batches.batch import Batch, Text, most_encoded
 from embedwright.training.batches.blend import Row, Source, rows_at
 from embedwright.training.batches.make import make_batch
 from embedwright.training.recipe import Recipe
-from embedwright.training.stages import StagePart
+from embedwright.training.stages import ContrastiveStage
 
 Made = TypeVar("Made")
 Teach = Callable[[Sequence[Text]], Tensor]  # what a teacher makes of texts: (N, E) float32
@@ -60,7 +60,7 @@ def batch_of_step(recipe: Recipe, number: int, sources: Sequence[Source], contra
     A row whose task has no instruction is read under the model's own.
     """
     stage = recipe.stages[number]
-    assert isinstance(stage, StagePart)
+    assert isinstance(stage, ContrastiveStage)
     rows = rows_at(
         sources,
         step,

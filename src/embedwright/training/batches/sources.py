@@ -24,7 +24,7 @@ from embedwright.errors import NotFoundError, error_prefix
 from embedwright.mining.rules import RANDOM
 from embedwright.training.batches.blend import Source, permuted, sampling_weight
 from embedwright.training.recipe import Recipe, expand
-from embedwright.training.stages import DataPart, MaskedPart, Stage, StagePart, TextPart
+from embedwright.training.stages import ContrastiveStage, DataPart, MaskedStage, Stage, TextPart
 from embedwright.vectors.corpus import corpus_at, is_encoded
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def _number_of(source: Source) -> str:
     return source.name.partition("#")[0]
 
 
-def open_table(recipe: Recipe, stage: StagePart, entry: DataPart) -> ExampleTable:
+def open_table(recipe: Recipe, stage: ContrastiveStage, entry: DataPart) -> ExampleTable:
     """Opens the rows of one entry. Raises FileNotFoundError, ConfigError or DataError if it cannot be read."""
     corpus = expand(entry.corpus) if entry.corpus else None
     return open_examples(
@@ -104,7 +104,7 @@ def _stage_sources(recipe: Recipe, stage: Stage, known: dict[str, Task], lacking
     sources = [source for number in range(len(stage.data)) for source in _checked_sources(recipe, stage, number, known)]
     if not sources:  # a plan leaves out what is not there yet
         return []
-    if isinstance(stage, MaskedPart):
+    if isinstance(stage, MaskedStage):
         sources = _without_heldout(recipe, stage, sources)
     else:
         _warn_of_equal_names(recipe, stage, sources)
@@ -113,7 +113,7 @@ def _stage_sources(recipe: Recipe, stage: Stage, known: dict[str, Task], lacking
     return with_sampling_weights(stage, sources)
 
 
-def _warn_of_equal_names(recipe: Recipe, stage: StagePart, sources: Sequence[Source]) -> None:
+def _warn_of_equal_names(recipe: Recipe, stage: ContrastiveStage, sources: Sequence[Source]) -> None:
     """Warns of rows of two files that are one task by the name of their files alone."""
     first: dict[str, Path] = {}
     for source in sources:
@@ -172,7 +172,7 @@ def with_sampling_weights(stage: Stage, sources: Sequence[Source]) -> list[Sourc
 
 def _checked_sources(recipe: Recipe, stage: Stage, number: int, known: dict[str, Task]) -> list[Source]:
     where = f"recipe {recipe.name}: stages.{stage.name}.{stage.reads}.{number}"
-    if isinstance(stage, MaskedPart):
+    if isinstance(stage, MaskedStage):
         return [_text_source(recipe, stage.text[number], f"{number}#", where)]
     sources = [_check(recipe, stage, source, where) for source in _entry_sources(recipe, stage, number, known, where)]
     if stage.mine is not None and any(map(is_mined, sources)):  # else a run would meet a bad corpus after hours
@@ -181,7 +181,9 @@ def _checked_sources(recipe: Recipe, stage: Stage, number: int, known: dict[str,
     return sources
 
 
-def _entry_sources(recipe: Recipe, stage: StagePart, number: int, known: dict[str, Task], where: str) -> list[Source]:
+def _entry_sources(
+    recipe: Recipe, stage: ContrastiveStage, number: int, known: dict[str, Task], where: str
+) -> list[Source]:
     entry = stage.data[number]
     try:
         table = open_table(recipe, stage, entry)
@@ -232,7 +234,7 @@ def _text_source(recipe: Recipe, entry: TextPart, name: str, where: str) -> Sour
     return Source(f"{name}{task.name}", table, np.arange(len(table)), task)
 
 
-def _without_heldout(recipe: Recipe, stage: MaskedPart, sources: Sequence[Source]) -> list[Source]:
+def _without_heldout(recipe: Recipe, stage: MaskedStage, sources: Sequence[Source]) -> list[Source]:
     """Returns the sources without the documents that the stage holds out, and without others of the same text."""
     total, where = sum(len(source.rows) for source in sources), f"recipe {recipe.name}: stages.{stage.name}.heldout"
     if stage.heldout >= total:
@@ -277,7 +279,7 @@ def _is_synthetic(task: Task) -> bool:
     return task.source.startswith(SYNTHETIC)
 
 
-def _check(recipe: Recipe, stage: StagePart, source: Source, where: str) -> Source:
+def _check(recipe: Recipe, stage: ContrastiveStage, source: Source, where: str) -> Source:
     """Returns the source, with the rows that can train something once its negatives are there. Raises ConfigError if
     there is none, or strict asks for more.
     """
@@ -289,7 +291,7 @@ def _check(recipe: Recipe, stage: StagePart, source: Source, where: str) -> Sour
     return source if stage.mine is not None and is_mined(source) else trainable(stage, source, where)
 
 
-def _with_pairs(stage: StagePart, source: Source, where: str) -> Source:
+def _with_pairs(stage: ContrastiveStage, source: Source, where: str) -> Source:
     """Returns the source with the rows that the loss can learn from: all for CoSENT, those with a positive for InfoNCE.
 
     Raises ConfigError if there is none.
@@ -316,7 +318,7 @@ def is_mined(source: Source) -> bool:
     return task.family in ("retrieval", "reranking") and not task.symmetric and not _is_synthetic(task)
 
 
-def trainable(stage: StagePart, source: Source, where: str) -> Source:
+def trainable(stage: ContrastiveStage, source: Source, where: str) -> Source:
     """Returns the source with the rows that have what the stage compares. Raises ConfigError if there is none."""
     task = source.task
     if (task.in_batch_negatives or stage.in_batch_negatives) != "none" or stage.loss.teachers:

@@ -18,7 +18,7 @@ from embedwright.text import Contract, TextTokenizer, TokenizedText, tokenize
 from embedwright.training.batches.batch import ids_hash
 from embedwright.training.batches.blend import Source, rows_at
 from embedwright.training.recipe import Recipe
-from embedwright.training.stages import MaskedPart
+from embedwright.training.stages import MaskedStage
 
 # BERT's split: 80 % of the masked tokens become the mask token, 10 % another token, the others stay. Source: BERT,
 # arXiv 1810.04805, and LLM2Vec's run_mntp.py, which takes transformers' DataCollatorForLanguageModeling for Llama.
@@ -51,7 +51,7 @@ class MaskedBatch:
 class Masker:
     """Reads documents as the model reads them, and masks some of their tokens."""
 
-    def __init__(self, stage: MaskedPart, tokenizer: TextTokenizer, contract: Contract) -> None:
+    def __init__(self, stage: MaskedStage, tokenizer: TextTokenizer, contract: Contract) -> None:
         """Raises ConfigError, which names a near token, if the stage's mask token is not one token of the tokenizer."""
         self.stage, self.tokenizer, self.contract = stage, tokenizer, contract
         self.vocabulary, name = tokenizer.plain.get_vocab_size(), stage.mask_token

@@ -119,7 +119,7 @@ def _start(name: str, out: Path, total: int, settings: Mapping[str, Any]) -> dic
         elif name == "wandb":
             project = os.environ.get("WANDB_PROJECT", "embedwright")
             more = {"name": run, "id": _run_id(out), "dir": str(out), "config": config}
-            # a run may go on with another `eval` or `out`
+            # a run may resume with another `eval` or `out`
             started = {name: tracking.WandBTracker(project, resume="allow", allow_val_change=True, **more)}
         else:
             named = f"{run}-{_run_id(out)}"
@@ -137,7 +137,7 @@ def _start(name: str, out: Path, total: int, settings: Mapping[str, Any]) -> dic
 
 
 def _run_id(out: Path) -> str:
-    """Returns the name of this run to trackers. A run that goes on keeps it."""
+    """Returns the name of this run to trackers. A resumed run keeps it."""
     file = out / "tracker.json"
     if not file.exists():
         write_text(file, json.dumps({"id": uuid.uuid4().hex[:8]}) + "\n")

@@ -167,6 +167,6 @@ class NonFinite:
         logger.warning("stage %s, step %d: %s, no update (the rows are in %s)", stage, step, what, self.file)
         if self.tries == TRIES:
             raise FloatingPointError(
-                f"stage {stage}, step {step}: {what}, for the third step in a row. The weights are those of "
-                f"before them, the last checkpoint is good, the rows are in {self.file}"
+                f"stage {stage}, step {step}: {what}, for the third step in a row. The weights are those "
+                f"from before these steps, the last checkpoint is good, the rows are in {self.file}"
             )

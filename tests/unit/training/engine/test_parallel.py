@@ -31,7 +31,7 @@ from embedwright.training.masked import loss as masked_loss
 from embedwright.training.masked.batch import MaskedBatch, MaskedText
 from embedwright.training.parts import ModelPart, OptimPart, TunePart
 from embedwright.training.run.distill import Teacher
-from embedwright.training.stages import DataPart, LossPart, StagePart
+from embedwright.training.stages import ContrastiveStage, DataPart, LossPart
 
 COUNTS = (1, 2)
 LIMIT = 7.0  # minutes that a process waits for the others
@@ -219,7 +219,7 @@ def gradients_of(kind: str, case: str, decoder: str, processes: Processes) -> di
         loss=loss_part,
     )
     optim = OptimPart(lr=1e-3, steps=2, batch_queries=queries)
-    stage = StagePart(
+    stage = ContrastiveStage(
         name="s",
         data=(DataPart(path="none"),),
         in_batch_negatives=in_batch,  # type: ignore[arg-type]
