@@ -20,7 +20,7 @@ from embedwright.training.run.distill import projection_to, teacher_of
 from embedwright.training.run.start import start_model
 from embedwright.training.steps import Steps
 
-LOOKED_AT_ROWS = 16_384  # of a stage, for its largest batch
+LOOKED_AT_ROWS = 16_384  # rows searched for a stage's largest batch
 HEAD = ["stage", "steps", "tokens a step", "largest", "peak GB", "seconds of the largest", "hours"]
 
 

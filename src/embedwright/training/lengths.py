@@ -10,7 +10,7 @@ import numpy as np
 from embedwright.processes import Processes
 from embedwright.text import Contract, TextTokenizer
 from embedwright.training.batches.blend import Row, Source
-from embedwright.training.batches.feed import batch_of_step, dealt, tokenize_texts
+from embedwright.training.batches.feed import batch_of_step, split_batch, tokenize_texts
 from embedwright.training.batches.sources import is_mined, open_sources
 from embedwright.training.masked.batch import Masker
 from embedwright.training.masked.batch import batch_of_step as masked_batch
@@ -18,7 +18,7 @@ from embedwright.training.recipe import Recipe
 from embedwright.training.run.start import longest_of, model_error_prefix, tokenizer_and_contract
 from embedwright.training.stages import MaskedStage, Stage
 
-SAMPLED_ROWS = 512  # of a stage: enough for a mean within a few percent
+SAMPLED_ROWS = 512  # rows sampled of a stage: enough for a mean within a few percent
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +54,8 @@ class Tokens:
 def tokens_of(recipe: Recipe, there: list[list[bool]], processes: int = 1) -> list[Tokens]:
     """Counts the tokens of each stage; `there` says of each entry of its data whether the file can be read.
 
-    `processes` share the texts of a step. Raises OSError if the base's tokenizer cannot be had, ConfigError if training
-    would refuse the data.
+    `processes` share the texts of a step. Raises OSError if the base's tokenizer cannot be loaded, ConfigError if
+    training would refuse the data.
     """
     parts = tuple(_part_that_is_there(part, found) for part, found in zip(recipe.stages, there, strict=True))
     lacking = [part.name for part, found in zip(parts, there, strict=True) if not all(found)]
@@ -136,7 +136,7 @@ def _texts_of_step(
     if isinstance(stage, MaskedStage):
         masked = masked_batch(recipe, number, sources, Masker(stage, tokenizer, contract), step)
         texts = [len(text.tokens.ids) for text in masked.texts]
-        # training deals them out by letters, of which a token has about as many in each text
+        # training splits by characters, which are about proportional to tokens
         return {"texts": texts}, sum(texts), max(sum(texts[i] for i in part) for part in processes.split(texts))
     batch = batch_of_step(recipe, number, sources, contract, step)
     tokens = tokenize_texts(tokenizer, contract, [*batch.queries, *batch.candidates])
@@ -145,7 +145,7 @@ def _texts_of_step(
     positive = set(batch.masks.positive_Q.tolist())
     for column, length in enumerate(candidates):
         kinds["positives" if column in positive else "negatives"].append(length)
-    parts = [sum(len(tokens[text].ids) for text in part) for part in dealt(batch, processes)[0]]
+    parts = [sum(len(tokens[text].ids) for text in part) for part in split_batch(batch, processes)[0]]
     return kinds, sum(len(read.ids) for read in tokens.values()), max(parts)
 
 

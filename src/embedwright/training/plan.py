@@ -29,7 +29,7 @@ class EntryPlan:
 
 @dataclass(frozen=True, slots=True)
 class StagePlan:
-    """The size of a stage. `tokens` is None if base or tokenizer cannot be had.
+    """The size of a stage. `tokens` is None if base or tokenizer cannot be loaded.
 
     `queries` are drawn in all steps together; `texts` are these with a positive and the hard negatives of each. Of a
     masked phase, both are the documents. `rows` and `passes` go by the data whose size is known.
@@ -46,7 +46,7 @@ class StagePlan:
 
 
 def report(recipe: Recipe, *, processes: int = 1) -> str:
-    """Says all that can be said of a recipe before it runs; memory is unknown where base or tokenizer cannot be had.
+    """Says all that can be said of a recipe before it runs; memory is unknown where base or tokenizer cannot be loaded.
 
     Errors as in `plan`, and ConfigError if training would refuse the data.
     """
@@ -179,9 +179,9 @@ def _token_lines(stage: StagePlan, tokens: Tokens) -> list[str]:
 
 
 def render_memory(recipe: Recipe, tokens: Sequence[Tokens], sizes: Sizes, processes: int = 1) -> list[str]:
-    """Parameters, and memory by part, as lines of text: of one process on a GPU and on a CPU.
+    """Returns the parameter counts and the memory by part, as lines of text: for one process on a GPU and on a CPU.
 
-    Of several processes, which have a GPU each, as the recipe has them, then with the other `run.parallel`.
+    For several processes, which have a GPU each, first with the recipe's `run.parallel`, then with the other.
     """
     parts = f"LoRA {sizes.adapters:,}" if sizes.adapters else f"decoder {sizes.decoder:,}"
     total = sizes.decoder + sizes.adapters + sizes.head

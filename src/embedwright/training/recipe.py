@@ -40,7 +40,7 @@ class Recipe(Part):
     name: Text
     """Names the run in logs and in the model card."""
     seed: Annotated[NotNegative, Field(lt=2**63)] = 0
-    """Of the order of rows, of fresh weights and of dropout."""
+    """Seeds the order of rows, new weights and dropout."""
     strict: Flag = False
     """A missing instruction or licence is an error."""
     model: ModelPart

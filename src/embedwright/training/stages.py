@@ -57,7 +57,7 @@ class DataPart(Part):
     A description is also that of rows which name its task. A key that it leaves out is as the file of tasks says.
     """
     weight: PositiveNumber = 1.0
-    """Multiplies the share of the draws that the number of rows gives."""
+    """Multiplies the sampling weight that the number of rows gives."""
     rows: Positive | None = None
     """How many rows there will be; `--plan` uses it while the file is missing. Unit: rows."""
 
@@ -67,12 +67,12 @@ def _as_list(names: Any) -> Any:
 
 
 class DistillPart(Part):
-    """Terms beside the stage's loss that follow a teacher."""
+    """Terms added to the stage's loss that follow a teacher."""
 
     score_weight: Weight = 0.0
     """Weight of the KL term between the model's softmax and that of the row's scores. Source: arXiv 2010.11386."""
     temperature: PositiveNumber | None = None
-    """Of the row's scores and of the teacher's cosines; without it, the stage's."""
+    """Temperature of the row's scores and the teacher's cosines. Default: the stage's."""
     vector_weight: Weight = 0.0
     """Weight of the distance to the teacher's vectors, of any width. Source: EmbedDistill, arXiv 2301.12005."""
     similarity_weight: Weight = 0.0
@@ -122,7 +122,7 @@ class LossPart(Part):
     spread_out: Weight = 0.0
     """Weight of the mean squared cosine of different queries, and of different positives. Source: EmbeddingGemma."""
     dims: tuple[Positive, ...] = ()
-    """Matryoshka: take the loss also on the first so many numbers of each vector. Source: arXiv 2205.13147."""
+    """Matryoshka: also compute the loss on the first N dimensions of vectors, for each N. Source: arXiv 2205.13147."""
     scored: Literal["info_nce", "cosent"] = "info_nce"
     """The loss of rows with a score. Source: CoSENT."""
     distill: DistillPart | None = None
@@ -147,21 +147,21 @@ class MinePart(Part):
     rule: Rule = "perc"
     """Which candidates are left out (docs/mining.md). Source: paper, 4.1."""
     margin: Number | None = None
-    """Of the rule; without it, NV-Retriever's best. Source: paper, 4.1: 0.95."""
+    """The rule's margin. Default: NV-Retriever's best. Source: paper, 4.1: 0.95."""
     negatives: Positive = 7
-    """Taken for each query. Unit: negatives. Source: recalled from the paper's appendix."""
+    """Negatives mined for each query. Unit: negatives. Source: recalled from the paper's appendix."""
     depth: Positive = 100
     """Candidates looked at for each query. Unit: documents."""
     sampled: Flag = False
     """Draw negatives by softmax over the scores, instead of taking the best. Source: NV-Retriever, arXiv 2407.15831."""
     sample_from: Positive | None = None
-    """With `sampled`: draw from the first so many that the rule lets pass; without it, 10. Unit: documents."""
+    """With `sampled`: draw from the top N that pass the rule. Default: 10. Unit: documents."""
     every: Positive | None = None
-    """Mine again after so many steps of the stage; for `previous` alone. Unit: steps."""
+    """Mine again every N steps; only with teacher `previous`. Unit: steps."""
 
     @property
     def teachers(self) -> tuple[str, ...]:
-        """The models beside the trained one whose vectors are searched."""
+        """The models other than the trained one whose vectors are searched."""
         return () if self.teacher in (PREVIOUS, *NAMED) else (self.teacher,)
 
     @model_validator(mode="after")
@@ -246,7 +246,7 @@ class ContrastiveStage(Part):
 class TextPart(Part):
     """One source of plain text for a masked phase: what `data pairs` reads, too (docs/pairs.md)."""
 
-    # keys of other data that text has not
+    # keys of other data, which text lacks
     corpus: ClassVar[None] = None
     task: ClassVar[None] = None
     rows: ClassVar[None] = None
@@ -255,7 +255,7 @@ class TextPart(Part):
     path: Text
     """Rows with `text` and `title`, a .txt with a text a line, or a folder of such or of pages; also `${VARIABLE}`."""
     licence: str = ""
-    """Of the text, for the model card."""
+    """Licence of the text, for the model card."""
 
 
 class MaskedStage(Part):
@@ -286,7 +286,7 @@ class MaskedStage(Part):
     """Documents kept out of training; the loss on them is measured before and after. Unit: documents."""
     optim: OptimPart
     save: Flag = False
-    """As of any stage."""
+    """As in a contrastive stage."""
 
     @property
     def data(self) -> tuple[TextPart, ...]:

@@ -54,7 +54,7 @@ class Steps:
         return backbone if number in self.maskers else self.model.network
 
     def batch(self, number: int, sources: Sequence[Source], step: int, teach: Teach | None) -> LocalBatch | MaskedBatch:
-        """Makes this process's part of a step's batch. It asks no other process, so it may run ahead of its step."""
+        """Makes this process's part of a step's batch. It does not communicate, so it may run ahead of its step."""
         model = self.model
         if number in self.maskers:
             return masked_batches.batch_of_step(

@@ -70,12 +70,12 @@ def train(recipe: Recipe, *, on_step: OnStep | None = None, on_evaluation: OnEva
         on_evaluation: Called with lines of progress. With several processes, in rank 0 alone.
 
     Returns:
-        The embedder in float32, adapters merged, on the device where it trained; on the CPU where that lacks the room,
-        or of several processes. The other processes than rank 0 get the model as it trained.
+        The embedder in float32 with its adapters merged, on the device that trained it. It is on the CPU if that
+        device lacks the room or if several processes trained. Processes other than rank 0 get the model as trained.
 
     Raises:
-        ConfigError: The folder holds a run of another recipe, model or teacher, or of other data; or a package is
-            missing that `tune.method` needs.
+        ConfigError: The folder holds a run with another recipe, model, teacher or data; or `tune.method` needs a
+            package that is missing.
         Interrupted: SIGTERM or SIGINT stopped the run, after a checkpoint. It is a KeyboardInterrupt.
         FloatingPointError: Three steps in a row were not finite. A checkpoint from before them is kept.
         RuntimeError: Some weights did not move.
@@ -112,7 +112,8 @@ def train(recipe: Recipe, *, on_step: OnStep | None = None, on_evaluation: OnEva
             names, at = [stage.name for stage in recipe.stages], (state.stage, state.step)
             log = Tracker(out, recipe.run.tracker, names, at, recipe.model_dump(mode="json"))
 
-    def card(stages: int, saved: Embedder, path: str) -> str:  # of rank 0, which has the items of the scores
+    # called in rank 0 only, which has the items of the scores
+    def card(stages: int, saved: Embedder, path: str) -> str:
         so_far = recipe.model_copy(update={"stages": recipe.stages[:stages]})
         known, told = facts(saved.network, saved.text_tokenizer), card_facts(so_far, sources[:stages], scores.records)
         base = known["base"] or (before[0].name if before else told["base"])
@@ -208,7 +209,7 @@ class _Run:
     def probe(self) -> None:
         """Probes the network. Raises ProbeError in all processes."""
         network = self.model.network
-        # each forward of a sharded network asks the other processes, which all find the same in it
+        # a sharded network's forward needs all processes, and all get the same result
         with nullcontext() if network.sharded else self.processes.together():
             probe.check(network)
 
@@ -251,7 +252,7 @@ class _Run:
             if stage.mine is not None:  # the step before has finished, so the current weights do the mining
                 say = self.listeners.on_evaluation
                 now = refreshed(recipe, stage, sources, state, begin, model, self.processes, say)
-            if teacher is not None:  # of a resumed run the same texts, since its vectors are then the same to the bit
+            if teacher is not None:  # a resumed run prepares the same texts, so its vectors are bit-identical
                 of_all = (batch_of_step(recipe, state.stage, now, model.contract, step) for step in range(begin, end))
                 teacher.prepare(of_all, self.processes, self.stop_if_asked)
             yield from ahead(make, steps, recipe.run.workers)

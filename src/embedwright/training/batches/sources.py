@@ -33,10 +33,10 @@ logger = logging.getLogger(__name__)
 def open_sources(recipe: Recipe, *, lacking: Collection[str] = ()) -> list[list[Source]]:
     """Returns the sources of each stage. Raises FileNotFoundError or ConfigError, which name the wrong recipe key.
 
-    A task that rows name is described by the entry of the recipe that they come from (a bare name there stands for
-    what another entry says of it). What that leaves out is as the file of tasks beside the rows says. A task that
-    neither describes is as another entry of the recipe says, or else as the catalogue does. `lacking` names stages of
-    which some data is not there yet, so that they cannot be refused for what all of it lacks.
+    A task is described by the first of these that knows it: the recipe entry that its rows come from (a bare name there
+    refers to another entry's description), completed by the task file beside the rows; that task file; another entry of
+    the recipe; the catalogue. `lacking` names stages whose data is partly missing: checks over all data of a stage are
+    skipped for them.
     """
     known = _described(recipe)
     return [_stage_sources(recipe, stage, known, lacking) for stage in recipe.stages]
@@ -260,7 +260,7 @@ def heldout_texts(sources: Sequence[Source]) -> list[str]:
 
 
 def _kinds(tasks: Iterable[Task], mined: bool) -> dict[str, list[Task]]:
-    """Tasks of equal family, `symmetric` and `in_batch_negatives`, together: synthetic rows have thousands of them.
+    """Groups tasks of equal family, `symmetric` and `in_batch_negatives`: synthetic rows have thousands of them.
 
     Where a stage mines, real and synthetic tasks are two kinds, since only the real ones are mined.
     """
@@ -302,7 +302,7 @@ def _with_pairs(stage: ContrastiveStage, source: Source, where: str) -> Source:
     if not len(rows):
         raise ConfigError(
             f"{where}: no scored pair of task {source.task.name!r} reaches the threshold (docs/data.md), so that there "
-            "is no positive: use loss.scored: cosent, which learns from all pairs, or bring the scores to the scale"
+            "is not a positive: use loss.scored: cosent, which learns from all pairs, or bring the scores to the scale"
         )
     return replace(source, rows=rows)
 

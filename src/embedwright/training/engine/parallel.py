@@ -30,7 +30,7 @@ class Replica:
     `embed(packed)` gives (N, E) with gradient. `syncing(last)` surrounds forward and backward of a micro-batch. DDP
     averages gradients over the processes once a step, in its last micro-batch. FSDP does so in each micro-batch:
     otherwise whole gradients would stay in memory until the last. `projection` trains along in a stage whose teacher
-    has vectors of another width: it is no part of the network, and each process has all of it.
+    has vectors of another width: it is not part of the network, and each process has all of it.
     """
 
     processes: Processes

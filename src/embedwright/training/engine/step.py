@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from embedwright.packing import batches, moved, pack
-from embedwright.training.batches.batch import Batch, Text, most_encoded
+from embedwright.training.batches.batch import Batch, Text, split_token_limit
 from embedwright.training.batches.feed import LocalBatch
 from embedwright.training.engine import gradcache
 from embedwright.training.engine.parallel import Replica
@@ -26,9 +26,9 @@ def accumulate(
     """Adds the gradient of the batch's loss to the parameters. Returns the loss and the tokens of all processes.
 
     A batch of at most `batch_tokens` takes one forward. A larger one is split by queries where it is separable, which
-    is exact and takes one pass; each part encodes all of its texts, shared ones included. GradCache does the
-    rest: batches that are not separable, batches with a query that is larger than `batch_tokens` by itself, and batches
-    whose parts would together encode over a third more tokens than the batch has.
+    is exact and takes one pass; each part encodes all of its texts, shared ones included. GradCache does the rest:
+    batches that are not separable, batches with a query that is larger than `batch_tokens` by itself, and batches whose
+    parts would together encode over a third more tokens than the batch has.
     """
     processes = replica.processes
     own, elsewhere = local.texts[processes.rank], set[Text]().union(*local.texts[: processes.rank])
@@ -41,9 +41,9 @@ def accumulate(
         max(encoded, default=0) > batch_tokens,
     )
     seed += 1_000_003 * processes.rank
-    if groups is not None and not too_large and again <= most_encoded(distinct):
+    if groups is not None and not too_large and again <= split_token_limit(distinct):
         loss = _by_queries(replica, local, groups, stage, seed)
-        if replica.projection is not None:  # no part of the network, whose gradients are averaged on the way
+        if replica.projection is not None:  # not part of the network, whose gradients are averaged on the way
             processes.all_reduce_gradients([replica.projection])
             if replica.projection.grad is not None:
                 replica.projection.grad /= processes.count

@@ -2,7 +2,7 @@
 
 Sharded tensors go through `torch.distributed.checkpoint`, whose `HuggingFaceStorageWriter` writes safetensors and whose
 reader takes the shapes from their headers, so nothing is unpickled from disk. Its state-dict functions are left out:
-they know no parameter beside the model (a projection to a teacher), and torch's dict of DTensors needs none of them.
+they know no parameter outside the model (a projection to a teacher), and torch's dict of DTensors needs none of them.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def tensor_sizes(folder: Path) -> dict[str, torch.Size]:
 
 
 def read_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Fills tensors from the files of a folder, however they were divided there. It asks no other process.
+    """Fills tensors from the files of a folder, however they were divided there. It does not communicate.
 
     Of a sharded tensor it reads the part of this process.
     """

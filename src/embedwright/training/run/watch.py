@@ -26,8 +26,8 @@ UPDATES = 10  # over which the optimizer must have moved every trained tensor
 _SHIELDED = 2  # updates in which tensors that start at zero keep the gradient from their partners
 TRIES = 3  # steps in a row without a finite loss and gradient
 _STUCK_OVER, _STUCK_WITHIN = 50, 0.02  # steps; relative distance from the loss at chance
-_INERT = 1e-3  # of a state's length
-_TOKENS = 32  # whose way through the head is looked at
+_INERT = 1e-3  # share of a state's length
+_TOKENS = 32  # tokens on which the head is measured
 
 
 class MovedWeights:
