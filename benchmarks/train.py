@@ -54,11 +54,11 @@ from embedwright.training.engine.optim import make_optimizer, update  # noqa: E4
 from embedwright.training.engine.parallel import replicate  # noqa: E402
 from embedwright.training.engine.step import accumulate  # noqa: E402
 from embedwright.training.parts import OptimPart, TunePart  # noqa: E402
-from embedwright.training.stages import DataPart, StagePart  # noqa: E402
+from embedwright.training.stages import ContrastiveStage, DataPart  # noqa: E402
 
 MODEL = "smollm2-135m"
 QUERIES, RANK, TEMPERATURE, CLIP = 32, 16, 0.05, 1.0
-STAGE = StagePart(
+STAGE = ContrastiveStage(
     name="benchmark",
     data=(DataPart(path="none"),),
     in_batch_negatives="all",

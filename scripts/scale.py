@@ -20,7 +20,7 @@ from embedwright.training.cost import GB, Sizes, sizes_of
 from embedwright.training.lengths import Tokens, tokens_of
 from embedwright.training.plan import largest_memory
 from embedwright.training.recipe import Recipe
-from embedwright.training.stages import StagePart
+from embedwright.training.stages import ContrastiveStage
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -94,7 +94,7 @@ def fields(sizes: Sizes) -> dict[str, Any]:
     return {name: getattr(sizes, name) for name in Sizes.__dataclass_fields__}
 
 
-def micro_batches(recipe: Recipe, stage: StagePart, length: int) -> tuple[int, float]:
+def micro_batches(recipe: Recipe, stage: ContrastiveStage, length: int) -> tuple[int, float]:
     """Of a GPU's part of a step: its micro-batches, and the operations for each parameter and token.
 
     With LoRA and gradient checkpointing these are forward, forward again, and the gradient of the states: 2 each.
@@ -107,14 +107,14 @@ def micro_batches(recipe: Recipe, stage: StagePart, length: int) -> tuple[int, f
     return -(-texts // first), 6 + 2 * max(0, 1 - first / texts)
 
 
-def seconds_a_step(recipe: Recipe, stage: StagePart, sizes: Sizes, length: int) -> float:
+def seconds_a_step(recipe: Recipe, stage: ContrastiveStage, sizes: Sizes, length: int) -> float:
     """The seconds of products: those of attention are not in it."""
     tokens = stage.optim.batch_queries * stage.texts_a_row * length
     return micro_batches(recipe, stage, length)[1] * tokens * (sizes.decoder + sizes.head) / GPUS / RATE
 
 
-def stages_of(recipe: Recipe) -> list[StagePart]:
-    return [stage for stage in recipe.stages if isinstance(stage, StagePart)]
+def stages_of(recipe: Recipe) -> list[ContrastiveStage]:
+    return [stage for stage in recipe.stages if isinstance(stage, ContrastiveStage)]
 
 
 def step(recipe: Recipe, sizes: Sizes) -> list[str]:

@@ -28,7 +28,7 @@ from embedwright.model.embedder import Embedder
 from embedwright.training.batches.blend import Source, rows_at
 from embedwright.training.parts import OptimPart
 from embedwright.training.recipe import Recipe
-from embedwright.training.stages import StagePart
+from embedwright.training.stages import ContrastiveStage
 
 Found = dict[str, Any]
 
@@ -148,7 +148,7 @@ def train(recipe: Recipe, sources: list[list[Source]], limits: Sequence[float | 
 
 def one_stage(
     recipe: Recipe,
-    stage: StagePart,
+    stage: ContrastiveStage,
     model: SentenceTransformer,
     data: DatasetDict,
     tasks: dict[str, Task],
@@ -195,7 +195,7 @@ def one_stage(
     return told | {"training": clock.seconds, "tokens": trainer.tokens}
 
 
-def loss_of(stage: StagePart, task: Task | None, model: SentenceTransformer, settings: Found) -> nn.Module:
+def loss_of(stage: ContrastiveStage, task: Task | None, model: SentenceTransformer, settings: Found) -> nn.Module:
     """Returns the loss of a data set: CoSENT of scored pairs, InfoNCE with or without the batch's other rows."""
     scale, rows = 1 / stage.temperature, settings["mini_batch"]
     if task is not None and task.family == "sts" and stage.loss.scored == "cosent":
@@ -207,7 +207,7 @@ def loss_of(stage: StagePart, task: Task | None, model: SentenceTransformer, set
     return losses.MultipleNegativesRankingLoss(model, scale=scale)
 
 
-def columns(stage: StagePart, sources: list[Source]) -> tuple[dict[str, tuple[str, int]], DatasetDict]:
+def columns(stage: ContrastiveStage, sources: list[Source]) -> tuple[dict[str, tuple[str, int]], DatasetDict]:
     """Returns where the row of each id is, and the data sets: one of each source, or one if batches are mixed."""
     data: dict[str, list[Found]] = {}
     place: dict[str, tuple[str, int]] = {}

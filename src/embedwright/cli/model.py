@@ -102,10 +102,10 @@ def train(
 def _show(plan: Recipe) -> None:
     """Shows the scores of a finished run, and says how to search with its model."""
     from embedwright.training.run.save import kept_forms
-    from embedwright.training.stages import StagePart
+    from embedwright.training.stages import ContrastiveStage
 
     show_run(plan.out)
-    tasks = (stage.data[0].task for stage in plan.stages if isinstance(stage, StagePart))
+    tasks = (stage.data[0].task for stage in plan.stages if isinstance(stage, ContrastiveStage))
     instruction = getattr(next(tasks, None), "instruction", "")
     asked = f' --task "{instruction}"' if instruction and not plan.model.default_task else ""
     folders = list(kept_forms(plan).values())

@@ -53,12 +53,12 @@ class Sizes:
     pooling: nn.Module
 
 
-class NoEstimate(InputError):  # noqa: N818 (it is no error of the caller's)
+class NoEstimate(InputError):  # noqa: N818 (it is not the caller's mistake)
     """The sum does not cover this decoder."""
 
 
 def sizes_of(recipe: Recipe) -> Sizes:
-    """Counts the model that this recipe trains. Raises OSError if its config cannot be had."""
+    """Counts the model that this recipe trains. Raises OSError if its config cannot be loaded."""
     spec, tune = recipe.model, recipe.tune
     with model_error_prefix(recipe):
         config, pooling = shape_of(spec)
@@ -116,8 +116,8 @@ def _count(module: nn.Module) -> int:
 class Memory:
     """Bytes on one device at the peak of a step.
 
-    `work` is what is there for a moment beside the kept activations. `reserve`
-    is overhead: a GPU's context, gaps between blocks.
+    `work` is transient memory on top of the kept activations. `reserve` is overhead: a GPU's context, gaps between
+    blocks.
     """
 
     weights: int
@@ -133,7 +133,7 @@ class Memory:
 
 
 _GPU_RESERVE = 1 * GB  # CUDA's context and cuBLAS's work space: assumed
-_GPU_GAPS = 0.05  # of all else, lost between blocks: assumed
+_GPU_GAPS = 0.05  # share of all else that is lost between blocks: assumed
 _CPU_GAPS = 1 / 3  # kept by malloc between steps, with what torch prepares for each shape: what benchmarks/plan.py saw
 _FOUR_BITS = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # bytes of a weight: itself, a byte for 64, a float32 for 256 of those
 
@@ -141,10 +141,10 @@ _FOUR_BITS = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # bytes of a weight: itself, a byt
 def memory_of(recipe: Recipe, sizes: Sizes, tokens: int, kind: Kind, *, scores: int = 0, processes: int = 1) -> Memory:
     """Sums the memory of a step whose largest micro-batch has `tokens` tokens, and whose batch has `scores` scores.
 
-    With `run.parallel: fsdp`, each process holds its part of weights, gradients and optimizer; it holds whole what lies
-    outside the layers, and two layers at a time; and for a moment the gradients of one of these, twice, as they are
-    and as they are sent. At the start it holds the whole model, which it then cuts. On a CPU the
-    libraries take about half a GB more.
+    With `run.parallel: fsdp`, each process holds its shard of weights, gradients and optimizer state. It also holds in
+    full the parameters outside the layers, two gathered layers, and for a moment one layer's gradient twice: as
+    computed and as sent. At the start it holds the whole model, before sharding. On a CPU, libraries take about half a
+    GB more.
     """
     low, full = recipe.run.precision == "bf16", recipe.tune.method == "full"
     width = 2 if low else 4  # bytes of an element of the decoder's states

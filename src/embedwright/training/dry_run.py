@@ -15,12 +15,12 @@ from embedwright.training.engine.optim import make_optimizer
 from embedwright.training.lengths import Tokens, sampled, stand_ins
 from embedwright.training.plan import columns
 from embedwright.training.recipe import Recipe
-from embedwright.training.run.checks import check_reading, open_checked
+from embedwright.training.run.checks import check_fits_model, open_checked
 from embedwright.training.run.distill import projection_to, teacher_of
 from embedwright.training.run.start import start_model
 from embedwright.training.steps import Steps
 
-LOOKED_AT_ROWS = 16_384  # of a stage, for its largest batch
+LOOKED_AT_ROWS = 16_384  # rows searched for a stage's largest batch
 HEAD = ["stage", "steps", "tokens a step", "largest", "peak GB", "seconds of the largest", "hours"]
 
 
@@ -54,7 +54,7 @@ def measure(recipe: Recipe, count: int = 2) -> tuple[list[Measured], Embedder]:
     with processes.together():
         sources = open_checked(recipe)
         model = start_model(recipe, processes)
-        check_reading(recipe, sources, model)
+        check_fits_model(recipe, sources, model)
     steps = Steps(recipe, model, processes)
     found = []
     for number, stage in enumerate(recipe.stages):

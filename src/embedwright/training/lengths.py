@@ -10,15 +10,15 @@ import numpy as np
 from embedwright.processes import Processes
 from embedwright.text import Contract, TextTokenizer
 from embedwright.training.batches.blend import Row, Source
-from embedwright.training.batches.feed import batch_of_step, dealt, tokenize_texts
+from embedwright.training.batches.feed import batch_of_step, split_batch, tokenize_texts
 from embedwright.training.batches.sources import is_mined, open_sources
 from embedwright.training.masked.batch import Masker
 from embedwright.training.masked.batch import batch_of_step as masked_batch
 from embedwright.training.recipe import Recipe
-from embedwright.training.run.start import longest_of, model_error_prefix, reading_of
-from embedwright.training.stages import MaskedPart, Stage
+from embedwright.training.run.start import longest_of, model_error_prefix, tokenizer_and_contract
+from embedwright.training.stages import MaskedStage, Stage
 
-SAMPLED_ROWS = 512  # of a stage: enough for a mean within a few percent
+SAMPLED_ROWS = 512  # rows sampled of a stage: enough for a mean within a few percent
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +54,8 @@ class Tokens:
 def tokens_of(recipe: Recipe, there: list[list[bool]], processes: int = 1) -> list[Tokens]:
     """Counts the tokens of each stage; `there` says of each entry of its data whether the file can be read.
 
-    `processes` share the texts of a step. Raises OSError if the base's tokenizer cannot be had, ConfigError if training
-    would refuse the data.
+    `processes` share the texts of a step. Raises OSError if the base's tokenizer cannot be loaded, ConfigError if
+    training would refuse the data.
     """
     parts = tuple(_part_that_is_there(part, found) for part, found in zip(recipe.stages, there, strict=True))
     lacking = [part.name for part, found in zip(parts, there, strict=True) if not all(found)]
@@ -64,7 +64,7 @@ def tokens_of(recipe: Recipe, there: list[list[bool]], processes: int = 1) -> li
         if not any(sources):  # then the tokenizer need not be there
             longest = longest_of(recipe.model)
             return [_at_most(part, longest, processes) for part in parts]
-        tokenizer, contract = reading_of(recipe.model)
+        tokenizer, contract = tokenizer_and_contract(recipe.model)
     own_tokenizer = TextTokenizer(tokenizer.backend_tokenizer)
     return [
         sampled(recipe, number, own, own_tokenizer, contract, processes)
@@ -77,7 +77,7 @@ def tokens_of(recipe: Recipe, there: list[list[bool]], processes: int = 1) -> li
 def _part_that_is_there(part: Stage, there: Sequence[bool]) -> Stage:
     found = tuple(entry for entry, is_there in zip(part.data, there, strict=True) if is_there)
     # a part of the text may have fewer documents than are held out of all
-    kept = {"heldout": 0} if isinstance(part, MaskedPart) and not all(there) else {}
+    kept = {"heldout": 0} if isinstance(part, MaskedStage) and not all(there) else {}
     return part.model_copy(update={part.reads: found} | kept)
 
 
@@ -101,8 +101,9 @@ def sampled(
     fullest, padded = [], []
     stood_in = stand_ins(recipe.stages[number], sources)
     for step in (i * optim.steps // count for i in range(count)):
-        read, dealing = (stood_in, tokenizer, contract), Processes(count=processes)
-        found, sizes[step], most = _texts_of_step(recipe, number, *read, step, dealing)
+        found, sizes[step], most = _texts_of_step(
+            recipe, number, stood_in, tokenizer, contract, step, Processes(count=processes)
+        )
         fullest.append(most)
         for kind, lengths in found.items():
             kinds.setdefault(kind, []).extend(lengths)
@@ -132,10 +133,10 @@ def _texts_of_step(
 ) -> tuple[dict[str, list[int]], int, int]:
     """Returns the lengths of the step's texts by kind, all its tokens, and those of the fullest process."""
     stage = recipe.stages[number]
-    if isinstance(stage, MaskedPart):
+    if isinstance(stage, MaskedStage):
         masked = masked_batch(recipe, number, sources, Masker(stage, tokenizer, contract), step)
-        texts = [len(text.read.ids) for text in masked.texts]
-        # training deals them out by letters, of which a token has about as many in each text
+        texts = [len(text.tokens.ids) for text in masked.texts]
+        # training splits by characters, which are about proportional to tokens
         return {"texts": texts}, sum(texts), max(sum(texts[i] for i in part) for part in processes.split(texts))
     batch = batch_of_step(recipe, number, sources, contract, step)
     tokens = tokenize_texts(tokenizer, contract, [*batch.queries, *batch.candidates])
@@ -144,7 +145,7 @@ def _texts_of_step(
     positive = set(batch.masks.positive_Q.tolist())
     for column, length in enumerate(candidates):
         kinds["positives" if column in positive else "negatives"].append(length)
-    parts = [sum(len(tokens[text].ids) for text in part) for part in dealt(batch, processes)[0]]
+    parts = [sum(len(tokens[text].ids) for text in part) for part in split_batch(batch, processes)[0]]
     return kinds, sum(len(read.ids) for read in tokens.values()), max(parts)
 
 

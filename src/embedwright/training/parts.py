@@ -1,6 +1,6 @@
 """The parts of a recipe: frozen, checked one by one. Unknown keys are refused, and values of another type too.
 
-YAML has its own numbers and truth values, so nothing is converted: `"3"`, `3.0` and `true` are no whole numbers.
+YAML has its own numbers and truth values, so nothing is converted: `"3"`, `3.0` and `true` are not whole numbers.
 The text under a key is its row in docs/recipe.md (`scripts/make_docs.py`): meaning, `Unit:`, `Source:`.
 """
 
@@ -55,7 +55,7 @@ class ModelPart(Part):
     from_: Annotated[Text | None, Field(alias="from")] = None
     """The embedder: whatever `Embedder.load` opens."""
     layers: Positive | None = None
-    """Keep the first so many layers; without it, all. Unit: layers."""
+    """Keep only the first N layers. Default: all. Unit: layers."""
     attention: Literal["bidirectional", "causal"] = "bidirectional"
     """Whether a token sees the tokens after it. Source: paper, 3.1."""
     pooling: Literal["latent", "mean", "last", "self", "mlp"] = "latent"
@@ -65,7 +65,7 @@ class ModelPart(Part):
     heads: Positive = 8
     """Attention heads of the pooling block; for `latent` and `self`. Source: paper, 3.2."""
     head_dim: Positive | None = None
-    """Width of such a head; without it, the model's width / `heads`. Source: released code: 4096."""
+    """Width of each such head. Default: the model's width / `heads`. Source: released code: 4096."""
     multiple: Positive = 4
     """Width of the pooling block's MLP, as a multiple of the model's. Source: released code."""
     max_tokens: Annotated[Positive, Field(ge=8)] = 512
@@ -75,7 +75,7 @@ class ModelPart(Part):
     mask_rule: Literal["offsets", "boundary"] | None = None
     """Template and pool mask: NV-Embed's (`offsets`), or those of plain sentence-transformers. Default: by pooling."""
     default_task: Text | None = None
-    """The model's own instruction: of queries that come without one, in training and in use. With `from`: its own."""
+    """The model's own instruction, for queries without one, in training and in use. Default with `from`: its own."""
 
     @property
     def name(self) -> str:
@@ -90,7 +90,7 @@ class ModelPart(Part):
     @model_validator(mode="after")
     def _begins_with_one_model(self) -> ModelPart:
         if (self.base is None) == (self.from_ is None):
-            raise InputError("needs base, a decoder, or from, an embedder to train on, and not both")
+            raise InputError("needs base, a decoder, or from, an embedder to train on, but not both")
         if self.from_ and (others := sorted(self.model_fields_set - {"base", "from_", "max_tokens", "default_task"})):
             kept = "an embedder of `from` keeps its own; leave out all but max_tokens and default_task"
             raise InputError(f"{', '.join(others)}: {kept}")
@@ -112,7 +112,7 @@ class ModelPart(Part):
 
 
 class TunePart(Part):
-    """Which weights move. The pooling block trains in full, in an optimizer group of its own, but for `freeze`."""
+    """Which weights move. The pooling block trains in full, in an optimizer group of its own, except for `freeze`."""
 
     method: Literal["lora", "full", "qlora"] = "lora"
     """Adapters on all linear layers, all weights, or adapters on a base in 4 bits. Source: paper, v1: lora."""
@@ -142,7 +142,7 @@ class OptimPart(Part):
     """AdamW with linear warm-up, then the decay of `schedule`; `clip` bounds the gradient's norm."""
 
     lr: PositiveNumber
-    """Highest learning rate. Source: recalled from the paper's appendix: 2e-5, then 1.5e-5."""
+    """Peak learning rate. Source: recalled from the paper's appendix: 2e-5, then 1.5e-5."""
     steps: Positive
     """Length of the stage. Unit: steps. Source: recalled: 20,000, then 18,000."""
     batch_queries: Positive
@@ -152,11 +152,11 @@ class OptimPart(Part):
     clip: PositiveNumber = 1.0
     """Upper bound of the gradient's norm. Source: the usual value."""
     weight_decay: Weight = 0.0
-    """AdamW's; latents, norms and biases have none. Source: recalled: 0.03."""
+    """AdamW's weight decay; latents, norms and biases have none. Source: recalled: 0.03."""
     betas: tuple[Annotated[Number, Field(ge=0, lt=1)], Annotated[Number, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    """The share of each of AdamW's two moments that stays from step to step. Source: Adam, arXiv 1412.6980."""
+    """AdamW's decay rates of the first and second moments. Source: Adam, arXiv 1412.6980."""
     eps: PositiveNumber = 1e-8
-    """Added to the root of AdamW's second moment, by which a step is divided. Source: Adam."""
+    """Added to the denominator of AdamW's update. Source: Adam."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """The learning rate after the warm-up: falls to zero linearly or as half a cosine, or stays. Source: recalled."""
 
@@ -187,9 +187,9 @@ class RunPart(Part):
     out: Text
     """The run's folder (docs/runs.md); may hold `${VARIABLE}`."""
     checkpoint_every: Positive = 100
-    """Between two checkpoints. Unit: steps."""
+    """Write a checkpoint every N steps. Unit: steps."""
     keep: Positive = 2
-    """How many checkpoints stay. Unit: checkpoints."""
+    """Keep the newest N checkpoints. Unit: checkpoints."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Type of the frozen weights and of the products. Source: recalled from the paper's appendix: bf16."""
     batch_tokens: Positive = 8192
@@ -209,16 +209,16 @@ class RunPart(Part):
 
 
 class EvalPart(Part):
-    """Suites run before the first stage, at the end of each stage, and `every` so many steps."""
+    """Suites run before the first stage, at the end of each stage, and every N steps (`every`)."""
 
     suites: tuple[Text, ...] = ()
     """Suite files, folders of data sets, packaged suites, or what mteb knows by name (docs/evaluation.md)."""
     every: Positive | None = None
-    """Evaluate also after so many steps. Unit: steps."""
+    """Also evaluate every N steps. Unit: steps."""
     best: Flag = False
     """Each stage ends on the weights with the best mean of the suites' main scores."""
     patience: Positive | None = None
-    """A stage ends after so many evaluations in a row without a better one. Unit: evaluations."""
+    """Early stopping: end a stage after N evaluations in a row without improvement. Unit: evaluations."""
 
     @model_validator(mode="after")
     def _has_something_to_go_by(self) -> EvalPart:

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from embedwright.data.sources.catalog import find_entry, load_catalog
 from embedwright.mining.mine import AT_ONCE
 from embedwright.mining.rules import NAMED
-from embedwright.training.batches.blend import share
+from embedwright.training.batches.blend import sampling_weight
 from embedwright.training.batches.sources import drawable_rows
 from embedwright.training.cost import GB, Kind, Memory, NoEstimate, Sizes, memory_of, sizes_of
 from embedwright.training.lengths import Tokens, tokens_of
 from embedwright.training.recipe import Recipe, expand
-from embedwright.training.stages import DataPart, MaskedPart, Stage, TextPart
+from embedwright.training.stages import DataPart, MaskedStage, Stage, TextPart
 from embedwright.vectors.search import gpu_bytes
 
 
@@ -29,7 +29,7 @@ class EntryPlan:
 
 @dataclass(frozen=True, slots=True)
 class StagePlan:
-    """The size of a stage. `tokens` is None if base or tokenizer cannot be had.
+    """The size of a stage. `tokens` is None if base or tokenizer cannot be loaded.
 
     `queries` are drawn in all steps together; `texts` are these with a positive and the hard negatives of each. Of a
     masked phase, both are the documents. `rows` and `passes` go by the data whose size is known.
@@ -46,7 +46,7 @@ class StagePlan:
 
 
 def report(recipe: Recipe, *, processes: int = 1) -> str:
-    """Says all that can be said of a recipe before it runs; memory is unknown where base or tokenizer cannot be had.
+    """Says all that can be said of a recipe before it runs; memory is unknown where base or tokenizer cannot be loaded.
 
     Errors as in `plan`, and ConfigError if training would refuse the data.
     """
@@ -72,7 +72,7 @@ def plan(recipe: Recipe) -> list[StagePlan]:
 def _stage(recipe: Recipe, stage: Stage) -> StagePlan:
     data: Sequence[DataPart | TextPart] = stage.data
     counted = [(entry, *_rows(recipe, stage, number)) for number, entry in enumerate(data)]
-    weights = [share(entry.weight, rows or 0, stage.sampling_alpha) for entry, rows, _ in counted]
+    weights = [sampling_weight(entry.weight, rows or 0, stage.sampling_alpha) for entry, rows, _ in counted]
     total = sum(weights) or 1.0
     entries = tuple(
         EntryPlan(entry.path, rows, who, weight / total)
@@ -111,7 +111,7 @@ def largest_memory(recipe: Recipe, tokens: Sequence[Tokens], sizes: Sizes, kind:
         similar = part.loss.distill is not None and part.loss.distill.similarity_weight > 0
         shared = similar or part.in_batch_negatives != "none"
         scores = queries * queries * (1 + part.hard_negatives) * (2 if similar else 1) if shared else 0
-        if isinstance(part, MaskedPart):
+        if isinstance(part, MaskedStage):
             scores = round(micro_batch * part.mask_share) * sizes.vocabulary
         memory = memory_of(recipe, sizes, micro_batch, kind, scores=scores, processes=processes)
         if kind == "cuda" and part.mine is not None and part.mine.teacher not in NAMED:
@@ -135,7 +135,7 @@ def render(recipe: Recipe, stages: Sequence[StagePlan]) -> list[str]:
             + f", {stage.steps:,} steps, "
             + (
                 f"{stage.queries:,} documents ({stage.passes:.2f} passes)"
-                if isinstance(part, MaskedPart)
+                if isinstance(part, MaskedStage)
                 else f"{stage.queries:,} queries ({stage.passes:.2f} passes), {stage.texts:,} texts"
             )
         )
@@ -179,9 +179,9 @@ def _token_lines(stage: StagePlan, tokens: Tokens) -> list[str]:
 
 
 def render_memory(recipe: Recipe, tokens: Sequence[Tokens], sizes: Sizes, processes: int = 1) -> list[str]:
-    """Parameters, and memory by part, as lines of text: of one process on a GPU and on a CPU.
+    """Returns the parameter counts and the memory by part, as lines of text: for one process on a GPU and on a CPU.
 
-    Of several processes, which have a GPU each, as the recipe has them, then with the other `run.parallel`.
+    For several processes, which have a GPU each, first with the recipe's `run.parallel`, then with the other.
     """
     parts = f"LoRA {sizes.adapters:,}" if sizes.adapters else f"decoder {sizes.decoder:,}"
     total = sizes.decoder + sizes.adapters + sizes.head

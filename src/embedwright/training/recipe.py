@@ -15,7 +15,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from embedwright.config import ConfigError, did_you_mean, load_yaml, validate
 from embedwright.errors import InputError, NotFoundError
 from embedwright.training.parts import EvalPart, Flag, ModelPart, NotNegative, Part, RunPart, Text, TunePart
-from embedwright.training.stages import MaskedPart, StagePart
+from embedwright.training.stages import ContrastiveStage, MaskedStage
 
 PACKAGED = Path(__file__).parents[1] / "recipes"
 KINDS = ("train", "mine", "mntp")  # of a stage in the file
@@ -24,12 +24,13 @@ SOURCES = ("paper", "released code", "sister model", "guess")  # of a recipe's v
 
 def _kind_of(stage: Any) -> str:
     kind = stage.get("kind") if isinstance(stage, dict) else getattr(stage, "kind", None)
-    return "MaskedPart" if kind == "mntp" else "StagePart"
+    return "MaskedStage" if kind == "mntp" else "ContrastiveStage"
 
 
 # one branch is chosen first: pydantic would report the mistakes that a stage makes as one of the other kind as well
 StageOfKind = Annotated[
-    Annotated[StagePart, Tag("StagePart")] | Annotated[MaskedPart, Tag("MaskedPart")], Discriminator(_kind_of)
+    Annotated[ContrastiveStage, Tag("ContrastiveStage")] | Annotated[MaskedStage, Tag("MaskedStage")],
+    Discriminator(_kind_of),
 ]
 
 
@@ -39,7 +40,7 @@ class Recipe(Part):
     name: Text
     """Names the run in logs and in the model card."""
     seed: Annotated[NotNegative, Field(lt=2**63)] = 0
-    """Of the order of rows, of fresh weights and of dropout."""
+    """Seeds the order of rows, new weights and dropout."""
     strict: Flag = False
     """A missing instruction or licence is an error."""
     model: ModelPart
@@ -70,13 +71,13 @@ class Recipe(Part):
         if self.tune.method == "qlora" and self.model.from_:
             raise InputError("tune.method: qlora holds a decoder (model.base) in 4 bits; use lora for model.from")
         if self.tune.method == "qlora" and self.run.parallel == "fsdp":
-            raise InputError("run.parallel: fsdp cannot cut the 4-bit weights of tune.method: qlora; use ddp")
+            raise InputError("run.parallel: fsdp cannot shard the 4-bit weights of tune.method: qlora; use ddp")
         return self
 
     @model_validator(mode="after")
     def _masked_phase_is_whole(self) -> Recipe:
-        if self.run.parallel == "fsdp" and any(isinstance(stage, MaskedPart) for stage in self.stages):
-            raise InputError("run.parallel: fsdp cuts the embedding that a stage of kind: mntp needs whole; use ddp")
+        if self.run.parallel == "fsdp" and any(isinstance(stage, MaskedStage) for stage in self.stages):
+            raise InputError("run.parallel: fsdp shards the embedding that a stage of kind: mntp needs whole; use ddp")
         return self
 
     @model_validator(mode="after")
@@ -96,7 +97,7 @@ class Recipe(Part):
         if "adapter" in self.run.save and self.tune.method == "full":
             raise InputError("run.save: tune.method full trains no adapters: leave adapter out, or tune by lora")
         if not self.run.save and (keeps := [stage.name for stage in self.stages if stage.save]):
-            raise InputError(f"stages.{keeps[0]}.save keeps the forms of run.save, and that names none")
+            raise InputError(f"stages.{keeps[0]}.save keeps the forms of run.save, but run.save names none")
         return self
 
     @model_validator(mode="after")
@@ -153,7 +154,7 @@ class Recipe(Part):
             for key in part.optim.added:
                 del stage["optim"][key]
             for holder, key in ((stage, "without_instruction"), (stage.get("loss", {}), "spread_out")):
-                if not holder.get(key):  # runs that were begun before there was such a key go on
+                if not holder.get(key):  # so that runs begun before there was such a key resume
                     holder.pop(key, None)
             for entry in stage.get("data") or stage["text"]:
                 for key in ("path", "corpus", "rows"):
@@ -192,7 +193,7 @@ def _parsed(content: dict[str, Any], where: str) -> Recipe:
             raise ConfigError(f"{where}: stages.{place}: expected a mapping of keys, found {type(stage).__name__}")
         kind, rest = _kind_and_rest(stage, f"{where}: stages.{place}")
         if waiting is not None and kind == "mntp":
-            raise ConfigError(f"{where}: stages.{waiting[0]}: mines negatives, and the stage after it uses none")
+            raise ConfigError(f"{where}: stages.{waiting[0]}: mines negatives, but the stage after it uses none")
         if waiting is not None and (kind == "mine" or "mine" in rest):
             raise ConfigError(f"{where}: stages.{place}: negatives are mined for it by stages.{waiting[0]} already")
         if kind == "mine":
@@ -202,11 +203,11 @@ def _parsed(content: dict[str, Any], where: str) -> Recipe:
         places.append((place, None if waiting is None else waiting[0]))
         waiting = None
     if waiting is not None:
-        raise ConfigError(f"{where}: stages.{waiting[0]}: mines negatives for the stage after it, and there is none")
+        raise ConfigError(f"{where}: stages.{waiting[0]}: mines negatives for the stage after it, but there is none")
 
     def in_file(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
         match loc:
-            case ("stages", number, "StagePart" | "MaskedPart", *rest):
+            case ("stages", number, "ContrastiveStage" | "MaskedStage", *rest):
                 return in_file(("stages", number, *rest))
             case ("stages", number, "data", entry, "task", "Task" | "bare", *rest):
                 return in_file(("stages", number, "data", entry, "task", *rest))

@@ -1,4 +1,4 @@
-"""Mines hard negatives again inside a run, with the current weights or with another teacher.
+"""Mines the hard negatives of a stage inside a run: before its first step, and again every `mine.every` steps.
 
 The result lies in `<run.out>/mined/<stage>/<step>/`. A run that resumes reads it from there.
 """
@@ -27,10 +27,10 @@ from embedwright.mining.rules import NAMED
 from embedwright.model.embedder import Embedder
 from embedwright.processes import Processes
 from embedwright.training.batches.blend import Rows, Source
-from embedwright.training.batches.sources import corpus_of, entry_of, is_mined, trainable, with_shares
+from embedwright.training.batches.sources import corpus_of, entry_of, is_mined, trainable, with_sampling_weights
 from embedwright.training.recipe import Recipe
 from embedwright.training.run.checkpoint import RunState
-from embedwright.training.stages import PREVIOUS, Stage, StagePart
+from embedwright.training.stages import PREVIOUS, ContrastiveStage, Stage
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def refresh_every(stage: Stage) -> int:
 
 def refreshed(
     recipe: Recipe,
-    stage: StagePart,
+    stage: ContrastiveStage,
     sources: Sequence[Source],
     state: RunState,
     begin: int,
@@ -53,11 +53,11 @@ def refreshed(
     processes: Processes,
     say: Callable[[str], None] | None = None,
 ) -> list[Source]:
-    """Returns the stage's sources with the negatives that hold from step `begin` on. The run stands at `state`.
+    """Returns the stage's sources with the negatives for the steps from `begin` on. `state` is where the run stands.
 
     Negatives that rows came with are replaced, and rows keep their order. Rows of a task without in-batch negatives
-    that got none are left out until the stage mines again, unless it follows a teacher. Where their number changes, the
-    draw goes on in another order, so that a pass may give a row twice, or not at all.
+    that got none are left out until the stage mines again, unless it follows a teacher. If the number of rows changes,
+    the order of draws changes too, so a pass may give a row twice or not at all.
 
     Each process encodes a part of the texts; rank 0 searches and writes, and the others read its files.
 
@@ -80,7 +80,7 @@ def refreshed(
             )
 
         def work(teachers: list[Encoder | str]) -> None:
-            shutil.rmtree(folder, ignore_errors=True)  # of another run
+            shutil.rmtree(folder, ignore_errors=True)  # left by another run
             with whole_folder(folder) as temp:
                 answers = Answers(Rows(sources))
                 for number in mined:
@@ -95,7 +95,7 @@ def refreshed(
             table = open_examples(folder / f"{number:02d}.parquet", seed=recipe.seed)
             own = replace(source, table=table, rows=np.arange(len(table)))
             fresh[number] = trainable(stage, own, f"stages.{stage.name}, mined after step {begin}: {source.name}")
-    return with_shares(stage, fresh)
+    return with_sampling_weights(stage, fresh)
 
 
 def _teacher(name: str, model: Embedder) -> Encoder | str:
@@ -107,7 +107,7 @@ def _teacher(name: str, model: Embedder) -> Encoder | str:
 
 def _mine(
     recipe: Recipe,
-    stage: StagePart,
+    stage: ContrastiveStage,
     source: Source,
     answers: Answers,
     teacher: Encoder | str,
@@ -130,7 +130,7 @@ def _mine(
         margin=asked.margin,
         negatives=asked.negatives,
         depth=asked.depth,
-        tasks=tasks,  # what training reads, also where it is no instruction, and the catalogue has one under this name
+        tasks=tasks,  # as training reads them, even if without an instruction that the catalogue has
         sampled=asked.sampled,
         sample_from=asked.sample_from,
         answers=answers,

@@ -57,7 +57,7 @@ class DataPart(Part):
     A description is also that of rows which name its task. A key that it leaves out is as the file of tasks says.
     """
     weight: PositiveNumber = 1.0
-    """Multiplies the share of the draws that the number of rows gives."""
+    """Multiplies the sampling weight that the number of rows gives."""
     rows: Positive | None = None
     """How many rows there will be; `--plan` uses it while the file is missing. Unit: rows."""
 
@@ -67,12 +67,12 @@ def _as_list(names: Any) -> Any:
 
 
 class DistillPart(Part):
-    """Terms beside the stage's loss that follow a teacher."""
+    """Terms added to the stage's loss that follow a teacher."""
 
     score_weight: Weight = 0.0
     """Weight of the KL term between the model's softmax and that of the row's scores. Source: arXiv 2010.11386."""
     temperature: PositiveNumber | None = None
-    """Of the row's scores and of the teacher's cosines; without it, the stage's."""
+    """Temperature of the row's scores and the teacher's cosines. Default: the stage's."""
     vector_weight: Weight = 0.0
     """Weight of the distance to the teacher's vectors, of any width. Source: EmbedDistill, arXiv 2301.12005."""
     similarity_weight: Weight = 0.0
@@ -87,7 +87,7 @@ class DistillPart(Part):
         if bool(self.vector_weight or self.similarity_weight) != bool(self.teacher):
             raise InputError("a teacher and vector_weight or similarity_weight need each other")
         if self.temperature and not (self.score_weight or self.similarity_weight):
-            raise InputError("temperature is of the scores, and neither score_weight nor similarity_weight is above 0")
+            raise InputError("temperature is of the scores, but neither score_weight nor similarity_weight is above 0")
         if len(set(self.teacher)) != len(self.teacher):
             raise InputError(f"teacher: {list(self.teacher)} names one model twice")
         if named := [name for name in self.teacher if name in (PREVIOUS, *NAMED)]:
@@ -122,7 +122,7 @@ class LossPart(Part):
     spread_out: Weight = 0.0
     """Weight of the mean squared cosine of different queries, and of different positives. Source: EmbeddingGemma."""
     dims: tuple[Positive, ...] = ()
-    """Matryoshka: take the loss also on the first so many numbers of each vector. Source: arXiv 2205.13147."""
+    """Matryoshka: also compute the loss on the first N dimensions of vectors, for each N. Source: arXiv 2205.13147."""
     scored: Literal["info_nce", "cosent"] = "info_nce"
     """The loss of rows with a score. Source: CoSENT."""
     distill: DistillPart | None = None
@@ -147,21 +147,21 @@ class MinePart(Part):
     rule: Rule = "perc"
     """Which candidates are left out (docs/mining.md). Source: paper, 4.1."""
     margin: Number | None = None
-    """Of the rule; without it, NV-Retriever's best. Source: paper, 4.1: 0.95."""
+    """The rule's margin. Default: NV-Retriever's best. Source: paper, 4.1: 0.95."""
     negatives: Positive = 7
-    """Taken for each query. Unit: negatives. Source: recalled from the paper's appendix."""
+    """Negatives mined for each query. Unit: negatives. Source: recalled from the paper's appendix."""
     depth: Positive = 100
     """Candidates looked at for each query. Unit: documents."""
     sampled: Flag = False
     """Draw negatives by softmax over the scores, instead of taking the best. Source: NV-Retriever, arXiv 2407.15831."""
     sample_from: Positive | None = None
-    """With `sampled`: draw from the first so many that the rule lets pass; without it, 10. Unit: documents."""
+    """With `sampled`: draw from the top N that pass the rule. Default: 10. Unit: documents."""
     every: Positive | None = None
-    """Mine again after so many steps of the stage; for `previous` alone. Unit: steps."""
+    """Mine again every N steps; only with teacher `previous`. Unit: steps."""
 
     @property
     def teachers(self) -> tuple[str, ...]:
-        """The models beside the trained one whose vectors are searched."""
+        """The models other than the trained one whose vectors are searched."""
         return () if self.teacher in (PREVIOUS, *NAMED) else (self.teacher,)
 
     @model_validator(mode="after")
@@ -179,11 +179,11 @@ class MinePart(Part):
 
 def _folder_name(name: str) -> str:
     if name in (".", "..", START) or not re.fullmatch(r"[\w .+=@-]+", name):
-        raise InputError(f"{name!r} also names files of the run: letters, digits, space and .+=@-_, and not {START!r}")
+        raise InputError(f"{name!r} also names files of the run: letters, digits, space and .+=@-_, but not {START!r}")
     return name
 
 
-class StagePart(Part):
+class ContrastiveStage(Part):
     """One pass of contrastive training over a blend of data, with an optimizer of its own."""
 
     reads: ClassVar = "data"  # the key that lists what it reads
@@ -210,22 +210,22 @@ class StagePart(Part):
     """Keep the forms of `run.save` at the stage's end in `<run.out>/stages/<name>/`, for another run's `model.from`."""
 
     @model_validator(mode="after")
-    def _uses_what_is_mined(self) -> StagePart:
+    def _uses_what_is_mined(self) -> ContrastiveStage:
         if self.mine is not None and not 1 <= self.hard_negatives <= self.mine.negatives:
             raise InputError(f"hard_negatives={self.hard_negatives} of {self.mine.negatives} that are mined for it")
         return self
 
     @model_validator(mode="after")
-    def _loss_has_what_it_needs(self) -> StagePart:
+    def _loss_has_what_it_needs(self) -> ContrastiveStage:
         distill = self.loss.distill
         if not self.hard_negatives and self.loss.hardness:
-            raise InputError("loss.hardness weighs a row's own negatives, and hard_negatives is 0")
+            raise InputError("loss.hardness weighs a row's own negatives, but hard_negatives is 0")
         if not self.hard_negatives and distill is not None and distill.score_weight:
-            raise InputError("loss.distill.score_weight compares a row's own negatives, and hard_negatives is 0")
+            raise InputError("loss.distill.score_weight compares a row's own negatives, but hard_negatives is 0")
         return self
 
     @model_validator(mode="after")
-    def _data_differ(self) -> StagePart:
+    def _data_differ(self) -> ContrastiveStage:
         seen: dict[str, int] = {}
         for number, entry in enumerate(self.data):
             first = seen.setdefault(entry.model_dump_json(include={"path", "corpus", "task"}), number)
@@ -246,7 +246,7 @@ class StagePart(Part):
 class TextPart(Part):
     """One source of plain text for a masked phase: what `data pairs` reads, too (docs/pairs.md)."""
 
-    # keys of other data that text has not
+    # keys of other data, which text lacks
     corpus: ClassVar[None] = None
     task: ClassVar[None] = None
     rows: ClassVar[None] = None
@@ -255,10 +255,10 @@ class TextPart(Part):
     path: Text
     """Rows with `text` and `title`, a .txt with a text a line, or a folder of such or of pages; also `${VARIABLE}`."""
     licence: str = ""
-    """Of the text, for the model card."""
+    """Licence of the text, for the model card."""
 
 
-class MaskedPart(Part):
+class MaskedStage(Part):
     """A masked phase before contrastive training: masked next-token prediction on plain text (docs/losses.md).
 
     In a recipe, a stage of `kind: mntp`. It trains the backbone, never the pooling block.
@@ -286,7 +286,7 @@ class MaskedPart(Part):
     """Documents kept out of training; the loss on them is measured before and after. Unit: documents."""
     optim: OptimPart
     save: Flag = False
-    """As of any stage."""
+    """As in a contrastive stage."""
 
     @property
     def data(self) -> tuple[TextPart, ...]:
@@ -298,4 +298,4 @@ class MaskedPart(Part):
         return self.model_dump(mode="json", include={"kind", "mask_token", "mask_share"})
 
 
-Stage = StagePart | MaskedPart
+Stage = ContrastiveStage | MaskedStage

@@ -26,7 +26,7 @@ from embedwright.training.masked.batch import MaskedBatch, Masker
 from embedwright.training.recipe import Recipe
 from embedwright.training.run import memory
 from embedwright.training.run.watch import HeadActivity, chance
-from embedwright.training.stages import MaskedPart, StagePart
+from embedwright.training.stages import ContrastiveStage, MaskedStage
 
 _LOOK_EVERY = 10  # steps between two looks at what the pooling block does
 
@@ -39,12 +39,12 @@ class Steps:
 
     def __init__(self, recipe: Recipe, model: Embedder, processes: Processes) -> None:
         self.recipe, self.model, self.processes = recipe, model, processes
-        self.activity = HeadActivity(model.network.head)  # before FSDP cuts the head
+        self.activity = HeadActivity(model.network.head)  # before FSDP shards the head
         self.replica = replicate(processes, model.network, recipe.run.parallel)
         self.maskers = {
             number: Masker(stage, model.text_tokenizer, model.contract)
             for number, stage in enumerate(recipe.stages)
-            if isinstance(stage, MaskedPart)
+            if isinstance(stage, MaskedStage)
         }
         self.language_head = masked.language_head(model.network, recipe.model) if self.maskers else None
 
@@ -54,7 +54,7 @@ class Steps:
         return backbone if number in self.maskers else self.model.network
 
     def batch(self, number: int, sources: Sequence[Source], step: int, teach: Teach | None) -> LocalBatch | MaskedBatch:
-        """Makes this process's part of a step's batch. It asks no other process, so it may run ahead of its step."""
+        """Makes this process's part of a step's batch. It does not communicate, so it may run ahead of its step."""
         model = self.model
         if number in self.maskers:
             return masked_batches.batch_of_step(
@@ -75,23 +75,24 @@ class Steps:
         self.activity.looks = looks and number not in self.maskers
         seed = int(np.random.default_rng([recipe.seed, number, step, 1]).integers(2**62))
         self.replica = replace(self.replica, projection=projection_of(optimizer))
-        loss, tokens, known = self._accumulate(number, local, seed)
+        loss, tokens, at_chance = self._accumulate(number, local, seed)
         lr = learning_rate(optim, step)
-        norm, problem = math.nan, None
-        try:
-            if self.processes.all_max(not math.isfinite(loss)):  # else one would skip what the others wait for
-                optimizer.zero_grad(set_to_none=True)
-                own = f"the loss is {loss}"
-                raise FloatingPointError("the loss of another process is not finite" if math.isfinite(loss) else own)
-            norm = update(self.model.network, optimizer, lr, optim.clip)
-        except FloatingPointError as error:
-            problem = str(error)
+        norm = math.nan
+        problem: str | None = None
+        if self.processes.all_max(not math.isfinite(loss)):  # else one would skip what the others wait for
+            optimizer.zero_grad(set_to_none=True)
+            problem = "the loss of another process is not finite" if math.isfinite(loss) else f"the loss is {loss}"
+        else:
+            try:
+                norm = update(self.model.network, optimizer, lr, optim.clip)
+            except FloatingPointError as error:
+                problem = str(error)
         peak = memory.peak(device)
         record = {
             "stage": stage.name,
             "step": step + 1,
             "loss": loss if math.isfinite(loss) else None,
-            "chance": known,
+            "chance": at_chance,
             "lr": lr,
             "grad_norm": norm if math.isfinite(norm) else None,
             "tokens": tokens,
@@ -103,13 +104,13 @@ class Steps:
         return record, problem
 
     def _accumulate(self, number: int, local: LocalBatch | MaskedBatch, seed: int) -> tuple[float, int, float]:
-        """Adds the gradient. Returns the loss, the tokens, and the loss of a model that knows nothing."""
+        """Adds the gradient. Returns the loss, the tokens, and the loss at chance."""
         stage, budget = self.recipe.stages[number], self.recipe.run.batch_tokens
         if isinstance(local, MaskedBatch):
             network, head = self.model.network, self.language_head
             loss, tokens = masked.accumulate(network, head, local, self.processes, batch_tokens=budget, seed=seed)
             return loss, tokens, math.log(self.maskers[number].vocabulary)
-        assert isinstance(stage, StagePart)
+        assert isinstance(stage, ContrastiveStage)
         loss, tokens = accumulate(self.replica, local, stage, batch_tokens=budget, seed=seed)
         return loss, tokens, chance(local.batch)
 

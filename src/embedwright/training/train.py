@@ -22,7 +22,7 @@ from embedwright.training.batches.blend import Source
 from embedwright.training.batches.feed import LocalBatch, Made, ahead, batch_of_step
 from embedwright.training.batches.sources import data_fingerprint, source_fingerprints
 from embedwright.training.engine.optim import make_optimizer
-from embedwright.training.engine.parallel import trained
+from embedwright.training.engine.parallel import trainable_parameters
 from embedwright.training.masked.batch import MaskedBatch
 from embedwright.training.recipe import Recipe
 from embedwright.training.remine import refresh_every, refreshed
@@ -34,11 +34,11 @@ from embedwright.training.run.checkpoint import (
     restore_weights,
     save_checkpoint,
 )
-from embedwright.training.run.checks import check_reading, open_checked, teachers
+from embedwright.training.run.checks import check_fits_model, open_checked, teachers
 from embedwright.training.run.distill import Teacher, projection_to, teacher_of
 from embedwright.training.run.folder import card_facts, describe_run
 from embedwright.training.run.heldout import measured_once
-from embedwright.training.run.resume import open_folder, where_to_go_on
+from embedwright.training.run.resume import find_resume_point, open_folder
 from embedwright.training.run.save import save_end, save_stage
 from embedwright.training.run.scores import Scores
 from embedwright.training.run.signals import Interrupted, StopRequest, stop_on_signal
@@ -70,12 +70,12 @@ def train(recipe: Recipe, *, on_step: OnStep | None = None, on_evaluation: OnEva
         on_evaluation: Called with lines of progress. With several processes, in rank 0 alone.
 
     Returns:
-        The embedder in float32, adapters merged, on the device where it trained; on the CPU where that lacks the room,
-        or of several processes. The other processes than rank 0 get the model as it trained.
+        The embedder in float32 with its adapters merged, on the device that trained it. It is on the CPU if that
+        device lacks the room or if several processes trained. Processes other than rank 0 get the model as trained.
 
     Raises:
-        ConfigError: The folder holds a run of another recipe, model or teacher, or of other data; or a package is
-            missing that `tune.method` needs.
+        ConfigError: The folder holds a run with another recipe, model, teacher or data; or `tune.method` needs a
+            package that is missing.
         Interrupted: SIGTERM or SIGINT stopped the run, after a checkpoint. It is a KeyboardInterrupt.
         FloatingPointError: Three steps in a row were not finite. A checkpoint from before them is kept.
         RuntimeError: Some weights did not move.
@@ -93,16 +93,16 @@ def train(recipe: Recipe, *, on_step: OnStep | None = None, on_evaluation: OnEva
         }
         facts_of["teacher"] = contents_of(name for _, name in teachers(recipe))
         state = RunState(0, 0, recipe.hash(), data_fingerprint(sources), origin, facts_of)
-    state, checkpoint = where_to_go_on(recipe, state, processes)
+    state, checkpoint = find_resume_point(recipe, state, processes)
     with processes.together():
         model = start_model(recipe, processes)
-        check_reading(recipe, sources, model)
+        check_fits_model(recipe, sources, model)
         before = [card_of(recipe.model.from_)] if recipe.model.from_ else []  # its folder may go while this trains
     open_folder(out, processes)
     steps = Steps(recipe, model, processes)
     if checkpoint is not None:
         with processes.together():
-            restore_weights(checkpoint, trained(model.network))
+            restore_weights(checkpoint, trainable_parameters(model.network))
     log: AbstractContextManager[Tracker | None] = nullcontext()
     with processes.together():
         if processes.is_rank_0:
@@ -112,7 +112,8 @@ def train(recipe: Recipe, *, on_step: OnStep | None = None, on_evaluation: OnEva
             names, at = [stage.name for stage in recipe.stages], (state.stage, state.step)
             log = Tracker(out, recipe.run.tracker, names, at, recipe.model_dump(mode="json"))
 
-    def card(stages: int, saved: Embedder, path: str) -> str:  # of rank 0, which has the items of the scores
+    # called in rank 0 only, which has the items of the scores
+    def card(stages: int, saved: Embedder, path: str) -> str:
         so_far = recipe.model_copy(update={"stages": recipe.stages[:stages]})
         known, told = facts(saved.network, saved.text_tokenizer), card_facts(so_far, sources[:stages], scores.records)
         base = known["base"] or (before[0].name if before else told["base"])
@@ -208,7 +209,7 @@ class _Run:
     def probe(self) -> None:
         """Probes the network. Raises ProbeError in all processes."""
         network = self.model.network
-        # each forward of a sharded network asks the other processes, which all find the same in it
+        # a sharded network's forward needs all processes, and all get the same result
         with nullcontext() if network.sharded else self.processes.together():
             probe.check(network)
 
@@ -225,7 +226,7 @@ class _Run:
         found = measured_once(self.out, stage.name, step, lambda: self.steps.heldout(number, sources), self.processes)
         if found is not None and self.listeners.on_evaluation is not None:
             self.listeners.on_evaluation(
-                f"{stage.name}, step {step}: masked loss {found['loss']:.3f}, {found['accuracy']:.1%} told right, of "
+                f"{stage.name}, step {step}: masked loss {found['loss']:.3f}, accuracy {found['accuracy']:.1%} over "
                 f"{found['masked']:,} masked tokens in {found['documents']} held-out documents"
             )
 
@@ -251,7 +252,7 @@ class _Run:
             if stage.mine is not None:  # the step before has finished, so the current weights do the mining
                 say = self.listeners.on_evaluation
                 now = refreshed(recipe, stage, sources, state, begin, model, self.processes, say)
-            if teacher is not None:  # of a resumed run the same texts, since its vectors are then the same to the bit
+            if teacher is not None:  # a resumed run prepares the same texts, so its vectors are bit-identical
                 of_all = (batch_of_step(recipe, state.stage, now, model.contract, step) for step in range(begin, end))
                 teacher.prepare(of_all, self.processes, self.stop_if_asked)
             yield from ahead(make, steps, recipe.run.workers)
@@ -278,13 +279,13 @@ class _Run:
             self.listeners.on_step(records[-1])
         if stuck(records) and not stuck(records[:-1]):
             logger.warning(
-                "stage %s, step %d: the loss is that of telling nothing apart, log(candidates)",
+                "stage %s, step %d: the loss is at chance, log(number of candidates)",
                 stage.name,
                 records[-1]["step"],
             )
 
     def save(self, state: RunState, optimizer: torch.optim.Optimizer | None) -> None:
-        moved, keep = trained(self.model.network), self.recipe.run.keep
+        moved, keep = trainable_parameters(self.model.network), self.recipe.run.keep
         save_checkpoint(self.out / "checkpoints", state, moved, optimizer, keep, self.processes)
 
 

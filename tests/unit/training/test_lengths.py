@@ -17,7 +17,7 @@ from embedwright.training.batches.feed import batch_of_step, local_batch
 from embedwright.training.batches.sources import open_sources
 from embedwright.training.lengths import Lengths, stand_ins, summary, tokens_of
 from embedwright.training.recipe import Recipe
-from embedwright.training.run.start import reading_of
+from embedwright.training.run.start import tokenizer_and_contract
 from embedwright.training.train import train
 
 TASK = {"name": "own", "instruction": "Answer the question"}
@@ -85,7 +85,7 @@ def test_the_fullest_part_is_what_a_process_of_the_run_encodes(asked: Any, in_ba
     """Lengths differ threefold, no text can be cut, and every row has the negative `no one knows`."""
     recipe = asked(in_batch_negatives=in_batch)
     [tokens] = tokens_of(recipe, [[True]], count)
-    tokenizer, contract = reading_of(recipe.model)
+    tokenizer, contract = tokenizer_and_contract(recipe.model)
     own = TextTokenizer(tokenizer.backend_tokenizer)
     steps = [batch_of_step(recipe, 0, open_sources(recipe)[0], contract, step) for step in range(3)]
     encoded = [

@@ -13,7 +13,7 @@ from embedwright.config import ConfigError
 from embedwright.model.pooling import Kind
 from embedwright.training.parts import ModelPart
 from embedwright.training.recipe import Recipe
-from embedwright.training.stages import MaskedPart
+from embedwright.training.stages import MaskedStage
 
 
 def stage(name: str) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def fields(part: type[BaseModel], path: str = "") -> Iterator[tuple[str, Any]]:
 
 def below(annotation: Any, path: str) -> Iterator[tuple[str, Any]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        if annotation is MaskedPart:
+        if annotation is MaskedStage:
             path = path.replace("stages.0", "stages.2")  # the masked one of `content`
         yield from fields(annotation, f"{path}.")
         return

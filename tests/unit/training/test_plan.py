@@ -23,7 +23,7 @@ from embedwright.training.cost import GB, memory_of, sizes_of
 from embedwright.training.lengths import Tokens, tokens_of
 from embedwright.training.plan import largest_memory, plan, render, report
 from embedwright.training.recipe import Recipe
-from embedwright.training.run.start import reading_of
+from embedwright.training.run.start import tokenizer_and_contract
 from embedwright.training.stages import DistillPart, LossPart, MinePart
 
 RECIPES = Path(__file__).parents[3] / "recipes"
@@ -254,7 +254,7 @@ def test_texts_that_processes_share_are_encoded_by_each(tiny: Any, tmp_path: Pat
     ]
     small = Recipe.parse(content)
     sizes = sizes_of(small)
-    tokenizer, contract = reading_of(small.model)
+    tokenizer, contract = tokenizer_and_contract(small.model)
     batch = batch_of_step(small, 0, open_sources(small)[0], contract, 0)
     assert batch.separable()
     for count in (2, 3):

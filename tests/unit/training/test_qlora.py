@@ -22,7 +22,7 @@ from embedwright.model.adapters.lora import has_lora
 from embedwright.model.embedder import Embedder
 from embedwright.training.recipe import Recipe
 from embedwright.training.run.checkpoint import newest
-from embedwright.training.run.start import finish, load_trained, start_model
+from embedwright.training.run.start import load_trained, merged, start_model
 from embedwright.training.train import train
 
 TEXTS = ["how do tides work?", "the moon", "a dog that does not mind, and a longer text behind it"]
@@ -104,7 +104,7 @@ def test_without_bitsandbytes_it_is_refused_before_anything_is_read(
 
 
 def test_it_is_not_cut_into_parts(content: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"fsdp cannot cut the 4-bit weights of tune.method: qlora; use ddp"):
+    with pytest.raises(ConfigError, match=r"fsdp cannot shard the 4-bit weights of tune.method: qlora; use ddp"):
         changed(content, tmp_path, parallel="fsdp")
     changed(content, tmp_path, {"method": "lora"}, parallel="fsdp")
 
@@ -131,7 +131,7 @@ def test_a_run_ends_as_the_base_in_float32_with_what_was_trained(
     plain = start_model(plain_recipe)
     load_trained(plain, trained)
     vectors = model.encode(TEXTS)
-    np.testing.assert_array_equal(vectors, finish(plain).encode(TEXTS))
+    np.testing.assert_array_equal(vectors, merged(plain).encode(TEXTS))
 
     four_bit = start_model(recipe)
     assert in_four_bits(four_bit.network.backbone)

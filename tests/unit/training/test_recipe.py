@@ -186,7 +186,7 @@ def test_a_mistake_behind_a_stage_that_mines_is_named_by_its_place() -> None:
 def test_a_stage_that_mines_for_nothing_is_refused() -> None:
     last = content()
     last["stages"].append({"kind": "mine"})
-    with pytest.raises(ConfigError, match=r"stages\.2: mines negatives for the stage after it, and there is none"):
+    with pytest.raises(ConfigError, match=r"stages\.2: mines negatives for the stage after it, but there is none"):
         Recipe.parse(last)
     twice = mining()
     twice["stages"].insert(1, {"kind": "mine"})

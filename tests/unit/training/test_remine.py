@@ -97,7 +97,8 @@ def test_rows_keep_their_place_and_get_what_mining_finds(content: dict[str, Any]
     assert not any("came with it" in some for some in found)
     assert after[1].table is before[1].table  # of labelled rows any other may be an answer
     assert said == ["retrieval: mined 90 negatives for 30 rows of pairs"]
-    assert (after[0].name, after[0].share, after[0].task) == (before[0].name, before[0].share, before[0].task)
+    for key in ("name", "sampling_weight", "task"):
+        assert getattr(after[0], key) == getattr(before[0], key)
     assert model.network.training  # as it was found
 
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from embedwright.processes import ALONE
 from embedwright.training.batches.sources import open_sources
 from embedwright.training.engine.optim import make_optimizer
-from embedwright.training.engine.parallel import trained
+from embedwright.training.engine.parallel import trainable_parameters
 from embedwright.training.recipe import Recipe
 from embedwright.training.run.start import start_model
 from embedwright.training.steps import Steps
@@ -42,7 +42,7 @@ def after_one_step(recipe: Recipe, step: int) -> tuple[dict[str, Any], dict[str,
     optimizer = make_optimizer(model.network, recipe.tune, recipe.stages[0].optim)
     record, problem = steps.take(0, step, steps.batch(0, open_sources(recipe)[0], step, None), optimizer)
     assert problem is None
-    return record, {name: tensor.detach().clone() for name, tensor in trained(model.network).items()}
+    return record, {name: tensor.detach().clone() for name, tensor in trainable_parameters(model.network).items()}
 
 
 def test_a_step_is_a_function_of_recipe_and_number(recipe: Recipe) -> None:
@@ -59,12 +59,12 @@ def test_a_loss_that_is_not_finite_updates_nothing(recipe: Recipe) -> None:
     optimizer = make_optimizer(model.network, recipe.tune, recipe.stages[0].optim)
     local = steps.batch(0, open_sources(recipe)[0], 0, None)
     with torch.no_grad():
-        for tensor in trained(model.network).values():
+        for tensor in trainable_parameters(model.network).values():
             tensor.fill_(float("nan"))
-    before = {name: tensor.detach().clone() for name, tensor in trained(model.network).items()}
+    before = {name: tensor.detach().clone() for name, tensor in trainable_parameters(model.network).items()}
     record, problem = steps.take(0, 0, local, optimizer)
     assert record["loss"] is None and record["grad_norm"] is None and problem == "the loss is nan"
-    for name, tensor in trained(model.network).items():
+    for name, tensor in trainable_parameters(model.network).items():
         assert torch.equal(tensor.nan_to_num(7), before[name].nan_to_num(7)) and tensor.grad is None
 
 

@@ -20,7 +20,7 @@ from embedwright.training.batches.blend import Source
 from embedwright.training.lengths import sampled
 from embedwright.training.parts import OptimPart
 from embedwright.training.recipe import Recipe
-from embedwright.training.run.start import reading_of
+from embedwright.training.run.start import tokenizer_and_contract
 from embedwright.training.stages import Stage
 
 
@@ -76,7 +76,7 @@ def _scaled(optim: OptimPart, factor: float, lr: float) -> OptimPart:
 
 def tokens_of_steps(recipe: Recipe, sources: Sequence[Sequence[Source]]) -> tuple[float, ...]:
     """Returns the mean number of tokens of a step of each stage, from a sample of its steps."""
-    tokenizer, contract = reading_of(recipe.model)
+    tokenizer, contract = tokenizer_and_contract(recipe.model)
     own = TextTokenizer(tokenizer.backend_tokenizer)
     return tuple(sampled(recipe, number, some, own, contract).step for number, some in enumerate(sources))
 
@@ -85,7 +85,7 @@ class TokenCounter:
     """An encoder that counts the tokens it is given, as the model of a recipe reads them. Its vectors are random."""
 
     def __init__(self, recipe: Recipe) -> None:
-        tokenizer, self.contract = reading_of(recipe.model)
+        tokenizer, self.contract = tokenizer_and_contract(recipe.model)
         self.tokenizer = TextTokenizer(tokenizer.backend_tokenizer)
         self.random, self.total = np.random.default_rng(0), 0
 

@@ -16,7 +16,7 @@ from embedwright.training.recipe import Recipe, leaves
 from embedwright.training.run.heldout import FILE as HELDOUT
 from embedwright.training.run.scores import Record, read_evaluations
 from embedwright.training.run.track import read_records
-from embedwright.training.stages import START, Stage, StagePart
+from embedwright.training.stages import START, ContrastiveStage, Stage
 
 Row = dict[str, Any]
 Chart = dict[str, Any]
@@ -147,7 +147,7 @@ def _stage(stage: Stage) -> Row:
         "warm-up steps": optim.warmup_steps,
         "in-batch negatives": stage.in_batch_negatives,
         "hard negatives": stage.hard_negatives,
-        "temperature": f"{stage.temperature:g}" if isinstance(stage, StagePart) else "-",
+        "temperature": f"{stage.temperature:g}" if isinstance(stage, ContrastiveStage) else "-",
         "more": ", ".join(f"{key} {value}" for key, value in leaves(stage.chosen()) if key) or "-",
     }
 

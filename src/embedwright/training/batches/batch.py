@@ -19,11 +19,11 @@ def ids_hash(ids: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
 
 
-def most_encoded(distinct: float) -> float:
-    """Returns how many tokens the parts of a batch may encode together, of so many in its distinct texts.
+def split_token_limit(distinct: float) -> float:
+    """Returns how many tokens a split by queries may encode in total, if the distinct texts have `distinct`.
 
-    Beyond that, GradCache costs less. A forward and its backward cost as much as three forwards; GradCache adds a
-    fourth.
+    A forward and backward cost about three forwards, and GradCache adds a fourth: a split is cheaper while repeated
+    texts add less than a third.
     """
     return 4 * distinct / 3
 
@@ -51,7 +51,7 @@ class Masks:
 
 @dataclass(frozen=True)
 class Targets:
-    """What a loss learns from beside the vectors. Each is None, or False, if the stage's loss does not use it.
+    """What a loss learns from besides the vectors. Each is None, or False, if the stage's loss does not use it.
 
     `teacher_QC`: a teacher's scores of the positive and of the own negatives, NaN elsewhere. `score_Q`: each pair's
     score for CoSENT, which orders the pairs of one `group_Q` (-1: CoSENT leaves the row out). `similarities`: a teacher

@@ -20,17 +20,18 @@ from embedwright.data.tables.table import ExampleTable
 
 @dataclass(frozen=True)
 class Source:
-    """The rows of an entry of data whose tasks are of one kind. `share` is relative to the stage's other sources.
+    """Rows of one data entry whose tasks have the same family, `symmetric` and `in_batch_negatives`.
 
-    Tasks that the file beside the rows describes are of one kind where family, `symmetric` and `in_batch_negatives` are
-    equal; of several, `tasks` has each by name. Any other task is a kind of its own.
+    Only tasks that the task file beside the rows describes are grouped so; any other task has a source of its own.
+    `tasks` maps names to tasks if there are several, else it is empty. `sampling_weight` is relative to the stage's
+    other sources.
     """
 
     name: str
     table: ExampleTable
     rows: NDArray[np.int64]
     task: Task
-    share: float = 0.0
+    sampling_weight: float = 0.0
     tasks: Mapping[str, Task] = field(default_factory=dict)
 
     def row(self, number: int) -> Row:
@@ -49,12 +50,13 @@ class Rows:
             yield from table.without_negatives()
 
 
-def share(weight: float, rows: int, alpha: float, of: int | None = None) -> float:
-    """Returns how often a data set of `rows` rows is drawn, relative to the others of its stage: weight * rows **
-    alpha.
+def sampling_weight(weight: float, rows: int, alpha: float, of: int | None = None) -> float:
+    """Returns the sampling weight of a data set of `rows` rows, weight * rows ** alpha, relative to the others of its
+    stage.
 
     `alpha` 1 draws in proportion to size, 0 each alike; 1 / alpha is the sampling temperature. Source: mT5 (arXiv
-    2010.11934), section 3.1, with 0.3 for languages. Of a data set of `of` rows, `rows` of them get their part.
+    2010.11934), section 3.1, with 0.3 for languages. With `of`, these are `rows` rows of a data set of `of`
+    rows, and get their part of its weight.
     """
     return weight * rows * (of or rows) ** (alpha - 1) if rows else 0.0
 
@@ -99,12 +101,12 @@ def _counts(sources: Sequence[Source], slots: int) -> list[int]:
     cumulative shares instead would let counts shrink. Off by less than one with up to three sources, else by less than
     two.
     """
-    largest_first = sorted(range(len(sources)), key=lambda i: -sources[i].share)
-    counts, left, shares = [0] * len(sources), slots, sum(s.share for s in sources)
+    largest_first = sorted(range(len(sources)), key=lambda i: -sources[i].sampling_weight)
+    counts, left, weights = [0] * len(sources), slots, sum(s.sampling_weight for s in sources)
     for i in largest_first[:-1]:
-        counts[i] = math.floor(left * (sources[i].share / shares) + 0.5)
+        counts[i] = math.floor(left * (sources[i].sampling_weight / weights) + 0.5)
         left -= counts[i]
-        shares -= sources[i].share
+        weights -= sources[i].sampling_weight
     counts[largest_first[-1]] = left
     return counts
 

@@ -16,11 +16,11 @@ from torch import Tensor
 from embedwright import threads
 from embedwright.processes import Processes
 from embedwright.text import Contract, TextTokenizer, TokenizedText, tokenize
-from embedwright.training.batches.batch import Batch, Text, most_encoded
+from embedwright.training.batches.batch import Batch, Text, split_token_limit
 from embedwright.training.batches.blend import Row, Source, rows_at
 from embedwright.training.batches.make import make_batch
 from embedwright.training.recipe import Recipe
-from embedwright.training.stages import StagePart
+from embedwright.training.stages import ContrastiveStage
 
 Made = TypeVar("Made")
 Teach = Callable[[Sequence[Text]], Tensor]  # what a teacher makes of texts: (N, E) float32
@@ -28,11 +28,11 @@ Teach = Callable[[Sequence[Text]], Tensor]  # what a teacher makes of texts: (N,
 
 @dataclass(frozen=True)
 class LocalBatch:
-    """One process's part of a batch. `texts`: the distinct texts of each process. `tokens`: those of this one's texts.
+    """One process's part of a batch.
 
-    `rows`: this process's queries, where the work is shared by queries: the batch is separable, and texts that rows of
-    several processes share, which are then among the texts of each, are few enough. Else None.
-    `teacher_NE`: the vectors that the stage's teacher gives this process's texts, in their order.
+    `texts` lists each process's distinct texts, by rank. `tokens` maps this process's texts to their tokens (if it has
+    none, one filler text). `rows` are this process's queries if the batch is split by queries, else None (see
+    `split_batch`). `teacher_NE` holds the teacher's vectors of this process's texts, in their order.
     """
 
     batch: Batch
@@ -60,7 +60,7 @@ def batch_of_step(recipe: Recipe, number: int, sources: Sequence[Source], contra
     A row whose task has no instruction is read under the model's own.
     """
     stage = recipe.stages[number]
-    assert isinstance(stage, StagePart)
+    assert isinstance(stage, ContrastiveStage)
     rows = rows_at(
         sources,
         step,
@@ -70,11 +70,14 @@ def batch_of_step(recipe: Recipe, number: int, sources: Sequence[Source], contra
         stage=stage.name,
     )
     if contract.default_task:
-        rows = [row if row.task.instruction else _asked(row, contract.default_task) for row in rows]
+        rows = [row if row.task.instruction else _with_instruction(row, contract.default_task) for row in rows]
     if stage.without_instruction:
         # numbers of their own: the same positives and negatives are drawn whatever the share
         numbers = np.random.default_rng([recipe.seed, number, step, 2]).random(len(rows))
-        rows = [_asked(row, "") if u < stage.without_instruction else row for row, u in zip(rows, numbers, strict=True)]
+        rows = [
+            _with_instruction(row, "") if u < stage.without_instruction else row
+            for row, u in zip(rows, numbers, strict=True)
+        ]
     return make_batch(
         rows,
         contract,
@@ -85,7 +88,7 @@ def batch_of_step(recipe: Recipe, number: int, sources: Sequence[Source], contra
     )
 
 
-def _asked(row: Row, instruction: str) -> Row:
+def _with_instruction(row: Row, instruction: str) -> Row:
     return replace(row, task=row.task.model_copy(update={"instruction": instruction}))
 
 
@@ -94,9 +97,9 @@ def local_batch(
 ) -> LocalBatch:
     """Takes this process's part of a batch, tokenises it and, with `teach`, has the stage's teacher encode it.
 
-    It asks no other process, so that it can be made ahead of its step.
+    It does not communicate, so it may run ahead of its step.
     """
-    texts, by_rows = dealt(batch, processes)
+    texts, by_rows = split_batch(batch, processes)
     rows = None if by_rows is None else by_rows[processes.rank]
     own = texts[processes.rank]
     some = own or batch.queries[:1]
@@ -105,20 +108,23 @@ def local_batch(
     return LocalBatch(batch, texts, rows, tokenize_texts(tokenizer, contract, some), teacher_NE)
 
 
-def dealt(batch: Batch, processes: Processes) -> tuple[list[list[Text]], list[list[int]] | None]:
-    """Returns the texts that each process encodes of a batch, and its queries; None where the texts alone are split."""
+def split_batch(batch: Batch, processes: Processes) -> tuple[list[list[Text]], list[list[int]] | None]:
+    """Splits a batch among processes. Returns each process's texts, and each process's queries or None.
+
+    A separable batch is split by queries if few texts are encoded twice. Else its distinct texts are split.
+    """
     distinct = list(dict.fromkeys([*batch.queries, *batch.candidates]))
     if batch.separable():
         needed = [batch.texts(row) for row in range(len(batch.queries))]
-        rows = processes.split([_letters(some) for some in needed])
+        rows = processes.split([_characters(some) for some in needed])
         by_rows = [list(dict.fromkeys(text for i in part for text in needed[i])) for part in rows]
-        if sum(map(_letters, by_rows)) <= most_encoded(_letters(distinct)):
+        if sum(map(_characters, by_rows)) <= split_token_limit(_characters(distinct)):
             return by_rows, rows
     parts = processes.split([len(prefix) + len(text) for prefix, text in distinct])
     return [[distinct[i] for i in part] for part in parts], None
 
 
-def _letters(texts: Iterable[Text]) -> int:
+def _characters(texts: Iterable[Text]) -> int:
     return sum(len(text) for _, text in texts)
 
 

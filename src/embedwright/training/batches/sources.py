@@ -22,9 +22,9 @@ from embedwright.data.tables.documents import DocumentTable
 from embedwright.data.tables.table import ExampleTable, form_of, open_documents, open_examples
 from embedwright.errors import NotFoundError, error_prefix
 from embedwright.mining.rules import RANDOM
-from embedwright.training.batches.blend import Source, permuted, share
+from embedwright.training.batches.blend import Source, permuted, sampling_weight
 from embedwright.training.recipe import Recipe, expand
-from embedwright.training.stages import DataPart, MaskedPart, Stage, StagePart, TextPart
+from embedwright.training.stages import ContrastiveStage, DataPart, MaskedStage, Stage, TextPart
 from embedwright.vectors.corpus import corpus_at, is_encoded
 
 logger = logging.getLogger(__name__)
@@ -33,10 +33,10 @@ logger = logging.getLogger(__name__)
 def open_sources(recipe: Recipe, *, lacking: Collection[str] = ()) -> list[list[Source]]:
     """Returns the sources of each stage. Raises FileNotFoundError or ConfigError, which name the wrong recipe key.
 
-    A task that rows name is described by the entry of the recipe that they come from (a bare name there stands for
-    what another entry says of it). What that leaves out is as the file of tasks beside the rows says. A task that
-    neither describes is as another entry of the recipe says, or else as the catalogue does. `lacking` names stages of
-    which some data is not there yet, so that they cannot be refused for what all of it lacks.
+    A task is described by the first of these that knows it: the recipe entry that its rows come from (a bare name there
+    refers to another entry's description), completed by the task file beside the rows; that task file; another entry of
+    the recipe; the catalogue. `lacking` names stages whose data is partly missing: checks over all data of a stage are
+    skipped for them.
     """
     known = _described(recipe)
     return [_stage_sources(recipe, stage, known, lacking) for stage in recipe.stages]
@@ -79,7 +79,7 @@ def _number_of(source: Source) -> str:
     return source.name.partition("#")[0]
 
 
-def open_table(recipe: Recipe, stage: StagePart, entry: DataPart) -> ExampleTable:
+def open_table(recipe: Recipe, stage: ContrastiveStage, entry: DataPart) -> ExampleTable:
     """Opens the rows of one entry. Raises FileNotFoundError, ConfigError or DataError if it cannot be read."""
     corpus = expand(entry.corpus) if entry.corpus else None
     return open_examples(
@@ -104,16 +104,16 @@ def _stage_sources(recipe: Recipe, stage: Stage, known: dict[str, Task], lacking
     sources = [source for number in range(len(stage.data)) for source in _checked_sources(recipe, stage, number, known)]
     if not sources:  # a plan leaves out what is not there yet
         return []
-    if isinstance(stage, MaskedPart):
+    if isinstance(stage, MaskedStage):
         sources = _without_heldout(recipe, stage, sources)
     else:
         _warn_of_equal_names(recipe, stage, sources)
     if stage.name not in lacking:
         _check_together(recipe, stage, sources)
-    return with_shares(stage, sources)
+    return with_sampling_weights(stage, sources)
 
 
-def _warn_of_equal_names(recipe: Recipe, stage: StagePart, sources: Sequence[Source]) -> None:
+def _warn_of_equal_names(recipe: Recipe, stage: ContrastiveStage, sources: Sequence[Source]) -> None:
     """Warns of rows of two files that are one task by the name of their files alone."""
     first: dict[str, Path] = {}
     for source in sources:
@@ -151,10 +151,10 @@ def _can_have_scores(stage: Stage, sources: Sequence[Source]) -> bool:
     return False
 
 
-def with_shares(stage: Stage, sources: Sequence[Source]) -> list[Source]:
-    """Returns the sources of a stage, each with its share of the draws, by the rows that it can draw.
+def with_sampling_weights(stage: Stage, sources: Sequence[Source]) -> list[Source]:
+    """Returns the sources of a stage, each with its sampling weight, by the rows that it can draw.
 
-    An entry of `data` has one share by all its rows, which its tasks part by their rows.
+    An entry of `data` has one weight by all its rows, which its tasks divide by their rows.
     """
     rows: Counter[str] = Counter()
     for source in sources:
@@ -162,7 +162,7 @@ def with_shares(stage: Stage, sources: Sequence[Source]) -> list[Source]:
     return [
         replace(
             source,
-            share=share(
+            sampling_weight=sampling_weight(
                 entry_of(stage, source).weight, len(source.rows), stage.sampling_alpha, of=rows[_number_of(source)]
             ),
         )
@@ -172,7 +172,7 @@ def with_shares(stage: Stage, sources: Sequence[Source]) -> list[Source]:
 
 def _checked_sources(recipe: Recipe, stage: Stage, number: int, known: dict[str, Task]) -> list[Source]:
     where = f"recipe {recipe.name}: stages.{stage.name}.{stage.reads}.{number}"
-    if isinstance(stage, MaskedPart):
+    if isinstance(stage, MaskedStage):
         return [_text_source(recipe, stage.text[number], f"{number}#", where)]
     sources = [_check(recipe, stage, source, where) for source in _entry_sources(recipe, stage, number, known, where)]
     if stage.mine is not None and any(map(is_mined, sources)):  # else a run would meet a bad corpus after hours
@@ -181,7 +181,9 @@ def _checked_sources(recipe: Recipe, stage: Stage, number: int, known: dict[str,
     return sources
 
 
-def _entry_sources(recipe: Recipe, stage: StagePart, number: int, known: dict[str, Task], where: str) -> list[Source]:
+def _entry_sources(
+    recipe: Recipe, stage: ContrastiveStage, number: int, known: dict[str, Task], where: str
+) -> list[Source]:
     entry = stage.data[number]
     try:
         table = open_table(recipe, stage, entry)
@@ -232,7 +234,7 @@ def _text_source(recipe: Recipe, entry: TextPart, name: str, where: str) -> Sour
     return Source(f"{name}{task.name}", table, np.arange(len(table)), task)
 
 
-def _without_heldout(recipe: Recipe, stage: MaskedPart, sources: Sequence[Source]) -> list[Source]:
+def _without_heldout(recipe: Recipe, stage: MaskedStage, sources: Sequence[Source]) -> list[Source]:
     """Returns the sources without the documents that the stage holds out, and without others of the same text."""
     total, where = sum(len(source.rows) for source in sources), f"recipe {recipe.name}: stages.{stage.name}.heldout"
     if stage.heldout >= total:
@@ -258,7 +260,7 @@ def heldout_texts(sources: Sequence[Source]) -> list[str]:
 
 
 def _kinds(tasks: Iterable[Task], mined: bool) -> dict[str, list[Task]]:
-    """Tasks of equal family, `symmetric` and `in_batch_negatives`, together: synthetic rows have thousands of them.
+    """Groups tasks of equal family, `symmetric` and `in_batch_negatives`: synthetic rows have thousands of them.
 
     Where a stage mines, real and synthetic tasks are two kinds, since only the real ones are mined.
     """
@@ -277,7 +279,7 @@ def _is_synthetic(task: Task) -> bool:
     return task.source.startswith(SYNTHETIC)
 
 
-def _check(recipe: Recipe, stage: StagePart, source: Source, where: str) -> Source:
+def _check(recipe: Recipe, stage: ContrastiveStage, source: Source, where: str) -> Source:
     """Returns the source, with the rows that can train something once its negatives are there. Raises ConfigError if
     there is none, or strict asks for more.
     """
@@ -289,7 +291,7 @@ def _check(recipe: Recipe, stage: StagePart, source: Source, where: str) -> Sour
     return source if stage.mine is not None and is_mined(source) else trainable(stage, source, where)
 
 
-def _with_pairs(stage: StagePart, source: Source, where: str) -> Source:
+def _with_pairs(stage: ContrastiveStage, source: Source, where: str) -> Source:
     """Returns the source with the rows that the loss can learn from: all for CoSENT, those with a positive for InfoNCE.
 
     Raises ConfigError if there is none.
@@ -300,7 +302,7 @@ def _with_pairs(stage: StagePart, source: Source, where: str) -> Source:
     if not len(rows):
         raise ConfigError(
             f"{where}: no scored pair of task {source.task.name!r} reaches the threshold (docs/data.md), so that there "
-            "is no positive: use loss.scored: cosent, which learns from all pairs, or bring the scores to the scale"
+            "is not a positive: use loss.scored: cosent, which learns from all pairs, or bring the scores to the scale"
         )
     return replace(source, rows=rows)
 
@@ -316,7 +318,7 @@ def is_mined(source: Source) -> bool:
     return task.family in ("retrieval", "reranking") and not task.symmetric and not _is_synthetic(task)
 
 
-def trainable(stage: StagePart, source: Source, where: str) -> Source:
+def trainable(stage: ContrastiveStage, source: Source, where: str) -> Source:
     """Returns the source with the rows that have what the stage compares. Raises ConfigError if there is none."""
     task = source.task
     if (task.in_batch_negatives or stage.in_batch_negatives) != "none" or stage.loss.teachers:

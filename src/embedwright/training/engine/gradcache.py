@@ -1,8 +1,8 @@
-"""Any batch in bounded memory, with the gradient of the whole batch: GradCache (arXiv 2101.06983).
+"""GradCache (arXiv 2101.06983): the exact gradient of a batch of any size, in bounded memory.
 
-First the embeddings without a graph, micro-batch by micro-batch; the loss and its gradient on all of them; then each
-micro-batch again, with its graph, against its slice of that gradient. One of them needs no second time: the last to be
-embedded keeps its graph, and is the first to give it up.
+All micro-batches but the first are embedded without a graph; the first is embedded last and keeps its graph. The loss
+and its gradient are computed on all embeddings. Then each micro-batch backpropagates its slice of that gradient: the
+first at once, each of the others after a second forward, with its graph.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def backward(
 ) -> float:
     """Adds the gradient of `loss_of(embeddings of all micro-batches in order)` to the parameters; returns the loss.
 
-    Dropout is seeded per micro-batch, so that the second pass repeats the masks of the first. Of several `processes`,
-    each with as many micro-batches as the others, gradients are averaged on the way (`syncing(last)`), so they are
-    sent times their number.
+    Dropout is seeded per micro-batch, so the second pass repeats the first's masks. All `processes` have equally many
+    micro-batches. `syncing(last)` surrounds each pass and averages gradients over the processes: the gradient is
+    multiplied by their number, so that the average is the sum.
     """
 
     def run(index: int) -> Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from embedwright.training.engine.parallel import full
+from embedwright.training.engine.parallel import full_tensor
 from embedwright.training.parts import OptimPart, TunePart
 
 
@@ -72,14 +72,14 @@ def update(network: nn.Module, optimizer: torch.optim.Optimizer, lr: float, clip
     Raises FloatingPointError, and takes no step, if the norm is not finite.
     """
     trained: Sequence[nn.Parameter] = [p for p in network.parameters() if p.requires_grad]
-    # whole before it is compared: of gradients that are cut, each process has a part of the norm
-    whole = full(torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
+    # full before it is compared: of a sharded gradient, each process has only part of the norm
+    total = full_tensor(torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
     projection = projection_of(optimizer)
-    if projection is not None and projection.grad is not None:  # on its own: it is never cut
-        whole = torch.linalg.vector_norm(torch.stack([whole, projection.grad.norm()]))
-        torch.nn.utils.clip_grads_with_norm_([projection], clip, whole)
-    torch.nn.utils.clip_grads_with_norm_(trained, clip, whole)
-    norm = float(whole)
+    if projection is not None and projection.grad is not None:  # separately: it is never sharded
+        total = torch.linalg.vector_norm(torch.stack([total, projection.grad.norm()]))
+        torch.nn.utils.clip_grads_with_norm_([projection], clip, total)
+    torch.nn.utils.clip_grads_with_norm_(trained, clip, total)
+    norm = float(total)
     if not np.isfinite(norm):
         optimizer.zero_grad(set_to_none=True)
         raise FloatingPointError(f"gradient norm is {norm}")

@@ -30,7 +30,7 @@ class Replica:
     `embed(packed)` gives (N, E) with gradient. `syncing(last)` surrounds forward and backward of a micro-batch. DDP
     averages gradients over the processes once a step, in its last micro-batch. FSDP does so in each micro-batch:
     otherwise whole gradients would stay in memory until the last. `projection` trains along in a stage whose teacher
-    has vectors of another width: it is no part of the network, and each process has all of it.
+    has vectors of another width: it is not part of the network, and each process has all of it.
     """
 
     processes: Processes
@@ -43,9 +43,9 @@ class Replica:
 def replicate(processes: Processes, network: Any, kind: Kind = "ddp") -> Replica:
     """Makes a network trainable by all processes, in place.
 
-    `ddp` keeps the whole network in each process. `fsdp` (FSDP2) cuts every decoder layer, the rest of the backbone and
-    the head into one part a process. Each process comes with the whole network: it is probed before it is cut, and no
-    process waits for weights from another.
+    `ddp` keeps the whole network in each process. `fsdp` (FSDP2) shards every decoder layer, the rest of the backbone
+    and the head over the processes. Each process starts with the whole network: it is probed before it is sharded, and
+    no process waits for another's weights.
     """
     device = next(network.parameters()).device
     if processes.count == 1:
@@ -92,37 +92,37 @@ def shard(network: Any) -> None:
     network.sharded = True
 
 
-def trained(network: Any) -> dict[str, Tensor]:
-    """Returns the trained parameters by name; of a sharded network this process's part."""
+def trainable_parameters(network: Any) -> dict[str, Tensor]:
+    """Returns the parameters that train, by name; of a sharded network this process's shards."""
     return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
 
 
-def whole(network: Any, processes: Processes) -> dict[str, Tensor]:
-    """Gathers the trained parameters on the CPU of rank 0, one at a time; the other processes get none of them.
+def gather_trainable(network: Any, processes: Processes) -> dict[str, Tensor]:
+    """Gathers the trainable parameters on the CPU of rank 0, one at a time; the other processes get none of them.
 
     All processes must call it.
     """
     found = {}
-    for name, parameter in trained(network).items():
-        gathered = full(parameter.detach())
+    for name, parameter in trainable_parameters(network).items():
+        gathered = full_tensor(parameter.detach())
         if processes.is_rank_0:
             found[name] = gathered.cpu().contiguous()
     return found
 
 
-def full(tensor: Tensor) -> Tensor:
-    """Returns a tensor that FSDP has sharded, whole, in every process; any other as it is.
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Gathers a tensor that FSDP has sharded in every process, and returns any other as it is.
 
     All processes must call it.
     """
-    whole = getattr(tensor, "full_tensor", None)
-    return tensor if whole is None else whole()
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
 
 
-def like(tensor: Tensor, cut: Tensor) -> Tensor:
-    """Returns this process's part of a whole tensor, which every process has, sharded as `cut` is."""
+def shard_like(tensor: Tensor, sharded: Tensor) -> Tensor:
+    """Returns this process's shard of a tensor that every process has in full, divided as `sharded` is."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
-    if not isinstance(cut, DTensor):
+    if not isinstance(sharded, DTensor):
         return tensor
-    return distribute_tensor(tensor.to(cut.device), cut.device_mesh, cut.placements, src_data_rank=None)
+    return distribute_tensor(tensor.to(sharded.device), sharded.device_mesh, sharded.placements, src_data_rank=None)

@@ -12,23 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from embedwright.packing import batches, moved, pack
-from embedwright.training.batches.batch import Batch, Text, most_encoded
+from embedwright.training.batches.batch import Batch, Text, split_token_limit
 from embedwright.training.batches.feed import LocalBatch
 from embedwright.training.engine import gradcache
 from embedwright.training.engine.parallel import Replica
 from embedwright.training.losses.total import batch_loss
-from embedwright.training.stages import StagePart
+from embedwright.training.stages import ContrastiveStage
 
 
 def accumulate(
-    replica: Replica, local: LocalBatch, stage: StagePart, *, batch_tokens: int, seed: int
+    replica: Replica, local: LocalBatch, stage: ContrastiveStage, *, batch_tokens: int, seed: int
 ) -> tuple[float, int]:
     """Adds the gradient of the batch's loss to the parameters. Returns the loss and the tokens of all processes.
 
     A batch of at most `batch_tokens` takes one forward. A larger one is split by queries where it is separable, which
-    is exact and takes one pass; each part encodes all of its texts, shared ones included. GradCache does the
-    rest: batches that are not separable, batches with a query that is larger than `batch_tokens` by itself, and batches
-    whose parts would together encode over a third more tokens than the batch has.
+    is exact and takes one pass; each part encodes all of its texts, shared ones included. GradCache does the rest:
+    batches that are not separable, batches with a query that is larger than `batch_tokens` by itself, and batches whose
+    parts would together encode over a third more tokens than the batch has.
     """
     processes = replica.processes
     own, elsewhere = local.texts[processes.rank], set[Text]().union(*local.texts[: processes.rank])
@@ -41,9 +41,9 @@ def accumulate(
         max(encoded, default=0) > batch_tokens,
     )
     seed += 1_000_003 * processes.rank
-    if groups is not None and not too_large and again <= most_encoded(distinct):
+    if groups is not None and not too_large and again <= split_token_limit(distinct):
         loss = _by_queries(replica, local, groups, stage, seed)
-        if replica.projection is not None:  # no part of the network, whose gradients are averaged on the way
+        if replica.projection is not None:  # not part of the network, whose gradients are averaged on the way
             processes.all_reduce_gradients([replica.projection])
             if replica.projection.grad is not None:
                 replica.projection.grad /= processes.count
@@ -51,7 +51,9 @@ def accumulate(
     return _cached(replica, local, stage, batch_tokens, seed), int(total)
 
 
-def _by_queries(replica: Replica, local: LocalBatch, groups: list[list[int]], stage: StagePart, seed: int) -> float:
+def _by_queries(
+    replica: Replica, local: LocalBatch, groups: list[list[int]], stage: ContrastiveStage, seed: int
+) -> float:
     """Accumulates the gradient over groups of queries, each with its own candidates. Returns the loss."""
     processes, device = replica.processes, replica.device
     own = {text: i for i, text in enumerate(local.texts[processes.rank])}
@@ -76,7 +78,7 @@ def _by_queries(replica: Replica, local: LocalBatch, groups: list[list[int]], st
     return processes.all_sum(sum(torch.stack(losses).tolist()) if losses else 0.0)
 
 
-def _cached(replica: Replica, local: LocalBatch, stage: StagePart, batch_tokens: int, seed: int) -> float:
+def _cached(replica: Replica, local: LocalBatch, stage: ContrastiveStage, batch_tokens: int, seed: int) -> float:
     """Runs GradCache over this process's texts, with the loss of the whole batch. Returns the loss.
 
     Every process has the whole gradient of a projection from it.
@@ -129,7 +131,7 @@ def _loss(
     teacher_NE: Tensor | None,
     batch: Batch,
     place: Mapping[Text, int],
-    stage: StagePart,
+    stage: ContrastiveStage,
     total: int,
     projection: nn.Parameter | None,
 ) -> Tensor:

@@ -35,7 +35,7 @@ def info_nce(
 
     - same-tower negatives: `queries_QQ` bool marks other queries, `documents_QC` bool candidates that stand against
       the query's positive: cos(q_i, q_j) and cos(d_i+, d_j) join the sum. Source: Qwen3-Embedding (arXiv
-      2506.05176); GTE (arXiv 2308.03281), which has cos(d_i+, q_j) beside them.
+      2506.05176); GTE (arXiv 2308.03281), which also has cos(d_i+, q_j).
     - `mask_above`: a negative, of whatever kind, whose cosine is above cos(q, d+) + `mask_above` is left out. Source:
       Qwen3-Embedding, with 0.1.
     - `hardness`: the exponential of a negative in `hard_QC` is multiplied by exp(hardness * cos), a constant to the
@@ -103,9 +103,9 @@ def score_distillation(
     """Computes the mean over queries of KL(softmax(teacher/teacher_temperature) || softmax(cos/temperature)).
 
     Both softmaxes are over the candidates that `teacher_QC` float has a score for, NaN elsewhere; a query with fewer
-    than two gives 0. A GPU is not waited for if `teacher_QC` is in the CPU's memory. There is no factor temperature **
-    2. Source: Lin et al. (arXiv 2010.11386); as contrastive
-    distillation in KaLM-Embedding-V2 (arXiv 2506.20923).
+    than two gives 0. A GPU is not waited for if `teacher_QC` is in the CPU's memory. The factor temperature ** 2 is
+    left out. Source: Lin et al. (arXiv 2010.11386); as contrastive distillation in KaLM-Embedding-V2 (arXiv
+    2506.20923).
     """
     known_QC = ~teacher_QC.isnan()
     rows = known_QC.any(1).nonzero().squeeze(1)  # the softmax of no score at all would be NaN

@@ -24,7 +24,7 @@ from embedwright.training.losses.terms import (
     vector_distance,
     vector_distillation,
 )
-from embedwright.training.stages import Stage, StagePart
+from embedwright.training.stages import ContrastiveStage, Stage
 
 Value = TypeVar("Value")
 
@@ -34,7 +34,7 @@ def batch_loss(
     c_CE: Tensor,
     masks: Masks,
     targets: Targets,
-    stage: StagePart,
+    stage: ContrastiveStage,
     *,
     total: int,
     teacher: tuple[Tensor, Tensor] | None = None,
@@ -86,7 +86,7 @@ def _at_one_width(
     c_CE: Tensor,
     masks: Masks,
     targets: Targets,
-    stage: StagePart,
+    stage: ContrastiveStage,
     total: int,
     teacher: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
@@ -122,17 +122,16 @@ def _at_one_width(
         # places instead of truth values, which a GPU would have to count first
         distinct_Q, distinct_C = (_on(q_QE, np.flatnonzero(part)) for part in _needed(masks.distinct, "distinct"))
         value = value + loss.spread_out * (spread_out(q_QE[distinct_Q]) + spread_out(c_CE[distinct_C]))
-    if loss.distill is not None and loss.distill.score_weight:
-        teacher_QC = torch.from_numpy(_needed(targets.teacher_QC, "teacher_QC"))
-        temperature = loss.distill.temperature or stage.temperature
-        value = value + loss.distill.score_weight * weight * score_distillation(
-            q_QE, c_CE, teacher_QC, stage.temperature, temperature
-        )
-    if loss.distill is not None and loss.distill.similarity_weight and teacher is not None:
-        temperature = loss.distill.temperature or stage.temperature
-        value = value + loss.distill.similarity_weight * weight * score_distillation(
-            q_QE, c_CE, cosines(*teacher), stage.temperature, temperature
-        )
+    if (distill := loss.distill) is not None:
+        followed: list[tuple[float, Tensor]] = []
+        if distill.score_weight:
+            followed.append((distill.score_weight, torch.from_numpy(_needed(targets.teacher_QC, "teacher_QC"))))
+        if distill.similarity_weight and teacher is not None:
+            followed.append((distill.similarity_weight, cosines(*teacher)))
+        temperature = distill.temperature or stage.temperature
+        for scale, teacher_QC in followed:
+            term = score_distillation(q_QE, c_CE, teacher_QC, stage.temperature, temperature)
+            value = value + scale * weight * term
     return value
 
 

@@ -18,22 +18,22 @@ from embedwright.text import Contract, TextTokenizer, TokenizedText, tokenize
 from embedwright.training.batches.batch import ids_hash
 from embedwright.training.batches.blend import Source, rows_at
 from embedwright.training.recipe import Recipe
-from embedwright.training.stages import MaskedPart
+from embedwright.training.stages import MaskedStage
 
-# Of the masked tokens, so many become the mask token, and so many another token; the others stay. Source: BERT, arXiv
-# 1810.04805, and LLM2Vec's run_mntp.py, which takes transformers' DataCollatorForLanguageModeling for its Llama models.
+# BERT's split: 80 % of the masked tokens become the mask token, 10 % another token, the others stay. Source: BERT,
+# arXiv 1810.04805, and LLM2Vec's run_mntp.py, which takes transformers' DataCollatorForLanguageModeling for Llama.
 MASKED, ANOTHER = 0.8, 0.1
 UNCUT = 2**30  # more tokens than any text has
-_CHARACTERS = 20  # of a document that are read for each token of a window
+_CHARACTERS = 20  # characters of a document that are tokenised for each token of its window
 
 _STEP, _HELDOUT = 3, 4  # keys of the random numbers
 
 
 class MaskedText(NamedTuple):
-    """One text of L tokens. At `places` (M,) other tokens may stand in it; `targets` (M,) are its own."""
+    """One text of L tokens. Those at `positions` (M,) are masked; `targets` (M,) are the tokens that stood there."""
 
-    read: TokenizedText
-    places: NDArray[np.int64]
+    tokens: TokenizedText
+    positions: NDArray[np.int64]
     targets: NDArray[np.int64]
 
 
@@ -51,15 +51,15 @@ class MaskedBatch:
 class Masker:
     """Reads documents as the model reads them, and masks some of their tokens."""
 
-    def __init__(self, stage: MaskedPart, tokenizer: TextTokenizer, contract: Contract) -> None:
-        """Raises ConfigError, which names a near token, if the stage's mask token is no token of the tokenizer."""
+    def __init__(self, stage: MaskedStage, tokenizer: TextTokenizer, contract: Contract) -> None:
+        """Raises ConfigError, which names a near token, if the stage's mask token is not one token of the tokenizer."""
         self.stage, self.tokenizer, self.contract = stage, tokenizer, contract
         self.vocabulary, name = tokenizer.plain.get_vocab_size(), stage.mask_token
         known = tokenizer.plain.token_to_id(name)
         ids = tokenizer.plain.encode(name, add_special_tokens=False).ids if known is None else [known]
         if len(ids) != 1:
             raise ConfigError(
-                f"stages.{stage.name}.mask_token: {name!r} is {len(ids)} tokens of the model's tokenizer, and must be "
+                f"stages.{stage.name}.mask_token: {name!r} is {len(ids)} tokens of the model's tokenizer, but must be "
                 f"one{did_you_mean(name, tokenizer.plain.get_vocab())}; `_` is one as a rule"
             )
         self.token: int = ids[0]
@@ -70,32 +70,32 @@ class Masker:
         most = _CHARACTERS * self.contract.max_tokens
         starts = [draw.integers(max(len(text) - most, 0) + 1) for text, draw in zip(texts, draws, strict=True)]
         cut = [text[start : start + most] for text, start in zip(texts, starts, strict=True)]
-        read = tokenize(self.tokenizer, self.contract, cut, self.contract.prefix(None), UNCUT)
-        return [self._masked(one, draw) for one, draw in zip(read, draws, strict=True)]
+        tokenized = tokenize(self.tokenizer, self.contract, cut, self.contract.prefix(None), UNCUT)
+        return [self._masked(tokens, draw) for tokens, draw in zip(tokenized, draws, strict=True)]
 
-    def _masked(self, read: TokenizedText, draw: np.random.Generator) -> MaskedText:
-        read, own = self._window(read, draw)
-        own = own[own > 0]  # the first token of all has none before it to tell it from
+    def _masked(self, tokens: TokenizedText, draw: np.random.Generator) -> MaskedText:
+        tokens, own = self._window(tokens, draw)
+        own = own[own > 0]  # the first token has no state before it to be predicted from
         chosen = draw.random(len(own)) < self.stage.mask_share
         if len(own) and not chosen.any():
             chosen[draw.integers(len(own))] = True
-        places, ids = own[chosen], read.ids.copy()
-        fate = draw.random(len(places))
-        ids[places[fate < MASKED]] = self.token
-        others = places[fate >= 1 - ANOTHER]
+        positions, ids = own[chosen], tokens.ids.copy()
+        fate = draw.random(len(positions))
+        ids[positions[fate < MASKED]] = self.token
+        others = positions[fate >= 1 - ANOTHER]
         ids[others] = draw.integers(self.vocabulary, size=len(others))
-        return MaskedText(TokenizedText(ids, read.pool), places, read.ids[places])
+        return MaskedText(TokenizedText(ids, tokens.pool), positions, tokens.ids[positions])
 
-    def _window(self, read: TokenizedText, draw: np.random.Generator) -> tuple[TokenizedText, NDArray[np.int64]]:
-        """Cuts a text to the model's length, anywhere; what stands around it stays. Also returns the text's places."""
+    def _window(self, tokens: TokenizedText, draw: np.random.Generator) -> tuple[TokenizedText, NDArray[np.int64]]:
+        """Cuts a text to the model's length, anywhere; what stands around it stays. Also returns its positions."""
         special = [id for id in (*self.contract.bos_ids, self.contract.eos_id) if id is not None]
-        own = np.flatnonzero(read.pool & ~np.isin(read.ids, special))
-        excess = len(read.ids) - self.contract.max_tokens
+        own = np.flatnonzero(tokens.pool & ~np.isin(tokens.ids, special))
+        excess = len(tokens.ids) - self.contract.max_tokens
         if excess <= 0 or not len(own):
-            return read, own
+            return tokens, own
         start = own[0] + draw.integers(len(own) - max(len(own) - excess, 1) + 1)
-        kept = np.r_[0 : own[0], start : start + len(own) - excess, own[-1] + 1 : len(read.ids)]
-        return TokenizedText(read.ids[kept], read.pool[kept]), own[: len(own) - excess]
+        kept = np.r_[0 : own[0], start : start + len(own) - excess, own[-1] + 1 : len(tokens.ids)]
+        return TokenizedText(tokens.ids[kept], tokens.pool[kept]), own[: len(own) - excess]
 
 
 def batch_of_step(

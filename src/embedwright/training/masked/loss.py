@@ -1,7 +1,7 @@
 """The loss of masked next-token prediction: LLM2Vec, arXiv 2404.05961, section 2.2.
 
-The masked token at place i is told from the state at place i - 1, as a decoder was trained to tell the next token. The
-head is the stock one of the decoder's language model, applied at these places alone.
+The token masked at position i is predicted from the state at position i - 1, as the decoder was trained to predict the
+next token. The head is the stock one of the decoder's language model, applied at these positions alone.
 
 T packed tokens, M masked ones, D hidden, V tokens of the vocabulary.
 """
@@ -79,8 +79,8 @@ def accumulate(
     Micro-batches have at most `batch_tokens`; a longer text is one of its own. Each process takes its own texts, and
     the gradients of all are added up.
     """
-    sizes = [len(text.read.ids) for text in batch.texts]
-    masked = max(processes.all_sum(sum(len(text.places) for text in batch.texts)), 1)
+    sizes = [len(text.tokens.ids) for text in batch.texts]
+    masked = max(processes.all_sum(sum(len(text.positions) for text in batch.texts)), 1)
     sums = list[Tensor]()
     for i, group in enumerate(batches(sizes, batch_tokens)):
         torch.manual_seed(seed + 1_000_003 * processes.rank + i)
@@ -95,26 +95,28 @@ def accumulate(
 def measure(
     network: EmbedwrightModel, head: Any, texts: Sequence[MaskedText], processes: Processes, batch_tokens: int
 ) -> dict[str, float]:
-    """Returns the mean loss of the masked tokens of all processes' texts, the share told right, and their number."""
-    loss = right = 0.0
+    """Returns the number of masked tokens of all processes, their mean loss, and the accuracy on them."""
+    loss = correct = 0.0
     with evaluating(network), torch.no_grad():
-        for group in batches([len(text.read.ids) for text in texts], batch_tokens):
-            summed, told = masked_loss(network, head, [texts[i] for i in group])
-            loss, right = loss + float(summed), right + float(told)
-    count = processes.all_sum(sum(len(text.places) for text in texts))
+        for group in batches([len(text.tokens.ids) for text in texts], batch_tokens):
+            summed, hits = masked_loss(network, head, [texts[i] for i in group])
+            loss, correct = loss + float(summed), correct + float(hits)
+    count = processes.all_sum(sum(len(text.positions) for text in texts))
     return {
         "masked": int(count),
         "loss": processes.all_sum(loss) / max(count, 1),
-        "accuracy": processes.all_sum(right) / max(count, 1),
+        "accuracy": processes.all_sum(correct) / max(count, 1),
     }
 
 
 def masked_loss(network: EmbedwrightModel, head: Any, texts: Sequence[MaskedText]) -> tuple[Tensor, Tensor]:
-    """Returns the summed cross-entropy of the masked tokens of these texts, in float32, and how many are told right."""
+    """Returns the summed cross-entropy of the masked tokens of these texts, in float32, and how many are predicted
+    correctly.
+    """
     device = network.backbone.device
-    packed = pack([text.read for text in texts]).to(device)
-    starts = np.cumsum([0, *(len(text.read.ids) for text in texts)])
-    before = [text.places + start - 1 for text, start in zip(texts, starts, strict=False)]
+    packed = pack([text.tokens for text in texts]).to(device)
+    starts = np.cumsum([0, *(len(text.tokens.ids) for text in texts)])
+    before = [text.positions + start - 1 for text, start in zip(texts, starts, strict=False)]
     before_M, target_M = (
         moved(torch.from_numpy(np.concatenate(parts)), device) for parts in (before, [text.targets for text in texts])
     )

@@ -19,7 +19,14 @@ from embedwright.errors import InputError
 from embedwright.files import remove_leftovers, sha256_of, whole_folder
 from embedwright.processes import ALONE, Processes
 from embedwright.training.engine.optim import projection_of
-from embedwright.training.run.tensors import Digest, read, sizes, write, write_parts, write_text
+from embedwright.training.run.tensors import (
+    FileDigest,
+    read_tensors,
+    tensor_sizes,
+    write_hashed_text,
+    write_parts,
+    write_tensors,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +66,7 @@ def save_checkpoint(
     """Writes a checkpoint below `folder`, then removes all but the newest `keep`.
 
     `optimizer` is None between stages. All processes must call this. Rank 0 writes whole tensors; of sharded ones each
-    process writes its part. Any number of processes can go on from either. Raises OSError in all of them if one cannot
+    process writes its part. Any number of processes can resume from either. Raises OSError in all of them if one cannot
     write; older checkpoints stay as they are.
     """
     moments = {"state": {}, "param_groups": []} if optimizer is None else optimizer.state_dict()
@@ -78,16 +85,15 @@ def save_checkpoint(
                 return str(stack.enter_context(whole_folder(final)))
 
             temp = Path(processes.on_rank_0(begin))
-            files: dict[str, Digest] = {}
+            files: dict[str, FileDigest] = {}
             if any(hasattr(tensor, "full_tensor") for tensor in weights.values()):
                 files = write_parts(temp, {name: w.detach() for name, w in weights.items()} | tensors, processes)
 
             def end() -> None:
                 if not files:
-                    files.update(
-                        {_WEIGHTS: write(temp / _WEIGHTS, weights), _OPTIMIZER: write(temp / _OPTIMIZER, tensors)}
-                    )
-                files[_STATE] = write_text(temp / _STATE, json.dumps(about))
+                    for file, content in ((_WEIGHTS, weights), (_OPTIMIZER, tensors)):
+                        files[file] = write_tensors(temp / file, content)
+                files[_STATE] = write_hashed_text(temp / _STATE, json.dumps(about))
                 manifest = {"files": files, "recipe": state.recipe, "processes": processes.count}
                 (temp / _MANIFEST).write_text(json.dumps(manifest, indent=2))
                 stack.close()
@@ -126,10 +132,10 @@ def read_state(checkpoint: Path) -> RunState:
 
 def restore_weights(checkpoint: Path, own: dict[str, Tensor]) -> None:
     """Reads the weights into the trained tensors, of sharded ones this process's part. InputError if names differ."""
-    stored = {name for name in sizes(checkpoint) if not _OF_OPTIMIZER.fullmatch(name)}
+    stored = {name for name in tensor_sizes(checkpoint) if not _OF_OPTIMIZER.fullmatch(name)}
     if own.keys() != stored:
         raise InputError(f"checkpoint and model differ in {sorted(own.keys() ^ stored)[:3]}")
-    read(checkpoint, {name: parameter.detach() for name, parameter in own.items()})
+    read_tensors(checkpoint, {name: parameter.detach() for name, parameter in own.items()})
 
 
 def restore_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
@@ -138,7 +144,7 @@ def restore_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> Non
     for saved, group in zip(numbers, optimizer.param_groups, strict=False):  # torch refuses another number of groups
         saved["fused"] = group["fused"]  # the kernel of this device, not of that on which the checkpoint was written
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    stored = {name: size for name, size in sizes(checkpoint).items() if _OF_OPTIMIZER.fullmatch(name)}
+    stored = {name: size for name, size in tensor_sizes(checkpoint).items() if _OF_OPTIMIZER.fullmatch(name)}
     projection = projection_of(optimizer)
     if (None if projection is None else projection.shape) != stored.pop(_PROJECTION, None):
         raise InputError(f"{checkpoint} is of a teacher with vectors of another width: take that one, or a new run.out")
@@ -149,7 +155,7 @@ def restore_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> Non
         moment = torch.zeros_like(parameter) if parameter.shape == size else torch.zeros(size)
         state.setdefault(int(index), {})[name] = moment.detach()
     tensors = {f"{index}.{name}": moment for index, moments in state.items() for name, moment in moments.items()}
-    read(checkpoint, tensors if projection is None else tensors | {_PROJECTION: projection.detach()})
+    read_tensors(checkpoint, tensors if projection is None else tensors | {_PROJECTION: projection.detach()})
     optimizer.load_state_dict({"state": state, "param_groups": numbers})
 
 

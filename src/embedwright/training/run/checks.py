@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from embedwright.evaluation.bench.names import Chosen
 
 
-def of_files(name: str) -> bool:
+def is_suite_file(name: str) -> bool:
     """Returns whether a suite of a recipe can only be one of files: else the name may be mteb's. It opens nothing."""
     return "/" in name or "$" in name or Path(name).suffix in (".yaml", ".yml") or is_suite(name)
 
@@ -33,7 +33,7 @@ def open_suite(name: str) -> Suite | Chosen:
 
     Raises NotFoundError with the nearest names, InputError for a suite with mistakes. No data of mteb are looked for.
     """
-    if of_files(name):
+    if is_suite_file(name):
         return load_suite(name if is_suite(name) else expand(name))
     try:
         return load_suite(name)
@@ -74,7 +74,7 @@ def teachers(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield from ((f"stages.{stage.name}.loss.distill.teacher", name) for name in stage.loss.teachers)
 
 
-def check_reading(recipe: Recipe, stages: Sequence[Sequence[Source]], model: Embedder) -> None:
+def check_fits_model(recipe: Recipe, stages: Sequence[Sequence[Source]], model: Embedder) -> None:
     """Raises InputError if a loss's width exceeds the model's, or an instruction leaves no room for text."""
     for stage, sources in zip(recipe.stages, stages, strict=True):
         check_widths(stage, model.embedding_dim)

@@ -93,8 +93,8 @@ def teacher_of(stage: Stage, sources: Sequence[Source], contract: Contract) -> T
     if distill is None or not distill.teacher:
         return None
     tasks = [task for source in sources for task in (source.task, *source.tasks.values())]
-    # of equal prefixes the last counts: a query without an instruction is read as a document. Rows that state none are
-    # read under the model's own, and have the teacher's own there
+    # for equal prefixes the last entry wins: a query without an instruction is read as a document. Rows that state none
+    # are read under the model's own, and have the teacher's own there
     own = {contract.prefix(contract.default_task): ""}
     asked = ["", None, *(task.instruction or None for task in tasks)]
     instructions = own | {contract.prefix(instruction): instruction for instruction in asked}

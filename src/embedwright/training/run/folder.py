@@ -24,7 +24,7 @@ from embedwright.threads import cores
 from embedwright.training.batches.blend import Source
 from embedwright.training.batches.sources import data_fingerprint, entry_of
 from embedwright.training.recipe import Recipe, differences, leaves
-from embedwright.training.run.checks import of_files
+from embedwright.training.run.checks import is_suite_file
 from embedwright.training.run.scores import mean_scores
 from embedwright.training.stages import Stage
 
@@ -128,7 +128,7 @@ def card_facts(
 
 
 def _command(suite: str) -> str:
-    return f"embedwright eval MODEL {Path(suite).name}" if of_files(suite) else f"embedwright bench MODEL {suite}"
+    return f"embedwright eval MODEL {Path(suite).name}" if is_suite_file(suite) else f"embedwright bench MODEL {suite}"
 
 
 def _source(stage: Stage, source: Source, all_of_stage: Sequence[Source]) -> dict[str, Any]:
@@ -144,7 +144,7 @@ def _source(stage: Stage, source: Source, all_of_stage: Sequence[Source]) -> dic
         "rows": len(source.rows),
         "rows_in_file": len(source.table),
         "fingerprint": source.table.fingerprint,
-        "share": round(source.share / sum(each.share for each in all_of_stage), 6),
+        "share": round(source.sampling_weight / sum(each.sampling_weight for each in all_of_stage), 6),
     }
 
 

@@ -1,4 +1,4 @@
-"""Where a run goes on: rank 0 decides, and every process must read what rank 0 reads."""
+"""Where a run resumes: rank 0 decides, and every process must read what rank 0 reads."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from embedwright.training.run.save import check_saved
 logger = logging.getLogger(__name__)
 
 
-def where_to_go_on(recipe: Recipe, fresh: RunState, processes: Processes) -> tuple[RunState, Path | None]:
-    """Returns the state that a run goes on from, and its newest checkpoint; without one, `fresh` and None.
+def find_resume_point(recipe: Recipe, fresh: RunState, processes: Processes) -> tuple[RunState, Path | None]:
+    """Returns the state to resume from and the newest checkpoint; `fresh` and None if there is no checkpoint.
 
     Raises ConfigError in all processes if one of them has another recipe, other data or another model than rank 0, or
     if the folder holds a run of another one.

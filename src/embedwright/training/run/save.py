@@ -16,7 +16,7 @@ from embedwright.model.formats.folder import is_adapter, tensors_of, weights_in
 from embedwright.processes import Processes
 from embedwright.training.parts import Form
 from embedwright.training.recipe import Recipe
-from embedwright.training.run.start import check_moved, copied, finish
+from embedwright.training.run.start import check_moved, copied, merged
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +28,8 @@ Card = Callable[[Embedder, str], str]  # the model card of a model in this form,
 def kept_forms(recipe: Recipe, stage: str | None = None) -> dict[Form, Path]:
     """Returns the folder of each form that `run.save` names, of the end of a stage or (None) of the run."""
     out = recipe.out
-    merged = out / "stages" / stage if stage else out / "model"
-    folders: dict[Form, Path] = {"merged": merged, "adapter": (merged if stage else out) / "adapter"}
+    model = out / "stages" / stage if stage else out / "model"
+    folders: dict[Form, Path] = {"merged": model, "adapter": (model if stage else out) / "adapter"}
     return {form: folder for form, folder in folders.items() if form in recipe.run.save}
 
 
@@ -39,7 +39,7 @@ def saved_model(out: Path) -> Path:
 
 
 def check_saved(recipe: Recipe, begun: bool, stage: int) -> None:
-    """Raises ConfigError if the run cannot keep its models, because it goes on in the stage of this number.
+    """Raises ConfigError if the run cannot keep its models, because it resumes in the stage of this number.
 
     It cannot if a folder of models to come holds weights of another type than `run.dtype`, since what is there stays.
     `begun` says whether the run has a checkpoint. Without one, a model that is there is not of this run.
@@ -76,7 +76,7 @@ def save_stage(recipe: Recipe, model: Embedder, processes: Processes, stage: str
     """Saves the model as it now is in each form of `run.save`, with its card; the model itself trains on.
 
     Each form is made of a copy, on the CPU of rank 0: it takes 4 bytes a parameter there. A folder that holds a model
-    is left as it is. All processes must call this. Raises RuntimeError as `finish` does.
+    is left as it is. All processes must call this. Raises RuntimeError as `check_moved` and `merged` do.
     """
     folders = kept_forms(recipe, stage)
     lacking = processes.on_rank_0(
@@ -90,7 +90,7 @@ def save_stage(recipe: Recipe, model: Embedder, processes: Processes, stage: str
             with processes.together():
                 if copy is not None:
                     check_moved(copy)
-                    _save(recipe, copy if form == "adapter" else finish(copy), folders[form], card)
+                    _save(recipe, copy if form == "adapter" else merged(copy), folders[form], card)
 
 
 def save_end(recipe: Recipe, model: Embedder, processes: Processes, card: Card) -> Embedder:
@@ -98,7 +98,7 @@ def save_end(recipe: Recipe, model: Embedder, processes: Processes, card: Card) 
 
     It is done on the CPU, where the model takes 4 bytes a parameter: a GPU that trains a model in bfloat16 need not
     hold it in float32. Of several processes rank 0 does so alone; the others return theirs as it trained. A folder that
-    holds a model is left as it is. All processes must call this. Raises RuntimeError as `finish` does.
+    holds a model is left as it is. All processes must call this. Raises RuntimeError as `check_moved` and `merged` do.
     """
     device = model.device
     if recipe.tune.method == "qlora" or model.network.sharded:
@@ -125,7 +125,7 @@ def _finished(recipe: Recipe, model: Embedder, card: Card) -> Embedder:
     check_moved(model)
     folders = kept_forms(recipe)
     text = _save(recipe, model, folders["adapter"], card) if "adapter" in folders else None
-    model = finish(model)
+    model = merged(model)
     if "merged" in folders:
         text = _save(recipe, model, folders["merged"], card)
     write_text(recipe.out / "README.md", text or card(model, "model"))
@@ -141,7 +141,7 @@ def _save(recipe: Recipe, model: Embedder, folder: Path, card: Card) -> str:
             fill_folder(folder, scratch / "model")
     elif not _is_model(folder):
         model.save(folder, recipe.run.dtype)
-    if not (folder / "README.md").exists():  # on its own: a run that is killed between the two goes on here
+    if not (folder / "README.md").exists():  # separately: a run that is killed between the two resumes here
         write_text(folder / "README.md", text)
     return text
 

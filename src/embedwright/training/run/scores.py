@@ -26,7 +26,7 @@ from embedwright.evaluation.suite import Suite, run_suite
 from embedwright.files import file_name, whole_file
 from embedwright.model.embedder import Embedder
 from embedwright.processes import Processes
-from embedwright.training.engine.parallel import whole
+from embedwright.training.engine.parallel import gather_trainable
 from embedwright.training.parts import EvalPart
 from embedwright.training.run import heldout, watch
 from embedwright.training.run.checks import open_suite
@@ -106,11 +106,11 @@ class Scores:
             return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  no mapping
 
     def _keep_weights(self, stage: str, step: int) -> None:
-        trained = whole(self.model.network, self.processes)
+        weights = gather_trainable(self.model.network, self.processes)
         with self.processes.together():
             if self.processes.is_rank_0:
                 with whole_file(self._best_file(stage)) as temp:
-                    save_file(trained, temp, metadata={"step": str(step)})
+                    save_file(weights, temp, metadata={"step": str(step)})
 
     def _best_file(self, stage: str) -> Path:
         """Each stage has a file of its own, because the next stage evaluates before its first checkpoint."""

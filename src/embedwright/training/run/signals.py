@@ -10,7 +10,7 @@ from types import FrameType
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run stopped at a checkpoint because a signal asked it to: the same command goes on from there."""
+    """The run stopped at a checkpoint because a signal asked it to: the same command resumes from there."""
 
 
 class StopRequest:

@@ -23,7 +23,7 @@ from embedwright.model.pooling import WEIGHTLESS, LatentPooling, PoolingConfig, 
 from embedwright.model.verify import probe
 from embedwright.processes import ALONE, Processes
 from embedwright.text import Contract, load_tokenizer
-from embedwright.training.engine.parallel import full, like, trained
+from embedwright.training.engine.parallel import full_tensor, shard_like, trainable_parameters
 from embedwright.training.parts import ModelPart
 from embedwright.training.recipe import Recipe
 
@@ -109,9 +109,10 @@ def _continued(recipe: Recipe, dtype: torch.dtype, device: str | None) -> Embedd
     network = model.network
     contract = _changed(spec, network.contract)
     if keeps and contract != network.contract and network.origin is not None and network.origin.kind != "decoder":
+        overrides = ", ".join(f"{key}={value}" for key, value in _contract_overrides(spec).items())
         raise InputError(
-            f"{', '.join(f'{key}={value}' for key, value in _said(spec).items())}: an adapter keeps the text contract "
-            "of the embedder that it is saved without (run.save): leave that out, or save merged alone"
+            f"{overrides}: an adapter keeps the text contract of the embedder that it is saved without (run.save): "
+            "leave that out, or save merged alone"
         )
     if trains_on:
         train_on(network.backbone, dropout=recipe.tune.dropout, mixed=recipe.run.precision == "bf16")
@@ -145,18 +146,18 @@ def _check_sizes(recipe: Recipe) -> None:
 
 
 def _changed(spec: ModelPart, contract: Contract) -> Contract:
-    """Returns the contract of an embedder of `from` with what the recipe says otherwise."""
+    """Returns the contract of an embedder of `from`, with what the recipe changes in it."""
     if spec.shortened is not None and spec.shortened > contract.max_tokens:
         raise InputError(
-            f"max_tokens={spec.shortened}: {spec.name} reads {contract.max_tokens} tokens, and can only be shortened"
+            f"max_tokens={spec.shortened}: {spec.name} reads {contract.max_tokens} tokens, but can only be shortened"
         )
-    return contract.model_copy(update=_said(spec))
+    return contract.model_copy(update=_contract_overrides(spec))
 
 
-def _said(spec: ModelPart) -> dict[str, Any]:
-    """Returns what the recipe says of the text contract of an embedder of `from`."""
-    said = {"max_tokens": spec.shortened, "default_task": spec.default_task}
-    return {key: value for key, value in said.items() if value is not None}
+def _contract_overrides(spec: ModelPart) -> dict[str, Any]:
+    """Returns what the recipe changes in the text contract of an embedder of `from`."""
+    overrides = {"max_tokens": spec.shortened, "default_task": spec.default_task}
+    return {key: value for key, value in overrides.items() if value is not None}
 
 
 # ---- what is known without weights
@@ -197,8 +198,8 @@ def rank_of(recipe: Recipe) -> int:
     return recipe.tune.rank if recipe.tune.adapters == "fresh" else int(lora_of(recipe.model.name)["r"])
 
 
-def reading_of(spec: ModelPart) -> tuple[Any, Contract]:
-    """Reads the tokenizer and the text contract of the model. Raises OSError if the tokenizer cannot be had."""
+def tokenizer_and_contract(spec: ModelPart) -> tuple[Any, Contract]:
+    """Reads the tokenizer and the text contract of the model. Raises OSError if the tokenizer cannot be loaded."""
     if spec.from_:
         check_embedder(spec.name)
         found = outline(spec.name)
@@ -209,7 +210,7 @@ def reading_of(spec: ModelPart) -> tuple[Any, Contract]:
 
 def longest_of(spec: ModelPart) -> int:
     """Returns the most tokens that the model reads of a text."""
-    return reading_of(spec)[1].max_tokens if spec.from_ else spec.max_tokens
+    return tokenizer_and_contract(spec)[1].max_tokens if spec.from_ else spec.max_tokens
 
 
 def _sizes(spec: ModelPart) -> dict[str, Any]:
@@ -222,15 +223,6 @@ def _decoder(spec: ModelPart) -> str:
     return spec.name
 
 
-def finish(model: Embedder) -> Embedder:
-    """Merges the adapters of a trained model in float32 and probes.
-
-    Raises RuntimeError if one never moved, or if merging changes vectors.
-    """
-    check_moved(model)
-    return merged(model)
-
-
 def check_moved(model: Embedder) -> None:
     """Raises RuntimeError if training left an adapter at zero."""
     if has_lora(model.network.backbone) and (idle := idle_adapters(model.network.backbone)):
@@ -238,7 +230,10 @@ def check_moved(model: Embedder) -> None:
 
 
 def merged(model: Embedder) -> Embedder:
-    """Brings a model into the form in which it is saved and evaluated: float32, without adapters. It is probed."""
+    """Brings a model into the form in which it is saved and evaluated: float32, without adapters. It is probed.
+
+    Raises RuntimeError if merging changes vectors.
+    """
     network = model.network
     network.float().eval()
     network.mixed = False
@@ -253,12 +248,12 @@ def load_trained(model: Embedder, weights: dict[str, Tensor]) -> None:
     """Copies whole weights into the trained tensors, also where these are sharded. Raises ValueError if the names
     differ.
     """
-    own = trained(model.network)
+    own = trainable_parameters(model.network)
     if own.keys() != weights.keys():
         raise InputError(f"checkpoint and model differ in {sorted(own.keys() ^ weights.keys())[:3]}")
     with torch.no_grad():
         for name, parameter in own.items():
-            parameter.copy_(like(weights[name], parameter))
+            parameter.copy_(shard_like(weights[name], parameter))
 
 
 def copied(recipe: Recipe, model: Embedder, processes: Processes) -> Embedder | None:
@@ -274,9 +269,9 @@ def copied(recipe: Recipe, model: Embedder, processes: Processes) -> Embedder | 
     with processes.together():
         if processes.is_rank_0:
             copy = start_model(recipe, Processes(device=torch.device("cpu")))
-    own = {} if copy is None else trained(copy.network)
-    for name, parameter in trained(model.network).items():
-        gathered = full(parameter.detach())
+    own = {} if copy is None else trainable_parameters(copy.network)
+    for name, parameter in trainable_parameters(model.network).items():
+        gathered = full_tensor(parameter.detach())
         if copy is not None:
             own[name].data.copy_(gathered)
     return copy

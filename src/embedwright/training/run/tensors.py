@@ -2,7 +2,7 @@
 
 Sharded tensors go through `torch.distributed.checkpoint`, whose `HuggingFaceStorageWriter` writes safetensors and whose
 reader takes the shapes from their headers, so nothing is unpickled from disk. Its state-dict functions are left out:
-they know no parameter beside the model (a projection to a teacher), and torch's dict of DTensors needs none of them.
+they know no parameter outside the model (a projection to a teacher), and torch's dict of DTensors needs none of them.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch import Tensor
 from embedwright.files import HashedFile
 from embedwright.processes import Processes
 
-Digest = dict[str, Any]  # SHA-256 and length of a file
+FileDigest = dict[str, Any]  # SHA-256 and length of a file
 
 _PART = 2**30  # bytes of one file of a process, which is twice in its memory while it is written
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64"}
 
 
-def write(path: Path, tensors: Mapping[str, Tensor]) -> Digest:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileDigest:
     """Writes tensors as safetensors, one at a time on the CPU. Returns the digest of the file."""
     header: dict[str, Any] = {}
     end = 0
@@ -43,14 +43,14 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> Digest:
     return _digest(file)
 
 
-def write_text(path: Path, text: str) -> Digest:
+def write_hashed_text(path: Path, text: str) -> FileDigest:
     """Writes UTF-8 text. Returns the digest of the file."""
     with HashedFile(path) as file:
         file.write(text.encode())
     return _digest(file)
 
 
-def write_parts(folder: Path, tensors: dict[str, Tensor], processes: Processes) -> dict[str, Digest]:
+def write_parts(folder: Path, tensors: dict[str, Tensor], processes: Processes) -> dict[str, FileDigest]:
     """Writes this process's part of sharded tensors into `folder`. Returns the digests of all processes' files.
 
     All processes must call it, and it raises in all of them if one cannot write.
@@ -60,7 +60,7 @@ def write_parts(folder: Path, tensors: dict[str, Tensor], processes: Processes) 
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
-    found: dict[str, Digest] = {}
+    found: dict[str, FileDigest] = {}
 
     class Hashing(FileSystem):
         @contextmanager
@@ -83,7 +83,7 @@ def write_parts(folder: Path, tensors: dict[str, Tensor], processes: Processes) 
     return {name: digest for digests in processes.all_gather(found) for name, digest in digests.items()}
 
 
-def sizes(folder: Path) -> dict[str, torch.Size]:
+def tensor_sizes(folder: Path) -> dict[str, torch.Size]:
     """Returns the names of all tensors in a folder, with their whole sizes."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
@@ -91,8 +91,8 @@ def sizes(folder: Path) -> dict[str, torch.Size]:
     return {name: of_tensor.size for name, of_tensor in stored.items()}  # type: ignore[union-attr]
 
 
-def read(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Fills tensors from the files of a folder, however they were divided there. It asks no other process.
+def read_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Fills tensors from the files of a folder, however they were divided there. It does not communicate.
 
     Of a sharded tensor it reads the part of this process.
     """
@@ -106,5 +106,5 @@ def read(folder: Path, tensors: dict[str, Tensor]) -> None:
     reader.read_data(planner.create_local_plan(), planner).wait()
 
 
-def _digest(file: HashedFile) -> Digest:
+def _digest(file: HashedFile) -> FileDigest:
     return {"sha256": file.sha256.hexdigest(), "bytes": file.bytes}

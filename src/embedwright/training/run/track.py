@@ -89,7 +89,7 @@ class Tracker:
         for name, tracker in list(self.trackers.items()):
             try:
                 do(name, tracker)
-            except Exception as error:  # of any kind: days of training do not end with a chart
+            except Exception as error:  # any kind: days of training do not end with a chart
                 logger.warning(
                     "the tracker %s failed (%s: %s): left out from here on", name, type(error).__name__, error
                 )
@@ -110,7 +110,7 @@ def _start(name: str, out: Path, total: int, settings: Mapping[str, Any]) -> dic
         PartialState()  # accelerate's trackers want it
         started: dict[str, Any]
         if name == "tensorboard":
-            if not total:  # of a run that ended before its first checkpoint
+            if not total:  # left by a run that ended before its first checkpoint
                 shutil.rmtree(out / name / "evaluations", ignore_errors=True)
             started = {
                 name: tracking.TensorBoardTracker(name, out, purge_step=total + 1),
@@ -119,7 +119,7 @@ def _start(name: str, out: Path, total: int, settings: Mapping[str, Any]) -> dic
         elif name == "wandb":
             project = os.environ.get("WANDB_PROJECT", "embedwright")
             more = {"name": run, "id": _run_id(out), "dir": str(out), "config": config}
-            # a run may go on with another `eval` or `out`
+            # a run may resume with another `eval` or `out`
             started = {name: tracking.WandBTracker(project, resume="allow", allow_val_change=True, **more)}
         else:
             named = f"{run}-{_run_id(out)}"
@@ -137,7 +137,7 @@ def _start(name: str, out: Path, total: int, settings: Mapping[str, Any]) -> dic
 
 
 def _run_id(out: Path) -> str:
-    """Returns the name of this run to trackers. A run that goes on keeps it."""
+    """Returns the name of this run to trackers. A resumed run keeps it."""
     file = out / "tracker.json"
     if not file.exists():
         write_text(file, json.dumps({"id": uuid.uuid4().hex[:8]}) + "\n")

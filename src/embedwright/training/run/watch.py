@@ -17,7 +17,7 @@ from embedwright.model.pooling import LatentPooling
 from embedwright.processes import Processes
 from embedwright.training.batches.batch import Batch
 from embedwright.training.engine.optim import projection_of
-from embedwright.training.engine.parallel import trained
+from embedwright.training.engine.parallel import trainable_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -25,9 +25,9 @@ FILE = "nonfinite.jsonl"
 UPDATES = 10  # over which the optimizer must have moved every trained tensor
 _SHIELDED = 2  # updates in which tensors that start at zero keep the gradient from their partners
 TRIES = 3  # steps in a row without a finite loss and gradient
-_STUCK_OVER, _STUCK_WITHIN = 50, 0.02  # steps; share of the loss that knowing nothing has
-_INERT = 1e-3  # of a state's length
-_TOKENS = 32  # whose way through the head is looked at
+_STUCK_OVER, _STUCK_WITHIN = 50, 0.02  # steps; relative distance from the loss at chance
+_INERT = 1e-3  # share of a state's length
+_TOKENS = 32  # tokens on which the head is measured
 
 
 class MovedWeights:
@@ -39,7 +39,7 @@ class MovedWeights:
 
     def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer, processes: Processes) -> None:
         projection = projection_of(optimizer)
-        self.trained = trained(network) | ({} if projection is None else {"projection": projection})
+        self.trained = trainable_parameters(network) | ({} if projection is None else {"projection": projection})
         self.reached: set[str] = set()
         self.moved: set[str] = set()
         self.updates, self.processes = 0, processes
@@ -145,8 +145,8 @@ def stuck(records: Sequence[dict[str, Any]]) -> bool:
     last = [record for record in records[-_STUCK_OVER:] if record["loss"] is not None]
     if len(last) < _STUCK_OVER:
         return False
-    loss, known = (sum(record[key] for record in last) for key in ("loss", "chance"))
-    return bool(known > 0 and abs(loss / known - 1) < _STUCK_WITHIN)
+    loss, at_chance = (sum(record[key] for record in last) for key in ("loss", "chance"))
+    return bool(at_chance > 0 and abs(loss / at_chance - 1) < _STUCK_WITHIN)
 
 
 class NonFinite:
@@ -167,6 +167,6 @@ class NonFinite:
         logger.warning("stage %s, step %d: %s, no update (the rows are in %s)", stage, step, what, self.file)
         if self.tries == TRIES:
             raise FloatingPointError(
-                f"stage {stage}, step {step}: {what}, for the third step in a row. The weights are those of "
-                f"before them, the last checkpoint is good, the rows are in {self.file}"
+                f"stage {stage}, step {step}: {what}, for the third step in a row. The weights are those "
+                f"from before these steps, the last checkpoint is good, the rows are in {self.file}"
             )

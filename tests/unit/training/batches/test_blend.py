@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from embedwright.data.schema import Example, Passage, Task
-from embedwright.training.batches.blend import Row, Source, permuted, rows_at, share
+from embedwright.training.batches.blend import Row, Source, permuted, rows_at, sampling_weight
 
 
 def source(name: str, n: int, share: float | None = None, task: str | None = None) -> Source:
@@ -145,29 +145,29 @@ def test_a_share_is_relative() -> None:
 def test_shares_follow_the_power_of_the_size() -> None:
     sizes = [5_000, 300, 20, 1]
     for alpha in (1.0, 0.7, 0.3, 0.0):
-        found = np.array([share(1.0, n, alpha) for n in sizes])
+        found = np.array([sampling_weight(1.0, n, alpha) for n in sizes])
         np.testing.assert_allclose(found, np.array(sizes, dtype=float) ** alpha, rtol=1e-12)
-    assert [share(2.5, n, 0.5) / share(1.0, n, 0.5) for n in sizes] == pytest.approx([2.5] * 4)
+    assert [sampling_weight(2.5, n, 0.5) / sampling_weight(1.0, n, 0.5) for n in sizes] == pytest.approx([2.5] * 4)
 
 
 def test_a_share_at_alpha_1_is_weight_times_rows_to_the_bit() -> None:
     random = np.random.default_rng(0)
     for weight, rows in zip(random.random(500).tolist(), random.integers(1, 10**7, 500).tolist(), strict=True):
-        assert share(weight, rows, 1.0) == share(weight, rows, 1.0, of=10 * rows) == weight * rows
+        assert sampling_weight(weight, rows, 1.0) == sampling_weight(weight, rows, 1.0, of=10 * rows) == weight * rows
 
 
 def test_parts_of_a_data_set_have_its_share_together() -> None:
     for alpha in (1.0, 0.4, 0.0):
-        parts = [share(2.0, n, alpha, of=100) for n in (70, 25, 5)]
-        assert sum(parts) == pytest.approx(share(2.0, 100, alpha))
+        parts = [sampling_weight(2.0, n, alpha, of=100) for n in (70, 25, 5)]
+        assert sum(parts) == pytest.approx(sampling_weight(2.0, 100, alpha))
         assert parts[0] / parts[2] == pytest.approx(14)
-    assert share(1.0, 0, 0.5) == share(1.0, 0, 0.5, of=10) == 0
+    assert sampling_weight(1.0, 0, 0.5) == sampling_weight(1.0, 0, 0.5, of=10) == 0
 
 
 def test_a_small_set_is_drawn_more_often_than_its_size_asks() -> None:
     sizes = {"a": 4_000, "b": 40}
     counts = {}
     for alpha in (1.0, 0.5):
-        blend = [source(name, n, share(1.0, n, alpha)) for name, n in sizes.items()]
+        blend = [source(name, n, sampling_weight(1.0, n, alpha)) for name, n in sizes.items()]
         counts[alpha] = Counter(id_[0] for id_ in drawn(blend, 101, 10))
     assert counts[1.0] == {"a": 1_000, "b": 10} and counts[0.5] == {"a": 918, "b": 92}

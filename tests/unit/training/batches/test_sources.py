@@ -58,7 +58,7 @@ def test_a_file_becomes_a_source_for_each_of_its_tasks(tmp_path: Path) -> None:
     assert [s.name for s in sources] == ["0#one", "0#two"]  # no path: it keys the order of rows
     assert [s.task for s in sources] == [one, Task(name="two")]
     assert [s.rows.tolist() for s in sources] == [[0, 1, 2, 5, 6, 7, 8, 9], [3, 4]]  # rows without a task are `one`
-    assert [s.share for s in sources] == [2.5 * 8, 2.5 * 2]
+    assert [s.sampling_weight for s in sources] == [2.5 * 8, 2.5 * 2]
     assert sources[1].table[3].query == "q0"
 
 
@@ -182,7 +182,7 @@ def test_rows_that_are_left_out_count_for_no_share(tmp_path: Path, alpha: float)
         stage({"path": half, "weight": 2.0}, {"path": whole}, in_batch_negatives="none", sampling_alpha=alpha)
     )
     [sources] = open_sources(asked)
-    shares = np.array([source.share for source in sources])
+    shares = np.array([source.sampling_weight for source in sources])
     sizes = np.array([2 * 100.0**alpha * 0.75, 2 * 100.0**alpha * 0.25, 16.0**alpha])
     np.testing.assert_allclose(shares / shares.sum(), sizes / sizes.sum(), rtol=1e-12)
     [planned] = plan(asked)
@@ -213,7 +213,7 @@ def test_rows_that_would_train_nothing_are_left_out_with_their_number(
     (whole,) = open_one({"path": path, "task": ONE})
     assert len(whole.rows) == 8 and not caplog.text
     (alone,) = open_one({"path": path, "task": ONE}, in_batch_negatives="none")
-    assert alone.rows.tolist() == [0, 1, 2, 3, 4] and alone.share == pytest.approx(5)
+    assert alone.rows.tolist() == [0, 1, 2, 3, 4] and alone.sampling_weight == pytest.approx(5)
     assert "stages.first.data.0: 3 of 8 rows of task 'one' have no negatives: left out" in caplog.text
     (alone,) = open_one({"path": path, "task": ONE | {"in_batch_negatives": "none"}})  # the task goes before the stage
     assert len(alone.rows) == 5
@@ -239,9 +239,9 @@ def test_cosent_gets_all_scored_pairs_and_info_nce_those_with_a_positive(tmp_pat
     path = write(tmp_path / "sts.jsonl", *pairs)
     for change in ({}, {"in_batch_negatives": "none", "hard_negatives": 0}):
         (all_,) = open_one({"path": path, "task": ONE}, loss={"scored": "cosent"}, **change)
-        assert all_.rows.tolist() == list(range(10)) and all_.share == 10
+        assert all_.rows.tolist() == list(range(10)) and all_.sampling_weight == 10
     (high,) = open_one({"path": path, "task": ONE})
-    assert high.rows.tolist() == [2, 3, 6, 7] and high.share == 4
+    assert high.rows.tolist() == [2, 3, 6, 7] and high.sampling_weight == 4
     assert [high.row(i).example.score for i in range(4)] == [4, 4, 5, 5]
     mixed = write(tmp_path / "mixed.jsonl", *rows(3, negatives=0), *rows(2), rows(1, negatives=0)[0] | {"score": 0.5})
     (some,) = open_one(

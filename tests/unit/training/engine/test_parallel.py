@@ -25,13 +25,13 @@ from embedwright.training.batches.blend import Row
 from embedwright.training.batches.feed import local_batch
 from embedwright.training.batches.make import make_batch
 from embedwright.training.engine.optim import make_optimizer, projection_of, update
-from embedwright.training.engine.parallel import full, replicate
+from embedwright.training.engine.parallel import full_tensor, replicate
 from embedwright.training.engine.step import accumulate
 from embedwright.training.masked import loss as masked_loss
 from embedwright.training.masked.batch import MaskedBatch, MaskedText
 from embedwright.training.parts import ModelPart, OptimPart, TunePart
 from embedwright.training.run.distill import Teacher
-from embedwright.training.stages import DataPart, LossPart, StagePart
+from embedwright.training.stages import ContrastiveStage, DataPart, LossPart
 
 COUNTS = (1, 2)
 LIMIT = 7.0  # minutes that a process waits for the others
@@ -219,7 +219,7 @@ def gradients_of(kind: str, case: str, decoder: str, processes: Processes) -> di
         loss=loss_part,
     )
     optim = OptimPart(lr=1e-3, steps=2, batch_queries=queries)
-    stage = StagePart(
+    stage = ContrastiveStage(
         name="s",
         data=(DataPart(path="none"),),
         in_batch_negatives=in_batch,  # type: ignore[arg-type]
@@ -255,12 +255,12 @@ def gradients_of(kind: str, case: str, decoder: str, processes: Processes) -> di
     trained = {name: p for name, p in model.network.named_parameters() if p.requires_grad}
     trained |= {"projection": projection} if "projection" in case else {}
     assert all(p.grad is not None for p in trained.values())
-    found = {name: full(p.grad).numpy().copy() for name, p in trained.items() if p.grad is not None}
+    found = {name: full_tensor(p.grad).numpy().copy() for name, p in trained.items() if p.grad is not None}
     norm = update(model.network, optimizer, 1e-2, clip=0.5)
     return (
         {"loss": loss, "norm": norm, "tokens": tokens, "held": held[-1]}
         | found
-        | {f"after {name}": full(p.detach()).numpy() for name, p in trained.items()}
+        | {f"after {name}": full_tensor(p.detach()).numpy() for name, p in trained.items()}
     )
 
 

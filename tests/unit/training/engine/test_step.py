@@ -22,11 +22,11 @@ from embedwright.training.engine.optim import learning_rate, make_optimizer, upd
 from embedwright.training.engine.parallel import replicate
 from embedwright.training.engine.step import accumulate
 from embedwright.training.parts import OptimPart, TunePart
-from embedwright.training.stages import DataPart, StagePart
+from embedwright.training.stages import ContrastiveStage, DataPart
 
 Grads = dict[str, Tensor]
 OPTIM = OptimPart(lr=1e-2, steps=20, batch_queries=8, weight_decay=0.1)
-STAGE = StagePart(
+STAGE = ContrastiveStage(
     name="s",
     data=(DataPart(path="none"),),
     in_batch_negatives="all",

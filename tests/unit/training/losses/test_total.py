@@ -26,7 +26,7 @@ from embedwright.training.engine.step import accumulate
 from embedwright.training.losses import total as losses
 from embedwright.training.losses.total import check_widths
 from embedwright.training.parts import OptimPart
-from embedwright.training.stages import DataPart, LossPart, StagePart
+from embedwright.training.stages import ContrastiveStage, DataPart, LossPart
 
 E = 16
 EVERYTHING: dict[str, Any] = {
@@ -47,10 +47,10 @@ EVERYTHING: dict[str, Any] = {
 }
 
 
-def stage(loss: dict[str, Any] | None = None, **change: Any) -> StagePart:
+def stage(loss: dict[str, Any] | None = None, **change: Any) -> ContrastiveStage:
     content: dict[str, Any] = {"name": "s", "data": [DataPart(path="x")], "in_batch_negatives": "all"}
     content |= {"hard_negatives": 3, "temperature": 0.05, "loss": loss or {}}
-    return StagePart(**content | {"optim": OptimPart(lr=1e-3, steps=1, batch_queries=1)} | change)
+    return ContrastiveStage(**content | {"optim": OptimPart(lr=1e-3, steps=1, batch_queries=1)} | change)
 
 
 def rows(n: int, kinds: str = "qpn") -> list[Row]:
@@ -62,7 +62,7 @@ def rows(n: int, kinds: str = "qpn") -> list[Row]:
     return made
 
 
-def batch_of(some: Sequence[Row], asked: StagePart, loss: LossPart | None = None) -> Batch:
+def batch_of(some: Sequence[Row], asked: ContrastiveStage, loss: LossPart | None = None) -> Batch:
     return make_batch(
         some,
         Contract(eos_id=1),
@@ -77,7 +77,7 @@ def batch_loss(
     q_QE: Tensor,
     c_CE: Tensor,
     batch: Batch,
-    asked: StagePart,
+    asked: ContrastiveStage,
     total: int,
     *,
     teacher_QE: Tensor | None = None,

@@ -64,20 +64,20 @@ def test_masked_texts_are_windows_of_the_documents_with_their_own_tokens_as_targ
         batch = batch_of_step(made, 0, open_sources(made)[0], masker(made, model), step)
         assert len(batch.texts) == len(batch.ids) == 6
         for id, text in zip(batch.ids, batch.texts, strict=True):
-            ids = text.read.ids.copy()
-            assert len(ids) <= 64 and len(text.places) > 0
-            changed = ids[text.places] != text.targets
-            ids[text.places] = text.targets
+            ids = text.tokens.ids.copy()
+            assert len(ids) <= 64 and len(text.positions) > 0
+            changed = ids[text.positions] != text.targets
+            ids[text.positions] = text.targets
             body = ids[len(bos) : -1].tolist()
             assert ids[: len(bos)].tolist() == bos and ids[-1] == 1  # BOS as the contract has it, EOS at the end
-            assert min(text.places) >= max(len(bos), 1) and max(text.places) < len(ids) - 1
+            assert min(text.positions) >= max(len(bos), 1) and max(text.positions) < len(ids) - 1
             whole = f"{rows[id]['title']} {rows[id]['text']}"
             told = model.text_tokenizer.plain.encode(whole, add_special_tokens=False).ids
             found = [i for i in range(len(told)) if told[i : i + len(body)] == body]
             assert found and (len(ids) == 64 or body == told)  # only what is too long is cut
             begins.add(found[0])
             assert changed.any() or len(changed) < 12
-            assert set(text.read.ids[text.places][changed]) - {mask} == set() or len(changed) > 2
+            assert set(text.tokens.ids[text.positions][changed]) - {mask} == set() or len(changed) > 2
     assert len(begins) > 3, "windows begin anywhere"
 
 
@@ -87,7 +87,7 @@ def test_the_shares_are_those_of_bert(documents: Path, model: Embedder) -> None:
     text = " ".join(np.random.default_rng(1).choice(WORDS, 400))
     ours = masker(made, model)([text] * 600, [[9, i] for i in range(600)])
     mask = model.text_tokenizer.plain.token_to_id(MASK)
-    stood = np.concatenate([one.read.ids[one.places] for one in ours])
+    stood = np.concatenate([one.tokens.ids[one.positions] for one in ours])
     own = np.concatenate([one.targets for one in ours])
     body = 64 - 1 - max(len(model.contract.bos_ids), 1) if not model.contract.bos_ids else 64 - 2
     assert len(own) / (600 * body) == pytest.approx(0.2, abs=0.01)
@@ -96,7 +96,7 @@ def test_the_shares_are_those_of_bert(documents: Path, model: Embedder) -> None:
     rest = stood[(stood != own) & (stood != mask)]
     assert len(np.unique(rest)) > 300, "any token of the vocabulary"
     more = masker(recipe(documents, mask_share=0.5), model)([text] * 50, [[9, i] for i in range(50)])
-    assert sum(len(one.places) for one in more) / (50 * body) == pytest.approx(0.5, abs=0.05)
+    assert sum(len(one.positions) for one in more) / (50 * body) == pytest.approx(0.5, abs=0.05)
 
 
 def test_masks_follow_from_seed_stage_step_and_row_alone(documents: Path, model: Embedder) -> None:
@@ -105,7 +105,7 @@ def test_masks_follow_from_seed_stage_step_and_row_alone(documents: Path, model:
 
     def texts(recipe: Recipe, number: int = 0, step: int = 2, processes: Processes = ALONE) -> list[str]:
         found = batch_of_step(recipe, number, sources, masker(made, model), step, processes)
-        return sorted(f"{one.read.ids.tolist()} {one.places.tolist()}" for one in found.texts)
+        return sorted(f"{one.tokens.ids.tolist()} {one.positions.tolist()}" for one in found.texts)
 
     plain = texts(made)
     assert texts(made) == plain
@@ -122,9 +122,9 @@ def test_short_and_empty_texts(documents: Path, model: Embedder) -> None:
     """Each text teaches, if it has a token with one before it."""
     made = masker(recipe(documents), model)
     one, none, long = made(["e", "", "tide" * 4000], [[1], [2], [3]])
-    assert len(one.places) == len(model.contract.bos_ids) and len(none.places) == 0
-    assert len(long.read.ids) == 64
-    assert min(len(text.places) for text in made(["a tide"] * 200, [[i] for i in range(200)])) == 1
+    assert len(one.positions) == len(model.contract.bos_ids) and len(none.positions) == 0
+    assert len(long.tokens.ids) == 64
+    assert min(len(text.positions) for text in made(["a tide"] * 200, [[i] for i in range(200)])) == 1
 
 
 def test_a_mask_token_that_is_none_is_refused_with_one_that_is_near(documents: Path, model: Embedder) -> None:

@@ -31,7 +31,7 @@ def texts(lengths: tuple[int, ...] = (9, 30, 5, 30, 17, 2)) -> list[MaskedText]:
 
 
 def reference(folder: Path, made: list[MaskedText]) -> tuple[float, float, int]:
-    """Stock transformers, one text at a time: summed loss, tokens told right, masked tokens."""
+    """Stock transformers, one text at a time: summed loss, tokens predicted correctly, masked tokens."""
     config = AutoConfig.from_pretrained(folder)
     config.is_causal = False
     for key in ("sliding_window", "use_sliding_window"):
@@ -45,9 +45,9 @@ def reference(folder: Path, made: list[MaskedText]) -> tuple[float, float, int]:
     loss, right, count = 0.0, 0.0, 0
     with torch.no_grad():
         for text in made:
-            ids = torch.from_numpy(text.read.ids)[None]
+            ids = torch.from_numpy(text.tokens.ids)[None]
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].double()
-            for place, target in zip(text.places, text.targets, strict=True):
+            for place, target in zip(text.positions, text.targets, strict=True):
                 loss -= float(logits[place - 1].log_softmax(-1)[target])
                 right += float(logits[place - 1].argmax() == target)
                 count += 1
@@ -91,14 +91,14 @@ def test_the_gradient_is_that_of_the_stock_model(tiny_decoder: Callable[..., Pat
     config = AutoConfig.from_pretrained(folder)
     config.is_causal = False
     stock = AutoModelForCausalLM.from_pretrained(folder, config=config, attn_implementation="sdpa")
-    count, whole = sum(len(text.places) for text in made), torch.zeros(())
+    count, whole = sum(len(text.positions) for text in made), torch.zeros(())
     for text in made:
-        ids = torch.from_numpy(text.read.ids)[None]
-        logits = stock(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, text.places - 1]
+        ids = torch.from_numpy(text.tokens.ids)[None]
+        logits = stock(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, text.positions - 1]
         whole = whole + torch.nn.functional.cross_entropy(logits, torch.from_numpy(text.targets), reduction="sum")
     (whole / count).backward()
     assert loss == pytest.approx(float(whole.detach()) / count, rel=1e-5)
-    assert tokens == sum(len(text.read.ids) for text in made)
+    assert tokens == sum(len(text.tokens.ids) for text in made)
     theirs = dict(stock.model.named_parameters())
     assert theirs.keys() == dict(network.backbone.named_parameters()).keys()
     for name, parameter in network.backbone.named_parameters():

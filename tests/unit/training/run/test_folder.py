@@ -6,6 +6,7 @@ import logging
 import platform
 import subprocess
 from collections import Counter
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -177,7 +178,7 @@ def shares(stage: str, found: dict[str, Any]) -> list[float]:
 def drawn(sources: list[Source], stage: str) -> list[float]:
     """The share of each source, counted."""
     counts: Counter[str] = Counter()
-    tagged = [Source(s.name, s.table, s.rows, s.task.model_copy(update={"source": s.name}), s.share) for s in sources]
+    tagged = [replace(s, task=s.task.model_copy(update={"source": s.name}), tasks={}) for s in sources]
     for row in rows_at(tagged, 0, batch_queries=4000, batching="blended", seed=0, stage=stage):
         counts[row.task.source] += 1
     return [counts[source.name] / 4000 for source in sources]

@@ -223,7 +223,7 @@ def test_a_phase_that_its_run_cannot_do_is_refused_by_its_key(content: dict[str,
         recipe_of(tree, tmp_path)
     tree = copy.deepcopy(content)
     tree["stages"].insert(0, {"kind": "mine"})
-    with pytest.raises(ConfigError, match=r"stages\.0: mines negatives, and the stage after it uses none"):
+    with pytest.raises(ConfigError, match=r"stages\.0: mines negatives, but the stage after it uses none"):
         recipe_of(tree, tmp_path)
     tree = copy.deepcopy(content)
     tree["strict"] = True

@@ -148,11 +148,11 @@ def test_a_run_on_a_gpu_ends_on_the_cpu_and_the_model_goes_back_where_it_fits(
     model = start_model(recipe)
     for parameter in model.network.parameters():
         parameter.data += 0.1
-    for owner, name in ((EmbedwrightModel, "cpu"), (EmbedwrightModel, "to"), (save, "finish"), (Embedder, "save")):
+    for owner, name in ((EmbedwrightModel, "cpu"), (EmbedwrightModel, "to"), (save, "merged"), (Embedder, "save")):
         monkeypatch.setattr(owner, name, told(name))
     monkeypatch.setattr(Embedder, "device", property(lambda self: torch.device("cuda", 1)))
     assert save.save_end(recipe, model, ALONE, lambda saved, path: "a card") is model
-    assert done == ["cpu", "finish", "save", "to cuda:1", *([] if room else ["cpu"])]
+    assert done == ["cpu", "merged", "save", "to cuda:1", *([] if room else ["cpu"])]
 
 
 def test_a_run_may_save_nothing(described: Make, tmp_path: Path) -> None:
@@ -191,7 +191,9 @@ def test_forms_that_cannot_be_are_refused_at_the_start(described: Make) -> None:
         Recipe.parse(described("run", tune={"method": "full"}, run={"save": ["adapter"]}))
     tree = described("run", run={"save": []})
     tree["stages"][0]["save"] = True
-    with pytest.raises(ConfigError, match=r"stages\.first\.save keeps the forms of run\.save, and that names none"):
+    with pytest.raises(
+        ConfigError, match=r"stages\.first\.save keeps the forms of run\.save, but run\.save names none"
+    ):
         Recipe.parse(tree)
 
 

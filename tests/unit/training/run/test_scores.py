@@ -20,7 +20,7 @@ from embedwright.evaluation.results import Result, Results
 from embedwright.training.recipe import Recipe
 from embedwright.training.run import checks
 from embedwright.training.run import scores as module
-from embedwright.training.run.start import finish, load_trained, start_model
+from embedwright.training.run.start import load_trained, merged, start_model
 from embedwright.training.train import train
 
 TEXTS = ["how do tides work?", "the moon", "a dog that does not mind"]
@@ -80,7 +80,7 @@ def test_each_stage_ends_on_its_best_weights(content: dict[str, Any], monkeypatc
     model = train(recipe)
     best = start_model(recipe)
     load_trained(best, load_file(Path(recipe.run.out) / "checkpoints" / "01-0000004" / "weights.safetensors"))
-    np.testing.assert_array_equal(model.encode(TEXTS), finish(best).encode(TEXTS))
+    np.testing.assert_array_equal(model.encode(TEXTS), merged(best).encode(TEXTS))
     first = load_file(Path(recipe.run.out) / "checkpoints" / "00-0000006" / "weights.safetensors")
     second = load_file(Path(recipe.run.out) / "checkpoints" / "01-0000001" / "weights.safetensors")
     # the second stage began with what the first had at step 4, the last of equals, and not at step 6: AdamW's first

@@ -23,7 +23,14 @@ from embedwright.training.cost import sizes_of
 from embedwright.training.lengths import tokens_of
 from embedwright.training.plan import report
 from embedwright.training.recipe import Recipe
-from embedwright.training.run.start import finish, longest_of, merged, reading_of, shape_of, start_model
+from embedwright.training.run.start import (
+    check_moved,
+    longest_of,
+    merged,
+    shape_of,
+    start_model,
+    tokenizer_and_contract,
+)
 from embedwright.training.train import train
 
 NVEMBED = Path(__file__).parents[3] / "parity" / "fixtures" / "nvembed-tiny-v2"
@@ -98,7 +105,7 @@ def test_arms_of_a_pooling_ablation_can_read_the_same_tokens(
 
 def test_adapters_that_nothing_reached_are_refused(content: dict[str, Any]) -> None:
     with pytest.raises(RuntimeError, match="21 LoRA adapters are still zero after training"):
-        finish(start_model(Recipe.parse(content)))
+        check_moved(start_model(Recipe.parse(content)))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -170,7 +177,7 @@ def test_it_begins_with_its_own_vectors_and_contract(
     assert all("lora_" in name or name.startswith("head.") for name in trained)
     assert any("lora_" in name for name in trained)
     # and all that is said of it without its weights is so
-    found, contract = reading_of(recipe.model)
+    found, contract = tokenizer_and_contract(recipe.model)
     decoder, pooling = shape_of(recipe.model)
     assert contract == stored.contract and pooling == stored.network.pooling
     assert found.backend_tokenizer.encode("tides").ids == model.tokenizer.backend_tokenizer.encode("tides").ids
@@ -230,7 +237,7 @@ def test_it_keeps_its_instruction_or_takes_that_of_the_recipe(
         more = {} if given is None else {"default_task": given}
         recipe = Recipe.parse(going_on(content, published(form), **more) | {"tune": {"method": "full"}})
         model = merged(start_model(recipe))
-        assert model.contract.default_task == reading_of(recipe.model)[1].default_task == (given or own)
+        assert model.contract.default_task == tokenizer_and_contract(recipe.model)[1].default_task == (given or own)
         model.save(tmp_path / str(given))
         kept = Embedder.load(tmp_path / str(given))
         assert kept.contract == model.contract
@@ -274,7 +281,7 @@ def test_its_texts_may_be_cut_shorter(content: dict[str, Any], published: Callab
     assert len(model.tokenize([TEXTS[2]]).ids_T) == 16 and longest_of(recipe.model) == 16
     assert Recipe.load(tmp_path / "run" / "recipe.yaml") == recipe
     for say in (start_model, lambda recipe: tokens_of(recipe, [[True]])):
-        with pytest.raises(ValueError, match=r"max_tokens=65: .*mean reads 64 tokens, and can only be shortened"):
+        with pytest.raises(ValueError, match=r"max_tokens=65: .*mean reads 64 tokens, but can only be shortened"):
             say(Recipe.parse(going_on(content, published("mean"), max_tokens=65)))
 
 
@@ -282,7 +289,7 @@ def test_its_texts_may_be_cut_shorter(content: dict[str, Any], published: Callab
     ("model", "says"),
     [
         ({}, "needs base, a decoder, or from, an embedder"),
-        ({"base": "a", "from": "b"}, "and not both"),
+        ({"base": "a", "from": "b"}, "but not both"),
         ({"from": "b", "layers": 2, "pooling": "mean"}, "layers, pooling: an embedder of `from` keeps its own"),
         ({"from": "b", "attention": "bidirectional"}, "attention: an embedder of `from` keeps its own"),
         ({"from": ""}, "from"),

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from embedwright import files
 from embedwright.processes import Processes, start
-from embedwright.training.engine.parallel import full
+from embedwright.training.engine.parallel import full_tensor
 from embedwright.training.run import checkpoint
 
 WRITERS, READERS = (1, 2, 4), (1, 3)
@@ -101,10 +101,10 @@ def trained(count: int, seed: int, steps: int) -> tuple[Any, Any]:
 
 
 def tensors_of(network: Any, optimizer: Any) -> dict[str, Any]:
-    found = {name: full(parameter.detach()) for name, parameter in network.named_parameters()}
+    found = {name: full_tensor(parameter.detach()) for name, parameter in network.named_parameters()}
     found["projection"] = optimizer.param_groups[1]["params"][0].detach()
     for index, moments in optimizer.state_dict()["state"].items():
-        found |= {f"{index}.{name}": full(moment) for name, moment in moments.items()}
+        found |= {f"{index}.{name}": full_tensor(moment) for name, moment in moments.items()}
     return {name: tensor.clone().contiguous() for name, tensor in found.items()}
 
 
