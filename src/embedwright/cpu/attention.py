@@ -78,10 +78,11 @@ def attention(stock: Any, windowed: str | None) -> Any:
         if not _fits(self, known, hidden_states, position_embeddings, others):
             return as_stock()
         products, dtype = (self.q_proj, self.k_proj, self.v_proj), hidden_states.dtype
-        inputs: Tensor | int8.Rounded = hidden_states
-        in_int8 = int8.multiplies(*products, self.o_proj) and not listened_to(self.o_proj)
+        inputs: Tensor | int8.QuantizedInput = hidden_states
+        in_int8 = int8.can_run_int8(*products, self.o_proj) and not listened_to(self.o_proj)
         if in_int8:  # rounded once for all three; what is between the products is in bfloat16
-            inputs = int8.rounded(hidden_states, self.q_proj, dtype if hasattr(self, "q_norm") else torch.bfloat16)
+            output_dtype = dtype if hasattr(self, "q_norm") else torch.bfloat16
+            inputs = int8.quantized_input(hidden_states, self.q_proj, output_dtype)
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         q, k, v = (product(inputs).view(shape) for product in products)
         if hasattr(self, "q_norm"):
@@ -98,7 +99,7 @@ def attention(stock: Any, windowed: str | None) -> Any:
         attend = ALL_ATTENTION_FUNCTIONS[FAST]
         mixed, _ = attend(self, q, k, v, attention_mask, scaling=self.scaling, sliding_window=window, **others)
         mixed = mixed.flatten(2)
-        return self.o_proj(int8.rounded(mixed, self.o_proj, dtype) if in_int8 else mixed), None
+        return self.o_proj(int8.quantized_input(mixed, self.o_proj, dtype) if in_int8 else mixed), None
 
     return subclass(attention, stock, forward, known, windowed)
 

@@ -86,8 +86,8 @@ def gated(stock: Any) -> Any:
     def forward(self: Any, x: Tensor) -> Tensor:
         if _fits_int8(self) and infers(self, known, x):
             gelu = _activation(self.act_fn) == onednn.GELU_TANH
-            mixed = int8.gated(int8.rounded(x, self.gate_proj, x.dtype), self.gate_proj, self.up_proj, gelu)
-            return cast(Tensor, self.down_proj(int8.rounded(mixed, self.down_proj, x.dtype)))
+            mixed = int8.gated(int8.quantized_input(x, self.gate_proj, x.dtype), self.gate_proj, self.up_proj, gelu)
+            return cast(Tensor, self.down_proj(int8.quantized_input(mixed, self.down_proj, x.dtype)))
         parts = self.gate_proj, self.up_proj
         plain = (
             all(type(part) is OneDnnLinear and stays_plain(part) for part in parts)
@@ -107,10 +107,10 @@ def gated(stock: Any) -> Any:
 
 
 def _fits_int8(self: Any) -> bool:
-    """Returns whether a gated block may multiply in whole numbers."""
+    """Returns whether a gated block can run in int8."""
     parts = self.gate_proj, self.up_proj, self.down_proj
     return (
-        int8.multiplies(*parts)
+        int8.can_run_int8(*parts)
         and self.gate_proj.bias is None is self.up_proj.bias
         and not listened_to(*parts, self.act_fn)
         and _activation(self.act_fn) is not None

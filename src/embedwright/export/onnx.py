@@ -29,7 +29,7 @@ from embedwright.model.formats.folder import read_object
 from embedwright.model.interop.save import write_files, write_tokenizer
 from embedwright.model.interop.tokenizer import STOCK_TRANSFORMER, sentence_transformers_files
 from embedwright.model.network import EmbedwrightModel
-from embedwright.model.quantized import in_few_bits
+from embedwright.model.quantized import has_quantized_layers
 from embedwright.model.verify import probe, selftest
 from embedwright.model.verify.modes import evaluating
 from embedwright.model.verify.probe import ProbeError
@@ -83,7 +83,7 @@ def _check(network: EmbedwrightModel, weights: Weights) -> None:
         raise InputError(f"cannot export: {ONLY_TRAINED}")
     if has_lora(network.backbone):
         raise InputError("LoRA adapters are not merged, and a graph has no place for them: merge them first")
-    if in_few_bits(network):
+    if has_quantized_layers(network):
         raise InputError("its weights are quantised: export the model that they were made from")
     types = {parameter.dtype for parameter in network.parameters()}
     if types != {torch.float32} or network.mixed:

@@ -26,7 +26,13 @@ from embedwright.model.backbone import (
     weight_samples,
 )
 from embedwright.model.pooling import FoldedLatent, Kind, LatentPooling, PoolingConfig, make_head, reduce, stored_folded
-from embedwright.model.quantized import QuantizedLinear, Scheme, hollow_out, in_few_bits, widen
+from embedwright.model.quantized import (
+    QuantizedLinear,
+    Scheme,
+    compute_in_float32,
+    has_quantized_layers,
+    replace_with_empty,
+)
 from embedwright.model.verify.modes import evaluating
 from embedwright.packing import PackedTexts, pack
 from embedwright.text import Contract, TokenizedText
@@ -94,8 +100,8 @@ class EmbedwrightModel(PreTrainedModel):
         self.head = make_head(self.pooling, backbone.config.hidden_size)
         if config.quantization is not None:
             scheme = Scheme.model_validate(config.quantization)
-            hollow_out(backbone, scheme)
-            widen(self)
+            replace_with_empty(backbone, scheme)
+            compute_in_float32(self)
             if scheme.folded:
                 self.head = stored_folded(self.head)
         self.implementation = PACKED  # see attend_by
@@ -138,7 +144,7 @@ class EmbedwrightModel(PreTrainedModel):
 
         Quantised weights and a folded block do not train.
         """
-        if self.origin is None or in_few_bits(self):
+        if self.origin is None or has_quantized_layers(self):
             return False
         adapted = any("lora_" in name for name, _ in self.backbone.named_parameters())
         then, now = self.origin.samples, weight_samples(self.backbone)

@@ -22,7 +22,7 @@ from embedwright.model.formats.folder import check_folder, read_object
 from embedwright.model.formats.nvembed import load_nvembed, read_nvembed
 from embedwright.model.network import EmbedwrightModel, scheme_of
 from embedwright.model.pooling import LatentPooling, PoolingConfig, stored_folded
-from embedwright.model.quantized import quantize_layers, widen
+from embedwright.model.quantized import compute_in_float32, quantize_layers
 from embedwright.model.verify import selftest
 from embedwright.packing import pack
 from embedwright.text import Contract, TextTokenizer, load_tokenizer, tokenize
@@ -101,7 +101,7 @@ def open_in_int8(path: str | Path, revision: str | None) -> tuple[EmbedwrightMod
         network.backbone.float()
         merge_lora(network, pack(tokenize(texts, network.contract, [text for text, _ in selftest.TEXTS])))
     quantize_layers(network)
-    widen(network)
+    compute_in_float32(network)
     if {parameter.dtype for parameter in network.head.parameters()} == {torch.float16}:
         network.head.bfloat16()
     if isinstance(network.head, LatentPooling):

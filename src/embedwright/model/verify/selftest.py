@@ -27,7 +27,7 @@ from embedwright.errors import InputError, as_input_error
 from embedwright.model.backbone import equal_but_for_type
 from embedwright.model.network import EmbedwrightModel
 from embedwright.model.pooling import reduce
-from embedwright.model.quantized import in_few_bits, sliced
+from embedwright.model.quantized import has_quantized_layers, sliced
 from embedwright.model.verify.modes import evaluating
 from embedwright.model.verify.probe import ProbeError
 from embedwright.packing import pack
@@ -122,7 +122,7 @@ def _computed(network: EmbedwrightModel, tokenizer: TextTokenizer) -> tuple[list
     texts = [tokenize(tokenizer, contract, [t], contract.prefix(TASK if q else None), limit)[0] for t, q in TEXTS]
     packed = pack(texts).to(network.device)
     exact = {parameter.dtype for parameter in network.parameters()} == {torch.float32}
-    if exact and not network.mixed and not in_few_bits(network):
+    if exact and not network.mixed and not has_quantized_layers(network):
         with evaluating(network):
             return texts, network.embed(packed).cpu().numpy()
     with stock(network) as twin, _in_float32(twin):
