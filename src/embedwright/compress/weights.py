@@ -37,7 +37,7 @@ from embedwright.model.formats.nvembed import released_name
 from embedwright.model.formats.open import outline
 from embedwright.model.interop.save import describe, write_doors
 from embedwright.model.network import EmbedwrightModel
-from embedwright.model.pooling import LatentPooling, stored_folded
+from embedwright.model.pooling import LatentPooling, fold_by_config
 from embedwright.model.quantized import (
     QuantizedLinear,
     Scheme,
@@ -148,7 +148,7 @@ class _Tensors:
         if folded:
             stored = {name: sources[f"head.{name}"].read().to(p.dtype) for name, p in network.head.named_parameters()}
             network.head.load_state_dict(stored, assign=True)
-            network.head = stored_folded(network.head)
+            network.head = fold_by_config(network.head)
         with torch.device("meta"):
             replace_with_empty(network.backbone, scheme)
             compute_in_float32(network)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from embedwright.cpu import kernels
-from embedwright.cpu.guards import infers
+from embedwright.cpu.guards import is_inference
 from embedwright.model.quantized import QuantizedLinear, slices
 
 _WIDEST = 2**16  # inputs of a layer, for sums to stay within int32
@@ -44,7 +44,7 @@ class Int8Linear(QuantizedLinear):
 
     def forward(self, input: Tensor | QuantizedInput) -> Tensor:
         if not isinstance(input, QuantizedInput):
-            if not infers(self, (), input) or not can_run_int8(self):
+            if not is_inference(self, (), input) or not can_run_int8(self):
                 return super().forward(input)
             input = quantized_input(input, self, input.dtype)
         out_TO = _joined(

@@ -67,7 +67,7 @@ def recorded(reference: EmbedwrightModel, names: Collection[str], lengths: Seque
             blocks.append(Block(name, module, attends, [], [], packed))
     hooks = [block.module.register_forward_hook(_recorder(block), with_kwargs=True) for block in blocks]
     try:
-        reference.tokens(packed)
+        reference.token_states(packed)
     finally:
         for hook in hooks:
             hook.remove()

@@ -34,7 +34,7 @@ from embedwright.model.verify import probe, selftest
 from embedwright.model.verify.modes import evaluating
 from embedwright.model.verify.probe import ProbeError
 from embedwright.packing import pack
-from embedwright.text import Contract, TextTokenizer, TokenizedText, read, tokenize
+from embedwright.text import Contract, TextTokenizer, TokenizedText, tokenize, tokenize_checked
 
 Weights = Literal["float32", "int8"]
 
@@ -136,7 +136,8 @@ def _rows(model: Embedder) -> list[TokenizedText]:
     texts = [text for text, _ in selftest.TEXTS]
     texts.append(texts[1] * 40)
     prefixes = [model.contract.prefix(task) for task in (None, selftest.TASK)]
-    return [row for prefix in prefixes for row in read(model.text_tokenizer, model.contract, texts, prefix, limit)]
+    tokenizer, contract = model.text_tokenizer, model.contract
+    return [row for prefix in prefixes for row in tokenize_checked(tokenizer, contract, texts, prefix, limit)]
 
 
 def session_of(file: Path) -> Any:

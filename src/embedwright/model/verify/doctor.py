@@ -229,7 +229,7 @@ def _head(model: Embedder, _: Path | None) -> Result:
         return None
     packed = model.tokenize(TEXTS).to(model.device)
     with torch.inference_mode():
-        hidden_TD, tokens_TD = model.network.hidden(packed).float(), model.network.tokens(packed).float()
+        hidden_TD, tokens_TD = model.network.hidden(packed).float(), model.network.token_states(packed).float()
     change = float(((tokens_TD - hidden_TD).norm(dim=1) / hidden_TD.norm(dim=1)).mean())
     return bool(np.isfinite(change)), f"changes states by {change:.1e}" + (" (untrained: the identity)" * (change == 0))
 

@@ -26,7 +26,7 @@ from embedwright.cpu.accelerate import stock
 from embedwright.errors import InputError, as_input_error
 from embedwright.model.backbone import equal_but_for_type
 from embedwright.model.network import EmbedwrightModel
-from embedwright.model.pooling import reduce
+from embedwright.model.pooling import pool_tokens
 from embedwright.model.quantized import has_quantized_layers, sliced
 from embedwright.model.verify.modes import evaluating
 from embedwright.model.verify.probe import ProbeError
@@ -128,7 +128,7 @@ def _computed(network: EmbedwrightModel, tokenizer: TextTokenizer) -> tuple[list
     with stock(network) as twin, _in_float32(twin):
         twin.mixed = False  # that of a network that trains in bf16
         states_TD = twin.head(twin.hidden(packed).float(), packed)
-        vectors_NE = F.normalize(reduce(states_TD, packed, twin.pooling.kind), dim=-1)
+        vectors_NE = F.normalize(pool_tokens(states_TD, packed, twin.pooling.kind), dim=-1)
     return texts, vectors_NE.cpu().numpy()
 
 
