@@ -45,7 +45,7 @@ def bind_threads() -> None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **BOUND})
     from embedwright import threads
 
-    threads.take_over()  # as in the `embedwright` command
+    threads.set_up_process()  # as in the `embedwright` command
 
 
 def machine() -> dict[str, Any]:

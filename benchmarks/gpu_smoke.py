@@ -38,7 +38,7 @@ from torch import Tensor  # noqa: E402
 from embedwright.cpu.accelerate import stock  # noqa: E402
 from embedwright.model.attention import attend  # noqa: E402
 from embedwright.model.embedder import Embedder  # noqa: E402
-from embedwright.model.pooling import PoolingConfig, make_head, reduce  # noqa: E402
+from embedwright.model.pooling import PoolingConfig, make_head, pool_tokens  # noqa: E402
 from embedwright.packing import pack  # noqa: E402
 from embedwright.text import TokenizedText  # noqa: E402
 
@@ -185,7 +185,7 @@ def latent_pooling() -> tuple[float, float]:
     def run(low: bool) -> list[Tensor]:
         with torch.autocast("cuda", torch.bfloat16, enabled=low):
             tokens_TD = head(states_TD, packed)
-        vectors_NE = torch.nn.functional.normalize(reduce(tokens_TD, packed, "latent"), dim=-1)
+        vectors_NE = torch.nn.functional.normalize(pool_tokens(tokens_TD, packed, "latent"), dim=-1)
         return [vectors_NE, *torch.autograd.grad((vectors_NE * wanted_ND).sum(), list(head.parameters()))]
 
     exact = run(False)

@@ -107,7 +107,7 @@ def main() -> None:
         "faiss, search": lambda: faiss.knn(vectors[1], vectors[0], DEPTH, metric=faiss.METRIC_INNER_PRODUCT),
         "product alone": lambda: product_alone(*vectors),
     }
-    if onednn.whole_available():
+    if onednn.int8_matmul_available():
         variants["int8 product alone"] = lambda: whole_product_alone(*vectors)
         for piece, (place, name, instead) in PIECES.items():
             variants[piece] = lambda change=(place, name, instead): without(change, *vectors)
@@ -280,7 +280,7 @@ def whole_product_alone(document_CE: NDArray[np.float32], query_QE: NDArray[np.f
     for first in range(0, len(document_CE), len(tile_NE)):
         part_NE = tile_NE[: len(document_CE) - first]
         for query in range(0, len(query_QE), len(tile_QE)):
-            onednn.whole(tile_QE[: len(query_QE) - query], part_NE)
+            onednn.int8_matmul(tile_QE[: len(query_QE) - query], part_NE)
 
 
 def share_of_equal(ours: Negatives, theirs: Negatives) -> float | None:

@@ -115,7 +115,7 @@ def kernels(dtype: torch.dtype, shape: Shape, rows: int) -> dict[str, Callable[[
 
 def int8_kernels(width: int, out: int, rows: int) -> dict[str, Callable[[], torch.Tensor]]:
     """The same in int8: to int32 sums, and to bfloat16 with the scales of the outputs, by oneDNN and by our kernel."""
-    if not onednn.whole_available():
+    if not onednn.int8_matmul_available():
         return {}
     x, codes = (torch.randint(-127, 128, shape, dtype=torch.int8) for shape in ((rows, width), (out, width)))
     unsigned = (x.short() + 128).to(torch.uint8)  # int8 input is slow in oneDNN where AMX is missing
@@ -127,8 +127,8 @@ def int8_kernels(width: int, out: int, rows: int) -> dict[str, Callable[[], torc
         "qlinear": lambda: torch.ops.onednn.qlinear_pointwise(unsigned, 0.01, 128, packed, *last),
     }
     if ours.int8_available():
-        scaled = ours.Rows(x, torch.full((rows,), 0.01), x.sum(1, dtype=torch.int32))
-        found["ours"] = lambda: ours.whole_product(scaled, codes, scales, None, torch.bfloat16)
+        scaled = ours.QuantizedRows(x, torch.full((rows,), 0.01), x.sum(1, dtype=torch.int32))
+        found["ours"] = lambda: ours.int8_product(scaled, codes, scales, None, torch.bfloat16)
     return found
 
 

@@ -262,7 +262,7 @@ def peer_app(options: argparse.Namespace) -> FastAPI:
 
 def alone() -> None:
     """Lets this thread compute by itself, on whichever core is free."""
-    threads.free()
+    threads.unbind()
     torch.set_num_threads(1)
 
 

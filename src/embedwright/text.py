@@ -232,16 +232,16 @@ def tokenize(
         InputError: `max_tokens` leaves no room for text.
         NoTokenError: The prefix leaves no token of a text to pool. The reference returns NaN there.
     """
-    return read(tokenizer, contract, check_texts(texts), prefix, max_tokens)
+    return tokenize_checked(tokenizer, contract, check_texts(texts), prefix, max_tokens)
 
 
-def read(
+def tokenize_checked(
     tokenizer: TextTokenizer, contract: Contract, texts: list[str], prefix: str, max_tokens: int | None
 ) -> list[TokenizedText]:
-    """Does the work of `tokenize` on a list that `check_texts` returned."""
+    """Tokenises texts that `check_texts` returned, as `tokenize` does."""
     limit = check_limit(contract, contract.max_tokens if max_tokens is None else max_tokens)
     rule = _by_count if contract.mask_rule == "count" else _by_offsets
-    with threads.freed():  # the first batch starts the tokenizers' own threads
+    with threads.unbound():  # the first batch starts the tokenizers' own threads
         return rule(tokenizer, contract, texts, prefix, limit)
 
 

@@ -23,14 +23,14 @@ _cores: set[int] | None = None  # of the command, before an OpenMP runtime is lo
 
 
 def prepare_command() -> None:
-    """Calls `take_over` if this process is `embedwright ...` or `python -m embedwright ...`; else does nothing."""
+    """Calls `set_up_process` if this process is `embedwright ...` or `python -m embedwright ...`; else does nothing."""
     by_module = sys.argv[:1] == ["-m"] and ("-m", "embedwright") in pairwise(sys.orig_argv)  # `argv` has no name yet
     is_command = by_module or Path(sys.argv[0] if sys.argv else "").stem == "embedwright"
     if is_command and "torch" not in sys.modules:
-        take_over()
+        set_up_process()
 
 
-def take_over() -> None:
+def set_up_process() -> None:
     """Sets up this process as our own. To be called before torch is loaded, which reads the environment once.
 
     What the user has set in the environment stays. Threads are not bound where torchrun or accelerate started several
@@ -46,7 +46,7 @@ def take_over() -> None:
         os.environ["OMP_PLACES"] = "cores"
 
 
-def free() -> None:
+def unbind() -> None:
     """Lets this thread, and the threads that it starts, run on all cores again. Does nothing outside of the command.
 
     Call it in every thread that is no OpenMP thread: a bound OpenMP keeps the thread that started it on one core.
@@ -56,14 +56,14 @@ def free() -> None:
 
 
 @contextmanager
-def freed() -> Iterator[None]:
+def unbound() -> Iterator[None]:
     """Frees this thread for a while, for a library that starts its own threads or OpenMP. Such a library uses only the
     cores of the thread that loads it. Does nothing outside of the command."""
     if _cores is None:
         yield
         return
     before = os.sched_getaffinity(0)
-    free()
+    unbind()
     try:
         yield
     finally:
@@ -72,13 +72,13 @@ def freed() -> Iterator[None]:
 
 def cores() -> int:
     """Returns how many cores this process may use: more than this thread's one, where a bound OpenMP holds it there."""
-    with freed():
+    with unbound():
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def load_faiss() -> Any:
     """Loads faiss and returns the module. Its OpenMP takes the cores of the thread that loads it for all."""
-    with freed():
+    with unbound():
         import faiss
     return faiss
 

@@ -273,34 +273,34 @@ def _pads_seen(case: Case) -> None:
 
 def _not_normalised(case: Case) -> None:
     def embed(self: Any, packed: Any) -> Any:
-        return network.reduce(self.tokens(packed), packed, self.pooling.kind)
+        return network.pool_tokens(self.token_states(packed), packed, self.pooling.kind)
 
     case.patch.setattr(EmbedwrightModel, "embed", embed)
 
 
 def _everything_pooled(case: Case) -> None:
-    right = network.reduce
+    right = network.pool_tokens
 
-    def reduce(x: Any, packed: Any, kind: Any) -> Any:
+    def pool_tokens(x: Any, packed: Any, kind: Any) -> Any:
         return right(x, replace(packed, pool_mask_T=torch.ones_like(packed.pool_mask_T)), kind)
 
-    case.patch.setattr(network, "reduce", reduce)
+    case.patch.setattr(network, "pool_tokens", pool_tokens)
 
 
 def _wrong_weight(case: Case) -> None:
     """A mean in which every text weighs its first token twice."""
-    right = network.reduce
+    right = network.pool_tokens
 
-    def reduce(x: Any, packed: Any, kind: Any) -> Any:
+    def pool_tokens(x: Any, packed: Any, kind: Any) -> Any:
         x = x.clone()
         x[packed.cu_seqlens[1:].long() - 1] *= 2
         return right(x, packed, kind)
 
-    case.patch.setattr(network, "reduce", reduce)
+    case.patch.setattr(network, "pool_tokens", pool_tokens)
 
 
 def _head_skipped(case: Case) -> None:
-    case.patch.setattr(EmbedwrightModel, "tokens", lambda self, packed: self.hidden(packed))
+    case.patch.setattr(EmbedwrightModel, "token_states", lambda self, packed: self.hidden(packed))
 
 
 def _last_layer_norm_skipped(case: Case) -> None:
@@ -317,8 +317,12 @@ def _sorted_results(case: Case) -> None:
 
 
 def _task_ignored(case: Case) -> None:
-    right = encoding.frame
-    case.patch.setattr(encoding, "frame", lambda contract, longest, task, *rest: right(contract, longest, None, *rest))
+    right = encoding.prefix_and_limit
+
+    def without_task(contract: Any, longest: int, task: str | None, *rest: Any) -> tuple[str, int]:
+        return right(contract, longest, None, *rest)
+
+    case.patch.setattr(encoding, "prefix_and_limit", without_task)
 
 
 def _half_rotary(case: Case) -> None:

@@ -100,7 +100,7 @@ def test_the_steps_are_the_references(version: str, case: str) -> None:
     model, expected = opened(version), arrays(version)
     packed = model.tokenize(texts, **how)
     attended = expected[f"{case}/attention_mask"] == 1
-    hidden_TD, tokens_TD = model.network.hidden(packed), model.network.tokens(packed)
+    hidden_TD, tokens_TD = model.network.hidden(packed), model.network.token_states(packed)
     steps = {"last_hidden_state": hidden_TD, "token_output": tokens_TD}
     for name, got in steps.items():
         np.testing.assert_allclose(got.numpy(), expected[f"{case}/{name}"][attended], rtol=0, atol=1e-4)

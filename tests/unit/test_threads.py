@@ -102,11 +102,11 @@ def test_the_command_gives_a_bound_thread_its_cores_back(fresh: pytest.MonkeyPat
     bound()
     one = {min(two_cores)}
     os.sched_setaffinity(0, one)  # as a bound OpenMP does
-    with threads.freed():
+    with threads.unbound():
         assert os.sched_getaffinity(0) == two_cores
     assert threads.cores() == 2
     assert os.sched_getaffinity(0) == one
-    threads.free()
+    threads.unbind()
     assert os.sched_getaffinity(0) == two_cores
 
 
@@ -116,10 +116,10 @@ def test_in_other_programs_a_thread_keeps_its_cores(fresh: pytest.MonkeyPatch, t
     bound()
     one = {min(two_cores)}
     os.sched_setaffinity(0, one)  # the program's own choice
-    with threads.freed():
+    with threads.unbound():
         assert os.sched_getaffinity(0) == one
     assert threads.cores() == 1
-    threads.free()
+    threads.unbind()
     assert os.sched_getaffinity(0) == one
 
 

@@ -31,7 +31,7 @@ def measured(model: str, texts: Sequence[str]) -> dict[str, Any]:
         write_json(asked, {"model": model, "texts": list(texts)})
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         command = [sys.executable, "-P", "-m", __name__, str(asked), str(answer)]
-        with threads.freed():  # else it has the one core of a bound thread
+        with threads.unbound():  # else it has the one core of a bound thread
             done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             said = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
@@ -72,5 +72,5 @@ def count(encoder: Any) -> int:
 
 
 if __name__ == "__main__":
-    threads.take_over()
+    threads.set_up_process()
     _measure(Path(sys.argv[1]), Path(sys.argv[2]))

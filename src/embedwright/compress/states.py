@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from embedwright.errors import InputError
 from embedwright.model.embedder import Embedder
-from embedwright.model.encode import frame
+from embedwright.model.encode import prefix_and_limit
 from embedwright.model.verify.modes import evaluating
 from embedwright.packing import PackedTexts, batches, pack
-from embedwright.text import check_texts, read
+from embedwright.text import check_texts, tokenize_checked
 
 BATCH_TOKENS = 2048  # the states of all layers are held at once
 
@@ -39,8 +39,8 @@ def layers_of(backbone: Any) -> nn.ModuleList:
 
 def runs(model: Embedder, texts: Sequence[str]) -> Iterator[PackedTexts]:
     """Reads texts as documents and runs the decoder on them. Yields each batch after its run."""
-    prefix, limit = frame(model.contract, model.longest, None, None, None)
-    tokens = read(model.text_tokenizer, model.contract, check_texts(texts), prefix, limit)
+    prefix, limit = prefix_and_limit(model.contract, model.longest, None, None, None)
+    tokens = tokenize_checked(model.text_tokenizer, model.contract, check_texts(texts), prefix, limit)
     if not tokens:
         raise InputError("there are no calibration texts")
     with evaluating(model.network), torch.no_grad():

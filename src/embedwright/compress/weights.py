@@ -37,8 +37,15 @@ from embedwright.model.formats.nvembed import released_name
 from embedwright.model.formats.open import outline
 from embedwright.model.interop.save import describe, write_doors
 from embedwright.model.network import EmbedwrightModel
-from embedwright.model.pooling import LatentPooling, stored_folded
-from embedwright.model.quantized import QuantizedLinear, Scheme, hollow_out, quantized, slices, widen
+from embedwright.model.pooling import LatentPooling, fold_by_config
+from embedwright.model.quantized import (
+    QuantizedLinear,
+    Scheme,
+    compute_in_float32,
+    quantized,
+    replace_with_empty,
+    slices,
+)
 from embedwright.model.verify import selftest
 
 Sources = dict[str, Stored]  # by the name of our parameter
@@ -141,10 +148,10 @@ class _Tensors:
         if folded:
             stored = {name: sources[f"head.{name}"].read().to(p.dtype) for name, p in network.head.named_parameters()}
             network.head.load_state_dict(stored, assign=True)
-            network.head = stored_folded(network.head)
+            network.head = fold_by_config(network.head)
         with torch.device("meta"):
-            hollow_out(network.backbone, scheme)
-            widen(network)
+            replace_with_empty(network.backbone, scheme)
+            compute_in_float32(network)
         self._sources, self._scheme = sources, scheme
         self._state: dict[str, Tensor] = network.state_dict()
         self._layers = {name for name, module in network.named_modules() if isinstance(module, QuantizedLinear)}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from embedwright.cpu import kernels, onednn, proof
 from embedwright.cpu.attention import FAST, attention, norm
-from embedwright.cpu.guards import originals
+from embedwright.cpu.guards import stock_functions
 from embedwright.cpu.int8 import Int8Linear
 from embedwright.cpu.linears import OneDnnLinear, gated
 from embedwright.model.attention import PACKED
@@ -113,7 +113,7 @@ def restore(network: nn.Module) -> None:
 def _form(stock_class: Any) -> Any:
     """Returns the faster form of a stock class on this machine, or None. A patched class has none."""
     if stock_class is nn.Linear:
-        return OneDnnLinear if onednn.available() and originals((nn.Linear, "forward")) else None
+        return OneDnnLinear if onednn.available() and stock_functions((nn.Linear, "forward")) else None
     if stock_class is QuantizedLinear:
         return Int8Linear if kernels.int8_available() else None
     family = stock_class.__module__.rpartition(".modeling_")[2]

@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from embedwright.cpu import int8, kernels
-from embedwright.cpu.guards import computed_now, infers, listened_to, originals, subclass, unchanged
+from embedwright.cpu.guards import has_hooks, is_eager, is_inference, is_unpatched, stock_functions, subclass
 from embedwright.model.attention import packed_attention
 
 FAST = "embedwright_packed_cpu"  # packed attention, through our kernel if that accepts the inputs
@@ -32,7 +32,7 @@ def _kernel(
     q_HTd: Tensor, k_KTd: Tensor, v_KTd: Tensor, ends: Tensor, scale: float, window: tuple[int, int]
 ) -> Tensor | None:
     """Returns (T, H, d), or None if our kernel does not accept the inputs."""
-    if not computed_now(ends) or not kernels.can_attend(q_HTd, k_KTd, v_KTd):
+    if not is_eager(ends) or not kernels.can_attend(q_HTd, k_KTd, v_KTd):
         return None
     return kernels.attention(q_HTd, k_KTd, v_KTd, ends, scale, window)
 
@@ -46,12 +46,12 @@ def norm(stock: Any, plus_one: bool) -> Any:
 
     `plus_one` marks Gemma's norm: it adds 1 to the stored weight and has another name for epsilon.
     """
-    known = originals(*((stock, name) for name in ("forward", "_norm") if hasattr(stock, name)))
+    known = stock_functions(*((stock, name) for name in ("forward", "_norm") if hasattr(stock, name)))
     if known is None:
         return None
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        fits = infers(self, known, x, self.weight) and x.is_contiguous() and kernels.available()
+        fits = is_inference(self, known, x, self.weight) and x.is_contiguous() and kernels.available()
         if not fits or x.shape[-1] % 16 or x.shape[-1:] != self.weight.shape:
             return cast(Tensor, stock.forward(self, x))
         return kernels.norm(x, self.weight, self.eps if plus_one else self.variance_epsilon, plus_one)
@@ -66,7 +66,7 @@ def attention(stock: Any, windowed: str | None) -> Any:
     Returns None for a patched block. `windowed` names the object that holds the window: the block, its config or none.
     """
     home = sys.modules[stock.__module__]
-    known = originals((stock, "forward"), (home, "apply_rotary_pos_emb"), (home, "rotate_half"))
+    known = stock_functions((stock, "forward"), (home, "apply_rotary_pos_emb"), (home, "rotate_half"))
     if known is None:
         return None
 
@@ -78,10 +78,11 @@ def attention(stock: Any, windowed: str | None) -> Any:
         if not _fits(self, known, hidden_states, position_embeddings, others):
             return as_stock()
         products, dtype = (self.q_proj, self.k_proj, self.v_proj), hidden_states.dtype
-        inputs: Tensor | int8.Rounded = hidden_states
-        in_int8 = int8.multiplies(*products, self.o_proj) and not listened_to(self.o_proj)
+        inputs: Tensor | int8.QuantizedInput = hidden_states
+        in_int8 = int8.can_run_int8(*products, self.o_proj) and not has_hooks(self.o_proj)
         if in_int8:  # rounded once for all three; what is between the products is in bfloat16
-            inputs = int8.rounded(hidden_states, self.q_proj, dtype if hasattr(self, "q_norm") else torch.bfloat16)
+            output_dtype = dtype if hasattr(self, "q_norm") else torch.bfloat16
+            inputs = int8.quantized_input(hidden_states, self.q_proj, output_dtype)
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         q, k, v = (product(inputs).view(shape) for product in products)
         if hasattr(self, "q_norm"):
@@ -98,7 +99,7 @@ def attention(stock: Any, windowed: str | None) -> Any:
         attend = ALL_ATTENTION_FUNCTIONS[FAST]
         mixed, _ = attend(self, q, k, v, attention_mask, scaling=self.scaling, sliding_window=window, **others)
         mixed = mixed.flatten(2)
-        return self.o_proj(int8.rounded(mixed, self.o_proj, dtype) if in_int8 else mixed), None
+        return self.o_proj(int8.quantized_input(mixed, self.o_proj, dtype) if in_int8 else mixed), None
 
     return subclass(attention, stock, forward, known, windowed)
 
@@ -111,7 +112,7 @@ def _fits(self: Any, known: Any, hidden_states: Tensor, position_embeddings: Any
     normed = (self.q_norm, self.k_norm) if hasattr(self, "q_norm") else ()
     products = self.q_proj, self.k_proj, self.v_proj
     return (
-        infers(self, known, hidden_states, cosine, sine)
+        is_inference(self, known, hidden_states, cosine, sine)
         and kernels.available()
         and self.config._attn_implementation == FAST
         and others.get("packed") is not None
@@ -123,6 +124,6 @@ def _fits(self: Any, known: Any, hidden_states: Tensor, position_embeddings: Any
         and sine.is_contiguous()
         # `rotate` overwrites the outputs of these parts, and a module of another kind may have kept its output
         and all(type(part) is nn.Linear or "stock_class" in vars(type(part)) for part in products)
-        and all("known" in vars(type(part)) and unchanged(vars(type(part))["known"]) for part in normed)
-        and not listened_to(*products, *normed)
+        and all("known" in vars(type(part)) and is_unpatched(vars(type(part))["known"]) for part in normed)
+        and not has_hooks(*products, *normed)
     )

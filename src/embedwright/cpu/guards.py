@@ -14,13 +14,13 @@ from torch.nn.modules import module as all_modules
 Original = tuple[Any, str, Any]  # owner (a class or module), name, the function that was there
 
 
-def infers(module: nn.Module, known: tuple[Original, ...], *tensors: Tensor) -> bool:
+def is_inference(module: nn.Module, known: tuple[Original, ...], *tensors: Tensor) -> bool:
     """Returns whether a call is plain inference: `usable` tensors, no gradient, evaluation mode, `known` unpatched.
 
     GradCache's first pass has no gradient either, but it runs in training mode: it needs the numbers and the dropout of
     the second pass.
     """
-    return not module.training and not torch.is_grad_enabled() and unchanged(known) and usable(*tensors)
+    return not module.training and not torch.is_grad_enabled() and is_unpatched(known) and usable(*tensors)
 
 
 def usable(*tensors: Tensor) -> bool:
@@ -29,7 +29,7 @@ def usable(*tensors: Tensor) -> bool:
     The first must not be empty.
     """
     return (
-        computed_now(*tensors)
+        is_eager(*tensors)
         and all(x.device.type == "cpu" and x.dtype == tensors[0].dtype for x in tensors)
         and tensors[0].dtype in (torch.float32, torch.bfloat16)
         and tensors[0].numel() > 0
@@ -37,7 +37,7 @@ def usable(*tensors: Tensor) -> bool:
     )
 
 
-def computed_now(*tensors: Tensor) -> bool:
+def is_eager(*tensors: Tensor) -> bool:
     """Returns whether these are plain tensors that nothing traces or transforms.
 
     Compile, export, jit, fake tensors, vmap, forward gradients and dispatch modes do. C code sees only addresses: under
@@ -53,14 +53,14 @@ def computed_now(*tensors: Tensor) -> bool:
     )
 
 
-def listened_to(*modules: nn.Module) -> bool:
+def has_hooks(*modules: nn.Module) -> bool:
     """Returns whether any of these modules has a hook. It must then be called, and its output not be overwritten."""
     return bool(all_modules._global_forward_hooks or all_modules._global_forward_pre_hooks) or any(
         module._forward_hooks or module._forward_pre_hooks for module in modules
     )
 
 
-def originals(*named: tuple[Any, str]) -> tuple[Original, ...] | None:
+def stock_functions(*named: tuple[Any, str]) -> tuple[Original, ...] | None:
     """Returns the functions of these owners and names. None if one comes from another file, so it is patched."""
     found = tuple((owner, name, vars(owner).get(name)) for owner, name in named)
     return found if all(_genuine(*one) for one in found) else None
@@ -76,7 +76,7 @@ def _genuine(owner: Any, name: str, function: Any) -> bool:
     )
 
 
-def unchanged(known: tuple[Original, ...]) -> bool:
+def is_unpatched(known: tuple[Original, ...]) -> bool:
     """Returns whether each function is still in place. A patch after the load counts as well."""
     return all(getattr(owner, name) is function for owner, name, function in known)
 

@@ -126,32 +126,35 @@ def dots(query_QE: Tensor, document_NE: Tensor, query_F: Tensor, document_F: Ten
     return out_F
 
 
-# ---- linear layers in whole numbers
+# ---- linear layers in int8
 
 
-class Rows(NamedTuple):
-    """Rows in whole numbers: a row is about `codes_TD`, int8, times its `scale_T`. `total_T`, int32, sums its codes."""
+class QuantizedRows(NamedTuple):
+    """Rows rounded to int8: a row is about `codes_TD`, int8, times its `scale_T`. `total_T`, int32, sums its codes."""
 
     codes_TD: Tensor
     scale_T: Tensor
     total_T: Tensor
 
 
-def whole_rows(x_TD: Tensor, rotation: int) -> Rows:
+def quantize_rows(x_TD: Tensor, rotation: int) -> QuantizedRows:
     """Rotates rows in blocks, as `model.quantized.rotated`, and rounds each to int8: its largest size becomes 127.
 
     x is contiguous, float32 or bfloat16, D is a multiple of 16. `rotation` is 1, for none, 16, 32 or 64, and divides D.
     A row with a number that is not finite has a scale that is not finite. Call it only if `int8_available()` is true;
-    this holds for `whole_product` and `whole_gated` too.
+    this holds for `int8_product` and `int8_gated` too.
     """
     rows, dim = x_TD.shape
     codes_TD = x_TD.new_empty(rows, dim, dtype=torch.int8)
-    made = Rows(codes_TD, x_TD.new_empty(rows, dtype=torch.float32), x_TD.new_empty(rows, dtype=torch.int32))
+    scale_T, total_T = x_TD.new_empty(rows, dtype=torch.float32), x_TD.new_empty(rows, dtype=torch.int32)
+    made = QuantizedRows(codes_TD, scale_T, total_T)
     _run("rounding", x_TD, *made, rows, dim, x_TD.dtype == torch.bfloat16, rotation)
     return made
 
 
-def whole_product(rows: Rows, weight_OD: Tensor, scale_O: Tensor, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor:
+def int8_product(
+    rows: QuantizedRows, weight_OD: Tensor, scale_O: Tensor, bias_O: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """Multiplies rows by an int8 weight, whose outputs have a float32 scale each, and adds a float32 bias or None.
 
     -> (T, O) in `dtype`, float32 or bfloat16. Products are summed exactly, in int32. There is a row at least, D is a
@@ -160,7 +163,7 @@ def whole_product(rows: Rows, weight_OD: Tensor, scale_O: Tensor, bias_O: Tensor
     return _multiplied(rows, weight_OD, scale_O, 0, 0, 0 if bias_O is None else bias_O, dtype, False)
 
 
-def whole_gated(rows: Rows, gate: tuple[Tensor, Tensor], up: tuple[Tensor, Tensor], gelu: bool) -> Tensor:
+def int8_gated(rows: QuantizedRows, gate: tuple[Tensor, Tensor], up: tuple[Tensor, Tensor], gelu: bool) -> Tensor:
     """Computes silu(rows gate^T) * (rows up^T), or gelu in its form with tanh -> (T, O) bfloat16, rounded once.
 
     `gate` and `up` are an int8 weight (O, D) and the float32 scales (O,) of its outputs. There is a row at least.
@@ -169,7 +172,7 @@ def whole_gated(rows: Rows, gate: tuple[Tensor, Tensor], up: tuple[Tensor, Tenso
 
 
 def _multiplied(
-    rows: Rows,
+    rows: QuantizedRows,
     weight_OD: Tensor,
     scale_O: Tensor,
     other: Any,
@@ -307,12 +310,12 @@ def _int8_examples() -> Iterator[tuple[str, Tensor, Tensor]]:
     x = torch.randn(7, 80, generator=random, device="cpu", dtype=torch.float32)
     codes = torch.randint(-127, 128, (2, 112, 80), generator=random, device="cpu").to(torch.int8)
     scales = torch.rand(2, 112, generator=random, device="cpu", dtype=torch.float32) * 1e-3
-    rows = whole_rows(x, 16)
+    rows = quantize_rows(x, 16)
     held = rows.codes_TD * rows.scale_T[:, None]
     step = rotated(x, 16).abs().amax(1, keepdim=True) / 127
     yield "rounding", ((held - rotated(x, 16)).abs() / step).clamp_min(0.51), torch.full_like(x, 0.51)
     gate, up = (held @ (one * scale[:, None]).t() for one, scale in zip(codes, scales, strict=True))
-    yield "product", whole_product(rows, codes[0], scales[0], scales[1], torch.float32), gate + scales[1]
+    yield "product", int8_product(rows, codes[0], scales[0], scales[1], torch.float32), gate + scales[1]
     for gelu, activated in ((False, F.silu(gate)), (True, F.gelu(gate, approximate="tanh"))):
-        found = whole_gated(rows, (codes[0], scales[0]), (codes[1], scales[1]), gelu)
+        found = int8_gated(rows, (codes[0], scales[0]), (codes[1], scales[1]), gelu)
         yield "gated product", found.float(), activated * up

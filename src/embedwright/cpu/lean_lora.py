@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from embedwright.cpu import onednn
-from embedwright.cpu.guards import computed_now, listened_to, usable
+from embedwright.cpu.guards import has_hooks, is_eager, usable
 from embedwright.cpu.linears import OneDnnLinear
 
 _STEPS = 2**16  # a probability of dropout is a multiple of 1/_STEPS
@@ -64,7 +64,7 @@ class LeanLinear(Linear):
         autocast = torch.is_autocast_enabled(device)
         computed_in = torch.get_autocast_dtype(device) if autocast else a.weight.dtype
         return (
-            computed_now(x, *base.parameters(), *a.parameters(), *b.parameters())
+            is_eager(x, *base.parameters(), *a.parameters(), *b.parameters())
             and name not in self.lora_variant
             and not self.lora_bias[name]
             and type(base) in (nn.Linear, OneDnnLinear)
@@ -74,7 +74,7 @@ class LeanLinear(Linear):
             and x.dtype == base.weight.dtype == computed_in
             and a.weight.dtype == b.weight.dtype
             and x.numel() > 0
-            and not listened_to(base, a, b, dropout)
+            and not has_hooks(base, a, b, dropout)
         )
 
 

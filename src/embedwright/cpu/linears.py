@@ -16,9 +16,9 @@ from torch.autograd.function import once_differentiable
 from transformers import activations
 
 from embedwright.cpu import int8, onednn
-from embedwright.cpu.guards import Original, infers, listened_to, originals, subclass, unchanged, usable
+from embedwright.cpu.guards import Original, has_hooks, is_inference, is_unpatched, stock_functions, subclass, usable
 
-_LINEAR = originals((nn.Linear, "forward"))
+_LINEAR = stock_functions((nn.Linear, "forward"))
 
 
 class OneDnnLinear(nn.Linear):
@@ -37,7 +37,7 @@ class OneDnnLinear(nn.Linear):
 
 def stays_plain(linear: nn.Module) -> bool:
     """Returns whether this linear layer runs torch's own, unpatched code."""
-    return type(linear) in (nn.Linear, OneDnnLinear) and _LINEAR is not None and unchanged(_LINEAR)
+    return type(linear) in (nn.Linear, OneDnnLinear) and _LINEAR is not None and is_unpatched(_LINEAR)
 
 
 class _Product(torch.autograd.Function):
@@ -73,7 +73,7 @@ def gated(stock: Any) -> Any:
     In bfloat16, activation and product are part of the matrix products: that saves two passes through memory and two
     roundings. In float32, rows go in slices, and intermediate results are overwritten.
     """
-    known = originals((stock, "forward"))
+    known = stock_functions((stock, "forward"))
     if known is None:
         return None
 
@@ -84,15 +84,15 @@ def gated(stock: Any) -> Any:
         return cast(Tensor, self.down_proj(gate_SI.mul_(self.up_proj(rows_SD))))
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        if _fits_int8(self) and infers(self, known, x):
+        if _fits_int8(self) and is_inference(self, known, x):
             gelu = _activation(self.act_fn) == onednn.GELU_TANH
-            mixed = int8.gated(int8.rounded(x, self.gate_proj, x.dtype), self.gate_proj, self.up_proj, gelu)
-            return cast(Tensor, self.down_proj(int8.rounded(mixed, self.down_proj, x.dtype)))
+            mixed = int8.gated(int8.quantized_input(x, self.gate_proj, x.dtype), self.gate_proj, self.up_proj, gelu)
+            return cast(Tensor, self.down_proj(int8.quantized_input(mixed, self.down_proj, x.dtype)))
         parts = self.gate_proj, self.up_proj
         plain = (
             all(type(part) is OneDnnLinear and stays_plain(part) for part in parts)
-            and infers(self, known, x, *(part.weight for part in parts))
-            and not listened_to(*parts, self.act_fn, self.down_proj)
+            and is_inference(self, known, x, *(part.weight for part in parts))
+            and not has_hooks(*parts, self.act_fn, self.down_proj)
         )
         activation = _activation(self.act_fn) if plain else None
         if activation is not None and x.dtype == torch.float32:
@@ -107,12 +107,12 @@ def gated(stock: Any) -> Any:
 
 
 def _fits_int8(self: Any) -> bool:
-    """Returns whether a gated block may multiply in whole numbers."""
+    """Returns whether a gated block can run in int8."""
     parts = self.gate_proj, self.up_proj, self.down_proj
     return (
-        int8.multiplies(*parts)
+        int8.can_run_int8(*parts)
         and self.gate_proj.bias is None is self.up_proj.bias
-        and not listened_to(*parts, self.act_fn)
+        and not has_hooks(*parts, self.act_fn)
         and _activation(self.act_fn) is not None
     )
 
@@ -125,14 +125,14 @@ _ACTIVATIONS: dict[Any, tuple[tuple[Original, ...], tuple[str, str]]] = {
         (getattr(activations, "SiLUActivation", None), onednn.SWISH),
         (getattr(activations, "GELUTanh", None), onednn.GELU_TANH),
     )
-    if owner is not None and (known := originals((owner, "forward"))) is not None
+    if owner is not None and (known := stock_functions((owner, "forward"))) is not None
 }
 
 
 def _activation(module: Any) -> tuple[str, str] | None:
     """Returns oneDNN's name of an activation, None if oneDNN lacks it or somebody patched it."""
     known, name = _ACTIVATIONS.get(type(module), ((), None))
-    if name is None or "forward" in vars(module) or not unchanged(known):
+    if name is None or "forward" in vars(module) or not is_unpatched(known):
         return None
     if name == onednn.GELU_TANH:
         act = getattr(module, "act", None)

@@ -38,8 +38,8 @@ def gated(input: Tensor, gate: Tensor, up: Tensor, activation: str, variant: str
     return product
 
 
-def whole(left: Tensor, right: Tensor) -> Tensor:
-    """Multiplies left (M, I) by right (N, I), both int8 -> (M, N) int32, exactly. It needs `whole_available()`."""
+def int8_matmul(left: Tensor, right: Tensor) -> Tensor:
+    """Multiplies left (M, I) by right (N, I), both int8 -> (M, N) int32, exactly. Needs `int8_matmul_available()`."""
     return torch._int_mm(left, right.t())
 
 
@@ -78,14 +78,14 @@ def gated_available() -> bool:
 
 
 @cache
-def whole_available() -> bool:
-    """Returns whether this processor has int8 products, four times as fast as float32, and `whole` is right. Logs a
-    warning once if it is wrong."""
+def int8_matmul_available() -> bool:
+    """Returns whether this processor has int8 products, four times as fast as float32, and `int8_matmul` is right. Logs
+    a warning once if it is wrong."""
     found: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     if not (available() and any(found.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))):
         return False
     x, y = (torch.tensor([-127, 127, 3], dtype=torch.int8, device="cpu").repeat(n, 99) for n in (5, 6))
-    return _holds(lambda: bool((whole(x, y) == 99 * (2 * 127**2 + 9)).all()), "product of int8", "float32")
+    return _holds(lambda: bool((int8_matmul(x, y) == 99 * (2 * 127**2 + 9)).all()), "product of int8", "float32")
 
 
 def _random(*shapes: tuple[int, ...]) -> list[Tensor]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from embedwright.cpu import int8
 from embedwright.model.network import EmbedwrightModel
-from embedwright.model.quantized import QuantizedLinear, in_few_bits, rotated
+from embedwright.model.quantized import QuantizedLinear, has_quantized_layers, rotated
 from embedwright.packing import PackedTexts, pack
 from embedwright.text import TokenizedText
 
@@ -67,7 +67,7 @@ def recorded(reference: EmbedwrightModel, names: Collection[str], lengths: Seque
             blocks.append(Block(name, module, attends, [], [], packed))
     hooks = [block.module.register_forward_hook(_recorder(block), with_kwargs=True) for block in blocks]
     try:
-        reference.tokens(packed)
+        reference.token_states(packed)
     finally:
         for hook in hooks:
             hook.remove()
@@ -96,7 +96,7 @@ def first_fault(blocks: Sequence[Block], network: EmbedwrightModel) -> str | Non
         try:
             fault = _forward_fault(block, module)
             # a model that is quantised, or made in inference mode, can never be trained
-            trains = not (torch.is_inference_mode_enabled() or in_few_bits(module))
+            trains = not (torch.is_inference_mode_enabled() or has_quantized_layers(module))
             if fault is None and kind not in proven and trains:
                 fault = _gradient_fault(block, module)
         except Exception as error:  # whatever a private operator of torch, or a kernel, does on this machine

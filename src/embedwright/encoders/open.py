@@ -15,7 +15,7 @@ from embedwright.errors import InputError, as_input_error
 from embedwright.locate import local, packaged, split_revision, text_of
 from embedwright.model.backbone import check_report, dtype_named
 from embedwright.model.embedder import Embedder
-from embedwright.model.encode import frame
+from embedwright.model.encode import prefix_and_limit
 from embedwright.model.formats.base import check_weights
 from embedwright.model.formats.detect import detect
 from embedwright.model.formats.families import FAMILIES, split_family
@@ -40,7 +40,7 @@ def open_encoder(
     if isinstance(model, Embedder):
         model.fold()
         if max_tokens is not None:
-            _, limit = frame(model.contract, model.longest, None, None, max_tokens)
+            _, limit = prefix_and_limit(model.contract, model.longest, None, None, max_tokens)
             model.contract = model.contract.model_copy(update={"max_tokens": limit})
     elif max_tokens is not None:
         shorten(model, name, max_tokens)

@@ -29,12 +29,12 @@ from embedwright.model.formats.folder import read_object
 from embedwright.model.interop.save import write_files, write_tokenizer
 from embedwright.model.interop.tokenizer import STOCK_TRANSFORMER, sentence_transformers_files
 from embedwright.model.network import EmbedwrightModel
-from embedwright.model.quantized import in_few_bits
+from embedwright.model.quantized import has_quantized_layers
 from embedwright.model.verify import probe, selftest
 from embedwright.model.verify.modes import evaluating
 from embedwright.model.verify.probe import ProbeError
 from embedwright.packing import pack
-from embedwright.text import Contract, TextTokenizer, TokenizedText, read, tokenize
+from embedwright.text import Contract, TextTokenizer, TokenizedText, tokenize, tokenize_checked
 
 Weights = Literal["float32", "int8"]
 
@@ -83,7 +83,7 @@ def _check(network: EmbedwrightModel, weights: Weights) -> None:
         raise InputError(f"cannot export: {ONLY_TRAINED}")
     if has_lora(network.backbone):
         raise InputError("LoRA adapters are not merged, and a graph has no place for them: merge them first")
-    if in_few_bits(network):
+    if has_quantized_layers(network):
         raise InputError("its weights are quantised: export the model that they were made from")
     types = {parameter.dtype for parameter in network.parameters()}
     if types != {torch.float32} or network.mixed:
@@ -136,7 +136,8 @@ def _rows(model: Embedder) -> list[TokenizedText]:
     texts = [text for text, _ in selftest.TEXTS]
     texts.append(texts[1] * 40)
     prefixes = [model.contract.prefix(task) for task in (None, selftest.TASK)]
-    return [row for prefix in prefixes for row in read(model.text_tokenizer, model.contract, texts, prefix, limit)]
+    tokenizer, contract = model.text_tokenizer, model.contract
+    return [row for prefix in prefixes for row in tokenize_checked(tokenizer, contract, texts, prefix, limit)]
 
 
 def session_of(file: Path) -> Any:

@@ -85,7 +85,7 @@ def positions(config: Any) -> int:
     return getattr(config, "max_position_embeddings", None) or _ANY_LENGTH
 
 
-def longest_alike(config: Any) -> int:
+def batch_independent_length(config: Any) -> int:
     """Returns the text length up to which rotary frequencies do not depend on the other texts of a batch.
 
     Beyond it, `dynamic` and `longrope` choose them by the largest position of the batch.

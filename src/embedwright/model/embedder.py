@@ -31,7 +31,7 @@ from embedwright.model.quantized import warn_of_gpu
 from embedwright.model.verify import probe, selftest
 from embedwright.model.verify.modes import evaluating
 from embedwright.packing import PackedTexts, pack
-from embedwright.text import Contract, TextTokenizer, check_texts, read, with_backend, without_backend
+from embedwright.text import Contract, TextTokenizer, check_texts, tokenize_checked, with_backend, without_backend
 
 Backend = Literal["packed", "sdpa", "eager"]
 
@@ -88,16 +88,16 @@ class Embedder:
             layers: Keep this many of the first layers. Default: all.
             max_tokens: Tokens after which a text is cut. Default: 512, or the decoder's positions if fewer.
             pool_prompt: Also pool the tokens of the instruction, BOS and EOS, for servers that pool every token.
-            default_task: The model's own instruction, of queries that come without one. Default: none.
+            default_task: The model's own instruction, used for queries given without one. Default: none.
             dtype: `float32`, `bfloat16` or `float16`.
-            four_bit: Hold the linear layers in 4 bits, to train adapters on. Not to be merged or saved. Needs [qlora].
+            four_bit: Linear layers in 4 bits, to train adapters on. The model cannot be merged or saved. Needs [qlora].
             device: Default: the GPU if there is one, else the CPU.
             backend: For tests alone. `sdpa` and `eager` run transformers' own attention, one text at a time.
             seed: Seeds the weights of the pooling block.
             sizes: Sizes of the pooling block, as in `PoolingConfig`: latents, heads, head_dim, multiple.
 
         Raises:
-            ValueError: The base is no decoder, or an argument does not fit it.
+            ValueError: The base is not a decoder, or an argument does not fit it.
             FileNotFoundError: There is no such path.
             ProbeError: The result is not bidirectional (or causal) as asked.
         """
@@ -128,7 +128,7 @@ class Embedder:
         dtype: str | None = None,
         backend: Backend = "packed",
     ) -> Embedder:
-        """Loads an embedder: one that `save` wrote, a released NV-Embed, or another author's that is a decoder.
+        """Loads an embedder: one that `save` wrote, a released NV-Embed, or another published decoder embedder.
 
         Args:
             path: Local folder or hub id. The base of an adapter folder is opened where `adapter_config.json` says.
@@ -140,7 +140,7 @@ class Embedder:
 
         Raises:
             FileNotFoundError: There is no such folder, or no base.
-            ValueError: The folder is no embedder, or the base is not the one that the adapters were trained on.
+            ValueError: The folder holds no embedder, or its base is not the one that the adapters were trained on.
             ProbeError: The model does not give the vectors that were stored with it, or does not attend as it says.
         """
         if dtype == "int8":
@@ -159,7 +159,7 @@ class Embedder:
 
         Raises:
             FileExistsError: The folder is not empty.
-            ValueError: The model is folded, its weights cannot be in `dtype`, or those below adapters are on no disk.
+            ValueError: The model is folded, a weight does not fit in `dtype`, or the adapters' base is not on disk.
             ProbeError: The adapters are not active.
         """
         network, given = self.network, None if dtype is None else dtype_named(dtype)
@@ -197,7 +197,7 @@ class Embedder:
         """Adds LoRA to every linear layer of the backbone, in place. Vectors do not change until it is trained.
 
         From then on the adapters and the whole pooling block train, both in float32; the rest is frozen. A warning
-        names weights that are no linear layers, such as the experts of a mixture: they get no adapter. Raises
+        names weights that are not linear layers, such as the experts of a mixture: they get no adapter. Raises
         ValueError for a model that has adapters already, or is folded.
         """
         check_unfolded(self.network.head)
@@ -211,8 +211,7 @@ class Embedder:
         Raises ValueError if there are no adapters or one is not active, and RuntimeError if vectors moved by more than
         rounding: the model is lost then, load it again.
         """
-        texts = self.tokenize([text for text, _ in selftest.TEXTS])
-        merge_lora(self.network, texts.to(self.device))
+        merge_lora(self.network, self.tokenize([text for text, _ in selftest.TEXTS]).to(self.device))
         probe.check(self.network)
         return self
 
@@ -271,8 +270,8 @@ class Embedder:
         self, texts: Sequence[str], task: str | None = None, prefix: str | None = None, max_tokens: int | None = None
     ) -> PackedTexts:
         """Tokenises texts as the model reads them. Returns them in one packed row, in the order given."""
-        in_front, limit = encode.frame(self.contract, self.longest, task, prefix, max_tokens)
-        return pack(read(self.text_tokenizer, self.contract, check_texts(texts), in_front, limit))
+        in_front, limit = encode.prefix_and_limit(self.contract, self.longest, task, prefix, max_tokens)
+        return pack(tokenize_checked(self.text_tokenizer, self.contract, check_texts(texts), in_front, limit))
 
     def encode(
         self,
@@ -303,21 +302,23 @@ class Embedder:
             (N, E), in the order of the texts; float32 vectors have unit length.
 
         Raises:
-            TypeError: A text is no str, or an argument has another type. A text is named by its index.
+            TypeError: A text is not a str, or an argument has another type. A text is named by its index.
             ValueError: A text has no token to pool or no finite vector (named by its index), or an argument is invalid.
         """
         texts = check_texts(texts)
-        in_front, limit = encode.frame(self.contract, self.longest, task, prefix, max_tokens)
+        in_front, limit = encode.prefix_and_limit(self.contract, self.longest, task, prefix, max_tokens)
         batch_tokens = self.batch_tokens if batch_tokens is None else batch_tokens
         encode.check_sizes(dim, batch_tokens, precision, self.embedding_dim)
         try:
             with evaluating(self.network):
                 vectors = encode.encoded(
                     texts,
-                    lambda some: read(self.text_tokenizer, self.contract, list(some), in_front, limit),
-                    self._embed_alone,
-                    (self.device, batch_tokens, self.embedding_dim),
-                    progress,
+                    lambda some: tokenize_checked(self.text_tokenizer, self.contract, list(some), in_front, limit),
+                    self._embed_without_gradients,
+                    device=self.device,
+                    batch_tokens=batch_tokens,
+                    width=self.embedding_dim,
+                    progress=progress,
                 )
         except encode.NotFiniteError as error:
             raise encode.NotFiniteError(error.index, self.network.backbone.dtype) from None
@@ -335,8 +336,7 @@ class Embedder:
         """Encodes documents. `options` are those of `encode`; a document has no task."""
         return self.encode(texts, None, **options)
 
-    def _embed_alone(self, packed: PackedTexts) -> Tensor:
-        """Embeds without gradients."""
+    def _embed_without_gradients(self, packed: PackedTexts) -> Tensor:
         with torch.inference_mode(not self.network.sharded), torch.no_grad():
             return self.embed(packed)
 

@@ -1,4 +1,4 @@
-"""From tokenised texts to vectors: batch by batch, the next one made while the model computes; then as a caller asks.
+"""Encodes texts batch by batch: the next one is tokenised while the model computes. Then converts the vectors.
 
 N texts, E embedding.
 """
@@ -39,14 +39,16 @@ def encoded(
     texts: list[str],
     read: Callable[[Sequence[str]], list[TokenizedText]],
     embed: Callable[[PackedTexts], Tensor],
-    sizes: tuple[torch.device, int, int],
+    *,
+    device: torch.device,
+    batch_tokens: int,
+    width: int,
     progress: bool,
 ) -> NDArray[np.float32]:
     """Encodes each distinct text once. Returns float32 (N, E), in the order of the texts.
 
-    `sizes` are the model's device, `batch_tokens` and E. Raises as `vectors_of`, naming the index in `texts`.
+    `width` is E. Raises as `vectors_of`, naming the index in `texts`.
     """
-    device, batch_tokens, width = sizes
     unique = list(dict.fromkeys(texts))
     vectors = np.empty((len(unique), width), dtype=np.float32)
     try:
@@ -131,7 +133,7 @@ def ahead(
     if len(starts) < 2:
         yield from ((start, make(start)) for start in starts)
         return
-    with ThreadPoolExecutor(1, initializer=threads.free) as pool:
+    with ThreadPoolExecutor(1, initializer=threads.unbind) as pool:
         waiting = pool.submit(make, starts[0])
         for start, following in zip(starts, [*starts[1:], None], strict=True):
             chunk = waiting.result()
@@ -160,12 +162,13 @@ def quantize(vectors_NE: NDArray[np.float32], precision: Precision) -> NDArray[A
 
 
 def shortened(vectors_NE: NDArray[np.float32], dim: int) -> NDArray[np.float32]:
-    """Keeps the first `dim` numbers of each vector and normalises again. Raises InputError if all are zero."""
+    """Keeps the first `dim` dimensions of each vector and normalises again. Raises InputError if all are zero."""
     cut = vectors_NE[:, :dim]
     lengths = np.linalg.norm(cut, axis=1, keepdims=True)
     lost = (lengths[:, 0] == 0) & vectors_NE.any(axis=1)
     if lost.any():
-        raise InputError(f"texts[{lost.argmax()}]: the first {dim} numbers of its vector are zero: give a larger dim")
+        index = lost.argmax()
+        raise InputError(f"texts[{index}]: the first {dim} dimensions of its vector are zero: give a larger dim")
     scaled: NDArray[np.float32] = cut / np.maximum(lengths, 1e-12)
     return scaled
 
@@ -176,7 +179,9 @@ def first_not_finite(vectors_NE: NDArray[np.float32]) -> int | None:
     return None if finite.all() else int(finite.argmin())
 
 
-def frame(contract: Contract, longest: int, task: str | None, prefix: str | None, limit: int | None) -> tuple[str, int]:
+def prefix_and_limit(
+    contract: Contract, longest: int, task: str | None, prefix: str | None, limit: int | None
+) -> tuple[str, int]:
     """Checks these arguments of `encode`. Returns the string in front of each text, and the tokens it is cut to."""
     for name, value in (("task", task), ("prefix", prefix)):
         if value is not None:

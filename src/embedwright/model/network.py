@@ -19,14 +19,28 @@ from embedwright.fingerprint import Facts, config_facts, dtypes, facts
 from embedwright.model.attention import PACKED
 from embedwright.model.backbone import (
     Origin,
+    batch_independent_length,
     check_report,
-    longest_alike,
     same_samples,
     text_hidden,
     weight_samples,
 )
-from embedwright.model.pooling import FoldedLatent, Kind, LatentPooling, PoolingConfig, make_head, reduce, stored_folded
-from embedwright.model.quantized import QuantizedLinear, Scheme, hollow_out, in_few_bits, widen
+from embedwright.model.pooling import (
+    FoldedLatent,
+    Kind,
+    LatentPooling,
+    PoolingConfig,
+    fold_by_config,
+    make_head,
+    pool_tokens,
+)
+from embedwright.model.quantized import (
+    QuantizedLinear,
+    Scheme,
+    compute_in_float32,
+    has_quantized_layers,
+    replace_with_empty,
+)
 from embedwright.model.verify.modes import evaluating
 from embedwright.packing import PackedTexts, pack
 from embedwright.text import Contract, TokenizedText
@@ -47,7 +61,7 @@ class EmbedwrightConfig(PretrainedConfig):
     """
 
     model_type = "embedwright"
-    # of the class, so that a model without them is saved as before
+    # class attributes, so that a model without them is saved as before
     history: list[dict[str, Any]] | None = None
     quantization: dict[str, Any] | None = None
 
@@ -94,17 +108,17 @@ class EmbedwrightModel(PreTrainedModel):
         self.head = make_head(self.pooling, backbone.config.hidden_size)
         if config.quantization is not None:
             scheme = Scheme.model_validate(config.quantization)
-            hollow_out(backbone, scheme)
-            widen(self)
+            replace_with_empty(backbone, scheme)
+            compute_in_float32(self)
             if scheme.folded:
-                self.head = stored_folded(self.head)
+                self.head = fold_by_config(self.head)
         self.implementation = PACKED  # see attend_by
         self.cpu_fault: str | None = None  # why `cpu.accelerate` left the fast path off
         if config.head_dtype == "float32":
             self._keep_in_fp32_modules_strict = {"head"}  # whatever dtype is asked for
         self.mixed = False  # training in bf16: products are in bf16, whatever the dtype of adapters and head
         self.sharded = False  # by FSDP, which cannot use tensors that a forward in inference mode made
-        self.longest = longest_alike(backbone.config)  # tokens of a text
+        self.longest = batch_independent_length(backbone.config)  # tokens of a text
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -138,7 +152,7 @@ class EmbedwrightModel(PreTrainedModel):
 
         Quantised weights and a folded block do not train.
         """
-        if self.origin is None or in_few_bits(self):
+        if self.origin is None or has_quantized_layers(self):
             return False
         adapted = any("lora_" in name for name, _ in self.backbone.named_parameters())
         then, now = self.origin.samples, weight_samples(self.backbone)
@@ -167,7 +181,7 @@ class EmbedwrightModel(PreTrainedModel):
         hidden: Tensor = output.last_hidden_state[0]
         return hidden
 
-    def tokens(self, packed: PackedTexts) -> Tensor:
+    def token_states(self, packed: PackedTexts) -> Tensor:
         """Returns the token states just before pooling (T, D), in the head's dtype.
 
         In training in bf16 the head multiplies in bf16 too; its norms, its softmax and its sums stay in float32.
@@ -184,7 +198,7 @@ class EmbedwrightModel(PreTrainedModel):
 
     def embed(self, packed: PackedTexts) -> Tensor:
         """Embeds the texts: (N, E) float32 of unit length, in the order of `packed`. Keeps the gradient."""
-        return F.normalize(reduce(self.tokens(packed), packed, self.pooling.kind), dim=-1)
+        return F.normalize(pool_tokens(self.token_states(packed), packed, self.pooling.kind), dim=-1)
 
     def forward(
         self,
@@ -213,10 +227,10 @@ class EmbedwrightModel(PreTrainedModel):
         rows = (rows_NL.cpu().numpy() for rows_NL in (input_ids, pool_NL, attended_NL))
         texts = [TokenizedText(ids[attended], pool[attended]) for ids, pool, attended in zip(*rows, strict=True)]
         packed = pack(texts).to(input_ids.device)
-        tokens_TD = self.tokens(packed)
+        tokens_TD = self.token_states(packed)
         padded_NLD = tokens_TD.new_zeros(*input_ids.shape, tokens_TD.shape[-1], dtype=torch.float32)
         padded_NLD[attended_NL] = tokens_TD * _counts_for(packed, self.pooling.kind)[:, None]
-        embedding_NE = F.normalize(reduce(tokens_TD, packed, self.pooling.kind), dim=-1)
+        embedding_NE = F.normalize(pool_tokens(tokens_TD, packed, self.pooling.kind), dim=-1)
         if not (self.training or torch.is_grad_enabled()):
             _refuse_overflow(embedding_NE)
         return BaseModelOutputWithPooling(last_hidden_state=padded_NLD, pooler_output=embedding_NE)
@@ -309,7 +323,7 @@ def _refuse_empty_rows(attended_NL: Tensor, pool_NL: Tensor) -> None:
 
 
 def _counts_for(packed: PackedTexts, kind: Kind) -> Tensor:
-    """Returns float32 (T,): each token's weight in `reduce`, times the length of its text, by which a mean divides."""
+    """Returns float32 (T,): each token's weight in `pool_tokens` times its text's length, by which a mean divides."""
     lengths_N = packed.lengths_N.long()
     if kind == "last":
         return torch.zeros_like(packed.ids_T, dtype=torch.float32).index_put(

@@ -23,8 +23,8 @@ Kind = Literal["latent", "mean", "last", "self", "mlp"]
 WEIGHTLESS: dict[Kind, str] = {"mean": "mean", "last": "lasttoken"}  # and how sentence-transformers calls them
 
 FOLDED = (
-    "the pooling head is folded for inference: load the model again, or the one that a compressed folder was made of, "
-    "to save, export or train it"
+    "the pooling head is folded for inference: load the model again to save, export or train it (for a compressed "
+    "folder, load the model that it was made from)"
 )
 
 
@@ -141,15 +141,15 @@ class FoldedLatent(nn.Module):
     Keys and values come from the latents, so they are constants. Per head, normed tokens x have the scores
     x (Wq K^T / sqrt(d)) and the output softmax(scores) (V Wo): a (D, R) and an (R, D) matrix replace all projections.
     They are computed in float64, one head at a time to bound memory, and stored in the block's own dtype. Norm and
-    feed-forward are shared with the block. Of a block on the meta device only the shapes are made. `stored` says that
-    the settings of the model tell of a folded head, so that it is saved and read again.
+    feed-forward are shared with the block. For a block on the meta device, only shapes are made. `can_be_saved` is True
+    if the model's config says that the head is folded, so that it can be loaded again.
 
     Raises:
         InputError: A product overflows the block's dtype.
     """
 
     token_wise: ClassVar[bool] = True
-    stored = False
+    can_be_saved = False
 
     @torch.no_grad()
     def __init__(self, latent: LatentPooling) -> None:
@@ -182,7 +182,7 @@ class FoldedLatent(nn.Module):
 
     def _save_to_state_dict(self, *args: Any) -> None:
         """Refuses to save what could not be read again: every way of saving weights calls this."""
-        if not self.stored:
+        if not self.can_be_saved:
             raise InputError(FOLDED)
         super()._save_to_state_dict(*args)
 
@@ -197,16 +197,16 @@ class FoldedLatent(nn.Module):
 
 def check_unfolded(head: nn.Module) -> None:
     """Raises InputError for a block that was folded here, whose weights a folder cannot hold."""
-    if isinstance(head, FoldedLatent) and not head.stored:
+    if isinstance(head, FoldedLatent) and not head.can_be_saved:
         raise InputError(FOLDED)
 
 
-def stored_folded(head: nn.Module) -> FoldedLatent:
-    """Folds a latent block for a folder whose settings say so. Raises InputError for another head."""
+def fold_by_config(head: nn.Module) -> FoldedLatent:
+    """Folds a latent block whose model's config says that it is folded. Raises InputError for another head."""
     if not isinstance(head, LatentPooling):
         raise InputError("only a latent pooling block can be folded")
     folded = FoldedLatent(head)
-    folded.stored = True
+    folded.can_be_saved = True
     return folded
 
 
@@ -254,8 +254,8 @@ class MlpPooling(nn.Module):
         return out
 
 
-class TokensAsTheyAre(nn.Module):
-    """The head of `mean` and `last`, which have no weights. `reduce` does their work."""
+class IdentityHead(nn.Module):
+    """The head of `mean` and `last`, which have no weights. `pool_tokens` does their work."""
 
     token_wise: ClassVar[bool] = False  # nothing to run
 
@@ -266,7 +266,7 @@ class TokensAsTheyAre(nn.Module):
         return x_TD
 
 
-PoolingHead = LatentPooling | FoldedLatent | SelfPooling | MlpPooling | TokensAsTheyAre
+PoolingHead = LatentPooling | FoldedLatent | SelfPooling | MlpPooling | IdentityHead
 
 
 def make_head(config: PoolingConfig, hidden: int) -> PoolingHead:
@@ -276,7 +276,7 @@ def make_head(config: PoolingConfig, hidden: int) -> PoolingHead:
         InputError: The heads do not divide D.
     """
     if config.kind in WEIGHTLESS:
-        return TokensAsTheyAre()
+        return IdentityHead()
     if config.head_dim is None and hidden % config.heads:
         raise InputError(f"pooling heads={config.heads} do not divide hidden size {hidden}: set head_dim")
     kinds: dict[str, type[LatentPooling | SelfPooling | MlpPooling]] = {
@@ -287,7 +287,7 @@ def make_head(config: PoolingConfig, hidden: int) -> PoolingHead:
     return kinds[config.kind](config, hidden)
 
 
-def reduce(x_TD: Tensor, packed: PackedTexts, kind: Kind) -> Tensor:
+def pool_tokens(x_TD: Tensor, packed: PackedTexts, kind: Kind) -> Tensor:
     """Reduces each text's tokens to one vector: its last token (EOS), or the mean over its pooled tokens.
 
     Returns float32 (N, D), not normalised.

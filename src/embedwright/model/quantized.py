@@ -1,8 +1,8 @@
 """Linear layers that hold their weights in 8 or 4 bits, put in place of those of a decoder's blocks.
 
-A weight is a whole number of int8 times a scale of its output channel. In 4 bits the whole number is itself a product:
-of a code and of the step of its group, which are neighbouring inputs of the channel (as QServe has it, arXiv
-2405.04532). So products of both kinds can run in int8.
+A weight is an int8 value times the scale of its output channel. In 4 bits, that int8 value is itself the product of a
+code and the step of its group, which are neighbouring inputs of the channel (as in QServe, arXiv 2405.04532). So both
+kinds can be multiplied in int8.
 
 O outputs, I inputs, G groups, i inputs of a group.
 """
@@ -61,7 +61,7 @@ INT8, INT4 = Scheme(bits=8, rotation=ROTATION), Scheme(bits=4, rotation=ROTATION
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer whose weight (O, I) is held as whole numbers and scales. It is for inference alone.
+    """A linear layer whose weight (O, I) is held as integers and scales. It is for inference alone.
 
     `scales` is float32 (O, 1), `bias` (O,) or None. With 8 bits, `codes` is int8 (O, I) and `steps` None. With 4 bits,
     `steps` is int8 (O, G); `codes` is uint8 (O, I/2), each code plus 8, and a byte holds those of input k in its low
@@ -99,26 +99,27 @@ class QuantizedLinear(nn.Module):
         """Returns the shape of the weight, (O, I)."""
         return self.out_features, self.in_features
 
-    def whole(self, rows: slice = slice(None)) -> Tensor:
-        """Returns the weight without its scales, or some of its rows: int8 (O, I)."""
+    def int8_weight(self, rows: slice = slice(None)) -> Tensor:
+        """Returns the weight divided by its scales, or some of its rows: int8 (O, I)."""
         codes = self.codes[rows]
         if self.steps is None:
             return codes
         half, shape = codes.shape[1], (len(codes), self.in_features)
-        bytes_OI = _apart(shape, codes)
+        bytes_OI = _mapped_empty(shape, codes)
         torch.bitwise_and(codes, 15, out=bytes_OI[:, :half])
         torch.bitwise_right_shift(codes, 4, out=bytes_OI[:, half:])
-        whole_OI, steps_OG = bytes_OI.view(torch.int8).sub_(8), self.steps[rows]
-        whole_OI.view(*steps_OG.shape, -1).mul_(steps_OG[..., None])
-        return whole_OI
+        int8_OI, steps_OG = bytes_OI.view(torch.int8).sub_(8), self.steps[rows]
+        int8_OI.view(*steps_OG.shape, -1).mul_(steps_OG[..., None])
+        return int8_OI
 
     def dequantized(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
         """Returns the weight (O, I), or some of its rows, in this type. It is rounded once."""
-        whole_OI, scales_O1 = self.whole(rows), self.scales[rows]
-        exact = _apart(whole_OI.shape, scales_O1).copy_(whole_OI).mul_(scales_O1)  # a product would copy them as floats
+        int8_OI, scales_O1 = self.int8_weight(rows), self.scales[rows]
+        exact = _mapped_empty(int8_OI.shape, scales_O1)
+        exact.copy_(int8_OI).mul_(scales_O1)  # a product of the two would make another copy, of floats
         if self.rotation > 1:
             matrix = rotated(torch.eye(self.rotation, device=exact.device, dtype=exact.dtype), self.rotation)
-            turned = _apart(whole_OI.shape, scales_O1)
+            turned = _mapped_empty(int8_OI.shape, scales_O1)
             torch.mm(exact.view(-1, self.rotation), matrix, out=turned.view(-1, self.rotation))
             exact = turned
         return exact.to(dtype)
@@ -140,7 +141,7 @@ class QuantizedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, rotation={self.rotation}"
 
 
-def _apart(shape: Sequence[int], like: Tensor) -> Tensor:
+def _mapped_empty(shape: Sequence[int], like: Tensor) -> Tensor:
     """Makes an empty tensor of this shape, of the type of another, in memory that the system maps for it alone.
 
     glibc maps blocks of more than 32 MB. Smaller ones come from the heap: small tensors that are kept would fill the
@@ -187,7 +188,7 @@ def quantized(linear: nn.Linear, scheme: Scheme) -> QuantizedLinear:
     Raises:
         InputError: The inputs cannot be cut into groups, or a weight is not finite.
     """
-    made = hollow(linear, scheme, linear.weight.device)
+    made = empty_quantized(linear, scheme, linear.weight.device)
     for rows in slices(linear.weight.shape):
         part_OI = rotated(linear.weight[rows].detach().float(), made.rotation)
         if not part_OI.isfinite().all():
@@ -233,7 +234,7 @@ def _never_zero(x: Tensor) -> Tensor:
     return x.masked_fill(x == 0, 1)
 
 
-def hollow(linear: nn.Linear, scheme: Scheme, device: torch.device | None = None) -> QuantizedLinear:
+def empty_quantized(linear: nn.Linear, scheme: Scheme, device: torch.device | None = None) -> QuantizedLinear:
     """Makes a quantised layer for a linear one, without values but its bias. Raises InputError as `quantized`."""
     outputs, inputs = linear.weight.shape
     four = scheme.bits == 4
@@ -256,9 +257,9 @@ def quantize_layers(network: Any, scheme: Scheme = INT8) -> None:
     network.requires_grad_(False)
 
 
-def hollow_out(backbone: nn.Module, scheme: Scheme) -> None:
-    """Puts quantised layers without values in the place of all linear layers. InputError names a layer."""
-    _replace(backbone, lambda linear: hollow(linear, scheme))
+def replace_with_empty(backbone: nn.Module, scheme: Scheme) -> None:
+    """Replaces all linear layers by quantised ones without values. InputError names a layer."""
+    _replace(backbone, lambda linear: empty_quantized(linear, scheme))
 
 
 def _replace(backbone: nn.Module, make: Callable[[nn.Linear], QuantizedLinear]) -> None:
@@ -270,18 +271,18 @@ def _replace(backbone: nn.Module, make: Callable[[nn.Linear], QuantizedLinear]) 
             setattr(backbone.get_submodule(parent), leaf, made.train(linear.training))
 
 
-def in_few_bits(network: nn.Module) -> bool:
+def has_quantized_layers(network: nn.Module) -> bool:
     """Returns whether layers of this network are quantised."""
     return any(isinstance(module, QuantizedLinear) for module in network.modules())
 
 
 def warn_of_gpu(network: nn.Module) -> None:
     """Logs a warning where layers of this network, which is on a GPU, are quantised."""
-    if in_few_bits(network):
+    if has_quantized_layers(network):
         logger.warning("quantised weights are dequantised for each batch on a GPU: bfloat16 is faster")
 
 
-def widen(network: Any) -> None:
+def compute_in_float32(network: Any) -> None:
     """Has a quantised network compute in float32 between its linear layers, in place.
 
     Norms become float32, and so does what the embedding gives: so the sums of all blocks are rounded least. The

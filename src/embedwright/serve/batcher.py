@@ -130,7 +130,7 @@ class Batcher:
     # ---- in the thread
 
     def _work(self) -> None:
-        threads.free()
+        threads.unbind()
         while batch := self._next():
             began = time.perf_counter()
             results = self._results(batch)

@@ -14,7 +14,7 @@ from embedwright.errors import InputError
 from embedwright.model import encode
 from embedwright.model.embedder import Embedder
 from embedwright.packing import pack
-from embedwright.text import NoTokenError, TokenizedText, check_texts, read
+from embedwright.text import NoTokenError, TokenizedText, check_texts, tokenize_checked
 
 _PER_TOKEN = 8  # characters of a text that are looked at first, for each token that the model reads
 _SPARE = 64  # tokens after the last one that is kept: a cut may change its neighbours
@@ -31,12 +31,12 @@ class PackedModel:
     def read(self, texts: Sequence[str], task: str | None) -> list[TokenizedText]:
         """Tokenises texts as `Embedder.encode` does. Raises InputError for a text that has no token to pool."""
         model, contract = self.model, self.model.contract
-        in_front, limit = encode.frame(contract, model.longest, task, None, self.max_tokens)
+        in_front, limit = encode.prefix_and_limit(contract, model.longest, task, None, self.max_tokens)
         checked, by_count = check_texts(texts), contract.mask_rule == "count"
         if self._start(in_front, by_count or contract.template_specials) != in_front:
             raise NoTokenError(in_front, limit, 0)  # now, since it would be tokenised once more for each text
         shorter = [self._start(text, by_count) for text in checked]
-        return read(model.text_tokenizer, contract, shorter, in_front, limit)
+        return tokenize_checked(model.text_tokenizer, contract, shorter, in_front, limit)
 
     def _start(self, text: str, special: bool) -> str:
         """Returns a part of a long text that gives the tokens of the whole: those beyond `max_tokens` are cut anyway.
@@ -48,7 +48,7 @@ class PackedModel:
         size = _PER_TOKEN * self.max_tokens
         while len(text) > size + _END:
             start = text[:size].rstrip(_RUNS)
-            with threads.freed():
+            with threads.unbound():
                 (encoding,) = tokenizer.encode_batch([start], add_special_tokens=False)
             if len(encoding.ids) >= self.max_tokens + _SPARE:
                 return start + text[-_END:]

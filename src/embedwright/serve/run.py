@@ -29,7 +29,7 @@ def run(app: FastAPI, listening: socket.socket, drain_s: float) -> None:
     New requests get 503 meanwhile. What takes longer than `drain_s` seconds is answered with 503 too. A second signal
     ends all at once.
     """
-    threads.free()  # this thread computes nothing, and is not to share a core with one that does
+    threads.unbind()  # this thread computes nothing, and is not to share a core with one that does
     # the model's thread asks for the interpreter at every layer's steps: a busy loop would hold it back 5 ms each time
     sys.setswitchinterval(_SWITCH_S)
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)

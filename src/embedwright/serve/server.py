@@ -61,7 +61,7 @@ class Server:
         self.metrics.queue.set_function(lambda: self.batcher.waiting_tokens)
         self.metrics.under_way.set_function(lambda: self.traffic.under_way)
         self.reading = 0
-        self.readers = ThreadPoolExecutor(_READERS, "embedwright-read", initializer=threads.free)
+        self.readers = ThreadPoolExecutor(_READERS, "embedwright-read", initializer=threads.unbind)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

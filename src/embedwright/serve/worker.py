@@ -28,7 +28,7 @@ class Worker:
         return await asyncio.wrap_future(call)
 
     def _work(self) -> None:
-        threads.free()
+        threads.unbind()
         while True:
             call, function, given = self._calls.get()
             if not call.set_running_or_notify_cancel():

@@ -23,7 +23,7 @@ TINY = 2.0**-50
 def available(width: int) -> bool:
     """Returns whether vectors of this width are multiplied in int8 here."""
     # torch leaves the int8 product of one column unset (_int_mm, torch 2.13)
-    return kernels.available() and onednn.whole_available() and 1 < width <= _WIDEST
+    return kernels.available() and onednn.int8_matmul_available() and 1 < width <= _WIDEST
 
 
 def slack(width: int) -> float:
@@ -58,5 +58,5 @@ class Int8Nominator:
         bounds = (*self.bounds, floor_Q - self.shift_Q)
         for start in range(0, len(floor_Q), self.queries):
             own = slice(start, start + self.queries)
-            product_QN = onednn.whole(self.whole_QE[own], whole_NE)
+            product_QN = onednn.int8_matmul(self.whole_QE[own], whole_NE)
             yield start, kernels.reaches(product_QN, columns, tuple(bound_Q[own] for bound_Q in bounds))

@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from embedwright.cpu import kernels, onednn
 from embedwright.cpu.accelerate import accelerate_unproven, accelerated, stock
-from embedwright.cpu.guards import originals, unchanged, usable
+from embedwright.cpu.guards import is_unpatched, stock_functions, usable
 from embedwright.model.embedder import Embedder
 
 SIZES = {"head_dim": 32, "hidden_size": 64, "intermediate_size": 96}
@@ -156,21 +156,21 @@ def test_a_tensor_of_another_class_is_not_usable() -> None:
 
 
 def test_a_function_is_known_by_its_own_file() -> None:
-    known = originals((LlamaMLP, "forward"), (modeling_llama, "rotate_half"))
-    assert known is not None and unchanged(known)
+    known = stock_functions((LlamaMLP, "forward"), (modeling_llama, "rotate_half"))
+    assert known is not None and is_unpatched(known)
 
     class LlamaMlpOfAUser(nn.Module):
         forward = LlamaMLP.forward
 
-    assert originals((LlamaMlpOfAUser, "forward")) is None
-    assert originals((modeling_llama, "no_such_function")) is None
+    assert stock_functions((LlamaMlpOfAUser, "forward")) is None
+    assert stock_functions((modeling_llama, "no_such_function")) is None
 
 
 def test_a_patch_that_wraps_is_a_patch(monkeypatch: pytest.MonkeyPatch) -> None:
     import functools
 
     right = LlamaMLP.forward
-    known = originals((LlamaMLP, "forward"))
+    known = stock_functions((LlamaMLP, "forward"))
     assert known is not None
     monkeypatch.setattr(LlamaMLP, "forward", functools.wraps(right)(lambda self, x: 2 * right(self, x)))
-    assert originals((LlamaMLP, "forward")) is None and not unchanged(known)
+    assert stock_functions((LlamaMLP, "forward")) is None and not is_unpatched(known)

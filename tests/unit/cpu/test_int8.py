@@ -17,7 +17,7 @@ from embedwright.cpu import int8, kernels
 from embedwright.cpu.accelerate import accelerate, accelerate_unproven, accelerated, fault, stock
 from embedwright.errors import InputError
 from embedwright.model.embedder import Embedder
-from embedwright.model.quantized import QuantizedLinear, Scheme, in_few_bits, quantized, rotated
+from embedwright.model.quantized import QuantizedLinear, Scheme, has_quantized_layers, quantized, rotated
 from embedwright.model.verify.doctor import examine
 
 Patch = pytest.MonkeyPatch
@@ -63,7 +63,7 @@ def test_rows_become_whole_numbers(rotation: int, dtype: torch.dtype) -> None:
     x = (torch.randn(37, 192, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
     x[5], x[6, 7] = 0, 1e4
     exact = (x.double().view(37, -1, rotation) @ hadamard(rotation)).view(37, 192)
-    rows = kernels.whole_rows(x, rotation)
+    rows = kernels.quantize_rows(x, rotation)
     scale = exact.abs().amax(1) / 127
     torch.testing.assert_close(rows.scale_T.double(), scale, rtol=1e-6, atol=0)
     held = rows.codes_TD.double() * scale[:, None]
@@ -94,16 +94,16 @@ def test_a_product_is_exact(rows: int, inputs: int, outputs: int, dtype: torch.d
     x = torch.randn(rows, inputs, generator=random)
     codes = torch.randint(-127, 128, (outputs, inputs), generator=random, dtype=torch.int8)
     scales, bias = torch.rand(outputs, generator=random), torch.randn(outputs, generator=random)
-    made = kernels.whole_rows(x, 1)
+    made = kernels.quantize_rows(x, 1)
     exact = (made.codes_TD.double() * made.scale_T[:, None]) @ (codes.double() * scales[:, None]).t() + bias
-    found = kernels.whole_product(made, codes, scales, bias, dtype)
+    found = kernels.int8_product(made, codes, scales, bias, dtype)
     assert found.dtype == dtype
     near = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8}[dtype]
     torch.testing.assert_close(found.double(), exact, rtol=near, atol=1e-5 * float(exact.abs().max()))
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        assert torch.equal(found, kernels.whole_product(made, codes, scales, bias, dtype))
+        assert torch.equal(found, kernels.int8_product(made, codes, scales, bias, dtype))
     finally:
         torch.set_num_threads(threads)
 
@@ -114,12 +114,12 @@ def test_a_gated_product_is_rounded_once(outputs: int, gelu: bool) -> None:
     random = torch.Generator().manual_seed(0)
     codes = torch.randint(-127, 128, (2, outputs, 80), generator=random, dtype=torch.int8)
     scales = torch.rand(2, outputs, generator=random) / 8  # gates from -200 to 200
-    made = kernels.whole_rows(torch.randn(390, 80, generator=random), 1)
+    made = kernels.quantize_rows(torch.randn(390, 80, generator=random), 1)
     x = made.codes_TD.double() * made.scale_T[:, None]
     gate, up = (x @ (one * scale[:, None]).double().t() for one, scale in zip(codes, scales, strict=True))
     exact = (F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)) * up
     assert gate.min() < -100 and gate.max() > 100
-    found = kernels.whole_gated(made, (codes[0], scales[0]), (codes[1], scales[1]), gelu)
+    found = kernels.int8_gated(made, (codes[0], scales[0]), (codes[1], scales[1]), gelu)
     torch.testing.assert_close(found.double(), exact, rtol=1.1 * 2.0**-8, atol=1e-6)
 
 
@@ -128,7 +128,7 @@ def test_all_else_is_the_dequantised_weight(case: str, monkeypatch: Patch) -> No
     def refuse(*_: Any) -> Any:
         raise AssertionError("int8 was asked")
 
-    monkeypatch.setattr(kernels, "whole_product", refuse)
+    monkeypatch.setattr(kernels, "int8_product", refuse)
     layer = quantized(nn.Linear(24 if case == "width" else 32, 16), Scheme(bits=8)).eval()
     if case in ("scales", "double"):  # as a file or `load_state_dict(..., assign=True)` may have them
         layer.scales = layer.scales.to(torch.bfloat16 if case == "scales" else torch.float64)
@@ -149,7 +149,7 @@ def test_4_bits_multiply_in_whole_numbers_a_few_rows_at_a_time(bias: bool, monke
     monkeypatch.setattr("embedwright.model.quantized._SLICE", 64 * 32)  # 32 rows
     layer = quantized(nn.Linear(64, 112, bias=bias), Scheme(bits=4)).eval()
     x = torch.randn(7, 64)
-    rows = kernels.whole_rows(x, 1)
+    rows = kernels.quantize_rows(x, 1)
     expected = layer(rows.codes_TD * rows.scale_T[:, None])
     accelerate_unproven(layer)
     with torch.inference_mode(), int8.watched() as seen:
@@ -214,7 +214,7 @@ def test_adapters_are_merged_first(saved: Callable[..., Path], tmp_path: Path) -
     model.save(tmp_path / "adapter")
     found = Embedder.load(tmp_path / "adapter", dtype="int8")
     model.merge().save(tmp_path / "merged")
-    assert in_few_bits(found.network)
+    assert has_quantized_layers(found.network)
     np.testing.assert_array_equal(found.encode(TEXTS), Embedder.load(tmp_path / "merged", dtype="int8").encode(TEXTS))
 
 
@@ -260,11 +260,11 @@ def _of_product(spoil: Callable[..., None]) -> Callable[[Patch], None]:
     """Spoils the arguments of a product: rows, weight, scales of outputs."""
 
     def plant(patch: Patch) -> None:
-        for name in ("whole_product", "whole_gated"):
+        for name in ("int8_product", "int8_gated"):
             right = getattr(kernels, name)
 
-            def wrong(rows: kernels.Rows, first: Any, second: Any, *rest: Any, right: Any = right) -> Tensor:
-                rows = kernels.Rows(*(x.clone() for x in rows))
+            def wrong(rows: kernels.QuantizedRows, first: Any, second: Any, *rest: Any, right: Any = right) -> Tensor:
+                rows = kernels.QuantizedRows(*(x.clone() for x in rows))
                 if isinstance(first, tuple):  # gate and up: the fault is in up
                     second = tuple(x.clone() for x in second)
                     spoil(rows, *second)
@@ -301,29 +301,29 @@ def _zero_point(rows: Any, weight: Tensor, scales: Tensor) -> None:
 
 def _rounded_down(patch: Patch) -> None:
     """Numbers lose their fraction in place of being rounded."""
-    right = kernels.whole_rows
+    right = kernels.quantize_rows
 
     def wrong(x: Tensor, rotation: int) -> Any:
         rows = right(x, rotation)
         codes = (rotated(x.float(), rotation) / rows.scale_T[:, None]).trunc().to(torch.int8)
-        return kernels.Rows(codes, rows.scale_T, codes.sum(1, dtype=torch.int32))
+        return kernels.QuantizedRows(codes, rows.scale_T, codes.sum(1, dtype=torch.int32))
 
-    patch.setattr(kernels, "whole_rows", wrong)
+    patch.setattr(kernels, "quantize_rows", wrong)
 
 
 def _not_rotated(patch: Patch) -> None:
-    right = kernels.whole_rows
-    patch.setattr(kernels, "whole_rows", lambda x, _: right(x, 1))
+    right = kernels.quantize_rows
+    patch.setattr(kernels, "quantize_rows", lambda x, _: right(x, 1))
 
 
 def _gates(patch: Patch) -> None:
-    right = kernels.whole_gated
-    patch.setattr(kernels, "whole_gated", lambda rows, gate, up, gelu: right(rows, up, gate, gelu))
+    right = kernels.int8_gated
+    patch.setattr(kernels, "int8_gated", lambda rows, gate, up, gelu: right(rows, up, gate, gelu))
 
 
 def _activation(patch: Patch) -> None:
-    right = kernels.whole_gated
-    patch.setattr(kernels, "whole_gated", lambda rows, gate, up, gelu: right(rows, gate, up, not gelu))
+    right = kernels.int8_gated
+    patch.setattr(kernels, "int8_gated", lambda rows, gate, up, gelu: right(rows, gate, up, not gelu))
 
 
 FAULTS: dict[str, Callable[[Patch], None]] = {
@@ -365,7 +365,7 @@ def test_a_fault_in_any_one_layer_is_found(layer: str, saved: Callable[..., Path
     bad = own.clone()
     bad[int(own.argmax())] *= 1.05
     swap = lambda x: bad if isinstance(x, Tensor) and x.data_ptr() == own.data_ptr() else x  # noqa: E731
-    for name in ("whole_product", "whole_gated"):
+    for name in ("int8_product", "int8_gated"):
         right = getattr(kernels, name)
 
         def wrong(rows: Any, *rest: Any, right: Any = right) -> Tensor:

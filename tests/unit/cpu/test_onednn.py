@@ -74,16 +74,16 @@ def test_fused_products_that_are_not_usable_leave_the_plain_ones(
 def test_a_product_of_int8_that_is_wrong_is_not_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    if not onednn.whole_available():
+    if not onednn.int8_matmul_available():
         pytest.skip("this processor does not multiply int8 by itself")
     x, y = (torch.randint(-127, 128, (n, 4099), dtype=torch.int8) for n in (3, 50))
-    assert torch.equal(onednn.whole(x, y), (x.double() @ y.double().t()).int())
-    onednn.whole_available.cache_clear()
+    assert torch.equal(onednn.int8_matmul(x, y), (x.double() @ y.double().t()).int())
+    onednn.int8_matmul_available.cache_clear()
     monkeypatch.setattr(torch, "_int_mm", lambda x, y: torch.zeros(len(x), y.shape[1], dtype=torch.int32))
     with caplog.at_level(logging.WARNING):
-        assert not onednn.whole_available() and not onednn.whole_available()
+        assert not onednn.int8_matmul_available() and not onednn.int8_matmul_available()
     assert len(caplog.records) == 1 and available()
-    onednn.whole_available.cache_clear()
+    onednn.int8_matmul_available.cache_clear()
 
 
 GROWTH = """

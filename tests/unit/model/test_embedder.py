@@ -171,7 +171,7 @@ def test_the_instruction_is_read_but_not_pooled(pooling: Any, tiny_embedder: Cal
     model = tiny_embedder(pooling)
     packed = model.tokenize(["tides rise"], prefix="Query:\n")
     with torch.no_grad():
-        tokens_TD = model.network.tokens(packed).numpy()
+        tokens_TD = model.network.token_states(packed).numpy()
     mean = tokens_TD[packed.pool_mask_T.numpy()].mean(0)
     assert 0 < packed.pool_mask_T.sum() < len(tokens_TD)
     expected = mean / np.linalg.norm(mean)

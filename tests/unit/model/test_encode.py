@@ -62,5 +62,5 @@ def test_an_unknown_precision_is_named() -> None:
 def test_a_cut_has_unit_length_or_is_an_error() -> None:
     vectors = np.array([[3, 4, 0, 0], [0, 0, 0, 1]], dtype=np.float32)
     np.testing.assert_allclose(shortened(vectors[:1], 2), [[0.6, 0.8]])
-    with pytest.raises(ValueError, match=r"texts\[1\]: the first 3 numbers of its vector are zero"):
+    with pytest.raises(ValueError, match=r"texts\[1\]: the first 3 dimensions of its vector are zero"):
         shortened(vectors, 3)

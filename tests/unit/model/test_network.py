@@ -16,7 +16,7 @@ from transformers import AutoModel
 from embedwright.cpu.accelerate import stock
 from embedwright.model.embedder import Embedder
 from embedwright.model.network import EmbedwrightModel
-from embedwright.model.pooling import Kind, reduce
+from embedwright.model.pooling import Kind, pool_tokens
 
 TEXTS = ["how do tides work?", "a", "", "the moon and the sun " * 9, "漢字 🙂"]
 TASK = "Given a question, retrieve passages"
@@ -57,7 +57,7 @@ def test_automodel_on_a_saved_folder_gives_the_vectors_of_encode(
         assert tokens_NLD.shape == (*rows["input_ids"].shape, model.embedding_dim)
         mean_ND = (tokens_NLD * attended_NL1).sum(1) / attended_NL1.sum(1)
         packed = model.tokenize(TEXTS, task)
-        pooled_ND = reduce(model.network.tokens(packed), packed, pooling)
+        pooled_ND = pool_tokens(model.network.token_states(packed), packed, pooling)
         torch.testing.assert_close(mean_ND, pooled_ND, rtol=1e-5, atol=1e-5)
         assert not tokens_NLD[rows["pool_mask"] == 0].any()
         scaled = {"last": len(TEXTS)}.get(pooling, int(rows["pool_mask"].sum()))
@@ -141,4 +141,4 @@ def test_a_head_may_be_more_precise_than_its_backbone(tiny_embedder: Callable[..
     assert next(model.network.head.parameters()).dtype == torch.float32
     packed = model.tokenize(TEXTS)
     assert model.network.hidden(packed).dtype == torch.bfloat16
-    assert model.network.tokens(packed).dtype == model.network.embed(packed).dtype == torch.float32
+    assert model.network.token_states(packed).dtype == model.network.embed(packed).dtype == torch.float32

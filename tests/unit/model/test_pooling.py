@@ -25,7 +25,7 @@ from embedwright.model.pooling import (
     MlpPooling,
     PoolingConfig,
     make_head,
-    reduce,
+    pool_tokens,
 )
 from embedwright.packing import PackedTexts, pack
 from embedwright.text import TokenizedText
@@ -247,16 +247,16 @@ def test_without_gradients_token_wise_heads_run_in_slices(
     head.register_forward_hook(lambda _, inputs, __: calls.append(len(inputs[0])))
     total = len(hidden_TD)
     with torch.no_grad(), LargestSeen(torch.float32) as whole:
-        expected_TD = model.network.tokens(packed)
+        expected_TD = model.network.token_states(packed)
     monkeypatch.setattr(network_module, "HEAD_SLICE", 8)
     with torch.no_grad(), LargestSeen(torch.float32) as sliced:
-        got_TD = model.network.tokens(packed)
+        got_TD = model.network.token_states(packed)
     assert total > 400 and calls == [total, *[8] * (total // 8), *([total % 8] if total % 8 else [])]
     torch.testing.assert_close(got_TD, expected_TD, rtol=1e-6, atol=1e-6)
     # what is left is the output itself
     assert whole.elements >= total * 8 * D_TINY and sliced.elements == total * D_TINY
     if kind != "folded":
-        assert model.network.tokens(packed).requires_grad and calls[-1] == total
+        assert model.network.token_states(packed).requires_grad and calls[-1] == total
 
 
 def test_self_attention_sees_whole_texts_always(
@@ -326,7 +326,7 @@ def test_in_bf16_a_head_multiplies_in_bfloat16_and_norms_and_sums_in_float32(
 def test_a_fresh_head_is_the_identity(kind: Any, packed: PackedTexts, states_TD: Tensor) -> None:
     head = head_of(kind)
     assert torch.equal(head(states_TD, packed), states_TD)
-    assert torch.equal(reduce(head(states_TD, packed), packed, kind), reduce(states_TD, packed, "mean"))
+    assert torch.equal(pool_tokens(head(states_TD, packed), packed, kind), pool_tokens(states_TD, packed, "mean"))
 
 
 @pytest.mark.parametrize("kind", KINDS_WITH_WEIGHTS)
@@ -336,7 +336,7 @@ def test_a_fresh_head_is_not_stuck_there(kind: Any, packed: PackedTexts, states_
     optimizer = torch.optim.SGD(head.parameters(), lr=0.5)
     for _ in range(2):
         optimizer.zero_grad()
-        reduce(head(states_TD, packed), packed, kind).square().sum().backward()
+        pool_tokens(head(states_TD, packed), packed, kind).square().sum().backward()
         optimizer.step()
     without = [name for name, p in head.named_parameters() if p.grad is None or not torch.count_nonzero(p.grad)]
     assert without == []
@@ -405,10 +405,10 @@ def test_mean_is_over_the_pooled_tokens_alone(packed: PackedTexts, states_TD: Te
         expected.append(rows.mean(0))
         at += length
     for kind in ("mean", *KINDS_WITH_WEIGHTS):
-        np.testing.assert_allclose(reduce(states_TD, packed, kind).numpy(), expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(pool_tokens(states_TD, packed, kind).numpy(), expected, rtol=1e-5, atol=1e-6)
 
     left_out_TD = torch.where(packed.pool_mask_T[:, None], states_TD, states_TD + 100)
-    assert torch.equal(reduce(left_out_TD, packed, "mean"), reduce(states_TD, packed, "mean"))
+    assert torch.equal(pool_tokens(left_out_TD, packed, "mean"), pool_tokens(states_TD, packed, "mean"))
 
 
 def test_the_mean_adds_tokens_in_their_order_and_knows_no_atomics() -> None:
@@ -417,7 +417,7 @@ def test_the_mean_adds_tokens_in_their_order_and_knows_no_atomics() -> None:
     exponents = torch.arange(sum(LENGTHS)) * 7919 % 13 * 4 - 24
     states_TD = ((-2.0) ** exponents[:, None] * torch.arange(1.1, 3)).requires_grad_()
     with LargestSeen(torch.float32) as seen:
-        got_ND = reduce(states_TD, packed, "mean")
+        got_ND = pool_tokens(states_TD, packed, "mean")
         got_ND.sum().backward()
     assert not {"index_add", "scatter_add", "index_put", "cumsum"} & seen.names and "_embedding_bag" in seen.names
     sums, texts = [], zip(states_TD.split(LENGTHS), packed.pool_mask_T.split(LENGTHS), strict=True)
@@ -432,15 +432,15 @@ def test_the_mean_adds_tokens_in_their_order_and_knows_no_atomics() -> None:
 
 def test_last_is_the_last_token_of_each_text(packed: PackedTexts, states_TD: Tensor) -> None:
     ends = np.cumsum(LENGTHS) - 1
-    np.testing.assert_array_equal(reduce(states_TD, packed, "last").numpy(), states_TD.numpy()[ends])
+    np.testing.assert_array_equal(pool_tokens(states_TD, packed, "last").numpy(), states_TD.numpy()[ends])
 
 
 @pytest.mark.parametrize("kind", ["mean", "last"])
 def test_sums_are_float32_whatever_comes_in(kind: Any, packed: PackedTexts, states_TD: Tensor) -> None:
     halved_TD = states_TD.bfloat16()
-    reduced = reduce(halved_TD, packed, kind)
+    reduced = pool_tokens(halved_TD, packed, kind)
     assert reduced.dtype == torch.float32
-    torch.testing.assert_close(reduced, reduce(halved_TD.float(), packed, kind))
+    torch.testing.assert_close(reduced, pool_tokens(halved_TD.float(), packed, kind))
 
 
 def test_a_fold_that_moves_vectors_is_taken_back(

@@ -17,11 +17,11 @@ from embedwright.model.quantized import (
     INT8,
     QuantizedLinear,
     Scheme,
-    in_few_bits,
+    compute_in_float32,
+    has_quantized_layers,
     quantize_layers,
     quantized,
     rotated,
-    widen,
 )
 
 EIGHT, FOUR = Scheme(bits=8), Scheme(bits=4)  # without a rotation
@@ -159,10 +159,10 @@ def test_a_network_keeps_embeddings_norms_and_head(tiny_embedder: Callable[..., 
     model = tiny_embedder("latent", family)
     before = {name: p.clone() for name, p in model.network.named_parameters()}
     linear = {n for n, m in model.network.backbone.named_modules() if isinstance(m, nn.Linear)}
-    assert linear and not in_few_bits(model.network)
+    assert linear and not has_quantized_layers(model.network)
     plain = model.encode(TEXTS)
     quantize_layers(model.network)
-    assert in_few_bits(model.network)
+    assert has_quantized_layers(model.network)
     layers = {n: m for n, m in model.network.backbone.named_modules() if isinstance(m, QuantizedLinear)}
     assert layers.keys() == linear
     left = dict(model.network.named_parameters())
@@ -179,7 +179,7 @@ def test_a_wide_network_computes_in_float32_from_a_table_in_16_bits(
 ) -> None:
     model = tiny_embedder("mean", family, dtype="bfloat16")
     quantize_layers(model.network)
-    widen(model.network)
+    compute_in_float32(model.network)
     table = model.network.backbone.get_input_embeddings()
     types = {p.dtype for p in model.network.backbone.parameters() if p is not table.weight}
     assert table.weight.dtype == torch.bfloat16 and types == {torch.float32}

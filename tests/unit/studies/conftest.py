@@ -155,7 +155,7 @@ class _InProcess:
 def started(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The folders of the cells that were started, in order. Cells run in this process."""
     monkeypatch.setattr(ablate_jobs, "subprocess", SimpleNamespace(Popen=_InProcess, DEVNULL=None))
-    monkeypatch.setattr(ablate_cell.threads, "take_over", lambda: None)
+    monkeypatch.setattr(ablate_cell.threads, "set_up_process", lambda: None)
     monkeypatch.setattr(ablate_jobs, "_POLL_S", 0.0)
     _InProcess.started = []
     return _InProcess.started

@@ -365,7 +365,7 @@ def test_what_the_pooling_block_keeps(made: Any, packed: PackedTexts, pooling: s
     hidden_TD = torch.randn(TOKENS, 32, requires_grad=True)
     model.network.hidden = lambda _: hidden_TD
     model.network.mixed = low
-    kept = kept_bytes(model.network, lambda: model.network.tokens(packed))
+    kept = kept_bytes(model.network, lambda: model.network.token_states(packed))
     if low:  # copies of the weights
         kept -= sum(2 * m.weight.numel() for m in model.network.head.modules() if isinstance(m, nn.Linear))
     assert kept_by_head(sizes_of(recipe).pooling, 32, low) * TOKENS == pytest.approx(kept, rel=0.05)

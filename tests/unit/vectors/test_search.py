@@ -53,10 +53,11 @@ def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     elif not kernels.available():
         pytest.skip(f"kernels {kernels.described()}")
     if dtype == "float32":
-        monkeypatch.setattr(onednn, "whole_available", lambda: False)
-    elif not onednn.whole_available():
-        monkeypatch.setattr(onednn, "whole_available", lambda: True)  # what a slower machine multiplies is the same
-        monkeypatch.setattr(onednn, "whole", lambda x, y: (x.double() @ y.double().t()).int())
+        monkeypatch.setattr(onednn, "int8_matmul_available", lambda: False)
+    elif not onednn.int8_matmul_available():
+        # a slower machine's products are the same
+        monkeypatch.setattr(onednn, "int8_matmul_available", lambda: True)
+        monkeypatch.setattr(onednn, "int8_matmul", lambda x, y: (x.double() @ y.double().t()).int())
     return str(dtype)
 
 

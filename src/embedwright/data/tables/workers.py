@@ -23,7 +23,7 @@ import pyarrow as pa
 from embedwright.data.files.pieces import Piece
 from embedwright.data.schema import DataError
 from embedwright.errors import InputError
-from embedwright.threads import cores, freed
+from embedwright.threads import cores, unbound
 
 _MOST = 16  # processes: the one that joins what they made is the limit by then, and each takes 0.1 GB
 Facts = dict[str, Any]
@@ -61,7 +61,7 @@ def _worker(work: Work) -> Iterator[subprocess.Popen[bytes]]:
     code = f"from {__name__} import _serve; from {work.__module__} import {work.__name__} as work; _serve(work)"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-P", "-c", code]
-    with freed():  # else all have one core, that of a bound OpenMP
+    with unbound():  # else all have one core, that of a bound OpenMP
         process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         )

@@ -16,7 +16,7 @@ from torch import nn
 from embedwright.errors import InputError
 from embedwright.model.adapters.fourbit import ONLY_TRAINED, in_four_bits
 from embedwright.model.network import EmbedwrightModel
-from embedwright.model.quantized import QUANTIZED, in_few_bits
+from embedwright.model.quantized import QUANTIZED, has_quantized_layers
 from embedwright.model.verify.modes import evaluating
 from embedwright.model.verify.probe import lora_faults
 from embedwright.packing import PackedTexts
@@ -41,7 +41,7 @@ def add_lora(backbone: nn.Module, *, rank: int, alpha: int, dropout: float, mixe
 
     if has_lora(backbone):
         raise InputError("the model has LoRA adapters already: train them on, or merge them first")
-    if in_few_bits(backbone):
+    if has_quantized_layers(backbone):
         raise InputError(QUANTIZED)
     if rank < 1 or alpha <= 0:
         raise InputError(f"rank={rank}, alpha={alpha}: both must be positive")
@@ -77,7 +77,7 @@ def inject_lora(root: Any, config: Any, *, mixed: bool = False) -> None:
 
     from embedwright.cpu.lean_lora import make_lean
 
-    if in_few_bits(root):
+    if has_quantized_layers(root):
         raise InputError(QUANTIZED)
 
     inject_adapter_in_model(config, root)

@@ -21,8 +21,8 @@ from embedwright.model.formats.families import FAMILIES, Family, read_family, sp
 from embedwright.model.formats.folder import check_folder, read_object
 from embedwright.model.formats.nvembed import load_nvembed, read_nvembed
 from embedwright.model.network import EmbedwrightModel, scheme_of
-from embedwright.model.pooling import LatentPooling, PoolingConfig, stored_folded
-from embedwright.model.quantized import quantize_layers, widen
+from embedwright.model.pooling import LatentPooling, PoolingConfig, fold_by_config
+from embedwright.model.quantized import compute_in_float32, quantize_layers
 from embedwright.model.verify import selftest
 from embedwright.packing import pack
 from embedwright.text import Contract, TextTokenizer, load_tokenizer, tokenize
@@ -101,11 +101,11 @@ def open_in_int8(path: str | Path, revision: str | None) -> tuple[EmbedwrightMod
         network.backbone.float()
         merge_lora(network, pack(tokenize(texts, network.contract, [text for text, _ in selftest.TEXTS])))
     quantize_layers(network)
-    widen(network)
+    compute_in_float32(network)
     if {parameter.dtype for parameter in network.head.parameters()} == {torch.float16}:
         network.head.bfloat16()
     if isinstance(network.head, LatentPooling):
-        network.head = stored_folded(network.head)
+        network.head = fold_by_config(network.head)
     for parameter in network.parameters():  # what still lies in the file would keep all of it in memory
         parameter.data = parameter.data.clone()
     return network, tokenizer

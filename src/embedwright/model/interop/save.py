@@ -31,7 +31,7 @@ from embedwright.model.interop.tokenizer import (
 )
 from embedwright.model.network import EmbedwrightModel, scheme_of
 from embedwright.model.pooling import WEIGHTLESS
-from embedwright.model.quantized import in_few_bits
+from embedwright.model.quantized import has_quantized_layers
 from embedwright.model.verify import probe, selftest
 from embedwright.text import Contract, TextTokenizer, tokenize, with_backend, without_backend
 
@@ -43,7 +43,7 @@ def save_network(network: EmbedwrightModel, tokenizer: Any, path: Path, dtype: t
     check_new_folder(path)
     if in_four_bits(network.backbone):
         raise InputError(f"cannot save: {ONLY_TRAINED}")
-    if dtype is not None and in_few_bits(network):
+    if dtype is not None and has_quantized_layers(network):
         raise InputError("cannot save in another type: quantised weights are saved as they are; leave dtype out")
     probe.check(network)
     end_alignment(network)
@@ -99,7 +99,7 @@ def opens_as_stock(network: EmbedwrightModel, tokenizer: TextTokenizer) -> bool:
     They pool every token, or leave out a count of prompt tokens: then the prefix must end where a token ends, and there
     may be no BOS.
     """
-    if in_few_bits(network):  # codes are no weights to them
+    if has_quantized_layers(network):  # codes are no weights to them
         return False
     contract = network.contract
     if network.pooling.kind not in WEIGHTLESS or contract.mask_rule not in ("all", "boundary"):

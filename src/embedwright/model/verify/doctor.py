@@ -32,7 +32,7 @@ from embedwright.model.embedder import Embedder
 from embedwright.model.formats.detect import format_of, is_onnx
 from embedwright.model.formats.open import open_embedder
 from embedwright.model.interop.readers import check_readers
-from embedwright.model.quantized import in_few_bits
+from embedwright.model.quantized import has_quantized_layers
 from embedwright.model.verify import selftest
 from embedwright.model.verify.by_hand import (
     TEXTS,
@@ -208,7 +208,8 @@ def _own_instruction(model: Embedder, _: Path | None) -> Result:
 def _types(model: Embedder, _: Path | None) -> Result:
     """The backbone has one type, weights are finite, and rotary frequencies are those of the config, in float32."""
     backbone = model.network.backbone
-    table = backbone.get_input_embeddings().weight if in_few_bits(backbone) else None  # in 16 bits, the rest in 32
+    mixes = has_quantized_layers(backbone)  # the embedding in 16 bits, the rest in 32
+    table = backbone.get_input_embeddings().weight if mixes else None
     own = {p.dtype for name, p in backbone.named_parameters() if "lora_" not in name and p is not table}
     if len(own) != 1:
         return False, f"mixed types: {', '.join(sorted(map(str, own)))}"
@@ -228,7 +229,7 @@ def _head(model: Embedder, _: Path | None) -> Result:
         return None
     packed = model.tokenize(TEXTS).to(model.device)
     with torch.inference_mode():
-        hidden_TD, tokens_TD = model.network.hidden(packed).float(), model.network.tokens(packed).float()
+        hidden_TD, tokens_TD = model.network.hidden(packed).float(), model.network.token_states(packed).float()
     change = float(((tokens_TD - hidden_TD).norm(dim=1) / hidden_TD.norm(dim=1)).mean())
     return bool(np.isfinite(change)), f"changes states by {change:.1e}" + (" (untrained: the identity)" * (change == 0))
 

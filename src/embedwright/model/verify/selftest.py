@@ -26,8 +26,8 @@ from embedwright.cpu.accelerate import stock
 from embedwright.errors import InputError, as_input_error
 from embedwright.model.backbone import equal_but_for_type
 from embedwright.model.network import EmbedwrightModel
-from embedwright.model.pooling import reduce
-from embedwright.model.quantized import in_few_bits, sliced
+from embedwright.model.pooling import pool_tokens
+from embedwright.model.quantized import has_quantized_layers, sliced
 from embedwright.model.verify.modes import evaluating
 from embedwright.model.verify.probe import ProbeError
 from embedwright.packing import pack
@@ -122,13 +122,13 @@ def _computed(network: EmbedwrightModel, tokenizer: TextTokenizer) -> tuple[list
     texts = [tokenize(tokenizer, contract, [t], contract.prefix(TASK if q else None), limit)[0] for t, q in TEXTS]
     packed = pack(texts).to(network.device)
     exact = {parameter.dtype for parameter in network.parameters()} == {torch.float32}
-    if exact and not network.mixed and not in_few_bits(network):
+    if exact and not network.mixed and not has_quantized_layers(network):
         with evaluating(network):
             return texts, network.embed(packed).cpu().numpy()
     with stock(network) as twin, _in_float32(twin):
         twin.mixed = False  # that of a network that trains in bf16
         states_TD = twin.head(twin.hidden(packed).float(), packed)
-        vectors_NE = F.normalize(reduce(states_TD, packed, twin.pooling.kind), dim=-1)
+        vectors_NE = F.normalize(pool_tokens(states_TD, packed, twin.pooling.kind), dim=-1)
     return texts, vectors_NE.cpu().numpy()
 
 

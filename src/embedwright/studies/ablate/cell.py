@@ -35,7 +35,7 @@ def main(folder: Path, started: float) -> None:
 
     It sets up threads first, as the `embedwright` command does.
     """
-    threads.take_over()
+    threads.set_up_process()
     from embedwright.processes import joined
     from embedwright.training.recipe import Recipe
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from embedwright.files import write_json, write_text
-from embedwright.threads import freed
+from embedwright.threads import unbound
 from embedwright.training.recipe import Recipe
 from embedwright.training.run.folder import recipe_text
 from embedwright.training.run.signals import Interrupted, stop_on_signal
@@ -142,7 +142,7 @@ def _start(job: Job, lock: int, slot: int, slots: int) -> subprocess.Popen[bytes
     write_json(folder / "cell.json", job.spec | {"key": job.key, "command": command})
     many = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.processes}"]
     words = [sys.executable, *(many if job.processes > 1 else []), "-m", _MODULE, str(folder), str(time.time())]
-    with (folder / "log.txt").open("ab") as log, freed():  # this thread may be bound to one core
+    with (folder / "log.txt").open("ab") as log, unbound():  # this thread may be bound to one core
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         own = cores[slot::slots] or cores[slot % max(len(cores), 1) :][:1]
         environment = dict(os.environ)

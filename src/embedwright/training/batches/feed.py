@@ -145,7 +145,7 @@ def ahead(make: Callable[[int], Made], steps: Iterable[int], workers: int) -> Ge
     if workers == 0:
         yield from ((step, make(step)) for step in steps)
         return
-    with ThreadPoolExecutor(workers, initializer=threads.free) as pool:
+    with ThreadPoolExecutor(workers, initializer=threads.unbind) as pool:
         waiting: list[tuple[int, Future[Made]]] = []
         try:
             for step in steps:
