@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from embedwright.evaluation.compare.statistics import LEVEL, holm
+from embedwright.studies.ablate.table import grid
 
 HOLDS, NOT, UNRESOLVED, NOT_RUN = "holds here", "does not hold here", "cannot be resolved at this size", "not run"
 HEAD = [
@@ -36,7 +37,8 @@ or the other way round does, if p is below 0.05; "no difference" takes two one-s
 refutes a claim only if the paper's difference is at least that bound. Both are corrected for the claims of one study
 (Holm). All else cannot be resolved: the smallest visible difference is the true one that so many seeds find in four
 cases of five, tested alone (corrected, it is larger). The paper's numbers are single runs of a 7B decoder, means over
-56 tasks of MTEB unless a row says otherwise; ours are of a small decoder cut in depth, on other data. Made from
+56 tasks of MTEB unless a row says otherwise; ours are of a small decoder cut in depth, on other data. Where an arm's
+best learning rate is the first or last that was tried, its distance from the optimum may decide. Made from
 [claims.yaml](results/claims.yaml).
 """
 Claim = Mapping[str, Any]
@@ -99,6 +101,7 @@ def difference(claim: Claim, study: Study) -> dict[str, Any]:
             "tokens": fmean(tokens) if tokens else None,
             "smallest": row["smallest"],
             "bound": compared["equivalent"],
+            "edge": _at_the_edge(study, (better, worse)),
         }
         if row["low"] is not None:
             told |= dict(zip(("low", "high"), sorted((sign * row["low"], sign * row["high"])), strict=True))
@@ -128,6 +131,14 @@ def verdict(found: Mapping[str, Any], study: Study | None, theirs: float | None)
     return f"{told}, {within}" if equal else told
 
 
+def _at_the_edge(study: Study, arms: Sequence[str]) -> list[str]:
+    """The arms, with their rate, whose best rate is the first or the last of the grid."""
+    factors = grid(study)
+    ends = {*factors[:1], *factors[-1:]}
+    rates = {run["arm"]: run["rate"] for run in study["cells"] if run.get("rate") in ends}
+    return [f"{arm} x{rates[arm]:g}" for arm in arms if arm in rates]
+
+
 def _cells(claim: Claim, found: Mapping[str, Any]) -> list[str]:
     def number(key: str, form: str) -> str:
         return format(found[key], form) if found.get(key) is not None else "-"
@@ -135,6 +146,8 @@ def _cells(claim: Claim, found: Mapping[str, Any]) -> list[str]:
     interval = f"{found['low']:+.2f} to {found['high']:+.2f}" if "low" in found else "-"
     arms = f"{claim['study']}: {claim['better']} - {claim['worse']}" + (f", {claim['task']}" if "task" in claim else "")
     verdict = f"**{found['verdict']}**" if found["verdict"].startswith((HOLDS, NOT)) else found["verdict"]
+    if found.get("edge"):
+        verdict += f"; rate at the grid's edge: {', '.join(found['edge'])}"
     cells = [
         f"{claim['claim']} (`{arms}`)",
         verdict,

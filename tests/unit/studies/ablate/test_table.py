@@ -57,7 +57,18 @@ def test_a_rate_that_failed_is_told_and_is_no_best_one(study: dict[str, Any]) ->
     trials += [{"arm": "warm", "rate": 3, "failed": "it diverged"}, {"arm": "plain", "rate": 1, "failed": "so it did"}]
     warm, plain = render(study | {"trials": trials}).splitlines()[-2:]
     assert warm == "rates of warm: x0.33 40.00, x1 50.00, x3 failed; best x1, default 50.00"
-    assert plain == "rates of plain: x1 failed"
+    assert plain == "rates of plain: x0.33 not run, x1 failed, x3 not run"
+
+
+def test_a_trial_that_has_not_run_is_said_and_none_is_the_best_before_all_are_in(study: dict[str, Any]) -> None:
+    trials: list[dict[str, Any]] = [{"arm": "warm", "rate": 0.33, "mean": 0.5401}]
+    [warm] = render(study | {"trials": trials, "rates": [0.33, 1, 3]}).splitlines()[-1:]
+    assert warm == "rates of warm: x0.33 54.01, x1 not run, x3 not run"
+    trials += [{"arm": "warm", "rate": 1, "failed": "it diverged"}, {"arm": "warm", "rate": 3, "mean": 0.5}]
+    [warm] = render(study | {"trials": trials, "rates": [0.33, 1, 3]}).splitlines()[-1:]
+    assert warm == (
+        "rates of warm: x0.33 54.01, x1 failed, x3 50.00; best x0.33, at the edge of the grid, default failed"
+    )
 
 
 def test_each_task_has_a_line_below_the_mean_and_the_shared_stages_are_a_row() -> None:
