@@ -101,6 +101,7 @@ def difference(claim: Claim, study: Study) -> dict[str, Any]:
             "tokens": fmean(tokens) if tokens else None,
             "smallest": row["smallest"],
             "bound": compared["equivalent"],
+            "without": row["without"],
             "edge": _at_the_edge(study, (better, worse)),
         }
         if row["low"] is not None:
@@ -144,6 +145,8 @@ def _cells(claim: Claim, found: Mapping[str, Any]) -> list[str]:
         return format(found[key], form) if found.get(key) is not None else "-"
 
     interval = f"{found['low']:+.2f} to {found['high']:+.2f}" if "low" in found else "-"
+    if found.get("without"):
+        interval += f", without items of {', '.join(found['without'])}"
     arms = f"{claim['study']}: {claim['better']} - {claim['worse']}" + (f", {claim['task']}" if "task" in claim else "")
     verdict = f"**{found['verdict']}**" if found["verdict"].startswith((HOLDS, NOT)) else found["verdict"]
     if found.get("edge"):

@@ -145,6 +145,17 @@ def test_an_arm_whose_best_rate_is_at_the_edge_of_the_grid_is_named(tmp_path: Pa
     assert "| **holds here**; rate at the grid's edge: better x3 |" in one
 
 
+def test_an_interval_without_items_is_marked(tmp_path: Path) -> None:
+    said = study(6)
+    del said["change"]
+    for row in said["comparison"]["rows"]:
+        row |= {"over": "seeds", "without": ["docs"]}
+    (tmp_path / "claims.yaml").write_text(yaml.safe_dump([claim("better", "base")]))
+    (tmp_path / "ablations" / "s").mkdir(parents=True)
+    (tmp_path / "ablations" / "s" / "study.json").write_text(json.dumps(said))
+    assert ", without items of docs | 0.0" in verdicts.page(tmp_path)[3]
+
+
 def test_a_claim_of_the_mean_takes_the_mean_over_tasks() -> None:
     said = study(6)
     [found] = verdicts.decided([claim("better", "base", None)], {"s": said})

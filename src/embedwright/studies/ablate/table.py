@@ -118,6 +118,10 @@ def _table(study: Mapping[str, Any]) -> list[str]:
         shown += [f"against {pair['baseline']}:", *told]
     sides = (study["comparison"], *study.get("pairs", ()))
     shown += dict.fromkeys(f"left out: {reason}" for side in sides if side for reason in side["left_out"])
+    every = [row for side in sides if side for row in side["rows"]]
+    bare = dict.fromkeys(f"{task} of {row['candidate']}" for row in every for task in row["without"])
+    if bare:
+        shown.append(f"intervals without items, which are not kept: {', '.join(bare)}")
     if rows:
         shown += _could_see(study, [*rows.values()])
     if study["paper"]:

@@ -134,6 +134,16 @@ def test_a_table_says_what_its_seeds_could_see(count: int) -> None:
         assert row["smallest"] == pytest.approx(half + stats.t.ppf(0.8, count - 1) * error, rel=1e-6)
 
 
+def test_items_that_no_interval_covers_are_said(study: dict[str, Any]) -> None:
+    assert "items" not in render(study)
+    bare = {
+        arm: {seed: replace(found, rows=(replace(found.rows[0], items={}),)) for seed, found in some.items()}
+        for arm, some in ((arm, {seed: results(value, seed) for seed, value in SCORES[arm].items()}) for arm in SCORES)
+    }
+    [comparison] = compared([("plain", bare)], 0.5)
+    assert "intervals without items, which are not kept: docs of warm" in render(study | {"comparison": comparison})
+
+
 def test_the_claim_of_one_seed_is_of_its_runs(study: dict[str, Any]) -> None:
     row = study["comparison"]["rows"][0] | {"over": "items", "claim": "higher"}
     assert "higher, these runs" in render(study | {"comparison": study["comparison"] | {"rows": [row]}})
