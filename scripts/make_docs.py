@@ -318,9 +318,12 @@ def study(file: Path) -> list[str]:
     cells = [checked(file.parent / folder / "scores.json") for folder in scored]
     seeds = ", ".join(map(str, sorted({run["seed"] for run in said["cells"]}))) or "none yet"
     seconds = sum(sum(run["seconds"].values()) for run in runs)
-    how = f"- {len(said['cells'])} cells of seeds {seeds}, {len(said['trials'])} trials of rates, {seconds:,.0f} s: "
+    how = f"- {len(said['cells'])} cells of seeds {seeds}, {len(said['trials'])} trials of rates, "
+    commands = dict.fromkeys(re.sub(r" --only[ =]\S+", "", cell.about["command"]) for cell in cells)
+    days = sorted({cell.about["date"][:10] for cell in cells})
+    how += f"the cells' seconds add up to {seconds:,.0f}: {', '.join(f'`{command}`' for command in commands)}, "
     where = sorted({place(cell) for cell in cells})
-    how += f"`{cells[0].about['command']}`, {cells[0].about['date'][:10]}, on {'; '.join(where)}."
+    how += f"{' to '.join(dict.fromkeys([days[0], days[-1]]))}, each cell on {'; '.join(where)}."
     if len(states := {cell.about.get("code") for cell in cells}) > 1:
         how += f" They ran on {len(states)} states of the code."
     return [f"## Study `{said['study']}`\n", "```", ablate_table.render(said), "```\n", how, ""]

@@ -63,14 +63,14 @@ def test_a_study_is_shown_with_seeds_and_command_and_a_smoke_test_is_not(tmp_pat
     text = make_docs.results(tmp_path)
     assert (
         "## Study `pooling`" in text
-        and "2 cells of seeds 3, 0 trials of rates, 120 s:" in text
+        and "2 cells of seeds 3, 0 trials of rates, the cells' seconds add up to 120: " in text
         and saved["about"]["command"] in text
     )
     assert re.search(r"a +1 +50\.00", text) and "## Suite" not in text
     trials = [cell | {"rate": 3} for cell in cells] + [{"arm": "b", "rate": 1, "seconds": {}, "failed": "it diverged"}]
     (tmp_path / "study.json").write_text(json.dumps(said | {"cells": [], "trials": trials}))
     text = make_docs.results(tmp_path)
-    assert "0 cells of seeds none yet, 3 trials of rates, 120 s:" in text and "rates of b: x1 failed, x3 40.00" in text
+    assert "0 cells of seeds none yet, 3 trials of rates, the" in text and "rates of b: x1 failed, x3 40.00" in text
     (tmp_path / "study.json").write_text(json.dumps(said))
     (tmp_path / "b" / "seed-3" / "scores.json").write_text(json.dumps(saved | {"about": {}}))
     with pytest.raises(SystemExit, match=r"b/seed-3/scores.json: about has no model, command"):
@@ -78,6 +78,31 @@ def test_a_study_is_shown_with_seeds_and_command_and_a_smoke_test_is_not(tmp_pat
     (tmp_path / "study.json").write_text(json.dumps(said | {"smoke": True}))
     with pytest.raises(SystemExit, match=r"study.json: a smoke test"):
         make_docs.results(tmp_path)
+
+
+def test_a_study_shows_all_its_commands_and_days(tmp_path: Path) -> None:
+    """Cells of one command that differ in --only alone are of one command, and the machine is that of a cell."""
+    about = json.loads((DOCS / "results" / "bm25" / "dev.json").read_text(encoding="utf-8"))["about"]
+    ran = [
+        ("embedwright ablate a.yaml --only a/1 --only=a/2 --jobs 2", "2026-11-30T08:00:00"),
+        ("embedwright ablate a.yaml --only a/3 --jobs 2", "2026-12-01T08:00:00"),
+        ("embedwright ablate b.yaml", "2026-11-29T08:00:00"),
+    ]
+    cells = []
+    for seed, (command, date) in enumerate(ran, 1):
+        folder = tmp_path / "a" / f"seed-{seed}"
+        folder.mkdir(parents=True)
+        own = about | {"command": command, "date": date, "machine": about["machine"] | {"cores": 1}}
+        (folder / "scores.json").write_text(json.dumps({"suite": "dev", "seconds": 1.0, "rows": [], "about": own}))
+        cells.append({"arm": "a", "seed": seed, "mean": 0.5, "seconds": {"x": 1}, "folder": f"a/seed-{seed}"})
+    said = {"study": "a", "smoke": False, "baseline": "a", "scored_on": "dev", "paper": None, "missing": []}
+    said |= {"failed": {}, "cells": cells, "trials": [], "comparison": None}
+    (tmp_path / "study.json").write_text(json.dumps(said))
+    text = make_docs.results(tmp_path)
+    assert (
+        "add up to 3: `embedwright ablate a.yaml --jobs 2`, `embedwright ablate b.yaml`, 2026-11-29 to 2026-12-01, "
+        "each cell on 1 core of "
+    ) in text
 
 
 def test_every_link_leads_to_a_file_and_a_heading() -> None:

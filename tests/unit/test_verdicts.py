@@ -41,11 +41,15 @@ def study(seeds: int, arms: dict[str, tuple[float, float]] = TRUTH) -> dict[str,
     further = {"worse": found["worse"], "better": found["better"]}
     comparison, pair = compared([("base", found), ("worse", further)], 0.5)
     cells = [{"arm": arm, "seed": seed, "tokens": 600_000 + 10 * seed} for arm, seed in change]
-    return {"study": "s", "cells": cells, "comparison": comparison, "pairs": [pair], "change": change}
+    return {"study": "s", "cells": cells, "trials": [], "comparison": comparison, "pairs": [pair], "change": change}
 
 
 def claim(better: str, worse: str, task: str | None = "docs", name: str = "s") -> dict[str, Any]:
     return {"claim": "c", "study": name, "better": better, "worse": worse} | ({"task": task} if task else {})
+
+
+def paper(difference: float) -> dict[str, Any]:
+    return {"paper": {"where": "Table 3", "better": 71.0 + difference, "worse": 71.0}}
 
 
 def test_each_verdict_is_that_of_the_truth() -> None:
@@ -53,8 +57,8 @@ def test_each_verdict_is_that_of_the_truth() -> None:
         claim("base", "worse"),
         claim("better", "base"),
         claim("base", "better"),
-        claim("alike", "base"),
-        claim("noisy", "base"),
+        claim("alike", "base") | paper(0.6),
+        claim("noisy", "base") | paper(0.36),
         claim("better", "worse"),
         claim("better", "worse", "topics"),
         claim("better", "gone"),
@@ -74,6 +78,21 @@ def test_each_verdict_is_that_of_the_truth() -> None:
         "not run yet: no seed of both arms",  # they have run, and nobody asked for that pair
         "not run",
     ]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "verdict"),
+    [
+        ({}, "no difference, within 0.5"),
+        ({"paper": {"where": "section 2"}}, "no difference, within 0.5"),
+        (paper(0.36), "no difference beyond 0.5; the paper's +0.36 is too small to be told apart"),
+        (paper(0.5), "does not hold here: no difference, within 0.5"),
+    ],
+)
+def test_equal_arms_refute_only_a_claim_of_the_bound_or_more(theirs: dict[str, Any], verdict: str) -> None:
+    """A true difference of 0.36 is also within 0.5."""
+    [found] = verdicts.decided([claim("alike", "base") | theirs], {"s": study(6)})
+    assert found["verdict"] == verdict
 
 
 def test_numbers_are_those_of_the_paired_t_test_corrected_by_holm() -> None:
@@ -109,6 +128,32 @@ def test_one_seed_decides_nothing() -> None:
         row |= {"low": row["difference"] - 0.1, "high": row["difference"] + 0.1, "over": "items", "p": 1e-9}
     [found] = verdicts.decided([claim("base", "worse")], {"s": said})
     assert found["verdict"] == "cannot be resolved at this size: one run each" and found["seeds"] == 1
+
+
+def test_an_arm_whose_best_rate_is_at_the_edge_of_the_grid_is_named(tmp_path: Path) -> None:
+    said = study(6)
+    del said["change"]
+    rates = {"better": 3, "base": 1, "worse": 0.33}
+    said["trials"] = [{"arm": "base", "rate": 1, "mean": 0.5}]
+    for cell in said["cells"]:
+        cell["rate"] = rates.get(cell["arm"], 1)
+    (tmp_path / "claims.yaml").write_text(yaml.safe_dump([claim("better", "worse"), claim("better", "base")]))
+    (tmp_path / "ablations" / "s").mkdir(parents=True)
+    (tmp_path / "ablations" / "s" / "study.json").write_text(json.dumps(said | {"rates": [0.33, 1, 3]}))
+    both, one = verdicts.page(tmp_path)[3:5]
+    assert "| **holds here**; rate at the grid's edge: better x3, worse x0.33 |" in both
+    assert "| **holds here**; rate at the grid's edge: better x3 |" in one
+
+
+def test_an_interval_without_items_is_marked(tmp_path: Path) -> None:
+    said = study(6)
+    del said["change"]
+    for row in said["comparison"]["rows"]:
+        row |= {"over": "seeds", "without": ["docs"]}
+    (tmp_path / "claims.yaml").write_text(yaml.safe_dump([claim("better", "base")]))
+    (tmp_path / "ablations" / "s").mkdir(parents=True)
+    (tmp_path / "ablations" / "s" / "study.json").write_text(json.dumps(said))
+    assert ", without items of docs | 0.0" in verdicts.page(tmp_path)[3]
 
 
 def test_a_claim_of_the_mean_takes_the_mean_over_tasks() -> None:

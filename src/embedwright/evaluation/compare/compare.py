@@ -56,7 +56,7 @@ class Difference:
     """One candidate against the baseline in one task, or in a mean over tasks. Scores are in points.
 
     `over` says what the interval covers. If it is empty there is no interval, and nothing is claimed. `without` names
-    the tasks of a mean whose items are not kept: what these items do by chance is not covered. `error` is the standard
+    the tasks whose items are not kept: what these items do by chance is not covered. `error` is the standard
     error. `smallest` is the smallest true difference that is found in four cases of five.
     """
 
@@ -148,8 +148,15 @@ def differences(
         drawn = draw(random(seed, *key), [ours[key], *found.values()], draws)
         for number, side in zip(found, drawn[1:], strict=True):
             pairs[number].append(_Pair(key[0], ours[key][0], drawn[0], side))
-            if not side.items and all(result.items for result in (*ours[key], *found[number])):
-                left_out.append(f"{others[number].name}: {'/'.join(key)} has no interval: its items give another score")
+            if side.items:
+                continue
+            name, task = others[number].name, "/".join(key)
+            both = {baseline.name: ours[key], name: found[number]}
+            lacking = [each for each, results in both.items() if not all(result.items for result in results)]
+            if not lacking:
+                left_out.append(f"{name}: {task} has no interval: its items give another score")
+            elif any(result.items for results in both.values() for result in results):
+                left_out.append(f"{name}: the items of {task} are in no interval: {' and '.join(lacking)} lacks some")
     rows: list[Difference] = []
     for other, own in zip(others, pairs, strict=True):
         rows += _rows(other.name, own, _how(baseline, other), equivalent)
@@ -295,7 +302,7 @@ def _difference(
     return replace(
         row,
         over=", ".join(name for name, there in (("tasks", drawn_tasks), ("seeds", seeds), ("items", drawn)) if there),
-        without=tuple(silent) if drawn or drawn_tasks else (),
+        without=tuple(silent),
         error=error,
         low=difference - half,
         high=difference + half,

@@ -288,6 +288,7 @@ class _Work:
             "missing": missing,
             "failed": self._failures(),
             "cells": [self._told(job) for job in cells.values() if job and job.result],
+            "rates": list(self.said.rates.factors) if self.tuning_seeds and self.said.rates else [],
             "trials": [self._told(job) for job in trials if job and job.result],
             "shared_stages": [self._told(job) for job in shared if job and job.result],
             "comparison": comparison,

@@ -67,7 +67,7 @@ def render(study: Mapping[str, Any]) -> str:
     if study["smoke"]:
         lines = [f"{study['study']}: smoke test of {len(study['cells'])} cells; its scores mean nothing"]
     else:
-        lines = [*_table(study), *_readouts(_runs(study), study["baseline"]), *_rates(study["trials"])]
+        lines = [*_table(study), *_readouts(_runs(study), study["baseline"]), *_rates(study)]
     if study["missing"]:
         lines.append(f"NOT WHOLE, missing cells: {', '.join(_missing(study))}")
     return "\n".join([*lines, *(f"{name}: {reason}" for name, reason in study["failed"].items())])
@@ -118,6 +118,10 @@ def _table(study: Mapping[str, Any]) -> list[str]:
         shown += [f"against {pair['baseline']}:", *told]
     sides = (study["comparison"], *study.get("pairs", ()))
     shown += dict.fromkeys(f"left out: {reason}" for side in sides if side for reason in side["left_out"])
+    every = [row for side in sides if side for row in side["rows"]]
+    bare = dict.fromkeys(f"{task} of {row['candidate']}" for row in every for task in row["without"])
+    if bare:
+        shown.append(f"intervals without items, which are not kept: {', '.join(bare)}")
     if rows:
         shown += _could_see(study, [*rows.values()])
     if study["paper"]:
@@ -198,23 +202,26 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _rates(trials: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Returns one line an arm: the score of each rate that was tried, the best one marked."""
+def grid(study: Mapping[str, Any]) -> list[float]:
+    """Returns the factors of the rates that each arm tries, rising. None if the study chooses no rates."""
+    return sorted({*study.get("rates", ()), *(trial["rate"] for trial in study["trials"])})
+
+
+def _rates(study: Mapping[str, Any]) -> list[str]:
+    """Returns one line an arm: the score of each rate, and the best one when all have been tried."""
+    factors = grid(study)
     by_arm: dict[str, dict[float, float | None]] = {}
-    for trial in trials:
-        by_arm.setdefault(trial["arm"], {})[trial["rate"]] = 100 * trial["mean"] if "mean" in trial else None
+    for trial in study["trials"]:
+        by_arm.setdefault(trial["arm"], {})[trial["rate"]] = trial.get("mean")
     lines = []
     for arm, found in by_arm.items():
+        told = dict.fromkeys(factors, "not run")
+        told |= {rate: "failed" if score is None else f"{100 * score:.2f}" for rate, score in found.items()}
+        line = f"rates of {arm}: {', '.join(f'x{rate:g} {score}' for rate, score in told.items())}"
         scores = {rate: score for rate, score in found.items() if score is not None}
-        tried = ", ".join(f"x{rate:g} {_score(score)}" for rate, score in sorted(found.items()))
-        line = f"rates of {arm}: {tried}"
-        if scores:
+        if scores and len(found) == len(factors):
             best = max(scores, key=lambda rate: (scores[rate], rate == 1))
-            edge = ", at the edge of the grid" if best in (min(found), max(found)) else ""
-            line += f"; best x{best:g}{edge}, default {_score(scores.get(1))}"
+            edge = ", at the edge of the grid" if best in (factors[0], factors[-1]) else ""
+            line += f"; best x{best:g}{edge}, default {told.get(1, 'not run')}"
         lines.append(line)
     return lines
-
-
-def _score(value: float | None) -> str:
-    return "failed" if value is None else f"{value:.2f}"

@@ -311,9 +311,23 @@ def test_tasks_without_items_are_named_beside_seeds() -> None:
         sides.append(Candidate(name, {seed: [Results("dev", both, 1.0)] for seed, both in tasks.items()}))
     assert [(row.task, row.over, row.without) for row in compare(sides).rows] == [
         ("t", "seeds, items", ()),
-        ("u", "seeds", ()),
+        ("u", "seeds", ("u",)),
         (MEAN, "seeds, items", ("u",)),
     ]
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_the_items_that_one_seed_lacks_are_missed_by_name(side: int) -> None:
+    """One file of items is gone: no row of that task covers items, which would else narrow its interval in silence."""
+    rng = np.random.default_rng(22)
+    sides = [of_seeds(name, {seed: rng.random(20) for seed in (1, 2, 3)}) for name in "ab"]
+    [found] = sides[side].seeds[2]
+    sides[side] = Candidate(
+        "ab"[side], {**sides[side].seeds, 2: [replace(found, rows=(replace(found.rows[0], items={}),))]}
+    )
+    comparison = compare(sides)
+    assert (only(comparison).over, only(comparison).without) == ("seeds", ("t",))
+    assert comparison.left_out == (f"b: the items of dev/t are in no interval: {'ab'[side]} lacks some",)
 
 
 def test_suites_have_means_of_their_own() -> None:

@@ -57,7 +57,18 @@ def test_a_rate_that_failed_is_told_and_is_no_best_one(study: dict[str, Any]) ->
     trials += [{"arm": "warm", "rate": 3, "failed": "it diverged"}, {"arm": "plain", "rate": 1, "failed": "so it did"}]
     warm, plain = render(study | {"trials": trials}).splitlines()[-2:]
     assert warm == "rates of warm: x0.33 40.00, x1 50.00, x3 failed; best x1, default 50.00"
-    assert plain == "rates of plain: x1 failed"
+    assert plain == "rates of plain: x0.33 not run, x1 failed, x3 not run"
+
+
+def test_a_trial_that_has_not_run_is_said_and_none_is_the_best_before_all_are_in(study: dict[str, Any]) -> None:
+    trials: list[dict[str, Any]] = [{"arm": "warm", "rate": 0.33, "mean": 0.5401}]
+    [warm] = render(study | {"trials": trials, "rates": [0.33, 1, 3]}).splitlines()[-1:]
+    assert warm == "rates of warm: x0.33 54.01, x1 not run, x3 not run"
+    trials += [{"arm": "warm", "rate": 1, "failed": "it diverged"}, {"arm": "warm", "rate": 3, "mean": 0.5}]
+    [warm] = render(study | {"trials": trials, "rates": [0.33, 1, 3]}).splitlines()[-1:]
+    assert warm == (
+        "rates of warm: x0.33 54.01, x1 failed, x3 50.00; best x0.33, at the edge of the grid, default failed"
+    )
 
 
 def test_each_task_has_a_line_below_the_mean_and_the_shared_stages_are_a_row() -> None:
@@ -121,6 +132,16 @@ def test_a_table_says_what_its_seeds_could_see(count: int) -> None:
         error = half / stats.t.ppf(0.975, count - 1)
         assert row["error"] == pytest.approx(error, rel=1e-6)
         assert row["smallest"] == pytest.approx(half + stats.t.ppf(0.8, count - 1) * error, rel=1e-6)
+
+
+def test_items_that_no_interval_covers_are_said(study: dict[str, Any]) -> None:
+    assert "items" not in render(study)
+    bare = {
+        arm: {seed: replace(found, rows=(replace(found.rows[0], items={}),)) for seed, found in some.items()}
+        for arm, some in ((arm, {seed: results(value, seed) for seed, value in SCORES[arm].items()}) for arm in SCORES)
+    }
+    [comparison] = compared([("plain", bare)], 0.5)
+    assert "intervals without items, which are not kept: docs of warm" in render(study | {"comparison": comparison})
 
 
 def test_the_claim_of_one_seed_is_of_its_runs(study: dict[str, Any]) -> None:
