@@ -17,7 +17,7 @@ from embedwright.config import load_yaml
 from embedwright.evaluation.suite import evaluate
 from embedwright.studies.ablate.file import Study, with_overrides
 from embedwright.training.recipe import Recipe, leaves
-from embedwright.training.run.start import reading_of
+from embedwright.training.run.start import tokenizer_and_contract
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "recipes" / "ablations"
@@ -127,7 +127,7 @@ def test_the_controls_of_pooling_have_its_cells() -> None:
 def test_all_arms_read_the_same_tokens(name: str) -> None:
     """`latent` and `mean` do not by themselves: template and pool mask would differ as well."""
     study = Study(FILES[name])
-    assert len({reading_of(study.recipe(arm, 1).model)[1] for arm in study.said.arms}) == 1
+    assert len({tokenizer_and_contract(study.recipe(arm, 1).model)[1] for arm in study.said.arms}) == 1
 
 
 @pytest.mark.parametrize("arm", [arm for arm in EXPECTED["depth"] if arm.startswith("full")])

@@ -83,7 +83,7 @@ def test_arms_of_a_pooling_ablation_can_read_the_same_tokens(
 
     def contract(**keys: Any) -> Contract:
         found = start_model(recipe := Recipe.parse({**content, "model": model | keys})).contract
-        assert found == reading_of(recipe.model)[1]
+        assert found == tokenizer_and_contract(recipe.model)[1]
         return found
 
     latent, mean = contract(pooling="latent"), contract(pooling="mean")
