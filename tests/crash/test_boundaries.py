@@ -130,7 +130,7 @@ def count_operations(before: Callable[[int], None]) -> None:
         watch(os, name)
     for owner in (io, builtins):
         watch(owner, "open", writes)
-    watch(checkpoint, "write")
+    watch(checkpoint, "write_tensors")
     watch(judge, "save_file")
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 KILLS = 50
-CALLS = ("mkdir", "write", "write_text", "fsync", "rename", "rmtree")
+CALLS = ("mkdir", "write_tensors", "write_hashed_text", "fsync", "rename", "rmtree")
 
 
 def test_fifty_kills_inside_a_save_lose_no_more_than_that_save(tmp_path: Path) -> None:
@@ -78,7 +78,12 @@ def main(folder: Path) -> None:
             os.kill(child, signal.SIGKILL)
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
-    owners: dict[str, Any] = {"fsync": os, "rmtree": shutil, "write": checkpoint, "write_text": checkpoint}
+    owners: dict[str, Any] = {
+        "fsync": os,
+        "rmtree": shutil,
+        "write_tensors": checkpoint,
+        "write_hashed_text": checkpoint,
+    }
     random = np.random.default_rng(3)
     turns = itertools.chain([(name, number) for name in CALLS for number in range(1, 8)], itertools.repeat(None))
     save(1)

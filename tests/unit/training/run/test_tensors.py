@@ -157,7 +157,10 @@ def fail(folder: Path) -> dict[str, Any]:
         raise OSError("no space left")
 
     model = trained(processes.count, 0, 1)
-    for who, rank, owner, name in (("part", 1, files.HashedFile, "write"), ("first", 0, checkpoint, "write_text")):
+    for who, rank, owner, name in (
+        ("part", 1, files.HashedFile, "write"),
+        ("first", 0, checkpoint, "write_hashed_text"),
+    ):
         save(folder / f"full-{who}", 1, model, processes)
         kept = getattr(owner, name)
         if processes.rank == rank:
