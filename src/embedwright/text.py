@@ -115,7 +115,7 @@ def _frozen(tokenizer: Tokenizer, *, encode_special_tokens: bool) -> Tokenizer:
 
 
 def without_backend(tokenizer: Any) -> Any:
-    """Copies a transformers tokenizer but for its backend, which takes 100 MB for a vocabulary of 262,000 tokens."""
+    """Copies a transformers tokenizer without its backend, which takes 100 MB for a vocabulary of 262,000 tokens."""
     return copy.deepcopy(tokenizer, {id(tokenizer.backend_tokenizer): Tokenizer})  # a class: copies keep it
 
 

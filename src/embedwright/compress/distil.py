@@ -154,9 +154,9 @@ def _check_alignable(plan: Recipe, teacher: str) -> None:
     own, known = shape_of(plan.model)[0].hidden_size, outline(teacher).decoder.hidden_size
     if own != known:
         raise InputError(
-            f"--aligned: the student's vectors have {own} numbers, those of {teacher} {known}. A model's vectors are "
-            "as wide as its states, which leaves no place for a projection: take layers of the teacher (--student N), "
-            "or a decoder of its width"
+            f"--aligned: the student's vectors have {own} dimensions, those of {teacher} {known}. A model's "
+            "vectors are as wide as its states, which leaves no place for a projection: take layers of the teacher "
+            "(--student N), or a decoder of its width"
         )
     last = plan.stages[-1]
     if last.loss.distill is None or not last.loss.distill.vector_weight:

@@ -62,11 +62,11 @@ def weights_step(scheme: Scheme) -> Step:
 def compress_weights(model: str | Path, out: str | Path, scheme: Scheme) -> None:
     """Writes a new folder of a model whose decoder holds its linear layers in 8 or 4 bits.
 
-    Each output channel has a scale, and in 4 bits each 32 neighbouring weights of it a step. The embedding is
-    held in bfloat16 and the norms in float32; the pooling head keeps its type, but for float16, which becomes bfloat16,
-    and a latent head is folded. The result is opened, probed, and the vectors of a few texts
-    are recorded beside it. Its history tells the distance of the weights from those of the model, relative to their
-    length, and the lowest cosine of those texts' vectors, where they are recorded of the model too.
+    Each output channel has a scale; in 4 bits, each 32 neighbouring weights of a channel also have a step. The
+    embedding is held in bfloat16 and the norms in float32. The pooling head keeps its type, except that float16 becomes
+    bfloat16, and a latent head is folded. The result is opened, probed and given its own selftest record. Its history
+    records `error`, the distance of the weights from the original ones relative to their length, and `cosine`, the
+    lowest cosine of the selftest vectors before and after, if the source has a record.
 
     Raises ValueError for an adapter, for weights that are quantised already or not finite, and where a layer cannot be
     cut into groups. FileExistsError if `out` is not empty.

@@ -97,7 +97,7 @@ class EmbedwrightModel(PreTrainedModel):
         self.pooling = PoolingConfig.model_validate(config.pooling)
         self.contract = Contract.model_validate(config.contract)
         if backbone is None:
-            with as_input_error("config.json: backbone", "is no config of a decoder"):
+            with as_input_error("config.json: backbone", "is not a decoder config"):
                 decoder = AutoConfig.for_model(**config.backbone)
             # in the dtype that from_pretrained was asked for; the config holds the stored one
             backbone = AutoModel.from_config(
@@ -269,7 +269,7 @@ def fold(network: EmbedwrightModel, packed: PackedTexts) -> bool:
 
 
 def network_facts(network: EmbedwrightModel, contract: Contract) -> Facts:
-    """Returns what decides a model's vectors beside its weights and its tokenizer: configs and dtypes."""
+    """Returns what decides a model's vectors besides its weights and tokenizer: configs and dtypes."""
     backbone, head = network.backbone.state_dict(keep_vars=True), dict(network.head.named_parameters())
     return {
         "kind": "embedwright",

@@ -40,7 +40,7 @@ def config(dtype: torch.dtype) -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=[],  # else it leaves the last layer out, for a head that a backbone has not
+        llm_int8_skip_modules=[],  # else it skips the last layer, taking it for the LM head, which a backbone lacks
     )
 
 

@@ -75,7 +75,7 @@ def check_weights(folder: Path) -> None:
     codes = {name for name in stored if name.endswith(whole)}
     check_floats(stored, [name for name in stored if name not in codes and (ours or name.endswith(".weight"))])
     if odd := [name for name in sorted(codes) if stored[name].dtype not in ("I8", "U8")]:
-        raise InputError(f"{stored[odd[0]].file}: {odd[0]} is stored as {stored[odd[0]].dtype}, and codes are I8 or U8")
+        raise InputError(f"{stored[odd[0]].file}: {odd[0]} is stored as {stored[odd[0]].dtype}, but codes are I8 or U8")
 
 
 def build_network(backbone: Any, pooling: PoolingConfig, contract: Contract, **kept: Any) -> EmbedwrightModel:

@@ -121,7 +121,7 @@ def write_ours(network: EmbedwrightModel, folder: str | Path, weights: dict[str,
 def describe(network: EmbedwrightModel) -> None:
     """Brings the config of a network up to date with its parts, as our own format stores it."""
     config, backbone = network.config, network.backbone
-    # where the base lay is nobody's business
+    # the local path of the base is not published
     config.backbone = {key: value for key, value in backbone.config.to_dict().items() if key != "_name_or_path"}
     config.contract = network.contract.model_dump()
     types = {parameter.dtype for parameter in network.head.parameters()}

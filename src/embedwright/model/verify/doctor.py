@@ -64,7 +64,7 @@ class Finding:
 
 
 def environment() -> dict[str, str]:
-    """Versions, device and threads, by name."""
+    """Returns versions, device and threads, by name."""
     return {
         **{name: _version(name) for name in _PACKAGES},
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
@@ -235,7 +235,7 @@ def _head(model: Embedder, _: Path | None) -> Result:
 
 
 def _adapter(model: Embedder, _: Path | None) -> Result:
-    """Every adapter is at work, and vectors change without them."""
+    """Every adapter is active, and vectors change without them."""
     backbone = model.network.backbone
     if not has_lora(backbone):
         return None
