@@ -51,7 +51,7 @@ def test_a_healthy_model_passes(folder: Callable[..., Path], pooling: str, word:
     findings = doctor.examine_name(str(folder(pooling, attention=word, bos=bos)))
     assert bad(findings) == {}
     assert detail(findings, "attention as configured, near").startswith(word)
-    assert detail(findings, "instruction of its own").startswith("none")
+    assert detail(findings, "own instruction").startswith("none")
     assert len({finding.name for finding in findings}) == len(findings) >= 15
 
 
@@ -88,7 +88,7 @@ def test_embedders_of_others_pass(family_folder: Callable[[str], Path], name: st
     findings = doctor.examine_name(str(family_folder(name)))
     assert bad(findings) == {} and len(findings) >= 3
     if name == "qwen3-embedding":
-        assert detail(findings, "instruction of its own").startswith("'Given a web search query, retrieve")
+        assert detail(findings, "own instruction").startswith("'Given a web search query, retrieve")
     if name == "e5-mistral":
         assert detail(findings, "EOS ends every text").endswith("appended by id, the tokenizer alone adds none")
 
