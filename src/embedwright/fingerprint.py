@@ -81,10 +81,10 @@ def facts(prefix: str, values: Mapping[str, Any]) -> Facts:
     return {f"{prefix}.{key}": json.dumps(value, sort_keys=True, ensure_ascii=False) for key, value in values.items()}
 
 
-def config_facts(prefix: str, config: Any) -> Facts:
-    """Returns the facts of a transformers config that change vectors and differ from the defaults of its class."""
+def config_facts(config: Any) -> Facts:
+    """Returns the facts of a backbone's config that change vectors and differ from its class's defaults."""
     said = {key: value for key, value in config.to_diff_dict().items() if key not in _INERT and "dropout" not in key}
-    return facts(prefix, {key: value for key, value in said.items() if not key.startswith("_")})
+    return facts("backbone", {key: value for key, value in said.items() if not key.startswith("_")})
 
 
 def tokenizer_fact(tokenizer: Any, with_specials: bool) -> str:

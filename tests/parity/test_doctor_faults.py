@@ -212,8 +212,8 @@ def _first_twice(row: TokenizedText) -> TokenizedText:
 
 
 def _causal(case: Case) -> None:
-    allowed, window = attention.allowed, attention.flash_window
-    case.patch.setattr(attention, "allowed", lambda rows, keys, _, *rest: allowed(rows, keys, True, *rest))
+    allowed, window = attention.build_mask, attention.flash_window
+    case.patch.setattr(attention, "build_mask", lambda rows, keys, _, *rest: allowed(rows, keys, True, *rest))
     case.patch.setattr(attention, "flash_window", lambda _, w: window(True, w))
 
 
@@ -235,8 +235,8 @@ def _window_lost(case: Case) -> None:
 
 
 def _window_narrow(case: Case) -> None:
-    allowed, window = attention.allowed, attention.flash_window
-    case.patch.setattr(attention, "allowed", lambda r, k, c, w, device: allowed(r, k, c, w and w - 1, device))
+    allowed, window = attention.build_mask, attention.flash_window
+    case.patch.setattr(attention, "build_mask", lambda r, k, c, w, device: allowed(r, k, c, w and w - 1, device))
     case.patch.setattr(attention, "flash_window", lambda causal, w: window(causal, w and w - 1))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from embedwright.compress.chain import Step, save_step
 from embedwright.compress.depth import check_kept, cut_layers
-from embedwright.compress.heal import Listen, filled, identity, told, trained
+from embedwright.compress.heal import Listen, filled, resume_facts, train_and_load, training_facts
 from embedwright.encoders.open import open_encoder
 from embedwright.encoders.protocol import Encoder, as_encoder
 from embedwright.errors import InputError
@@ -76,13 +76,13 @@ def distil_step(
 
     def make(source: str, out: Path) -> None:
         plan = plan_for(source, out.with_name(f"{out.name}.run"))
-        model = trained(plan, source, listen, on_evaluation)
-        did = {**told(plan), "loss": _followed(plan)}
+        model = train_and_load(plan, source, listen, on_evaluation)
+        did = {**training_facts(plan), "loss": _followed(plan)}
         if aligned:
             did |= alignment(model, as_encoder(open_encoder(teacher)), _rows(plan))
         save_step(model, decoder or source, out, "distil", **did)
 
-    return Step("distil", {**identity(asked), "student": decoder, "aligned": aligned}, make)
+    return Step("distil", {**resume_facts(asked), "student": decoder, "aligned": aligned}, make)
 
 
 def alignment(student: Embedder, teacher: Encoder, rows: Sequence[Row]) -> dict[str, Any]:

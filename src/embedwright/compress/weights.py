@@ -35,7 +35,7 @@ from embedwright.model.formats.folder import (
 )
 from embedwright.model.formats.nvembed import released_name
 from embedwright.model.formats.open import outline
-from embedwright.model.interop.save import describe, write_doors
+from embedwright.model.interop.save import update_config, write_interop_files
 from embedwright.model.network import EmbedwrightModel
 from embedwright.model.pooling import LatentPooling, fold_by_config
 from embedwright.model.quantized import (
@@ -75,10 +75,10 @@ def compress_weights(model: str | Path, out: str | Path, scheme: Scheme) -> None
     made = _Tensors(network, sources, scheme)
     with whole_folder(out) as temp:
         write_weights(temp, made.planned, made.tensor, _SHARD)
-        describe(network)
+        update_config(network)
         network.config.architectures, network.config.dtype = [type(network).__name__], network.backbone.dtype
         network.config.save_pretrained(temp)
-        write_doors(network, tokenizer, temp)
+        write_interop_files(network, tokenizer, temp)
         opened = Embedder.load(temp, device="cpu")
         selftest.write(opened.network, opened.text_tokenizer, temp)
         did = {"bits": scheme.bits, "error": made.error, **_cosine(folder / selftest.FILE, temp / selftest.FILE)}

@@ -169,8 +169,8 @@ def _equal_lengths(
     blocks = []
     for start in range(0, length, step):
         rows = range(start, min(start + step, length))
-        keys = visible(rows, length, causal, window)
-        mask = allowed(rows, keys, causal, window, q_nKRLd.device)
+        keys = visible_keys(rows, length, causal, window)
+        mask = build_mask(rows, keys, causal, window, q_nKRLd.device)
         q = q_nKRLd[..., rows.start : rows.stop, :].reshape(n, kv_heads, shared * len(rows), dim)
         k, v = (x[..., keys.start : keys.stop, :] for x in (k_nKLd, v_nKLd))
         out = _softmax_attention(q, k, v, None if mask is None else mask.repeat(shared, 1), scale)
@@ -178,14 +178,14 @@ def _equal_lengths(
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=3)
 
 
-def visible(rows: range, length: int, causal: bool, window: int | None) -> range:
+def visible_keys(rows: range, length: int, causal: bool, window: int | None) -> range:
     """Returns the range of keys that some query in `rows` may see."""
     left, right = flash_window(causal, window)
     first = 0 if left < 0 else max(rows.start - left, 0)
     return range(first, length if right < 0 else min(rows.stop + right, length))
 
 
-def allowed(rows: range, keys: range, causal: bool, window: int | None, device: torch.device) -> Tensor | None:
+def build_mask(rows: range, keys: range, causal: bool, window: int | None, device: torch.device) -> Tensor | None:
     """Builds the mask, bool (rows, keys), True where query i sees key j. Returns None if all see all.
 
     The window is that of transformers' sdpa masks: |i-j| <= w in both directions, i-j < w when causal.

@@ -274,7 +274,7 @@ def network_facts(network: EmbedwrightModel, contract: Contract) -> Facts:
     return {
         "kind": "embedwright",
         "dtype": dtypes(backbone) + (", mixed" if network.mixed else ""),
-        **config_facts("backbone", network.backbone.config),
+        **config_facts(network.backbone.config),
         **facts("contract", contract.model_dump(mode="json")),
         **facts("pooling", network.pooling.model_dump(mode="json", include=None if head else {"kind"})),
         "pooling.dtype": dtypes(head),

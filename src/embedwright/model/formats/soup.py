@@ -131,7 +131,7 @@ def _facts(folder: Path) -> Facts:
     decoder, pooling, contract, tokenizer = outline(str(folder))
     return {
         "tokenizer": tokenizer_fact(tokenizer.backend_tokenizer, with_specials=True),
-        **config_facts("backbone", decoder),
+        **config_facts(decoder),
         **facts("contract", contract.model_dump(mode="json")),
         **facts("pooling", pooling.model_dump(mode="json")),
     }

@@ -53,7 +53,7 @@ def encoded(model: Encoder, texts: Sequence[str], task: str | None = None) -> ND
 
 
 def room(model: Embedder) -> int:
-    return min(selftest.roomy(model.network), model.longest)
+    return min(selftest.proof_max_tokens(model.network), model.longest)
 
 
 def tokens_of(model: Embedder, text: str, task: str | None, max_tokens: int | None = None) -> TokenizedText:

@@ -50,7 +50,7 @@ Reload = Callable[[torch.dtype], EmbedwrightModel]  # the same folder, in this t
 Result = tuple[bool, str] | None  # whether a proof holds, and the number that says so; None: does not apply
 
 
-def roomy(network: EmbedwrightModel) -> int:
+def proof_max_tokens(network: EmbedwrightModel) -> int:
     """Returns a token limit that cuts no text or instruction of a proof, even if the model's own is shorter."""
     return min(max(network.contract.max_tokens, 256), network.longest)
 
@@ -115,7 +115,7 @@ def check(network: EmbedwrightModel, tokenizer: TextTokenizer, folder: Path, rel
 @torch.inference_mode()
 def _computed(network: EmbedwrightModel, tokenizer: TextTokenizer) -> tuple[list[TokenizedText], NDArray[np.float32]]:
     contract = network.contract
-    limit = roomy(network)
+    limit = proof_max_tokens(network)
     texts = [tokenize(tokenizer, contract, [t], contract.prefix(TASK if q else None), limit)[0] for t, q in TEXTS]
     packed = pack(texts).to(network.device)
     exact = {parameter.dtype for parameter in network.parameters()} == {torch.float32}
