@@ -141,7 +141,7 @@ def _static_model() -> Any:
 
 
 def _read_tokens(tokenizer: Tokenizer) -> NDArray[np.bool_]:
-    """Says of each token id whether texts hold it, as special tokens are no text. InputError for gaps in the ids."""
+    """Says of each token id whether texts hold it, as special tokens are not text. InputError for gaps in the ids."""
     ids = set(tokenizer.get_vocab().values())
     if ids != set(range(len(ids))):
         raise InputError(f"the tokenizer's ids go up to {max(ids)} for {len(ids)} tokens: model2vec needs them all")

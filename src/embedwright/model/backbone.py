@@ -51,7 +51,7 @@ def decoder_config(base: str, *, attention: AttentionKind, layers: int | None = 
     """Reads the config of the decoder in a local folder, sets its attention, and cuts it to its first `layers`.
 
     Raises:
-        InputError: The model is no decoder, or has fewer layers; or the attention is of no known kind.
+        InputError: The model is not a decoder, or has fewer layers; or the kind of attention is unknown.
     """
     config = stock_config(base)
     kind = config.model_type

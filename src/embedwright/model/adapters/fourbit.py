@@ -48,7 +48,7 @@ def keep_trainable(backbone: nn.Module) -> None:
     """Keeps bitsandbytes from packing weights anew, in place and for good, in the first forward without a gradient.
 
     It does so on CPUs with AVX512-BF16. From then on no gradient goes through such a layer, without an error, and
-    layers whose outputs are no multiple of 32 fail.
+    layers whose outputs are not a multiple of 32 fail.
     """
     for module in backbone.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -99,7 +99,7 @@ def opens_as_stock(network: EmbedwrightModel, tokenizer: TextTokenizer) -> bool:
     They pool every token, or leave out a count of prompt tokens: then the prefix must end where a token ends, and there
     may be no BOS.
     """
-    if has_quantized_layers(network):  # codes are no weights to them
+    if has_quantized_layers(network):  # to them, codes are not weights
         return False
     contract = network.contract
     if contract.mask_rule == "all":

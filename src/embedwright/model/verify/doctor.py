@@ -224,7 +224,7 @@ def _types(model: Embedder, _: Path | None) -> Result:
 
 
 def _head(model: Embedder, _: Path | None) -> Result:
-    """Tells how much the pooling block changes: a fresh one is the identity, which is no fault."""
+    """Tells how much the pooling block changes: a fresh one is the identity, which is not a fault."""
     if not list(model.network.head.parameters()):
         return None
     packed = model.tokenize(TEXTS).to(model.device)
