@@ -190,7 +190,7 @@ def check_texts(texts: Iterable[str]) -> list[str]:
 
 
 def check_text(text: object, name: str) -> None:
-    """Raises InputTypeError for a value that is not a str, and InputError for a lone surrogate, which is not Unicode."""
+    """Raises InputTypeError for a value that is not a str, InputError for a lone surrogate, which is not Unicode."""
     if not isinstance(text, str):
         raise InputTypeError(f"{name} is {type(text).__name__}, not str")
     if _SURROGATE.search(text):

@@ -67,7 +67,7 @@ def resolve_base(base: str | Path, revision: str | None = None, *, weights: bool
 
 
 def check_weights(folder: Path) -> None:
-    """Raises InputError if a folder lacks weights of its config, if a file is cut off, or if a weight is not a float."""
+    """Raises InputError if a folder lacks weights of its config, a file is cut off, or a weight is not a float."""
     stored, config = weights_in(folder), read_object(folder / "config.json")
     ours = isinstance(config.get("backbone"), dict)
     check_layers(stored, config["backbone"] if ours else config, folder / "config.json")
