@@ -1,4 +1,4 @@
-"""`python -m embedwright`: the command, for starters of many processes (`torchrun -m embedwright train RECIPE`)."""
+"""Runs the command as `python -m embedwright`, for launchers such as `torchrun -m embedwright train RECIPE`."""
 
 from embedwright.cli.main import main
 

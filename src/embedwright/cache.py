@@ -48,8 +48,8 @@ def cached() -> list[Cached]:
     for path in sorted(root.glob("*/*")):
         name = path.relative_to(root).as_posix()
         if not (stats := list(_stats(path))):
-            continue  # a file in the making has its final name by now
-        if path.name.startswith("."):  # of a folder in the making, a process has the lock open, if no file
+            continue  # a temporary file that has been renamed to its final name meanwhile
+        if path.name.startswith("."):  # while a folder is being made, its lock file is what a process has open
             users[name] |= users[f"{_MADE_ASIDE.sub('', name)}.lock"]
         size = sum(one.st_size for one in stats if stat.S_ISREG(one.st_mode))
         found.append(Cached(name, size, max(one.st_mtime for one in stats), tuple(sorted(users[name]))))

@@ -63,7 +63,8 @@ def refusal(error: Any) -> str:
     """Returns the text of openai's `APIStatusError`, with advice if the key or the address is the reason."""
     if error.status_code in (401, 403):
         return (
-            f"{error} (its key goes by --api-key-env NAME; $OPENAI_API_KEY is sent to $OPENAI_BASE_URL or OpenAI alone)"
+            f"{error} (pass its key with --api-key-env NAME; "
+            "$OPENAI_API_KEY is sent to $OPENAI_BASE_URL or OpenAI alone)"
         )
     if 300 <= error.status_code < 400:
         to = shown(error.response.headers.get("location", "an address that it does not say"))
@@ -99,7 +100,7 @@ def key_variables(given: Sequence[str], servers: Sequence[str]) -> dict[str, str
     for option in given:
         host, named, name = option.rpartition("=")
         if not named and len(known) != 1:
-            raise InputError(f"--api-key-env: of {len(known)} servers say which, as HOST=NAME ({', '.join(known)})")
+            raise InputError(f"--api-key-env: of {len(known)} servers, say which one: HOST=NAME ({', '.join(known)})")
         if named and host not in known:
             raise InputError(f"--api-key-env {host}=...: no server has this host; there are {', '.join(known)}")
         variables |= {server: name for server, own in hosts.items() if not named or own == host}
@@ -134,7 +135,7 @@ def _named_key(name: str, url: str) -> str:
     if key and key.isascii() and key.isprintable():
         return key
     if not re.fullmatch(r"[A-Z][A-Z0-9_]*", name):  # the user may have given the key itself
-        raise InputError(f"{url}: the API key goes by the NAME of the environment variable that holds it")
+        raise InputError(f"{url}: give the NAME of the environment variable that holds the API key, not the key")
     raise InputError(f"{url}: ${name}, which is to hold its API key, is {'no key' if key else 'not set'}")
 
 

@@ -1,9 +1,9 @@
 """Facts that identify a model: the same for two models exactly when they give the same vectors, up to rounding.
 
-Rounding belongs to the machine, as the order of its sums does: weights in int8 meet inputs that some processors round
-to int8 too, and others do not.
+Rounding depends on the machine: on the order of its sums, and on whether it rounds the inputs of int8 weights to int8
+too. A name or a folder does not identify a model, since the model there may be trained further or edited.
 
-A name or a folder is no such fact, since the model there may be trained on or edited. Facts are strings by name. They
+Facts are strings by name. They
 are kept as JSON beside vectors, and an error can say which of them differs.
 """
 
@@ -57,7 +57,8 @@ def brief_of(encoder: Any) -> str | None:
 def space_of(known: Facts) -> str:
     """Digests the facts that decide what the numbers of a model's vectors mean.
 
-    It is the same for one model, however many tokens it reads of a text and however many numbers are kept of a vector.
+    It is the same for one model, however many tokens of a text it reads and however many dimensions of a vector are
+    kept.
     """
     decisive = {key: value for key, value in known.items() if key not in ("contract.max_tokens", "option.dim")}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:32]
@@ -66,8 +67,8 @@ def space_of(known: Facts) -> str:
 def aligned_with(encoder: Any) -> str | None:
     """Returns the `space_of` the teacher whose vectors a student was trained to give; None for any other encoder.
 
-    The last step of what was done to the model (`history`) says so, of the weights that it had then. Any later change
-    ends the alignment; the step that writes the weights in fewer bits says it anew.
+    It is read from the last step of the model's history, so any later step ends the alignment, and so do changed
+    weights. Quantising the weights copies it to its own step.
     """
     network = getattr(encoder, "network", None)
     steps = getattr(getattr(network, "config", None), "history", None)
@@ -80,10 +81,10 @@ def facts(prefix: str, values: Mapping[str, Any]) -> Facts:
     return {f"{prefix}.{key}": json.dumps(value, sort_keys=True, ensure_ascii=False) for key, value in values.items()}
 
 
-def config_facts(prefix: str, config: Any) -> Facts:
-    """Returns the facts of a transformers config that change vectors and differ from the defaults of its class."""
+def config_facts(config: Any) -> Facts:
+    """Returns the facts of a backbone's config that change vectors and differ from its class's defaults."""
     said = {key: value for key, value in config.to_diff_dict().items() if key not in _INERT and "dropout" not in key}
-    return facts(prefix, {key: value for key, value in said.items() if not key.startswith("_")})
+    return facts("backbone", {key: value for key, value in said.items() if not key.startswith("_")})
 
 
 def tokenizer_fact(tokenizer: Any, with_specials: bool) -> str:

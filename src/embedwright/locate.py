@@ -63,7 +63,7 @@ def local(name: str | Path) -> Path | None:
     Raises NotFoundError for a path to nothing, InputError for the folder of a run.
     """
     written = str(name)
-    with as_input_error(f"model {written[:100]!r}", "is no name of a file or folder"):
+    with as_input_error(f"model {written[:100]!r}", "is not the name of a file or folder"):
         path = Path(name).expanduser()
         if (path / "recipe.yaml").is_file() and not (path / "config.json").exists():
             raise InputError(
@@ -86,7 +86,7 @@ def find(name: str | Path, revision: str | None = None) -> Place:
     here = local(written) or packaged(written)
     if here is not None:
         if revision is not None:
-            raise InputError(f"revision={revision!r} is for a hub id, and {written} is on this disk")
+            raise InputError(f"revision={revision!r} is for a hub id, but {written} is on this disk")
         return Place(here)
     hub_id, revision = split_revision(written, revision)
     return Place(_snapshot(hub_id, revision, _SETTINGS), hub_id, revision)
@@ -117,9 +117,9 @@ def text_of(folder: Path, file: str) -> str | None:
 
 def _snapshot(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
     if not _HUB_ID.fullmatch(hub_id):
-        raise NotFoundError(f"{hub_id} is no file or folder here, and no hub id, which is written owner/name")
+        raise NotFoundError(f"{hub_id} is neither a file or folder here nor a hub id (owner/name)")
     if ".." in (revision or "").split("/"):  # it names a file in the hub's cache
-        raise InputError(f"{hub_id}: {revision!r} is no revision")
+        raise InputError(f"{hub_id}: {revision!r} is not a revision")
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
     except (FileNotFoundError, ConnectionError, HfHubHTTPError, HFValidationError) as error:

@@ -96,8 +96,8 @@ class RemoteFolder:
     def fetch(self, mark: str, *names: str) -> set[str]:
         """Copies the file `mark` and these others into the local folder, where the store has them.
 
-        Returns the names of all files that it has; none where it lacks `mark`, which says whose they are. Raises
-        OutputExistsError if it has other files, but not `mark`. Those of `names` may be there before it.
+        Returns the names of all files in the store; none if it lacks `mark`, which identifies the folder. Raises
+        OutputExistsError if it has other files, but not `mark`. Files in `names` may exist before `mark` does.
         """
         with as_input_error(self.url, "cannot be read"):
             self._store.invalidate_cache()

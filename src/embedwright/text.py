@@ -115,7 +115,7 @@ def _frozen(tokenizer: Tokenizer, *, encode_special_tokens: bool) -> Tokenizer:
 
 
 def without_backend(tokenizer: Any) -> Any:
-    """Copies a transformers tokenizer but for its backend, which takes 100 MB for a vocabulary of 262,000 tokens."""
+    """Copies a transformers tokenizer without its backend, which takes 100 MB for a vocabulary of 262,000 tokens."""
     return copy.deepcopy(tokenizer, {id(tokenizer.backend_tokenizer): Tokenizer})  # a class: copies keep it
 
 
@@ -175,7 +175,7 @@ def check_texts(texts: Iterable[str]) -> list[str]:
     """Turns a list, tuple, one-dimensional array, table column or other ordered series of texts into a list.
 
     Raises:
-        InputTypeError: `texts` has no order or is no series of texts, or an item is no str; it names the index.
+        InputTypeError: `texts` has no order or is not a series of texts, or an item is not a str; it names the index.
         InputError: A text holds a lone surrogate; it names the index.
     """
     if isinstance(texts, str):
@@ -190,7 +190,7 @@ def check_texts(texts: Iterable[str]) -> list[str]:
 
 
 def check_text(text: object, name: str) -> None:
-    """Raises InputTypeError for a value that is no str, and InputError for a lone surrogate, which is no Unicode."""
+    """Raises InputTypeError for a value that is not a str, InputError for a lone surrogate, which is not Unicode."""
     if not isinstance(text, str):
         raise InputTypeError(f"{name} is {type(text).__name__}, not str")
     if _SURROGATE.search(text):
@@ -214,7 +214,7 @@ def check_limit(contract: Contract, max_tokens: int) -> int:
 
 
 def check_whole(value: object, name: str) -> None:
-    """Raises InputTypeError for a value that is no whole number. Bools are refused too."""
+    """Raises InputTypeError for a value that is not a whole number. Bools are refused too."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise InputTypeError(f"{name}={value!r} is {type(value).__name__}, not a whole number")
 

@@ -49,7 +49,7 @@ def set_up_process() -> None:
 def unbind() -> None:
     """Lets this thread, and the threads that it starts, run on all cores again. Does nothing outside of the command.
 
-    Call it in every thread that is no OpenMP thread: a bound OpenMP keeps the thread that started it on one core.
+    Call it in every thread that is not an OpenMP thread: a bound OpenMP keeps the thread that started it on one core.
     """
     if _cores is not None:
         os.sched_setaffinity(0, _cores)

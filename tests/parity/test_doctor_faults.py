@@ -163,13 +163,13 @@ class Case:
 
     def tokens(self, change: Callable[[TokenizedText], TokenizedText], prefixed: bool = False) -> None:
         """Tokenised text by text as before, then changed; `prefixed`: only where there is an instruction."""
-        right = embedder.read
+        right = embedder.tokenize_checked
 
         def wrong(tokenizer: Any, contract: Any, texts: Any, prefix: str = "", max_tokens: Any = None) -> Any:
             rows = right(tokenizer, contract, texts, prefix, max_tokens)
             return rows if prefixed and not prefix else [change(row) for row in rows]
 
-        self.patch.setattr(embedder, "read", wrong)
+        self.patch.setattr(embedder, "tokenize_checked", wrong)
 
     def backbone(self) -> Any:
         return self.model.network.backbone
@@ -212,8 +212,8 @@ def _first_twice(row: TokenizedText) -> TokenizedText:
 
 
 def _causal(case: Case) -> None:
-    allowed, window = attention.allowed, attention.flash_window
-    case.patch.setattr(attention, "allowed", lambda rows, keys, _, *rest: allowed(rows, keys, True, *rest))
+    allowed, window = attention.build_mask, attention.flash_window
+    case.patch.setattr(attention, "build_mask", lambda rows, keys, _, *rest: allowed(rows, keys, True, *rest))
     case.patch.setattr(attention, "flash_window", lambda _, w: window(True, w))
 
 
@@ -235,8 +235,8 @@ def _window_lost(case: Case) -> None:
 
 
 def _window_narrow(case: Case) -> None:
-    allowed, window = attention.allowed, attention.flash_window
-    case.patch.setattr(attention, "allowed", lambda r, k, c, w, device: allowed(r, k, c, w and w - 1, device))
+    allowed, window = attention.build_mask, attention.flash_window
+    case.patch.setattr(attention, "build_mask", lambda r, k, c, w, device: allowed(r, k, c, w and w - 1, device))
     case.patch.setattr(attention, "flash_window", lambda causal, w: window(causal, w and w - 1))
 
 
@@ -380,18 +380,18 @@ def _merged_still_there(case: Case) -> None:
 
 
 def _cut_loses_eos(case: Case) -> None:
-    right = embedder.read
+    right = embedder.tokenize_checked
 
     def wrong(tokenizer: Any, contract: Any, texts: Any, prefix: str = "", max_tokens: Any = None) -> Any:
         rows = right(tokenizer, contract, texts, prefix, None)
         return [TokenizedText(r.ids[:max_tokens], r.pool[:max_tokens]) for r in rows]
 
-    case.patch.setattr(embedder, "read", wrong)
+    case.patch.setattr(embedder, "tokenize_checked", wrong)
 
 
 def _special_text(case: Case) -> None:
     """`</s>` in a text becomes the special token."""
-    right = embedder.read
+    right = embedder.tokenize_checked
 
     def wrong(tokenizer: Any, contract: Any, texts: Any, *rest: Any) -> Any:
         rows = right(tokenizer, contract, texts, *rest)
@@ -405,7 +405,7 @@ def _special_text(case: Case) -> None:
                 rows[i] = TokenizedText(np.array(ids), np.ones(len(ids), dtype=bool))
         return rows
 
-    case.patch.setattr(embedder, "read", wrong)
+    case.patch.setattr(embedder, "tokenize_checked", wrong)
 
 
 IN_MODEL: dict[str, tuple[str, Callable[[Case], None]]] = {

@@ -12,7 +12,7 @@ from typing import Any
 
 from embedwright.compress.chain import Step, save_step
 from embedwright.compress.depth import check_kept, cut_layers
-from embedwright.compress.heal import Listen, filled, identity, told, trained
+from embedwright.compress.heal import Listen, filled, resume_facts, train_and_load, training_facts
 from embedwright.encoders.open import open_encoder
 from embedwright.encoders.protocol import Encoder, as_encoder
 from embedwright.errors import InputError
@@ -76,13 +76,13 @@ def distil_step(
 
     def make(source: str, out: Path) -> None:
         plan = plan_for(source, out.with_name(f"{out.name}.run"))
-        model = trained(plan, source, listen, on_evaluation)
-        did = {**told(plan), "loss": _followed(plan)}
+        model = train_and_load(plan, source, listen, on_evaluation)
+        did = {**training_facts(plan), "loss": _followed(plan)}
         if aligned:
             did |= alignment(model, as_encoder(open_encoder(teacher)), _rows(plan))
         save_step(model, decoder or source, out, "distil", **did)
 
-    return Step("distil", {**identity(asked), "student": decoder, "aligned": aligned}, make)
+    return Step("distil", {**resume_facts(asked), "student": decoder, "aligned": aligned}, make)
 
 
 def alignment(student: Embedder, teacher: Encoder, rows: Sequence[Row]) -> dict[str, Any]:
@@ -154,9 +154,9 @@ def _check_alignable(plan: Recipe, teacher: str) -> None:
     own, known = shape_of(plan.model)[0].hidden_size, outline(teacher).decoder.hidden_size
     if own != known:
         raise InputError(
-            f"--aligned: the student's vectors have {own} numbers, those of {teacher} {known}. A model's vectors are "
-            "as wide as its states, which leaves no place for a projection: take layers of the teacher (--student N), "
-            "or a decoder of its width"
+            f"--aligned: the student's vectors have {own} dimensions, those of {teacher} {known}. A model's "
+            "vectors are as wide as its states, which leaves no place for a projection: take layers of the teacher "
+            "(--student N), or a decoder of its width"
         )
     last = plan.stages[-1]
     if last.loss.distill is None or not last.loss.distill.vector_weight:

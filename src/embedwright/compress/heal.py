@@ -58,12 +58,12 @@ def heal_step(recipe: str | Path, teacher: str, listen: Listen, on_evaluation: O
 
     def make(source: str, out: Path) -> None:
         plan = filled(recipe, source, teacher, out.with_name(f"{out.name}.run"))
-        save_step(trained(plan, source, listen, on_evaluation), source, out, "heal", **told(plan))
+        save_step(train_and_load(plan, source, listen, on_evaluation), source, out, "heal", **training_facts(plan))
 
-    return Step("heal", identity(asked), make)
+    return Step("heal", resume_facts(asked), make)
 
 
-def identity(plan: Recipe) -> dict[str, Any]:
+def resume_facts(plan: Recipe) -> dict[str, Any]:
     """Says what a step trains by: a done step is taken over only by a recipe that would train the same model.
 
     A recipe's hash leaves out the type of the weights and where the data lie, so both are here: data by their content.
@@ -76,8 +76,8 @@ def identity(plan: Recipe) -> dict[str, Any]:
     return {"recipe": plan.hash(), "dtype": dtype, "data": [sha256_of(file) for file in files]}
 
 
-def trained(plan: Recipe, source: str, listen: Listen, on_evaluation: OnEvaluation) -> Embedder:
-    """Runs a recipe, or goes on with it, and opens the model that it has saved, with the history of `source`."""
+def train_and_load(plan: Recipe, source: str, listen: Listen, on_evaluation: OnEvaluation) -> Embedder:
+    """Runs or resumes a recipe, and loads the model that it has saved, with the history of `source`."""
     if "dtype" not in plan.run.model_fields_set:
         stored = str(Embedder.load(source).network.backbone.dtype).removeprefix("torch.")
         plan = plan.model_copy(update={"run": plan.run.model_copy(update={"dtype": stored})})
@@ -89,13 +89,13 @@ def trained(plan: Recipe, source: str, listen: Listen, on_evaluation: OnEvaluati
     return model
 
 
-def told(plan: Recipe) -> dict[str, Any]:
+def training_facts(plan: Recipe) -> dict[str, Any]:
     """Says for the history what trained a model: its stages, teachers and data."""
     stages = [f"{stage.name} {stage.optim.steps} steps of {stage.optim.batch_queries}" for stage in plan.stages]
     data = [_data(entry) for stage in plan.stages for entry in stage.data]
     teachers = [Path(name).name for stage in plan.stages for name in stage.loss.teachers]
-    told = {"recipe": plan.name, "stages": ", ".join(stages), "teacher": ", ".join(dict.fromkeys(teachers))}
-    return {key: said for key, said in told.items() if said} | {"data": ", ".join(dict.fromkeys(data))}
+    facts = {"recipe": plan.name, "stages": ", ".join(stages), "teacher": ", ".join(dict.fromkeys(teachers))}
+    return {key: said for key, said in facts.items() if said} | {"data": ", ".join(dict.fromkeys(data))}
 
 
 def _data(entry: Any) -> str:

@@ -96,7 +96,7 @@ def _difference(row: Difference) -> dict[str, float | None]:
     return {"value": row.difference, "low": row.low, "high": row.high}
 
 
-def told(difference: Mapping[str, Any] | None) -> str:
+def difference_text(difference: Mapping[str, Any] | None) -> str:
     """Writes a difference. One whose 95 % interval covers zero is called `none`."""
     if difference is None:
         return ""
@@ -119,11 +119,11 @@ def table(record: Record) -> list[Row]:
             "tokens/s": f"{row['tokens_per_second']:,.0f}",
             "peak memory, MB": "not counted" if memory is None else f"{memory / 1e6:,.0f}",
             "mean": f"{row['mean']:.2f}",
-            "difference": told(difference),
+            "difference": difference_text(difference),
             "95 % interval": f"{difference['low']:+.2f} to {difference['high']:+.2f}" if known else "",
         }
         for name, task in row["tasks"].items():
-            half, change = "" if task["half"] is None else f" ± {task['half']:.1f}", told(task["difference"])
+            half, change = "" if task["half"] is None else f" ± {task['half']:.1f}", difference_text(task["difference"])
             shown[f"{name} ({task['metric']})"] = f"{task['score']:.1f}{half}" + (f" ({change})" if change else "")
         rows.append(shown)
     return rows

@@ -32,7 +32,9 @@ def layers_of(backbone: Any) -> nn.ModuleList:
     whole = isinstance(layers, nn.ModuleList) and len(layers) == backbone.config.num_hidden_layers
     if not whole or not hasattr(backbone, "norm"):
         kind = backbone.config.model_type
-        raise InputError(f"cannot prune a {kind!r} model: it has not its layers in `layers`, and `norm` after them")
+        raise InputError(
+            f"cannot prune a {kind!r} model: it must keep its layers in `layers` and its final norm in `norm`"
+        )
     found: nn.ModuleList = layers
     return found
 

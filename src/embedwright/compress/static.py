@@ -1,6 +1,6 @@
 """Static students in the manner of model2vec: a vector for each token of the vocabulary, and a text is their mean.
 
-V tokens of the vocabulary, E embedding of the teacher, D numbers of the student.
+V tokens of the vocabulary, E embedding of the teacher, D dimensions of the student.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ Progress = Callable[[int, int], None]
 
 
 def static_step(teacher: str, dim: int, progress: Progress | None = None) -> Step:
-    """Returns the step that makes a static student with `dim` numbers; see `save_static`. `teacher` is for its history.
+    """Returns the step that makes a static student of `dim` dimensions by `save_static`. `teacher` is for its history.
 
-    Raises MissingPackageError without model2vec, and InputError for more numbers than the teacher's.
+    Raises MissingPackageError without model2vec, and InputError for more dimensions than the teacher's.
     """
     _static_model()
     if dim > (width := outline(teacher).decoder.hidden_size):
-        raise InputError(f"--dim {dim}: the vectors of {teacher} have {width} numbers")
+        raise InputError(f"--dim {dim}: the vectors of {teacher} have {width} dimensions")
 
     def make(source: str, out: Path) -> None:
         model = Embedder.load(source, dtype="float32")
@@ -61,7 +61,7 @@ def save_static(
 
     Raises:
         MissingPackageError: model2vec is not installed.
-        ValueError: The model has fewer than `dim` numbers or tokens, or its token ids have gaps.
+        ValueError: The model has fewer than `dim` dimensions or tokens, or its token ids have gaps.
         FileExistsError: `out` is not empty.
     """
     static_model = _static_model()
@@ -69,7 +69,7 @@ def save_static(
     tokenizer = Tokenizer.from_str(model.text_tokenizer.plain.to_str())
     read_V = _read_tokens(tokenizer)
     if not 1 <= dim <= min(model.embedding_dim, int(read_V.sum()) - 1):
-        raise InputError(f"--dim {dim}: the model has {model.embedding_dim} numbers and {int(read_V.sum())} tokens")
+        raise InputError(f"--dim {dim}: the model has {model.embedding_dim} dimensions and {int(read_V.sum())} tokens")
     vectors_VD = np.zeros((len(read_V), dim), np.float32)  # special tokens add nothing to a sum
     vectors_VD[read_V] = weighted(principal(token_vectors(model, np.flatnonzero(read_V), progress), dim))
     config = {
@@ -141,7 +141,7 @@ def _static_model() -> Any:
 
 
 def _read_tokens(tokenizer: Tokenizer) -> NDArray[np.bool_]:
-    """Says of each token id whether texts hold it, as special tokens are no text. InputError for gaps in the ids."""
+    """Says of each token id whether texts hold it, as special tokens are not text. InputError for gaps in the ids."""
     ids = set(tokenizer.get_vocab().values())
     if ids != set(range(len(ids))):
         raise InputError(f"the tokenizer's ids go up to {max(ids)} for {len(ids)} tokens: model2vec needs them all")

@@ -35,7 +35,7 @@ from embedwright.model.formats.folder import (
 )
 from embedwright.model.formats.nvembed import released_name
 from embedwright.model.formats.open import outline
-from embedwright.model.interop.save import describe, write_doors
+from embedwright.model.interop.save import update_config, write_interop_files
 from embedwright.model.network import EmbedwrightModel
 from embedwright.model.pooling import LatentPooling, fold_by_config
 from embedwright.model.quantized import (
@@ -62,11 +62,11 @@ def weights_step(scheme: Scheme) -> Step:
 def compress_weights(model: str | Path, out: str | Path, scheme: Scheme) -> None:
     """Writes a new folder of a model whose decoder holds its linear layers in 8 or 4 bits.
 
-    Each output channel has a scale, and in 4 bits each 32 neighbouring weights of it a step. The embedding is
-    held in bfloat16 and the norms in float32; the pooling head keeps its type, but for float16, which becomes bfloat16,
-    and a latent head is folded. The result is opened, probed, and the vectors of a few texts
-    are recorded beside it. Its history tells the distance of the weights from those of the model, relative to their
-    length, and the lowest cosine of those texts' vectors, where they are recorded of the model too.
+    Each output channel has a scale; in 4 bits, each 32 neighbouring weights of a channel also have a step. The
+    embedding is held in bfloat16 and the norms in float32. The pooling head keeps its type, except that float16 becomes
+    bfloat16, and a latent head is folded. The result is opened, probed and given its own selftest record. Its history
+    records `error`, the distance of the weights from the original ones relative to their length, and `cosine`, the
+    lowest cosine of the selftest vectors before and after, if the source has a record.
 
     Raises ValueError for an adapter, for weights that are quantised already or not finite, and where a layer cannot be
     cut into groups. FileExistsError if `out` is not empty.
@@ -75,10 +75,10 @@ def compress_weights(model: str | Path, out: str | Path, scheme: Scheme) -> None
     made = _Tensors(network, sources, scheme)
     with whole_folder(out) as temp:
         write_weights(temp, made.planned, made.tensor, _SHARD)
-        describe(network)
+        update_config(network)
         network.config.architectures, network.config.dtype = [type(network).__name__], network.backbone.dtype
         network.config.save_pretrained(temp)
-        write_doors(network, tokenizer, temp)
+        write_interop_files(network, tokenizer, temp)
         opened = Embedder.load(temp, device="cpu")
         selftest.write(opened.network, opened.text_tokenizer, temp)
         did = {"bits": scheme.bits, "error": made.error, **_cosine(folder / selftest.FILE, temp / selftest.FILE)}

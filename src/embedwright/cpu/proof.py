@@ -27,12 +27,12 @@ from embedwright.text import TokenizedText
 
 LENGTHS = (1, 7, 20)  # lengths of the texts at load, in tokens
 LONGER = (1, 40, 150)  # for the doctor: more than a block of keys
-# How far an element may be off, in units in the last place of the largest of its row; and a row, in those of its
-# length. Seen on a real model of thirty layers: 67 and 41 in float32, where sums come in another order; 5.1 and 2.2 in
-# 16 bits, where a gated block rounds less often than the stock one.
 # A weight's gradient is a sum over tokens, of which most may cancel: of adapters on keys in bfloat16, the stock one was
 # seen 6.9 off the gradient in float32, and ours 0.8. So a row of such a gradient has this many times the room.
 _CANCELS = 4.0
+# How far an element may be off, in units in the last place of the largest of its row; and a row, in those of its
+# length. Seen on a real model of thirty layers: 67 and 41 in float32, where sums come in another order; 5.1 and 2.2 in
+# 16 bits, where a gated block rounds less often than the stock one.
 _LIMITS = {torch.float32: (256.0, 128.0), torch.bfloat16: (16.0, 6.0), torch.float16: (16.0, 6.0)}
 
 
@@ -121,12 +121,11 @@ def _forward_fault(block: Block, module: nn.Module) -> str | None:
 
 @contextmanager
 def _rounded_alike(block: Block, module: nn.Module, seen: int8.Seen, faults: list[str]) -> Iterator[None]:
-    """Within the block each quantised layer of the stock block multiplies the inputs that its fast form multiplied.
+    """Runs the block with each quantised stock layer fed the int8-rounded inputs that its fast form multiplied.
 
-    Rounding moves an input, as rotated, by half a step at most: no more may lie between what the fast form rounded and
-    what it multiplied. What it rounded is the stock block's own input, and what it multiplied gives the stock layer's
-    output, both up to rounding to their types; after attention, which is in bfloat16, up to that type's limits.
-    `faults` takes what exceeds these bounds.
+    So both forms are compared on equal inputs. `faults` collects what is wrong: the fast form rounded an input by more
+    than half a step of int8; its input before rounding is not the stock block's, up to rounding (after attention, up to
+    bfloat16's limits); or its product is not the stock layer's output, up to rounding.
     """
 
     def hooked(name: str, layer: QuantizedLinear) -> Iterator[Any]:

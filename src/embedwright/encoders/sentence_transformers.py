@@ -87,7 +87,7 @@ class SentenceTransformerEncoder:
             "dtype": dtypes(tensors),
             **facts("settings", settings | {"modules": modules}),
             **({} if backend is None else {"tokenizer": tokenizer_fact(backend, with_specials=True)}),
-            **{key: value for module in inner for key, value in config_facts("backbone", module.config).items()},
+            **{key: value for module in inner for key, value in config_facts(module.config).items()},
         }
 
 

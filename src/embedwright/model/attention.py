@@ -28,14 +28,14 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, float, tuple[int, int]], Tens
 # Arguments that blocks pass and packed attention ignores. `is_causal` repeats the model's config; the layer's own value
 # decides, and the probe holds it to the config.
 _WITHOUT_EFFECT = {"is_causal", "position_ids", "cache_position", "output_hidden_states", "return_dict"}
-_MASKED_ROWS = 512  # of a text under a mask, at a time
+_MASKED_ROWS = 512  # rows of a masked text computed at a time
 # The widest head of torch's varlen kernel. A pooling block may have wider ones: then texts of one length are one call,
 # which a GPU gives to its memory-efficient kernel, in 16 bits too.
 _FLASH_DIM = 256
-# Arguments for torch's varlen kernel, where its version knows them: 2.11 takes grouped heads unasked and never splits.
-# A split depends on the longest text, so that a vector would depend on its batch.
-_WISHES = {"enable_gqa": True, "num_splits": 1}
-_VARLEN: dict[str, Any] = {n: w for n, w in _WISHES.items() if n in inspect.signature(varlen_attn).parameters}
+# Options for torch's varlen kernel, passed where its version has them: 2.11 accepts grouped heads without being told,
+# and never splits. A split would depend on the longest text, so a vector would depend on its batch.
+_VARLEN_OPTIONS = {"enable_gqa": True, "num_splits": 1}
+_VARLEN: dict[str, Any] = {n: w for n, w in _VARLEN_OPTIONS.items() if n in inspect.signature(varlen_attn).parameters}
 
 
 def packed_attention(
@@ -57,7 +57,7 @@ def packed_attention(
     causal, the layer gives its window (None: the whole text). `kernel` is explained at `attend`.
 
     Raises:
-        InputError: There are no boundaries, or the layer wants dropout, a mask or a kind of score that this has not.
+        InputError: There are no boundaries, or the layer wants dropout, a mask or a score that is not supported.
     """
     causal = bool(getattr(module.config, "is_causal", True))
     if packed is None:
@@ -71,7 +71,7 @@ def packed_attention(
     ]
     if unknown:  # a soft cap, sinks, chosen keys: without them the scores would be wrong
         kind = getattr(module.config, "model_type", "these")
-        raise InputError(f"{kind!r} models need {unknown[0]!r}, which packed attention has not")
+        raise InputError(f"{kind!r} models need {unknown[0]!r}, which packed attention does not support")
     if packed.calls is not None:
         named = {"scaling": scaling, "sliding_window": sliding_window, "kernel": kernel}
         packed.calls.append((module, named | others))
@@ -152,8 +152,8 @@ def _has_flash(device: torch.device) -> bool:
 
 def flash_window(causal: bool, window: int | None) -> tuple[int, int]:
     """Returns how many tokens to the left and to the right are seen, as flash attention counts them. -1 means all."""
-    behind = -1 if window is None else window - 1 if causal else window
-    return behind, 0 if causal else behind
+    left = -1 if window is None else window - 1 if causal else window
+    return left, 0 if causal else left
 
 
 def _equal_lengths(
@@ -169,8 +169,8 @@ def _equal_lengths(
     blocks = []
     for start in range(0, length, step):
         rows = range(start, min(start + step, length))
-        keys = visible(rows, length, causal, window)
-        mask = allowed(rows, keys, causal, window, q_nKRLd.device)
+        keys = visible_keys(rows, length, causal, window)
+        mask = build_mask(rows, keys, causal, window, q_nKRLd.device)
         q = q_nKRLd[..., rows.start : rows.stop, :].reshape(n, kv_heads, shared * len(rows), dim)
         k, v = (x[..., keys.start : keys.stop, :] for x in (k_nKLd, v_nKLd))
         out = _softmax_attention(q, k, v, None if mask is None else mask.repeat(shared, 1), scale)
@@ -178,14 +178,14 @@ def _equal_lengths(
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=3)
 
 
-def visible(rows: range, length: int, causal: bool, window: int | None) -> range:
+def visible_keys(rows: range, length: int, causal: bool, window: int | None) -> range:
     """Returns the range of keys that some query in `rows` may see."""
-    behind, ahead = flash_window(causal, window)
-    first = 0 if behind < 0 else max(rows.start - behind, 0)
-    return range(first, length if ahead < 0 else min(rows.stop + ahead, length))
+    left, right = flash_window(causal, window)
+    first = 0 if left < 0 else max(rows.start - left, 0)
+    return range(first, length if right < 0 else min(rows.stop + right, length))
 
 
-def allowed(rows: range, keys: range, causal: bool, window: int | None, device: torch.device) -> Tensor | None:
+def build_mask(rows: range, keys: range, causal: bool, window: int | None, device: torch.device) -> Tensor | None:
     """Builds the mask, bool (rows, keys), True where query i sees key j. Returns None if all see all.
 
     The window is that of transformers' sdpa masks: |i-j| <= w in both directions, i-j < w when causal.
@@ -193,11 +193,11 @@ def allowed(rows: range, keys: range, causal: bool, window: int | None, device: 
     if not causal and (window is None or max(rows.stop - keys.start, keys.stop - rows.start) <= window + 1):
         return None
     row, key = (torch.arange(r.start, r.stop, device=device) for r in (rows, keys))
-    ahead = row[:, None] - key[None, :]
+    distance = row[:, None] - key[None, :]  # how many tokens the query is after the key
     if causal:
-        return (ahead >= 0) if window is None else (ahead >= 0) & (ahead < window)
+        return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
     assert window is not None
-    return ahead.abs() <= window
+    return distance.abs() <= window
 
 
 def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:

@@ -1,6 +1,6 @@
 """A stock decoder as a bidirectional backbone.
 
-There is no modelling code here: transformers >= 5.2 honours `config.is_causal = False`. Windows are cleared beside it.
+There is no modelling code here: transformers >= 5.2 honours `config.is_causal = False`. Windows are cleared too.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ OriginKind = Literal["decoder", "stock", "whole"]
 # Families whose local layers were trained with their windows and keep them, seen in both directions.
 KEEPS_WINDOWS = {"gemma3_text"}
 
-# Of these, text-embeddings-inference reads `use_bidirectional_attention` and not `is_causal`. It would read it of
-# Gemma 3 too, where transformers halves the windows for it: there it cannot be written.
+# For these families text-embeddings-inference reads `use_bidirectional_attention`, not `is_causal`. It reads it for
+# Gemma 3 too, but there transformers halves the windows when it is set, so it cannot be written.
 READ_BY_FLAG = {"llama", "mistral", "qwen3"}
 
 NEEDS_CODE = (
@@ -51,7 +51,7 @@ def decoder_config(base: str, *, attention: AttentionKind, layers: int | None = 
     """Reads the config of the decoder in a local folder, sets its attention, and cuts it to its first `layers`.
 
     Raises:
-        InputError: The model is no decoder, or has fewer layers; or the attention is of no known kind.
+        InputError: The model is not a decoder, or has fewer layers; or the kind of attention is unknown.
     """
     config = stock_config(base)
     kind = config.model_type
@@ -71,7 +71,7 @@ def decoder_config(base: str, *, attention: AttentionKind, layers: int | None = 
 def stock_config(folder: str | Path) -> Any:
     """Reads transformers' config of a local folder. Raises InputError if it needs code of the folder."""
     file = Path(folder) / "config.json"
-    with as_input_error(file, "is no config that transformers can open"):
+    with as_input_error(file, "is not a config that transformers can open"):
         try:
             return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         except ValueError:
@@ -171,7 +171,7 @@ def check_report(where: str | Path, info: dict[str, Any]) -> None:
         raise InputError(f"{where} lacks {len(missing)} weights, e.g. {', '.join(missing[:3])}: they would be random")
     if other := sorted(info["mismatched_keys"]):
         name, stored, expected = other[0]
-        raise InputError(f"{where}: {name} has the shape {list(stored)}, and the config says {list(expected)}")
+        raise InputError(f"{where}: {name} has the shape {list(stored)}, but the config says {list(expected)}")
     if info["error_msgs"]:
         raise InputError(f"{where}: {info['error_msgs'][0]}")
 

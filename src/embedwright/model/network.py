@@ -97,7 +97,7 @@ class EmbedwrightModel(PreTrainedModel):
         self.pooling = PoolingConfig.model_validate(config.pooling)
         self.contract = Contract.model_validate(config.contract)
         if backbone is None:
-            with as_input_error("config.json: backbone", "is no config of a decoder"):
+            with as_input_error("config.json: backbone", "is not a decoder config"):
                 decoder = AutoConfig.for_model(**config.backbone)
             # in the dtype that from_pretrained was asked for; the config holds the stored one
             backbone = AutoModel.from_config(
@@ -269,12 +269,12 @@ def fold(network: EmbedwrightModel, packed: PackedTexts) -> bool:
 
 
 def network_facts(network: EmbedwrightModel, contract: Contract) -> Facts:
-    """Returns what decides a model's vectors beside its weights and its tokenizer: configs and dtypes."""
+    """Returns what decides a model's vectors besides its weights and tokenizer: configs and dtypes."""
     backbone, head = network.backbone.state_dict(keep_vars=True), dict(network.head.named_parameters())
     return {
         "kind": "embedwright",
         "dtype": dtypes(backbone) + (", mixed" if network.mixed else ""),
-        **config_facts("backbone", network.backbone.config),
+        **config_facts(network.backbone.config),
         **facts("contract", contract.model_dump(mode="json")),
         **facts("pooling", network.pooling.model_dump(mode="json", include=None if head else {"kind"})),
         "pooling.dtype": dtypes(head),

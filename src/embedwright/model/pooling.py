@@ -23,8 +23,8 @@ Kind = Literal["latent", "mean", "last", "self", "mlp"]
 WEIGHTLESS: dict[Kind, str] = {"mean": "mean", "last": "lasttoken"}  # and how sentence-transformers calls them
 
 FOLDED = (
-    "the pooling head is folded for inference: load the model again to save, export or train it (for a compressed "
-    "folder, load the model that it was made from)"
+    "the pooling head is folded for inference: load the model again to save, export or train it; for a compressed "
+    "folder, load the model that it was made from"
 )
 
 

@@ -28,7 +28,7 @@ QUANTIZED = (
     "it was made from, and compress that"
 )
 GROUP = 32  # inputs that share a step
-ROTATION = 64  # of inputs before they are rounded to int8: on a trained model a sixth of the distance that none gives
+ROTATION = 64  # inputs rotated together before rounding to int8: on a trained model, a sixth of the error without it
 _SLICE = 2**20  # weights that are made at a time: they stay in the processor's caches
 _MAPPED = 2**25 + 2**12  # bytes
 _LARGEST_STEP = 15  # times a code, at most -8, it is within int8

@@ -329,7 +329,7 @@ def test_what_cannot_be_aligned_is_refused_before_training(
     recipe: Path, teacher: str, tiny_decoder: Callable[..., Path]
 ) -> None:
     wide = str(tiny_decoder("llama", hidden_size=64))
-    with pytest.raises(InputError, match=r"64 numbers, those of .* 32"):
+    with pytest.raises(InputError, match=r"64 dimensions, those of .* 32"):
         step(recipe, teacher, decoder=wide, aligned=True)
     with pytest.raises(InputError, match="stage follow, the last one, does not follow the vectors"):
         step(changed(recipe, {"similarity_weight": 1.0}), teacher, aligned=True)

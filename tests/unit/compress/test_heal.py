@@ -104,8 +104,8 @@ def test_a_pruned_model_is_healed_and_goes_on_after_a_stop(at: Path, monkeypatch
     begun = sorted((at / "out.steps" / "2-heal.run" / "checkpoints").iterdir())
     said = run("--heal", "recipe.yaml")
     assert begun and taught == [("model",), ("model",)]
-    layers, told = history_of(at / "out") or ()
-    assert layers["step"] == "layers" and told == {
+    layers, healed = history_of(at / "out") or ()
+    assert layers["step"] == "layers" and healed == {
         "step": "heal",
         "recipe": "short",
         "stages": "first 2 steps of 4, second 2 steps of 4",
@@ -140,7 +140,7 @@ def _file(at: Path, recipe: str) -> Path:
 
 def test_a_done_step_is_taken_over_by_the_same_data_and_type_alone(at: Path) -> None:
     def known() -> dict[str, Any]:
-        return heal.identity(filled("recipe.yaml", "model", "model", at / "run"))
+        return heal.resume_facts(filled("recipe.yaml", "model", "model", at / "run"))
 
     first = known()
     assert known() == first

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from embedwright.cli.main import app
 from embedwright.compress import report
-from embedwright.compress.report import evaluated, picture, size_of, table, told
+from embedwright.compress.report import difference_text, evaluated, picture, size_of, table
 from embedwright.compress.states import Texts
 from embedwright.evaluation.compare.compare import Candidate, compare
 from embedwright.evaluation.results import read_results
@@ -112,11 +112,11 @@ def test_what_is_kept_counts_for_the_same_texts_and_suite_alone(at: Path, monkey
 
 
 def test_a_difference_whose_interval_covers_zero_is_called_none() -> None:
-    assert told({"value": -1.2, "low": -2.0, "high": -0.4}) == "-1.20"
-    assert told({"value": 1.2, "low": 0.4, "high": 2.0}) == "+1.20"
-    assert told({"value": -1.2, "low": -2.6, "high": 0.2}) == "none"
-    assert told({"value": -1.2, "low": None, "high": None}) == "-1.20, no interval"
-    assert told(None) == ""
+    assert difference_text({"value": -1.2, "low": -2.0, "high": -0.4}) == "-1.20"
+    assert difference_text({"value": 1.2, "low": 0.4, "high": 2.0}) == "+1.20"
+    assert difference_text({"value": -1.2, "low": -2.6, "high": 0.2}) == "none"
+    assert difference_text({"value": -1.2, "low": None, "high": None}) == "-1.20, no interval"
+    assert difference_text(None) == ""
 
 
 def test_records_of_several_chains_share_a_picture_and_the_original(at: Path) -> None:

@@ -113,7 +113,7 @@ def test_the_vectors_are_the_teachers_reduced_and_weighted(
 
 
 def test_what_cannot_be_made(tmp_path: Path, student: Path, tiny_embedder: Callable[..., Embedder]) -> None:
-    with pytest.raises(InputError, match="--dim 33: the model has 32 numbers"):
+    with pytest.raises(InputError, match="--dim 33: the model has 32 dimensions"):
         save_static(tiny_embedder("mean"), tmp_path / "other", dim=33)
     with pytest.raises(FileExistsError):
         save_static(tiny_embedder("mean"), student, dim=8)

@@ -1,4 +1,4 @@
-"""Quantised layers in whole numbers, against the same numbers in float64, and faults planted in each piece."""
+"""Quantised layers in int8, against the same numbers in float64, and faults planted in each piece."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_a_model_in_int8_is_near_its_dequantised_self(family: str, saved: Callab
     assert fast and len(fast) == sum(isinstance(m, QuantizedLinear) for m in model.network.modules())
     with int8.watched() as seen:
         found = model.encode(TEXTS)
-    assert seen.keys() == set(fast)  # each of them has multiplied in whole numbers
+    assert seen.keys() == set(fast)  # each of them has multiplied in int8
     with stock(model.network) as twin:
         near = Embedder(twin, model.tokenizer).encode(TEXTS)
     exact = Embedder.load(saved(family)).encode(TEXTS)

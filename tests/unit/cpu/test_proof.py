@@ -140,8 +140,8 @@ def _packed_scale(patch: Patch) -> None:
 
 
 def _packed_window(patch: Patch) -> None:
-    allowed = attention.allowed
-    patch.setattr(attention, "allowed", lambda rows, keys, _, *rest: allowed(rows, keys, True, *rest))
+    allowed = attention.build_mask
+    patch.setattr(attention, "build_mask", lambda rows, keys, _, *rest: allowed(rows, keys, True, *rest))
     patch.setattr(attention, "flash_window", lambda causal, window: (-1, 0))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from embedwright.model import attention
-from embedwright.model.attention import allowed, attend, flash_window, packed_attention, visible
+from embedwright.model.attention import attend, build_mask, flash_window, packed_attention, visible_keys
 from embedwright.packing import PackedTexts, pack
 from embedwright.text import TokenizedText
 
@@ -111,11 +111,11 @@ def sees(i: int, j: int, causal: bool, window: int | None) -> bool:
 
 
 def test_the_window_is_that_of_the_stock_masks() -> None:
-    assert allowed(range(9), range(9), causal=False, window=None, device=torch.device("cpu")) is None
+    assert build_mask(range(9), range(9), causal=False, window=None, device=torch.device("cpu")) is None
     for length, causal, window in product([1, 4, 9], [False, True], [None, 1, 3, 8]):
         for rows in (range(length), range(length // 2, length), range(1)):
-            keys = visible(rows, length, causal, window)
-            mask = allowed(rows, keys, causal, window, torch.device("cpu"))
+            keys = visible_keys(rows, length, causal, window)
+            mask = build_mask(rows, keys, causal, window, torch.device("cpu"))
             for i, j in product(rows, range(length)):
                 seen = j in keys and (mask is None or bool(mask[i - rows.start, j - keys.start]))
                 assert seen == sees(i, j, causal, window), (length, causal, window, i, j)

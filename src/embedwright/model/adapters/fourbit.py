@@ -40,7 +40,7 @@ def config(dtype: torch.dtype) -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=[],  # else it leaves the last layer out, for a head that a backbone has not
+        llm_int8_skip_modules=[],  # else it skips the last layer, taking it for the LM head, which a backbone lacks
     )
 
 
@@ -48,7 +48,7 @@ def keep_trainable(backbone: nn.Module) -> None:
     """Keeps bitsandbytes from packing weights anew, in place and for good, in the first forward without a gradient.
 
     It does so on CPUs with AVX512-BF16. From then on no gradient goes through such a layer, without an error, and
-    layers whose outputs are no multiple of 32 fail.
+    layers whose outputs are not a multiple of 32 fail.
     """
     for module in backbone.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

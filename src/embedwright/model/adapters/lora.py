@@ -1,4 +1,4 @@
-"""LoRA on a backbone: added, checked for being at work, merged into the weights. On disk: `formats.adapter`.
+"""LoRA on a backbone: added, checked for being active, merged into the weights. On disk: `formats.adapter`.
 
 peft builds the layers. An adapter that is switched off, or merged and still there, gives other vectors than its
 weights say, without a word: `probe.check` refuses it.
@@ -104,7 +104,7 @@ def has_lora(backbone: nn.Module) -> bool:
 
 
 def idle_adapters(backbone: nn.Module) -> list[str]:
-    """Names of LoRA matrices B that are still all zero: adapters that training did not reach."""
+    """Returns the names of LoRA matrices B that are still all zero: training did not reach them."""
     return [n for n, p in backbone.named_parameters() if "lora_B" in n and not torch.count_nonzero(p)]
 
 
@@ -121,7 +121,7 @@ def merge_lora(network: EmbedwrightModel, texts: PackedTexts) -> float:
 
     The sums are made in float32 and rounded once, to the type of the weights; a warning where that takes most of what
     the adapters add. ValueError, and nothing changed, where there is nothing to merge, the weights are in 4 bits, or an
-    adapter is not at work or not finite. Raises RuntimeError if a layer or the vectors change by more than rounding:
+    adapter is not active or not finite. Raises RuntimeError if a layer or the vectors change by more than rounding:
     that model is lost, and refused from then on.
     """
     backbone = network.backbone

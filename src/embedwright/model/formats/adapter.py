@@ -44,7 +44,7 @@ _FOLLOWED = {"r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modul
 _FOLLOWED |= {"rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern"}
 _NOTES = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision"}
 _NOTES |= {"task_type"}
-_HARMLESS = {"modules_to_save": ["head"], "init_lora_weights": "gaussian"}  # beside the defaults
+_HARMLESS = {"modules_to_save": ["head"], "init_lora_weights": "gaussian"}  # allowed besides the defaults
 
 OpenEmbedder = Callable[..., tuple[EmbedwrightModel, Any]]
 
@@ -139,11 +139,11 @@ def read_settings(folder: Path) -> Settings:
     stored = read_object(file)
     base, revision = stored.get("base_model_name_or_path"), stored.get("revision")
     if stored.get("peft_type") != "LORA":
-        raise InputError(f"{file}: peft_type is {stored.get('peft_type')!r}, and only LORA is supported")
+        raise InputError(f"{file}: peft_type is {stored.get('peft_type')!r}, but only LORA is supported")
     if not isinstance(base, str):
         raise InputError(f"{file}: base_model_name_or_path does not say where the base is")
     if not isinstance(revision, str | None):
-        raise InputError(f"{file}: revision={revision!r} is no revision of a base")
+        raise InputError(f"{file}: revision={revision!r} is not a revision of a base")
     default = vars(LoraConfig())
     for key in sorted(stored.keys() - _FOLLOWED - _NOTES):
         if stored[key] and stored[key] not in (default.get(key), _HARMLESS.get(key)):

@@ -67,7 +67,7 @@ def resolve_base(base: str | Path, revision: str | None = None, *, weights: bool
 
 
 def check_weights(folder: Path) -> None:
-    """Raises InputError if a folder lacks weights of its config, if a file is cut off, or if a weight is no float."""
+    """Raises InputError if a folder lacks weights of its config, a file is cut off, or a weight is not a float."""
     stored, config = weights_in(folder), read_object(folder / "config.json")
     ours = isinstance(config.get("backbone"), dict)
     check_layers(stored, config["backbone"] if ours else config, folder / "config.json")
@@ -75,7 +75,7 @@ def check_weights(folder: Path) -> None:
     codes = {name for name in stored if name.endswith(whole)}
     check_floats(stored, [name for name in stored if name not in codes and (ours or name.endswith(".weight"))])
     if odd := [name for name in sorted(codes) if stored[name].dtype not in ("I8", "U8")]:
-        raise InputError(f"{stored[odd[0]].file}: {odd[0]} is stored as {stored[odd[0]].dtype}, and codes are I8 or U8")
+        raise InputError(f"{stored[odd[0]].file}: {odd[0]} is stored as {stored[odd[0]].dtype}, but codes are I8 or U8")
 
 
 def build_network(backbone: Any, pooling: PoolingConfig, contract: Contract, **kept: Any) -> EmbedwrightModel:

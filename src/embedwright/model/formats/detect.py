@@ -86,8 +86,8 @@ def format_of(folder: Path, name: str) -> Format | Family | None:
 def history_of(folder: Path) -> list[dict[str, Any]] | None:
     """Reads what `embedwright compress` has done to the model in a folder of ours or of the stock format, step by step.
 
-    None for one that it never touched. An alignment that is not of the weights in the folder is followed by the step
-    `changed`. Raises InputError for anything but objects of texts and numbers.
+    None if there is no history. If the last step claims an alignment that was recorded for other weights than those in
+    the folder, the step `changed` is appended. Raises InputError for anything but objects of texts and numbers.
     """
     file = history_file(folder)
     history: list[dict[str, Any]] | None = read_object(file).get("history")
@@ -159,7 +159,7 @@ def warn_of_embedder(name: str, revision: str | None = None) -> None:
 
 
 def check_embedder(name: str) -> None:
-    """Raises InputError if `name` cannot be trained on: it is no `Embedder`, or its weights are quantised."""
+    """Raises InputError if `name` cannot be trained on: it is not an `Embedder`, or its weights are quantised."""
     kind = _embedder_kind(name)
     if kind == "export":
         raise InputError(_EXPORTED.format(name=name))
@@ -168,7 +168,7 @@ def check_embedder(name: str) -> None:
     if kind == "other":
         raise InputError(f"{name} has modules that only sentence-transformers runs: train it there")
     if kind is None:
-        raise InputError(f"{name} is no embedder: to make one from a decoder, write model: {{base: {name}}}")
+        raise InputError(f"{name} is not an embedder: to make one from a decoder, write model: {{base: {name}}}")
 
 
 def check_float(name: str, what: str) -> None:

@@ -129,7 +129,7 @@ def read_family(folder: Path, family: Family) -> Outline:
     if decoder.model_type not in family.model_types:
         raise InputError(f"{folder} is a {decoder.model_type!r} model, not one of {family.name}")
     if not _modules_fit(folder, family):
-        raise InputError(f"{folder}: modules.json has modules or a pooling that {family.name} has not")
+        raise InputError(f"{folder}: modules.json has modules or a pooling that {family.name} does not have")
     tokenizer = load_tokenizer(folder)
 
     def id_of(token: str) -> int:

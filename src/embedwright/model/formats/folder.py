@@ -140,7 +140,7 @@ def weights_in(folder: Path) -> dict[str, Stored]:
     stray = sorted(file.name for file in folder.iterdir() if _SHARD.fullmatch(file.name) and file.name not in files)
     if stray:
         told = INDEX if places is not None else SINGLE
-        raise InputError(f"{folder} holds {stray[0]}, which is no part of the model in {told}: move it away")
+        raise InputError(f"{folder} holds {stray[0]}, which is not part of the model in {told}: move it away")
     found: dict[str, Stored] = {}
     for name in files:
         for tensor, stored in tensors_of(folder / name).items():
@@ -216,9 +216,7 @@ def check_layers(stored: dict[str, Stored], config: dict[str, Any], where: Path)
     asked = config.get("num_hidden_layers")
     held = {int(found[1]) for name in stored if (found := _LAYER.search(name))}
     if isinstance(asked, int) and held and asked > max(held) + 1:
-        raise InputError(
-            f"{where} says num_hidden_layers={asked}, and lacks weights: those of {max(held) + 1} are there"
-        )
+        raise InputError(f"{where} says num_hidden_layers={asked}, but has weights for only {max(held) + 1} layers")
 
 
 def tensors_of(file: Path) -> dict[str, Stored]:
@@ -245,7 +243,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     for tensor, name in places.items():
         plain = isinstance(name, str) and not re.search(r"[/\\:\0]", name) and not name.startswith(".")
         if not plain or not name.endswith(".safetensors"):
-            raise InputError(f"{index}: {tensor} is in {name!r}, which is no .safetensors file of this folder")
+            raise InputError(f"{index}: {tensor} is in {name!r}, which is not a .safetensors file of this folder")
     return places
 
 
@@ -258,7 +256,7 @@ def _check_file(folder: Path, file: Path) -> None:
     if not real.exists():
         raise NotFoundError(f"{file} is a link to {real}, which does not exist")
     if not stat.S_ISREG(real.stat().st_mode):
-        raise InputError(f"{file} is no regular file")
+        raise InputError(f"{file} is not a regular file")
 
 
 def _modules(file: Path) -> list[Path]:

@@ -62,7 +62,7 @@ def _read(file: Path) -> tuple[Any, Any]:
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # its report is read below
     try:
-        with TemporaryDirectory() as alone, as_input_error(file, "is no GGUF file that can be opened"):
+        with TemporaryDirectory() as alone, as_input_error(file, "is not a GGUF file that can be opened"):
             link = Path(alone) / "model.gguf"
             link.symlink_to(file.resolve())
             held = _tensors(link)

@@ -142,7 +142,7 @@ def check_released(released: dict[str, Any] | None) -> dict[str, Any]:
     for name, content in files.items():
         if name not in SMALL_FILES:
             raise InputError(
-                f"config.json: released names the file {name!r}, and an export writes only {', '.join(SMALL_FILES)}"
+                f"config.json: released names the file {name!r}, but an export writes only {', '.join(SMALL_FILES)}"
             )
         if not isinstance(content, list if name == "modules.json" else dict):
             raise InputError(f"config.json: released holds no settings for {name}, but a {type(content).__name__}")

@@ -27,7 +27,7 @@ def export_nvembed(model: Embedder, path: str | Path) -> None:
     """Writes a new folder in the released layout, with the weights in the type of the release.
 
     `model` was opened from such a folder, and may have been tuned. The small JSON files are those of the release. Its
-    two Python files are not written: copy them if remote code shall open the folder. Needs memory for one shard (5 GB)
+    two Python files are not written: copy them if remote code is to open the folder. Needs memory for one shard (5 GB)
     beside the model. Raises OutputExistsError if the folder is not empty. Raises InputError for what the layout cannot
     express, and for a weight that overflows the stored type, naming it. Raises ProbeError for a model that is not
     sound.
@@ -76,7 +76,7 @@ def _same(what: str, own: dict[str, Any], read: dict[str, Any]) -> None:
     for key in sorted((own.keys() | read.keys()) - _NOT_COMPARED):
         if own.get(key) != read.get(key):
             raise InputError(
-                f"the layout cannot express {what}: {key} is {own.get(key)!r}, and would be read as {read.get(key)!r}"
+                f"the layout cannot express {what}: {key} is {own.get(key)!r}, but would be read as {read.get(key)!r}"
             )
 
 

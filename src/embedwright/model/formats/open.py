@@ -127,7 +127,7 @@ def _outline(folder: Path, form: Format | Family | None) -> Outline:
     pooling = _setting(file, stored, "pooling", PoolingConfig)
     contract = _setting(file, stored, "contract", Contract)
     if form == "ours":
-        with as_input_error(f"{file}: backbone", "is no config of a decoder"):
+        with as_input_error(f"{file}: backbone", "is not a decoder config"):
             decoder = AutoConfig.for_model(**stored["backbone"])
         _check_one_length(file, contract)
     else:

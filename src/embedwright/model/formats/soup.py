@@ -74,7 +74,7 @@ def soup(
             write_weights(
                 temp, planned, lambda name: _mixed(name, [part[name].read() for part in parts], factors, how), _SHARD
             )
-            history = history_of(folders[0])  # of a model whose vectors these are not
+            history = history_of(folders[0])  # the first model's history; the soup has other vectors
         if history:
             file = history_file(temp)
             step = {"step": "soup", "of": ", ".join(Path(name).name for name in names)}
@@ -112,7 +112,7 @@ def _plain(name: str, scratch: Path) -> Path:
     if is_quantized(folder):
         raise InputError(f"{name}: quantised weights have no average: merge the models that they were made from")
     if form not in ("ours", "stock"):
-        raise InputError(f"{name} is no folder that Embedder.save wrote: open it with Embedder.load and save that")
+        raise InputError(f"{name} is not a folder that Embedder.save wrote: open it with Embedder.load and save that")
     return folder
 
 
@@ -124,14 +124,14 @@ def _check_facts(both: str, first: Path, other: Path) -> None:
     a, b = _facts(first), _facts(other)
     for key in sorted(a.keys() | b.keys()):
         if a.get(key) != b.get(key):
-            raise InputError(f"{both}: {key} is {a.get(key)}, and {b.get(key)}")
+            raise InputError(f"{both}: {key} is {a.get(key)} in the first and {b.get(key)} in the second")
 
 
 def _facts(folder: Path) -> Facts:
     decoder, pooling, contract, tokenizer = outline(str(folder))
     return {
         "tokenizer": tokenizer_fact(tokenizer.backend_tokenizer, with_specials=True),
-        **config_facts("backbone", decoder),
+        **config_facts(decoder),
         **facts("contract", contract.model_dump(mode="json")),
         **facts("pooling", pooling.model_dump(mode="json")),
     }
@@ -143,7 +143,8 @@ def _check_weights(both: str, a: Weights, b: Weights) -> None:
         raise InputError(f"{both}: only one of them has {odd[0]}")
     for name in sorted(a):
         if a[name].shape != b[name].shape:
-            raise InputError(f"{both}: {name} is {list(a[name].shape)}, and {list(b[name].shape)}")
+            shapes = list(a[name].shape), list(b[name].shape)
+            raise InputError(f"{both}: {name} is {shapes[0]} in the first and {shapes[1]} in the second")
     matrices = [name for name in sorted(a) if len(a[name].shape) > 1]
     for what, needs in (
         ("backbone", "the same base"),

@@ -99,7 +99,7 @@ def _reading_as(network: EmbedwrightModel, tokenizer: EmbedwrightTokenizer) -> I
 def merged_weights(network: EmbedwrightModel) -> dict[str, Tensor]:
     """Returns the tensors that the network would have after `Embedder.merge`; the network itself stays as it is.
 
-    Sums are made in float32 and rounded once. Raises InputError for adapters that are not at work, or not ours.
+    Sums are made in float32 and rounded once. Raises InputError for adapters that are not active, or not ours.
     """
     tensors: dict[str, Tensor] = dict(network.state_dict())
     if not has_lora(network):

@@ -1,8 +1,8 @@
 """Tells which other programs give the right vectors for a saved folder, and for queries, documents or both.
 
 The facts are from the source of the servers, text-embeddings-inference 1.9 and vLLM 0.33. Both take the pooling from
-`1_Pooling` and pool every token, the prompt's too. On attention the first decides by `use_bidirectional_attention`, for
-Qwen2 by `is_causal`; vLLM by `is_causal`, for Gemma 3 by the former.
+`1_Pooling` and pool every token, the prompt's too. text-embeddings-inference decides attention by
+`use_bidirectional_attention`, but by `is_causal` for Qwen2; vLLM by `is_causal`, but by the former for Gemma 3.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ def _misleading(folder: Path) -> str | None:
     config, pooling = _config(folder), read_object(folder / "1_Pooling" / "config.json")
     causal, flag = config.get("is_causal", True), config.get("use_bidirectional_attention") is True
     if causal and flag:
-        return "use_bidirectional_attention is true and is_causal too"
+        return "both use_bidirectional_attention and is_causal are true"
     if not causal and config.get("model_type") in READ_BY_FLAG and not flag:
         return "without use_bidirectional_attention it is read as causal"
     if "pooling_mode_mean_tokens" not in pooling:
-        return "1_Pooling lacks the older keys, without which one takes the last token or does not start"
+        return "1_Pooling lacks the older keys: without them a server pools the last token or does not start"
     return None
 
 
@@ -68,14 +68,14 @@ def _served(folder: Path) -> str:
     """Returns for which texts the servers are right about a stock folder."""
     config, settings = _config(folder), read_object(folder / STOCK_SETTINGS)
     if not config.get("is_causal", True) and config.get("model_type") not in _BIDIRECTIONAL:
-        return f"no, of a {config.get('model_type')!r} model they read no key for bidirectional attention that fits"
+        return f"none: they have no setting that makes a {config.get('model_type')!r} model bidirectional"
     served = sides(Contract.model_validate(settings["contract"]), settings["pooling"]["kind"])
     if served == _BOTH:
         return f"{_BOTH}, with their prompts"
     trained = "(pool_prompt trains a model for that)"
     if served is None:
-        return f"no, they pool the prompts too {trained}"
-    return f"{served}, they pool the prompt of a query too {trained}"
+        return f"none: they pool the prompts too {trained}"
+    return f"{served}: they pool a query's prompt too {trained}"
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def save_network(network: EmbedwrightModel, tokenizer: Any, path: Path, dtype: t
                 _save_stock(network, tokenizer, temp)
             else:
                 write_ours(network, temp)
-                write_doors(network, tokenizer, temp)
+                write_interop_files(network, tokenizer, temp)
             seal_history(temp)
         selftest.write(network, text_tokenizer, temp)
 
@@ -99,7 +99,7 @@ def opens_as_stock(network: EmbedwrightModel, tokenizer: TextTokenizer) -> bool:
     They pool every token, or leave out a count of prompt tokens: then the prefix must end where a token ends, and there
     may be no BOS.
     """
-    if has_quantized_layers(network):  # codes are no weights to them
+    if has_quantized_layers(network):  # to them, codes are not weights
         return False
     contract = network.contract
     if network.pooling.kind not in WEIGHTLESS or contract.mask_rule not in ("all", "boundary"):
@@ -108,20 +108,20 @@ def opens_as_stock(network: EmbedwrightModel, tokenizer: TextTokenizer) -> bool:
         return True
     prefix = contract.prefix("a task")
     count = len(tokenizer.plain.encode(prefix, add_special_tokens=False).ids)
-    texts = tokenize(tokenizer, contract, _BOUNDARY_PROBES, prefix, selftest.roomy(network))
+    texts = tokenize(tokenizer, contract, _BOUNDARY_PROBES, prefix, selftest.proof_max_tokens(network))
     return all(int((~t.pool).sum()) == count for t in texts)
 
 
 def write_ours(network: EmbedwrightModel, folder: str | Path, weights: dict[str, torch.Tensor] | None = None) -> None:
     """Writes config and weights in our own format; `weights` None stands for the network's."""
-    describe(network)
+    update_config(network)
     network.save_pretrained(folder, state_dict=weights)
 
 
-def describe(network: EmbedwrightModel) -> None:
+def update_config(network: EmbedwrightModel) -> None:
     """Brings the config of a network up to date with its parts, as our own format stores it."""
     config, backbone = network.config, network.backbone
-    # where the base lay is nobody's business
+    # the local path of the base is not published
     config.backbone = {key: value for key, value in backbone.config.to_dict().items() if key != "_name_or_path"}
     config.contract = network.contract.model_dump()
     types = {parameter.dtype for parameter in network.head.parameters()}
@@ -130,7 +130,7 @@ def describe(network: EmbedwrightModel) -> None:
         config.quantization = scheme.model_dump()
 
 
-def write_doors(network: EmbedwrightModel, tokenizer: Any, folder: Path) -> None:
+def write_interop_files(network: EmbedwrightModel, tokenizer: Any, folder: Path) -> None:
     """Writes the tokenizer of our own format, and the files by which sentence-transformers opens it."""
     tokenizer_for(tokenizer, network.contract).save_pretrained(folder)
     # the network's token outputs are scaled so that their mean is its own pooling, whichever that is

@@ -39,37 +39,37 @@ Encoder = Embedder | SentenceTransformerEncoder
 
 
 def equal(model: Encoder, got: NDArray[Any], expected: NDArray[Any]) -> tuple[bool, str]:
-    """Whether two sets of vectors are equal, up to the rounding of another order of computation."""
+    """Returns whether two sets of vectors are equal up to rounding, with the largest difference."""
     half = isinstance(model, Embedder) and model.network.dtype != torch.float32
     difference = float(np.abs(got - expected).max())
     return difference <= (3e-2 if half else 1e-4), f"largest difference {difference:.1e}"
 
 
 def encoded(model: Encoder, texts: Sequence[str], task: str | None = None) -> NDArray[Any]:
-    """The vectors of texts, under a limit that leaves room beside the instruction."""
+    """Returns the vectors of texts, under a limit that leaves room for the instruction."""
     if isinstance(model, Embedder):
         return model.encode(texts, task=task, max_tokens=room(model))
     return model.encode(texts, task=task)
 
 
 def room(model: Embedder) -> int:
-    return min(selftest.roomy(model.network), model.longest)
+    return min(selftest.proof_max_tokens(model.network), model.longest)
 
 
 def tokens_of(model: Embedder, text: str, task: str | None, max_tokens: int | None = None) -> TokenizedText:
-    """The ids and the pool mask that the model makes of one text."""
+    """Returns the ids and pool mask that the model makes of one text."""
     limit = room(model) if max_tokens is None else min(max_tokens, model.longest)
     packed = model.tokenize([text], task=task, max_tokens=limit)
     return TokenizedText(packed.ids_T.numpy(), packed.pool_mask_T.numpy())
 
 
 def _readable(model: Embedder) -> list[str]:
-    """TEXTS that can be read by hand: if the templates have special tokens, a text may have none."""
+    """Returns the TEXTS that can be read by hand: if the templates have special tokens, a text may have none."""
     return [text for text in TEXTS if not (model.contract.template_specials and "</s>" in text)]
 
 
 def _by_hand(model: Embedder, text: str, task: str | None) -> tuple[list[int], list[bool]]:
-    """Ids and pool mask of an uncut text, computed from the contract with the tokenizer's pipeline alone."""
+    """Computes the ids and pool mask of an uncut text from the contract, with the tokenizer's pipeline alone."""
     contract, prefix = model.contract, model.contract.prefix(task)
     suffix = contract.query_suffix if prefix != contract.document_template else ""
     backend = Tokenizer.from_str(model.own_tokenizer.backend_tokenizer.to_str())
@@ -123,7 +123,7 @@ def ends_with_eos(model: Embedder, _: Path | None) -> Result:
     if eos is None:
         return None
     if eos not in {id for id, token in backend.get_added_tokens_decoder().items() if token.special}:
-        return False, f"id {eos} is no special token of the tokenizer"
+        return False, f"id {eos} is not a special token of the tokenizer"
     cut = [] if model.contract.mask_rule == "count" else [(TEXTS[-1], None, _SHORT)]
     for text, task, limit in [*((text, task, None) for text in TEXTS for task in (None, TASK)), *cut]:
         got = tokens_of(model, text, task, limit)
@@ -140,7 +140,7 @@ def begins_with_bos(model: Embedder, _: Path | None) -> Result:
     if bos != own:
         return False, f"the contract has {list(bos)}, the tokenizer puts {list(own)} in front"
     if not bos and family.startswith(_NEEDS_BOS):
-        return False, f"{family} needs one, and none is added"
+        return False, f"{family} needs one, but none is added"
     for text in TEXTS:
         ids = tokens_of(model, text, None).ids.tolist()
         if ids[: len(bos)] != list(bos) or (bos and bos[0] in ids[len(bos) :]):

@@ -64,7 +64,7 @@ class Finding:
 
 
 def environment() -> dict[str, str]:
-    """Versions, device and threads, by name."""
+    """Returns versions, device and threads, by name."""
     return {
         **{name: _version(name) for name in _PACKAGES},
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
@@ -224,7 +224,7 @@ def _types(model: Embedder, _: Path | None) -> Result:
 
 
 def _head(model: Embedder, _: Path | None) -> Result:
-    """Tells how much the pooling block changes: a fresh one is the identity, which is no fault."""
+    """Tells how much the pooling block changes: a fresh one is the identity, which is not a fault."""
     if not list(model.network.head.parameters()):
         return None
     packed = model.tokenize(TEXTS).to(model.device)
@@ -235,7 +235,7 @@ def _head(model: Embedder, _: Path | None) -> Result:
 
 
 def _adapter(model: Embedder, _: Path | None) -> Result:
-    """Every adapter is at work, and vectors change without them."""
+    """Every adapter is active, and vectors change without them."""
     backbone = model.network.backbone
     if not has_lora(backbone):
         return None
@@ -301,22 +301,22 @@ def _readers(_: Embedder, folder: Path | None) -> Result:
 
 
 _OF_ANY: dict[str, Callable[..., Result]] = {
-    "one batch or another, any order": _batch,
+    "independent of batch and order": _batch,
     "vectors of unit length": _unit,
-    "the same twice": _repeats,
+    "deterministic": _repeats,
 }
 _OF_OURS: dict[str, Callable[..., Result]] = {
     "attention as configured, near": _near,
     "attention as configured, far": _far,
-    "pads change nothing": _pads,
-    "tokens and pool mask as the contract": as_the_contract,
+    "padding changes nothing": _pads,
+    "tokens and pool mask follow the contract": as_the_contract,
     "packed = one by one, stock masks": as_stock,
     "fast path = stock blocks": _fast,
     "EOS ends every text": ends_with_eos,
     "BOS as the tokenizer has it": begins_with_bos,
     "tokenizer round trip": round_trip,
-    "texts and instructions tell apart": _distinct,
-    "instruction of its own": _own_instruction,
+    "texts and instructions differ": _distinct,
+    "own instruction": _own_instruction,
     "one type, finite weights": _types,
     "pooling block": _head,
     "as recorded when it was saved": _recorded,

@@ -73,8 +73,8 @@ def probe(network: EmbedwrightModel, mask_length: int = _MASK_LENGTH) -> Probe:
 
 
 def check(network: EmbedwrightModel) -> Probe:
-    """Runs the probe. Raises ProbeError if the network is not what its config says, or has adapters that are not at
-    work.
+    """Runs the probe. Raises ProbeError if the network is not what its config says, or has adapters that are not
+    active.
     """
     if faults := lora_faults(network.backbone):
         raise ProbeError(faults[0])
@@ -95,7 +95,7 @@ def check(network: EmbedwrightModel) -> Probe:
 
 
 def lora_faults(backbone: nn.Module) -> list[str]:
-    """Names each LoRA adapter that is not at work: switched off, not chosen, or merged and still there."""
+    """Names each LoRA adapter that is not active: switched off, not chosen, or merged and still there."""
     if not any("lora_" in name for name, _ in backbone.named_parameters()):
         return []
     from peft.tuners.lora import LoraLayer
@@ -134,7 +134,7 @@ def _changes(a_LD: Tensor, b_LD: Tensor) -> Tensor:
 # ---- masks, read out
 
 
-Call = tuple[Any, dict[str, Any]]  # of packed attention: the layer's module, its keyword arguments
+Call = tuple[Any, dict[str, Any]]  # one call of packed attention: the layer's module, its keyword arguments
 
 
 def _wrong_masks(network: EmbedwrightModel, calls: list[Call], length: int) -> Iterator[str]:
@@ -168,10 +168,10 @@ def expected_mask(config: Any, layer: int, length: int) -> Tensor:
     if not config.is_causal and config.model_type not in KEEPS_WINDOWS:
         window = None
     position_L = torch.arange(length)
-    behind_L2 = position_L[:, None] - torch.tensor([0, length - 1])  # how far the token is behind what it looks at
+    distance_L2 = position_L[:, None] - torch.tensor([0, length - 1])  # how many tokens the query is after the key
     if config.is_causal:
-        return (behind_L2 >= 0) & (behind_L2 < (window or length))
-    return behind_L2.abs() <= (window or length)
+        return (distance_L2 >= 0) & (distance_L2 < (window or length))
+    return distance_L2.abs() <= (window or length)
 
 
 def _read_mask(module: Any, kwargs: dict[str, Any], length: int, like: Tensor) -> tuple[Tensor, bool]:

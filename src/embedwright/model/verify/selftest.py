@@ -42,7 +42,7 @@ TEXTS = (
     ("naïve café 漢字 🙂 </s>", False),
     ("x", True),
 )
-_DIMS = 64  # of each vector, the first: enough to tell models apart, small enough to read
+_DIMS = 64  # leading dimensions recorded: enough to tell models apart, few enough to read
 _TOLERANCE = 1e-4
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -50,11 +50,8 @@ Reload = Callable[[torch.dtype], EmbedwrightModel]  # the same folder, in this t
 Result = tuple[bool, str] | None  # whether a proof holds, and the number that says so; None: does not apply
 
 
-def roomy(network: EmbedwrightModel) -> int:
-    """Returns a limit of tokens under which no text of a proof is cut, nor its instruction too long for it.
-
-    That of the model may be shorter than an instruction that its user never gave.
-    """
+def proof_max_tokens(network: EmbedwrightModel) -> int:
+    """Returns a token limit that cuts no text or instruction of a proof, even if the model's own is shorter."""
     return min(max(network.contract.max_tokens, 256), network.longest)
 
 
@@ -73,13 +70,13 @@ def write(network: EmbedwrightModel, tokenizer: TextTokenizer, folder: Path) -> 
 def compare(network: EmbedwrightModel, tokenizer: TextTokenizer, folder: Path, reload: Reload) -> Result:
     """Compares the model with what `write` recorded in `folder`; None if nothing was recorded.
 
-    A network in another type than the recorded one is reloaded in that: the reloaded one is held to the record, and
-    each weight of the network to its weight, up to rounding.
+    If the network's dtype is not the recorded one, the folder is reloaded in the recorded dtype. Then the reloaded
+    network must match the record, and each weight of `network` must equal the reloaded one up to rounding.
     """
     file = folder / FILE
     if not file.is_file():
         return None
-    with as_input_error(file, "is no record of a model"):
+    with as_input_error(file, "is not a selftest record"):
         stored = json.loads(file.read_text(encoding="utf-8"))
         dtype = _DTYPES[stored["dtype"]]
         rows = [(row["text"], row["ids"], row["pooled"]) for row in stored["texts"]]
@@ -118,7 +115,7 @@ def check(network: EmbedwrightModel, tokenizer: TextTokenizer, folder: Path, rel
 @torch.inference_mode()
 def _computed(network: EmbedwrightModel, tokenizer: TextTokenizer) -> tuple[list[TokenizedText], NDArray[np.float32]]:
     contract = network.contract
-    limit = roomy(network)
+    limit = proof_max_tokens(network)
     texts = [tokenize(tokenizer, contract, [t], contract.prefix(TASK if q else None), limit)[0] for t, q in TEXTS]
     packed = pack(texts).to(network.device)
     exact = {parameter.dtype for parameter in network.parameters()} == {torch.float32}

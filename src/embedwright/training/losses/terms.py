@@ -150,5 +150,5 @@ def vector_distillation(distance_Q: Tensor, distance_C: Tensor, own_QC: Tensor) 
 
 
 def cut(vectors_NE: Tensor, width: int) -> Tensor:
-    """Returns the first `width` numbers of each vector, at unit length again (Matryoshka, arXiv 2205.13147)."""
+    """Returns the first `width` dimensions of each vector, at unit length again (Matryoshka, arXiv 2205.13147)."""
     return F.normalize(vectors_NE[:, :width], dim=-1)

@@ -77,7 +77,7 @@ def check_widths(stage: Stage, width: int) -> None:
     for dim in stage.loss.dims:
         if dim >= width:
             raise ConfigError(
-                f"stages.{stage.name}.loss.dims: {dim} is not below the model's {width} numbers, which always count"
+                f"stages.{stage.name}.loss.dims: {dim} is not below the model's {width} dimensions, which always count"
             )
 
 

@@ -358,7 +358,7 @@ def test_a_base_that_is_opened_causal_is_refused(
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
-        ({"peft_type": "IA3"}, "peft_type is 'IA3', and only LORA is supported"),
+        ({"peft_type": "IA3"}, "peft_type is 'IA3', but only LORA is supported"),
         ({"base_model_name_or_path": None}, "base_model_name_or_path does not say where the base is"),
         ({"use_dora": True}, "use_dora=True is not supported"),
         ({"bias": "all"}, "bias='all' is not supported"),

@@ -55,7 +55,7 @@ def test_the_fingerprint_follows_the_content(folders: tuple[Path, Path], tmp_pat
 def test_an_embedder_is_told_from_a_decoder(folders: tuple[Path, Path], tiny_decoder: Callable[..., Path]) -> None:
     decoder = str(tiny_decoder("llama"))
     check_decoder(decoder)
-    with pytest.raises(ValueError, match="is no embedder"):
+    with pytest.raises(ValueError, match="is not an embedder"):
         check_embedder(decoder)
     for folder in map(str, folders):
         check_embedder(folder)

@@ -245,7 +245,7 @@ def test_a_folder_that_does_more_than_its_family_is_refused(
         else:
             (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": "mean"}))
         assert format_of(folder, str(folder)) is None
-        with pytest.raises(ValueError, match=r"modules\.json has modules or a pooling that qwen3-embedding has not"):
+        with pytest.raises(ValueError, match=r"modules\.json has modules or a pooling that qwen3-embedding does not"):
             Embedder.load(f"qwen3-embedding:{folder}")
 
 

@@ -57,14 +57,14 @@ def test_safetensors_of_other_names_are_not_read(shards: Path) -> None:
 def test_an_index_names_files_of_its_folder_alone(name: str, shards: Path) -> None:
     save(shards.parent / "out.safetensors", "a")
     map_to(shards, a=name)
-    with pytest.raises(InputError, match=r"a is in .* which is no \.safetensors file of this folder"):
+    with pytest.raises(InputError, match=r"a is in .* which is not a \.safetensors file of this folder"):
         weights_in(shards)
 
 
 @pytest.mark.parametrize("name", [3, None, ["x"], "pytorch_model.bin", ""])
 def test_an_index_names_safetensors_alone(name: Any, shards: Path) -> None:
     map_to(shards, a=name)
-    with pytest.raises(InputError, match=r"no \.safetensors file"):
+    with pytest.raises(InputError, match=r"not a \.safetensors file"):
         weights_in(shards)
 
 
@@ -100,7 +100,7 @@ def test_weights_that_do_not_belong_together(change: Callable[[Path], Any], matc
 def test_left_over_shards_of_another_save(tmp_path: Path) -> None:
     save(tmp_path / SINGLE, "a")
     save(tmp_path / FIRST, "a")
-    with pytest.raises(InputError, match=f"{FIRST}, which is no part of the model in {SINGLE}: move it away"):
+    with pytest.raises(InputError, match=f"{FIRST}, which is not part of the model in {SINGLE}: move it away"):
         weights_in(tmp_path)
 
 
@@ -168,7 +168,7 @@ def test_a_link_to_the_folder_and_the_hubs_own_links_are_followed(shards: Path, 
 @pytest.mark.parametrize("name", ["config.json", "modules.json"])
 def test_what_is_no_file_is_never_opened(name: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / name)  # opening it would wait for ever
-    with pytest.raises(InputError, match="no regular file"):
+    with pytest.raises(InputError, match="not a regular file"):
         check_folder(tmp_path)
 
 

@@ -123,7 +123,7 @@ def test_an_lm_head_is_left_out(write_gguf: Callable[..., Path]) -> None:
 def test_a_file_that_is_cut(length: int, write_gguf: Callable[..., Path]) -> None:
     file = write_gguf()
     file.write_bytes(file.read_bytes()[:length])
-    with pytest.raises(InputError, match=r"is no GGUF file that can be opened|lacks"):
+    with pytest.raises(InputError, match=r"is not a GGUF file that can be opened|lacks"):
         convert_gguf(file)
 
 

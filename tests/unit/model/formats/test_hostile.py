@@ -317,7 +317,7 @@ def test_code_in_a_folder_is_never_run(
     before = tree(tmp_path)
     np.testing.assert_allclose(opened(name, folder).encode(TEXTS), honest[name], atol=1e-6)
     edit(folder / "config.json", model_type="evil", architectures=["Evil"])
-    with pytest.raises(InputError, match=r"code|not an embedder|no config"):
+    with pytest.raises(InputError, match=r"code|not an embedder|not a config"):
         opened(name, folder)
     edit(folder / "config.json", **json.loads((sound[name] / "config.json").read_text()))
     write_json(folder / "modules.json", [{"idx": 0, "name": "0", "path": "", "type": "evil.Evil"}])

@@ -246,7 +246,7 @@ def test_stored_rotary_buffers_are_passed_over(one_file: Path) -> None:
 def test_an_index_that_leaves_the_folder_is_refused(name: Any, shards: Path) -> None:
     save_file({LATENTS: torch.zeros(16, 64)}, shards.parent / "outside.safetensors")
     edit(shards / INDEX, lambda c: c["weight_map"].update({LATENTS: name}))
-    with pytest.raises(ValueError, match=r"is no \.safetensors file of this folder"):
+    with pytest.raises(ValueError, match=r"is not a \.safetensors file of this folder"):
         Embedder.load(shards)
 
 

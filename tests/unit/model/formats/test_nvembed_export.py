@@ -176,7 +176,7 @@ def another_contract(**changes: Any) -> Change:
         (lambda m: m.add_lora(rank=2), "LoRA adapters are not merged"),
         (
             another_contract(mask_rule="offsets"),
-            "the text contract: mask_rule is 'offsets', and would be read as 'count'",
+            "the text contract: mask_rule is 'offsets', but would be read as 'count'",
         ),
         (another_contract(query_template="{task}: "), "the text contract: query_template is '{task}: '"),
         (another_contract(bos_ids=()), "the text contract: bos_ids is"),
@@ -185,7 +185,7 @@ def another_contract(**changes: Any) -> Change:
         (lambda m: m.network.backbone.config.update({"rms_norm_eps": 1e-6}), "the decoder: rms_norm_eps is 1e-06"),
         (
             lambda m: setattr(m.network, "pooling", m.network.pooling.model_copy(update={"heads": 2})),
-            "the pooling block: heads is 2, and would be read as 4",
+            "the pooling block: heads is 2, but would be read as 4",
         ),
     ],
 )
@@ -201,7 +201,7 @@ def test_a_model_that_the_layout_cannot_express(change: Change, reason: str, v2:
     [
         ("mlp", "mistral", "pooling is 'mlp': the layout knows 'latent' alone"),
         ("latent", "qwen3", "the decoder is a 'qwen3' model: the layout knows Mistral alone"),
-        ("latent", "mistral", "mask_rule is 'offsets', and would be read as 'count'"),
+        ("latent", "mistral", "mask_rule is 'offsets', but would be read as 'count'"),
     ],
 )
 def test_models_of_ours(
@@ -214,7 +214,7 @@ def test_models_of_ours(
 def test_layers_that_were_cut_off(v2: Embedder, tmp_path: Path) -> None:
     v2.network.backbone.layers = v2.network.backbone.layers[:1]
     v2.network.backbone.config.num_hidden_layers = 1
-    with pytest.raises(ValueError, match="num_hidden_layers is 1, and would be read as 2"):
+    with pytest.raises(ValueError, match="num_hidden_layers is 1, but would be read as 2"):
         export_nvembed(v2, tmp_path / "out")
 
 

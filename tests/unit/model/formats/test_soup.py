@@ -245,14 +245,14 @@ def refused(models: list[Path], out: Path, reason: str, error: type[Exception] =
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"max_tokens": 99}, "a and .*b do not go together: contract.max_tokens is 512, and 99"),
-        ({"layers": 2}, "do not go together: backbone.num_hidden_layers is 3, and 2"),
-        ({"attention": "causal"}, "do not go together: backbone.is_causal is false, and true"),
-        ({"latents": 5}, "do not go together: pooling.latents is 6, and 5"),
+        ({"max_tokens": 99}, "a and .*b do not go together: contract.max_tokens is 512 in the first and 99 in"),
+        ({"layers": 2}, "do not go together: backbone.num_hidden_layers is 3 in the first and 2"),
+        ({"attention": "causal"}, "do not go together: backbone.is_causal is false in the first and true"),
+        ({"latents": 5}, "do not go together: pooling.latents is 6 in the first and 5"),
         ({"family": "qwen3"}, "do not go together: backbone"),
         ({"bos": True}, "do not go together: backbone|contract.bos_ids"),
         ({"pooling": "mean"}, "do not go together"),
-        ({"pooling": "self"}, 'do not go together: pooling.kind is "latent", and "self"'),
+        ({"pooling": "self"}, 'do not go together: pooling.kind is "latent" in the first and "self"'),
     ],
 )
 def test_another_kind_of_model_is_refused(options: dict[str, Any], reason: str, save: Save, tmp_path: Path) -> None:
@@ -302,7 +302,7 @@ def test_other_names_and_shapes_are_refused(save: Save, tmp_path: Path) -> None:
     a, b = save("a"), save("b")
     whole = tensors(b)
     save_file({**whole, "head.latents": whole["head.latents"][:4]}, b / "model.safetensors", metadata={"format": "pt"})
-    refused([a, b], tmp_path / "soup", r"head.latents is \[6, 32\], and \[4, 32\]")
+    refused([a, b], tmp_path / "soup", r"head.latents is \[6, 32\] in the first and \[4, 32\]")
     del whole["head.latents"]
     save_file(whole, b / "model.safetensors", metadata={"format": "pt"})
     refused([a, b], tmp_path / "soup", "only one of them has head.latents")
@@ -327,8 +327,8 @@ def test_what_is_no_saved_model_and_a_full_folder(
     save: Save, tiny_decoder: Callable[..., Path], tmp_path: Path
 ) -> None:
     a, released = save("a"), Path(__file__).parents[3] / "parity" / "fixtures" / "nvembed-tiny-v2"
-    refused([a, tiny_decoder("llama")], tmp_path / "soup", "no folder that Embedder.save wrote")
-    refused([a, released], tmp_path / "soup", "no folder that Embedder.save wrote")
+    refused([a, tiny_decoder("llama")], tmp_path / "soup", "not a folder that Embedder.save wrote")
+    refused([a, released], tmp_path / "soup", "not a folder that Embedder.save wrote")
     refused([a, Path("./absent")], tmp_path / "soup", "absent does not exist", FileNotFoundError)
     refused([a, Path("some/model")], tmp_path / "soup", "some/model does not exist", FileNotFoundError)
     refused([a, save("b")], a, "a exists and is not an empty folder", FileExistsError)

@@ -322,7 +322,7 @@ def test_what_cannot_train_on_is_named(
     dense = Path(shutil.copytree(family_folder("embeddinggemma"), tmp_path / "embeddinggemma"))
     (dense / "modules.json").write_text(json.dumps([{"idx": 0, "name": "0", "path": "2_Dense", "type": "st.Dense"}]))
     refused = {
-        str(tiny_decoder("llama")): "is no embedder: to make one from a decoder, write model: {base: ",
+        str(tiny_decoder("llama")): "is not an embedder: to make one from a decoder, write model: {base: ",
         str(dense): "has modules that only sentence-transformers runs",
         str(tmp_path / "absent"): "does not exist",
     }
