@@ -37,12 +37,13 @@ What was found of each claim of NV-Embed (arXiv 2405.17428), and of NV-Retriever
 difference is that of the two arms in brackets, in points, over training seeds in pairs and over items. A claim holds,
 or the other way round does, if p is below 0.05; "no difference" takes two one-sided tests within the study's bound, and
 refutes a claim only if the paper's difference is at least that bound. Both are corrected for all claims of one study,
-also those that have not run (Holm). All else cannot be resolved: the smallest visible difference is the true one that
-so many seeds find in four cases of five, tested alone (corrected, it is larger). With "2 of 6" seeds, a verdict is an
-interim one. Where an arm's best learning rate is the first or last that was tried, its distance from the optimum may
-decide. Tokens are those of a cell's training with its shared stages, on these seeds; of each arm where they differ by
-over 3 %. The paper's numbers are single runs of a 7B decoder, means over 56 tasks of MTEB unless a row says otherwise;
-ours are of a small decoder cut in depth, on other data. Made from [claims.yaml](results/claims.yaml).
+also those that have not run (Holm); a study's own table corrects for all that it compares, and may show less. All else
+cannot be resolved: the smallest visible difference is the true one that so many seeds find in four cases of five,
+tested alone (corrected, it is larger). With "2 of 6" seeds, a verdict is an interim one. Where an arm's best learning
+rate is the first or last that was tried, its distance from the optimum may decide. Tokens are those of a cell's
+training with its shared stages, on these seeds; of each arm where they differ by over 3 %. The paper's numbers are
+single runs of a 7B decoder, means over 56 tasks of MTEB unless a row says otherwise; ours are of a small decoder cut in
+depth, on other data. Made from [claims.yaml](results/claims.yaml).
 """
 Claim = Mapping[str, Any]
 Study = Mapping[str, Any]
