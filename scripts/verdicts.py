@@ -14,7 +14,9 @@ from typing import Any
 
 import yaml
 
+from embedwright.evaluation.compare.compare import MEAN
 from embedwright.evaluation.compare.statistics import LEVEL, holm
+from embedwright.studies.ablate.file import SHARED
 from embedwright.studies.ablate.table import grid
 
 HOLDS, NOT, UNRESOLVED, NOT_RUN = "holds here", "does not hold here", "cannot be resolved at this size", "not run"
@@ -34,12 +36,14 @@ TEXT = """## Claims of the paper
 What was found of each claim of NV-Embed (arXiv 2405.17428), and of NV-Retriever's on mining (arXiv 2407.15831). A
 difference is that of the two arms in brackets, in points, over training seeds in pairs and over items. A claim holds,
 or the other way round does, if p is below 0.05; "no difference" takes two one-sided tests within the study's bound, and
-refutes a claim only if the paper's difference is at least that bound. Both are corrected for the claims of one study
-(Holm). All else cannot be resolved: the smallest visible difference is the true one that so many seeds find in four
-cases of five, tested alone (corrected, it is larger). The paper's numbers are single runs of a 7B decoder, means over
-56 tasks of MTEB unless a row says otherwise; ours are of a small decoder cut in depth, on other data. Where an arm's
-best learning rate is the first or last that was tried, its distance from the optimum may decide. Made from
-[claims.yaml](results/claims.yaml).
+refutes a claim only if the paper's difference is at least that bound. Both are corrected for all claims of one study,
+also those that have not run (Holm); a study's own table corrects for all that it compares, and may show less. All else
+cannot be resolved: the smallest visible difference is the true one that so many seeds find in four cases of five,
+tested alone (corrected, it is larger). With "2 of 6" seeds, a verdict is an interim one. Where an arm's best learning
+rate is the first or last that was tried, its distance from the optimum may decide. Tokens are those of a cell's
+training with its shared stages, on these seeds; of each arm where they differ by over 3 %. The paper's numbers are
+single runs of a 7B decoder, means over 56 tasks of MTEB unless a row says otherwise; ours are of a small decoder cut in
+depth, on other data. Made from [claims.yaml](results/claims.yaml).
 """
 Claim = Mapping[str, Any]
 Study = Mapping[str, Any]
@@ -65,57 +69,67 @@ def decided(claims: Sequence[Claim], studies: Mapping[str, Study]) -> list[dict[
     """What is known of each claim: its verdict, and the numbers that it comes from."""
     found = [difference(claim, studies[claim["study"]]) if claim["study"] in studies else {} for claim in claims]
     for study in studies:
-        own = [
-            each
-            for claim, each in zip(claims, found, strict=True)
-            if claim["study"] == study and each.get("p") is not None
-        ]
+        own = [each for claim, each in zip(claims, found, strict=True) if claim["study"] == study]
         for name, key in (("p", "p_holm"), ("p_within", "p_equivalent")):
-            some = [each for each in own if each[name] is not None]
-            for each, corrected in zip(some, holm([each[name] for each in some]), strict=True):
-                each[key] = corrected
+            known = [each.get(name) is not None for each in own]
+            # what has not run counts as 1, so that a verdict does not depend on how much has run
+            corrected = holm([each[name] if there else 1.0 for each, there in zip(own, known, strict=True)])
+            for each, there, value in zip(own, known, corrected, strict=True):
+                each |= {key: value} if there else {}
     return [
-        each | {"verdict": verdict(each, studies.get(claim["study"]), _theirs(claim.get("paper")))}
+        each | {"verdict": verdict(each, _theirs(claim.get("paper")))}
         for claim, each in zip(claims, found, strict=True)
     ]
 
 
 def difference(claim: Claim, study: Study) -> dict[str, Any]:
-    """How much better the better arm is, from the study's comparison of the two. Empty while it has none of them."""
+    """How much better the better arm is, from the study's comparison of the two; or why there is none."""
     better, worse = claim["better"], claim["worse"]
-    runs = [*study["cells"], *study.get("shared_stages", ())]
-    seeds = {arm: {run["seed"] for run in runs if run["arm"] == arm} for arm in (better, worse)}
-    tokens = [run["tokens"] for run in runs if run["arm"] in (better, worse) and "tokens" in run]
-    for compared in filter(None, [study["comparison"], *study.get("pairs", ())]):
-        rows = [row for row in compared["rows"] if {row["candidate"], compared["baseline"]} == {better, worse}]
-        if "task" in claim:
-            rows = [row for row in rows if row["task"] == claim["task"]]
-        elif len(rows) > 1:
-            rows = [row for row in rows if row["kind"] == "tasks"]
-        if not rows:
-            continue
-        [row] = rows
-        sign = 1 if row["candidate"] == better else -1
-        told = {"difference": sign * row["difference"], "seeds": len(seeds[better] & seeds[worse])}
-        told |= {
-            "tokens": fmean(tokens) if tokens else None,
-            "smallest": row["smallest"],
-            "bound": compared["equivalent"],
-            "without": row["without"],
-            "edge": _at_the_edge(study, (better, worse)),
-        }
-        if row["low"] is not None:
-            told |= dict(zip(("low", "high"), sorted((sign * row["low"], sign * row["high"])), strict=True))
-        if "seeds" in row["over"]:
-            told |= {"p": row["p"], "p_within": row["p_within"]}
-        return told
-    return {}
+    runs = {(run["arm"], run["seed"]): run for run in (*study["cells"], *study.get("shared_stages", ()))}
+    planned = {cell["seed"] for cell in study["cells"]} | {int(cell.rpartition("/")[2]) for cell in study["missing"]}
+    both = [seed for seed in planned if (better, seed) in runs and (worse, seed) in runs]
+    if not both:
+        return {"why": f"{NOT_RUN} yet: no seed of both arms"}
+    pairs = [pair for pair in (study["comparison"], *study.get("pairs", ())) if pair]
+    rows = [
+        (row, pair) for pair in pairs for row in pair["rows"] if {row["candidate"], pair["baseline"]} == {better, worse}
+    ]
+    if not rows:
+        return {"why": "not compared: the study has no such pair"}
+    if "task" in claim:
+        rows = [(row, pair) for row, pair in rows if row["task"] == claim["task"]]
+    elif len(rows) > 1:
+        rows = [(row, pair) for row, pair in rows if row["kind"] == "tasks"]
+    if not rows:
+        return {"why": f"not compared: {claim.get('task', MEAN)} was left out"}
+    [(row, pair)] = rows
+    sign = 1 if row["candidate"] == better else -1
+    of_seeds = "seeds" in row["over"]  # else its interval is of the items alone, and decides nothing
+    found = {
+        "difference": sign * row["difference"],
+        "seeds": len(both),
+        "planned": len(planned),
+        "tokens": [fmean(_tokens(runs, arm, seed) for seed in both) for arm in (better, worse)],
+        "smallest": row["smallest"] if of_seeds else None,
+        "bound": pair["equivalent"],
+        "without": row["without"],
+        "edge": _at_the_edge(study, (better, worse)),
+    }
+    if of_seeds:
+        low, high = sorted((sign * row["low"], sign * row["high"]))
+        found |= {"low": low, "high": high, "p": row["p"], "p_within": row["p_within"]}
+    return found
 
 
-def verdict(found: Mapping[str, Any], study: Study | None, theirs: float | None) -> str:
+def _tokens(runs: Mapping[tuple[str, int], Mapping[str, Any]], arm: str, seed: int) -> int:
+    """The tokens that a cell was trained on, those of the shared stages that it began from among them."""
+    return sum(int(runs[own, seed]["tokens"]) for own in {arm, SHARED} if (own, seed) in runs)
+
+
+def verdict(found: Mapping[str, Any], theirs: float | None) -> str:
     """The verdict on a claim. `theirs` is the paper's difference, where it has one."""
-    if not found:
-        return NOT_RUN + (" yet: no seed of both arms" if study else "")
+    if "difference" not in found:
+        return str(found.get("why", NOT_RUN))
     if found.get("p_holm") is None:
         return f"{UNRESOLVED}: one run each"
     equal, bound = found.get("p_equivalent", 1) < LEVEL, found["bound"]
@@ -157,8 +171,13 @@ def _cells(claim: Claim, found: Mapping[str, Any]) -> list[str]:
         number("difference", "+.2f"),
         interval,
     ]
-    cells += [number("p_holm", ".3f"), number("smallest", ".2f"), number("seeds", "d"), number("tokens", ",.0f")]
-    return [*cells, _paper(claim.get("paper"))]
+    seeds, tokens = number("seeds", "d"), found.get("tokens", ())
+    if found.get("planned") != found.get("seeds"):
+        seeds += f" of {found['planned']}"
+    if tokens and max(tokens) <= 1.03 * min(tokens):
+        tokens = [fmean(tokens)]
+    cells += [number("p_holm", ".3f"), number("smallest", ".2f"), seeds]
+    return [*cells, " and ".join(f"{count:,.0f}" for count in tokens) or "-", _paper(claim.get("paper"))]
 
 
 def _paper(said: Mapping[str, Any] | None) -> str:

@@ -41,7 +41,8 @@ def study(seeds: int, arms: dict[str, tuple[float, float]] = TRUTH) -> dict[str,
     further = {"worse": found["worse"], "better": found["better"]}
     comparison, pair = compared([("base", found), ("worse", further)], 0.5)
     cells = [{"arm": arm, "seed": seed, "tokens": 600_000 + 10 * seed} for arm, seed in change]
-    return {"study": "s", "cells": cells, "trials": [], "comparison": comparison, "pairs": [pair], "change": change}
+    said = {"study": "s", "cells": cells, "trials": [], "missing": [], "comparison": comparison, "pairs": [pair]}
+    return said | {"change": change}
 
 
 def claim(better: str, worse: str, task: str | None = "docs", name: str = "s") -> dict[str, Any]:
@@ -75,7 +76,7 @@ def test_each_verdict_is_that_of_the_truth() -> None:
         "holds here",
         "does not hold here: the other way round",
         "not run yet: no seed of both arms",
-        "not run yet: no seed of both arms",  # they have run, and nobody asked for that pair
+        "not compared: the study has no such pair",
         "not run",
     ]
 
@@ -96,10 +97,13 @@ def test_equal_arms_refute_only_a_claim_of_the_bound_or_more(theirs: dict[str, A
 
 
 def test_numbers_are_those_of_the_paired_t_test_corrected_by_holm() -> None:
-    """By scipy and by hand: a difference, its interval and p-values, whichever of the two arms is the baseline."""
+    """By scipy and by hand: a difference, its interval and p-values, whichever of the two arms is the baseline.
+
+    A claim that has not run counts in the correction, so that a verdict does not change with the rows still to come.
+    """
     said = study(6)
     names = [("base", "worse"), ("alike", "base"), ("better", "worse")]
-    found = verdicts.decided([claim(*arms) for arms in names], {"s": said})
+    found = verdicts.decided([*(claim(*arms) for arms in names), claim("base", "gone")], {"s": said})[:3]
     p: list[float] = []
     within: list[float] = []
     for each, (better, worse) in zip(found, names, strict=True):
@@ -114,10 +118,10 @@ def test_numbers_are_those_of_the_paired_t_test_corrected_by_holm() -> None:
             stats.ttest_1samp(change, bound, alternative=side) for bound, side in ((-0.5, "greater"), (0.5, "less"))
         ]
         within.append(max(test.pvalue for test in tests))
-        assert each["seeds"] == 6 and each["tokens"] == 600_025
+        assert each["seeds"] == 6 and each["tokens"] == [600_025, 600_025]
     for key, values in (("p_holm", p), ("p_equivalent", within)):
         order = np.argsort(values)
-        by_hand = np.maximum.accumulate([min(1.0, (3 - rank) * values[place]) for rank, place in enumerate(order)])
+        by_hand = np.maximum.accumulate([min(1.0, (4 - rank) * values[place]) for rank, place in enumerate(order)])
         assert [found[place][key] for place in order] == pytest.approx(by_hand.tolist(), rel=1e-6)
 
 
@@ -128,6 +132,36 @@ def test_one_seed_decides_nothing() -> None:
         row |= {"low": row["difference"] - 0.1, "high": row["difference"] + 0.1, "over": "items", "p": 1e-9}
     [found] = verdicts.decided([claim("base", "worse")], {"s": said})
     assert found["verdict"] == "cannot be resolved at this size: one run each" and found["seeds"] == 1
+    assert found["smallest"] is None and "low" not in found  # both would be of the items alone
+    assert "p_holm" not in found
+
+
+def test_a_task_that_was_left_out_is_not_said_to_be_not_run() -> None:
+    said = study(6)
+    said["comparison"]["rows"] = [row for row in said["comparison"]["rows"] if row["task"] == "topics"]
+    [found] = verdicts.decided([claim("better", "base")], {"s": said})
+    assert found["verdict"] == "not compared: docs was left out"
+
+
+def test_seeds_that_are_missing_are_marked(tmp_path: Path) -> None:
+    said = study(6) | {"missing": ["better/7", "gone/6", "gone/7"]}
+    said["shared_stages"] = [{"arm": "shared-stages", "seed": 100, "tokens": 9}]  # of the trials
+    [found] = verdicts.decided([claim("better", "base")], {"s": said})
+    assert (found["seeds"], found["planned"]) == (6, 8)
+    assert " | 6 of 8 | " in " | ".join(verdicts._cells(claim("better", "base"), found))
+
+
+def test_tokens_are_those_of_each_arm_on_shared_seeds_with_the_shared_stage() -> None:
+    said = study(6)
+    said["cells"] += [{"arm": "base", "seed": 99, "tokens": 10**9}]
+    [found] = verdicts.decided([claim("better", "base")], {"s": said})
+    assert found["tokens"] == [600_025, 600_025]
+    for run in said["cells"]:
+        run["tokens"] += 30_000 * (run["arm"] == "better")
+    said["shared_stages"] = [{"arm": "shared-stages", "seed": seed, "tokens": 200_000} for seed in range(6)]
+    [found] = verdicts.decided([claim("better", "base")], {"s": said})
+    assert found["tokens"] == [830_025, 800_025]
+    assert verdicts._cells(claim("better", "base"), found)[-2] == "830,025 and 800,025"
 
 
 def test_an_arm_whose_best_rate_is_at_the_edge_of_the_grid_is_named(tmp_path: Path) -> None:

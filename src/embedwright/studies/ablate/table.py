@@ -100,7 +100,9 @@ def _table(study: Mapping[str, Any]) -> list[str]:
     head = [*HEAD, *(["paper", "its difference"] if study["paper"] else [])]
     lines = [head]
     for arm, some in scores.items():
-        cells = [arm, str(len(some)), f"{fmean(some):.2f}", *_difference(rows.get(arm, {}))]
+        row = rows.get(arm, {})
+        seeds = len(_shared(study, arm, study["baseline"])) if row else len(some)
+        cells = [arm, str(seeds), f"{row.get('score', fmean(some)):.2f}", *_difference(row)]
         if study["paper"]:
             theirs, base = (paper["scores"].get(name) for name in (arm, study["baseline"]))
             known = theirs is not None and base is not None and arm != study["baseline"]
@@ -114,11 +116,14 @@ def _table(study: Mapping[str, Any]) -> list[str]:
         shown += ["each task:", *_tasks([row for row in compared["rows"] if row["task"] != MEAN])]
     for pair in study.get("pairs", ()):
         row = _main(pair["rows"])[-1]
-        told = columns([["", *HEAD[2:]], [row["candidate"], f"{row['score']:.2f}", *_difference(row)]])
+        seeds = len(_shared(study, row["candidate"], pair["baseline"]))
+        told = columns([["", *HEAD[1:]], [row["candidate"], str(seeds), f"{row['score']:.2f}", *_difference(row)]])
         shown += [f"against {pair['baseline']}:", *told]
     sides = (study["comparison"], *study.get("pairs", ()))
     shown += dict.fromkeys(f"left out: {reason}" for side in sides if side for reason in side["left_out"])
     every = [row for side in sides if side for row in side["rows"]]
+    if corrected := sum(row["p"] is not None for row in every):
+        shown.append(f"p is corrected for the {corrected} comparisons of this study (Holm)")
     bare = dict.fromkeys(f"{task} of {row['candidate']}" for row in every for task in row["without"])
     if bare:
         shown.append(f"intervals without items, which are not kept: {', '.join(bare)}")
@@ -129,6 +134,12 @@ def _table(study: Mapping[str, Any]) -> list[str]:
     return shown
 
 
+def _shared(study: Mapping[str, Any], *arms: str) -> set[int]:
+    """Returns the seeds that all these arms have."""
+    runs = _runs(study)
+    return set.intersection(*({run["seed"] for run in runs if run["arm"] == arm} for arm in arms))
+
+
 def _main(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Returns the rows of the mean over tasks, or of the only task."""
     return [row for row in rows if row["kind"] == "tasks"] or list(rows)
@@ -136,11 +147,7 @@ def _main(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 def _could_see(study: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Says what a study of so many seeds could have found, and what its intervals do not cover."""
-    seeds: dict[str, set[int]] = {}
-    for cell in _runs(study):
-        seeds.setdefault(cell["arm"], set()).add(cell["seed"])
-    ours = seeds.get(study["baseline"], set())
-    common = {row["candidate"]: len(ours & seeds.get(row["candidate"], set())) for row in rows}
+    common = {row["candidate"]: len(_shared(study, row["candidate"], study["baseline"])) for row in rows}
     lines = []
     for count in sorted({*common.values()}):
         arms = [row for row in rows if common[row["candidate"]] == count]

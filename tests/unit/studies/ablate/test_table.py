@@ -33,7 +33,7 @@ def test_arms_stand_beside_the_paper_with_interval_and_smallest_visible_differen
     [row] = study["comparison"]["rows"]
     assert row["difference"] == pytest.approx(9.5) and row["low"] < 9.5 < row["high"] and row["smallest"] > 0
     assert study["comparison"]["equivalent"] == 0.5 and row["p_equivalent"] > 0.05
-    title, head, plain, warm, seen, paper = render(study).splitlines()
+    title, head, plain, warm, _, seen, paper = render(study).splitlines()
     found = f"a true difference of {row['smallest']:.2f} points, tested alone, is found in four cases of five"
     assert seen == f"2 pairs of seeds: {found}"
     assert title == "tiny: dev, in points, differences from plain" and paper == "paper: MTEB (Table 2)"
@@ -181,7 +181,15 @@ def test_a_further_pair_has_a_line_of_its_own(study: dict[str, Any]) -> None:
     [pair] = compared([("warm", scores)], None)
     lines = render(study | {"pairs": [pair]}).splitlines()
     at = lines.index("against warm:")
-    assert lines[at + 2].split()[:3] == ["plain", "52.00", "-9.50"]
+    assert lines[at + 2].split()[:4] == ["plain", "2", "52.00", "-9.50"]
+    assert "p is corrected for the 2 comparisons of this study (Holm)" in lines
+
+
+def test_a_score_beside_a_difference_is_over_the_seeds_of_the_difference(study: dict[str, Any]) -> None:
+    """Another seed of one arm is no part of its line; an arm that shares no seed has its own."""
+    more = [{"arm": "warm", "seed": 3, "mean": 0.99}, {"arm": "alone", "seed": 9, "mean": 0.3}]
+    lines = [line.split()[:4] for line in render(study | {"cells": [*study["cells"], *more]}).splitlines()]
+    assert ["warm", "2", "61.50", "+9.50"] in lines and ["alone", "1", "30.00", "-"] in lines
 
 
 def test_tasks_that_were_not_compared_are_named(study: dict[str, Any]) -> None:
