@@ -22,7 +22,7 @@ from embedwright.evaluation.suite import Suite, evaluate, load_suite
 from embedwright.files import write_json
 from embedwright.model.embedder import Embedder
 from embedwright.packing import pack
-from embedwright.text import Contract, TokenizedText, read
+from embedwright.text import Contract, TokenizedText, tokenize_checked
 
 BATCH = 32  # texts that are padded to one length, in the order given
 Tokens = Callable[[TokenizedText, Contract], TokenizedText]
@@ -73,7 +73,7 @@ class Mistaken:
         with torch.inference_mode(), _mask(model, mistake.other_mask):
             for start in range(0, len(texts), BATCH):
                 some = list(texts[start : start + BATCH])
-                tokens = read(model.text_tokenizer, model.contract, some, prefix, model.max_tokens)
+                tokens = tokenize_checked(model.text_tokenizer, model.contract, some, prefix, model.max_tokens)
                 tokens = [mistake.tokens(text, model.contract) for text in tokens]
                 if mistake.pad is not None:
                     longest = max(len(text.ids) for text in tokens)

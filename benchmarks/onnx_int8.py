@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from embedwright.model.embedder import Embedder
 from embedwright.model.formats.folder import read_object
-from embedwright.text import Contract, TextTokenizer, load_tokenizer, read
+from embedwright.text import Contract, TextTokenizer, load_tokenizer, tokenize_checked
 
 GRAPH, SETTINGS = "onnx/model.onnx", "embedwright.json"  # in the folder of an export
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
@@ -45,7 +45,7 @@ class Model:
         """Encodes in batches of at most so many tokens, padding included."""
         from embedwright.export.onnx import vectors_of
 
-        rows = read(self.tokenizer, self.contract, texts, prefix or "", None)
+        rows = tokenize_checked(self.tokenizer, self.contract, texts, prefix or "", None)
         found: dict[int, NDArray[np.float32]] = {}
         for batch in padded_batches([len(row.ids) for row in rows], batch_tokens):
             found |= zip(batch, vectors_of(self.session, [rows[i] for i in batch]), strict=True)
