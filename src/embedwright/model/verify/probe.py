@@ -81,7 +81,8 @@ def check(network: EmbedwrightModel) -> Probe:
     seen, causal = probe(network), network.backbone.config.is_causal
     if not causal and not seen.later_token > seen.tolerance:
         raise ProbeError(
-            f"attention is causal: a changed last token leaves earlier states as they were ({seen.later_token:.1e})"
+            "attention is causal, or training has collapsed (try a lower rate): a changed last token moves earlier "
+            f"states by only {seen.later_token:.1e}"
         )
     if causal and seen.later_token > seen.tolerance:
         raise ProbeError(f"attention is not causal: a later token changes earlier states ({seen.later_token:.1e})")

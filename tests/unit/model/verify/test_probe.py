@@ -54,6 +54,18 @@ def test_half_precision_passes(tiny_embedder: Callable[..., Embedder]) -> None:
     assert check(tiny_embedder("mean", dtype="bfloat16").network).tolerance == 0.1
 
 
+def test_weights_that_a_high_rate_has_ruined_are_not_called_causal_alone(
+    tiny_embedder: Callable[..., Embedder],
+) -> None:
+    network = tiny_embedder("mean").network
+    for layer in network.backbone.layers:
+        layer.self_attn.o_proj.weight.data.mul_(1e-5)  # states say next to nothing of other tokens
+    seen = probe(network)
+    assert 0 < seen.later_token < seen.tolerance and not seen.wrong_masks
+    with pytest.raises(ProbeError, match=r"or training has collapsed \(try a lower rate\)"):
+        check(network)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_of_a_deep_model_raises_no_alarm(smollm2_folder: Path, dtype: str) -> None:
