@@ -106,7 +106,7 @@ class ModelPart(Part):
         values = dump(self)
         own = {} if self.default_task is None else {"default_task": values["default_task"]}
         if self.from_ is None:
-            unset = {key for key in ("mask_rule", "default_task") if values[key] is None}
+            unset = {key for key in ("mask_rule", "default_task") if values.get(key) is None}
             return {key: value for key, value in values.items() if key != "from" and key not in unset}
         return {"from": self.from_} | ({} if self.shortened is None else {"max_tokens": self.max_tokens}) | own
 
