@@ -44,7 +44,7 @@ def main(folder: Path, started: float) -> None:
     try:
         result = measured(spec, recipe, started) if spec["kind"] == "budget" else trained(folder, spec, recipe)
     except Exception as error:
-        if spec.get("trial") and _is_of_the_rate(error):
+        if spec.get("trial") and _fails_by_learning_rate(error):
             write_json(folder / "result.json", spec | {"failed": f"{type(error).__name__}: {error}", "seconds": {}})
         raise
     with joined() as processes:
@@ -52,15 +52,17 @@ def main(folder: Path, started: float) -> None:
             write_json(folder / "result.json", spec | result)
 
 
-def _is_of_the_rate(error: Exception) -> bool:
-    """Returns whether a trial that is run again would fail again. Memory, disk and network are not of the rate.
+def _fails_by_learning_rate(error: Exception) -> bool:
+    """Returns whether a trial failed because of its learning rate, so that it would fail again.
 
-    What happened in another process is not known here: that one says it.
+    An error of memory, disk, network or another process does not count.
     """
     from embedwright.processes import OtherProcessError
 
-    of_torch = type(error).__module__.partition(".")[0] == "torch"  # its memory, its devices, other processes
-    return not (of_torch or isinstance(error, (OSError, MemoryError, ImportError, OtherProcessError)))
+    package = type(error).__module__.partition(".")[0]  # torch: memory, devices, processes; safetensors: the disk
+    if package in ("torch", "safetensors") or "allocate memory" in str(error):  # on a CPU, torch raises RuntimeError
+        return False
+    return not isinstance(error, (OSError, MemoryError, ImportError, OtherProcessError))
 
 
 def trained(folder: Path, spec: Spec, recipe: Recipe) -> Spec:

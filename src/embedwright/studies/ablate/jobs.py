@@ -20,7 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from embedwright.errors import InputError
 from embedwright.files import write_json, write_text
+from embedwright.studies.ablate.file import Study
 from embedwright.threads import unbound
 from embedwright.training.recipe import Recipe
 from embedwright.training.run.folder import recipe_text
@@ -53,8 +57,10 @@ class Job:
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """What `result.json` says, or None if there is none yet."""
-        return _read(self.folder / "result.json")
+        """What `result.json` says, or None if there is none yet, or not with the `scores.json` that it tells of."""
+        found = _read(self.folder / "result.json")
+        whole = found is None or "scores" not in found or (self.folder / "scores.json").is_file()
+        return found if whole else None
 
     def finish(self, facts: dict[str, Any]) -> None:
         """Writes the result of a job that needs no process."""
@@ -68,6 +74,20 @@ def _read(file: Path) -> dict[str, Any] | None:
         return None
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return found
+
+
+def processes_of(study: Study, anyway: bool) -> int:
+    """Returns how many processes train a cell. Raises InputError if this machine is not the one of `run_on`."""
+    asked = study.said.run_on
+    gpus = re.match(r"(\d+) GPUs?\b", asked or "")
+    if gpus and torch.cuda.device_count() >= int(gpus[1]):
+        return int(gpus[1])
+    if asked and not anyway:
+        raise InputError(
+            f"{study.file}: not run: needs {asked}, but this machine has {torch.cuda.device_count()} GPUs; "
+            "--anyway runs it here"
+        )
+    return 1
 
 
 def run_jobs(jobs: Sequence[Job], side_by_side: int, say: Say) -> dict[Job, str]:

@@ -14,15 +14,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
+import logging
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-
-import torch
 
 from embedwright.config import did_you_mean
 from embedwright.errors import InputError, as_input_error, error_prefix
@@ -33,7 +31,7 @@ from embedwright.studies.ablate.budget import Cost, TokenCounter, as_written, fa
 from embedwright.studies.ablate.cell import score
 from embedwright.studies.ablate.content import of_stages, of_suite
 from embedwright.studies.ablate.file import SHARED, SMOKE, Budget, Rates, Study
-from embedwright.studies.ablate.jobs import Job, Say, run_jobs
+from embedwright.studies.ablate.jobs import Job, Say, processes_of, run_jobs
 from embedwright.studies.ablate.table import compared
 from embedwright.training.batches.blend import Source
 from embedwright.training.recipe import Recipe
@@ -41,6 +39,8 @@ from embedwright.training.run.checks import open_checked
 from embedwright.training.run.save import saved_model
 from embedwright.training.run.start import origin_fingerprint
 from embedwright.training.stages import Stage
+
+logger = logging.getLogger(__name__)
 
 Cell = tuple[str, int]  # arm and seed
 _MEASURED = ("unit", "fixed", "steps", "seconds")
@@ -79,10 +79,10 @@ def ablate(
         Interrupted: SIGTERM or SIGINT stopped the cells, each after a checkpoint.
     """
     study = Study(file)
-    processes = 1 if smoke or look else _processes(study, anyway)
+    processes = 1 if smoke or look else processes_of(study, anyway)
     check_folder(out)
     folder = out.expanduser() / (SMOKE if smoke else "") / study.said.name
-    work = _Work(study, folder, smoke, processes)
+    work = _Work(study, folder, smoke, look, processes)
     cells = work.cells(only)
     work.check()
     if smoke and not look:
@@ -95,23 +95,39 @@ def ablate(
     try:
         if study.said.budget and not smoke:
             run(work.measurement(arm) for arm in dict.fromkeys([study.said.baseline, *arms]))
-            write_json(folder / "budget.json", work.take_budget(study.said.budget))
+            taken = work.take_budget(study.said.budget)
+            if not look:
+                write_json(folder / "budget.json", taken)
         if study.said.shared_stages:
             run(work.shared(seed) for seed in [*seeds, *work.tuning_seeds])
         run(trial for arm in arms for trial in work.trials(arm))
         # seed by seed, the baseline first: wherever it stops, most cells have the one that they are compared with
         run(work.cell(*cell) for cell in sorted(cells, key=lambda cell: (cell[1], cell[0] != study.said.baseline)))
-    finally:  # of an interrupted study, too
-        write_json(folder / "study.json", found := work.found())
+    finally:  # also when the study is interrupted
+        found = work.found()
+        _write(folder / "study.json", found, look)
     return found
+
+
+def _write(file: Path, found: Mapping[str, Any], look: bool) -> None:
+    """Writes `study.json`. Where the one there has more cells, a look raises InputError and a run warns."""
+    had = json.loads(file.read_text(encoding="utf-8"))["cells"] if file.is_file() else []
+    if len(found["cells"]) < len(had):
+        fit = {cell["folder"] for cell in found["cells"]}
+        lost = ", ".join(cell["folder"] for cell in had if cell["folder"] not in fit)
+        why = f"of which this ablation knows {len(fit)}: recipe, data, model or suite of the others differ ({lost})"
+        if look:
+            raise InputError(f"{file} has {len(had)} cells, {why}; move the file away to write a smaller one")
+        logger.warning("%s had %d cells, %s", file, len(had), why)
+    write_json(file, found)
 
 
 class _Work:
     """The jobs of a study. Each can be made once what it needs is there: until then it is None."""
 
-    def __init__(self, study: Study, folder: Path, smoke: bool, processes: int) -> None:
+    def __init__(self, study: Study, folder: Path, smoke: bool, look: bool, processes: int) -> None:
         self.study, self.said, self.folder = study, study.said, folder
-        self.smoke, self.processes = smoke, processes
+        self.smoke, self.look, self.processes = smoke, look, processes
         self.failed: dict[Job, str] = {}
         self.data: dict[str, list[str]] = {}  # of each arm: the fingerprints of its stages' data
         self.opened: dict[str, list[list[Source]]] = {}  # by what asks for them: opening warns of each once
@@ -189,11 +205,11 @@ class _Work:
     # ---- budget
 
     def measurement(self, arm: str) -> Job:
-        """Returns the job that measures what an arm takes. Tokens are counted at once, and then it is done."""
+        """Returns the job that measures what an arm takes. Tokens are counted at once, but for a look."""
         unit = "tokens" if self.said.budget and self.said.budget.tokens else "seconds"
         recipe = self._recipe(arm, self.seeds[0])
         job = self._job("budget", arm, f"{arm}/budget", recipe, unit=unit)
-        if unit == "tokens" and job.result is None:
+        if unit == "tokens" and job.result is None and not self.look:
             counter = TokenCounter(recipe)
             with TemporaryDirectory() as temp:
                 score(counter, job.spec, Path(temp))
@@ -327,17 +343,3 @@ def _rest(recipe: Recipe, shared: int, factor: float, rate: float, saved: Path |
     if shared:
         content["model"] = {"from": str(saved)}
     return Recipe.parse(content)
-
-
-def _processes(study: Study, anyway: bool) -> int:
-    """Returns how many processes train a cell. Raises InputError if this machine is not the one of `run_on`."""
-    asked = study.said.run_on
-    gpus = re.match(r"(\d+) GPUs?\b", asked or "")
-    if gpus and torch.cuda.device_count() >= int(gpus[1]):
-        return int(gpus[1])
-    if asked and not anyway:
-        raise InputError(
-            f"{study.file}: not run: needs {asked}, and this machine has {torch.cuda.device_count()} GPUs; "
-            "--anyway runs it here"
-        )
-    return 1

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors import SafetensorError
 
 from embedwright.errors import InputError
 from embedwright.evaluation.suite import evaluate
@@ -104,6 +105,8 @@ def test_a_rate_that_really_diverges_loses(ablation: Make, started: list[Path], 
         OSError("no space left"),
         torch.OutOfMemoryError("full"),
         OtherProcessError("process 1: no space left"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: 36 PB. Error 12"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
     ],
 )
 def test_a_rate_that_fails_loses_once_and_its_arm_goes_on(
@@ -249,7 +252,7 @@ def test_a_cell_in_processes_of_its_own_is_the_run_of_this_process(
     ablation: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
 ) -> None:
     """Nothing stands for the processes here."""
-    monkeypatch.setattr("embedwright.studies.ablate.study._processes", lambda study, anyway: processes)
+    monkeypatch.setattr("embedwright.studies.ablate.study.processes_of", lambda study, anyway: processes)
     study = ablate(ablation(), tmp_path / "out", only=["warm/1"])
     assert study["failed"] == {}
     [cell] = study["cells"]

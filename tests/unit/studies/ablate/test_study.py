@@ -163,7 +163,7 @@ def test_a_cell_that_fails_is_named_and_ends_no_other(
         ({"suite": "no-suite"}, r"tiny\.yaml: suite: .*no-suite"),
         ({"arms": {"plain": {}, "b": {"stages.first.data.0.path": "gone.jsonl"}}}, r"arms\.b: .*gone\.jsonl"),
         ({"arms": {"plain": {}, "b": {"model.base": "/gone"}}}, r"arms\.b: .*/gone"),
-        ({"run_on": "8 GPUs"}, r"not run: needs 8 GPUs, and this machine has \d GPUs; --anyway"),
+        ({"run_on": "8 GPUs"}, r"not run: needs 8 GPUs, but this machine has \d GPUs; --anyway"),
     ],
 )
 def test_all_is_checked_before_the_first_cell(
@@ -245,6 +245,38 @@ def test_a_look_runs_nothing_and_writes_what_is_there(ablation: Make, untrained:
     assert study["missing"] == ["plain/2", "warm/2"] and study["comparison"]["rows"][0]["over"] == "items"
 
 
+def test_a_smaller_study_is_not_written_over_a_larger_one_unsaid(
+    ablation: Make, untrained: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A changed file finds none of the older cells. A look ends there; a run writes what it has, and names them."""
+    out, only = tmp_path / "out", ["warm/1"]
+    ablate(ablation(), out)
+    file, saved = out / "tiny" / "study.json", (out / "tiny" / "study.json").read_bytes()
+    changed = ablation(arms={"plain": {}, "warm": {"stages.second.temperature": 0.2}})
+    with pytest.raises(InputError, match=r"study\.json has 4 cells.*knows 2.*warm/seed-1, warm/seed-2"):
+        ablate(changed, out, look=True)
+    assert file.read_bytes() == saved and "cells" not in caplog.text
+    assert len(ablate(changed, out, only=only)["cells"]) == 3
+    assert "study.json had 4 cells" in caplog.text and "warm/seed-1, warm/seed-2" in caplog.text
+
+
+def test_a_look_counts_no_tokens_and_makes_no_folder(ablation: Make, untrained: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    study = ablate(ablation(budget={"tokens": 9000}), out, look=True)
+    assert study["cells"] == [] and {path.name for path in out.rglob("*")} == {"tiny", "study.json"}
+
+
+def test_a_cell_whose_scores_are_gone_is_missing_and_runs_again(
+    ablation: Make, untrained: list[Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    ablate(ablation(), out)
+    (out / "tiny" / "warm" / "seed-1" / "scores.json").unlink()
+    (out / "tiny" / "study.json").unlink()
+    assert ablate(ablation(), out, look=True)["missing"] == ["warm/1"]
+    assert ablate(ablation(), out)["missing"] == [] and names(untrained[4:], out) == ["warm/seed-1"]
+
+
 KEPT = ("study.json", "budget.json", "result.json", "scores.json", "scores.items.npz")
 
 
@@ -266,6 +298,7 @@ def test_a_study_goes_on_elsewhere_from_its_results_alone(
     there = ablate(file, out, look=True)
     assert ablate(file, other, look=True) == there and len(untrained) == before
     changed = {"plain": {}, "warm": {"stages.second.temperature": 0.2}}
+    (other / "tiny" / "study.json").unlink()  # a look would not make it smaller
     cut = ablate(ablation(arms=changed, **keys), other, look=True)
     assert [cell["arm"] for cell in cut["cells"]] == ["plain"]  # the results of another warm arm are none of this one
     file = ablation(**keys)
