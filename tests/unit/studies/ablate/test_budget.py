@@ -115,7 +115,7 @@ def test_tokens_are_not_read_as_seconds(ablation: Make, tmp_path: Path) -> None:
     """Where a study's budget changes its unit, what was measured in the other one is no measurement of it."""
     jobs = {}
     for unit, budget in (("tokens", 6000), ("seconds", 4.0)):
-        work = _Work(Study(ablation(budget={unit: budget})), tmp_path / "out", smoke=False, processes=1)
+        work = _Work(Study(ablation(budget={unit: budget})), tmp_path / "out", smoke=False, look=False, processes=1)
         work.check()
         jobs[unit] = work.measurement("plain")
     assert jobs["tokens"].result and jobs["seconds"].result is None
@@ -132,7 +132,7 @@ def test_rows_that_are_left_out_are_warned_of_once_for_all_arms(
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
     with (tmp_path / "pairs.jsonl").open("a") as rows:
         rows.write(json.dumps({"query": "a new one", "positives": ["tide"]}) + "\n")
-    work = _Work(Study(file), tmp_path / "out", smoke=False, processes=1)
+    work = _Work(Study(file), tmp_path / "out", smoke=False, look=False, processes=1)
     work.check()
     assert all(work.measurement(arm).result for arm in ("plain", "b"))
     assert sum("have no negatives" in record.message for record in caplog.records) == 1
