@@ -241,7 +241,7 @@ def scored(folder: Path) -> dict[str, Any]:
         encoded.extend(texts)
         return encode(self, texts, **options)
 
-    model: Any = Embedder.load(folder / "model") if start().first else None
+    model: Any = Embedder.load(folder / "model") if start().is_rank_0 else None
     Embedder.encode = counted  # type: ignore[method-assign]
     vectors = ablate_cell.by_all(model, folder, lambda model: model.encode(TEXTS).tolist())
     return {"vectors": vectors, "encoded": encoded}
