@@ -262,6 +262,9 @@ MODELS = {  # how those came to be whose name does not say it
     "minilm": "All-MiniLM-L6-v2, which cuts texts after 256 tokens.",
     "bm25": "BM25 ranks whole texts by their words, and has no score for the other tasks.",
 }
+IN_DOMAIN = {  # by suite: its tasks that the cells of our studies train for (recipes/ablations/base/cell.yaml)
+    "dev-mini": " In-domain: newsgroups20, clinc150, sts14: cells train on other rows of these, or of STS12 and 13.",
+}
 NEEDED = ("model", "command", "date", "machine", "versions")  # of a number that may be shown
 
 
@@ -326,6 +329,7 @@ def study(file: Path) -> list[str]:
     how += f"{' to '.join(dict.fromkeys([days[0], days[-1]]))}, each cell on {'; '.join(where)}."
     if len(states := {cell.about.get("code") for cell in cells}) > 1:
         how += f" They ran on {len(states)} states of the code."
+    how += IN_DOMAIN.get(said["scored_on"], "")
     return [f"## Study `{said['study']}`\n", "```", ablate_table.render(said), "```\n", how, ""]
 
 
