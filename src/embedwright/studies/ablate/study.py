@@ -110,12 +110,13 @@ def ablate(
 
 
 def _write(file: Path, found: Mapping[str, Any], look: bool) -> None:
-    """Writes `study.json`. Where the one there has more cells, a look raises InputError and a run warns."""
-    had = json.loads(file.read_text(encoding="utf-8"))["cells"] if file.is_file() else []
-    if len(found["cells"]) < len(had):
-        fit = {cell["folder"] for cell in found["cells"]}
+    """Writes `study.json`. Where the one there has more cells and trials, a look raises InputError and a run warns."""
+    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"cells": [], "trials": []}
+    had, known = ([*said["cells"], *said["trials"]] for said in (before, found))
+    if len(known) < len(had):
+        fit = {cell["folder"] for cell in known}
         lost = ", ".join(cell["folder"] for cell in had if cell["folder"] not in fit)
-        why = f"of which this ablation knows {len(fit)}: recipe, data, model or suite of the others differ ({lost})"
+        why = f"of which this ablation knows {len(fit)}: recipe, data, model, suite or measured budget differ ({lost})"
         if look:
             raise InputError(f"{file} has {len(had)} cells, {why}; move the file away to write a smaller one")
         logger.warning("%s had %d cells, %s", file, len(had), why)

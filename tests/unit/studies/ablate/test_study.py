@@ -266,6 +266,21 @@ def test_a_look_counts_no_tokens_and_makes_no_folder(ablation: Make, untrained: 
     assert study["cells"] == [] and {path.name for path in out.rglob("*")} == {"tiny", "study.json"}
 
 
+def test_a_look_without_the_counts_of_a_budget_loses_no_trial(
+    ablation: Make, untrained: list[Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    study = ablation(budget={"tokens": 9000}, rates={"factors": [1, 2], "seed": 9})
+    assert len(ablate(study, out, only=["plain/1"])["trials"]) == 2
+    for counts in out.glob("tiny/*/budget"):
+        shutil.rmtree(counts)
+    file = out / "tiny" / "study.json"
+    saved = file.read_bytes()
+    with pytest.raises(InputError, match=r"has 3 cells, of which this ablation knows 0: .* measured budget"):
+        ablate(study, out, look=True)
+    assert file.read_bytes() == saved
+
+
 def test_a_cell_whose_scores_are_gone_is_missing_and_runs_again(
     ablation: Make, untrained: list[Path], tmp_path: Path
 ) -> None:
