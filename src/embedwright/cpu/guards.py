@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as all_modules
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 Original = tuple[Any, str, Any]  # owner (a class or module), name, the function that was there
 
 
@@ -24,16 +25,21 @@ def is_inference(module: nn.Module, known: tuple[Original, ...], *tensors: Tenso
 
 
 def usable(*tensors: Tensor) -> bool:
-    """Returns whether a kernel may read these: plain CPU tensors, all float32 or all bfloat16, outside of autocast.
+    """Returns whether a kernel may read these: `on_cpu`, all float32 or all bfloat16, outside of autocast."""
+    return (
+        on_cpu(*tensors)
+        and all(x.dtype == tensors[0].dtype for x in tensors)
+        and tensors[0].dtype != torch.float16
+        and not torch.is_autocast_enabled("cpu")
+    )
 
-    The first must not be empty.
-    """
+
+def on_cpu(*tensors: Tensor) -> bool:
+    """Returns whether these are plain CPU tensors, each of `FLOATS`. The first must not be empty."""
     return (
         is_eager(*tensors)
-        and all(x.device.type == "cpu" and x.dtype == tensors[0].dtype for x in tensors)
-        and tensors[0].dtype in (torch.float32, torch.bfloat16)
+        and all(x.device.type == "cpu" and x.dtype in FLOATS for x in tensors)
         and tensors[0].numel() > 0
-        and not torch.is_autocast_enabled("cpu")
     )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from embedwright.cpu import onednn
-from embedwright.cpu.guards import has_hooks, is_eager, usable
+from embedwright.cpu.guards import has_hooks, is_eager, on_cpu
 from embedwright.cpu.linears import OneDnnLinear
 
 _STEPS = 2**16  # a probability of dropout is a multiple of 1/_STEPS
@@ -35,8 +35,9 @@ def make_lean(root: nn.Module) -> None:
 class LeanLinear(Linear):
     """peft's layer with one autograd function for the plain case: one active adapter on a frozen `nn.Linear`.
 
-    It computes in the type of input and base: float32, or the 16 bits of autocast, which casts the float32 adapters.
-    Every other case goes to peft's own forward.
+    Its output has the type of input and base: float32, or the 16 bits of autocast, which casts the float32 adapters.
+    It computes in that type, or in the one that `onednn.product_type` names. Every other case goes to peft's own
+    forward.
     """
 
     stock_class: ClassVar[Any] = Linear
@@ -48,11 +49,11 @@ class LeanLinear(Linear):
         [name] = self.active_adapters
         base, dropout, scale = self.base_layer, self.lora_dropout[name], float(self.scaling[name])
         steps = _drop_steps(dropout)
-        onednn_runs = type(base) is OneDnnLinear and x.dtype == torch.float32 and usable(x, base.weight)
-        product = onednn.linear if onednn_runs else F.linear
+        computes = onednn.product_type(x.dtype) if type(base) is OneDnnLinear and on_cpu(x) else None
+        product = F.linear if computes is None else onednn.linear
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
         function: Any = _LoraProduct  # torch leaves `apply` untyped
-        output = function.apply(x, base.weight, base.bias, a, b, scale, steps, product)
+        output = function.apply(x, base.weight, base.bias, a, b, scale, steps, product, computes or x.dtype)
         return output
 
     def _plain(self, x: Tensor) -> bool:
@@ -81,7 +82,8 @@ class LeanLinear(Linear):
 class _LoraProduct(torch.autograd.Function):
     """Computes x W^T + bias + scale * dropout(x) A^T B^T, with gradients of x, A and B.
 
-    x (..., I), W (O, I), bias (O,) or None, A (R, I), B (O, R). `product` is F.linear or an equivalent.
+    x (..., I), W (O, I), bias (O,) or None, A (R, I), B (O, R). A and B are rounded to the type of x. `product` is
+    F.linear or an equivalent, which gets all factors in the type `computes`. Output and gradient of x have x's type.
     """
 
     @staticmethod
@@ -95,38 +97,41 @@ class _LoraProduct(torch.autograd.Function):
         scale: float,
         steps: int,
         product: Any,
+        computes: torch.dtype,
     ) -> Tensor:
         # from the default generator: a replayed forward (GradCache, checkpointing) restores its state
         seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_()) if steps else 0
-        ctx.scale, ctx.steps, ctx.seed, ctx.product = scale * _STEPS / (_STEPS - steps), steps, seed, product
-        output: Tensor = product(x, weight, bias)
-        x_TI = x.reshape(-1, x.shape[-1])
-        narrow_TR = product(x_TI * _kept(x_TI, steps, seed) if steps else x_TI, a.to(x.dtype), None)
-        output.view(-1, output.shape[-1]).addmm_(narrow_TR, b.to(x.dtype).t(), alpha=ctx.scale)
+        ctx.scale, ctx.steps, ctx.seed = scale * _STEPS / (_STEPS - steps), steps, seed
+        ctx.product, ctx.computes = product, computes
+        factor = x.to(computes)
+        output: Tensor = product(factor, weight.to(computes), None if bias is None else bias.to(computes))
+        x_TI = factor.reshape(-1, x.shape[-1])
+        narrow_TR = product(x_TI * _kept(x_TI, steps, seed) if steps else x_TI, a.to(x.dtype).to(computes), None)
+        output.view(-1, output.shape[-1]).addmm_(narrow_TR, b.to(x.dtype).to(computes).t(), alpha=ctx.scale)
         ctx.save_for_backward(x, weight, a, b, narrow_TR)
-        return output
+        return output.to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, weight, a, b, narrow_TR = ctx.saved_tensors
-        product, scale = ctx.product, ctx.scale
-        x_TI = x.reshape(-1, x.shape[-1])
+        product, scale, computes = ctx.product, ctx.scale, ctx.computes
+        x_TI = x.to(computes).reshape(-1, x.shape[-1])
         kept_TI = _kept(x_TI, ctx.steps, ctx.seed) if ctx.steps else None
-        gradient_TO = gradient.reshape(-1, gradient.shape[-1]).contiguous()
-        back_TR = product(gradient_TO, b.to(x.dtype).t(), None)
+        gradient_TO = gradient.to(computes).reshape(-1, gradient.shape[-1]).contiguous()
+        back_TR = product(gradient_TO, b.to(x.dtype).to(computes).t(), None)
         grad_a = product(back_TR.t().contiguous(), (x_TI if kept_TI is None else x_TI * kept_TI).t(), None)
         grad_b = product(narrow_TR.t().contiguous(), gradient_TO.t(), None).t()
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = product(gradient_TO, weight.t(), None)
+            grad_x = product(gradient_TO, weight.to(computes).t(), None)
             if kept_TI is None:
-                grad_x.addmm_(back_TR, a.to(x.dtype), alpha=scale)
+                grad_x.addmm_(back_TR, a.to(x.dtype).to(computes), alpha=scale)
             else:
-                grad_x.add_(product(back_TR, a.to(x.dtype).t(), None).mul_(kept_TI), alpha=scale)
-            grad_x = grad_x.view(x.shape)
+                grad_x.add_(product(back_TR, a.to(x.dtype).to(computes).t(), None).mul_(kept_TI), alpha=scale)
+            grad_x = grad_x.to(x.dtype).view(x.shape)
         # scaled after the cast, in the adapters' own float32
-        return grad_x, None, None, grad_a.to(a.dtype) * scale, grad_b.to(b.dtype) * scale, None, None, None
+        return grad_x, None, None, grad_a.to(a.dtype) * scale, grad_b.to(b.dtype) * scale, None, None, None, None
 
 
 def _drop_steps(dropout: nn.Module) -> int:

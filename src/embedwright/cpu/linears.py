@@ -16,23 +16,30 @@ from torch.autograd.function import once_differentiable
 from transformers import activations
 
 from embedwright.cpu import int8, onednn
-from embedwright.cpu.guards import Original, has_hooks, is_inference, is_unpatched, stock_functions, subclass, usable
+from embedwright.cpu.guards import Original, has_hooks, is_inference, is_unpatched, on_cpu, stock_functions, subclass
 
 _LINEAR = stock_functions((nn.Linear, "forward"))
 
 
 class OneDnnLinear(nn.Linear):
-    """`nn.Linear` whose float32 products on a CPU run in oneDNN, forward and backward. Nothing else changes."""
+    """`nn.Linear` whose products on a CPU run in oneDNN, forward and backward, where `product_type` names a type.
+
+    Nothing else changes: the output has the type of the stock layer's, under autocast too.
+    """
 
     stock_class: ClassVar[Any] = nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
-        weight = self.weight
-        if not usable(input, weight) or input.dtype != torch.float32 or not stays_plain(self):
+        weight, autocast = self.weight, torch.is_autocast_enabled("cpu")
+        dtype = torch.get_autocast_dtype("cpu") if autocast else input.dtype
+        fits = on_cpu(input, weight) and (autocast or input.dtype == weight.dtype)
+        computes = onednn.product_type(dtype) if fits and stays_plain(self) else None
+        if computes is None:
             return super().forward(input)
         function: Any = _Product  # torch leaves `apply` untyped
-        product: Tensor = function.apply(input, weight, self.bias)
-        return product
+        factors = (None if x is None else x.to(dtype).to(computes) for x in (input, weight, self.bias))
+        product: Tensor = function.apply(*factors)
+        return product.to(dtype)
 
 
 def stays_plain(linear: nn.Module) -> bool:

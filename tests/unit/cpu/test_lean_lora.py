@@ -137,6 +137,25 @@ def test_what_is_not_contiguous() -> None:
 
 
 def test_in_bf16_it_is_as_close_to_the_truth_as_peft(runs: list[int]) -> None:
+    near_as_peft(runs)
+
+
+def test_where_the_processor_has_no_bfloat16_all_products_are_in_float32(
+    runs: list[int], multiplied_in: list[torch.dtype]
+) -> None:
+    if not onednn.available():
+        pytest.skip("oneDNN's linear is not there on this machine")
+    x, upstream = torch.randn(7, IN, dtype=torch.bfloat16, requires_grad=True), torch.randn(7, OUT)
+    with torch.autocast("cpu", torch.bfloat16):
+        gradients(made(mixed=True), x, upstream)
+    # of each of the two layers: two of the output, then the gradients through B, of A, of B and of the input
+    assert multiplied_in == 12 * [torch.float32]
+    runs.clear()
+    near_as_peft(runs)
+
+
+def near_as_peft(runs: list[int]) -> None:
+    """In bf16, outputs and gradients of the lean product are as near to those in float64 as peft's are."""
     pair = made(mixed=True)
     x, upstream = torch.randn(200, IN, dtype=torch.bfloat16, requires_grad=True), torch.randn(200, OUT)
 
@@ -363,7 +382,11 @@ def test_variants_are_left_to_peft(options: dict[str, Any], runs: list[int]) -> 
         assert torch.equal(out, pair(x))
 
 
-def test_autocast_on_float32_weights_and_empty_inputs_are_left_to_peft(runs: list[int]) -> None:
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_autocast_on_float32_weights_and_empty_inputs_are_left_to_peft(
+    has_bfloat16: bool, runs: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onednn, "has_product", lambda dtype: has_bfloat16 and dtype != torch.float32)
     pair, x = made(), torch.randn(5, IN)
     with torch.autocast("cpu", torch.bfloat16):
         out = pair(x)

@@ -85,6 +85,7 @@ def test_all_else_is_stock(needs_onednn: None, case: str, monkeypatch: pytest.Mo
         raise AssertionError("oneDNN was asked")
 
     monkeypatch.setattr(onednn, "linear", refuse)
+    monkeypatch.setattr(onednn, "has_product", lambda dtype: dtype != torch.float32)
     layer, x = made(True), torch.randn(5, 24)
     stock = nn.Linear(24, 40)
     stock.load_state_dict(layer.state_dict())
@@ -94,6 +95,29 @@ def test_all_else_is_stock(needs_onednn: None, case: str, monkeypatch: pytest.Mo
     with torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
         got, expected = layer(x), stock(x)
     assert got.dtype == expected.dtype and torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_where_the_processor_has_no_products_of_16_bits_they_are_in_float32_and_rounded_once(
+    needs_onednn: None, dtype: torch.dtype, autocast: bool, multiplied_in: list[torch.dtype]
+) -> None:
+    layer, x = made(True), torch.randn(3, 7, 24)
+    if not autocast:
+        layer, x = layer.to(dtype), x.to(dtype)
+    x.requires_grad_()
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        out = layer(x)
+    exact = [t.detach().to(dtype).double().requires_grad_() for t in (x, layer.weight, layer.bias)]
+    right, upstream, half_unit = F.linear(*exact), torch.randn_like(out), torch.finfo(dtype).eps / 2
+    assert out.dtype == upstream.dtype == dtype
+    assert ((out - right).abs() <= half_unit * right.abs() + 1e-5).all()  # one rounding, and float32's sum
+    out.backward(upstream)
+    right.backward(upstream.double())
+    for got, expected in zip((x, layer.weight, layer.bias), exact, strict=True):
+        assert got.grad is not None and got.grad.dtype == got.dtype and expected.grad is not None
+        assert ((got.grad - expected.grad).abs() <= half_unit * expected.grad.abs() + 1e-5).all()
+    assert multiplied_in == 3 * [torch.float32]  # output, gradient of the input, gradient of the weight
 
 
 def test_a_gradient_of_a_gradient_is_refused_and_not_left_out(needs_onednn: None) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from embedwright.cpu import onednn
-from embedwright.cpu.onednn import available, gated_available, linear
+from embedwright.cpu.onednn import available, gated_available, has_product, linear, product_type
 
 
 @pytest.fixture
@@ -33,6 +33,27 @@ def test_the_product_is_right(rows: int, bias: bool) -> None:
     x, weight, added = torch.randn(rows, 24), torch.randn(40, 24), torch.randn(40)
     exact = x.double() @ weight.double().t() + (added if bias else 0)
     torch.testing.assert_close(linear(x, weight, added if bias else None).double(), exact, rtol=0, atol=1e-5)
+
+
+def test_a_type_is_converted_only_where_the_processor_cannot_multiply_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not available():
+        pytest.skip("oneDNN's linear is not there on this machine")
+    halves = (torch.bfloat16, torch.float16)
+    for has in ((), halves[:1], halves):
+        monkeypatch.setattr(onednn, "has_product", lambda dtype, has=has: dtype in has)
+        assert [product_type(x) for x in halves] == [None if x in has else torch.float32 for x in halves]
+        assert product_type(torch.float32) == torch.float32 and product_type(torch.float64) is None
+    monkeypatch.setattr(onednn, "available", lambda: False)
+    assert product_type(torch.bfloat16) is product_type(torch.float32) is None
+
+
+def test_it_is_the_processor_that_tells_whether_it_multiplies_16_bits() -> None:
+    flags = torch.cpu.get_capabilities()
+    if "avx512_bw" not in flags:
+        pytest.skip("not an x86 processor")
+    assert has_product(torch.bfloat16) == (flags["avx512_bw"] or flags["avx_ne_convert"])
+    assert has_product(torch.float16) == (flags["avx512_fp16"] or flags["avx_ne_convert"])
+    assert not has_product(torch.float32)
 
 
 @pytest.mark.parametrize("fault", ["lacking", "other numbers", "other machine"])
