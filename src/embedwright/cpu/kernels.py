@@ -217,22 +217,22 @@ def described() -> str:
     return f"compiled by {' '.join(library.compiler())}" if fault is None else f"not used: {fault}"
 
 
+@cache
 def int8_available() -> bool:
     """Returns whether products of int8 run here and are right. Logs a warning once if not."""
-    return int8_fault() is None
+    if (fault := int8_fault()) is not None:
+        logger.warning("products of int8 are not used (%s): weights are dequantised for each batch, slower", fault)
+    return fault is None
 
 
-@cache
 def int8_fault() -> str | None:
-    """Returns why products of int8 are not used here, None if they are."""
+    """Returns why products of int8 cannot be used here, None if they can."""
     if (fault := _fault()) is None:
         if not hasattr(library.load(), "product"):
             fault = "the processor, or the C compiler, has no AVX-512 VNNI"
         else:
             near = ((name, torch.allclose(found, exact, rtol=1e-2)) for name, found, exact in _int8_examples())
             fault = next((f"{name} gives other numbers here" for name, right in near if not right), None)
-    if fault is not None:
-        logger.warning("products of int8 are not used (%s): weights are dequantised for each batch, slower", fault)
     return fault
 
 

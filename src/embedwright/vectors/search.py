@@ -202,7 +202,7 @@ def _merged(key_QK: NDArray[np.int64], key_F: NDArray[np.int64], query_F: NDArra
 
 
 def _keys(scores: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Joins score and row into one whole number, whose order is by descending score, then by row."""
+    """Joins score and row into one integer, whose order is by descending score, then by row."""
     bits = (scores + np.float32(0)).view(np.int32).astype(np.int64)  # in the order of the floats; -0.0 becomes 0.0
     keys: NDArray[np.int64] = (np.where(bits < 0, bits & 0x7FFFFFFF, -bits) << 32) + rows
     return keys

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from embedwright.cpu import kernels
+from embedwright.model.verify import doctor
 
 RAGGED = [1, 33, 511, 600, 1500]
 SHAPES = [(3, 3, 64), (9, 3, 64), (4, 1, 128), (9, 1, 32), (2, 1, 256), (2, 2, 48)]  # query heads, key heads, dim
@@ -197,3 +200,13 @@ def test_inner_products_are_summed_in_float64(needs_kernels: None, width: int) -
     torch.testing.assert_close(found, expected, rtol=1.2e-7, atol=0)
     twice = kernels.dots(queries, documents, torch.zeros(2, dtype=torch.int64), torch.tensor([3, 30]))
     assert twice[0] == twice[1]
+
+
+def test_lacking_products_of_int8_are_told_once_where_a_model_needs_them(
+    needs_kernels: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(kernels.library, "load", object)  # a library without `product`
+    fresh = cache(kernels.int8_available.__wrapped__)
+    assert "VNNI" in doctor.environment()["int8"] and not caplog.records
+    assert not fresh() and not fresh()
+    assert caplog.text.count("VNNI") == 1

@@ -1,4 +1,4 @@
-/* Linear layers in whole numbers: rows rotated and rounded to int8, and products of int8 with sums in int32. */
+/* Linear layers in int8: rows rotated and rounded to int8, and products of int8 with sums in int32. */
 
 #include "vectors.h"
 
@@ -48,14 +48,14 @@ INLINE void round_row(const Rounding *z, long row, int bf16) {
         for (long i = 0; i < n; i += 4) rotate(y + i, 4);
     else if (z->block > 1)
         for (long i = 0; i < n; i += z->block / LANES) rotate(y + i, z->block / LANES);
-    for (long i = 0; i < n; i++) /* as whole numbers, sizes keep their order, and NaN is the largest */
+    for (long i = 0; i < n; i++) /* read as integers, sizes keep their order, and NaN is the largest */
         largest = _mm512_max_epi32(largest, (__m512i)((vi)y[i] & 0x7fffffff));
     const int32_t bits = _mm512_reduce_max_epi32(largest);
     float most;
     memcpy(&most, &bits, sizeof most);
     const int nothing = most <= 1e-30f;
     const float times = nothing ? 0 : 127 / most;
-    for (long i = 0; i < n; i++) { /* adding 1.5 x 2^23 leaves the nearest whole number in the last bits */
+    for (long i = 0; i < n; i++) { /* adding 1.5 x 2^23 leaves the nearest integer in the last bits */
         vi nearest = (vi)(y[i] * times + 0x1.8p23f) - 0x4b400000;
         vb q = narrow(nearest);
         sum += nearest;

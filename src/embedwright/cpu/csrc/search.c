@@ -1,4 +1,4 @@
-/* Search: vectors in whole numbers, which of their products may reach a score, and inner products in float64. */
+/* Search: vectors in int8, which of their products may reach a score, and inner products in float64. */
 
 #include "vectors.h"
 
@@ -9,7 +9,7 @@ INLINE vf part(const void *from, long i, long left) { /* loads 4-byte elements f
     return x;
 }
 
-/* ---- whole numbers */
+/* ---- int8 */
 
 INLINE void put(int8_t *to, vb x, long left) { /* as many as are left */
     if (left >= LANES)

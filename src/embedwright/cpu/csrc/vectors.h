@@ -68,7 +68,7 @@ INLINE vb narrow(vi x) { /* keeps the lowest byte of each */
 INLINE vf exp2_of(vf x) { /* to 1e-7; 0 below 2^-126; NaN stays NaN */
     vi tiny = x < -126.0f;
     x = choose(tiny, (vf){0} - 126.0f, x);
-    vf whole = x + 12582912.0f; /* 1.5 x 2^23 puts the nearest whole number into the last bits */
+    vf whole = x + 12582912.0f; /* 1.5 x 2^23 puts the nearest integer into the last bits */
     vf f = x - (whole - 12582912.0f);
     vf p = 1.32764715e-3f * f + 9.67554133e-3f;
     p = p * f + 5.55071327e-2f;
