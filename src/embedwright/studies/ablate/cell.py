@@ -42,7 +42,8 @@ def main(folder: Path, started: float) -> None:
     spec = json.loads((folder / "cell.json").read_text(encoding="utf-8"))
     recipe = Recipe.load(folder / "recipe.yaml")
     try:
-        result = measured(spec, recipe, started) if spec["kind"] == "budget" else trained(folder, spec, recipe)
+        is_budget = spec["kind"] == "budget"
+        result = measure_seconds(spec, recipe, started) if is_budget else train_and_score(folder, spec, recipe)
     except Exception as error:
         if spec.get("trial") and _fails_by_learning_rate(error):
             write_json(folder / "result.json", spec | {"failed": f"{type(error).__name__}: {error}", "seconds": {}})
@@ -65,7 +66,7 @@ def _fails_by_learning_rate(error: Exception) -> bool:
     return not isinstance(error, (OSError, MemoryError, ImportError, OtherProcessError))
 
 
-def trained(folder: Path, spec: Spec, recipe: Recipe) -> Spec:
+def train_and_score(folder: Path, spec: Spec, recipe: Recipe) -> Spec:
     """Trains and scores the model. Returns what it took and the main scores."""
     from embedwright.training.run.track import read_records
     from embedwright.training.train import train
@@ -87,10 +88,10 @@ def trained(folder: Path, spec: Spec, recipe: Recipe) -> Spec:
         details = {row.task: row.details for row in results.rows if row.details}
         return result | {"scores": scores, "mean": fmean(scores.values()), "details": details}
 
-    return by_all(model, folder, scored)
+    return encoded_by_all(model, folder, scored)
 
 
-def by_all(model: Embedder, folder: Path, work: Callable[[Any], T]) -> T:
+def encoded_by_all(model: Embedder, folder: Path, work: Callable[[Any], T]) -> T:
     """Runs `work` in rank 0 with its model, whose texts all processes encode. Returns its result, JSON.
 
     Rank 0 saves the model in `folder` for a while: each process opens it on its own device.
@@ -156,7 +157,7 @@ def bench(model: Any, spec: Spec, folder: Path) -> Results:
     return Results(chosen.name, rows, time.monotonic() - began)
 
 
-def measured(spec: Spec, recipe: Recipe, started: float) -> Spec:
+def measure_seconds(spec: Spec, recipe: Recipe, started: float) -> Spec:
     """Measures the seconds of a start with an evaluation, and those of a step of each stage."""
     from embedwright.processes import start
     from embedwright.training.dry_run import measure
@@ -165,7 +166,7 @@ def measured(spec: Spec, recipe: Recipe, started: float) -> Spec:
     model = start_model(recipe, start(recipe.run.timeout_minutes))
     began = time.time() - started
     with TemporaryDirectory() as temp:
-        evaluation = by_all(merged(model), recipe.out, lambda model: score(model, spec, Path(temp)).seconds)
+        evaluation = encoded_by_all(merged(model), recipe.out, lambda model: score(model, spec, Path(temp)).seconds)
     del model
     stages, _ = measure(recipe, count=4)
     steps = [stage.seconds for stage in stages]

@@ -18,19 +18,22 @@ from embedwright.training.run.start import contents_of
 from embedwright.training.stages import PREVIOUS, Stage
 
 
-def of_stages(recipe: Recipe, sources: Sequence[list[Source]]) -> list[str]:
+def stage_fingerprints(recipe: Recipe, sources: Sequence[list[Source]]) -> list[str]:
     """Fingerprints what each stage reads: its rows, its teachers, and suites whose scores decide the weights."""
     suites = []
     for name in recipe.eval.suites if recipe.eval.decides else ():
         suite = open_suite(name)
-        suites.append(of_suite(suite) if isinstance(suite, Suite) else [task.metadata.name for task in suite.tasks])
+        if isinstance(suite, Suite):
+            suites.append(suite_content(suite))
+        else:
+            suites.append([task.metadata.name for task in suite.tasks])
     return [
         _hash([data_fingerprint([own]), _teachers(stage), suites])
         for stage, own in zip(recipe.stages, sources, strict=True)
     ]
 
 
-def of_suite(suite: Suite) -> list[Any]:
+def suite_content(suite: Suite) -> list[Any]:
     """Returns what each task says, with the fingerprints of its files in place of their paths."""
     tasks = []
     for task in suite.tasks:

@@ -117,7 +117,7 @@ def run_jobs(jobs: Sequence[Job], side_by_side: int, say: Say) -> dict[Job, str]
                     if result is None:
                         failed[job] = _last_line(job.folder / "log.txt", process.returncode)
                     left = len(waiting) + len(running)
-                    say(f"[{total - left}/{total}] {job.spec['name']}: {_told(result) if result else failed[job]}")
+                    say(f"[{total - left}/{total}] {job.spec['name']}: {_outcome(result) if result else failed[job]}")
         finally:
             for _, process in running.values():
                 process.send_signal(signal.SIGTERM)
@@ -186,7 +186,7 @@ def _start(job: Job, lock: int, slot: int, slots: int) -> subprocess.Popen[bytes
                 os.sched_setaffinity(0, cores)
 
 
-def _told(result: dict[str, Any]) -> str:
+def _outcome(result: dict[str, Any]) -> str:
     if "failed" in result:
         return f"failed: {result['failed']}"
     took = sum(result["seconds"].values())

@@ -29,7 +29,7 @@ from embedwright.evaluation.suite import load_suite
 from embedwright.files import check_folder, write_json
 from embedwright.studies.ablate.budget import Cost, TokenCounter, as_written, factors, scaled, tokens_of_steps
 from embedwright.studies.ablate.cell import score
-from embedwright.studies.ablate.content import of_stages, of_suite
+from embedwright.studies.ablate.content import stage_fingerprints, suite_content
 from embedwright.studies.ablate.file import SHARED, SMOKE, Budget, Rates, Study
 from embedwright.studies.ablate.jobs import Job, Say, processes_of, run_jobs
 from embedwright.studies.ablate.table import compared
@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 Cell = tuple[str, int]  # arm and seed
 _MEASURED = ("unit", "fixed", "steps", "seconds")
 _SCORES = ("mean", "scores", "details")
-_TOLD = ("arm", "seed", "rate", "recipe", *_SCORES, "seconds", "tokens", "peak_mb", "failed")
+_REPORTED = ("arm", "seed", "rate", "recipe", *_SCORES, "seconds", "tokens", "peak_mb", "failed")
 
 
 def ablate(
@@ -92,12 +92,14 @@ def ablate(
     def run(jobs: Iterable[Job | None]) -> None:
         work.failed |= run_jobs([job for job in jobs if job is not None and not look], side_by_side, say)
 
+    if study.said.budget and not smoke:
+        run(work.measurement(arm) for arm in dict.fromkeys([study.said.baseline, *arms]))
+        taken = work.take_budget(study.said.budget)
+        if not look:
+            write_json(folder / "budget.json", taken)
+    file = folder / "study.json"
+    _check_known(file, work.found(), look)
     try:
-        if study.said.budget and not smoke:
-            run(work.measurement(arm) for arm in dict.fromkeys([study.said.baseline, *arms]))
-            taken = work.take_budget(study.said.budget)
-            if not look:
-                write_json(folder / "budget.json", taken)
         if study.said.shared_stages:
             run(work.shared(seed) for seed in [*seeds, *work.tuning_seeds])
         run(trial for arm in arms for trial in work.trials(arm))
@@ -105,12 +107,13 @@ def ablate(
         run(work.cell(*cell) for cell in sorted(cells, key=lambda cell: (cell[1], cell[0] != study.said.baseline)))
     finally:  # also when the study is interrupted
         found = work.found()
-        _write(folder / "study.json", found, look)
+        write_json(file, found)
     return found
 
 
-def _write(file: Path, found: Mapping[str, Any], look: bool) -> None:
-    """Writes `study.json`. Where the one there has more cells and trials, a look raises InputError and a run warns."""
+def _check_known(file: Path, found: Mapping[str, Any], look: bool) -> None:
+    """Where `study.json` has more cells and trials than are found, a look raises InputError. A run warns: this comes
+    before the hours that it would take to run them again."""
     before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"cells": [], "trials": []}
     had, known = ([*said["cells"], *said["trials"]] for said in (before, found))
     if len(known) < len(had):
@@ -119,8 +122,7 @@ def _write(file: Path, found: Mapping[str, Any], look: bool) -> None:
         why = f"of which this ablation knows {len(fit)}: recipe, data, model, suite or measured budget differ ({lost})"
         if look:
             raise InputError(f"{file} has {len(had)} cells, {why}; move the file away to write a smaller one")
-        logger.warning("%s had %d cells, %s", file, len(had), why)
-    write_json(file, found)
+        logger.warning("%s has %d cells, %s", file, len(had), why)
 
 
 class _Work:
@@ -156,7 +158,7 @@ class _Work:
         for arm in self.arms:
             with error_prefix(f"{self.study.file}: arms.{arm}"):
                 recipe = self._recipe(arm, self.seeds[0])
-                self.data[arm] = of_stages(recipe, self._sources(recipe))
+                self.data[arm] = stage_fingerprints(recipe, self._sources(recipe))
                 if recipe.model.name not in self.origins:
                     self.origins[recipe.model.name] = origin_fingerprint(recipe.model)
                 _rest(recipe, self.said.shared_stages, 1.0, 1.0, self.folder)  # raises where it cannot be
@@ -171,7 +173,7 @@ class _Work:
                 check_data(tasks := choose(self.benchmark).tasks)
                 return json.dumps([version("mteb"), *(task.metadata.name for task in tasks)])
         with error_prefix(f"{self.study.file}: {'smoke.suite' if self.smoke and self.said.smoke.suite else 'suite'}"):
-            return json.dumps(of_suite(load_suite(self.suite)))
+            return json.dumps(suite_content(load_suite(self.suite)))
 
     def _sources(self, recipe: Recipe) -> list[list[Source]]:
         """Opens what a recipe reads, once for all arms that differ neither in data nor in what is compared."""
@@ -304,10 +306,10 @@ class _Work:
             "paper": self.said.paper.model_dump() if self.said.paper else None,
             "missing": missing,
             "failed": self._failures(),
-            "cells": [self._told(job) for job in cells.values() if job and job.result],
+            "cells": [self._report(job) for job in cells.values() if job and job.result],
             "rates": list(self.said.rates.factors) if self.tuning_seeds and self.said.rates else [],
-            "trials": [self._told(job) for job in trials if job and job.result],
-            "shared_stages": [self._told(job) for job in shared if job and job.result],
+            "trials": [self._report(job) for job in trials if job and job.result],
+            "shared_stages": [self._report(job) for job in shared if job and job.result],
             "comparison": comparison,
             "pairs": [pair for pair in pairs if pair is not None],
         }
@@ -331,9 +333,9 @@ class _Work:
                 found.setdefault(arm, {})[seed] = read_results(job.folder / "scores.json")
         return found
 
-    def _told(self, job: Job) -> dict[str, Any]:
+    def _report(self, job: Job) -> dict[str, Any]:
         hidden = _SCORES if self.smoke else ()
-        kept = {key: value for key, value in (job.result or {}).items() if key in _TOLD and key not in hidden}
+        kept = {key: value for key, value in (job.result or {}).items() if key in _REPORTED and key not in hidden}
         return {"folder": str(job.folder.relative_to(self.folder))} | kept
 
 

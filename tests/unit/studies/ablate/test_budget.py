@@ -61,13 +61,13 @@ def test_a_budget_of_tokens_is_kept_and_written_before_the_first_cell(
     budget = 6_000
     arms = {"plain": {}, "more": {"stages.second.hard_negatives": 0, "stages.first.optim.batch_queries": 8}}
     seen = []
-    real = ablate_cell.trained
+    real = ablate_cell.train_and_score
 
     def trained(*args: Any) -> dict[str, Any]:
         seen.append(json.loads((out / "budget.json").read_text()))
         return real(*args)
 
-    monkeypatch.setattr(ablate_cell, "trained", trained)
+    monkeypatch.setattr(ablate_cell, "train_and_score", trained)
     study = ablate(ablation(arms=arms, budget={"tokens": budget}), tmp_path / "out")
     written = json.loads((out / "budget.json").read_text())
     assert seen == [written] * 4 and written["budget"] == {"tokens": budget}
@@ -90,7 +90,7 @@ def test_a_budget_of_seconds_is_measured_once(
     def failing(*args: Any) -> dict[str, Any]:
         raise RuntimeError("it does not train")
 
-    monkeypatch.setattr(ablate_cell, "trained", failing)
+    monkeypatch.setattr(ablate_cell, "train_and_score", failing)
     out = tmp_path / "out" / "tiny"
     file = ablation(budget={"seconds": 600.0})
     ablate(file, tmp_path / "out", only=["warm/1"])

@@ -243,7 +243,7 @@ def scored(folder: Path) -> dict[str, Any]:
 
     model: Any = Embedder.load(folder / "model") if start().is_rank_0 else None
     Embedder.encode = counted  # type: ignore[method-assign]
-    vectors = ablate_cell.by_all(model, folder, lambda model: model.encode(TEXTS).tolist())
+    vectors = ablate_cell.encoded_by_all(model, folder, lambda model: model.encode(TEXTS).tolist())
     return {"vectors": vectors, "encoded": encoded}
 
 

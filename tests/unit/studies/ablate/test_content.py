@@ -11,7 +11,7 @@ import pytest
 
 from embedwright.evaluation.suite import load_suite
 from embedwright.model.embedder import Embedder
-from embedwright.studies.ablate.content import of_stages, of_suite
+from embedwright.studies.ablate.content import stage_fingerprints, suite_content
 from embedwright.studies.ablate.file import Study
 from embedwright.training.run.checks import open_checked
 
@@ -44,12 +44,12 @@ FILES = ["test.jsonl", "train.jsonl", "candidates.tsv", "docs/corpus.jsonl", "do
 
 @pytest.mark.parametrize("file", FILES)
 def test_a_changed_file_of_a_suite_is_seen_and_a_copy_is_the_same(suite: Path, tmp_path: Path, file: str) -> None:
-    before = of_suite(load_suite(suite / "suite.yaml"))
+    before = suite_content(load_suite(suite / "suite.yaml"))
     shutil.copytree(suite, copied := tmp_path / "copied")
-    assert of_suite(load_suite(copied / "suite.yaml")) == before
+    assert suite_content(load_suite(copied / "suite.yaml")) == before
     with (suite / file).open("a") as stream:
         stream.write("\n")
-    assert of_suite(load_suite(suite / "suite.yaml")) != before and json.dumps(before)
+    assert suite_content(load_suite(suite / "suite.yaml")) != before and json.dumps(before)
 
 
 def test_a_changed_suite_is_another_cell(ablation: Make, started: list[Path], tmp_path: Path) -> None:
@@ -72,8 +72,8 @@ def test_the_content_of_a_teacher_that_is_a_folder_is_seen(
     study = Study(ablation(arms={"plain": {}, "b": {f"stages.second.{key}": told}}))
     recipe = study.recipe("b", 1)
     sources = open_checked(recipe)
-    before = of_stages(recipe, sources)
+    before = stage_fingerprints(recipe, sources)
     weights = next(teacher.rglob("*.safetensors"))
     weights.write_bytes(weights.read_bytes() + b" ")
-    after = of_stages(recipe, sources)
+    after = stage_fingerprints(recipe, sources)
     assert after[0] == before[0] and after[1] != before[1]

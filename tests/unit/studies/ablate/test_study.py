@@ -49,7 +49,7 @@ def untrained(monkeypatch: pytest.MonkeyPatch, started: list[Path]) -> list[Path
         write_results(folder / "scores.json", Results("s", (row,), 1.0))
         return {"recipe": recipe.hash(), "seconds": {}, "tokens": 9, "scores": {"docs": row.value}, "mean": row.value}
 
-    monkeypatch.setattr(ablate_cell, "trained", scored)
+    monkeypatch.setattr(ablate_cell, "train_and_score", scored)
     return started
 
 
@@ -248,7 +248,7 @@ def test_a_look_runs_nothing_and_writes_what_is_there(ablation: Make, untrained:
 def test_a_smaller_study_is_not_written_over_a_larger_one_unsaid(
     ablation: Make, untrained: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A changed file finds none of the older cells. A look ends there; a run writes what it has, and names them."""
+    """A changed file finds none of the older cells. A look ends there; a run names them first, then goes on."""
     out, only = tmp_path / "out", ["warm/1"]
     ablate(ablation(), out)
     file, saved = out / "tiny" / "study.json", (out / "tiny" / "study.json").read_bytes()
@@ -256,8 +256,13 @@ def test_a_smaller_study_is_not_written_over_a_larger_one_unsaid(
     with pytest.raises(InputError, match=r"study\.json has 4 cells.*knows 2.*warm/seed-1, warm/seed-2"):
         ablate(changed, out, look=True)
     assert file.read_bytes() == saved and "cells" not in caplog.text
-    assert len(ablate(changed, out, only=only)["cells"]) == 3
-    assert "study.json had 4 cells" in caplog.text and "warm/seed-1, warm/seed-2" in caplog.text
+    warned: list[bool] = []
+
+    def say(line: str) -> None:
+        warned.append("study.json has 4 cells" in caplog.text and "warm/seed-1, warm/seed-2" in caplog.text)
+
+    assert len(ablate(changed, out, only=only, say=say)["cells"]) == 3
+    assert warned and all(warned)
 
 
 def test_a_look_counts_no_tokens_and_makes_no_folder(ablation: Make, untrained: list[Path], tmp_path: Path) -> None:
