@@ -103,8 +103,10 @@ def check_equal(found: dict[str, Any], kind: str, count: int, case: str) -> None
         assert distance <= alike * float(np.linalg.norm(ours[name])), name
     # and the update: the norm that clips is that of the whole gradient
     assert float(theirs["norm"]) == pytest.approx(float(ours["norm"]), rel=close) and float(ours["norm"]) > 0.5
-    for name in gradients if "bf16" not in case else ():  # where AdamW begins with the signs of gradients
-        np.testing.assert_allclose(theirs[f"after {name}"], ours[f"after {name}"], atol=2e-4, err_msg=name)
+    # AdamW begins with the signs of gradients, times 1e-3: those of the smallest may differ, and in bf16 many do
+    for name in gradients if "bf16" not in case else ():
+        distance = float(np.linalg.norm(theirs[f"after {name}"] - ours[f"after {name}"]))
+        assert distance <= 2e-5 * ours[name].size ** 0.5, name
 
 
 @pytest.mark.parametrize("case", CASES)
