@@ -9,6 +9,7 @@ T tokens, I inputs, O outputs, R rank.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import numpy as np
@@ -103,11 +104,11 @@ class _LoraProduct(torch.autograd.Function):
         seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_()) if steps else 0
         ctx.scale, ctx.steps, ctx.seed = scale * _STEPS / (_STEPS - steps), steps, seed
         ctx.product, ctx.computes = product, computes
-        factor = x.to(computes)
+        factor, a_RI, b_OR = x.to(computes), *_rounded(x.dtype, computes, a, b)
         output: Tensor = product(factor, weight.to(computes), None if bias is None else bias.to(computes))
         x_TI = factor.reshape(-1, x.shape[-1])
-        narrow_TR = product(x_TI * _kept(x_TI, steps, seed) if steps else x_TI, a.to(x.dtype).to(computes), None)
-        output.view(-1, output.shape[-1]).addmm_(narrow_TR, b.to(x.dtype).to(computes).t(), alpha=ctx.scale)
+        narrow_TR = product(x_TI * _kept(x_TI, steps, seed) if steps else x_TI, a_RI, None)
+        output.view(-1, output.shape[-1]).addmm_(narrow_TR, b_OR.t(), alpha=ctx.scale)
         ctx.save_for_backward(x, weight, a, b, narrow_TR)
         return output.to(x.dtype)
 
@@ -116,22 +117,28 @@ class _LoraProduct(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, weight, a, b, narrow_TR = ctx.saved_tensors
         product, scale, computes = ctx.product, ctx.scale, ctx.computes
+        a_RI, b_OR = _rounded(x.dtype, computes, a, b)
         x_TI = x.to(computes).reshape(-1, x.shape[-1])
         kept_TI = _kept(x_TI, ctx.steps, ctx.seed) if ctx.steps else None
         gradient_TO = gradient.to(computes).reshape(-1, gradient.shape[-1]).contiguous()
-        back_TR = product(gradient_TO, b.to(x.dtype).to(computes).t(), None)
+        back_TR = product(gradient_TO, b_OR.t(), None)
         grad_a = product(back_TR.t().contiguous(), (x_TI if kept_TI is None else x_TI * kept_TI).t(), None)
         grad_b = product(narrow_TR.t().contiguous(), gradient_TO.t(), None).t()
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = product(gradient_TO, weight.to(computes).t(), None)
             if kept_TI is None:
-                grad_x.addmm_(back_TR, a.to(x.dtype).to(computes), alpha=scale)
+                grad_x.addmm_(back_TR, a_RI, alpha=scale)
             else:
-                grad_x.add_(product(back_TR, a.to(x.dtype).to(computes).t(), None).mul_(kept_TI), alpha=scale)
+                grad_x.add_(product(back_TR, a_RI.t(), None).mul_(kept_TI), alpha=scale)
             grad_x = grad_x.to(x.dtype).view(x.shape)
         # scaled after the cast, in the adapters' own float32
         return grad_x, None, None, grad_a.to(a.dtype) * scale, grad_b.to(b.dtype) * scale, None, None, None, None
+
+
+def _rounded(dtype: torch.dtype, computes: torch.dtype, *adapters: Tensor) -> Iterator[Tensor]:
+    """Rounds adapters to `dtype`, in the type `computes`."""
+    return (adapter.to(dtype).to(computes) for adapter in adapters)
 
 
 def _drop_steps(dropout: nn.Module) -> int:

@@ -12,6 +12,7 @@ from embedwright.cpu import onednn
 @pytest.fixture
 def multiplied_in(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
     """The types of the factors of each product that oneDNN is asked for. `product_type` sees such a processor."""
+    onednn.available()  # tries `linear`, once in a process
     types: list[torch.dtype] = []
     linear = onednn.linear
 

@@ -146,10 +146,16 @@ def test_where_the_processor_has_no_bfloat16_all_products_are_in_float32(
     if not onednn.available():
         pytest.skip("oneDNN's linear is not there on this machine")
     x, upstream = torch.randn(7, IN, dtype=torch.bfloat16, requires_grad=True), torch.randn(7, OUT)
+    pair = made(mixed=True)
     with torch.autocast("cpu", torch.bfloat16):
-        gradients(made(mixed=True), x, upstream)
+        out, found = gradients(pair, x, upstream)
     # of each of the two layers: two of the output, then the gradients through B, of A, of B and of the input
     assert multiplied_in == 12 * [torch.float32]
+    for parameter in pair.parameters():
+        parameter.data = parameter.data.bfloat16().to(parameter.dtype)  # as autocast casts the adapters
+    with torch.autocast("cpu", torch.bfloat16):
+        same, again = gradients(pair, x, upstream)
+    assert torch.equal(out, same) and difference(again, found) == 0
     runs.clear()
     near_as_peft(runs)
 
