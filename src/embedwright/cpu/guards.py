@@ -35,7 +35,7 @@ def usable(*tensors: Tensor) -> bool:
 
 
 def on_cpu(*tensors: Tensor) -> bool:
-    """Returns whether these are plain CPU tensors, each of `FLOATS`. The first must not be empty."""
+    """Returns whether these are plain CPU tensors, each of `FLOATS`, the first not empty."""
     return (
         is_eager(*tensors)
         and all(x.device.type == "cpu" and x.dtype in FLOATS for x in tensors)

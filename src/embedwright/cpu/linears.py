@@ -37,9 +37,9 @@ class OneDnnLinear(nn.Linear):
         if computes is None:
             return super().forward(input)
         function: Any = _Product  # torch leaves `apply` untyped
-        factors = (None if x is None else x.to(dtype).to(computes) for x in (input, weight, self.bias))
-        product: Tensor = function.apply(*factors)
-        return product.to(dtype)
+        factors = (None if x is None else x.to(dtype) for x in (input, weight, self.bias))
+        product: Tensor = function.apply(*factors, computes)
+        return product
 
 
 def stays_plain(linear: nn.Module) -> bool:
@@ -48,26 +48,34 @@ def stays_plain(linear: nn.Module) -> bool:
 
 
 class _Product(torch.autograd.Function):
-    """Computes input (..., I) W^T + bias -> (..., O), weight (O, I), bias (O,) or None. Keeps what backward needs."""
+    """Computes input (..., I) W^T + bias -> (..., O), weight (O, I), bias (O,) or None, in the type `computes`.
+
+    Keeps what backward needs, in the type that it has.
+    """
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        needs_input, needs_weight, _ = ctx.needs_input_grad
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, computes: torch.dtype) -> Tensor:
+        needs_input, needs_weight, *_ = ctx.needs_input_grad
+        ctx.computes = computes
         ctx.save_for_backward(input if needs_weight else None, weight if needs_input else None)
-        return onednn.linear(input, weight, bias)
+        wide_bias = None if bias is None else bias.to(computes)
+        return onednn.linear(input.to(computes), weight.to(computes), wide_bias).to(input.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         input, weight = ctx.saved_tensors
-        rows_TO = gradient.reshape(-1, gradient.shape[-1])
-        return (
-            None if weight is None else onednn.linear(gradient.contiguous(), weight.t(), None),
-            None
-            if input is None
-            else onednn.linear(rows_TO.t().contiguous(), input.reshape(len(rows_TO), -1).t(), None),
-            rows_TO.sum(0) if ctx.needs_input_grad[2] else None,
-        )
+        wide, dtype = gradient.to(ctx.computes).contiguous(), gradient.dtype
+        rows_TO = wide.reshape(-1, wide.shape[-1])
+        of_input = of_weight = of_bias = None
+        if weight is not None:
+            of_input = onednn.linear(wide, weight.to(ctx.computes).t(), None).to(dtype)
+        if input is not None:
+            input_TI = input.to(ctx.computes).reshape(len(rows_TO), -1)
+            of_weight = onednn.linear(rows_TO.t().contiguous(), input_TI.t(), None).to(dtype)
+        if ctx.needs_input_grad[2]:
+            of_bias = rows_TO.sum(0).to(dtype)
+        return of_input, of_weight, of_bias, None
 
 
 _GATED_ROWS = 512  # at a time in float32: intermediate results stay in the processor's caches

@@ -19,6 +19,11 @@ from embedwright.cpu.guards import FLOATS
 
 logger = logging.getLogger(__name__)
 
+# torch's test of a type, and the instructions that multiply it: oneDNN takes bfloat16 with any AVX-512, but converts it
+_INSTRUCTIONS = {
+    torch.bfloat16: ("_is_mkldnn_bf16_supported", ("avx512_bf16", "amx_bf16", "avx_ne_convert")),
+    torch.float16: ("_is_mkldnn_fp16_supported", ("avx512_fp16", "amx_fp16", "avx_ne_convert")),
+}
 SWISH, GELU_TANH = ACTIVATIONS = ("swish", ""), ("gelu", "tanh")  # torch's names for oneDNN's
 
 
@@ -64,11 +69,11 @@ def available() -> bool:
 
 
 def product_type(dtype: torch.dtype) -> torch.dtype | None:
-    """Returns the type to which `linear`'s factors of `dtype` are converted, None where torch's own product is as fast.
+    """Returns the type in which `linear` multiplies factors of `dtype`; None where torch's own product is to be used.
 
-    oneDNN multiplies bfloat16 with AVX-512, which most laptops lack, and float16 on a few servers. Elsewhere torch's
-    own products take 4 to 40 times as long as those in float32. Converting both factors first gives the same numbers:
-    each product is exact, sums are in float32, and the caller rounds them once.
+    Few processors multiply float16, and most laptops not even bfloat16. torch's own products then take 4 to 40 times as
+    long as those in float32. Converting both factors first gives the same numbers up to the order of sums: each product
+    is exact, sums are in float32, and the caller rounds them once.
     """
     if not available() or dtype not in FLOATS or has_product(dtype):
         return None
@@ -77,10 +82,12 @@ def product_type(dtype: torch.dtype) -> torch.dtype | None:
 
 @cache
 def has_product(dtype: torch.dtype) -> bool:
-    """Returns whether torch multiplies this type by oneDNN on this processor. Of float32 it does not: it takes MKL."""
-    ops = torch.ops.mkldnn
-    supported = {torch.bfloat16: ops._is_mkldnn_bf16_supported, torch.float16: ops._is_mkldnn_fp16_supported}
-    return dtype in supported and bool(supported[dtype]())
+    """Returns whether this processor multiplies 16 bits of this type, and oneDNN for torch. False for float32, where
+    torch takes MKL."""
+    op, instructions = _INSTRUCTIONS.get(dtype, ("", ()))
+    found: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    supported = getattr(torch.ops.mkldnn, op, None) if op else None
+    return supported is not None and bool(supported()) and any(found.get(name, not found) for name in instructions)
 
 
 @cache

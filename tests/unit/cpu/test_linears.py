@@ -127,14 +127,15 @@ def test_a_gradient_of_a_gradient_is_refused_and_not_left_out(needs_onednn: None
         gradient.sum().backward()
 
 
-def test_frozen_weights_keep_no_input(needs_onednn: None) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_frozen_weights_keep_no_input(needs_onednn: None, dtype: torch.dtype, multiplied_in: list[torch.dtype]) -> None:
     """What LoRA rests on: a frozen layer stores its weight for backward, which is there anyway, and nothing else."""
-    layer = made(False)
+    layer = made(False).to(dtype)
     layer.weight.requires_grad = False
     kept: list[Any] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        layer(torch.randn(50, 24, requires_grad=True))
-    assert [t.shape for t in kept] == [layer.weight.shape]
+        layer(torch.randn(50, 24, dtype=dtype, requires_grad=True))
+    assert [t.data_ptr() for t in kept] == [layer.weight.data_ptr()] and multiplied_in == [torch.float32]
 
 
 def test_only_plain_linears_change_and_nothing_is_stored(needs_onednn: None) -> None:

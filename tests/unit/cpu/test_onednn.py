@@ -47,13 +47,29 @@ def test_a_type_is_converted_only_where_the_processor_cannot_multiply_it(monkeyp
     assert product_type(torch.bfloat16) is product_type(torch.float32) is None
 
 
-def test_it_is_the_processor_that_tells_whether_it_multiplies_16_bits() -> None:
-    flags = torch.cpu.get_capabilities()
-    if "avx512_bw" not in flags:
-        pytest.skip("not an x86 processor")
-    assert has_product(torch.bfloat16) == (flags["avx512_bw"] or flags["avx_ne_convert"])
-    assert has_product(torch.float16) == (flags["avx512_fp16"] or flags["avx_ne_convert"])
-    assert not has_product(torch.float32)
+@pytest.mark.parametrize(
+    ("dtype", "op", "instructions"),
+    [
+        (torch.bfloat16, "_is_mkldnn_bf16_supported", ("avx512_bf16", "amx_bf16", "avx_ne_convert")),
+        (torch.float16, "_is_mkldnn_fp16_supported", ("avx512_fp16", "amx_fp16", "avx_ne_convert")),
+    ],
+)
+def test_a_processor_has_a_product_if_torch_and_its_instructions_say_so(
+    dtype: torch.dtype, op: str, instructions: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = has_product.__wrapped__
+    for supported in (True, False):
+        monkeypatch.setattr(torch.ops.mkldnn, op, lambda supported=supported: supported, raising=False)
+        for name in instructions:
+            monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=name: {name: True}, raising=False)
+            assert asked(dtype) == supported
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bw": True}, raising=False)
+        assert not asked(dtype)
+        monkeypatch.delattr(torch.cpu, "get_capabilities")  # an older torch
+        assert asked(dtype) == supported
+    assert not asked(torch.float32)
+    monkeypatch.setattr(torch.ops.mkldnn, op, None)  # a torch without its private op
+    assert not asked(dtype)
 
 
 @pytest.mark.parametrize("fault", ["lacking", "other numbers", "other machine"])

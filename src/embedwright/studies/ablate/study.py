@@ -97,8 +97,8 @@ def ablate(
         taken = work.take_budget(study.said.budget)
         if not look:
             write_json(folder / "budget.json", taken)
-    file = folder / "study.json"
-    _check_known(file, work.found(), look)
+    result = folder / "study.json"
+    _check_known(result, work.found(), look)
     try:
         if study.said.shared_stages:
             run(work.shared(seed) for seed in [*seeds, *work.tuning_seeds])
@@ -107,19 +107,19 @@ def ablate(
         run(work.cell(*cell) for cell in sorted(cells, key=lambda cell: (cell[1], cell[0] != study.said.baseline)))
     finally:  # also when the study is interrupted
         found = work.found()
-        write_json(file, found)
+        write_json(result, found)
     return found
 
 
 def _check_known(file: Path, found: Mapping[str, Any], look: bool) -> None:
-    """Where `study.json` has more cells and trials than are found, a look raises InputError. A run warns: this comes
-    before the hours that it would take to run them again."""
+    """Where `study.json` has more cells and trials than are found, a look raises InputError. A run
+    warns, before it spends hours on them."""
     before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"cells": [], "trials": []}
     had, known = ([*said["cells"], *said["trials"]] for said in (before, found))
     if len(known) < len(had):
         fit = {cell["folder"] for cell in known}
         lost = ", ".join(cell["folder"] for cell in had if cell["folder"] not in fit)
-        why = f"of which this ablation knows {len(fit)}: recipe, data, model, suite or measured budget differ ({lost})"
+        why = f"of which this ablation knows {len(fit)}: recipe, data, model, suite, rates or budget differ ({lost})"
         if look:
             raise InputError(f"{file} has {len(had)} cells, {why}; move the file away to write a smaller one")
         logger.warning("%s has %d cells, %s", file, len(had), why)

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from embedwright.config import ConfigError
+from embedwright.cpu.accelerate import accelerate_unproven
 from embedwright.model.formats.base import resolve_base
 from embedwright.model.formats.folder import weights_in
 from embedwright.model.network import EmbedwrightModel
@@ -62,6 +63,8 @@ def language_head(network: EmbedwrightModel, spec: ModelPart) -> Any:
     for name, parameter in whole.named_parameters():
         if name in read:
             parameter.requires_grad_(False)
+    if network.mixed and embedding.device.type == "cpu":
+        accelerate_unproven(whole)  # processors that cannot multiply bfloat16 would take ten times as long for it
     return whole.eval()
 
 

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from embedwright.config import ConfigError
+from embedwright.cpu import onednn
 from embedwright.model.embedder import Embedder
 from embedwright.packing import TokenizedText
 from embedwright.processes import ALONE
@@ -124,6 +125,30 @@ def test_micro_batches_add_up_to_the_whole(tiny_decoder: Callable[..., Path], mi
         assert found[budget][0] == pytest.approx(found[8192][0], rel=3e-3 if mixed else 1e-6)
         near = torch.nn.functional.cosine_similarity(found[budget][1], found[8192][1], dim=0)
         assert near > (0.99 if mixed else 1 - 1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma"])  # gemma ties its head to the embedding, which trains
+def test_where_the_processor_has_no_bfloat16_the_head_multiplies_in_float32(
+    tiny_decoder: Callable[..., Path], family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not onednn.available():
+        pytest.skip("oneDNN's linear is not there on this machine")
+    shapes: list[torch.Size] = []
+    linear, found = onednn.linear, {}
+    monkeypatch.setattr(onednn, "linear", lambda x, w, bias: shapes.append(w.shape) or linear(x, w, bias))
+    for has in (True, False):
+        network, _ = opened(tiny_decoder(family))
+        network.mixed = True
+        monkeypatch.setattr(onednn, "has_product", lambda dtype, has=has: has and dtype != torch.float32)
+        head = language_head(network, ModelPart(base=str(tiny_decoder(family))))
+        shapes.clear()
+        loss, _ = accumulate(network, head, MaskedBatch([], texts()), ALONE, batch_tokens=8192, seed=0)
+        size = head.lm_head.weight.shape
+        assert (size in shapes) != has
+        gradients = [p.grad.flatten() for p in network.backbone.parameters() if p.grad is not None]
+        found[has] = loss, torch.cat(gradients)
+    assert found[True][0] == pytest.approx(found[False][0], rel=3e-3)
+    assert torch.nn.functional.cosine_similarity(found[True][1], found[False][1], dim=0) > 0.99
 
 
 def test_no_text_sees_another(tiny_decoder: Callable[..., Path]) -> None:
