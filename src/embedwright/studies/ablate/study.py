@@ -119,7 +119,8 @@ def _check_known(file: Path, found: Mapping[str, Any], look: bool) -> None:
     if len(known) < len(had):
         fit = {cell["folder"] for cell in known}
         lost = ", ".join(cell["folder"] for cell in had if cell["folder"] not in fit)
-        why = f"of which this ablation knows {len(fit)}: recipe, data, model, suite, rates or budget differ ({lost})"
+        differs = "recipe, data, model, suite, rates or measured budget"
+        why = f"of which this ablation knows {len(fit)}: {differs} differ ({lost})"
         if look:
             raise InputError(f"{file} has {len(had)} cells, {why}; move the file away to write a smaller one")
         logger.warning("%s has %d cells, %s", file, len(had), why)
