@@ -1,6 +1,6 @@
 """A training step in bfloat16 where the processor has no products of 16 bits, beside float32 and sentence-transformers.
 
-There our linear layers convert their factors to float32 (`embedwright.cpu.onednn.product_type`). `torch's own products`
+There our linear layers convert their factors to float32 (`embedwright.cpu.onednn.is_faster`). `torch's own products`
 is our step without that. LoRA on the first layers of SmolLM2-135M, as in `train.py`; all sides run A B A B. Gradients
 are compared with our float32's.
 
@@ -23,7 +23,7 @@ from unittest import mock  # noqa: E402
 import models  # noqa: E402
 import torch  # noqa: E402
 from texts import source  # noqa: E402
-from train import KINDS, MODEL, WHOLE, Ours, Peer, difference, gradients, opened, triples  # noqa: E402
+from train import MODEL, WHOLE, Ours, Peer, difference, gradients, opened, triples  # noqa: E402
 
 from embedwright.cpu import onednn  # noqa: E402
 
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     bind_main_thread()
-    if onednn.product_type(torch.bfloat16) is None:
+    if not onednn.is_faster(torch.bfloat16):
         print("this processor multiplies bfloat16: nothing to measure")
         return
     exact, mine = Ours(options.layers, "float32"), Ours(options.layers, "bfloat16")
@@ -46,7 +46,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         opened(options.layers, "float32").save(Path(folder) / "peer")
         for dtype, kind in (("float32", "float32"), ("bfloat16", "bf16 weights, float32 adapters, autocast")):
-            assert kind in KINDS[dtype]
             sides[f"ST, {dtype}"] = Peer(Path(folder), dtype, kind, 0)
 
     def run(name: str, step: str) -> None:

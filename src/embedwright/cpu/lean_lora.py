@@ -9,7 +9,7 @@ T tokens, I inputs, O outputs, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import numpy as np
@@ -37,8 +37,7 @@ class LeanLinear(Linear):
     """peft's layer with one autograd function for the plain case: one active adapter on a frozen `nn.Linear`.
 
     Its output has the type of input and base: float32, or the 16 bits of autocast, which casts the float32 adapters.
-    It computes in that type, or in the one that `onednn.product_type` names. Every other case goes to peft's own
-    forward.
+    It computes in that type, or in float32 where that `onednn.is_faster`. Every other case goes to peft's own forward.
     """
 
     stock_class: ClassVar[Any] = Linear
@@ -50,11 +49,10 @@ class LeanLinear(Linear):
         [name] = self.active_adapters
         base, dropout, scale = self.base_layer, self.lora_dropout[name], float(self.scaling[name])
         steps = _drop_steps(dropout)
-        computes = onednn.product_type(x.dtype) if type(base) is OneDnnLinear and on_cpu(x) else None
-        product = F.linear if computes is None else onednn.linear
+        onednn_runs = type(base) is OneDnnLinear and on_cpu(x) and onednn.is_faster(x.dtype)
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
         function: Any = _LoraProduct  # torch leaves `apply` untyped
-        output = function.apply(x, base.weight, base.bias, a, b, scale, steps, product, computes or x.dtype)
+        output = function.apply(x, base.weight, base.bias, a, b, scale, steps, onednn_runs)
         return output
 
     def _plain(self, x: Tensor) -> bool:
@@ -83,8 +81,8 @@ class LeanLinear(Linear):
 class _LoraProduct(torch.autograd.Function):
     """Computes x W^T + bias + scale * dropout(x) A^T B^T, with gradients of x, A and B.
 
-    x (..., I), W (O, I), bias (O,) or None, A (R, I), B (O, R). A and B are rounded to the type of x. `product` is
-    F.linear or an equivalent, which gets all factors in the type `computes`. Output and gradient of x have x's type.
+    x (..., I), W (O, I), bias (O,) or None, A (R, I), B (O, R). A and B are rounded to the type of x, which output and
+    gradient of x have. If `onednn_runs`, all is computed in float32, else in that type.
     """
 
     @staticmethod
@@ -97,13 +95,13 @@ class _LoraProduct(torch.autograd.Function):
         b: Tensor,
         scale: float,
         steps: int,
-        product: Any,
-        computes: torch.dtype,
+        onednn_runs: bool,
     ) -> Tensor:
         # from the default generator: a replayed forward (GradCache, checkpointing) restores its state
         seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_()) if steps else 0
         ctx.scale, ctx.steps, ctx.seed = scale * _STEPS / (_STEPS - steps), steps, seed
-        ctx.product, ctx.computes = product, computes
+        ctx.onednn_runs = onednn_runs
+        product, computes = _how(onednn_runs, x.dtype)
         factor, a_RI, b_OR = x.to(computes), *_rounded(x.dtype, computes, a, b)
         output: Tensor = product(factor, weight.to(computes), None if bias is None else bias.to(computes))
         x_TI = factor.reshape(-1, x.shape[-1])
@@ -116,7 +114,7 @@ class _LoraProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, weight, a, b, narrow_TR = ctx.saved_tensors
-        product, scale, computes = ctx.product, ctx.scale, ctx.computes
+        scale, (product, computes) = ctx.scale, _how(ctx.onednn_runs, x.dtype)
         a_RI, b_OR = _rounded(x.dtype, computes, a, b)
         x_TI = x.to(computes).reshape(-1, x.shape[-1])
         kept_TI = _kept(x_TI, ctx.steps, ctx.seed) if ctx.steps else None
@@ -133,7 +131,12 @@ class _LoraProduct(torch.autograd.Function):
                 grad_x.add_(product(back_TR, a_RI.t(), None).mul_(kept_TI), alpha=scale)
             grad_x = grad_x.to(x.dtype).view(x.shape)
         # scaled after the cast, in the adapters' own float32
-        return grad_x, None, None, grad_a.to(a.dtype) * scale, grad_b.to(b.dtype) * scale, None, None, None, None
+        return grad_x, None, None, grad_a.to(a.dtype) * scale, grad_b.to(b.dtype) * scale, None, None, None
+
+
+def _how(onednn_runs: bool, dtype: torch.dtype) -> tuple[Callable[..., Any], torch.dtype]:
+    """Returns the function that multiplies, and the type of its factors."""
+    return (onednn.linear, torch.float32) if onednn_runs else (F.linear, dtype)
 
 
 def _rounded(dtype: torch.dtype, computes: torch.dtype, *adapters: Tensor) -> Iterator[Tensor]:

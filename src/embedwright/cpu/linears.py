@@ -22,7 +22,7 @@ _LINEAR = stock_functions((nn.Linear, "forward"))
 
 
 class OneDnnLinear(nn.Linear):
-    """`nn.Linear` whose products on a CPU run in oneDNN, forward and backward, where `product_type` names a type.
+    """`nn.Linear` whose products on a CPU run in oneDNN, forward and backward, in float32, where that `is_faster`.
 
     Nothing else changes: the output has the type of the stock layer's, under autocast too.
     """
@@ -33,12 +33,11 @@ class OneDnnLinear(nn.Linear):
         weight, autocast = self.weight, torch.is_autocast_enabled("cpu")
         dtype = torch.get_autocast_dtype("cpu") if autocast else input.dtype
         fits = on_cpu(input, weight) and (autocast or input.dtype == weight.dtype)
-        computes = onednn.product_type(dtype) if fits and stays_plain(self) else None
-        if computes is None:
+        if not (fits and stays_plain(self) and onednn.is_faster(dtype)):
             return super().forward(input)
         function: Any = _Product  # torch leaves `apply` untyped
         factors = (None if x is None else x.to(dtype) for x in (input, weight, self.bias))
-        product: Tensor = function.apply(*factors, computes)
+        product: Tensor = function.apply(*factors)
         return product
 
 
@@ -48,34 +47,32 @@ def stays_plain(linear: nn.Module) -> bool:
 
 
 class _Product(torch.autograd.Function):
-    """Computes input (..., I) W^T + bias -> (..., O), weight (O, I), bias (O,) or None, in the type `computes`.
+    """Computes input (..., I) W^T + bias -> (..., O), weight (O, I), bias (O,) or None, in float32.
 
-    Keeps what backward needs, in the type that it has.
+    All have one type. The result is rounded to it, and what backward needs is kept in it.
     """
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, computes: torch.dtype) -> Tensor:
-        needs_input, needs_weight, *_ = ctx.needs_input_grad
-        ctx.computes = computes
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        needs_input, needs_weight, _ = ctx.needs_input_grad
         ctx.save_for_backward(input if needs_weight else None, weight if needs_input else None)
-        wide_bias = None if bias is None else bias.to(computes)
-        return onednn.linear(input.to(computes), weight.to(computes), wide_bias).to(input.dtype)
+        return onednn.linear(input.float(), weight.float(), None if bias is None else bias.float()).to(input.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         input, weight = ctx.saved_tensors
-        wide, dtype = gradient.to(ctx.computes).contiguous(), gradient.dtype
+        wide, dtype = gradient.float().contiguous(), gradient.dtype
         rows_TO = wide.reshape(-1, wide.shape[-1])
         of_input = of_weight = of_bias = None
         if weight is not None:
-            of_input = onednn.linear(wide, weight.to(ctx.computes).t(), None).to(dtype)
+            of_input = onednn.linear(wide, weight.float().t(), None).to(dtype)
         if input is not None:
-            input_TI = input.to(ctx.computes).reshape(len(rows_TO), -1)
+            input_TI = input.float().reshape(len(rows_TO), -1)
             of_weight = onednn.linear(rows_TO.t().contiguous(), input_TI.t(), None).to(dtype)
         if ctx.needs_input_grad[2]:
             of_bias = rows_TO.sum(0).to(dtype)
-        return of_input, of_weight, of_bias, None
+        return of_input, of_weight, of_bias
 
 
 _GATED_ROWS = 512  # at a time in float32: intermediate results stay in the processor's caches

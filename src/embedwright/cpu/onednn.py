@@ -29,7 +29,7 @@ SWISH, GELU_TANH = ACTIVATIONS = ("swish", ""), ("gelu", "tanh")  # torch's name
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Multiplies input (..., I) by weight (O, I), adds bias (O,) or None -> (..., O). Float32 on a CPU; needs
-    `available()`. `product_type` tells when to call it."""
+    `available()`. `is_faster` tells when to call it."""
     product: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
     return product
 
@@ -68,22 +68,20 @@ def available() -> bool:
     return _holds(right, "linear", "stock products, slower on AMD")
 
 
-def product_type(dtype: torch.dtype) -> torch.dtype | None:
-    """Returns the type in which `linear` multiplies factors of `dtype`; None where torch's own product is to be used.
+def is_faster(dtype: torch.dtype) -> bool:
+    """Returns whether `linear` is to multiply factors of `dtype`, as float32, in place of torch's own product.
 
     Few processors multiply float16, and most laptops not even bfloat16. torch's own products then take 4 to 40 times as
     long as those in float32. Converting both factors first gives the same numbers up to the order of sums: each product
     is exact, sums are in float32, and the caller rounds them once.
     """
-    if not available() or dtype not in FLOATS or has_product(dtype):
-        return None
-    return torch.float32
+    return available() and dtype in FLOATS and not has_product(dtype)
 
 
 @cache
 def has_product(dtype: torch.dtype) -> bool:
-    """Returns whether this processor multiplies 16 bits of this type, and oneDNN for torch. False for float32, where
-    torch takes MKL."""
+    """Returns whether torch's own product of this type of 16 bits is one of oneDNN that this processor has instructions
+    for. False for float32, which torch leaves to MKL."""
     op, instructions = _INSTRUCTIONS.get(dtype, ("", ()))
     found: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     supported = getattr(torch.ops.mkldnn, op, None) if op else None

@@ -100,7 +100,7 @@ def test_all_else_is_stock(needs_onednn: None, case: str, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_where_the_processor_has_no_products_of_16_bits_they_are_in_float32_and_rounded_once(
-    needs_onednn: None, dtype: torch.dtype, autocast: bool, multiplied_in: list[torch.dtype]
+    dtype: torch.dtype, autocast: bool, multiplied_in: list[torch.dtype]
 ) -> None:
     layer, x = made(True), torch.randn(3, 7, 24)
     if not autocast:

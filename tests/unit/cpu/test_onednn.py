@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from embedwright.cpu import onednn
-from embedwright.cpu.onednn import available, gated_available, has_product, linear, product_type
+from embedwright.cpu.onednn import available, gated_available, has_product, is_faster, linear
 
 
 @pytest.fixture
@@ -41,10 +41,10 @@ def test_a_type_is_converted_only_where_the_processor_cannot_multiply_it(monkeyp
     halves = (torch.bfloat16, torch.float16)
     for has in ((), halves[:1], halves):
         monkeypatch.setattr(onednn, "has_product", lambda dtype, has=has: dtype in has)
-        assert [product_type(x) for x in halves] == [None if x in has else torch.float32 for x in halves]
-        assert product_type(torch.float32) == torch.float32 and product_type(torch.float64) is None
+        assert [is_faster(x) for x in halves] == [x not in has for x in halves]
+        assert is_faster(torch.float32) and not is_faster(torch.float64)
     monkeypatch.setattr(onednn, "available", lambda: False)
-    assert product_type(torch.bfloat16) is product_type(torch.float32) is None
+    assert not is_faster(torch.bfloat16) and not is_faster(torch.float32)
 
 
 @pytest.mark.parametrize(

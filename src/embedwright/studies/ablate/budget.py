@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,15 @@ def _factor(left: float, costs: Sequence[float], stages: Sequence[Stage], arm: s
 def scaled(stages: Sequence[Stage], factor: float, lr: float = 1.0) -> tuple[Stage, ...]:
     """Scales the steps and the warm-up of stages by `factor` (at least one step is left), and their rates by `lr`."""
     return tuple(stage.model_copy(update={"optim": _scaled(stage.optim, factor, lr)}) for stage in stages)
+
+
+def unshared(recipe: Recipe, shared: int, factor: float, rate: float, saved: Path | None) -> Recipe:
+    """Returns the recipe of a cell: the stages after the shared ones, which begin from the model of these."""
+    stages = scaled(recipe.stages[shared:], factor, rate)
+    content = recipe.model_dump(mode="json") | {"stages": [stage.model_dump(mode="json") for stage in stages]}
+    if shared:
+        content["model"] = {"from": str(saved)}
+    return Recipe.parse(content)
 
 
 def _scaled(optim: OptimPart, factor: float, lr: float) -> OptimPart:

@@ -27,7 +27,7 @@ from embedwright.errors import InputError, as_input_error, error_prefix
 from embedwright.evaluation.results import Results, read_results
 from embedwright.evaluation.suite import load_suite
 from embedwright.files import check_folder, write_json
-from embedwright.studies.ablate.budget import Cost, TokenCounter, as_written, factors, scaled, tokens_of_steps
+from embedwright.studies.ablate.budget import Cost, TokenCounter, as_written, factors, scaled, tokens_of_steps, unshared
 from embedwright.studies.ablate.cell import score
 from embedwright.studies.ablate.content import stage_fingerprints, suite_content
 from embedwright.studies.ablate.file import SHARED, SMOKE, Budget, Rates, Study
@@ -98,7 +98,7 @@ def ablate(
         if not look:
             write_json(folder / "budget.json", taken)
     result = folder / "study.json"
-    _check_known(result, work.found(), look)
+    _check_known(result, work.known(), look)
     try:
         if study.said.shared_stages:
             run(work.shared(seed) for seed in [*seeds, *work.tuning_seeds])
@@ -111,16 +111,15 @@ def ablate(
     return found
 
 
-def _check_known(file: Path, found: Mapping[str, Any], look: bool) -> None:
-    """Where `study.json` has more cells and trials than are found, a look raises InputError. A run
-    warns, before it spends hours on them."""
+def _check_known(file: Path, known: Sequence[str], look: bool) -> None:
+    """Where `study.json` has more cells and trials than are known, a look raises InputError, and a run warns before it
+    spends hours on them."""
     before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"cells": [], "trials": []}
-    had, known = ([*said["cells"], *said["trials"]] for said in (before, found))
+    had = [cell["folder"] for cell in (*before["cells"], *before["trials"])]
     if len(known) < len(had):
-        fit = {cell["folder"] for cell in known}
-        lost = ", ".join(cell["folder"] for cell in had if cell["folder"] not in fit)
+        lost = ", ".join(folder for folder in had if folder not in known)
         differs = "recipe, data, model, suite, rates or measured budget"
-        why = f"of which this ablation knows {len(fit)}: {differs} differ ({lost})"
+        why = f"of which this ablation knows {len(known)}: {differs} differ ({lost})"
         if look:
             raise InputError(f"{file} has {len(had)} cells, {why}; move the file away to write a smaller one")
         logger.warning("%s has %d cells, %s", file, len(had), why)
@@ -162,7 +161,7 @@ class _Work:
                 self.data[arm] = stage_fingerprints(recipe, self._sources(recipe))
                 if recipe.model.name not in self.origins:
                     self.origins[recipe.model.name] = origin_fingerprint(recipe.model)
-                _rest(recipe, self.said.shared_stages, 1.0, 1.0, self.folder)  # raises where it cannot be
+                unshared(recipe, self.said.shared_stages, 1.0, 1.0, self.folder)  # raises where it cannot be
 
     def _tasks(self) -> str:
         """Returns what cells are scored on, as a fingerprint. Raises InputError if there is no such thing."""
@@ -285,8 +284,13 @@ class _Work:
             return None
         recipe = self._recipe(arm, seed)
         saved = saved_model(begin.folder) if begin else None
-        recipe = _rest(recipe, count, factor * (tried.length if tried else 1.0), rate, saved)
+        recipe = unshared(recipe, count, factor * (tried.length if tried else 1.0), rate, saved)
         return self._job("cell", arm, place, recipe, begin, rate=rate, trial=tried is not None)
+
+    def known(self) -> list[str]:
+        """Lists the folders of the cells and trials that have a result."""
+        jobs = [job for arm in self.arms for job in (*(self.cell(arm, seed) for seed in self.seeds), *self.trials(arm))]
+        return [str(job.folder.relative_to(self.folder)) for job in jobs if job and job.result]
 
     def found(self) -> dict[str, Any]:
         """Says all that is known of the study: what `study.json` holds."""
@@ -338,12 +342,3 @@ class _Work:
         hidden = _SCORES if self.smoke else ()
         kept = {key: value for key, value in (job.result or {}).items() if key in _REPORTED and key not in hidden}
         return {"folder": str(job.folder.relative_to(self.folder))} | kept
-
-
-def _rest(recipe: Recipe, shared: int, factor: float, rate: float, saved: Path | None) -> Recipe:
-    """Returns the recipe of a cell: the stages after the shared ones, which begin from the model of these."""
-    stages = scaled(recipe.stages[shared:], factor, rate)
-    content = recipe.model_dump(mode="json") | {"stages": [stage.model_dump(mode="json") for stage in stages]}
-    if shared:
-        content["model"] = {"from": str(saved)}
-    return Recipe.parse(content)
